@@ -1,0 +1,237 @@
+"""Settings: frozen, validated once, the same object in every process.
+
+Knows: what can be set, the defaults, and which combinations make no sense. Derived values are
+properties or come from `dataclasses.replace`; nothing is changed after construction.
+Knows nothing of torch: dtypes are strings here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minisrv.errors import ConfigError, UnknownArchitectureError
+from minisrv.modes import CUDAGraphMode
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+class RopeScaling(enum.StrEnum):
+    """How rotary frequencies are stretched; names as in a checkpoint's `rope_type`."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. The last four fields matter for their scaling only."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling = RopeScaling.DEFAULT
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, read from a Hugging Face `config.json`.
+
+    The booleans are what tells the supported architectures apart; the decoder in `nn` is
+    defined once and reads them.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    dtype: str
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def q_size(self) -> int:
+        """Width of the query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the key heads together; the value heads have the same."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of the packed q, k, v that the attention op takes."""
+        return self.q_size + 2 * self.kv_size
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read a `config.json` (the old `rope_theta`/`rope_scaling` and the new
+        `rope_parameters` spelling).
+
+        Raises UnknownArchitectureError, ConfigError (a setting that would change the
+        computation and is not implemented).
+        """
+        names = config.get("architectures") or [None]
+        architecture = names[0]
+        if architecture not in ARCHITECTURES:
+            raise UnknownArchitectureError(
+                f"architecture {architecture!r} is not implemented; "
+                f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
+            )
+        heads = _positive(config, "num_attention_heads")
+        hidden = _positive(config, "hidden_size")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is.")
+        if config.get("use_sliding_window"):
+            raise ConfigError("use_sliding_window=true is not implemented; only full attention is.")
+        if config.get("quantization_config"):
+            raise ConfigError("quantized checkpoints are not implemented; load the original one.")
+        bias = bool(config.get("attention_bias", False))
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ConfigError(
+                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
+            )
+        return cls(
+            architecture=architecture,
+            vocab_size=_positive(config, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_positive(config, "intermediate_size"),
+            num_layers=_positive(config, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=_positive(config, "max_position_embeddings"),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            rope=_rope(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=architecture == "Qwen2ForCausalLM" or bias,
+            output_bias=architecture != "Qwen2ForCausalLM" and bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+        )
+
+
+ARCHITECTURES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
+
+def _positive(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer.")
+    return value
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in tuple(RopeScaling):
+        raise ConfigError(
+            f"rope_type={kind!r} is not implemented; implemented are: {', '.join(RopeScaling)}."
+        )
+    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError("partial_rotary_factor other than 1.0 is not implemented.")
+    defaults = RopeConfig()
+    return RopeConfig(
+        theta=theta,
+        scaling=RopeScaling(kind),
+        factor=float(scaling.get("factor", defaults.factor)),
+        low_freq_factor=float(scaling.get("low_freq_factor", defaults.low_freq_factor)),
+        high_freq_factor=float(scaling.get("high_freq_factor", defaults.high_freq_factor)),
+        original_max_position_embeddings=int(
+            scaling.get(
+                "original_max_position_embeddings", defaults.original_max_position_embeddings
+            )
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine needs to know. Names and meanings follow vLLM's flags.
+
+    model: a directory with a Hugging Face checkpoint, or a hub id; None serves the default model.
+    max_model_len: tokens of prompt and completion together; None takes the checkpoint's.
+    max_num_seqs: requests in one decode batch; always the top decode rung.
+    max_num_batched_tokens: token budget of one step.
+    num_kv_blocks: blocks of the KV cache, the null block included; None sizes it by
+        kv_cache_memory.
+    kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
+    max_waiting: requests the engine queues before it answers 429.
+    async_scheduling: schedule a step before the last one's tokens are known (a lag of one).
+    cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
+    Raises ConfigError.
+    """
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_memory: int = 1 << 30
+    max_waiting: int = 1024
+    seed: int = 0
+    async_scheduling: bool = False
+    enforce_eager: bool = False
+    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+            _at_least(name, getattr(self, name), 1)
+        for name, least in (("max_model_len", 2), ("num_kv_blocks", 2)):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), least)
+        _at_least("max_waiting", self.max_waiting, 0)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}, or a full decode batch does not fit a step."
+            )
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ConfigError(
+                f"cudagraph_capture_sizes={list(sizes)} must be one or more positive integers."
+            )
+
+    @property
+    def graph_mode(self) -> CUDAGraphMode:
+        """The configured mode once `enforce_eager` has had its say."""
+        return CUDAGraphMode.NONE if self.enforce_eager else self.cudagraph_mode
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not allowed; choose from: {', '.join(allowed)}.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is not allowed; it must be at least {least}.")

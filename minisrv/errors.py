@@ -1,0 +1,123 @@
+"""The one exception tree, and how each branch looks on the wire.
+
+    MinisrvError
+    |- ConfigError            a setting is wrong: the process exits 1 and prints the message
+    |  `- CoverageError       a ladder leaves a decode batch without its graph
+    |- ModelError             a checkpoint cannot be served
+    |  |- UnknownArchitectureError
+    |  `- WeightsError        missing, unexpected or misshapen weights
+    |- GraphError             a graph cannot be used
+    |  |- GraphCaptureError   the captured code did what a graph cannot hold
+    |  `- CertificationError  a captured graph differs from eager
+    |- RequestError           the client's fault; ends that request only
+    |  |- ContextLengthError
+    |  |- ModelNotFoundError
+    |  `- QueueFullError      not a fault of the request: try again later
+    `- EngineError            ours; the client may retry
+       |- EngineNotReadyError loading or draining
+       `- EngineDeadError     the engine process is gone
+
+Every message says what was wrong, what is allowed and, where something can be done, what to do.
+Knows: HTTP status numbers and OpenAI's error `type` and `code` words. Knows nothing of FastAPI.
+"""
+
+from __future__ import annotations
+
+
+class MinisrvError(Exception):
+    """Base of everything minisrv raises on purpose."""
+
+    http_status = 500
+    type = "internal_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(MinisrvError):
+    """A setting, or a combination of settings, that cannot be served."""
+
+
+class CoverageError(ConfigError):
+    """The capture sizes leave some decode batch without a graph."""
+
+
+class ModelError(MinisrvError):
+    """A checkpoint that cannot be loaded."""
+
+
+class UnknownArchitectureError(ModelError):
+    """The checkpoint's `architectures` names none that is implemented."""
+
+
+class WeightsError(ModelError):
+    """A weight is missing, unexpected, or has another shape than the config says."""
+
+
+class GraphError(MinisrvError):
+    """A captured graph cannot be used."""
+
+
+class GraphCaptureError(GraphError):
+    """The code under capture did something that a graph cannot hold."""
+
+
+class CertificationError(GraphError):
+    """A captured graph gave other results than the eager run of the same padded shape."""
+
+
+class RequestError(MinisrvError):
+    """The request is at fault; `param` names the field."""
+
+    http_status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthError(RequestError):
+    """Prompt and completion do not fit the model's context, or the whole KV cache."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that is not served."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class QueueFullError(RequestError):
+    """Too many requests are waiting; `retry_after` is in seconds."""
+
+    http_status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineError(MinisrvError):
+    """Something of ours failed."""
+
+    http_status = 500
+
+
+class EngineNotReadyError(EngineError):
+    """The engine is still loading, or already draining."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "not_ready"
+
+
+class EngineDeadError(EngineError):
+    """The engine process has ended; no request can be served until a restart."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "engine_dead"
