@@ -1,0 +1,98 @@
+"""Dispatch: from a described batch to the graph that runs it, as a pure function.
+
+Knows: the ladders. For every batch it gives the runtime mode, the padded key and the reason, and
+it can print the whole of that function before a model is loaded. Knows nothing of graphs, so it
+cannot depend on what happens to be captured: the runner proves at start-up that every key
+given here exists.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from minisrv.core.ladder import Ladders, decode_descriptor
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """How one step runs. NONE never pads."""
+
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    reason: Reason
+
+
+class Dispatcher:
+    """The order is static: FULL, PIECEWISE, NONE; then the smallest rung that holds the batch."""
+
+    def __init__(self, ladders: Ladders) -> None:
+        self.ladders = ladders
+
+    def dispatch(
+        self, num_tokens: int, num_reqs: int, *, uniform_decode: bool, needs_logits: bool = False
+    ) -> Dispatch:
+        """Choose for a batch of `num_tokens` tokens of `num_reqs` requests.
+
+        uniform_decode: every request is in its decode phase, because its state says so: a
+            prefill chunk of one token looks the same and is not.
+        needs_logits: some request has its logits read or changed outside the graph.
+        """
+        ladders = self.ladders
+        if uniform_decode and (rung := _rung(ladders.decode, num_reqs)):
+            epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
+            return Dispatch(
+                CUDAGraphMode.FULL, decode_descriptor(rung, epilogue), Reason.PURE_DECODE
+            )
+        if rung := _rung(ladders.mixed, num_tokens):
+            reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
+            return Dispatch(CUDAGraphMode.PIECEWISE, BatchDescriptor(rung), reason)
+        if ladders.mode is CUDAGraphMode.NONE:
+            reason = Reason.GRAPHS_OFF
+        elif uniform_decode or ladders.mixed:
+            reason = Reason.ABOVE_LADDER
+        else:
+            reason = Reason.NO_MIXED_GRAPH
+        return Dispatch(CUDAGraphMode.NONE, BatchDescriptor(num_tokens), reason)
+
+    def coverage(self) -> list[CoverageRow]:
+        """The dispatch of every batch size up to the limits, equal neighbours merged."""
+        ladders = self.ladders
+        rows: list[CoverageRow] = []
+        for size in range(1, ladders.max_num_seqs + 1):
+            _extend(rows, "decode", size, self.dispatch(size, size, uniform_decode=True))
+        for size in range(1, ladders.max_num_batched_tokens + 1):
+            _extend(rows, "mixed", size, self.dispatch(size, 1, uniform_decode=False))
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRow:
+    """Batches of `first` to `last` requests (decode) or tokens (mixed) run alike.
+
+    rung: the padded size, None where the batch runs unpadded.
+    """
+
+    kind: str
+    first: int
+    last: int
+    mode: CUDAGraphMode
+    rung: int | None
+    reason: Reason
+
+
+def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> None:
+    rung = None if found.mode is CUDAGraphMode.NONE else found.descriptor.num_tokens
+    row = CoverageRow(kind, size, size, found.mode, rung, found.reason)
+    if rows:
+        last = rows[-1]
+        if (last.kind, last.mode, last.rung, last.reason) == (kind, row.mode, rung, row.reason):
+            row = CoverageRow(kind, last.first, size, row.mode, rung, row.reason)
+            rows.pop()
+    rows.append(row)
+
+
+def _rung(ladder: tuple[int, ...], size: int) -> int | None:
+    index = bisect_left(ladder, size)
+    return ladder[index] if index < len(ladder) else None

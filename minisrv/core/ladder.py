@@ -1,0 +1,103 @@
+"""The two ladders of captured sizes, and what they leave uncovered.
+
+Knows: which padded sizes get a graph. Decode rungs count requests, mixed rungs count tokens.
+Knows nothing of batches in flight (the dispatcher's), of tensors, or of what a graph costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisrv.errors import CoverageError
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+
+MIXED_TOP = 512
+"""Above this many tokens a launch costs little beside the step, so no default rung is higher."""
+
+
+@dataclass(frozen=True)
+class Ladders:
+    """The rungs of one server, ascending. An empty ladder means its mode is not captured.
+
+    decode: padded numbers of requests with a FULL graph for pure decode.
+    mixed: padded numbers of tokens with PIECEWISE graphs.
+    """
+
+    mode: CUDAGraphMode
+    decode: tuple[int, ...]
+    mixed: tuple[int, ...]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def keys(self) -> list[tuple[CUDAGraphMode, BatchDescriptor]]:
+        """Every graph to capture, largest first within each mode: the first capture sizes the
+        memory that the smaller ones share."""
+        piecewise = [
+            (CUDAGraphMode.PIECEWISE, BatchDescriptor(num_tokens)) for num_tokens in self.mixed
+        ]
+        full = [
+            (CUDAGraphMode.FULL, decode_descriptor(num_reqs, epilogue))
+            for num_reqs in self.decode
+            for epilogue in (Epilogue.TOKENS, Epilogue.LOGITS)
+        ]
+        return piecewise[::-1] + full[::-1]
+
+    def check_coverage(self) -> None:
+        """Raise CoverageError unless every decode batch has the kind of graph that the
+        configured mode promises it."""
+        promised = self.mode.decode_mode
+        if promised is CUDAGraphMode.NONE:
+            return
+        rungs = self.decode if promised is CUDAGraphMode.FULL else self.mixed
+        top = rungs[-1] if rungs else 0
+        if top < self.max_num_seqs:
+            raise CoverageError(
+                f"cudagraph_capture_sizes leave decode batches of {top + 1} to "
+                f"{self.max_num_seqs} requests without a {promised.name} graph; add "
+                f"{self.max_num_seqs} to the sizes, or lower max_num_seqs to {top}."
+            )
+
+
+def decode_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
+    """The key of a pure decode batch: one token a request."""
+    return BatchDescriptor(num_reqs, num_reqs, uniform_decode=True, epilogue=epilogue)
+
+
+def build_ladders(
+    mode: CUDAGraphMode,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    sizes: tuple[int, ...] | None = None,
+) -> Ladders:
+    """The ladders of `mode`: the user's `sizes` as they are given, or the default ones.
+
+    A default ladder holds its exact top. Of the user's sizes only those are left out that no
+    batch could ever reach (`plan` shows what is captured).
+    """
+    decode: tuple[int, ...] = ()
+    mixed: tuple[int, ...] = ()
+    if mode.decode_mode is CUDAGraphMode.FULL:
+        decode = _reachable(sizes or _default_decode(max_num_seqs), max_num_seqs)
+    if mode.mixed_mode is CUDAGraphMode.PIECEWISE:
+        top = min(max_num_batched_tokens, MIXED_TOP)
+        mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
+    return Ladders(mode, decode, mixed, max_num_seqs, max_num_batched_tokens)
+
+
+def _default_decode(top: int) -> tuple[int, ...]:
+    """1, 2, 4, then steps of 8 up to 64, of 16 up to 256, of 32 above."""
+    rungs = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
+    return (*(rung for rung in rungs if rung < top), top)
+
+
+def _default_mixed(top: int) -> tuple[int, ...]:
+    """Powers of two, from 32 on with the half steps between them."""
+    rungs = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384]
+    return (*(rung for rung in rungs if rung < top), top)
+
+
+def _reachable(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Ascending, without repeats, up to the first size that holds `most`."""
+    rungs = sorted(set(sizes))
+    below = [rung for rung in rungs if rung < most]
+    return (*below, *rungs[len(below) : len(below) + 1])

@@ -1,0 +1,416 @@
+"""Continuous batching: who runs in the next step, and with how many tokens.
+
+Knows: requests, their tokens, slots and blocks, and which steps are in flight. It hands out steps
+(`schedule`) and takes their sampled tokens back (`update`), at once or one step late: a *lag* of
+one lets the host prepare step N+1 while step N runs. Knows nothing of tensors, of graphs, of text
+or of sockets.
+
+Policy, first come first served:
+- every decoding request gets one token; what is left of the token budget goes to prefill, in
+  chunks, the oldest first; then to waiting requests;
+- a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
+  filled its last one;
+- when no block is free the newest request is preempted: its blocks are freed and its tokens are
+  computed again later. So the oldest always advances, and with it the whole queue.
+
+What holds under lag: slots and blocks are free again only when the last step that names them has
+retired; a request that a step in flight names is not preempted; a stop by length is foreseen, a
+stop by token is seen one step late and what was sampled after it is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minisrv.core.kv_cache import BlockPool, FreeList
+from minisrv.errors import ContextLengthError, QueueFullError
+from minisrv.request import EngineRequest, FinishReason, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One request inside the scheduler.
+
+    num_scheduled: tokens whose cache entries are written once every scheduled step has run.
+    num_in_flight: tokens sampled by scheduled steps that have not been reported yet.
+    prefill_target: tokens to be in the cache before the request decodes; what was known of it
+        when it was admitted.
+    max_total: prompt and completion tokens together at which it stops by length.
+    last_step: the last step that names its slot and blocks.
+    """
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+    max_total: int
+    output: list[int] = field(default_factory=list)
+    slot: int = 0
+    blocks: list[int] = field(default_factory=list)
+    num_scheduled: int = 0
+    num_in_flight: int = 0
+    prefill_target: int = 0
+    last_step: int = -1
+
+    @property
+    def total(self) -> int:
+        """Tokens so far, those in flight included."""
+        return len(self.prompt) + len(self.output) + self.num_in_flight
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prefill is behind it. This state, not the shape of a step, is what makes a
+        batch pure decode."""
+        return self.num_scheduled >= self.prefill_target
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """The ids of known tokens `start` to `stop`, prompt and output counted through."""
+        if stop <= len(self.prompt):
+            return self.prompt[start:stop]
+        return (self.prompt + self.output)[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One request's part of a step.
+
+    start: position of its first token.
+    num_tokens: tokens it computes.
+    token_ids: their ids, for prefill. Empty for decode: the device has sampled it already, and
+        under lag the host does not know it yet.
+    samples: whether the step's token for this row is the request's next; a prefill chunk that
+        does not reach the end samples for nothing.
+    logprobs: how many alternatives to report beside the sampled token; None for no report.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    num_tokens: int
+    token_ids: list[int]
+    decoding: bool
+    samples: bool
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """A slot changed hands: its sampling state is to be written before the step."""
+
+    slot: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step. Decode rows come first.
+
+    new_slots: slots whose state must be written before the step.
+    new_blocks: (slot, index in its block table, block) to be written before the step.
+    """
+
+    step_id: int
+    rows: list[ScheduledRow]
+    new_slots: list[SlotStart]
+    new_blocks: list[tuple[int, int, int]]
+    num_decodes: int
+    num_tokens: int
+
+    @property
+    def uniform_decode(self) -> bool:
+        """Whether every request of the step is decoding."""
+        return self.num_decodes == len(self.rows)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether some request has its logits read outside the graph."""
+        return any(row.logprobs is not None for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What a step added to one request. `token` is None for an abort.
+
+    row: index of the step's row it comes from; None for an abort.
+    """
+
+    request_id: str
+    token: int | None
+    finish_reason: FinishReason | None
+    row: int | None = None
+
+
+class Scheduler:
+    """See the module's docstring. Calls come from one thread: `schedule` gives a step, `update`
+    retires the oldest one that has not been retired."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_waiting: int,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.pool = pool
+        self.slots = FreeList(max_num_seqs + 1)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_waiting = max_waiting
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []
+        self.num_preemptions = 0
+        self._retiring: list[RequestState] = []
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: deque[SchedulerOutput] = deque()
+        self._next_step = 0
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, seed: int) -> None:
+        """Queue a request.
+
+        seed: of its sampling noise; drawn by the caller where the request names none, and kept
+            through preemptions.
+        Raises ContextLengthError for what can never fit, QueueFullError when too many wait.
+        """
+        assert request.request_id not in self._requests, "request ids are unique"
+        if len(self.waiting) >= self.max_waiting + self.slots.num_free:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting, and {self.max_waiting} may; "
+                "try again later."
+            )
+        params = request.params
+        state = RequestState(
+            request_id=request.request_id,
+            prompt=request.prompt_token_ids,
+            params=params,
+            seed=seed,
+            stop_token_ids=frozenset(params.stop_token_ids).union(
+                () if params.ignore_eos else self.eos_token_ids
+            ),
+            max_total=self._max_total(len(request.prompt_token_ids), params.max_tokens),
+        )
+        self._requests[state.request_id] = state
+        self.waiting.append(state)
+
+    def _max_total(self, prompt_len: int, max_tokens: int | None) -> int:
+        limit = min(self.max_model_len, self.pool.capacity)
+        wanted = prompt_len + (max_tokens or 1)
+        if wanted > limit:
+            completion = f" and {max_tokens} in the completion" if max_tokens else ""
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{wanted} tokens ({prompt_len} in the prompt{completion}). Please shorten the "
+                "prompt or ask for fewer tokens.",
+                param="max_tokens" if max_tokens and prompt_len < limit else "prompt",
+            )
+        return wanted if max_tokens else limit
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """Drop a request; None if it has ended already. What its steps in flight sample is
+        dropped, and its slot and blocks are free when they have retired."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        if request.slot:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._finish(request)
+        return TokenEvent(request_id, None, FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended yet."""
+        return bool(self._requests)
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None if nothing can run before a step in flight is retired."""
+        step = _StepBuilder(self._next_step, self.max_num_batched_tokens)
+        held, preempted = self._schedule_decodes(step)
+        for request in self.running:
+            if not request.decoding and request is not held and step.budget:
+                step.add(request)
+        if not preempted:
+            self._admit(step)
+        output = step.build()
+        if output is not None:
+            self._next_step += 1
+            self._in_flight.append(output)
+        return output
+
+    def _schedule_decodes(self, step: _StepBuilder) -> tuple[RequestState | None, bool]:
+        """Returns the request that sits this step out so that it may be preempted in the next,
+        and whether one was preempted."""
+        held: RequestState | None = None
+        preempted = False
+        for request in list(self.running):
+            if not request.slot or not request.decoding or request is held:
+                continue
+            if request.total >= request.max_total:
+                continue  # its last token is in flight
+            if request.total > len(request.blocks) * self.pool.block_size:
+                while request.slot and not self.pool.num_free and held is None:
+                    newest = self.running[-1]
+                    if self._named_in_flight(newest):
+                        held = newest
+                    else:
+                        self._preempt(newest)
+                        preempted = True
+                if not request.slot or not self.pool.num_free:
+                    continue
+                step.new_blocks.append((request.slot, len(request.blocks), self._block(request)))
+            step.add(request)
+        return held, preempted
+
+    def _named_in_flight(self, request: RequestState) -> bool:
+        return bool(self._in_flight) and request.last_step >= self._in_flight[0].step_id
+
+    def _admit(self, step: _StepBuilder) -> None:
+        while self.waiting and step.budget and self.slots.num_free:
+            request = self.waiting[0]
+            target = request.total
+            needed = self.pool.blocks_for(target)
+            # NOTE: one block for each running request stays free, or the newcomer would be
+            # preempted as soon as they grow.
+            if needed + len(self.running) > self.pool.num_free and (
+                self.running or needed > self.pool.num_free
+            ):
+                return
+            self.waiting.popleft()
+            self.running.append(request)
+            request.slot = self.slots.take()
+            request.prefill_target = target
+            step.new_slots.append(SlotStart(request.slot, request.params, request.seed))
+            for index in range(needed):
+                step.new_blocks.append((request.slot, index, self._block(request)))
+            step.add(request)
+
+    def _block(self, request: RequestState) -> int:
+        block = self.pool.take()
+        request.blocks.append(block)
+        return block
+
+    def _preempt(self, request: RequestState) -> None:
+        assert not self._named_in_flight(request), "a step in flight writes its blocks"
+        self.running.remove(request)
+        self._release(request)
+        request.num_scheduled = 0
+        request.prefill_target = 0
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def update(self, step_id: int, tokens: Sequence[int]) -> list[TokenEvent]:
+        """Retire the oldest step in flight.
+
+        tokens: the sampled token of every row, in the rows' order.
+        """
+        step = self._in_flight.popleft()
+        assert step.step_id == step_id, "steps retire in the order they were scheduled"
+        assert len(tokens) == len(step.rows)
+        events: list[TokenEvent] = []
+        for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
+            request = self._requests.get(row.request_id)
+            if not row.samples or request is None:
+                continue  # a chunk in the middle of a prompt, or the request has ended
+            request.num_in_flight -= 1
+            request.output.append(token)
+            reason = None
+            if token in request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif len(request.prompt) + len(request.output) >= request.max_total:
+                reason = FinishReason.LENGTH
+            if reason:
+                self.running.remove(request)
+                self._finish(request)
+            events.append(TokenEvent(request.request_id, token, reason, index))
+        retired = [r for r in self._retiring if r.last_step <= step_id]
+        if retired:
+            self._retiring = [r for r in self._retiring if r.last_step > step_id]
+            for request in retired:
+                self._release(request)
+        return events
+
+    def _finish(self, request: RequestState) -> None:
+        del self._requests[request.request_id]
+        if self._named_in_flight(request):
+            self._retiring.append(request)
+        else:
+            self._release(request)
+
+    def _release(self, request: RequestState) -> None:
+        self.pool.give_back(request.blocks)
+        request.blocks = []
+        if request.slot:
+            self.slots.give_back((request.slot,))
+            request.slot = 0
+
+    def check_integrity(self) -> None:
+        """Assert that every slot and block is held once or free. For tests and for idle time."""
+        holders = [*self.running, *self._retiring]
+        blocks = [block for request in holders for block in request.blocks]
+        slots = [request.slot for request in holders]
+        assert len(set(blocks)) == len(blocks) == self.pool.num_used
+        assert len(set(slots)) == len(slots) == self.slots.num_used
+        assert 0 not in blocks
+        assert 0 not in slots
+        assert all(not request.blocks and not request.slot for request in self.waiting)
+        assert set(self._requests.values()) == {*self.running, *self.waiting}
+
+
+class _StepBuilder:
+    """Collects one step's rows, decode before prefill, within the token budget."""
+
+    def __init__(self, step_id: int, budget: int) -> None:
+        self.step_id = step_id
+        self.budget = budget
+        self.decodes: list[ScheduledRow] = []
+        self.prefills: list[ScheduledRow] = []
+        self.new_slots: list[SlotStart] = []
+        self.new_blocks: list[tuple[int, int, int]] = []
+
+    def add(self, request: RequestState) -> None:
+        """Give `request` its decode token, or as much of its prefill as the budget allows."""
+        start = request.num_scheduled
+        decoding = request.decoding
+        count = 1 if decoding else min(self.budget, request.prefill_target - start)
+        samples = decoding or start + count == request.prefill_target
+        row = ScheduledRow(
+            request_id=request.request_id,
+            slot=request.slot,
+            start=start,
+            num_tokens=count,
+            token_ids=[] if decoding else request.tokens(start, start + count),
+            decoding=decoding,
+            samples=samples,
+            logprobs=request.params.logprobs,
+        )
+        (self.decodes if decoding else self.prefills).append(row)
+        request.num_scheduled += count
+        request.num_in_flight += samples
+        request.last_step = self.step_id
+        self.budget -= count
+
+    def build(self) -> SchedulerOutput | None:
+        """The step, or None if no request was added."""
+        rows = self.decodes + self.prefills
+        if not rows:
+            return None
+        return SchedulerOutput(
+            step_id=self.step_id,
+            rows=rows,
+            new_slots=self.new_slots,
+            new_blocks=self.new_blocks,
+            num_decodes=len(self.decodes),
+            num_tokens=sum(row.num_tokens for row in rows),
+        )
