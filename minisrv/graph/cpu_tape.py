@@ -1,0 +1,271 @@
+"""The CPU's graph backend: a tape of ATen operations, replayed without the model's Python.
+
+It keeps the two promises of a CUDA graph, fixed shapes and fixed addresses, so that what would go
+wrong there goes wrong here. Capture runs the code once and records each operation with the tensors
+it touched. Of these tensors
+- those that existed before (weights, caches, static buffers) keep their address;
+- those that share storage with an argument are views: they cost nothing and are not replayed;
+- all others are intermediates. They are laid out by liveness in one arena which all graphs of the
+  backend share, and each operation writes to the place it was given there.
+Knows nothing of models, batches or modes. An ATen operation costs about 1 us on a CPU, so the tape
+is an instrument of exactness more than of speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from minisrv.errors import GraphCaptureError
+from minisrv.graph.backend import Replay
+from minisrv.kernels import DIRECT
+
+ALIGNMENT = 64
+"""Bytes. torch's allocator gives the same, so kernels take the same paths as in eager runs."""
+
+_NEVER = {
+    torch.Tag.data_dependent_output: "reads a value back to the host",
+    torch.Tag.dynamic_output_shape: "has a result whose shape depends on the data",
+    torch.Tag.nondeterministic_seeded: "draws random numbers that a replay would repeat",
+}
+
+
+@dataclass(slots=True)
+class _Node:
+    """One recorded call. `outputs` are the fresh tensors it made, in order."""
+
+    op: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Tensor]
+
+
+@dataclass(slots=True)
+class _Storage:
+    """An intermediate's life, in node numbers counted through the whole capture."""
+
+    nbytes: int
+    born: int
+    last_used: int
+    offset: int = -1
+
+
+@dataclass(slots=True)
+class _Capture:
+    """What has been recorded since the last `finish`.
+
+    internal: storages made during the capture, by identity. `keep` holds what they belong to, so
+        that no identity is given out twice.
+    """
+
+    segments: list[tuple[_Segment, list[_Node]]] = field(default_factory=list)
+    internal: dict[int, _Storage] = field(default_factory=dict)
+    keep: list[Tensor] = field(default_factory=list)
+    num_nodes: int = 0
+
+
+class _Segment:
+    """A stretch of tape. Its calls are bound to addresses when the capture is finished."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self) -> None:
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+class CPUTapeBackend:
+    """A `GraphBackend` for the CPU. See the module's docstring."""
+
+    def __init__(self) -> None:
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        self._capture = _Capture()
+        self._recorder: _Recorder | None = None
+
+    def begin(self) -> None:
+        """Start to record a segment."""
+        assert self._recorder is None, "segments do not nest"
+        self._recorder = _Recorder(self._capture)
+        self._recorder.__enter__()
+
+    def end(self) -> Replay:
+        """Stop recording; the segment can be replayed after `finish`."""
+        recorder = self._stop()
+        segment = _Segment()
+        self._capture.segments.append((segment, recorder.nodes))
+        return segment
+
+    def finish(self) -> None:
+        """Give every intermediate its place in the arena and bind the recorded calls to it.
+
+        An arena that is too small is replaced by a larger one for this and later graphs; earlier
+        graphs keep theirs.
+        """
+        capture, self._capture = self._capture, _Capture()
+        size = _lay_out(capture.internal.values())
+        if size > self.arena.numel():
+            self.arena = torch.zeros(size, dtype=torch.uint8)
+        place = _Placer(capture.internal, self.arena)
+        for segment, nodes in capture.segments:
+            segment.calls = [_bind(node, place) for node in nodes]
+
+    def abandon(self) -> None:
+        """Forget the capture that an error has ended."""
+        if self._recorder is not None:
+            self._stop()
+        self._capture = _Capture()
+
+    def _stop(self) -> _Recorder:
+        recorder = self._recorder
+        assert recorder is not None, "no segment is being recorded"
+        recorder.__exit__(None, None, None)
+        self._recorder = None
+        return recorder
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs every operation and notes it."""
+
+    def __init__(self, capture: _Capture) -> None:
+        super().__init__()
+        self.capture = capture
+        self.nodes: list[_Node] = []
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse(func, args)
+        result = func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        known = {_identity(tensor) for tensor in inputs}
+        fresh = [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
+        if not fresh and not func._schema.is_mutable:
+            return result  # a view
+        capture = self.capture
+        number = capture.num_nodes
+        capture.num_nodes += 1
+        for tensor in inputs:
+            if storage := capture.internal.get(_identity(tensor)):
+                storage.last_used = number
+        for tensor in fresh:
+            nbytes = tensor.untyped_storage().nbytes()
+            capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
+            capture.keep.append(tensor)
+        self.nodes.append(_Node(func, args, kwargs, fresh))
+        return result
+
+
+def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
+    for tag, what in _NEVER.items():
+        if tag in func.tags:
+            raise GraphCaptureError(f"{func} {what}: a graph cannot hold it.")
+    if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+        for index in args[1]:
+            if index is not None and index.dtype in (torch.bool, torch.uint8):
+                raise GraphCaptureError(
+                    f"{func} takes a boolean index, so its shape depends on the data: a graph "
+                    "cannot hold it. Use torch.where, or masked_fill."
+                )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _identity(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _lay_out(storages: Iterable[_Storage]) -> int:
+    """Give each storage the first gap that is free while it lives; returns the bytes needed.
+
+    A result never shares bytes with an argument of the call that makes it: its life begins before
+    theirs ends.
+    """
+    top = 0
+    live: list[_Storage] = []  # by offset
+    for storage in sorted(storages, key=lambda s: s.born):
+        live = [other for other in live if other.last_used >= storage.born]
+        size = -(-storage.nbytes // ALIGNMENT) * ALIGNMENT
+        start, position = 0, len(live)
+        for index, other in enumerate(live):
+            if other.offset - start >= size:
+                position = index
+                break
+            start = other.offset + -(-other.nbytes // ALIGNMENT) * ALIGNMENT
+        storage.offset = start
+        live.insert(position, storage)
+        top = max(top, start + size)
+    return top
+
+
+class _Placer:
+    """Maps a tensor of the capture to the tensor that the replay uses in its stead."""
+
+    def __init__(self, internal: dict[int, _Storage], arena: Tensor) -> None:
+        self.internal = internal
+        self.arena = arena.untyped_storage()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = self.internal.get(_identity(tensor))
+        if storage is None:
+            return tensor
+        offset = storage.offset // tensor.element_size() + tensor.storage_offset()
+        placed = torch.empty(0, dtype=tensor.dtype)
+        return placed.set_(self.arena, offset, tensor.size(), tensor.stride())
+
+
+def _bind(
+    node: _Node, place: _Placer
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = tree_map_only(Tensor, place, (node.args, node.kwargs))
+    outputs = [place(tensor) for tensor in node.outputs]
+    if not outputs:
+        return DIRECT.get(node.op, node.op), args, kwargs
+    found = _out_variant(node.op)
+    if found is None:
+        return _compute_and_copy, (node.op, outputs, args, kwargs), {}
+    variant, names = found
+    # Factories name the dtype and the place that `out` has already.
+    kwargs = {key: value for key, value in kwargs.items() if key in _argument_names(variant)}
+    return variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))}
+
+
+def _compute_and_copy(
+    op: OpOverload, outputs: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    for output, value in zip(outputs, _tensors(op(*args, **kwargs)), strict=True):
+        output.copy_(value)
+
+
+@cache
+def _out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
+    """The overload of `op` that writes to tensors it is given, and those arguments' names."""
+    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not a.kwarg_only]
+    for name in op.overloadpacket.overloads():
+        variant: OpOverload = getattr(op.overloadpacket, name)
+        arguments = variant._schema.arguments
+        out = [a for a in arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write]
+        rest = [(a.name, str(a.type)) for a in arguments if not a.kwarg_only]
+        if out and rest == wanted and len(out) == len(op._schema.returns):
+            return variant, tuple(a.name for a in out)
+    return None
+
+
+@cache
+def _argument_names(op: OpOverload) -> frozenset[str]:
+    return frozenset(argument.name for argument in op._schema.arguments)

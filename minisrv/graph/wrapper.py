@@ -1,0 +1,120 @@
+"""The wrapper that replays a graph where the forward context says so.
+
+Knows: for which runtime mode it stands, and the graphs it has captured by descriptor. It trusts
+the context: choosing is the dispatcher's work. Whoever is not meant passes through, so wrappers
+nest: the FULL one around the step, the PIECEWISE one around the model inside it.
+Knows nothing of how a backend records, nor what the runnable computes.
+
+A capture is ended at every attention op and begun again behind it (PIECEWISE), or holds it (FULL).
+A runnable returns nothing: it reads static buffers and leaves its results in static buffers, so
+that no result lies in memory which another graph reuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from minisrv.errors import GraphError
+from minisrv.graph.backend import GraphBackend, Replay
+from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """What a replay walks: pieces, and between them what is not captured.
+
+    addresses: of every tensor the capture was given; a replay is valid for these only.
+    """
+
+    walk: tuple[Replay, ...]
+    addresses: dict[str, int]
+
+    def replay(self) -> None:
+        """Run it."""
+        for run in self.walk:
+            run()
+
+    @property
+    def num_pieces(self) -> int:
+        """Captured segments: 1 for FULL, one more than attention layers for PIECEWISE."""
+        return (len(self.walk) + 1) // 2
+
+
+class CUDAGraphWrapper:
+    """Runs `runnable`, by graph where the context's mode is `mode`. The name is vLLM's.
+
+    check_addresses: compare every address with the capture's before each replay; for tests, and
+        for whoever suspects a tensor that should be static.
+    """
+
+    def __init__(
+        self,
+        runnable: Callable[..., None],
+        mode: CUDAGraphMode,
+        backend: GraphBackend,
+        *,
+        check_addresses: bool = False,
+    ) -> None:
+        self.runnable = runnable
+        self.mode = mode
+        self.backend = backend
+        self.check_addresses = check_addresses
+        self.graphs: dict[BatchDescriptor, CapturedGraph] = {}
+
+    def __call__(self, *args: Tensor) -> None:
+        """Replay, or pass through. Raises GraphError for a key that was never captured."""
+        context = get_forward_context()
+        if context.mode is not self.mode:
+            self.runnable(*args)
+            return
+        graph = self.graphs.get(context.descriptor)
+        if graph is None:
+            raise GraphError(f"no {self.mode.name} graph was captured for {context.descriptor}.")
+        if self.check_addresses:
+            _compare(graph.addresses, _addresses(context, args))
+        graph.replay()
+
+    def capture(self, *args: Tensor) -> None:
+        """Record one run of the runnable for the context's descriptor.
+
+        Raises GraphCaptureError if the runnable does what a graph cannot hold.
+        """
+        context = get_forward_context()
+        backend = self.backend
+        walk: list[Replay] = []
+
+        def break_at(between: Replay) -> None:
+            walk.append(backend.end())
+            walk.append(between)
+            backend.begin()
+
+        pieces = self.mode is CUDAGraphMode.PIECEWISE
+        backend.begin()
+        try:
+            with set_forward_context(replace(context, break_at=break_at if pieces else None)):
+                self.runnable(*args)
+            walk.append(backend.end())
+            backend.finish()
+        except BaseException:
+            backend.abandon()
+            raise
+        self.graphs[context.descriptor] = CapturedGraph(tuple(walk), _addresses(context, args))
+
+
+def _addresses(context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
+    found = {f"argument {index}": arg.data_ptr() for index, arg in enumerate(args)}
+    for field in fields(context.attn):
+        found[f"attn.{field.name}"] = getattr(context.attn, field.name).data_ptr()
+    return found
+
+
+def _compare(captured: dict[str, int], given: dict[str, int]) -> None:
+    moved = [name for name, address in given.items() if captured.get(name) != address]
+    if moved:
+        raise GraphError(
+            f"{', '.join(moved)} moved since the capture: a graph reads the old address."
+        )
