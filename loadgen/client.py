@@ -1,0 +1,232 @@
+"""One request: send it, read its stream, time it, judge it.
+
+Knows HTTP (through aiohttp) and the chunks of OpenAI's completions and chat completions. Does not
+know how many requests run beside it, nor what is computed from its record. The three judgements
+everything else rests on are made here: which chunks carry content (not a role, not an empty
+string, not the usage), how many tokens there were (usage, never the chunks if usage is there), and
+whether the request succeeded.
+"""
+
+import aiohttp
+import msgspec
+
+from loadgen.errors import ServerError
+from loadgen.records import Failure, FailureKind, RequestRecord, RunConfig, clock
+from loadgen.sse import SSEError, SSEParser
+
+_READ_BUFFER_BYTES = 1 << 20  # the default of 64 KiB throttles servers that send large chunks
+_KEEPALIVE_S = 4.0  # below the 5 s after which common servers close an idle connection
+_PROBE_TIMEOUT_S = 10.0
+_MAX_MESSAGE_CHARS = 300
+_MAX_ERROR_BYTES = 64 << 10
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+    def has_content(self) -> bool:
+        if self.text:
+            return True
+        delta = self.delta
+        return delta is not None and bool(
+            delta.content or delta.reasoning_content or delta.reasoning
+        )
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: object = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_Model]
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+class CompletionStream:
+    """The state of one streamed answer. Fed with bytes and their arrival; touches no network."""
+
+    def __init__(self) -> None:
+        self.chunk_times_s: list[float] = []
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.done_s: float | None = None
+        self._finish_reason: str | None = None
+        self._failure: Failure | None = None
+        self._parser = SSEParser()
+
+    def feed(self, data: bytes, now_s: float) -> bool:
+        """Take bytes that arrived at `now_s`; False once the stream has failed for good."""
+        try:
+            for event in self._parser.feed(data):
+                if event == b"[DONE]":
+                    self.done_s = now_s
+                else:
+                    self._take(_decode_chunk(event), now_s)
+        except (SSEError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._failure = Failure(FailureKind.BROKEN_STREAM, f"unreadable event: {error}")
+        return self._failure is None
+
+    def _take(self, chunk: _Chunk, now_s: float) -> None:
+        if chunk.error is not None:
+            self._failure = Failure(FailureKind.ERROR_EVENT, _error_text(chunk.error))
+        for choice in chunk.choices or ():
+            if choice.has_content():
+                self.chunk_times_s.append(now_s)
+            if choice.finish_reason is not None:
+                self._finish_reason = choice.finish_reason
+        if chunk.usage is not None:
+            self.prompt_tokens = chunk.usage.prompt_tokens
+            self.completion_tokens = chunk.usage.completion_tokens
+
+    def verdict(self, output_tokens: int, exact: bool) -> Failure | None:
+        """Judge the stream after its end: None is success.
+
+        `exact` demands `output_tokens` tokens, else they are the most there may be. A server that
+        sends no usage cannot be held to a count.
+        """
+        if self._failure is not None:
+            return self._failure
+        if self.done_s is None:
+            return Failure(FailureKind.BROKEN_STREAM, "the stream ended before [DONE]")
+        if self._finish_reason is None:
+            return Failure(FailureKind.NO_FINISH_REASON, "[DONE] came without a finish_reason")
+        count = self.completion_tokens
+        if count is not None and (count > output_tokens or (exact and count != output_tokens)):
+            message = f"asked for {output_tokens} tokens, usage says {count}"
+            return Failure(FailureKind.WRONG_TOKEN_COUNT, message)
+        if not self.chunk_times_s:
+            return Failure(FailureKind.NO_TOKENS, "no chunk carried content, nothing to time")
+        return None
+
+
+def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession:
+    """A session without a limit on connections; `timeout_s` bounds each request as a whole."""
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return aiohttp.ClientSession(
+        # NOTE: aiohttp's default of 100 connections would queue requests inside the client and
+        # count the wait as the server's.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        headers=headers,
+        read_bufsize=_READ_BUFFER_BYTES,
+    )
+
+
+async def send(
+    session: aiohttp.ClientSession, url: str, body: bytes, index: int, config: RunConfig
+) -> RequestRecord:
+    """Send one streaming request and return its record; a failure is recorded, never raised."""
+    stream = CompletionStream()
+    failure: Failure | None = None
+    start_s = clock()
+    try:
+        async with session.post(url, data=body, allow_redirects=False) as response:
+            if response.status == 200:
+                # NOTE: read to the end, past [DONE], or the connection could not be used again.
+                async for data in response.content.iter_any():
+                    if not stream.feed(data, clock()):
+                        break
+                failure = stream.verdict(config.output_tokens, config.ignore_eos)
+            else:
+                failure = await _http_failure(response)
+    except TimeoutError:
+        failure = Failure(FailureKind.TIMEOUT, f"not finished within {config.timeout_s:g} s")
+    except aiohttp.ClientConnectorError as error:
+        failure = Failure(FailureKind.CONNECT, _clip(str(error)))
+    except (aiohttp.ClientError, OSError) as error:
+        failure = Failure(FailureKind.BROKEN_STREAM, _clip(f"{type(error).__name__}: {error}"))
+    end_s = clock() if stream.done_s is None or failure is not None else stream.done_s
+    return RequestRecord(
+        index=index,
+        start_s=start_s,
+        end_s=end_s,
+        chunk_times_s=tuple(stream.chunk_times_s),
+        prompt_tokens=stream.prompt_tokens,
+        completion_tokens=stream.completion_tokens,
+        failure=failure,
+    )
+
+
+async def find_model(
+    base_url: str, api_key: str | None, wanted: str | None, timeout_s: float
+) -> str:
+    """The model to ask for: `wanted` if the server lists it, else the first it lists.
+
+    Raises ServerError if the server cannot be reached or does not serve it. A server without
+    GET /models (404 or 405) is taken at the user's word.
+    """
+    url = f"{base_url}/models"
+    try:
+        async with (
+            open_session(api_key, min(timeout_s, _PROBE_TIMEOUT_S)) as session,
+            session.get(url) as response,
+        ):
+            if response.status in (404, 405) and wanted is not None:
+                return wanted
+            if response.status != 200:
+                failure = await _http_failure(response)
+                hint = " (see --api-key)" if response.status in (401, 403) else ""
+                raise ServerError(f"GET {url} gave {response.status}: {failure.message}{hint}")
+            models = msgspec.json.decode(await response.read(), type=_ModelList).data
+    except TimeoutError:
+        raise ServerError(f"no answer from {url}") from None
+    except msgspec.DecodeError as error:
+        raise ServerError(f"GET {url} is no OpenAI list of models: {error}") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise ServerError(f"cannot reach {url}: {_clip(str(error))}") from None
+    names = [model.id for model in models]
+    if wanted is None and names:
+        return names[0]
+    if wanted is None or wanted not in names:
+        asked = "" if wanted is None else f" {wanted!r}"
+        raise ServerError(f"no such model{asked} at {base_url}; it serves: {', '.join(names)}")
+    return wanted
+
+
+async def _http_failure(response: aiohttp.ClientResponse) -> Failure:
+    raw = b""
+    while len(raw) < _MAX_ERROR_BYTES and (part := await response.content.read(_MAX_ERROR_BYTES)):
+        raw += part
+    try:
+        text = _error_text(msgspec.json.decode(raw))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = _clip(raw.decode(errors="replace"))
+    return Failure(FailureKind.HTTP_STATUS, text or str(response.reason), response.status)
+
+
+def _error_text(error: object) -> str:
+    """The message inside an error object, in OpenAI's shape or not."""
+    while isinstance(error, dict):
+        inner = error.get("error") or error.get("message") or error.get("detail")
+        if inner is None:
+            break
+        error = inner
+    return _clip(str(error))
+
+
+def _clip(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_MESSAGE_CHARS else line[:_MAX_MESSAGE_CHARS] + "..."

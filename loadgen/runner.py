@@ -1,0 +1,367 @@
+"""Closed-loop load from several client processes.
+
+Knows how requests are kept in flight: C lanes spread over P processes, each lane sending its next
+request when its last has ended. Does not know what a request says (prompts), how it is judged
+(client) or what is computed of it (stats).
+
+    parent                                   each worker process (spawned; one event loop)
+      Phase       -- pipe, msgpack -->         lanes: take an index, send, record
+      _Shared     <- next index, done, failed, stop ->
+      PhaseResult <-- pipe, msgpack --         records, CPU share, event loop lag
+
+The parent sends nothing itself, so that drawing progress disturbs no measurement. A phase is
+bounded by a count and a time, each request by its timeout, and the parent's patience by their sum.
+"""
+
+import asyncio
+import ctypes
+import multiprocessing
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import aiohttp
+import msgspec
+
+from loadgen.client import open_session, send
+from loadgen.errors import ServerError, WorkerError
+from loadgen.prompts import endpoint, request_body
+from loadgen.records import (
+    ClientLoad,
+    Failure,
+    LevelResult,
+    RequestRecord,
+    RunConfig,
+    StoppedBy,
+    clock,
+)
+from loadgen.stats import Distribution
+
+_TICK_S = 0.02
+_POLL_S = 0.1
+_FAILURE_PAUSE_S = 0.05  # a lane waits this long after a failure: a refusing server is not hammered
+_START_GRACE_S = 60.0
+_STOP_GRACE_S = 15.0
+_SPARE_FILES = 256
+
+
+class Observer(Protocol):
+    """Is told how a run goes on; called in the parent, between measurements' own work."""
+
+    def begin(self, concurrency: int, warmup: bool) -> None:
+        """A phase starts."""
+
+    def update(self, done: int, failed: int, share: float) -> None:
+        """So many requests of the phase have ended; `share` in [0, 1] of its bound is used."""
+
+
+class Phase(msgspec.Struct, frozen=True):
+    """One worker's part of a warm-up or of a measurement."""
+
+    level: int
+    warmup: bool
+    lanes: int
+    requests: int
+    """The bound of all workers together; they draw from one counter."""
+    time_limit_s: float
+
+
+class PhaseResult(msgspec.Struct, frozen=True):
+    """What one worker hands back. Requests cut off by an interrupt are not in it."""
+
+    records: list[RequestRecord]
+    load: ClientLoad
+
+
+class _Shared:
+    """Counters that all processes of a run see. Lives in shared memory; no message carries them."""
+
+    _NEXT, _DONE, _FAILED, _STOP = range(4)
+
+    def __init__(self, context: SpawnContext) -> None:
+        self._cells = context.Array(ctypes.c_longlong, 4)
+        self._raw: Any = self._cells.get_obj()  # the same cells, without the lock
+
+    def reset(self) -> None:
+        """Start a new phase; a stop stays."""
+        for cell in (self._NEXT, self._DONE, self._FAILED):
+            self._raw[cell] = 0
+
+    def take(self, limit: int) -> int | None:
+        """The next request's index, or None when `limit` have been given out."""
+        with self._cells:
+            index = int(self._raw[self._NEXT])
+            self._raw[self._NEXT] += index < limit
+        return index if index < limit else None
+
+    def count(self, failed: bool) -> None:
+        """One more request has ended."""
+        with self._cells:
+            self._raw[self._DONE] += 1
+            self._raw[self._FAILED] += failed
+
+    def stop(self) -> None:
+        """Ask all workers to drop what they do."""
+        self._raw[self._STOP] = 1
+
+    # NOTE: reads take no lock, so a worker killed while holding it cannot block the parent.
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._raw[self._STOP])
+
+    @property
+    def taken(self) -> int:
+        return int(self._raw[self._NEXT])
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(ended, failed) requests."""
+        return int(self._raw[self._DONE]), int(self._raw[self._FAILED])
+
+
+def run_levels(config: RunConfig, api_key: str | None, observer: Observer) -> Iterator[LevelResult]:
+    """Measure each concurrency in turn, its warm-up first, and yield its raw result.
+
+    Starts and ends the client processes. While it runs, SIGINT and SIGTERM end the measurement:
+    the partial level is yielded, then KeyboardInterrupt is raised. Raises ServerError if the first
+    warm-up is refused as a whole, WorkerError if a client process is lost.
+    """
+    with _Pool(config, api_key, observer) as pool:
+        for level, concurrency in enumerate(config.concurrencies):
+            if pool.interrupted:
+                raise KeyboardInterrupt
+            warmup_failures: list[Failure] = []
+            if count := config.warmup_at(concurrency):
+                results = pool.run(level, concurrency, True, count)
+                if pool.interrupted:
+                    raise KeyboardInterrupt
+                outcomes = [record.failure for result in results for record in result.records]
+                warmup_failures = [failure for failure in outcomes if failure is not None]
+                if level == 0:
+                    _check_not_refused(outcomes)
+            requests = config.requests_at(concurrency)
+            results = pool.run(level, concurrency, False, requests)
+            stopped_by = StoppedBy.REQUESTS if pool.taken >= requests else StoppedBy.DURATION
+            yield LevelResult(
+                concurrency=concurrency,
+                stopped_by=StoppedBy.INTERRUPT if pool.interrupted else stopped_by,
+                records=sorted(
+                    (record for result in results for record in result.records),
+                    key=lambda record: record.start_s,
+                ),
+                warmup_failures=warmup_failures,
+                clients=[result.load for result in results],
+            )
+        if pool.interrupted:
+            raise KeyboardInterrupt
+
+
+def _check_not_refused(outcomes: list[Failure | None]) -> None:
+    """Raise if every request met a 4xx: the request is wrong, more of them tell nothing new."""
+    refusals = [
+        failure
+        for failure in outcomes
+        if failure is not None
+        and failure.status is not None
+        and 400 <= failure.status < 500
+        and failure.status not in (408, 429)
+    ]
+    if outcomes and len(refusals) == len(outcomes):
+        first = refusals[0]
+        hint = " (see --no-ignore-eos)" if "ignore_eos" in first.message else ""
+        raise ServerError(
+            f"the server refuses these requests: {first.status}: {first.message}{hint}"
+        )
+
+
+class _Pool:
+    """The worker processes of one run, and the signals that end it."""
+
+    def __init__(self, config: RunConfig, api_key: str | None, observer: Observer) -> None:
+        self.interrupted = False
+        self._config = config
+        self._observer = observer
+        self._context = multiprocessing.get_context("spawn")
+        self._shared = _Shared(self._context)
+        self._connections: list[Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._api_key = api_key
+        self._old_handlers: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        # NOTE: a child inherits an ignored SIGINT; Ctrl-C reaches the whole process group, and
+        # only the parent may act on it.
+        self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for _ in range(min(self._config.processes, max(self._config.concurrencies))):
+                ours, theirs = self._context.Pipe()
+                arguments = (self._config, self._api_key, theirs, self._shared)
+                process = self._context.Process(target=_worker, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
+            signal.signal(signal.SIGINT, self._on_signal)
+            self._old_handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
+            self._collect(self._connections, _START_GRACE_S, lambda: None)  # each says it is ready
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:  # asked twice: do not wait for the workers
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._shared.stop()
+
+    @property
+    def taken(self) -> int:
+        """Requests started in the last phase."""
+        return self._shared.taken
+
+    def run(self, level: int, concurrency: int, warmup: bool, requests: int) -> list[PhaseResult]:
+        """Run one phase on as many workers as there are lanes for, and return their results."""
+        self._shared.reset()
+        self._observer.begin(concurrency, warmup)
+        limit_s = self._config.time_limit_s
+        lanes, rest = divmod(concurrency, len(self._connections))
+        busy = self._connections[:concurrency]
+        for position, connection in enumerate(busy):
+            share = lanes + (position < rest)
+            phase = Phase(level, warmup, share, requests, limit_s)
+            with suppress(OSError):  # a dead worker is reported by _collect
+                connection.send_bytes(msgspec.msgpack.encode(phase))
+        started_s = clock()
+
+        def show() -> None:
+            done, failed = self._shared.progress
+            used = max(done / requests, min(1.0, (clock() - started_s) / limit_s))
+            self._observer.update(done, failed, used)
+
+        patience_s = limit_s + self._config.timeout_s + _STOP_GRACE_S
+        return [
+            msgspec.msgpack.decode(message, type=PhaseResult)
+            for message in self._collect(busy, patience_s, show)
+        ]
+
+    def _collect(
+        self, connections: list[Connection], patience_s: float, show: Callable[[], None]
+    ) -> list[bytes]:
+        """One message of each connection, in their order; `show` is called meanwhile."""
+        messages: dict[Connection, bytes] = {}
+        give_up_s = clock() + patience_s
+        while len(messages) < len(connections):
+            if self.interrupted:
+                give_up_s = min(give_up_s, clock() + _STOP_GRACE_S)
+            if clock() > give_up_s:
+                raise WorkerError("a client process does not answer")
+            for ready in wait([c for c in connections if c not in messages], _POLL_S):
+                assert isinstance(ready, Connection)
+                try:
+                    messages[ready] = ready.recv_bytes()
+                except (EOFError, OSError):
+                    raise WorkerError("a client process died; what it wrote is above") from None
+            show()
+        return [messages[connection] for connection in connections]
+
+
+def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared) -> None:
+    """The body of a client process: run phases until the parent closes the pipe."""
+    _allow_open_files(max(config.concurrencies) + _SPARE_FILES)
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with suppress(ImportError):
+        import uvloop
+
+        new_loop = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(_serve_phases(config, api_key, parent, shared))
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit to `count` if it is lower: a connection is a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+async def _serve_phases(
+    config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with open_session(api_key, config.timeout_s) as session:
+        parent.send_bytes(b"ready")
+        while True:
+            try:
+                # In a thread, so that the loop sees idle connections close between phases.
+                message = await loop.run_in_executor(None, parent.recv_bytes)
+            except (EOFError, OSError):
+                return
+            phase = msgspec.msgpack.decode(message, type=Phase)
+            result = await _run_phase(config, phase, session, shared)
+            parent.send_bytes(msgspec.msgpack.encode(result))
+
+
+async def _run_phase(
+    config: RunConfig, phase: Phase, session: aiohttp.ClientSession, shared: _Shared
+) -> PhaseResult:
+    """Keep `phase.lanes` requests in flight until a bound is met, watching the client itself."""
+    url = endpoint(config)
+    records: list[RequestRecord] = []
+    started_s, cpu_s = clock(), time.process_time()
+
+    async def lane() -> None:
+        while clock() - started_s < phase.time_limit_s:
+            index = shared.take(phase.requests)
+            if index is None:
+                return
+            body = request_body(config, phase.level, phase.warmup, index)
+            record = await send(session, url, body, index, config)
+            records.append(record)
+            shared.count(record.failure is not None)
+            if record.failure is not None:
+                await asyncio.sleep(_FAILURE_PAUSE_S)
+
+    lanes = asyncio.gather(*(lane() for _ in range(phase.lanes)))
+    lags_s: list[float] = []
+    while not lanes.done():
+        due_s = clock() + _TICK_S
+        await asyncio.wait([lanes], timeout=_TICK_S)
+        if not lanes.done():
+            lags_s.append(max(0.0, clock() - due_s))
+        parent = multiprocessing.parent_process()
+        if shared.stopped or parent is None or not parent.is_alive():
+            lanes.cancel()
+            break
+    with suppress(asyncio.CancelledError):
+        await lanes
+    wall_s = max(clock() - started_s, 1e-9)
+    lag = Distribution.of((value, 1.0) for value in lags_s)
+    load = ClientLoad(
+        cpu_share=(time.process_time() - cpu_s) / wall_s,
+        lag_p99_s=lag.p99 if lag else 0.0,
+        lag_max_s=lag.max if lag else 0.0,
+    )
+    return PhaseResult(records, load)

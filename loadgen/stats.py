@@ -1,0 +1,208 @@
+"""From records to numbers: pure functions, and the formulas in words.
+
+Knows what each metric means. Does not know HTTP, processes or how a number is printed. Only
+successful requests enter a latency or a token count; failures are counted by what went wrong.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Self
+
+import msgspec
+
+from loadgen.records import ClientLoad, LevelResult, RequestRecord
+
+FORMULAS = {
+    "TTFT": "first chunk with content - send start; chunks that carry only a role do not count",
+    "ITL": "gap between neighbouring chunks with content, divided by the tokens it stands for: "
+    "k = (n - 1) / (chunks - 1) of its request, and weighted by k. TTFT is no part of it; "
+    "chunks of one read share its time",
+    "TPOT": "(E2E - TTFT) / (n - 1), for each request with n > 1",
+    "E2E": "[DONE] - send start",
+    "n": "output tokens, from the server's usage; without usage, chunks with content",
+    "tok/s": "output tokens of successful requests / window",
+    "req/s": "successful requests / window",
+    "window": "first send start to last end at this concurrency, failures and the tail included",
+    "in flight": "sum of all requests' durations / window",
+    "pN": "the smallest sample that at least N% of the samples (of the tokens, for ITL) do not "
+    "exceed",
+    "closed loop": "a new request is sent only when one ends, so this measures service at a fixed "
+    "concurrency. It says nothing about latency at a fixed arrival rate: a slow server is asked "
+    "less often (coordinated omission)",
+}
+
+CPU_SHARE_LIMIT = 0.8
+LAG_FLOOR_S = 0.002
+LAG_ITL_SHARE = 0.5
+LAG_CPU_SHARE = 0.3
+
+
+class Distribution(msgspec.Struct, frozen=True):
+    """A summary of samples, in the unit of the samples. `count` is the number of samples."""
+
+    count: int
+    mean: float
+    min: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, samples: Iterable[tuple[float, float]]) -> Self | None:
+        """Summarise (value, weight) pairs with positive weights; None if there are none."""
+        ordered = sorted(samples)
+        if not ordered:
+            return None
+        p50, p90, p99 = percentiles(ordered, (50, 90, 99))
+        return cls(
+            count=len(ordered),
+            mean=sum(value * weight for value, weight in ordered)
+            / sum(weight for _, weight in ordered),
+            min=ordered[0][0],
+            p50=p50,
+            p90=p90,
+            p99=p99,
+            max=ordered[-1][0],
+        )
+
+
+def percentiles(ordered: Sequence[tuple[float, float]], ranks: Sequence[float]) -> list[float]:
+    """For each rank in ascending `ranks` (percent) the smallest value of `ordered`, ascending
+    (value, weight) pairs, up to which at least that share of the weight lies."""
+    total = sum(weight for _, weight in ordered)
+    found: list[float] = []
+    reached = 0.0
+    for value, weight in ordered:
+        reached += weight
+        # NOTE: sums of weights are rounded; the tolerance keeps p50 of 10 samples the fifth.
+        while len(found) < len(ranks) and reached >= total * (ranks[len(found)] / 100 - 1e-9):
+            found.append(value)
+    return found
+
+
+def itl_samples_ms(record: RequestRecord) -> list[tuple[float, float]]:
+    """(ITL in ms, tokens it stands for) of each gap between chunks with content.
+
+    A chunk is not a token: the n - 1 tokens after the first are spread evenly over the gaps, so
+    the weighted mean stays (last chunk - first chunk) / (n - 1) whatever the chunking.
+    """
+    times = record.chunk_times_s
+    if len(times) < 2 or record.tokens < 2:
+        return []
+    per_gap = (record.tokens - 1) / (len(times) - 1)
+    return [((late - early) * 1e3 / per_gap, per_gap) for early, late in pairwise(times)]
+
+
+def tpot_ms(record: RequestRecord) -> float | None:
+    """Milliseconds per output token after the first; None below two tokens."""
+    if record.ttft_s is None or record.tokens < 2:
+        return None
+    return (record.e2e_s - record.ttft_s) * 1e3 / (record.tokens - 1)
+
+
+class LevelSummary(msgspec.Struct, frozen=True):
+    """The numbers of one concurrency. A distribution without samples is None."""
+
+    concurrency: int
+    stopped_by: str
+    ok: int
+    failed: int
+    failures: dict[str, int]
+    failure_examples: dict[str, str]
+    warmup_failures: dict[str, int]
+    window_s: float
+    requests_per_s: float
+    output_tokens_per_s: float
+    in_flight: float
+    prompt_tokens: int | None
+    output_tokens: int
+    chunks: int
+    tokens_per_chunk: float | None
+    without_usage: int
+    """Successful requests whose tokens had to be counted by chunks."""
+    ttft_ms: Distribution | None
+    itl_ms: Distribution | None
+    tpot_ms: Distribution | None
+    e2e_ms: Distribution | None
+    clients: list[ClientLoad]
+    warnings: list[str]
+
+    @property
+    def any_failed(self) -> bool:
+        """Whether a request failed, measured or warming up."""
+        return self.failed > 0 or bool(self.warmup_failures)
+
+
+def summarize(level: LevelResult) -> LevelSummary:
+    """Reduce the records of one concurrency to its numbers."""
+    good = [record for record in level.records if record.failure is None]
+    failures = [record.failure for record in level.records if record.failure is not None]
+    window_s = 0.0
+    if level.records:
+        first = min(record.start_s for record in level.records)
+        window_s = max(record.end_s for record in level.records) - first
+    output_tokens = sum(record.tokens for record in good)
+    chunks = sum(len(record.chunk_times_s) for record in good)
+    prompt_counts = [record.prompt_tokens for record in good if record.prompt_tokens is not None]
+    without_usage = sum(record.completion_tokens is None for record in good)
+    tpots = [value for record in good if (value := tpot_ms(record)) is not None]
+    ttfts = [value * 1e3 for record in good if (value := record.ttft_s) is not None]
+    itl = Distribution.of(sample for record in good for sample in itl_samples_ms(record))
+
+    def rate(amount: float) -> float:
+        return amount / window_s if window_s > 0 else 0.0
+
+    warnings = client_warnings(level.clients, itl)
+    if without_usage:
+        warnings.append(
+            f"{without_usage} of {len(good)} answers came without usage: their tokens were "
+            "counted by chunks and may be too few"
+        )
+    return LevelSummary(
+        concurrency=level.concurrency,
+        stopped_by=str(level.stopped_by),
+        ok=len(good),
+        failed=len(failures),
+        failures=dict(Counter(failure.key for failure in failures).most_common()),
+        failure_examples={
+            failure.key: failure.message for failure in [*level.warmup_failures, *failures]
+        },
+        warmup_failures=dict(Counter(failure.key for failure in level.warmup_failures)),
+        window_s=window_s,
+        requests_per_s=rate(len(good)),
+        output_tokens_per_s=rate(output_tokens),
+        in_flight=rate(sum(record.e2e_s for record in level.records)),
+        prompt_tokens=sum(prompt_counts) if prompt_counts else None,
+        output_tokens=output_tokens,
+        chunks=chunks,
+        tokens_per_chunk=output_tokens / chunks if chunks else None,
+        without_usage=without_usage,
+        ttft_ms=Distribution.of((value, 1.0) for value in ttfts),
+        itl_ms=itl,
+        tpot_ms=Distribution.of((value, 1.0) for value in tpots),
+        e2e_ms=Distribution.of((record.e2e_s * 1e3, 1.0) for record in good),
+        clients=level.clients,
+        warnings=warnings,
+    )
+
+
+def client_warnings(clients: Sequence[ClientLoad], itl_ms: Distribution | None) -> list[str]:
+    """Say so if the client may be what was measured: CPU-bound, or late by much of an ITL."""
+    if not clients:
+        return []
+    warnings = []
+    cpu = max(client.cpu_share for client in clients)
+    if cpu > CPU_SHARE_LIMIT:
+        warnings.append(f"client-bound: a client process used {cpu:.0%} of a core; add --processes")
+    lag_s = max(client.lag_p99_s for client in clients)
+    itl_p50_s = itl_ms.p50 / 1e3 if itl_ms is not None else 0.0
+    if lag_s > max(LAG_FLOOR_S, LAG_ITL_SHARE * itl_p50_s):
+        # Late without having been busy: others had the cores, more processes would not help.
+        advice = "add --processes" if cpu > LAG_CPU_SHARE else "give the client cores of its own"
+        warnings.append(
+            f"client-bound: the client's event loop ran up to {lag_s * 1e3:.1f} ms late (p99), "
+            f"median ITL is {itl_p50_s * 1e3:.1f} ms; {advice}"
+        )
+    return warnings

@@ -1,0 +1,233 @@
+"""One request: which chunks count, how many tokens there were, and what is a failure."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from scripted_server import (
+    DONE,
+    DROP,
+    ScriptedServer,
+    Status,
+    Step,
+    Wait,
+    answer,
+    chunk,
+    event,
+    usage,
+)
+
+from loadgen.client import CompletionStream, find_model, open_session, send
+from loadgen.errors import ServerError
+from loadgen.prompts import endpoint, request_body
+from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
+
+CONFIG = RunConfig(
+    base_url="http://unused/v1",
+    model="m",
+    concurrencies=(1,),
+    prompt_kind=PromptKind.TOKENS,
+    input_tokens=8,
+    token_range=(100, 200),
+    output_tokens=4,
+    ignore_eos=True,
+    requests=1,
+    duration_s=None,
+    warmup=0,
+    processes=1,
+    seed=0,
+    timeout_s=20.0,
+    label="",
+)
+
+
+def ask(*steps: Step, config: RunConfig = CONFIG) -> RequestRecord:
+    """Send one request to a server that answers with `steps`."""
+    with ScriptedServer(lambda number, body: steps) as server:
+        config = msgspec.structs.replace(config, base_url=server.url + "/v1")
+
+        async def go() -> RequestRecord:
+            async with open_session(None, config.timeout_s) as session:
+                body = request_body(config, 0, False, 0)
+                return await send(session, endpoint(config), body, 0, config)
+
+        return asyncio.run(go())
+
+
+def stream(parts: Sequence[bytes]) -> CompletionStream:
+    """Feed `parts`, the i-th at second i."""
+    state = CompletionStream()
+    for now, part in enumerate(parts):
+        state.feed(part, float(now))
+    return state
+
+
+def delta(**fields: object) -> bytes:
+    return event({"choices": [{"index": 0, "delta": fields, "finish_reason": None}]})
+
+
+def test_good_answer() -> None:
+    got = ask(*answer(4))
+    assert got.failure is None
+    assert got.tokens == 4
+    assert got.prompt_tokens == 4
+    assert len(got.chunk_times_s) == 4
+    assert got.start_s < got.chunk_times_s[0] <= got.chunk_times_s[-1] <= got.end_s
+
+
+def test_chunks_with_several_tokens() -> None:
+    got = ask(*answer(4, per_chunk=2))
+    assert got.failure is None
+    assert got.tokens == 4
+    assert len(got.chunk_times_s) == 2
+
+
+def test_role_only_and_empty_chunks_are_no_first_token() -> None:
+    """The second that counts is that of the first content, for every shape of an empty start."""
+    parts = [
+        b": keep-alive\n\n",
+        delta(role="assistant"),
+        delta(role="assistant", content=""),
+        delta(content=None),
+        chunk(""),
+        delta(content="a"),  # second 5
+        delta(reasoning_content="b"),
+        delta(reasoning="c"),
+        chunk("", "stop"),
+        usage(3),
+    ]
+    state = stream(parts)
+    assert state.chunk_times_s == [5.0, 6.0, 7.0]
+    assert state.done_s is None
+    state.feed(DONE, 10.0)
+    assert state.done_s == 10.0
+    assert state.verdict(3, exact=True) is None
+
+
+def test_delayed_first_token_is_after_the_headers() -> None:
+    """The first token waits until a second request is there; the headers came long before."""
+    gate = Wait(2)
+    with ScriptedServer(lambda number, body: [chunk(""), gate, *answer(4)]) as server:
+        config = msgspec.structs.replace(CONFIG, base_url=server.url + "/v1")
+
+        async def go() -> list[RequestRecord]:
+            async with open_session(None, config.timeout_s) as session:
+                body = request_body(config, 0, False, 0)
+                first = asyncio.create_task(send(session, endpoint(config), body, 0, config))
+                await asyncio.to_thread(gate.reached.wait, 20)
+                return [await send(session, endpoint(config), body, 1, config), await first]
+
+        late, early = asyncio.run(go())
+    assert early.start_s < late.start_s < early.chunk_times_s[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "status", "words"),
+    [
+        ([Status(429, {"error": {"message": "queue full"}})], "http", 429, "queue full"),
+        ([Status(400, {"error": {"message": "no ignore_eos"}})], "http", 400, "no ignore_eos"),
+        ([Status(500, {"detail": "boom"})], "http", 500, "boom"),
+        (
+            [chunk("a"), event({"error": {"message": "engine died"}}), DONE],
+            "error_event",
+            None,
+            "engine died",
+        ),
+        ([chunk("a"), chunk("b"), DROP], "broken_stream", None, ""),
+        ([DROP], "broken_stream", None, ""),
+        ([chunk("a"), chunk("", "length"), usage(4)], "broken_stream", None, "before [DONE]"),
+        ([b"data: {nonsense\n\n", DONE], "broken_stream", None, "unreadable"),
+        ([b'{"choices": [{"text": "aaaa"}]}'], "broken_stream", None, "before [DONE]"),
+        ([*(chunk("a") for _ in range(4)), usage(4), DONE], "no_finish_reason", None, ""),
+        (answer(3), "wrong_token_count", None, "asked for 4 tokens, usage says 3"),
+        (answer(5), "wrong_token_count", None, "usage says 5"),
+        ([chunk("", "length"), usage(4), DONE], "no_tokens", None, ""),
+    ],
+)
+def test_failures(steps: list[Step], kind: str, status: int | None, words: str) -> None:
+    """Each is a failure of its own kind. A clean end of the bytes alone is no success."""
+    failure = ask(*steps).failure
+    assert failure is not None
+    assert (failure.kind, failure.status) == (kind, status)
+    assert words in failure.message
+
+
+def test_without_ignore_eos_fewer_tokens_are_fine_and_more_are_not() -> None:
+    config = msgspec.structs.replace(CONFIG, ignore_eos=False)
+    assert ask(*answer(3), config=config).failure is None
+    failure = ask(*answer(5), config=config).failure
+    assert failure is not None
+    assert failure.kind is FailureKind.WRONG_TOKEN_COUNT
+
+
+def test_missing_usage_falls_back_to_chunks() -> None:
+    got = ask(*(chunk("a") for _ in range(3)), chunk("b", "length"), DONE)
+    assert got.failure is None
+    assert got.completion_tokens is None
+    assert got.tokens == 4
+
+
+def test_timeout() -> None:
+    config = msgspec.structs.replace(CONFIG, timeout_s=1.0)
+    got = ask(chunk("a"), Wait(2), config=config)
+    assert got.failure is not None
+    assert got.failure.kind is FailureKind.TIMEOUT
+    assert got.ttft_s is not None
+
+
+def test_refused_connection() -> None:
+    async def go() -> Failure | None:
+        config = msgspec.structs.replace(CONFIG, base_url="http://127.0.0.1:9/v1")
+        async with open_session(None, 5.0) as session:
+            return (await send(session, endpoint(config), b"{}", 0, config)).failure
+
+    failure = asyncio.run(go())
+    assert failure is not None
+    assert failure.key == "connect_error"
+
+
+def test_find_model() -> None:
+    with ScriptedServer(models=["first", "second"]) as server:
+        base = server.url + "/v1"
+        assert asyncio.run(find_model(base, None, None, 5.0)) == "first"
+        assert asyncio.run(find_model(base, None, "second", 5.0)) == "second"
+        with pytest.raises(ServerError, match=r"'third'.*serves: first, second"):
+            asyncio.run(find_model(base, None, "third", 5.0))
+        with pytest.raises(ServerError, match="404"):
+            asyncio.run(find_model(server.url + "/nowhere/v1", None, None, 5.0))
+        assert asyncio.run(find_model(server.url + "/nowhere/v1", None, "mine", 5.0)) == "mine"
+
+
+def test_bodies_depend_on_seed_and_place_only() -> None:
+    """Fails if two requests of a run share a prompt, or if two runs do not."""
+    bodies = [request_body(CONFIG, *place) for place in ((0, False, 0), (0, False, 1))]
+    bodies += [request_body(CONFIG, *place) for place in ((0, True, 0), (1, False, 0))]
+    bodies.append(request_body(msgspec.structs.replace(CONFIG, seed=1), 0, False, 0))
+    assert len(set(bodies)) == 5
+    assert request_body(CONFIG, 0, False, 0) == bodies[0]
+    body = json.loads(bodies[0])
+    assert len(body.pop("prompt")) == 8
+    assert body == {
+        "model": "m",
+        "max_tokens": 4,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+
+
+def test_prompt_kinds_and_range() -> None:
+    config = msgspec.structs.replace(CONFIG, token_range=(7, 9), input_tokens=64, ignore_eos=False)
+    body = json.loads(request_body(config, 0, False, 0))
+    assert set(body["prompt"]) == {7, 8}
+    assert "ignore_eos" not in body
+    text = msgspec.structs.replace(config, prompt_kind=PromptKind.TEXT)
+    assert len(json.loads(request_body(text, 0, False, 0))["prompt"].split()) == 64
+    assert endpoint(text).endswith("/v1/completions")
+    chat = msgspec.structs.replace(config, prompt_kind=PromptKind.CHAT)
+    messages = json.loads(request_body(chat, 0, False, 0))["messages"]
+    assert [message["role"] for message in messages] == ["user"]
+    assert endpoint(chat).endswith("/v1/chat/completions")

@@ -1,0 +1,170 @@
+"""The formulas, on examples computed by hand."""
+
+import pytest
+
+from loadgen.records import (
+    ClientLoad,
+    Failure,
+    FailureKind,
+    LevelResult,
+    RequestRecord,
+    StoppedBy,
+)
+from loadgen.stats import (
+    Distribution,
+    client_warnings,
+    itl_samples_ms,
+    percentiles,
+    summarize,
+    tpot_ms,
+)
+
+
+def record(
+    start: float,
+    times: tuple[float, ...],
+    end: float,
+    tokens: int | None,
+    failure: Failure | None = None,
+) -> RequestRecord:
+    return RequestRecord(
+        index=0,
+        start_s=start,
+        end_s=end,
+        chunk_times_s=times,
+        prompt_tokens=5,
+        completion_tokens=tokens,
+        failure=failure,
+    )
+
+
+def level(records: list[RequestRecord], clients: list[ClientLoad] | None = None) -> LevelResult:
+    return LevelResult(2, StoppedBy.REQUESTS, records, [], clients or [])
+
+
+def test_percentiles_are_nearest_rank() -> None:
+    ordered = [(float(i), 1.0) for i in range(1, 11)]
+    assert percentiles(ordered, (10, 50, 90, 99, 100)) == [1, 5, 9, 10, 10]
+    assert percentiles([(7.0, 1.0)], (50, 99)) == [7, 7]
+
+
+def test_percentiles_follow_the_weights() -> None:
+    """Half of the weight lies at 1 only if weights count; unweighted p50 would be 2."""
+    assert percentiles([(1.0, 6.0), (2.0, 1.0), (3.0, 3.0)], (50, 60, 70, 71)) == [1, 1, 2, 3]
+
+
+def test_percentiles_of_many_equal_fractions() -> None:
+    """Fails if the rounding of summed weights pushes a rank to the next sample."""
+    ordered = [(float(i), 0.7) for i in range(1, 1001)]
+    assert percentiles(ordered, (50, 90, 99)) == [500, 900, 990]
+
+
+def test_distribution() -> None:
+    got = Distribution.of([(4.0, 1.0), (1.0, 3.0)])
+    assert got == Distribution(count=2, mean=1.75, min=1, p50=1, p90=4, p99=4, max=4)
+    assert Distribution.of([]) is None
+
+
+def test_ttft_itl_tpot_of_one_token_a_chunk() -> None:
+    one = record(10.0, (10.5, 10.7, 11.1), 11.3, 3)
+    assert one.ttft_s == pytest.approx(0.5)
+    assert one.e2e_s == pytest.approx(1.3)
+    assert itl_samples_ms(one) == [
+        (pytest.approx(200.0), 1.0),
+        (pytest.approx(400.0), 1.0),
+    ]
+    assert tpot_ms(one) == pytest.approx(400.0)  # (1.3 - 0.5) / 2
+
+
+def test_a_chunk_is_not_a_token() -> None:
+    """7 tokens in 3 chunks: each gap stands for 3 tokens, and the weighted mean is exact."""
+    packed = record(0.0, (1.0, 1.6, 2.5), 2.5, 7)
+    assert itl_samples_ms(packed) == [(pytest.approx(200.0), 3.0), (pytest.approx(300.0), 3.0)]
+    assert tpot_ms(packed) == pytest.approx(250.0)
+    itl = Distribution.of(itl_samples_ms(packed))
+    assert itl is not None
+    assert itl.mean == pytest.approx(250.0)
+
+
+def test_one_token_has_neither_itl_nor_tpot() -> None:
+    single = record(0.0, (1.0,), 1.1, 1)
+    assert itl_samples_ms(single) == []
+    assert tpot_ms(single) is None
+
+
+def test_without_usage_chunks_are_counted_and_said_so() -> None:
+    summary = summarize(level([record(0.0, (1.0, 2.0), 2.0, None)]))
+    assert summary.output_tokens == 2
+    assert summary.without_usage == 1
+    assert any("without usage" in text for text in summary.warnings)
+
+
+def test_throughput_window_and_failures() -> None:
+    """Failures extend the window and add nothing to tokens or latencies."""
+    refused = Failure(FailureKind.HTTP_STATUS, "full", 429)
+    slow = Failure(FailureKind.TIMEOUT, "late")
+    summary = summarize(
+        level(
+            [
+                record(100.0, (101.0, 102.0), 102.0, 2),
+                record(100.5, (101.5, 102.5, 103.5, 104.5), 104.5, 8),
+                record(102.0, (), 102.0, None, refused),
+                record(103.0, (104.0,), 110.0, 9, slow),
+            ]
+        )
+    )
+    assert (summary.ok, summary.failed) == (2, 2)
+    assert summary.failures == {"http_429": 1, "timeout": 1}
+    assert summary.failure_examples == {"http_429": "full", "timeout": "late"}
+    assert summary.window_s == pytest.approx(10.0)
+    assert summary.output_tokens == 10
+    assert summary.output_tokens_per_s == pytest.approx(1.0)
+    assert summary.requests_per_s == pytest.approx(0.2)
+    assert summary.in_flight == pytest.approx(1.3)  # (2 + 4 + 0 + 7) / 10
+    assert summary.tokens_per_chunk == pytest.approx(10 / 6)
+    assert summary.prompt_tokens == 10
+    assert summary.e2e_ms is not None
+    assert (summary.e2e_ms.count, summary.e2e_ms.max) == (2, pytest.approx(4000.0))
+    assert summary.any_failed
+
+
+def test_all_failed_and_nothing_measured() -> None:
+    for records in ([], [record(0.0, (), 0.0, None, Failure(FailureKind.CONNECT, "no"))]):
+        summary = summarize(level(records))
+        assert summary.ok == 0
+        assert summary.requests_per_s == 0
+        assert summary.ttft_ms is None
+        assert summary.itl_ms is None
+        assert summary.any_failed == bool(records)
+
+
+def test_a_failed_warm_up_counts_as_a_failure() -> None:
+    failed = [Failure(FailureKind.TIMEOUT, "late")]
+    result = LevelResult(1, StoppedBy.REQUESTS, [record(0, (1,), 1, 1)], failed, [])
+    summary = summarize(result)
+    assert summary.failed == 0
+    assert summary.warmup_failures == {"timeout": 1}
+    assert summary.any_failed
+
+
+@pytest.mark.parametrize(
+    ("cpu", "lag_s", "itl_ms", "words"),
+    [
+        (0.3, 0.001, 10.0, []),
+        (0.95, 0.001, 10.0, ["used 95% of a core"]),
+        (0.3, 0.006, 10.0, ["10.0 ms; give the client cores"]),
+        (0.5, 0.006, 10.0, ["10.0 ms; add --processes"]),
+        (0.3, 0.004, 10.0, []),  # below half an ITL
+        (0.3, 0.0015, 1.0, []),  # above half an ITL, but within what a timer may miss
+        (0.9, 0.006, 10.0, ["of a core; add --processes", "6.0 ms late"]),
+    ],
+)
+def test_client_bound(cpu: float, lag_s: float, itl_ms: float, words: list[str]) -> None:
+    """The worst process decides; an idle one beside it does not hide it."""
+    idle = ClientLoad(0.01, 0.0, 0.0)
+    itl = Distribution.of([(itl_ms, 1.0)])
+    warnings = client_warnings([idle, ClientLoad(cpu, lag_s, lag_s)], itl)
+    assert len(warnings) == len(words)
+    for text, word in zip(warnings, words, strict=True):
+        assert word in text
+        assert "client-bound" in text
