@@ -96,6 +96,9 @@ class ModelConfig:
                 f"architecture {architecture!r} is not implemented; "
                 f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
             )
+        llama, qwen2, qwen3 = (
+            architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
+        )
         heads = _positive(config, "num_attention_heads")
         hidden = _positive(config, "hidden_size")
         if config.get("hidden_act", "silu") != "silu":
@@ -118,16 +121,16 @@ class ModelConfig:
             num_layers=_positive(config, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            head_dim=config.get("head_dim") or (128 if qwen3 else hidden // heads),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=_positive(config, "max_position_embeddings"),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             rope=_rope(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM" or bias,
-            output_bias=architecture != "Qwen2ForCausalLM" and bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qkv_bias=qwen2 or bias,
+            output_bias=bias and not qwen2,
+            mlp_bias=llama and bool(config.get("mlp_bias", False)),
+            qk_norm=qwen3,
         )
 
 
@@ -152,17 +155,15 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1.0 is not implemented.")
     defaults = RopeConfig()
+    name = "original_max_position_embeddings"
+    trained = config.get(name) or scaling.get(name) or config.get("max_position_embeddings")
     return RopeConfig(
         theta=theta,
         scaling=RopeScaling(kind),
         factor=float(scaling.get("factor", defaults.factor)),
         low_freq_factor=float(scaling.get("low_freq_factor", defaults.low_freq_factor)),
         high_freq_factor=float(scaling.get("high_freq_factor", defaults.high_freq_factor)),
-        original_max_position_embeddings=int(
-            scaling.get(
-                "original_max_position_embeddings", defaults.original_max_position_embeddings
-            )
-        ),
+        original_max_position_embeddings=int(trained or defaults.original_max_position_embeddings),
     )
 
 
@@ -225,6 +226,27 @@ class EngineConfig:
     def graph_mode(self) -> CUDAGraphMode:
         """The configured mode once `enforce_eager` has had its say."""
         return CUDAGraphMode.NONE if self.enforce_eager else self.cudagraph_mode
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the HTTP side needs to know.
+
+    served_model_names: names the API answers to, the first one in its answers; empty takes the
+        model's own.
+    shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
+    Raises ConfigError.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_names: tuple[str, ...] = ()
+    shutdown_timeout: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
+        _at_least("shutdown_timeout", self.shutdown_timeout, 0)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from minisrv.errors import ConfigError
+
 
 class CUDAGraphMode(enum.Enum):
     """How a step runs, or (the last two as well) how a server is configured to run its steps.
@@ -22,6 +24,18 @@ class CUDAGraphMode(enum.Enum):
     FULL = "full"
     FULL_DECODE_ONLY = "full-decode-only"
     FULL_AND_PIECEWISE = "full-and-piecewise"
+
+    @classmethod
+    def parse(cls, text: str) -> CUDAGraphMode:
+        """The mode of that name, in vLLM's spelling (FULL_AND_PIECEWISE) or with hyphens.
+
+        Raises ConfigError.
+        """
+        try:
+            return cls(text.lower().replace("_", "-"))
+        except ValueError:
+            allowed = ", ".join(mode.value for mode in cls)
+            raise ConfigError(f"cudagraph_mode={text!r} is none of: {allowed}.") from None
 
     @property
     def decode_mode(self) -> CUDAGraphMode:

@@ -12,7 +12,7 @@ import math
 
 import msgspec
 
-from minisrv.errors import RequestError
+from minisrv.errors import MinisrvError, RequestError
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
@@ -130,3 +130,14 @@ class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     param: str | None = None
     code: str | None = None
+
+    @classmethod
+    def of(cls, error: MinisrvError) -> RequestFailure:
+        """What is sent of `error`."""
+        return cls(
+            status=error.http_status,
+            type=error.type,
+            message=error.message,
+            param=error.param,
+            code=error.code,
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minisrv.errors import CoverageError
+from minisrv.config import EngineConfig
+from minisrv.errors import ConfigError, CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
 
 MIXED_TOP = 512
@@ -82,6 +83,26 @@ def build_ladders(
         top = min(max_num_batched_tokens, MIXED_TOP)
         mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
     return Ladders(mode, decode, mixed, max_num_seqs, max_num_batched_tokens)
+
+
+def ladders_of(config: EngineConfig) -> Ladders:
+    """The ladders that a configuration serves with.
+
+    Raises CoverageError for a gap, ConfigError for a mode that the device's attention kernel
+    cannot serve: `full` captures mixed batches in one graph, with row lengths read on the device.
+    """
+    mode = config.graph_mode
+    if mode is CUDAGraphMode.FULL:
+        raise ConfigError(
+            "cudagraph_mode=full captures mixed batches in one graph, which the attention kernel "
+            "for the CPU does not support; use full-and-piecewise (the default) or "
+            "full-decode-only."
+        )
+    ladders = build_ladders(
+        mode, config.max_num_seqs, config.max_num_batched_tokens, config.cudagraph_capture_sizes
+    )
+    ladders.check_coverage()
+    return ladders
 
 
 def _default_decode(top: int) -> tuple[int, ...]:

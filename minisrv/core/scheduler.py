@@ -182,7 +182,7 @@ class Scheduler:
         Raises ContextLengthError for what can never fit, QueueFullError when too many wait.
         """
         assert request.request_id not in self._requests, "request ids are unique"
-        if len(self.waiting) >= self.max_waiting + self.slots.num_free:
+        if not self.has_room:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting, and {self.max_waiting} may; "
                 "try again later."
@@ -196,12 +196,21 @@ class Scheduler:
             stop_token_ids=frozenset(params.stop_token_ids).union(
                 () if params.ignore_eos else self.eos_token_ids
             ),
-            max_total=self._max_total(len(request.prompt_token_ids), params.max_tokens),
+            max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
         )
         self._requests[state.request_id] = state
         self.waiting.append(state)
 
-    def _max_total(self, prompt_len: int, max_tokens: int | None) -> int:
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may queue: those with a free slot ahead of them do not count."""
+        return len(self.waiting) < self.max_waiting + self.slots.num_free
+
+    def check(self, prompt_len: int, max_tokens: int | None) -> int:
+        """The number of tokens, prompt and completion, at which such a request stops by length.
+
+        Raises ContextLengthError if it can never fit the context or the whole cache.
+        """
         limit = min(self.max_model_len, self.pool.capacity)
         wanted = prompt_len + (max_tokens or 1)
         if wanted > limit:

@@ -1,14 +1,16 @@
 """A graph enters service after it has passed.
 
-Knows: the order of the runs and what is compared. The reference is an eager run at the same padded
-shape, with the same kernels; then the graph is replayed twice, once as clean as the reference and
-once with poisoned padding and stale tails. Real rows, the cache entries of live requests and their
-state must come out bit-equal, and nothing else may have been touched.
+Knows: the order of the runs and what is compared. The reference is the warm-up before the capture,
+an eager run at the same padded shape with the same kernels. Then the graph is captured, and
+replayed twice: once as clean as the reference, once with poisoned padding and stale tails. Real
+rows, the cache entries of live requests and their state must come out bit-equal, and nothing else
+may have been touched.
 Knows nothing of how a step is filled or of what its results mean: a `Trial` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -36,9 +38,10 @@ class Trial(Protocol):
         by name. Nothing in it may depend on the poison."""
 
 
-def certify(trial: Trial, *, tolerance: float = 0.0) -> None:
-    """Raise CertificationError unless the graph does what the eager run does.
+def certify(trial: Trial, capture: Callable[[], None], *, tolerance: float = 0.0) -> None:
+    """Capture a graph, and raise CertificationError unless it does what the eager run does.
 
+    capture: captures it; it may leave anything in buffers and in the null block.
     tolerance: largest absolute difference allowed; 0 asks for equal bits.
     """
     trial.reset(poison=False)
@@ -47,6 +50,7 @@ def certify(trial: Trial, *, tolerance: float = 0.0) -> None:
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
+    capture()
     for poison in (False, True):
         trial.reset(poison=poison)
         trial.run(graph=True)

@@ -95,7 +95,7 @@ class CPUTapeBackend:
         """Start to record a segment."""
         assert self._recorder is None, "segments do not nest"
         self._recorder = _Recorder(self._capture)
-        self._recorder.__enter__()
+        self._recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> Replay:
         """Stop recording; the segment can be replayed after `finish`."""
@@ -127,7 +127,7 @@ class CPUTapeBackend:
     def _stop(self) -> _Recorder:
         recorder = self._recorder
         assert recorder is not None, "no segment is being recorded"
-        recorder.__exit__(None, None, None)
+        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._recorder = None
         return recorder
 
@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
     """Runs every operation and notes it."""
 
     def __init__(self, capture: _Capture) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capture = capture
         self.nodes: list[_Node] = []
 
@@ -170,9 +170,6 @@ class _Recorder(TorchDispatchMode):
 
 
 def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
-    for tag, what in _NEVER.items():
-        if tag in func.tags:
-            raise GraphCaptureError(f"{func} {what}: a graph cannot hold it.")
     if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
         for index in args[1]:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
@@ -180,6 +177,10 @@ def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
                     f"{func} takes a boolean index, so its shape depends on the data: a graph "
                     "cannot hold it. Use torch.where, or masked_fill."
                 )
+        return
+    for tag, what in _NEVER.items():
+        if tag in func.tags:
+            raise GraphCaptureError(f"{func} {what}: a graph cannot hold it.")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -187,7 +188,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _lay_out(storages: Iterable[_Storage]) -> int:

@@ -106,14 +106,16 @@ class CUDAGraphWrapper:
 
 
 def _addresses(context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
-    found = {f"argument {index}": arg.data_ptr() for index, arg in enumerate(args)}
+    """Where the arguments and the attention metadata lie. An empty tensor lies nowhere: while
+    pieces are captured, on padding alone, there are no rows."""
+    tensors = {f"argument {index}": arg for index, arg in enumerate(args)}
     for field in fields(context.attn):
-        found[f"attn.{field.name}"] = getattr(context.attn, field.name).data_ptr()
-    return found
+        tensors[f"attn.{field.name}"] = getattr(context.attn, field.name)
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
 
 
 def _compare(captured: dict[str, int], given: dict[str, int]) -> None:
-    moved = [name for name, address in given.items() if captured.get(name) != address]
+    moved = [name for name, address in captured.items() if given.get(name) != address]
     if moved:
         raise GraphError(
             f"{', '.join(moved)} moved since the capture: a graph reads the old address."

@@ -1,0 +1,171 @@
+"""Ladders and dispatcher, over every batch up to the limits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisrv.config import EngineConfig
+from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.ladder import Ladders, build_ladders, ladders_of
+from minisrv.errors import ConfigError, CoverageError
+from minisrv.modes import CUDAGraphMode, Epilogue, Reason
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+SERVABLE = [mode for mode in CUDAGraphMode if mode is not FULL]
+"""Configured modes that the CPU serves."""
+
+limits = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda p: (p[0], p[0] + p[1]))
+sizes = st.none() | st.lists(st.integers(1, 150), min_size=1, max_size=6).map(tuple)
+
+
+def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
+    """(tokens, requests, decode?) up to the limits."""
+    decodes = [(n, n, True) for n in range(1, ladders.max_num_seqs + 1)]
+    most = ladders.max_num_batched_tokens
+    mixed = [
+        (tokens, requests, False)
+        for tokens in range(1, most + 1)
+        for requests in {1, min(tokens, ladders.max_num_seqs)}
+    ]
+    return decodes + mixed
+
+
+@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes, logits=st.booleans())
+def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, logits):
+    ladders = build_ladders(mode, *limits, sizes)
+    dispatcher = Dispatcher(ladders)
+    keys = set(ladders.keys())
+    for tokens, requests, decode in every_batch(ladders):
+        found = dispatcher.dispatch(tokens, requests, uniform_decode=decode, needs_logits=logits)
+        key = found.descriptor
+        if found.mode is NONE:
+            assert key.num_tokens == tokens, "NONE never pads"
+            assert key.epilogue is Epilogue.HIDDEN
+            # No captured graph would have done.
+            assert not any(m is PIECEWISE and d.num_tokens >= tokens for m, d in keys)
+            assert not (decode and any(m is FULL and d.num_tokens >= tokens for m, d in keys))
+            continue
+        assert (found.mode, key) in keys, "what is dispatched was captured"
+        assert key.num_tokens >= tokens
+        smaller = [
+            d.num_tokens for m, d in keys if m is found.mode and tokens <= d.num_tokens
+        ]
+        assert key.num_tokens == min(smaller)
+        if found.mode is FULL:
+            assert decode, "FULL is for pure decode"
+            assert key.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
+        elif decode:
+            assert not any(m is FULL and d.num_tokens >= tokens for m, d in keys)
+
+
+@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
+def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes):
+    ladders = build_ladders(mode, *limits, sizes)
+    dispatcher = Dispatcher(ladders)
+    promised = ladders.mode.decode_mode
+    gaps = [
+        n
+        for n in range(1, ladders.max_num_seqs + 1)
+        if dispatcher.dispatch(n, n, uniform_decode=True).mode is not promised
+    ]
+    if not gaps:
+        ladders.check_coverage()
+        return
+    with pytest.raises(CoverageError) as caught:
+        ladders.check_coverage()
+    assert f"add {ladders.max_num_seqs} " in caught.value.message
+    assert f"of {gaps[0]} to {gaps[-1]} requests" in caught.value.message
+
+
+@given(mode=st.sampled_from(SERVABLE), limits=limits)
+def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
+    ladders = build_ladders(mode, *limits)
+    ladders.check_coverage()
+    if ladders.decode:
+        assert ladders.decode[-1] == ladders.max_num_seqs
+    if ladders.mixed:
+        assert ladders.mixed[-1] == min(512, ladders.max_num_batched_tokens)
+
+
+@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
+def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
+    ladders = build_ladders(mode, *limits, sizes)
+    dispatcher = Dispatcher(ladders)
+    seen = {"decode": 0, "mixed": 0}
+    for row in dispatcher.coverage():
+        assert row.first == seen[row.kind] + 1, "no batch is left out"
+        seen[row.kind] = row.last
+        for size in (row.first, row.last):
+            decode = row.kind == "decode"
+            found = dispatcher.dispatch(size, size if decode else 1, uniform_decode=decode)
+            assert (found.mode, found.reason) == (row.mode, row.reason)
+    assert seen == {"decode": ladders.max_num_seqs, "mixed": ladders.max_num_batched_tokens}
+
+
+@pytest.mark.parametrize(
+    ("mode", "decode", "tokens", "mode_found", "reason"),
+    [
+        ("full-and-piecewise", True, 5, FULL, Reason.PURE_DECODE),
+        ("full-and-piecewise", False, 5, PIECEWISE, Reason.HAS_PREFILL),
+        ("full-and-piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("full-decode-only", True, 5, FULL, Reason.PURE_DECODE),
+        ("full-decode-only", False, 5, NONE, Reason.NO_MIXED_GRAPH),
+        ("piecewise", True, 5, PIECEWISE, Reason.NO_FULL_GRAPH),
+        ("piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("none", True, 5, NONE, Reason.GRAPHS_OFF),
+        ("none", False, 5, NONE, Reason.GRAPHS_OFF),
+    ],
+)
+def test_reasons(mode, decode, tokens, mode_found, reason):
+    dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 1024))
+    found = dispatcher.dispatch(tokens, 5, uniform_decode=decode)
+    assert (found.mode, found.reason) == (mode_found, reason)
+
+
+def test_one_token_prompt_is_no_decode():
+    """A one-token prompt has a decode's shape (vllm#26892); what its request says counts."""
+    dispatcher = Dispatcher(build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 8, 64))
+    assert dispatcher.dispatch(1, 1, uniform_decode=False).mode is PIECEWISE
+
+
+def test_enforce_eager_captures_nothing():
+    config = EngineConfig(enforce_eager=True, cudagraph_capture_sizes=(1,))
+    assert ladders_of(config).keys() == []
+
+
+def test_full_mode_is_refused_with_what_to_use():
+    with pytest.raises(ConfigError, match="full-and-piecewise"):
+        ladders_of(EngineConfig(cudagraph_mode=FULL))
+
+
+def test_largest_graphs_are_captured_first():
+    keys = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 64, 512).keys()
+    for mode in (PIECEWISE, FULL):
+        tokens = [d.num_tokens for m, d in keys if m is mode]
+        assert tokens == sorted(tokens, reverse=True)
+
+
+def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minisrv.cli", "plan", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_plan_prints_the_table():
+    done = run_plan("--max-num-seqs", "12", "--cudagraph-capture-sizes", "1", "4,12", "64")
+    assert done.returncode == 0
+    assert "5-12 requests" in done.stdout
+    assert "513" not in done.stdout
+    assert "above_ladder" in done.stdout
+
+
+def test_plan_exits_1_and_names_the_missing_size():
+    """97-100 of max_num_seqs=100 ran PIECEWISE in silence (vllm#57355)."""
+    done = run_plan("--max-num-seqs", "100", "--cudagraph-capture-sizes", "1,2,4,8,96")
+    assert done.returncode == 1
+    assert "97 to 100 requests" in done.stderr
+    assert "add 100" in done.stderr

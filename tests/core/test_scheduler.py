@@ -1,0 +1,270 @@
+"""The scheduler against a device that remembers who wrote where, at lag 0 and 1."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.scheduler import Scheduler, SchedulerOutput
+from minisrv.errors import ContextLengthError, QueueFullError
+from minisrv.request import EngineRequest, FinishReason, SamplingParams
+
+BLOCK = 4
+EOS = 7
+
+
+def sampled(request_id: str, position: int) -> int:
+    """The token that the pretended model gives a request at a position: never changes, so a
+    preempted request must go on exactly as it was."""
+    return random.Random(f"{request_id}/{position}").randrange(12)
+
+
+@dataclass
+class Device:
+    """Runs steps in order, and asserts that each row finds its own tokens in the cache."""
+
+    tables: dict[int, dict[int, int]] = field(default_factory=dict)
+    cache: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+    last_token: dict[int, int] = field(default_factory=dict)
+    inputs: dict[str, dict[int, int]] = field(default_factory=dict)
+    prefills: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def run(self, step: SchedulerOutput) -> list[int]:
+        for start in step.new_slots:
+            self.tables[start.slot] = {}
+        for slot, index, block in step.new_blocks:
+            self.tables[slot][index] = block
+        assert len({row.slot for row in step.rows}) == len(step.rows)
+        assert [row.decoding for row in step.rows] == sorted(
+            (row.decoding for row in step.rows), reverse=True
+        ), "decode rows come first"
+        tokens = []
+        for row in step.rows:
+            table = self.tables[row.slot]
+            ids = row.token_ids or [self.last_token[row.slot]]
+            assert len(ids) == row.num_tokens
+            for offset, token in enumerate(ids):
+                position = row.start + offset
+                self.cache[table[position // BLOCK], position % BLOCK] = (row.request_id, position)
+                self.inputs.setdefault(row.request_id, {})[position] = token
+            end = row.start + row.num_tokens
+            for position in range(end):
+                held = self.cache[table[position // BLOCK], position % BLOCK]
+                assert held == (row.request_id, position), "another request's cache entry"
+            token = sampled(row.request_id, end)
+            self.last_token[row.slot] = token
+            tokens.append(token if row.samples else -1)
+        return tokens
+
+    def named(self, step: SchedulerOutput) -> set[int]:
+        return {block for row in step.rows for block in self.tables[row.slot].values()}
+
+
+def expected(request: EngineRequest, limit: int) -> tuple[list[int], FinishReason]:
+    """What a request must give, whatever else runs."""
+    length = len(request.prompt_token_ids)
+    output: list[int] = []
+    while True:
+        output.append(sampled(request.request_id, length + len(output)))
+        if output[-1] == EOS and not request.params.ignore_eos:
+            return output, FinishReason.STOP
+        if len(output) == request.params.max_tokens or length + len(output) == limit:
+            return output, FinishReason.LENGTH
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans(), st.integers(0, 30)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shapes=requests,
+    lag=st.integers(0, 1),
+    blocks=st.integers(14, 40),
+    seqs=st.integers(1, 6),
+    budget=st.integers(0, 20),
+    aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 40), max_size=4),
+)
+def test_every_request_gives_its_own_tokens(shapes, lag, blocks, seqs, budget, aborts):
+    """Mixed lengths, chunked prefill, preemption by a small cache, aborts; late arrivals."""
+    limit = 50
+    scheduler = Scheduler(
+        BlockPool(blocks, BLOCK),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=seqs + budget,
+        max_model_len=limit,
+        max_waiting=100,
+        eos_token_ids=[EOS],
+    )
+    given_requests = [
+        EngineRequest(
+            request_id=str(index),
+            prompt_token_ids=list(range(length)),
+            params=SamplingParams(max_tokens=most, ignore_eos=ignore),
+        )
+        for index, (length, most, ignore, _) in enumerate(shapes)
+    ]
+    device = Device()
+    in_flight: deque[tuple[SchedulerOutput, list[int], set[int]]] = deque()
+    got: dict[str, list[int]] = {}
+    ended: dict[str, FinishReason] = {}
+    arrivals = sorted((shape[3], index) for index, shape in enumerate(shapes))
+    for clock in range(4000):
+        while arrivals and arrivals[0][0] <= clock:
+            request = given_requests[arrivals.pop(0)[1]]
+            got[request.request_id] = []
+            scheduler.add(request, seed=0)
+        for index, when in aborts.items():
+            if when == clock and (event := scheduler.abort(str(index))):
+                assert event.finish_reason is FinishReason.ABORT
+                ended[str(index)] = FinishReason.ABORT
+        while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
+            busy = set().union(*(blocks_named for _, _, blocks_named in in_flight))
+            assert not busy & {block for _, _, block in step.new_blocks}, "reused too early"
+            assert step.num_tokens <= seqs + budget
+            in_flight.append((step, device.run(step), device.named(step)))
+        scheduler.check_integrity()
+        if in_flight:
+            step, tokens, _ = in_flight.popleft()
+            for event in scheduler.update(step.step_id, tokens):
+                assert event.request_id not in ended, "nothing follows the end"
+                got[event.request_id].append(event.token)
+                if event.finish_reason:
+                    ended[event.request_id] = event.finish_reason
+            scheduler.check_integrity()
+        elif not arrivals and not scheduler.has_work:
+            break
+    assert scheduler.pool.num_used == 0
+    assert scheduler.slots.num_used == 0
+    for request in given_requests:
+        tokens, reason = expected(request, min(limit, scheduler.pool.capacity))
+        name = request.request_id
+        if ended[name] is FinishReason.ABORT:
+            assert got[name] == tokens[: len(got[name])]
+        else:
+            assert (got[name], ended[name]) == (tokens, reason)
+            # Every token the request was computed from is the one it should have been.
+            sequence = request.prompt_token_ids + tokens
+            for position, token in device.inputs[name].items():
+                assert position >= len(sequence) or token == sequence[position]
+
+
+def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: int) -> Scheduler:
+    settings = {"max_model_len": 64, "max_waiting": 100, **others}
+    return Scheduler(
+        BlockPool(blocks, BLOCK), max_num_seqs=seqs, max_num_batched_tokens=budget, **settings
+    )
+
+
+def add(scheduler: Scheduler, name: str, length: int, most: int | None = 5) -> None:
+    params = SamplingParams(max_tokens=most)
+    request = EngineRequest(request_id=name, prompt_token_ids=[1] * length, params=params)
+    scheduler.add(request, seed=0)
+
+
+def shape(step: SchedulerOutput | None) -> list[tuple[str, int, bool]]:
+    assert step is not None
+    return [(row.request_id, row.num_tokens, row.decoding) for row in step.rows]
+
+
+def test_prefill_is_chunked_and_mixed_with_decode():
+    scheduler = make(budget=16)
+    add(scheduler, "a", 3)
+    first = scheduler.schedule()
+    assert shape(first) == [("a", 3, False)]
+    scheduler.update(0, [1])
+    add(scheduler, "b", 20)
+    second = scheduler.schedule()
+    assert shape(second) == [("a", 1, True), ("b", 15, False)]
+    assert [row.samples for row in second.rows] == [True, False]
+    assert not second.uniform_decode
+    scheduler.update(1, [1, 1])
+    third = scheduler.schedule()
+    assert shape(third) == [("a", 1, True), ("b", 5, False)]
+    scheduler.update(2, [1, 1])
+    assert scheduler.schedule().uniform_decode
+
+
+def test_one_token_prompt_is_prefill():
+    scheduler = make()
+    add(scheduler, "a", 1)
+    step = scheduler.schedule()
+    assert shape(step) == [("a", 1, False)]
+    assert not step.uniform_decode
+
+
+def test_the_newest_is_preempted_and_computes_its_tokens_again():
+    scheduler = make(blocks=6, budget=64, max_model_len=16)
+    add(scheduler, "old", 7, 8)
+    add(scheduler, "new", 3, 8)
+    step_id = 0
+    preempted_tokens = None
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        for row in step.rows:
+            if row.request_id == "new" and row.start == 0 and step_id:
+                preempted_tokens = row.num_tokens
+        scheduler.update(step_id, [2] * len(step.rows))
+        step_id += 1
+    assert scheduler.num_preemptions == 1
+    assert preempted_tokens is not None
+    assert preempted_tokens > 3, "what had been sampled is part of the new prefill"
+
+
+def test_stop_by_length_is_foreseen_under_lag():
+    """The step behind a request's last token does not hold it: no wasted token."""
+    scheduler = make()
+    add(scheduler, "a", 3, 2)
+    scheduler.schedule()
+    assert shape(scheduler.schedule()) == [("a", 1, True)]
+    assert scheduler.schedule() is None
+    scheduler.update(0, [1])
+    assert scheduler.schedule() is None
+    [event] = scheduler.update(1, [1])
+    assert event.finish_reason is FinishReason.LENGTH
+
+
+def test_blocks_and_slot_wait_for_the_step_in_flight():
+    scheduler = make()
+    add(scheduler, "a", 3, 5)
+    scheduler.schedule()
+    scheduler.schedule()
+    assert scheduler.abort("a").finish_reason is FinishReason.ABORT
+    assert scheduler.pool.num_used == 1
+    assert scheduler.update(0, [1]) == []
+    assert scheduler.pool.num_used == 1, "step 1 still writes there"
+    assert scheduler.update(1, [1]) == []
+    assert scheduler.pool.num_used == 0
+    assert scheduler.slots.num_used == 0
+
+
+def test_refuses_what_can_never_fit():
+    scheduler = make(blocks=5, max_model_len=64)
+    with pytest.raises(ContextLengthError, match="maximum context length is 16"):
+        add(scheduler, "a", 10, 7)
+    with pytest.raises(ContextLengthError) as caught:
+        add(scheduler, "a", 16, None)
+    assert caught.value.param == "prompt"
+    add(scheduler, "a", 10, 6)
+    assert not scheduler.abort("missing")
+
+
+def test_queue_is_bounded_behind_the_free_slots():
+    scheduler = make(seqs=2, max_waiting=1)
+    for name in "abc":
+        add(scheduler, name, 3)
+    with pytest.raises(QueueFullError):
+        add(scheduler, "d", 3)
+    scheduler.schedule()
+    assert len(scheduler.waiting) == 1
+    with pytest.raises(QueueFullError):
+        add(scheduler, "d", 3)
