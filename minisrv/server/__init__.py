@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI's completions and chat completions over the engine client."""

@@ -1,0 +1,128 @@
+"""The application: routes, and what they answer besides generations.
+
+Knows: FastAPI. An application is made from an engine client that may still be loading; it needs
+nothing else of the engine.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.engine.client import EngineClient, EngineState
+from minisrv.metrics import CONTENT_TYPE, Metrics
+from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
+from minisrv.server.middleware import Edge
+from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+from minisrv.server.replies import ChatReply, CompletionReply
+from minisrv.server.responses import GenerationResponse
+from minisrv.server.serving import Serving
+from minisrv.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_BODY_BYTES = 4 << 20
+
+_COMPLETIONS = "/v1/completions"
+_CHAT = "/v1/chat/completions"
+
+
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    *,
+    served_model_names: tuple[str, ...],
+    generation: GenerationConfig,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+) -> FastAPI:
+    """The ASGI application of one API worker.
+
+    served_model_names: what `model` may be; answers to requests without one carry the first.
+    generation: the checkpoint's sampling defaults.
+    """
+    metrics = Metrics(
+        stats=lambda: client.stats,
+        state=lambda: client.state.value,
+        states=[state.value for state in EngineState],
+    )
+    serving = Serving(client, tokenizer, served_model_names, generation, metrics)
+    app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)
+    app.add_middleware(
+        Edge,
+        max_body_bytes=max_body_bytes,
+        json_paths=frozenset({_COMPLETIONS, _CHAT}),
+        failed=metrics.failed,
+    )
+    install_error_handlers(app)
+    _add_generation_routes(app, serving)
+    _add_model_routes(app, serving)
+    _add_operation_routes(app, client, metrics)
+    return app
+
+
+def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
+    @app.post(_COMPLETIONS, response_class=JSON)
+    async def completions(body: CompletionRequest) -> Response:
+        """Complete one or more prompts."""
+        model = serving.model_name(body.model)
+        reply = CompletionReply(body, model, serving.tokenizer)
+        return GenerationResponse(serving, body, reply)
+
+    @app.post(_CHAT, response_class=JSON)
+    async def chat_completions(body: ChatCompletionRequest) -> Response:
+        """Answer a chat."""
+        model = serving.model_name(body.model)
+        return GenerationResponse(serving, body, ChatReply(body, model, serving.tokenizer))
+
+
+def _add_model_routes(app: FastAPI, serving: Serving) -> None:
+    def card(name: str) -> dict[str, Any]:
+        info = serving.client.info
+        return {
+            "id": name,
+            "object": "model",
+            "created": serving.created,
+            "owned_by": "minisrv",
+            "max_model_len": info and info.max_model_len,
+        }
+
+    @app.get("/v1/models", response_class=JSON)
+    async def models() -> Response:
+        """The names under which the model is served."""
+        data = [card(name) for name in serving.served_model_names]
+        return JSON({"object": "list", "data": data})
+
+    @app.get("/v1/models/{model_id:path}", response_class=JSON)
+    async def model(model_id: str) -> Response:
+        """One of the names; 404 for any other."""
+        return JSON(card(serving.model_name(model_id)))
+
+
+def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
+    @app.get("/health", response_class=JSON)
+    async def health() -> Response:
+        """200 as long as the engine lives, loading and draining included; else 503."""
+        state = client.state
+        return JSON({"state": state}, status_code=503 if state is EngineState.DEAD else 200)
+
+    @app.get("/ready", response_class=JSON)
+    async def ready() -> Response:
+        """200 if requests are welcome; else 503, with the progress while loading."""
+        state = client.state
+        if state is EngineState.READY:
+            return JSON({"state": state})
+        headers = {} if state is EngineState.DEAD else {"retry-after": str(NOT_READY_RETRY_AFTER)}
+        loading = client.loading if state is EngineState.LOADING else None
+        return JSON({"state": state, "loading": loading}, status_code=503, headers=headers)
+
+    @app.get("/version", response_class=JSON)
+    async def show_version() -> Response:
+        """The version of minisrv."""
+        return JSON({"version": app.version})
+
+    @app.get("/metrics", response_class=Response)
+    async def scrape() -> Response:
+        """Prometheus metrics."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)

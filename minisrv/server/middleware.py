@@ -1,0 +1,108 @@
+"""The edge of the application: request ids, limits on bodies, the last resort for errors.
+
+Pure ASGI: it passes `receive` on, so that what lies inside sees a client that goes away.
+
+Knows: HTTP headers and bytes. Knows nothing of what the requests ask for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minisrv.server.errors import JSON, error_response, http_error_response
+
+logger = logging.getLogger("minisrv.server")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Edge:
+    """Outermost middleware.
+
+    Every response carries `x-request-id`: the client's, where it is short and plain, or a new
+    one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
+    one of `json_paths` that is not JSON with 415. An unexpected exception is logged and answered
+    with 500. `failed` is told the status of every API response from 400 on.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        json_paths: frozenset[str],
+        failed: Callable[[int], None],
+    ) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._json_paths = json_paths
+        self._failed = failed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if message["status"] >= 400 and scope["path"].startswith("/v1/"):
+                    self._failed(message["status"])
+            await send(message)
+
+        if refusal := self._refusal(scope, headers):
+            await refusal(scope, receive, send_with_id)
+            return
+        try:
+            await self._app(scope, self._limited(receive), send_with_id)
+        except Exception as error:
+            if started:
+                raise  # too late for a status: the server closes the connection
+            logger.error("request %s failed", request_id)
+            await error_response(error)(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
+        """What the headers alone are reason enough to refuse."""
+        length = headers.get("content-length", "")
+        # Python reads no integers of thousands of digits; 18 are too many bytes already.
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._max_body_bytes):
+            return http_error_response(413, self._too_large())
+        if scope["method"] != "POST" or scope["path"] not in self._json_paths:
+            return None
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            return http_error_response(
+                415, f"The content type must be application/json, not {kind or 'absent'}."
+            )
+        return None
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that counts the body, for clients that do not declare its length."""
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return limited
+
+    def _too_large(self) -> str:
+        return f"The request body must have at most {self._max_body_bytes} bytes."

@@ -1,0 +1,329 @@
+"""What a request body may say: every field typed and bounded, everything else refused by name.
+
+A field is in one of four classes:
+
+- supported: declared here, and it does what OpenAI (or vLLM, for its extensions) says it does;
+- metadata (`user`, `metadata`, `store`, ...): checked, then ignored;
+- known but not supported: accepted at the values that ask for nothing, else refused by name;
+- unknown: refused by name.
+
+An explicit null equals an absent field. Types are as strict as OpenAI's: nothing is converted,
+except that a float may be written as an integer.
+
+Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.request import (
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_K,
+    SEED_MAX,
+    SEED_MIN,
+    SamplingParams,
+)
+from minisrv.server.unsupported import (
+    CHAT_ONLY,
+    COMPLETION_ONLY,
+    EVERYWHERE,
+    MESSAGE,
+    STREAM_OPTIONS,
+    asks_for_nothing,
+    refusal,
+)
+
+MAX_PROMPTS = 64
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 512
+MAX_TEXT = 1 << 24
+"""Characters of one text; the limit on the body's bytes bites first."""
+MAX_PROMPT_TOKENS = 1 << 22
+MAX_TOKEN_ID = 2**31 - 1
+DEFAULT_COMPLETION_TOKENS = 16
+"""`max_tokens` of a completion that does not say; OpenAI's."""
+
+ShortText: TypeAlias = Annotated[str, Field(max_length=512)]
+Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Prompts: TypeAlias = list[str] | list[list[int]]
+
+
+def _refuse(field: str, message: str) -> PydanticCustomError:
+    """A validation error of the model that `field` belongs to."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
+
+
+class _Strict(BaseModel):
+    """A JSON object: strict types, no unknown fields, null equals absent."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if value is None:
+                continue
+            if name not in cls.unsupported:
+                kept[name] = value
+            elif not asks_for_nothing(value, cls.unsupported[name]):
+                raise _refuse(name, refusal(name, cls.unsupported[name]))
+        return kept
+
+
+class StreamOptions(_Strict):
+    """What a stream reports besides its text."""
+
+    unsupported = STREAM_OPTIONS
+
+    include_usage: bool = False
+    """End the stream with a chunk that holds the usage and no choice."""
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationRequest(_Strict):
+    """The fields that completions and chat completions share."""
+
+    unsupported = EVERYWHERE
+
+    model: ShortText | None = None
+    """The model's name; absent, the served model."""
+    max_tokens: TokenCount | None = None
+    """Tokens to generate at most."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Keep tokens at least this probable, relative to the most likely one."""
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+        Field(max_length=MAX_STOP_STRINGS),
+        BeforeValidator(_one_or_more, json_schema_input_type=str | list[str]),
+    ] = []
+    """End the text before the first of these strings."""
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    """End after one of these tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-sequence tokens."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    """Report the token ids of prompt and completion."""
+    include_graph_steps: bool = False
+    """Report how many of the request's steps ran in which mode, and why."""
+    user: ShortText | None = None
+    """Ignored."""
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], ShortText],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+    """Ignored."""
+    store: bool | None = None
+    """Ignored."""
+    safety_identifier: ShortText | None = None
+    """Ignored."""
+    prompt_cache_key: ShortText | None = None
+    """Ignored: a hint for routing, and there is one engine."""
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise _refuse("stream_options", "stream_options is only allowed when stream is true.")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream is to end with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens to generate at most, as the client asked; None if it did not."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None reports no log-probabilities at all."""
+        return None
+
+    def sampling_params(self, defaults: GenerationConfig, max_tokens: int) -> SamplingParams:
+        """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
+
+        Stop strings stay out: they are found in the text, not by the engine.
+        """
+
+        def first(*candidates: float | None) -> float:
+            return next(value for value in candidates if value is not None)
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=first(self.temperature, defaults.temperature, 1.0),
+            top_p=first(self.top_p, defaults.top_p, 1.0),
+            top_k=int(first(self.top_k, defaults.top_k, 0)),
+            min_p=first(self.min_p, defaults.min_p, 0.0),
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.num_logprobs,
+        )
+
+
+def _prompts(value: Any) -> Prompts:
+    """All four spellings of `prompt` as a list of texts or a list of lists of token ids."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and value:
+        types = set(map(type, value))
+        if types == {int}:
+            value, types = [value], {list}
+        if len(value) > MAX_PROMPTS:
+            raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
+        if types == {str}:
+            return [_text(text) for text in value]
+        if types == {list}:
+            return [_token_ids(ids) for ids in value]
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids "
+        "or a list of lists of token ids, and not empty"
+    )
+
+
+def _text(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"must have at most {MAX_TEXT} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without lone surrogates") from error
+    return text
+
+
+def _token_ids(ids: list[Any]) -> list[int]:
+    if not ids:
+        raise ValueError("must not hold an empty list of token ids: send at least one")
+    if len(ids) > MAX_PROMPT_TOKENS:
+        raise ValueError(f"must have at most {MAX_PROMPT_TOKENS} tokens")
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_TOKEN_ID:
+        raise ValueError("must consist of token ids, which are integers from 0")
+    return ids
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
+
+    unsupported = EVERYWHERE | COMPLETION_ONLY
+
+    prompt: Annotated[
+        Prompts,
+        PlainValidator(
+            _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+        ),
+    ]
+    """A text, token ids, or a list of either: one choice each."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report the log-probability of each token and of this many alternatives."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Message(_Strict):
+    """A message of a chat."""
+
+    unsupported = MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is another word for `system`."""
+    content: Annotated[
+        list[TextPart],
+        Field(min_length=1, max_length=MAX_PARTS),
+        BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
+    ]
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    unsupported = EVERYWHERE | CHAT_ONLY
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: TokenCount | None = None
+    """OpenAI's newer name of max_tokens. Absent, the answer may fill the context."""
+    logprobs: bool = False
+    """Report the log-probability of each token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report this many alternatives to each token; needs logprobs."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise _refuse(
+                "max_tokens",
+                "max_tokens and max_completion_tokens differ; send one of them.",
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens

@@ -1,0 +1,202 @@
+"""Deltas to OpenAI's response bodies: completions and chat, streamed and not.
+
+A reply is made for one response and fed every delta once, either through `events` (streamed) or
+through `add` and then `document` (not streamed).
+
+Knows: the shapes on the wire. Knows nothing of how deltas come about.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from minisrv.request import TokenLogprobs
+from minisrv.server import sse
+from minisrv.server.generation import Delta
+from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs
+from minisrv.server.protocol import GenerationRequest
+from minisrv.text.tokenizer import Tokenizer
+
+
+class Reply(ABC):
+    """What completions and chat completions share: identity, usage, extensions."""
+
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+
+    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._identity = {"created": int(time.time()), "model": model}
+        self._tokenizer = tokenizer
+        self._num_logprobs = request.num_logprobs or 0
+        self._return_token_ids = request.return_token_ids
+        self._report_steps = request.include_graph_steps
+        self._include_usage = request.include_usage
+        self._tail = {"usage": None} if self._include_usage else {}
+        self._chunk_head = self._head(self.chunk_name)
+        self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
+        self._prompts: Sequence[list[int]] = ()
+        self._deltas: list[list[Delta]] = []
+        self._begun: set[int] = set()
+        self._completion_tokens = 0
+
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        """Set the prompts, in the order of the choices. Comes before any delta."""
+        self._prompts = prompts
+        self._deltas = [[] for _ in prompts]
+
+    def events(self, delta: Delta) -> bytes:
+        """The events of a delta; none if there is nothing to tell."""
+        self._completion_tokens += len(delta.token_ids)
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
+        return self._events(delta, first, tells)
+
+    def last_events(self) -> bytes:
+        """What ends a stream."""
+        if not self._include_usage:
+            return sse.DONE
+        return sse.event({**self._chunk_head, "choices": [], "usage": self._usage()}) + sse.DONE
+
+    def add(self, delta: Delta) -> None:
+        """Keep a delta for `document`."""
+        self._completion_tokens += len(delta.token_ids)
+        self._deltas[delta.index].append(delta)
+
+    def document(self) -> dict[str, Any]:
+        """The body of a response that is not streamed. Comes after the last delta."""
+        return {
+            **self._head(self.object_name),
+            "choices": [self._whole(index) for index in range(len(self._deltas))],
+            "usage": self._usage(),
+        }
+
+    def _whole(self, index: int) -> dict[str, Any]:
+        deltas = self._deltas[index]
+        logprobs = None
+        if any(delta.logprobs is not None for delta in deltas):
+            logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        choice = self._choice(index, "".join(delta.text for delta in deltas), logprobs)
+        choice["finish_reason"] = deltas[-1].finish_reason
+        if self._return_token_ids:
+            choice["token_ids"] = [i for delta in deltas for i in delta.token_ids]
+        if self._report_steps:
+            choice["graph_steps"] = deltas[-1].graph_steps
+        return choice
+
+    @abstractmethod
+    def _choice(
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+    ) -> dict[str, Any]:
+        """A whole choice, but for the fields that every choice has."""
+
+    @abstractmethod
+    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+        """The events of a delta; `first` of its choice, and whether it `tells` of tokens."""
+
+    def _head(self, object_name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": object_name, **self._identity}
+
+    def _usage(self) -> dict[str, int]:
+        prompt = sum(map(len, self._prompts))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt + self._completion_tokens,
+        }
+
+
+class CompletionReply(Reply):
+    """`text_completion`: one choice for each prompt."""
+
+    id_prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
+
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        super().begin(prompts)
+        self._writers = [CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in prompts]
+
+    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+        if not tells and delta.finish_reason is None:
+            return b""
+        choice = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": delta.logprobs and self._writers[delta.index].chunk(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if first:
+                choice["prompt_token_ids"] = self._prompts[delta.index]
+        if self._report_steps and delta.finish_reason is not None:
+            choice["graph_steps"] = delta.graph_steps
+        return self._chunks.encode(choice)
+
+    def _choice(
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+    ) -> dict[str, Any]:
+        shown = None if logprobs is None else self._writers[index].chunk(logprobs)
+        choice = {"index": index, "text": text, "logprobs": shown}
+        if self._return_token_ids:
+            choice["prompt_token_ids"] = self._prompts[index]
+        return choice
+
+
+class ChatReply(Reply):
+    """`chat.completion`: one choice."""
+
+    id_prefix = "chatcmpl"
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def document(self) -> dict[str, Any]:
+        extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
+        return {**super().document(), **extra}
+
+    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+        events = b""
+        if first:
+            role = {"role": "assistant", "content": ""}
+            choice = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
+            extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
+            events += sse.event({**self._chunk_head, "choices": [choice], **self._tail, **extra})
+        if tells:
+            choice = {
+                "index": delta.index,
+                "delta": {"content": delta.text},
+                "logprobs": delta.logprobs and self._logprobs(delta.logprobs),
+                "finish_reason": None,
+            }
+            if self._return_token_ids:
+                choice["token_ids"] = delta.token_ids
+            events += self._chunks.encode(choice)
+        if delta.finish_reason is not None:
+            choice = {
+                "index": delta.index,
+                "delta": {},
+                "logprobs": None,
+                "finish_reason": delta.finish_reason,
+            }
+            if self._report_steps:
+                choice["graph_steps"] = delta.graph_steps
+            events += self._chunks.encode(choice)
+        return events
+
+    def _choice(
+        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None if logprobs is None else self._logprobs(logprobs),
+        }
+
+    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+        return chat_logprobs(self._tokenizer, logprobs, self._num_logprobs)

@@ -1,0 +1,104 @@
+"""The HTTP response of a generation: runs it, streamed or not, while the client is there.
+
+Everything that can take long (tokenising, queueing, prefill, decode) happens inside the response
+and races the client's disconnect, which cancels it and so aborts it in the engine. The status
+line waits for the first output of every choice: a refusal is never a 200.
+
+Knows: ASGI. The meaning of a request is `serving`'s, the shape of a body `replies`'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from minisrv.server import sse
+from minisrv.server.errors import JSON, error_object, error_status
+from minisrv.server.generation import Choice, merge
+from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+from minisrv.server.replies import Reply
+from minisrv.server.serving import Serving
+
+CLIENT_CLOSED_REQUEST = 499
+"""How a client that went away is counted; nginx's number."""
+
+
+class GenerationResponse(Response):
+    """Answers `request` in the shape of `reply`."""
+
+    def __init__(
+        self, serving: Serving, request: CompletionRequest | ChatCompletionRequest, reply: Reply
+    ) -> None:
+        super().__init__()
+        self._serving = serving
+        self._request = request
+        self._reply = reply
+        self._arrival = time.perf_counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._answer(scope, receive, send))
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            else:
+                self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request, reply = self._request, self._reply
+        self._serving.engine_info()
+        prompts = await self._serving.prompts(request)
+        choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+        reply.begin(prompts)
+        if request.stream:
+            await self._stream(choices, send)
+            return
+        async with aclosing(merge(choices)) as deltas:
+            async for delta in deltas:
+                reply.add(delta)
+        await JSON(reply.document())(scope, receive, send)
+
+    async def _stream(self, choices: list[Choice], send: Send) -> None:
+        reply = self._reply
+        silent = set(range(len(choices)))
+        early = b""  # events of choices that were faster than the slowest first output
+        started = False
+        try:
+            async with aclosing(merge(choices)) as deltas:
+                async for delta in deltas:
+                    events = reply.events(delta)
+                    if not started:
+                        silent.discard(delta.index)
+                        early += events
+                        if silent:
+                            continue
+                        started, events = True, early
+                        await send(
+                            {"type": "http.response.start", "status": 200, "headers": sse.HEADERS}
+                        )
+                    if events:
+                        await send(
+                            {"type": "http.response.body", "body": events, "more_body": True}
+                        )
+            last = reply.last_events()
+        except Exception as error:
+            if not started:
+                raise
+            self._serving.metrics.failed(error_status(error))
+            last = sse.event(error_object(error)) + sse.DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Returns when the client goes away; the body has been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,180 @@
+"""From a validated body to the engine's requests: the model's name, tokens, limits.
+
+Knows: the tokenizer, the engine client and the limits of the model. Knows nothing of HTTP or of
+response bodies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.messages import EngineInfo
+from minisrv.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    EngineNotReadyError,
+    ModelNotFoundError,
+    RequestError,
+)
+from minisrv.metrics import Metrics
+from minisrv.request import EngineRequest
+from minisrv.server.generation import Choice
+from minisrv.server.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.tokenizer import Tokenizer
+
+_THREAD_ABOVE = 20_000
+"""Characters that take about 10 ms to tokenise; more than that leaves the event loop."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What every generation needs, made once for the application.
+
+    Raises ConfigError if the checkpoint's sampling defaults are out of bounds.
+    """
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    served_model_names: tuple[str, ...]
+    generation: GenerationConfig
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix time in seconds."""
+
+    def __post_init__(self) -> None:
+        try:
+            GenerationRequest().sampling_params(self.generation, max_tokens=1)
+        except RequestError as error:
+            raise ConfigError(f"generation_config.json: {error.message}") from error
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer under. Raises ModelNotFoundError."""
+        if asked is None:
+            return self.served_model_names[0]
+        if asked not in self.served_model_names:
+            raise ModelNotFoundError(
+                f"The model '{asked}' does not exist; served here: "
+                f"{', '.join(self.served_model_names)}.",
+                param="model",
+            )
+        return asked
+
+    def engine_info(self) -> EngineInfo:
+        """The ready engine's limits. Raises EngineNotReadyError, EngineDeadError."""
+        state, info = self.client.state, self.client.info
+        if state is EngineState.DEAD:
+            raise EngineDeadError("The engine has died; the server must be restarted.")
+        if state is not EngineState.READY or info is None:
+            raise EngineNotReadyError(f"The engine is {state.value}; try again later.")
+        return info
+
+    async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
+        """The prompt of every choice as token ids. Raises RequestError."""
+        if isinstance(request, ChatCompletionRequest):
+            messages = [message.for_template() for message in request.messages]
+            text = self.tokenizer.render_chat(messages)
+            return await self._encode([text], add_special_tokens=False)
+        texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+        if texts:
+            return await self._encode(texts, add_special_tokens=True)
+        return [prompt for prompt in request.prompt if isinstance(prompt, list)]
+
+    def choices(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompts: Sequence[list[int]],
+        request_id: str,
+        arrival: float,
+    ) -> list[Choice]:
+        """One choice for each prompt, none of them started.
+
+        Raises RequestError, ContextLengthError and what `engine_info` raises.
+        """
+        info = self.engine_info()
+        chat = isinstance(request, ChatCompletionRequest)
+        what = "messages" if chat else "prompt"
+        _check_ids("stop_token_ids", request.stop_token_ids, info.vocab_size)
+        choices = []
+        for index, prompt in enumerate(prompts):
+            _check_ids(what, prompt, info.vocab_size)
+            limit = _token_limit(request, len(prompt), info.max_model_len)
+            engine_request = EngineRequest(
+                request_id=f"{request_id}-{index}",
+                prompt_token_ids=prompt,
+                params=request.sampling_params(self.generation, limit),
+            )
+            detokenizer = Detokenizer(
+                self.tokenizer, request.stop, prompt_token_ids=() if chat else prompt
+            )
+            choice = Choice(
+                self.client,
+                engine_request,
+                detokenizer,
+                self.metrics,
+                index=index,
+                arrival=arrival,
+                report_steps=request.include_graph_steps,
+            )
+            choices.append(choice)
+        return choices
+
+    async def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) > _THREAD_ABOVE:
+            return await asyncio.to_thread(encode)
+        return encode()
+
+
+def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if param != "stop_token_ids" and not token_ids:
+        raise RequestError(
+            f"The {param} came out empty: send at least one token of text.", param=param
+        )
+    if token_ids and max(token_ids) >= vocab_size:
+        raise RequestError(
+            f"{param} holds the token id {max(token_ids)}; this model's ids go from 0 to "
+            f"{vocab_size - 1}.",
+            param=param,
+        )
+
+
+def _token_limit(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
+    """Tokens to generate at most.
+
+    A limit that the client asks for must fit the context beside the prompt; a default one is cut
+    to what fits. Raises ContextLengthError, in OpenAI's words.
+    """
+    chat = isinstance(request, ChatCompletionRequest)
+    what = "messages" if chat else "prompt"
+    room = max_model_len - num_prompt
+    asked = request.token_limit
+    limit = f"This model's maximum context length is {max_model_len} tokens. However, "
+    if room < 1:
+        raise ContextLengthError(
+            f"{limit}your {what} resulted in {num_prompt} tokens, and a completion needs at least "
+            f"one more. Please reduce the length of the {what}.",
+            param=what,
+        )
+    if asked is None:
+        return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
+    if asked > room:
+        raise ContextLengthError(
+            f"{limit}you requested {num_prompt + asked} tokens ({num_prompt} in the {what}, "
+            f"{asked} in the completion). Please reduce the length of the {what} or completion.",
+            param=what,
+        )
+    return asked

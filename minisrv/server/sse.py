@@ -1,0 +1,41 @@
+"""Server-sent events, as OpenAI frames them.
+
+Knows: bytes. A chunk of a stream repeats everything but its choice, so the rest is encoded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    """One event with `data` as JSON."""
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+class ChunkEncoder:
+    """Events that differ in their one choice only.
+
+    head: the fields before `choices`; tail: those behind it.
+    """
+
+    def __init__(self, head: dict[str, Any], tail: dict[str, Any]) -> None:
+        frame = event({**head, "choices": [], **tail})
+        self._before, _, self._after = frame.partition(b'"choices":[]')
+        self._before += b'"choices":['
+        self._after = b"]" + self._after
+
+    def encode(self, choice: dict[str, Any]) -> bytes:
+        """The event with this choice."""
+        return self._before + _encode(choice) + self._after

@@ -1,0 +1,120 @@
+"""Fields of OpenAI's and vLLM's APIs that are known here and not supported.
+
+Each maps to the values that ask for nothing: clients send those without thinking, so they are
+accepted. Any other value is refused by name, because ignoring it would give another answer than
+the client asked for. A field with no such value is refused whenever it is there.
+
+Knows: names and neutral values. When a field becomes supported, its line here goes away.
+"""
+
+from __future__ import annotations
+
+import json
+
+EVERYWHERE: dict[str, tuple[object, ...]] = {
+    # OpenAI
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    # vLLM
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+}
+
+COMPLETION_ONLY: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+
+CHAT_ONLY: dict[str, tuple[object, ...]] = {
+    # OpenAI
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+
+STREAM_OPTIONS: dict[str, tuple[object, ...]] = {
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False,),
+}
+
+MESSAGE: dict[str, tuple[object, ...]] = {
+    # What OpenAI's client sends back when an answer becomes part of the next request.
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+
+
+def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether `value` is one of the neutral ones; true is not 1 here, but 1.0 is."""
+    return any(
+        isinstance(value, bool) == isinstance(candidate, bool) and value == candidate
+        for candidate in neutral
+    )
+
+
+def refusal(name: str, neutral: tuple[object, ...]) -> str:
+    """What to tell a client that asked for an unsupported field."""
+    allowed = " or ".join(json.dumps(value) for value in neutral)
+    return f"{name} is not supported by this server; leave it out" + (
+        f" or send {allowed}." if allowed else "."
+    )

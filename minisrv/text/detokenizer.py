@@ -1,0 +1,109 @@
+"""From one request's token ids to its text, as they come, up to its first stop string.
+
+The pieces put together equal the text of all ids at once: nothing is emitted before it is
+certain. A character whose bytes are split over tokens is held back until it is whole; bytes that
+cannot become a character turn into U+FFFD, as `tokenizers` does, and decoding goes on behind
+them. Special tokens have no text.
+
+A chat answer starts a text of its own. A completion continues its prompt: where the tokenizer
+strips a space from the start of a text (SentencePiece), the space is kept there.
+
+Knows: the tokenizer and characters. Does not know why a request ends.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from minisrv.text.stop import StopMatcher
+from minisrv.text.token_bytes import TokenBytes
+from minisrv.text.tokenizer import Tokenizer
+
+_CONTEXT = 8
+"""Tokens that decide the text of the next, where tokens are not plain bytes."""
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """The text of one request.
+
+    stop: the text ends before the first of these; empty strings are not allowed.
+    prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._special = tokenizer.special_ids
+        prompt = [i for i in prompt_token_ids[-_CONTEXT:] if i not in self._special]
+        self._decoder: _Decoder = (
+            _WindowDecoder(tokenizer, prompt)
+            if tokenizer.token_bytes is None
+            else _ByteDecoder(tokenizer.token_bytes, starts_text=not prompt)
+        )
+        self._matcher = StopMatcher(stop) if stop else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found: the text is complete, whatever follows."""
+        return self._matcher is not None and self._matcher.stopped
+
+    def push(self, token_ids: Sequence[int], final: bool = False) -> str:
+        """Add tokens; returns the text that has become certain.
+
+        final: no tokens follow, so nothing is held back.
+        """
+        if self.stopped:
+            return ""
+        special = self._special
+        text = self._decoder.push([i for i in token_ids if i not in special], final)
+        if self._matcher is None:
+            return text
+        text = self._matcher.push(text)
+        return text + self._matcher.flush() if final else text
+
+
+class _Decoder(Protocol):
+    def push(self, token_ids: Sequence[int], final: bool) -> str: ...
+
+
+class _ByteDecoder:
+    """Tokens are bytes: UTF-8 decides what is certain."""
+
+    def __init__(self, pieces: TokenBytes, *, starts_text: bool) -> None:
+        self._pieces = pieces
+        self._utf8 = _utf8_decoder(errors="replace")
+        self._strip = pieces.strip_start if starts_text else 0
+
+    def push(self, token_ids: Sequence[int], final: bool) -> str:
+        pieces = self._pieces
+        text = self._utf8.decode(b"".join([pieces[i] for i in token_ids]), final)
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+            else:
+                self._strip -= 1
+                text = text[1:]
+        return text
+
+
+class _WindowDecoder:
+    """Tokens are words: the text of a token depends on a few tokens before it."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._window = context
+
+    def push(self, token_ids: Sequence[int], final: bool) -> str:
+        before = self._tokenizer.decode(self._window)
+        self._window.extend(token_ids)
+        text = self._tokenizer.decode(self._window)
+        del self._window[:-_CONTEXT]
+        return text[len(before) :]

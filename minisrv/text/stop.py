@@ -1,0 +1,69 @@
+"""Finding stop strings in text that arrives in pieces.
+
+Knows: characters. Knows nothing of tokens. The result does not depend on how the text is cut
+into pieces: a text ends at the first character that completes a stop string, and is cut where
+the longest stop string completed there begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string, which it holds back.
+
+    What is held back is the longest suffix of the text that begins a stop string, and no more.
+    Costs a few operations per character and stop string (Knuth-Morris-Pratt).
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [(pattern, _failure_table(pattern)) for pattern in stop]
+        self._matched = [0] * len(self._stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Add text; returns what is certain not to belong to a stop string."""
+        text = self._held + text
+        done = len(self._held)
+        for end in range(done, len(text)):
+            if cut := self._step(text[end]):
+                self.stopped = True
+                self._held = ""
+                return text[: end + 1 - cut]
+        safe = len(text) - max(self._matched, default=0)
+        self._held = text[safe:]
+        return text[:safe]
+
+    def flush(self) -> str:
+        """The text ends here: returns what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _step(self, char: str) -> int:
+        """Advance every pattern by a character; returns the length of the longest complete one."""
+        complete = 0
+        for i, (pattern, failure) in enumerate(self._stop):
+            matched = self._matched[i]
+            while matched and pattern[matched] != char:
+                matched = failure[matched - 1]
+            if pattern[matched] == char:
+                matched += 1
+            if matched == len(pattern):
+                complete = max(complete, matched)
+            self._matched[i] = matched
+        return complete
+
+
+def _failure_table(pattern: str) -> list[int]:
+    """For each prefix, the length of its longest proper prefix that is also its suffix."""
+    table = [0] * len(pattern)
+    length = 0
+    for i in range(1, len(pattern)):
+        while length and pattern[i] != pattern[length]:
+            length = table[length - 1]
+        if pattern[i] == pattern[length]:
+            length += 1
+        table[i] = length
+    return table

@@ -1,0 +1,92 @@
+"""The bytes behind each token id, for the tokenizers where every token is a string of bytes.
+
+Two families cover the supported checkpoints:
+
+- byte-level BPE (GPT-2, Llama 3, Qwen): each character of a token stands for one byte;
+- SentencePiece with byte fallback (Llama 2, Gemma): `▁` stands for a space, `<0xE2>` for a byte.
+
+For these, the text of a sequence is the concatenated bytes read as UTF-8, so that it can be
+decoded incrementally and exactly. For byte-level BPE it equals `tokenizers`' own decode for any
+sequence of ids. For byte fallback it does wherever the bytes are valid; where they are not,
+`tokenizers` gives up the whole run of byte tokens and this gives up the invalid bytes only.
+
+Knows: the decoder section of a `tokenizer.json`. Does not know which tokens are to be skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE_MARK = "▁"
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table of one printable character per byte (`bytes_to_unicode`), inverted."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
+
+
+class TokenBytes(dict[int, bytes]):
+    """A mapping from token id to its bytes, filled as it is asked; unknown ids have none.
+
+    strip_start: leading spaces that decoding removes from the start of a text.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, byte_level: bool, strip_start: int
+    ) -> None:
+        super().__init__()
+        self._id_to_token = backend.id_to_token
+        self._to_bytes = _from_byte_level if byte_level else _from_sentence_piece
+        self.strip_start = strip_start
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._id_to_token(token_id)
+        piece = b"" if token is None else self._to_bytes(token)
+        self[token_id] = piece
+        return piece
+
+    @classmethod
+    def recognise(cls, backend: tokenizers.Tokenizer) -> TokenBytes | None:
+        """The mapping for this tokenizer, or None where its tokens are not plain bytes."""
+        decoder = json.loads(backend.to_str())["decoder"]
+        steps: list[dict[str, Any]] = (
+            []
+            if decoder is None
+            else decoder["decoders"]
+            if decoder["type"] == "Sequence"
+            else [decoder]
+        )
+        kinds = [step["type"] for step in steps]
+        if kinds == ["ByteLevel"]:
+            return cls(backend, byte_level=True, strip_start=0)
+        if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
+            replace, strip = steps[0], steps[3] if steps[3:] else {"start": 0, "stop": 0}
+            spaces = replace["pattern"] == {"String": _SPACE_MARK} and replace["content"] == " "
+            if spaces and strip.get("content", " ") == " " and strip["stop"] == 0:
+                return cls(backend, byte_level=False, strip_start=strip["start"])
+        return None
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_LEVEL[char] for char in token])
+    except KeyError:  # an added token, spelled as it is
+        return token.encode()
+
+
+def _from_sentence_piece(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    return token.replace(_SPACE_MARK, " ").encode()

@@ -1,0 +1,173 @@
+"""The tokenizer of a checkpoint: text to ids, messages to ids, ids to text.
+
+Knows: `tokenizer.json` (through the `tokenizers` library), the special tokens and the chat
+template of `tokenizer_config.json` or `chat_template.jinja`. Knows nothing of requests being
+generated: incremental decoding is the detokenizer's.
+
+All methods may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from minisrv.errors import ModelError, RequestError
+from minisrv.text.chat_template import ChatTemplate
+from minisrv.text.token_bytes import TokenBytes
+
+_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Tokenizer and chat template of one checkpoint."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None
+    ) -> None:
+        # A tokenizer.json may carry its training's truncation and padding.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self.token_bytes = TokenBytes.recognise(backend)
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Read the tokenizer of a Hugging Face checkpoint.
+
+        Raises ModelError if a file is missing or cannot be read.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{directory} has no tokenizer.json, which is needed; a checkpoint with another "
+                "tokenizer file becomes usable by loading it with transformers' AutoTokenizer and "
+                "saving it with save_pretrained()."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises nothing more precise
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        config = _read_config(directory / "tokenizer_config.json")
+        source = _template_source(directory, config)
+        return cls(backend, ChatTemplate(source, _special_tokens(config)) if source else None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's embedding may have more rows."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+        return self._chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`. Special tokens spelled in it are recognised.
+
+        add_special_tokens: let the tokenizer add what it adds around a text, e.g. BOS.
+        """
+        # The batch call releases the GIL, and the fast one does not compute offsets.
+        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encodings[0].ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; ids of no token count as empty."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text (U+FFFD for what is not UTF-8 by itself) and as bytes."""
+        if self.token_bytes is None:
+            text = self.decode([token_id], skip_special_tokens=False)
+            return text, text.encode()
+        piece = self.token_bytes[token_id]
+        return piece.decode(errors="replace"), piece
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt text of a chat: encode it with `add_special_tokens=False`.
+
+        Raises RequestError if there is no template, or it does not accept the messages.
+        """
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template, so it cannot be used for chat; "
+                "send a prompt to /v1/completions instead.",
+                param="messages",
+            )
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids of a chat. The template spells every special token; none is added after it.
+
+        Raises RequestError like `render_chat`.
+        """
+        return self.encode(
+            self.render_chat(messages, add_generation_prompt), add_special_tokens=False
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens by name; a token is a string or an object with its `content`."""
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The template's text: `chat_template.jinja` goes before the config, as in transformers.
+
+    Of several named templates it is the one called `default`.
+    """
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if source is None or isinstance(source, str):
+        return source
+    raise ModelError(
+        f"{directory / 'tokenizer_config.json'}: chat_template must be a string "
+        "or a list of named templates."
+    )

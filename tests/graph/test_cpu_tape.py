@@ -1,0 +1,184 @@
+"""The tape: what it records, what it refuses, and where results lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisrv.errors import GraphCaptureError
+from minisrv.graph.cpu_tape import CPUTapeBackend
+
+
+def record(backend: CPUTapeBackend, *runs):
+    """Capture each callable as one segment of one capture; returns their replays."""
+    replays = []
+    for run in runs:
+        backend.begin()
+        run()
+        replays.append(backend.end())
+    backend.finish()
+    return replays
+
+
+def test_replay_reads_and_writes_the_addresses_of_the_capture():
+    x, out = torch.ones(4), torch.zeros(4)
+
+    def run():
+        return out.copy_((x * 2).sin() + x.view(2, 2).t().flatten())
+
+    [replay] = record(CPUTapeBackend(), run)
+    x.copy_(torch.arange(4.0))
+    expected = (x * 2).sin() + x[[0, 2, 1, 3]]
+    assert not torch.equal(out, expected)
+    replay()
+    assert torch.equal(out, expected)
+
+
+def test_replay_runs_no_python_of_the_captured_code():
+    calls, out = [], torch.zeros(1)
+    [replay] = record(CPUTapeBackend(), lambda: (calls.append(1), out.add_(1)))
+    replay()
+    assert calls == [1]
+    assert out.item() == 2
+
+
+def test_views_are_not_replayed():
+    x, out = torch.ones(2, 6), torch.zeros(3, 4)
+    [replay] = record(CPUTapeBackend(), lambda: out.add_(x.view(3, 4)[:, :].t().t()))
+    assert len(replay.calls) == 1
+
+
+def test_factories_and_in_place_operations_replay():
+    out = torch.zeros(3)
+
+    def run():
+        total = torch.zeros(3)
+        total += torch.arange(3)
+        total.mul_(torch.full((3,), 2.0))
+        out.copy_(total)
+
+    [replay] = record(CPUTapeBackend(), run)
+    for _ in range(2):
+        replay()
+        assert out.tolist() == [0, 2, 4]
+
+
+def test_operations_without_out_variant_replay():
+    """chunk of a split result, sort with two results, and an op that has no out= overload."""
+    x, out = torch.rand(8), torch.zeros(8)
+
+    def run():
+        values, order = torch.sort(x)
+        out.copy_(values + order + torch.ops.aten.alias_copy(torch.frac(x)))
+
+    [replay] = record(CPUTapeBackend(), run)
+    x.copy_(torch.rand(8))
+    replay()
+    values, order = torch.sort(x)
+    assert torch.equal(out, values + order + torch.frac(x))
+
+
+def test_segments_of_one_capture_see_each_others_intermediates():
+    """A residual crosses pieces: its bytes stay its own until the last piece has read them."""
+    x, out = torch.ones(64), torch.zeros(64)
+    kept: dict[str, torch.Tensor] = {}
+
+    def first():
+        kept["residual"] = x * 3
+
+    def second():
+        noise = torch.full((64,), 100.0) * x  # would take the residual's place, were it free
+        out.copy_(kept["residual"] + noise)
+
+    backend = CPUTapeBackend()
+    pieces = record(backend, first, second)
+    kept.clear()
+    x.fill_(2)
+    backend.arena.fill_(255)
+    for piece in pieces:
+        piece()
+    assert torch.equal(out, torch.full((64,), 206.0))
+
+
+def test_graphs_share_one_arena_and_survive_each_other():
+    """A larger graph runs in the smaller one's memory and the other way round (trap 7)."""
+    backend = CPUTapeBackend()
+
+    def graph(n):
+        x, out = torch.ones(n), torch.zeros(n)
+        [replay] = record(backend, lambda: out.copy_((x + 1) * (x + 2)))
+        return x, out, replay
+
+    large, small = graph(1000), graph(10)
+    arena = backend.arena.data_ptr()
+    for x, out, replay in (large, small, large, small):
+        x.add_(1)
+        replay()
+        assert torch.equal(out, (x + 1) * (x + 2))
+    assert backend.arena.data_ptr() == arena, "the smaller capture fits the larger one's arena"
+    assert backend.arena.numel() < 3 * 4096, "results are laid out by liveness"
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_random_programs_replay_as_they_run(data):
+    """Programs of random operations over random earlier results, with random deaths."""
+    sizes = st.sampled_from([3, 17, 64, 300])
+    inputs = [torch.rand(data.draw(sizes)) for _ in range(2)]
+    steps = [
+        (data.draw(st.integers(0, 4)), data.draw(st.integers(0, 30)), data.draw(st.integers(0, 30)))
+        for _ in range(data.draw(st.integers(1, 14)))
+    ]
+    alive = data.draw(st.integers(1, 5))
+
+    def program():
+        results = list(inputs)
+        for kind, left, right in steps:
+            a, b = results[left % len(results)], results[right % len(results)]
+            if kind == 0:
+                results.append(a * 1.5 + b.mean())
+            elif kind == 1:
+                results.append(torch.cat((a, b))[::2])
+            elif kind == 2:
+                results.append(a.sort(descending=True).values)
+            elif kind == 3:
+                results.append(a.view(1, -1).t().matmul(b[:1].view(1, 1)).flatten())
+            else:
+                results.append((a.clone().add_(1).relu_(), b)[0])
+            results = results[:2] + results[2:][-alive:]
+        return results[-1]
+
+    out = torch.zeros_like(program())
+    backend = CPUTapeBackend()
+    [replay] = record(backend, lambda: out.copy_(program()))
+    for tensor in inputs:
+        tensor.copy_(torch.rand_like(tensor))
+    backend.arena.fill_(255)  # NaN
+    replay()
+    assert torch.equal(out, program())
+
+
+@pytest.mark.parametrize(
+    ("what", "run"),
+    [
+        ("reads a value back", lambda x: x.sum().item()),
+        ("reads a value back", lambda x: bool(x[0] > 0)),
+        ("shape depends", lambda x: x.nonzero()),
+        ("boolean index", lambda x: x[x > 0]),
+        ("boolean index", lambda x: x.__setitem__(x > 0, 1.0)),
+        ("random numbers", lambda x: torch.rand_like(x)),
+        ("random numbers", lambda x: x.bernoulli_()),
+    ],
+)
+def test_refuses_what_a_graph_cannot_hold(what, run):
+    backend = CPUTapeBackend()
+    backend.begin()
+    with pytest.raises(GraphCaptureError, match=what):
+        run(torch.ones(4))
+    backend.abandon()
+    # The backend is usable again, and nothing is being recorded.
+    x, out = torch.ones(2), torch.zeros(2)
+    [replay] = record(backend, lambda: out.add_(x))
+    assert len(replay.calls) == 1

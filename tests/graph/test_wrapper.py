@@ -1,0 +1,150 @@
+"""The wrapper: who replays, who passes through, and what crosses a break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisrv.errors import GraphError
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.forward_context import (
+    AttentionMetadata,
+    ForwardContext,
+    get_forward_context,
+    set_forward_context,
+)
+from minisrv.graph.wrapper import CUDAGraphWrapper
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+
+
+class Model:
+    """Two layers: double, attend, add; attention doubles its argument and counts its calls."""
+
+    def __init__(self) -> None:
+        ints = torch.zeros(4, dtype=torch.int32)
+        self.attn = AttentionMetadata(
+            qkv=torch.zeros(4),
+            out=torch.zeros(4),
+            slot_mapping=ints,
+            block_table=ints,
+            seq_lens=ints,
+            query_start_loc=ints,
+        )
+        self.x, self.result = torch.ones(4), torch.zeros(4)
+        self.calls: list[str] = []
+        self.attended: list[ForwardContext] = []
+
+    def attention(self) -> None:
+        context = get_forward_context()
+        self.attended.append(context)
+        torch.mul(context.attn.qkv, 2, out=context.attn.out)
+
+    def layer(self, residual: torch.Tensor) -> torch.Tensor:
+        context = get_forward_context()
+        torch.mul(residual, 2, out=context.attn.qkv)
+        if context.break_at is None:
+            self.attention()
+        else:
+            context.break_at(self.attention)
+        return residual + context.attn.out
+
+    def __call__(self, x: torch.Tensor) -> None:
+        self.calls.append("model")
+        self.result.copy_(self.layer(self.layer(x)))
+
+    def context(self, mode: CUDAGraphMode, tokens: int = 4) -> ForwardContext:
+        return ForwardContext(mode, BatchDescriptor(tokens), self.attn)
+
+
+@pytest.mark.parametrize("mode", [PIECEWISE, FULL])
+def test_replay_gives_what_the_runnable_gives(mode):
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, mode, CPUTapeBackend())
+    with set_forward_context(model.context(mode)):
+        wrapper.capture(model.x)
+        model.x.fill_(3)
+        model.calls.clear()
+        wrapper(model.x)
+    assert model.calls == [], "no Python of the model runs"
+    assert torch.equal(model.result, torch.full((4,), 75.0))
+    [graph] = wrapper.graphs.values()
+    assert graph.num_pieces == (3 if mode is PIECEWISE else 1)
+
+
+def test_attention_is_skipped_under_piecewise_capture_and_sees_the_current_context():
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, PIECEWISE, CPUTapeBackend())
+    with set_forward_context(model.context(PIECEWISE)):
+        wrapper.capture(model.x)
+    assert model.attended == []
+    current = model.context(PIECEWISE)
+    with set_forward_context(current):
+        wrapper(model.x)
+    assert model.attended == [current, current]
+
+
+@pytest.mark.parametrize("mode", [NONE, FULL])
+def test_another_mode_passes_through(mode):
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, PIECEWISE, CPUTapeBackend())
+    with set_forward_context(model.context(mode)):
+        wrapper(model.x)
+    assert model.calls == ["model"]
+    assert torch.equal(model.result, torch.full((4,), 25.0))
+
+
+def test_a_key_that_was_not_captured_is_an_error_not_an_eager_run():
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, PIECEWISE, CPUTapeBackend())
+    with (
+        set_forward_context(model.context(PIECEWISE, tokens=8)),
+        pytest.raises(GraphError, match="num_tokens=8"),
+    ):
+        wrapper(model.x)
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("moved", ["argument 0", "attn.seq_lens"])
+def test_a_tensor_that_moved_is_found(moved):
+    """A fresh tensor where the graph has a static one is read at the old address (trap 14)."""
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, FULL, CPUTapeBackend(), check_addresses=True)
+    with set_forward_context(model.context(FULL)):
+        wrapper.capture(model.x)
+        wrapper(model.x)
+    x = model.x
+    if moved == "argument 0":
+        x = model.x.clone()
+    else:
+        model.attn = AttentionMetadata(
+            **{**vars(model.attn), "seq_lens": model.attn.seq_lens.clone()}
+        )
+    with set_forward_context(model.context(FULL)), pytest.raises(GraphError, match=moved):
+        wrapper(x)
+
+
+def test_an_error_under_capture_leaves_no_graph_and_no_recording():
+    model = Model()
+    backend = CPUTapeBackend()
+
+    def fails(x: torch.Tensor) -> None:
+        x.sum().item()
+
+    wrapper = CUDAGraphWrapper(fails, FULL, backend)
+    with set_forward_context(model.context(FULL)), pytest.raises(GraphError):
+        wrapper.capture(model.x)
+    assert not wrapper.graphs
+    assert model.x.sum().item() == 4
+
+
+def test_contexts_nest_and_are_restored():
+    model = Model()
+    outer, inner = model.context(FULL), model.context(NONE)
+    with set_forward_context(outer):
+        with set_forward_context(inner):
+            assert get_forward_context() is inner
+        assert get_forward_context() is outer
+    with pytest.raises(AssertionError):
+        get_forward_context()

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.server.app import create_app
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, Script
+from tests.text import tiny_tokenizer
+
+GENERATION = GenerationConfig(eos_token_ids=(2,), temperature=0.7, top_k=20)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("server"))
+    return Tokenizer.from_directory(directory)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def connect(tokenizer: Tokenizer) -> Callable[..., httpx.AsyncClient]:
+    """Makes a client of an application around a fake engine."""
+
+    def make(engine: FakeEngine | Script, **options: object) -> httpx.AsyncClient:
+        fake = engine if isinstance(engine, FakeEngine) else FakeEngine(engine)
+        arguments = {"served_model_names": ("tiny", "org/tiny"), "generation": GENERATION}
+        app = create_app(fake, options.pop("tokenizer", tokenizer), **(arguments | options))
+        transport = httpx.ASGITransport(app)
+        return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    return make

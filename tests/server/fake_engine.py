@@ -1,0 +1,129 @@
+"""An engine client without an engine: it replays a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from minisrv.engine.client import EngineState
+from minisrv.engine.messages import EngineInfo, EngineStats, Loading, StepCount
+from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+
+Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
+
+INFO = EngineInfo(
+    max_model_len=200,
+    vocab_size=400,
+    num_kv_blocks=100,
+    block_size=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    dtype="float32",
+    device="cpu",
+    cudagraph_mode="full-and-piecewise",
+    graphs=3,
+    startup_seconds={},
+)
+STATS = EngineStats(
+    running=2,
+    waiting=1,
+    kv_blocks_used=25,
+    kv_blocks_total=100,
+    preemptions=3,
+    prompt_tokens=40,
+    generated_tokens=30,
+    steps=[
+        StepCount("FULL", "pure_decode", 12, 30, 6),
+        StepCount("PIECEWISE", "has_prefill", 2, 40, 24),
+    ],
+)
+STEPS = {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
+
+
+class FakeEngine:
+    """Replays `script(request)`: an output is yielded, an exception raised, an event awaited.
+
+    requests: what was submitted. aborted: the ids that were closed before their end.
+    asked_to_abort: those that `abort` was called for.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.state = EngineState.READY
+        self.info: EngineInfo | None = INFO
+        self.stats = STATS
+        self.loading: Loading | None = None
+        self.requests: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.started = asyncio.Event()
+        self.asked_to_abort: set[str] = set()
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        self.requests.append(request)
+        self.started.set()
+        ended = False
+        try:
+            for item in self.script(request):
+                await asyncio.sleep(0)
+                if request.request_id in self.asked_to_abort:
+                    ended = True
+                    yield EngineOutput(
+                        request_id=request.request_id,
+                        finish_reason=FinishReason.ABORT,
+                        graph_steps=STEPS,
+                    )
+                    return
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                elif isinstance(item, Exception):
+                    ended = True
+                    raise item
+                else:
+                    ended = item.finish_reason is not None
+                    yield item
+        finally:
+            if not ended:
+                self.aborted.append(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        self.asked_to_abort.add(request_id)
+
+
+def outputs(
+    token_ids: Iterable[int],
+    finish: FinishReason = FinishReason.LENGTH,
+    logprobs: int | None = None,
+) -> Callable[[EngineRequest], list[EngineOutput]]:
+    """A script of one token a step."""
+    ids = list(token_ids)
+
+    def script(request: EngineRequest) -> list[EngineOutput]:
+        return [
+            EngineOutput(
+                request_id=request.request_id,
+                token_ids=[token_id],
+                logprobs=None if logprobs is None else [token_logprobs(token_id, logprobs)],
+                finish_reason=finish if i == len(ids) - 1 else None,
+                graph_steps=STEPS if i == len(ids) - 1 else None,
+            )
+            for i, token_id in enumerate(ids)
+        ]
+
+    return script
+
+
+def token_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """The token and the ids after it, each a unit less likely."""
+    top = [(token_id + i, -0.5 - i) for i in range(num_top)]
+    return TokenLogprobs(token_id, -0.5, top)
+
+
+def sse(text: str) -> list[dict[str, Any]]:
+    """The JSON of every event of a stream, which must end as a stream ends."""
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    assert events.pop() == "data: [DONE]"
+    assert all(event.startswith("data: ") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]

@@ -1,0 +1,157 @@
+"""POST /v1/chat/completions: shapes, streaming, the template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from minisrv.request import FinishReason
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, sse
+from tests.text import tiny_tokenizer
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+MESSAGES = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+TEXT = "Hello world 🎉"
+END = 2  # <|im_end|>
+
+
+async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+    async with client:
+        return await client.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
+
+
+async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode(TEXT), END]
+    engine = FakeEngine(outputs(ids, FinishReason.STOP))
+    body = (await post(connect(engine), model="org/tiny")).json()
+    assert body.pop("id").startswith("chatcmpl-")
+    assert body.pop("created") > 1_600_000_000
+    prompt = tokenizer.apply_chat_template([MESSAGES[0] | {"role": "system"}, MESSAGES[1]])
+    assert engine.requests[0].prompt_token_ids == prompt
+    assert body == {
+        "object": "chat.completion",
+        "model": "org/tiny",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": TEXT, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(ids),
+            "total_tokens": len(prompt) + len(ids),
+        },
+    }
+
+
+async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode(TEXT), END]
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = await post(connect(outputs(ids, FinishReason.STOP)), **options)
+    first, *parts, last, usage = sse(response.text)
+    everything = [first, *parts, last, usage]
+    assert len({(c["id"], c["created"], c["model"], c["object"]) for c in everything}) == 1
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == TEXT
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in [first, *parts])
+    assert last["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert all(chunk["usage"] is None for chunk in [first, *parts, last])
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == len(ids)
+
+
+async def test_an_answer_without_text_still_has_its_role(connect: Connect) -> None:
+    response = await post(connect(outputs([END], FinishReason.STOP)), stream=True)
+    deltas = [chunk["choices"][0]["delta"] for chunk in sse(response.text)]
+    assert deltas == [{"role": "assistant", "content": ""}, {}]
+
+
+async def test_the_answer_may_fill_the_context(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    await post(connect(engine))
+    (request,) = engine.requests
+    assert request.params.max_tokens == INFO.max_model_len - len(request.prompt_token_ids)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_a_limit_under_either_name(connect: Connect, name: str) -> None:
+    engine = FakeEngine(outputs([300]))
+    await post(connect(engine), **{name: 7})
+    assert engine.requests[0].params.max_tokens == 7
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_string(connect: Connect, tokenizer: Tokenizer, stream: bool) -> None:
+    engine = FakeEngine(outputs(tokenizer.encode("Hello world, stop here and there")))
+    response = await post(connect(engine), stop="stop here", stream=stream)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in sse(response.text)]
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["stop"]
+    else:
+        (choice,) = response.json()["choices"]
+        text = choice["message"]["content"]
+        assert choice["finish_reason"] == "stop"
+    assert text == "Hello world, "
+    assert len(engine.aborted) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_token_ids_and_graph_steps(
+    connect: Connect, tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = [*tokenizer.encode(TEXT), END]
+    response = await post(
+        connect(outputs(ids, FinishReason.STOP, logprobs=3)),
+        logprobs=True,
+        top_logprobs=3,
+        return_token_ids=True,
+        include_graph_steps=True,
+        stream=stream,
+    )
+    bodies = sse(response.text) if stream else [response.json()]
+    choices = [body["choices"][0] for body in bodies]
+    content = [e for c in choices if c["logprobs"] for e in c["logprobs"]["content"]]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == TEXT
+    assert [entry["logprob"] for entry in content] == [-0.5] * (len(ids) - 1)
+    assert [[top["logprob"] for top in e["top_logprobs"]] for e in content] == [
+        [-0.5, -1.5, -2.5]
+    ] * (len(ids) - 1)
+    assert [i for choice in choices for i in choice.get("token_ids", [])] == ids
+    assert len(bodies[0]["prompt_token_ids"]) > 0
+    assert all("prompt_token_ids" not in body for body in bodies[1:])
+    assert choices[-1]["graph_steps"] == STEPS
+
+
+async def test_a_template_that_refuses_is_a_400(connect: Connect) -> None:
+    messages = [{"role": "assistant", "content": "me first"}]
+    response = await post(connect(outputs([300])), messages=messages)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert "the first message must not be from the assistant" in error["message"]
+    assert error["param"] == "messages"
+
+
+async def test_without_a_template_chat_is_a_400_and_completions_work(connect: Connect) -> None:
+    bare = Tokenizer(tiny_tokenizer.byte_level())
+    response = await post(connect(outputs([300]), tokenizer=bare))
+    assert response.status_code == 400
+    assert "/v1/completions" in response.json()["error"]["message"]
+    async with connect(outputs([300]), tokenizer=bare) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi"})
+    assert response.status_code == 200

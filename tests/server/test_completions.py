@@ -1,0 +1,218 @@
+"""POST /v1/completions: shapes, streaming, several prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from minisrv.errors import QueueFullError
+from minisrv.request import EngineOutput, FinishReason
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, sse
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+TEXT = "Hello world 🎉 stop here"
+
+
+async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+    async with client:
+        return await client.post("/v1/completions", json={"prompt": "hi", **body})
+
+
+async def test_a_whole_completion(connect: Connect, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    engine = FakeEngine(outputs([*ids, 2], FinishReason.STOP))
+    response = await post(connect(engine), max_tokens=50)
+    body = response.json()
+    assert response.status_code == 200
+    assert body.pop("id").startswith("cmpl-")
+    assert body.pop("created") > 1_600_000_000
+    prompt = len(tokenizer.encode("hi"))
+    assert body == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": len(ids) + 1,
+            "total_tokens": prompt + len(ids) + 1,
+        },
+    }
+    request = engine.requests[0]
+    assert request.prompt_token_ids == tokenizer.encode("hi")
+    assert request.params.max_tokens == 50
+    assert request.params.temperature == 0.7  # the checkpoint's
+    assert engine.aborted == []
+
+
+async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = await post(connect(outputs(ids)), **options)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    chunks = sse(response.text)
+    assert len({(c["id"], c["created"], c["model"], c["object"]) for c in chunks}) == 1
+    *parts, usage = chunks
+    choices = [part["choices"][0] for part in parts]
+    assert "".join(choice["text"] for choice in choices) == TEXT
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert all(part["usage"] is None for part in parts)
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == len(ids)
+
+
+async def test_a_stream_has_no_usage_unless_asked(connect: Connect) -> None:
+    response = await post(connect(outputs([300, 301])), stream=True)
+    assert all("usage" not in chunk for chunk in sse(response.text))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompts", [["a", "b", "c"], [[1, 2], [3], [4]]])
+async def test_several_prompts(
+    connect: Connect, tokenizer: Tokenizer, stream: bool, prompts: list[Any]
+) -> None:
+    texts = ["first one", "second 🎉", "third, the longest of all"]
+
+    def script(request: Any) -> Any:
+        index = int(request.request_id.rpartition("-")[2])
+        return outputs(tokenizer.encode(texts[index]))(request)
+
+    engine = FakeEngine(script)
+    response = await post(connect(engine), prompt=prompts, stream=stream)
+    assert len({request.request_id for request in engine.requests}) == 3
+    found = ["", "", ""]
+    reasons: list[list[str]] = [[], [], []]
+    bodies = sse(response.text) if stream else [response.json()]
+    for choice in (choice for body in bodies for choice in body["choices"]):
+        found[choice["index"]] += choice["text"]
+        reasons[choice["index"]] += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert found == texts
+    assert reasons == [["length"]] * 3
+
+
+async def test_one_failing_prompt_aborts_the_others(connect: Connect) -> None:
+    def script(request: Any) -> Any:
+        if request.request_id.endswith("-2"):
+            return [QueueFullError("Too many requests are waiting.", retry_after=7)]
+        return [EngineOutput(request_id=request.request_id, token_ids=[300]), asyncio.Event()]
+
+    engine = FakeEngine(script)
+    response = await post(connect(engine), prompt=["a", "b", "c"], stream=True)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    assert response.json()["error"]["code"] == "queue_full"
+    assert sorted(i[-2:] for i in engine.aborted) == ["-0", "-1"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("steps", [False, True])
+async def test_a_stop_string_cuts_and_aborts(
+    connect: Connect, tokenizer: Tokenizer, stream: bool, steps: bool
+) -> None:
+    ids = tokenizer.encode("Hello world, stop here and there")
+    engine = FakeEngine(outputs(ids))
+    options = {"stop": ["stop h", "here"], "include_graph_steps": steps, "stream": stream}
+    response = await post(connect(engine), **options)
+    bodies = sse(response.text) if stream else [response.json()]
+    choices = [body["choices"][0] for body in bodies]
+    assert "".join(choice["text"] for choice in choices) == "Hello world, "
+    assert choices[-1]["finish_reason"] == "stop"
+    assert choices[-1].get("graph_steps") == (STEPS if steps else None)
+    if steps:  # the engine answered the abort with the last output
+        assert engine.asked_to_abort == {engine.requests[0].request_id}
+    else:
+        assert engine.aborted == [engine.requests[0].request_id]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_character_split_over_tokens(
+    connect: Connect, tokenizer: Tokenizer, stream: bool
+) -> None:
+    pieces = tokenizer.token_bytes
+    assert pieces is not None
+    single = {pieces[i]: i for i in range(tokenizer.vocab_size)}
+    ids = [single[bytes([byte])] for byte in "a€🎉".encode()]
+    response = await post(connect(outputs(ids)), stream=stream)
+    if stream:
+        texts = [chunk["choices"][0]["text"] for chunk in sse(response.text)]
+        assert texts == ["a", "€", "🎉"]  # and no chunk for half a character
+    else:
+        assert response.json()["choices"][0]["text"] == "a€🎉"
+
+
+async def test_the_token_that_ends_a_choice_has_no_text(
+    connect: Connect, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("Hello world")
+    response = await post(connect(outputs(ids, FinishReason.STOP)), return_token_ids=True)
+    choice = response.json()["choices"][0]
+    assert choice["text"] == tokenizer.decode(ids[:-1])
+    assert choice["token_ids"] == ids
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_token_ids_and_graph_steps(
+    connect: Connect, tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = [*tokenizer.encode("Hello world"), 2]
+    response = await post(
+        connect(outputs(ids, FinishReason.STOP)),
+        return_token_ids=True,
+        include_graph_steps=True,
+        stream=stream,
+    )
+    bodies = sse(response.text) if stream else [response.json()]
+    choices = [body["choices"][0] for body in bodies]
+    assert [i for choice in choices for i in choice["token_ids"]] == ids
+    assert choices[0]["prompt_token_ids"] == tokenizer.encode("hi")
+    assert choices[-1]["graph_steps"] == STEPS
+    assert all("prompt_token_ids" not in c and "graph_steps" not in c for c in choices[1:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs(connect: Connect, tokenizer: Tokenizer, stream: bool) -> None:
+    ids = [*tokenizer.encode("Hello world"), 2]
+    script = outputs(ids, FinishReason.STOP, logprobs=2)
+    response = await post(connect(script), logprobs=2, stream=stream)
+    bodies = sse(response.text) if stream else [response.json()]
+    found: dict[str, list[Any]] = {}
+    for body in bodies:
+        for name, values in (body["choices"][0]["logprobs"] or {}).items():
+            found.setdefault(name, []).extend(values)
+    texts = [tokenizer.token_text(i)[0] for i in ids[:-1]]  # not of the token that ended it
+    assert found["tokens"] == texts
+    assert found["token_logprobs"] == [-0.5] * len(texts)
+    assert found["text_offset"] == [len("".join(texts[:i])) for i in range(len(texts))]
+    assert [len(top) for top in found["top_logprobs"]] == [2] * len(texts)
+    assert all(text in top for top, text in zip(found["top_logprobs"], texts, strict=True))
+
+
+async def test_max_tokens_default_to_sixteen_or_what_fits(connect: Connect) -> None:
+    for length, expected in ((10, 16), (INFO.max_model_len - 5, 5)):
+        engine = FakeEngine(outputs([300]))
+        assert (await post(connect(engine), prompt=[7] * length)).status_code == 200
+        assert engine.requests[0].params.max_tokens == expected
+
+
+async def test_a_long_prompt_is_tokenised_beside_the_event_loop(
+    connect: Connect, tokenizer: Tokenizer
+) -> None:
+    engine = FakeEngine(outputs([300]))
+    engine.info = msgspec.structs.replace(INFO, max_model_len=100_000)
+    text = "hello world " * 3000
+    assert (await post(connect(engine), prompt=text)).status_code == 200
+    assert engine.requests[0].prompt_token_ids == tokenizer.encode(text)
+
+
+async def test_the_body_is_json_as_everyone_writes_it(connect: Connect) -> None:
+    response = await post(connect(outputs([300])))
+    assert json.loads(response.content) == response.json()
+    assert response.headers["content-type"] == "application/json"

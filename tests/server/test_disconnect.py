@@ -1,0 +1,116 @@
+"""A client that goes away aborts its requests: queued, in prefill, in decode, streaming or not.
+
+That it does not is the commonest leak of these servers (vLLM's bugs 10087, 9428, 54947).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.request import EngineOutput, EngineRequest
+from minisrv.server.app import create_app
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import serve
+
+pytestmark = pytest.mark.anyio
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": ["hi", "ho"]},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+def stuck_after(tokens: int) -> Callable[[EngineRequest], Iterable[Any]]:
+    """Some tokens, and then nothing ever again."""
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        for _ in range(tokens):
+            yield EngineOutput(request_id=request.request_id, token_ids=[300])
+        yield asyncio.Event()
+
+    return script
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def send(address: tuple[str, int], route: str, **body: Any) -> asyncio.StreamWriter:
+    content = json.dumps(ROUTES[route] | body).encode()
+    _, writer = await asyncio.open_connection(*address)
+    head = f"POST {route} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    await writer.drain()
+    return writer
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", [0, 3])
+async def test_disconnect_aborts(
+    tokenizer: Tokenizer, route: str, stream: bool, tokens: int
+) -> None:
+    engine = FakeEngine(stuck_after(tokens))
+    app = create_app(engine, tokenizer, served_model_names=("tiny",), generation=GenerationConfig())
+    expected = 2 if route == "/v1/completions" else 1
+    async with serve(app) as address:
+        writer = await send(address, route, stream=stream)
+        await until(lambda: len(engine.requests) == expected)
+        await asyncio.sleep(0.05)
+        assert engine.aborted == []
+        writer.close()
+        await until(lambda: len(engine.aborted) == expected)
+    assert sorted(engine.aborted) == sorted(request.request_id for request in engine.requests)
+
+
+async def test_one_of_many_connections_goes_away(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(stuck_after(1))
+    app = create_app(engine, tokenizer, served_model_names=("tiny",), generation=GenerationConfig())
+    async with serve(app) as address:
+        writers = [
+            await send(address, "/v1/chat/completions", stream=bool(i % 2)) for i in range(6)
+        ]
+        await until(lambda: len(engine.requests) == 6)
+        writers[3].close()
+        await until(lambda: len(engine.aborted) == 1)
+        await asyncio.sleep(0.05)
+        assert len(engine.aborted) == 1
+        for writer in writers:
+            writer.close()
+        await until(lambda: len(engine.aborted) == 6)
+
+
+async def test_the_status_line_waits_for_the_first_output(tokenizer: Tokenizer) -> None:
+    go = asyncio.Event()
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        yield go
+        yield EngineOutput(request_id=request.request_id, token_ids=[300])
+        yield asyncio.Event()
+
+    engine = FakeEngine(script)
+    app = create_app(engine, tokenizer, served_model_names=("tiny",), generation=GenerationConfig())
+    async with serve(app) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        content = json.dumps(ROUTES["/v1/chat/completions"] | {"stream": True}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json"
+        writer.write(f"{head}\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+        go.set()
+        async with asyncio.timeout(5):
+            assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
+            received = await reader.readuntil(b'"role":"assistant"')
+            received += await reader.readuntil(b'"content":"')
+            assert b"text/event-stream" in received
+        writer.close()
+        await until(lambda: len(engine.aborted) == 1)

@@ -1,0 +1,136 @@
+"""What operators read: models, health, readiness, version, metrics, the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from minisrv.engine.client import EngineState
+from minisrv.engine.messages import Loading
+from minisrv.errors import EngineDeadError
+from minisrv.request import EngineOutput
+from tests.server.fake_engine import FakeEngine, outputs
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+
+
+async def get(engine: Any, connect: Connect, path: str) -> httpx.Response:
+    async with connect(engine) as client:
+        return await client.get(path)
+
+
+async def test_models(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    body = (await get(engine, connect, "/v1/models")).json()
+    assert body["object"] == "list"
+    assert [card["id"] for card in body["data"]] == ["tiny", "org/tiny"]
+    for card in body["data"]:
+        assert (await get(engine, connect, f"/v1/models/{card['id']}")).json().keys() == card.keys()
+        assert card["object"] == "model"
+        assert card["max_model_len"] == 200
+    missing = await get(engine, connect, "/v1/models/gpt")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("state", "health", "ready"),
+    [("loading", 200, 503), ("ready", 200, 200), ("draining", 200, 503), ("dead", 503, 503)],
+)
+async def test_health_and_readiness(connect: Connect, state: str, health: int, ready: int) -> None:
+    engine = FakeEngine(outputs([300]))
+    engine.state = EngineState(state)
+    engine.loading = Loading("capturing graphs", 3, 9)
+    response = await get(engine, connect, "/health")
+    assert (response.status_code, response.json()) == (health, {"state": state})
+    response = await get(engine, connect, "/ready")
+    assert response.status_code == ready
+    assert response.json()["state"] == state
+    if state == "loading":
+        progress = response.json()["loading"]
+        assert (progress["phase"], progress["done"], progress["total"]) == (
+            "capturing graphs",
+            3,
+            9,
+        )
+
+
+async def test_version(connect: Connect) -> None:
+    response = await get(outputs([300]), connect, "/version")
+    assert response.json() == {"version": version("minisrv")}
+
+
+async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+async def test_metrics_of_the_engine(connect: Connect) -> None:
+    async with connect(outputs([300])) as client:
+        found = await scrape(client)
+    expected = {
+        ("minisrv:graph_steps_total", "FULL", "pure_decode"): 12,
+        ("minisrv:graph_steps_total", "PIECEWISE", "has_prefill"): 2,
+        ("minisrv:step_tokens_total", "FULL", "pure_decode"): 30,
+        ("minisrv:padded_tokens_total", "PIECEWISE", "has_prefill"): 24,
+        ("minisrv:num_requests_running",): 2,
+        ("minisrv:num_requests_waiting",): 1,
+        ("minisrv:kv_cache_usage_perc",): 0.25,
+        ("minisrv:num_preemptions_total",): 3,
+        ("minisrv:prompt_tokens_total",): 40,
+        ("minisrv:generation_tokens_total",): 30,
+        ("minisrv:engine_state", "ready"): 1,
+        ("minisrv:engine_state", "dead"): 0,
+    }
+    assert found.items() >= expected.items()
+
+
+async def test_metrics_of_requests(connect: Connect) -> None:
+    fail = False
+
+    def script(request: Any) -> Any:
+        if fail:
+            first = EngineOutput(request_id=request.request_id, token_ids=[300])
+            return [first, EngineDeadError("gone")]
+        return outputs([300, 301, 302])(request)
+
+    async with connect(script) as client:
+        await client.post("/v1/completions", json={"prompt": ["a", "b"]})
+        await client.post("/v1/completions", json={"prompt": "a", "n": 3})
+        await client.get("/ready")
+        fail = True
+        await client.post("/v1/completions", json={"prompt": "a", "stream": True})
+        found = await scrape(client)
+    assert found["minisrv:request_success_total", "length"] == 2
+    assert found["minisrv:request_failure_total", "400"] == 1
+    assert found["minisrv:request_failure_total", "503"] == 1
+    assert found["minisrv:time_to_first_token_seconds_count",] == 3
+    assert found["minisrv:inter_token_latency_seconds_count",] == 4
+    assert found["minisrv:e2e_request_latency_seconds_count",] == 2
+
+
+async def test_each_application_has_metrics_of_its_own(connect: Connect) -> None:
+    async with connect(outputs([300])) as client:
+        await client.post("/v1/completions", json={"prompt": "a"})
+    async with connect(outputs([300])) as client:
+        assert ("minisrv:request_success_total", "length") not in await scrape(client)
+
+
+async def test_the_openapi_document_describes_the_bodies(connect: Connect) -> None:
+    schema = (await get(outputs([300]), connect, "/openapi.json")).json()
+    bodies = schema["components"]["schemas"]
+    assert len(bodies["CompletionRequest"]["properties"]["prompt"]["anyOf"]) == 4
+    assert bodies["ChatCompletionRequest"]["properties"]["temperature"]["description"]
+    assert set(schema["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/metrics"}

@@ -1,0 +1,229 @@
+"""Request bodies: what is accepted works, everything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.request import SamplingParams
+from minisrv.server import unsupported
+from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+
+SILENT = GenerationConfig()
+USER = {"role": "user", "content": "hi"}
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "hi", **fields})
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.model_validate({"messages": [USER], **fields})
+
+
+def refused(make: Any, **fields: Any) -> str:
+    """The name of the field that the refusal is about."""
+    with pytest.raises(ValidationError) as raised:
+        make(**fields)
+    first = raised.value.errors()[0]
+    path = [*first["loc"], *([first["ctx"]["field"]] if "field" in first.get("ctx", {}) else [])]
+    return ".".join(map(str, path))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("hi", ["hi"]),
+        ("", [""]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_the_four_spellings_of_prompt(prompt: object, expected: object) -> None:
+    assert completion(prompt=prompt).prompt == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(None, 1, True, {}, [], [[]], [None], ["a", 1], [1, "a"], [[1], "a"], [1.0], [True]),
+        *([-1], [2**31], [[1, True]], [["a"]], ["\ud800"], ["a"] * 65, [[1]] * 65),
+    ],
+)
+def test_prompts_that_are_none(prompt: object) -> None:
+    assert refused(completion, prompt=prompt) == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("model", ["x"], [1, "x" * 513, "\ud800"]),
+        ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31, 1.0, "1", True, 10**400]),
+        ("temperature", [0, 2, 0.5], [-0.1, 2.1, "1", True, float("nan"), float("inf")]),
+        ("top_p", [1, 0.1], [0, 1.1, float("nan")]),
+        ("top_k", [-1, 0, 5], [-2, 2**31, 1.5]),
+        ("min_p", [0, 1], [-0.1, 1.1]),
+        ("seed", [0, -(2**63), 2**63 - 1], [2**63, 1.5, "1"]),
+        ("stop", ["x", ["x"] * 16, []], ["", ["x"] * 17, [""], 1, [1], "x" * 513]),
+        ("stop_token_ids", [[], [0] * 64], [[0] * 65, [-1], [True], 1, ["1"]]),
+        ("ignore_eos", [True, False], [1, "true"]),
+        ("stream", [True, False], [1, "true"]),
+        ("return_token_ids", [True], [1]),
+        ("include_graph_steps", [True], [1]),
+        ("user", ["x"], [1, "x" * 513]),
+        ("metadata", [{}, {"a": "b"}], [{"a": 1}, {str(i): "" for i in range(17)}, "x"]),
+        ("store", [True], [1]),
+    ],
+)
+@pytest.mark.parametrize("make", [completion, chat])
+def test_bounds(make: Any, field: str, good: list[object], bad: list[object]) -> None:
+    for value in [*good, None]:
+        make(**{field: value})
+    for value in bad:
+        assert refused(make, **{field: value}).startswith(field)
+
+
+def test_logprobs() -> None:
+    assert completion().num_logprobs is None
+    assert completion(logprobs=0).num_logprobs == 0
+    assert completion(logprobs=20).num_logprobs == 20
+    assert refused(completion, logprobs=21) == "logprobs"
+    assert refused(completion, logprobs=True) == "logprobs"
+    assert chat(logprobs=False).num_logprobs is None
+    assert chat(logprobs=True).num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=5).num_logprobs == 5
+    assert refused(chat, logprobs=True, top_logprobs=21) == "top_logprobs"
+    assert refused(chat, top_logprobs=5) == "top_logprobs"
+    assert refused(chat, logprobs=5) == "logprobs"
+
+
+def test_stream_options() -> None:
+    assert completion(stream=True, stream_options={"include_usage": True}).include_usage
+    assert not completion(stream=True, stream_options={"include_usage": None}).include_usage
+    assert refused(chat, stream_options={"include_usage": True}) == "stream_options"
+    for name in ("continuous_usage_stats", "include_obfuscation", "what"):
+        options = {"include_usage": True, name: True}
+        assert refused(chat, stream=True, stream_options=options) == f"stream_options.{name}"
+
+
+def test_the_two_names_of_max_tokens() -> None:
+    assert chat().token_limit is None
+    assert chat(max_tokens=3).token_limit == 3
+    assert chat(max_completion_tokens=4).token_limit == 4
+    assert chat(max_completion_tokens=4, max_tokens=4).token_limit == 4
+    assert refused(chat, max_completion_tokens=4, max_tokens=3) == "max_tokens"
+    assert refused(completion, max_completion_tokens=4) == "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user"}, "messages.0.content"),
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ({"role": "user", "content": []}, "messages.0.content"),
+        ({"role": "user", "content": 1}, "messages.0.content"),
+        ({"content": "x"}, "messages.0.role"),
+        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        (USER | {"name": "bob"}, "messages.0.name"),
+        (USER | {"tool_calls": [{}]}, "messages.0.tool_calls"),
+        (USER | {"what": 1}, "messages.0.what"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content.0.type"),
+        ("hi", "messages.0"),
+    ],
+)
+def test_messages_that_are_refused(message: object, param: str) -> None:
+    assert refused(chat, messages=[message]) == param
+
+
+def test_messages() -> None:
+    assert refused(chat, messages=[]) == "messages"
+    assert refused(chat, messages=None) == "messages"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = chat(messages=[{"role": "developer", "content": "x"}, USER | {"content": parts}])
+    assert [message.for_template() for message in request.messages] == [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "a\nb"},
+    ]
+
+
+def test_an_answer_can_be_sent_back_as_the_client_holds_it() -> None:
+    """openai-python dumps absent parts of a message as nulls."""
+    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
+    answer |= {"audio": None, "function_call": None, "tool_calls": None}
+    assert chat(messages=[USER, answer, USER])
+
+
+TABLES = [
+    (completion, unsupported.EVERYWHERE | unsupported.COMPLETION_ONLY),
+    (chat, unsupported.EVERYWHERE | unsupported.CHAT_ONLY),
+]
+
+
+@pytest.mark.parametrize(("make", "table"), TABLES)
+def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
+    make: Any, table: dict[str, tuple[object, ...]]
+) -> None:
+    for name, neutral in table.items():
+        for value in (*neutral, None):
+            make(**{name: value})
+        assert refused(make, **{name: ["something", 7]}) == name
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("best_of", 2),
+        ("logit_bias", {"1": 5}),
+        ("presence_penalty", 0.1),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("response_format", {"type": "json_object"}),
+        ("min_tokens", 1),
+        ("echo", True),
+        ("prompt_logprobs", 1),
+        ("guided_json", {}),
+        ("what_is_this", 1),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(make: Any, field: str, value: object) -> None:
+    assert refused(make, **{field: value}) == field
+
+
+def test_no_field_is_both_supported_and_not() -> None:
+    for model, (_, table) in zip((CompletionRequest, ChatCompletionRequest), TABLES, strict=True):
+        assert not set(model.model_fields) & set(table)
+
+
+def test_every_supported_field_does_something() -> None:
+    """Accepted and ignored is a defect, but for what says that it is ignored."""
+    ignored = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
+    handled = {"model", "stream", "stream_options", "return_token_ids", "include_graph_steps"}
+    handled |= {"stop", "max_tokens"}  # by the server; the rest goes to the engine
+    sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
+    assert set(GenerationRequest.model_fields) == ignored | handled | sampling
+    assert sampling <= set(SamplingParams.__struct_fields__)
+
+
+def test_sampling_defaults_are_the_checkpoint_s_and_then_openai_s() -> None:
+    assert completion().sampling_params(SILENT, 9) == SamplingParams(max_tokens=9)
+    config = GenerationConfig(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1)
+    expected = SamplingParams(max_tokens=9, temperature=0.6, top_p=0.9, top_k=20, min_p=0.1)
+    assert chat().sampling_params(config, 9) == expected
+    neutral = chat(temperature=0, top_p=1, top_k=-1, min_p=0).sampling_params(config, 9)
+    assert neutral == SamplingParams(max_tokens=9, temperature=0.0, top_k=-1)
+
+
+def test_sampling_parameters_reach_the_engine() -> None:
+    params = completion(
+        seed=-3, stop="x", stop_token_ids=[4], ignore_eos=True, logprobs=2
+    ).sampling_params(SILENT, 5)
+    assert params == SamplingParams(
+        max_tokens=5, seed=-3, stop_token_ids=(4,), ignore_eos=True, logprobs=2
+    )

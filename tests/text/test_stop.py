@@ -1,0 +1,68 @@
+"""Stop strings: nothing leaks, nothing is lost, and the pieces do not matter."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisrv.text.stop import StopMatcher
+
+
+def run(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
+    matcher = StopMatcher(stop)
+    text = ""
+    for piece in pieces:
+        text += matcher.push(piece)
+        if matcher.stopped:
+            return text, True
+    return text + matcher.flush(), False
+
+
+def reference(text: str, stop: list[str]) -> tuple[str, bool]:
+    """The definition, one prefix at a time."""
+    for end in range(len(text) + 1):
+        found = [s for s in stop if text[:end].endswith(s)]
+        if found:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+def test_a_stop_string_across_pieces_does_not_leak() -> None:
+    """Its prefix leaking into the stream is FastChat's bug 3883."""
+    matcher = StopMatcher(["</end>"])
+    assert [matcher.push(p) for p in ("a</", "en", "d", ">b")] == ["a", "", "", ""]
+    assert matcher.stopped
+
+
+def test_what_turns_out_to_be_no_stop_string_is_let_go() -> None:
+    matcher = StopMatcher(["</end>"])
+    assert [matcher.push(p) for p in ("a</", "en", "x")] == ["a", "", "</enx"]
+
+
+def test_only_the_suffix_that_may_begin_a_stop_string_is_held() -> None:
+    assert StopMatcher(["abcd"]).push("xxabab") == "xxab"
+
+
+def test_the_end_lets_go_of_everything() -> None:
+    assert run(["ab", "c"], ["abcd"]) == ("abc", False)
+
+
+def test_a_partial_match_that_restarts_inside_itself() -> None:
+    assert run(list("aabaabaaa"), ["aabaaa"]) == ("aab", True)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [(["cd", "bcd"], "a"), (["bcd", "cd"], "a"), (["bcde", "c"], "ab")],
+)
+def test_the_first_to_be_complete_wins_and_then_the_longest(stop: list[str], expected: str) -> None:
+    assert run(["abcde"], stop) == (expected, True)
+
+
+@given(
+    st.lists(st.text("ab.", max_size=4), max_size=8),
+    st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_pieces_do_not_matter(pieces: list[str], stop: list[str]) -> None:
+    assert run(pieces, stop) == reference("".join(pieces), stop)

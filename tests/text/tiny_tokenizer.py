@@ -1,0 +1,85 @@
+"""Tokenizers small enough to be trained in a test, one of each family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello world, hello there! stop here or stop there",
+    "naïve café über straße 你好世界 世界你好 🎉🎉 emoji",
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' and loop.first %}"
+    "{{ raise_exception('the first message must not be from the assistant') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def byte_level() -> Tokenizer:
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=340,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.add_tokens([AddedToken("two words", special=False), AddedToken("ü ü", special=False)])
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """SentencePiece with byte fallback, as Llama 2 has it."""
+    words = ["▁", "▁hello", "▁world", "h", "e", "l", "o", "w", "r", "d", ",", "!", "é"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def word_level() -> Tokenizer:
+    """Whole words, joined by WordPiece's decoder: its tokens are no strings of bytes."""
+    words = ["hello", "world", "##ly", "##s", "stop", "."]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="."))
+    tokenizer.decoder = decoders.WordPiece("##", cleanup=True)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, directory: Path, **config: Any) -> Path:
+    """Write the tokenizer files of a checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def save_chatml(directory: Path) -> Path:
+    """A byte-level tokenizer with ChatML's template."""
+    end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    tokens = {"eos_token": end, "bos_token": "<|endoftext|>"}
+    return save(byte_level(), directory, chat_template=CHATML, **tokens)
