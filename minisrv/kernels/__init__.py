@@ -1,0 +1,23 @@
+"""Kernels: custom ops and the plain functions under them.
+
+A dispatch mode, a graph's recorder or a compiler sees one op (`torch.ops.minisrv.*`). What replays
+a recorded op calls the plain function instead, as the way through the dispatcher costs more than a
+small ATen op does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch._ops import OpOverload
+
+from minisrv.kernels.attention import attention, attention_op
+from minisrv.kernels.sampling import sample, sample_op
+
+DIRECT: dict[OpOverload, Callable[..., None]] = {
+    attention_op: attention,
+    sample_op: sample,
+}
+"""The plain function under each op; it takes the op's arguments and does the same."""
+
+__all__ = ["DIRECT", "attention", "attention_op", "sample", "sample_op"]

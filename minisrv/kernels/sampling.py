@@ -1,0 +1,130 @@
+"""The sampling op: from rows of logits to one token each, the same token wherever the row runs.
+
+Knows: greedy, temperature, top-k, top-p, min-p, and the noise. Takes tensors only: per-slot
+parameters and the slots of the rows. Knows nothing of requests or of graphs.
+
+Noise is by counter, not by generator: the Gumbel noise of a token depends on (seed, position,
+token id) through a short integer hash, so a sampled token does not depend on the batch, on the
+padding, on the mode, or on a preemption before it. Sampling is `argmax(logits / temperature +
+noise)` over the tokens that the filters keep (Gumbel-max: exact sampling from the softmax).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection on 32 bits, held in int64.
+
+    Shifts and multipliers are a low-bias set of Chris Wellons' hash prospector with both
+    multipliers below 2**31, so that no product leaves int64.
+    """
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & _MASK
+    return x ^ (x >> 15)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [R, vocab_size] float32.
+
+    seeds: [R] int64, all 64 bits count. positions: [R] int64, index of the token to be sampled.
+    """
+    key = _mix(seeds & _MASK)
+    key = _mix(key ^ ((seeds >> 32) & _MASK))
+    key = _mix(key ^ positions)[:, None]
+    token = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
+    # Two rounds, so that the rows of two positions are not permutations of each other.
+    bits = _mix(_mix((key + token * 0x9E3779B1) & _MASK) ^ key)
+    # 23 bits and a half: exact in float32, and never 0 or 1.
+    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """`logits` [R, V] with -inf for what top-k, then top-p (over what is left, renormalised),
+    then min-p drop. The most likely token always stays."""
+    if bool(((top_k > 0) | (top_p < 1)).any()):
+        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        keep = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
+        probs = torch.softmax(ordered.masked_fill(~keep, -torch.inf), dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        keep &= (before < top_p[:, None]) | (rank == 0)
+        logits = logits.masked_fill(~keep.gather(1, order.argsort(dim=-1)), -torch.inf)
+    # p >= min_p * p_max, in logarithms; log(0) = -inf keeps all.
+    floor = logits.amax(dim=-1) + torch.log(min_p)
+    return logits.masked_fill(logits < floor[:, None], -torch.inf)
+
+
+def scores(
+    logits: Tensor,
+    positions: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+) -> Tensor:
+    """[R, V] float32 whose argmax is the sampled token: what the filters keep, plus noise.
+
+    logits: [R, V]. All others: [R], see `sample`; a greedy row's scores are its logits.
+    """
+    greedy = temperature == 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    noise = gumbel_noise(seed, positions, logits.shape[1])
+    kept = _filtered(scaled, top_k, top_p, min_p) + noise
+    return torch.where(greedy[:, None], scaled, kept)
+
+
+def sample(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    out: Tensor,
+) -> None:
+    """Write one token for each row to `out`.
+
+    logits: [R, V] any float type. slots: [R] int64. positions: [R] int64, index of the token to
+        be sampled. out: [R] int64.
+    temperature, top_p, min_p [S] float32, top_k, seed [S] int64: by slot; temperature 0 is greedy.
+
+    A kernel, like attention: it may look at its arguments' values, so greedy rows pay for an
+    argmax only.
+    """
+    torch.argmax(logits, dim=-1, out=out)
+    rows = temperature[slots].nonzero().squeeze(1)
+    if rows.numel():
+        at = slots[rows]
+        found = scores(
+            logits[rows],
+            positions[rows],
+            temperature=temperature[at],
+            top_k=top_k[at],
+            top_p=top_p[at],
+            min_p=min_p[at],
+            seed=seed[at],
+        )
+        out[rows] = found.argmax(dim=-1)
+
+
+_library = torch.library.Library("minisrv", "FRAGMENT")
+_library.define(
+    "sample(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
+    "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()"
+)
+_library.impl("sample", sample, "CPU")
+
+sample_op = torch.ops.minisrv.sample.default
+"""What the runner calls, so that whoever records operations sees one."""

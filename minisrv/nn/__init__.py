@@ -1,0 +1,1 @@
+"""Decoders: their layers, and how weights get into them."""

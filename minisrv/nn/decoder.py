@@ -1,0 +1,119 @@
+"""The decoder: Llama, Qwen2 and Qwen3 are one definition that a ModelConfig tells apart.
+
+Knows: how layers follow each other, and the names that a checkpoint gives their weights.
+Knows nothing of requests, batches or graphs; what differs by step reaches the attention layers
+through the forward context, past this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minisrv.config import ModelConfig
+from minisrv.nn.attention import Attention
+from minisrv.nn.layers import Destination, Embedding, GatedMLP, Projection, RMSNorm
+from minisrv.nn.rope import cos_sin_table
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each normed before and added to the residual stream behind."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype)
+        self.post_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.mlp = GatedMLP(hidden, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+
+    def forward(self, residual: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        """Update the residual stream [T, hidden] in place."""
+        self.attention.add_to(residual, self.input_norm(residual), positions, cos_sin)
+        self.mlp.add_to(residual, self.post_norm(residual))
+
+    def destinations(self) -> Iterator[Destination]:
+        """Names as in every supported architecture."""
+        yield from _below("input_layernorm", self.input_norm.destinations())
+        yield from _below("self_attn", self.attention.destinations())
+        yield from _below("post_attention_layernorm", self.post_norm.destinations())
+        yield from _below("mlp", self.mlp.destinations())
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer. Its parameters are uninitialised; `nn.loader` makes it whole."""
+
+    cos_sin: Tensor
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, dtype=dtype) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head: Projection | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(
+                config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype
+            )
+        table = torch.empty(config.max_position_embeddings, config.head_dim, dtype=dtype)
+        self.register_buffer("cos_sin", table, persistent=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T] int64, [T] int64 -> [T, hidden], the final norm included.
+
+        Runs within a forward context, whose attention arguments are those of these T tokens.
+        """
+        residual: Tensor = self.embed(input_ids)
+        for layer in self.layers:
+            layer(residual, positions, self.cos_sin)
+        normed: Tensor = self.norm(residual)
+        return normed
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab], in the serving dtype."""
+        if self.lm_head is None:
+            return self.embed.logits(hidden)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
+        """Give each layer its [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        assert len(kv_caches) == len(self.layers), "one KV cache a layer"
+        for layer, kv_cache in zip(self.attention_layers(), kv_caches, strict=True):
+            layer.kv_cache = kv_cache
+
+    def attention_layers(self) -> Iterator[Attention]:
+        """In the order they run."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer.attention
+
+    def fill_buffers(self) -> None:
+        """Compute what no checkpoint holds, once the model lies on its device."""
+        config = self.config
+        rope = (config.rope, config.head_dim, config.max_position_embeddings, self.dtype)
+        self.cos_sin.copy_(cos_sin_table(*rope))
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.fill_buffers()
+
+    def destinations(self) -> Iterator[Destination]:
+        """Every checkpoint name, and the view that it fills; together all parameters, once."""
+        yield from _below("model.embed_tokens", self.embed.destinations())
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from _below(f"model.layers.{index}", layer.destinations())
+        yield from _below("model.norm", self.norm.destinations())
+        if self.lm_head is not None:
+            yield from self.lm_head.destinations()
+
+
+def _below(prefix: str, destinations: Iterator[Destination]) -> Iterator[Destination]:
+    for name, tensor in destinations:
+        yield f"{prefix}.{name}", tensor

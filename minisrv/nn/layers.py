@@ -1,0 +1,144 @@
+"""The layers that every decoder is made of.
+
+Each keeps its weights as the machine likes them and says where a checkpoint's tensors go
+(`destinations`); merged weights are filled part by part.
+Knows nothing of the forward context, of files, or of how layers are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+Destination = tuple[str, Tensor]
+"""A checkpoint's name below the layer's prefix, and the view of a parameter which it fills."""
+
+
+def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised parameter on the default device; nothing here is ever trained."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class Projection(nn.Module):
+    """y = x W + b, for one or several checkpoint projections merged side by side.
+
+    The one place that knows how a projection is laid out and which kernel computes it.
+
+    parts: output width of each checkpoint projection, by its name; one alone may be named "".
+    weight: [in, out]. Its strides are the layout: a CPU multiplies float32 faster by rows of
+        [in, out], the shorter types by rows of [out, in].
+    """
+
+    def __init__(
+        self, in_features: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        width = sum(self.parts.values())
+        if dtype == torch.float32:
+            self.weight = parameter(in_features, width, dtype=dtype)
+        else:
+            transposed = torch.empty(width, in_features, dtype=dtype).t()
+            self.weight = nn.Parameter(transposed, requires_grad=False)
+        self.bias = parameter(width, dtype=dtype) if bias else None
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out], into `out` if given."""
+        if self.bias is None:
+            return torch.mm(x, self.weight, out=out)
+        return torch.addmm(self.bias, x, self.weight, out=out)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual [T, out] += x W + b, in place."""
+        residual.addmm_(x, self.weight)
+        if self.bias is not None:
+            residual.add_(self.bias)
+
+    def destinations(self) -> Iterator[Destination]:
+        """A checkpoint stores each weight as [out, in]."""
+        begin = 0
+        for name, width in self.parts.items():
+            dot = f"{name}." if name else ""
+            yield f"{dot}weight", self.weight[:, begin : begin + width].t()
+            if self.bias is not None:
+                yield f"{dot}bias", self.bias[begin : begin + width]
+            begin += width
+
+
+class RMSNorm(nn.Module):
+    """Divide each row by its root mean square, in float32, then scale by a weight."""
+
+    root_eps: Tensor
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = parameter(size, dtype=dtype)
+        self.eps = eps
+        self.scale = size**-0.5
+        self.register_buffer("root_eps", torch.empty((), dtype=torch.float32), persistent=False)
+
+    def fill_buffers(self) -> None:
+        """Compute what no checkpoint holds."""
+        self.root_eps.fill_((self.eps * self.weight.shape[0]) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, size] -> [T, size].
+
+        sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(size * eps)) / sqrt(size), which takes half the
+        operations.
+        """
+        wide = x if x.dtype == torch.float32 else x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rms = length.hypot_(self.root_eps).mul_(self.scale)
+        normed = torch.div(wide, rms)
+        if x.dtype != torch.float32:
+            normed = normed.to(x.dtype)
+        return normed.mul_(self.weight)
+
+    def destinations(self) -> Iterator[Destination]:
+        """One weight."""
+        yield "weight", self.weight
+
+
+class Embedding(nn.Module):
+    """Rows of a table; the table can also be the output projection (tied embeddings)."""
+
+    def __init__(self, num_embeddings: int, size: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = parameter(num_embeddings, size, dtype=dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, size]."""
+        return torch.index_select(self.weight, 0, ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, size] -> [R, num_embeddings], by the table transposed."""
+        return torch.mm(hidden, self.weight.t())
+
+    def destinations(self) -> Iterator[Destination]:
+        """One weight."""
+        yield "weight", self.weight
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up merged."""
+
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.intermediate = intermediate
+        parts = {"gate_proj": intermediate, "up_proj": intermediate}
+        self.gate_up = Projection(hidden, parts, bias=bias, dtype=dtype)
+        self.down = Projection(intermediate, {"down_proj": hidden}, bias=bias, dtype=dtype)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual += MLP(x), both [T, hidden]."""
+        gate, up = self.gate_up(x).split(self.intermediate, dim=-1)
+        self.down.add_to(residual, silu(gate).mul_(up))
+
+    def destinations(self) -> Iterator[Destination]:
+        """Three checkpoint projections."""
+        yield from self.gate_up.destinations()
+        yield from self.down.destinations()

@@ -1,0 +1,135 @@
+"""From safetensors to a model on its device, strictly.
+
+Every weight of the checkpoint is used once and every parameter filled once, or the model is not
+loaded. Shards are read lazily, tensor by tensor, straight into their place; what the checkpoint
+has in another dtype is converted on the way.
+Knows nothing of the model's structure: the model names its destinations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minisrv.checkpoint import weight_files
+from minisrv.config import ModelConfig
+from minisrv.errors import WeightsError
+from minisrv.nn.decoder import Decoder
+from minisrv.nn.registry import model_class
+
+Progress = Callable[[int, int], None]
+"""Called with (weights loaded, weights to load)."""
+
+MAX_NAMES = 8
+"""Weights that an error names of each kind."""
+
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def load_model(
+    config: ModelConfig,
+    directory: Path | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The model of `config` in `dtype`, ready to run.
+
+    directory: the checkpoint; not read for load_format "dummy", which draws weights by `seed`.
+    Raises WeightsError, ModelError, UnknownArchitectureError.
+    """
+    with torch.device("meta"):
+        model = model_class(config)(config, dtype=dtype)
+    model.to_empty(device=device)
+    model.fill_buffers()
+    if load_format == "dummy":
+        _draw(model, seed)
+    else:
+        assert directory is not None, "only dummy weights need no checkpoint"
+        _load(model, weight_files(directory), progress)
+    return model.eval()
+
+
+def _load(model: Decoder, files: Sequence[Path], progress: Progress | None) -> None:
+    destinations = dict(model.destinations())
+    filled: set[str] = set()
+    problems = _Problems()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as shard:
+                for name in shard.keys():  # noqa: SIM118  (no mapping)
+                    if name in filled:
+                        problems.note("duplicate", f"{name} (again in {path.name})")
+                    elif name in destinations:
+                        filled.add(name)
+                        _fill(name, destinations[name], shard, problems)
+                        if progress is not None:
+                            progress(len(filled), len(destinations))
+                    elif not _is_harmless(name):
+                        problems.note("unexpected", name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} cannot be read: {error}") from error
+    for name in destinations:
+        if name not in filled:
+            problems.note("missing", name)
+    problems.raise_if_any(files[0].parent)
+
+
+def _fill(name: str, destination: Tensor, shard: Any, problems: _Problems) -> None:
+    lazy = shard.get_slice(name)
+    shape, dtype = tuple(lazy.get_shape()), lazy.get_dtype()
+    if shape != tuple(destination.shape):
+        problems.note("misshapen", f"{name} {list(shape)}, wanted {list(destination.shape)}")
+    elif dtype not in _DTYPES:
+        problems.note("of an unsupported dtype", f"{name} {dtype}")
+    else:
+        destination.copy_(shard.get_tensor(name))
+
+
+def _is_harmless(name: str) -> bool:
+    """Extras that older tools write: what rope computes, and the head of a model whose embeddings
+    are tied (for any other, it is a destination and never comes here).
+    """
+    return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
+
+
+class _Problems:
+    """What is wrong with a checkpoint's weights, by kind."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    def note(self, kind: str, weight: str) -> None:
+        self.found.setdefault(kind, []).append(weight)
+
+    def raise_if_any(self, directory: Path) -> None:
+        if not self.found:
+            return
+        listed = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in self.found.items()]
+        raise WeightsError(
+            f"the weights in {directory} do not fit its config.json. {'. '.join(listed)}."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _draw(model: Decoder, seed: int) -> None:
+    """Random weights that keep activations near unit size: the same for the same seed and dtype."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in model.destinations():
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)

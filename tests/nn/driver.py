@@ -1,0 +1,106 @@
+"""Runs a decoder step by step with attention metadata built by hand: no scheduler, no runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from minisrv.graph.forward_context import AttentionMetadata, ForwardContext, set_forward_context
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.nn.decoder import Decoder
+
+
+@dataclass
+class Row:
+    """A request: its blocks, shuffled so that no test passes by luck, and how much is computed."""
+
+    blocks: list[int]
+    computed: int = 0
+    logits: list[Tensor] = field(default_factory=list)
+
+
+class Driver:
+    """A decoder with a poisoned cache and up to `rows` requests."""
+
+    def __init__(
+        self, model: Decoder, *, rows: int = 4, max_len: int = 128, block_size: int = 8
+    ) -> None:
+        config = model.config
+        self.model = model
+        self.block_size = block_size
+        self.max_blocks = -(-max_len // block_size)
+        blocks = 1 + rows * self.max_blocks
+        shape = (blocks, block_size, 2, config.num_kv_heads, config.head_dim)
+        caches = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(config.num_layers)]
+        model.bind_kv_cache(caches)
+        self.caches = caches
+        order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
+        self.rows = [Row(part.tolist()) for part in order.split(self.max_blocks)]
+
+    def context(
+        self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
+    ) -> tuple[Tensor, Tensor, ForwardContext]:
+        """input_ids, positions and context of a step; `batch` holds (row, its new tokens)."""
+        config = self.model.config
+        ids, positions, slots, starts, lengths, tables = [], [], [], [0], [], []
+        for index, tokens in batch:
+            row = self.rows[index]
+            for position in range(row.computed, row.computed + len(tokens)):
+                block = row.blocks[position // self.block_size]
+                slots.append(block * self.block_size + position % self.block_size)
+                positions.append(position)
+            ids += tokens
+            starts.append(len(ids))
+            lengths.append(row.computed + len(tokens))
+            used = -(-lengths[-1] // self.block_size)
+            tables.append(row.blocks[:used] + [0] * (self.max_blocks - used))
+        for _ in range(pad_rows):
+            ids, positions, slots = [*ids, 0], [*positions, 0], [*slots, 0]
+            starts.append(len(ids))
+            lengths.append(1)
+            tables.append([0] * self.max_blocks)
+        ids, positions, slots = (x + [0] * pad_tokens for x in (ids, positions, slots))
+        poison = torch.full((len(ids), config.qkv_size + config.q_size), torch.nan)
+        qkv, out = poison.to(self.model.dtype).split([config.qkv_size, config.q_size], dim=1)
+        attn = AttentionMetadata(
+            qkv=qkv.contiguous(),
+            out=out.contiguous(),
+            slot_mapping=torch.tensor(slots),
+            block_table=torch.tensor(tables, dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        )
+        context = ForwardContext(CUDAGraphMode.NONE, BatchDescriptor(len(ids)), attn)
+        return torch.tensor(ids), torch.tensor(positions), context
+
+    def step(
+        self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
+    ) -> Tensor:
+        """Run one step; every token's logits are kept in its row. Returns those of all tokens."""
+        ids, positions, context = self.context(batch, pad_tokens=pad_tokens, pad_rows=pad_rows)
+        with torch.inference_mode(), set_forward_context(context):
+            logits = self.model.compute_logits(self.model(ids, positions))
+        begin = 0
+        for index, tokens in batch:
+            row = self.rows[index]
+            row.logits.append(logits[begin : begin + len(tokens)])
+            row.computed += len(tokens)
+            begin += len(tokens)
+        return logits
+
+    def logits(self, index: int) -> Tensor:
+        """[tokens so far, vocab] of one row."""
+        return torch.cat(self.rows[index].logits)
+
+
+def broken_run(
+    model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
+) -> list[Callable[[], None]]:
+    """Run with `break_at` set; returns what the attention layers handed over."""
+    handed: list[Callable[[], None]] = []
+    with torch.inference_mode(), set_forward_context(replace(context, break_at=handed.append)):
+        model(ids, positions)
+    return handed

@@ -1,0 +1,92 @@
+"""The seams of the attention layer: static buffers, `break_at`, and capture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisrv.checkpoint import read_model_config
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.forward_context import set_forward_context
+from minisrv.graph.wrapper import CUDAGraphWrapper
+from minisrv.modes import CUDAGraphMode
+from minisrv.nn.decoder import Decoder
+from minisrv.nn.loader import load_model
+from tests.checkpoints import VARIANTS, make_checkpoint
+from tests.nn.driver import Driver, broken_run
+
+
+def load(directory: Path, variant: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    make_checkpoint(directory, variant)
+    return load_model(read_model_config(directory), directory, dtype=dtype)
+
+
+def test_broken_attention_runs_later_in_the_context_of_then(tmp_path: Path) -> None:
+    """While pieces are captured the op is skipped; what was handed over finds its own step."""
+    driver = Driver(load(tmp_path, "qwen3"))
+    driver.step([(0, [3, 4, 5]), (1, [7])])
+    ids, positions, context = driver.context([(0, [6]), (1, [8])])
+    before = [cache.clone() for cache in driver.caches]
+    handed = broken_run(driver.model, ids, positions, context)
+    assert len(handed) == len(driver.caches)
+    assert context.attn.out.isnan().all()
+    for cache, copy in zip(driver.caches, before, strict=True):
+        torch.testing.assert_close(cache, copy, rtol=0, atol=0, equal_nan=True)
+
+    later = replace(
+        context.attn,
+        qkv=torch.ones_like(context.attn.qkv),
+        out=torch.full_like(context.attn.out, torch.nan),
+    )
+    with torch.inference_mode(), set_forward_context(replace(context, attn=later)):
+        handed[0]()
+    assert context.attn.out.isnan().all()
+    assert later.out.isfinite().all()
+    assert not torch.equal(driver.caches[0].nan_to_num(), before[0].nan_to_num())
+    assert torch.equal(driver.caches[1].nan_to_num(), before[1].nan_to_num())
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_captured_step_equals_the_eager_one(
+    variant: str, dtype: torch.dtype, mode: CUDAGraphMode, tmp_path: Path
+) -> None:
+    """Bit for bit, replayed on other tokens than it was captured with."""
+    driver = Driver(load(tmp_path, variant, dtype))
+    driver.step([(0, [3, 4, 5, 6, 7, 8, 9]), (1, [7])])
+    ids, positions, context = driver.context([(0, [6]), (1, [8])], pad_rows=1)
+    result = torch.empty(3, driver.model.config.hidden_size, dtype=dtype)
+
+    def step(ids: torch.Tensor, positions: torch.Tensor) -> None:
+        result.copy_(driver.model(ids, positions))
+
+    def run(runnable: object, mode: CUDAGraphMode, token: int) -> torch.Tensor:
+        ids[0] = token
+        with torch.inference_mode(), set_forward_context(replace(context, mode=mode)):
+            runnable(ids, positions)  # type: ignore[operator]
+        return result.clone()
+
+    expected = run(step, CUDAGraphMode.NONE, 11)
+    wrapper = CUDAGraphWrapper(step, mode, CPUTapeBackend(), check_addresses=True)
+    run(wrapper.capture, mode, 6)
+    captured = context.attn.qkv.clone()
+    found = run(wrapper, mode, 11)
+    assert torch.equal(found, expected)
+    assert not torch.equal(context.attn.qkv, captured)
+    layers = len(driver.caches)
+    pieces = layers + 1 if mode is CUDAGraphMode.PIECEWISE else 1
+    assert wrapper.graphs[context.descriptor].num_pieces == pieces
+
+
+def test_works_without_inference_mode(tmp_path: Path) -> None:
+    """`no_grad` is enough, and nothing asks for a gradient."""
+    driver = Driver(load(tmp_path, "llama"))
+    ids, positions, context = driver.context([(0, [3, 4, 5])])
+    with torch.no_grad(), set_forward_context(context):
+        hidden = driver.model(ids, positions)
+    assert hidden.isfinite().all()
+    assert not hidden.requires_grad

@@ -1,0 +1,169 @@
+"""The loader is strict: each weight once, each parameter once, or an error that names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minisrv.checkpoint import read_model_config
+from minisrv.errors import WeightsError
+from minisrv.nn.decoder import Decoder
+from minisrv.nn.loader import load_model
+from tests.checkpoints import VARIANTS, make_checkpoint
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+Weights = dict[str, Tensor]
+
+
+def load(directory: Path, **options: object) -> Decoder:
+    options.setdefault("dtype", torch.float32)
+    return load_model(read_model_config(directory), directory, **options)  # type: ignore[arg-type]
+
+
+def weights(model: Decoder) -> Weights:
+    return {name: tensor.clone() for name, tensor in model.destinations()}
+
+
+def edit(directory: Path, change: Callable[[Weights], None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_weight_arrives(variant: str, tmp_path: Path) -> None:
+    """Each under its own name, merged ones too; together they are all there is."""
+    model = load(make_checkpoint(tmp_path, variant))
+    found = weights(model)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(found[name], tensor), name
+    assert sum(t.numel() for t in found.values()) == sum(p.numel() for p in model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+
+
+def test_shards_equal_a_single_file(tmp_path: Path) -> None:
+    one = load(make_checkpoint(tmp_path / "one"))
+    many_dir = make_checkpoint(tmp_path / "many", max_shard_size="100KB")
+    assert len(list(many_dir.glob("*.safetensors"))) > 2
+    many = weights(load(many_dir))
+    for name, tensor in weights(one).items():
+        assert torch.equal(many[name], tensor), name
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("served", [torch.float32, torch.bfloat16])
+def test_weights_are_converted(stored: torch.dtype, served: torch.dtype, tmp_path: Path) -> None:
+    model = load(make_checkpoint(tmp_path, dtype=stored), dtype=served)
+    assert {p.dtype for p in model.parameters()} == {served}
+    expected = load_file(tmp_path / "model.safetensors")[K_PROJ].to(served)
+    assert torch.equal(weights(model)[K_PROJ], expected)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    """One part of a merged weight is enough."""
+    edit(make_checkpoint(tmp_path), lambda w: w.pop(K_PROJ))
+    with pytest.raises(WeightsError, match=rf"1 missing: {K_PROJ}\."):
+        load(tmp_path)
+
+
+def test_unexpected_weights_are_named(tmp_path: Path) -> None:
+    edit(make_checkpoint(tmp_path, "llama"), lambda w: w.update({"model.extra": torch.ones(1)}))
+    with pytest.raises(WeightsError, match=r"1 unexpected: model\.extra"):
+        load(tmp_path)
+
+
+def test_a_bias_that_the_config_does_not_announce_is_unexpected(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama-biases")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_bias": False}))
+    with pytest.raises(WeightsError, match=r"8 unexpected: .*o_proj\.bias"):
+        load(tmp_path)
+
+
+def test_misshapen_weights_are_named_with_both_shapes(tmp_path: Path) -> None:
+    """Also where the wrong shape would broadcast."""
+    edit(make_checkpoint(tmp_path), lambda w: w.update({K_PROJ: torch.ones(1, 64)}))
+    with pytest.raises(WeightsError, match=rf"1 misshapen: {K_PROJ} \[1, 64\], wanted \[64, 64\]"):
+        load(tmp_path)
+
+
+def test_duplicate_weights_are_named(tmp_path: Path) -> None:
+    """Two shards hold the same weight; the index can name one of them only."""
+    make_checkpoint(tmp_path, max_shard_size="100KB")
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name, file in index.items() if file != last.name)
+    tensors = load_file(last)
+    source = load_file(tmp_path / index[name])
+    save_file({**tensors, name: source[name]}, last)
+    with pytest.raises(WeightsError, match=rf"1 duplicate: {name} \(again in {last.name}\)"):
+        load(tmp_path)
+
+
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
+    edit(make_checkpoint(tmp_path), lambda w: w.update({K_PROJ: w[K_PROJ].to(torch.int8)}))
+    with pytest.raises(WeightsError, match=rf"unsupported dtype: {K_PROJ} I8"):
+        load(tmp_path)
+
+
+def test_the_list_of_names_is_bounded(tmp_path: Path) -> None:
+    edit(make_checkpoint(tmp_path), lambda w: [w.pop(n) for n in list(w)[:-1]] and None)
+    with pytest.raises(WeightsError, match=r"missing: .* and \d+ more\.") as caught:
+        load(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
+    """What older tools stored beside the weights."""
+    make_checkpoint(tmp_path, "llama-tied")
+    extras = {
+        "lm_head.weight": torch.ones(384, 64),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    edit(tmp_path, lambda w: w.update(extras))
+    assert load(tmp_path).lm_head is None
+
+
+def test_an_untied_lm_head_is_needed(tmp_path: Path) -> None:
+    edit(make_checkpoint(tmp_path, "llama"), lambda w: w.pop("lm_head.weight"))
+    with pytest.raises(WeightsError, match=r"1 missing: lm_head\.weight"):
+        load(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read"):
+        load(tmp_path)
+
+
+def test_progress_counts_to_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    load(make_checkpoint(tmp_path), progress=lambda done, total: seen.append((done, total)))
+    total = len(load_file(tmp_path / "model.safetensors"))
+    assert seen == [(i, total) for i in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dummy_weights_need_a_config_only(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same for the same seed, others for another; logits are finite and not all alike."""
+    config = read_model_config(make_checkpoint(tmp_path, "qwen3-biases"))
+    first, again, other = (
+        weights(load_model(config, None, dtype=dtype, load_format="dummy", seed=seed))
+        for seed in (0, 0, 1)
+    )
+    for name in first:
+        assert torch.equal(first[name], again[name]), name
+        assert first[name].isfinite().all()
+    assert not torch.equal(first[K_PROJ], other[K_PROJ])

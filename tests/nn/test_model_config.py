@@ -1,0 +1,68 @@
+"""ModelConfig reads what transformers writes, defaults included."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from minisrv.checkpoint import read_model_config
+from minisrv.config import ModelConfig
+from minisrv.errors import UnknownArchitectureError
+from minisrv.nn.registry import model_class
+from tests.checkpoints import VARIANTS, make_checkpoint
+
+CLASSES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_transformers_saves(variant: str, tmp_path: Path) -> None:
+    config = read_model_config(make_checkpoint(tmp_path, variant))
+    theirs: Any = CLASSES[variant.split("-")[0]].from_pretrained(tmp_path)
+    assert config.num_layers == theirs.num_hidden_layers
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.head_dim == getattr(theirs, "head_dim", config.hidden_size // config.num_heads)
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.dtype == "float32"
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_a_sparse_config_leaves_out(kind: str) -> None:
+    """Defaults are the architecture's own: a Qwen3 head has 128 elements unless it says so."""
+    fields = {
+        "vocab_size": 10,
+        "hidden_size": 48,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    theirs: Any = CLASSES[kind](**fields)
+    config = ModelConfig.from_hf({**fields, "architectures": [f"{kind.title()}ForCausalLM"]})
+    assert config.head_dim == getattr(theirs, "head_dim", 12)
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert config.qkv_bias == (kind == "qwen2")
+    assert not config.output_bias
+    biased = {**fields, "attention_bias": True, "mlp_bias": True}
+    config = ModelConfig.from_hf({**biased, "architectures": [config.architecture]})
+    assert config.qkv_bias
+    assert config.output_bias == (kind != "qwen2")
+    assert config.mlp_bias == (kind == "llama")
+    assert config.qk_norm == (kind == "qwen3")
+
+
+def test_unknown_architectures_are_refused_with_the_known_ones(tmp_path: Path) -> None:
+    config = read_model_config(make_checkpoint(tmp_path))
+    other = dataclasses.replace(config, architecture="MambaForCausalLM")
+    with pytest.raises(UnknownArchitectureError, match=r"Mamba.*Llama.*Qwen2.*Qwen3"):
+        model_class(other)
+    with pytest.raises(UnknownArchitectureError, match=r"Mamba.*Llama.*Qwen2.*Qwen3"):
+        ModelConfig.from_hf({"architectures": ["MambaForCausalLM"]})

@@ -1,0 +1,49 @@
+"""A decode step stays a short list of operations, each of which a graph can hold in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minisrv.checkpoint import read_model_config
+from minisrv.graph.forward_context import set_forward_context
+from minisrv.nn.loader import load_model
+from tests.checkpoints import make_checkpoint
+from tests.nn.driver import Driver
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in (torch.ops.aten.split, torch.ops.aten.t):  # free views
+            self.seen[str(func)] += 1
+        return result
+
+
+def count(directory: Path, layers: int, dtype: torch.dtype) -> Counter[str]:
+    make_checkpoint(directory, num_hidden_layers=layers)
+    config = read_model_config(directory)
+    model = load_model(config, None, dtype=dtype, load_format="dummy")
+    ids, positions, context = Driver(model).context([(0, [3]), (1, [4])])
+    with torch.inference_mode(), set_forward_context(context), Counting() as counting:
+        model(ids, positions)
+    return counting.seen
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 17), (torch.bfloat16, 21)])
+def test_operations_per_layer(dtype: torch.dtype, most: int, tmp_path: Path) -> None:
+    """Four products, one attention, two norms (five operations, or seven with casts), SwiGLU."""
+    one, three = (count(tmp_path / str(layers), layers, dtype) for layers in (1, 3))
+    assert (three - one).total() == 2 * most
+    assert three["minisrv.attention.default"] == 3
