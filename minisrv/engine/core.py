@@ -1,0 +1,288 @@
+"""The step loop without a process around it: requests in, tokens out.
+
+Knows: how a checkpoint becomes a running engine, and the order of a step (schedule, dispatch, run,
+update) at a lag of zero or one. Counts every step by mode and reason, and by request.
+Knows nothing of sockets, text or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from minisrv.checkpoint import read_generation_config, read_model_config, resolve_checkpoint
+from minisrv.config import EngineConfig, ModelConfig
+from minisrv.core.dispatcher import Dispatch, Dispatcher
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import ladders_of
+from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
+from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
+from minisrv.errors import ConfigError, RequestError
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.nn.loader import load_model
+from minisrv.request import EngineOutput, EngineRequest
+from minisrv.runner.model_runner import ModelRunner, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase of the start-up, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A launched step and what is needed to retire it."""
+
+    output: SchedulerOutput
+    result: StepResult
+
+
+class EngineCore:
+    """An engine, ready when constructed.
+
+    progress: told about loading and capturing.
+    check_addresses: see `CUDAGraphWrapper`; for tests.
+    Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Progress = lambda phase, done, total: None,
+        *,
+        check_addresses: bool = False,
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self.config = config
+        with self._timed("checkpoint"):
+            directory = resolve_checkpoint(config.model)
+            model_config = read_model_config(directory)
+            generation = read_generation_config(directory)
+        max_model_len = resolve_max_model_len(config, model_config)
+        self.ladders = ladders_of(config)
+        device = torch.device("cpu")
+        dtype = resolve_dtype(config, model_config)
+        num_blocks = size_kv_cache(config, model_config, max_model_len, dtype)
+        with self._timed("weights"):
+            model = load_model(
+                model_config,
+                directory,
+                dtype=dtype,
+                device=device,
+                load_format=config.load_format,
+                seed=config.seed,
+                progress=lambda done, total: progress("loading weights", done, total),
+            )
+        self.runner = ModelRunner(
+            model,
+            model_config,
+            self.ladders,
+            CPUTapeBackend(),
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            device=device,
+            check_addresses=check_addresses,
+        )
+        with self._timed("graphs"):
+            num_graphs = self.runner.capture_graphs(
+                lambda done, total: progress("capturing graphs", done, total)
+            )
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_waiting=config.max_waiting,
+            eos_token_ids=generation.eos_token_ids,
+        )
+        self.dispatcher = Dispatcher(self.ladders)
+        self.info = EngineInfo(
+            max_model_len=max_model_len,
+            vocab_size=model_config.vocab_size,
+            num_kv_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            cudagraph_mode=self.ladders.mode.value,
+            graphs=num_graphs,
+            startup_seconds=self.seconds,
+        )
+        self._lag = 1 if config.async_scheduling else 0
+        self._in_flight: deque[_InFlight] = deque()
+        self._seeds = random.Random(config.seed)
+        self._steps: dict[tuple[str, str], list[int]] = {}
+        self._graph_steps: dict[str, Counter[str]] = {}
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = round(time.perf_counter() - start, 3)
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def check(self, request: EngineRequest) -> None:
+        """Raise RequestError or ContextLengthError for a request that can never be served."""
+        ids, vocab = request.prompt_token_ids, self.info.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
+        for param, given in (("prompt", ids), ("stop_token_ids", request.params.stop_token_ids)):
+            bad = next((i for i in given if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise RequestError(
+                    f"token id {bad} is not in the vocabulary; ids go from 0 to {vocab - 1}.",
+                    param=param,
+                )
+        self.scheduler.check(len(ids), request.params.max_tokens)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request, or raise what `check` raises, or QueueFullError, and queue nothing."""
+        self.check(request)
+        seed = request.params.seed
+        self.scheduler.add(request, self._seeds.getrandbits(63) if seed is None else seed)
+        self._prompt_tokens += len(request.prompt_token_ids)
+        self._graph_steps[request.request_id] = Counter()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `add` would not find the queue full."""
+        return self.scheduler.has_room
+
+    def abort(self, request_id: str) -> EngineOutput | None:
+        """Drop a request; None if it has ended already."""
+        event = self.scheduler.abort(request_id)
+        return None if event is None else self._output(event, None)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do."""
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def step(self) -> list[EngineOutput]:
+        """Launch what the lag allows, retire the oldest step in flight, and say what it added."""
+        while len(self._in_flight) <= self._lag:
+            output = self.scheduler.schedule()
+            if output is None:
+                break
+            self._in_flight.append(self._launch(output))
+        if not self._in_flight:
+            return []
+        step = self._in_flight.popleft()
+        events = self.scheduler.update(step.output.step_id, step.result.tokens())
+        return [self._output(event, step.result) for event in events]
+
+    def _launch(self, output: SchedulerOutput) -> _InFlight:
+        dispatch = self.dispatcher.dispatch(
+            output.num_tokens,
+            len(output.rows),
+            uniform_decode=output.uniform_decode,
+            needs_logits=output.needs_logits,
+        )
+        self._count(output, dispatch)
+        return _InFlight(output, self.runner.execute(output, dispatch))
+
+    def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
+        mode, reason = dispatch.mode.name, dispatch.reason.value
+        counts = self._steps.setdefault((mode, reason), [0, 0, 0])
+        counts[0] += 1
+        counts[1] += output.num_tokens
+        counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
+        key = f"{mode}/{reason}"
+        for row in output.rows:
+            steps = self._graph_steps.get(row.request_id)
+            if steps is not None:  # None: it has ended, and this step's token will be dropped
+                steps[key] += 1
+
+    def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
+        logprobs = None
+        if result is not None and result.logprobs is not None and event.row is not None:
+            found = result.logprobs[event.row]
+            logprobs = None if found is None else [found]
+        graph_steps = None
+        if event.finish_reason is not None:
+            graph_steps = dict(self._graph_steps.pop(event.request_id))
+        self._generated_tokens += event.token is not None
+        return EngineOutput(
+            request_id=event.request_id,
+            token_ids=[] if event.token is None else [event.token],
+            logprobs=logprobs,
+            finish_reason=event.finish_reason,
+            graph_steps=graph_steps,
+        )
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counters."""
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_used=scheduler.pool.num_used,
+            kv_blocks_total=scheduler.pool.total - 1,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
+        )
+
+
+# ---- settings resolved against the model and the machine ---------------------------------------
+
+
+def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """The served context length. Raises ConfigError beyond what the model was made for."""
+    longest = model.max_position_embeddings
+    wanted = config.max_model_len or longest
+    if wanted > longest:
+        raise ConfigError(
+            f"max_model_len={wanted} is more than the model's max_position_embeddings={longest}; "
+            f"use at most {longest}."
+        )
+    return wanted
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    """The serving dtype; `auto` is float32 on a CPU, where half precision is not faster by rule
+    and float32 is exact enough to compare modes."""
+    name = "float32" if config.dtype == "auto" else config.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    if name != model.dtype:
+        logger.info("weights are %s, served in %s", model.dtype, name)
+    return dtype
+
+
+def size_kv_cache(
+    config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype
+) -> int:
+    """Blocks of the KV cache, the null block included: as many as fit `kv_cache_memory`, and no
+    more than every slot can use. Raises ConfigError if that does not hold one full context."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    per_row = -(-max_model_len // config.block_size)
+    per_block = config.block_size * 2 * model.kv_size * dtype.itemsize * model.num_layers
+    blocks = min(config.kv_cache_memory // per_block, 1 + config.max_num_seqs * per_row)
+    if blocks < 1 + per_row:
+        raise ConfigError(
+            f"kv_cache_memory={config.kv_cache_memory} bytes hold {max(0, blocks - 1)} blocks, and "
+            f"one context of {max_model_len} tokens needs {per_row}; give at least "
+            f"--kv-cache-memory {(1 + per_row) * per_block}, or lower --max-model-len."
+        )
+    return blocks

@@ -1,0 +1,92 @@
+"""What crosses the socket between API workers and the engine: typed msgpack, no pickle.
+
+Knows: the two unions of messages and their codec. A worker sends what one turn of its event
+loop collected, the engine sends each worker one message a step. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from minisrv.request import EngineOutput, EngineRequest, RequestFailure
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Worker to engine: new requests and aborted ones. The first message of a worker, with
+    neither, says hello: the engine answers with its state."""
+
+    requests: list[EngineRequest] = []
+    aborts: list[str] = []
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker, while it starts: what it is doing and how far it is."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a ready engine serves with, after every default has been resolved."""
+
+    max_model_len: int
+    vocab_size: int
+    num_kv_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: str
+    device: str
+    cudagraph_mode: str
+    graphs: int
+    startup_seconds: dict[str, float]
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker: every graph is captured and certified, requests may come."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker: it cannot go on and ends its process after this."""
+
+    failure: RequestFailure
+
+
+class StepCount(msgspec.Struct, frozen=True, array_like=True):
+    """Steps that ran in one mode for one reason, since the start."""
+
+    mode: str
+    reason: str
+    steps: int
+    tokens: int
+    padded_tokens: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A snapshot of the engine's counters; counts are since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: list[StepCount] = []
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker: what one step added to the worker's requests."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+EngineMessage = Loading | Ready | Failed | StepOutputs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_submit = msgspec.msgpack.Decoder(Submit).decode
+decode_engine_message = msgspec.msgpack.Decoder(EngineMessage).decode

@@ -1,0 +1,196 @@
+"""The static buffers of a step, the per-slot state, and the one place that fills them.
+
+Knows: addresses. Every tensor that a graph reads or writes beside weights and cache lives here,
+allocated once at its largest. `SlotState` outlives steps: a request owns a slot, and what its next
+step needs (last token, position, block table, sampling parameters) is written there, by the host
+when the request starts and by the step itself from then on. `InputBuffers` holds one step.
+Knows nothing of graphs or of the model.
+
+Padding is an ordinary row: slot 0, whose state is token 0, position 0, block table 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisrv.config import ModelConfig
+from minisrv.core.kv_cache import NULL_SLOT
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.graph.forward_context import AttentionMetadata
+from minisrv.modes import BatchDescriptor
+
+
+@dataclass(frozen=True)
+class BufferSizes:
+    """How large the static buffers are.
+
+    rows, tokens: of the largest padded step. slots: the null slot included.
+    blocks_per_row: width of the block table.
+    """
+
+    rows: int
+    tokens: int
+    slots: int
+    blocks_per_row: int
+    block_size: int
+
+
+class SlotState:
+    """What a request's next step reads, by slot. S slots, slot 0 is the null slot.
+
+    last_token, next_position: [S] int64, the input of the next decode step.
+    block_table: [S, blocks_per_row] int32; entries beyond a request's blocks are stale.
+    temperature, top_p, min_p: [S] float32; top_k, seed: [S] int64.
+    """
+
+    def __init__(self, sizes: BufferSizes, device: torch.device) -> None:
+        slots = sizes.slots
+        self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.next_position = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(
+            slots, sizes.blocks_per_row, dtype=torch.int32, device=device
+        )
+        self.temperature = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(slots, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def apply(self, output: SchedulerOutput) -> None:
+        """Write what the scheduler says of slots that change hands and of new blocks."""
+        for start in output.new_slots:
+            slot, params = start.slot, start.params
+            self.temperature[slot] = params.temperature
+            self.top_k[slot] = params.top_k
+            self.top_p[slot] = params.top_p
+            self.min_p[slot] = params.min_p
+            self.seed[slot] = start.seed
+        if output.new_blocks:
+            slots, indices, blocks = torch.tensor(output.new_blocks).unbind(dim=1)
+            self.block_table[slots, indices] = blocks.to(torch.int32)
+
+
+class InputBuffers:
+    """One step's arguments and results at fixed addresses. R rows, T tokens at most.
+
+    slots: [R] int64. input_ids, positions, slot_mapping: [T] int64. block_table:
+        [R, blocks_per_row] int32. seq_lens: [R] int32. query_start_loc: [R + 1] int32.
+    qkv, attn_out: [T, ...] model dtype, argument and result of the attention op of every layer.
+    hidden: [T, hidden] model dtype. logits: [R, vocab] model dtype. tokens: [R] int64.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        sizes: BufferSizes,
+        state: SlotState,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        rows, tokens = sizes.rows, sizes.tokens
+
+        def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.sizes = sizes
+        self.state = state
+        self.slots = ints(rows)
+        self.input_ids = ints(tokens)
+        self.positions = ints(tokens)
+        self.slot_mapping = ints(tokens)
+        self.block_table = ints(rows, sizes.blocks_per_row, dtype=torch.int32)
+        self.seq_lens = ints(rows, dtype=torch.int32)
+        self.query_start_loc = ints(rows + 1, dtype=torch.int32)
+        self.tokens = ints(rows)
+        self.qkv = torch.zeros(tokens, model.qkv_size, dtype=dtype, device=device)
+        self.attn_out = torch.zeros(tokens, model.q_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(tokens, model.hidden_size, dtype=dtype, device=device)
+        self.logits = torch.zeros(rows, model.vocab_size, dtype=dtype, device=device)
+        # A decode row is one token, so this never changes.
+        self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+
+    def fill(self, output: SchedulerOutput, descriptor: BatchDescriptor) -> AttentionMetadata:
+        """Write a step into the buffers, padded to the descriptor, and describe it to attention.
+
+        A uniform decode step is given by its slots alone: the step gathers the rest itself
+        (`gather_decode`), because under lag only the device knows the last tokens.
+        """
+        num_rows = len(output.rows)
+        slots = np.fromiter((row.slot for row in output.rows), np.int64, num_rows)
+        self.slots[:num_rows] = torch.from_numpy(slots)
+        if descriptor.uniform_decode:
+            assert descriptor.num_reqs is not None
+            self.slots[num_rows : descriptor.num_reqs] = NULL_SLOT
+            return self._metadata(descriptor.num_tokens, descriptor.num_reqs, self._decode_starts)
+        self._fill_tokens(output, descriptor.num_tokens)
+        return self._metadata(descriptor.num_tokens, num_rows, self.query_start_loc)
+
+    def _fill_tokens(self, output: SchedulerOutput, padded: int) -> None:
+        rows, total, decodes = len(output.rows), output.num_tokens, output.num_decodes
+        lengths = np.fromiter((row.num_tokens for row in output.rows), np.int64, rows)
+        starts = np.fromiter((row.start for row in output.rows), np.int64, rows)
+        ends = np.cumsum(lengths)
+        row_of_token = np.repeat(np.arange(rows), lengths)
+        positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
+        prompt_ids = chain.from_iterable(row.token_ids for row in output.rows)
+
+        self.query_start_loc[0] = 0
+        self.query_start_loc[1 : rows + 1] = torch.from_numpy(ends)
+        self.seq_lens[:rows] = torch.from_numpy(starts + lengths)
+        self.positions[:total] = torch.from_numpy(positions)
+        self.input_ids[decodes:total] = torch.from_numpy(
+            np.fromiter(prompt_ids, np.int64, total - decodes)
+        )
+        state, slots = self.state, self.slots[:rows]
+        torch.index_select(state.last_token, 0, slots[:decodes], out=self.input_ids[:decodes])
+        torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
+        self._map_slots(total, torch.from_numpy(row_of_token))
+        for buffer in (self.input_ids, self.positions, self.slot_mapping):
+            buffer[total:padded] = 0
+
+    def gather_decode(self, rows: int) -> None:
+        """Gather the inputs of `rows` decode rows by slot. Runs inside the FULL graph."""
+        state, slots = self.state, self.slots[:rows]
+        positions = self.positions[:rows]
+        torch.index_select(state.last_token, 0, slots, out=self.input_ids[:rows])
+        torch.index_select(state.next_position, 0, slots, out=positions)
+        torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
+        self.seq_lens[:rows].copy_(positions + 1)
+        self._map_slots(rows, self._decode_starts[:rows])
+
+    def _map_slots(self, tokens: int, row_of_token: Tensor) -> None:
+        """slot_mapping[t] = where the cache keeps token t of row `row_of_token[t]`."""
+        size, positions = self.sizes.block_size, self.positions[:tokens]
+        blocks = self.block_table[row_of_token, positions // size]
+        torch.add(positions % size, blocks, alpha=size, out=self.slot_mapping[:tokens])
+
+    def scatter(self, rows: int) -> None:
+        """Make the sampled tokens and the next positions the input of each row's next step.
+        Runs inside the FULL graph.
+
+        Padding rows write to the null slot too, which is put back as it was.
+        """
+        state, slots = self.state, self.slots[:rows]
+        state.last_token.index_copy_(0, slots, self.tokens[:rows])
+        state.next_position.index_copy_(0, slots, self.next_positions(rows))
+        state.last_token[NULL_SLOT : NULL_SLOT + 1].zero_()
+        state.next_position[NULL_SLOT : NULL_SLOT + 1].zero_()
+
+    def next_positions(self, rows: int) -> Tensor:
+        """[rows] int64, the position of the token that each row samples."""
+        return self.seq_lens[:rows].to(torch.int64)
+
+    def _metadata(self, tokens: int, rows: int, starts: Tensor) -> AttentionMetadata:
+        return AttentionMetadata(
+            qkv=self.qkv[:tokens],
+            out=self.attn_out[:tokens],
+            slot_mapping=self.slot_mapping[:tokens],
+            block_table=self.block_table[:rows],
+            seq_lens=self.seq_lens[:rows],
+            query_start_loc=starts[: rows + 1],
+        )

@@ -1,0 +1,189 @@
+"""One step on the device: fill, forward, epilogue.
+
+Knows: the model, the cache, the buffers and the two graph wrappers, and how a dispatched step goes
+through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
+
+    FULL:             [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
+    PIECEWISE, NONE:  fill -> [ model, broken at attention ] -> rows -> lm_head -> sample -> scatter
+
+What brackets hold is one wrapper each, and the FULL one holds the PIECEWISE one. Either passes
+through when the context's mode is not its own, so an eager run takes the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minisrv.config import ModelConfig
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.ladder import Ladders
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.graph.backend import GraphBackend
+from minisrv.graph.certify import certify
+from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
+from minisrv.graph.wrapper import CUDAGraphWrapper
+from minisrv.kernels import sample_op
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+from minisrv.nn.decoder import Decoder
+from minisrv.request import TokenLogprobs
+from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
+from minisrv.runner.logprobs import report_logprobs
+from minisrv.runner.trial import StepTrial
+
+CaptureProgress = Callable[[int, int], None]
+"""Called with the number of graphs captured so far, and of all."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that has been launched. Its values are copies: later steps do not change them.
+
+    logprobs: by row, None for rows that asked for none; None if no row did.
+    """
+
+    token_ids: Tensor
+    logprobs: list[TokenLogprobs | None] | None
+
+    def tokens(self) -> list[int]:
+        """The sampled token of every row; waits for the step."""
+        ids: list[int] = self.token_ids.tolist()
+        return ids
+
+
+class ModelRunner:
+    """Runs steps. All methods belong to one thread."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        ladders: Ladders,
+        backend: GraphBackend,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        check_addresses: bool = False,
+    ) -> None:
+        sizes = BufferSizes(
+            rows=max(ladders.max_num_seqs, *ladders.decode, 1),
+            tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
+            slots=ladders.max_num_seqs + 1,
+            blocks_per_row=-(-max_model_len // block_size),
+            block_size=block_size,
+        )
+        self.model = model
+        self.ladders = ladders
+        self.vocab_size = config.vocab_size
+        self.state = SlotState(sizes, device)
+        self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
+        self.kv_caches = [
+            torch.zeros(
+                num_blocks,
+                block_size,
+                2,
+                config.num_kv_heads,
+                config.head_dim,
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(config.num_layers)
+        ]
+        model.bind_kv_cache(self.kv_caches)
+        self.model_step = CUDAGraphWrapper(
+            self._model_step, CUDAGraphMode.PIECEWISE, backend, check_addresses=check_addresses
+        )
+        self.decode_step = CUDAGraphWrapper(
+            self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
+        )
+
+    @torch.no_grad()
+    def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
+        """Launch a scheduled step as dispatched."""
+        self.state.apply(output)
+        descriptor, buffers = dispatch.descriptor, self.buffers
+        attn = buffers.fill(output, descriptor)
+        rows = len(output.rows)
+        with set_forward_context(ForwardContext(dispatch.mode, descriptor, attn)):
+            if descriptor.uniform_decode:
+                self.decode_step()
+                logits = buffers.logits[:rows]
+            else:
+                tokens = descriptor.num_tokens
+                self.model_step(buffers.input_ids[:tokens], buffers.positions[:tokens])
+                logits = self._last_rows_logits(rows)
+        if descriptor.epilogue is not Epilogue.TOKENS:
+            self._sample(logits)
+            buffers.scatter(rows)
+        token_ids = buffers.tokens[:rows].clone()
+        wanted = [row.logprobs for row in output.rows]
+        logprobs = report_logprobs(logits, token_ids, wanted) if output.needs_logits else None
+        return StepResult(token_ids, logprobs)
+
+    def _model_step(self, input_ids: Tensor, positions: Tensor) -> None:
+        self.buffers.hidden[: len(input_ids)].copy_(self.model(input_ids, positions))
+
+    def _decode_step(self) -> None:
+        descriptor, buffers = get_forward_context().descriptor, self.buffers
+        rows = descriptor.num_tokens
+        buffers.gather_decode(rows)
+        self.model_step(buffers.input_ids[:rows], buffers.positions[:rows])
+        logits = self.model.compute_logits(buffers.hidden[:rows])
+        if descriptor.epilogue is Epilogue.LOGITS:
+            buffers.logits[:rows].copy_(logits)
+        else:
+            self._sample(logits)
+            buffers.scatter(rows)
+
+    def _last_rows_logits(self, rows: int) -> Tensor:
+        last = self.buffers.query_start_loc[1 : rows + 1].to(torch.int64) - 1
+        return self.model.compute_logits(self.buffers.hidden.index_select(0, last))
+
+    def _sample(self, logits: Tensor) -> None:
+        state, rows = self.state, len(logits)
+        sample_op(
+            logits,
+            self.buffers.slots[:rows],
+            self.buffers.next_positions(rows),
+            state.temperature,
+            state.top_k,
+            state.top_p,
+            state.min_p,
+            state.seed,
+            self.buffers.tokens[:rows],
+        )
+
+    def capture_graphs(self, on_progress: CaptureProgress) -> int:
+        """Capture and certify every graph of the ladders; returns how many there are.
+
+        The cache must be empty: certification runs on real slots and blocks and clears them.
+        Raises GraphCaptureError, CertificationError.
+        """
+        keys = self.ladders.keys()
+        for done, (mode, descriptor) in enumerate(keys):
+            on_progress(done, len(keys))
+            trial = StepTrial(self, mode, descriptor)
+            certify(trial, partial(self._capture, mode, descriptor))
+            trial.clear()
+        on_progress(len(keys), len(keys))
+        return len(keys)
+
+    @torch.no_grad()
+    def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        """Record one graph, on padding alone."""
+        buffers = self.buffers
+        nobody = SchedulerOutput(-1, [], [], [], num_decodes=0, num_tokens=0)
+        attn = buffers.fill(nobody, descriptor)
+        with set_forward_context(ForwardContext(mode, descriptor, attn)):
+            if mode is CUDAGraphMode.FULL:
+                self.decode_step.capture()
+            else:
+                tokens = descriptor.num_tokens
+                self.model_step.capture(buffers.input_ids[:tokens], buffers.positions[:tokens])

@@ -1,0 +1,155 @@
+"""The batch that a graph is certified on.
+
+Knows: how to make a step by hand that fits a descriptor with padding to spare, what poison is, and
+what the step must and must not change. It is the `Trial` that `graph.certify` runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.kv_cache import NULL_SLOT
+from minisrv.core.scheduler import ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
+from minisrv.request import SamplingParams
+
+if TYPE_CHECKING:
+    from minisrv.runner.model_runner import ModelRunner
+
+NAN = float("nan")
+MOST_DECODES = 2
+"""Decode rows in a mixed trial; the rest of its tokens are prefill."""
+
+
+class StepTrial:
+    """One step at a descriptor's padded shape, on real slots and blocks of an empty cache.
+
+    The batch is one row (FULL) or one token (PIECEWISE) short of the padded size, so that there is
+    padding, unless the size is one. Lengths lie before, on and behind block edges. Blocks beyond
+    those of the batch are watched: whoever writes there is found out.
+    """
+
+    def __init__(self, runner: ModelRunner, mode: CUDAGraphMode, descriptor: BatchDescriptor):
+        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}"
+        self.runner = runner
+        self.mode = mode
+        self.descriptor = descriptor
+        self.output = self._compose()
+        used = len(self.output.new_blocks)
+        self.watched = min(len(runner.kv_caches[0]), 1 + used + 1)
+        self.slots = torch.tensor([row.slot for row in self.output.rows])
+        self.live = self._live_positions()
+        generator = torch.Generator().manual_seed(descriptor.num_tokens)
+        shape = runner.kv_caches[0][: self.watched].shape
+        self.cache = (torch.rand(shape, generator=generator) - 0.5).to(runner.kv_caches[0].dtype)
+        self.last_token = torch.randint(
+            runner.vocab_size, self.slots.shape, generator=generator, dtype=torch.int64
+        )
+
+    # ---- the batch ---------------------------------------------------------------------------
+
+    def _compose(self) -> SchedulerOutput:
+        """Rows of (start, tokens), as many as slots, blocks and the padded size allow."""
+        sizes, target = self.runner.buffers.sizes, max(1, self.descriptor.num_tokens - 1)
+        free_blocks = len(self.runner.kv_caches[0]) - 1
+        longest = sizes.blocks_per_row * sizes.block_size
+        rows: list[ScheduledRow] = []
+        new_slots: list[SlotStart] = []
+        new_blocks: list[tuple[int, int, int]] = []
+        tokens = decodes = 0
+        while tokens < target and len(rows) < sizes.slots - 1:
+            slot = len(rows) + 1
+            decoding = self.descriptor.uniform_decode or (target > 2 and slot <= MOST_DECODES)
+            start = (slot * 7 - 1) % (2 * sizes.block_size) if decoding or slot % 2 else 0
+            start = min(start, longest - 1)
+            count = 1 if decoding else min(-(-(target - tokens) // 2), longest - start)
+            blocks = -(-(start + count) // sizes.block_size)
+            if blocks > free_blocks - len(new_blocks):
+                break
+            new_blocks += [(slot, index, len(new_blocks) + 1 + index) for index in range(blocks)]
+            # Every third row samples, with a seed of its own; the others are greedy.
+            params = SamplingParams(temperature=0.8 if slot % 3 == 0 else 0.0, top_p=0.9)
+            new_slots.append(SlotStart(slot, params, seed=slot))
+            ids = [] if decoding else [(slot + i) % self.runner.vocab_size for i in range(count)]
+            rows.append(
+                ScheduledRow(
+                    request_id=f"trial-{slot}",
+                    slot=slot,
+                    start=start,
+                    num_tokens=count,
+                    token_ids=ids,
+                    decoding=decoding,
+                    samples=True,
+                    logprobs=None,
+                )
+            )
+            tokens += count
+            decodes += decoding
+        return SchedulerOutput(-1, rows, new_slots, new_blocks, decodes, tokens)
+
+    def _live_positions(self) -> Tensor:
+        """[watched, block_size] bool: cache positions that belong to the batch's tokens."""
+        size = self.runner.buffers.sizes.block_size
+        live = torch.zeros(self.watched, size, dtype=torch.bool)
+        ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
+        for slot, index, block in self.output.new_blocks:
+            live[block, : max(0, min(size, ends[slot] - index * size))] = True
+        return live
+
+    # ---- graph.certify.Trial -----------------------------------------------------------------
+
+    def reset(self, *, poison: bool) -> None:
+        """See `graph.certify.Trial`."""
+        buffers, state = self.runner.buffers, self.runner.state
+        for cache in self.runner.kv_caches:
+            cache[: self.watched] = self.cache
+            if poison:
+                cache[: self.watched][~self.live] = NAN
+        stale = self.watched - 1
+        state.block_table[1:] = stale if poison else 0
+        state.last_token[self.slots] = self.last_token
+        for row in self.output.rows:
+            state.next_position[row.slot] = row.start
+        for buffer in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
+            buffer.fill_(NAN if poison else 0.0)
+        for name in ("slots", "input_ids", "positions", "slot_mapping", "block_table"):
+            getattr(buffers, name).fill_(1 if poison else 0)
+        buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
+        buffers.query_start_loc.fill_(buffers.sizes.tokens if poison else 0)
+        buffers.tokens.fill_(0)
+
+    def run(self, *, graph: bool) -> None:
+        """See `graph.certify.Trial`."""
+        mode = self.mode if graph else CUDAGraphMode.NONE
+        self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
+
+    def observe(self) -> dict[str, Tensor]:
+        """See `graph.certify.Trial`."""
+        buffers, state = self.runner.buffers, self.runner.state
+        rows, tokens = len(self.output.rows), self.output.num_tokens
+        caches = torch.stack([cache[: self.watched] for cache in self.runner.kv_caches])
+        outside = caches[:, ~self.live][:, buffers.sizes.block_size :]  # the null block aside
+        initial = self.cache[~self.live][buffers.sizes.block_size :]
+        untouched = (outside == initial) | outside.isnan()
+        return {
+            "hidden states": buffers.hidden[:tokens].clone(),
+            "tokens": buffers.tokens[:rows].clone(),
+            "last tokens": state.last_token[self.slots],
+            "next positions": state.next_position[self.slots],
+            "cache": caches[:, self.live],
+            "cache outside of live tokens": untouched,
+            "null slot": torch.stack((state.last_token, state.next_position))[:, NULL_SLOT],
+        }
+
+    def clear(self) -> None:
+        """Leave cache, state and buffers as a new server has them."""
+        self.reset(poison=False)
+        for cache in self.runner.kv_caches:
+            cache[: self.watched] = 0
+        self.runner.state.last_token.zero_()
+        self.runner.state.next_position.zero_()
+        self.runner.state.block_table.zero_()

@@ -1,0 +1,91 @@
+"""The same tape in every mode and at both lags: the same tokens, and transformers' tokens.
+
+Equal means (design decision 19): the same tokens, except where the best two scores are closer than
+EPSILON. A request that differs in this way goes on differently, so what follows it is judged by
+the reference alone. Such tokens are counted; more than 0.1% of all fails.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minisrv.checkpoint import resolve_checkpoint
+from minisrv.config import EngineConfig
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import FinishReason
+from tests.engine.tape import LIMITS, judge, make_tape, play
+
+VOCAB = 4096
+TAPE = make_tape(220, VOCAB)
+MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(None), dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def first():
+    """Eager, at lag 0: what the others are compared with."""
+    return play(TAPE, EngineConfig(enforce_eager=True, **LIMITS))
+
+
+def test_eager_gives_the_tokens_of_transformers(first, reference):
+    close, total = 0, 0
+    wrong: list[str] = []
+    for entry in TAPE:
+        tokens = first.tokens[entry.request.request_id]
+        ties, differing = judge(reference, entry, tokens)
+        close, total = close + ties, total + len(tokens)
+        wrong += differing
+    print(f"{total} tokens, {close} within epsilon of another")
+    assert not wrong
+    assert close <= total / 1000
+
+
+def test_the_tape_is_hard_enough(first):
+    stats = first.engine.stats()
+    assert stats.preemptions >= 5
+    reasons = list(first.reasons.values())
+    for reason, least in ((FinishReason.ABORT, 10), (FinishReason.STOP, 5)):
+        assert reasons.count(reason) >= least
+    lengths = [len(entry.request.prompt_token_ids) for entry in TAPE]
+    assert lengths.count(1) >= 20
+    assert sum(length > LIMITS["max_num_batched_tokens"] for length in lengths) >= 20
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
+    config = EngineConfig(cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS)
+    played = play(TAPE, config)
+    close, total = 0, 0
+    wrong: list[str] = []
+    for entry in TAPE:
+        name = entry.request.request_id
+        tokens, others = played.tokens[name], first.tokens[name]
+        total += len(tokens)
+        common = min(len(tokens), len(others))
+        if tokens[:common] != others[:common]:
+            ties, differing = judge(reference, entry, tokens)
+            close += max(ties, 1)
+            wrong += differing
+        elif entry.abort_after is None:
+            assert (tokens, played.reasons[name]) == (others, first.reasons[name])
+    print(f"mode {mode}, lag {lag}: {total} tokens, {close} decided by rounding")
+    assert not wrong
+    assert close <= total / 1000
+    ran = {(count.mode, count.reason) for count in played.engine.stats().steps}
+    assert (
+        ran
+        == {
+            "none": {("NONE", "graphs_off")},
+            "piecewise": {("PIECEWISE", "no_full_graph"), ("PIECEWISE", "has_prefill")},
+            "full-decode-only": {("FULL", "pure_decode"), ("NONE", "no_mixed_graph")},
+            "full-and-piecewise": {("FULL", "pure_decode"), ("PIECEWISE", "has_prefill")},
+        }[mode]
+    )
