@@ -52,9 +52,7 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
             continue
         assert (found.mode, key) in keys, "what is dispatched was captured"
         assert key.num_tokens >= tokens
-        smaller = [
-            d.num_tokens for m, d in keys if m is found.mode and tokens <= d.num_tokens
-        ]
+        smaller = [d.num_tokens for m, d in keys if m is found.mode and tokens <= d.num_tokens]
         assert key.num_tokens == min(smaller)
         if found.mode is FULL:
             assert decode, "FULL is for pure decode"

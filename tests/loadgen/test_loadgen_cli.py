@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import ScriptedServer, Status, Step, Wait, answer, chunk, event, honest
 
 import loadgen
 from loadgen.cli import normalize_url
 from loadgen.errors import ConfigError
 from loadgen.report import MAX_RAW_ROWS
+from tests.loadgen.scripted_server import (
+    ScriptedServer,
+    Status,
+    Step,
+    Wait,
+    answer,
+    chunk,
+    event,
+    honest,
+)
 
 COMMAND = [sys.executable, "-c", "import sys; from loadgen.cli import main; sys.exit(main())"]
 

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from scripted_server import (
+
+from loadgen.client import CompletionStream, find_model, open_session, send
+from loadgen.errors import ServerError
+from loadgen.prompts import endpoint, request_body
+from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
+from tests.loadgen.scripted_server import (
     DONE,
     DROP,
     ScriptedServer,
@@ -18,11 +23,6 @@ from scripted_server import (
     event,
     usage,
 )
-
-from loadgen.client import CompletionStream, find_model, open_session, send
-from loadgen.errors import ServerError
-from loadgen.prompts import endpoint, request_body
-from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
 
 CONFIG = RunConfig(
     base_url="http://unused/v1",

@@ -5,11 +5,11 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from scripted_server import ScriptedServer
 
 from loadgen.errors import WorkerError
 from loadgen.records import PromptKind, RunConfig
 from loadgen.runner import run_levels
+from tests.loadgen.scripted_server import ScriptedServer
 
 
 class Watcher:

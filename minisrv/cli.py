@@ -1,0 +1,190 @@
+"""The `minisrv` command: flags to settings, errors to exit status.
+
+Knows: the flags, whose names are vLLM's where vLLM has them. Imports what a command needs when the
+command runs, so that `minisrv plan` needs no torch.
+Exit status: 0 done or stopped by a signal, 1 it cannot be served, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from minisrv import __version__
+from minisrv.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig, ServerConfig
+from minisrv.errors import MinisrvError
+from minisrv.modes import CUDAGraphMode
+
+_T = TypeVar("_T")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        options = _parser().parse_args(arguments)
+        options.model = options.model or options.model_flag
+        status: int = options.run(options)
+        return status
+    except MinisrvError as error:
+        print(f"minisrv: error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from minisrv.server.launcher import serve
+
+    return serve(_settings(EngineConfig, options), _settings(ServerConfig, options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from minisrv.plan import print_plan
+
+    print_plan(_settings(EngineConfig, options))
+    return 0
+
+
+def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
+    """The settings of `kind` that were given; its own defaults stand for the rest."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: v for k, v in vars(options).items() if k in names and v is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minisrv", description="A small LLM inference server with graph-aware batching."
+    )
+    parser.add_argument("--version", action="version", version=f"minisrv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve", help="serve a model over an OpenAI-compatible endpoint", description=_serve_help
+    )
+    _add_engine_flags(serve)
+    http = serve.add_argument_group("HTTP")
+    defaults = ServerConfig()
+    http.add_argument("--host", help=f"address to listen on (default {defaults.host})")
+    http.add_argument(
+        "--port", type=int, help=f"port; 0 takes a free one (default {defaults.port})"
+    )
+    http.add_argument(
+        "--served-model-name",
+        dest="served_model_names",
+        type=_names,
+        metavar="NAMES",
+        help="name, or several separated by commas, that the API answers to (default: the model)",
+    )
+    http.add_argument(
+        "--shutdown-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="what open requests get to finish after SIGTERM or Ctrl-C "
+        f"(default {defaults.shutdown_timeout})",
+    )
+    serve.set_defaults(run=_serve)
+
+    plan = commands.add_parser(
+        "plan",
+        help="print which batch runs by which graph, without loading a model",
+        description="Print, for every batch size up to the limits, the mode, the padded size and "
+        "the reason. Exits 1 if a decode batch is left without its graph.",
+    )
+    _add_engine_flags(plan)
+    plan.set_defaults(run=_plan)
+    return parser
+
+
+_serve_help = "Serve a Hugging Face checkpoint. Without a model, the embedded default one."
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of EngineConfig. A flag that is not given stays None: the default is EngineConfig's."""
+    d = EngineConfig()
+    add = parser.add_argument_group("model").add_argument
+    # vLLM takes the model as an argument or as a flag; so it is here.
+    add("model", nargs="?", metavar="MODEL", help="directory or Hugging Face hub id")
+    add("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    add("--dtype", choices=DTYPES, help=f"serving dtype (default {d.dtype}: float32 on a CPU)")
+    add("--device", choices=DEVICES, help=f"default {d.device}")
+    add("--load-format", choices=LOAD_FORMATS, help="dummy: random weights from config.json alone")
+    add("--max-model-len", type=int, metavar="N", help="context length (default: the model's)")
+    add("--seed", type=int, metavar="N", help=f"of seeds that requests do not give ({d.seed})")
+
+    add = parser.add_argument_group("batching").add_argument
+    add("--max-num-seqs", type=int, metavar="N", help=f"requests in a batch ({d.max_num_seqs})")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens in a step ({d.max_num_batched_tokens})",
+    )
+    add("--max-waiting", type=int, metavar="N", help=f"queue length before 429 ({d.max_waiting})")
+    add("--block-size", type=int, metavar="N", help=f"tokens in a KV block ({d.block_size})")
+    add(
+        "--kv-cache-memory",
+        type=_size,
+        metavar="SIZE",
+        help="bytes of KV cache at most, with K, M or G for the powers of 1024 (1G)",
+    )
+    add("--num-kv-blocks", type=int, metavar="N", help="KV blocks, instead of --kv-cache-memory")
+    add(
+        "--async-scheduling",
+        action="store_true",
+        default=None,
+        help="schedule a step before the last one's tokens are known",
+    )
+
+    add = parser.add_argument_group("graphs").add_argument
+    add("--enforce-eager", action="store_true", default=None, help="no graphs at all")
+    add(
+        "--cudagraph-mode",
+        type=CUDAGraphMode.parse,
+        metavar="MODE",
+        help=f"{', '.join(m.value for m in CUDAGraphMode)} (default {d.cudagraph_mode.value})",
+    )
+    add(
+        "--cudagraph-capture-sizes",
+        type=_sizes,
+        nargs="+",
+        action=_Flatten,
+        metavar="N",
+        help="sizes of both ladders, separated by spaces or commas (default: see `minisrv plan`)",
+    )
+
+
+class _Flatten(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(size for group in values for size in group))
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([kmg]?)(i?b)?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 2G")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

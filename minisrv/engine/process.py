@@ -1,0 +1,198 @@
+"""The engine as a process of its own: a socket around `EngineCore`.
+
+Knows: how the process starts, serves, and ends. It ends on SIGTERM, with its parent, or with an
+error; SIGINT is left to the parent, as a terminal sends it to both. Workers are whoever says hello
+on the socket; each gets one message a step with what the step added to its requests.
+Knows nothing of HTTP or text.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import signal
+import sys
+import threading
+from collections import defaultdict
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+import zmq
+
+from minisrv.config import EngineConfig
+from minisrv.engine.messages import (
+    EngineMessage,
+    EngineStats,
+    Failed,
+    Loading,
+    Ready,
+    StepOutputs,
+    decode_submit,
+    encode,
+)
+from minisrv.errors import EngineError, EngineNotReadyError, MinisrvError
+from minisrv.request import EngineOutput, RequestFailure
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""How long an engine may take to end after SIGTERM before it is killed."""
+
+
+class EngineProcess:
+    """The parent's handle of an engine process."""
+
+    def __init__(self, config: EngineConfig, socket_dir: Path) -> None:
+        """Start the process at once.
+
+        socket_dir: a private directory for the socket; the engine removes it if the parent dies.
+        """
+        self.address = f"ipc://{socket_dir / 'engine'}"
+        context = multiprocessing.get_context("spawn")
+        self._process: BaseProcess = context.Process(
+            target=_main, args=(config, self.address, socket_dir), name="minisrv-engine"
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End the process and wait for it; SIGKILL if it does not listen. May be called twice."""
+        self._process.terminate()
+        self._process.join(STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _main(config: EngineConfig, address: str, socket_dir: Path) -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", force=True
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _exit)
+    threading.Thread(target=_end_with_parent, args=(socket_dir,), daemon=True).start()
+    server = _EngineServer(address)
+    try:
+        server.load(config)
+        server.run()
+    except MinisrvError as error:
+        logger.error("%s", error.message)
+        server.fail(error)
+        sys.exit(1)
+    except Exception as error:
+        logger.exception("the engine failed")
+        server.fail(EngineError(f"the engine failed ({type(error).__name__}); see its log."))
+        sys.exit(1)
+    finally:
+        server.close()
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _end_with_parent(socket_dir: Path) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    shutil.rmtree(socket_dir, ignore_errors=True)
+    # Not sys.exit: the main thread may be deep in a step, and nobody is left to hear of it.
+    signal.raise_signal(signal.SIGKILL)
+
+
+class _EngineServer:
+    """The engine's side of the socket, and the loop."""
+
+    def __init__(self, address: str) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.linger = 1000  # milliseconds for the last words
+        self.socket.set_hwm(0)  # what is in flight is bounded by admission, not by the socket
+        self.socket.bind(address)
+        self.workers: set[bytes] = set()
+        self.owners: dict[str, bytes] = {}
+        self.state: EngineMessage = Loading("starting")
+
+    def load(self, config: EngineConfig) -> None:
+        """Make the engine, telling whoever asks how far it is."""
+        # Here, so that the socket answers while torch is imported.
+        from minisrv.engine.core import EngineCore
+
+        self.core = EngineCore(config, self._progress)
+        self.state = Ready(self.core.info)
+        self._broadcast()
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self.state = Loading(phase, done, total)
+        self._broadcast()
+        while self.socket.poll(0):
+            self._receive()
+
+    def _broadcast(self) -> None:
+        for worker in self.workers:
+            self._send(worker, self.state)
+
+    def _send(self, worker: bytes, message: EngineMessage) -> None:
+        self.socket.send_multipart([worker, encode(message)])
+
+    def run(self) -> None:
+        """Serve until the process is told to end."""
+        while True:
+            while self.socket.poll(0 if self.core.has_work else None):
+                self._receive()
+            if outputs := self.core.step():
+                self._deliver(outputs)
+
+    def _receive(self) -> None:
+        worker, body = self.socket.recv_multipart()
+        message = decode_submit(body)
+        if worker not in self.workers:
+            self.workers.add(worker)
+            self._send(worker, self.state)
+        outputs: list[EngineOutput] = []
+        for request in message.requests:
+            self.owners[request.request_id] = worker
+            try:
+                if not isinstance(self.state, Ready):
+                    raise EngineNotReadyError("the engine is still loading; try again later.")
+                self.core.add(request)
+            except MinisrvError as error:
+                outputs.append(
+                    EngineOutput(request_id=request.request_id, error=RequestFailure.of(error))
+                )
+        if isinstance(self.state, Ready):
+            aborted = (self.core.abort(request_id) for request_id in message.aborts)
+            outputs.extend(output for output in aborted if output is not None)
+        if outputs:
+            self._deliver(outputs)
+
+    def _deliver(self, outputs: list[EngineOutput]) -> None:
+        by_worker: defaultdict[bytes, list[EngineOutput]] = defaultdict(list)
+        for output in outputs:
+            ended = output.finish_reason is not None or output.error is not None
+            owner = (self.owners.pop if ended else self.owners.__getitem__)(output.request_id)
+            by_worker[owner].append(output)
+        stats = self.core.stats() if isinstance(self.state, Ready) else EngineStats()
+        for worker, added in by_worker.items():
+            self._send(worker, StepOutputs(added, stats))
+
+    def fail(self, error: MinisrvError) -> None:
+        """Tell every worker why the engine ends."""
+        while self.socket.poll(0):
+            worker, _ = self.socket.recv_multipart()
+            self.workers.add(worker)
+        self.state = Failed(RequestFailure.of(error))
+        self._broadcast()
+
+    def close(self) -> None:
+        """Close the socket once what was sent has left."""
+        self.socket.close()
+        self.context.term()

@@ -1,0 +1,150 @@
+"""`minisrv serve`: the processes, from start to end.
+
+Knows: which process starts which, and how all of them end. The engine starts first and loads while
+this process, the API worker, imports its own parts and opens the port: `/health` answers at once,
+`/ready` when the engine is. SIGTERM and SIGINT stop admission, give open requests
+`shutdown_timeout` seconds, and end the tree.
+Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from minisrv.checkpoint import read_generation_config, resolve_checkpoint
+from minisrv.config import EngineConfig, ServerConfig
+from minisrv.core.ladder import ladders_of
+from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.process import EngineProcess
+from minisrv.errors import ConfigError
+from minisrv.server.app import create_app
+from minisrv.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def serve(engine: EngineConfig, server: ServerConfig) -> int:
+    """Serve until told to stop; returns the exit status.
+
+    0 after SIGTERM or SIGINT, 1 if the engine could not start. Raises ConfigError, ModelError for
+    what can be seen before anything is started.
+    """
+    started = time.perf_counter()
+    ladders_of(engine)
+    directory = resolve_checkpoint(engine.model)
+    names = server.served_model_names or (engine.model or directory.name,)
+    listener = _listen(server)
+    # uvicorn raises the signal again once it has shut down: this ends the process in order.
+    signal.signal(signal.SIGTERM, _exit)
+    with tempfile.TemporaryDirectory(prefix="minisrv-") as socket_dir:
+        process = EngineProcess(replace(engine, model=str(directory)), Path(socket_dir))
+        try:
+            client = EngineClient(process.address, process.pid)
+            app = create_app(
+                client,
+                Tokenizer.from_directory(directory),
+                served_model_names=names,
+                generation=read_generation_config(directory),
+            )
+            settings = uvicorn.Config(
+                app,
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=server.shutdown_timeout,
+            )
+            return asyncio.Runner(loop_factory=settings.get_loop_factory()).run(
+                _run(client, _Server(settings, client), listener, started)
+            )
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            process.stop()
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _listen(server: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((server.host, server.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {server.host}:{server.port} ({error.strerror}); "
+            "choose another --host or --port."
+        ) from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling the client when the end begins."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+        super().__init__(config)
+        self.client = client
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, then let open ones finish."""
+        self.client.drain()
+        await super().shutdown(sockets)
+
+
+async def _run(
+    client: EngineClient, server: _Server, listener: socket.socket, started: float
+) -> int:
+    await client.start()
+    serving = asyncio.create_task(server.serve([listener]))
+    settled = asyncio.create_task(client.settled())
+    try:
+        await asyncio.wait((serving, settled), return_when=asyncio.FIRST_COMPLETED)
+        if client.state is EngineState.DEAD:
+            logger.error("the engine did not start: %s", client.death.message)
+            server.should_exit = True
+            await serving
+            return 1
+        if settled.done():
+            _announce(client, listener, time.perf_counter() - started)
+        await serving
+        return 0
+    finally:
+        settled.cancel()
+        await client.close()
+
+
+def _announce(client: EngineClient, listener: socket.socket, seconds: float) -> None:
+    info = client.info
+    assert info is not None, "the engine is ready"
+    host, port = listener.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    phases = ", ".join(f"{name} {took:.1f}" for name, took in info.startup_seconds.items())
+    logger.info(
+        "ready in %.1f s (%s): http://%s:%d/v1, mode %s, %d graphs, %s on %s, context %d, "
+        "%d KV blocks of %d",
+        seconds,
+        phases,
+        where,
+        port,
+        info.cudagraph_mode,
+        info.graphs,
+        info.dtype,
+        info.device,
+        info.max_model_len,
+        info.num_kv_blocks,
+        info.block_size,
+    )

@@ -1,0 +1,98 @@
+"""Imports point to the same floor or a lower one (docs/architecture.md), and API workers start
+without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "config": 0,
+    "errors": 0,
+    "request": 0,
+    "modes": 0,
+    "core": 1,
+    "text": 1,
+    "kernels": 1,
+    "metrics": 1,
+    "checkpoint": 1,
+    "graph": 2,
+    "nn": 3,
+    "runner": 4,
+    "engine": 5,
+    "server": 6,
+    "plan": 7,
+    "llm": 7,
+    "cli": 7,
+    "__init__": 7,
+}
+VERSION = "__version__"
+"""The package's only name that every floor may use."""
+
+MODULES = sorted((ROOT / "minisrv").rglob("*.py"))
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, line) of every import in the file, also those inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            if node.module == "minisrv":
+                names = [alias.name for alias in node.names if alias.name != VERSION]
+                found += [(f"minisrv.{name}", node.lineno) for name in names]
+            else:
+                found.append((node.module or "", node.lineno))
+    return found
+
+
+def part_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path):
+    part = path.relative_to(ROOT / "minisrv").with_suffix("").parts[0]
+    wrong = [
+        f"line {line}: {part} (floor {FLOORS[part]}) imports {module} "
+        f"(floor {FLOORS[part_of(module)]})"
+        for module, line in imports(path)
+        if module.split(".")[0] == "minisrv" and FLOORS[part_of(module)] > FLOORS[part]
+    ]
+    assert not wrong
+
+
+def test_every_module_has_a_floor():
+    parts = {path.relative_to(ROOT / "minisrv").with_suffix("").parts[0] for path in MODULES}
+    assert parts == set(FLOORS)
+
+
+@pytest.mark.parametrize("part", ["config", "errors", "request", "modes", "core", "text"])
+def test_floors_0_and_1_name_no_torch(part: str):
+    """Host bookkeeping holds no torch, not even lazily."""
+    for path in MODULES:
+        if path.relative_to(ROOT / "minisrv").with_suffix("").parts[0] == part:
+            assert not [m for m, _ in imports(path) if m.split(".")[0] == "torch"], path
+
+
+def test_loadgen_knows_nothing_of_minisrv():
+    for path in (ROOT / "loadgen").rglob("*.py"):
+        used = {module.split(".")[0] for module, _ in imports(path)}
+        assert not used & {"minisrv", "torch"}, path
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["minisrv.cli", "minisrv.plan", "minisrv.server.launcher", "minisrv.engine.client", "loadgen"],
+)
+def test_starts_without_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
