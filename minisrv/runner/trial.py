@@ -41,7 +41,7 @@ class StepTrial:
         self.output = self._compose()
         used = len(self.output.new_blocks)
         self.watched = min(len(runner.kv_caches[0]), 1 + used + 1)
-        self.slots = torch.tensor([row.slot for row in self.output.rows])
+        self.slots = torch.tensor([row.slot for row in self.output.rows], dtype=torch.int64)
         self.live = self._live_positions()
         generator = torch.Generator().manual_seed(descriptor.num_tokens)
         shape = runner.kv_caches[0][: self.watched].shape
@@ -56,7 +56,7 @@ class StepTrial:
         """Rows of (start, tokens), as many as slots, blocks and the padded size allow."""
         sizes, target = self.runner.buffers.sizes, max(1, self.descriptor.num_tokens - 1)
         free_blocks = len(self.runner.kv_caches[0]) - 1
-        longest = sizes.blocks_per_row * sizes.block_size
+        longest = min(sizes.blocks_per_row, free_blocks) * sizes.block_size
         rows: list[ScheduledRow] = []
         new_slots: list[SlotStart] = []
         new_blocks: list[tuple[int, int, int]] = []

@@ -1,0 +1,195 @@
+"""Certification: a graph that is almost right does not enter service.
+
+Each test breaks one thing on purpose and is named for it; a graph that passes then would have
+served wrong tokens.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisrv.config import EngineConfig
+from minisrv.core.ladder import build_ladders
+from minisrv.engine.core import EngineCore
+from minisrv.errors import CertificationError
+from minisrv.graph import cpu_tape
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.modes import CUDAGraphMode
+from minisrv.nn.attention import Attention
+from minisrv.nn.decoder import Decoder
+from minisrv.runner.input_buffers import InputBuffers
+from minisrv.runner.model_runner import ModelRunner
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, **settings}
+    return EngineCore(
+        EngineConfig(model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **limits),
+        check_addresses=True,
+    )
+
+
+@pytest.mark.parametrize("mode", ["piecewise", "full-decode-only", "full-and-piecewise"])
+def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode):
+    engine = start(checkpoint, mode)
+    assert engine.info.graphs == len(engine.ladders.keys()) > 0
+    runner = engine.runner
+    assert all(not cache.any() for cache in runner.kv_caches), "the null block is clean too"
+    assert not runner.state.block_table.any()
+    assert not runner.state.last_token.any()
+    assert not runner.state.next_position.any()
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 8])
+def test_a_cache_too_small_for_a_full_batch_certifies_what_it_holds(checkpoint, blocks):
+    assert start(checkpoint, num_kv_blocks=blocks).info.graphs > 0
+
+
+def test_user_sizes_above_the_limits_certify(checkpoint):
+    engine = start(checkpoint, cudagraph_capture_sizes=(4, 64))
+    assert engine.ladders.decode == (4, 64)
+    assert engine.ladders.mixed == (4, 64)
+
+
+def refused(checkpoint: str, mode: str, what: str) -> None:
+    with pytest.raises(CertificationError, match=what):
+        start(checkpoint, mode)
+
+
+def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
+    """Trap 4: the padding rows keep the slots of the step before, and write there."""
+    fill = InputBuffers.fill
+
+    def leaves_the_tail(self, output, descriptor):
+        tail = self.slots[len(output.rows) :].clone()
+        attn = fill(self, output, descriptor)
+        self.slots[len(output.rows) :] = tail
+        return attn
+
+    monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
+    refused(checkpoint, "full-decode-only", "replay differs")
+
+
+def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
+    """Trap 1: padding tokens of a mixed batch write wherever the buffer says, not to block 0."""
+    fill = InputBuffers.fill
+
+    def leaves_the_tail(self, output, descriptor):
+        tail = self.slot_mapping[output.num_tokens :].clone()
+        attn = fill(self, output, descriptor)
+        if not descriptor.uniform_decode:
+            self.slot_mapping[output.num_tokens :] = tail + self.sizes.block_size
+        return attn
+
+    monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
+    refused(checkpoint, "piecewise", "with poisoned padding")
+
+
+def test_a_value_frozen_at_capture(checkpoint, monkeypatch):
+    """Trap 5: something computed on the host from the capture's values is replayed as it was."""
+    forward = Decoder.forward
+
+    def freezes_the_positions(self, input_ids, positions):
+        return forward(self, input_ids, positions) + float(positions.numpy().sum())
+
+    monkeypatch.setattr(Decoder, "forward", freezes_the_positions)
+    refused(checkpoint, "full-decode-only", "hidden states")
+
+
+def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
+    """Trap 3: padding that takes part in a real row's result, here through a sum over the batch."""
+    add_to = Attention.add_to
+
+    def mixes_rows(self, residual, x, positions, cos_sin):
+        add_to(self, residual, x, positions, cos_sin)
+        residual.add_(residual.sum(dim=0, keepdim=True), alpha=1e-3)
+
+    monkeypatch.setattr(Attention, "add_to", mixes_rows)
+    # The padding's position is 0 in the clean run and in the poisoned one, so the rows agree;
+    # what differs is a padding row that attends beyond its own token.
+    start(checkpoint, "full-decode-only")
+    gather = InputBuffers.gather_decode
+
+    def reads_too_far(self, rows):
+        gather(self, rows)
+        self.seq_lens[:rows].clamp_(min=3)
+
+    monkeypatch.setattr(InputBuffers, "gather_decode", reads_too_far)
+    refused(checkpoint, "full-decode-only", "with poisoned padding")
+
+
+def test_an_operation_that_the_tape_lost(checkpoint, monkeypatch):
+    end = CPUTapeBackend.end
+
+    def drops_one(self):
+        segment = end(self)
+        nodes = self._capture.segments[-1][1]
+        del nodes[len(nodes) // 2]
+        return segment
+
+    monkeypatch.setattr(CPUTapeBackend, "end", drops_one)
+    refused(checkpoint, "full-decode-only", "replay differs")
+
+
+def test_intermediates_that_overlap(checkpoint, monkeypatch):
+    """Trap 7: the memory of a tensor that is still read is given out again.
+
+    Where an operation would overwrite its own argument torch says so; else certification does.
+    """
+    lay_out = cpu_tape._lay_out
+
+    def forgets_later_readers(storages):
+        storages = list(storages)
+        for storage in storages:
+            storage.last_used = storage.born + 1
+        return lay_out(storages)
+
+    monkeypatch.setattr(cpu_tape, "_lay_out", forgets_later_readers)
+    with pytest.raises((CertificationError, RuntimeError), match="differs|single memory location"):
+        start(checkpoint, "piecewise")
+
+
+def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
+    """Padding scatters to the null slot; the next padding row must find token 0, position 0."""
+
+    def scatter(self, rows):
+        state, slots = self.state, self.slots[:rows]
+        state.last_token.index_copy_(0, slots, self.tokens[:rows])
+        state.next_position.index_copy_(0, slots, self.next_positions(rows))
+
+    monkeypatch.setattr(InputBuffers, "scatter", scatter)
+    refused(checkpoint, "full-decode-only", "null slot|replay differs")
+
+
+def test_a_model_that_is_not_finite(checkpoint, monkeypatch):
+    compute = Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, ids, pos: compute(self, ids, pos) / 0)
+    refused(checkpoint, "piecewise", "not finite")
+
+
+def test_every_dispatchable_key_is_captured(checkpoint):
+    engine = start(checkpoint)
+    runner: ModelRunner = engine.runner
+    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 6, 48)
+    keys = ladders.keys()
+    assert set(runner.decode_step.graphs) == {d for m, d in keys if m is CUDAGraphMode.FULL}
+    assert set(runner.model_step.graphs) == {d for m, d in keys if m is CUDAGraphMode.PIECEWISE}
+    layers = len(runner.kv_caches)
+    assert {g.num_pieces for g in runner.model_step.graphs.values()} == {layers + 1}
+    assert {g.num_pieces for g in runner.decode_step.graphs.values()} == {1}
+
+
+def test_all_graphs_of_an_engine_share_one_arena(checkpoint):
+    engine = start(checkpoint)
+    backend = engine.runner.model_step.backend
+    assert backend is engine.runner.decode_step.backend
+    assert isinstance(backend, CPUTapeBackend)
+    assert 0 < backend.arena.numel() < 1 << 20
+    assert torch.isfinite(backend.arena.float()).all()
