@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import os
 from collections.abc import AsyncIterator
 
@@ -35,6 +36,8 @@ from minisrv.errors import (
 )
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
+logger = logging.getLogger(__name__)
+
 
 class EngineState(enum.StrEnum):
     """Whether requests can be served, and if not, why not."""
@@ -54,7 +57,7 @@ class EngineClient:
         self._state = EngineState.LOADING
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
-        self._loading: Loading | None = None
+        self._loading = Loading("starting")
         self._death = EngineDeadError("the engine has ended unexpectedly; see its log.")
         self._open: dict[str, asyncio.Queue[EngineOutput | MinisrvError]] = {}
         self._requests: list[EngineRequest] = []
@@ -77,7 +80,7 @@ class EngineClient:
         return self._stats
 
     @property
-    def loading(self) -> Loading | None:
+    def loading(self) -> Loading:
         """How far the engine's start-up is."""
         return self._loading
 
@@ -107,11 +110,15 @@ class EngineClient:
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
 
+    def end_open(self) -> None:
+        """End every open request with an error: the time to finish is over."""
+        self._end_all(EngineNotReadyError("the server is shutting down."))
+
     async def close(self) -> None:
         """Stop watching and disconnect; what is still open ends with an error."""
         self._unwatch()
         self._reader.cancel()
-        self._end_all(EngineNotReadyError("the server is shutting down."))
+        self.end_open()
         self._socket.close(linger=0)
         self._context.term()
 
@@ -192,6 +199,8 @@ class EngineClient:
         asyncio.get_running_loop().call_later(0.05, self._die)
 
     def _die(self) -> None:
+        if self._state is not EngineState.LOADING:  # else it is the caller's to say
+            logger.error("every request is refused from now on: %s", self._death.message)
         self._state = EngineState.DEAD
         self._end_all(self._death)
         self._settled.set()

@@ -1,8 +1,10 @@
 """The engine as a process of its own: a socket around `EngineCore`.
 
-Knows: how the process starts, serves, and ends. It ends on SIGTERM, with its parent, or with an
-error; SIGINT is left to the parent, as a terminal sends it to both. Workers are whoever says hello
-on the socket; each gets one message a step with what the step added to its requests.
+Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when
+the parent stops it. SIGINT and SIGTERM are left to the parent: terminals and supervisors send them
+to both, and the parent gives open requests time to finish. Workers are whoever says hello on the
+socket; each gets one message a step with what the step added to its requests, and the counters
+once more when there is nothing left to do.
 Knows nothing of HTTP or text.
 """
 
@@ -10,15 +12,18 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 
 import zmq
 
@@ -38,8 +43,8 @@ from minisrv.request import EngineOutput, RequestFailure
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0
-"""How long an engine may take to end after SIGTERM before it is killed."""
+PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+"""What the engine ignores."""
 
 
 class EngineProcess:
@@ -55,7 +60,12 @@ class EngineProcess:
         self._process: BaseProcess = context.Process(
             target=_main, args=(config, self.address, socket_dir), name="minisrv-engine"
         )
-        self._process.start()
+        try:
+            with _signals_held():
+                self._process.start()
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def pid(self) -> int:
@@ -64,28 +74,43 @@ class EngineProcess:
         return self._process.pid
 
     def stop(self) -> None:
-        """End the process and wait for it; SIGKILL if it does not listen. May be called twice."""
-        self._process.terminate()
-        self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
+        """End the process at once and wait for it. May be called twice.
+
+        By SIGKILL: the engine keeps nothing that outlives it, a step may take long, and a signal
+        handler would not wake a socket that is being polled.
+        """
+        if self._process.pid is not None:
             self._process.kill()
             self._process.join()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """What a process started here inherits blocked, until it has said what to do with it. The
+    caller gets at the end what came meanwhile."""
+    resource_tracker.ensure_running()  # first, as its own start ends by unblocking them
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _main(config: EngineConfig, address: str, socket_dir: Path) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", force=True
     )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit)
+    for ignored in PARENTS_SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, args=(socket_dir,), daemon=True).start()
     server = _EngineServer(address)
     try:
         server.load(config)
         server.run()
     except MinisrvError as error:
-        logger.error("%s", error.message)
-        server.fail(error)
+        if not server.fail(error):
+            logger.error("%s", error.message)
         sys.exit(1)
     except Exception as error:
         logger.exception("the engine failed")
@@ -93,10 +118,6 @@ def _main(config: EngineConfig, address: str, socket_dir: Path) -> None:
         sys.exit(1)
     finally:
         server.close()
-
-
-def _exit(signum: int, frame: FrameType | None) -> None:
-    sys.exit(0)
 
 
 def _end_with_parent(socket_dir: Path) -> None:
@@ -123,7 +144,7 @@ class _EngineServer:
 
     def load(self, config: EngineConfig) -> None:
         """Make the engine, telling whoever asks how far it is."""
-        # Here, so that the socket answers while torch is imported.
+        # Here, so that workers can connect while torch is imported.
         from minisrv.engine.core import EngineCore
 
         self.core = EngineCore(config, self._progress)
@@ -148,8 +169,9 @@ class _EngineServer:
         while True:
             while self.socket.poll(0 if self.core.has_work else None):
                 self._receive()
-            if outputs := self.core.step():
-                self._deliver(outputs)
+            outputs = self.core.step()
+            # NOTE: the last step of an aborted request may add no output and yet free its blocks.
+            self._deliver(outputs, to_all=not self.core.has_work)
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()
@@ -174,8 +196,14 @@ class _EngineServer:
         if outputs:
             self._deliver(outputs)
 
-    def _deliver(self, outputs: list[EngineOutput]) -> None:
+    def _deliver(self, outputs: list[EngineOutput], to_all: bool = False) -> None:
+        """Send each worker what is its own, and the counters with it.
+
+        to_all: send the counters to workers without outputs too.
+        """
         by_worker: defaultdict[bytes, list[EngineOutput]] = defaultdict(list)
+        if to_all:
+            by_worker.update((worker, []) for worker in self.workers)
         for output in outputs:
             ended = output.finish_reason is not None or output.error is not None
             owner = (self.owners.pop if ended else self.owners.__getitem__)(output.request_id)
@@ -184,13 +212,14 @@ class _EngineServer:
         for worker, added in by_worker.items():
             self._send(worker, StepOutputs(added, stats))
 
-    def fail(self, error: MinisrvError) -> None:
-        """Tell every worker why the engine ends."""
+    def fail(self, error: MinisrvError) -> bool:
+        """Tell every worker why the engine ends; whether there is one to log it."""
         while self.socket.poll(0):
             worker, _ = self.socket.recv_multipart()
             self.workers.add(worker)
         self.state = Failed(RequestFailure.of(error))
         self._broadcast()
+        return bool(self.workers)
 
     def close(self) -> None:
         """Close the socket once what was sent has left."""

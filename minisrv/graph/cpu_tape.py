@@ -135,6 +135,12 @@ class CPUTapeBackend:
 class _Recorder(TorchDispatchMode):
     """Runs every operation and notes it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler (a second) to keep it out of this class; nothing here is
+        # ever compiled.
+        return False
+
     def __init__(self, capture: _Capture) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capture = capture

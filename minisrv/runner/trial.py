@@ -146,10 +146,8 @@ class StepTrial:
         }
 
     def clear(self) -> None:
-        """Leave cache, state and buffers as a new server has them."""
+        """Leave state and buffers as a new server has them, and no poison in the cache."""
         self.reset(poison=False)
-        for cache in self.runner.kv_caches:
-            cache[: self.watched] = 0
         self.runner.state.last_token.zero_()
         self.runner.state.next_position.zero_()
         self.runner.state.block_table.zero_()

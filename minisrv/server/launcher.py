@@ -33,6 +33,9 @@ from minisrv.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+LAST_WORDS_SECONDS = 2
+"""What clients get to read the error that ends their requests when the server shuts down."""
+
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status.
@@ -62,10 +65,11 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 lifespan="off",
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=server.shutdown_timeout,
+                timeout_graceful_shutdown=server.shutdown_timeout + LAST_WORDS_SECONDS,
             )
+            http = _Server(settings, client, server.shutdown_timeout)
             return asyncio.Runner(loop_factory=settings.get_loop_factory()).run(
-                _run(client, _Server(settings, client), listener, started)
+                _run(client, http, listener, started)
             )
         except KeyboardInterrupt:
             return 0
@@ -83,6 +87,8 @@ def _listen(server: ServerConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((server.host, server.port))
+        # At once: of two servers that only bind to a port, neither would see the other.
+        listener.listen()
     except OSError as error:
         listener.close()
         raise ConfigError(
@@ -93,21 +99,27 @@ def _listen(server: ServerConfig) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling the client when the end begins."""
+    """uvicorn, telling the engine's client when the end begins and when time is up."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient, seconds: float) -> None:
+        """seconds: what open requests get to finish."""
         super().__init__(config)
         self.client = client
+        self.seconds = seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, then let open ones finish."""
+        """Refuse new requests, let open ones finish, end with an error those that do not."""
         self.client.drain()
+        # NOTE: before uvicorn's own timeout, which cuts connections in the middle of a message.
+        late = asyncio.get_running_loop().call_later(self.seconds, self.client.end_open)
         await super().shutdown(sockets)
+        late.cancel()
 
 
 async def _run(
     client: EngineClient, server: _Server, listener: socket.socket, started: float
 ) -> int:
+    url = _url(listener)  # while it is open: a signal may come at any time
     await client.start()
     serving = asyncio.create_task(server.serve([listener]))
     settled = asyncio.create_task(client.settled())
@@ -119,7 +131,7 @@ async def _run(
             await serving
             return 1
         if settled.done():
-            _announce(client, listener, time.perf_counter() - started)
+            _announce(client, url, time.perf_counter() - started)
         await serving
         return 0
     finally:
@@ -127,19 +139,20 @@ async def _run(
         await client.close()
 
 
-def _announce(client: EngineClient, listener: socket.socket, seconds: float) -> None:
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(client: EngineClient, url: str, seconds: float) -> None:
     info = client.info
     assert info is not None, "the engine is ready"
-    host, port = listener.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
     phases = ", ".join(f"{name} {took:.1f}" for name, took in info.startup_seconds.items())
     logger.info(
-        "ready in %.1f s (%s): http://%s:%d/v1, mode %s, %d graphs, %s on %s, context %d, "
-        "%d KV blocks of %d",
+        "ready in %.1f s (%s): %s/v1, mode %s, %d graphs, %s on %s, context %d, %d KV blocks of %d",
         seconds,
         phases,
-        where,
-        port,
+        url,
         info.cudagraph_mode,
         info.graphs,
         info.dtype,
