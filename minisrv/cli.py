@@ -79,8 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--served-model-name",
         dest="served_model_names",
         type=_names,
-        metavar="NAMES",
-        help="name, or several separated by commas, that the API answers to (default: the model)",
+        nargs="+",
+        action=_Flatten,
+        metavar="NAME",
+        help="names that the API answers to, separated by spaces or commas (default: the model)",
     )
     http.add_argument(
         "--shutdown-timeout",
@@ -168,15 +170,15 @@ class _Flatten(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, tuple(size for group in values for size in group))
+        setattr(namespace, self.dest, tuple(value for group in values for value in group))
 
 
 def _sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",") if size]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _size(text: str) -> int:

@@ -18,6 +18,7 @@ from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.modes import CUDAGraphMode
+from minisrv.progress import StartupProgress
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.tokenizer import Tokenizer
@@ -65,7 +66,10 @@ class LLM:
             settings["cudagraph_mode"] = CUDAGraphMode.parse(settings["cudagraph_mode"])
         directory = resolve_checkpoint(model)
         self._tokenizer = Tokenizer.from_directory(directory)
-        self.engine = EngineCore(replace(EngineConfig(**settings), model=str(directory)))
+        progress = StartupProgress()
+        config = replace(EngineConfig(**settings), model=str(directory))
+        self.engine = EngineCore(config, progress)
+        progress.close()
         self._count = 0
 
     def generate(

@@ -21,6 +21,7 @@ FLOORS = {
     "kernels": 1,
     "metrics": 1,
     "checkpoint": 1,
+    "progress": 1,
     "graph": 2,
     "nn": 3,
     "runner": 4,

@@ -12,7 +12,7 @@ import asyncio
 import enum
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 
 import zmq
 import zmq.asyncio
@@ -89,8 +89,14 @@ class EngineClient:
         """Why the engine is dead, once it is."""
         return self._death
 
-    async def start(self) -> None:
-        """Connect, and watch the engine. Call it once, in the loop that uses the client."""
+    async def start(
+        self, on_loading: Callable[[str, int, int], None] = lambda phase, done, total: None
+    ) -> None:
+        """Connect, and watch the engine. Call it once, in the loop that uses the client.
+
+        on_loading: told the start-up's phase, how much of it is done, and of how much.
+        """
+        self._on_loading = on_loading
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
@@ -122,7 +128,7 @@ class EngineClient:
         self._socket.close(linger=0)
         self._context.term()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput]:
         """Submit a request and yield its outputs; the last one carries the finish reason.
 
         Ending the iteration early aborts the request in the engine.
@@ -178,9 +184,11 @@ class EngineClient:
                         self._dispatch(output)
                 case Loading() as loading:
                     self._loading = loading
+                    self._on_loading(loading.phase, loading.done, loading.total)
                 case Ready(info):
                     self._info = info
-                    self._state = EngineState.READY
+                    if self._state is EngineState.LOADING:  # and not draining already
+                        self._state = EngineState.READY
                     self._settled.set()
                 case Failed(failure):
                     self._death = EngineDeadError(failure.message)

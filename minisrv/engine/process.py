@@ -38,7 +38,7 @@ from minisrv.engine.messages import (
     decode_submit,
     encode,
 )
-from minisrv.errors import EngineError, EngineNotReadyError, MinisrvError
+from minisrv.errors import ConfigError, EngineError, EngineNotReadyError, MinisrvError
 from minisrv.request import EngineOutput, RequestFailure
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,15 @@ class EngineProcess:
         """Start the process at once.
 
         socket_dir: a private directory for the socket; the engine removes it if the parent dies.
+        Raises ConfigError if its path is too long for a socket.
         """
-        self.address = f"ipc://{socket_dir / 'engine'}"
+        path = socket_dir / "engine"
+        if len(bytes(path)) > zmq.IPC_PATH_MAX_LEN:
+            raise ConfigError(
+                f"the path of the engine's socket, {path}, is longer than {zmq.IPC_PATH_MAX_LEN} "
+                "bytes, the most that a socket allows; set TMPDIR to a shorter directory."
+            )
+        self.address = f"ipc://{path}"
         context = multiprocessing.get_context("spawn")
         self._process: BaseProcess = context.Process(
             target=_main, args=(config, self.address, socket_dir), name="minisrv-engine"
@@ -145,8 +152,14 @@ class _EngineServer:
     def load(self, config: EngineConfig) -> None:
         """Make the engine, telling whoever asks how far it is."""
         # Here, so that workers can connect while torch is imported.
+        import torch
+
         from minisrv.engine.core import EngineCore
 
+        if "OMP_NUM_THREADS" not in os.environ:
+            # One core is left to the API worker: threads of a parallel region that wait for one
+            # which has lost its core cost many times what the last core would bring.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
         self.core = EngineCore(config, self._progress)
         self.state = Ready(self.core.info)
         self._broadcast()

@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from minisrv.engine.client import EngineClient
 from minisrv.errors import EngineError, EngineNotReadyError
@@ -73,9 +72,7 @@ class Choice:
 
         Raises what the engine client raises, and EngineError if the engine gave the request up.
         """
-        # The interface promises an iterator; it is an async generator, and is closed here.
-        outputs = cast("AsyncGenerator[EngineOutput]", self._client.generate(self._request))
-        async with aclosing(outputs):
+        async with aclosing(self._client.generate(self._request)) as outputs:
             async for output in outputs:
                 self._measure(output)
                 delta = self._read(output)

@@ -28,6 +28,7 @@ from minisrv.core.ladder import ladders_of
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
+from minisrv.progress import StartupProgress
 from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 
@@ -120,11 +121,13 @@ async def _run(
     client: EngineClient, server: _Server, listener: socket.socket, started: float
 ) -> int:
     url = _url(listener)  # while it is open: a signal may come at any time
-    await client.start()
+    progress = StartupProgress()
+    await client.start(progress)
     serving = asyncio.create_task(server.serve([listener]))
     settled = asyncio.create_task(client.settled())
     try:
         await asyncio.wait((serving, settled), return_when=asyncio.FIRST_COMPLETED)
+        progress.close()
         if client.state is EngineState.DEAD:
             logger.error("the engine did not start: %s", client.death.message)
             server.should_exit = True
