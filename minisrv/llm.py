@@ -7,8 +7,10 @@ Knows nothing of sockets or HTTP.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -82,10 +84,12 @@ class LLM:
         sampling_params: for all prompts, or one for each; None takes the defaults.
         Raises RequestError (or a branch of it) if one cannot be served: none is then.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
             prompts = [cast("Prompt", prompts)]
         ids = [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            self._tokenizer.encode(prompt)
+            if isinstance(prompt, str)
+            else [operator.index(token_id) for token_id in prompt]
             for prompt in cast("Sequence[Prompt]", prompts)
         ]
         return self._run(ids, _params(sampling_params, len(ids)), continues=True)
@@ -120,9 +124,10 @@ class LLM:
                         self.engine.add(waiting.pop().request)
                     for output in self.engine.step():
                         job = jobs_by_id[output.request_id]
-                        if job.take(output):
-                            self.engine.abort(output.request_id)
-                        progress.update(output.finish_reason is not None or job.stopped)
+                        job.take(output)
+                        if job.stopped and (last := self.engine.abort(output.request_id)):
+                            job.take(last)
+                        progress.update(job.completion.finish_reason is not None)
             finally:
                 for request_id in jobs_by_id:
                     self.engine.abort(request_id)
@@ -152,8 +157,8 @@ class _Job:
     def stopped(self) -> bool:
         return self.text.stopped
 
-    def take(self, output: EngineOutput) -> bool:
-        """Add an output; True if a stop string has just ended the request."""
+    def take(self, output: EngineOutput) -> None:
+        """Add an output. Behind a stop string the engine's answer to the abort is the last."""
         completion, reason = self.completion, output.finish_reason
         completion.token_ids += output.token_ids
         if completion.logprobs is not None and output.logprobs is not None:
@@ -161,9 +166,9 @@ class _Job:
         # A token that ends the request is no part of its text.
         shown = output.token_ids[:-1] if reason is FinishReason.STOP else output.token_ids
         completion.text += self.text.push(shown, final=reason is not None)
-        completion.finish_reason = FinishReason.STOP if self.stopped else reason
-        completion.graph_steps = output.graph_steps or {}
-        return self.stopped and reason is None
+        if reason is not None:
+            completion.finish_reason = FinishReason.STOP if self.stopped else reason
+            completion.graph_steps = output.graph_steps or {}
 
 
 def _params(

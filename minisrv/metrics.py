@@ -172,7 +172,7 @@ class _EngineCollector(Collector):
             "minisrv:num_preemptions", "Requests preempted.", stats.preemptions
         )
         yield CounterMetricFamily(
-            "minisrv:prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens
+            "minisrv:prompt_tokens", "Prompt tokens of accepted requests.", stats.prompt_tokens
         )
         yield CounterMetricFamily(
             "minisrv:generation_tokens", "Tokens generated.", stats.generated_tokens

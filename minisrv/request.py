@@ -16,6 +16,7 @@ from minisrv.errors import MinisrvError, RequestError
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
+MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
@@ -36,6 +37,19 @@ def _check(ok: bool, param: str, value: object, allowed: str) -> None:
         raise RequestError(f"{param}={value!r} is not allowed: it must be {allowed}.", param=param)
 
 
+def _check_integer(param: str, value: object, least: int, most: int, allowed: str) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    _check(ok, param, value, allowed)
+
+
+def _check_number(param: str, value: object, allowed: str) -> float:
+    """`value`, if it is a finite number."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    _check(ok, param, value, allowed)
+    assert isinstance(value, int | float)
+    return value
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens and when to stop. Field names and meanings are vLLM's and OpenAI's.
 
@@ -45,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
     min_p: keep tokens whose probability is at least min_p times the highest.
     seed: fixes the sampling noise; None draws one when the request is admitted.
+    stop: end the text before the first of these; one string may stand alone.
     stop_token_ids: end the request when one is sampled (the token stays in the output ids).
     ignore_eos: go on past the model's end-of-sequence tokens (for measurements).
     logprobs: report the sampled token's log-probability and this many alternatives (None: off).
@@ -58,36 +73,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        finite = math.isfinite(self.temperature)
-        _check(finite and 0 <= self.temperature <= 2, "temperature", self.temperature, "in [0, 2]")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _check(-1 <= self.top_k <= MAX_TOP_K, "top_k", self.top_k, "-1 or 0 (all), or 1 and more")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+            _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, "an integer from 1")
+        number = _check_number("temperature", self.temperature, "a number in [0, 2]")
+        _check(0 <= number <= 2, "temperature", number, "in [0, 2]")
+        number = _check_number("top_p", self.top_p, "a number in (0, 1]")
+        _check(0 < number <= 1, "top_p", number, "in (0, 1]")
+        number = _check_number("min_p", self.min_p, "a number in [0, 1]")
+        _check(0 <= number <= 1, "min_p", number, "in [0, 1]")
+        _check_integer("top_k", self.top_k, -1, MAX_TOP_K, "-1 or 0 (all), or an integer from 1")
         if self.seed is not None:
-            _check(SEED_MIN <= self.seed <= SEED_MAX, "seed", self.seed, "a signed 64-bit integer")
-        count = len(self.stop_token_ids)
-        _check(
-            count <= MAX_STOP_TOKEN_IDS,
-            "stop_token_ids",
-            f"[{count} ids]",
-            f"at most {MAX_STOP_TOKEN_IDS} ids",
-        )
-        _check(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty")
+            _check_integer("seed", self.seed, SEED_MIN, SEED_MAX, "a signed 64-bit integer")
         if self.logprobs is not None:
-            _check(
-                0 <= self.logprobs <= MAX_LOGPROBS,
-                "logprobs",
-                self.logprobs,
-                f"in [0, {MAX_LOGPROBS}]",
+            _check_integer(
+                "logprobs", self.logprobs, 0, MAX_LOGPROBS, f"an integer in [0, {MAX_LOGPROBS}]"
             )
+        # One string is one stop string, not a sequence of characters.
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        msgspec.structs.force_setattr(self, "stop", stop)
+        _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
+        ids = tuple(self.stop_token_ids)
+        msgspec.structs.force_setattr(self, "stop_token_ids", ids)
+        allowed = f"at most {MAX_STOP_TOKEN_IDS} integers from 0"
+        _check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"[{len(ids)} ids]", allowed)
+        for token_id in ids:
+            _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

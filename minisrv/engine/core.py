@@ -25,7 +25,7 @@ from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
-from minisrv.errors import ConfigError, RequestError
+from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest
@@ -110,7 +110,8 @@ class EngineCore:
         )
         self.dispatcher = Dispatcher(self.ladders)
         self.info = EngineInfo(
-            max_model_len=max_model_len,
+            # A cache smaller than the context is the limit that requests meet.
+            max_model_len=min(max_model_len, self.scheduler.pool.capacity),
             vocab_size=model_config.vocab_size,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
@@ -122,6 +123,7 @@ class EngineCore:
             graphs=num_graphs,
             startup_seconds=self.seconds,
         )
+        self._broken = False
         self._lag = 1 if config.async_scheduling else 0
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(config.seed)
@@ -178,7 +180,19 @@ class EngineCore:
     # ---- steps -------------------------------------------------------------------------------
 
     def step(self) -> list[EngineOutput]:
-        """Launch what the lag allows, retire the oldest step in flight, and say what it added."""
+        """Launch what the lag allows, retire the oldest step in flight, and say what it added.
+
+        Whatever interrupts a step, Ctrl-C too, leaves requests, device and host out of step: the
+        engine refuses to go on then (EngineDeadError).
+        """
+        if self._broken:
+            raise EngineDeadError("a step was interrupted; make a new engine.")
+        self._broken = True
+        outputs = self._step()
+        self._broken = False
+        return outputs
+
+    def _step(self) -> list[EngineOutput]:
         while len(self._in_flight) <= self._lag:
             output = self.scheduler.schedule()
             if output is None:

@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE = 1e-5
+"""Below it a row is greedy, as in vLLM: dividing by less overflows float32 before it matters."""
+
 _MASK = 0xFFFFFFFF
 
 
@@ -76,7 +79,7 @@ def scores(
 
     logits: [R, V]. All others: [R], see `sample`; a greedy row's scores are its logits.
     """
-    greedy = temperature == 0
+    greedy = temperature < MIN_TEMPERATURE
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
     noise = gumbel_noise(seed, positions, logits.shape[1])
     kept = _filtered(scaled, top_k, top_p, min_p) + noise
@@ -98,13 +101,14 @@ def sample(
 
     logits: [R, V] any float type. slots: [R] int64. positions: [R] int64, index of the token to
         be sampled. out: [R] int64.
-    temperature, top_p, min_p [S] float32, top_k, seed [S] int64: by slot; temperature 0 is greedy.
+    temperature, top_p, min_p [S] float32, top_k, seed [S] int64: by slot; a
+        temperature below MIN_TEMPERATURE is greedy.
 
     A kernel, like attention: it may look at its arguments' values, so greedy rows pay for an
     argmax only.
     """
     torch.argmax(logits, dim=-1, out=out)
-    rows = temperature[slots].nonzero().squeeze(1)
+    rows = (temperature[slots] >= MIN_TEMPERATURE).nonzero().squeeze(1)
     if rows.numel():
         at = slots[rows]
         found = scores(

@@ -23,6 +23,7 @@ from minisrv.config import ModelConfig
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import Ladders
 from minisrv.core.scheduler import SchedulerOutput
+from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
 from minisrv.graph.certify import certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
@@ -86,9 +87,15 @@ class ModelRunner:
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
         # Not zeroed: nothing reads an entry that has not been written, which certification shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
-        self.kv_caches = [
-            torch.empty(cache, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
+        try:
+            self.kv_caches = [
+                torch.empty(cache, dtype=dtype, device=device) for _ in range(config.num_layers)
+            ]
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{num_blocks} KV blocks do not fit the memory of {device}; lower "
+                "--kv-cache-memory or --num-kv-blocks."
+            ) from error
         model.bind_kv_cache(self.kv_caches)
         self.model_step = CUDAGraphWrapper(
             self._model_step, CUDAGraphMode.PIECEWISE, backend, check_addresses=check_addresses

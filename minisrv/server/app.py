@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from msgspec.structs import asdict
 from starlette.responses import Response
 
 from minisrv.checkpoint import GenerationConfig
@@ -114,7 +115,7 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
         if state is EngineState.READY:
             return JSON({"state": state})
         headers = {} if state is EngineState.DEAD else {"retry-after": str(NOT_READY_RETRY_AFTER)}
-        loading = client.loading if state is EngineState.LOADING else None
+        loading = asdict(client.loading) if state is EngineState.LOADING else None
         return JSON({"state": state, "loading": loading}, status_code=503, headers=headers)
 
     @app.get("/version", response_class=JSON)

@@ -24,6 +24,9 @@ logger = logging.getLogger("minisrv.server")
 NOT_READY_RETRY_AFTER = 2
 """Seconds after which a client may ask again while the engine loads or drains."""
 
+MAX_PARAM = 128
+"""Characters of a field's name that an error repeats: a client chooses unknown names freely."""
+
 _HTTP_CODES = {
     404: "unknown_url",
     405: "method_not_allowed",
@@ -122,6 +125,8 @@ def _validation_error(error: RequestValidationError) -> RequestError:
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
+    if len(param) > MAX_PARAM:
+        param = param[:MAX_PARAM] + "..."
     if not param:
         return RequestError("The request body must be a JSON object.")
     match kind:

@@ -138,3 +138,19 @@ def test_half_precision_logits_are_sampled_in_float32():
     logits = torch.randn(4, VOCAB).bfloat16()
     positions = torch.arange(4)
     assert torch.equal(draw(logits, positions), draw(logits.float(), positions))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-12, 9e-6])
+def test_a_temperature_close_to_zero_is_greedy(temperature):
+    """Dividing by it gave infinities, their differences NaN, and token 0."""
+    logits = torch.randn(3, VOCAB) * 20
+    assert torch.equal(draw(logits, torch.arange(3), temperature=temperature), logits.argmax(-1))
+
+
+def test_the_smallest_real_temperature_samples_finite_scores():
+    values = scores(
+        torch.randn(1, VOCAB) * 50,
+        torch.zeros(1, dtype=torch.int64),
+        **parameters(1, temperature=2e-5),
+    )
+    assert values.isfinite().all()

@@ -360,3 +360,11 @@ def test_no_body_makes_a_500(connect: Connect, route: str, body: Any) -> None:
     response = asyncio.run(ask())
     if response.status_code != 200:
         error_of(response, 404 if response.status_code == 404 else 400)
+
+
+async def test_a_long_unknown_name_is_not_sent_back_whole(connect):
+    async with connect(FakeEngine([])) as client:
+        reply = await client.post("/v1/completions", json={"prompt": "a", "x" * 100_000: 1})
+    assert reply.status_code == 400
+    assert len(reply.content) < 1000
+    assert reply.json()["error"]["param"].startswith("xxx")

@@ -1,0 +1,63 @@
+"""Servers: one for everything that only asks, and fresh ones for what ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.server import SMALL, Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server with default modes, shared: a test leaves it idle."""
+    yield from _serve()
+
+
+@pytest.fixture(scope="session")
+def eager_server() -> Iterator[Server]:
+    yield from _serve("--enforce-eager")
+
+
+@pytest.fixture(scope="session")
+def async_server() -> Iterator[Server]:
+    """A server that schedules one step ahead."""
+    yield from _serve("--async-scheduling")
+
+
+def _serve(*flags: str) -> Iterator[Server]:
+    server = Server(*SMALL, *flags)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts servers, with the arguments of `Server`; they end with the test."""
+    servers: list[Server] = []
+
+    def start(*flags: str, **options: str) -> Server:
+        servers.append(Server(*flags, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        print(server.log)  # shown with a failure
+        server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function, call: pytest.CallInfo[None]
+) -> Generator[None, Any, pytest.TestReport]:
+    """Show the shared servers' logs with a failure."""
+    report: pytest.TestReport = yield
+    if report.failed:
+        for name, value in item.funcargs.items():
+            if isinstance(value, Server):
+                report.sections.append((f"log of {name}", value.log))
+    return report

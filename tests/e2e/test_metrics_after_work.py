@@ -1,0 +1,56 @@
+"""The metrics count exactly what an otherwise idle server has done."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.e2e.server import Server
+
+FULL = '{mode="FULL",reason="pure_decode"}'
+PIECEWISE = '{mode="PIECEWISE",reason="has_prefill"}'
+
+
+def test_steps_and_padding(server: Server) -> None:
+    before = Counter(server.metrics())
+    server.complete([5, 6, 7, 8, 9], max_tokens=4, ignore_eos=True)
+    after = Counter(server.metrics())
+    after.subtract(before)
+    expected = {
+        f"graph_steps_total{PIECEWISE}": 1,
+        f"step_tokens_total{PIECEWISE}": 5,
+        f"padded_tokens_total{PIECEWISE}": 3,  # the rung above 5 tokens is 8
+        f"graph_steps_total{FULL}": 3,
+        f"step_tokens_total{FULL}": 3,
+        f"padded_tokens_total{FULL}": 0,
+        "prompt_tokens_total": 5,
+        "generation_tokens_total": 4,
+        'request_success_total{finished_reason="length"}': 1,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 3,
+    }
+    assert {name: after[name] for name in expected} == expected
+
+
+def test_decode_padding(server: Server) -> None:
+    """Three requests decode together on the rung of four."""
+    name = f"padded_tokens_total{FULL}"
+    before = server.metrics()
+    server.complete([[5, 6], [7, 8], [9, 10]], max_tokens=6, ignore_eos=True)
+    assert server.metrics()[name] - before.get(name, 0) == 5
+
+
+def test_eager(eager_server: Server) -> None:
+    eager_server.complete([5, 6, 7, 8, 9], max_tokens=4)
+    steps = [name for name in eager_server.metrics() if name.startswith("graph_steps_total")]
+    assert steps == ['graph_steps_total{mode="NONE",reason="graphs_off"}']
+    padded = eager_server.metrics()['padded_tokens_total{mode="NONE",reason="graphs_off"}']
+    assert padded == 0, "NONE never pads"
+
+
+def test_refused_requests_are_counted(server: Server) -> None:
+    before = Counter(server.metrics())
+    server.post("/v1/completions", prompt="x", max_tokens=-1)
+    after = Counter(server.metrics())
+    name = 'request_failure_total{status="400"}'
+    assert after[name] - before[name] == 1
+    assert after["prompt_tokens_total"] == before["prompt_tokens_total"]

@@ -1,0 +1,291 @@
+"""The official client against a real server: everything it is used for, synchronous and not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.server import Server
+
+MODEL = "minisrv-default"
+PROMPT = "One morning in early spring"
+MESSAGES: Any = [{"role": "user", "content": "Say something about the sea."}]
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, **fields: Any) -> Any:
+    """Greedy, and for long enough to be worth looking at, unless the fields say otherwise."""
+    extra = {"ignore_eos": True} | fields.pop("extra_body", {})
+    defaults = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 32}
+    return client.completions.create(**(defaults | fields), extra_body=extra)
+
+
+def chat(client: openai.OpenAI, **fields: Any) -> Any:
+    defaults = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 32}
+    return client.chat.completions.create(**(defaults | fields))
+
+
+def text_of(client: openai.OpenAI, **fields: Any) -> str:
+    return str(complete(client, **fields).choices[0].text)
+
+
+def test_completion_streamed_equals_not_streamed(client: openai.OpenAI) -> None:
+    whole = complete(client)
+    assert whole.object == "text_completion"
+    assert whole.model == MODEL
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 32
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 32
+    chunks = list(complete(client, stream=True))
+    assert len(chunks) > 20, "it comes in pieces"
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert {(c.id, c.created, c.model, c.usage) for c in chunks} == {
+        (chunks[0].id, chunks[0].created, MODEL, None)
+    }
+
+
+def test_chat_streamed_equals_not_streamed(client: openai.OpenAI) -> None:
+    whole = chat(client)
+    message = whole.choices[0].message
+    assert (whole.object, message.role) == ("chat.completion", "assistant")
+    assert message.content
+    chunks = list(chat(client, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == message.content
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [whole.choices[0].finish_reason]
+
+
+def test_the_conversation_goes_on(client: openai.OpenAI) -> None:
+    """The client sends its own message objects back, with all the fields it has added."""
+    answer = chat(client).choices[0].message
+    again = chat(client, messages=[*MESSAGES, answer, *MESSAGES])
+    assert again.usage.prompt_tokens > chat(client).usage.prompt_tokens
+    assert again.choices[0].message.content
+
+
+def test_usage_of_a_stream(client: openai.OpenAI) -> None:
+    for ask, whole in ((complete, complete(client)), (chat, chat(client))):
+        chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage == whole.usage
+        assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_a_seed_fixes_the_text_alone_and_in_company(server: Server, client: openai.OpenAI) -> None:
+    alone = text_of(client, seed=7, **SAMPLED)
+    assert text_of(client, seed=7, **SAMPLED) == alone
+    assert text_of(client, seed=8, **SAMPLED) != alone
+
+    async def together() -> list[Any]:
+        async with openai.AsyncOpenAI(
+            base_url=server.url + "/v1", api_key="none", max_retries=0
+        ) as many:
+            prompts = [PROMPT, *(f"{'word ' * 9 * i}and number {i}" for i in range(6))]
+            asked = (
+                many.completions.create(model=MODEL, prompt=prompt, seed=7, **SAMPLED)
+                for prompt in prompts
+            )
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(together())
+    assert answers[0].choices[0].text == alone
+    assert len({answer.choices[0].text for answer in answers}) == 7
+
+
+def test_without_a_seed_texts_differ(client: openai.OpenAI) -> None:
+    assert len({text_of(client, **SAMPLED) for _ in range(4)}) > 1
+
+
+def test_async_chat_streams_side_by_side(server: Server, client: openai.OpenAI) -> None:
+    questions = [f"Copy this: {word}" for word in ("apple", "river", "blue stone", "x y z")]
+    messages: list[Any] = [[{"role": "user", "content": text}] for text in questions]
+    one_by_one = [chat(client, messages=m).choices[0].message.content for m in messages]
+
+    async def read(many: openai.AsyncOpenAI, asked: Any) -> str:
+        async with many.chat.completions.stream(
+            model=MODEL, messages=asked, temperature=0, max_tokens=32
+        ) as stream:
+            async for _ in stream:
+                pass
+            final = await stream.get_final_completion()
+        return final.choices[0].message.content or ""
+
+    async def together() -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=server.url + "/v1", api_key="none", max_retries=0
+        ) as many:
+            return await asyncio.gather(*(read(many, asked) for asked in messages))
+
+    assert asyncio.run(together()) == one_by_one
+
+
+def test_stop_strings(client: openai.OpenAI) -> None:
+    """Cut from the middle of the text, so that they cross the borders of tokens."""
+    text = text_of(client)
+    for start, length in ((10, 1), (15, 4), (20, 9)):
+        stop = text[start : start + length]
+        expected = text[: text.index(stop)]
+        whole = complete(client, stop=["\x00 never", stop])
+        assert whole.choices[0].text == expected
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.completion_tokens < 32
+        chunks = list(complete(client, stop=stop, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_stop_string_that_does_not_come(client: openai.OpenAI) -> None:
+    """What was held back as its possible beginning is sent at the end."""
+    text = text_of(client)
+    stop = text[-3:] + "\x00"
+    assert text_of(client, stop=stop) == text
+    streamed = complete(client, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+
+
+def test_stop_token_ids(client: openai.OpenAI) -> None:
+    ids = complete(client, extra_body={"return_token_ids": True}).choices[0].token_ids
+    last = ids[5]
+    extra = {"return_token_ids": True, "stop_token_ids": [last]}
+    stopped = complete(client, extra_body=extra)
+    assert stopped.choices[0].token_ids == ids[: ids.index(last) + 1]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert text_of(client).startswith(stopped.choices[0].text)
+
+
+def test_ignore_eos(client: openai.OpenAI) -> None:
+    ended = chat(client, messages=[{"role": "user", "content": "What is 2 + 3?"}])
+    assert ended.choices[0].finish_reason == "stop"
+    assert ended.usage.completion_tokens < 32
+    ignoring = chat(
+        client,
+        messages=[{"role": "user", "content": "What is 2 + 3?"}],
+        extra_body={"ignore_eos": True},
+    )
+    assert ignoring.choices[0].finish_reason == "length"
+    assert ignoring.usage.completion_tokens == 32
+    assert ignoring.choices[0].message.content.startswith(ended.choices[0].message.content)
+
+
+def test_token_id_prompts(client: openai.OpenAI) -> None:
+    choice = complete(client, extra_body={"return_token_ids": True}).choices[0]
+    by_ids = complete(client, prompt=choice.prompt_token_ids)
+    assert by_ids.choices[0].text == choice.text
+    assert by_ids.usage.prompt_tokens == len(choice.prompt_token_ids)
+
+
+def test_a_batch_of_prompts(client: openai.OpenAI) -> None:
+    """More prompts than slots: each gets what it would get alone, streamed or not."""
+    prompts = [f"{PROMPT}, the number {i}" for i in range(11)]
+    alone = [text_of(client, prompt=prompt, max_tokens=8) for prompt in prompts]
+    batch = complete(client, prompt=prompts, max_tokens=8)
+    assert [choice.index for choice in batch.choices] == list(range(11))
+    assert [choice.text for choice in batch.choices] == alone
+    assert batch.usage.completion_tokens == 11 * 8
+    streamed = [""] * 11
+    ends = [0] * 11
+    for chunk in complete(client, prompt=prompts, max_tokens=8, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+            ends[choice.index] += choice.finish_reason is not None
+    assert (streamed, ends) == (alone, [1] * 11)
+    ids = [[5, 6, 7], [8, 9]]
+    assert len(complete(client, prompt=ids, max_tokens=1).choices) == 2
+
+
+def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+    whole = chat(client, **fields)
+    content = whole.choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == whole.choices[0].message.content
+    for entry in content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.token == entry.top_logprobs[0].token, "greedy takes the most likely"
+        assert entry.logprob == entry.top_logprobs[0].logprob
+        assert 0 >= entry.logprob >= entry.top_logprobs[1].logprob >= entry.top_logprobs[2].logprob
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token
+    chunks = list(chat(client, stream=True, **fields))
+    streamed = [
+        entry
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+
+
+def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
+    whole = complete(client, logprobs=2)
+    choice = whole.choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert len(choice.logprobs.token_logprobs) == 32
+    for token, logprob, top, offset in zip(
+        choice.logprobs.tokens,
+        choice.logprobs.token_logprobs,
+        choice.logprobs.top_logprobs,
+        choice.logprobs.text_offset,
+        strict=True,
+    ):
+        assert top[token] == logprob == max(top.values())
+        assert choice.text[offset : offset + len(token)] == token
+    assert text_of(client) == choice.text, "asking for them changes nothing"
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    model: Any = client.models.retrieve(MODEL)
+    assert (model.object, model.max_model_len) == ("model", 512)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-9")
+
+
+def test_graph_steps(client: openai.OpenAI) -> None:
+    """Asked for, each request tells what its steps ran as; streamed, with the last chunk."""
+    extra = {"include_graph_steps": True}
+    expected = {"PIECEWISE/has_prefill": 1, "FULL/pure_decode": 9}
+    whole = complete(client, max_tokens=10, extra_body=extra)
+    assert whole.choices[0].graph_steps == expected
+    chunks = list(complete(client, max_tokens=10, stream=True, extra_body=extra))
+    assert chunks[-1].choices[0].graph_steps == expected
+    long = complete(client, prompt=[9] * 150, max_tokens=1, extra_body=extra)
+    assert long.choices[0].graph_steps == {"PIECEWISE/has_prefill": 3}, "in chunks of 64"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors(client: openai.OpenAI, stream: bool) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        complete(client, model="gpt-9", stream=stream)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        chat(client, top_p=1.5, stream=stream)
+    assert bad.value.param == "top_p"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        chat(client, extra_body={"temperatur": 1}, stream=stream)
+    assert unknown.value.param == "temperatur"
+    for asked in ({"prompt": [5] * 512}, {"prompt": [5] * 500, "max_tokens": 13}):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as long:
+            complete(client, **asked, stream=stream)
+        assert long.value.code == "context_length_exceeded"
+
+
+def test_the_whole_context_can_be_used(client: openai.OpenAI) -> None:
+    full = complete(client, prompt=[5] * 500, max_tokens=12)
+    assert full.usage.total_tokens == 512
+    rest = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert rest.usage is not None
+    assert rest.usage.total_tokens == 512, "without a limit a chat may fill the context"

@@ -1,0 +1,101 @@
+"""What cannot be served: status 1, one line that says why, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minisrv.checkpoint import resolve_checkpoint
+from tests.e2e.server import SMALL, Server, until
+from tests.e2e.test_start_and_stop import free_port
+
+Start = Callable[..., Server]
+
+
+def assert_refused(server: Server, *words: str) -> None:
+    assert server.wait() == 1
+    problems = [line for line in server.log.splitlines() if "INFO" not in line]
+    assert len(problems) == 1, server.log
+    assert all(word in problems[0] for word in words), problems[0]
+    server.assert_nothing_left()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the default model, to be spoilt."""
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(resolve_checkpoint(None), directory)
+    return directory
+
+
+def last_shard(checkpoint: Path) -> Path:
+    return sorted(checkpoint.glob("*.safetensors"))[-1]
+
+
+def test_truncated_weights(start: Start, checkpoint: Path) -> None:
+    shard = last_shard(checkpoint)
+    os.truncate(shard, shard.stat().st_size - 1000)
+    assert_refused(start(*SMALL, str(checkpoint)), "did not start", shard.name, "cannot be read")
+
+
+def test_a_missing_shard(start: Start, checkpoint: Path) -> None:
+    shard = last_shard(checkpoint)
+    shard.unlink()
+    assert_refused(start(*SMALL, str(checkpoint)), "did not start", shard.name, "not there")
+
+
+def test_missing_weights(start: Start, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers + 1}))
+    server = start(*SMALL, str(checkpoint))
+    assert_refused(server, "did not start", "11 missing", f"model.layers.{layers}.")
+
+
+def test_no_checkpoint(start: Start, tmp_path: Path) -> None:
+    assert_refused(start(*SMALL, str(tmp_path)), "has no config.json")
+
+
+def test_a_port_in_use(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert_refused(
+            start(*SMALL, "--port", port), "cannot listen on 127.0.0.1:" + port, "in use"
+        )
+
+
+def test_two_servers_on_one_port(start: Start) -> None:
+    """Also if neither serves yet when the other looks."""
+    flags = (*SMALL, "--port", free_port())
+    servers = [start(*flags), start(*flags)]
+    refused = until_one_ends(servers)
+    assert_refused(refused, "cannot listen on", "in use")
+    (other,) = (server for server in servers if server is not refused)
+    assert other.wait_ready().complete("x", max_tokens=1)["choices"]
+
+
+def until_one_ends(servers: list[Server]) -> Server:
+    def ended() -> list[Server]:
+        return [server for server in servers if server.process.poll() is not None]
+
+    return until(ended, "one of them gives up")[0]
+
+
+def test_capture_sizes_that_leave_a_gap(start: Start) -> None:
+    server = start(*SMALL, "--cudagraph-capture-sizes", "1", "2")
+    assert_refused(server, "cudagraph_capture_sizes", "add 8 to the sizes")
+
+
+def test_more_context_than_the_model_has(start: Start) -> None:
+    server = start("--max-model-len", "1000000")
+    assert_refused(server, "did not start", "max_model_len=1000000", "use at most 2048")
+
+
+def test_a_temporary_directory_too_deep_for_a_socket(start: Start) -> None:
+    assert_refused(start(*SMALL, temporary="d" * 100), "set TMPDIR to a shorter directory")

@@ -1,0 +1,172 @@
+"""From the start to an ordered end: readiness, signals with requests open, nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, events_of, until
+
+Start = Callable[..., Server]
+
+LONG = SMALL[:4]
+"""Flags of a server with the model's whole context, so that requests last."""
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def open_requests(server: Server, number: int = 12) -> list[Future[httpx.Response]]:
+    """Long requests, more than slots, half of them streamed; running when this returns."""
+    body = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True}
+    futures = server.post_all(
+        COMPLETIONS, ({**body, "stream": bool(index % 2)} for index in range(number))
+    )
+    waiting = number - 8
+
+    def decoding() -> bool:
+        metrics = server.metrics()
+        counts = metrics["num_requests_running"], metrics["num_requests_waiting"]
+        return counts == (8, waiting) and metrics["generation_tokens_total"] > 80
+
+    until(decoding, "requests are running and waiting")
+    assert not any(future.done() for future in futures)
+    return futures
+
+
+def error_of(future: Future[httpx.Response], seconds: float = 15) -> dict[str, Any]:
+    """The error that a request ended with: as the response, or as the last event of a stream."""
+    response = future.result(seconds)
+    body = events_of(response.text)[-1] if response.status_code == 200 else response.json()
+    assert response.status_code in (200, 503)
+    return dict(body["error"])
+
+
+def test_loading(start: Start) -> None:
+    """The port answers at once; requests are refused until every graph is there."""
+    server = start(*SMALL, "--port", free_port())
+
+    def answers() -> bool:
+        try:
+            return server.get("/health").status_code == 200
+        except httpx.ConnectError:
+            return False
+
+    until(answers, "the port is open")
+    assert server.get("/health").json() == {"state": "loading"}
+    ready = server.get("/ready")
+    assert ready.status_code == 503
+    assert ready.json()["state"] == "loading"
+    assert ready.json()["loading"]["phase"]
+    assert int(ready.headers["retry-after"]) > 0
+    question = [{"role": "user", "content": "x"}]
+    for refused in (
+        server.post(COMPLETIONS, prompt="x"),
+        server.post(CHAT, messages=question, stream=True),
+    ):
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "not_ready"
+        assert int(refused.headers["retry-after"]) > 0
+    assert server.get("/v1/models").status_code == 200
+    assert server.metrics()['engine_state{state="loading"}'] == 1
+
+    phases = set()
+    while (ready := server.get("/ready")).status_code != 200:
+        assert ready.status_code == 503
+        phases.add(ready.json()["loading"]["phase"])
+        time.sleep(0.02)
+    assert phases > {"capturing graphs"}
+    server.wait_ready()
+    assert server.get("/health").json() == {"state": "ready"}
+    assert server.complete("x", max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize("to_group", [False, True])
+def test_open_requests_may_finish(start: Start, to_group: bool) -> None:
+    """A supervisor's SIGTERM reaches the engine too, which must go on until they have."""
+    server = start(*SMALL, "--shutdown-timeout", "60").wait_ready()
+    body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True}
+    futures = server.post_all(COMPLETIONS, ({**body, "stream": i > 0} for i in range(3)))
+    until(lambda: server.metrics()["num_requests_running"] == 3, "requests are running")
+    server.send(signal.SIGTERM, to_group=to_group)
+    assert server.wait() == 0
+    whole, *streamed = (future.result(1) for future in futures)
+    assert whole.json()["usage"]["completion_tokens"] == 150
+    for response in streamed:
+        events = events_of(response.text)
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("signum", "to_group"),
+    [
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),
+        (signal.SIGINT, False),
+        (signal.SIGINT, True),
+    ],
+)
+def test_the_time_to_finish_is_bounded(
+    start: Start, signum: signal.Signals, to_group: bool
+) -> None:
+    """What is still open then ends with an error, not with a cut connection."""
+    server = start(*LONG, "--shutdown-timeout", "1").wait_ready()
+    futures = open_requests(server)
+    server.send(signum, to_group=to_group)
+    assert server.wait() == 0
+    assert {error_of(future)["code"] for future in futures} == {"not_ready"}
+    server.assert_nothing_left()
+    assert "Traceback" not in server.log
+
+
+def test_a_second_interrupt_does_not_wait(start: Start) -> None:
+    server = start(*LONG, "--shutdown-timeout", "600").wait_ready()
+    futures = open_requests(server)
+    server.send(signal.SIGINT, to_group=True)
+    until(lambda: refuses(server), "no new connections")
+    server.send(signal.SIGINT, to_group=True)
+    assert server.wait() == 0
+    for future in futures:
+        assert future.exception(15) is not None or error_of(future)
+    server.assert_nothing_left()
+
+
+def refuses(server: Server) -> bool:
+    try:
+        server.get("/health")
+    except httpx.TransportError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("log", ["", "weights are", "ready in"])
+def test_a_signal_at_any_time(start: Start, signum: signal.Signals, log: str) -> None:
+    """While the engine starts, while it loads, and in the moment in which it is ready."""
+    server = start(*SMALL)
+    if log:
+        until(lambda: log in server.log, log)
+    else:
+        until(server.engine_pids, "the engine starts")
+        time.sleep(0.08)  # it imports
+    server.send(signum, to_group=True)
+    assert server.wait() == 0
+    server.assert_nothing_left()
+    assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
+
+
+def test_port_zero_takes_a_free_port(server: Server) -> None:
+    port = int(server.url.rpartition(":")[2])
+    assert port > 0
+    assert server.get("/version").status_code == 200
