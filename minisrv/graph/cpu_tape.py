@@ -263,12 +263,18 @@ def _compute_and_copy(
 def _out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The overload of `op` that writes to tensors it is given, and those arguments' names."""
     wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not a.kwarg_only]
+    known = _argument_names(op)
     for name in op.overloadpacket.overloads():
         variant: OpOverload = getattr(op.overloadpacket, name)
         arguments = variant._schema.arguments
         out = [a for a in arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write]
         rest = [(a.name, str(a.type)) for a in arguments if not a.kwarg_only]
-        if out and rest == wanted and len(out) == len(op._schema.returns):
+        unknown = [
+            a
+            for a in arguments
+            if a.kwarg_only and a not in out and not a.has_default_value() and a.name not in known
+        ]
+        if out and rest == wanted and not unknown and len(out) == len(op._schema.returns):
             return variant, tuple(a.name for a in out)
     return None
 

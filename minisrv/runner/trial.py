@@ -116,7 +116,9 @@ class StepTrial:
             state.next_position[row.slot] = row.start
         for buffer in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
             buffer.fill_(NAN if poison else 0.0)
-        for name in ("slots", "input_ids", "positions", "slot_mapping", "block_table"):
+        # The last slot is nobody's wherever there is padding: a stale row writes to a watched block.
+        buffers.slots.fill_(buffers.sizes.slots - 1 if poison else NULL_SLOT)
+        for name in ("input_ids", "positions", "slot_mapping", "block_table"):
             getattr(buffers, name).fill_(1 if poison else 0)
         buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
         buffers.query_start_loc.fill_(buffers.sizes.tokens if poison else 0)
