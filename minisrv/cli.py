@@ -2,7 +2,8 @@
 
 Knows: the flags, whose names are vLLM's where vLLM has them. Imports what a command needs when the
 command runs, so that `minisrv plan` needs no torch.
-Exit status: 0 done or stopped by a signal, 1 it cannot be served, 2 the command line is wrong.
+Exit status: 0 done or stopped by a signal, 1 it cannot be served (a wrong setting, a bad
+checkpoint), 2 the command line cannot be parsed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 from minisrv import __version__
 from minisrv.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig, ServerConfig
-from minisrv.errors import MinisrvError
+from minisrv.errors import ConfigError, MinisrvError
 from minisrv.modes import CUDAGraphMode
 
 _T = TypeVar("_T")
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         options = _parser().parse_args(arguments)
+        if options.model and options.model_flag:
+            raise ConfigError("the model is named twice; give MODEL or --model MODEL, not both.")
         options.model = options.model or options.model_flag
         status: int = options.run(options)
         return status

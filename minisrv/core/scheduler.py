@@ -315,7 +315,6 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_scheduled = 0
-        request.prefill_target = 0
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
@@ -365,7 +364,7 @@ class Scheduler:
             request.slot = 0
 
     def check_integrity(self) -> None:
-        """Assert that every slot and block is held once or free. For tests and for idle time."""
+        """Assert that every slot and block is held once or free. For tests."""
         holders = [*self.running, *self._retiring]
         blocks = [block for request in holders for block in request.blocks]
         slots = [request.slot for request in holders]

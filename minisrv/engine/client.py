@@ -103,6 +103,7 @@ class EngineClient:
         self._socket.connect(self._address)
         await self._socket.send(encode(Submit()))
         self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(self._on_reader_end)
         # A process file descriptor becomes readable when the process ends, whoever its parent is.
         self._pidfd = os.pidfd_open(self._engine_pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
@@ -200,6 +201,13 @@ class EngineClient:
         if output.finish_reason is not None or output.error is not None:
             del self._open[output.request_id]
         queue.put_nowait(output)
+
+    def _on_reader_end(self, reader: asyncio.Task[None]) -> None:
+        # Whatever ends the reader but `close`: nobody would hear of the engine any more.
+        if not reader.cancelled():
+            logger.error("cannot read from the engine", exc_info=reader.exception())
+            self._death = EngineDeadError("the engine's answers cannot be read; see the log.")
+            self._die()
 
     def _on_exit(self) -> None:
         self._unwatch()

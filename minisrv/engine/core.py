@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class EngineCore:
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(config.seed)
         self._steps: dict[tuple[str, str], list[int]] = {}
-        self._graph_steps: dict[str, Counter[str]] = {}
+        self._graph_steps: dict[str, dict[str, int]] = {}
         self._prompt_tokens = 0
         self._generated_tokens = 0
 
@@ -160,7 +160,7 @@ class EngineCore:
         seed = request.params.seed
         self.scheduler.add(request, self._seeds.getrandbits(63) if seed is None else seed)
         self._prompt_tokens += len(request.prompt_token_ids)
-        self._graph_steps[request.request_id] = Counter()
+        self._graph_steps[request.request_id] = {}
 
     @property
     def has_room(self) -> bool:
@@ -224,7 +224,7 @@ class EngineCore:
         for row in output.rows:
             steps = self._graph_steps.get(row.request_id)
             if steps is not None:  # None: it has ended, and this step's token will be dropped
-                steps[key] += 1
+                steps[key] = steps.get(key, 0) + 1
 
     def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
         logprobs = None
@@ -233,7 +233,7 @@ class EngineCore:
             logprobs = None if found is None else [found]
         graph_steps = None
         if event.finish_reason is not None:
-            graph_steps = dict(self._graph_steps.pop(event.request_id))
+            graph_steps = self._graph_steps.pop(event.request_id)
         self._generated_tokens += event.token is not None
         return EngineOutput(
             request_id=event.request_id,

@@ -34,8 +34,11 @@ class Trial(Protocol):
         """Run the step at the padded shape, eagerly or by replaying the graph."""
 
     def observe(self) -> dict[str, Tensor]:
-        """Copies of everything a real row's step leaves behind, and of what must stay untouched,
-        by name. Nothing in it may depend on the poison."""
+        """Copies of what a real row's step leaves behind, by name. Nothing in it may depend on
+        the poison."""
+
+    def touched(self) -> list[str]:
+        """What the last run changed and had no business to, in words."""
 
 
 def certify(trial: Trial, capture: Callable[[], None], *, tolerance: float = 0.0) -> None:
@@ -47,6 +50,7 @@ def certify(trial: Trial, capture: Callable[[], None], *, tolerance: float = 0.0
     trial.reset(poison=False)
     trial.run(graph=False)
     reference = trial.observe()
+    _check_untouched(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
@@ -55,6 +59,15 @@ def certify(trial: Trial, capture: Callable[[], None], *, tolerance: float = 0.0
         trial.reset(poison=poison)
         trial.run(graph=True)
         _compare(trial.name, reference, trial.observe(), poison, tolerance)
+        _check_untouched(trial, "the replay")
+
+
+def _check_untouched(trial: Trial, run: str) -> None:
+    if touched := trial.touched():
+        raise CertificationError(
+            f"{trial.name}: {run} changed {', '.join(touched)}, which no row of it owns. It would "
+            "change the results of other requests; report this."
+        )
 
 
 def _compare(

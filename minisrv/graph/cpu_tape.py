@@ -7,8 +7,9 @@ it touched. Of these tensors
 - those that share storage with an argument are views: they cost nothing and are not replayed;
 - all others are intermediates. They are laid out by liveness in one arena which all graphs of the
   backend share, and each operation writes to the place it was given there.
-Knows nothing of models, batches or modes. An ATen operation costs about 1 us on a CPU, so the tape
-is an instrument of exactness more than of speed.
+What reads memory without an operation (`tolist`, `numpy`) is not seen here; certification finds
+what was frozen so. An ATen operation costs about 1 us on a CPU, so the tape is an instrument of
+exactness more than of speed. Knows nothing of models, batches or modes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ from minisrv.kernels import DIRECT
 ALIGNMENT = 64
 """Bytes. torch's allocator gives the same, so kernels take the same paths as in eager runs."""
 
+ARENA_BYTES = 256 << 20
+"""The arena's least size. It is address space: a page takes memory when it is first written."""
+
+_SETTLED_BY_OUT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
+_INDEXING = (
+    torch.ops.aten.index,
+    torch.ops.aten.index_put,
+    torch.ops.aten.index_put_,
+    torch.ops.aten._index_put_impl_,
+)
 _NEVER = {
     torch.Tag.data_dependent_output: "reads a value back to the host",
     torch.Tag.dynamic_output_shape: "has a result whose shape depends on the data",
@@ -62,13 +73,12 @@ class _Storage:
 class _Capture:
     """What has been recorded since the last `finish`.
 
-    internal: storages made during the capture, by identity. `keep` holds what they belong to, so
-        that no identity is given out twice.
+    internal: storages made during the capture, by identity. The nodes hold the tensors that they
+        belong to, so no identity is given out twice.
     """
 
     segments: list[tuple[_Segment, list[_Node]]] = field(default_factory=list)
     internal: dict[int, _Storage] = field(default_factory=dict)
-    keep: list[Tensor] = field(default_factory=list)
     num_nodes: int = 0
 
 
@@ -113,7 +123,7 @@ class CPUTapeBackend:
         capture, self._capture = self._capture, _Capture()
         size = _lay_out(capture.internal.values())
         if size > self.arena.numel():
-            self.arena = torch.zeros(size, dtype=torch.uint8)
+            self.arena = torch.empty(max(size, ARENA_BYTES), dtype=torch.uint8)
         place = _Placer(capture.internal, self.arena)
         for segment, nodes in capture.segments:
             segment.calls = [_bind(node, place) for node in nodes]
@@ -155,8 +165,14 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         _refuse(func, args)
-        result = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
+        before = [_geometry(tensor) for tensor in inputs]
+        result = func(*args, **kwargs)
+        if [_geometry(tensor) for tensor in inputs] != before:
+            raise GraphCaptureError(
+                f"{func} changed the shape or the storage of its argument: a graph, whose shapes "
+                "and addresses are fixed, cannot hold it."
+            )
         known = {_identity(tensor) for tensor in inputs}
         fresh = [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
         if not fresh and not func._schema.is_mutable:
@@ -170,13 +186,12 @@ class _Recorder(TorchDispatchMode):
         for tensor in fresh:
             nbytes = tensor.untyped_storage().nbytes()
             capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
-            capture.keep.append(tensor)
         self.nodes.append(_Node(func, args, kwargs, fresh))
         return result
 
 
 def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
-    if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+    if func.overloadpacket in _INDEXING:
         for index in args[1]:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
                 raise GraphCaptureError(
@@ -195,6 +210,18 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _geometry(tensor: Tensor) -> tuple[object, ...]:
+    """What an operation must leave as it is, for the tensor to be bound again by it."""
+    storage = tensor.untyped_storage()
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        storage._cdata,
+        storage.nbytes(),
+    )
 
 
 def _lay_out(storages: Iterable[_Storage]) -> int:
@@ -261,20 +288,28 @@ def _compute_and_copy(
 
 @cache
 def _out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
-    """The overload of `op` that writes to tensors it is given, and those arguments' names."""
-    wanted = [(a.name, str(a.type)) for a in op._schema.arguments if not a.kwarg_only]
-    known = _argument_names(op)
+    """The overload of `op` that writes to tensors it is given, and those arguments' names.
+
+    It must compute the same: have the same positional arguments, know every option that `op` has
+    (but for those that `out` settles), and ask for none that `op` lacks.
+    """
+    schema = op._schema
+    if any(str(result.type) != "Tensor" for result in schema.returns):
+        return None
+    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.kwarg_only]
+    options = {a.name for a in schema.arguments if a.kwarg_only}
     for name in op.overloadpacket.overloads():
         variant: OpOverload = getattr(op.overloadpacket, name)
-        arguments = variant._schema.arguments
-        out = [a for a in arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write]
-        rest = [(a.name, str(a.type)) for a in arguments if not a.kwarg_only]
-        unknown = [
-            a
-            for a in arguments
-            if a.kwarg_only and a not in out and not a.has_default_value() and a.name not in known
-        ]
-        if out and rest == wanted and not unknown and len(out) == len(op._schema.returns):
+        given = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.kwarg_only]
+        keywords = [a for a in variant._schema.arguments if a.kwarg_only]
+        out = [a for a in keywords if a.alias_info is not None and a.alias_info.is_write]
+        others = [a for a in keywords if a.alias_info is None]
+        if (
+            given == wanted
+            and len(out) == len(schema.returns)
+            and options - _SETTLED_BY_OUT <= {a.name for a in others}
+            and all(a.name in options or a.has_default_value() for a in others)
+        ):
             return variant, tuple(a.name for a in out)
     return None
 

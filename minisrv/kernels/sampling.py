@@ -58,7 +58,8 @@ def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
         keep = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
         probs = torch.softmax(ordered.masked_fill(~keep, -torch.inf), dim=-1)
         before = probs.cumsum(dim=-1) - probs
-        keep &= (before < top_p[:, None]) | (rank == 0)
+        # 1 keeps all, also where the sum of what lies before has been rounded up to 1.
+        keep &= (before < top_p[:, None]) | (rank == 0) | (top_p[:, None] >= 1)
         logits = logits.masked_fill(~keep.gather(1, order.argsort(dim=-1)), -torch.inf)
     # p >= min_p * p_max, in logarithms; log(0) = -inf keeps all.
     floor = logits.amax(dim=-1) + torch.log(min_p)
@@ -123,12 +124,13 @@ def sample(
         out[rows] = found.argmax(dim=-1)
 
 
-_library = torch.library.Library("minisrv", "FRAGMENT")
-_library.define(
-    "sample(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
-    "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()"
+torch.library.define(
+    "minisrv::sample",
+    "(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
+    "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()",
 )
-_library.impl("sample", sample, "CPU")
+torch.library.impl("minisrv::sample", "cpu", sample)
+torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
 
 sample_op = torch.ops.minisrv.sample.default
 """What the runner calls, so that whoever records operations sees one."""

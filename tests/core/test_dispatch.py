@@ -115,13 +115,15 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
         ("full-decode-only", False, 5, NONE, Reason.NO_MIXED_GRAPH),
         ("piecewise", True, 5, PIECEWISE, Reason.NO_FULL_GRAPH),
         ("piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("full-decode-only", True, 99, NONE, Reason.ABOVE_LADDER),
         ("none", True, 5, NONE, Reason.GRAPHS_OFF),
         ("none", False, 5, NONE, Reason.GRAPHS_OFF),
     ],
 )
 def test_reasons(mode, decode, tokens, mode_found, reason):
     dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 1024))
-    found = dispatcher.dispatch(tokens, 5, uniform_decode=decode)
+    requests = tokens if decode else 1
+    found = dispatcher.dispatch(tokens, requests, uniform_decode=decode)
     assert (found.mode, found.reason) == (mode_found, reason)
 
 

@@ -268,3 +268,92 @@ def test_queue_is_bounded_behind_the_free_slots():
     assert len(scheduler.waiting) == 1
     with pytest.raises(QueueFullError):
         add(scheduler, "d", 3)
+
+
+def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerOutput]:
+    """Run at most so many steps, every token being 2."""
+    ran: list[SchedulerOutput] = []
+    in_flight: deque[SchedulerOutput] = deque()
+    while scheduler.has_work and len(ran) < steps:
+        while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
+            in_flight.append(step)
+            ran.append(step)
+        step = in_flight.popleft()
+        scheduler.update(step.step_id, [2] * len(step.rows))
+    return ran
+
+
+def test_a_preempted_request_is_admitted_before_those_behind_it():
+    """First come first served holds through a preemption."""
+    scheduler = make(blocks=6, budget=64, max_model_len=20)
+    add(scheduler, "old", 7, 10)
+    add(scheduler, "new", 3, 8)
+    add(scheduler, "last", 9, 2)
+    steps = run_steps(scheduler, 100)
+    assert scheduler.num_preemptions == 1
+    prefills = [r.request_id for s in steps for r in s.rows if not r.decoding]
+    assert prefills == ["old", "new", "new", "last"]
+
+
+def test_a_step_that_preempts_admits_nobody():
+    """The blocks were freed for the oldest, which needs them."""
+    scheduler = make(blocks=6, budget=64, max_model_len=20)
+    add(scheduler, "old", 7, 10)
+    add(scheduler, "new", 7, 8)
+    preemptions = 0
+    for _ in range(30):
+        if not scheduler.has_work:
+            break
+        step = scheduler.schedule()
+        if scheduler.num_preemptions > preemptions:
+            preemptions = scheduler.num_preemptions
+            assert not step.new_slots
+        scheduler.update(step.step_id, [2] * len(step.rows))
+    assert preemptions
+
+
+def test_a_newcomer_leaves_the_running_a_block_each():
+    """Else it would be preempted as soon as they grow, and compute its prompt twice."""
+    scheduler = make(blocks=6, budget=64, max_model_len=20)
+    add(scheduler, "old", 8, 8)
+    scheduler.update(0, [2] * len(scheduler.schedule().rows))
+    add(scheduler, "new", 11, 2)  # three blocks, and three are free
+    assert shape(scheduler.schedule()) == [("old", 1, True)]
+    scheduler.update(1, [2])
+    run_steps(scheduler, 100)
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_newest_sits_out_while_it_is_waited_for(lag):
+    """Under lag the newest is named by the step in flight when the oldest needs a block: it is
+    held back, also in the middle of its prefill, and preempted a step later."""
+    scheduler = make(blocks=7, budget=3, seqs=2, max_model_len=24)
+    add(scheduler, "old", 3, 14)
+    add(scheduler, "new", 11, 2)
+    steps = run_steps(scheduler, 200, lag)
+    assert not scheduler.has_work
+    decodes = [step.step_id for step in steps for r in step.rows if r.request_id == "old"]
+    assert len(decodes) == 14, "the oldest ran in 14 steps"
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "param"),
+    [(10, 60, "max_tokens"), (64, 1, "prompt"), (70, 5, "prompt"), (64, None, "prompt")],
+)
+def test_what_does_not_fit_names_the_field(length, most, param):
+    scheduler = make()
+    with pytest.raises(ContextLengthError) as caught:
+        add(scheduler, "a", length, most)
+    assert caught.value.param == param
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize(("wanted", "needs"), [(None, False), (0, True), (3, True)])
+def test_logprobs_need_logits_even_without_alternatives(wanted, needs):
+    scheduler = make()
+    params = SamplingParams(logprobs=wanted)
+    request = EngineRequest(request_id="a", prompt_token_ids=[1], params=params)
+    scheduler.add(request, seed=0)
+    assert scheduler.schedule().needs_logits is needs

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.errors import GraphCaptureError
-from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.cpu_tape import CPUTapeBackend, _lay_out, _out_variant, _Storage
 
 
 def record(backend: CPUTapeBackend, *runs):
@@ -111,14 +111,19 @@ def test_graphs_share_one_arena_and_survive_each_other():
         [replay] = record(backend, lambda: out.copy_((x + 1) * (x + 2)))
         return x, out, replay
 
-    large, small = graph(1000), graph(10)
+    large = graph(1000)
     arena = backend.arena.data_ptr()
+    small = graph(10)
     for x, out, replay in (large, small, large, small):
         x.add_(1)
         replay()
         assert torch.equal(out, (x + 1) * (x + 2))
     assert backend.arena.data_ptr() == arena, "the smaller capture fits the larger one's arena"
-    assert backend.arena.numel() < 3 * 4096, "results are laid out by liveness"
+
+
+def test_results_are_laid_out_by_liveness():
+    storages = [_Storage(nbytes=100, born=n, last_used=n + 1) for n in range(50)]
+    assert _lay_out(storages) == 2 * 128
 
 
 @settings(max_examples=200, deadline=None)
@@ -167,7 +172,9 @@ def test_random_programs_replay_as_they_run(data):
         ("reads a value back", lambda x: bool(x[0] > 0)),
         ("shape depends", lambda x: x.nonzero()),
         ("boolean index", lambda x: x[x > 0]),
+        ("boolean index", lambda x: x[(x > 0).to(torch.uint8)]),
         ("boolean index", lambda x: x.__setitem__(x > 0, 1.0)),
+        ("boolean index", lambda x: x.index_put((x > 0,), torch.tensor(1.0))),
         ("random numbers", lambda x: torch.rand_like(x)),
         ("random numbers", lambda x: x.bernoulli_()),
     ],
@@ -182,3 +189,61 @@ def test_refuses_what_a_graph_cannot_hold(what, run):
     x, out = torch.ones(2), torch.zeros(2)
     [replay] = record(backend, lambda: out.add_(x))
     assert len(replay.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: torch.div(x, 3, rounding_mode="floor"),
+        lambda x: torch.div(x, torch.full((8,), 3.0), rounding_mode="trunc"),
+        lambda x: torch.round(x, decimals=1),
+        lambda x: x.scatter(0, torch.arange(8), x + 1, reduce="multiply"),
+        lambda x: x.sum(0, keepdim=True, dtype=torch.float64).float() + x,
+        lambda x: torch.cat(torch.split_with_sizes_copy(x, [3, 5])[::-1]),
+        lambda x: torch._foreach_add([x, x * 2], 1.0)[1],
+        lambda x: x.index_put((torch.tensor([1, 3]),), torch.ones(2)),
+    ],
+)
+def test_every_option_of_an_operation_is_replayed(compute):
+    """An out= overload without the option (div.out knows no rounding_mode) gave other numbers."""
+    x, out = torch.rand(8) * 10, torch.zeros(8)
+    [replay] = record(CPUTapeBackend(), lambda: out.copy_(compute(x)))
+    x.copy_(torch.rand(8) * 10)
+    replay()
+    assert torch.equal(out, compute(x))
+
+
+def test_no_out_variant_loses_an_option():
+    """Over all of aten: what is called in an operation's stead takes everything it was given."""
+    settled = {"dtype", "layout", "device", "pin_memory", "memory_format"}
+    found = 0
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        for overload in getattr(packet, "overloads", list)():
+            op = getattr(packet, overload)
+            if op._schema.is_mutable or (variant := _out_variant(op)) is None:
+                continue
+            found += 1
+            given = {a.name for a in op._schema.arguments}
+            taken = {a.name for a in variant[0]._schema.arguments}
+            assert given - taken <= settled, (op, variant[0])
+            required = {a.name for a in variant[0]._schema.arguments if not a.has_default_value()}
+            assert required <= given | set(variant[1]), (op, variant[0])
+    assert found > 500
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: (x * 2).t_(),
+        lambda x: (x * 2).transpose_(0, 1),
+        lambda x: torch.mul(x, 2, out=torch.empty(0)),
+        lambda x: (x * 2).resize_(16),
+    ],
+)
+def test_refuses_what_changes_a_tensor_under_it(run):
+    backend = CPUTapeBackend()
+    backend.begin()
+    with pytest.raises(GraphCaptureError, match="changed the shape or the storage"):
+        run(torch.ones(2, 4))
+    backend.abandon()

@@ -154,3 +154,13 @@ def test_the_smallest_real_temperature_samples_finite_scores():
         **parameters(1, temperature=2e-5),
     )
     assert values.isfinite().all()
+
+
+def test_filters_of_a_neighbour_change_nothing():
+    """A float32 sum of the most likely tokens reaches 1 before the last of them: a row with
+    top_p 1 lost its tail when a row beside it was filtered."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4096) * 3
+    assert kept(logits) == [list(range(4096))]
+    beside = kept(logits.expand(2, -1), top_k=[0, 5], top_p=[1.0, 0.5])
+    assert beside[0] == list(range(4096))

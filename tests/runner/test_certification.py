@@ -15,11 +15,13 @@ from minisrv.engine.core import EngineCore
 from minisrv.errors import CertificationError
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
-from minisrv.modes import CUDAGraphMode
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.nn.attention import Attention
 from minisrv.nn.decoder import Decoder
+from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.input_buffers import InputBuffers
 from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 
 
@@ -74,7 +76,7 @@ def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
         return attn
 
     monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
-    refused(checkpoint, "full-decode-only", "replay differs")
+    refused(checkpoint, "full-decode-only", "outside of the batch")
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
@@ -165,7 +167,7 @@ def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
         state.next_position.index_copy_(0, slots, self.next_positions(rows))
 
     monkeypatch.setattr(InputBuffers, "scatter", scatter)
-    refused(checkpoint, "full-decode-only", "null slot|replay differs")
+    refused(checkpoint, "full-decode-only", "changed last_token of a slot")
 
 
 def test_a_model_that_is_not_finite(checkpoint, monkeypatch):
@@ -186,10 +188,101 @@ def test_every_dispatchable_key_is_captured(checkpoint):
     assert {g.num_pieces for g in runner.decode_step.graphs.values()} == {1}
 
 
-def test_all_graphs_of_an_engine_share_one_arena(checkpoint):
-    engine = start(checkpoint)
-    backend = engine.runner.model_step.backend
-    assert backend is engine.runner.decode_step.backend
-    assert isinstance(backend, CPUTapeBackend)
-    assert 0 < backend.arena.numel() < 1 << 20
-    assert torch.isfinite(backend.arena.float()).all()
+@pytest.mark.parametrize("budget", [6, 48])
+def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
+    """Whichever kind of graph is the largest: else aliasing between the two kinds cannot show."""
+    engine = start(checkpoint, max_num_batched_tokens=budget)
+    arena = engine.runner.model_step.backend.arena.untyped_storage()
+    outputs = {
+        tensor.untyped_storage().data_ptr()
+        for wrapper in (engine.runner.model_step, engine.runner.decode_step)
+        for graph in wrapper.graphs.values()
+        for segment in graph.walk[::2]
+        for _, args, kwargs in segment.calls
+        for tensor in (*args, *kwargs.values())
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert arena.data_ptr() in outputs
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(engine)}
+    assert outputs - known == {arena.data_ptr()}
+
+
+def tensors_of(engine: EngineCore) -> list[torch.Tensor]:
+    """Everything that existed before the graphs."""
+    runner = engine.runner
+    held = [*vars(runner.state).values(), *vars(runner.buffers).values(), *runner.kv_caches]
+    model = [*runner.model.parameters(), *runner.model.buffers()]
+    return [tensor for tensor in held + model if isinstance(tensor, torch.Tensor)]
+
+
+def test_logits_that_are_wrong_without_changing_the_token(checkpoint, monkeypatch):
+    """Every log-probability would be wrong, and no token."""
+    compute = Decoder.compute_logits
+
+    def freezes_a_scale(self, hidden):
+        return compute(self, hidden) * (1.0 + abs(float(hidden.numpy()[0, 0])))
+
+    monkeypatch.setattr(Decoder, "compute_logits", freezes_a_scale)
+    with pytest.raises(CertificationError, match="LOGITS: logits"):
+        start(checkpoint, "full-decode-only")
+
+
+@pytest.mark.parametrize("field", ["last_token", "next_position", "temperature", "seed"])
+def test_a_step_that_touches_a_slot_which_is_not_its_own(checkpoint, monkeypatch, field):
+    scatter = InputBuffers.scatter
+
+    def writes_beyond(self, rows):
+        scatter(self, rows)
+        getattr(self.state, field)[-1].add_(1)
+
+    monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
+    refused(checkpoint, "full-decode-only", f"changed {field} of a slot")
+
+
+def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
+    scatter = InputBuffers.scatter
+
+    def clears(self, rows):
+        scatter(self, rows)
+        self.state.block_table[1:].zero_()
+
+    monkeypatch.setattr(InputBuffers, "scatter", clears)
+    refused(checkpoint, "full-decode-only", "changed block_table of a slot")
+
+
+def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
+    """Trap 1 itself: index -1 is the cache's last entry."""
+    fill = InputBuffers.fill
+
+    def minus_one(self, output, descriptor):
+        attn = fill(self, output, descriptor)
+        if not descriptor.uniform_decode:
+            self.slot_mapping[output.num_tokens : descriptor.num_tokens] = (
+                len(runner_caches[0]) * self.sizes.block_size - 1
+            )
+        return attn
+
+    runner_caches = start(checkpoint, "none").runner.kv_caches
+    monkeypatch.setattr(InputBuffers, "fill", minus_one)
+    refused(checkpoint, "piecewise", "cache entries of layer 0 outside of the batch")
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 4])
+def test_a_mixed_trial_fills_its_graph(checkpoint, seqs):
+    """However few slots there are, one token short of the padded size, most of it prefill."""
+    runner = start(checkpoint, "none", max_num_seqs=seqs).runner
+    for tokens in (8, 48):
+        output = StepTrial(runner, CUDAGraphMode.PIECEWISE, BatchDescriptor(tokens)).output
+        assert output.num_tokens == tokens - 1
+        assert output.num_decodes < len(output.rows)
+
+
+def test_sampling_parameters_reach_their_slot(checkpoint):
+    engine = start(checkpoint, "none")
+    params = SamplingParams(temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, seed=-3)
+    engine.add(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
+    engine.step()
+    state, slot = engine.runner.state, engine.scheduler.running[0].slot
+    found = [getattr(state, name)[slot].item() for name in ("temperature", "top_p", "min_p")]
+    assert found == pytest.approx([0.7, 0.8, 0.1])
+    assert [state.top_k[slot].item(), state.seed[slot].item()] == [5, -3]
