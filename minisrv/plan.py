@@ -25,12 +25,11 @@ def print_plan(config: EngineConfig) -> None:
         f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - full} PIECEWISE"
     )
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
-    units = {"decode": "requests", "mixed": "tokens"}
+    units = {"decode": "request", "mixed": "token"}
     for row in Dispatcher(ladders).coverage():
         size = str(row.first) if row.first == row.last else f"{row.first}-{row.last}"
+        unit = units[row.kind] + ("s" if row.last > 1 else "")
         padding = "0" if row.rung is None else str(row.rung - row.first)
         runs_as = "as it is" if row.rung is None else str(row.rung)
-        table.add_row(
-            row.kind, f"{size} {units[row.kind]}", row.mode.name, runs_as, padding, row.reason.value
-        )
+        table.add_row(row.kind, f"{size} {unit}", row.mode.name, runs_as, padding, row.reason.value)
     console.print(table)
