@@ -246,23 +246,21 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if nothing can run before a step in flight is retired."""
         step = _StepBuilder(self._next_step, self.max_num_batched_tokens)
-        held, preempted = self._schedule_decodes(step)
+        held = self._schedule_decodes(step)
         for request in self.running:
             if not request.decoding and request is not held and step.budget:
                 step.add(request)
-        if not preempted:
-            self._admit(step)
+        # Never one that was preempted just now: what it freed is less than it needs.
+        self._admit(step)
         output = step.build()
         if output is not None:
             self._next_step += 1
             self._in_flight.append(output)
         return output
 
-    def _schedule_decodes(self, step: _StepBuilder) -> tuple[RequestState | None, bool]:
-        """Returns the request that sits this step out so that it may be preempted in the next,
-        and whether one was preempted."""
+    def _schedule_decodes(self, step: _StepBuilder) -> RequestState | None:
+        """Returns the request that sits this step out so that it may be preempted in the next."""
         held: RequestState | None = None
-        preempted = False
         for request in list(self.running):
             if not request.slot or not request.decoding or request is held:
                 continue
@@ -275,12 +273,11 @@ class Scheduler:
                         held = newest
                     else:
                         self._preempt(newest)
-                        preempted = True
                 if not request.slot or not self.pool.num_free:
                     continue
                 step.new_blocks.append((request.slot, len(request.blocks), self._block(request)))
             step.add(request)
-        return held, preempted
+        return held
 
     def _named_in_flight(self, request: RequestState) -> bool:
         return bool(self._in_flight) and request.last_step >= self._in_flight[0].step_id

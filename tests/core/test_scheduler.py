@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -295,47 +296,39 @@ def test_a_preempted_request_is_admitted_before_those_behind_it():
     assert prefills == ["old", "new", "new", "last"]
 
 
-def test_a_step_that_preempts_admits_nobody():
-    """The blocks were freed for the oldest, which needs them."""
-    scheduler = make(blocks=6, budget=64, max_model_len=20)
-    add(scheduler, "old", 7, 10)
-    add(scheduler, "new", 7, 8)
-    preemptions = 0
-    for _ in range(30):
-        if not scheduler.has_work:
-            break
-        step = scheduler.schedule()
-        if scheduler.num_preemptions > preemptions:
-            preemptions = scheduler.num_preemptions
-            assert not step.new_slots
-        scheduler.update(step.step_id, [2] * len(step.rows))
-    assert preemptions
-
-
 def test_a_newcomer_leaves_the_running_a_block_each():
     """Else it would be preempted as soon as they grow, and compute its prompt twice."""
     scheduler = make(blocks=6, budget=64, max_model_len=20)
-    add(scheduler, "old", 8, 8)
+    add(scheduler, "old", 7, 8)
     scheduler.update(0, [2] * len(scheduler.schedule().rows))
     add(scheduler, "new", 11, 2)  # three blocks, and three are free
     assert shape(scheduler.schedule()) == [("old", 1, True)]
     scheduler.update(1, [2])
-    run_steps(scheduler, 100)
+    run_steps_from(scheduler, 2)
     assert scheduler.num_preemptions == 0
 
 
+def run_steps_from(scheduler: Scheduler, first: int) -> None:
+    while scheduler.has_work:
+        scheduler.update(first, [2] * len(scheduler.schedule().rows))
+        first += 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "prompt"), [(6, 9), (5, 2)], ids=["newest in its prefill", "newest decoding"]
+)
 @pytest.mark.parametrize("lag", [0, 1])
-def test_the_newest_sits_out_while_it_is_waited_for(lag):
-    """Under lag the newest is named by the step in flight when the oldest needs a block: it is
-    held back, also in the middle of its prefill, and preempted a step later."""
-    scheduler = make(blocks=7, budget=3, seqs=2, max_model_len=24)
-    add(scheduler, "old", 3, 14)
-    add(scheduler, "new", 11, 2)
-    steps = run_steps(scheduler, 200, lag)
+def test_the_oldest_waits_one_step_at_most(lag, blocks, prompt):
+    """Under lag the newest is named by the step in flight when the oldest needs its blocks: it
+    sits one step out and is preempted in the next."""
+    scheduler = make(blocks=blocks, budget=2, seqs=2, max_model_len=16)
+    add(scheduler, "old", 2, 12)
+    add(scheduler, "new", prompt, 6)
+    steps = run_steps(scheduler, 300, lag)
     assert not scheduler.has_work
-    decodes = [step.step_id for step in steps for r in step.rows if r.request_id == "old"]
-    assert len(decodes) == 14, "the oldest ran in 14 steps"
-    scheduler.check_integrity()
+    assert scheduler.num_preemptions >= 1
+    ran = [step.step_id for step in steps for row in step.rows if row.request_id == "old"]
+    assert max(after - before for before, after in pairwise(ran)) <= 1 + lag
 
 
 @pytest.mark.parametrize(
