@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,10 +50,14 @@ _NEVER = {
 }
 
 
+_Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass(slots=True)
 class _Node:
     """One recorded call. `outputs` are the fresh tensors it made, in order."""
 
+    number: int
     op: OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -86,7 +91,7 @@ class _Segment:
     """A stretch of tape. Its calls are bound to addresses when the capture is finished."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[_Call] = []
 
     def __call__(self) -> None:
         for function, args, kwargs in self.calls:
@@ -126,7 +131,7 @@ class CPUTapeBackend:
             self.arena = torch.empty(max(size, ARENA_BYTES), dtype=torch.uint8)
         place = _Placer(capture.internal, self.arena)
         for segment, nodes in capture.segments:
-            segment.calls = [_bind(node, place) for node in nodes]
+            segment.calls = _bind_all(nodes, place)
 
     def abandon(self) -> None:
         """Forget the capture that an error has ended."""
@@ -173,6 +178,11 @@ class _Recorder(TorchDispatchMode):
                 f"{func} changed the shape or the storage of its argument: a graph, whose shapes "
                 "and addresses are fixed, cannot hold it."
             )
+        if any(isinstance(leaf, Tensor) and leaf.is_mkldnn for leaf in tree_leaves(result)):
+            raise GraphCaptureError(
+                f"{func} gives a tensor in a library's own layout, which has no address that a "
+                "graph could fix; make it before the capture."
+            )
         known = {_identity(tensor) for tensor in inputs}
         fresh = [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
         if not fresh and not func._schema.is_mutable:
@@ -186,7 +196,7 @@ class _Recorder(TorchDispatchMode):
         for tensor in fresh:
             nbytes = tensor.untyped_storage().nbytes()
             capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
-        self.nodes.append(_Node(func, args, kwargs, fresh))
+        self.nodes.append(_Node(number, func, args, kwargs, fresh))
         return result
 
 
@@ -205,7 +215,9 @@ def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors with an address. One in a library's own layout is opaque, a constant like a
+    number."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def _identity(tensor: Tensor) -> int:
@@ -255,6 +267,8 @@ class _Placer:
         self.arena = arena.untyped_storage()
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor.is_mkldnn:
+            return tensor
         storage = self.internal.get(_identity(tensor))
         if storage is None:
             return tensor
@@ -263,11 +277,37 @@ class _Placer:
         return placed.set_(self.arena, offset, tensor.size(), tensor.stride())
 
 
-def _bind(
-    node: _Node, place: _Placer
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def _bind_all(nodes: list[_Node], place: _Placer) -> list[_Call]:
+    """The calls of a segment. A result that can be written nowhere by its operation, and is only
+    copied to somewhere else then, goes there at once."""
+    calls: list[_Call] = []
+    merged: _Node | None = None
+    for node, follower in pairwise((*nodes, None)):
+        assert node is not None
+        if node is merged:
+            continue
+        if follower is not None and _only_feeds(node, follower, place):
+            merged = follower
+            calls.append(_bind(node, place, [place(follower.args[0])]))
+        else:
+            calls.append(_bind(node, place, [place(tensor) for tensor in node.outputs]))
+    return calls
+
+
+def _only_feeds(node: _Node, follower: _Node, place: _Placer) -> bool:
+    """Whether `follower` copies the one result of `node`, which has no out variant, and nothing
+    reads that result later."""
+    return (
+        follower.op is torch.ops.aten.copy_.default
+        and len(node.outputs) == 1
+        and follower.args[1] is node.outputs[0]
+        and place.internal[_identity(node.outputs[0])].last_used == follower.number
+        and _out_variant(node.op) is None
+    )
+
+
+def _bind(node: _Node, place: _Placer, outputs: list[Tensor]) -> _Call:
     args, kwargs = tree_map_only(Tensor, place, (node.args, node.kwargs))
-    outputs = [place(tensor) for tensor in node.outputs]
     if not outputs:
         return DIRECT.get(node.op, node.op), args, kwargs
     found = _out_variant(node.op)

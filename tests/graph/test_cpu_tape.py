@@ -247,3 +247,54 @@ def test_refuses_what_changes_a_tensor_under_it(run):
     with pytest.raises(GraphCaptureError, match="changed the shape or the storage"):
         run(torch.ones(2, 4))
     backend.abandon()
+
+
+def affine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """An operation without an out variant, on a weight in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@pytest.fixture
+def doubling() -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(2 * torch.eye(16))
+
+
+def test_a_result_that_is_only_copied_goes_there_at_once(doubling):
+    """Also to what the operation reads."""
+    x = torch.ones(4, 16)
+    [replay] = record(CPUTapeBackend(), lambda: x.copy_(affine(x, doubling)))
+    assert len(replay.calls) == 1
+    assert x.unique().tolist() == [2]
+    replay()
+    assert x.unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["same segment", "next segment"])
+def test_a_result_that_is_read_again_is_kept(doubling, late):
+    x, copied, out = torch.ones(4, 16), torch.zeros(4, 16), torch.zeros(4, 16)
+    results = []
+
+    def first():
+        results.append(affine(x, doubling))
+        copied.copy_(results[0])
+        if not late:
+            second()
+
+    def second():
+        torch.add(results[0], 1, out=out)
+
+    replays = record(CPUTapeBackend(), first, second if late else lambda: None)
+    x.fill_(5)
+    for replay in replays:
+        replay()
+    assert copied.unique().tolist() == [10]
+    assert out.unique().tolist() == [11]
+
+
+def test_a_tensor_without_an_address_is_refused_as_a_result():
+    """A constant it may be; made by the graph it would be another one at each replay."""
+    backend = CPUTapeBackend()
+    backend.begin()
+    with pytest.raises(GraphCaptureError, match="own layout"):
+        torch.ops.mkldnn._reorder_linear_weight(torch.eye(16))
+    backend.abandon()
