@@ -11,11 +11,12 @@ it would not do, as 0 * NaN is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -60,7 +61,7 @@ def attention(
     seq_lens: [R] int32, each row's tokens in the cache, those of this step included.
     query_start_loc: [R + 1] int32, monotone; a row's tokens are the last of its sequence.
     out: [T, num_heads * head_dim]; zero beyond query_start_loc[R].
-    cos_sin: [max_positions, head_dim], of `nn.rope`.
+    cos_sin: [max_positions, 2 * head_dim], of `nn.rope`.
     q_norm, k_norm: [head_dim] RMSNorm weights, both or neither.
     Floating point tensors have one dtype. Grouped queries share their key head without copies of
     it: query head h uses key head h // (num_heads // num_kv_heads).
@@ -83,17 +84,26 @@ def attention(
 
     queries = queries.view(tokens, num_kv_heads, group, head_dim)
     results = out.view(tokens, num_kv_heads, group, head_dim)
-    pages = _Pages(kv_cache, block_table, seq_lens.tolist())
-    starts = query_start_loc.tolist()
-    decode = [row for row, (a, b) in enumerate(pairwise(starts)) if b - a == 1]
-    if decode:
-        _decode(queries, results, pages, decode, starts)
-    if len(decode) < len(starts) - 1:
-        for row, (begin, end) in enumerate(pairwise(starts)):
-            if end - begin > 1:
-                _prefill(queries[begin:end], results[begin:end], pages, row)
-    if starts[-1] < tokens:
-        out[starts[-1] :].zero_()
+    lengths = seq_lens.numpy()
+    block_size = kv_cache.shape[1]
+    used = -(-int(lengths.max(initial=0)) // block_size)
+    # All layers of a step have the same plan.
+    plan = _plan(
+        lengths.tobytes(),
+        query_start_loc.numpy().tobytes(),
+        block_table.numpy()[:, :used].tobytes(),
+        block_size,
+        max(1, GATHER_BYTES // (2 * num_kv_heads * head_dim * 4)),
+    )
+    for rows in plan.decode:
+        k, v = rows.gather(cache, num_kv_heads)
+        value = scaled_dot_product_attention(queries[rows.tokens].float(), k, v, rows.mask)
+        results[rows.tokens] = value.to(out.dtype)
+    for row in plan.prefill:
+        k, v = row.gather(cache, num_kv_heads)
+        _prefill(queries[row.tokens], results[row.tokens], k, v)
+    if plan.tokens < tokens:
+        out[plan.tokens :].zero_()
 
 
 torch.library.define("minisrv::attention", _SCHEMA)
@@ -105,97 +115,115 @@ attention_op = torch.ops.minisrv.attention.default
 
 
 def _rotate(heads: Tensor, cos_sin: Tensor, into: Tensor) -> None:
-    """Turn each of `heads` [T, n, head_dim] by its token's angles [T, head_dim]."""
+    """Turn each of `heads` [T, n, head_dim] by its token's angles [T, 2 * head_dim]."""
     tokens, n, head_dim = heads.shape
     halves = heads.view(tokens, n, 2, head_dim // 2)
     into = into.view(tokens, n, 2, head_dim // 2)
-    cos, sin = cos_sin.view(tokens, 1, 2, head_dim // 2).split(1, dim=2)
+    cos, sin = cos_sin.view(tokens, 2, 1, 2, head_dim // 2).unbind(1)
     torch.mul(halves, cos, out=into)
-    sin = sin.squeeze(2)
-    into[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)
-    into[:, :, 1].addcmul_(halves[:, :, 0], sin)
+    into.addcmul_(halves.flip(2), sin)
 
 
-class _Pages:
-    """One layer's cache as its rows see it."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a step whose K and V are gathered together, as far as the longest reaches.
 
-    def __init__(self, kv_cache: Tensor, block_table: Tensor, lengths: list[int]) -> None:
-        blocks, self.block_size, _, num_kv_heads, head_dim = kv_cache.shape
-        self.shape = (2, num_kv_heads, head_dim)
-        self.token_bytes = 2 * num_kv_heads * head_dim * kv_cache.element_size()
-        self.blocks = kv_cache.view(blocks, -1)
-        self.tokens = kv_cache.view(blocks * self.block_size, -1)
-        self.block_table = block_table
-        self.lengths = lengths
+    tokens: of the step, n in all. places: [rows * longest] int64, positions in the cache; beyond a
+        row's end stands its own first token, so that nothing is read that it has not written.
+    mask: [rows, 1, 1, longest] float32, -inf beyond a row's end; None if they are equally long.
+    """
 
-    def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """K and V of `rows` as far as the longest of them reaches, and the additive mask of what
-        lies beyond a row's length (None if nothing does).
+    tokens: slice | Tensor
+    places: Tensor
+    longest: int
+    mask: Tensor | None
 
-        k, v: [rows, num_kv_heads, longest, head_dim], views of one copy.
-        mask: [rows, 1, 1, longest].
+    def gather(self, cache: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+        """k and v [rows, num_kv_heads, longest, head_dim] float32, views of one copy.
+
+        float32 because torch's attention for a single query takes three times as long in
+        bfloat16, conversion included.
         """
-        lengths = [self.lengths[row] for row in rows]
-        longest, mask = max(lengths), None
-        table = _take(self.block_table, rows)[:, : -(-longest // self.block_size)]
-        if min(lengths) == longest:
-            kv = self.blocks.index_select(0, table.reshape(-1))
-        else:
-            # What lies beyond a row's end is not read: its own first token stands there.
-            place = np.arange(table.shape[1] * self.block_size)
-            beyond = place >= np.array(lengths)[:, None]
-            slots = table.numpy().repeat(self.block_size, axis=1) * self.block_size
-            slots += (place % self.block_size).astype(np.int32)
-            slots = np.where(beyond, slots[:, :1], slots)
-            kv = self.tokens.index_select(0, torch.from_numpy(slots.reshape(-1)))
-            mask = kv.new_zeros(len(rows), 1, 1, longest)
-            mask.masked_fill_(torch.from_numpy(beyond[:, None, None, :longest]), -torch.inf)
-        kv = kv.view(len(rows), -1, *self.shape)[:, :longest]
-        k, v = kv.transpose(1, 3).unbind(2)
-        return k, v, mask
+        kv = cache.index_select(0, self.places).float()
+        k, v = (
+            kv.view(-1, self.longest, 2, num_kv_heads, kv.shape[1] // (2 * num_kv_heads))
+            .transpose(1, 3)
+            .unbind(2)
+        )
+        return k, v
 
 
-def _decode(
-    queries: Tensor, results: Tensor, pages: _Pages, rows: list[int], starts: list[int]
-) -> None:
-    """Rows of one query each. queries, results: [T, num_kv_heads, group, head_dim]."""
-    longest = max([pages.lengths[row] for row in rows])
-    size = max(1, GATHER_BYTES // (pages.token_bytes * longest))
-    for first in range(0, len(rows), size):
-        some = rows[first : first + size]
-        tokens = [starts[row] for row in some]
-        k, v, mask = pages.gather(some)
-        value = scaled_dot_product_attention(_take(queries, tokens), k, v, mask)
-        if _consecutive(tokens):
-            results[tokens[0] : tokens[-1] + 1] = value
-        else:
-            results.index_copy_(0, torch.tensor(tokens), value)
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a step's tokens are attended to: groups of decode rows, then prefill row by row.
+
+    tokens: how many belong to rows.
+    """
+
+    decode: list[_Rows]
+    prefill: list[_Rows]
+    tokens: int
 
 
-def _prefill(queries: Tensor, results: Tensor, pages: _Pages, row: int) -> None:
+@lru_cache(maxsize=1)
+def _plan(
+    seq_lens: bytes, query_start_loc: bytes, block_table: bytes, block_size: int, group_tokens: int
+) -> _Plan:
+    """The plan for the op's metadata, int32 as bytes; `block_table` as far as it is used.
+
+    group_tokens: K and V of so many tokens are gathered at once in decode.
+    """
+    lengths = np.frombuffer(seq_lens, np.int32)
+    starts = np.frombuffer(query_start_loc, np.int32)
+    table = np.frombuffer(block_table, np.int32).reshape(len(lengths), -1)
+    offsets = np.arange(block_size)
+    is_decode = np.diff(starts) == 1
+    decode, longest = np.flatnonzero(is_decode), int(lengths.max(initial=0, where=is_decode))
+
+    def rows(some: NDArray[np.intp], tokens: slice | Tensor) -> _Rows:
+        """Some rows, together."""
+        reach = int(lengths[some].max())
+        places = table[some, : -(-reach // block_size), None].astype(np.int64) * block_size
+        places = (places + offsets).reshape(len(some), -1)[:, :reach]
+        beyond = np.arange(reach) >= lengths[some, None]
+        mask = None
+        if beyond.any():
+            places = np.where(beyond, places[:, :1], places)
+            mask = torch.from_numpy(np.where(beyond, -np.inf, 0.0).astype(np.float32))
+            mask = mask[:, None, None, :]
+        return _Rows(tokens, torch.from_numpy(places.reshape(-1)), reach, mask)
+
+    def tokens_of(some: NDArray[np.intp]) -> slice | Tensor:
+        """The tokens of decode rows: a slice where they are neighbours."""
+        first, last = int(starts[some[0]]), int(starts[some[-1]])
+        if last - first == len(some) - 1:
+            return slice(first, last + 1)
+        return torch.from_numpy(starts[some].astype(np.int64))
+
+    size = max(1, group_tokens // max(1, longest))
+    groups = [decode[first : first + size] for first in range(0, len(decode), size)]
+    return _Plan(
+        decode=[rows(some, tokens_of(some)) for some in groups],
+        prefill=[
+            rows(np.array([row]), slice(int(starts[row]), int(starts[row + 1])))
+            for row in np.flatnonzero(np.diff(starts) > 1)
+        ],
+        tokens=int(starts[-1]),
+    )
+
+
+def _prefill(queries: Tensor, results: Tensor, k: Tensor, v: Tensor) -> None:
     """One row of several queries, [n, num_kv_heads, group, head_dim]."""
-    k, v, _ = pages.gather([row])
     n, length, group = queries.shape[0], k.shape[2], queries.shape[2]
     mask = None
     if n < length:
         mask = torch.ones(n, length, dtype=torch.bool).tril_(length - n)
     # The group takes the batch's place: one copy of k and v serves all of it.
     value = scaled_dot_product_attention(
-        queries.permute(2, 1, 0, 3),
+        queries.float().permute(2, 1, 0, 3),
         k.expand(group, -1, -1, -1),
         v.expand(group, -1, -1, -1),
         mask,
         is_causal=mask is None,
     )
     results.copy_(value.permute(2, 1, 0, 3))
-
-
-def _consecutive(rising: Sequence[int]) -> bool:
-    return rising[-1] - rising[0] == len(rising) - 1
-
-
-def _take(tensor: Tensor, rising: Sequence[int]) -> Tensor:
-    """Rows of `tensor`: a view where they are neighbours."""
-    if _consecutive(rising):
-        return tensor[rising[0] : rising[-1] + 1]
-    return tensor.index_select(0, torch.tensor(rising))

@@ -27,14 +27,16 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 def cos_sin_table(
     rope: RopeConfig, head_dim: int, max_positions: int, dtype: torch.dtype
 ) -> Tensor:
-    """[max_positions, head_dim]: cosines of the head_dim / 2 pairs, then their sines.
+    """[max_positions, 2 * head_dim]: for each element of a head the cosine of its angle, then the
+    sine, negative for the first half: x turned is x * cos + (x with its halves swapped) * sin.
 
     Computed in float32 and rounded to the serving dtype, as transformers does at each use. Pair i
     of a head is its elements i and i + head_dim / 2.
     """
     positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype)
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:

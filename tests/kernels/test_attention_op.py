@@ -89,7 +89,9 @@ def make_case(
         "out": torch.full((tokens, heads * head_dim), math.nan, dtype=dtype),
     }
     options = {
-        "cos_sin": torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype),
+        "cos_sin": torch.cat((angles.cos(), angles.cos(), -angles.sin(), angles.sin()), dim=-1).to(
+            dtype
+        ),
         "q_norm": weights[0] if norm else None,
         "k_norm": weights[1] if norm else None,
         "eps": EPS,
@@ -111,7 +113,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     def prepare(x: Tensor, weight: Tensor | None, position: int) -> Tensor:
         if weight is not None:
             x = x / math.sqrt(float(x.square().mean()) + EPS) * weight.double()
-        cos, sin = o["cos_sin"][position].double().chunk(2)
+        cos, _, _, sin = o["cos_sin"][position].double().chunk(4)
         first, second = x.chunk(2)
         return torch.cat((first * cos - second * sin, second * cos + first * sin))
 

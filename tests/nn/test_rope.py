@@ -57,14 +57,16 @@ def test_old_and_new_spellings_mean_the_same() -> None:
         assert old.rope.scaling == RopeScaling(kind)
 
 
-def test_table_holds_cosines_then_sines() -> None:
+def test_table_holds_cosines_then_signed_sines() -> None:
     """At a position where float32 angles are already coarse, equal to transformers' rounding."""
     rope, dim = RopeConfig(theta=1e4), 64
     theirs = LlamaRotaryEmbedding(LlamaConfig(**SHAPE))
     cos, sin = theirs(torch.zeros((), dtype=torch.bfloat16), torch.tensor([[0, 1, 4095]]))
     table = cos_sin_table(rope, dim, 4096, torch.bfloat16)[[0, 1, 4095]]
-    assert torch.equal(table[:, :32], cos[0, :, :32])
-    assert torch.equal(table[:, 32:], sin[0, :, :32])
+    found = table.unflatten(1, (2, 2, 32))
+    assert torch.equal(found[:, 0], cos[0].unflatten(1, (2, 32)))
+    assert torch.equal(found[:, 1, 1], sin[0, :, :32])
+    assert torch.equal(found[:, 1, 0], -sin[0, :, :32])
 
 
 def test_unknown_scaling_is_refused() -> None:
