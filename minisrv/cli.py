@@ -17,7 +17,14 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from minisrv import __version__
-from minisrv.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig, ServerConfig
+from minisrv.config import (
+    DEVICES,
+    DTYPES,
+    LOAD_FORMATS,
+    QUANTIZATIONS,
+    EngineConfig,
+    ServerConfig,
+)
 from minisrv.errors import ConfigError, MinisrvError
 from minisrv.modes import CUDAGraphMode
 
@@ -117,9 +124,10 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     # vLLM takes the model as an argument or as a flag; so it is here.
     add("model", nargs="?", metavar="MODEL", help="directory or Hugging Face hub id")
     add("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
-    add("--dtype", choices=DTYPES, help=f"serving dtype (default {d.dtype}: float32 on a CPU)")
+    add("--dtype", choices=DTYPES, help=f"serving dtype (default {d.dtype}: see the log)")
     add("--device", choices=DEVICES, help=f"default {d.device}")
     add("--load-format", choices=LOAD_FORMATS, help="dummy: random weights from config.json alone")
+    add("--quantization", choices=QUANTIZATIONS, help="int8: weights of 8 bits, activations as is")
     add("--max-model-len", type=int, metavar="N", help="context length (default: the model's)")
     add("--seed", type=int, metavar="N", help=f"of seeds that requests do not give ({d.seed})")
 

@@ -18,6 +18,7 @@ from minisrv.modes import CUDAGraphMode
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("int8",)
 
 
 class RopeScaling(enum.StrEnum):
@@ -172,6 +173,7 @@ class EngineConfig:
     """Everything the engine needs to know. Names and meanings follow vLLM's flags.
 
     model: a directory with a Hugging Face checkpoint, or a hub id; None serves the default model.
+    quantization: "int8" keeps the weights of the projections with 8 bits.
     max_model_len: tokens of prompt and completion together; None takes the checkpoint's.
     max_num_seqs: requests in one decode batch; always the top decode rung.
     max_num_batched_tokens: token budget of one step.
@@ -188,6 +190,7 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -205,6 +208,13 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, QUANTIZATIONS)
+            if self.dtype not in ("auto", "bfloat16"):
+                raise ConfigError(
+                    f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
+                    "leave dtype out."
+                )
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
             _at_least(name, getattr(self, name), 1)
         for name, least in (("max_model_len", 2), ("num_kv_blocks", 2)):

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         positions: [T] int64, the static tensor, as the op may run at replay.
         """
         context = get_forward_context()
-        self.qkv(x, out=context.attn.qkv)
+        context.attn.qkv.copy_(self.qkv(x))
         if context.break_at is None:
             self._attend(context.attn, positions, cos_sin)
         else:

@@ -7,12 +7,13 @@ through the forward context, past this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minisrv.config import ModelConfig
+from minisrv.kernels.linear import lay_out
 from minisrv.nn.attention import Attention
 from minisrv.nn.layers import Destination, Embedding, GatedMLP, Projection, RMSNorm
 from minisrv.nn.rope import cos_sin_table
@@ -61,7 +62,8 @@ class Decoder(nn.Module):
             self.lm_head = Projection(
                 config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype
             )
-        table = torch.empty(config.max_position_embeddings, config.head_dim, dtype=dtype)
+        self.head: Callable[[Tensor], Tensor]
+        table = torch.empty(config.max_position_embeddings, 2 * config.head_dim, dtype=dtype)
         self.register_buffer("cos_sin", table, persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -77,10 +79,7 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], in the serving dtype."""
-        if self.lm_head is None:
-            return self.embed.logits(hidden)
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return self.head(hidden)
 
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """Give each layer its [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
@@ -94,14 +93,22 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             yield layer.attention
 
-    def fill_buffers(self) -> None:
-        """Compute what no checkpoint holds, once the model lies on its device."""
+    def prepare(self, *, int8: bool = False) -> None:
+        """Make a model whose weights are filled ready to run: compute what no checkpoint holds, and
+        lay the projections out for the machine.
+
+        int8: keep the weights of the projections with 8 bits, the output projection included.
+        """
         config = self.config
         rope = (config.rope, config.head_dim, config.max_position_embeddings, self.dtype)
         self.cos_sin.copy_(cos_sin_table(*rope))
         for module in self.modules():
             if isinstance(module, RMSNorm):
-                module.fill_buffers()
+                module.prepare()
+            elif isinstance(module, Projection):
+                module.prepare(int8=int8)
+        # Tied embeddings are laid out a second time: a gather needs plain rows.
+        self.head = self.lm_head or lay_out(self.embed.weight, None, int8=int8)
 
     def destinations(self) -> Iterator[Destination]:
         """Every checkpoint name, and the view that it fills; together all parameters, once."""

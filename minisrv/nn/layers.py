@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from minisrv.kernels.linear import Linear, lay_out
+
 Destination = tuple[str, Tensor]
 """A checkpoint's name below the layer's prefix, and the view of a parameter which it fills."""
 
@@ -23,13 +25,10 @@ def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Projection(nn.Module):
-    """y = x W + b, for one or several checkpoint projections merged side by side.
-
-    The one place that knows how a projection is laid out and which kernel computes it.
+    """y = x W^T + b, for one or several checkpoint projections merged side by side.
 
     parts: output width of each checkpoint projection, by its name; one alone may be named "".
-    weight: [in, out]. Its strides are the layout: a CPU multiplies float32 faster by rows of
-        [in, out], the shorter types by rows of [out, in].
+    weight: [out, in] until `prepare`, which lays it out for the machine and drops it.
     """
 
     def __init__(
@@ -38,31 +37,34 @@ class Projection(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         width = sum(self.parts.values())
-        if dtype == torch.float32:
-            self.weight = parameter(in_features, width, dtype=dtype)
-        else:
-            transposed = torch.empty(width, in_features, dtype=dtype).t()
-            self.weight = nn.Parameter(transposed, requires_grad=False)
+        self.weight: nn.Parameter | None = parameter(width, in_features, dtype=dtype)
         self.bias = parameter(width, dtype=dtype) if bias else None
+        self.linear: Linear
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, in] -> [T, out], into `out` if given."""
-        if self.bias is None:
-            return torch.mm(x, self.weight, out=out)
-        return torch.addmm(self.bias, x, self.weight, out=out)
+    def prepare(self, *, int8: bool) -> None:
+        """Lay the filled weight out, with 8 bits if asked for. The projection works from here on.
+
+        Raises nothing; may be called once.
+        """
+        assert self.weight is not None, "prepared already"
+        self.linear = lay_out(self.weight, self.bias, int8=int8)
+        self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return self.linear(x)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual [T, out] += x W + b, in place."""
-        residual.addmm_(x, self.weight)
-        if self.bias is not None:
-            residual.add_(self.bias)
+        """residual [T, out] += x W^T + b, in place."""
+        self.linear.add_to(residual, x)
 
     def destinations(self) -> Iterator[Destination]:
         """A checkpoint stores each weight as [out, in]."""
+        assert self.weight is not None, "the weight has been laid out and dropped"
         begin = 0
         for name, width in self.parts.items():
             dot = f"{name}." if name else ""
-            yield f"{dot}weight", self.weight[:, begin : begin + width].t()
+            yield f"{dot}weight", self.weight[begin : begin + width]
             if self.bias is not None:
                 yield f"{dot}bias", self.bias[begin : begin + width]
             begin += width
@@ -80,7 +82,7 @@ class RMSNorm(nn.Module):
         self.scale = size**-0.5
         self.register_buffer("root_eps", torch.empty((), dtype=torch.float32), persistent=False)
 
-    def fill_buffers(self) -> None:
+    def prepare(self) -> None:
         """Compute what no checkpoint holds."""
         self.root_eps.fill_((self.eps * self.weight.shape[0]) ** 0.5)
 
@@ -104,7 +106,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table; the table can also be the output projection (tied embeddings)."""
+    """Rows of a table."""
 
     def __init__(self, num_embeddings: int, size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -113,10 +115,6 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, size]."""
         return torch.index_select(self.weight, 0, ids)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, size] -> [R, num_embeddings], by the table transposed."""
-        return torch.mm(hidden, self.weight.t())
 
     def destinations(self) -> Iterator[Destination]:
         """One weight."""

@@ -41,7 +41,7 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The model of `config` in `dtype`, ready to run.
+    """The model of `config` in `dtype` with its weights; `Decoder.prepare` makes it ready to run.
 
     directory: the checkpoint; not read for load_format "dummy", which draws weights by `seed`.
     Raises WeightsError, ModelError, UnknownArchitectureError.
@@ -49,7 +49,6 @@ def load_model(
     with torch.device("meta"):
         model = model_class(config)(config, dtype=dtype)
     model.to_empty(device=device)
-    model.fill_buffers()
     if load_format == "dummy":
         _draw(model, seed)
     else:

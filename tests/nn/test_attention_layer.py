@@ -21,7 +21,9 @@ from tests.nn.driver import Driver, broken_run
 
 def load(directory: Path, variant: str, dtype: torch.dtype = torch.float32) -> Decoder:
     make_checkpoint(directory, variant)
-    return load_model(read_model_config(directory), directory, dtype=dtype)
+    model = load_model(read_model_config(directory), directory, dtype=dtype)
+    model.prepare()
+    return model
 
 
 def test_broken_attention_runs_later_in_the_context_of_then(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_model(read_model_config(directory), directory, dtype=dtype)
+    model = load_model(read_model_config(directory), directory, dtype=dtype)
+    model.prepare()
+    return model
 
 
 def reference(directory: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
