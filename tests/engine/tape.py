@@ -21,6 +21,7 @@ EPSILON = 1e-3
 """Scores (logits / temperature + noise) closer than this may be ordered by rounding."""
 
 LIMITS = {
+    "dtype": "float32",
     "max_num_seqs": 12,
     "max_num_batched_tokens": 64,
     "max_model_len": 256,
