@@ -113,6 +113,7 @@ class InputBuffers:
         self.logits = torch.zeros(rows, model.vocab_size, dtype=dtype, device=device)
         # A decode row is one token, so this never changes.
         self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
 
     def fill(self, output: SchedulerOutput, descriptor: BatchDescriptor) -> AttentionMetadata:
         """Write a step into the buffers, padded to the descriptor, and describe it to attention.
@@ -126,7 +127,10 @@ class InputBuffers:
         if descriptor.uniform_decode:
             assert descriptor.num_reqs is not None
             self.slots[num_rows : descriptor.num_reqs] = NULL_SLOT
-            return self._metadata(descriptor.num_tokens, descriptor.num_reqs, self._decode_starts)
+            if descriptor not in self._decode_metadata:
+                shape = descriptor.num_tokens, descriptor.num_reqs
+                self._decode_metadata[descriptor] = self._metadata(*shape, self._decode_starts)
+            return self._decode_metadata[descriptor]
         self._fill_tokens(output, descriptor.num_tokens)
         return self._metadata(descriptor.num_tokens, num_rows, self.query_start_loc)
 
