@@ -14,7 +14,7 @@ exactness more than of speed. Knows nothing of models, batches or modes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minisrv.errors import GraphCaptureError
 from minisrv.graph.backend import Replay
@@ -178,7 +177,7 @@ class _Recorder(TorchDispatchMode):
                 f"{func} changed the shape or the storage of its argument: a graph, whose shapes "
                 "and addresses are fixed, cannot hold it."
             )
-        if any(isinstance(leaf, Tensor) and leaf.is_mkldnn for leaf in tree_leaves(result)):
+        if any(isinstance(leaf, Tensor) and leaf.is_mkldnn for leaf in _leaves(result)):
             raise GraphCaptureError(
                 f"{func} gives a tensor in a library's own layout, which has no address that a "
                 "graph could fix; make it before the capture."
@@ -217,7 +216,19 @@ def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
 def _tensors(tree: Any) -> list[Tensor]:
     """The tensors with an address. One in a library's own layout is opaque, a constant like a
     number."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+    return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What an operation's arguments or results consist of. torch's pytree does more, and takes a
+    third of the time of a capture."""
+    if isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from _leaves(branch)
+    elif isinstance(tree, dict):
+        yield from _leaves(tuple(tree.values()))
+    else:
+        yield tree
 
 
 def _identity(tensor: Tensor) -> int:
@@ -266,6 +277,16 @@ class _Placer:
         self.internal = internal
         self.arena = arena.untyped_storage()
 
+    def all_in(self, tree: Any) -> Any:
+        """An operation's arguments with their tensors placed."""
+        if isinstance(tree, Tensor):
+            return self(tree)
+        if isinstance(tree, tuple | list):
+            return type(tree)([self.all_in(branch) for branch in tree])
+        if isinstance(tree, dict):
+            return {key: self.all_in(branch) for key, branch in tree.items()}
+        return tree
+
     def __call__(self, tensor: Tensor) -> Tensor:
         if tensor.is_mkldnn:
             return tensor
@@ -307,7 +328,7 @@ def _only_feeds(node: _Node, follower: _Node, place: _Placer) -> bool:
 
 
 def _bind(node: _Node, place: _Placer, outputs: list[Tensor]) -> _Call:
-    args, kwargs = tree_map_only(Tensor, place, (node.args, node.kwargs))
+    args, kwargs = place.all_in(node.args), place.all_in(node.kwargs)
     if not outputs:
         return DIRECT.get(node.op, node.op), args, kwargs
     found = _out_variant(node.op)

@@ -46,9 +46,8 @@ def load_model(
     directory: the checkpoint; not read for load_format "dummy", which draws weights by `seed`.
     Raises WeightsError, ModelError, UnknownArchitectureError.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         model = model_class(config)(config, dtype=dtype)
-    model.to_empty(device=device)
     if load_format == "dummy":
         _draw(model, seed)
     else:
