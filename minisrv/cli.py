@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from minisrv import __version__
@@ -25,7 +26,7 @@ from minisrv.config import (
     EngineConfig,
     ServerConfig,
 )
-from minisrv.errors import ConfigError, MinisrvError
+from minisrv.errors import ConfigError, GraphError, MinisrvError
 from minisrv.modes import CUDAGraphMode
 
 _T = TypeVar("_T")
@@ -60,6 +61,15 @@ def _plan(options: argparse.Namespace) -> int:
 
     print_plan(_settings(EngineConfig, options))
     return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    try:
+        from minisrv.certify import run_certify
+
+        return run_certify(_settings(EngineConfig, options), options.json)
+    except KeyboardInterrupt:
+        raise GraphError("interrupted: not every graph has been certified.") from None
 
 
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
@@ -111,6 +121,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_engine_flags(plan)
     plan.set_defaults(run=_plan)
+
+    certify = commands.add_parser(
+        "certify",
+        help="compare every graph with eager runs, on every kind of batch",
+        description="Start the engine as `serve` does, then replay every graph on short, "
+        "block-edge and maximal lengths, on every composition of a batch, with poisoned padding "
+        "and behind stale tails. Exits 1 if a graph differs from the eager run.",
+    )
+    _add_engine_flags(certify)
+    certify.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
+    certify.set_defaults(run=_certify)
     return parser
 
 

@@ -66,7 +66,14 @@ class GraphCaptureError(GraphError):
 
 
 class CertificationError(GraphError):
-    """A captured graph gave other results than the eager run of the same padded shape."""
+    """A captured graph gave other results than the eager run of the same padded shape.
+
+    difference: the largest absolute one found; 0 where something else was wrong.
+    """
+
+    def __init__(self, message: str, *, difference: float = 0.0) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 class RequestError(MinisrvError):

@@ -28,6 +28,7 @@ FLOORS = {
     "engine": 5,
     "server": 6,
     "plan": 7,
+    "certify": 7,
     "llm": 7,
     "cli": 7,
     "__init__": 7,

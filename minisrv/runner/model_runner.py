@@ -32,6 +32,7 @@ from minisrv.kernels import sample_op
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
+from minisrv.runner.batches import BatchLimits, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
 from minisrv.runner.trial import StepTrial
@@ -78,6 +79,13 @@ class ModelRunner:
             tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
             slots=ladders.max_num_seqs + 1,
             blocks_per_row=-(-max_model_len // block_size),
+            block_size=block_size,
+        )
+        self.limits = BatchLimits(
+            rows=ladders.max_num_seqs,
+            tokens=ladders.max_num_batched_tokens,
+            context=max_model_len,
+            blocks=num_blocks - 1,
             block_size=block_size,
         )
         self.model = model
@@ -169,7 +177,7 @@ class ModelRunner:
         keys = self.ladders.keys()
         for done, (mode, descriptor) in enumerate(keys):
             on_progress(done, len(keys))
-            trial = StepTrial(self, mode, descriptor)
+            trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
             certify(trial, partial(self._capture, mode, descriptor))
             trial.clear()
         on_progress(len(keys), len(keys))

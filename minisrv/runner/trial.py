@@ -1,11 +1,14 @@
-"""The batch that a graph is certified on.
+"""A batch on which a graph is certified.
 
-Knows: how to make a step by hand that fits a descriptor with padding to spare, what poison is, and
-what the step must and must not change. It is the `Trial` that `graph.certify` runs.
+Knows: how to make a step by hand of a batch's rows, what poison is, and what the step must and must
+not change. It is the `Trial` that `graph.certify` runs.
+Knows nothing of which batches are worth a trial: `runner.batches` does.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,91 +17,66 @@ from torch import Tensor
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.graph.certify import Start
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
 from minisrv.request import SamplingParams
+from minisrv.runner.batches import Batch
 
 if TYPE_CHECKING:
     from minisrv.runner.model_runner import ModelRunner
 
 NAN = float("nan")
-MOST_DECODES = 2
-"""Decode rows in a mixed trial; the rest of its tokens are prefill."""
+PARAMS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, top_p=0.9),
+    SamplingParams(temperature=1.3, top_k=20, min_p=0.02),
+)
+"""Of the rows, in turn."""
 
 
 class StepTrial:
     """One step at a descriptor's padded shape, on real slots and blocks of an empty cache.
 
-    The batch is one row (FULL) or one token (PIECEWISE) short of the padded size, so that there is
-    padding, unless the size is one. Lengths lie before, on and behind block edges. Blocks beyond
-    those of the batch are watched: whoever writes there is found out.
+    Blocks beyond those of the batch are watched: whoever writes there is found out.
+
+    before: the trial of a full batch in the same graph, which `Start.STALE` replays first; without
+        one there is no such start.
     """
 
-    def __init__(self, runner: ModelRunner, mode: CUDAGraphMode, descriptor: BatchDescriptor):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        mode: CUDAGraphMode,
+        descriptor: BatchDescriptor,
+        batch: Batch,
+        before: StepTrial | None = None,
+    ) -> None:
         self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}"
+        self.starts: Sequence[Start] = [
+            start for start in Start if before or start is not Start.STALE
+        ]
         self.runner = runner
         self.mode = mode
         self.descriptor = descriptor
-        self.output = self._compose()
-        used = len(self.output.new_blocks)
-        last = len(runner.kv_caches[0]) - 1
+        self.before = before
+        # The batch is all that chance depends on, so a trial can be repeated.
+        draw = random.Random(repr(batch))
+        self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw)
+        used, last = len(self.output.new_blocks), runner.limits.blocks
         self.watched = torch.tensor(sorted({*range(1 + used), min(1 + used, last), last}))
         self.slots = torch.tensor([row.slot for row in self.output.rows], dtype=torch.int64)
         self.live = self._live_positions()
-        generator = torch.Generator().manual_seed(descriptor.num_tokens)
+        generator = torch.Generator().manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
         self.cache = (torch.rand(shape, generator=generator) - 0.5).to(runner.kv_caches[0].dtype)
         self.last_token = torch.randint(
             runner.vocab_size, self.slots.shape, generator=generator, dtype=torch.int64
         )
 
-    # ---- the batch ---------------------------------------------------------------------------
-
-    def _compose(self) -> SchedulerOutput:
-        """Rows of (start, tokens), as many as slots, blocks and the padded size allow."""
-        sizes, target = self.runner.buffers.sizes, max(1, self.descriptor.num_tokens - 1)
-        free_blocks = len(self.runner.kv_caches[0]) - 1
-        longest = min(sizes.blocks_per_row, free_blocks) * sizes.block_size
-        most_decodes = min(MOST_DECODES, sizes.slots - 2)
-        rows: list[ScheduledRow] = []
-        new_slots: list[SlotStart] = []
-        new_blocks: list[tuple[int, int, int]] = []
-        tokens = decodes = 0
-        while tokens < target and len(rows) < sizes.slots - 1:
-            slot = len(rows) + 1
-            decoding = self.descriptor.uniform_decode or (target > 2 and slot <= most_decodes)
-            start = (slot * 7 - 1) % (2 * sizes.block_size) if decoding or slot % 2 else 0
-            start = min(start, longest - 1)
-            wanted = target - tokens  # half of it, unless this is the last slot
-            wanted = wanted if slot == sizes.slots - 1 else -(-wanted // 2)
-            count = 1 if decoding else min(wanted, longest - start)
-            blocks = -(-(start + count) // sizes.block_size)
-            if blocks > free_blocks - len(new_blocks):
-                break
-            new_blocks += [(slot, index, len(new_blocks) + 1 + index) for index in range(blocks)]
-            # Every third row samples, with a seed of its own; the others are greedy.
-            params = SamplingParams(temperature=0.8 if slot % 3 == 0 else 0.0, top_p=0.9)
-            new_slots.append(SlotStart(slot, params, seed=slot))
-            ids = [] if decoding else [(slot + i) % self.runner.vocab_size for i in range(count)]
-            rows.append(
-                ScheduledRow(
-                    request_id=f"trial-{slot}",
-                    slot=slot,
-                    start=start,
-                    num_tokens=count,
-                    token_ids=ids,
-                    decoding=decoding,
-                    samples=True,
-                    logprobs=None,
-                )
-            )
-            tokens += count
-            decodes += decoding
-        return SchedulerOutput(-1, rows, new_slots, new_blocks, decodes, tokens)
-
     def _live_positions(self) -> Tensor:
         """[watched, block_size] bool: cache positions that belong to the batch's tokens. The
         batch has the first blocks, so its blocks' numbers are their places among the watched."""
-        size = self.runner.buffers.sizes.block_size
+        size = self.runner.limits.block_size
         live = torch.zeros(len(self.watched), size, dtype=torch.bool)
         ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
         for slot, index, block in self.output.new_blocks:
@@ -107,20 +85,32 @@ class StepTrial:
 
     # ---- graph.certify.Trial -----------------------------------------------------------------
 
-    def reset(self, *, poison: bool) -> None:
+    def reset(self, start: Start) -> None:
         """See `graph.certify.Trial`."""
-        buffers, state = self.runner.buffers, self.runner.state
-        initial = self.cache.masked_fill(~self.live[:, :, None, None, None], NAN)
+        poison, state = start is Start.POISONED, self.runner.state
+        if start is not Start.STALE:
+            self._fill_buffers(poison)
+            state.block_table[1:] = self.watched[-1] if poison else 0
+            state.last_token.zero_()
+            state.next_position.zero_()
+        else:
+            assert self.before is not None, "no full batch to be behind"
+            self.before.reset(Start.CLEAN)
+            self.before.run(graph=True)
+        initial = self.cache
+        if poison:
+            initial = initial.masked_fill(~self.live[:, :, None, None, None], NAN)
         for cache in self.runner.kv_caches:
-            cache[self.watched] = initial if poison else self.cache
-        state.block_table[1:] = self.watched[-1] if poison else 0
-        state.last_token.zero_()[self.slots] = self.last_token
-        state.next_position.zero_()
+            cache[self.watched] = initial
+        state.last_token[self.slots] = self.last_token
         for row in self.output.rows:
             state.next_position[row.slot] = row.start
         state.apply(self.output)
-        self.initial_cache = initial if poison else self.cache
+        self.initial_cache = initial
         self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
+
+    def _fill_buffers(self, poison: bool) -> None:
+        buffers = self.runner.buffers
         for buffer in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
             buffer.fill_(NAN if poison else 0.0)
         # Where there is padding the last slot is nobody's: a stale row writes to a watched block.
@@ -169,7 +159,42 @@ class StepTrial:
 
     def clear(self) -> None:
         """Leave state and buffers as a new server has them, and no poison in the cache."""
-        self.reset(poison=False)
+        self.reset(Start.CLEAN)
         self.runner.state.last_token.zero_()
         self.runner.state.next_position.zero_()
         self.runner.state.block_table.zero_()
+
+
+def _step(batch: Batch, block_size: int, vocab_size: int, draw: random.Random) -> SchedulerOutput:
+    """A step of the batch's rows: slots in order, the first blocks in any order."""
+    needed = [-(-(row.start + row.num_tokens) // block_size) for row in batch]
+    blocks = draw.sample(range(1, 1 + sum(needed)), sum(needed))
+    rows: list[ScheduledRow] = []
+    new_slots: list[SlotStart] = []
+    new_blocks: list[tuple[int, int, int]] = []
+    turn = draw.randrange(len(PARAMS))
+    for slot, (row, count) in enumerate(zip(batch, needed, strict=True), start=1):
+        new_blocks += [(slot, index, blocks.pop()) for index in range(count)]
+        params = PARAMS[(slot + turn) % len(PARAMS)]
+        new_slots.append(SlotStart(slot, params, seed=draw.getrandbits(63)))
+        prompt = [] if row.decoding else draw.choices(range(vocab_size), k=row.num_tokens)
+        rows.append(
+            ScheduledRow(
+                request_id=f"trial-{slot}",
+                slot=slot,
+                start=row.start,
+                num_tokens=row.num_tokens,
+                token_ids=prompt,
+                decoding=row.decoding,
+                samples=True,
+                logprobs=None,
+            )
+        )
+    return SchedulerOutput(
+        step_id=-1,
+        rows=rows,
+        new_slots=new_slots,
+        new_blocks=new_blocks,
+        num_decodes=sum(row.decoding for row in batch),
+        num_tokens=sum(row.num_tokens for row in batch),
+    )

@@ -1,0 +1,202 @@
+"""`minisrv certify`: what start-up does not see is found, said and answered with status 1."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv import certify, cli
+from minisrv.kernels import DIRECT, attention, attention_op
+from minisrv.runner.input_buffers import InputBuffers
+from minisrv.runner.trial import StepTrial
+from tests.checkpoints import make_checkpoint
+
+FLAGS = ("--max-num-seqs", "3", "--max-num-batched-tokens", "16", "--block-size", "4")
+FLAGS += ("--max-model-len", "40")
+GRAPHS = [f"PIECEWISE {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
+GRAPHS += [f"FULL {n} {epilogue}" for n in (3, 2, 1) for epilogue in ("LOGITS", "TOKENS")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, capsys, monkeypatch):
+    """Runs the command in this process; returns its status, what it printed and its JSON."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*flags: str) -> tuple[int, str, dict[str, Any]]:
+        path = tmp_path / "report.json"
+        status = cli.main(["certify", checkpoint, *FLAGS, "--json", str(path), *flags])
+        report = json.loads(path.read_text()) if path.exists() else {}
+        return status, "".join(capsys.readouterr()), report
+
+    return run
+
+
+def failed(report: dict[str, Any]) -> list[str]:
+    return [graph["graph"] for graph in report["graphs"] if graph["failures"]]
+
+
+def test_right_graphs_pass(run):
+    status, printed, report = run()
+    assert status == 0
+    assert "11 graphs" in printed
+    assert "all passed" in printed
+    assert [graph["graph"] for graph in report["graphs"]] == GRAPHS
+    assert report["passed"]
+    assert failed(report) == []
+    assert all(graph["trials"] >= 3 for graph in report["graphs"])
+    assert all(graph["largest_difference"] == 0 for graph in report["graphs"])
+    assert report["config"]["max_num_seqs"] == 3
+
+
+def breaks_beyond(length: int, how) -> dict[Any, Any]:
+    """The attention that graphs call, wrong for rows longer than `length`; eager runs take the
+    right one. Start-up's batches are no longer than two blocks and a token."""
+
+    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
+        if int(seq_lens.max()) > length:
+            seq_lens = how(seq_lens)
+        attention(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+
+    return {attention_op: broken}
+
+
+def raises(seq_lens: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda seq_lens: seq_lens.clamp(max=9), "hidden states of the replay differs"),
+        (raises, "failed: an illegal memory access"),
+    ],
+)
+def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
+    """Start-up is content; the sweep names every such graph, and the batch (trap 5)."""
+    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(9, how))
+    status, printed, report = run()
+    assert status == 1
+    assert failed(report) == [name for name in GRAPHS if name.startswith("FULL")]
+    assert "FULL 3 TOKENS on decode at length 40, 1, 39" in printed
+    assert words in printed
+    assert "11 graphs" in printed
+    assert "6 FAILED" in printed
+    assert not report["passed"]
+    single = report["graphs"][-1]
+    assert single["failures"][0]["batch"] == "decode at length 40"
+    assert (single["largest_difference"] > 0) == ("differs" in words)
+
+
+def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
+    """Padding rows keep slots of the step before, if these look like real ones (trap 4)."""
+    fill = InputBuffers.fill
+
+    def keeps_the_tail(self, output, descriptor):
+        tail = self.slots[len(output.rows) :].clone()
+        attn = fill(self, output, descriptor)
+        # Not the last slot, which is what poison holds.
+        self.slots[len(output.rows) :] = tail.where(tail < self.sizes.slots - 1, 0)
+        return attn
+
+    monkeypatch.setattr(InputBuffers, "fill", keeps_the_tail)
+    status, printed, report = run("--max-num-seqs", "5", "--cudagraph-capture-sizes", "5")
+    assert status == 1
+    assert failed(report) == ["FULL 5 LOGITS", "FULL 5 TOKENS"]
+    assert "the replay behind a full batch changed" in printed
+
+
+def test_an_address_that_moves(run, monkeypatch):
+    """Only lengths beyond a block; the graph would read the old address (trap 14)."""
+    fill = InputBuffers.fill
+
+    def sometimes_fresh(self, output, descriptor):
+        if any(row.start > 9 for row in output.rows):
+            self.seq_lens = self.seq_lens.clone()
+        return fill(self, output, descriptor)
+
+    monkeypatch.setattr(InputBuffers, "fill", sometimes_fresh)
+    status, printed, _ = run()
+    assert status == 1
+    assert "attn.seq_lens moved since the capture" in printed
+
+
+def test_what_does_not_start_is_not_swept(run, monkeypatch):
+    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(1, raises))
+    status, printed, report = run()
+    assert (status, report) == (1, {})
+    assert "minisrv: error: FULL 3 LOGITS: the replay on a clean batch failed" in printed
+
+
+def test_interrupted_is_not_certified(run, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certify, "sweep", interrupt)
+    status, printed, report = run()
+    assert (status, report) == (1, {})
+    assert "not every graph has been certified" in printed
+
+
+def test_every_start_is_tried(run, monkeypatch):
+    seen = []
+    reset = StepTrial.reset
+    monkeypatch.setattr(
+        StepTrial, "reset", lambda self, start: (seen.append(start.name), reset(self, start))
+    )
+    run()
+    assert set(seen) == {"CLEAN", "POISONED", "STALE"}
+
+
+def process(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """`minisrv certify` in a process of its own, with `code` run before it."""
+    command = f"import sys\nfrom minisrv.cli import main\n{code}\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", command, "certify", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_status_0_of_the_process(checkpoint, tmp_path):
+    path = tmp_path / "report.json"
+    done = process("--model", checkpoint, *FLAGS, "--json", str(path))
+    assert (done.returncode, "all passed" in done.stdout) == (0, True), done.stderr
+    assert json.loads(path.read_text())["passed"]
+
+
+def test_status_1_of_the_process(checkpoint):
+    code = (
+        "from minisrv.graph import cpu_tape\n"
+        "from tests.test_certify import breaks_beyond, raises\n"
+        "cpu_tape.DIRECT = cpu_tape.DIRECT | breaks_beyond(9, raises)"
+    )
+    done = process(checkpoint, *FLAGS, code=code)
+    assert (done.returncode, "6 FAILED" in done.stdout) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--enforce-eager"], "nothing to certify"),
+        (["--json", "no/such/directory/report.json"], "not a file in an existing directory"),
+        (["--json", "."], "not a file in an existing directory"),
+        (["--max-num-seqs", "9", "--cudagraph-capture-sizes", "4"], "add 9 to the sizes"),
+    ],
+)
+def test_wrong_settings_end_before_a_model_is_loaded(run, monkeypatch, flags, words):
+    monkeypatch.setattr(certify, "EngineCore", None)
+    status, printed, _ = run(*flags)
+    assert status == 1
+    assert words in printed
