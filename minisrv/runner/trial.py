@@ -66,6 +66,8 @@ class StepTrial:
         self.watched = torch.tensor(sorted({*range(1 + used), min(1 + used, last), last}))
         self.slots = torch.tensor([row.slot for row in self.output.rows], dtype=torch.int64)
         self.live = self._live_positions()
+        block, offset = self.live.nonzero().unbind(dim=1)
+        self.entries = self.watched[block] * runner.limits.block_size + offset
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
         self.cache = (torch.rand(shape, generator=generator) - 0.5).to(runner.kv_caches[0].dtype)
@@ -137,7 +139,9 @@ class StepTrial:
             "tokens": buffers.tokens[:rows].clone(),
             "last tokens": state.last_token[self.slots],
             "next positions": state.next_position[self.slots],
-            "cache": torch.stack([c[self.watched][self.live] for c in self.runner.kv_caches]),
+            "cache": torch.stack(
+                [c.flatten(0, 1).index_select(0, self.entries) for c in self.runner.kv_caches]
+            ),
         }
 
     def touched(self) -> list[str]:

@@ -43,7 +43,6 @@ def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode):
     engine = start(checkpoint, mode)
     assert engine.info.graphs == len(engine.ladders.keys()) > 0
     runner = engine.runner
-    assert all(cache[0].isfinite().all() for cache in runner.kv_caches), "trap 2: the null block"
     assert not runner.state.block_table.any()
     assert not runner.state.last_token.any()
     assert not runner.state.next_position.any()

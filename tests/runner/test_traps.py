@@ -1,0 +1,720 @@
+"""What has gone wrong with captured graphs in other servers, and would be seen here.
+
+Each test runs as it is, and once for each *mutant*: the mistake itself, made on purpose, with which
+the test must fail. Engines are started without their certification, so that the tests alone judge;
+what certification finds is in test_certification.py. The numbers are those of a list drawn from the
+issue trackers of vLLM, SGLang and others; 9 to 13 need a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisrv.config import EngineConfig
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.kv_cache import FreeList
+from minisrv.core.ladder import decode_descriptor
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.engine.core import EngineCore
+from minisrv.errors import GraphError
+from minisrv.graph import cpu_tape
+from minisrv.graph.certify import Start
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
+from minisrv.kernels import DIRECT, attention, attention_op
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+from minisrv.nn import attention as attention_layer
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner import model_runner
+from minisrv.runner.batches import BatchRow
+from minisrv.runner.input_buffers import InputBuffers
+from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.trial import StepTrial
+from tests.checkpoints import make_checkpoint
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+def fails_with(*mutants: Callable[[Patch], None]) -> Callable[..., Any]:
+    """The test passes as it is, and finds each of `mutants`."""
+
+    def decorate(test: Callable[[str], None]) -> Any:
+        names = ["as_it_is", *(mutant.__name__ for mutant in mutants)]
+
+        @pytest.mark.parametrize("mutant", [None, *mutants], ids=names)
+        @functools.wraps(test)
+        def run(checkpoint: str, mutant: Any, monkeypatch: Patch) -> None:
+            if mutant is None:
+                test(checkpoint)
+                return
+            mutant(monkeypatch)
+            with pytest.raises((AssertionError, GraphError)):
+                test(checkpoint)
+
+        del run.__wrapped__  # pytest would ask it for the arguments
+        return run
+
+    return decorate
+
+
+# ---- an engine, step by step ---------------------------------------------------------------------
+
+
+def start(checkpoint: str, *, certified: bool = False, **settings: Any) -> EngineCore:
+    limits = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "max_model_len": CONTEXT,
+        "block_size": BLOCK_SIZE,
+        "num_kv_blocks": NUM_BLOCKS,
+    }
+    with Patch.context() as patch:
+        if not certified:
+            patch.setattr(model_runner, "certify", lambda trial, capture: capture())
+        return EngineCore(
+            EngineConfig(model=checkpoint, **{**limits, **settings}), check_addresses=True
+        )
+
+
+def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **params: Any) -> None:
+    """Queue one request a prompt, named by its first token."""
+    for prompt in prompts:
+        asked = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
+        engine.add(EngineRequest(request_id=str(prompt[0]), prompt_token_ids=prompt, params=asked))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A scheduled step that has not been launched."""
+
+    engine: EngineCore
+    output: SchedulerOutput
+    dispatch: Dispatch
+
+    @classmethod
+    def next(cls, engine: EngineCore) -> Step:
+        output = engine.scheduler.schedule()
+        assert output is not None
+        dispatch = engine.dispatcher.dispatch(
+            output.num_tokens,
+            len(output.rows),
+            uniform_decode=output.uniform_decode,
+            needs_logits=output.needs_logits,
+        )
+        return cls(engine, output, dispatch)
+
+    @property
+    def padded(self) -> int:
+        return self.dispatch.descriptor.num_tokens
+
+    def launch(self) -> StepResult:
+        return self.engine.runner.execute(self.output, self.dispatch)
+
+    def retire(self, result: StepResult) -> None:
+        self.engine.scheduler.update(self.output.step_id, result.tokens())
+
+
+def play(engine: EngineCore, steps: int) -> None:
+    for _ in range(steps):
+        step = Step.next(engine)
+        step.retire(step.launch())
+
+
+def tensors(runner: ModelRunner) -> dict[str, Tensor]:
+    """What a step may find changed by the one before: the cache, the state by slot, the buffers."""
+    found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
+    found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
+    buffers = vars(runner.buffers).items()
+    return found | {f"buffers.{name}": t for name, t in buffers if isinstance(t, Tensor)}
+
+
+def saved(runner: ModelRunner) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors(runner).items()}
+
+
+def restore(runner: ModelRunner, values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors(runner).items():
+        tensor.copy_(values[name])
+
+
+def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
+    """Run to the end: the tokens and the graph steps of each request."""
+    tokens: dict[str, list[int]] = {}
+    ran: dict[str, dict[str, int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.graph_steps is not None:
+                ran[output.request_id] = output.graph_steps
+    return tokens, ran
+
+
+# ---- trap 1: slot -1 is a real index -------------------------------------------------------------
+
+LAST_ENTRY = NUM_BLOCKS * BLOCK_SIZE - 1
+"""What index -1 means."""
+
+
+def pads_slot_mapping_with_minus_one(patch: Patch) -> None:
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        attn = fill(self, output, descriptor)
+        if not descriptor.uniform_decode:
+            self.slot_mapping[output.num_tokens : descriptor.num_tokens] = LAST_ENTRY
+        return attn
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+def maps_the_null_slot_to_minus_one(patch: Patch) -> None:
+    gather = InputBuffers.gather_decode
+
+    def broken(self, rows):
+        gather(self, rows)
+        self.slot_mapping[:rows].masked_fill_(self.slots[:rows] == 0, LAST_ENTRY)
+
+    patch.setattr(InputBuffers, "gather_decode", broken)
+
+
+def launch_and_check_writes(step: Step) -> StepResult:
+    """The step changes the cache entries of its own tokens; padding only those of block 0."""
+    runner = step.engine.runner
+    before = [cache.clone() for cache in runner.kv_caches]
+    result = step.launch()
+    own = {
+        (int(runner.state.block_table[row.slot, position // BLOCK_SIZE]), position % BLOCK_SIZE)
+        for row in step.output.rows
+        for position in range(row.start, row.start + row.num_tokens)
+    }
+    for old, cache in zip(before, runner.kv_caches, strict=True):
+        changed = (old != cache).flatten(2).any(dim=2).nonzero().tolist()
+        assert {(block, offset) for block, offset in changed if block} == own
+    return result
+
+
+@fails_with(pads_slot_mapping_with_minus_one, maps_the_null_slot_to_minus_one)
+def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(checkpoint):
+    engine = start(checkpoint)
+    for cache in engine.runner.kv_caches:
+        cache.fill_(-7.0)
+    submit(engine, [1, 2, 3], [4, 5], [6])
+    ran = set()
+    for _ in range(6):
+        step = Step.next(engine)
+        assert step.padded > step.output.num_tokens, "there is padding"
+        step.retire(launch_and_check_writes(step))
+        ran.add(step.dispatch.mode)
+    assert ran == {PIECEWISE, FULL}
+
+
+# ---- trap 2: capture dirties the null block ------------------------------------------------------
+
+
+def certification_leaves_its_poison(patch: Patch) -> None:
+    patch.setattr(StepTrial, "clear", lambda self: None)
+
+
+def padding_scatters_its_position(patch: Patch) -> None:
+    """The null slot is not put back: its position runs away, beyond the context in the end."""
+
+    def broken(self, rows):
+        state, slots = self.state, self.slots[:rows]
+        state.last_token.index_copy_(0, slots, self.tokens[:rows])
+        state.next_position.index_copy_(0, slots, self.next_positions(rows))
+
+    patch.setattr(InputBuffers, "scatter", broken)
+
+
+@fails_with(certification_leaves_its_poison, padding_scatters_its_position)
+def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(checkpoint):
+    """Certification too has filled the null block with NaN, and must not leave it so."""
+    for certified in (False, True):
+        engine = start(checkpoint, certified=certified)
+        assert_null_is_clean(engine.runner)
+        submit(engine, [1, 2, 3], [4, 5], [6])
+        generate(engine)
+        assert_null_is_clean(engine.runner)
+
+
+def assert_null_is_clean(runner: ModelRunner) -> None:
+    assert all(cache[0].isfinite().all() for cache in runner.kv_caches)
+    state = runner.state
+    for tensor in (state.last_token, state.next_position, state.block_table):
+        assert not tensor[0].any()
+
+
+# ---- trap 3: rows of length 0, and outputs that nobody wrote ------------------------------------
+
+
+def padding_rows_have_length_0(patch: Patch) -> None:
+    gather = InputBuffers.gather_decode
+
+    def broken(self, rows):
+        gather(self, rows)
+        # Not the first row: a batch of padding alone, as while capturing, divides by zero.
+        self.seq_lens[1:rows].masked_fill_(self.slots[1:rows] == 0, 0)
+
+    patch.setattr(InputBuffers, "gather_decode", broken)
+
+
+def padding_rows_read_beyond_their_token(patch: Patch) -> None:
+    gather = InputBuffers.gather_decode
+
+    def broken(self, rows):
+        gather(self, rows)
+        self.seq_lens[:rows].clamp_(min=3)
+
+    patch.setattr(InputBuffers, "gather_decode", broken)
+
+
+def attention_skips_the_padding(patch: Patch) -> None:
+    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
+        kept = out.clone()
+        attention_op(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+        if get_forward_context().mode is PIECEWISE:
+            out[starts[-1] :] = kept[starts[-1] :]
+
+    patch.setattr(attention_layer, "attention_op", broken)
+
+
+@fails_with(
+    padding_rows_have_length_0, padding_rows_read_beyond_their_token, attention_skips_the_padding
+)
+def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(checkpoint):
+    """Real rows equal those of a zero-filled run, and padding is finite: it is an ordinary row."""
+    engine = start(checkpoint)
+    submit(engine, [1, 2, 3], [4, 5], [6])
+    runner, buffers, ran = engine.runner, engine.runner.buffers, set()
+    for _ in range(2):
+        step = Step.next(engine)
+        before, seen = saved(runner), []
+        for value in (0.0, float("nan")):
+            restore(runner, before)
+            for tensor in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
+                tensor.fill_(value)
+            for cache in runner.kv_caches:
+                cache[0] = value
+            result = step.launch()
+            seen.append((buffers.hidden[: step.padded].clone(), result.token_ids))
+        assert seen[0][0].isfinite().all()
+        assert all(torch.equal(zero, nan) for zero, nan in zip(*seen, strict=True))
+        if step.dispatch.mode is FULL:
+            assert buffers.seq_lens[: step.padded].min() >= 1
+        ran.add(step.dispatch.mode)
+        step.retire(result)
+    assert ran == {PIECEWISE, FULL}
+
+
+# ---- trap 4: stale tails -------------------------------------------------------------------------
+
+
+def compare_with_a_fresh_engine(checkpoint: str, step: Step) -> None:
+    """The step gives, behind what came before it, what it gives in an engine that has run none:
+    everything up to the padded size, padding included."""
+    fresh = start(checkpoint)
+    values, own = tensors(step.engine.runner), tensors(fresh.runner)
+    for name, tensor in own.items():
+        if not name.startswith("buffers"):
+            tensor.copy_(values[name])
+    for runner in (step.engine.runner, fresh.runner):
+        runner.execute(step.output, step.dispatch)
+    rows = step.dispatch.descriptor.num_reqs or len(step.output.rows)
+    by_row = ("slots", "block_table", "seq_lens")
+    for name in (*by_row, "input_ids", "positions", "slot_mapping", "hidden"):
+        size = rows if name in by_row else step.padded
+        name = f"buffers.{name}"
+        assert torch.equal(values[name][:size], own[name][:size]), name
+    attn = step.engine.runner.buffers.fill(step.output, step.dispatch.descriptor)
+    assert (attn.query_start_loc.diff() > 0).all(), "monotone"
+    assert attn.query_start_loc[len(step.output.rows)] == step.output.num_tokens
+    for name, tensor in own.items():
+        if name.startswith("state"):
+            assert torch.equal(values[name], tensor), name
+
+
+def keeps_the_slots_of_the_step_before(patch: Patch) -> None:
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        tail = self.slots[len(output.rows) :].clone()
+        attn = fill(self, output, descriptor)
+        self.slots[len(output.rows) :] = tail
+        return attn
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+@fails_with(keeps_the_slots_of_the_step_before)
+def test_trap_04_five_decodes_behind_eight_in_the_same_graph(checkpoint):
+    engine = start(checkpoint)
+    submit(engine, *([n, n + 1] for n in range(5)), max_tokens=9)
+    submit(engine, [11], [12], [13], max_tokens=2)
+    play(engine, 2)
+    step = Step.next(engine)
+    assert len(step.output.rows) == 5
+    assert step.dispatch.descriptor == decode_descriptor(8, Epilogue.TOKENS)
+    compare_with_a_fresh_engine(checkpoint, step)
+
+
+def keeps(*names: str) -> Callable[[Patch], None]:
+    """Buffers of a mixed step keep their tail."""
+
+    def mutant(patch: Patch) -> None:
+        fill = InputBuffers._fill_tokens
+
+        def broken(self, output, padded):
+            tails = {name: getattr(self, name)[output.num_tokens :].clone() for name in names}
+            fill(self, output, padded)
+            for name, tail in tails.items():
+                getattr(self, name)[output.num_tokens :] = tail
+
+        patch.setattr(InputBuffers, "_fill_tokens", broken)
+
+    mutant.__name__ = f"keeps_{'_'.join(names)}"
+    return mutant
+
+
+def describes_rows_of_the_step_before(patch: Patch) -> None:
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        rows = len(output.rows) + 2
+        return replace(
+            fill(self, output, descriptor),
+            query_start_loc=self.query_start_loc[: rows + 1],
+            seq_lens=self.seq_lens[:rows],
+            block_table=self.block_table[:rows],
+        )
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+@fails_with(
+    keeps("input_ids"),
+    keeps("positions"),
+    keeps("slot_mapping"),
+    describes_rows_of_the_step_before,
+)
+def test_trap_04_five_tokens_behind_eight_in_the_same_graph(checkpoint):
+    engine = start(checkpoint)
+    submit(engine, [1, 2, 3], [4, 5, 6], [7, 8])
+    play(engine, 1)
+    for name in ("1", "4", "7"):
+        engine.abort(name)
+    submit(engine, [9, 10, 11, 12, 13])
+    step = Step.next(engine)
+    assert step.output.num_tokens == 5
+    assert step.dispatch.descriptor == BatchDescriptor(8)
+    compare_with_a_fresh_engine(checkpoint, step)
+
+
+# ---- trap 5: metadata frozen at capture ----------------------------------------------------------
+
+
+def freezes_the_lengths(patch: Patch) -> None:
+    """They are computed on the host, which no graph sees."""
+    gather = InputBuffers.gather_decode
+
+    def broken(self, rows):
+        gather(self, rows)
+        self.seq_lens[:rows].copy_(torch.from_numpy(self.positions[:rows].numpy() + 1))
+
+    patch.setattr(InputBuffers, "gather_decode", broken)
+
+
+def keeps_the_plan_of_the_first_replay(patch: Patch) -> None:
+    plans: dict[int, int] = {}
+
+    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
+        planned = plans.setdefault(len(seq_lens), int(seq_lens.max()))
+        seq_lens = seq_lens.clamp(max=planned)
+        attention(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+
+    patch.setattr(cpu_tape, "DIRECT", DIRECT | {attention_op: broken})
+
+
+@fails_with(freezes_the_lengths, keeps_the_plan_of_the_first_replay)
+def test_trap_05_a_graph_captured_at_length_1_serves_every_length(checkpoint):
+    """Captured on padding, whose length is 1; replayed at 1, around block edges, at the maximum."""
+    runner = start(checkpoint).runner
+    lengths = (1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, CONTEXT)
+    for rows in (1, 3):
+        for length in lengths:
+            batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
+            key = decode_descriptor(1 if rows == 1 else 4, Epilogue.LOGITS)
+            assert_equals_eager(StepTrial(runner, FULL, key, batch))
+
+
+def assert_equals_eager(trial: StepTrial, *, arena: Tensor | None = None) -> None:
+    """arena: where a replay finds nothing that it has not written itself."""
+    seen = []
+    for graph in (False, True):
+        trial.reset(Start.CLEAN)
+        if arena is not None:
+            arena.fill_(255)  # NaN
+        try:
+            trial.run(graph=graph)
+        except RuntimeError as error:
+            raise AssertionError(f"{trial.name}: {error}") from error  # torch sees some overlaps
+        seen.append(trial.observe())
+    for name, eager in seen[0].items():
+        assert torch.equal(eager, seen[1][name]), f"{trial.name}: {name}"
+
+
+# ---- trap 6: prefill that looks like decode ------------------------------------------------------
+
+
+def classifies_by_shape(patch: Patch) -> None:
+    by_shape = property(lambda self: self.num_tokens == len(self.rows))
+    patch.setattr(SchedulerOutput, "uniform_decode", by_shape)
+
+
+HAS_PREFILL, PURE_DECODE = "PIECEWISE/has_prefill", "FULL/pure_decode"
+
+
+@fails_with(classifies_by_shape)
+def test_trap_06_a_prompt_of_one_token_is_no_decode(checkpoint):
+    engine, eager = start(checkpoint), start(checkpoint, enforce_eager=True)
+    for each in (engine, eager):
+        submit(each, [5], max_tokens=4)
+    tokens, ran = generate(engine)
+    assert ran == {"5": {HAS_PREFILL: 1, PURE_DECODE: 3}}
+    assert tokens == generate(eager)[0]
+
+
+@fails_with(classifies_by_shape)
+def test_trap_06_a_chunk_of_one_token_is_no_decode(checkpoint):
+    """Beside a decode and alone: 6 tokens are 1 + 5, then 1 + 1."""
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 6}
+    played = []
+    for engine in (start(checkpoint, **limits), start(checkpoint, enforce_eager=True, **limits)):
+        submit(engine, [5], max_tokens=6)
+        outputs = engine.step()
+        submit(engine, [6, 7, 8, 9, 10, 11], max_tokens=2)
+        tokens, ran = generate(engine)
+        played.append([outputs[0].token_ids, tokens])
+        if not engine.config.enforce_eager:
+            assert ran["5"] == {HAS_PREFILL: 3, PURE_DECODE: 3}
+            assert ran["6"] == {HAS_PREFILL: 2, PURE_DECODE: 1}
+    assert played[0] == played[1]
+
+
+# ---- trap 7: memory of the pool that is given out twice ------------------------------------------
+
+
+def intermediates_die_at_the_break(patch: Patch) -> None:
+    """What crosses from piece to piece is held weakly: a result of the next one lies on it."""
+    finish = CPUTapeBackend.finish
+
+    def broken(self):
+        ends, last = [], -1
+        for _, nodes in self._capture.segments:
+            last += len(nodes)
+            ends.append(last)
+        for storage in self._capture.internal.values():
+            end = next(end for end in ends if end >= storage.born)
+            storage.last_used = min(storage.last_used, end)
+        finish(self)
+
+    patch.setattr(CPUTapeBackend, "finish", broken)
+
+
+def somebody_uses_the_pool_between_pieces(patch: Patch) -> None:
+    finish = CPUTapeBackend.finish
+
+    def broken(self):
+        pieces = [segment for segment, _ in self._capture.segments]
+        finish(self)
+        for piece in pieces[:-1]:
+            piece.calls.append((self.arena.fill_, (255,), {}))
+
+    patch.setattr(CPUTapeBackend, "finish", broken)
+
+
+@fails_with(intermediates_die_at_the_break, somebody_uses_the_pool_between_pieces)
+def test_trap_07_every_graph_is_right_behind_every_other(checkpoint):
+    """All are captured, then replayed, first to last and back, in the arena that they share."""
+    runner = start(checkpoint).runner
+    backend = runner.model_step.backend
+    keys = runner.ladders.keys()
+    for mode, key in keys + keys[::-1]:
+        decode = key.uniform_decode
+        batch = (*[BatchRow(5, 1, decode)] * (key.num_tokens if decode else 1),)
+        if not decode and key.num_tokens > 1:
+            batch += (BatchRow(0, key.num_tokens - 1),)
+        assert_equals_eager(StepTrial(runner, mode, key, batch), arena=backend.arena)
+
+
+# ---- trap 8: a result that the next step overwrites ----------------------------------------------
+
+
+def results_are_views(patch: Patch) -> None:
+    execute = ModelRunner.execute
+
+    def broken(self, output, dispatch):
+        result = execute(self, output, dispatch)
+        return replace(result, token_ids=self.buffers.tokens[: len(output.rows)])
+
+    patch.setattr(ModelRunner, "execute", broken)
+
+
+@fails_with(results_are_views)
+def test_trap_08_a_result_read_late_is_the_result_of_its_step(checkpoint):
+    """Step N is read when step N+1 has been launched, by a larger graph, by one of the other
+    kind, by a smaller one."""
+    engine = start(checkpoint)
+    submit(engine, [1, 2, 3], [4, 5])
+    read: list[tuple[StepResult, StepResult]] = []
+    ran = []
+    for prompts in ([], [], [[6], [7, 8, 9], [10]], [], []):
+        submit(engine, *prompts, max_tokens=2, logprobs=2)
+        step = Step.next(engine)
+        result = step.launch()
+        ran.append((step.dispatch.mode, step.padded))
+        read.append((result, StepResult(result.token_ids.clone(), result.logprobs)))
+        for late, at_once in read:
+            assert late.tokens() == at_once.tokens()
+            assert late.logprobs == at_once.logprobs
+        step.retire(result)
+    assert ran == [(PIECEWISE, 8), (FULL, 2), (PIECEWISE, 8), (FULL, 8), (FULL, 2)]
+    chosen = [[row.token_id for row in r.logprobs if row] for r, _ in read if r.logprobs]
+    assert chosen == [read[2][0].tokens()[2:], read[3][0].tokens()[2:]], "of the step's own logits"
+
+
+# ---- trap 14: address drift ----------------------------------------------------------------------
+
+
+def moves_metadata(name: str) -> Callable[[Patch], None]:
+    def mutant(patch: Patch) -> None:
+        fill = InputBuffers.fill
+
+        def broken(self, output, descriptor):
+            attn = fill(self, output, descriptor)
+            # Not while capturing, on no rows.
+            return replace(attn, **{name: getattr(attn, name).clone()}) if output.rows else attn
+
+        patch.setattr(InputBuffers, "fill", broken)
+
+    mutant.__name__ = f"moves_{name}"
+    return mutant
+
+
+def moves_an_argument(patch: Patch) -> None:
+    call = model_runner.CUDAGraphWrapper.__call__
+
+    def broken(self, *args):
+        call(self, *args[:1], *(arg.clone() for arg in args[1:]))
+
+    patch.setattr(model_runner.CUDAGraphWrapper, "__call__", broken)
+
+
+def moves_a_buffer(patch: Patch) -> None:
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        self.slots = self.slots.clone()
+        return fill(self, output, descriptor)
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+def moves_the_state(patch: Patch) -> None:
+    scatter = InputBuffers.scatter
+
+    def broken(self, rows):
+        self.state.last_token = self.state.last_token.clone()
+        scatter(self, rows)
+
+    patch.setattr(InputBuffers, "scatter", broken)
+
+
+@fails_with(
+    *(moves_metadata(name) for name in AttentionMetadata.__dataclass_fields__),
+    moves_an_argument,
+    moves_a_buffer,
+    moves_the_state,
+)
+def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(checkpoint):
+    """Arguments and metadata are compared before each replay; buffers and state keep their
+    addresses."""
+    engine = start(checkpoint)
+    before = {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
+    submit(engine, [1, 2, 3], [4, 5], [6])
+    _, ran = generate(engine)
+    assert ran["1"].keys() == {HAS_PREFILL, PURE_DECODE}
+    assert before == {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
+
+
+def test_trap_14_a_wrapper_takes_no_keyword_arguments(checkpoint):
+    """Nothing would compare their addresses."""
+    wrapper = start(checkpoint).runner.model_step
+    for call in (wrapper, wrapper.capture):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            call(input_ids=torch.zeros(1))
+
+
+# ---- trap 15: padding needs no room --------------------------------------------------------------
+
+
+SCANT_BLOCKS = 7
+"""Two for each of three requests, and the null block."""
+
+
+def null_numbers_belong_to_the_pool(patch: Patch) -> None:
+    init = FreeList.__init__
+
+    def broken(self, total):
+        init(self, total)
+        self._free.appendleft(0)
+        self._is_free[0] = True
+
+    patch.setattr(FreeList, "__init__", broken)
+
+
+def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
+    """In a full cache that is a block which somebody holds."""
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        self.state.block_table[0, 0] = SCANT_BLOCKS - 1
+        return fill(self, output, descriptor)
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+@fails_with(null_numbers_belong_to_the_pool, padding_gets_its_block_when_it_comes)
+def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(checkpoint):
+    """Padding has had its own since before there was a graph or a request."""
+    limits = {"max_num_seqs": 3, "num_kv_blocks": SCANT_BLOCKS, "cudagraph_capture_sizes": (4, 16)}
+    played = []
+    for engine in (start(checkpoint, **limits), start(checkpoint, enforce_eager=True, **limits)):
+        scheduler, tokens = engine.scheduler, []
+        submit(engine, *([n] * BLOCK_SIZE for n in (1, 2, 3)), max_tokens=BLOCK_SIZE)
+        play(engine, 1)
+        for _ in range(BLOCK_SIZE - 1):
+            step = Step.next(engine)
+            assert (scheduler.pool.num_free, scheduler.slots.num_free) == (0, 0)
+            assert 0 not in [block for request in scheduler.running for block in request.blocks]
+            assert 0 not in [request.slot for request in scheduler.running]
+            result = launch_and_check_writes(step)
+            tokens.append(result.tokens())
+            step.retire(result)
+        assert step.padded == (3 if engine.config.enforce_eager else 4)
+        played.append(tokens)
+    assert played[0] == played[1]
