@@ -59,6 +59,13 @@ def test_user_sizes_above_the_limits_certify(checkpoint):
     assert engine.ladders.mixed == (4, 64)
 
 
+def test_a_context_that_ends_within_a_block(checkpoint):
+    """The trial took the rest of the block too, beyond the rotary table: an IndexError at start."""
+    sizes = {"cudagraph_capture_sizes": (1, 1024), "block_size": 300}
+    engine = start(checkpoint, max_num_seqs=1, max_num_batched_tokens=1024, **sizes)
+    assert engine.info.graphs == 4
+
+
 def refused(checkpoint: str, mode: str, what: str) -> None:
     with pytest.raises(CertificationError, match=what):
         start(checkpoint, mode)
