@@ -107,11 +107,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as an API worker hands it to the engine."""
+    """A request as an API worker hands it to the engine.
+
+    cache_salt: only requests with the same one share entries of the prefix cache.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    cache_salt: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -136,6 +140,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: RequestFailure | None = None
     graph_steps: dict[str, int] | None = None
     """With the last output: the request's steps counted by "MODE/reason"."""
+    num_cached_tokens: int = 0
+    """With the first token: prompt tokens that were found in the prefix cache."""
 
 
 class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,30 +1,44 @@
 """Blocks of the KV cache and slots of request state, as numbers.
 
-Knows: which numbers are free. Block 0 and slot 0 are the null ones: they belong to padding and
-are never handed out. Knows nothing of tensors, nor of who holds a number and why.
+Knows: which numbers are free, how many requests hold a block, and which blocks can be found by the
+tokens that they keep (the prefix cache). Block 0 and slot 0 are the null ones: they belong to
+padding and are never handed out. Knows nothing of tensors, nor of who holds a number and why.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+
+import msgspec
 
 NULL_BLOCK = 0
 NULL_SLOT = 0
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def hash_block(salt: str | None, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
+    """The name of a full block: SHA-256 over the salt, the block before it (None for the first)
+    and its tokens. What it keeps depends on every token before it, and so does its name.
+
+    SHA-256, because a collision would show one client the prompt of another.
+    """
+    return sha256(_encode((salt, parent, token_ids))).digest()
 
 
 class FreeList:
     """Numbers 1 to `total - 1`, handed out first in, first out.
 
     First in, first out because a number that rests longest is the likeliest to show a use after
-    free, and (for blocks) because the least recently used is what a prefix cache evicts.
+    free, and (for blocks) because the least recently used is what the prefix cache evicts.
     """
 
     def __init__(self, total: int) -> None:
         assert total >= 2, "one null number and at least one real one"
         self.total = total
-        self._free = deque(range(1, total))
-        self._is_free = [False] + [True] * (total - 1)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, total))
 
     @property
     def num_free(self) -> int:
@@ -38,25 +52,28 @@ class FreeList:
 
     def take(self) -> int:
         """A free number. Asking when none is free is the caller's mistake."""
-        number = self._free.popleft()
-        self._is_free[number] = False
-        return number
+        return self._free.popitem(last=False)[0]
 
-    def give_back(self, numbers: Iterable[int]) -> None:
-        """Return numbers that `take` gave out."""
-        for number in numbers:
-            assert number > 0, "the null number was never handed out"
-            assert not self._is_free[number], f"{number} is free already"
-            self._is_free[number] = True
-            self._free.append(number)
+    def give_back(self, number: int) -> None:
+        """Return a number that `take` gave out."""
+        assert number > 0, "the null number was never handed out"
+        assert number not in self._free, f"{number} is free already"
+        self._free[number] = None
 
 
 class BlockPool(FreeList):
-    """The blocks of the KV cache, each of `block_size` tokens."""
+    """The blocks of the KV cache, each of `block_size` tokens, and the prefix cache over them.
+
+    A full block that was published is found by its hash and may have several holders. It stays
+    findable when nobody holds it any more, until `take` hands it out anew.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(num_blocks)
         self.block_size = block_size
+        self._holders = [0] * num_blocks
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one request fill or begin."""
@@ -66,3 +83,70 @@ class BlockPool(FreeList):
     def capacity(self) -> int:
         """Tokens that one request alone could keep in the cache."""
         return (self.total - 1) * self.block_size
+
+    def take(self) -> int:
+        """A block to write, held by the caller alone; what it kept is found no more."""
+        block = super().take()
+        if block in self._hash_of:
+            del self._block_of[self._hash_of.pop(block)]
+        self._holders[block] = 1
+        return block
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Make a full block findable. Its holder writes it no more.
+
+        Of blocks that keep the same, the first stays the one that is found.
+        """
+        assert self._holders[block] == 1, "only a block found before may have other holders"
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def find(self, block_hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest prefix that is cached. They can be evicted until `hold`."""
+        blocks = []
+        for block_hash in block_hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def is_held(self, block: int) -> bool:
+        """Whether somebody holds it, so that another holder takes nothing from what is free."""
+        return self._holders[block] > 0
+
+    def hold(self, block: int) -> None:
+        """Become one more holder of a block that `find` gave."""
+        if not self._holders[block]:
+            del self._free[block]
+        self._holders[block] += 1
+
+    def give_back(self, block: int) -> None:
+        """Hold a block no more; it is free when nobody does."""
+        assert self._holders[block], f"nobody holds {block}"
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            super().give_back(block)
+
+    def check_integrity(self, tables: Iterable[tuple[Sequence[int], Sequence[bytes]]]) -> None:
+        """Assert that the counts are those of the holders, and that nothing is found that is not
+        finished. For tests.
+
+        tables: of every holder its blocks, and the hashes of the first of them, which it will not
+            write again.
+        """
+        holders: Counter[int] = Counter()
+        for blocks, hashes in tables:
+            assert len(set(blocks)) == len(blocks) >= len(hashes)
+            holders.update(blocks)
+            for block, block_hash in zip(blocks, hashes, strict=False):
+                assert self._hash_of.get(block, block_hash) == block_hash, "keeps other tokens"
+            for block in blocks[len(hashes) :]:
+                assert block not in self._hash_of, "found before it is full"
+                assert self._holders[block] == 1, "shared before it is full"
+        assert self._holders == [holders[block] for block in range(self.total)]
+        assert NULL_BLOCK not in holders
+        assert set(self._free) == set(range(1, self.total)) - set(holders)
+        assert {block: name for name, block in self._block_of.items()} == self._hash_of
+        assert len(self._block_of) == len(self._hash_of)

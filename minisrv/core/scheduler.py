@@ -1,21 +1,24 @@
 """Continuous batching: who runs in the next step, and with how many tokens.
 
-Knows: requests, their tokens, slots and blocks, and which steps are in flight. It hands out steps
-(`schedule`) and takes their sampled tokens back (`update`), at once or one step late: a *lag* of
-one lets the host prepare step N+1 while step N runs. Knows nothing of tensors, of graphs, of text
-or of sockets.
+Knows: requests, their tokens, slots and blocks, what the prefix cache has of them, and which steps
+are in flight. It hands out steps (`schedule`) and takes their sampled tokens back (`update`), at
+once or one step late: a *lag* of one lets the host prepare step N+1 while step N runs. Knows
+nothing of tensors, of graphs, of text or of sockets.
 
 Policy, first come first served:
 - every decoding request gets one token; what is left of the token budget goes to prefill, in
   chunks, the oldest first; then to waiting requests;
 - a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
-  filled its last one;
+  filled its last one. What the prefix cache has of its beginning is shared, not computed; one
+  token at least is, because its result is the next token, and it goes to a block of its own;
 - when no block is free the newest request is preempted: its blocks are freed and its tokens are
-  computed again later. So the oldest always advances, and with it the whole queue.
+  computed again later, or found. So the oldest always advances, and with it the whole queue.
 
 What holds under lag: slots and blocks are free again only when the last step that names them has
 retired; a request that a step in flight names is not preempted; a stop by length is foreseen, a
-stop by token is seen one step late and what was sampled after it is dropped.
+stop by token is seen one step late and what was sampled after it is dropped; a full block enters
+the prefix cache when the step that filled it retires, so its tokens are known and its entries
+written. A block that is shared or can be found is never written.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from minisrv.core.kv_cache import BlockPool, FreeList
+from minisrv.core.kv_cache import BlockPool, FreeList, hash_block
 from minisrv.errors import ContextLengthError, QueueFullError
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
 
@@ -39,6 +42,9 @@ class RequestState:
         when it was admitted.
     max_total: prompt and completion tokens together at which it stops by length.
     last_step: the last step that names its slot and blocks.
+    block_hashes: of its first full blocks, as far as they have been needed.
+    num_published: blocks from the first that are in the prefix cache, or were found there.
+    num_cached_tokens: prompt tokens found there when it was first admitted; None before.
     """
 
     request_id: str
@@ -47,6 +53,7 @@ class RequestState:
     seed: int
     stop_token_ids: frozenset[int]
     max_total: int
+    cache_salt: str | None = None
     output: list[int] = field(default_factory=list)
     slot: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -54,6 +61,9 @@ class RequestState:
     num_in_flight: int = 0
     prefill_target: int = 0
     last_step: int = -1
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached_tokens: int | None = None
 
     @property
     def total(self) -> int:
@@ -68,9 +78,18 @@ class RequestState:
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The ids of known tokens `start` to `stop`, prompt and output counted through."""
-        if stop <= len(self.prompt):
-            return self.prompt[start:stop]
-        return (self.prompt + self.output)[start:stop]
+        behind = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(0, start - behind) : max(0, stop - behind)]
+
+    def hashes(self, count: int, block_size: int) -> list[bytes]:
+        """The hashes of its first `count` blocks, whose tokens are known; each is computed once."""
+        known = self.block_hashes
+        while len(known) < count:
+            start = len(known) * block_size
+            parent = known[-1] if known else None
+            ids = self.tokens(start, start + block_size)
+            known.append(hash_block(self.cache_salt, parent, ids))
+        return known[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +155,14 @@ class TokenEvent:
     """What a step added to one request. `token` is None for an abort.
 
     row: index of the step's row it comes from; None for an abort.
+    num_cached_tokens: with the request's first token, how much of its prompt was not computed.
     """
 
     request_id: str
     token: int | None
     finish_reason: FinishReason | None
     row: int | None = None
+    num_cached_tokens: int = 0
 
 
 class Scheduler:
@@ -157,8 +178,10 @@ class Scheduler:
         max_model_len: int,
         max_waiting: int,
         eos_token_ids: Sequence[int] = (),
+        enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = pool
+        self.enable_prefix_caching = enable_prefix_caching
         self.slots = FreeList(max_num_seqs + 1)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -167,6 +190,8 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
         self._retiring: list[RequestState] = []
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[SchedulerOutput] = deque()
@@ -197,6 +222,7 @@ class Scheduler:
                 () if params.ignore_eos else self.eos_token_ids
             ),
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
+            cache_salt=request.cache_salt,
         )
         self._requests[state.request_id] = state
         self.waiting.append(state)
@@ -286,7 +312,10 @@ class Scheduler:
         while self.waiting and step.budget and self.slots.num_free:
             request = self.waiting[0]
             target = request.total
-            needed = self.pool.blocks_for(target)
+            found = self._find_prefix(request)
+            # A block that nobody holds is free, also one that was found: all but those that
+            # others hold are taken from what is free.
+            needed = self.pool.blocks_for(target) - sum(map(self.pool.is_held, found))
             # NOTE: one block for each running request stays free, or the newcomer would be
             # preempted as soon as they grow.
             if needed + len(self.running) > self.pool.num_free and (
@@ -298,9 +327,40 @@ class Scheduler:
             request.slot = self.slots.take()
             request.prefill_target = target
             step.new_slots.append(SlotStart(request.slot, request.params, request.seed))
-            for index in range(needed):
-                step.new_blocks.append((request.slot, index, self._block(request)))
+            self._share(request, found)
+            while len(request.blocks) < self.pool.blocks_for(target):
+                self._block(request)
+            step.new_blocks += [(request.slot, i, b) for i, b in enumerate(request.blocks)]
             step.add(request)
+
+    def _find_prefix(self, request: RequestState) -> list[int]:
+        """The cached blocks of its beginning, which do not reach its last token."""
+        if not self.enable_prefix_caching:
+            return []
+        size = self.pool.block_size
+        return self.pool.find(request.hashes((request.total - 1) // size, size))
+
+    def _share(self, request: RequestState, found: list[int]) -> None:
+        """Begin the request with the blocks of `_find_prefix`. Before it takes others: they may
+        be free themselves."""
+        for block in found:
+            self.pool.hold(block)
+        request.blocks = found
+        request.num_published = len(found)
+        request.num_scheduled = len(found) * self.pool.block_size
+        if self.enable_prefix_caching and request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_scheduled
+            self.prefix_cache_queries += len(request.prompt)
+            self.prefix_cache_hits += request.num_scheduled
+
+    def _publish(self, request: RequestState, num_written: int) -> None:
+        """Enter into the prefix cache what the first `num_written` tokens fill."""
+        count = num_written // self.pool.block_size
+        if self.enable_prefix_caching and count > request.num_published:
+            hashes = request.hashes(count, self.pool.block_size)
+            for index in range(request.num_published, count):
+                self.pool.publish(request.blocks[index], hashes[index])
+            request.num_published = count
 
     def _block(self, request: RequestState) -> int:
         block = self.pool.take()
@@ -311,7 +371,6 @@ class Scheduler:
         assert not self._named_in_flight(request), "a step in flight writes its blocks"
         self.running.remove(request)
         self._release(request)
-        request.num_scheduled = 0
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
@@ -326,8 +385,11 @@ class Scheduler:
         events: list[TokenEvent] = []
         for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
             request = self._requests.get(row.request_id)
-            if not row.samples or request is None:
-                continue  # a chunk in the middle of a prompt, or the request has ended
+            if request is None:
+                continue  # it has ended
+            self._publish(request, row.start + row.num_tokens)
+            if not row.samples:
+                continue  # a chunk in the middle of a prompt
             request.num_in_flight -= 1
             request.output.append(token)
             reason = None
@@ -338,7 +400,8 @@ class Scheduler:
             if reason:
                 self.running.remove(request)
                 self._finish(request)
-            events.append(TokenEvent(request.request_id, token, reason, index))
+            cached = (request.num_cached_tokens or 0) if len(request.output) == 1 else 0
+            events.append(TokenEvent(request.request_id, token, reason, index, cached))
         retired = [r for r in self._retiring if r.last_step <= step_id]
         if retired:
             self._retiring = [r for r in self._retiring if r.last_step > step_id]
@@ -354,21 +417,23 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: RequestState) -> None:
-        self.pool.give_back(request.blocks)
+        # The last one first: it is evicted first, and behind a missing block nothing is found.
+        for block in reversed(request.blocks):
+            self.pool.give_back(block)
         request.blocks = []
         if request.slot:
-            self.slots.give_back((request.slot,))
+            self.slots.give_back(request.slot)
             request.slot = 0
 
     def check_integrity(self) -> None:
-        """Assert that every slot and block is held once or free. For tests."""
+        """Assert that every slot is held once or free, and every block as often as the pool
+        counts; that a request writes no block which is shared or can be found. For tests."""
         holders = [*self.running, *self._retiring]
-        blocks = [block for request in holders for block in request.blocks]
+        self.pool.check_integrity((r.blocks, r.block_hashes[: r.num_published]) for r in holders)
         slots = [request.slot for request in holders]
-        assert len(set(blocks)) == len(blocks) == self.pool.num_used
         assert len(set(slots)) == len(slots) == self.slots.num_used
-        assert 0 not in blocks
         assert 0 not in slots
+        assert all(r.num_published * self.pool.block_size <= r.num_scheduled for r in holders)
         assert all(not request.blocks and not request.slot for request in self.waiting)
         assert set(self._requests.values()) == {*self.running, *self.waiting}
 

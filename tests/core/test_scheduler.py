@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -12,29 +14,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.scheduler import Scheduler, SchedulerOutput
+from minisrv.core.scheduler import ScheduledRow, Scheduler, SchedulerOutput
 from minisrv.errors import ContextLengthError, QueueFullError
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
 
 BLOCK = 4
 EOS = 7
+LIMIT = 50
 
 
-def sampled(request_id: str, position: int) -> int:
-    """The token that the pretended model gives a request at a position: never changes, so a
-    preempted request must go on exactly as it was."""
-    return random.Random(f"{request_id}/{position}").randrange(12)
+@cache
+def sampled(seed: int, tokens: tuple[int, ...]) -> int:
+    """The token that the pretended model gives behind `tokens`: it depends on all of them, so one
+    wrong entry of the cache changes what follows. Few tokens, so that blocks repeat."""
+    return random.Random(f"{seed}/{tokens}").choice((1, 1, 1, 2, 2, 2, EOS))
+
+
+def continued(prompt: Sequence[int], seed: int) -> tuple[int, ...]:
+    """A prompt and what the model says to it, up to the context's end and a bit beyond."""
+    tokens = tuple(prompt)
+    while len(tokens) < LIMIT + 2:
+        tokens += (sampled(seed, tokens),)
+    return tokens
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the device knows of a request: all its tokens, and with whom it may share them."""
+
+    tokens: tuple[int, ...]
+    seed: int
+    salt: str | None
 
 
 @dataclass
 class Device:
-    """Runs steps in order, and asserts that each row finds its own tokens in the cache."""
+    """Runs steps in order. An entry of its cache is made of the token and the entry before it, as
+    a model's is; every row must find the entries of its own tokens, before its step and after."""
 
+    told: dict[str, Told] = field(default_factory=dict)
     tables: dict[int, dict[int, int]] = field(default_factory=dict)
-    cache: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+    cache: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = field(default_factory=dict)
     last_token: dict[int, int] = field(default_factory=dict)
-    inputs: dict[str, dict[int, int]] = field(default_factory=dict)
-    prefills: list[tuple[str, int, int]] = field(default_factory=list)
 
     def run(self, step: SchedulerOutput) -> list[int]:
         for start in step.new_slots:
@@ -45,92 +66,120 @@ class Device:
         assert [row.decoding for row in step.rows] == sorted(
             (row.decoding for row in step.rows), reverse=True
         ), "decode rows come first"
+        for row in step.rows:
+            self.check(row, row.start)
+        for row in step.rows:
+            self.write(row)
         tokens = []
         for row in step.rows:
-            table = self.tables[row.slot]
-            ids = row.token_ids or [self.last_token[row.slot]]
-            assert len(ids) == row.num_tokens
-            for offset, token in enumerate(ids):
-                position = row.start + offset
-                self.cache[table[position // BLOCK], position % BLOCK] = (row.request_id, position)
-                self.inputs.setdefault(row.request_id, {})[position] = token
             end = row.start + row.num_tokens
-            for position in range(end):
-                held = self.cache[table[position // BLOCK], position % BLOCK]
-                assert held == (row.request_id, position), "another request's cache entry"
-            token = sampled(row.request_id, end)
-            self.last_token[row.slot] = token
-            tokens.append(token if row.samples else -1)
+            self.check(row, end)
+            told = self.told[row.request_id]
+            self.last_token[row.slot] = sampled(told.seed, told.tokens[:end])
+            tokens.append(self.last_token[row.slot] if row.samples else -1)
         return tokens
+
+    def write(self, row: ScheduledRow) -> None:
+        ids = row.token_ids or [self.last_token[row.slot]]
+        assert len(ids) == row.num_tokens
+        for position, token in enumerate(ids, row.start):
+            before = self.cache[self.place(row, position - 1)][1] if position else ()
+            salt = self.told[row.request_id].salt
+            self.cache[self.place(row, position)] = (salt, (*before, token))
+
+    def check(self, row: ScheduledRow, end: int) -> None:
+        told = self.told[row.request_id]
+        for position in range(end):
+            entry = self.cache.get(self.place(row, position))
+            assert entry == (told.salt, told.tokens[: position + 1]), "not its own prefix"
+
+    def place(self, row: ScheduledRow, position: int) -> tuple[int, int]:
+        return self.tables[row.slot][position // BLOCK], position % BLOCK
 
     def named(self, step: SchedulerOutput) -> set[int]:
         return {block for row in step.rows for block in self.tables[row.slot].values()}
 
 
-def expected(request: EngineRequest, limit: int) -> tuple[list[int], FinishReason]:
+def taken(step: SchedulerOutput) -> set[int]:
+    """The new blocks of a step that it writes; others were found in the prefix cache."""
+    start = {row.slot: row.start for row in step.rows}
+    return {block for slot, index, block in step.new_blocks if index * BLOCK >= start[slot]}
+
+
+def expected(
+    prompt: int, told: Told, params: SamplingParams, limit: int
+) -> tuple[list[int], FinishReason]:
     """What a request must give, whatever else runs."""
-    length = len(request.prompt_token_ids)
     output: list[int] = []
-    while True:
-        output.append(sampled(request.request_id, length + len(output)))
-        if output[-1] == EOS and not request.params.ignore_eos:
+    for token in told.tokens[prompt:]:
+        output.append(token)
+        if token == EOS and not params.ignore_eos:
             return output, FinishReason.STOP
-        if len(output) == request.params.max_tokens or length + len(output) == limit:
-            return output, FinishReason.LENGTH
+        if len(output) == params.max_tokens or prompt + len(output) == limit:
+            break
+    return output, FinishReason.LENGTH
 
 
-requests = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(1, 20), st.booleans(), st.integers(0, 30)),
-    min_size=1,
-    max_size=12,
-)
+@st.composite
+def requests(draw: st.DrawFn, index: int) -> tuple[EngineRequest, Told, int]:
+    """One of a few texts up to somewhere, continued in its own way or as the text goes on; so
+    prompts have prefixes of each other and of each other's answers. And when it arrives."""
+    text = draw(st.integers(0, 2))
+    prompt = continued([text], seed=text)[: draw(st.integers(1, 30))]
+    told_seed = draw(st.sampled_from([text, 100 + index]))
+    salt = draw(st.sampled_from([None, None, "a", "b"]))
+    params = SamplingParams(
+        max_tokens=draw(st.integers(1, 20)), ignore_eos=draw(st.booleans()), seed=told_seed
+    )
+    request = EngineRequest(
+        request_id=str(index), prompt_token_ids=list(prompt), params=params, cache_salt=salt
+    )
+    told = Told(continued(prompt, told_seed), told_seed, salt)
+    return request, told, draw(st.integers(0, 30))
 
 
-@settings(max_examples=300, deadline=None)
+many_requests = st.integers(1, 12).flatmap(lambda n: st.tuples(*map(requests, range(n))))
+
+
+@settings(max_examples=400, deadline=None)
 @given(
-    shapes=requests,
+    drawn=many_requests,
     lag=st.integers(0, 1),
     blocks=st.integers(14, 40),
     seqs=st.integers(1, 6),
     budget=st.integers(0, 20),
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 40), max_size=4),
+    caching=st.sampled_from([True, True, True, False]),
 )
-def test_every_request_gives_its_own_tokens(shapes, lag, blocks, seqs, budget, aborts):
-    """Mixed lengths, chunked prefill, preemption by a small cache, aborts; late arrivals."""
-    limit = 50
+def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, aborts, caching):
+    """Shared prefixes, chunked prefill, preemption by a small cache, aborts; late arrivals."""
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK),
         max_num_seqs=seqs,
         max_num_batched_tokens=seqs + budget,
-        max_model_len=limit,
+        max_model_len=LIMIT,
         max_waiting=100,
         eos_token_ids=[EOS],
+        enable_prefix_caching=caching,
     )
-    given_requests = [
-        EngineRequest(
-            request_id=str(index),
-            prompt_token_ids=list(range(length)),
-            params=SamplingParams(max_tokens=most, ignore_eos=ignore),
-        )
-        for index, (length, most, ignore, _) in enumerate(shapes)
-    ]
-    device = Device()
+    device = Device({request.request_id: told for request, told, _ in drawn})
     in_flight: deque[tuple[SchedulerOutput, list[int], set[int]]] = deque()
     got: dict[str, list[int]] = {}
     ended: dict[str, FinishReason] = {}
-    arrivals = sorted((shape[3], index) for index, shape in enumerate(shapes))
+    cached = 0
+    arrivals = deque(sorted(drawn, key=lambda entry: entry[2]))
     for clock in range(4000):
-        while arrivals and arrivals[0][0] <= clock:
-            request = given_requests[arrivals.pop(0)[1]]
+        while arrivals and arrivals[0][2] <= clock:
+            request, told, _ = arrivals.popleft()
             got[request.request_id] = []
-            scheduler.add(request, seed=0)
+            scheduler.add(request, seed=told.seed)
         for index, when in aborts.items():
             if when == clock and (event := scheduler.abort(str(index))):
                 assert event.finish_reason is FinishReason.ABORT
                 ended[str(index)] = FinishReason.ABORT
         while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
             busy = set().union(*(blocks_named for _, _, blocks_named in in_flight))
-            assert not busy & {block for _, _, block in step.new_blocks}, "reused too early"
+            assert not busy & taken(step), "reused too early"
             assert step.num_tokens <= seqs + budget
             in_flight.append((step, device.run(step), device.named(step)))
         scheduler.check_integrity()
@@ -138,6 +187,8 @@ def test_every_request_gives_its_own_tokens(shapes, lag, blocks, seqs, budget, a
             step, tokens, _ = in_flight.popleft()
             for event in scheduler.update(step.step_id, tokens):
                 assert event.request_id not in ended, "nothing follows the end"
+                assert event.num_cached_tokens == 0 or not got[event.request_id]
+                cached += event.num_cached_tokens
                 got[event.request_id].append(event.token)
                 if event.finish_reason:
                     ended[event.request_id] = event.finish_reason
@@ -146,17 +197,16 @@ def test_every_request_gives_its_own_tokens(shapes, lag, blocks, seqs, budget, a
             break
     assert scheduler.pool.num_used == 0
     assert scheduler.slots.num_used == 0
-    for request in given_requests:
-        tokens, reason = expected(request, min(limit, scheduler.pool.capacity))
-        name = request.request_id
+    assert cached <= scheduler.prefix_cache_hits <= scheduler.prefix_cache_queries
+    assert caching or not scheduler.prefix_cache_queries
+    for request, told, _ in drawn:
+        length, name = len(request.prompt_token_ids), request.request_id
+        limit = min(LIMIT, scheduler.pool.capacity)
+        tokens, reason = expected(length, told, request.params, limit)
         if ended[name] is FinishReason.ABORT:
             assert got[name] == tokens[: len(got[name])]
         else:
             assert (got[name], ended[name]) == (tokens, reason)
-            # Every token the request was computed from is the one it should have been.
-            sequence = request.prompt_token_ids + tokens
-            for position, token in device.inputs[name].items():
-                assert position >= len(sequence) or token == sequence[position]
 
 
 def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: int) -> Scheduler:
@@ -168,7 +218,8 @@ def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: int) ->
 
 def add(scheduler: Scheduler, name: str, length: int, most: int | None = 5) -> None:
     params = SamplingParams(max_tokens=most)
-    request = EngineRequest(request_id=name, prompt_token_ids=[1] * length, params=params)
+    prompt = [ord(name[0])] * length  # no prefix of another's
+    request = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params)
     scheduler.add(request, seed=0)
 
 
@@ -203,22 +254,18 @@ def test_one_token_prompt_is_prefill():
     assert not step.uniform_decode
 
 
-def test_the_newest_is_preempted_and_computes_its_tokens_again():
-    scheduler = make(blocks=6, budget=64, max_model_len=16)
+@pytest.mark.parametrize(("caching", "start"), [(False, 0), (True, BLOCK)])
+def test_the_newest_is_preempted_and_comes_back(caching, start):
+    """It computes its tokens again, the sampled ones too, or finds them while they are cached."""
+    scheduler = make(blocks=6, budget=64, max_model_len=16, enable_prefix_caching=caching)
     add(scheduler, "old", 7, 8)
     add(scheduler, "new", 3, 8)
-    step_id = 0
-    preempted_tokens = None
-    while scheduler.has_work:
-        step = scheduler.schedule()
-        for row in step.rows:
-            if row.request_id == "new" and row.start == 0 and step_id:
-                preempted_tokens = row.num_tokens
-        scheduler.update(step_id, [2] * len(step.rows))
-        step_id += 1
+    steps = run_steps(scheduler, 100)
     assert scheduler.num_preemptions == 1
-    assert preempted_tokens is not None
-    assert preempted_tokens > 3, "what had been sampled is part of the new prefill"
+    _, again = [r for s in steps for r in s.rows if r.request_id == "new" and not r.decoding]
+    assert again.start == start
+    assert again.start + again.num_tokens > 3, "what had been sampled is part of the new prefill"
+    assert scheduler.prefix_cache_hits == 0, "its own blocks are no news to whoever asks"
 
 
 def test_stop_by_length_is_foreseen_under_lag():

@@ -1,0 +1,306 @@
+"""The prefix cache: what is found, what is not, and what is evicted. That what is found is right in
+every interleaving is shown in test_scheduler.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from minisrv.core import scheduler as scheduler_module
+from minisrv.core.kv_cache import BlockPool, hash_block
+from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
+from minisrv.request import EngineRequest, SamplingParams
+
+BLOCK = 4
+TEXT = list(range(100, 140))
+
+
+class Pool(RuleBasedStateMachine):
+    """Holders of blocks that come and go, against a plain list of what each block keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(7, BLOCK)
+        self.holders: list[tuple[list[int], list[bytes]]] = []
+        self.keeps: dict[int, bytes] = {}
+        self.freed: list[int] = list(range(1, 7))
+        """Least recently used first."""
+
+    @precondition(lambda self: self.pool.num_free >= 3)
+    @rule(names=st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=3))
+    def begin(self, names: list[bytes]) -> None:
+        """Find a prefix of a chain of hashes, take blocks for the rest, fill and publish them."""
+        chain = [b"/".join(names[: i + 1]) for i in range(len(names))]
+        found = self.pool.find(chain)
+        assert [self.keeps[block] for block in found] == chain[: len(found)]
+        if len(found) < len(chain):
+            assert chain[len(found)] not in self.keeps.values()
+        for block in found:
+            self.pool.hold(block)
+            if block in self.freed:
+                self.freed.remove(block)
+        blocks = list(found)
+        for name in chain[len(found) :]:
+            blocks.append(self.pool.take())
+            assert blocks[-1] == self.freed.pop(0), "not the least recently used"
+            self.keeps.pop(blocks[-1], None)
+            self.pool.publish(blocks[-1], name)
+            if name not in self.keeps.values():
+                self.keeps[blocks[-1]] = name
+        self.holders.append((blocks, chain))
+
+    @precondition(lambda self: self.pool.num_free)
+    @rule()
+    def take_one_without_publishing(self) -> None:
+        block = self.pool.take()
+        assert block == self.freed.pop(0)
+        self.keeps.pop(block, None)
+        self.holders.append(([block], []))
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        blocks, _ = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        for block in reversed(blocks):
+            self.pool.give_back(block)
+            if not any(block in others for others, _ in self.holders):
+                self.freed.append(block)
+
+    @invariant()
+    def counts_and_maps_agree(self) -> None:
+        self.pool.check_integrity(self.holders)
+        assert self.pool.num_free == len(self.freed)
+        assert self.pool.num_used == len({block for blocks, _ in self.holders for block in blocks})
+        assert all(self.pool.find([name]) == [block] for block, name in self.keeps.items())
+
+
+TestPool = Pool.TestCase
+
+
+def test_what_a_hash_depends_on():
+    hashes = [
+        hash_block(None, None, [1, 23]),
+        hash_block(None, None, [12, 3]),
+        hash_block(None, None, [1, 2, 3]),
+        hash_block("", None, [1, 23]),
+        hash_block("a", None, [1, 23]),
+        hash_block(None, b"a", [1, 23]),
+        hash_block("a", b"", [1, 23]),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_block("a", hashes[0], [5]) == hash_block("a", hashes[0], [5])
+    assert all(len(name) == 32 for name in hashes)
+
+
+# ---- through the scheduler -----------------------------------------------------------------------
+
+
+class Run:
+    """A scheduler, whose every sampled token is 2, at a lag that the test decides step by step."""
+
+    def __init__(self, blocks: int = 40, *, budget: int = 64, **others: int) -> None:
+        settings = {"max_num_seqs": 4, "max_model_len": 64, "max_waiting": 100, **others}
+        self.scheduler = Scheduler(
+            BlockPool(blocks, BLOCK), max_num_batched_tokens=budget, **settings
+        )
+
+    def add(self, name: str, prompt: list[int], most: int = 3, salt: str | None = None) -> None:
+        params = SamplingParams(max_tokens=most)
+        request = EngineRequest(
+            request_id=name, prompt_token_ids=prompt, params=params, cache_salt=salt
+        )
+        self.scheduler.add(request, seed=0)
+
+    def schedule(self) -> SchedulerOutput:
+        step = self.scheduler.schedule()
+        assert step is not None
+        self.scheduler.check_integrity()
+        return step
+
+    def retire(self, step: SchedulerOutput) -> list[TokenEvent]:
+        events = self.scheduler.update(step.step_id, [2] * len(step.rows))
+        self.scheduler.check_integrity()
+        return events
+
+    def finish(self) -> list[TokenEvent]:
+        """Run all there is at lag 0."""
+        events = []
+        while self.scheduler.has_work:
+            events += self.retire(self.schedule())
+        return events
+
+    def start(self, name: str, prompt: list[int], **others) -> int:
+        """Where the prefill of a new request starts; it has run to its end then."""
+        self.add(name, prompt, **others)
+        step = self.schedule()
+        [row] = [row for row in step.rows if row.request_id == name]
+        assert not row.decoding
+        assert row.token_ids == prompt[row.start :][: row.num_tokens]
+        first, *rest = [*self.retire(step), *self.finish()]
+        assert first.num_cached_tokens == row.start
+        assert all(event.num_cached_tokens == 0 for event in rest)
+        return row.start
+
+
+@pytest.mark.parametrize(
+    ("length", "start"),
+    [
+        pytest.param(3, 0, id="no full block"),
+        pytest.param(4, 0, id="one block: its last token is computed, and not into it"),
+        pytest.param(5, 4, id="one token behind a block"),
+        pytest.param(11, 8, id="some tokens behind a block"),
+        pytest.param(12, 8, id="full hit: the last block is computed again"),
+    ],
+)
+def test_the_second_of_two_equal_prompts_computes_its_tail(length, start):
+    run = Run()
+    assert run.start("a", TEXT[:length]) == 0
+    assert run.start("b", TEXT[:length]) == start
+    assert run.scheduler.prefix_cache_queries == 2 * length
+    assert run.scheduler.prefix_cache_hits == start
+
+
+def test_a_tail_of_one_token_is_prefill():
+    """Trap 6: it has the shape of a decode."""
+    run = Run()
+    run.start("a", TEXT[:9])
+    run.add("b", TEXT[:9])
+    step = run.schedule()
+    assert [(row.start, row.num_tokens) for row in step.rows] == [(8, 1)]
+    assert not step.uniform_decode
+
+
+def test_a_prompt_goes_on_where_another_differs():
+    run = Run()
+    run.start("a", TEXT[:16])
+    assert run.start("b", [*TEXT[:10], *TEXT[:10]]) == 8
+    assert run.start("c", TEXT[4:16]) == 0, "the same tokens at another place are another prefix"
+
+
+def test_an_answer_is_found_by_the_next_turn():
+    """But not its last token, which has been computed by nobody."""
+    run = Run()
+    run.start("a", TEXT[:6], most=7)  # 12 of 13 tokens are in the cache
+    assert run.start("b", [*TEXT[:6], *[2] * 7, 5, 5, 5, 5]) == 12
+    run.start("c", TEXT[20:26], most=6)  # 11 of 12
+    assert run.start("d", [*TEXT[20:26], *[2] * 6, 5]) == 8
+
+
+def test_a_running_request_shares_its_blocks():
+    run = Run()
+    run.add("a", TEXT[:9])
+    run.retire(run.schedule())
+    used = run.scheduler.pool.num_used
+    run.add("b", TEXT[:10])
+    step = run.schedule()
+    assert run.scheduler.pool.num_used == used + 1
+    a, b = run.scheduler.running
+    assert a.blocks[:2] == b.blocks[:2]
+    assert [block for slot, _, block in step.new_blocks if slot == b.slot] == b.blocks
+    run.scheduler.abort("a")
+    run.retire(step)
+    run.scheduler.abort("b")
+    assert run.scheduler.pool.num_used == 0
+
+
+def test_salts_keep_requests_apart():
+    run = Run()
+    starts = [run.start(f"{i}", TEXT[:9], salt=salt) for i, salt in enumerate([None, "x", "y"])]
+    assert starts == [0, 0, 0]
+    starts = [run.start(f"{i}", TEXT[:9], salt=salt) for i, salt in enumerate([None, "x", "y"])]
+    assert starts == [8, 8, 8]
+
+
+def test_nothing_is_found_or_hashed_when_it_is_off(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "hash_block", None)
+    run = Run(enable_prefix_caching=False)
+    assert [run.start("a", TEXT[:9]), run.start("b", TEXT[:9])] == [0, 0]
+    assert run.scheduler.prefix_cache_queries == run.scheduler.prefix_cache_hits == 0
+
+
+def starts(step: SchedulerOutput) -> dict[str, int]:
+    return {row.request_id: row.start for row in step.rows}
+
+
+def test_a_block_is_found_once_its_step_has_retired():
+    """Not in the step that fills it, whose rows are in no order; nor under lag in the next."""
+    run = Run(budget=10)
+    run.add("a", TEXT[:20])
+    first = run.schedule()
+    second = run.schedule()
+    run.retire(first)
+    run.add("b", TEXT[:9])
+    assert starts(second) == {"a": 10}
+    third = run.schedule()
+    assert starts(third) == {"a": 20, "b": 8}
+    run.retire(second)
+    run.retire(third)
+    run.add("c", TEXT[:20])
+    assert starts(run.schedule())["c"] == 16
+
+
+def test_an_aborted_request_leaves_what_had_been_computed():
+    """A chunk in flight is not found; those that have retired are right and stay."""
+    run = Run(budget=8)
+    run.add("a", TEXT[:24])
+    first, second = run.schedule(), run.schedule()
+    run.retire(first)
+    run.scheduler.abort("a")
+    run.retire(second)
+    assert run.scheduler.pool.num_used == 0
+    assert run.start("b", TEXT[:24]) == 8
+
+
+def test_the_tail_is_evicted_before_the_head():
+    run = Run(blocks=8)
+    run.start("a", TEXT[:17], most=1)  # four full blocks and the beginning of a fifth
+    run.start("b", TEXT[20:32], most=1)  # the two that were left, and that fifth
+    assert run.start("a", TEXT[:17], most=1) == 16
+    run.start("c", [1] * 8, most=1)
+    assert run.start("a", TEXT[:17], most=1) == 16, "b was not used since, so it went first"
+    run.start("d", [3] * 24, most=1)  # all blocks but one
+    assert run.start("a", TEXT[:17], most=1) == 4
+
+
+def test_what_is_found_but_held_by_nobody_counts_as_taken():
+    """It is on the free list: else the newcomer would be admitted to blocks that are not there."""
+    run = Run(blocks=7, max_model_len=24)
+    run.start("first", TEXT[:17], most=1)
+    run.add("old", [1] * 4, most=9)
+    run.retire(run.schedule())
+    assert run.scheduler.pool.num_free == 5
+    run.add("new", TEXT[:17], most=1)  # five blocks, four of which are found and free
+    assert starts(run.schedule()) == {"old": 4}
+
+
+@pytest.mark.parametrize(("blocks", "admitted"), [(7, False), (8, True)])
+def test_what_others_hold_is_not_taken(blocks, admitted):
+    """A prompt that shares all but its tail needs one block, and leaves one to each that runs."""
+    run = Run(blocks=blocks, max_model_len=24)
+    run.add("old", TEXT[:17], most=3)
+    run.retire(run.schedule())
+    assert run.scheduler.pool.num_free == blocks - 6
+    run.add("new", TEXT[:17], most=3)
+    assert ("new" in starts(run.schedule())) is admitted
+
+
+def test_a_block_is_hashed_once(monkeypatch):
+    """Not on every step, and not while its request waits at the head of the queue."""
+    calls: Counter[tuple[int, ...]] = Counter()
+
+    def counts(salt, parent, token_ids):
+        calls[tuple(token_ids)] += 1
+        return hash_block(salt, parent, token_ids)
+
+    monkeypatch.setattr(scheduler_module, "hash_block", counts)
+    run = Run(max_num_seqs=1)
+    run.add("a", TEXT[:21], most=20)
+    run.add("b", TEXT[20:40], most=1)
+    run.retire(run.schedule())
+    assert set(calls) == {tuple(TEXT[i : i + 4]) for i in range(0, 20, 4)}, "b is not looked at"
+    run.finish()
+    assert sum(calls.values()) == 10 + 5
+    assert max(count for ids, count in calls.items() if ids != (2,) * 4) == 1
