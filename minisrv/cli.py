@@ -175,6 +175,12 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="schedule a step before the last one's tokens are known",
     )
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="share the KV blocks of prompts that begin alike (default: on)",
+    )
 
     add = parser.add_argument_group("graphs").add_argument
     add("--enforce-eager", action="store_true", default=None, help="no graphs at all")

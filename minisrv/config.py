@@ -182,6 +182,7 @@ class EngineConfig:
     kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
     max_waiting: requests the engine queues before it answers 429.
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one).
+    enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
     cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
     Raises ConfigError.
     """
@@ -200,6 +201,7 @@ class EngineConfig:
     max_waiting: int = 1024
     seed: int = 0
     async_scheduling: bool = False
+    enable_prefix_caching: bool = True
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
     cudagraph_capture_sizes: tuple[int, ...] | None = None

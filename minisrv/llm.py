@@ -48,11 +48,15 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt and what came of it."""
+    """A prompt and what came of it.
+
+    num_cached_tokens: tokens of the prompt that were found in the prefix cache.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
 
 
 class LLM:
@@ -160,6 +164,7 @@ class _Job:
     def take(self, output: EngineOutput) -> None:
         """Add an output. Behind a stop string the engine's answer to the abort is the last."""
         completion, reason = self.completion, output.finish_reason
+        self.result.num_cached_tokens += output.num_cached_tokens
         completion.token_ids += output.token_ids
         if completion.logprobs is not None and output.logprobs is not None:
             completion.logprobs += output.logprobs

@@ -63,6 +63,10 @@ class StatsLike(Protocol):
     @property
     def generated_tokens(self) -> int: ...
     @property
+    def prefix_cache_queries(self) -> int: ...
+    @property
+    def prefix_cache_hits(self) -> int: ...
+    @property
     def steps(self) -> Sequence[StepCountLike]: ...
 
 
@@ -176,6 +180,16 @@ class _EngineCollector(Collector):
         )
         yield CounterMetricFamily(
             "minisrv:generation_tokens", "Tokens generated.", stats.generated_tokens
+        )
+        yield CounterMetricFamily(
+            "minisrv:prefix_cache_queries",
+            "Prompt tokens of admitted requests, looked up in the prefix cache.",
+            stats.prefix_cache_queries,
+        )
+        yield CounterMetricFamily(
+            "minisrv:prefix_cache_hits",
+            "Prompt tokens found in the prefix cache, so not computed.",
+            stats.prefix_cache_hits,
         )
         now = self._state()
         state = GaugeMetricFamily(

@@ -109,6 +109,7 @@ class EngineCore:
             max_model_len=max_model_len,
             max_waiting=config.max_waiting,
             eos_token_ids=generation.eos_token_ids,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         self.dispatcher = Dispatcher(self.ladders)
         self.info = EngineInfo(
@@ -243,6 +244,7 @@ class EngineCore:
             logprobs=logprobs,
             finish_reason=event.finish_reason,
             graph_steps=graph_steps,
+            num_cached_tokens=event.num_cached_tokens,
         )
 
     def stats(self) -> EngineStats:
@@ -256,6 +258,8 @@ class EngineCore:
             preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
         )
 

@@ -75,6 +75,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     steps: list[StepCount] = []
 
 

@@ -29,6 +29,7 @@ class Delta:
 
     token_ids: every token, the one that ended the choice included; it counts in the usage.
     logprobs: of all of them but that one, those of a stop string included.
+    num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
     finish_reason: OpenAI's word, with the last delta only.
     """
 
@@ -36,6 +37,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
+    num_cached_tokens: int = 0
     finish_reason: str | None = None
     graph_steps: dict[str, int] | None = None
 
@@ -103,6 +105,7 @@ class Choice:
             text,
             output.token_ids,
             output.logprobs and output.logprobs[: len(shown)],
+            output.num_cached_tokens,
             reason and reason.value,
             output.graph_steps if self._report_steps else None,
         )

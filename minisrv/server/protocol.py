@@ -139,6 +139,9 @@ class GenerationRequest(_Strict):
     """End after one of these tokens."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence tokens."""
+    cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
+    """Share cached prefixes only with requests that send the same salt. Others cannot tell from
+    the time of an answer what has been asked before."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False

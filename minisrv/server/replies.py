@@ -44,6 +44,7 @@ class Reply(ABC):
         self._deltas: list[list[Delta]] = []
         self._begun: set[int] = set()
         self._completion_tokens = 0
+        self._cached_tokens = 0
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
         """Set the prompts, in the order of the choices. Comes before any delta."""
@@ -52,7 +53,7 @@ class Reply(ABC):
 
     def events(self, delta: Delta) -> bytes:
         """The events of a delta; none if there is nothing to tell."""
-        self._completion_tokens += len(delta.token_ids)
+        self._count(delta)
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
@@ -66,7 +67,7 @@ class Reply(ABC):
 
     def add(self, delta: Delta) -> None:
         """Keep a delta for `document`."""
-        self._completion_tokens += len(delta.token_ids)
+        self._count(delta)
         self._deltas[delta.index].append(delta)
 
     def document(self) -> dict[str, Any]:
@@ -103,12 +104,17 @@ class Reply(ABC):
     def _head(self, object_name: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_name, **self._identity}
 
-    def _usage(self) -> dict[str, int]:
+    def _count(self, delta: Delta) -> None:
+        self._completion_tokens += len(delta.token_ids)
+        self._cached_tokens += delta.num_cached_tokens
+
+    def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self._prompts))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
 

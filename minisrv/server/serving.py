@@ -114,6 +114,7 @@ class Serving:
                 request_id=f"{request_id}-{index}",
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit),
+                cache_salt=request.cache_salt,
             )
             detokenizer = Detokenizer(
                 self.tokenizer, request.stop, prompt_token_ids=() if chat else prompt

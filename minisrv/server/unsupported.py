@@ -22,7 +22,6 @@ EVERYWHERE: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "detokenize": (True,),
     "early_stopping": (False,),
     "echo": (False,),

@@ -34,6 +34,8 @@ STATS = EngineStats(
     preemptions=3,
     prompt_tokens=40,
     generated_tokens=30,
+    prefix_cache_queries=36,
+    prefix_cache_hits=16,
     steps=[
         StepCount("FULL", "pure_decode", 12, 30, 6),
         StepCount("PIECEWISE", "has_prefill", 2, 40, 24),
@@ -95,8 +97,9 @@ def outputs(
     token_ids: Iterable[int],
     finish: FinishReason = FinishReason.LENGTH,
     logprobs: int | None = None,
+    cached: int = 0,
 ) -> Callable[[EngineRequest], list[EngineOutput]]:
-    """A script of one token a step."""
+    """A script of one token a step; so many prompt `cached` tokens are told with the first."""
     ids = list(token_ids)
 
     def script(request: EngineRequest) -> list[EngineOutput]:
@@ -107,6 +110,7 @@ def outputs(
                 logprobs=None if logprobs is None else [token_logprobs(token_id, logprobs)],
                 finish_reason=finish if i == len(ids) - 1 else None,
                 graph_steps=STEPS if i == len(ids) - 1 else None,
+                num_cached_tokens=0 if i else cached,
             )
             for i, token_id in enumerate(ids)
         ]

@@ -49,6 +49,7 @@ async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
             "prompt_tokens": len(prompt),
             "completion_tokens": len(ids),
             "total_tokens": len(prompt) + len(ids),
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
@@ -56,7 +57,9 @@ async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
 async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode(TEXT), END]
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    response = await post(connect(outputs(ids, FinishReason.STOP)), **options)
+    engine = FakeEngine(outputs(ids, FinishReason.STOP, cached=16))
+    response = await post(connect(engine), cache_salt="mine", **options)
+    assert engine.requests[0].cache_salt == "mine"
     first, *parts, last, usage = sse(response.text)
     everything = [first, *parts, last, usage]
     assert len({(c["id"], c["created"], c["model"], c["object"]) for c in everything}) == 1
@@ -73,6 +76,7 @@ async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
     assert all(chunk["usage"] is None for chunk in [first, *parts, last])
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len(ids)
+    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
 async def test_an_answer_without_text_still_has_its_role(connect: Connect) -> None:

@@ -44,6 +44,7 @@ async def test_a_whole_completion(connect: Connect, tokenizer: Tokenizer) -> Non
             "prompt_tokens": prompt,
             "completion_tokens": len(ids) + 1,
             "total_tokens": prompt + len(ids) + 1,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
     request = engine.requests[0]
@@ -67,6 +68,26 @@ async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
     assert all(part["usage"] is None for part in parts)
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize("stop", [None, "wor"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cached_tokens_of_all_prompts(
+    connect: Connect, tokenizer: Tokenizer, stream: bool, stop: str | None
+) -> None:
+    """Also when the choice ends before the engine says so."""
+    engine = FakeEngine(outputs(tokenizer.encode(TEXT), cached=16))
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await post(connect(engine), prompt=["a", "b"], stop=stop, **options)
+    body = sse(response.text)[-1] if stream else response.json()
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+async def test_the_salt_reaches_the_engine(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    await post(connect(engine), prompt=["a", "b"], cache_salt="mine")
+    await post(connect(engine))
+    assert [request.cache_salt for request in engine.requests] == ["mine", "mine", None]
 
 
 async def test_a_stream_has_no_usage_unless_asked(connect: Connect) -> None:

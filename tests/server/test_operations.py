@@ -91,6 +91,8 @@ async def test_metrics_of_the_engine(connect: Connect) -> None:
         ("minisrv:num_preemptions_total",): 3,
         ("minisrv:prompt_tokens_total",): 40,
         ("minisrv:generation_tokens_total",): 30,
+        ("minisrv:prefix_cache_queries_total",): 36,
+        ("minisrv:prefix_cache_hits_total",): 16,
         ("minisrv:engine_state", "ready"): 1,
         ("minisrv:engine_state", "dead"): 0,
     }

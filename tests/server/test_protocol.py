@@ -74,6 +74,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
         ("stream", [True, False], [1, "true"]),
         ("return_token_ids", [True], [1]),
         ("include_graph_steps", [True], [1]),
+        ("cache_salt", ["x", "x" * 512], ["", 1, "x" * 513, "\ud800"]),
         ("user", ["x"], [1, "x" * 513]),
         ("metadata", [{}, {"a": "b"}], [{"a": 1}, {str(i): "" for i in range(17)}, "x"]),
         ("store", [True], [1]),
@@ -205,7 +206,7 @@ def test_every_supported_field_does_something() -> None:
     """Accepted and ignored is a defect, but for what says that it is ignored."""
     ignored = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
     handled = {"model", "stream", "stream_options", "return_token_ids", "include_graph_steps"}
-    handled |= {"stop", "max_tokens"}  # by the server; the rest goes to the engine
+    handled |= {"stop", "max_tokens", "cache_salt"}  # by the server; the rest goes to the engine
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
     assert set(GenerationRequest.model_fields) == ignored | handled | sampling
     assert sampling <= set(SamplingParams.__struct_fields__)
