@@ -31,6 +31,23 @@ def test_steps_and_padding(server: Server) -> None:
     assert {name: after[name] for name in expected} == expected
 
 
+def test_a_prefix_hit(server: Server) -> None:
+    """Only what is not cached is computed: all but three blocks of 16 tokens."""
+    prompt = [*range(1000, 1056)]
+    server.complete(prompt, max_tokens=1)
+    before = Counter(server.metrics())
+    server.complete(prompt, max_tokens=1)
+    after = Counter(server.metrics())
+    after.subtract(before)
+    expected = {
+        "prompt_tokens_total": 56,
+        "prefix_cache_queries_total": 56,
+        "prefix_cache_hits_total": 48,
+        f"step_tokens_total{PIECEWISE}": 8,
+    }
+    assert {name: after[name] for name in expected} == expected
+
+
 def test_decode_padding(server: Server) -> None:
     """Three requests decode together on the rung of four."""
     name = f"padded_tokens_total{FULL}"

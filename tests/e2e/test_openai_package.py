@@ -77,11 +77,33 @@ def test_the_conversation_goes_on(client: openai.OpenAI) -> None:
 
 
 def test_usage_of_a_stream(client: openai.OpenAI) -> None:
-    for ask, whole in ((complete, complete(client)), (chat, chat(client))):
+    for ask in (complete, chat):
+        ask(client)  # so that the prefix cache has the same for both
+        whole = ask(client)
         chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
         assert chunks[-1].choices == []
         assert chunks[-1].usage == whole.usage
         assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_cached_tokens(client: openai.OpenAI) -> None:
+    """Of a prompt that was sent before, but for its last block, and under the same salt only."""
+
+    def cached(prompt: str, salt: str | None = None) -> int:
+        answer = complete(client, prompt=prompt, max_tokens=4, extra_body={"cache_salt": salt})
+        texts.add(answer.choices[0].text)
+        return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+    texts: set[str] = set()
+    prompt = "There was a boat that nobody had ever seen before. " * 6
+    assert [cached(prompt), cached(prompt, "mine")] == [0, 0]
+    again = cached(prompt)
+    assert again >= 16
+    assert again % 16 == 0
+    assert cached(prompt, "mine") == again
+    assert cached(prompt, "yours") == 0
+    assert len(texts) == 1
+    assert cached("Who saw it? " + prompt) == 0
 
 
 def test_a_seed_fixes_the_text_alone_and_in_company(server: Server, client: openai.OpenAI) -> None:
