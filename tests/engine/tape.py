@@ -1,7 +1,8 @@
 """One tape of requests, the engine that plays it, and the reference that judges it.
 
-The tape has mixed lengths, one-token prompts, prompts in chunks, greedy and sampled requests,
-late arrivals and aborts; the cache it is played on is so small that requests are preempted.
+The tape has mixed lengths, one-token prompts, prompts in chunks, shared prefixes and whole prompts
+that come again, under several salts, greedy and sampled requests, late arrivals and aborts; the
+cache it is played on is so small that requests are preempted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Entry:
 def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:
     """`count` requests. Every request has a seed, as a drawn one depends on arrival order."""
     draw = random.Random(seed)
-    tape = []
+    stems = [[draw.randrange(vocab_size) for _ in range(120)] for _ in range(3)]
+    tape: list[Entry] = []
     for index in range(count):
         length = draw.choice([1, 1, 2, 15, 16, 17, draw.randint(3, 60), draw.randint(60, 200)])
         greedy = draw.random() < 0.5
@@ -59,9 +61,22 @@ def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:
             logprobs=draw.choice([None] * 7 + [0, 2]),
         )
         prompt = [draw.randrange(vocab_size) for _ in range(length)]
-        request = EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
+        arrival, kind = draw.randint(0, count), draw.random()
+        if kind < 0.4:  # each has its time, or it would be evicted before it is found
+            shared = draw.randint(1, 120)
+            prompt = stems[arrival * 3 // (count + 1)][:shared] + prompt[: 200 - shared]
+        elif kind < 0.6 and tape:
+            again = draw.choice(tape)
+            arrival = again.arrival + draw.randint(0, 2)
+            prompt = again.request.prompt_token_ids
+        request = EngineRequest(
+            request_id=str(index),
+            prompt_token_ids=prompt,
+            params=params,
+            cache_salt=draw.choice([None, None, None, "salt", "pepper"]),
+        )
         leaves = draw.randint(0, 12) if draw.random() < 0.1 else None
-        tape.append(Entry(draw.randint(0, count), request, leaves))
+        tape.append(Entry(arrival, request, leaves))
     return sorted(tape, key=lambda entry: entry.arrival)
 
 

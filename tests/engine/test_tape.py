@@ -1,4 +1,5 @@
-"""The same tape in every mode and at both lags: the same tokens, and transformers' tokens.
+"""The same tape in every mode, at both lags, with the prefix cache and without it: the same tokens,
+and transformers' tokens.
 
 Equal means (design decision 19): the same tokens, except where the best two scores are closer than
 EPSILON. A request that differs in this way goes on differently, so what follows it is judged by
@@ -18,7 +19,7 @@ from minisrv.request import FinishReason
 from tests.engine.tape import LIMITS, judge, make_tape, play
 
 VOCAB = 4096
-TAPE = make_tape(220, VOCAB)
+TAPE = make_tape(240, VOCAB, seed=1)
 MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
 
 
@@ -30,8 +31,8 @@ def reference():
 
 @pytest.fixture(scope="module")
 def first():
-    """Eager, at lag 0: what the others are compared with."""
-    return play(TAPE, EngineConfig(enforce_eager=True, **LIMITS))
+    """Eager, at lag 0, every prompt computed: what the others are compared with."""
+    return play(TAPE, EngineConfig(enforce_eager=True, enable_prefix_caching=False, **LIMITS))
 
 
 def test_eager_gives_the_tokens_of_transformers(first, reference):
@@ -50,6 +51,7 @@ def test_eager_gives_the_tokens_of_transformers(first, reference):
 def test_the_tape_is_hard_enough(first):
     stats = first.engine.stats()
     assert stats.preemptions >= 5
+    assert stats.prefix_cache_hits == 0
     reasons = list(first.reasons.values())
     for reason, least in ((FinishReason.ABORT, 10), (FinishReason.STOP, 5)):
         assert reasons.count(reason) >= least
@@ -76,10 +78,16 @@ def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
             wrong += differing
         elif entry.abort_after is None:
             assert (tokens, played.reasons[name]) == (others, first.reasons[name])
-    print(f"mode {mode}, lag {lag}: {total} tokens, {close} decided by rounding")
+    stats = played.engine.stats()
+    print(
+        f"mode {mode}, lag {lag}: {total} tokens, {close} decided by rounding; "
+        f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} prompt tokens cached"
+    )
     assert not wrong
     assert close <= total / 1000
-    ran = {(count.mode, count.reason) for count in played.engine.stats().steps}
+    assert stats.prefix_cache_hits >= 1000
+    assert stats.preemptions >= 5
+    ran = {(count.mode, count.reason) for count in stats.steps}
     assert (
         ran
         == {
