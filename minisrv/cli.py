@@ -198,6 +198,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sizes of both ladders, separated by spaces or commas (default: see `minisrv plan`)",
     )
+    add(
+        "--simulate-launch-us",
+        type=float,
+        metavar="N",
+        help="let every launch take N microseconds longer, to see on a CPU what graphs save "
+        "where a launch is dear; all figures are then labelled simulated (default: off)",
+    )
 
 
 class _Flatten(argparse.Action):

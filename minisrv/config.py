@@ -19,6 +19,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
+MAX_LAUNCH_US = 10_000
 
 
 class RopeScaling(enum.StrEnum):
@@ -184,6 +185,7 @@ class EngineConfig:
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one).
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
     cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
+    simulate_launch_us: microseconds that every launch takes longer than it does; 0 is off.
     Raises ConfigError.
     """
 
@@ -205,6 +207,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
     cudagraph_capture_sizes: tuple[int, ...] | None = None
+    simulate_launch_us: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -232,6 +235,11 @@ class EngineConfig:
         if sizes is not None and (not sizes or min(sizes) < 1):
             raise ConfigError(
                 f"cudagraph_capture_sizes={list(sizes)} must be one or more positive integers."
+            )
+        if not 0 <= self.simulate_launch_us <= MAX_LAUNCH_US:
+            raise ConfigError(
+                f"simulate_launch_us={self.simulate_launch_us} is not allowed; it must be in "
+                f"[0, {MAX_LAUNCH_US}] (a GPU's launch takes about 10)."
             )
 
     @property

@@ -75,13 +75,19 @@ class Metrics:
 
     stats: returns the engine's last snapshot.
     state: returns the engine's state, one of `states`.
+    simulated_launch_us: returns what the engine adds to every launch.
     """
 
     def __init__(
-        self, *, stats: Callable[[], StatsLike], state: Callable[[], str], states: Sequence[str]
+        self,
+        *,
+        stats: Callable[[], StatsLike],
+        state: Callable[[], str],
+        states: Sequence[str],
+        simulated_launch_us: Callable[[], float],
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats, state, states))
+        self._registry.register(_EngineCollector(stats, state, states, simulated_launch_us))
         self._success = Counter(
             "minisrv:request_success",
             "Choices that ended with a finish reason.",
@@ -139,9 +145,14 @@ class _EngineCollector(Collector):
     """The engine's snapshot as metric families, made anew for each scrape."""
 
     def __init__(
-        self, stats: Callable[[], StatsLike], state: Callable[[], str], states: Sequence[str]
+        self,
+        stats: Callable[[], StatsLike],
+        state: Callable[[], str],
+        states: Sequence[str],
+        simulated_launch_us: Callable[[], float],
     ) -> None:
         self._stats, self._state, self._states = stats, state, states
+        self._simulated_launch_us = simulated_launch_us
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -190,6 +201,11 @@ class _EngineCollector(Collector):
             "minisrv:prefix_cache_hits",
             "Prompt tokens found in the prefix cache, so not computed.",
             stats.prefix_cache_hits,
+        )
+        yield GaugeMetricFamily(
+            "minisrv:simulated_launch_us",
+            "Microseconds added to every launch. Other than 0: all times here are simulated.",
+            self._simulated_launch_us(),
         )
         now = self._state()
         state = GaugeMetricFamily(

@@ -30,6 +30,7 @@ from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest
+from minisrv.runner.launches import simulate_launches
 from minisrv.runner.model_runner import ModelRunner, StepResult
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ class EngineCore:
             num_graphs = self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
             )
+        if config.simulate_launch_us:
+            logger.warning(
+                "SIMULATED: every launch takes %g us longer; no time is the machine's own",
+                config.simulate_launch_us,
+            )
+            simulate_launches(self.runner, config.simulate_launch_us)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
@@ -125,6 +132,7 @@ class EngineCore:
             cudagraph_mode=self.ladders.mode.value,
             graphs=num_graphs,
             startup_seconds=self.seconds,
+            simulated_launch_us=config.simulate_launch_us,
         )
         self._broken = False
         self._lag = 1 if config.async_scheduling else 0

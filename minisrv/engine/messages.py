@@ -41,6 +41,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cudagraph_mode: str
     graphs: int
     startup_seconds: dict[str, float]
+    simulated_launch_us: float = 0.0
+    """Other than 0: no time measured on this engine is the machine's own."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -182,8 +182,7 @@ class _Recorder(TorchDispatchMode):
                 f"{func} gives a tensor in a library's own layout, which has no address that a "
                 "graph could fix; make it before the capture."
             )
-        known = {_identity(tensor) for tensor in inputs}
-        fresh = [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
+        fresh = fresh_tensors(inputs, result)
         if not fresh and not func._schema.is_mutable:
             return result  # a view
         capture = self.capture
@@ -197,6 +196,13 @@ class _Recorder(TorchDispatchMode):
             capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
         self.nodes.append(_Node(number, func, args, kwargs, fresh))
         return result
+
+
+def fresh_tensors(arguments: Any, result: Any) -> list[Tensor]:
+    """The tensors of a call's `result` that share storage with none of its `arguments`. A call
+    that has none, and writes to no argument, only makes views."""
+    known = {_identity(tensor) for tensor in _tensors(arguments)}
+    return [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
 
 
 def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:

@@ -37,6 +37,9 @@ from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
 from minisrv.runner.trial import StepTrial
 
+Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
+"""What a step launches once its buffers are filled; see `ModelRunner._launch`."""
+
 CaptureProgress = Callable[[int, int], None]
 """Called with the number of graphs captured so far, and of all."""
 
@@ -58,7 +61,10 @@ class StepResult:
 
 
 class ModelRunner:
-    """Runs steps. All methods belong to one thread."""
+    """Runs steps. All methods belong to one thread.
+
+    launch: what a step launches; `runner.launches` puts itself there to count.
+    """
 
     def __init__(
         self,
@@ -111,29 +117,35 @@ class ModelRunner:
         self.decode_step = CUDAGraphWrapper(
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
+        self.launch: Launch = self._launch
 
     @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as dispatched."""
         self.state.apply(output)
+        attn = self.buffers.fill(output, dispatch.descriptor)
+        with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
+            logprobs = self.launch(output, dispatch)
+        return StepResult(self.buffers.tokens[: len(output.rows)].clone(), logprobs)
+
+    def _launch(
+        self, output: SchedulerOutput, dispatch: Dispatch
+    ) -> list[TokenLogprobs | None] | None:
+        """Run what lies between the filled buffers and the sampled tokens."""
         descriptor, buffers = dispatch.descriptor, self.buffers
-        attn = buffers.fill(output, descriptor)
-        rows = len(output.rows)
-        with set_forward_context(ForwardContext(dispatch.mode, descriptor, attn)):
-            if descriptor.uniform_decode:
-                self.decode_step()
-                logits = buffers.logits[:rows]
-            else:
-                tokens = descriptor.num_tokens
-                self.model_step(buffers.input_ids[:tokens], buffers.positions[:tokens])
-                logits = self._last_rows_logits(rows)
+        rows, tokens = len(output.rows), descriptor.num_tokens
+        if descriptor.uniform_decode:
+            self.decode_step()
+            logits = buffers.logits[:rows]
+        else:
+            self.model_step(buffers.input_ids[:tokens], buffers.positions[:tokens])
+            logits = self._last_rows_logits(rows)
         if descriptor.epilogue is not Epilogue.TOKENS:
             self._sample(logits)
             buffers.scatter(rows)
-        token_ids = buffers.tokens[:rows].clone()
-        wanted = [row.logprobs for row in output.rows]
-        logprobs = report_logprobs(logits, token_ids, wanted) if output.needs_logits else None
-        return StepResult(token_ids, logprobs)
+        if not output.needs_logits:
+            return None
+        return report_logprobs(logits, buffers.tokens[:rows], [row.logprobs for row in output.rows])
 
     def _model_step(self, input_ids: Tensor, positions: Tensor) -> None:
         self.buffers.hidden[: len(input_ids)].copy_(self.model(input_ids, positions))

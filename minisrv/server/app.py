@@ -47,6 +47,7 @@ def create_app(
         stats=lambda: client.stats,
         state=lambda: client.state.value,
         states=[state.value for state in EngineState],
+        simulated_launch_us=lambda: client.info.simulated_launch_us if client.info else 0.0,
     )
     serving = Serving(client, tokenizer, served_model_names, generation, metrics)
     app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)

@@ -25,6 +25,7 @@ INFO = EngineInfo(
     cudagraph_mode="full-and-piecewise",
     graphs=3,
     startup_seconds={},
+    simulated_launch_us=11.5,
 )
 STATS = EngineStats(
     running=2,

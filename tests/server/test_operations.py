@@ -8,13 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import Loading
 from minisrv.errors import EngineDeadError
 from minisrv.request import EngineOutput
-from tests.server.fake_engine import FakeEngine, outputs
+from tests.server.fake_engine import INFO, FakeEngine, outputs
 
 pytestmark = pytest.mark.anyio
 
@@ -93,10 +94,18 @@ async def test_metrics_of_the_engine(connect: Connect) -> None:
         ("minisrv:generation_tokens_total",): 30,
         ("minisrv:prefix_cache_queries_total",): 36,
         ("minisrv:prefix_cache_hits_total",): 16,
+        ("minisrv:simulated_launch_us",): 11.5,
         ("minisrv:engine_state", "ready"): 1,
         ("minisrv:engine_state", "dead"): 0,
     }
     assert found.items() >= expected.items()
+
+
+async def test_real_times_are_told_from_simulated_ones_by_a_zero(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    for engine.info in (replace(INFO, simulated_launch_us=0.0), None):  # None: still loading
+        async with connect(engine) as client:
+            assert (await scrape(client))["minisrv:simulated_launch_us",] == 0
 
 
 async def test_metrics_of_requests(connect: Connect) -> None:

@@ -1,0 +1,130 @@
+"""Launches: how often a step makes the host hand work to the device, and what if that were dear.
+
+A launch is
+- an operation that runs outside of a graph, unless it only makes a view;
+- a piece of a graph, and what runs between two pieces.
+So a FULL step is one launch, whatever it holds. Filling the static buffers and reading the result
+are copies that every mode has; they are not counted.
+
+Knows: the runner's `launch` and its wrappers, in whose place it puts itself. A runner that nobody
+counts or slows down runs none of this.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.graph.cpu_tape import fresh_tensors
+from minisrv.graph.wrapper import CapturedGraph
+from minisrv.runner.model_runner import Launch, ModelRunner
+
+
+@contextmanager
+def count_launches(runner: ModelRunner) -> Iterator[LaunchCounter]:
+    """Count what the steps that `runner` executes in the block launch. It makes them slow."""
+    launch, counter = runner.launch, LaunchCounter(runner)
+
+    def counted(output: SchedulerOutput, dispatch: Dispatch) -> Any:
+        with counter:
+            return launch(output, dispatch)
+
+    runner.launch = counted
+    try:
+        yield counter
+    finally:
+        runner.launch = launch
+
+
+def busy_wait(microseconds: float) -> None:
+    """Wait as a host does that is busy launching; a sleep is too coarse."""
+    end = time.perf_counter_ns() + microseconds * 1000
+    while time.perf_counter_ns() < end:
+        pass
+
+
+def simulate_launches(
+    runner: ModelRunner, microseconds: float, wait: Callable[[float], None] = busy_wait
+) -> None:
+    """Make every step that `runner` executes from now on longer by so much for each launch.
+
+    A step waits once, for all its launches: to step in at each operation takes several
+    microseconds itself, for views too. How many there are depends on nothing but the key below
+    (what depends on more could not be captured), and is counted when a key comes first.
+    wait: takes microseconds.
+    """
+    launch: Launch = runner.launch
+    counter = LaunchCounter(runner)
+    counts: dict[object, int] = {}
+
+    def slow(output: SchedulerOutput, dispatch: Dispatch) -> Any:
+        key = (dispatch.mode, dispatch.descriptor, len(output.rows), output.needs_logits)
+        if key in counts:
+            result = launch(output, dispatch)
+        else:
+            before = counter.count
+            with counter:
+                result = launch(output, dispatch)
+            counts[key] = counter.count - before
+        wait(counts[key] * microseconds)
+        return result
+
+    runner.launch = slow
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts launches while it is entered. Counters nest."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see cpu_tape._Recorder
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self._wrappers = (runner.model_step, runner.decode_step)
+        self._replays: list[Callable[[CapturedGraph], None]] = []
+
+    def __enter__(self) -> Self:
+        self._replays = [wrapper.replay for wrapper in self._wrappers]
+        for wrapper in self._wrappers:
+            wrapper.replay = partial(self._replay, wrapper.replay)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        for wrapper, replay in zip(self._wrappers, self._replays, strict=True):
+            wrapper.replay = replay
+
+    def _replay(self, replay: Callable[[CapturedGraph], None], graph: CapturedGraph) -> None:
+        before = self.count
+        replay(graph)
+        # Whatever operations the replay has shown meanwhile.
+        self.count = before + len(graph.walk)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.count += func._schema.is_mutable or bool(fresh_tensors((args, kwargs), result))
+        return result

@@ -1,0 +1,186 @@
+"""Launches: counted exactly, waited for exactly, and free when nobody asks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from minisrv.config import EngineConfig
+from minisrv.core.dispatcher import Dispatch
+from minisrv.engine import core
+from minisrv.engine.core import EngineCore
+from minisrv.errors import ConfigError
+from minisrv.graph.wrapper import CapturedGraph
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner import launches
+from minisrv.runner.launches import busy_wait, count_launches, simulate_launches
+from tests.checkpoints import make_checkpoint
+
+LAYERS = 2
+OUTSIDE = 11
+"""Operations behind the model: 3 gather the last rows, lm_head, 2 sample, 5 scatter."""
+EAGER = 1 + 17 * LAYERS + 5 + 1 + OUTSIDE
+"""Embedding, layers (see tests/nn/test_op_count.py), the last norm, a copy to the static buffer."""
+PIECEWISE = 2 * LAYERS + 1 + OUTSIDE
+"""Each attention op, a piece before each and one behind the last."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    return str(make_checkpoint(directory, "qwen3", num_hidden_layers=LAYERS))
+
+
+def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4}
+    settings = {**limits, "cudagraph_mode": CUDAGraphMode(mode), **settings}
+    return EngineCore(EngineConfig(model=checkpoint, **settings))
+
+
+def add(engine: EngineCore, name: str, **params) -> None:
+    given = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True, **params}
+    engine.add(
+        EngineRequest(request_id=name, prompt_token_ids=[5, 6, 7], params=SamplingParams(**given))
+    )
+
+
+def steps(engine: EngineCore) -> list[int]:
+    """Run to the end; returns each step's launches."""
+    found = []
+    while engine.has_work:
+        with count_launches(engine.runner) as counter:
+            engine.step()
+        found.append(counter.count)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "prefill", "decode"),
+    [
+        ("none", EAGER, EAGER),
+        ("piecewise", PIECEWISE, PIECEWISE),
+        ("full-decode-only", EAGER, 1),
+        ("full-and-piecewise", PIECEWISE, 1),
+    ],
+)
+def test_the_launches_of_a_step(checkpoint, mode, prefill, decode):
+    engine = start(checkpoint, mode)
+    add(engine, "a")
+    add(engine, "b", temperature=0.8, top_p=0.9)  # sampling is one op, whatever it does
+    assert steps(engine) == [prefill] + 5 * [decode]
+
+
+def test_operations_behind_a_graph_count(checkpoint):
+    """A step whose logits are read samples and reports outside of its graph."""
+    engine = start(checkpoint)
+    add(engine, "a", logprobs=2)
+    _, *decodes = steps(engine)
+    assert len(set(decodes)) == 1
+    assert decodes[0] > 1 + 2 + 5, "the graph, the sampler, the scatter, and the report"
+
+
+def test_counting_leaves_nothing_behind(checkpoint):
+    engine = start(checkpoint)
+    runner = engine.runner
+    add(engine, "a")
+    with count_launches(runner) as counter:
+        engine.step()
+    engine.step()
+    assert counter.count == PIECEWISE, "what runs behind the block is not counted"
+    assert runner.launch == runner._launch
+    wrappers = (runner.model_step, runner.decode_step)
+    assert all(wrapper.replay is CapturedGraph.replay for wrapper in wrappers)
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """What an engine that starts with `simulate_launch_us` waits, instead of waiting."""
+    found: list[float] = []
+    monkeypatch.setattr(
+        core, "simulate_launches", lambda runner, us: simulate_launches(runner, us, found.append)
+    )
+    return found
+
+
+def test_each_step_waits_for_its_launches_and_the_start_for_none(checkpoint, waits):
+    engine = start(checkpoint, simulate_launch_us=2.5)
+    assert engine.info.graphs > 0
+    assert waits == [], "capture and certification do not wait"
+    for name in ("a", "b"):
+        add(engine, name)
+        while engine.has_work:
+            engine.step()
+        assert waits == [2.5 * PIECEWISE] + 5 * [2.5], "the same when the count is known"
+        waits.clear()
+
+
+class Output(NamedTuple):
+    """What of a SchedulerOutput tells steps apart."""
+
+    rows: tuple[None, ...]
+    needs_logits: bool
+
+
+def test_a_count_is_of_one_kind_of_step():
+    """A count that is known may not stand for a step that differs in mode, shape, rows or logits;
+    any of them may choose another kernel."""
+    wrapper, waits = SimpleNamespace(replay=CapturedGraph.replay), []
+
+    def launch(output, dispatch):
+        for _ in range(expected[output, dispatch]):
+            torch.zeros(1)
+
+    runner = SimpleNamespace(launch=launch, model_step=wrapper, decode_step=wrapper)
+    simulate_launches(runner, 1.0, waits.append)
+    steps = [
+        (Output((None,) * rows, logits), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
+        for rows in (1, 2)
+        for logits in (False, True)
+        for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
+        for tokens in (4, 8)
+    ]
+    expected = {step: count for count, step in enumerate(steps, 1)}
+    for step in steps * 2:
+        runner.launch(*step)
+    assert waits == list(expected.values()) * 2
+
+
+def test_simulated_steps_can_be_counted(checkpoint, waits):
+    """Two counters at once: bench under --simulate-launch-us."""
+    engine = start(checkpoint, simulate_launch_us=1.0)
+    add(engine, "a")
+    assert steps(engine) == waits == [PIECEWISE] + 5 * [1]
+
+
+def test_simulation_changes_no_token_and_says_so(checkpoint, waits, caplog):
+    tokens = {}
+    for us in (0.0, 3.0):
+        caplog.clear()
+        engine = start(checkpoint, simulate_launch_us=us)
+        add(engine, "greedy", logprobs=1)
+        add(engine, "sampled", temperature=0.9, seed=4)
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        tokens[us] = outputs
+        assert engine.info.simulated_launch_us == us
+        assert ("SIMULATED: every launch takes 3 us longer" in caplog.text) == bool(us)
+    assert tokens[0.0] == tokens[3.0]
+    assert waits
+
+
+@pytest.mark.parametrize("us", [-1.0, float("nan"), float("inf")])
+def test_what_cannot_be_waited_is_refused(us):
+    with pytest.raises(ConfigError, match="simulate_launch_us"):
+        EngineConfig(simulate_launch_us=us)
+
+
+def test_busy_wait_ends_when_the_time_is_over(monkeypatch):
+    clock = iter([1_000, 5_000, 6_499, 6_500, 6_501])
+    monkeypatch.setattr(launches.time, "perf_counter_ns", lambda: next(clock))
+    busy_wait(5.5)
+    assert next(clock) == 6_501
