@@ -23,6 +23,7 @@ from minisrv.config import (
     DTYPES,
     LOAD_FORMATS,
     QUANTIZATIONS,
+    BenchConfig,
     EngineConfig,
     ServerConfig,
 )
@@ -70,6 +71,13 @@ def _certify(options: argparse.Namespace) -> int:
         return run_certify(_settings(EngineConfig, options), options.json)
     except KeyboardInterrupt:
         raise GraphError("interrupted: not every graph has been certified.") from None
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from minisrv.bench import bench
+
+    bench(_settings(EngineConfig, options), _settings(BenchConfig, options))
+    return 0
 
 
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
@@ -132,10 +140,39 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_flags(certify)
     certify.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
     certify.set_defaults(run=_certify)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure engine steps eagerly, by PIECEWISE and by FULL graphs, by turns",
+        description=_bench_help,
+    )
+    _add_engine_flags(bench)
+    add = bench.add_argument_group("measurement").add_argument
+    d = BenchConfig()
+    add(
+        "--batch-sizes",
+        type=_sizes,
+        nargs="+",
+        action=_Flatten,
+        metavar="N",
+        help="requests of the decode batches, separated by spaces or commas (default: every rung)",
+    )
+    add("--context", type=int, metavar="N", help=f"tokens of each request ({d.context})")
+    add("--rounds", type=int, metavar="N", help=f"of two blocks of each mode ({d.rounds})")
+    add("--json", type=Path, metavar="FILE", help="write everything, raw medians included")
+    add("--plot", type=Path, metavar="FILE", help="draw it (pip install 'minisrv[plot]')")
+    bench.set_defaults(run=_bench)
     return parser
 
 
 _serve_help = "Serve a Hugging Face checkpoint. Without a model, the embedded default one."
+
+
+_bench_help = (
+    "Load a model once and time whole engine steps in this process, with the same weights, the "
+    "modes by turns (ABCCBA). All engine flags apply; FULL and PIECEWISE graphs are compared with "
+    "eager steps, for steady decode by batch and for prefill."
+)
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:

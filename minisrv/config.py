@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minisrv.errors import ConfigError, UnknownArchitectureError
@@ -267,6 +268,30 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
         _at_least("shutdown_timeout", self.shutdown_timeout, 0)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `minisrv bench` measures, and what it keeps.
+
+    batch_sizes: requests of a decode batch; empty takes every decode rung.
+    context: tokens of a request in the middle of the measured steps.
+    rounds: how often every mode is measured, twice each time.
+    json, plot: files to write.
+    Raises ConfigError.
+    """
+
+    batch_sizes: tuple[int, ...] = ()
+    context: int = 128
+    rounds: int = 6
+    json: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.batch_sizes):
+            raise ConfigError(f"batch_sizes={list(self.batch_sizes)} must be positive integers.")
+        _at_least("context", self.context, 1)
+        _at_least("rounds", self.rounds, 1)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,0 +1,298 @@
+"""The same steps in every mode, by turns, in one engine.
+
+Knows: how to bring an engine to steady decode, how to have it run a step in a mode of one's choice
+(another dispatcher, over the graphs that are there), and the order that cancels drift: a round runs
+a block of steps in each mode and then the same blocks backwards (ABCCBA), so that whatever grows
+linearly, the contexts included, is the same for all modes.
+Knows nothing of how results are shown.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from statistics import mean, median
+
+import msgspec
+
+from minisrv.config import BenchConfig, EngineConfig
+from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.ladder import Ladders
+from minisrv.engine.core import EngineCore, Progress
+from minisrv.engine.messages import EngineInfo
+from minisrv.environment import Environment, environment
+from minisrv.errors import ConfigError
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner.launches import count_launches
+
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+
+BLOCK = 5
+"""Steps of a block. The first is not counted: it brings back to the caches what the mode before has
+pushed out of them."""
+
+PREFILL_CHUNKS = (128, 512)
+"""Tokens; a chunk is cut to what a step may hold."""
+
+FORMULAS = (
+    "ms: median over a mode's blocks of the median over a block's steps, a step being the whole "
+    "of EngineCore.step().",
+    "eager/X: median over rounds of eager ms / X ms, and the least and the greatest; a round's ms "
+    "is the mean of a mode's two blocks in it.",
+    "tok/s: tokens of a step / ms, of the last mode.",
+)
+
+
+class ModeResult(msgspec.Struct, frozen=True):
+    """One mode at one size.
+
+    runs_as: tokens of the padded step. launches: of one step. tokens_per_s: real tokens.
+    blocks_ms: in the order they ran, two for each round.
+    """
+
+    runs_as: int
+    launches: int
+    ms: float
+    tokens_per_s: float
+    blocks_ms: list[float]
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """Eager time over a mode's time, paired by round; above 1 the mode is faster."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+class SizeResult(msgspec.Struct, frozen=True):
+    """Every mode that has a graph for this size, by name: NONE (eager) first.
+
+    size: requests of a decode batch, or tokens of a prefill chunk.
+    context: tokens of a request, on average, when the first and when the last step was done.
+    eager_over: by mode.
+    """
+
+    size: int
+    context: tuple[float, float]
+    modes: dict[str, ModeResult]
+    eager_over: dict[str, Ratio]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What one run found. `simulated_launch_us` other than 0: no time is the machine's own."""
+
+    environment: Environment
+    simulated_launch_us: float
+    config: EngineConfig
+    settings: BenchConfig
+    engine: EngineInfo
+    formulas: tuple[str, ...]
+    decode: list[SizeResult]
+    prefill: list[SizeResult]
+
+
+def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
+    """Start an engine and measure it. Raises what `EngineCore` raises, and ConfigError for what
+    cannot be compared or does not fit."""
+    if config.graph_mode is NONE:
+        raise ConfigError(
+            "bench compares eager steps with graphs, and there are none; leave out "
+            "--enforce-eager and --cudagraph-mode none."
+        )
+    return Bench(EngineCore(config, progress), settings).run(progress)
+
+
+def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
+    """For each runtime mode of `ladders`, NONE first, one that chooses it wherever it can."""
+    offered = {
+        NONE: replace(ladders, mode=NONE, decode=(), mixed=()),
+        PIECEWISE: replace(ladders, mode=PIECEWISE, decode=()),
+        FULL: replace(ladders, mode=CUDAGraphMode.FULL_DECODE_ONLY, mixed=()),
+    }
+    return {
+        mode: Dispatcher(some)
+        for mode, some in offered.items()
+        if mode is NONE or some.decode or some.mixed
+    }
+
+
+class Bench:
+    """Measures one engine, which must be idle."""
+
+    def __init__(
+        self,
+        engine: EngineCore,
+        settings: BenchConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """clock: returns seconds. Raises ConfigError for sizes that do not fit the engine."""
+        self.engine = engine
+        self.settings = settings
+        self.clock = clock
+        self.batch_sizes = settings.batch_sizes or _every_rung(engine.ladders)
+        self.dispatchers = dispatchers(engine.ladders)
+        steps = len(self.dispatchers) * (1 + 2 * settings.rounds * BLOCK)
+        # Half of the steps later the contexts are as long as was asked for.
+        self.prompt_length = max(1, settings.context - steps // 2)
+        self._check_fits(steps)
+        self._ids = count()
+        self._random = random.Random(engine.config.seed)
+
+    def _check_fits(self, steps: int) -> None:
+        info, settings, largest = self.engine.info, self.settings, max(self.batch_sizes)
+        if largest > info.max_num_seqs:
+            raise ConfigError(
+                f"a batch of {largest} is more than max_num_seqs={info.max_num_seqs}; raise "
+                "--max-num-seqs, or leave it out of --batch-sizes."
+            )
+        # The first requests decode while the last prompts are computed.
+        prefill = -(-largest * self.prompt_length // (info.max_num_batched_tokens - largest + 1))
+        longest = self.prompt_length + prefill + steps + 2
+        if longest > info.max_model_len:
+            raise ConfigError(
+                f"--context {settings.context} with --rounds {settings.rounds} takes up to "
+                f"{longest} tokens, and the context is {info.max_model_len}; lower one of them."
+            )
+        pool = self.engine.scheduler.pool
+        if (needed := largest * pool.blocks_for(longest)) > pool.num_free:
+            raise ConfigError(
+                f"a batch of {largest} takes up to {needed} KV blocks, and there are "
+                f"{pool.num_free}; raise --kv-cache-memory, or lower --context."
+            )
+
+    def run(self, progress: Progress) -> Report:
+        """Measure every size."""
+        where, info = environment(), self.engine.info
+        most = min(info.max_num_batched_tokens, info.max_model_len - 1)
+        chunks = sorted({min(chunk, most) for chunk in PREFILL_CHUNKS})
+        total = len(self.batch_sizes) + len(chunks)
+        decode: list[SizeResult] = []
+        prefill: list[SizeResult] = []
+        for size in self.batch_sizes:
+            progress("measuring", len(decode), total)
+            decode.append(self.decode(size))
+        for size in chunks:
+            progress("measuring", len(decode) + len(prefill), total)
+            prefill.append(self.prefill(size))
+        progress("measuring", total, total)
+        return Report(
+            environment=where,
+            simulated_launch_us=info.simulated_launch_us,
+            config=self.engine.config,
+            settings=self.settings,
+            engine=info,
+            formulas=FORMULAS,
+            decode=decode,
+            prefill=prefill,
+        )
+
+    def decode(self, size: int) -> SizeResult:
+        """Steady decode of `size` requests, whose contexts grow by a token a step."""
+        engine = self.engine
+        fresh = {self._add(self.prompt_length, max_tokens=None) for _ in range(size)}
+        while fresh:
+            fresh -= {output.request_id for output in engine.step()}
+        running = list(engine.scheduler.running)
+        assert len(running) == size, "the batch fits the engine"
+        first = mean(request.total for request in running)
+        modes, ratios = self._compare(size, decode=True)
+        last = mean(request.total for request in running)
+        for request in running:
+            engine.abort(request.request_id)
+        while engine.has_work:
+            engine.step()
+        return SizeResult(size, (first, last), modes, ratios)
+
+    def prefill(self, size: int) -> SizeResult:
+        """Prompts of `size` tokens, each computed in one step."""
+        modes, ratios = self._compare(
+            size, decode=False, prepare=lambda: self._add(size, max_tokens=1)
+        )
+        return SizeResult(size, (size + 1, size + 1), modes, ratios)
+
+    def _add(self, length: int, max_tokens: int | None) -> str:
+        """Queue a prompt, random so that no cache knows its beginning; returns the request's id."""
+        name, vocab = f"bench-{next(self._ids)}", self.engine.info.vocab_size
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        prompt = [self._random.randrange(vocab) for _ in range(length)]
+        self.engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
+        return name
+
+    # ---- by turns ----------------------------------------------------------------------------
+
+    def _compare(
+        self, size: int, *, decode: bool, prepare: Callable[[], object] = lambda: None
+    ) -> tuple[dict[str, ModeResult], dict[str, Ratio]]:
+        """Measure steps of `size` tokens.
+
+        prepare: called before each step, outside of what is timed.
+        """
+        runs_as = {}
+        for mode, dispatcher in self.dispatchers.items():
+            found = dispatcher.dispatch(size, size if decode else 1, uniform_decode=decode)
+            if found.mode is mode:
+                runs_as[mode] = found.descriptor.num_tokens
+        launches = {mode: self._count(mode, prepare) for mode in runs_as}
+        blocks: dict[CUDAGraphMode, list[float]] = {mode: [] for mode in runs_as}
+        for _ in range(self.settings.rounds):
+            for mode in (*runs_as, *reversed(runs_as)):
+                blocks[mode].append(self._block(mode, prepare))
+        results = {
+            mode.name: ModeResult(
+                runs_as=runs_as[mode],
+                launches=launches[mode],
+                ms=median(times),
+                tokens_per_s=1000 * size / median(times),
+                blocks_ms=times,
+            )
+            for mode, times in blocks.items()
+        }
+        eager = _by_round(blocks.pop(NONE))
+        ratios = {mode.name: _ratio(eager, _by_round(times)) for mode, times in blocks.items()}
+        return results, ratios
+
+    def _count(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> int:
+        """Launches of one step."""
+        with count_launches(self.engine.runner) as counter:
+            self._step(mode, prepare)
+        return counter.count
+
+    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
+        """Milliseconds of a step, the median of a block's."""
+        before = self._steps_in(mode)
+        times = [self._step(mode, prepare) for _ in range(BLOCK)]
+        assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
+        return median(times[1:])
+
+    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
+        """Run one step in `mode`; returns milliseconds."""
+        engine = self.engine
+        prepare()
+        usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
+        start = self.clock()
+        engine.step()
+        end = self.clock()
+        engine.dispatcher = usual
+        return 1000 * (end - start)
+
+    def _steps_in(self, mode: CUDAGraphMode) -> int:
+        return sum(steps.steps for steps in self.engine.stats().steps if steps.mode == mode.name)
+
+
+def _every_rung(ladders: Ladders) -> tuple[int, ...]:
+    most = ladders.max_num_seqs
+    return tuple(sorted({min(rung, most) for rung in ladders.decode or ladders.mixed}))
+
+
+def _by_round(blocks: list[float]) -> list[float]:
+    return [mean(pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+
+
+def _ratio(eager: list[float], other: list[float]) -> Ratio:
+    ratios = [a / b for a, b in zip(eager, other, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios))

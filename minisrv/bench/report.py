@@ -1,0 +1,173 @@
+"""What the user sees and keeps of a bench: tables, JSON, a plot.
+
+Knows rich, and matplotlib if it is asked for. Computes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from minisrv.bench.measure import Ratio, Report, SizeResult
+from minisrv.config import BenchConfig
+from minisrv.errors import ConfigError
+
+NAMES = {"NONE": "eager"}
+"""What a mode is called here, where not by its own name."""
+
+
+def subject(report: Report) -> str:
+    """What was measured, in a line. It says so if the times are simulated."""
+    info, where = report.engine, report.environment
+    threads = f"{where.threads} thread" + "s" * (where.threads > 1)
+    text = f"{report.config.model or 'default model'}, {info.dtype}, {info.device}, {threads}"
+    if report.simulated_launch_us:
+        text += f"; SIMULATED: every launch takes {report.simulated_launch_us:g} us longer"
+    return text
+
+
+def print_report(report: Report) -> None:
+    """Print both tables and what their columns mean."""
+    console = Console(highlight=False, soft_wrap=True)
+    where = report.environment
+    console.print(subject(report), style="bold")
+    console.print(
+        f"{where.cpu} ({where.capability}), {where.cpus} cores, load {where.load:g}, "
+        f"torch {where.versions['torch']}, Python {where.python}"
+    )
+    for title, unit, sizes in (
+        (f"Decode at {_context(report.decode)} tokens of context", "batch", report.decode),
+        ("Prefill", "tokens", report.prefill),
+    ):
+        console.print(f"\n{title}, ms per step. Launches of a step: {_launches(sizes)}")
+        console.print(_table(sizes, unit))
+        for line in _padded(sizes):
+            console.print(line)
+    console.print()
+    for formula in report.formulas:
+        console.print(formula, style="dim", markup=False)
+
+
+def save_json(report: Report, path: Path) -> None:
+    """Write everything, the raw medians of the blocks included."""
+    text = json.dumps(_rounded(msgspec.to_builtins(report, enc_hook=str)), indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def check_output(settings: BenchConfig) -> None:
+    """Raise ConfigError for a file that could not be written once everything is measured."""
+    for path in (settings.json, settings.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: there is no directory {path.parent}; make it first.")
+    if settings.plot is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib; install it with: pip install 'minisrv[plot]'."
+        ) from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if settings.plot.suffix.removeprefix(".") not in formats:
+        raise ConfigError(f"{settings.plot}: a plot's name ends in one of: {', '.join(formats)}.")
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Draw the time of a decode step, and what each graph saves, by batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    times, ratios = figure.subplots(1, 2)
+    for index, mode in enumerate(_modes(report.decode)):
+        style: dict[str, Any] = {"fmt": "o-", "ms": 3, "color": f"C{index}"}
+        sizes = [size for size in report.decode if mode in size.modes]
+        batches = [size.size for size in sizes]
+        name = NAMES.get(mode, mode)
+        times.errorbar(batches, [size.modes[mode].ms for size in sizes], label=name, **style)
+        paired = [size.eager_over[mode] for size in sizes if mode in size.eager_over]
+        if paired:
+            middle = [ratio.median for ratio in paired]
+            below = [ratio.median - ratio.least for ratio in paired]
+            above = [ratio.greatest - ratio.median for ratio in paired]
+            ratios.errorbar(batches, middle, [below, above], capsize=2, label=name, **style)
+    ratios.axhline(1, color="gray", lw=0.8)
+    times.set(xlabel="requests in the batch", ylabel="ms per engine step", ylim=(0, None))
+    ratios.set(xlabel="requests in the batch", ylabel="eager time / graph time")
+    for axes in (times, ratios):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"Decode: {subject(report)}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _table(sizes: list[SizeResult], unit: str) -> Table:
+    modes = _modes(sizes)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = [NAMES.get(mode, mode) for mode in modes]
+    headings += [f"eager/{mode}" for mode in modes[1:]]
+    for heading in (unit, *headings, "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for size in sizes:
+        found = [size.modes.get(mode) for mode in modes]
+        table.add_row(
+            str(size.size),
+            *("-" if result is None else f"{result.ms:.2f}" for result in found),
+            *(_ratio(size.eager_over.get(mode)) for mode in modes[1:]),
+            "-" if found[-1] is None else f"{found[-1].tokens_per_s:.0f}",
+        )
+    return table
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio.median:.2f} {ratio.least:.2f}-{ratio.greatest:.2f}"
+
+
+def _launches(sizes: list[SizeResult]) -> str:
+    parts = []
+    for mode in _modes(sizes):
+        counts = [size.modes[mode].launches for size in sizes if mode in size.modes]
+        least, most = min(counts), max(counts)
+        text = str(least) if least == most else f"{least}-{most}"
+        parts.append(f"{NAMES.get(mode, mode)} {text}")
+    return ", ".join(parts)
+
+
+def _modes(sizes: list[SizeResult]) -> list[str]:
+    """Of all sizes, eager first."""
+    return list(dict.fromkeys(mode for size in sizes for mode in size.modes))
+
+
+def _context(sizes: list[SizeResult]) -> str:
+    first, last = min(s.context[0] for s in sizes), max(s.context[1] for s in sizes)
+    return f"{first:.0f} to {last:.0f}"
+
+
+def _padded(sizes: list[SizeResult]) -> list[str]:
+    """A line for each mode that has no rung for some size."""
+    lines = []
+    for mode in _modes(sizes):
+        padded = [
+            f"{size.size} as {size.modes[mode].runs_as}"
+            for size in sizes
+            if mode in size.modes and size.modes[mode].runs_as != size.size
+        ]
+        if padded:
+            lines.append(f"{mode} runs {', '.join(padded)}: its ladder counts tokens.")
+    return lines
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits behind the point are 10 ns; more would be noise that takes space."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 5) if isinstance(value, float) else value

@@ -1,0 +1,165 @@
+"""`minisrv bench`: what it runs, in which order, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from matplotlib import rc_context
+
+from minisrv.bench.measure import BLOCK, Bench
+from minisrv.cli import main
+from minisrv.config import BenchConfig, EngineConfig
+from minisrv.engine.core import EngineCore
+from tests.checkpoints import make_checkpoint
+
+LAYERS = 2
+SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "24", "--context", "40")
+LAUNCHES = {"NONE": 17 * LAYERS + 18, "PIECEWISE": 2 * LAYERS + 12, "FULL": 1}
+"""As in tests/runner/test_launches.py."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    return str(make_checkpoint(directory, "llama", num_hidden_layers=LAYERS))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint) -> EngineCore:
+    return EngineCore(EngineConfig(model=checkpoint, max_num_seqs=4, max_num_batched_tokens=24))
+
+
+class Clock:
+    """Time as an engine's steps would take it: `cost(mode)` each, and so much more at each step."""
+
+    def __init__(self, engine: EngineCore, drift: float, **cost: float) -> None:
+        self.engine, self.drift, self.cost = engine, drift, cost
+        self.now = self.steps = 0.0
+        self.running = False
+
+    def __call__(self) -> float:
+        if self.running:
+            mode = self.engine.dispatcher.ladders.mode.decode_mode.name
+            self.now += self.cost[mode] + self.drift * self.steps
+            self.steps += 1
+        self.running = not self.running
+        return self.now
+
+
+def measured(engine: EngineCore, drift: float, **cost: float):
+    clock = Clock(engine, drift, **cost)
+    bench = Bench(engine, BenchConfig(batch_sizes=(3,), context=40, rounds=2), clock)
+    return bench.run(lambda phase, done, total: None)
+
+
+def test_times_and_ratios_are_those_of_the_clock(engine):
+    [size] = measured(engine, 0, NONE=0.012, PIECEWISE=0.006, FULL=0.003).decode
+    assert {mode: result.ms for mode, result in size.modes.items()} == pytest.approx(
+        {"NONE": 12, "PIECEWISE": 6, "FULL": 3}
+    )
+    assert size.modes["FULL"].tokens_per_s == pytest.approx(1000)
+    assert {mode: ratio.median for mode, ratio in size.eager_over.items()} == pytest.approx(
+        {"PIECEWISE": 2, "FULL": 4}
+    )
+
+
+def test_drift_cancels(engine):
+    """A machine that slows down, or contexts that grow, favour no mode."""
+    [size] = measured(engine, 0.001, NONE=0.01, PIECEWISE=0.01, FULL=0.01).decode
+    for ratio in size.eager_over.values():
+        assert (ratio.least, ratio.greatest) == pytest.approx((1, 1))
+
+
+def test_contexts_are_as_asked_for_in_the_middle_and_nothing_is_left(engine):
+    [size] = measured(engine, 0, NONE=1, PIECEWISE=1, FULL=1).decode
+    steps = 3 * (1 + 2 * 2 * BLOCK)
+    first, last = size.context
+    assert last - first == pytest.approx(steps)
+    assert first == pytest.approx(40 - steps / 2, abs=3)
+    assert not engine.has_work
+    assert engine.scheduler.pool.num_used == 0
+    assert engine.dispatcher.ladders == engine.ladders
+
+
+def run(checkpoint: str, *flags: str) -> int:
+    return main(["bench", checkpoint, *SMALL, "--rounds", "1", *flags])
+
+
+def test_the_command(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/minisrv", "bench", "--batch-sizes", "1 3"])
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    flags = ("--batch-sizes", "1", "3,4", "--json", str(out), "--plot", str(plot))
+    assert run(checkpoint, *flags) == 0
+    report = json.loads(out.read_text())
+    assert [size["size"] for size in report["decode"]] == [1, 3, 4]
+    for size in report["decode"]:
+        modes = size["modes"]
+        assert {mode: found["launches"] for mode, found in modes.items()} == LAUNCHES
+        assert all(len(found["blocks_ms"]) == 2 for found in modes.values())
+        assert list(size["eager_over"]) == ["PIECEWISE", "FULL"]
+    runs_as = {mode: found["runs_as"] for mode, found in report["decode"][1]["modes"].items()}
+    assert runs_as == {"NONE": 3, "PIECEWISE": 4, "FULL": 4}
+    [prefill] = report["prefill"]  # both chunks are cut to a step's 24 tokens
+    assert prefill["size"] == 24
+    assert list(prefill["modes"]) == ["NONE", "PIECEWISE"]
+    assert report["simulated_launch_us"] == 0
+    assert report["environment"]["command"] == "minisrv bench --batch-sizes '1 3'"
+    assert report["environment"]["versions"].keys() >= {"minisrv", "torch"}
+    assert report["config"]["max_num_seqs"] == 4
+    shown = capsys.readouterr().out
+    assert f"eager {LAUNCHES['NONE']}, PIECEWISE {LAUNCHES['PIECEWISE']}, FULL 1" in shown
+    assert "eager/FULL" in shown
+    assert "PIECEWISE runs 3 as 4" in shown
+    assert "SIMULATED" not in shown
+    assert "<svg" in plot.read_text()
+
+
+def test_simulated_figures_say_so_wherever_they_are_kept(checkpoint, tmp_path, capsys):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    flags = ("--simulate-launch-us", "0.5", "--batch-sizes", "1")
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        assert run(checkpoint, *flags, "--json", str(out), "--plot", str(plot)) == 0
+    label = "SIMULATED: every launch takes 0.5 us longer"
+    assert label in capsys.readouterr().out
+    assert label in plot.read_text()
+    assert json.loads(out.read_text())["simulated_launch_us"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "decode", "prefill"),
+    [
+        ("piecewise", ["NONE", "PIECEWISE"], ["NONE", "PIECEWISE"]),
+        ("full-decode-only", ["NONE", "FULL"], ["NONE"]),
+    ],
+)
+def test_modes_without_graphs_are_left_out(checkpoint, tmp_path, mode, decode, prefill):
+    out = tmp_path / "bench.json"
+    assert run(checkpoint, "--cudagraph-mode", mode, "--json", str(out)) == 0
+    report = json.loads(out.read_text())
+    assert [list(size["modes"]) for size in report["decode"]] == [decode] * 3
+    assert [list(size["modes"]) for size in report["prefill"]] == [prefill]
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--enforce-eager"], "leave out --enforce-eager"),
+        (["--batch-sizes", "5"], "more than max_num_seqs=4"),
+        (["--batch-sizes", "0"], "positive"),
+        (["--context", "600"], "the context is 512"),
+        (["--num-kv-blocks", "10"], "raise --kv-cache-memory"),
+        (["--json", "nowhere/bench.json"], "there is no directory"),
+        (["--plot", "bench.txt"], "ends in one of"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(checkpoint, flags, what, capsys):
+    assert run(checkpoint, *flags) == 1
+    assert what in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_names_the_extra(checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert run(checkpoint, "--plot", "bench.png") == 1
+    assert "minisrv[plot]" in capsys.readouterr().err
