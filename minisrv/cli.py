@@ -80,6 +80,14 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def engine_config(arguments: Sequence[str]) -> EngineConfig:
+    """The settings that `minisrv serve` would take from these engine flags, MODEL included. For
+    programs that pass them on. Raises ConfigError; exits with 2 for what is no flag."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_engine_flags(parser)
+    return _settings(EngineConfig, parser.parse_args(arguments))
+
+
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
     """The settings of `kind` that were given; its own defaults stand for the rest."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]

@@ -39,8 +39,11 @@ class Environment(msgspec.Struct, frozen=True):
     versions: dict[str, str]
 
 
-def environment() -> Environment:
-    """This process, on this machine, now."""
+def environment(*packages: str) -> Environment:
+    """This process, on this machine, now.
+
+    packages: whose versions matter too.
+    """
     import torch
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -55,7 +58,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         platform=platform.platform(),
         python=platform.python_version(),
-        versions={name: version(name) for name in PACKAGES},
+        versions={name: version(name) for name in (*PACKAGES, *packages)},
     )
 
 

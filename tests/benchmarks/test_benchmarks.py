@@ -1,0 +1,63 @@
+"""The programs in benchmarks/: both sides of a comparison do the same work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import make_llama_15m, transformers_generate
+from minisrv.cli import engine_config
+from minisrv.config import EngineConfig
+from minisrv.engine.core import EngineCore
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.text.tokenizer import Tokenizer
+from tests.checkpoints import make_checkpoint
+
+
+def test_the_15m_llama_is_what_it_says_and_loads(tmp_path):
+    model = make_llama_15m.make(tmp_path)
+    assert sum(weight.numel() for weight in model.parameters()) == 15_735_168
+    prompt = Tokenizer.from_directory(tmp_path).encode("Once upon a time")
+    engine = EngineCore(EngineConfig(model=str(tmp_path), enforce_eager=True, max_num_seqs=1))
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    engine.add(EngineRequest(request_id="a", prompt_token_ids=prompt, params=params))
+    [output] = engine.step()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    assert output.token_ids == [int(logits.argmax())]
+    assert 0.5 < float(logits.std()) < 2, "logits are as wide as a trained model's might be"
+
+
+@pytest.mark.parametrize("flags", ["", "--enforce-eager --simulate-launch-us 1"])
+def test_both_sides_generate_the_same_tokens(tmp_path, monkeypatch, capsys, flags):
+    checkpoint = make_checkpoint(tmp_path / "model", "llama")
+    out = tmp_path / "out.json"
+    size = ["--batch", "1,3", "--context", "9", "--tokens", "5", "--rounds", "2"]
+    files = [str(checkpoint), "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["it.py", *files, *size, "--engine-flags", flags])
+    threads = torch.get_num_threads()
+    try:
+        transformers_generate.main()
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads(out.read_text())
+    assert [result["batch"] for result in report["results"]] == [1, 3]
+    for result in report["results"]:
+        assert result["same_tokens"] == 1.0
+        assert [len(times) for times in result["blocks_ms"].values()] == [4, 4]
+    assert report["environment"]["versions"]["transformers"]
+    assert report["engine"]["graphs"] == (0 if flags else 12)
+    assert report["simulated_launch_us"] == bool(flags)
+    assert ("SIMULATED" in capsys.readouterr().out) == bool(flags)
+
+
+def test_engine_flags_are_those_of_serve():
+    config = engine_config(["model", "--max-num-seqs", "3", "--cudagraph-mode", "piecewise"])
+    assert config == EngineConfig(
+        model="model", max_num_seqs=3, cudagraph_mode=CUDAGraphMode.PIECEWISE
+    )
+    with pytest.raises(SystemExit):
+        engine_config(["--port", "1"])
