@@ -681,8 +681,8 @@ def null_numbers_belong_to_the_pool(patch: Patch) -> None:
 
     def broken(self, total):
         init(self, total)
-        self._free.appendleft(0)
-        self._is_free[0] = True
+        self._free[0] = None
+        self._free.move_to_end(0, last=False)
 
     patch.setattr(FreeList, "__init__", broken)
 
