@@ -6,27 +6,36 @@ Knows argparse and the order of a run. Does not measure, compute or lay out anyt
 import argparse
 import asyncio
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from msgspec.structs import replace
+
+from loadgen import ab
 from loadgen.client import find_model
 from loadgen.errors import ConfigError, LoadgenError
-from loadgen.records import MAX_DURATION_S, MAX_REQUESTS, PromptKind, RunConfig
+from loadgen.records import MAX_DURATION_S, MAX_REQUESTS, Leg, PromptKind, RunConfig
 from loadgen.report import (
     MAX_RAW_ROWS,
+    ComparisonReport,
     Environment,
     LevelReport,
     ProgressBar,
     RawRows,
     Report,
-    check_writable,
+    print_comparison,
     print_report,
     write_json,
 )
-from loadgen.runner import run_levels
-from loadgen.stats import summarize
+from loadgen.runner import run_legs
+from loadgen.servers import Server
+from loadgen.stats import LevelSummary, summarize
 
 EXIT_OK = 0
 EXIT_FAILED_REQUESTS = 1
@@ -36,35 +45,145 @@ EXIT_INTERRUPTED = 130
 _MAX_CONCURRENCY = 10_000
 _MAX_TOKENS = 1_000_000
 _MAX_ID = 2**31
+_MAX_ROUNDS = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
+        return _run(arguments) if arguments.command == "run" else _ab(arguments)
     except LoadgenError as error:
         print(f"loadgen: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
     except KeyboardInterrupt:
-        print("loadgen: interrupted before anything was measured", file=sys.stderr)
+        print("loadgen: interrupted; what was measured until then is shown", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    json_path: Path | None = arguments.json
-    if json_path is not None:
-        check_writable(json_path)
-    concurrencies = tuple(value for group in arguments.concurrency for value in group)
-    if not concurrencies:
-        raise ConfigError("--concurrency names no value")
-    api_key: str | None = arguments.api_key or os.environ.get("OPENAI_API_KEY")
-    base_url = normalize_url(arguments.url)
-    model = asyncio.run(find_model(base_url, api_key, arguments.model, arguments.timeout))
-    config = RunConfig(
+    config = _config(arguments, normalize_url(arguments.url), arguments.label)
+    environment = Environment.here()
+    levels: list[LevelReport] = []
+    stopped: KeyboardInterrupt | None = None
+    try:
+        with ProgressBar() as bar:
+            for level in run_legs(Leg.of(config), _api_key(arguments), bar):
+                raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.concurrencies)))
+                levels.append(LevelReport(summarize(level), raw))
+    except KeyboardInterrupt as interrupt:
+        if not levels:
+            raise
+        stopped = interrupt
+    summaries = [level.summary for level in levels]
+    print_report(config, summaries)
+    if arguments.json is not None:
+        complete = stopped is None
+        report = Report(complete=complete, config=config, environment=environment, levels=levels)
+        write_json(report, arguments.json)
+    if stopped is not None:
+        raise stopped
+    return _status(summaries)
+
+
+def _ab(arguments: argparse.Namespace) -> int:
+    # NOTE: the servers are children that would outlive this process.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    environment = Environment.here()
+    logs = Path(tempfile.mkdtemp(prefix="loadgen-ab-"))
+    with ExitStack() as stack:
+        servers: list[Server] = []
+        sides: list[ab.Side] = []
+        for label, command in zip(arguments.labels, (arguments.a, arguments.b), strict=True):
+            server = Server(label, command, logs / f"{'ab'[len(servers)]}.log")
+            servers.append(stack.enter_context(server))
+            sides.append(_ready_side(arguments, server))
+        a, b = sides
+        levels, stopped = _compare(a, b, servers, _api_key(arguments))
+    if not levels and stopped is not None:
+        raise stopped
+    report = ComparisonReport(
+        complete=stopped is None,
+        label=arguments.label,
+        simulated=ab.simulated(a, b),
+        a=a,
+        b=b,
+        environment=environment,
+        levels=levels,
+    )
+    print_comparison(report)
+    if arguments.json is not None:
+        write_json(report, arguments.json)
+    if arguments.plot is not None:
+        from loadgen.plot import draw
+
+        draw(report, arguments.plot)
+    if stopped is not None:
+        raise stopped
+    if arguments.require_identical and any(x.answers != x.same_answers for x in levels):
+        print("loadgen: answers differ, so the exit status is 1", file=sys.stderr)
+        return EXIT_FAILED_REQUESTS
+    return _status([run for level in levels for pair in level.pairs for run in (pair.a, pair.b)])
+
+
+def _ready_side(arguments: argparse.Namespace, server: Server) -> ab.Side:
+    """Wait for a server that was started, and say what it is to be asked."""
+    print(f"loadgen: starting {server.name}; its log is {server.log}", file=sys.stderr)
+    ready_s = server.wait_ready(arguments.ready_timeout)
+    print(f"loadgen: {server.name} is ready after {ready_s:.1f} s", file=sys.stderr)
+    config = _config(arguments, normalize_url(server.url), server.name)
+    config = replace(
+        config,
+        concurrencies=tuple(x for x in config.concurrencies for _ in range(2 * arguments.rounds)),
+        keep_answers=True,
+        return_token_ids=arguments.return_token_ids,
+    )
+    return ab.Side(server.name, server.command, ready_s, server.simulated_launch_us(), config)
+
+
+def _compare(
+    a: ab.Side, b: ab.Side, servers: Sequence[Server], api_key: str | None
+) -> tuple[list[ab.Level], LoadgenError | KeyboardInterrupt | None]:
+    """What all pairs say; or those until something stopped them, and what."""
+
+    class WatchingBar(ProgressBar):
+        """Ends the runs with a server's end, rather than count what nobody answers."""
+
+        def update(self, done: int, failed: int, share: float) -> None:
+            super().update(done, failed, share)
+            for server in servers:
+                server.check()
+
+    pairs: list[ab.Pair] = []
+    stopped: LoadgenError | KeyboardInterrupt | None = None
+    try:
+        legs = ab.order(a.config, b.config)
+        with WatchingBar() as bar, closing(run_legs(legs, api_key, bar)) as runs:
+            for pair in ab.pairs(runs):
+                pairs.append(pair)  # noqa: PERF402  (those until an error are kept)
+        for server in servers:
+            server.check()
+    except (LoadgenError, KeyboardInterrupt) as error:
+        stopped = error
+    return ab.Level.of(pairs), stopped
+
+
+def _status(runs: Sequence[LevelSummary]) -> int:
+    if any(run.any_failed for run in runs):
+        print("loadgen: requests failed, so the exit status is 1", file=sys.stderr)
+        return EXIT_FAILED_REQUESTS
+    return EXIT_OK
+
+
+def _config(arguments: argparse.Namespace, base_url: str, label: str) -> RunConfig:
+    """What the options ask of the server at `base_url`, whose model is looked up."""
+    model = find_model(base_url, _api_key(arguments), arguments.model, arguments.timeout)
+    return RunConfig(
         base_url=base_url,
-        model=model,
-        concurrencies=concurrencies,
+        model=asyncio.run(model),
+        concurrencies=tuple(value for group in arguments.concurrency for value in group),
         prompt_kind=PromptKind(arguments.prompt_kind),
         input_tokens=arguments.input_tokens,
         token_range=arguments.token_range,
@@ -76,32 +195,12 @@ def _run(arguments: argparse.Namespace) -> int:
         processes=arguments.processes,
         seed=arguments.seed,
         timeout_s=arguments.timeout,
-        label=arguments.label,
+        label=label,
     )
-    environment = Environment.here()
-    levels: list[LevelReport] = []
-    complete = True
-    try:
-        with ProgressBar() as bar:
-            for level in run_levels(config, api_key, bar):
-                raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.concurrencies)))
-                levels.append(LevelReport(summarize(level), raw))
-    except KeyboardInterrupt:
-        if not levels:
-            raise
-        complete = False
-    summaries = [level.summary for level in levels]
-    print_report(config, summaries)
-    if json_path is not None:
-        report = Report(complete=complete, config=config, environment=environment, levels=levels)
-        write_json(report, json_path)
-    if not complete:
-        print("loadgen: interrupted; the table shows what was measured so far", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    if any(summary.any_failed for summary in summaries):
-        print("loadgen: requests failed, so the exit status is 1", file=sys.stderr)
-        return EXIT_FAILED_REQUESTS
-    return EXIT_OK
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    return arguments.api_key or os.environ.get("OPENAI_API_KEY")
 
 
 def normalize_url(url: str) -> str:
@@ -127,19 +226,60 @@ def _parser() -> argparse.ArgumentParser:
         description="Load an OpenAI-compatible server and measure how it answers.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    status = (
+        "Exit status: 0; 1 if a request failed, warm-up included{}; 2 if a server or an option "
+        "cannot be used; 130 if interrupted."
+    )
     run = commands.add_parser(
         "run",
         help="closed loop over a list of concurrencies",
         description="For each concurrency in turn, keep that many streaming requests in flight; "
         "print TTFT, ITL, TPOT, E2E and throughput, and their formulas.",
-        epilog="Exit status: 0; 1 if a request failed, warm-up included; 2 if the server or an "
-        "option cannot be used; 130 if interrupted.",
+        epilog=status.format(""),
     )
     run.add_argument("url", metavar="URL", help="http://host:port, with or without /v1")
+    _add_options(run)
+
+    compare = commands.add_parser(
+        "ab",
+        help="two servers beside each other",
+        description="Start two servers, send both the same requests in the order A B B A, and "
+        "print their ITL, TTFT and throughput, the ratios B / A with their spread, and whether "
+        "the answers are the same. Both are up all the time and one at a time is asked, so they "
+        "must fit the machine together and rest when idle.",
+        epilog=status.format(", or answers differ under --require-identical"),
+    )
+    text = (
+        "command line of server {}, one word to the shell; {{port}} in it stands for the port it "
+        "is given, else --host and --port are appended"
+    )
+    for name in "ab":
+        compare.add_argument(name, metavar=name.upper(), help=text.format(name.upper()))
+    option = compare.add_argument_group("comparison").add_argument
+    text = "what to call the servers (default: A B)"
+    option("--labels", nargs=2, default=["A", "B"], metavar=("A", "B"), help=text)
+    text = "runs A B B A at each concurrency (default: %(default)s)"
+    option("--rounds", type=_integer(1, _MAX_ROUNDS), default=3, metavar="N", help=text)
+    text = "seconds that a server may take to be ready (default: %(default)g)"
+    option("--ready-timeout", type=_seconds, default=900.0, metavar="S", help=text)
+    text = (
+        "do not ask for token ids, an extension that some servers refuse; answers are then "
+        "compared as text"
+    )
+    option("--no-return-token-ids", dest="return_token_ids", action="store_false", help=text)
+    option("--require-identical", action="store_true", help="exit with 1 if answers differ")
+    text = "draw ITL by concurrency to FILE, .svg or .png; needs minisrv[plot]"
+    option("--plot", type=_picture, metavar="FILE", help=text)
+    _add_options(compare)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """What is asked of a server, and how hard."""
     count, tokens = _integer(1, MAX_REQUESTS), _integer(1, _MAX_TOKENS)
     kinds = [str(kind) for kind in PromptKind]
 
-    load = run.add_argument_group("load").add_argument
+    load = command.add_argument_group("load").add_argument
     text = "requests in flight; values separated by spaces or commas (default: 1,4,16)"
     several = _integers(1, _MAX_CONCURRENCY)
     load("--concurrency", type=several, nargs="+", default=[[1, 4, 16]], metavar="N", help=text)
@@ -160,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "seconds that one request may take (default: %(default)g)"
     load("--timeout", type=_seconds, default=300.0, metavar="S", help=text)
 
-    request = run.add_argument_group("requests").add_argument
+    request = command.add_argument_group("requests").add_argument
     request("--model", help="default: the first that the server lists")
     text = (
         "random token ids or random words to /completions, or words to /chat/completions "
@@ -183,10 +323,9 @@ def _parser() -> argparse.ArgumentParser:
     request("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help=text)
     request("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY, if set")
 
-    output = run.add_argument_group("output").add_argument
-    output("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    output = command.add_argument_group("output").add_argument
+    output("--json", type=_file, metavar="FILE", help="write everything to FILE")
     output("--label", default="", metavar="TEXT", help="a name for this run")
-    return parser
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -203,9 +342,25 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _integers(low: int, high: int) -> Callable[[str], list[int]]:
-    """Comma-separated integers."""
+    """Comma-separated integers, at least one."""
     parse = _integer(low, high)
-    return lambda text: [parse(part) for part in text.split(",") if part.strip()]
+    return lambda text: [parse(part) for part in text.rstrip(",").split(",")]
+
+
+def _file(text: str) -> Path:
+    """Where a file can be written; better known now than after the run."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: not a file in an existing directory")
+    return path
+
+
+def _picture(text: str) -> Path:
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text}: neither .svg nor .png")
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'minisrv[plot]'")
+    return _file(text)
 
 
 def _seconds(text: str) -> float:

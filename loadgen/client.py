@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 
 from loadgen.errors import ServerError
-from loadgen.records import Failure, FailureKind, RequestRecord, RunConfig, clock
+from loadgen.records import Answer, Failure, FailureKind, RequestRecord, RunConfig, clock
 from loadgen.sse import SSEError, SSEParser
 
 _READ_BUFFER_BYTES = 1 << 20  # the default of 64 KiB throttles servers that send large chunks
@@ -31,14 +31,14 @@ class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
 
-    def has_content(self) -> bool:
-        if self.text:
-            return True
+    @property
+    def content(self) -> str:
+        if self.text or self.delta is None:
+            return self.text or ""
         delta = self.delta
-        return delta is not None and bool(
-            delta.content or delta.reasoning_content or delta.reasoning
-        )
+        return delta.content or delta.reasoning_content or delta.reasoning or ""
 
 
 class _Usage(msgspec.Struct, gc=False):
@@ -71,6 +71,8 @@ class CompletionStream:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.done_s: float | None = None
+        self._contents: list[str] = []
+        self._token_ids: list[int] = []
         self._finish_reason: str | None = None
         self._failure: Failure | None = None
         self._parser = SSEParser()
@@ -91,13 +93,21 @@ class CompletionStream:
         if chunk.error is not None:
             self._failure = Failure(FailureKind.ERROR_EVENT, _error_text(chunk.error))
         for choice in chunk.choices or ():
-            if choice.has_content():
+            if content := choice.content:
                 self.chunk_times_s.append(now_s)
+                self._contents.append(content)
+            self._token_ids += choice.token_ids or ()
             if choice.finish_reason is not None:
                 self._finish_reason = choice.finish_reason
         if chunk.usage is not None:
             self.prompt_tokens = chunk.usage.prompt_tokens
             self.completion_tokens = chunk.usage.completion_tokens
+
+    @property
+    def answer(self) -> Answer:
+        """What has been said so far."""
+        complete = len(self._token_ids) == self.completion_tokens
+        return Answer("".join(self._contents), tuple(self._token_ids) if complete else ())
 
     def verdict(self, output_tokens: int, exact: bool) -> Failure | None:
         """Judge the stream after its end: None is success.
@@ -167,6 +177,7 @@ async def send(
         prompt_tokens=stream.prompt_tokens,
         completion_tokens=stream.completion_tokens,
         failure=failure,
+        answer=stream.answer if config.keep_answers else None,
     )
 
 

@@ -40,6 +40,8 @@ def request_body(config: RunConfig, level: int, warmup: bool, index: int) -> byt
     }
     if config.ignore_eos:
         body["ignore_eos"] = True
+    if config.return_token_ids:
+        body["return_token_ids"] = True
     if config.prompt_kind is PromptKind.TOKENS:
         body["prompt"] = ids
     else:

@@ -7,6 +7,7 @@ machine share, so records of several client processes can be merged as they are.
 
 import enum
 import time
+from typing import Self
 
 import msgspec
 
@@ -55,6 +56,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     timeout_s: float
     label: str
+    keep_answers: bool = False
+    """Whether records hold what was answered."""
+    return_token_ids: bool = False
+    """Whether token ids are asked for, an extension."""
 
     def requests_at(self, concurrency: int) -> int:
         """The most requests measured at `concurrency`."""
@@ -72,6 +77,23 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     def time_limit_s(self) -> float:
         """No request is started later than this after the start of its level."""
         return MAX_DURATION_S if self.duration_s is None else self.duration_s
+
+
+class Leg(msgspec.Struct, frozen=True):
+    """What is measured in one go: the `level`-th concurrency of a configuration."""
+
+    config: RunConfig
+    level: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> list[Self]:
+        """All levels of a configuration, in order."""
+        return [cls(config, level) for level in range(len(config.concurrencies))]
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight."""
+        return self.config.concurrencies[self.level]
 
 
 class FailureKind(enum.StrEnum):
@@ -100,6 +122,13 @@ class Failure(msgspec.Struct, frozen=True):
         return str(self.kind) if self.status is None else f"{self.kind}_{self.status}"
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """What a server answered; `token_ids` is empty unless it gave the id of every token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
 class RequestRecord(msgspec.Struct, frozen=True):
     """One request as the client saw it."""
 
@@ -114,6 +143,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     completion_tokens: int | None
     """Both from the server's usage; None where it sent none."""
     failure: Failure | None
+    answer: Answer | None = None
+    """None unless answers are kept."""
 
     @property
     def tokens(self) -> int:

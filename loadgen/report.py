@@ -5,6 +5,7 @@ the formulas are printed as stats states them.
 """
 
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,11 +18,13 @@ from typing import Self
 import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from loadgen import ab
 from loadgen.errors import ConfigError
-from loadgen.records import LevelResult, RunConfig
+from loadgen.records import Leg, LevelResult, RunConfig
 from loadgen.stats import FORMULAS, Distribution, LevelSummary
 
 SCHEMA = 1
@@ -29,6 +32,7 @@ MAX_RAW_ROWS = 1500
 """Request rows kept in the JSON, over all levels."""
 
 _WIDE = 130  # columns from which three percentiles stand side by side
+_FEW = 8  # that are shown, of what may be many
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -117,13 +121,29 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     levels: list[LevelReport]
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError if a file cannot be written at `path`; better now than after the run."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--json {path}: not a file in an existing directory")
+class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON file of `loadgen ab`."""
+
+    schema: int = SCHEMA
+    complete: bool
+    """False if the comparison ended early; `levels` has the pairs until then."""
+    label: str
+    simulated: str
+    """What `ab.simulated` says; no figure of this file stands without it."""
+    a: ab.Side
+    b: ab.Side
+    environment: Environment
+    formulas: dict[str, str] = msgspec.field(default_factory=lambda: FORMULAS | ab.FORMULAS)
+    levels: list[ab.Level]
+
+    @property
+    def title(self) -> str:
+        """One line for whatever shows figures."""
+        what = f"{self.a.label} and {self.b.label}, {self.a.config.model}"
+        return ": ".join(text for text in (self.label, self.simulated, what) if text)
 
 
-def write_json(report: Report, path: Path) -> None:
+def write_json(report: Report | ComparisonReport, path: Path) -> None:
     """Write `report` to `path`, replacing what is there."""
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
@@ -133,22 +153,12 @@ def write_json(report: Report, path: Path) -> None:
 
 def print_report(config: RunConfig, levels: Sequence[LevelSummary]) -> None:
     """Print the table to stdout, then what failed, the warnings and the formulas."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDE)
+    console = _stdout()
     between = " / " if console.width >= _WIDE else "\n"
-    limit = "exactly" if config.ignore_eos else "at most"
-    lines = [
-        "",
-        f"{config.label + ': ' if config.label else ''}{config.model} at {config.base_url}: "
-        f"{config.input_tokens} {config.prompt_kind} in, {limit} {config.output_tokens} tokens "
-        f"out, client processes {config.processes}, seed {config.seed}",
-    ]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
-    caption = "latencies in ms: p50, p90, p99"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-    for name in ("conc", "ok", "fail", "req/s", "tok/s", "TTFT", "ITL", "TPOT", "E2E", "tok/chunk"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{config.label + ': ' if config.label else ''}{config.model} at {config.base_url}: "
+    _print(console, ["", title + _requests(config)])
+    names = ("conc", "ok", "fail", "req/s", "tok/s", "TTFT", "ITL", "TPOT", "E2E", "tok/chunk")
+    table = _table(names, "latencies in ms: p50, p90, p99")
     for level in levels:
         latencies = (level.ttft_ms, level.itl_ms, level.tpot_ms, level.e2e_ms)
         table.add_row(
@@ -162,9 +172,82 @@ def print_report(config: RunConfig, levels: Sequence[LevelSummary]) -> None:
         )
     console.print(table)
     lines = [f"concurrency {level.concurrency}: {x}" for level in levels for x in _remarks(level)]
-    lines += ["", "formulas (mean, min, max and in flight are in the JSON):"]
-    lines += [f"  {name}: {text}" for name, text in FORMULAS.items()]
+    lines += ["", "formulas (mean, min, max and in flight are in the JSON):", *_formulas(FORMULAS)]
+    _print(console, lines)
+
+
+def print_comparison(report: ComparisonReport) -> None:
+    """Print to stdout what two servers did: table, answers that differ, failures, formulas."""
+    console = _stdout()
+    a, b = report.a, report.b
+    lines = ["", report.title]
+    lines += [
+        f"{side.label}: {shlex.join(side.command)} (ready in {side.ready_s:.1f} s)"
+        for side in (a, b)
+    ]
+    _print(console, [*lines, _requests(a.config)])
+    names = ("conc", "metric", a.label, b.label, f"{b.label} / {a.label}", "same answers")
+    table = _table(names, "median (min..max); the formulas say of what")
+    for level in report.levels:
+        head, tail = str(level.concurrency), f"{level.same_answers} of {level.answers}"
+        for name in ab.METRICS:
+            found = level.metrics.get(name)
+            spreads = (found.a, found.b, found.ratio) if found else (None,) * 3
+            table.add_row(head, name, *(_spread(spread) for spread in spreads), tail)
+            head = tail = ""
+    console.print(table)
+    lines = [
+        f"concurrency {level.concurrency}: {remark}"
+        for level in report.levels
+        for remark in _pair_remarks(level, a.label, b.label)
+    ]
+    _print(console, [*lines, "", "formulas:", *_formulas(report.formulas)])
+
+
+def _pair_remarks(level: ab.Level, a: str, b: str) -> list[str]:
+    lines = []
+    differences = [found for pair in level.pairs for found in pair.differences]
+    if differences:
+        starts = [f"{found.unit} {found.position}" for found in differences[:_FEW]]
+        starts += ["..."] * (len(differences) > _FEW)
+        number = level.answers - level.same_answers
+        lines.append(f"{number} of {level.answers} answers differ, from {', '.join(starts)} on")
+    for label, runs in ((a, [p.a for p in level.pairs]), (b, [p.b for p in level.pairs])):
+        worst_first = sorted(runs, key=lambda run: not run.any_failed)
+        remarks = [found for run in worst_first if (found := _remarks(run))]
+        share = f"{label}, {len(remarks)} of {len(runs)} runs"
+        lines += [f"{share}, for example: {remark}" for remark in (remarks or [[]])[0]]
+    return lines
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)
+    return console
+
+
+def _print(console: Console, lines: Sequence[str]) -> None:
     console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _table(columns: Sequence[str], caption: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    for name in columns:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    return table
+
+
+def _requests(config: RunConfig) -> str:
+    limit = "exactly" if config.ignore_eos else "at most"
+    return (
+        f"{config.input_tokens} {config.prompt_kind} in, {limit} {config.output_tokens} tokens "
+        f"out, client processes {config.processes}, seed {config.seed}"
+    )
+
+
+def _formulas(formulas: dict[str, str]) -> list[str]:
+    return [f"  {name}: {text}" for name, text in formulas.items()]
 
 
 def _remarks(level: LevelSummary) -> list[str]:
@@ -185,6 +268,12 @@ def _cell(distribution: Distribution | None, between: str) -> str:
     return between.join(_number(x) for x in (distribution.p50, distribution.p90, distribution.p99))
 
 
+def _spread(spread: ab.Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{_number(spread.median)} ({_number(spread.min)}..{_number(spread.max)})"
+
+
 def _number(value: float) -> str:
     """About three digits, never in exponents."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -195,7 +284,7 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
@@ -216,9 +305,12 @@ class ProgressBar:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, concurrency: int, warmup: bool) -> None:
-        """Start a new bar."""
-        title = f"concurrency {concurrency}" + (" (warm-up)" if warmup else "")
+    def begin(self, leg: Leg, warmup: bool) -> None:
+        """Start a new bar; the last few stay."""
+        for old in self._progress.task_ids[:-_FEW]:
+            self._progress.remove_task(old)
+        label = f"{leg.config.label}: " if leg.config.label else ""
+        title = f"{label}concurrency {leg.concurrency}" + (" (warm-up)" if warmup else "")
         self._task = self._progress.add_task(title, total=1.0, count="")
 
     def update(self, done: int, failed: int, share: float) -> None:

@@ -19,7 +19,7 @@ import multiprocessing
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -35,6 +35,7 @@ from loadgen.prompts import endpoint, request_body
 from loadgen.records import (
     ClientLoad,
     Failure,
+    Leg,
     LevelResult,
     RequestRecord,
     RunConfig,
@@ -54,7 +55,7 @@ _SPARE_FILES = 256
 class Observer(Protocol):
     """Is told how a run goes on; called in the parent, between measurements' own work."""
 
-    def begin(self, concurrency: int, warmup: bool) -> None:
+    def begin(self, leg: Leg, warmup: bool) -> None:
         """A phase starts."""
 
     def update(self, done: int, failed: int, share: float) -> None:
@@ -64,7 +65,7 @@ class Observer(Protocol):
 class Phase(msgspec.Struct, frozen=True):
     """One worker's part of a warm-up or of a measurement."""
 
-    level: int
+    leg: Leg
     warmup: bool
     lanes: int
     requests: int
@@ -126,31 +127,34 @@ class _Shared:
         return int(self._raw[self._DONE]), int(self._raw[self._FAILED])
 
 
-def run_levels(config: RunConfig, api_key: str | None, observer: Observer) -> Iterator[LevelResult]:
-    """Measure each concurrency in turn, its warm-up first, and yield its raw result.
+def run_legs(
+    legs: Sequence[Leg], api_key: str | None, observer: Observer
+) -> Generator[LevelResult, None, None]:
+    """Measure each leg in turn, its warm-up first, and yield its raw result.
 
-    Starts and ends the client processes. While it runs, SIGINT and SIGTERM end the measurement:
-    the partial level is yielded, then KeyboardInterrupt is raised. Raises ServerError if the first
-    warm-up is refused as a whole, WorkerError if a client process is lost.
+    The legs may belong to several servers; their configurations differ in nothing else. Starts and
+    ends the client processes. While it runs, SIGINT and SIGTERM end the measurement: the partial
+    result is yielded, then KeyboardInterrupt is raised. Raises ServerError if the first warm-up of
+    a configuration is refused as a whole, WorkerError if a client process is lost.
     """
-    with _Pool(config, api_key, observer) as pool:
-        for level, concurrency in enumerate(config.concurrencies):
+    with _Pool(legs, api_key, observer) as pool:
+        for leg in legs:
             if pool.interrupted:
                 raise KeyboardInterrupt
             warmup_failures: list[Failure] = []
-            if count := config.warmup_at(concurrency):
-                results = pool.run(level, concurrency, True, count)
+            if count := leg.config.warmup_at(leg.concurrency):
+                results = pool.run(leg, True, count)
                 if pool.interrupted:
                     raise KeyboardInterrupt
                 outcomes = [record.failure for result in results for record in result.records]
                 warmup_failures = [failure for failure in outcomes if failure is not None]
-                if level == 0:
+                if leg.level == 0:
                     _check_not_refused(outcomes)
-            requests = config.requests_at(concurrency)
-            results = pool.run(level, concurrency, False, requests)
+            requests = leg.config.requests_at(leg.concurrency)
+            results = pool.run(leg, False, requests)
             stopped_by = StoppedBy.REQUESTS if pool.taken >= requests else StoppedBy.DURATION
             yield LevelResult(
-                concurrency=concurrency,
+                concurrency=leg.concurrency,
                 stopped_by=StoppedBy.INTERRUPT if pool.interrupted else stopped_by,
                 records=sorted(
                     (record for result in results for record in result.records),
@@ -175,18 +179,22 @@ def _check_not_refused(outcomes: list[Failure | None]) -> None:
     ]
     if outcomes and len(refusals) == len(outcomes):
         first = refusals[0]
-        hint = " (see --no-ignore-eos)" if "ignore_eos" in first.message else ""
+        hints = [
+            f" (see --no-{name.replace('_', '-')})"
+            for name in ("ignore_eos", "return_token_ids")
+            if name in first.message
+        ]
         raise ServerError(
-            f"the server refuses these requests: {first.status}: {first.message}{hint}"
+            f"the server refuses these requests: {first.status}: {first.message}{''.join(hints)}"
         )
 
 
 class _Pool:
     """The worker processes of one run, and the signals that end it."""
 
-    def __init__(self, config: RunConfig, api_key: str | None, observer: Observer) -> None:
+    def __init__(self, legs: Sequence[Leg], api_key: str | None, observer: Observer) -> None:
         self.interrupted = False
-        self._config = config
+        self._config = legs[0].config
         self._observer = observer
         self._context = multiprocessing.get_context("spawn")
         self._shared = _Shared(self._context)
@@ -241,16 +249,16 @@ class _Pool:
         """Requests started in the last phase."""
         return self._shared.taken
 
-    def run(self, level: int, concurrency: int, warmup: bool, requests: int) -> list[PhaseResult]:
+    def run(self, leg: Leg, warmup: bool, requests: int) -> list[PhaseResult]:
         """Run one phase on as many workers as there are lanes for, and return their results."""
         self._shared.reset()
-        self._observer.begin(concurrency, warmup)
+        self._observer.begin(leg, warmup)
         limit_s = self._config.time_limit_s
-        lanes, rest = divmod(concurrency, len(self._connections))
-        busy = self._connections[:concurrency]
+        lanes, rest = divmod(leg.concurrency, len(self._connections))
+        busy = self._connections[: leg.concurrency]
         for position, connection in enumerate(busy):
             share = lanes + (position < rest)
-            phase = Phase(level, warmup, share, requests, limit_s)
+            phase = Phase(leg, warmup, share, requests, limit_s)
             with suppress(OSError):  # a dead worker is reported by _collect
                 connection.send_bytes(msgspec.msgpack.encode(phase))
         started_s = clock()
@@ -320,14 +328,13 @@ async def _serve_phases(
             except (EOFError, OSError):
                 return
             phase = msgspec.msgpack.decode(message, type=Phase)
-            result = await _run_phase(config, phase, session, shared)
+            result = await _run_phase(phase, session, shared)
             parent.send_bytes(msgspec.msgpack.encode(result))
 
 
-async def _run_phase(
-    config: RunConfig, phase: Phase, session: aiohttp.ClientSession, shared: _Shared
-) -> PhaseResult:
+async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shared) -> PhaseResult:
     """Keep `phase.lanes` requests in flight until a bound is met, watching the client itself."""
+    config = phase.leg.config
     url = endpoint(config)
     records: list[RequestRecord] = []
     started_s, cpu_s = clock(), time.process_time()
@@ -337,7 +344,7 @@ async def _run_phase(
             index = shared.take(phase.requests)
             if index is None:
                 return
-            body = request_body(config, phase.level, phase.warmup, index)
+            body = request_body(config, phase.leg.level, phase.warmup, index)
             record = await send(session, url, body, index, config)
             records.append(record)
             shared.count(record.failure is not None)

@@ -66,9 +66,14 @@ def honest(number: int, body: dict[str, Any]) -> list[Step]:
 
 
 class ScriptedServer:
-    def __init__(self, script: Script = honest, models: Sequence[str] = ("m",)) -> None:
+    def __init__(
+        self, script: Script = honest, models: Sequence[str] = ("m",), port: int = 0
+    ) -> None:
         self.script = script
         self.models = models
+        self.port = port
+        self.health = 200
+        self.metrics = ""
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.keys: set[str | None] = set()
@@ -88,11 +93,13 @@ class ScriptedServer:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=1 << 26)
         app.router.add_get("/v1/models", self._list)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+        site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1024)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._started.set()
@@ -101,6 +108,12 @@ class ScriptedServer:
 
     async def _list(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": m} for m in self.models]})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=self.health)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from loadgen.errors import WorkerError
-from loadgen.records import PromptKind, RunConfig
-from loadgen.runner import run_levels
+from loadgen.records import Leg, PromptKind, RunConfig
+from loadgen.runner import run_legs
 from tests.loadgen.scripted_server import ScriptedServer
 
 
@@ -20,8 +20,8 @@ class Watcher:
         self.phases: list[tuple[int, bool]] = []
         self.updates: list[tuple[int, int, float]] = []
 
-    def begin(self, concurrency: int, warmup: bool) -> None:
-        self.phases.append((concurrency, warmup))
+    def begin(self, leg: Leg, warmup: bool) -> None:
+        self.phases.append((leg.concurrency, warmup))
         if not warmup:
             self.at_begin()
 
@@ -53,7 +53,7 @@ def test_the_observer_is_told_and_nothing_stays_behind() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     watcher = Watcher(lambda: None)
     with ScriptedServer() as server:
-        (level,) = run_levels(config(server.url), None, watcher)
+        (level,) = run_legs(Leg.of(config(server.url)), None, watcher)
     assert [record.failure for record in level.records] == [None] * 6
     starts = [record.start_s for record in level.records]
     assert starts == sorted(starts)
@@ -72,5 +72,5 @@ def test_a_dead_client_process_ends_the_run() -> None:
         child.join()
 
     with ScriptedServer() as server, pytest.raises(WorkerError, match="died"):
-        list(run_levels(config(server.url), None, Watcher(kill_one)))
+        list(run_legs(Leg.of(config(server.url)), None, Watcher(kill_one)))
     assert multiprocessing.active_children() == []

@@ -1,0 +1,341 @@
+"""`loadgen ab` as a user runs it: real server processes, scripted, and at the end minisrv's."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadgen.ab import FORMULAS, Level, Spread, first_difference, pairs
+from loadgen.records import Answer, LevelResult, RequestRecord, StoppedBy
+from tests.checkpoints import make_checkpoint
+
+MAIN = "import sys; from loadgen.cli import main; sys.exit(main())"
+SERVE = Path(__file__).with_name("serve.py")
+QUICK = (
+    *("--concurrency", "2", "--rounds", "1", "--requests", "3", "--warmup", "1"),
+    *("--input-tokens", "4", "--output-tokens", "5", "--timeout", "30"),
+)
+
+
+class Bench:
+    """The directory that two scripted servers write to, and the command that compares them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, a: str, b: str, *arguments: str, code: str = MAIN) -> subprocess.Popen[str]:
+        """`a` and `b` are options of the servers."""
+        commands = [
+            shlex.join([sys.executable, str(SERVE), name, str(self.directory)]) + f" {options}"
+            for name, options in (("a", a), ("b", b))
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "ab", *commands, *QUICK, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLUMNS": "160", "TMPDIR": str(self.directory)},
+            start_new_session=True,
+        )
+
+    def run(self, a: str, b: str, *arguments: str, code: str = MAIN) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr); nothing that was started is left."""
+        process = self.start(a, b, *arguments, code=code)
+        stdout, stderr = process.communicate(timeout=120)
+        assert "Traceback" not in stderr
+        assert self.alive() == []
+        return process.returncode, stdout, stderr
+
+    @property
+    def requests(self) -> list[tuple[str, dict[str, Any]]]:
+        path = self.directory / "requests"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(name, body) for name, body in map(json.loads, lines)]
+
+    def alive(self) -> list[int]:
+        """The servers and their children that still run."""
+        path = self.directory / "pids"
+        pids = path.read_text().split() if path.exists() else []
+        return [int(pid) for pid in pids if state(pid) not in "ZX"]
+
+
+def state(pid: str) -> str:
+    """A process's state, Z for a zombie; X if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path) -> None:
+    """Fails if a server sees a prompt twice, if a pair's prompts differ, or in another order."""
+    out, plot = tmp_path / "out.json", tmp_path / "out.svg"
+    status, stdout, stderr = bench.run(
+        *("", ""),
+        *("--concurrency", "1,2", "--rounds", "2", "--labels", "[graphs]", "eager"),
+        *("--json", str(out), "--plot", str(plot), "--label", "a title", "--processes", "2"),
+    )
+    assert status == 0, stderr
+    runs = [bench.requests[at : at + 4] for at in range(0, len(bench.requests), 4)]
+    assert [{name for name, _ in run} for run in runs] == [{x} for x in "abbaabba" * 2]
+    prompts: dict[str, list[list[str]]] = {"a": [], "b": []}
+    for run in runs:
+        prompts[run[0][0]].append(sorted(json.dumps(body) for _, body in run))
+    assert prompts["a"] == prompts["b"]
+    assert len({prompt for run in prompts["a"] for prompt in run}) == 2 * 4 * 4
+
+    assert "[graphs] is ready after" in stderr
+    for words in ("eager / [graphs]", "12 of 12", "ITL p50 ms", "a title: ", *FORMULAS):
+        assert words in stdout
+    assert plot.read_text().rstrip().endswith("</svg>")
+    report = json.loads(out.read_text())
+    assert report["complete"]
+    assert report["simulated"] == ""
+    assert report["formulas"].items() >= FORMULAS.items()
+    assert report["b"]["command"][-2] == "--port"
+    assert report["a"]["ready_s"] > 0
+    assert [level["concurrency"] for level in report["levels"]] == [1, 2]
+    for level in report["levels"]:
+        assert (level["answers"], level["same_answers"]) == (12, 12)
+        assert len(level["pairs"]) == 4
+        # These answers come in one read, without gaps to speak of.
+        assert set(level["metrics"]) - {"ITL p50 ms"} == {"TTFT p50 ms", "tok/s"}
+        for metric in level["metrics"].values():
+            for spread in metric.values():
+                assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        rates = [
+            pair["b"]["output_tokens_per_s"] / pair["a"]["output_tokens_per_s"]
+            for pair in level["pairs"]
+        ]
+        ratio = level["metrics"]["tok/s"]["ratio"]
+        assert ratio["min"] == pytest.approx(min(rates))
+        assert ratio["max"] == pytest.approx(max(rates))
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "unit"),
+    [
+        ("--token 107", (), "token 3"),  # of the same text: only ids tell
+        ("--token 8 --no-ids", (), "character 3"),
+        ("--token 8", ("--no-return-token-ids",), "character 3"),
+    ],
+)
+def test_answers_that_differ_are_counted(
+    bench: Bench, tmp_path: Path, options: str, arguments: tuple[str, ...], unit: str
+) -> None:
+    out = tmp_path / "out.json"
+    status, stdout, stderr = bench.run("", options, *arguments, "--warmup", "0", "--json", str(out))
+    odd = sum(body["prompt"][0] % 2 for name, body in bench.requests if name == "b")
+    assert 0 < odd < 6  # of this seed
+    assert status == 0, stderr
+    assert f"{odd} of 6 answers differ, from {unit}" in stdout
+    (level,) = json.loads(out.read_text())["levels"]
+    assert (level["answers"], level["same_answers"]) == (6, 6 - odd)
+    found = [difference for pair in level["pairs"] for difference in pair["differences"]]
+    assert [f"{x['unit']} {x['position']}" for x in found] == [unit] * odd
+
+
+def test_require_identical(bench: Bench) -> None:
+    status, _, stderr = bench.run("", "--token 8", "--warmup", "0", "--require-identical")
+    assert status == 1
+    assert "answers differ" in stderr
+    assert bench.run("", "", "--require-identical")[0] == 0
+
+
+def test_a_failed_request_changes_the_status_and_is_not_compared(bench: Bench) -> None:
+    status, stdout, _ = bench.run("", "--fail-at 2")
+    assert status == 1
+    assert "5 of 5" in stdout
+    assert "B, 1 of 2 runs, for example: failed: 1 x http_500" in stdout
+
+
+def test_a_refused_field_names_its_option(bench: Bench) -> None:
+    status, stdout, stderr = bench.run("", "--refuse return_token_ids")
+    assert status == 2
+    assert "(see --no-return-token-ids)" in stderr
+    assert stdout == ""
+
+
+def test_a_server_that_dies_at_start(bench: Bench) -> None:
+    """Its log is shown, and the other server, which was ready, is stopped."""
+    status, stdout, stderr = bench.run("", "--dead-at-start", "--labels", "good", "bad")
+    assert status == 2
+    assert "bad ended with status 1" in stderr
+    assert stderr.rstrip().endswith("no such checkpoint")
+    assert stdout == ""
+    assert bench.requests == []
+
+
+def test_a_server_that_dies_later_ends_the_run_and_keeps_what_there_was(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Fails by hanging if the requests of an hour are sent to nobody."""
+    out = tmp_path / "out.json"
+    more = ("--concurrency", "1", "--requests", "2", "--duration", "3600", "--rounds", "2")
+    # Two runs of A are 6 requests; the 8th is measured, and what follows it is refused.
+    status, stdout, stderr = bench.run("--die-at 7", "", *more, "--json", str(out))
+    assert status == 2
+    assert "A ended with status 7" in stderr
+    assert "out of memory" in stderr
+    assert "4 of 4" in stdout
+    report = json.loads(out.read_text())
+    assert not report["complete"]
+    assert [len(level["pairs"]) for level in report["levels"]] == [2]
+
+
+def test_a_server_that_is_never_ready(bench: Bench) -> None:
+    status, _, stderr = bench.run("--never-ready", "", "--ready-timeout", "1")
+    assert status == 2
+    assert "A is not ready after 1 s" in stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("phase", ["starting", "measuring"])
+def test_no_server_outlives_an_interrupt(bench: Bench, sent: signal.Signals, phase: str) -> None:
+    """A terminal sends SIGINT to the whole group; the others come to one process."""
+    options = "--never-ready" if phase == "starting" else "--hang-at 3"
+    process = bench.start("", options)
+    if phase == "starting":
+        until(lambda: len(bench.alive()) == 4, "both are started")
+    else:
+        until(lambda: [name for name, _ in bench.requests].count("b") > 3, "B hangs")
+    assert len(bench.alive()) == 4
+    (os.killpg if sent is signal.SIGINT else os.kill)(process.pid, sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "interrupted" in stderr
+    assert bench.alive() == []
+
+
+def test_simulated_launches_are_written_on_everything(bench: Bench, tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.svg"
+    metrics = shlex.quote("# TYPE x gauge\nminisrv:simulated_launch_us 40.0\nother 1\n")
+    status, stdout, stderr = bench.run(
+        *(f"--metrics {metrics}", ""), *("--json", str(out), "--plot", str(plot))
+    )
+    assert status == 0, stderr
+    assert "simulated launches (40 and 0 us): A and B" in stdout
+    assert json.loads(out.read_text())["simulated"] == "simulated launches (40 and 0 us)"
+    assert "simulated launches (40 and 0 us)" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plot", "/no/such/place/x.svg"], "not a file"),
+        (["--plot", "x.pdf"], "neither .svg nor .png"),
+        (["--rounds", "0"], "--rounds"),
+        (["--concurrency", ","], "--concurrency"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_server_starts(
+    bench: Bench, arguments: list[str], words: str
+) -> None:
+    status, stdout, stderr = bench.run("", "", *arguments)
+    assert status == 2
+    assert words in stderr.splitlines()[-1]
+    assert stdout == ""
+    assert not (bench.directory / "pids").exists()
+
+
+def test_plot_without_matplotlib_names_the_extra(bench: Bench) -> None:
+    code = f"import sys; sys.modules['matplotlib'] = None; {MAIN}"
+    status, _, stderr = bench.run("", "", "--plot", "x.svg", code=code)
+    assert status == 2
+    assert "pip install 'minisrv[plot]'" in stderr
+    assert not (bench.directory / "pids").exists()
+    assert bench.run("", "", code=code)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["no-such-program", "'", ""])
+def test_a_command_that_is_none(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "ab", command, "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "loadgen: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_first_difference() -> None:
+    def ids(*values: int) -> Answer:
+        return Answer("text", values)
+
+    assert first_difference(ids(1, 2, 3), ids(1, 2, 3)) is None
+    assert first_difference(ids(1, 2, 3), ids(1, 9, 3)) == (1, "token")
+    assert first_difference(ids(1, 2, 3), ids(1, 2)) == (2, "token")
+    assert first_difference(ids(1, 2), Answer("text", ())) is None
+    assert first_difference(ids(1, 2), Answer("tent", ())) == (2, "character")
+
+
+def result(requests: int, stopped_by: StoppedBy = StoppedBy.REQUESTS) -> LevelResult:
+    records = [RequestRecord(index, 0.0, 1.0, (), None, 3, None) for index in range(requests)]
+    return LevelResult(2, stopped_by, records, [], [])
+
+
+def test_pairs_know_their_sides() -> None:
+    """A's runs have one request here, B's two. Fails if the second pair is taken for A, B."""
+    found = list(pairs(iter([result(1), result(2), result(2), result(1)])))
+    assert [(pair.a.ok, pair.b.ok) for pair in found] == [(1, 2), (1, 2)]
+    (level,) = Level.of(found)
+    assert level.metrics["tok/s"].ratio == Spread(2.0, 2.0, 2.0)
+
+
+def test_a_run_that_was_interrupted_makes_no_pair() -> None:
+    cut = result(1, StoppedBy.INTERRUPT)
+    assert list(pairs(iter([result(2), cut]))) == []
+
+
+def test_spread() -> None:
+    assert Spread.of([4.0, 1.0, 3.0, 2.0]) == Spread(2.5, 1.0, 4.0)
+
+
+def test_minisrv_with_graphs_and_without(tmp_path: Path) -> None:
+    """The command of the README on a tiny model: real graphs, and every answer the same."""
+    checkpoint = make_checkpoint(tmp_path / "model")
+    serve = (
+        f"{sys.executable} -m minisrv.cli serve {checkpoint} --max-num-seqs 2 "
+        "--max-num-batched-tokens 32 --max-model-len 64"
+    )
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", MAIN, "ab", serve, f"{serve} --enforce-eager"),
+            *("--labels", "graphs", "eager", *QUICK, "--json", str(out)),
+            *("--token-range", "100:300", "--require-identical"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "TMPDIR": "/tmp"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    (level,) = report["levels"]
+    assert (level["answers"], level["same_answers"]) == (6, 6)
+    assert set(level["metrics"]) == {"ITL p50 ms", "TTFT p50 ms", "tok/s"}
