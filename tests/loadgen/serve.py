@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--token", type=int, default=7, help="given for prompts that begin odd")
     parser.add_argument("--no-ids", action="store_true")
+    parser.add_argument("--no-usage", action="store_true")
     parser.add_argument("--dead-at-start", action="store_true")
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--die-at", type=int, help="this request ends the process")
@@ -54,7 +55,8 @@ def main() -> None:
         if body["prompt"][0] % 2:
             ids[-2] = options.token
         with_ids = body.get("return_token_ids") and not options.no_ids
-        return [*(chunk(token, with_ids) for token in ids), chunk(None), usage(len(ids)), DONE]
+        end = [chunk(None), DONE] if options.no_usage else [chunk(None), usage(len(ids)), DONE]
+        return [*(chunk(token, with_ids) for token in ids), *end]
 
     server = ScriptedServer(script, port=options.port)
     server.metrics = options.metrics
