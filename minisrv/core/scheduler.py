@@ -229,8 +229,9 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether another request may queue: those with a free slot ahead of them do not count."""
-        return len(self.waiting) < self.max_waiting + self.slots.num_free
+        """Whether another request may queue: those with a free slot ahead of them do not count,
+        nor does a slot that is free once a step in flight has retired."""
+        return len(self._requests) < self.max_waiting + self.slots.total - 1
 
     def check(self, prompt_len: int, max_tokens: int | None) -> int:
         """The number of tokens, prompt and completion, at which such a request stops by length.

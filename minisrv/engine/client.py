@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 import zmq
 import zmq.asyncio
 
+from minisrv.engine.admission import Admission
 from minisrv.engine.messages import (
     EngineInfo,
     EngineStats,
@@ -52,6 +53,7 @@ class EngineClient:
     """A connection to an engine. Its methods belong to one event loop."""
 
     def __init__(self, address: str, engine_pid: int) -> None:
+        self.admission = Admission()
         self._address = address
         self._engine_pid = engine_pid
         self._state = EngineState.LOADING
@@ -157,6 +159,7 @@ class EngineClient:
         finally:
             self.abort(request.request_id)
             self._open.pop(request.request_id, None)
+            self.admission.leave(request.request_id)
 
     def abort(self, request_id: str) -> None:
         """Ask the engine to drop a request; nothing happens if it has ended. Its iteration ends
@@ -200,6 +203,7 @@ class EngineClient:
             return  # aborted here, and the engine did not know yet
         if output.finish_reason is not None or output.error is not None:
             del self._open[output.request_id]
+            self.admission.leave(output.request_id)
         queue.put_nowait(output)
 
     def _on_reader_end(self, reader: asyncio.Task[None]) -> None:

@@ -127,6 +127,7 @@ class EngineCore:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_waiting=config.max_waiting,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             cudagraph_mode=self.ladders.mode.value,

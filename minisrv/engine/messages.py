@@ -36,6 +36,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_waiting: int
     dtype: str
     device: str
     cudagraph_mode: str

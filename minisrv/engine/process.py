@@ -192,7 +192,7 @@ class _EngineServer:
         if worker not in self.workers:
             self.workers.add(worker)
             self._send(worker, self.state)
-        outputs: list[EngineOutput] = []
+        outputs = self._abort(message.aborts)  # first, as this makes room
         for request in message.requests:
             self.owners[request.request_id] = worker
             try:
@@ -203,11 +203,16 @@ class _EngineServer:
                 outputs.append(
                     EngineOutput(request_id=request.request_id, error=RequestFailure.of(error))
                 )
-        if isinstance(self.state, Ready):
-            aborted = (self.core.abort(request_id) for request_id in message.aborts)
-            outputs.extend(output for output in aborted if output is not None)
+        outputs += self._abort(message.aborts)  # those that came with their requests
         if outputs:
             self._deliver(outputs)
+
+    def _abort(self, request_ids: list[str]) -> list[EngineOutput]:
+        """The last outputs of those that have not ended."""
+        if not isinstance(self.state, Ready):
+            return []
+        ended = (self.core.abort(request_id) for request_id in request_ids)
+        return [output for output in ended if output is not None]
 
     def _deliver(self, outputs: list[EngineOutput], to_all: bool = False) -> None:
         """Send each worker what is its own, and the counters with it.

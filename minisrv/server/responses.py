@@ -55,16 +55,16 @@ class GenerationResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, reply = self._request, self._reply
-        self._serving.engine_info()
-        prompts = await self._serving.prompts(request)
-        choices = self._serving.choices(request, prompts, reply.id, self._arrival)
-        reply.begin(prompts)
-        if request.stream:
-            await self._stream(choices, send)
-            return
-        async with aclosing(merge(choices)) as deltas:
-            async for delta in deltas:
-                reply.add(delta)
+        with self._serving.places(request, reply.id):
+            prompts = await self._serving.prompts(request)
+            choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+            reply.begin(prompts)
+            if request.stream:
+                await self._stream(choices, send)
+                return
+            async with aclosing(merge(choices)) as deltas:
+                async for delta in deltas:
+                    reply.add(delta)
         await JSON(reply.document())(scope, receive, send)
 
     async def _stream(self, choices: list[Choice], send: Send) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from minisrv.checkpoint import GenerationConfig
@@ -80,6 +81,16 @@ class Serving:
             raise EngineNotReadyError(f"The engine is {state.value}; try again later.")
         return info
 
+    def places(
+        self, request: CompletionRequest | ChatCompletionRequest, request_id: str
+    ) -> AbstractContextManager[None]:
+        """A place for every choice, from before its prompt is tokenised. Raises what
+        `Admission.places` and `engine_info` raise."""
+        info = self.engine_info()
+        number = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
+        ids = [_choice_id(request_id, index) for index in range(number)]
+        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting)
+
     async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
         """The prompt of every choice as token ids. Raises RequestError."""
         if isinstance(request, ChatCompletionRequest):
@@ -111,7 +122,7 @@ class Serving:
             _check_ids(what, prompt, info.vocab_size)
             limit = _token_limit(request, len(prompt), info.max_model_len)
             engine_request = EngineRequest(
-                request_id=f"{request_id}-{index}",
+                request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit),
                 cache_salt=request.cache_salt,
@@ -136,8 +147,17 @@ class Serving:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
         if sum(map(len, texts)) > _THREAD_ABOVE:
-            return await asyncio.to_thread(encode)
+            work = asyncio.ensure_future(asyncio.to_thread(encode))
+            try:
+                return await asyncio.shield(work)
+            finally:
+                # A thread cannot be cancelled: until it is done, the request counts.
+                await asyncio.wait((work,))
         return encode()
+
+
+def _choice_id(request_id: str, index: int) -> str:
+    return f"{request_id}-{index}"
 
 
 def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:

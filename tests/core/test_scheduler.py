@@ -316,6 +316,11 @@ def test_queue_is_bounded_behind_the_free_slots():
     assert len(scheduler.waiting) == 1
     with pytest.raises(QueueFullError):
         add(scheduler, "d", 3)
+    # Its slot is not free before the step in flight has retired, but its place is.
+    scheduler.abort("a")
+    add(scheduler, "d", 3)
+    with pytest.raises(QueueFullError):
+        add(scheduler, "e", 3)
 
 
 def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerOutput]:

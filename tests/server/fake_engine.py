@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
+from minisrv.engine.admission import Admission
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import EngineInfo, EngineStats, Loading, StepCount
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
@@ -20,6 +21,7 @@ INFO = EngineInfo(
     block_size=16,
     max_num_seqs=4,
     max_num_batched_tokens=64,
+    max_waiting=100,
     dtype="float32",
     device="cpu",
     cudagraph_mode="full-and-piecewise",
@@ -54,6 +56,7 @@ class FakeEngine:
 
     def __init__(self, script: Script) -> None:
         self.script = script
+        self.admission = Admission()
         self.state = EngineState.READY
         self.info: EngineInfo | None = INFO
         self.stats = STATS

@@ -1,0 +1,131 @@
+"""Places for requests: counted once each, given back on every path, and the engine's own rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import zmq
+
+from minisrv.engine import admission
+from minisrv.engine.admission import MAX_RETRY_AFTER, Admission
+from minisrv.engine.messages import (
+    EngineInfo,
+    EngineStats,
+    Ready,
+    StepOutputs,
+    Submit,
+    decode_engine_message,
+    encode,
+)
+from minisrv.engine.process import _EngineServer
+from minisrv.errors import QueueFullError, RequestError
+from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+
+
+def test_all_or_none() -> None:
+    places = Admission()
+    with places.places(["a", "b"], 3):
+        with pytest.raises(QueueFullError, match="2 requests are running or waiting, of at most 3"):
+            places.places(["c", "d"], 3).__enter__()
+        assert places.num_taken == 2
+        with places.places(["c"], 3):
+            assert places.num_taken == 3
+    assert places.num_taken == 0
+
+
+def test_what_can_never_be_admitted_is_not_told_to_come_again() -> None:
+    with pytest.raises(RequestError, match="at most 2") as raised:
+        Admission().places(["a", "b", "c"], 2).__enter__()
+    assert raised.value.http_status == 400
+    assert raised.value.param == "prompt"
+
+
+def test_a_place_goes_back_once() -> None:
+    """The engine's last output gives it back, and the end of the response finds it gone."""
+    places = Admission()
+    with places.places(["a", "b"], 2):
+        places.leave("a")
+        places.leave("a")
+        with places.places(["c"], 2):
+            assert places.num_taken == 2
+    assert places.num_taken == 0
+    with pytest.raises(ZeroDivisionError), places.places(["d"], 1):
+        raise ZeroDivisionError
+    assert places.num_taken == 0
+
+
+def test_retry_after_is_how_long_places_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(admission.time, "monotonic", lambda: now)
+    places = Admission()
+    assert places.retry_after == 1
+    for stay, expected in ((7.5, 8), (0.01, 1), (1000.0, MAX_RETRY_AFTER)):
+        for _ in range(200):
+            with places.places(["a"], 1):
+                now += stay
+        assert places.retry_after == expected
+    with places.places(["a"], 1), pytest.raises(QueueFullError) as raised:
+        places.places(["b"], 1).__enter__()
+    assert raised.value.retry_after == MAX_RETRY_AFTER
+
+
+class _CoreOfOne:
+    """Takes one request at a time."""
+
+    has_work = True
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+
+    def add(self, request: EngineRequest) -> None:
+        if self.held:
+            raise QueueFullError("full")
+        self.held.add(request.request_id)
+
+    def abort(self, request_id: str) -> EngineOutput | None:
+        if request_id not in self.held:
+            return None
+        self.held.remove(request_id)
+        return EngineOutput(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+
+def request(request_id: str) -> EngineRequest:
+    return EngineRequest(request_id=request_id, prompt_token_ids=[1], params=SamplingParams())
+
+
+def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
+    """A worker that has aborted counts the place as free: the engine must see it so too."""
+    address = f"ipc://{tmp_path}/engine"
+    server = _EngineServer(address)
+    server.core = _CoreOfOne()  # type: ignore[assignment]
+    server.state = Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {}))
+    worker = server.context.socket(zmq.DEALER)
+    worker.connect(address)
+
+    def turn(requests: str, aborts: str) -> dict[str, EngineOutput]:
+        worker.send(encode(Submit([request(name) for name in requests], list(aborts))))
+        server._receive()
+        if not worker.poll(100):
+            return {}
+        message = decode_engine_message(worker.recv())
+        assert isinstance(message, StepOutputs)
+        return {output.request_id: output for output in message.outputs}
+
+    try:
+        worker.send(encode(Submit()))
+        server._receive()
+        assert isinstance(decode_engine_message(worker.recv()), Ready)
+        assert turn("a", "") == {}
+        both = turn("b", "a")
+        assert both.keys() == {"a"}
+        assert both["a"].finish_reason is FinishReason.ABORT
+        at_once = turn("c", "bc")
+        assert [at_once[name].finish_reason for name in "bc"] == [FinishReason.ABORT] * 2
+        assert server.owners == {}
+    finally:
+        worker.close()
+        server.close()
