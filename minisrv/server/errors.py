@@ -128,6 +128,8 @@ def _validation_error(error: RequestValidationError) -> RequestError:
     if len(param) > MAX_PARAM:
         param = param[:MAX_PARAM] + "..."
     if not param:
+        if kind == "string_unicode":
+            return RequestError("A name in the request body is not valid Unicode.")
         return RequestError("The request body must be a JSON object.")
     match kind:
         case "refused":

@@ -13,12 +13,10 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -30,6 +28,7 @@ from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.progress import StartupProgress
 from minisrv.server.app import create_app
+from minisrv.server.http import BoundedProtocol, bound_writes
 from minisrv.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,16 +40,16 @@ LAST_WORDS_SECONDS = 2
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status.
 
-    0 after SIGTERM or SIGINT, 1 if the engine could not start. Raises ConfigError, ModelError for
-    what can be seen before anything is started.
+    0 after SIGTERM or SIGINT, 1 if the engine could not start or had died by then. Raises
+    ConfigError, ModelError for what can be seen before anything is started.
     """
     started = time.perf_counter()
     ladders_of(engine)
     directory = resolve_checkpoint(engine.model)
     names = server.served_model_names or (engine.model or directory.name,)
     listener = _listen(server)
-    # uvicorn raises the signal again once it has shut down: this ends the process in order.
-    signal.signal(signal.SIGTERM, _exit)
+    # uvicorn raises the signal again once it has shut down: either ends the process in order.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="minisrv-") as socket_dir:
         process = EngineProcess(replace(engine, model=str(directory)), Path(socket_dir))
         try:
@@ -63,6 +62,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             )
             settings = uvicorn.Config(
                 app,
+                http=BoundedProtocol,
+                ws="none",
                 lifespan="off",
                 log_level="warning",
                 access_log=False,
@@ -73,19 +74,16 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 _run(client, http, listener, started)
             )
         except KeyboardInterrupt:
-            return 0
+            return 1 if process.has_ended else 0
         finally:
             process.stop()
-
-
-def _exit(signum: int, frame: FrameType | None) -> None:
-    sys.exit(0)
 
 
 def _listen(server: ServerConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound_writes(listener)
     try:
         listener.bind((server.host, server.port))
         # At once: of two servers that only bind to a port, neither would see the other.

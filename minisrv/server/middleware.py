@@ -28,8 +28,8 @@ class Edge:
 
     Every response carries `x-request-id`: the client's, where it is short and plain, or a new
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
-    one of `json_paths` that is not JSON with 415. An unexpected exception is logged and answered
-    with 500. `failed` is told the status of every API response from 400 on.
+    one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
+    answered with 500. `failed` is told the status of every API response from 400 on.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class Edge:
         if kind != "application/json":
             return http_error_response(
                 415, f"The content type must be application/json, not {kind or 'absent'}."
+            )
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding != "identity":
+            return http_error_response(
+                415, f"The content encoding must be absent or identity, not {coding}."
             )
         return None
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.server import SMALL, Server
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that loads in no time and runs a step in half a millisecond."""
+    from tests.checkpoints import make_checkpoint  # imports transformers, which takes seconds
+
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1 << 15)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,29 @@ def events_of(text: str) -> list[Any]:
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert data[-1:] == ["[DONE]"], text[-500:]
     return [json.loads(item) for item in data[:-1]]
+
+
+def request_bytes(
+    path: str,
+    body: bytes | dict[str, Any],
+    *headers: str,
+    method: str = "POST",
+    kind: str | None = "application/json",
+) -> bytes:
+    """An HTTP request, as bytes to be cut, repeated or sent as they are.
+
+    kind: its content type; None declares none.
+    """
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"{method} {path} HTTP/1.1", "host: x", *headers, f"content-length: {len(content)}"]
+    if kind is not None:
+        lines.append(f"content-type: {kind}")
+    return "\r\n".join((*lines, "\r\n")).encode() + content
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything that comes until the server closes the connection."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
 class Server:
@@ -156,6 +180,19 @@ class Server:
         self._directory.cleanup()
 
     # ---- requests ----------------------------------------------------------------------------
+
+    def connect(self, *, buffer: int | None = None) -> socket.socket:
+        """A connection for bytes of the test's choice.
+
+        buffer: of what is received; a small one is full as soon as nobody reads.
+        """
+        connection = socket.socket()
+        if buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        return connection
 
     def get(self, path: str) -> httpx.Response:
         return self._http.get(self.url + path)

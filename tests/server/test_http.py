@@ -1,0 +1,112 @@
+"""What the application never sees: heads without an end, no HTTP at all, clients that stall."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from minisrv.checkpoint import GenerationConfig
+from minisrv.request import EngineOutput, EngineRequest
+from minisrv.server import http
+from minisrv.server.app import create_app
+from minisrv.server.http import MAX_HEAD_BYTES
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, outputs
+from tests.server.live_server import serve
+
+pytestmark = pytest.mark.anyio
+
+COMPLETIONS = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def app_of(engine: FakeEngine, tokenizer: Tokenizer) -> Any:
+    return create_app(engine, tokenizer, served_model_names=("x",), generation=GenerationConfig())
+
+
+async def answer(address: tuple[str, int], *sent: bytes) -> bytes:
+    """What comes until the server closes the connection, whose pieces are sent one by one."""
+    reader, writer = await asyncio.open_connection(*address)
+    for piece in sent:
+        writer.write(piece)
+        await writer.drain()
+    async with asyncio.timeout(5):
+        received = await reader.read()
+    writer.close()
+    return received
+
+
+BODY = b"content-length: 16\r\nconnection: close\r\n\r\n" + b'{"prompt": "hi"}'
+CHUNKED = b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n10\r\n" + b'{"prompt": "hi"}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ([COMPLETIONS, b"a: " + b"x" * (MAX_HEAD_BYTES - 500) + b"\r\n", BODY], 200),
+        ([COMPLETIONS, b"a: " + b"x" * MAX_HEAD_BYTES], 431),
+        ([COMPLETIONS, b"a: b\r\n" * (MAX_HEAD_BYTES // 6)], 431),
+        ([b"GET /", b"x" * MAX_HEAD_BYTES], 431),
+        ([COMPLETIONS, CHUNKED, b"0\r\n\r\n"], 200),
+        ([b"no HTTP\r\n\r\n"], 400),
+    ],
+)
+async def test_heads(tokenizer: Tokenizer, sent: list[bytes], status: int) -> None:
+    engine = FakeEngine(outputs([300]))
+    async with serve(app_of(engine, tokenizer)) as address:
+        head, _, body = (await answer(address, *sent)).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    if status != 200:
+        error = json.loads(body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert engine.requests == []
+
+
+@pytest.mark.parametrize("more", [b"0\r\n" + b"a: b\r\n" * 200_000, b"1;" + b"x" * (1 << 20)])
+async def test_trailers_and_chunk_extensions_have_an_end(tokenizer: Tokenizer, more: bytes) -> None:
+    engine = FakeEngine(outputs([300]))
+    async with serve(app_of(engine, tokenizer)) as address:
+        # What is not read when the connection is closed resets it.
+        with suppress(ConnectionResetError):
+            assert (await answer(address, COMPLETIONS, CHUNKED, more)).startswith(b"HTTP/1.1 431 ")
+    assert engine.requests == []
+
+
+async def test_a_body_may_be_longer_than_a_head(tokenizer: Tokenizer) -> None:
+    """Also in many small chunks, whose sizes are no part of a head."""
+    text = b'{"prompt": [' + b"1, " * 100_000 + b"1]}"
+    pieces = [text[start : start + 5] for start in range(0, len(text), 5)]
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+    head = b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    async with serve(app_of(FakeEngine(outputs([300])), tokenizer)) as address:
+        received = await answer(address, COMPLETIONS, head, b"".join(chunks) + b"0\r\n\r\n")
+    assert b"maximum context length" in received
+
+
+async def test_a_client_that_never_reads_is_cut_off(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its connection, and what was generated for it, would stay for ever."""
+    monkeypatch.setattr(http, "STALLED_SECONDS", 1)
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        while True:
+            yield EngineOutput(request_id=request.request_id, token_ids=[300] * 100)
+
+    engine = FakeEngine(script)
+    async with serve(app_of(engine, tokenizer)) as address:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            body = b'{"prompt": "hi", "stream": true, "return_token_ids": true}'
+            client.sendall(COMPLETIONS + b"content-length: %d\r\n\r\n" % len(body) + body)
+            async with asyncio.timeout(20):
+                while not engine.aborted:
+                    await asyncio.sleep(0.05)
+    assert engine.admission.num_taken == 0
