@@ -3,7 +3,7 @@
 Knows: the flags, whose names are vLLM's where vLLM has them. Imports what a command needs when the
 command runs, so that `minisrv plan` needs no torch.
 Exit status: 0 done or stopped by a signal, 1 it cannot be served (a wrong setting, a bad
-checkpoint), 2 the command line cannot be parsed.
+checkpoint, an engine that has died), 2 the command line cannot be parsed.
 """
 
 from __future__ import annotations

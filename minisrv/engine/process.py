@@ -3,8 +3,8 @@
 Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when
 the parent stops it. SIGINT and SIGTERM are left to the parent: terminals and supervisors send them
 to both, and the parent gives open requests time to finish. Workers are whoever says hello on the
-socket; each gets one message a step with what the step added to its requests, and the counters
-once more when there is nothing left to do.
+socket; each gets one message a step with what the step added to its requests, and all get the
+counters after a step that added nothing or left nothing to do.
 Knows nothing of HTTP or text.
 """
 
@@ -79,6 +79,11 @@ class EngineProcess:
         """The process id."""
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, by itself or by `stop`."""
+        return self._process.exitcode is not None
 
     def stop(self) -> None:
         """End the process at once and wait for it. May be called twice.
@@ -183,8 +188,9 @@ class _EngineServer:
             while self.socket.poll(0 if self.core.has_work else None):
                 self._receive()
             outputs = self.core.step()
-            # NOTE: the last step of an aborted request may add no output and yet free its blocks.
-            self._deliver(outputs, to_all=not self.core.has_work)
+            # A long prefill adds no output for many steps, and the last step of an aborted request
+            # none and yet frees its blocks: the counters are told all the same.
+            self._deliver(outputs, to_all=not outputs or not self.core.has_work)
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()

@@ -190,7 +190,7 @@ class Server:
         if buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         host, _, port = self.url.removeprefix("http://").partition(":")
-        connection.settimeout(20)
+        connection.settimeout(60)
         connection.connect((host, int(port)))
         return connection
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,13 +18,60 @@ from tests.e2e.test_start_and_stop import LONG, error_of, open_requests
 Start = Callable[..., Server]
 
 
-def test_the_engine_under_load(start: Start) -> None:
-    server = start(*LONG).wait_ready()
-    futures = open_requests(server)
+QUEUED = 8
+DEAD_LINE = 1.0
+"""Seconds from the engine's death to the last error."""
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_engine_at_any_moment(start: Start, tiny: Path, seed: int) -> None:
+    """Idle, in prefill, in decode; with requests of every kind running and waiting."""
+    moments = random.Random(seed)
+    flags = ("--max-num-seqs", "4", "--max-num-batched-tokens", "64")
+    server = start(str(tiny), *flags, *["--async-scheduling"] * (seed % 2)).wait_ready()
+    moment = ("idle", "prefill", "prefill", "decode", "decode")[seed % 5]
+    ends: list[float] = []
+    futures = []
+    if moment != "idle":
+        length, tokens = (20_000, 5) if moment == "prefill" else (5, 20_000)
+        for index in range(4 + QUEUED):
+            path, prompt = (
+                (CHAT, {"messages": [{"role": "user", "content": "a" * length}]})
+                if index % 3 == 2
+                else (COMPLETIONS, {"prompt": [[5] * length] * (1 + index % 3)})
+            )
+            fields = {"max_tokens": tokens, "ignore_eos": True, "stream": bool(index % 2)}
+            futures += server.post_all(path, [{**prompt, **fields}])
+            futures[-1].add_done_callback(lambda future: ends.append(time.monotonic()))
+        until(lambda: busy(server, decodes=moment == "decode"), f"in {moment}")
+        time.sleep(moments.uniform(0, 0.1))
+    killed = time.monotonic()
     os.kill(server.engine_pid(), signal.SIGKILL)
     errors = [error_of(future) for future in futures]
-    assert {error["code"] for error in errors} == {"engine_dead"}
+    assert {error["code"] for error in errors} <= {"engine_dead"}
+    if moment != "idle":
+        slowest = max(ends) - killed
+        print(f"{moment}: {len(ends)} requests, the last error after {slowest:.3f} s")
+        assert slowest < DEAD_LINE
+    until(lambda: server.get("/health").status_code == 503, "it is noticed", DEAD_LINE)
+    assert_dead(server)
+    server.send(signal.SIGTERM)
+    assert server.wait() == 1
+    server.assert_nothing_left()
+    assert "the engine has ended unexpectedly" in server.log
+    assert "Traceback" not in server.log
 
+
+def busy(server: Server, *, decodes: bool) -> bool:
+    """Whether requests run, in this phase, and more wait."""
+    metrics = server.metrics()
+    if decodes != (metrics["generation_tokens_total"] > 0):
+        return False
+    return metrics["num_requests_running"] > 0 and metrics["num_requests_waiting"] >= QUEUED
+
+
+def assert_dead(server: Server) -> None:
+    """It is still there to say so: every request is refused, and a supervisor can see it."""
     for path in ("/health", "/ready"):
         response = server.get(path)
         assert (response.status_code, response.json()["state"]) == (503, "dead")
@@ -34,17 +84,12 @@ def test_the_engine_under_load(start: Start) -> None:
             refused = server.post(path, **prompt, stream=stream)
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "engine_dead"
-    assert "the engine has ended unexpectedly" in server.log
-    assert "Traceback" not in server.log
-
-    server.send(signal.SIGTERM)
-    assert server.wait() == 0
-    server.assert_nothing_left()
 
 
-def test_the_engine_while_loading(start: Start) -> None:
+@pytest.mark.parametrize("phase", ["weights are", "capturing graphs"])
+def test_the_engine_while_loading(start: Start, phase: str) -> None:
     server = start(*SMALL)
-    until(lambda: "weights are" in server.log, "the engine loads")
+    until(lambda: phase in server.log, phase)
     os.kill(server.engine_pid(), signal.SIGKILL)
     assert server.wait() == 1
     assert "the engine did not start: the engine has ended unexpectedly" in server.log

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.server import CHAT, COMPLETIONS, Server, until
+from tests.e2e.server import CHAT, COMPLETIONS, Server, request_bytes, until
 
 IDLE = (0.0, 0.0, 0.0)
 BODIES = {
@@ -40,19 +47,22 @@ def connections(
     server: Server, number: int, path: str, stream: bool
 ) -> Iterator[list[socket.socket]]:
     """Connections with a long request each, whose answers nobody reads."""
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    body = json.dumps(BODIES[path] | {"ignore_eos": True, "stream": stream}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
-    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    sent = request_bytes(path, BODIES[path] | {"ignore_eos": True, "stream": stream})
     opened = []
     try:
         for _ in range(number):
-            opened.append(socket.create_connection((host, int(port))))
-            opened[-1].sendall(request)
+            opened.append(server.connect())
+            opened[-1].sendall(sent)
         yield opened
     finally:
         for connection in opened:
             connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    """Close it without a farewell."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -70,9 +80,7 @@ def test_only_those_that_went_away(server: Server) -> None:
     with connections(server, 11, COMPLETIONS, True) as opened:
         until(lambda: load(server)[:2] == (8, 3), "eight run and three wait")
         for connection in (*opened[:2], opened[-1]):
-            # With a reset instead of a farewell.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
+            reset(connection)
         until(lambda: load(server)[:2] == (8, 0), "two of the waiting run now")
     until(lambda: load(server) == IDLE, "all are gone")
 
@@ -84,3 +92,70 @@ def test_a_long_prefill(server: Server) -> None:
         pass
     until(lambda: server.metrics()['request_failure_total{status="499"}'] == before + 6, "noticed")
     until(lambda: load(server) == IDLE, "all are gone")
+
+
+RUNNING, WAITING = 4, 12
+CLIENTS = 250
+AT_ONCE = RUNNING + WAITING + 4
+
+
+def vanish(server: Server, random: random.Random) -> str:
+    """One client, its request and its end. Returns how far it came."""
+    path = random.choice((COMPLETIONS, CHAT))
+    length = random.choice((1, 20, 400))
+    body: dict[str, Any] = {"max_tokens": random.choice((3, 100, 1000)), "ignore_eos": True}
+    body["stream"] = random.random() < 0.6
+    if path == CHAT:
+        body["messages"] = [{"role": "user", "content": "a b " * length}]
+    else:
+        body["prompt"] = [[5] * length] * random.choice((1, 1, 3))
+    sent = request_bytes(path, body)
+    cut = random.random() < 0.1
+    with server.connect() as connection:
+        connection.sendall(sent[: random.randrange(len(sent))] if cut else sent)
+        if body["stream"] and not cut and random.random() < 0.5:
+            connection.recv(1)  # it leaves when it has seen the beginning of its answer
+        time.sleep(random.choice((0, random.uniform(0, 0.03), random.uniform(0, 0.3))))
+        connection.setblocking(False)
+        try:
+            received = connection.recv(1 << 20)
+        except BlockingIOError:
+            received = b""
+        if random.random() < 0.5:
+            reset(connection)
+    if cut:
+        return "has sent half a request"
+    if not received:
+        return "has no answer"
+    if b" 429 " in received:
+        return "was refused"
+    return "has a part" if body["stream"] and b"[DONE]" not in received else "has all"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> None:
+    """Queued, in prefill, in decode; before the request is whole and after the answer is; streamed
+    or not; by farewell or reset. At both lags."""
+    flags = ["--max-num-seqs", str(RUNNING), "--max-waiting", str(WAITING)]
+    lag = ["--async-scheduling"] * (seed % 2)
+    server = start(str(tiny), *flags, *lag, "--max-num-batched-tokens", "64").wait_ready()
+    question = {"prompt": list(range(5, 99)), "max_tokens": 40, "ignore_eos": True}
+    answer = server.complete(**question)["choices"]
+    files = Path(f"/proc/{server.pid}/fd")
+    before = len(os.listdir(files))
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        ends = threads.map(
+            lambda index: vanish(server, random.Random(f"{seed} {index}")), range(CLIENTS)
+        )
+        counts = Counter(ends)
+    print(json.dumps(counts))
+    until(lambda: load(server) == IDLE, "all are gone")
+    until(lambda: len(os.listdir(files)) <= before, "so are their connections")
+    # Every place is free again: as many requests as there are places, at the same time.
+    bodies = [{"prompt": [5], "max_tokens": 100, "ignore_eos": True}] * (RUNNING + WAITING)
+    futures = server.post_all(COMPLETIONS, bodies)
+    assert {future.result(60).status_code for future in futures} == {200}
+    assert server.complete(**question)["choices"] == answer
+    assert "Traceback" not in server.log
+    assert counts["has no answer"] > CLIENTS / 10
+    assert counts["has a part"] > CLIENTS / 50

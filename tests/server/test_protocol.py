@@ -88,6 +88,22 @@ def test_bounds(make: Any, field: str, good: list[object], bad: list[object]) ->
         assert refused(make, **{field: value}).startswith(field)
 
 
+@pytest.mark.parametrize("make", [completion, chat])
+def test_null_is_absent_in_every_optional_field(make: Any) -> None:
+    """Clients dump their own optional fields as nulls, inner ones too."""
+    optional = (
+        name for name, field in type(make()).model_fields.items() if not field.is_required()
+    )
+    assert make(**dict.fromkeys(optional)) == make()
+    options = {"stream": True, "stream_options": {}}
+    inner = dict.fromkeys(("include_usage", *unsupported.STREAM_OPTIONS))
+    assert make(**options | {"stream_options": inner}) == make(**options)
+    if make is chat:
+        part = {"type": "text", "text": "hi"}
+        message = USER | {"content": [part]} | dict.fromkeys(unsupported.MESSAGE)
+        assert chat(messages=[message]) == chat(messages=[USER])
+
+
 def test_logprobs() -> None:
     assert completion().num_logprobs is None
     assert completion(logprobs=0).num_logprobs == 0
