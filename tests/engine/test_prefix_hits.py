@@ -24,6 +24,8 @@ def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, lag):
     llm = LLM(checkpoint, cudagraph_mode=mode, async_scheduling=lag, **LIMITS)
 
     def null_block_is_finite() -> bool:
+        if mode == "none":
+            return True  # nothing is captured and nothing padded: nobody has written there
         return all(bool(cache[0].isfinite().all()) for cache in llm.engine.runner.kv_caches)
 
     assert null_block_is_finite()
