@@ -28,6 +28,7 @@ from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels.linear import multiplies_bfloat16
+from minisrv.kernels.native import native
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest
 from minisrv.runner.launches import simulate_launches
@@ -76,6 +77,11 @@ class EngineCore:
         device = torch.device("cpu")
         dtype = resolve_dtype(config, model_config)
         num_blocks = size_kv_cache(config, model_config, max_model_len, dtype)
+        if device.type == "cpu":
+            with self._timed("kernels"):
+                progress("compiling kernels", 0, 1)
+                native()
+                progress("compiling kernels", 1, 1)
         with self._timed("weights"):
             model = load_model(
                 model_config,

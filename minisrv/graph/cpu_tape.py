@@ -4,7 +4,8 @@ It keeps the two promises of a CUDA graph, fixed shapes and fixed addresses, so 
 wrong there goes wrong here. Capture runs the code once and records each operation with the tensors
 it touched. Of these tensors
 - those that existed before (weights, caches, static buffers) keep their address;
-- those that share storage with an argument are views: they cost nothing and are not replayed;
+- those that share storage with an argument are views: they cost nothing and are not replayed, nor
+  is what only reserves memory;
 - all others are intermediates. They are laid out by liveness in one arena which all graphs of the
   backend share, and each operation writes to the place it was given there.
 What reads memory without an operation (`tolist`, `numpy`) is not seen here; certification finds
@@ -35,6 +36,13 @@ ALIGNMENT = 64
 ARENA_BYTES = 256 << 20
 """The arena's least size. It is address space: a page takes memory when it is first written."""
 
+_RESERVES = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
 _SETTLED_BY_OUT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 _INDEXING = (
     torch.ops.aten.index,
@@ -77,11 +85,12 @@ class _Storage:
 class _Capture:
     """What has been recorded since the last `finish`.
 
-    internal: storages made during the capture, by identity. The nodes hold the tensors that they
-        belong to, so no identity is given out twice.
+    internal: storages made during the capture, by identity. The nodes and `reserved` hold the
+        tensors that they belong to, so no identity is given out twice.
     """
 
     segments: list[tuple[_Segment, list[_Node]]] = field(default_factory=list)
+    reserved: list[Tensor] = field(default_factory=list)
     internal: dict[int, _Storage] = field(default_factory=dict)
     num_nodes: int = 0
 
@@ -182,25 +191,32 @@ class _Recorder(TorchDispatchMode):
                 f"{func} gives a tensor in a library's own layout, which has no address that a "
                 "graph could fix; make it before the capture."
             )
-        fresh = fresh_tensors(inputs, result)
-        if not fresh and not func._schema.is_mutable:
-            return result  # a view
-        capture = self.capture
+        fresh, capture = _fresh_tensors(inputs, result), self.capture
         number = capture.num_nodes
+        for tensor in fresh:
+            nbytes = tensor.untyped_storage().nbytes()
+            capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
+        if not is_launch(func, inputs, result):
+            capture.reserved += fresh
+            return result
         capture.num_nodes += 1
         for tensor in inputs:
             if storage := capture.internal.get(_identity(tensor)):
                 storage.last_used = number
-        for tensor in fresh:
-            nbytes = tensor.untyped_storage().nbytes()
-            capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
         self.nodes.append(_Node(number, func, args, kwargs, fresh))
         return result
 
 
-def fresh_tensors(arguments: Any, result: Any) -> list[Tensor]:
-    """The tensors of a call's `result` that share storage with none of its `arguments`. A call
-    that has none, and writes to no argument, only makes views."""
+def is_launch(func: OpOverload, arguments: Any, result: Any) -> bool:
+    """Whether a call hands work to the device: it does more than to reserve memory, which a graph
+    has done at capture, or to make views."""
+    if func in _RESERVES:
+        return False
+    return func._schema.is_mutable or bool(_fresh_tensors(arguments, result))
+
+
+def _fresh_tensors(arguments: Any, result: Any) -> list[Tensor]:
+    """The tensors of a call's `result` that share storage with none of its `arguments`."""
     known = {_identity(tensor) for tensor in _tensors(arguments)}
     return [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
 

@@ -12,12 +12,25 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 
 from minisrv.kernels.attention import attention, attention_op
+from minisrv.kernels.elementwise import rms_norm, rms_norm_op, silu_and_mul, silu_and_mul_op
 from minisrv.kernels.sampling import sample, sample_op
 
 DIRECT: dict[OpOverload, Callable[..., None]] = {
     attention_op: attention,
+    rms_norm_op: rms_norm,
+    silu_and_mul_op: silu_and_mul,
     sample_op: sample,
 }
 """The plain function under each op; it takes the op's arguments and does the same."""
 
-__all__ = ["DIRECT", "attention", "attention_op", "sample", "sample_op"]
+__all__ = [
+    "DIRECT",
+    "attention",
+    "attention_op",
+    "rms_norm",
+    "rms_norm_op",
+    "sample",
+    "sample_op",
+    "silu_and_mul",
+    "silu_and_mul_op",
+]

@@ -103,9 +103,7 @@ class Decoder(nn.Module):
         rope = (config.rope, config.head_dim, config.max_position_embeddings, self.dtype)
         self.cos_sin.copy_(cos_sin_table(*rope))
         for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.prepare()
-            elif isinstance(module, Projection):
+            if isinstance(module, Projection):
                 module.prepare(int8=int8)
         # Tied embeddings are laid out a second time: a gather needs plain rows.
         self.head = self.lm_head or lay_out(self.embed.weight, None, int8=int8)

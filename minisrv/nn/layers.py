@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
 from minisrv.kernels.linear import Linear, lay_out
 
 Destination = tuple[str, Tensor]
@@ -71,34 +71,18 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide each row by its root mean square, in float32, then scale by a weight."""
-
-    root_eps: Tensor
+    """Divide each row by its root mean square, then scale by a weight."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = parameter(size, dtype=dtype)
         self.eps = eps
-        self.scale = size**-0.5
-        self.register_buffer("root_eps", torch.empty((), dtype=torch.float32), persistent=False)
-
-    def prepare(self) -> None:
-        """Compute what no checkpoint holds."""
-        self.root_eps.fill_((self.eps * self.weight.shape[0]) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, size] -> [T, size].
-
-        sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(size * eps)) / sqrt(size), which takes half the
-        operations.
-        """
-        wide = x if x.dtype == torch.float32 else x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rms = length.hypot_(self.root_eps).mul_(self.scale)
-        normed = torch.div(wide, rms)
-        if x.dtype != torch.float32:
-            normed = normed.to(x.dtype)
-        return normed.mul_(self.weight)
+        """[T, size] -> [T, size]."""
+        out = torch.empty_like(x)
+        rms_norm_op(x, self.weight, out, eps=self.eps)
+        return out
 
     def destinations(self) -> Iterator[Destination]:
         """One weight."""
@@ -133,8 +117,9 @@ class GatedMLP(nn.Module):
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual += MLP(x), both [T, hidden]."""
-        gate, up = self.gate_up(x).split(self.intermediate, dim=-1)
-        self.down.add_to(residual, silu(gate).mul_(up))
+        gated = x.new_empty(len(x), self.intermediate)
+        silu_and_mul_op(self.gate_up(x), gated)
+        self.down.add_to(residual, gated)
 
     def destinations(self) -> Iterator[Destination]:
         """Three checkpoint projections."""

@@ -1,7 +1,7 @@
 """Launches: how often a step makes the host hand work to the device, and what if that were dear.
 
 A launch is
-- an operation that runs outside of a graph, unless it only makes a view;
+- an operation that runs outside of a graph, unless it only makes a view or reserves memory;
 - a piece of a graph, and what runs between two pieces.
 So a FULL step is one launch, whatever it holds. Filling the static buffers and reading the result
 are copies that every mode has; they are not counted.
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
-from minisrv.graph.cpu_tape import fresh_tensors
+from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.wrapper import CapturedGraph
 from minisrv.runner.model_runner import Launch, ModelRunner
 
@@ -126,5 +126,5 @@ class LaunchCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.count += func._schema.is_mutable or bool(fresh_tensors((args, kwargs), result))
+        self.count += is_launch(func, (args, kwargs), result)
         return result

@@ -1,4 +1,7 @@
-"""The attention op against a float64 reference, over random batches in a poisoned cache."""
+"""The attention op against a float64 reference, over random batches in a poisoned cache.
+
+Both ways that it may run: compiled, and by torch's operations as where there is no compiler.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisrv.kernels import DIRECT, attention, attention_op
+
+module = sys.modules[attention.__module__]  # the package's name for it is the function
 
 EPS = 1e-6
 TOLERANCE = {
@@ -143,13 +148,19 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
 def check(case: Case) -> None:
     """`out` everywhere, and every slot of the cache but those of the null block."""
     out, cache = reference(case)
-    qkv = case.args["qkv"].clone()
-    found = case.run()
-    tolerance = TOLERANCE[found.dtype]
-    torch.testing.assert_close(found.double(), out, **tolerance)
-    written = case.args["kv_cache"][1:].double()
-    torch.testing.assert_close(written, cache[1:], equal_nan=True, **tolerance)
-    torch.testing.assert_close(case.args["qkv"], qkv, rtol=0, atol=0, equal_nan=True)
+    for by_torch in (False, True):
+        ran = case.copy()
+        with pytest.MonkeyPatch.context() as patch:
+            if by_torch:
+                patch.setattr(module, "_compiled", lambda *_: None)
+            found = ran.run()
+        tolerance = TOLERANCE[found.dtype]
+        torch.testing.assert_close(found.double(), out, **tolerance)
+        written = ran.args["kv_cache"][1:].double()
+        torch.testing.assert_close(written, cache[1:], equal_nan=True, **tolerance)
+        torch.testing.assert_close(
+            ran.args["qkv"], case.args["qkv"], rtol=0, atol=0, equal_nan=True
+        )
 
 
 ROWS = st.lists(
@@ -164,7 +175,7 @@ ROWS = st.lists(
     rows=ROWS,
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 6, 16, 32]),
+    head_dim=st.sampled_from([2, 6, 16, 48, 64, 128]),
     block_size=st.sampled_from([1, 4, 5, 16]),
     pad_tokens=st.integers(0, 5),
     norm=st.booleans(),
@@ -197,13 +208,32 @@ def test_long_rows_beside_short_ones() -> None:
     check(make_case([(600, 1), (2, 1), (300, 1), (40, 70)], block_size=16))
 
 
-def test_groups_of_decode_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gathered row by row or all at once."""
-    case = make_case([(n, 1) for n in (3, 17, 8, 8, 30)])
-    together = case.copy().run()
-    monkeypatch.setattr(sys.modules["minisrv.kernels.attention"], "GATHER_BYTES", 1)
-    alone = case.copy().run()
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_row_depends_on_nothing_else(dtype: torch.dtype) -> None:
+    """Bit for bit the same alone and in a batch."""
+    rows = [(200, 1), (31, 1), (16, 1), (5, 1)]
+    together = make_case(rows, head_dim=64, block_size=16, dtype=dtype)
+    out = together.copy().run()
+    for row in range(len(rows)):
+        alone = together.copy()
+        for name in ("qkv", "positions", "slot_mapping", "block_table", "seq_lens", "out"):
+            alone.args[name] = alone.args[name][row : row + 1]
+        alone.args["query_start_loc"] = torch.tensor([0, 1], dtype=torch.int32)
+        assert torch.equal(alone.run(), out[row : row + 1])
+
+
+@pytest.mark.parametrize("rows", [[(900, 1)], [(400, 1)] * 5, [(900, 1), (2, 1)]])
+def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
+    """Enough work for several; more threads than heads, and fewer than rows."""
+    case, before, found = make_case(rows, head_dim=64), torch.get_num_threads(), []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        try:
+            found.append(case.copy().run())
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("rows", [[(5, 1), (2, 1), (0, 1)], [(5, 1), (3, 6)], [(7, 9)]])

@@ -1,0 +1,75 @@
+"""RMSNorm and SwiGLU's product: one op each, which is the one launch that a fused kernel takes.
+
+Both write to `out`, so that a graph gives them an address. This is the CPU's version: `cpu.c`, or
+torch's operations where there is no compiler. Arithmetic is float32's in any dtype.
+Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from minisrv.kernels.native import native
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang and Sennrich 2019).
+
+    x, out: [T, size], contiguous. weight: [size]. One dtype.
+    """
+    rows, size = x.shape
+    kernel = _compiled("rms_norm", x.dtype)
+    if kernel is None:
+        out.copy_(torch.rms_norm(x.float(), (size,), weight.float(), eps))
+        return
+    threads = torch.get_num_threads()
+    kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, threads, eps)
+
+
+def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up (Shazeer 2020).
+
+    gate_up: [T, 2 * size], gate beside up, contiguous. out: [T, size], contiguous. One dtype.
+    """
+    rows, size = out.shape
+    kernel = _compiled("silu_and_mul", out.dtype)
+    if kernel is None:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        out.copy_(silu(gate).mul_(up))
+        return
+    kernel(gate_up.data_ptr(), 0, out.data_ptr(), rows, size, torch.get_num_threads(), 0.0)
+
+
+for _name, _schema in (
+    ("rms_norm", "(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()"),
+    ("silu_and_mul", "(Tensor gate_up, Tensor(a!) out) -> ()"),
+):
+    torch.library.define(f"minisrv::{_name}", _schema)
+    torch.library.impl(f"minisrv::{_name}", "cpu", globals()[_name])
+    torch.library.register_fake(f"minisrv::{_name}", lambda *args, **kwargs: None)
+
+rms_norm_op = torch.ops.minisrv.rms_norm.default
+silu_and_mul_op = torch.ops.minisrv.silu_and_mul.default
+
+_Kernel = Callable[[int, int, int, int, int, int, float], None]
+
+
+@cache
+def _compiled(name: str, dtype: torch.dtype) -> _Kernel | None:
+    """The function of `cpu.c` for a dtype, if there is one: (x, weight, out: addresses, rows, size,
+    threads, eps)."""
+    library = native()
+    if library is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    function = library[f"{name}_{str(dtype).removeprefix('torch.')}"]
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [address, address, address, number, number, number, ctypes.c_double]
+    function.restype = None
+    return cast(_Kernel, function)

@@ -1,0 +1,83 @@
+"""RMSNorm and SwiGLU's product against float64, compiled and by torch's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minisrv.kernels import elementwise, rms_norm, silu_and_mul
+
+SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Half a unit of the last place, and what the arithmetic in float32 adds."""
+
+
+def both_ways(op: Any, *args: Tensor, shape: tuple[int, int], **kwargs: Any) -> Iterator[Tensor]:
+    """What the op writes to `out`, which is full of NaN before: compiled, and by torch."""
+    for by_torch in (False, True):
+        out = torch.full(shape, torch.nan, dtype=args[0].dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            if by_torch:
+                patch.setattr(elementwise, "_compiled", lambda *_: None)
+            op(*args, out, **kwargs)
+        yield out
+
+
+@settings(max_examples=200, deadline=None)
+@given(dtype=DTYPES, scale=st.sampled_from([1e-3, 1.0, 100.0]), **SHAPES)
+def test_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, size, generator=generator)).to(dtype)
+    weight = torch.randn(size, generator=generator).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    for out in both_ways(rms_norm, x, weight, shape=(rows, size), eps=1e-6):
+        torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(dtype=DTYPES, scale=st.sampled_from([0.1, 1.0, 30.0]), **SHAPES)
+def test_silu_and_mul(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, 2 * size, generator=generator)).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    for out in both_ways(silu_and_mul, x, shape=(rows, size)):
+        torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
+
+
+def test_large_and_strange_numbers() -> None:
+    """Far gates are 0 or the gate itself; NaN and infinity come out as torch gives them."""
+    gates = [-1e4, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e4, torch.inf, torch.nan]
+    gate = torch.tensor([gates])
+    x = torch.cat((gate, torch.ones_like(gate)), dim=-1)
+    for out in both_ways(silu_and_mul, x, shape=(1, len(gates))):
+        expected = torch.nn.functional.silu(gate)
+        torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-33, equal_nan=True)
+    norms = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0]])
+    for out in both_ways(rms_norm, norms, torch.ones(2), shape=(3, 2), eps=1e-6):
+        assert out[0].isnan().all()
+        assert out[1].tolist()[1] == 0.0
+        assert out[2].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
+    """Bit for bit, also where there is work for several threads."""
+    x, weight = torch.randn(70, 1000).to(dtype), torch.randn(1000).to(dtype)
+    normed, gated = torch.empty_like(x), torch.empty(70, 500, dtype=dtype)
+    rms_norm(x, weight, normed, eps=1e-6)
+    silu_and_mul(x, gated)
+    row = torch.empty(1, 1000, dtype=dtype)
+    for index in (0, 33, 69):
+        rms_norm(x[index : index + 1], weight, row, eps=1e-6)
+        assert torch.equal(row, normed[index : index + 1])
+        silu_and_mul(x[index : index + 1], row[:, :500])
+        assert torch.equal(row[:, :500], gated[index : index + 1])
