@@ -343,4 +343,5 @@ def test_minisrv_with_graphs_and_without(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     (level,) = report["levels"]
     assert (level["answers"], level["same_answers"]) == (6, 6)
-    assert set(level["metrics"]) == {"ITL p50 ms", "TTFT p50 ms", "tok/s"}
+    # An answer that comes in one read has no gaps, and so small a model is fast enough for that.
+    assert set(level["metrics"]) - {"ITL p50 ms"} == {"TTFT p50 ms", "tok/s"}
