@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minisrv.kernels.native import LANES, MAX_GROUP, MAX_HEAD_DIM, MAX_QUERY, native
+from minisrv.kernels.native import LANES, MAX_HEAD_DIM, MAX_HEADS, MAX_QUERY, native
 
 _SCHEMA = (
     "(Tensor qkv, Tensor positions, Tensor(a!) kv_cache, Tensor slot_mapping, "
@@ -142,7 +142,7 @@ def _compiled(dtype: torch.dtype, group: int, head_dim: int) -> Callable[[bytes]
     fits = (
         head_dim % LANES == 0
         and head_dim <= MAX_HEAD_DIM
-        and group <= MAX_GROUP
+        and group <= MAX_HEADS
         and group * head_dim <= MAX_QUERY
     )
     if library is None or not fits or dtype not in (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_HEAD 256     /* native.MAX_HEAD_DIM */
 #define MAX_QUERY 8192   /* native.MAX_QUERY: elements of the queries that a task holds */
-#define MAX_GROUP 128    /* and so many heads */
+#define MAX_HEADS 128    /* native.MAX_HEADS: of which there are so many */
 #define CHUNK 16         /* keys whose scores are held at once */
 #define SERIAL (1 << 15) /* less work than so many elements is not worth a second thread */
 
@@ -200,7 +200,7 @@ INLINE void attend(int bf16, int64_t size, const struct attention *a, int64_t ro
     int64_t length = a->seq_lens[row];
     const int32_t *blocks = a->block_table + row * a->table_stride;
     const float *q = a->q + (token * a->num_heads + first * group) * size;
-    float sum[MAX_GROUP], most[MAX_GROUP], scores[MAX_GROUP][CHUNK];
+    float sum[MAX_HEADS], most[MAX_HEADS], scores[MAX_HEADS][CHUNK];
     _Alignas(64) float mixed[MAX_QUERY];
     const char *places[2][CHUNK], **entries = places[0], **next = places[1];
     memset(mixed, 0, heads * size * sizeof(float));
@@ -265,7 +265,8 @@ INLINE void attend(int bf16, int64_t size, const struct attention *a, int64_t ro
 INLINE int64_t all_tokens(int bf16, int64_t size, const struct attention *a) {
     /* A row is one task where there are rows for all threads, as its cache entries are read in one
      * go then; else each of its key heads is. */
-    int64_t most = MAX_QUERY / (a->num_heads / a->num_kv_heads * size);
+    int64_t group = a->num_heads / a->num_kv_heads;
+    int64_t most = (MAX_QUERY / size < MAX_HEADS ? MAX_QUERY / size : MAX_HEADS) / group;
     int64_t together = a->rows >= a->threads ? a->num_kv_heads : 1;
     if (together > most) together = most;
     int64_t parts = (a->num_kv_heads + together - 1) / together, work = 0, others = 0;

@@ -29,7 +29,7 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 LANES = 16
 MAX_HEAD_DIM = 256
 MAX_QUERY = 8192
-MAX_GROUP = 128
+MAX_HEADS = 128
 """As in `cpu.c`."""
 
 
@@ -47,7 +47,7 @@ def native() -> ctypes.CDLL | None:
         # Its threads are torch's: a second pool would fight the first one for the cores.
         ctypes.CDLL(_openmp_of_torch(), ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or error
         logger.warning(
             "%s cannot compile the CPU kernels: decode runs by torch's operations, at about half "
@@ -61,7 +61,7 @@ def native() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     """The shared library for this source, compiler and processor, compiled if it is not kept yet.
 
-    Raises OSError and SubprocessError.
+    Raises OSError and SubprocessError; RuntimeError without a home directory.
     """
     flags = [*FLAGS, *_vector_flags()]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
@@ -69,10 +69,13 @@ def _compiled(compiler: str) -> Path:
         b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()])
     ).hexdigest()[:16]
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisrv"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = directory.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"others may write to {directory}, where compiled code is kept.")
     library = directory / f"cpu-{key}.so"
     if library.exists():
         return library
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         made, linked = Path(scratch, "cpu.o"), Path(scratch, "cpu.so")
         # Linked without -fopenmp: OpenMP's names are found in the library that torch has loaded.

@@ -204,6 +204,12 @@ def test_edges(rows: list[tuple[int, int]]) -> None:
     check(make_case(rows, pad_tokens=2))
 
 
+@pytest.mark.parametrize("heads", [(200, 1, 16), (3, 70, 16), (2, 8, 256), (96, 2, 64)])
+def test_more_heads_than_a_task_holds(heads: tuple[int, int, int]) -> None:
+    num_kv_heads, group, head_dim = heads
+    check(make_case([(3, 1), (40, 1)], num_kv_heads=num_kv_heads, group=group, head_dim=head_dim))
+
+
 def test_long_rows_beside_short_ones() -> None:
     check(make_case([(600, 1), (2, 1), (300, 1), (40, 70)], block_size=16))
 

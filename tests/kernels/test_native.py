@@ -73,6 +73,33 @@ def test_a_directory_that_cannot_be_written(
     assert "by torch's operations" in caplog.text
 
 
+def test_a_directory_that_others_may_write_is_not_trusted(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    monkeypatch.setenv("CC", executable(tmp_path / "any", "#!/bin/sh\nexit 0\n"))
+    with caplog.at_level(logging.WARNING):
+        assert native() is None
+    assert "others may write" in caplog.text
+
+
+def test_no_home(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A container may run as a user that no file knows."""
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(module.Path, "home", nobody)
+    monkeypatch.setenv("CC", executable(tmp_path / "any", "#!/bin/sh\nexit 0\n"))
+    with caplog.at_level(logging.WARNING):
+        assert native() is None
+    assert "home directory" in caplog.text
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
 def test_compiled_once_by_any_number_of_processes(fresh: Path) -> None:
     program = "from minisrv.kernels.native import native; import torch; assert native()"
