@@ -211,7 +211,13 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-memory",
         type=_size,
         metavar="SIZE",
-        help="bytes of KV cache at most, with K, M or G for the powers of 1024 (1G)",
+        help="bytes of KV cache at most, with K, M or G for the powers of 1024 (CPU: 1G)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help=f"of the GPU's memory, for weights, graphs and cache ({d.gpu_memory_utilization})",
     )
     add("--num-kv-blocks", type=int, metavar="N", help="KV blocks, instead of --kv-cache-memory")
     add(

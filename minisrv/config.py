@@ -17,7 +17,7 @@ from minisrv.errors import ConfigError, UnknownArchitectureError
 from minisrv.modes import CUDAGraphMode
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
 MAX_LAUNCH_US = 10_000
@@ -182,6 +182,8 @@ class EngineConfig:
     num_kv_blocks: blocks of the KV cache, the null block included; None sizes it by
         kv_cache_memory.
     kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
+        None takes 1 GiB on a CPU, and on a GPU what gpu_memory_utilization leaves.
+    gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
     max_waiting: requests the engine queues before it answers 429.
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one).
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
@@ -200,7 +202,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     num_kv_blocks: int | None = None
-    kv_cache_memory: int = 1 << 30
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
     max_waiting: int = 1024
     seed: int = 0
     async_scheduling: bool = False
@@ -221,9 +224,14 @@ class EngineConfig:
                     f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
                     "leave dtype out."
                 )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _at_least(name, getattr(self, name), 1)
-        for name, least in (("max_model_len", 2), ("num_kv_blocks", 2)):
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be "
+                "in (0, 1]."
+            )
+        for name, least in (("max_model_len", 2), ("num_kv_blocks", 2), ("kv_cache_memory", 1)):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), least)
         _at_least("max_waiting", self.max_waiting, 0)

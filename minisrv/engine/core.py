@@ -24,9 +24,11 @@ from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
+from minisrv.engine.memory import KVCacheShape, available_bytes, num_kv_blocks
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.cuda import CUDABackend
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
 from minisrv.nn.loader import load_model
@@ -74,9 +76,8 @@ class EngineCore:
             generation = read_generation_config(directory)
         max_model_len = resolve_max_model_len(config, model_config)
         self.ladders = ladders_of(config)
-        device = torch.device("cpu")
-        dtype = resolve_dtype(config, model_config)
-        num_blocks = size_kv_cache(config, model_config, max_model_len, dtype)
+        device = resolve_device(config)
+        dtype = resolve_dtype(config, model_config, device)
         if device.type == "cpu":
             with self._timed("kernels"):
                 progress("compiling kernels", 0, 1)
@@ -93,18 +94,26 @@ class EngineCore:
                 progress=lambda done, total: progress("loading weights", done, total),
             )
             model.prepare(int8=config.quantization == "int8")
-        self.runner = ModelRunner(
-            model,
-            model_config,
-            self.ladders,
-            CPUTapeBackend(),
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_model_len=max_model_len,
-            dtype=dtype,
-            device=device,
-            check_addresses=check_addresses,
-        )
+
+        def make_runner(num_blocks: int) -> ModelRunner:
+            return ModelRunner(
+                model,
+                model_config,
+                self.ladders,
+                CPUTapeBackend() if device.type == "cpu" else CUDABackend(device),
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_model_len=max_model_len,
+                dtype=dtype,
+                device=device,
+                check_addresses=check_addresses,
+            )
+
+        shape = KVCacheShape.of(config, model_config, max_model_len, dtype)
+        with self._timed("memory"):
+            available = available_bytes(config, shape, device, make_runner)
+            num_blocks = num_kv_blocks(config, shape, available)
+            self.runner = make_runner(num_blocks)
         with self._timed("graphs"):
             num_graphs = self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
@@ -294,12 +303,32 @@ def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return wanted
 
 
-def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
-    """The serving dtype. `auto` keeps bfloat16 weights as they are where the CPU multiplies them
-    natively, as they are half as many bytes to read, and widens all others to float32."""
+def resolve_device(config: EngineConfig) -> torch.device:
+    """`auto` is the current GPU where there is one. Raises ConfigError where a GPU is wanted and
+    there is none."""
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ConfigError(
+            "device=cuda, and torch sees no GPU here; install torch with CUDA, look at the driver "
+            "(nvidia-smi), or use --device cpu."
+        )
+    if config.device == "cpu" or not there:
+        return torch.device("cpu")
+    if config.quantization is not None:
+        raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The serving dtype. On a GPU `auto` keeps half precision as it is and rounds all else to
+    bfloat16. On a CPU it keeps bfloat16 where the CPU multiplies it natively, as it is half as many
+    bytes to read, and widens all else to float32."""
     name, why = config.dtype, "as asked for"
     if config.quantization == "int8":
         name, why = "bfloat16", "the activations of int8 weights"
+    elif name == "auto" and device.type == "cuda":
+        half = model.dtype in ("bfloat16", "float16")
+        name, why = model.dtype if half else "bfloat16", "half precision, as GPUs like it"
     elif name == "auto" and model.dtype == "bfloat16" and multiplies_bfloat16():
         name, why = "bfloat16", "which this CPU multiplies natively"
     elif name == "auto":
@@ -307,22 +336,3 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     logger.info("weights are %s, served in %s: %s", model.dtype, name, why)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def size_kv_cache(
-    config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype
-) -> int:
-    """Blocks of the KV cache, the null block included: as many as fit `kv_cache_memory`, and no
-    more than every slot can use. Raises ConfigError if that does not hold one full context."""
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    per_row = -(-max_model_len // config.block_size)
-    per_block = config.block_size * 2 * model.kv_size * dtype.itemsize * model.num_layers
-    blocks = min(config.kv_cache_memory // per_block, 1 + config.max_num_seqs * per_row)
-    if blocks < 1 + per_row:
-        raise ConfigError(
-            f"kv_cache_memory={config.kv_cache_memory} bytes hold {max(0, blocks - 1)} blocks, and "
-            f"one context of {max_model_len} tokens needs {per_row}; give at least "
-            f"--kv-cache-memory {(1 + per_row) * per_block}, or lower --max-model-len."
-        )
-    return blocks

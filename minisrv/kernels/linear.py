@@ -32,6 +32,9 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out], a new tensor."""
 
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """out [T, out] = x W^T + b."""
+
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual [T, out] += x W^T + b, in place."""
 
@@ -40,15 +43,21 @@ class MatmulLinear:
     """`addmm` and `mm` on a plain weight: runs everywhere."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        # A CPU multiplies float32 faster by rows of [in, out], the shorter types by rows of
-        # [out, in].
-        self.weight = weight.t().contiguous() if weight.dtype == torch.float32 else weight.t()
+        # A CPU multiplies float32 faster by rows of [in, out]; all else goes by rows of [out, in].
+        turned = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        self.weight = weight.t().contiguous() if turned else weight.t()
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return torch.mm(x, self.weight)
         return torch.addmm(self.bias, x, self.weight)
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight, out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight, out=out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         residual.addmm_(x, self.weight)
@@ -66,6 +75,9 @@ class OneDNNLinear:
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        out.copy_(self(x))
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         add = torch.ops.mkldnn._linear_pointwise.binary
@@ -94,6 +106,9 @@ class Int8Linear:
             return self.many_rows(x)
         y = torch._weight_int8pack_mm(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias)
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        out.copy_(self(x))
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         if len(x) > self.few:

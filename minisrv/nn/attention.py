@@ -45,7 +45,7 @@ class Attention(nn.Module):
         positions: [T] int64, the static tensor, as the op may run at replay.
         """
         context = get_forward_context()
-        context.attn.qkv.copy_(self.qkv(x))
+        self.qkv.write_to(context.attn.qkv, x)
         if context.break_at is None:
             self._attend(context.attn, positions, cos_sin)
         else:

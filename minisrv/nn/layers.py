@@ -54,6 +54,10 @@ class Projection(nn.Module):
         """[T, in] -> [T, out]."""
         return self.linear(x)
 
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """out [T, out] = x W^T + b."""
+        self.linear.write_to(out, x)
+
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual [T, out] += x W^T + b, in place."""
         self.linear.add_to(residual, x)

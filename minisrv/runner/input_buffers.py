@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minisrv.config import ModelConfig
@@ -38,6 +40,18 @@ class BufferSizes:
     slots: int
     blocks_per_row: int
     block_size: int
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of the host's values there, behind what has been launched; nobody waits for it.
+
+    To a GPU it goes by pinned memory of torch's host allocator, which gives none out again before
+    the copy from it is done: the host may be a step ahead.
+    """
+    tensor = torch.from_numpy(values)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class SlotState:
@@ -63,15 +77,26 @@ class SlotState:
 
     def apply(self, output: SchedulerOutput) -> None:
         """Write what the scheduler says of slots that change hands and of new blocks."""
-        for start in output.new_slots:
-            slot, params = start.slot, start.params
-            self.temperature[slot] = params.temperature
-            self.top_k[slot] = params.top_k
-            self.top_p[slot] = params.top_p
-            self.min_p[slot] = params.min_p
-            self.seed[slot] = start.seed
+        device = self.last_token.device
+        if new := output.new_slots:
+            slots = to_device(np.array([start.slot for start in new], np.int64), device)
+            floats = to_device(
+                np.array(
+                    [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new],
+                    np.float32,
+                ),
+                device,
+            )
+            ints = to_device(np.array([(s.params.top_k, s.seed) for s in new], np.int64), device)
+            for tensor, column in zip(
+                (self.temperature, self.top_p, self.min_p, self.top_k, self.seed),
+                (*floats.unbind(dim=1), *ints.unbind(dim=1)),
+                strict=True,
+            ):
+                tensor.index_copy_(0, slots, column)
         if output.new_blocks:
-            slots, indices, blocks = torch.tensor(output.new_blocks).unbind(dim=1)
+            at = to_device(np.array(output.new_blocks, np.int64), device)
+            slots, indices, blocks = at.unbind(dim=1)
             self.block_table[slots, indices] = blocks.to(torch.int32)
 
 
@@ -99,6 +124,7 @@ class InputBuffers:
 
         self.sizes = sizes
         self.state = state
+        self.device = device
         self.slots = ints(rows)
         self.input_ids = ints(tokens)
         self.positions = ints(tokens)
@@ -122,11 +148,11 @@ class InputBuffers:
         (`gather_decode`), because under lag only the device knows the last tokens.
         """
         num_rows = len(output.rows)
-        slots = np.fromiter((row.slot for row in output.rows), np.int64, num_rows)
-        self.slots[:num_rows] = torch.from_numpy(slots)
+        slots = np.full(descriptor.num_reqs or num_rows, NULL_SLOT, np.int64)
+        slots[:num_rows] = [row.slot for row in output.rows]
+        self.slots[: len(slots)].copy_(to_device(slots, self.device))
         if descriptor.uniform_decode:
             assert descriptor.num_reqs is not None
-            self.slots[num_rows : descriptor.num_reqs] = NULL_SLOT
             if descriptor not in self._decode_metadata:
                 shape = descriptor.num_tokens, descriptor.num_reqs
                 self._decode_metadata[descriptor] = self._metadata(*shape, self._decode_starts)
@@ -143,17 +169,17 @@ class InputBuffers:
         positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
         prompt_ids = chain.from_iterable(row.token_ids for row in output.rows)
 
-        self.query_start_loc[0] = 0
-        self.query_start_loc[1 : rows + 1] = torch.from_numpy(ends)
-        self.seq_lens[:rows] = torch.from_numpy(starts + lengths)
-        self.positions[:total] = torch.from_numpy(positions)
-        self.input_ids[decodes:total] = torch.from_numpy(
-            np.fromiter(prompt_ids, np.int64, total - decodes)
-        )
+        def put(buffer: Tensor, values: NDArray[np.int64]) -> None:
+            buffer.copy_(to_device(values, self.device))
+
+        put(self.query_start_loc[: rows + 1], np.concatenate(([0], ends)))
+        put(self.seq_lens[:rows], starts + lengths)
+        put(self.positions[:total], positions)
+        put(self.input_ids[decodes:total], np.fromiter(prompt_ids, np.int64, total - decodes))
         state, slots = self.state, self.slots[:rows]
         torch.index_select(state.last_token, 0, slots[:decodes], out=self.input_ids[:decodes])
         torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
-        self._map_slots(total, torch.from_numpy(row_of_token))
+        self._map_slots(total, to_device(row_of_token, self.device))
         for buffer in (self.input_ids, self.positions, self.slot_mapping):
             buffer[total:padded] = 0
 

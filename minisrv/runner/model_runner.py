@@ -12,6 +12,7 @@ through when the context's mode is not its own, so an eager run takes the same c
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +26,14 @@ from minisrv.core.ladder import Ladders
 from minisrv.core.scheduler import SchedulerOutput
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
-from minisrv.graph.certify import certify
+from minisrv.graph.certify import Start, certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
 from minisrv.kernels import sample_op
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
-from minisrv.runner.batches import BatchLimits, short_batch
+from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
 from minisrv.runner.trial import StepTrial
@@ -48,14 +49,18 @@ CaptureProgress = Callable[[int, int], None]
 class StepResult:
     """A step that has been launched. Its values are copies: later steps do not change them.
 
+    token_ids: [R] int64 on the host, there once `done` has passed; None: it is there.
     logprobs: by row, None for rows that asked for none; None if no row did.
     """
 
     token_ids: Tensor
+    done: torch.cuda.Event | None
     logprobs: list[TokenLogprobs | None] | None
 
     def tokens(self) -> list[int]:
         """The sampled token of every row; waits for the step."""
+        if self.done is not None:
+            self.done.synchronize()
         ids: list[int] = self.token_ids.tolist()
         return ids
 
@@ -126,7 +131,17 @@ class ModelRunner:
         attn = self.buffers.fill(output, dispatch.descriptor)
         with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
             logprobs = self.launch(output, dispatch)
-        return StepResult(self.buffers.tokens[: len(output.rows)].clone(), logprobs)
+        return self._result(self.buffers.tokens[: len(output.rows)], logprobs)
+
+    def _result(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
+        """Copies of the step's results, on their way to the host."""
+        if tokens.device.type == "cpu":
+            return StepResult(tokens.clone(), None, logprobs)
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return StepResult(host, done, logprobs)
 
     def _launch(
         self, output: SchedulerOutput, dispatch: Dispatch
@@ -187,13 +202,34 @@ class ModelRunner:
         Raises GraphCaptureError, CertificationError.
         """
         keys = self.ladders.keys()
-        for done, (mode, descriptor) in enumerate(keys):
-            on_progress(done, len(keys))
-            trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
-            certify(trial, partial(self._capture, mode, descriptor))
-            trial.clear()
+        # A collection in the middle of a capture would free what the capture does not expect, and
+        # looking at every object between two graphs takes longer than capturing one (vLLM#21146).
+        gc.collect()
+        gc.freeze()
+        try:
+            for done, (mode, descriptor) in enumerate(keys):
+                on_progress(done, len(keys))
+                trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
+                certify(trial, partial(self._capture, mode, descriptor))
+                trial.clear()
+        finally:
+            gc.unfreeze()
         on_progress(len(keys), len(keys))
         return len(keys)
+
+    def probe(self) -> None:
+        """Run the largest step eagerly, and capture and certify the largest graph of each kind, so
+        that all of the memory that serving will need, but for the small graphs, is taken."""
+        largest = BatchDescriptor(self.limits.tokens)
+        trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
+        trial.reset(Start.CLEAN)
+        trial.run(graph=False)
+        kinds = {(mode, key.epilogue): (mode, key) for mode, key in reversed(self.ladders.keys())}
+        for mode, key in kinds.values():
+            certify(
+                StepTrial(self, mode, key, short_batch(key, self.limits)),
+                partial(self._capture, mode, key),
+            )
 
     @torch.no_grad()
     def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:

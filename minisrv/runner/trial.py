@@ -63,17 +63,21 @@ class StepTrial:
         draw = random.Random(repr(batch))
         self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw)
         used, last = len(self.output.new_blocks), runner.limits.blocks
-        self.watched = torch.tensor(sorted({*range(1 + used), min(1 + used, last), last}))
-        self.slots = torch.tensor([row.slot for row in self.output.rows], dtype=torch.int64)
+        device = runner.kv_caches[0].device
+        watched = sorted({*range(1 + used), min(1 + used, last), last})
+        self.watched = torch.tensor(watched, device=device)
+        slots = [row.slot for row in self.output.rows]
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
         self.live = self._live_positions()
         block, offset = self.live.nonzero().unbind(dim=1)
         self.entries = self.watched[block] * runner.limits.block_size + offset
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
-        self.cache = (torch.rand(shape, generator=generator) - 0.5).to(runner.kv_caches[0].dtype)
+        cache = torch.rand(shape, generator=generator) - 0.5
+        self.cache = cache.to(device, runner.kv_caches[0].dtype)
         self.last_token = torch.randint(
             runner.vocab_size, self.slots.shape, generator=generator, dtype=torch.int64
-        )
+        ).to(device)
 
     def _live_positions(self) -> Tensor:
         """[watched, block_size] bool: cache positions that belong to the batch's tokens. The
@@ -83,7 +87,7 @@ class StepTrial:
         ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
         for slot, index, block in self.output.new_blocks:
             live[block, : max(0, min(size, ends[slot] - index * size))] = True
-        return live
+        return live.to(self.watched.device)
 
     # ---- graph.certify.Trial -----------------------------------------------------------------
 
