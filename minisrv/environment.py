@@ -21,6 +21,7 @@ PACKAGES = ("minisrv", "torch", "numpy")
 class Environment(msgspec.Struct, frozen=True):
     """A command, the machine it ran on, and the versions.
 
+    gpu: the current one and its CUDA version, None without one.
     cpus: what this process may use. memory_gib: of the whole machine. capability: the vector
     instructions that torch's kernels use. threads: torch's, inside an operation.
     load: processes that wanted a core in the minute before; much above 0 is a shared machine.
@@ -29,6 +30,7 @@ class Environment(msgspec.Struct, frozen=True):
     command: str
     date: str
     cpu: str
+    gpu: str | None
     capability: str
     cpus: int
     memory_gib: float
@@ -51,6 +53,7 @@ def environment(*packages: str) -> Environment:
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=_cpu_name(),
+        gpu=_gpu_name(),
         capability=torch.backends.cpu.get_cpu_capability(),
         cpus=len(os.sched_getaffinity(0)),
         memory_gib=round(memory / 2**30, 1),
@@ -69,3 +72,11 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from statistics import mean, median
+from typing import NamedTuple
 
 import msgspec
+import torch
 
 from minisrv.config import BenchConfig, EngineConfig
-from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.ladder import Ladders
+from minisrv.core.scheduler import SchedulerOutput
 from minisrv.engine.core import EngineCore, Progress
 from minisrv.engine.messages import EngineInfo
 from minisrv.environment import Environment, environment
@@ -28,6 +31,7 @@ from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.launches import count_launches
+from minisrv.runner.model_runner import StepResult
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
@@ -51,14 +55,26 @@ class ModeResult(msgspec.Struct, frozen=True):
     """One mode at one size.
 
     runs_as: tokens of the padded step. launches: of one step. tokens_per_s: real tokens.
+    host_us: microseconds in which the host fills buffers and launches; on a CPU it computes too.
+    gpu_ms: from when the GPU begins the step to when it has done it; None on a CPU.
     blocks_ms: in the order they ran, two for each round.
     """
 
     runs_as: int
     launches: int
     ms: float
+    host_us: float
+    gpu_ms: float | None
     tokens_per_s: float
     blocks_ms: list[float]
+
+
+class StepTime(NamedTuple):
+    """One step; see `ModeResult`."""
+
+    ms: float
+    host_us: float
+    gpu_ms: float | None
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -74,20 +90,26 @@ class SizeResult(msgspec.Struct, frozen=True):
 
     size: requests of a decode batch, or tokens of a prefill chunk.
     context: tokens of a request, on average, when the first and when the last step was done.
+    floor_ms: what the GPU needs to read weights and cache once; None on a CPU and for prefill.
     eager_over: by mode.
     """
 
     size: int
     context: tuple[float, float]
+    floor_ms: float | None
     modes: dict[str, ModeResult]
     eager_over: dict[str, Ratio]
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What one run found. `simulated_launch_us` other than 0: no time is the machine's own."""
+    """What one run found. `simulated_launch_us` other than 0: no time is the machine's own.
+
+    bandwidth_gb_s: of the GPU's memory, as a large copy reaches it; None on a CPU.
+    """
 
     environment: Environment
     simulated_launch_us: float
+    bandwidth_gb_s: float | None
     config: EngineConfig
     settings: BenchConfig
     engine: EngineInfo
@@ -105,6 +127,21 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
             "--enforce-eager and --cudagraph-mode none."
         )
     return Bench(EngineCore(config, progress), settings).run(progress)
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+    """GB/s that a large copy reads and writes, the median of five."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * nbytes / median(times[1:]) / 1e6
 
 
 def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
@@ -136,6 +173,8 @@ class Bench:
         self.clock = clock
         self.batch_sizes = settings.batch_sizes or _every_rung(engine.ladders)
         self.dispatchers = dispatchers(engine.ladders)
+        self.device = engine.runner.buffers.device
+        self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
         steps = len(self.dispatchers) * (1 + 2 * settings.rounds * BLOCK)
         # Half of the steps later the contexts are as long as was asked for.
         self.prompt_length = max(1, settings.context - steps // 2)
@@ -183,6 +222,7 @@ class Bench:
         return Report(
             environment=where,
             simulated_launch_us=info.simulated_launch_us,
+            bandwidth_gb_s=self.bandwidth,
             config=self.engine.config,
             settings=self.settings,
             engine=info,
@@ -206,14 +246,14 @@ class Bench:
             engine.abort(request.request_id)
         while engine.has_work:
             engine.step()
-        return SizeResult(size, (first, last), modes, ratios)
+        return SizeResult(size, (first, last), self._floor(size, (first + last) / 2), modes, ratios)
 
     def prefill(self, size: int) -> SizeResult:
         """Prompts of `size` tokens, each computed in one step."""
         modes, ratios = self._compare(
             size, decode=False, prepare=lambda: self._add(size, max_tokens=1)
         )
-        return SizeResult(size, (size + 1, size + 1), modes, ratios)
+        return SizeResult(size, (size + 1, size + 1), None, modes, ratios)
 
     def _add(self, length: int, max_tokens: int | None) -> str:
         """Queue a prompt, random so that no cache knows its beginning; returns the request's id."""
@@ -238,7 +278,7 @@ class Bench:
             if found.mode is mode:
                 runs_as[mode] = found.descriptor.num_tokens
         launches = {mode: self._count(mode, prepare) for mode in runs_as}
-        blocks: dict[CUDAGraphMode, list[float]] = {mode: [] for mode in runs_as}
+        blocks: dict[CUDAGraphMode, list[StepTime]] = {mode: [] for mode in runs_as}
         for _ in range(self.settings.rounds):
             for mode in (*runs_as, *reversed(runs_as)):
                 blocks[mode].append(self._block(mode, prepare))
@@ -246,9 +286,11 @@ class Bench:
             mode.name: ModeResult(
                 runs_as=runs_as[mode],
                 launches=launches[mode],
-                ms=median(times),
-                tokens_per_s=1000 * size / median(times),
-                blocks_ms=times,
+                ms=median(time.ms for time in times),
+                host_us=median(time.host_us for time in times),
+                gpu_ms=None if times[0].gpu_ms is None else median(t.gpu_ms or 0.0 for t in times),
+                tokens_per_s=1000 * size / median(time.ms for time in times),
+                blocks_ms=[time.ms for time in times],
             )
             for mode, times in blocks.items()
         }
@@ -262,23 +304,57 @@ class Bench:
             self._step(mode, prepare)
         return counter.count
 
-    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
-        """Milliseconds of a step, the median of a block's."""
+    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> StepTime:
+        """The median step of a block."""
         before = self._steps_in(mode)
-        times = [self._step(mode, prepare) for _ in range(BLOCK)]
+        times = [self._step(mode, prepare) for _ in range(BLOCK)][1:]
         assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
-        return median(times[1:])
+        on_gpu = [time.gpu_ms for time in times if time.gpu_ms is not None]
+        return StepTime(
+            ms=median(time.ms for time in times),
+            host_us=median(time.host_us for time in times),
+            gpu_ms=median(on_gpu) if on_gpu else None,
+        )
 
-    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
-        """Run one step in `mode`; returns milliseconds."""
-        engine = self.engine
+    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> StepTime:
+        """Run one step in `mode`."""
+        engine, runner = self.engine, self.engine.runner
         prepare()
         usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
+        on_gpu = self.device.type == "cuda"
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        host: list[float] = []
+
+        def execute(output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
+            for event in events[:1]:
+                event.record()
+            begin = self.clock()
+            result = type(runner).execute(runner, output, dispatch)
+            host.append(self.clock() - begin)
+            for event in events[1:]:
+                event.record()
+            return result
+
         start = self.clock()
+        runner.execute = execute  # type: ignore[method-assign]
         engine.step()
+        del runner.execute
         end = self.clock()
         engine.dispatcher = usual
-        return 1000 * (end - start)
+        gpu_ms = None
+        if events:
+            events[1].synchronize()
+            gpu_ms = events[0].elapsed_time(events[1])
+        return StepTime(1000 * (end - start), 1e6 * sum(host), gpu_ms)
+
+    def _floor(self, size: int, context: float) -> float | None:
+        """Milliseconds to read the weights and the cache of `size` contexts at `bandwidth`."""
+        if self.bandwidth is None:
+            return None
+        cache = self.engine.runner.kv_caches
+        entry = sum(layer[0, 0].nbytes for layer in cache)
+        read = self.engine.runner.model.bytes_read + size * context * entry
+        return read / self.bandwidth / 1e6
 
     def _steps_in(self, mode: CUDAGraphMode) -> int:
         return sum(steps.steps for steps in self.engine.stats().steps if steps.mode == mode.name)
@@ -289,8 +365,8 @@ def _every_rung(ladders: Ladders) -> tuple[int, ...]:
     return tuple(sorted({min(rung, most) for rung in ladders.decode or ladders.mixed}))
 
 
-def _by_round(blocks: list[float]) -> list[float]:
-    return [mean(pair) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+def _by_round(blocks: list[StepTime]) -> list[float]:
+    return [mean((a.ms, b.ms)) for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
 
 
 def _ratio(eager: list[float], other: list[float]) -> Ratio:

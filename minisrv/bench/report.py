@@ -37,6 +37,8 @@ def print_report(report: Report) -> None:
     console = Console(highlight=False, soft_wrap=True)
     where = report.environment
     console.print(subject(report), style="bold")
+    if report.bandwidth_gb_s is not None:
+        console.print(f"{where.gpu}, {report.bandwidth_gb_s:.0f} GB/s by a large copy")
     console.print(
         f"{where.cpu} ({where.capability}), {where.cpus} cores, load {where.load:g}, "
         f"torch {where.versions['torch']}, Python {where.python}"
@@ -111,6 +113,11 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = [NAMES.get(mode, mode) for mode in modes]
     headings += [f"eager/{mode}" for mode in modes[1:]]
+    on_gpu = [mode for mode in modes if any(_gpu_ms(size, mode) is not None for size in sizes)]
+    headings += [f"{NAMES.get(mode, mode)} GPU" for mode in on_gpu]
+    headings += [f"{NAMES.get(mode, mode)} host us" for mode in on_gpu]
+    has_floor = any(size.floor_ms is not None for size in sizes)
+    headings += ["floor", "of floor"] * has_floor
     for heading in (unit, *headings, "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for size in sizes:
@@ -119,9 +126,29 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
             str(size.size),
             *("-" if result is None else f"{result.ms:.2f}" for result in found),
             *(_ratio(size.eager_over.get(mode)) for mode in modes[1:]),
+            *(_number(_gpu_ms(size, mode), "{:.3f}") for mode in on_gpu),
+            *(
+                _number(size.modes[mode].host_us if mode in size.modes else None, "{:.0f}")
+                for mode in on_gpu
+            ),
+            *([_number(size.floor_ms, "{:.3f}"), _share(size, modes[-1])] * has_floor),
             "-" if found[-1] is None else f"{found[-1].tokens_per_s:.0f}",
         )
     return table
+
+
+def _gpu_ms(size: SizeResult, mode: str) -> float | None:
+    return size.modes[mode].gpu_ms if mode in size.modes else None
+
+
+def _share(size: SizeResult, mode: str) -> str:
+    """How near the mode's GPU time comes to the floor."""
+    gpu_ms = _gpu_ms(size, mode)
+    return "-" if gpu_ms is None or size.floor_ms is None else f"{size.floor_ms / gpu_ms:.0%}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _ratio(ratio: Ratio | None) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from minisrv.errors import GraphError
+from minisrv.errors import GraphCaptureError, GraphError
 from minisrv.graph.backend import GraphBackend, Replay
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
@@ -101,8 +101,12 @@ class CUDAGraphWrapper:
                 self.runnable(*args)
             walk.append(backend.end())
             backend.finish()
-        except BaseException:
+        except BaseException as error:
             backend.abandon()
+            if isinstance(error, RuntimeError):
+                raise GraphCaptureError(
+                    f"{context.descriptor} cannot be captured: {error}"
+                ) from error
             raise
         self.graphs[context.descriptor] = CapturedGraph(tuple(walk), _addresses(context, args))
 

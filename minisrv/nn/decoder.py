@@ -63,6 +63,10 @@ class Decoder(nn.Module):
                 config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype
             )
         self.head: Callable[[Tensor], Tensor]
+        self.bytes_read = sum(parameter.nbytes for parameter in self.parameters())
+        """Of weights, by a decode step: all but an embedding that is no output projection too."""
+        if self.lm_head is not None:
+            self.bytes_read -= self.embed.weight.nbytes
         table = torch.empty(config.max_position_embeddings, 2 * config.head_dim, dtype=dtype)
         self.register_buffer("cos_sin", table, persistent=False)
 
