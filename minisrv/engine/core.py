@@ -166,8 +166,8 @@ class EngineCore:
             yield
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"the GPU's memory was full at start-up ({phase}): {error} Serve a smaller model or "
-                "dtype, lower --kv-cache-memory or --gpu-memory-utilization, lower "
+                f"the GPU's memory was full at start-up ({phase}): {error} Serve a smaller model "
+                "or dtype, lower --kv-cache-memory or --gpu-memory-utilization, lower "
                 "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU."
             ) from error
         self.seconds[phase] = round(time.perf_counter() - start, 3)

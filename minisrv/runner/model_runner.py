@@ -49,13 +49,14 @@ CaptureProgress = Callable[[int, int], None]
 class StepResult:
     """A step that has been launched. Its values are copies: later steps do not change them.
 
-    token_ids: [R] int64 on the host, there once `done` has passed; None: it is there.
+    token_ids: [R] int64 on the host, there once `done` has passed.
     logprobs: by row, None for rows that asked for none; None if no row did.
+    done: None where the host does the work itself.
     """
 
     token_ids: Tensor
-    done: torch.cuda.Event | None
     logprobs: list[TokenLogprobs | None] | None
+    done: torch.cuda.Event | None = None
 
     def tokens(self) -> list[int]:
         """The sampled token of every row; waits for the step."""
@@ -136,12 +137,12 @@ class ModelRunner:
     def _result(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
         """Copies of the step's results, on their way to the host."""
         if tokens.device.type == "cpu":
-            return StepResult(tokens.clone(), None, logprobs)
+            return StepResult(tokens.clone(), logprobs)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return StepResult(host, done, logprobs)
+        return StepResult(host, logprobs, done)
 
     def _launch(
         self, output: SchedulerOutput, dispatch: Dispatch
