@@ -55,6 +55,22 @@ for _name, _schema in (
     torch.library.impl(f"minisrv::{_name}", "cpu", globals()[_name])
     torch.library.register_fake(f"minisrv::{_name}", lambda *args, **kwargs: None)
 
+
+
+def _on_cuda(name: str) -> Callable[..., None]:
+    """The Triton version, imported when it is first called: a CPU needs none."""
+
+    def call(*args: Tensor, **kwargs: float) -> None:
+        from minisrv.kernels import triton_elementwise
+
+        getattr(triton_elementwise, name)(*args, **kwargs)
+
+    return call
+
+
+for _name in ("rms_norm", "silu_and_mul"):
+    torch.library.impl(f"minisrv::{_name}", "cuda", _on_cuda(_name))
+
 rms_norm_op = torch.ops.minisrv.rms_norm.default
 silu_and_mul_op = torch.ops.minisrv.silu_and_mul.default
 

@@ -52,7 +52,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """`logits` [R, V] with -inf for what top-k, then top-p (over what is left, renormalised),
     then min-p drop. The most likely token always stays."""
-    if bool(((top_k > 0) | (top_p < 1)).any()):
+    if logits.is_cuda or bool(((top_k > 0) | (top_p < 1)).any()):
         ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         keep = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
@@ -131,6 +131,32 @@ torch.library.define(
     "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()",
 )
 torch.library.impl("minisrv::sample", "cpu", sample)
+
+
+def _sample_cuda(
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    out: Tensor,
+) -> None:
+    found = scores(
+        logits,
+        positions,
+        temperature=temperature[slots],
+        top_k=top_k[slots],
+        top_p=top_p[slots],
+        min_p=min_p[slots],
+        seed=seed[slots],
+    )
+    torch.argmax(found, dim=-1, out=out)
+
+
+torch.library.impl("minisrv::sample", "cuda", _sample_cuda)
 torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
 
 sample_op = torch.ops.minisrv.sample.default

@@ -1,0 +1,49 @@
+"""RMSNorm and SwiGLU's product on CUDA, in Triton: `kernels.elementwise` imports this module when it
+first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is float32's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PART = 1024
+"""Elements of a row that a program of `silu_and_mul` takes."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """As `kernels.elementwise.rms_norm`."""
+    rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    _rms_norm[(rows,)](
+        x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+
+
+def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """As `kernels.elementwise.silu_and_mul`."""
+    rows, size = out.shape
+    _silu_and_mul[(rows, triton.cdiv(size, PART))](gate_up, out, size, BLOCK=PART, num_warps=4)
+
+
+@triton.jit
+def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < size
+    value = tl.load(x + row * size + at, there, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / size + eps)
+    value *= scale * tl.load(weight + at, there, other=0.0).to(tl.float32)
+    tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    gate = tl.load(gate_up + row * 2 * size + at, there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + at, there, other=0.0).to(tl.float32)
+    value = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)
