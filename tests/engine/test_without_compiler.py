@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import pytest
-
 from minisrv import LLM, SamplingParams
 from minisrv.kernels import attention, elementwise
 from tests.checkpoints import make_checkpoint
