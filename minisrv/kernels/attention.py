@@ -1,9 +1,9 @@
 """The attention op: q/k-norm, rotation, cache write and paged attention in one.
 
 It takes packed q, k, v as the projection leaves them and tensors only, so that a graph may break
-at it. This is the CPU's version. Rows of one query, where there is nothing to multiply but to read
-K and V, belong to `cpu.c`; rows of several are matrix products and belong to torch, as all of it
-does, row by row, where there is no compiler.
+at it. This is the CPU's version; CUDA's is `triton_attention.py`. Rows of one query, where there is
+nothing to multiply but to read K and V, belong to `cpu.c`; rows of several are matrix products and
+belong to torch, as all of it does, row by row, where there is no compiler.
 Knows: the layout of the paged cache, and how a step's tokens belong to its rows (requests).
 Knows nothing of requests, graphs or the forward context.
 
@@ -122,8 +122,19 @@ def attention(
             _attend(queries[first:last], results[first:last], k, v)
 
 
+@cache
+def _by_triton() -> Callable[..., None]:
+    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    from minisrv.kernels.triton_attention import attention
+
+    return attention
+
+
 torch.library.define("minisrv::attention", _SCHEMA)
 torch.library.impl("minisrv::attention", "cpu", attention)
+torch.library.impl(
+    "minisrv::attention", "cuda", lambda *args, **kwargs: _by_triton()(*args, **kwargs)
+)
 torch.library.register_fake("minisrv::attention", lambda *args, **kwargs: None)
 
 attention_op = torch.ops.minisrv.attention.default

@@ -1,0 +1,527 @@
+"""The attention op on CUDA, in Triton.
+
+A batch with one token a row is one launch, and a second one where rows are split: each program
+takes a row's key head and a share of its history, norms and turns the queries, writes the new entry
+to the cache and attends (FlashDecoding, Dao et al. 2023). Any other batch is two: one prepares the
+tokens (q/k-norm, rotation, cache write), one attends in tiles of queries (FlashAttention-2, Dao
+2023); a tile finds its row on the device, as vLLM's unified Triton attention does.
+
+Knows: what `kernels.attention` says of arguments and layouts. Grids, allocations and the number of
+splits follow from shapes alone and lengths are read on the device: a graph captured at one length
+replays at any other, and the host waits for nothing.
+
+What the cache holds beyond a row's length is not loaded, nor is a stale entry of the block table
+followed. A program works for one row, so nothing in a row, NaN included, reaches another.
+
+This module imports Triton; `kernels.attention` imports it when the op first meets a CUDA tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_BYTES = 16 * 1024
+MAX_TILE = 128
+"""K and V come in tiles of 16 KiB each: 64 keys of 128 bfloat16."""
+
+MAX_QUERIES = {2: 64, 4: 16}
+"""Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
+once; float32, which they do not, runs out of registers beyond 16."""
+
+PIPELINED = {"num_warps": 4, "num_stages": 3}
+"""A tile waits for its blocks of the table: one stage is the table's, one K's and V's, one the
+product's. Decode then takes about 40 KiB of shared memory and 128 registers a thread, so that an
+H100's SM (228 KiB, 64k registers) holds four programs, whose loads fill each other's gaps. Prefill
+takes 80 KiB, as its tensor cores read their tile from there while the next one comes."""
+
+PROGRAMS_PER_SM = 4
+MIN_SHARE = 128
+MAX_SPLITS = 64
+"""Rows are split until all SMs are full; a share of fewer keys than MIN_SHARE is not worth it."""
+
+
+def attention(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    *,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """`kernels.attention.attention` of CUDA tensors: contiguous, but for rows of `block_table`.
+
+    float32, bfloat16 and float16; products have the tensors' dtype (float32 is not shortened to
+    TF32), sums, norms, rotation and softmax are float32. Where every row has one token, a slot that
+    a row writes is read by no other row, as slots of one step belong to one row or to padding.
+    """
+    tokens, rows = qkv.shape[0], seq_lens.shape[0]
+    block_size, table_width = kv_cache.shape[1], block_table.shape[1]
+    group = num_heads // num_kv_heads
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    tile = min(MAX_TILE, max(16, TILE_BYTES // (block_d * qkv.element_size())))
+    scale = head_dim**-0.5 * math.log2(math.e)
+    heads = {
+        "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+    }
+    # tl.dot multiplies 16 rows at least.
+    block_g = max(16, triton.next_power_of_2(group))
+
+    # Rows are never empty: as many tokens as rows is one token each.
+    if tokens == rows:
+        sms = _multiprocessors(qkv.device)
+        splits = num_splits(rows, num_kv_heads, table_width * block_size, sms)
+        partial = sums = None
+        if splits > 1:
+            parts = (rows, num_heads, splits)
+            partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=qkv.device)
+            sums = torch.empty(*parts, 2, dtype=torch.float32, device=qkv.device)
+        _decode[(rows, num_kv_heads, splits)](
+            qkv,
+            positions,
+            kv_cache,
+            slot_mapping,
+            block_table,
+            seq_lens,
+            out,
+            partial,
+            sums,
+            cos_sin,
+            q_norm,
+            k_norm,
+            block_table.stride(0),
+            splits,
+            eps,
+            scale,
+            **heads,
+            BLOCK_SIZE=block_size,
+            BLOCK_G=block_g,
+            TILE=tile,
+            **PIPELINED,
+        )
+        if splits > 1:
+            _combine[(rows, num_heads)](
+                partial,
+                sums,
+                seq_lens,
+                out,
+                splits,
+                HEAD_DIM=head_dim,
+                BLOCK_D=block_d,
+                BLOCK_S=MAX_SPLITS,
+                TILE=tile,
+                num_warps=8,
+            )
+        return
+
+    queries = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    _prepare[(tokens, num_kv_heads)](
+        qkv,
+        positions,
+        kv_cache,
+        slot_mapping,
+        query_start_loc,
+        queries,
+        out,
+        cos_sin,
+        q_norm,
+        k_norm,
+        rows,
+        eps,
+        **heads,
+        BLOCK_G=triton.next_power_of_2(group),
+        num_warps=1 if group * block_d <= 512 else 4,
+    )
+    block_m = max(MAX_QUERIES[qkv.element_size()], block_g)
+    block_q = block_m // group
+    _attend[(tokens // block_q + rows, num_kv_heads)](
+        queries,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        block_table.stride(0),
+        rows,
+        scale,
+        **heads,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        TILE=tile,
+        **PIPELINED,
+    )
+
+
+def num_splits(rows: int, num_kv_heads: int, capacity: int, multiprocessors: int) -> int:
+    """Into how many shares the history of each row is split, `capacity` the longest there may be.
+
+    Of shapes alone, so that capture and replay agree.
+    """
+    wanted = PROGRAMS_PER_SM * multiprocessors // (rows * num_kv_heads)
+    return max(1, min(wanted, capacity // MIN_SHARE, MAX_SPLITS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _turned(heads, mask, weight, angles, eps, d, HEAD_DIM: tl.constexpr):
+    """[N, BLOCK_D] float32: RMSNorm of `heads`, if there is a weight, and rotation.
+
+    heads: pointers to their first elements. angles: pointer to the token's row of `cos_sin`.
+    """
+    there = d < HEAD_DIM
+    swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+    x = tl.load(heads + d, mask, other=0.0).to(tl.float32)
+    y = tl.load(heads + swapped, mask, other=0.0).to(tl.float32)
+    if weight is not None:
+        norm = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        x *= norm * tl.load(weight + d, there, other=0.0).to(tl.float32)
+        y *= norm * tl.load(weight + swapped, there, other=0.0).to(tl.float32)
+    cos = tl.load(angles + d, there, other=0.0).to(tl.float32)
+    sin = tl.load(angles + HEAD_DIM + d, there, other=0.0).to(tl.float32)
+    return x * cos + y * sin
+
+
+@triton.jit
+def _write_entry(
+    source,
+    kv_cache,
+    slot,
+    k_norm,
+    angles,
+    eps,
+    head,
+    d,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Write a token's k and v of one key head to the cache; both [1, BLOCK_D], as it keeps them.
+
+    source: pointer to the token's row of `qkv`.
+    """
+    there = d < HEAD_DIM
+    key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
+    k = _turned(key, there, k_norm, angles, eps, d, HEAD_DIM).to(kv_cache.dtype.element_ty)
+    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, there, other=0.0)
+    entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head) * HEAD_DIM
+    tl.store(entry + d, k, there)
+    tl.store(entry + NUM_KV_HEADS * HEAD_DIM + d, v, there)
+    return k, v
+
+
+@triton.jit
+def _fold(
+    acc,
+    peak,
+    total,
+    q,
+    kv_cache,
+    table,
+    start,
+    end,
+    last,
+    scale,
+    head,
+    d,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Take the keys from `start` on, a tile of them, into an online softmax (Milakov and
+    Gimelshein 2018): acc [M, BLOCK_D], peak and total [M], float32, as they become.
+
+    q: [M, BLOCK_D]. table: pointer to the row's blocks. end: how many keys may be loaded.
+    last: the last key that each query sees, [M, 1] or one for all. scale: to base 2.
+    """
+    keys = start + tl.arange(0, TILE)
+    inside = keys < end
+    block = tl.load(table + keys // BLOCK_SIZE, inside, other=0).to(tl.int64)
+    slot = block * BLOCK_SIZE + keys % BLOCK_SIZE
+    entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + d
+    mask = inside[:, None] & (d < HEAD_DIM)
+    k = tl.load(entry, mask, other=0.0)
+    v = tl.load(entry + NUM_KV_HEADS * HEAD_DIM, mask, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    seen = inside[None, :] & (keys[None, :] <= last)
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - higher[:, None])
+    decay = tl.exp2(peak - higher)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def _share(history, splits, TILE: tl.constexpr):
+    """How many keys each split of a row takes: whole tiles, one at least."""
+    return tl.maximum(tl.cdiv(tl.cdiv(history, splits), TILE), 1) * TILE
+
+
+@triton.jit(do_not_specialize=["table_stride", "splits"])
+def _decode(
+    qkv,
+    positions,
+    kv_cache,
+    slot_mapping,
+    block_table,
+    seq_lens,
+    out,
+    partial,
+    sums,
+    cos_sin,
+    q_norm,
+    k_norm,
+    table_stride,
+    splits,
+    eps,
+    scale,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One row, key head and split. The row's new token is split 0's, which has it in registers: no
+    program reads an entry that this launch writes.
+
+    partial: [rows, num_heads, splits, head_dim] float32, products before they are divided; sums:
+    [rows, num_heads, splits, 2] float32, the highest score and the sum of weights. Both None where
+    rows are not split. A split beyond the row's history writes nothing.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    history = tl.load(seq_lens + row) - 1
+    share = _share(history, splits, TILE)
+    begin = split * share
+    if (split > 0) & (begin >= history):
+        return
+    end = tl.minimum(begin + share, history)
+
+    d = tl.arange(0, BLOCK_D)[None, :]
+    member = tl.arange(0, BLOCK_G)
+    mask = (member[:, None] < GROUP) & (d < HEAD_DIM)
+    source = qkv + row * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+    angles = cos_sin + tl.load(positions + row) * (2 * HEAD_DIM)
+    heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
+    q = _turned(heads, mask, q_norm, angles, eps, d, HEAD_DIM).to(kv_cache.dtype.element_ty)
+
+    if split == 0:
+        slot = tl.load(slot_mapping + row)
+        k, v = _write_entry(
+            source, kv_cache, slot, k_norm, angles, eps, head, d, GROUP, NUM_KV_HEADS, HEAD_DIM
+        )
+        peak = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+        total = tl.full([BLOCK_G], 1.0, tl.float32)
+        acc = tl.broadcast_to(v.to(tl.float32), [BLOCK_G, BLOCK_D])
+    else:
+        peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+
+    table = block_table + row * table_stride
+    for start in range(begin, end, TILE):
+        acc, peak, total = _fold(
+            acc,
+            peak,
+            total,
+            q,
+            kv_cache,
+            table,
+            start,
+            end,
+            end,
+            scale,
+            head,
+            d,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            TILE,
+        )
+
+    place = row * (GROUP * NUM_KV_HEADS) + head * GROUP + member
+    if partial is None:
+        value = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * HEAD_DIM + d, value, mask)
+    else:
+        place = place * splits + split
+        tl.store(partial + place[:, None] * HEAD_DIM + d, acc, mask)
+        tl.store(sums + place * 2, peak, member < GROUP)
+        tl.store(sums + place * 2 + 1, total, member < GROUP)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    partial,
+    sums,
+    seq_lens,
+    out,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One row and query head: what its splits have found, in one."""
+    row = tl.program_id(0).to(tl.int64)
+    head = row * tl.num_programs(1) + tl.program_id(1)
+    history = tl.load(seq_lens + row) - 1
+    used = tl.maximum(tl.cdiv(history, _share(history, splits, TILE)), 1)
+
+    split = tl.arange(0, BLOCK_S)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    there = split < used
+    place = head * splits + split
+    peak = tl.load(sums + place * 2, there, other=float("-inf"))
+    total = tl.load(sums + place * 2 + 1, there, other=0.0)
+    acc = tl.load(partial + place * HEAD_DIM + d, there & (d < HEAD_DIM), other=0.0)
+    weight = tl.exp2(peak - tl.max(peak, axis=0, keep_dims=True))
+    value = tl.sum(acc * weight, axis=0, keep_dims=True)
+    value /= tl.sum(total * weight, axis=0, keep_dims=True)
+    tl.store(out + head * HEAD_DIM + d, value.to(out.dtype.element_ty), d < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _prepare(
+    qkv,
+    positions,
+    kv_cache,
+    slot_mapping,
+    query_start_loc,
+    queries,
+    out,
+    cos_sin,
+    q_norm,
+    k_norm,
+    rows,
+    eps,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """One token and key head: its entry to the cache, its queries to `queries`
+    [T, num_heads, head_dim], in the model's dtype; zeros to `out` if it is padding."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    member = tl.arange(0, BLOCK_G)[:, None]
+    mask = (member < GROUP) & (d < HEAD_DIM)
+    source = qkv + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+    angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM)
+    slot = tl.load(slot_mapping + token)
+    _write_entry(
+        source, kv_cache, slot, k_norm, angles, eps, head, d, GROUP, NUM_KV_HEADS, HEAD_DIM
+    )
+    heads = source + (head * GROUP + member) * HEAD_DIM
+    q = _turned(heads, mask, q_norm, angles, eps, d, HEAD_DIM).to(queries.dtype.element_ty)
+    place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
+    tl.store(queries + place, q, mask)
+    if token >= tl.load(query_start_loc + rows):
+        tl.store(out + place, tl.zeros([BLOCK_G, BLOCK_D], out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["table_stride", "rows"])
+def _attend(
+    queries,
+    kv_cache,
+    block_table,
+    seq_lens,
+    query_start_loc,
+    out,
+    table_stride,
+    rows,
+    scale,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One key head and tile: BLOCK_Q tokens of a row, the head's group of queries for each.
+
+    Row r's tiles begin at query_start_loc[r] // BLOCK_Q + r. That leaves it as many as it needs, or
+    one more, which has no token; and the grid can be told from the numbers of tokens and rows.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    row, behind = tl.full([], 0, tl.int32), rows
+    while behind - row > 1:
+        middle = (row + behind) // 2
+        before = tl.load(query_start_loc + middle) // BLOCK_Q + middle <= tile
+        row = tl.where(before, middle, row)
+        behind = tl.where(before, behind, middle)
+    first = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - first
+    begin = (tile - first // BLOCK_Q - row) * BLOCK_Q
+    if begin >= count:
+        return
+    history = tl.load(seq_lens + row) - count
+    end = history + tl.minimum(begin + BLOCK_Q, count)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    query = begin + m // GROUP
+    there = (m < BLOCK_Q * GROUP) & (query < count)
+    mask = there[:, None] & (d < HEAD_DIM)
+    token = (first + query).to(tl.int64)
+    place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + m % GROUP)[:, None] * HEAD_DIM + d
+    q = tl.load(queries + place, mask, other=0.0)
+    last = (history + query)[:, None]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    table = block_table + row.to(tl.int64) * table_stride
+    for start in range(0, end, TILE):
+        acc, peak, total = _fold(
+            acc,
+            peak,
+            total,
+            q,
+            kv_cache,
+            table,
+            start,
+            end,
+            last,
+            scale,
+            head,
+            d,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            TILE,
+        )
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask)

@@ -1,0 +1,169 @@
+"""Random batches for the attention op in a poisoned cache, and what float64 makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+TOLERANCE = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.float16: {"atol": 4e-3, "rtol": 4e-3},
+    torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2},
+}
+STALE = 2**31 - 1
+
+
+@dataclass
+class Case:
+    """Arguments of the op; `rows` are (tokens in the cache before the step, tokens of the step)."""
+
+    rows: Sequence[tuple[int, int]]
+    args: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def run(self, op: Callable[..., None]) -> Tensor:
+        with torch.inference_mode():
+            op(*self.args.values(), **self.options)
+        return self.args["out"]
+
+    def copy(self, device: str = "cpu") -> Case:
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: value.to(device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+
+        return Case(self.rows, moved(self.args), moved(self.options))
+
+
+def make_case(
+    rows: Sequence[tuple[int, int]],
+    *,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    block_size: int = 4,
+    pad_tokens: int = 0,
+    norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+    poison: float = math.nan,
+    seed: int = 0,
+) -> Case:
+    """Random tensors; everything in the cache that no row may read is `poison`, and what no row may
+    follow in the block table leads out of all memory."""
+    g = torch.Generator().manual_seed(seed)
+    heads = num_kv_heads * group
+    max_blocks = max(-(-(h + n) // block_size) for h, n in rows) + 1
+    num_blocks = 1 + len(rows) * max_blocks
+    order = (torch.randperm(num_blocks - 1, generator=g) + 1).view(len(rows), max_blocks)
+    table = torch.full((len(rows), max_blocks), STALE, dtype=torch.int32)
+    cache = torch.full((num_blocks * block_size, 2, num_kv_heads, head_dim), poison)
+    slots, positions, starts = [], [], [0]
+    for r, (history, n) in enumerate(rows):
+        used = -(-(history + n) // block_size)
+        table[r, :used] = order[r, :used]
+        places = torch.arange(history + n)
+        row_slots = order[r][places // block_size] * block_size + places % block_size
+        cache[row_slots[:history]] = torch.randn(history, 2, num_kv_heads, head_dim, generator=g)
+        slots.append(row_slots[history:])
+        positions.append(places[history:])
+        starts.append(starts[-1] + n)
+    pad = torch.zeros(pad_tokens, dtype=torch.int64)
+    tokens = starts[-1] + pad_tokens
+    qkv = torch.randn(tokens, (heads + 2 * num_kv_heads) * head_dim, generator=g)
+    qkv[starts[-1] :] = poison
+    angles = torch.rand(max(h + n for h, n in rows), head_dim // 2, generator=g) * 6.3
+    weights = [1 + 0.3 * torch.randn(head_dim, generator=g).to(dtype) for _ in range(2)]
+    args = {
+        "qkv": qkv.to(dtype),
+        "positions": torch.cat([*positions, pad]),
+        "kv_cache": cache.view(num_blocks, block_size, 2, num_kv_heads, head_dim).to(dtype),
+        "slot_mapping": torch.cat([*slots, pad]),
+        "block_table": table,
+        "seq_lens": torch.tensor([h + n for h, n in rows], dtype=torch.int32),
+        "query_start_loc": torch.tensor(starts, dtype=torch.int32),
+        "out": torch.full((tokens, heads * head_dim), math.nan, dtype=dtype),
+    }
+    options = {
+        "cos_sin": torch.cat((angles.cos(), angles.cos(), -angles.sin(), angles.sin()), dim=-1).to(
+            dtype
+        ),
+        "q_norm": weights[0] if norm else None,
+        "k_norm": weights[1] if norm else None,
+        "eps": EPS,
+        "num_heads": heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+    return Case(rows, args, options)
+
+
+def reference(case: Case) -> tuple[Tensor, Tensor]:
+    """out and kv_cache as they should become: float64, token by token, head by head."""
+    a, o = case.args, case.options
+    heads, kv_heads, dim = o["num_heads"], o["num_kv_heads"], o["head_dim"]
+    cache = a["kv_cache"].double().flatten(0, 1)
+    block_size = a["kv_cache"].shape[1]
+    out = torch.zeros_like(a["out"], dtype=torch.float64).view(-1, heads, dim)
+
+    def prepare(x: Tensor, weight: Tensor | None, position: int) -> Tensor:
+        if weight is not None:
+            x = x / math.sqrt(float(x.square().mean()) + EPS) * weight.double()
+        cos, _, _, sin = o["cos_sin"][position].double().chunk(4)
+        first, second = x.chunk(2)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin))
+
+    packed = a["qkv"].double().view(-1, heads + 2 * kv_heads, dim)
+    for token, (slot, position) in enumerate(
+        zip(a["slot_mapping"].tolist(), a["positions"].tolist(), strict=True)
+    ):
+        for head in range(kv_heads):
+            k = packed[token, heads + head]
+            cache[slot, 0, head] = prepare(k, o["k_norm"], position)
+            cache[slot, 1, head] = packed[token, heads + kv_heads + head]
+    token = 0
+    for row, (history, n) in enumerate(case.rows):
+        for position in range(history, history + n):
+            places = torch.arange(position + 1)
+            blocks = a["block_table"][row][places // block_size].long()
+            seen = cache[blocks * block_size + places % block_size]
+            for head in range(heads):
+                q = prepare(packed[token, head], o["q_norm"], position)
+                kv = seen[:, :, head // (heads // kv_heads)]
+                weights = (kv[:, 0] @ q / math.sqrt(dim)).softmax(0)
+                out[token, head] = weights @ kv[:, 1]
+            token += 1
+    return out.flatten(1), cache.view_as(a["kv_cache"])
+
+
+def assert_equal_to_reference(ran: Case, case: Case) -> None:
+    """`out` everywhere, every slot of the cache but those of the null block, and `qkv` as it was.
+
+    ran: a copy of `case` that the op has been run on, wherever that was.
+    """
+    out, cache = reference(case)
+    args = ran.copy().args
+    tolerance = TOLERANCE[args["out"].dtype]
+    torch.testing.assert_close(args["out"].double(), out, **tolerance)
+    torch.testing.assert_close(
+        args["kv_cache"][1:].double(), cache[1:], equal_nan=True, **tolerance
+    )
+    torch.testing.assert_close(args["qkv"], case.args["qkv"], rtol=0, atol=0, equal_nan=True)
+
+
+def with_padding_rows(case: Case, count: int, value: float) -> Case:
+    """A decode batch with `count` more rows, those of padding, whose tokens are `value`."""
+    args, rows = dict(case.args), len(case.rows)
+    null = {"qkv": value, "positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
+    for name, number in null.items():
+        shape = (count, *args[name].shape[1:])
+        args[name] = torch.cat((args[name], torch.full(shape, number, dtype=args[name].dtype)))
+    args["query_start_loc"] = torch.arange(rows + count + 1, dtype=torch.int32)
+    args["out"] = args["out"].new_full((rows + count, args["out"].shape[1]), math.nan)
+    return Case([*case.rows, *[(0, 1)] * count], args, case.options)

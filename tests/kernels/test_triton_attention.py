@@ -1,0 +1,270 @@
+"""CUDA's attention op against the same float64 reference as the CPU's, on the same random batches.
+
+Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly (it takes
+the bits for integers); float16 stands for both there.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minisrv.kernels import attention_op
+from tests.kernels.attention_cases import (
+    TOLERANCE,
+    Case,
+    assert_equal_to_reference,
+    make_case,
+    with_padding_rows,
+)
+
+# Triton 3.6's interpreter cannot loop over a range with NumPy 2.4 (triton-lang/triton#9171).
+pytest.importorskip("triton", minversion="3.6" if torch.cuda.is_available() else "3.7")
+from minisrv.kernels import triton_attention as module
+from minisrv.kernels.triton_attention import attention, num_splits
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+H100_SMS = 132
+
+
+@pytest.fixture(autouse=True)
+def _as_many_splits_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(module, "_multiprocessors", lambda _: H100_SMS)
+
+
+def run(case: Case) -> Case:
+    """A copy of the case, there, after the op."""
+    ran = case.copy(DEVICE)
+    ran.run(attention)
+    return ran
+
+
+def check(case: Case) -> None:
+    assert_equal_to_reference(run(case), case)
+
+
+def bits_of(case: Case, rows: slice = slice(None)) -> Tensor:
+    return run(case).args["out"][rows].cpu().view(torch.uint8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.one_of(
+        st.lists(st.tuples(st.integers(0, 300), st.just(1)), min_size=1, max_size=5),
+        st.lists(st.tuples(st.integers(0, 150), st.integers(1, 12)), min_size=1, max_size=4),
+    ),
+    num_kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6, 16, 64, 80]),
+    block_size=st.sampled_from([1, 4, 5, 16, 32]),
+    pad_tokens=st.one_of(st.just(0), st.integers(0, 5)),
+    norm=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    poison=st.sampled_from([math.nan, math.inf, -math.inf]),
+    seed=st.integers(0, 1000),
+)
+def test_any_batch_equals_the_reference(**drawn: Any) -> None:
+    check(make_case(**drawn))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([(0, 1)], id="one-token prompt"),
+        pytest.param([(127, 1), (128, 1), (129, 1), (130, 1)], id="decode around a tile"),
+        pytest.param([(500, 1), (2, 1), (0, 1)], id="a long row beside short ones"),
+        pytest.param([(0, 1)] * 9, id="one token each"),
+        pytest.param([(0, 128), (0, 129)], id="prompts around a tile"),
+        pytest.param([(0, 32), (0, 33), (40, 31)], id="queries around a tile"),
+        pytest.param([(0, 5), (9, 1), (200, 3), (4, 1)], id="decode rows scattered"),
+    ],
+)
+@pytest.mark.parametrize("pad_tokens", [0, 2])
+def test_edges(rows: list[tuple[int, int]], pad_tokens: int) -> None:
+    check(make_case(rows, head_dim=64, block_size=16, pad_tokens=pad_tokens))
+
+
+def test_the_last_split_may_be_empty_or_not_full() -> None:
+    """Every length up to a few tiles, in four splits (a row in a pool of one SM)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_multiprocessors", lambda _: 1)
+        patch.setattr(module, "MAX_TILE", 16)
+        for history in [0, 1, 15, 16, 17, 63, 64, 65, 66, 80, 81, 500, 511]:
+            check(make_case([(history, 1)], num_kv_heads=1, block_size=256))
+
+
+@pytest.mark.parametrize("group", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("rows", [[(300, 1), (20, 1)], [(70, 20), (0, 1)]], ids=["decode", "mixed"])
+def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:
+    """More query heads than a tile of queries holds, and groups that do not fill one."""
+    check(make_case(rows, num_kv_heads=1, group=group, head_dim=256, block_size=16))
+
+
+@pytest.mark.parametrize(
+    "rows", [[(5, 1), (2, 1), (0, 1)], [(200, 1), (150, 1)], [(5, 1), (3, 6)], [(7, 9), (140, 2)]]
+)
+def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
+    """Bit for bit: null block, stale blocks, block tails and padding tokens."""
+    for pad_tokens in (0, 3):
+        clean, *poisoned = (
+            bits_of(make_case(rows, pad_tokens=pad_tokens, poison=poison))
+            for poison in (0.0, math.nan, math.inf)
+        )
+        assert all(torch.equal(clean, other) for other in poisoned)
+
+
+def test_nan_stays_in_padding_rows() -> None:
+    """Decode rows of the null block: finite if their tokens are, and the real ones unmoved."""
+    case = make_case([(5, 1), (150, 1)])
+    clean, poisoned = (with_padding_rows(case, 2, value) for value in (1.0, math.nan))
+    assert run(clean).args["out"].isfinite().all()
+    real = slice(0, 2)
+    assert torch.equal(bits_of(clean, real), bits_of(poisoned, real))
+    assert run(poisoned).args["out"][2:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "rows", [[(200, 1), (31, 1), (16, 1)], [(40, 5), (0, 40), (9, 1)]], ids=["decode", "mixed"]
+)
+def test_a_row_depends_on_no_other(rows: list[tuple[int, int]]) -> None:
+    """Bit for bit, whatever the others hold, NaN and another length included."""
+    case = make_case(rows, head_dim=64, block_size=16)
+    others = make_case([(7, n) for _, n in rows], head_dim=64, block_size=16, seed=1, poison=0.0)
+    starts = case.args["query_start_loc"].tolist()
+    for row, (first, last) in enumerate(pairwise(starts)):
+        changed = case.copy()
+        changed.args["qkv"][:first] = math.nan
+        changed.args["qkv"][last:] = math.nan
+        for other in set(range(len(rows))) - {row}:
+            changed.args["seq_lens"][other] = others.args["seq_lens"][other]
+        own = slice(first, last)
+        assert torch.equal(bits_of(case, own), bits_of(changed, own))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_ways_agree(dtype: torch.dtype) -> None:
+    """One token a row, alone and beside padding, which goes the way of mixed batches."""
+    rows = [(300, 1), (17, 1), (0, 1)]
+    case = make_case(rows, head_dim=128, block_size=16, dtype=dtype)
+    padded = case.copy()
+    for name in ("qkv", "positions", "slot_mapping", "out"):
+        tensor = padded.args[name]
+        padded.args[name] = torch.cat((tensor, torch.zeros_like(tensor[:1])))
+    padded.args["out"].fill_(math.nan)
+    decode, mixed = run(case).args, run(padded).args
+    torch.testing.assert_close(decode["out"], mixed["out"][:-1], **TOLERANCE[dtype])
+    assert not mixed["out"][-1].any()
+    mine, other = (args["kv_cache"][1:].cpu().double() for args in (decode, mixed))
+    torch.testing.assert_close(mine, other, equal_nan=True, **TOLERANCE[dtype])
+
+
+def test_splits_follow_from_shapes() -> None:
+    assert num_splits(1, 8, 4096, H100_SMS) == 32, "no share under 128 keys"
+    assert num_splits(1, 8, 40960, H100_SMS) == 64
+    assert num_splits(8, 8, 40960, H100_SMS) == 8
+    assert num_splits(64, 8, 40960, H100_SMS) == 1
+    assert num_splits(256, 8, 40960, H100_SMS) == 1
+    assert num_splits(1, 1, 16, H100_SMS) == 1
+
+
+def test_triton_is_imported_by_cuda_tensors_only() -> None:
+    """An engine on a CPU starts without it, also where it is installed."""
+    code = "import sys, minisrv.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- on a GPU only -----------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+DIMS_AND_GROUPS = [(64, 1), (80, 2), (96, 4), (128, 7), (256, 8)]
+MORE = [(64, 4), (128, 1), (128, 2), (128, 8), (256, 2)]
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("head_dim", "group", "dtype"),
+    [
+        *((*shape, dtype) for shape in DIMS_AND_GROUPS for dtype in FLOATS),
+        *((*shape, torch.bfloat16) for shape in MORE),
+    ],
+)
+def test_models(head_dim: int, group: int, dtype: torch.dtype) -> None:
+    """Decode, split and not, and mixed batches, in models' shapes."""
+    shape = {"head_dim": head_dim, "group": group, "block_size": 16, "dtype": dtype}
+    check(make_case([(3999, 1), (1, 1), (800, 1)], **shape))
+    check(make_case([(n % 97 + n, 1) for n in range(256)], num_kv_heads=3, **shape))
+    check(make_case([(0, 300), (900, 65), (3000, 1), (17, 1), (64, 64)], pad_tokens=7, **shape))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_through_the_dispatcher(dtype: torch.dtype) -> None:
+    for pad_tokens in (0, 1):
+        case = make_case([(70, 1), (9, 1)], pad_tokens=pad_tokens, dtype=dtype)
+        ran = case.copy(DEVICE)
+        ran.run(attention_op)
+        assert_equal_to_reference(ran, case)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "rows",
+    [[(3000, 1), (0, 1), (130, 1)], [(n, 1) for n in range(100)], [(0, 70), (500, 3), (80, 1)]],
+    ids=["split", "not split", "mixed"],
+)
+def test_captured_at_one_length_replays_at_others(rows: list[tuple[int, int]]) -> None:
+    """Captured on the null block alone: nothing of a length is frozen. The host waits for nothing,
+    as a capture would not allow it."""
+    case = make_case(rows, head_dim=128, block_size=16, pad_tokens=3, dtype=torch.bfloat16)
+    if all(n == 1 for _, n in rows):
+        case = make_case(rows, head_dim=128, block_size=16, dtype=torch.bfloat16)
+    eager = run(case)
+    static = case.copy(DEVICE)
+    null = {"positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
+    for name, value in null.items():
+        static.args[name].fill_(value)
+    if len(case.args["positions"]) != len(rows):  # one row of one token, and padding
+        static.args["query_start_loc"].fill_(1)[0] = 0
+    static.run(attention)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.run(attention)
+    for name, value in case.args.items():
+        static.args[name].copy_(value)
+    for _ in range(2):  # what the first left in partial results is not the second's
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(
+            static.args["out"].view(torch.int16), eager.args["out"].view(torch.int16)
+        )
+        assert_equal_to_reference(static, case)
+
+
+@gpu
+def test_addresses_beyond_32_bits() -> None:
+    """A cache of more than 2^31 elements; the row lies at its end."""
+    case = make_case([(40, 1)], num_kv_heads=8, head_dim=128, block_size=16, dtype=torch.bfloat16)
+    small, used = case.args["kv_cache"], len(case.args["kv_cache"])
+    blocks = 2**31 // small[0].numel() + used
+    moved = case.copy(DEVICE)
+    moved.args["kv_cache"] = torch.zeros(blocks, *small.shape[1:], dtype=small.dtype, device=DEVICE)
+    moved.args["kv_cache"][-used:] = small.to(DEVICE)
+    table = case.args["block_table"]
+    moved.args["block_table"][table < used] += blocks - used
+    moved.args["slot_mapping"] += (blocks - used) * 16
+    moved.run(attention)
+    moved.args["kv_cache"] = moved.args["kv_cache"][-used:]
+    assert_equal_to_reference(moved, case)
