@@ -56,20 +56,18 @@ for _name, _schema in (
     torch.library.register_fake(f"minisrv::{_name}", lambda *args, **kwargs: None)
 
 
+@cache
+def _by_triton(name: str) -> Callable[..., None]:
+    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    from minisrv.kernels import triton_elementwise
 
-def _on_cuda(name: str) -> Callable[..., None]:
-    """The Triton version, imported when it is first called: a CPU needs none."""
-
-    def call(*args: Tensor, **kwargs: float) -> None:
-        from minisrv.kernels import triton_elementwise
-
-        getattr(triton_elementwise, name)(*args, **kwargs)
-
-    return call
+    return cast(Callable[..., None], getattr(triton_elementwise, name))
 
 
-for _name in ("rms_norm", "silu_and_mul"):
-    torch.library.impl(f"minisrv::{_name}", "cuda", _on_cuda(_name))
+torch.library.impl(
+    "minisrv::rms_norm", "cuda", lambda *args, **kwargs: _by_triton("rms_norm")(*args, **kwargs)
+)
+torch.library.impl("minisrv::silu_and_mul", "cuda", lambda *args: _by_triton("silu_and_mul")(*args))
 
 rms_norm_op = torch.ops.minisrv.rms_norm.default
 silu_and_mul_op = torch.ops.minisrv.silu_and_mul.default

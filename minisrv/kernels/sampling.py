@@ -11,6 +11,9 @@ noise)` over the tokens that the filters keep (Gumbel-max: exact sampling from t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -52,7 +55,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """`logits` [R, V] with -inf for what top-k, then top-p (over what is left, renormalised),
     then min-p drop. The most likely token always stays."""
-    if logits.is_cuda or bool(((top_k > 0) | (top_p < 1)).any()):
+    if bool(((top_k > 0) | (top_p < 1)).any()):
         ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         keep = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
@@ -133,30 +136,15 @@ torch.library.define(
 torch.library.impl("minisrv::sample", "cpu", sample)
 
 
-def _sample_cuda(
-    logits: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    out: Tensor,
-) -> None:
-    found = scores(
-        logits,
-        positions,
-        temperature=temperature[slots],
-        top_k=top_k[slots],
-        top_p=top_p[slots],
-        min_p=min_p[slots],
-        seed=seed[slots],
-    )
-    torch.argmax(found, dim=-1, out=out)
+@cache
+def _by_triton() -> Callable[..., None]:
+    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    from minisrv.kernels.triton_sampling import sample
+
+    return sample
 
 
-torch.library.impl("minisrv::sample", "cuda", _sample_cuda)
+torch.library.impl("minisrv::sample", "cuda", lambda *args: _by_triton()(*args))
 torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
 
 sample_op = torch.ops.minisrv.sample.default

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU's product on CUDA, in Triton: `kernels.elementwise` imports this module when it
+"""RMSNorm and SwiGLU's product on CUDA, in Triton: `kernels.elementwise` imports this when it
 first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is float32's.
 """
 

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisrv.kernels import elementwise, rms_norm, silu_and_mul
+from minisrv.kernels import (
+    elementwise,
+    rms_norm,
+    rms_norm_op,
+    silu_and_mul,
+    silu_and_mul_op,
+)
 
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -81,3 +87,22 @@ def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
         assert torch.equal(row, normed[index : index + 1])
         silu_and_mul(x[index : index + 1], row[:, :500])
         assert torch.equal(row[:, :500], gated[index : index + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1000), (256, 1024), (7, 3072), (2, 32768)])
+def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
+    """Triton's kernels, as the ops reach them, against the CPU's."""
+    x, weight = torch.randn(rows, 2 * size).to(dtype), torch.randn(size).to(dtype)
+    for op, direct, args, kwargs in (
+        (rms_norm_op, rms_norm, (x[:, :size].contiguous(), weight), {"eps": 1e-6}),
+        (silu_and_mul_op, silu_and_mul, (x,), {}),
+    ):
+        expected, out = (
+            torch.empty(rows, size, dtype=dtype),
+            torch.empty(rows, size, dtype=dtype, device="cuda"),
+        )
+        direct(*args, expected, **kwargs)
+        op(*(arg.cuda() for arg in args), out, **kwargs)
+        torch.testing.assert_close(out.cpu(), expected, rtol=4 * RELATIVE[dtype], atol=1e-6)
