@@ -14,12 +14,15 @@ from torch._ops import OpOverload
 from minisrv.kernels.attention import attention, attention_op
 from minisrv.kernels.elementwise import rms_norm, rms_norm_op, silu_and_mul, silu_and_mul_op
 from minisrv.kernels.sampling import sample, sample_op
+from minisrv.kernels.slots import gather_decode, gather_decode_op, scatter, scatter_op
 
 DIRECT: dict[OpOverload, Callable[..., None]] = {
     attention_op: attention,
     rms_norm_op: rms_norm,
     silu_and_mul_op: silu_and_mul,
     sample_op: sample,
+    gather_decode_op: gather_decode,
+    scatter_op: scatter,
 }
 """The plain function under each op; it takes the op's arguments and does the same."""
 
@@ -27,10 +30,14 @@ __all__ = [
     "DIRECT",
     "attention",
     "attention_op",
+    "gather_decode",
+    "gather_decode_op",
     "rms_norm",
     "rms_norm_op",
     "sample",
     "sample_op",
+    "scatter",
+    "scatter_op",
     "silu_and_mul",
     "silu_and_mul_op",
 ]

@@ -24,6 +24,7 @@ from minisrv.config import ModelConfig
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.scheduler import SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
+from minisrv.kernels import gather_decode_op, scatter_op
 from minisrv.modes import BatchDescriptor
 
 
@@ -185,13 +186,19 @@ class InputBuffers:
 
     def gather_decode(self, rows: int) -> None:
         """Gather the inputs of `rows` decode rows by slot. Runs inside the FULL graph."""
-        state, slots = self.state, self.slots[:rows]
-        positions = self.positions[:rows]
-        torch.index_select(state.last_token, 0, slots, out=self.input_ids[:rows])
-        torch.index_select(state.next_position, 0, slots, out=positions)
-        torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
-        self.seq_lens[:rows].copy_(positions + 1)
-        self._map_slots(rows, self._decode_starts[:rows])
+        state = self.state
+        gather_decode_op(
+            self.slots[:rows],
+            state.last_token,
+            state.next_position,
+            state.block_table,
+            self.input_ids[:rows],
+            self.positions[:rows],
+            self.seq_lens[:rows],
+            self.slot_mapping[:rows],
+            self.block_table[:rows],
+            block_size=self.sizes.block_size,
+        )
 
     def _map_slots(self, tokens: int, row_of_token: Tensor) -> None:
         """slot_mapping[t] = where the cache keeps token t of row `row_of_token[t]`."""
@@ -202,14 +209,15 @@ class InputBuffers:
     def scatter(self, rows: int) -> None:
         """Make the sampled tokens and the next positions the input of each row's next step.
         Runs inside the FULL graph.
-
-        Padding rows write to the null slot too, which is put back as it was.
         """
-        state, slots = self.state, self.slots[:rows]
-        state.last_token.index_copy_(0, slots, self.tokens[:rows])
-        state.next_position.index_copy_(0, slots, self.next_positions(rows))
-        state.last_token[NULL_SLOT : NULL_SLOT + 1].zero_()
-        state.next_position[NULL_SLOT : NULL_SLOT + 1].zero_()
+        state = self.state
+        scatter_op(
+            self.slots[:rows],
+            self.tokens[:rows],
+            self.seq_lens[:rows],
+            state.last_token,
+            state.next_position,
+        )
 
     def next_positions(self, rows: int) -> Tensor:
         """[rows] int64, the position of the token that each row samples."""
