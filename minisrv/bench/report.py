@@ -6,6 +6,7 @@ Knows rich, and matplotlib if it is asked for. Computes nothing.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def subject(report: Report) -> str:
 
 def print_report(report: Report) -> None:
     """Print both tables and what their columns mean."""
-    console = Console(highlight=False, soft_wrap=True)
+    # A file has no width, and a table must not lose columns for it.
+    width = None if sys.stdout.isatty() else 200
+    console = Console(highlight=False, soft_wrap=True, width=width)
     where = report.environment
     console.print(subject(report), style="bold")
     if report.bandwidth_gb_s is not None:

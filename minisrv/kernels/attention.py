@@ -70,7 +70,7 @@ def attention(
     key head without copies of it: query head h uses key head h // (num_heads // num_kv_heads).
     """
     tokens, group = qkv.shape[0], num_heads // num_kv_heads
-    queries = torch.empty(tokens, num_kv_heads, group, head_dim)
+    queries = torch.empty(tokens, num_kv_heads, group, head_dim, dtype=torch.float32)
     kernel = _compiled(qkv.dtype, group, head_dim)
     if kernel is not None:
         arguments = _ARGUMENTS.pack(

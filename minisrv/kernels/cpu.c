@@ -87,7 +87,7 @@ INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * bits_to_float((uint32_t)((int32_t)n + 127) << 23);
+    return x < -87.0f ? 0.0f : p * bits_to_float((uint32_t)((int32_t)n + 127) << 23);
 }
 
 INLINE float sum_of_squares(int bf16, const void *x, int64_t size) {
@@ -230,11 +230,13 @@ INLINE void attend(int bf16, int64_t size, const struct attention *a, int64_t ro
             for (int64_t j = n; j < CHUNK; j++) scores[h][j] = -INFINITY;
 #pragma omp simd reduction(max : top)
             for (int64_t j = 0; j < CHUNK; j++) top = scores[h][j] > top ? scores[h][j] : top;
-            /* A NaN is no maximum, but makes the sum NaN as it should. */
-            float kept = exponential(most[h] - top), added = 0.0f;
+            /* A NaN is no maximum, but makes the sum NaN as it should. Where all scores are -inf so
+             * far, nothing has been added yet. */
+            float base = top == -INFINITY ? 0.0f : top;
+            float kept = exponential(most[h] - base), added = 0.0f;
 #pragma omp simd reduction(+ : added)
             for (int64_t j = 0; j < CHUNK; j++) {
-                scores[h][j] = exponential(scores[h][j] - top);
+                scores[h][j] = exponential(scores[h][j] - base);
                 added += scores[h][j];
             }
             most[h] = top;

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
+TIMEOUT = 60
+"""Seconds for a compiler."""
+
 LANES = 16
 MAX_HEAD_DIM = 256
 MAX_QUERY = 8192
@@ -36,8 +40,8 @@ MAX_HEADS = 128
 @lru_cache(maxsize=1)
 def native() -> ctypes.CDLL | None:
     """The compiled kernels; None, with the reason in the log, where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
         logger.warning(
             "no C compiler: decode runs by torch's operations, at about half the speed. "
             "Install gcc, or name a compiler in CC."
@@ -46,32 +50,44 @@ def native() -> ctypes.CDLL | None:
     try:
         # Its threads are torch's: a second pool would fight the first one for the cores.
         ctypes.CDLL(_openmp_of_torch(), ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return _loaded(compiler)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or error
         logger.warning(
             "%s cannot compile the CPU kernels: decode runs by torch's operations, at about half "
             "the speed. It said: %s",
-            compiler,
+            shlex.join(compiler),
             str(said).strip()[:400],
         )
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _loaded(compiler: list[str]) -> ctypes.CDLL:
+    """The library, compiled again if what is kept is damaged. Raises what `_compiled` raises."""
+    library = _compiled(compiler)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(compiler)))
+
+
+def _compiled(compiler: list[str]) -> Path:
     """The shared library for this source, compiler and processor, compiled if it is not kept yet.
 
     Raises OSError and SubprocessError; RuntimeError without a home directory.
     """
     flags = [*FLAGS, *_vector_flags()]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT
+    ).stdout
     key = hashlib.sha256(
         b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()])
     ).hexdigest()[:16]
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisrv"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     found = directory.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
         raise OSError(f"others may write to {directory}, where compiled code is kept.")
     library = directory / f"cpu-{key}.so"
     if library.exists():
@@ -80,10 +96,17 @@ def _compiled(compiler: str) -> Path:
         made, linked = Path(scratch, "cpu.o"), Path(scratch, "cpu.so")
         # Linked without -fopenmp: OpenMP's names are found in the library that torch has loaded.
         for command in (
-            [compiler, *flags, "-c", str(SOURCE), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(linked), "-lm"],
+            [*compiler, *flags, "-c", str(SOURCE), "-o", str(made)],
+            [*compiler, "-shared", str(made), "-o", str(linked), "-lm"],
         ):
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=60)
+            subprocess.run(
+                command,
+                capture_output=True,
+                check=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT,
+            )
         linked.replace(library)  # another process may have been as fast
     return library
 

@@ -101,6 +101,17 @@ def test_a_decode_row_depends_on_nothing_else(dtype: torch.dtype) -> None:
         assert torch.equal(alone.run(attention), out[row : row + 1])
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    case = make_case([(9, 1)] * 4, head_dim=64)
+    expected = case.copy().run(attention)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = case.copy().run(attention)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("rows", [[(900, 1)], [(400, 1)] * 5, [(900, 1), (2, 1)]])
 def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
     """Enough work for several; more threads than heads, and fewer than rows."""

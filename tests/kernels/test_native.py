@@ -62,6 +62,43 @@ def test_a_compiler_that_fails_is_quoted(
     assert not list(fresh.glob("*")), "nothing half made is kept"
 
 
+def test_a_compiler_that_hangs(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", executable(tmp_path / "slow", "#!/bin/sh\nexec sleep 100\n"))
+    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    with caplog.at_level(logging.WARNING):
+        assert native() is None
+    assert "timed out" in caplog.text
+
+
+def test_a_compiler_that_speaks_latin_1(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    script = '#!/bin/sh\n[ "$1" = --version ] && exit 0\nprintf "\\351rreur" >&2; exit 1\n'
+    monkeypatch.setenv("CC", executable(tmp_path / "gaulois", script))
+    with caplog.at_level(logging.WARNING):
+        assert native() is None
+    assert "rreur" in caplog.text
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
+def test_a_damaged_library_is_compiled_again(fresh: Path, tmp_path: Path) -> None:
+    """In processes of their own: what is loaded here must not be cut off."""
+    program = "import torch; from minisrv.kernels.native import native; assert native()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    [library] = fresh.iterdir()
+    library.write_bytes(b"")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert library.stat().st_size > 1000
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
+def test_a_compiler_with_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -g0")
+    assert native() is not None
+
+
 def test_a_directory_that_cannot_be_written(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
