@@ -13,6 +13,8 @@ oneDNN's layout 48 / 54 / 92 / 248; bfloat16 by `F.linear` 66 / 62 / 84 / 165, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -63,6 +65,29 @@ class MatmulLinear:
         residual.addmm_(x, self.weight)
         if self.bias is not None:
             residual.add_(self.bias)
+
+
+class CUDALinear(MatmulLinear):
+    """cuBLAS for batches, and a kernel of its own for a single row."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) != 1:
+            return super().__call__(x)
+        out = x.new_empty(1, self.weight.shape[1])
+        self.write_to(out, x)
+        return out
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        if len(x) == 1:
+            gemv_op(x, self.weight.t(), self.bias, out, add=False)
+        else:
+            super().write_to(out, x)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        if len(x) == 1:
+            gemv_op(x, self.weight.t(), self.bias, residual, add=True)
+        else:
+            super().add_to(residual, x)
 
 
 class OneDNNLinear:
@@ -117,13 +142,34 @@ class Int8Linear:
             residual.add_(self(x))
 
 
+@cache
+def _by_triton() -> Callable[..., None]:
+    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    from minisrv.kernels.triton_linear import gemv
+
+    return gemv
+
+
+torch.library.define(
+    "minisrv::gemv", "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, bool add) -> ()"
+)
+torch.library.impl("minisrv::gemv", "cuda", lambda *args, **kwargs: _by_triton()(*args, **kwargs))
+torch.library.register_fake("minisrv::gemv", lambda *args, **kwargs: None)
+
+gemv_op = torch.ops.minisrv.gemv.default
+"""out [1, out] = x [1, in] weight^T + bias, or with `add` added to it; weight: [out, in]
+contiguous. Sums are float32's."""
+
+
 def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
     """The fastest kernel for a weight [out, in]. The weight may be dropped afterwards."""
     return Int8Linear(weight, bias) if int8 else _dense(weight, bias)
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> Linear:
-    if weight.device.type == "cpu" and _onednn_takes(weight.dtype):
+    if weight.device.type == "cuda":
+        return CUDALinear(weight, bias)
+    if _onednn_takes(weight.dtype):
         return OneDNNLinear(weight, bias)
     return MatmulLinear(weight, bias)
 

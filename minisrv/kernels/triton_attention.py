@@ -126,7 +126,7 @@ def attention(
                 splits,
                 HEAD_DIM=head_dim,
                 BLOCK_D=block_d,
-                BLOCK_S=MAX_SPLITS,
+                BLOCK_S=triton.next_power_of_2(splits),
                 TILE=tile,
                 num_warps=8,
             )
