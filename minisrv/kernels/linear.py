@@ -24,6 +24,9 @@ INT8_ROWS = 4
 """Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
 bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
 
+GEMV_ROWS = 4
+"""Up to so many rows a GPU's product is bound by reading the weight, and has a kernel for that."""
+
 INT8_STEP = 16
 """`_weight_int8pack_mm` reads beyond its arguments unless the input width is a multiple of this."""
 
@@ -68,23 +71,23 @@ class MatmulLinear:
 
 
 class CUDALinear(MatmulLinear):
-    """cuBLAS for batches, and a kernel of its own for a single row."""
+    """cuBLAS for batches, and a kernel of its own for a few rows."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) != 1:
+        if len(x) > GEMV_ROWS:
             return super().__call__(x)
-        out = x.new_empty(1, self.weight.shape[1])
+        out = x.new_empty(len(x), self.weight.shape[1])
         self.write_to(out, x)
         return out
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
-        if len(x) == 1:
+        if len(x) <= GEMV_ROWS:
             gemv_op(x, self.weight.t(), self.bias, out, add=False)
         else:
             super().write_to(out, x)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        if len(x) == 1:
+        if len(x) <= GEMV_ROWS:
             gemv_op(x, self.weight.t(), self.bias, residual, add=True)
         else:
             super().add_to(residual, x)
@@ -157,8 +160,8 @@ torch.library.impl("minisrv::gemv", "cuda", lambda *args, **kwargs: _by_triton()
 torch.library.register_fake("minisrv::gemv", lambda *args, **kwargs: None)
 
 gemv_op = torch.ops.minisrv.gemv.default
-"""out [1, out] = x [1, in] weight^T + bias, or with `add` added to it; weight: [out, in]
-contiguous. Sums are float32's."""
+"""out [T, out] = x [T, in] weight^T + bias, or with `add` added to it, for T up to GEMV_ROWS.
+weight: [out, in]; all contiguous. Sums are float32's."""
 
 
 def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:

@@ -1,4 +1,4 @@
-"""One row times a weight, in Triton: against float64, in the interpreter or on a GPU."""
+"""A few rows times a weight, in Triton: against float64, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def draw(n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """x [1, k], weight [n, k], bias [n], residual [1, n]."""
+def draw(n: int, k: int, dtype: torch.dtype, rows: int = 1) -> tuple[torch.Tensor, ...]:
+    """x [rows, k], weight [n, k], bias [n], residual [rows, n]."""
     g = torch.Generator().manual_seed(n + k)
-    shapes = ((1, k), (n, k), (n,), (1, n))
+    shapes = ((rows, k), (n, k), (n,), (rows, n))
     return tuple(torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes)
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", list(RELATIVE))
-@pytest.mark.parametrize(("n", "k"), [(5, 7), (64, 64), (33, 1500)])
-def test_gemv(n: int, k: int, dtype: torch.dtype, add: bool, biased: bool) -> None:
-    x, weight, bias, out = draw(n, k, dtype)
+@pytest.mark.parametrize(("n", "k", "rows"), [(5, 7, 1), (64, 64, 4), (33, 1500, 3), (8, 40, 2)])
+def test_gemv(n: int, k: int, rows: int, dtype: torch.dtype, add: bool, biased: bool) -> None:
+    x, weight, bias, out = draw(n, k, dtype, rows)
     expected = x.double() @ weight.double().t()
     if biased:
         expected += bias.double()
@@ -36,7 +36,7 @@ def test_gemv(n: int, k: int, dtype: torch.dtype, add: bool, biased: bool) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 33])
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (151936, 1024)])
 def test_a_laid_out_weight(n: int, k: int, rows: int) -> None:
     """One row or several, whoever multiplies."""
