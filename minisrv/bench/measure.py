@@ -29,7 +29,7 @@ from minisrv.engine.messages import EngineInfo
 from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
-from minisrv.request import EngineRequest, SamplingParams
+from minisrv.request import EngineRequest, SamplingParams, TokenLogprobs
 from minisrv.runner.launches import count_launches
 from minisrv.runner.model_runner import StepResult
 
@@ -56,7 +56,8 @@ class ModeResult(msgspec.Struct, frozen=True):
 
     runs_as: tokens of the padded step. launches: of one step. tokens_per_s: real tokens.
     host_us: microseconds in which the host fills buffers and launches; on a CPU it computes too.
-    gpu_ms: from when the GPU begins the step to when it has done it; None on a CPU.
+    gpu_ms: from when the filled buffers are launched on to when the GPU has the tokens, so with the
+        gaps in which it waits for the host; None on a CPU.
     blocks_ms: in the order they ran, two for each round.
     """
 
@@ -321,24 +322,32 @@ class Bench:
         engine, runner = self.engine, self.engine.runner
         prepare()
         usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
+        usual_launch = runner.launch
         on_gpu = self.device.type == "cuda"
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         host: list[float] = []
 
         def execute(output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
-            for event in events[:1]:
-                event.record()
             begin = time.perf_counter()
             result = type(runner).execute(runner, output, dispatch)
             host.append(time.perf_counter() - begin)
+            return result
+
+        def launch(
+            output: SchedulerOutput, dispatch: Dispatch
+        ) -> list[TokenLogprobs | None] | None:
+            for event in events[:1]:
+                event.record()
+            result = usual_launch(output, dispatch)
             for event in events[1:]:
                 event.record()
             return result
 
         start = self.clock()
-        runner.execute = execute  # type: ignore[method-assign]
+        runner.execute, runner.launch = execute, launch  # type: ignore[method-assign]
         engine.step()
         del runner.execute
+        runner.launch = usual_launch
         end = self.clock()
         engine.dispatcher = usual
         gpu_ms = None

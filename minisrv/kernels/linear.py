@@ -24,7 +24,7 @@ INT8_ROWS = 4
 """Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
 bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
 
-GEMV_ROWS = 4
+GEMV_ROWS = 2
 """Up to so many rows a GPU's product is bound by reading the weight, and has a kernel for that."""
 
 INT8_STEP = 16
