@@ -58,9 +58,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from minisrv.plan import print_plan
+    from minisrv.plan import print_measured_plan, print_plan
 
-    print_plan(_settings(EngineConfig, options))
+    show = print_measured_plan if options.measure else print_plan
+    show(_settings(EngineConfig, options))
     return 0
 
 
@@ -136,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         "the reason. Exits 1 if a decode batch is left without its graph.",
     )
     _add_engine_flags(plan)
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="start the engine as `serve` does, and print the milliseconds and MiB of each graph",
+    )
     plan.set_defaults(run=_plan)
 
     certify = commands.add_parser(

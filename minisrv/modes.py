@@ -77,6 +77,10 @@ class BatchDescriptor:
     epilogue: Epilogue = Epilogue.HIDDEN
 
 
+GraphKey = tuple[CUDAGraphMode, BatchDescriptor]
+"""A captured graph: its runtime mode and its descriptor."""
+
+
 class Reason(enum.StrEnum):
     """Why a step ran in the mode it ran in. Every step is counted by (mode, reason)."""
 
@@ -84,6 +88,9 @@ class Reason(enum.StrEnum):
     """FULL: every request of the batch is decoding and a decode rung holds them."""
     HAS_PREFILL = "has_prefill"
     """PIECEWISE: the batch holds prefill tokens and a mixed rung holds it."""
+    CHEAPER = "cheaper"
+    """FULL or PIECEWISE: not the smallest graph that holds the batch, but one that was measured to
+    take less time."""
     NO_FULL_GRAPH = "no_full_graph"
     """PIECEWISE for a pure decode batch: the configured mode captures no FULL graphs."""
     NO_MIXED_GRAPH = "no_mixed_graph"

@@ -1,6 +1,7 @@
-"""`minisrv plan`: which batch runs by which graph, as a table, before a model is loaded.
+"""`minisrv plan`: which batch runs by which graph, as a table.
 
-Knows: the dispatcher's coverage, and how a table is printed. Needs neither torch nor a model.
+Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, and how
+tables are printed. Without `--measure` it needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,47 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.modes import CUDAGraphMode
+from minisrv.progress import StartupProgress
 
 
 def print_plan(config: EngineConfig) -> None:
     """Print the coverage of `config`. Raises CoverageError where `serve` would."""
-    ladders = ladders_of(config)
-    keys = ladders.keys()
+    _print_coverage(config, Dispatcher(ladders_of(config)))
+
+
+def print_measured_plan(config: EngineConfig) -> None:
+    """Start the engine, print the coverage that it serves with and what each graph costs. Raises
+    the start-up branches of `minisrv.errors`."""
+    from minisrv.engine.core import EngineCore
+    from minisrv.engine.memory import mebibytes
+
+    progress = StartupProgress()
+    try:
+        engine = EngineCore(config, progress)
+    finally:
+        progress.close()
+    _print_coverage(config, engine.dispatcher)
+    table = Table("graph", "size", "epilogue", "ms a step", "MiB")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    costs = engine.runner.costs
+    for (mode, key), cost in costs.items():
+        size = _size(key.num_tokens, key.num_tokens, "decode" if key.uniform_decode else "mixed")
+        mib = f"{cost.nbytes / 2**20:.1f}"
+        table.add_row(mode.name, size, key.epilogue.name, f"{cost.ms:.3f}", mib)
+    console = Console()
+    console.print(table)
+    predicted, actual = engine.memory.graphs, sum(cost.nbytes for cost in costs.values())
+    said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
+    info = engine.info
+    console.print(
+        f"{len(costs)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
+        f"{(info.num_kv_blocks - 1) * info.block_size} tokens"
+    )
+
+
+def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
+    keys = dispatcher.ladders.keys()
     full = sum(mode is CUDAGraphMode.FULL for mode, _ in keys)
     console = Console()
     console.print(
@@ -25,11 +61,14 @@ def print_plan(config: EngineConfig) -> None:
         f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - full} PIECEWISE"
     )
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
-    units = {"decode": "request", "mixed": "token"}
-    for row in Dispatcher(ladders).coverage():
-        size = str(row.first) if row.first == row.last else f"{row.first}-{row.last}"
-        unit = units[row.kind] + ("s" if row.last > 1 else "")
+    for row in dispatcher.coverage():
+        size = _size(row.first, row.last, row.kind)
         padding = "0" if row.rung is None else str(row.rung - row.first)
         runs_as = "as it is" if row.rung is None else str(row.rung)
-        table.add_row(row.kind, f"{size} {unit}", row.mode.name, runs_as, padding, row.reason.value)
+        table.add_row(row.kind, size, row.mode.name, runs_as, padding, row.reason.value)
     console.print(table)
+
+
+def _size(first: int, last: int, kind: str) -> str:
+    unit = {"decode": "request", "mixed": "token"}[kind] + "s" * (last > 1)
+    return f"{last} {unit}" if first == last else f"{first}-{last} {unit}"

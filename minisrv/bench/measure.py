@@ -29,9 +29,10 @@ from minisrv.engine.messages import EngineInfo
 from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
-from minisrv.request import EngineRequest, SamplingParams, TokenLogprobs
+from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.launches import count_launches
 from minisrv.runner.model_runner import StepResult
+from minisrv.runner.timing import LaunchTimer
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
@@ -322,9 +323,6 @@ class Bench:
         engine, runner = self.engine, self.engine.runner
         prepare()
         usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
-        usual_launch = runner.launch
-        on_gpu = self.device.type == "cuda"
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         host: list[float] = []
 
         def execute(output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
@@ -333,27 +331,14 @@ class Bench:
             host.append(time.perf_counter() - begin)
             return result
 
-        def launch(
-            output: SchedulerOutput, dispatch: Dispatch
-        ) -> list[TokenLogprobs | None] | None:
-            for event in events[:1]:
-                event.record()
-            result = usual_launch(output, dispatch)
-            for event in events[1:]:
-                event.record()
-            return result
-
         start = self.clock()
-        runner.execute, runner.launch = execute, launch  # type: ignore[method-assign]
-        engine.step()
+        runner.execute = execute  # type: ignore[method-assign]
+        with LaunchTimer(runner) as timer:
+            engine.step()
         del runner.execute
-        runner.launch = usual_launch
         end = self.clock()
         engine.dispatcher = usual
-        gpu_ms = None
-        if events:
-            events[1].synchronize()
-            gpu_ms = events[0].elapsed_time(events[1])
+        gpu_ms = timer.ms if self.device.type == "cuda" else None
         return StepTime(1000 * (end - start), 1e6 * sum(host), gpu_ms)
 
     def _floor(self, size: int, context: float) -> float | None:

@@ -1,18 +1,24 @@
 """Dispatch: from a described batch to the graph that runs it, as a pure function.
 
-Knows: the ladders. For every batch it gives the runtime mode, the padded key and the reason, and
-it can print the whole of that function before a model is loaded. Knows nothing of graphs, so it
-cannot depend on what happens to be captured: every key of the ladders is captured, and tests prove
-that no other is given here.
+Knows: the ladders, and how long each graph took where graphs have been timed. For every batch it
+gives the runtime mode, the padded key and the reason, and it can list the whole of that function
+before a model is loaded. Knows nothing of graphs, so it cannot depend on what happens to be
+captured: every key of the ladders is captured, and tests prove that no other is given here.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from minisrv.core.ladder import Ladders, decode_descriptor
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Reason
+
+MARGIN = 0.05
+"""By this share of its time a graph must be cheaper than the one whose turn it is: below that it
+is the measurement that differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +31,18 @@ class Dispatch:
 
 
 class Dispatcher:
-    """The order is static: FULL, PIECEWISE, NONE; then the smallest rung that holds the batch."""
+    """The order is static: FULL, PIECEWISE, NONE; then the smallest rung that holds the batch.
+    Another graph that holds it takes its place where it has been measured to be cheaper."""
 
-    def __init__(self, ladders: Ladders) -> None:
+    def __init__(
+        self, ladders: Ladders, milliseconds: Mapping[GraphKey, float] = MappingProxyType({})
+    ) -> None:
+        """milliseconds: of a step by each graph of the ladders, or nothing."""
         self.ladders = ladders
+        keys = ladders.keys() if milliseconds else []
+        self._cheaper = {
+            key: better for key in keys if (better := _cheapest(key, keys, milliseconds)) != key
+        }
 
     def dispatch(
         self, num_tokens: int, num_reqs: int, *, uniform_decode: bool, needs_logits: bool = False
@@ -39,6 +53,14 @@ class Dispatcher:
             prefill chunk of one token looks the same and is not.
         needs_logits: some request has its logits read or changed outside the graph.
         """
+        found = self._first(num_tokens, num_reqs, uniform_decode, needs_logits)
+        better = self._cheaper.get((found.mode, found.descriptor))
+        return found if better is None else Dispatch(*better, Reason.CHEAPER)
+
+    def _first(
+        self, num_tokens: int, num_reqs: int, uniform_decode: bool, needs_logits: bool
+    ) -> Dispatch:
+        """By the static order."""
         ladders = self.ladders
         if uniform_decode and (rung := _rung(ladders.decode, num_reqs)):
             epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
@@ -91,6 +113,22 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
             row = CoverageRow(kind, last.first, size, row.mode, rung, row.reason)
             rows.pop()
     rows.append(row)
+
+
+def _cheapest(
+    key: GraphKey, keys: list[GraphKey], milliseconds: Mapping[GraphKey, float]
+) -> GraphKey:
+    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. PIECEWISE
+    graphs hold any batch, FULL ones those of their own epilogue."""
+    size, epilogue = key[1].num_tokens, key[1].epilogue
+    admissible = [
+        (mode, other)
+        for mode, other in keys
+        if other.num_tokens >= size
+        and (mode is CUDAGraphMode.PIECEWISE or other.epilogue is epilogue)
+    ]
+    best = min(admissible, key=milliseconds.__getitem__)
+    return best if milliseconds[best] < (1 - MARGIN) * milliseconds[key] else key
 
 
 def _rung(ladder: tuple[int, ...], size: int) -> int | None:

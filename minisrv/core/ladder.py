@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, CoverageError
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
 
 MIXED_TOP = 512
 """Above this many tokens a launch costs little beside the step, so no default rung is higher."""
@@ -30,7 +30,7 @@ class Ladders:
     max_num_seqs: int
     max_num_batched_tokens: int
 
-    def keys(self) -> list[tuple[CUDAGraphMode, BatchDescriptor]]:
+    def keys(self) -> list[GraphKey]:
         """Every graph to capture, largest first within each mode: the first capture sizes the
         memory that the smaller ones share."""
         piecewise = [

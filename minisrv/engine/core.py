@@ -24,7 +24,7 @@ from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
-from minisrv.engine.memory import KVCacheShape, available_bytes, num_kv_blocks
+from minisrv.engine.memory import KVCacheShape, check_fits, num_kv_blocks, plan_memory
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
@@ -111,13 +111,14 @@ class EngineCore:
 
         shape = KVCacheShape.of(config, model_config, max_model_len, dtype)
         with self._timed("memory"):
-            available = available_bytes(config, shape, device, make_runner)
-            num_blocks = num_kv_blocks(config, shape, available)
+            self.memory = plan_memory(config, shape, device, make_runner)
+            num_blocks = num_kv_blocks(config, shape, self.memory.cache)
             self.runner = make_runner(num_blocks)
         with self._timed("graphs"):
-            num_graphs = self.runner.capture_graphs(
+            self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
             )
+            check_fits(config, self.memory, shape, self.runner)
         if config.simulate_launch_us:
             logger.warning(
                 "SIMULATED: every launch takes %g us longer; no time is the machine's own",
@@ -133,7 +134,10 @@ class EngineCore:
             eos_token_ids=generation.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self.dispatcher = Dispatcher(self.ladders)
+        # A CPU's times differ by more than a choice between two graphs could save.
+        timed = device.type == "cuda"
+        milliseconds = {key: cost.ms for key, cost in self.runner.costs.items() if timed}
+        self.dispatcher = Dispatcher(self.ladders, milliseconds)
         self.info = EngineInfo(
             # A cache smaller than the context is the limit that requests meet.
             max_model_len=min(max_model_len, self.scheduler.pool.capacity),
@@ -146,7 +150,7 @@ class EngineCore:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             cudagraph_mode=self.ladders.mode.value,
-            graphs=num_graphs,
+            graphs=len(self.runner.costs),
             startup_seconds=self.seconds,
             simulated_launch_us=config.simulate_launch_us,
         )

@@ -61,43 +61,94 @@ def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> 
     return blocks
 
 
-def available_bytes(
+@dataclass(frozen=True)
+class MemoryPlan:
+    """cache: bytes that the KV cache may take. graphs: bytes that a probe says graphs will take;
+    None where nothing depends on it."""
+
+    cache: int
+    graphs: int | None = None
+
+
+def plan_memory(
     config: EngineConfig,
     shape: KVCacheShape,
     device: torch.device,
     make_runner: Callable[[int], ModelRunner],
-) -> int:
-    """Bytes that the KV cache may take. On a GPU without `kv_cache_memory`: its share of the memory
-    (`gpu_memory_utilization`), less what is used, less what a probe's graphs and largest steps
-    take. The probe is gone when this returns.
+) -> MemoryPlan:
+    """On a GPU without `kv_cache_memory` the cache gets its share of the memory
+    (`gpu_memory_utilization`), less what is used, less what graphs and the largest steps take by a
+    probe, which is gone when this returns.
 
     make_runner: a runner on the loaded model for so many blocks.
     """
     if config.kv_cache_memory is not None:
-        return config.kv_cache_memory
+        return MemoryPlan(config.kv_cache_memory)
     if device.type == "cpu":
-        return CPU_KV_CACHE
+        return MemoryPlan(CPU_KV_CACHE)
     if config.num_kv_blocks is not None:
-        return config.num_kv_blocks * shape.per_block
-    free, total = _memory(device)
+        return MemoryPlan(config.num_kv_blocks * shape.per_block)
+    _release(device)
+    used = _used(device)
     blocks = 1 + shape.per_row + PROBE_BLOCKS * config.max_num_seqs
     runner = make_runner(blocks)
-    runner.probe()
-    needed = free - _memory(device)[0] - blocks * shape.per_block
+    graphs = runner.probe()
+    captured = sum(cost.nbytes for cost in runner.costs.values())
+    # What torch has kept of the largest steps is counted: they will come again.
+    steps = _used(device) - used - blocks * shape.per_block - captured
     del runner
-    _memory(device)
-    allowed = int(total * config.gpu_memory_utilization) - (total - free)
+    _release(device)
+    cache = _allowed(config, device) - used - steps - graphs
     logger.info(
-        "graphs and the largest steps take %.2f GiB; %.2f GiB are left for the KV cache",
-        needed / 2**30,
-        (allowed - needed) / 2**30,
+        "steps take %s, graphs %s by a probe; %s are left for the KV cache",
+        mebibytes(steps),
+        mebibytes(graphs),
+        mebibytes(cache),
     )
-    return allowed - needed
+    return MemoryPlan(cache, graphs)
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the GPU, nothing kept by torch that nobody uses."""
+def check_fits(
+    config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
+) -> None:
+    """Raise ConfigError if what was planned has turned out larger than `gpu_memory_utilization`
+    allows, now that every graph is captured."""
+    if plan.graphs is None:
+        return
+    device = runner.buffers.device
+    _release(device)
+    actual = sum(cost.nbytes for cost in runner.costs.values())
+    logger.info("graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graphs)))
+    over = _used(device) - _allowed(config, device)
+    if over > 0:
+        cache = runner.limits.blocks * shape.per_block
+        raise ConfigError(
+            f"{mebibytes(over)} of the GPU's memory are used beyond "
+            f"gpu_memory_utilization={config.gpu_memory_utilization}: graphs take "
+            f"{mebibytes(actual)}, and {mebibytes(plan.graphs)} were planned for. Give "
+            f"--kv-cache-memory {(cache - over) >> 20}M at most, or end what else uses the GPU."
+        )
+
+
+def mebibytes(nbytes: int) -> str:
+    """For people."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def _allowed(config: EngineConfig, device: torch.device) -> int:
+    _, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization)
+
+
+def _used(device: torch.device) -> int:
+    """Bytes of the GPU that anybody uses."""
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _release(device: torch.device) -> None:
+    """Give back what torch keeps and nobody uses."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)

@@ -26,3 +26,6 @@ class GraphBackend(Protocol):
 
     def abandon(self) -> None:
         """An error ended the capture: stop recording and forget it."""
+
+    def memory_used(self) -> int:
+        """Bytes in use where graphs take theirs; the growth behind a capture is its own."""

@@ -111,6 +111,7 @@ class CPUTapeBackend:
 
     def __init__(self) -> None:
         self.arena = torch.empty(0, dtype=torch.uint8)
+        self._extent = 0
         self._capture = _Capture()
         self._recorder: _Recorder | None = None
 
@@ -135,6 +136,7 @@ class CPUTapeBackend:
         """
         capture, self._capture = self._capture, _Capture()
         size = _lay_out(capture.internal.values())
+        self._extent = max(self._extent, size)
         if size > self.arena.numel():
             self.arena = torch.empty(max(size, ARENA_BYTES), dtype=torch.uint8)
         place = _Placer(capture.internal, self.arena)
@@ -146,6 +148,10 @@ class CPUTapeBackend:
         if self._recorder is not None:
             self._stop()
         self._capture = _Capture()
+
+    def memory_used(self) -> int:
+        """Bytes of the arena that some graph uses."""
+        return self._extent
 
     def _stop(self) -> _Recorder:
         recorder = self._recorder

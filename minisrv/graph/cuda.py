@@ -54,6 +54,11 @@ class CUDABackend:
     def finish(self) -> None:
         """Nothing is left to do: intermediates got their places while they were recorded."""
 
+    def memory_used(self) -> int:
+        """Bytes of the GPU that anybody uses: a graph takes the driver's memory too."""
+        free, total = torch.cuda.mem_get_info(self.stream.device)
+        return total - free
+
     def abandon(self) -> None:
         """Forget the capture that an error has ended."""
         if self._graph is not None:

@@ -28,10 +28,12 @@ class CapturedGraph:
     """What a replay walks: pieces, and between them what is not captured.
 
     addresses: of every tensor the capture was given; a replay is valid for these only.
+    nbytes: that the capture took; one that finds room in what others share takes none.
     """
 
     walk: tuple[Replay, ...]
     addresses: dict[str, int]
+    nbytes: int
 
     def replay(self) -> None:
         """Run it."""
@@ -87,6 +89,7 @@ class CUDAGraphWrapper:
         """
         context = get_forward_context()
         backend = self.backend
+        before = backend.memory_used()
         walk: list[Replay] = []
 
         def break_at(between: Replay) -> None:
@@ -108,7 +111,9 @@ class CUDAGraphWrapper:
                     f"{context.descriptor} cannot be captured: {error}"
                 ) from error
             raise
-        self.graphs[context.descriptor] = CapturedGraph(tuple(walk), _addresses(context, args))
+        self.graphs[context.descriptor] = CapturedGraph(
+            tuple(walk), _addresses(context, args), backend.memory_used() - before
+        )
 
 
 def _addresses(context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:

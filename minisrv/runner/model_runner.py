@@ -30,7 +30,7 @@ from minisrv.graph.certify import Start, certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
 from minisrv.kernels import sample_op
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
@@ -66,9 +66,19 @@ class StepResult:
         return ids
 
 
+@dataclass(frozen=True, slots=True)
+class GraphCost:
+    """ms: of a step by the graph, the faster of its certification's replays. nbytes: of memory that
+    its capture took; one that finds room in what others share takes none."""
+
+    ms: float
+    nbytes: int
+
+
 class ModelRunner:
     """Runs steps. All methods belong to one thread.
 
+    costs: of each graph that has been captured.
     launch: what a step launches; `runner.launches` puts itself there to count.
     """
 
@@ -124,6 +134,7 @@ class ModelRunner:
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
         self.launch: Launch = self._launch
+        self.costs: dict[GraphKey, GraphCost] = {}
 
     @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
@@ -196,8 +207,8 @@ class ModelRunner:
             self.buffers.tokens[:rows],
         )
 
-    def capture_graphs(self, on_progress: CaptureProgress) -> int:
-        """Capture and certify every graph of the ladders; returns how many there are.
+    def capture_graphs(self, on_progress: CaptureProgress) -> None:
+        """Capture, certify and measure every graph of the ladders.
 
         The cache must be empty: certification runs on real slots and blocks and clears them.
         Raises GraphCaptureError, CertificationError.
@@ -210,27 +221,38 @@ class ModelRunner:
         try:
             for done, (mode, descriptor) in enumerate(keys):
                 on_progress(done, len(keys))
-                trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
-                certify(trial, partial(self._capture, mode, descriptor))
-                trial.clear()
+                self._capture_and_certify(mode, descriptor).clear()
         finally:
             gc.unfreeze()
         on_progress(len(keys), len(keys))
-        return len(keys)
 
-    def probe(self) -> None:
-        """Run the largest step eagerly, and capture and certify the largest graph of each kind, so
-        that all of the memory that serving will need, but for the small graphs, is taken."""
+    def probe(self) -> int:
+        """Run the largest step eagerly, and capture and certify the two largest graphs of each
+        kind: what serving will need is taken then, but for the small graphs. Returns the bytes that
+        all graphs will take: what the largest one does, and for each other what the second does.
+        """
         largest = BatchDescriptor(self.limits.tokens)
         trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
         trial.reset(Start.CLEAN)
         trial.run(graph=False)
-        kinds = {(mode, key.epilogue): (mode, key) for mode, key in reversed(self.ladders.keys())}
-        for mode, key in kinds.values():
-            certify(
-                StepTrial(self, mode, key, short_batch(key, self.limits)),
-                partial(self._capture, mode, key),
-            )
+        kinds: dict[tuple[CUDAGraphMode, Epilogue], list[GraphKey]] = {}
+        every = self.ladders.keys()
+        for key in every:
+            kinds.setdefault((key[0], key[1].epilogue), []).append(key)
+        predicted = 0
+        for keys in kinds.values():
+            for key in keys[:2]:
+                self._capture_and_certify(*key)
+            taken = [self.costs[key].nbytes for key in keys[:2]]
+            predicted += sum(taken) + (len(keys) - len(taken)) * taken[-1]
+        return predicted
+
+    def _capture_and_certify(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> StepTrial:
+        trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
+        certify(trial, partial(self._capture, mode, descriptor))
+        wrapper = self.decode_step if mode is CUDAGraphMode.FULL else self.model_step
+        self.costs[mode, descriptor] = GraphCost(trial.replay_ms, wrapper.graphs[descriptor].nbytes)
+        return trial
 
     @torch.no_grad()
     def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:

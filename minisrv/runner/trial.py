@@ -21,6 +21,7 @@ from minisrv.graph.certify import Start
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
 from minisrv.request import SamplingParams
 from minisrv.runner.batches import Batch
+from minisrv.runner.timing import LaunchTimer
 
 if TYPE_CHECKING:
     from minisrv.runner.model_runner import ModelRunner
@@ -58,6 +59,7 @@ class StepTrial:
         self.runner = runner
         self.mode = mode
         self.descriptor = descriptor
+        self._replays: list[LaunchTimer] = []
         self.before = before
         # The batch is all that chance depends on, so a trial can be repeated.
         draw = random.Random(repr(batch))
@@ -130,7 +132,15 @@ class StepTrial:
     def run(self, *, graph: bool) -> None:
         """See `graph.certify.Trial`."""
         mode = self.mode if graph else CUDAGraphMode.NONE
-        self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
+        with LaunchTimer(self.runner) as timer:
+            self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
+        if graph:
+            self._replays.append(timer)
+
+    @property
+    def replay_ms(self) -> float:
+        """Milliseconds of the fastest replay so far."""
+        return min(timer.ms for timer in self._replays)
 
     def observe(self) -> dict[str, Tensor]:
         """See `graph.certify.Trial`."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
-from minisrv.core.ladder import Ladders, build_ladders, ladders_of
+from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.errors import ConfigError, CoverageError
 from minisrv.modes import CUDAGraphMode, Epilogue, Reason
 
@@ -59,6 +59,56 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
             assert key.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
         elif decode:
             assert not any(m is FULL and d.num_tokens >= tokens for m, d in keys)
+
+
+@given(
+    mode=st.sampled_from(SERVABLE),
+    limits=limits,
+    sizes=sizes,
+    logits=st.booleans(),
+    draw=st.randoms(use_true_random=False),
+)
+def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
+    mode, limits, sizes, logits, draw
+):
+    ladders = build_ladders(mode, *limits, sizes)
+    keys = ladders.keys()
+    milliseconds = {key: draw.uniform(1, 2) for key in keys}
+    plain, timed = Dispatcher(ladders), Dispatcher(ladders, milliseconds)
+    epilogue = Epilogue.LOGITS if logits else Epilogue.TOKENS
+    for tokens, requests, decode in every_batch(ladders):
+        batch = {"uniform_decode": decode, "needs_logits": logits}
+        first = plain.dispatch(tokens, requests, **batch)
+        found = timed.dispatch(tokens, requests, **batch)
+        if first.mode is NONE:
+            assert found == first, "nothing else holds it"
+            continue
+        before = milliseconds[first.mode, first.descriptor]
+        others = [
+            milliseconds[m, d]
+            for m, d in keys
+            if d.num_tokens >= first.descriptor.num_tokens
+            and (m is PIECEWISE or (first.mode is FULL and d.epilogue is epilogue))
+        ]
+        if min(others) >= 0.95 * before:
+            assert found == first, "a difference of 5% is noise"
+            continue
+        assert found.reason is Reason.CHEAPER
+        assert milliseconds[found.mode, found.descriptor] == min(others)
+        assert found.descriptor.num_tokens >= tokens
+        if found.mode is FULL:
+            assert decode
+            assert found.descriptor.epilogue is epilogue
+
+
+def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
+    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 4)
+    milliseconds = dict.fromkeys(ladders.keys(), 1.0)
+    milliseconds[FULL, decode_descriptor(2, Epilogue.TOKENS)] = 1.2
+    rows = [r for r in Dispatcher(ladders, milliseconds).coverage() if r.reason is Reason.CHEAPER]
+    assert [(r.kind, r.first, r.last, r.mode, r.rung) for r in rows] == [
+        ("decode", 2, 2, PIECEWISE, 4)
+    ]
 
 
 @given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
@@ -161,6 +211,20 @@ def test_plan_prints_the_table():
     assert "5-12 requests" in done.stdout
     assert "513" not in done.stdout
     assert "above_ladder" in done.stdout
+
+
+def test_a_measured_plan_says_what_each_graph_costs():
+    done = run_plan("--measure", "--max-num-seqs", "2", "--max-num-batched-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    costs = [line for line in lines if any(f"│ {e.name}" in line for e in Epilogue)]
+    assert len(costs) == 8
+    for line in costs:
+        *_, milliseconds, mebibytes, _ = (cell.strip() for cell in line.split("│"))
+        assert float(milliseconds) > 0
+        assert float(mebibytes) >= 0
+    assert any(float(line.split("│")[-2]) > 0 for line in costs)
+    assert "8 graphs take" in lines[-1]
 
 
 def test_plan_exits_1_and_names_the_missing_size():

@@ -1,0 +1,68 @@
+"""How long what a step launches takes.
+
+Knows: the runner's `launch`, in whose place it puts itself for a block, and each device's clock.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.request import TokenLogprobs
+
+if TYPE_CHECKING:
+    from minisrv.runner.model_runner import ModelRunner
+
+
+class LaunchTimer:
+    """Times the step that `runner` executes in the block, from its filled buffers on: on a GPU by
+    events, from when it is launched to when the GPU has done it, with the gaps in which the GPU
+    waits for the host; on a CPU by the clock."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._launch = runner.launch
+        self._seconds = 0.0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if runner.buffers.device.type == "cuda":
+            self._events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
+
+    def __enter__(self) -> Self:
+        self._runner.launch = self._timed
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._runner.launch = self._launch
+
+    def _timed(
+        self, output: SchedulerOutput, dispatch: Dispatch
+    ) -> list[TokenLogprobs | None] | None:
+        start = time.perf_counter()
+        if self._events is not None:
+            self._events[0].record()
+        result = self._launch(output, dispatch)
+        if self._events is not None:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - start
+        return result
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds; on a GPU it waits for the step."""
+        if self._events is None:
+            return 1000 * self._seconds
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1]))
