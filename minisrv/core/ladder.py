@@ -88,15 +88,15 @@ def build_ladders(
 def ladders_of(config: EngineConfig) -> Ladders:
     """The ladders that a configuration serves with.
 
-    Raises CoverageError for a gap, ConfigError for a mode that the device's attention kernel
-    cannot serve: `full` captures mixed batches in one graph, with row lengths read on the device.
+    Raises CoverageError for a gap, ConfigError for a mode that the attention kernels cannot serve:
+    `full` captures mixed batches in one graph, with every length read on the device.
     """
     mode = config.graph_mode
     if mode is CUDAGraphMode.FULL:
         raise ConfigError(
-            "cudagraph_mode=full captures mixed batches in one graph, which the attention kernel "
-            "for the CPU does not support; use full-and-piecewise (the default) or "
-            "full-decode-only."
+            "cudagraph_mode=full captures mixed batches in one graph, and the attention kernels "
+            "take the shape of a mixed batch from the host; use full-and-piecewise (the default) "
+            "or full-decode-only."
         )
     ladders = build_ladders(
         mode, config.max_num_seqs, config.max_num_batched_tokens, config.cudagraph_capture_sizes

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import make_llama_15m, transformers_generate
+from benchmarks import make_dummy, make_llama_15m, transformers_generate
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
@@ -29,6 +29,18 @@ def test_the_15m_llama_is_what_it_says_and_loads(tmp_path):
         logits = model(torch.tensor([prompt])).logits[0, -1]
     assert output.token_ids == [int(logits.argmax())]
     assert 0.5 < float(logits.std()) < 2, "logits are as wide as a trained model's might be"
+
+
+def test_a_dummy_has_text_for_every_token(tmp_path):
+    checkpoint, dummy = make_checkpoint(tmp_path / "model", "qwen3"), tmp_path / "dummy"
+    size = make_dummy.make(checkpoint, dummy)
+    tokenizer = Tokenizer.from_directory(dummy)
+    texts = [tokenizer.decode([token]) for token in range(size)]
+    assert "" not in texts
+    assert len(set(texts[256:])) == size - 256
+    assert tokenizer.decode(tokenizer.encode("été, 1 2")) == "été, 1 2"
+    engine = EngineCore(EngineConfig(model=str(dummy), load_format="dummy", enforce_eager=True))
+    assert engine.info.vocab_size == size
 
 
 @pytest.mark.parametrize("flags", ["", "--enforce-eager --simulate-launch-us 1"])
