@@ -30,24 +30,25 @@ def print_measured_plan(config: EngineConfig) -> None:
     progress = StartupProgress()
     try:
         engine = EngineCore(config, progress)
+        times = engine.times or engine.runner.time_graphs()
     finally:
         progress.close()
     _print_coverage(config, engine.dispatcher)
     table = Table("graph", "size", "epilogue", "ms a step", "MiB")
     for column in table.columns[3:]:
         column.justify = "right"
-    costs = engine.runner.costs
-    for (mode, key), cost in costs.items():
+    graph_bytes = engine.runner.graph_bytes
+    for (mode, key), nbytes in graph_bytes.items():
         size = _size(key.num_tokens, key.num_tokens, "decode" if key.uniform_decode else "mixed")
-        mib = f"{cost.nbytes / 2**20:.1f}"
-        table.add_row(mode.name, size, key.epilogue.name, f"{cost.ms:.3f}", mib)
+        milliseconds, mib = f"{times[mode, key].median:.3f}", f"{nbytes / 2**20:.1f}"
+        table.add_row(mode.name, size, key.epilogue.name, milliseconds, mib)
     console = Console()
     console.print(table)
-    predicted, actual = engine.memory.graphs, sum(cost.nbytes for cost in costs.values())
+    predicted, actual = engine.memory.graphs, sum(graph_bytes.values())
     said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
     console.print(
-        f"{len(costs)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
+        f"{len(graph_bytes)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens"
     )
 

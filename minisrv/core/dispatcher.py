@@ -18,7 +18,16 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Re
 
 MARGIN = 0.05
 """By this share of its time a graph must be cheaper than the one whose turn it is: below that it
-is the measurement that differs."""
+is the measurement that differs. Its median is compared with the other's least, because what
+disturbs a measurement makes it longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Milliseconds of a step, measured several times."""
+
+    least: float
+    median: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +44,13 @@ class Dispatcher:
     Another graph that holds it takes its place where it has been measured to be cheaper."""
 
     def __init__(
-        self, ladders: Ladders, milliseconds: Mapping[GraphKey, float] = MappingProxyType({})
+        self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
     ) -> None:
-        """milliseconds: of a step by each graph of the ladders, or nothing."""
+        """times: of a step by each graph of the ladders, or nothing."""
         self.ladders = ladders
-        keys = ladders.keys() if milliseconds else []
+        keys = ladders.keys() if times else []
         self._cheaper = {
-            key: better for key in keys if (better := _cheapest(key, keys, milliseconds)) != key
+            key: better for key in keys if (better := _cheapest(key, keys, times)) != key
         }
 
     def dispatch(
@@ -115,9 +124,7 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
     rows.append(row)
 
 
-def _cheapest(
-    key: GraphKey, keys: list[GraphKey], milliseconds: Mapping[GraphKey, float]
-) -> GraphKey:
+def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, StepTime]) -> GraphKey:
     """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. PIECEWISE
     graphs hold any batch, FULL ones those of their own epilogue."""
     size, epilogue = key[1].num_tokens, key[1].epilogue
@@ -127,8 +134,8 @@ def _cheapest(
         if other.num_tokens >= size
         and (mode is CUDAGraphMode.PIECEWISE or other.epilogue is epilogue)
     ]
-    best = min(admissible, key=milliseconds.__getitem__)
-    return best if milliseconds[best] < (1 - MARGIN) * milliseconds[key] else key
+    best = min(admissible, key=lambda other: times[other].median)
+    return best if times[best].median < (1 - MARGIN) * times[key].least else key
 
 
 def _rung(ladder: tuple[int, ...], size: int) -> int | None:

@@ -118,6 +118,8 @@ class EngineCore:
             self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
             )
+            # A CPU's times differ by more than a choice between two graphs could save.
+            self.times = self.runner.time_graphs() if device.type == "cuda" else {}
             check_fits(config, self.memory, shape, self.runner)
         if config.simulate_launch_us:
             logger.warning(
@@ -134,10 +136,7 @@ class EngineCore:
             eos_token_ids=generation.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        # A CPU's times differ by more than a choice between two graphs could save.
-        timed = device.type == "cuda"
-        milliseconds = {key: cost.ms for key, cost in self.runner.costs.items() if timed}
-        self.dispatcher = Dispatcher(self.ladders, milliseconds)
+        self.dispatcher = Dispatcher(self.ladders, self.times)
         self.info = EngineInfo(
             # A cache smaller than the context is the limit that requests meet.
             max_model_len=min(max_model_len, self.scheduler.pool.capacity),
@@ -150,7 +149,7 @@ class EngineCore:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             cudagraph_mode=self.ladders.mode.value,
-            graphs=len(self.runner.costs),
+            graphs=len(self.runner.graph_bytes),
             startup_seconds=self.seconds,
             simulated_launch_us=config.simulate_launch_us,
         )

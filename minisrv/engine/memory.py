@@ -93,7 +93,7 @@ def plan_memory(
     blocks = 1 + shape.per_row + PROBE_BLOCKS * config.max_num_seqs
     runner = make_runner(blocks)
     graphs = runner.probe()
-    captured = sum(cost.nbytes for cost in runner.costs.values())
+    captured = sum(runner.graph_bytes.values())
     # What torch has kept of the largest steps is counted: they will come again.
     steps = _used(device) - used - blocks * shape.per_block - captured
     del runner
@@ -117,7 +117,7 @@ def check_fits(
         return
     device = runner.buffers.device
     _release(device)
-    actual = sum(cost.nbytes for cost in runner.costs.values())
+    actual = sum(runner.graph_bytes.values())
     logger.info("graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graphs)))
     over = _used(device) - _allowed(config, device)
     if over > 0:

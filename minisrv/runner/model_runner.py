@@ -16,12 +16,13 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from minisrv.config import ModelConfig
-from minisrv.core.dispatcher import Dispatch
+from minisrv.core.dispatcher import Dispatch, StepTime
 from minisrv.core.ladder import Ladders
 from minisrv.core.scheduler import SchedulerOutput
 from minisrv.errors import ConfigError
@@ -40,6 +41,11 @@ from minisrv.runner.trial import StepTrial
 
 Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
 """What a step launches once its buffers are filled; see `ModelRunner._launch`."""
+
+DRIVER_BYTES = 2 << 20
+"""CUDA's driver takes memory for graphs in pieces of this size, several graphs to a piece."""
+
+TIMED_REPLAYS = 5
 
 CaptureProgress = Callable[[int, int], None]
 """Called with the number of graphs captured so far, and of all."""
@@ -66,19 +72,11 @@ class StepResult:
         return ids
 
 
-@dataclass(frozen=True, slots=True)
-class GraphCost:
-    """ms: of a step by the graph, the faster of its certification's replays. nbytes: of memory that
-    its capture took; one that finds room in what others share takes none."""
-
-    ms: float
-    nbytes: int
-
-
 class ModelRunner:
     """Runs steps. All methods belong to one thread.
 
-    costs: of each graph that has been captured.
+    graph_bytes: what the capture of each graph took; one that finds room in what others share takes
+        none.
     launch: what a step launches; `runner.launches` puts itself there to count.
     """
 
@@ -134,7 +132,7 @@ class ModelRunner:
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
         self.launch: Launch = self._launch
-        self.costs: dict[GraphKey, GraphCost] = {}
+        self.graph_bytes: dict[GraphKey, int] = {}
 
     @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
@@ -208,7 +206,7 @@ class ModelRunner:
         )
 
     def capture_graphs(self, on_progress: CaptureProgress) -> None:
-        """Capture, certify and measure every graph of the ladders.
+        """Capture and certify every graph of the ladders.
 
         The cache must be empty: certification runs on real slots and blocks and clears them.
         Raises GraphCaptureError, CertificationError.
@@ -226,10 +224,22 @@ class ModelRunner:
             gc.unfreeze()
         on_progress(len(keys), len(keys))
 
+    def time_graphs(self) -> dict[GraphKey, StepTime]:
+        """Time a step by every graph, on a batch that leaves it little padding. The cache must be
+        empty."""
+        times = {}
+        for mode, key in self.ladders.keys():  # noqa: SIM118  (no mapping)
+            trial = StepTrial(self, mode, key, short_batch(key, self.limits))
+            found = [trial.time_replay() for _ in range(TIMED_REPLAYS)]
+            times[mode, key] = StepTime(min(found), median(found))
+            trial.clear()
+        return times
+
     def probe(self) -> int:
         """Run the largest step eagerly, and capture and certify the two largest graphs of each
         kind: what serving will need is taken then, but for the small graphs. Returns the bytes that
-        all graphs will take: what the largest one does, and for each other what the second does.
+        all graphs will take: what the largest one does, and for each other what the second does,
+        or what the driver takes at a time.
         """
         largest = BatchDescriptor(self.limits.tokens)
         trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
@@ -243,15 +253,15 @@ class ModelRunner:
         for keys in kinds.values():
             for key in keys[:2]:
                 self._capture_and_certify(*key)
-            taken = [self.costs[key].nbytes for key in keys[:2]]
-            predicted += sum(taken) + (len(keys) - len(taken)) * taken[-1]
+            largest_bytes, *others = (self.graph_bytes[key] for key in keys[:2])
+            predicted += largest_bytes + (len(keys) - 1) * max(DRIVER_BYTES, *others, 0)
         return predicted
 
     def _capture_and_certify(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> StepTrial:
         trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
         certify(trial, partial(self._capture, mode, descriptor))
         wrapper = self.decode_step if mode is CUDAGraphMode.FULL else self.model_step
-        self.costs[mode, descriptor] = GraphCost(trial.replay_ms, wrapper.graphs[descriptor].nbytes)
+        self.graph_bytes[mode, descriptor] = wrapper.graphs[descriptor].nbytes
         return trial
 
     @torch.no_grad()

@@ -59,7 +59,6 @@ class StepTrial:
         self.runner = runner
         self.mode = mode
         self.descriptor = descriptor
-        self._replays: list[LaunchTimer] = []
         self.before = before
         # The batch is all that chance depends on, so a trial can be repeated.
         draw = random.Random(repr(batch))
@@ -70,8 +69,11 @@ class StepTrial:
         self.watched = torch.tensor(watched, device=device)
         slots = [row.slot for row in self.output.rows]
         self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.live = self._live_positions()
-        block, offset = self.live.nonzero().unbind(dim=1)
+        ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
+        starts = {row.slot: row.start for row in self.output.rows}
+        self.live = self._positions(dict.fromkeys(ends, 0), ends)
+        self.written = self._positions(starts, ends)
+        block, offset = self.written.nonzero().unbind(dim=1)
         self.entries = self.watched[block] * runner.limits.block_size + offset
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
@@ -81,15 +83,15 @@ class StepTrial:
             runner.vocab_size, self.slots.shape, generator=generator, dtype=torch.int64
         ).to(device)
 
-    def _live_positions(self) -> Tensor:
-        """[watched, block_size] bool: cache positions that belong to the batch's tokens. The
+    def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
+        """[watched, block_size] bool: cache positions of tokens `starts` to `ends` by slot. The
         batch has the first blocks, so its blocks' numbers are their places among the watched."""
         size = self.runner.limits.block_size
-        live = torch.zeros(len(self.watched), size, dtype=torch.bool)
-        ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
+        found = torch.zeros(len(self.watched), size, dtype=torch.bool)
         for slot, index, block in self.output.new_blocks:
-            live[block, : max(0, min(size, ends[slot] - index * size))] = True
-        return live.to(self.watched.device)
+            first, end = starts[slot] - index * size, ends[slot] - index * size
+            found[block, max(0, first) : max(0, min(size, end))] = True
+        return found.to(self.watched.device)
 
     # ---- graph.certify.Trial -----------------------------------------------------------------
 
@@ -132,15 +134,15 @@ class StepTrial:
     def run(self, *, graph: bool) -> None:
         """See `graph.certify.Trial`."""
         mode = self.mode if graph else CUDAGraphMode.NONE
-        with LaunchTimer(self.runner) as timer:
-            self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
-        if graph:
-            self._replays.append(timer)
+        self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
 
-    @property
-    def replay_ms(self) -> float:
-        """Milliseconds of the fastest replay so far."""
-        return min(timer.ms for timer in self._replays)
+    def time_replay(self) -> float:
+        """Milliseconds of a replay on a clean batch that is greedy."""
+        self.reset(Start.CLEAN)
+        self.runner.state.temperature[self.slots] = 0.0
+        with LaunchTimer(self.runner) as timer:
+            self.run(graph=True)
+        return timer.ms
 
     def observe(self) -> dict[str, Tensor]:
         """See `graph.certify.Trial`."""
@@ -161,12 +163,12 @@ class StepTrial:
     def touched(self) -> list[str]:
         """See `graph.certify.Trial`."""
         found = []
-        outside = ~self.live
+        outside = ~self.written
         outside[NULL_BLOCK] = False  # padding writes there
         expected = self.initial_cache[outside]
         for layer, cache in enumerate(self.runner.kv_caches):
             if not torch.equal(cache[self.watched][outside].nan_to_num(), expected.nan_to_num()):
-                found.append(f"cache entries of layer {layer} outside of the batch")
+                found.append(f"cache entries of layer {layer} outside of the step")
         for name, tensor in vars(self.runner.state).items():
             before = self.initial_state[name]
             if name in ("last_token", "next_position"):  # the step writes those of its own slots

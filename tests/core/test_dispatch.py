@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisrv.config import EngineConfig
-from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.errors import ConfigError, CoverageError
 from minisrv.modes import CUDAGraphMode, Epilogue, Reason
@@ -73,8 +73,9 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
 ):
     ladders = build_ladders(mode, *limits, sizes)
     keys = ladders.keys()
-    milliseconds = {key: draw.uniform(1, 2) for key in keys}
-    plain, timed = Dispatcher(ladders), Dispatcher(ladders, milliseconds)
+    least = {key: draw.uniform(1, 2) for key in keys}
+    times = {key: StepTime(ms, ms * draw.uniform(1, 1.1)) for key, ms in least.items()}
+    plain, timed = Dispatcher(ladders), Dispatcher(ladders, times)
     epilogue = Epilogue.LOGITS if logits else Epilogue.TOKENS
     for tokens, requests, decode in every_batch(ladders):
         batch = {"uniform_decode": decode, "needs_logits": logits}
@@ -83,9 +84,9 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
         if first.mode is NONE:
             assert found == first, "nothing else holds it"
             continue
-        before = milliseconds[first.mode, first.descriptor]
+        before = least[first.mode, first.descriptor]
         others = [
-            milliseconds[m, d]
+            times[m, d].median
             for m, d in keys
             if d.num_tokens >= first.descriptor.num_tokens
             and (m is PIECEWISE or (first.mode is FULL and d.epilogue is epilogue))
@@ -94,7 +95,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
             assert found == first, "a difference of 5% is noise"
             continue
         assert found.reason is Reason.CHEAPER
-        assert milliseconds[found.mode, found.descriptor] == min(others)
+        assert times[found.mode, found.descriptor].median == min(others)
         assert found.descriptor.num_tokens >= tokens
         if found.mode is FULL:
             assert decode
@@ -103,9 +104,9 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
 
 def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
     ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 4)
-    milliseconds = dict.fromkeys(ladders.keys(), 1.0)
-    milliseconds[FULL, decode_descriptor(2, Epilogue.TOKENS)] = 1.2
-    rows = [r for r in Dispatcher(ladders, milliseconds).coverage() if r.reason is Reason.CHEAPER]
+    times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
+    times[FULL, decode_descriptor(2, Epilogue.TOKENS)] = StepTime(1.2, 1.3)
+    rows = [r for r in Dispatcher(ladders, times).coverage() if r.reason is Reason.CHEAPER]
     assert [(r.kind, r.first, r.last, r.mode, r.rung) for r in rows] == [
         ("decode", 2, 2, PIECEWISE, 4)
     ]

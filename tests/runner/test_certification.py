@@ -82,7 +82,7 @@ def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
         return attn
 
     monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
-    refused(checkpoint, "full-decode-only", "outside of the batch")
+    refused(checkpoint, "full-decode-only", "outside of the step")
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
@@ -162,6 +162,18 @@ def test_intermediates_that_overlap(checkpoint, monkeypatch):
     monkeypatch.setattr(cpu_tape, "_lay_out", forgets_later_readers)
     with pytest.raises((CertificationError, RuntimeError), match="differs|single memory location"):
         start(checkpoint, "piecewise")
+
+
+def test_a_step_that_changes_what_is_in_the_cache_already(checkpoint, monkeypatch):
+    """Eagerly as by the graph, so that the two agree."""
+    add_to = Attention.add_to
+
+    def changes_history(self, *args):
+        add_to(self, *args)
+        self.kv_cache[1:, 0] *= 2
+
+    monkeypatch.setattr(Attention, "add_to", changes_history)
+    refused(checkpoint, "full-decode-only", "cache entries of layer 0 outside of the step")
 
 
 def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
@@ -270,7 +282,7 @@ def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
 
     runner_caches = start(checkpoint, "none").runner.kv_caches
     monkeypatch.setattr(InputBuffers, "fill", minus_one)
-    refused(checkpoint, "piecewise", "cache entries of layer 0 outside of the batch")
+    refused(checkpoint, "piecewise", "cache entries of layer 0 outside of the step")
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 4])
