@@ -1,10 +1,15 @@
 """Sampling on CUDA, in Triton: `kernels.sampling` imports this module when it first meets a CUDA
 tensor.
 
-Three launches, whatever the rows ask for: what the filters of each row keep, the best score of each
-part of the vocabulary, the best of all. A greedy row and one without filters leave the first at
-once. Nothing is sorted and the host waits for nothing: the cuts of top-k and top-p are found by
-bisection on keys that order as the logits do (as in radix selection), ties in the order of tokens.
+Five launches, whatever the rows ask for: a histogram of the logits is cleared, then counted; then
+come what the filters of each row keep, the best score of each part of the vocabulary, and the best
+of all. A row that is greedy or has no filters leaves the first three at once. Nothing is sorted and
+the host waits for nothing: the cuts of top-k and top-p are found by bisection on keys that order as
+the logits do (as in radix selection), ties in the order of tokens.
+
+A logit of 16 bits is its own key, so a row is no more than 65,536 keys and how often each occurs,
+which all of the GPU counts; each step of the bisection then looks at half of what the last one did.
+Logits of 32 bits, which only tests and checks use, are bisected token by token.
 
 Noise and filters are those of `kernels.sampling`, so the token is the same, except where rounding
 decides: `log` and `exp` may differ in their last bit, and masses are summed in fixed point here.
@@ -42,20 +47,34 @@ def sample(
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     device = logits.device
+    bins = 1 << 16 if logits.dtype.itemsize == 2 else 0
+    counts = torch.empty(rows, bins, dtype=torch.int32, device=device)
+    filters = (slots, temperature, top_k, top_p, min_p)
+    if bins:
+        _clear[(rows, bins // FILTER_BLOCK)](
+            *filters, counts, VOCAB=vocab, GREEDY=MIN_TEMPERATURE, BLOCK=FILTER_BLOCK
+        )
+        _count[(rows, parts)](
+            logits,
+            *filters,
+            counts,
+            logits.stride(0),
+            VOCAB=vocab,
+            GREEDY=MIN_TEMPERATURE,
+            BLOCK=PART,
+        )
     cut = torch.empty(rows, 2, dtype=torch.int64, device=device)
     floor = torch.empty(rows, dtype=torch.float32, device=device)
     best = torch.empty(rows, parts, dtype=torch.float32, device=device)
     found = torch.empty(rows, parts, dtype=torch.int32, device=device)
     _filter[(rows,)](
         logits,
-        slots,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
+        *filters,
+        counts,
         cut,
         floor,
         logits.stride(0),
+        BINS=bins,
         VOCAB=vocab,
         GREEDY=MIN_TEMPERATURE,
         MASS=float(1 << MASS_BITS),
@@ -73,6 +92,7 @@ def sample(
         best,
         found,
         logits.stride(0),
+        BINS=bins,
         VOCAB=vocab,
         GREEDY=MIN_TEMPERATURE,
         BLOCK=PART,
@@ -82,16 +102,174 @@ def sample(
 
 
 @triton.jit
-def _scaled(logits, at, there, heat):
-    """Logits over the temperature, float32; -inf beyond the vocabulary."""
-    return tl.load(logits + at, there, other=float("-inf")).to(tl.float32) / heat
+def _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB: tl.constexpr, GREEDY: tl.constexpr):
+    """Whether this program's row is greedy or has no filters."""
+    slot = tl.load(slots + tl.program_id(0))
+    k = tl.load(top_k + slot)
+    filtered = ((k > 0) & (k < VOCAB)) | (tl.load(top_p + slot) < 1) | (tl.load(min_p + slot) > 0)
+    return (tl.load(temperature + slot) < GREEDY) | (filtered == 0)
 
 
 @triton.jit
-def _key(score):
-    """int64 in [0, 2^32) that orders as float32 scores do; the zeros are one."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+def _key(logit, heat, BINS: tl.constexpr):
+    """int64 that orders as the scores do, logits over the temperature; the zeros are one. It is
+    below BINS for logits of 16 bits, which need no temperature for it, and below 2^32 otherwise."""
+    if BINS:
+        zero = (logit.to(tl.float32) + 0.0).to(logit.dtype)
+        bits = zero.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+        key = tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
+    else:
+        bits = (logit / heat + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        key = tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+    return key
+
+
+@triton.jit
+def _score_of(key, heat, logits, BINS: tl.constexpr):
+    """The float32 score that has this key."""
+    if BINS:
+        bits = tl.where(key >= 0x8000, key - 0x8000, 0xFFFF - key)
+        logit = bits.to(tl.uint16).to(logits.dtype.element_ty, bitcast=True)
+        score = logit.to(tl.float32) / heat
+    else:
+        bits = tl.where(key >= 0x80000000, key - 0x80000000, 0xFFFFFFFF - key)
+        score = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    return score
+
+
+@triton.jit
+def _clear(
+    slots,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    counts,
+    VOCAB: tl.constexpr,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """No token has been counted."""
+    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+        return
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counts + row * tl.num_programs(1) * BLOCK + at, tl.zeros([BLOCK], tl.int32))
+
+
+@triton.jit
+def _count(
+    logits,
+    slots,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    counts,
+    stride,
+    VOCAB: tl.constexpr,
+    GREEDY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add a part of a row's tokens to its histogram."""
+    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+        return
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    logit = tl.load(logits + row * stride + at, at < VOCAB, other=0.0)
+    key = _key(logit, 1.0, 1 << 16)
+    tl.atomic_add(counts + row * (1 << 16) + key, 1, at < VOCAB, sem="relaxed")
+
+
+@triton.jit
+def _above(
+    source,
+    counts,
+    heat,
+    peak,
+    least,
+    most,
+    WEIGH: tl.constexpr,
+    BINS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many tokens, or what mass, int64, have keys above `least`; of bins, up to `most`."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int64)
+    if BINS:
+        for begin in range(least + 1, most + 1, BLOCK):
+            key = begin + lane
+            times = tl.load(counts + key, key <= most, other=0).to(tl.int64)
+            if WEIGH:
+                score = _score_of(key, heat, source, BINS)
+                times *= (tl.exp(score - peak) * MASS).to(tl.int64)
+            total += times
+    else:
+        for begin in range(0, VOCAB, BLOCK):
+            at = begin + lane
+            logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
+            times = ((_key(logit, heat, BINS) > least) & (at < VOCAB)).to(tl.int64)
+            if WEIGH:
+                times *= (tl.exp(logit / heat - peak) * MASS).to(tl.int64)
+            total += times
+    return tl.sum(total)
+
+
+@triton.jit
+def _tied(
+    source,
+    counts,
+    heat,
+    key,
+    BINS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many tokens have this key, int64."""
+    if BINS:
+        times = tl.load(counts + key).to(tl.int64)
+    else:
+        lane = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.int64)
+        for begin in range(0, VOCAB, BLOCK):
+            at = begin + lane
+            logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
+            total += ((_key(logit, heat, BINS) == key) & (at < VOCAB)).to(tl.int64)
+        times = tl.sum(total)
+    return times
+
+
+@triton.jit
+def _cut(
+    source,
+    counts,
+    heat,
+    peak,
+    low,
+    high,
+    wanted,
+    WEIGH: tl.constexpr,
+    BINS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The least key from `low` to `high` with less than `wanted` above it. There is nothing above
+    `high`."""
+    beyond = tl.full([], 0, tl.int64)  # above `high`, where only what is below it is looked at
+    while low < high:
+        middle = (low + high) // 2
+        more = beyond + _above(
+            source, counts, heat, peak, middle, high, WEIGH, BINS, VOCAB, MASS, BLOCK
+        )
+        less = more.to(tl.float64) < wanted
+        if BINS:
+            beyond = tl.where(less, more, beyond)
+        high = tl.where(less, middle, high)
+        low = tl.where(less, low, middle + 1)
+    return low
 
 
 @triton.jit
@@ -102,9 +280,11 @@ def _filter(
     top_k,
     top_p,
     min_p,
+    counts,
     cut,
     floor,
     stride,
+    BINS: tl.constexpr,
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
     MASS: tl.constexpr,
@@ -113,102 +293,69 @@ def _filter(
     """What a row keeps: keys above cut[row, 0], of those equal to it the tokens up to
     cut[row, 1], and of all no score below floor[row]."""
     row = tl.program_id(0).to(tl.int64)
+    tl.store(cut + row * 2, -1)
+    tl.store(cut + row * 2 + 1, VOCAB)
+    tl.store(floor + row, float("-inf"))
+    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+        return
+
     slot = tl.load(slots + row)
     heat = tl.load(temperature + slot)
     k = tl.load(top_k + slot)
     p = tl.load(top_p + slot)
-    least = tl.load(min_p + slot)
-    tl.store(cut + row * 2, -1)
-    tl.store(cut + row * 2 + 1, VOCAB)
-    tl.store(floor + row, float("-inf"))
-    by_count = (k > 0) & (k < VOCAB)
-    by_mass = p < 1
-    if (heat < GREEDY) | ((not by_count) & (not by_mass) & (least <= 0)):
-        return
-
     source = logits + row * stride
+    counts += row * BINS
     lane = tl.arange(0, BLOCK)
-    peaks = tl.full([BLOCK], float("-inf"), tl.float32)
-    for begin in range(0, VOCAB, BLOCK):
-        at = begin + lane
-        peaks = tl.maximum(peaks, _scaled(source, at, at < VOCAB, heat))
-    peak = tl.max(peaks)
-    tl.store(floor + row, peak + tl.log(least))
-    if by_count | by_mass:
-        # top-k: the k-th key from above, and how many of its ties are kept.
-        low = tl.full([], 0, tl.int64)
-        ties = VOCAB + 0 * k
-        if by_count:
-            high = _key(peak)
-            while low < high:  # the least key with fewer than k above it
-                middle = (low + high) // 2
-                count = tl.zeros([BLOCK], tl.int64)
-                for begin in range(0, VOCAB, BLOCK):
-                    at = begin + lane
-                    key = _key(_scaled(source, at, at < VOCAB, heat))
-                    count += ((key > middle) & (at < VOCAB)).to(tl.int64)
-                fewer = tl.sum(count) < k
-                high = tl.where(fewer, middle, high)
-                low = tl.where(fewer, low, middle + 1)
-            count = tl.zeros([BLOCK], tl.int64)
-            for begin in range(0, VOCAB, BLOCK):
-                at = begin + lane
-                key = _key(_scaled(source, at, at < VOCAB, heat))
-                count += ((key > low) & (at < VOCAB)).to(tl.int64)
-            ties = k - tl.sum(count)
-        if by_mass:
-            # The mass that top-k leaves; of the ties at its cut, all weigh the same.
-            bottom = low
-            each = tl.full([], 0, tl.int64)
-            mass = tl.zeros([BLOCK], tl.int64)
-            tied = tl.zeros([BLOCK], tl.int64)
-            for begin in range(0, VOCAB, BLOCK):
-                at = begin + lane
-                score = _scaled(source, at, at < VOCAB, heat)
-                weight = (tl.exp(score - peak) * MASS).to(tl.int64)
-                key = _key(score)
-                mass += tl.where((key > bottom) & (at < VOCAB), weight, 0)
-                is_tied = (key == bottom) & (at < VOCAB)
-                tied += is_tied.to(tl.int64)
-                each = tl.maximum(each, tl.max(tl.where(is_tied, weight, 0)))
-            kept_ties = tl.minimum(ties, tl.sum(tied))
-            wanted = p.to(tl.float64) * (tl.sum(mass) + kept_ties * each).to(tl.float64)
-            high = _key(peak)
-            while low < high:  # the least key with less than the wanted mass above it
-                middle = (low + high) // 2
-                mass = tl.zeros([BLOCK], tl.int64)
-                for begin in range(0, VOCAB, BLOCK):
-                    at = begin + lane
-                    score = _scaled(source, at, at < VOCAB, heat)
-                    weight = (tl.exp(score - peak) * MASS).to(tl.int64)
-                    mass += tl.where((_key(score) > middle) & (at < VOCAB), weight, 0)
-                less = tl.sum(mass).to(tl.float64) < wanted
-                high = tl.where(less, middle, high)
-                low = tl.where(less, low, middle + 1)
-            mass = tl.zeros([BLOCK], tl.int64)
-            each = tl.full([], 0, tl.int64)
-            for begin in range(0, VOCAB, BLOCK):
-                at = begin + lane
-                score = _scaled(source, at, at < VOCAB, heat)
-                weight = (tl.exp(score - peak) * MASS).to(tl.int64)
-                key = _key(score)
-                mass += tl.where((key > low) & (at < VOCAB), weight, 0)
-                each = tl.maximum(each, tl.max(tl.where((key == low) & (at < VOCAB), weight, 0)))
-            missing = wanted - tl.sum(mass).to(tl.float64)
-            enough = tl.ceil(missing / tl.maximum(each, 1).to(tl.float64)).to(tl.int64)
-            ties = tl.where(low == bottom, tl.minimum(ties, enough), enough)
-            ties = tl.maximum(ties, 1)
-        # The last tie that is kept, in the order of tokens.
+    if BINS:
+        highest = tl.full([BLOCK], 0, tl.int64)
+        for begin in range(0, BINS, BLOCK):
+            key = begin + lane.to(tl.int64)
+            score = _score_of(key, heat, logits, BINS)
+            there = (tl.load(counts + key) > 0) & (score == score)
+            highest = tl.maximum(highest, tl.where(there, key, 0))
+        top = tl.max(highest)
+        peak = _score_of(top, heat, logits, BINS)
+    else:
+        greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+        for begin in range(0, VOCAB, BLOCK):
+            at = begin + lane
+            logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
+            greatest = tl.maximum(greatest, logit)
+        top = _key(tl.max(greatest), heat, BINS)
+        peak = _score_of(top, heat, logits, BINS)
+    tl.store(floor + row, peak + tl.log(tl.load(min_p + slot)))
+
+    low = tl.full([], 0, tl.int64)
+    ties = VOCAB + 0 * k
+    if (k > 0) & (k < VOCAB):  # the k-th key from above, and how many of its ties are kept
+        low = _cut(source, counts, heat, peak, low, top, k, False, BINS, VOCAB, MASS, BLOCK)
+        ties = k - _above(source, counts, heat, peak, low, top, False, BINS, VOCAB, MASS, BLOCK)
+    if p < 1:  # of the mass that top-k leaves
+        bottom = low
+        each = (tl.exp(_score_of(low, heat, logits, BINS) - peak) * MASS).to(tl.int64)
+        kept = tl.minimum(ties, _tied(source, counts, heat, low, BINS, VOCAB, BLOCK))
+        mass = _above(source, counts, heat, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
+        wanted = p.to(tl.float64) * (mass + kept * each).to(tl.float64)
+        low = _cut(source, counts, heat, peak, low, top, wanted, True, BINS, VOCAB, MASS, BLOCK)
+        mass = _above(source, counts, heat, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
+        each = (tl.exp(_score_of(low, heat, logits, BINS) - peak) * MASS).to(tl.int64)
+        missing = wanted - mass.to(tl.float64)
+        enough = tl.ceil(missing / tl.maximum(each, 1).to(tl.float64)).to(tl.int64)
+        ties = tl.where(low == bottom, tl.minimum(ties, enough), enough)
+        ties = tl.maximum(ties, 1)
+    tl.store(cut + row * 2, low)
+    if ties < _tied(source, counts, heat, low, BINS, VOCAB, BLOCK):
+        # The last that is kept, in the order of tokens.
         seen = tl.full([], 0, tl.int64)
         last = tl.full([], -1, tl.int64)
         for begin in range(0, VOCAB, BLOCK):
             at = begin + lane
-            is_tied = (_key(_scaled(source, at, at < VOCAB, heat)) == low) & (at < VOCAB)
+            logit = tl.load(source + at, at < VOCAB, other=0.0)
+            is_tied = (_key(logit, heat, BINS) == low) & (at < VOCAB)
             rank = seen + tl.cumsum(is_tied.to(tl.int64), 0)
             chosen = is_tied & (rank <= ties)
             last = tl.maximum(last, tl.max(tl.where(chosen, at, -1)).to(tl.int64))
             seen += tl.sum(is_tied.to(tl.int64))
-        tl.store(cut + row * 2, low)
         tl.store(cut + row * 2 + 1, last)
 
 
@@ -234,6 +381,7 @@ def _score(
     best,
     found,
     stride,
+    BINS: tl.constexpr,
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -245,12 +393,11 @@ def _score(
     there = at < VOCAB
     slot = tl.load(slots + row)
     heat = tl.load(temperature + slot)
-    source = logits + row * stride
-    if heat < GREEDY:
-        score = _scaled(source, at, there, 1.0)
-    else:
-        score = _scaled(source, at, there, heat)
-        key = _key(score)
+    logit = tl.load(logits + row * stride + at, there, other=float("-inf"))
+    score = logit.to(tl.float32)
+    if heat >= GREEDY:
+        key = _key(logit, heat, BINS)
+        score /= heat
         edge = tl.load(cut + row * 2)
         kept = (key > edge) | ((key == edge) & (at <= tl.load(cut + row * 2 + 1)))
         kept &= score >= tl.load(floor + row)
