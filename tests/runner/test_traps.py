@@ -1,167 +1,59 @@
 """What has gone wrong with captured graphs in other servers, and would be seen here.
 
 Each test runs as it is, and once for each *mutant*: the mistake itself, made on purpose, with which
-the test must fail. Engines are started without their certification, so that the tests alone judge;
-what certification finds is in test_certification.py. The numbers are those of a list drawn from the
-issue trackers of vLLM, SGLang and others; 9 to 13 need a GPU.
+the test must fail. The numbers are those of a list drawn from the issue trackers of vLLM, SGLang
+and others; 9 to 12, which need a GPU, are in test_traps_on_cuda.py.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from minisrv.config import EngineConfig
-from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import FreeList
 from minisrv.core.ladder import decode_descriptor
 from minisrv.core.scheduler import SchedulerOutput
-from minisrv.engine.core import EngineCore
-from minisrv.errors import GraphError
 from minisrv.graph import cpu_tape
-from minisrv.graph.certify import Start
 from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.cuda import CUDABackend
 from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
 from minisrv.kernels import DIRECT, attention, attention_op
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
 from minisrv.nn import attention as attention_layer
-from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import model_runner
 from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
 from minisrv.runner.model_runner import ModelRunner, StepResult
 from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
+from tests.runner.stepping import (
+    BLOCK_SIZE,
+    CONTEXT,
+    NUM_BLOCKS,
+    Model,
+    Mutant,
+    Patch,
+    Step,
+    assert_equals_eager,
+    fails_with,
+    generate,
+    play,
+    poison_the_pool,
+    restore,
+    saved,
+    start,
+    submit,
+    tensors,
+)
 
-NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
-BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
-
-Patch = pytest.MonkeyPatch
+PIECEWISE, FULL = CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
-
-
-def fails_with(*mutants: Callable[[Patch], None]) -> Callable[..., Any]:
-    """The test passes as it is, and finds each of `mutants`."""
-
-    def decorate(test: Callable[[str], None]) -> Any:
-        names = ["as_it_is", *(mutant.__name__ for mutant in mutants)]
-
-        @pytest.mark.parametrize("mutant", [None, *mutants], ids=names)
-        @functools.wraps(test)
-        def run(checkpoint: str, mutant: Any, monkeypatch: Patch) -> None:
-            if mutant is None:
-                test(checkpoint)
-                return
-            mutant(monkeypatch)
-            with pytest.raises((AssertionError, GraphError)):
-                test(checkpoint)
-
-        del run.__wrapped__  # pytest would ask it for the arguments
-        return run
-
-    return decorate
-
-
-# ---- an engine, step by step ---------------------------------------------------------------------
-
-
-def start(checkpoint: str, *, certified: bool = False, **settings: Any) -> EngineCore:
-    limits = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 32,
-        "max_model_len": CONTEXT,
-        "block_size": BLOCK_SIZE,
-        "num_kv_blocks": NUM_BLOCKS,
-    }
-    with Patch.context() as patch:
-        if not certified:
-            patch.setattr(model_runner, "certify", lambda trial, capture: capture())
-        return EngineCore(
-            EngineConfig(model=checkpoint, **{**limits, **settings}), check_addresses=True
-        )
-
-
-def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **params: Any) -> None:
-    """Queue one request a prompt, named by its first token."""
-    for prompt in prompts:
-        asked = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
-        engine.add(EngineRequest(request_id=str(prompt[0]), prompt_token_ids=prompt, params=asked))
-
-
-@dataclass(frozen=True)
-class Step:
-    """A scheduled step that has not been launched."""
-
-    engine: EngineCore
-    output: SchedulerOutput
-    dispatch: Dispatch
-
-    @classmethod
-    def next(cls, engine: EngineCore) -> Step:
-        output = engine.scheduler.schedule()
-        assert output is not None
-        dispatch = engine.dispatcher.dispatch(
-            output.num_tokens,
-            len(output.rows),
-            uniform_decode=output.uniform_decode,
-            needs_logits=output.needs_logits,
-        )
-        return cls(engine, output, dispatch)
-
-    @property
-    def padded(self) -> int:
-        return self.dispatch.descriptor.num_tokens
-
-    def launch(self) -> StepResult:
-        return self.engine.runner.execute(self.output, self.dispatch)
-
-    def retire(self, result: StepResult) -> None:
-        self.engine.scheduler.update(self.output.step_id, result.tokens())
-
-
-def play(engine: EngineCore, steps: int) -> None:
-    for _ in range(steps):
-        step = Step.next(engine)
-        step.retire(step.launch())
-
-
-def tensors(runner: ModelRunner) -> dict[str, Tensor]:
-    """What a step may find changed by the one before: the cache, the state by slot, the buffers."""
-    found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
-    found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
-    buffers = vars(runner.buffers).items()
-    return found | {f"buffers.{name}": t for name, t in buffers if isinstance(t, Tensor)}
-
-
-def saved(runner: ModelRunner) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors(runner).items()}
-
-
-def restore(runner: ModelRunner, values: dict[str, Tensor]) -> None:
-    for name, tensor in tensors(runner).items():
-        tensor.copy_(values[name])
-
-
-def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
-    """Run to the end: the tokens and the graph steps of each request."""
-    tokens: dict[str, list[int]] = {}
-    ran: dict[str, dict[str, int]] = {}
-    while engine.has_work:
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            if output.graph_steps is not None:
-                ran[output.request_id] = output.graph_steps
-    return tokens, ran
 
 
 # ---- trap 1: slot -1 is a real index -------------------------------------------------------------
@@ -210,9 +102,13 @@ def launch_and_check_writes(step: Step) -> StepResult:
     return result
 
 
-@fails_with(pads_slot_mapping_with_minus_one, maps_the_null_slot_to_minus_one)
-def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(checkpoint):
-    engine = start(checkpoint)
+@fails_with(
+    pads_slot_mapping_with_minus_one,
+    maps_the_null_slot_to_minus_one,
+    on_cuda=(pads_slot_mapping_with_minus_one, maps_the_null_slot_to_minus_one),
+)
+def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(model: Model):
+    engine = start(model)
     for cache in engine.runner.kv_caches:
         cache.fill_(-7.0)
     submit(engine, [1, 2, 3], [4, 5], [6])
@@ -243,11 +139,15 @@ def padding_scatters_its_position(patch: Patch) -> None:
     patch.setattr(InputBuffers, "scatter", broken)
 
 
-@fails_with(certification_leaves_its_poison, padding_scatters_its_position)
-def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(checkpoint):
+@fails_with(
+    certification_leaves_its_poison,
+    padding_scatters_its_position,
+    on_cuda=(certification_leaves_its_poison,),
+)
+def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(model: Model):
     """Certification too has filled the null block with NaN, and must not leave it so."""
     for certified in (False, True):
-        engine = start(checkpoint, certified=certified)
+        engine = start(model, certified=certified)
         assert_null_is_clean(engine.runner)
         submit(engine, [1, 2, 3], [4, 5], [6])
         generate(engine)
@@ -296,11 +196,14 @@ def attention_skips_the_padding(patch: Patch) -> None:
 
 
 @fails_with(
-    padding_rows_have_length_0, padding_rows_read_beyond_their_token, attention_skips_the_padding
+    padding_rows_have_length_0,
+    padding_rows_read_beyond_their_token,
+    attention_skips_the_padding,
+    on_cuda=(padding_rows_read_beyond_their_token, attention_skips_the_padding),
 )
-def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(checkpoint):
+def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(model: Model):
     """Real rows equal those of a zero-filled run, and padding is finite: it is an ordinary row."""
-    engine = start(checkpoint)
+    engine = start(model)
     submit(engine, [1, 2, 3], [4, 5], [6])
     runner, buffers, ran = engine.runner, engine.runner.buffers, set()
     for _ in range(2):
@@ -326,10 +229,10 @@ def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(checkpoint):
 # ---- trap 4: stale tails -------------------------------------------------------------------------
 
 
-def compare_with_a_fresh_engine(checkpoint: str, step: Step) -> None:
+def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
     """The step gives, behind what came before it, what it gives in an engine that has run none:
     everything up to the padded size, padding included."""
-    fresh = start(checkpoint)
+    fresh = start(model)
     values, own = tensors(step.engine.runner), tensors(fresh.runner)
     for name, tensor in own.items():
         if not name.startswith("buffers"):
@@ -362,19 +265,19 @@ def keeps_the_slots_of_the_step_before(patch: Patch) -> None:
     patch.setattr(InputBuffers, "fill", broken)
 
 
-@fails_with(keeps_the_slots_of_the_step_before)
-def test_trap_04_five_decodes_behind_eight_in_the_same_graph(checkpoint):
-    engine = start(checkpoint)
+@fails_with(keeps_the_slots_of_the_step_before, on_cuda=(keeps_the_slots_of_the_step_before,))
+def test_trap_04_five_decodes_behind_eight_in_the_same_graph(model: Model):
+    engine = start(model)
     submit(engine, *([n, n + 1] for n in range(5)), max_tokens=9)
     submit(engine, [11], [12], [13], max_tokens=2)
     play(engine, 2)
     step = Step.next(engine)
     assert len(step.output.rows) == 5
     assert step.dispatch.descriptor == decode_descriptor(8, Epilogue.TOKENS)
-    compare_with_a_fresh_engine(checkpoint, step)
+    compare_with_a_fresh_engine(model, step)
 
 
-def keeps(*names: str) -> Callable[[Patch], None]:
+def keeps(*names: str) -> Mutant:
     """Buffers of a mixed step keep their tail."""
 
     def mutant(patch: Patch) -> None:
@@ -413,8 +316,8 @@ def describes_rows_of_the_step_before(patch: Patch) -> None:
     keeps("slot_mapping"),
     describes_rows_of_the_step_before,
 )
-def test_trap_04_five_tokens_behind_eight_in_the_same_graph(checkpoint):
-    engine = start(checkpoint)
+def test_trap_04_five_tokens_behind_eight_in_the_same_graph(model: Model):
+    engine = start(model)
     submit(engine, [1, 2, 3], [4, 5, 6], [7, 8])
     play(engine, 1)
     for name in ("1", "4", "7"):
@@ -423,7 +326,7 @@ def test_trap_04_five_tokens_behind_eight_in_the_same_graph(checkpoint):
     step = Step.next(engine)
     assert step.output.num_tokens == 5
     assert step.dispatch.descriptor == BatchDescriptor(8)
-    compare_with_a_fresh_engine(checkpoint, step)
+    compare_with_a_fresh_engine(model, step)
 
 
 # ---- trap 5: metadata frozen at capture ----------------------------------------------------------
@@ -451,32 +354,31 @@ def keeps_the_plan_of_the_first_replay(patch: Patch) -> None:
     patch.setattr(cpu_tape, "DIRECT", DIRECT | {attention_op: broken})
 
 
-@fails_with(freezes_the_lengths, keeps_the_plan_of_the_first_replay)
-def test_trap_05_a_graph_captured_at_length_1_serves_every_length(checkpoint):
+def captures_the_length_that_it_sees(patch: Patch) -> None:
+    gather = InputBuffers.gather_decode
+
+    def broken(self, rows):
+        gather(self, rows)
+        if torch.cuda.is_current_stream_capturing():
+            self.seq_lens[:rows].clamp_(max=1)
+
+    patch.setattr(InputBuffers, "gather_decode", broken)
+
+
+@fails_with(
+    freezes_the_lengths,
+    keeps_the_plan_of_the_first_replay,
+    on_cuda=(captures_the_length_that_it_sees,),
+)
+def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
     """Captured on padding, whose length is 1; replayed at 1, around block edges, at the maximum."""
-    runner = start(checkpoint).runner
+    runner = start(model).runner
     lengths = (1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, CONTEXT)
     for rows in (1, 3):
         for length in lengths:
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
             key = decode_descriptor(1 if rows == 1 else 4, Epilogue.LOGITS)
             assert_equals_eager(StepTrial(runner, FULL, key, batch))
-
-
-def assert_equals_eager(trial: StepTrial, *, arena: Tensor | None = None) -> None:
-    """arena: where a replay finds nothing that it has not written itself."""
-    seen = []
-    for graph in (False, True):
-        trial.reset(Start.CLEAN)
-        if arena is not None:
-            arena.fill_(255)  # NaN
-        try:
-            trial.run(graph=graph)
-        except RuntimeError as error:
-            raise AssertionError(f"{trial.name}: {error}") from error  # torch sees some overlaps
-        seen.append(trial.observe())
-    for name, eager in seen[0].items():
-        assert torch.equal(eager, seen[1][name]), f"{trial.name}: {name}"
 
 
 # ---- trap 6: prefill that looks like decode ------------------------------------------------------
@@ -490,9 +392,9 @@ def classifies_by_shape(patch: Patch) -> None:
 HAS_PREFILL, PURE_DECODE = "PIECEWISE/has_prefill", "FULL/pure_decode"
 
 
-@fails_with(classifies_by_shape)
-def test_trap_06_a_prompt_of_one_token_is_no_decode(checkpoint):
-    engine, eager = start(checkpoint), start(checkpoint, enforce_eager=True)
+@fails_with(classifies_by_shape, on_cuda=(classifies_by_shape,))
+def test_trap_06_a_prompt_of_one_token_is_no_decode(model: Model):
+    engine, eager = start(model), start(model, enforce_eager=True)
     for each in (engine, eager):
         submit(each, [5], max_tokens=4)
     tokens, ran = generate(engine)
@@ -500,12 +402,12 @@ def test_trap_06_a_prompt_of_one_token_is_no_decode(checkpoint):
     assert tokens == generate(eager)[0]
 
 
-@fails_with(classifies_by_shape)
-def test_trap_06_a_chunk_of_one_token_is_no_decode(checkpoint):
+@fails_with(classifies_by_shape, on_cuda=(classifies_by_shape,))
+def test_trap_06_a_chunk_of_one_token_is_no_decode(model: Model):
     """Beside a decode and alone: 6 tokens are 1 + 5, then 1 + 1."""
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 6}
     played = []
-    for engine in (start(checkpoint, **limits), start(checkpoint, enforce_eager=True, **limits)):
+    for engine in (start(model, **limits), start(model, enforce_eager=True, **limits)):
         submit(engine, [5], max_tokens=6)
         outputs = engine.step()
         submit(engine, [6, 7, 8, 9, 10, 11], max_tokens=2)
@@ -549,18 +451,36 @@ def somebody_uses_the_pool_between_pieces(patch: Patch) -> None:
     patch.setattr(CPUTapeBackend, "finish", broken)
 
 
-@fails_with(intermediates_die_at_the_break, somebody_uses_the_pool_between_pieces)
-def test_trap_07_every_graph_is_right_behind_every_other(checkpoint):
-    """All are captured, then replayed, first to last and back, in the arena that they share."""
-    runner = start(checkpoint).runner
-    backend = runner.model_step.backend
+def somebody_uses_the_pool_of_a_gpu_between_pieces(patch: Patch) -> None:
+    end = CUDABackend.end
+
+    def broken(self):
+        replay = end(self)
+
+        def run():
+            replay()
+            poison_the_pool(self)
+
+        return run
+
+    patch.setattr(CUDABackend, "end", broken)
+
+
+@fails_with(
+    intermediates_die_at_the_break,
+    somebody_uses_the_pool_between_pieces,
+    on_cuda=(somebody_uses_the_pool_of_a_gpu_between_pieces,),
+)
+def test_trap_07_every_graph_is_right_behind_every_other(model: Model):
+    """All are captured, then replayed, first to last and back, in the memory that they share."""
+    runner = start(model).runner
     keys = runner.ladders.keys()
     for mode, key in keys + keys[::-1]:
         decode = key.uniform_decode
         batch = (*[BatchRow(5, 1, decode)] * (key.num_tokens if decode else 1),)
         if not decode and key.num_tokens > 1:
             batch += (BatchRow(0, key.num_tokens - 1),)
-        assert_equals_eager(StepTrial(runner, mode, key, batch), arena=backend.arena)
+        assert_equals_eager(StepTrial(runner, mode, key, batch), poisoned=True)
 
 
 # ---- trap 8: a result that the next step overwrites ----------------------------------------------
@@ -576,11 +496,11 @@ def results_are_views(patch: Patch) -> None:
     patch.setattr(ModelRunner, "execute", broken)
 
 
-@fails_with(results_are_views)
-def test_trap_08_a_result_read_late_is_the_result_of_its_step(checkpoint):
+@fails_with(results_are_views, on_cuda=(results_are_views,))
+def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
     """Step N is read when step N+1 has been launched, by a larger graph, by one of the other
     kind, by a smaller one."""
-    engine = start(checkpoint)
+    engine = start(model)
     submit(engine, [1, 2, 3], [4, 5])
     read: list[tuple[StepResult, StepResult]] = []
     ran = []
@@ -589,7 +509,7 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(checkpoint):
         step = Step.next(engine)
         result = step.launch()
         ran.append((step.dispatch.mode, step.padded))
-        read.append((result, StepResult(result.token_ids.clone(), result.logprobs)))
+        read.append((result, StepResult(torch.tensor(result.tokens()), result.logprobs)))
         for late, at_once in read:
             assert late.tokens() == at_once.tokens()
             assert late.logprobs == at_once.logprobs
@@ -602,7 +522,7 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(checkpoint):
 # ---- trap 14: address drift ----------------------------------------------------------------------
 
 
-def moves_metadata(name: str) -> Callable[[Patch], None]:
+def moves_metadata(name: str) -> Mutant:
     def mutant(patch: Patch) -> None:
         fill = InputBuffers.fill
 
@@ -615,6 +535,9 @@ def moves_metadata(name: str) -> Callable[[Patch], None]:
 
     mutant.__name__ = f"moves_{name}"
     return mutant
+
+
+MOVES = [moves_metadata(name) for name in AttentionMetadata.__dataclass_fields__]
 
 
 def moves_an_argument(patch: Patch) -> None:
@@ -647,15 +570,16 @@ def moves_the_state(patch: Patch) -> None:
 
 
 @fails_with(
-    *(moves_metadata(name) for name in AttentionMetadata.__dataclass_fields__),
+    *MOVES,
     moves_an_argument,
     moves_a_buffer,
     moves_the_state,
+    on_cuda=(*MOVES, moves_an_argument),
 )
-def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(checkpoint):
+def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(model: Model):
     """Arguments and metadata are compared before each replay; buffers and state keep their
     addresses."""
-    engine = start(checkpoint)
+    engine = start(model)
     before = {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
     submit(engine, [1, 2, 3], [4, 5], [6])
     _, ran = generate(engine)
@@ -665,7 +589,7 @@ def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(checkpoint):
 
 def test_trap_14_a_wrapper_takes_no_keyword_arguments(checkpoint):
     """Nothing would compare their addresses."""
-    wrapper = start(checkpoint).runner.model_step
+    wrapper = start(Model(checkpoint, "cpu")).runner.model_step
     for call in (wrapper, wrapper.capture):
         with pytest.raises(TypeError, match="unexpected keyword"):
             call(input_ids=torch.zeros(1))
@@ -700,12 +624,16 @@ def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
     patch.setattr(InputBuffers, "fill", broken)
 
 
-@fails_with(null_numbers_belong_to_the_pool, padding_gets_its_block_when_it_comes)
-def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(checkpoint):
+@fails_with(
+    null_numbers_belong_to_the_pool,
+    padding_gets_its_block_when_it_comes,
+    on_cuda=(null_numbers_belong_to_the_pool, padding_gets_its_block_when_it_comes),
+)
+def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(model: Model):
     """Padding has had its own since before there was a graph or a request."""
     limits = {"max_num_seqs": 3, "num_kv_blocks": SCANT_BLOCKS, "cudagraph_capture_sizes": (4, 16)}
     played = []
-    for engine in (start(checkpoint, **limits), start(checkpoint, enforce_eager=True, **limits)):
+    for engine in (start(model, **limits), start(model, enforce_eager=True, **limits)):
         scheduler, tokens = engine.scheduler, []
         submit(engine, *([n] * BLOCK_SIZE for n in (1, 2, 3)), max_tokens=BLOCK_SIZE)
         play(engine, 1)

@@ -1,0 +1,211 @@
+"""An engine, step by step, for tests of what captured graphs do.
+
+Engines are small, in float32, and started without their certification unless it is asked for, so
+that the tests alone judge; what certification finds is in test_certification.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisrv.config import EngineConfig
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.scheduler import SchedulerOutput
+from minisrv.engine.core import EngineCore
+from minisrv.errors import GraphError
+from minisrv.graph.certify import Start
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.cuda import CUDABackend
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner import model_runner
+from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.trial import StepTrial
+
+BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an engine serves, and on which device."""
+
+    checkpoint: str
+    device: str = "cuda"
+
+
+def passes_but_for(test: Callable[[], None], mutant: Mutant | None) -> None:
+    """Run `test`, which must fail if a mutant is at work."""
+    if mutant is None:
+        test()
+        return
+    with Patch.context() as patch:
+        mutant(patch)
+        with pytest.raises((AssertionError, GraphError)):
+            test()
+
+
+def fails_with(*mutants: Mutant, on_cuda: tuple[Mutant, ...] = ()) -> Callable[..., Any]:
+    """The test passes as it is, and finds each of the mutants. The same on a GPU.
+
+    on_cuda: what a GPU survives of `mutants`; the others would make it read beyond its memory.
+    """
+    cases = [("cpu", mutant, ()) for mutant in (None, *mutants)]
+    cases += [("cuda", mutant, pytest.mark.gpu) for mutant in (None, *on_cuda)]
+
+    def decorate(test: Callable[[Model], None]) -> Any:
+        @pytest.mark.parametrize(
+            ("device", "mutant"),
+            [
+                pytest.param(device, mutant, id=f"{device}-{_name(mutant)}", marks=marks)
+                for device, mutant, marks in cases
+            ],
+        )
+        @functools.wraps(test)
+        def run(checkpoint: str, device: str, mutant: Mutant | None) -> None:
+            passes_but_for(lambda: test(Model(checkpoint, device)), mutant)
+
+        del run.__wrapped__  # pytest would ask it for the arguments
+        return run
+
+    return decorate
+
+
+def _name(mutant: Mutant | None) -> str:
+    return "as_it_is" if mutant is None else mutant.__name__
+
+
+def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCore:
+    limits = {
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "max_model_len": CONTEXT,
+        "block_size": BLOCK_SIZE,
+        "num_kv_blocks": NUM_BLOCKS,
+    }
+    with Patch.context() as patch:
+        if not certified:
+            patch.setattr(model_runner, "certify", capture_behind_a_run)
+        config = EngineConfig(model=model.checkpoint, device=model.device, **{**limits, **settings})
+        return EngineCore(config, check_addresses=True)
+
+
+def capture_behind_a_run(trial: StepTrial, capture: Callable[[], None]) -> None:
+    """A GPU's kernels are loaded when they run first, which no capture may hold."""
+    trial.reset(Start.CLEAN)
+    trial.run(graph=False)
+    capture()
+
+
+def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **params: Any) -> None:
+    """Queue one request a prompt, named by its first token."""
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    for prompt in prompts:
+        asked = SamplingParams(max_tokens=max_tokens, **{**greedy, **params})
+        engine.add(EngineRequest(request_id=str(prompt[0]), prompt_token_ids=prompt, params=asked))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A scheduled step that has not been launched."""
+
+    engine: EngineCore
+    output: SchedulerOutput
+    dispatch: Dispatch
+
+    @classmethod
+    def next(cls, engine: EngineCore) -> Step:
+        output = engine.scheduler.schedule()
+        assert output is not None
+        dispatch = engine.dispatcher.dispatch(
+            output.num_tokens,
+            len(output.rows),
+            uniform_decode=output.uniform_decode,
+            needs_logits=output.needs_logits,
+        )
+        return cls(engine, output, dispatch)
+
+    @property
+    def padded(self) -> int:
+        return self.dispatch.descriptor.num_tokens
+
+    def launch(self) -> StepResult:
+        return self.engine.runner.execute(self.output, self.dispatch)
+
+    def retire(self, result: StepResult) -> None:
+        self.engine.scheduler.update(self.output.step_id, result.tokens())
+
+
+def play(engine: EngineCore, steps: int) -> None:
+    for _ in range(steps):
+        step = Step.next(engine)
+        step.retire(step.launch())
+
+
+def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
+    """Run to the end: the tokens and the graph steps of each request."""
+    tokens: dict[str, list[int]] = {}
+    ran: dict[str, dict[str, int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.graph_steps is not None:
+                ran[output.request_id] = output.graph_steps
+    return tokens, ran
+
+
+def tensors(runner: ModelRunner) -> dict[str, Tensor]:
+    """What a step may find changed by the one before: the cache, the state by slot, the buffers."""
+    found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
+    found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
+    buffers = vars(runner.buffers).items()
+    return found | {f"buffers.{name}": t for name, t in buffers if isinstance(t, Tensor)}
+
+
+def saved(runner: ModelRunner) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors(runner).items()}
+
+
+def restore(runner: ModelRunner, values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors(runner).items():
+        tensor.copy_(values[name])
+
+
+def poison_the_pool(backend: CPUTapeBackend | CUDABackend) -> None:
+    """Fill what graphs share with NaN: a replay must find nothing that it has not written."""
+    if isinstance(backend, CPUTapeBackend):
+        backend.arena.fill_(255)
+        return
+    fill = ctypes.CDLL("libcuda.so.1").cuMemsetD8Async
+    fill.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
+    pool = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == backend.pool]
+    assert pool, "graphs have intermediates"
+    for segment in pool:
+        failed = fill(segment["address"], 255, segment["total_size"], backend.stream.cuda_stream)
+        assert not failed
+
+
+def assert_equals_eager(trial: StepTrial, *, poisoned: bool = False) -> None:
+    """poisoned: the pool of the graphs is filled with NaN before the replay."""
+    seen = []
+    for graph in (False, True):
+        trial.reset(Start.CLEAN)
+        if poisoned and graph:
+            poison_the_pool(trial.runner.model_step.backend)
+        try:
+            trial.run(graph=graph)
+        except RuntimeError as error:
+            raise AssertionError(f"{trial.name}: {error}") from error  # torch sees some overlaps
+        seen.append(trial.observe())
+    for name, eager in seen[0].items():
+        assert torch.equal(eager, seen[1][name]), f"{trial.name}: {name}"
