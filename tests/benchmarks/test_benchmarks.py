@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import make_dummy, make_llama_15m, transformers_generate
+from benchmarks import make_dummy, make_llama_15m, mixed_load, transformers_generate
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
@@ -73,3 +73,21 @@ def test_engine_flags_are_those_of_serve():
     )
     with pytest.raises(SystemExit):
         engine_config(["--port", "1"])
+
+
+def test_streams_decode_while_prompts_arrive_in_chunks(tmp_path, capsys):
+    """Every step beside a prompt is mixed, by the mode that was asked for, and all is drawn."""
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    load = ["--chunks", "16,32", "--streams", "2", "--prompts", "3", "--prompt-tokens", "60"]
+    out, plot = tmp_path / "out.json", tmp_path / "out.svg"
+    mixed_load.main([str(model), *load, "--json", str(out), "--plot", str(plot)])
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["mode"], run["chunk"]) for run in runs] == [
+        ("PIECEWISE", 16), ("eager", 16), ("PIECEWISE", 32), ("eager", 32)
+    ]  # fmt: skip
+    for run in runs:
+        steps = -(-60 // (run["chunk"] - 2)) * 3
+        name = {"PIECEWISE": "PIECEWISE/has_prefill", "eager": "NONE/no_mixed_graph"}[run["mode"]]
+        assert {key: count for key, count in run["steps"].items() if count} == {name: steps}
+    assert "PIECEWISE" in plot.read_text()
+    assert "tok/s" in capsys.readouterr().out

@@ -1,0 +1,212 @@
+"""What streams feel when long prompts keep arriving: ITL and TTFT by chunk size and mode.
+
+    python benchmarks/mixed_load.py MODEL --chunks 128,256,512,1024,2048 --json F --plot F
+        --engine-flags "--load-format dummy --max-model-len 4096"
+
+In one process, without HTTP: some streams decode, and prompts arrive one behind another, the next
+when the last has its first token, so that every step but a prompt's last is a full chunk. The
+largest step, `--max-num-batched-tokens`, is the chunk with the streams' own tokens. PIECEWISE has
+graphs up to the chunk; eager mixed steps are those of `--cudagraph-mode full-decode-only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from minisrv.cli import engine_config
+from minisrv.config import EngineConfig
+from minisrv.engine.core import EngineCore
+from minisrv.environment import environment
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import EngineRequest, SamplingParams
+
+MODES = {
+    "PIECEWISE": CUDAGraphMode.FULL_AND_PIECEWISE,
+    "eager": CUDAGraphMode.FULL_DECODE_ONLY,
+}
+"""How mixed steps run; pure decode steps are FULL graphs in either."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """streams that decode, and prompts of so many tokens that arrive."""
+
+    streams: int
+    prompts: int
+    prompt_tokens: int
+
+
+def configure(config: EngineConfig, mode: str, chunk: int) -> EngineConfig:
+    """The settings that are compared. Rungs are the powers of two up to the chunk."""
+    sizes = {2**n for n in range(chunk.bit_length())} | {chunk}
+    return replace(
+        config,
+        cudagraph_mode=MODES[mode],
+        max_num_batched_tokens=chunk,
+        max_num_seqs=min(config.max_num_seqs, chunk),
+        cudagraph_capture_sizes=tuple(sorted(sizes)),
+        enable_prefix_caching=False,
+    )
+
+
+def run(engine: EngineCore, load: Load) -> dict[str, Any]:
+    """Times in ms; tokens_per_s of prompts and streams, while prompts were there."""
+    draw = random.Random(0)
+    vocab = engine.info.vocab_size
+
+    def add(name: str, length: int, max_tokens: int) -> None:
+        engine.add(
+            EngineRequest(
+                request_id=name,
+                prompt_token_ids=draw.choices(range(vocab), k=length),
+                params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+            )
+        )
+
+    times: dict[str, list[float]] = {f"stream {n}": [] for n in range(load.streams)}
+    longest = engine.info.max_model_len - 128
+    for name in times:
+        add(name, 128, longest)
+    while not all(len(seen) >= 16 for seen in times.values()):
+        for output in engine.step():
+            times[output.request_id].append(time.perf_counter())
+    for seen in times.values():
+        del seen[:-1]
+    before = engine.stats()
+    first = time.perf_counter()
+    ttft: list[float] = []
+    for number in range(load.prompts):
+        name, asked = f"prompt {number}", time.perf_counter()
+        add(name, load.prompt_tokens, 1)
+        arrived = False
+        while not arrived:
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                if output.request_id == name:
+                    ttft.append(now - asked)
+                    arrived = True
+                else:
+                    if output.finish_reason is not None:
+                        raise SystemExit("a stream has ended; let --max-model-len be larger.")
+                    times[output.request_id].append(now)
+    seconds = time.perf_counter() - first
+    for name in times:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    gaps = [1e3 * (b - a) for seen in times.values() for a, b in pairwise(seen)]
+    tokens = load.prompts * load.prompt_tokens + len(gaps)
+    counted = {(step.mode, step.reason): step.steps for step in before.steps}
+    return {
+        "itl_ms": _percentiles(gaps),
+        "ttft_ms": _percentiles([1e3 * value for value in ttft]),
+        "tokens_per_s": tokens / seconds,
+        "steps": {
+            f"{step.mode}/{step.reason}": step.steps - counted.get((step.mode, step.reason), 0)
+            for step in engine.stats().steps
+        },
+    }
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    found = np.percentile(values, [50, 99, 100])
+    return dict(zip(("p50", "p99", "max"), (round(float(v), 3) for v in found), strict=True))
+
+
+def save_plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
+    """ITL and TTFT over the chunk, a line for each mode."""
+    import matplotlib as mpl  # only for a plot
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+    lines = (("itl_ms", "p50", "-"), ("itl_ms", "p99", "--")), (("ttft_ms", "p50", "-"),)
+    for panel, kinds, name in zip(panels, lines, ("ITL", "TTFT"), strict=True):
+        for color, mode in enumerate(MODES):
+            rows = [row for row in results if row["mode"] == mode]
+            for key, share, style in kinds:
+                panel.plot(
+                    [row["chunk"] for row in rows],
+                    [row[key][share] for row in rows],
+                    style,
+                    marker="o",
+                    color=f"C{color}",
+                    label=f"{mode} {share}",
+                )
+        panel.set(xscale="log", yscale="log", xlabel="tokens in a step", ylabel=f"{name}, ms")
+        panel.set_xticks(ticks := sorted({row["chunk"] for row in results}), map(str, ticks))
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--chunks", default="128,256,512,1024,2048", help="tokens in a step")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--prompt-tokens", type=int, default=2000)
+    parser.add_argument("--engine-flags", default="", help="as minisrv serve takes them")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args(argv)
+    config = engine_config([options.model, *shlex.split(options.engine_flags)])
+    load = Load(options.streams, options.prompts, options.prompt_tokens)
+    results = []
+    for chunk in map(int, options.chunks.split(",")):
+        for mode in MODES:
+            print(f"{mode}, {chunk} tokens in a step", file=sys.stderr, flush=True)
+            engine = EngineCore(configure(config, mode, chunk))
+            run(engine, replace(load, prompts=2))  # kernels of these shapes are loaded
+            results.append({"mode": mode, "chunk": chunk, **run(engine, load)})
+            device = engine.info.device
+            del engine
+            gc.collect()
+    table = Table("mixed steps", "chunk", "ITL p50", "p99", "TTFT p50", "tok/s", box=None)
+    for row in results:
+        table.add_row(
+            row["mode"],
+            str(row["chunk"]),
+            *(f"{row['itl_ms'][share]:.2f}" for share in ("p50", "p99")),
+            f"{row['ttft_ms']['p50']:.1f}",
+            f"{row['tokens_per_s']:.0f}",
+        )
+    title = (
+        f"{Path(options.model).name}, {device}: {load.streams} streams decode while prompts of "
+        f"{load.prompt_tokens} tokens arrive"
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(title)
+    console.print(table)
+    if options.json is not None:
+        report = {"environment": environment("torch"), "options": vars(options), "runs": results}
+        text = json.dumps(msgspec.to_builtins(report, enc_hook=str), indent=1)
+        options.json.write_text(text + "\n")
+    if options.plot is not None:
+        save_plot(results, options.plot, title)
+
+
+if __name__ == "__main__":
+    main()
