@@ -1,0 +1,133 @@
+"""A `minisrv bench` on an H100 beside what vLLM took there: a markdown table, and a plot.
+
+    python benchmarks/beside_vllm.py BENCH.json --model qwen3-0.6b [--plot FILE.svg]
+
+vLLM's steps are vllm_0.26_h100.json's, which says how they were measured: in another run, so the
+ratio of wall times holds what two hosts differ by. GPU times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+VLLM: dict[str, Any] = json.loads(Path(__file__).with_name("vllm_0.26_h100.json").read_text())
+
+HEADINGS = (
+    *("batch", "minisrv FULL GPU ms", "minisrv FULL wall ms", "vLLM ms", "vLLM / minisrv wall"),
+    *("PIECEWISE wall ms", "eager wall ms", "launches eager", "of floor"),
+)
+LINES = {"NONE": "minisrv eager", "PIECEWISE": "minisrv PIECEWISE", "FULL": "minisrv FULL"}
+"""How the plot calls a mode of the bench, in the order of the colors of the bench's own plot."""
+
+
+def vllm_steps(model: str) -> dict[int, float]:
+    """vLLM's milliseconds with graphs, by batch."""
+    steps = VLLM["models"][model]["FULL_AND_PIECEWISE"]
+    return {int(batch): ms for batch, ms in steps.items()}
+
+
+def rows(report: dict[str, Any], theirs: dict[int, float]) -> list[list[str]]:
+    """A row for each batch of the bench, in the order of HEADINGS; "-" is what nobody measured."""
+    found = []
+    for size in report["decode"]:
+        modes, batch = size["modes"], size["size"]
+        full, vllm = modes.get("FULL", {}), theirs.get(batch)
+        ms, gpu_ms, floor_ms = full.get("ms"), full.get("gpu_ms"), size.get("floor_ms")
+        found.append(
+            [
+                str(batch),
+                number(gpu_ms),
+                number(ms),
+                number(vllm),
+                number(vllm / ms if vllm and ms else None),
+                number(modes.get("PIECEWISE", {}).get("ms")),
+                number(modes["NONE"]["ms"]),
+                str(modes["NONE"]["launches"]),
+                f"{floor_ms / gpu_ms:.0%}" if floor_ms and gpu_ms else "-",
+            ]
+        )
+    return found
+
+
+def number(value: float | None) -> str:
+    """In hundredths."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def markdown(report: dict[str, Any], model: str) -> str:
+    """What was measured, the table, and what to think of it."""
+    lines = [HEADINGS, ["---:"] * len(HEADINGS), *rows(report, vllm_steps(model))]
+    return "\n".join(
+        [
+            f"minisrv: {subject(report)}.",
+            "",
+            *(f"| {' | '.join(cells)} |" for cells in lines),
+            "",
+            f"vLLM, {model}: {VLLM['source']}",
+            "Of floor: the time to read weights and KV cache once, over FULL's GPU time.",
+        ]
+    )
+
+
+def subject(report: dict[str, Any]) -> str:
+    """The bench, in a line. It says so if the times are simulated."""
+    where, contexts = report["environment"], [size["context"] for size in report["decode"]]
+    first, last = min(begin for begin, _ in contexts), max(end for _, end in contexts)
+    text = (
+        f"{report['config']['model'] or 'default model'}, {report['engine']['dtype']}, "
+        f"{where.get('gpu') or where['cpu']}, {where['date'][:10]}, "
+        f"{first:.0f} to {last:.0f} tokens of context"
+    )
+    if report["simulated_launch_us"]:
+        text += f"; SIMULATED: every launch takes {report['simulated_launch_us']:g} us longer"
+    return text
+
+
+def save_plot(report: dict[str, Any], model: str, path: Path) -> None:
+    """Draw the time of a decode step by batch, both axes logarithmic."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (mode, name) in enumerate(LINES.items()):
+        points = {s["size"]: s["modes"][mode]["ms"] for s in report["decode"] if mode in s["modes"]}
+        if points:
+            axes.plot(
+                list(points), list(points.values()), "o-", ms=3, color=f"C{index}", label=name
+            )
+    theirs = vllm_steps(model)
+    name = f"vLLM {VLLM['version']} FULL"
+    axes.plot(list(theirs), list(theirs.values()), "s--", ms=3, color="black", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="requests in the batch", ylabel="ms per engine step")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    figure.suptitle(fill(f"Decode: {subject(report)}", 90), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Print the table, and draw the plot if it is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bench", type=Path, metavar="BENCH.json", help="of `minisrv bench --json`")
+    parser.add_argument("--model", required=True, choices=VLLM["models"], help="of vLLM's figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
+    options = parser.parse_args()
+    report = json.loads(options.bench.read_text())
+    print(markdown(report, options.model))
+    if options.plot is not None:
+        save_plot(report, options.model, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""From exec to ready: how long servers take to start, by turns.
+
+    python benchmarks/ready.py --rounds 5 --json ready.json \\
+        --server 'graphs=minisrv serve DIR --load-format dummy' \\
+        --server 'eager=minisrv serve DIR --load-format dummy --enforce-eager'
+
+A round starts each server once, alone, on a free port, asks `/ready` every 20 ms until it answers
+200, and ends it. Seconds are from before the process is made; phases are what the server's own
+"ready in" line says, in tenths of a second, and what they leave is imports and processes.
+
+The caches are those of the environment, and each server is started once before, unmeasured. With
+--cold each start has empty directories in place of those in CACHES, and none is unmeasured; the
+system's page cache stays, and a hub id would be downloaded each time, so name a directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from http.client import HTTPConnection, HTTPException
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from loadgen.errors import LoadgenError
+from loadgen.servers import Server
+from minisrv.environment import Environment, environment
+
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+"""Where compiled kernels are kept: Triton's, Inductor's, minisrv's own."""
+
+POLL_S = 0.02
+PATIENCE_S = 900.0
+_SAID = re.compile(r"ready in [\d.]+ s \(([^)]*)\)")
+
+
+class Start(NamedTuple):
+    """One start. phases: seconds by name, as the server says."""
+
+    seconds: float
+    phases: dict[str, float]
+
+
+def start(label: str, command: str, *, cold: bool) -> Start:
+    """Start a server, wait until it is ready, end it. Raises SystemExit if it never is."""
+    with TemporaryDirectory(prefix="ready-") as directory:
+        log = Path(directory, "log")
+        if cold:
+            given = [f"{name}={Path(directory, name)}" for name in CACHES]
+            command = f"env {shlex.join(given)} {command}"
+        server = Server(label, command, log)
+        try:
+            began = time.perf_counter()
+            with server:
+                seconds = wait_ready(server, began)
+        except LoadgenError as error:
+            raise SystemExit(str(error)) from None
+        # It says so a moment after /ready does, and has for sure when it has ended.
+        said = _SAID.search(log.read_text(errors="replace"))
+    if said is None:
+        raise SystemExit(f"{label} does not say what its start took; is it `minisrv serve`?")
+    return Start(round(seconds, 3), phases(said[1]))
+
+
+def wait_ready(server: Server, began: float) -> float:
+    """Seconds since `began` when `/ready` first answers 200. Raises ServerError if the server
+    ends before."""
+    while True:
+        server.check()
+        ready, seconds = is_ready(server.url), time.perf_counter() - began
+        if ready:
+            return seconds
+        if seconds > PATIENCE_S:
+            raise SystemExit(f"{server.name} is not ready after {seconds:.0f} s")
+        time.sleep(POLL_S)
+
+
+def is_ready(url: str) -> bool:
+    """Whether `/ready` answers 200."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=5)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def phases(text: str) -> dict[str, float]:
+    """Of "weights 0.1, graphs 2.4"."""
+    words = (part.rsplit(" ", 1) for part in text.split(", "))
+    return {name: float(seconds) for name, seconds in words}
+
+
+def measure(servers: dict[str, str], rounds: int, *, cold: bool) -> dict[str, list[Start]]:
+    """servers: command by label. Starts them by turns; a line on stderr for each start."""
+    turns = [] if cold else ["warm-up"]
+    turns += [f"round {number} of {rounds}" for number in range(1, rounds + 1)]
+    starts: dict[str, list[Start]] = {label: [] for label in servers}
+    for turn in turns:
+        for label, command in servers.items():
+            found = start(label, command, cold=cold)
+            print(f"{turn}: {label} {found.seconds:.2f} s ({say(found.phases)})", file=sys.stderr)
+            if turn != "warm-up":
+                starts[label].append(found)
+    return starts
+
+
+def say(seconds: dict[str, float]) -> str:
+    """ "weights 0.1, graphs 2.4"."""
+    return ", ".join(f"{name} {took:.1f}" for name, took in seconds.items())
+
+
+def machine() -> Environment:
+    """This machine, looked at by a process that ends: one that has asked CUDA keeps a part of the
+    GPU, and its driver awake for the servers."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(environment).result()
+
+
+def table(starts: dict[str, list[Start]]) -> Table:
+    """A row for each server."""
+    shown = Table("server", "least s", "median", "most", "phases, median", box=None)
+    for label, found in starts.items():
+        seconds = [one.seconds for one in found]
+        middle = {name: median(one.phases[name] for one in found) for name in found[0].phases}
+        shown.add_row(
+            label,
+            *(f"{value:.2f}" for value in (min(seconds), median(seconds), max(seconds))),
+            say(middle),
+        )
+    return shown
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--server", action="append", required=True, metavar="LABEL=COMMAND", help="may be repeated"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measured starts of each (5)")
+    parser.add_argument("--cold", action="store_true", help="empty caches for each start")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    servers: dict[str, str] = {}
+    for text in options.server:
+        label, _, command = text.partition("=")
+        if not label or not command or label in servers:
+            parser.error(f"--server {text!r}: give LABEL=COMMAND, each label once")
+        servers[label] = command
+    if options.rounds < 1:
+        parser.error("--rounds: at least 1")
+
+    where = machine()
+    starts = measure(servers, options.rounds, cold=options.cold)
+    # A file has no width, and a row must not be broken for it.
+    width = None if sys.stdout.isatty() else 200
+    Console(highlight=False, soft_wrap=True, width=width).print(table(starts))
+    if options.json is not None:
+        report = {
+            "environment": msgspec.to_builtins(where),
+            "cold": options.cold,
+            "servers": {
+                label: {"command": servers[label], "starts": [one._asdict() for one in found]}
+                for label, found in starts.items()
+            },
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
