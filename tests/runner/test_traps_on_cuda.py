@@ -142,14 +142,14 @@ def draws_of_the_capture(patch: Patch) -> None:
 def test_trap_10_replays_draw_anew_and_as_eager_runs_do(model, mutant):
     def drawn(seed: int, **settings: object) -> list[int]:
         engine = start(model, **settings)
-        submit(engine, [1, 2, 3], max_tokens=40, temperature=50.0, seed=seed)
+        submit(engine, [1, 2, 3], max_tokens=40, temperature=2.0, seed=seed)
         return generate(engine)[0]["1"]
 
     def test() -> None:
         eager = drawn(7, enforce_eager=True)
         assert drawn(7) == eager
         assert drawn(8) != eager
-        assert len(set(eager)) > 20, "of 384, nearly alike"
+        assert len(set(eager)) > 20, "of 40, from nearly alike logits"
 
     passes_but_for(test, mutant)
 
