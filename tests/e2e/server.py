@@ -98,9 +98,6 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=env, start_new_session=True
             )
-        # A connection for each request: none is reused while the server closes it.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.Client(timeout=60, verify=False, limits=limits, trust_env=False)
         self._threads = ThreadPoolExecutor(max_workers=256)
 
     @property
@@ -176,7 +173,6 @@ class Server:
         for pid in self.group():
             os.kill(pid, signal.SIGKILL)
         self._threads.shutdown()
-        self._http.close()
         self._directory.cleanup()
 
     # ---- requests ----------------------------------------------------------------------------
@@ -195,11 +191,13 @@ class Server:
         return connection
 
     def get(self, path: str) -> httpx.Response:
-        return self._http.get(self.url + path)
+        with _http() as http:
+            return http.get(self.url + path)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         """Send a body and read all of the answer, streamed or not."""
-        return self._http.post(self.url + path, json=body)
+        with _http() as http:
+            return http.post(self.url + path, json=body)
 
     def post_all(self, path: str, bodies: Iterable[dict[str, Any]]) -> list[Future[httpx.Response]]:
         """Send all bodies at once, each on a thread of its own."""
@@ -216,6 +214,12 @@ class Server:
         lines = self.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name.removeprefix("minisrv:"): float(value) for name, _, value in pairs}
+
+
+def _http() -> httpx.Client:
+    """A client for one request. A pool that threads share may close a connection as idle that it
+    has just given to one of them, whose answer is then lost."""
+    return httpx.Client(timeout=60, verify=False, trust_env=False)
 
 
 def _group_of(pid: int) -> int | None:
