@@ -37,7 +37,7 @@ from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
-from minisrv.runner.trial import StepTrial
+from minisrv.runner.trial import GREEDY, StepTrial
 
 Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
 """What a step launches once its buffers are filled; see `ModelRunner._launch`."""
@@ -225,11 +225,12 @@ class ModelRunner:
         on_progress(len(keys), len(keys))
 
     def time_graphs(self) -> dict[GraphKey, StepTime]:
-        """Time a step by every graph, on a batch that leaves it little padding. The cache must be
-        empty."""
+        """Time a step by every graph, on a greedy batch that leaves it little padding. The cache
+        must be empty."""
         times = {}
         for mode, key in self.ladders.keys():  # noqa: SIM118  (no mapping)
-            trial = StepTrial(self, mode, key, short_batch(key, self.limits))
+            batch = short_batch(key, self.limits)
+            trial = StepTrial(self, mode, key, batch, params=[GREEDY])
             found = [trial.time_replay() for _ in range(TIMED_REPLAYS)]
             times[mode, key] = StepTime(min(found), median(found))
             trial.clear()

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from minisrv.runner.model_runner import ModelRunner
 
 NAN = float("nan")
+GREEDY = SamplingParams(temperature=0.0)
 PARAMS = (
-    SamplingParams(temperature=0.0),
+    GREEDY,
     SamplingParams(temperature=0.8, top_p=0.9),
     SamplingParams(temperature=1.3, top_k=20, min_p=0.02),
 )
@@ -42,6 +43,7 @@ class StepTrial:
 
     before: the trial of a full batch in the same graph, which `Start.STALE` replays first; without
         one there is no such start.
+    params: of the rows, in turn.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StepTrial:
         descriptor: BatchDescriptor,
         batch: Batch,
         before: StepTrial | None = None,
+        params: Sequence[SamplingParams] = PARAMS,
     ) -> None:
         self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}"
         self.starts: Sequence[Start] = [
@@ -62,26 +65,33 @@ class StepTrial:
         self.before = before
         # The batch is all that chance depends on, so a trial can be repeated.
         draw = random.Random(repr(batch))
-        self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw)
+        self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw, params)
         used, last = len(self.output.new_blocks), runner.limits.blocks
         device = runner.kv_caches[0].device
         watched = sorted({*range(1 + used), min(1 + used, last), last})
         self.watched = torch.tensor(watched, device=device)
-        slots = [row.slot for row in self.output.rows]
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
         ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
         starts = {row.slot: row.start for row in self.output.rows}
+        self.slots = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
+        self.next_position = torch.tensor([*starts.values()], dtype=torch.int64, device=device)
         self.live = self._positions(dict.fromkeys(ends, 0), ends)
-        self.written = self._positions(starts, ends)
-        block, offset = self.written.nonzero().unbind(dim=1)
-        self.entries = self.watched[block] * runner.limits.block_size + offset
-        generator = torch.Generator().manual_seed(draw.getrandbits(63))
+        written = self._positions(starts, ends)
+        self.entries = self._entries(written)
+        outside = ~written
+        outside[NULL_BLOCK] = False  # padding writes there
+        self.outside, self.outside_entries = outside, self._entries(outside)
+        # Made where they are used: a host needs longer for the cache's values than for the rest.
+        generator = torch.Generator(device).manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
-        cache = torch.rand(shape, generator=generator) - 0.5
-        self.cache = cache.to(device, runner.kv_caches[0].dtype)
+        cache = torch.rand(shape, generator=generator, device=device) - 0.5
+        self.cache = cache.to(runner.kv_caches[0].dtype)
         self.last_token = torch.randint(
-            runner.vocab_size, self.slots.shape, generator=generator, dtype=torch.int64
-        ).to(device)
+            runner.vocab_size,
+            self.slots.shape,
+            generator=generator,
+            dtype=torch.int64,
+            device=device,
+        )
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
         """[watched, block_size] bool: cache positions of tokens `starts` to `ends` by slot. The
@@ -92,6 +102,11 @@ class StepTrial:
             first, end = starts[slot] - index * size, ends[slot] - index * size
             found[block, max(0, first) : max(0, min(size, end))] = True
         return found.to(self.watched.device)
+
+    def _entries(self, positions: Tensor) -> Tensor:
+        """Places in a cache of all blocks' entries of what [watched, block_size] marks."""
+        block, offset = positions.nonzero().unbind(dim=1)
+        return self.watched[block] * self.runner.limits.block_size + offset
 
     # ---- graph.certify.Trial -----------------------------------------------------------------
 
@@ -113,8 +128,7 @@ class StepTrial:
         for cache in self.runner.kv_caches:
             cache[self.watched] = initial
         state.last_token[self.slots] = self.last_token
-        for row in self.output.rows:
-            state.next_position[row.slot] = row.start
+        state.next_position[self.slots] = self.next_position
         state.apply(self.output)
         self.initial_cache = initial
         self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
@@ -137,9 +151,8 @@ class StepTrial:
         self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
 
     def time_replay(self) -> float:
-        """Milliseconds of a replay on a clean batch that is greedy."""
+        """Milliseconds of a replay on a clean batch."""
         self.reset(Start.CLEAN)
-        self.runner.state.temperature[self.slots] = 0.0
         with LaunchTimer(self.runner) as timer:
             self.run(graph=True)
         return timer.ms
@@ -162,20 +175,18 @@ class StepTrial:
 
     def touched(self) -> list[str]:
         """See `graph.certify.Trial`."""
-        found = []
-        outside = ~self.written
-        outside[NULL_BLOCK] = False  # padding writes there
-        expected = self.initial_cache[outside]
+        expected = self.initial_cache[self.outside].nan_to_num()
+        changed: dict[str, Tensor] = {}  # compared on the device, which is waited for once
         for layer, cache in enumerate(self.runner.kv_caches):
-            if not torch.equal(cache[self.watched][outside].nan_to_num(), expected.nan_to_num()):
-                found.append(f"cache entries of layer {layer} outside of the step")
+            found = cache.flatten(0, 1).index_select(0, self.outside_entries).nan_to_num()
+            changed[f"cache entries of layer {layer} outside of the step"] = found != expected
         for name, tensor in vars(self.runner.state).items():
             before = self.initial_state[name]
             if name in ("last_token", "next_position"):  # the step writes those of its own slots
                 before, tensor = (t.index_fill(0, self.slots, 0) for t in (before, tensor))
-            if not torch.equal(before, tensor):
-                found.append(f"{name} of a slot")
-        return found
+            changed[f"{name} of a slot"] = before != tensor
+        flags = torch.stack([difference.any() for difference in changed.values()]).tolist()
+        return [what for what, flag in zip(changed, flags, strict=True) if flag]
 
     def clear(self) -> None:
         """Leave state and buffers as a new server has them, and no poison in the cache."""
@@ -185,18 +196,24 @@ class StepTrial:
         self.runner.state.block_table.zero_()
 
 
-def _step(batch: Batch, block_size: int, vocab_size: int, draw: random.Random) -> SchedulerOutput:
+def _step(
+    batch: Batch,
+    block_size: int,
+    vocab_size: int,
+    draw: random.Random,
+    params: Sequence[SamplingParams],
+) -> SchedulerOutput:
     """A step of the batch's rows: slots in order, the first blocks in any order."""
     needed = [-(-(row.start + row.num_tokens) // block_size) for row in batch]
     blocks = draw.sample(range(1, 1 + sum(needed)), sum(needed))
     rows: list[ScheduledRow] = []
     new_slots: list[SlotStart] = []
     new_blocks: list[tuple[int, int, int]] = []
-    turn = draw.randrange(len(PARAMS))
+    turn = draw.randrange(len(params))
     for slot, (row, count) in enumerate(zip(batch, needed, strict=True), start=1):
         new_blocks += [(slot, index, blocks.pop()) for index in range(count)]
-        params = PARAMS[(slot + turn) % len(PARAMS)]
-        new_slots.append(SlotStart(slot, params, seed=draw.getrandbits(63)))
+        own = params[(slot + turn) % len(params)]
+        new_slots.append(SlotStart(slot, own, seed=draw.getrandbits(63)))
         prompt = [] if row.decoding else draw.choices(range(vocab_size), k=row.num_tokens)
         rows.append(
             ScheduledRow(
