@@ -49,7 +49,8 @@ def print_measured_plan(config: EngineConfig) -> None:
     info = engine.info
     console.print(
         f"{len(graph_bytes)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
-        f"{(info.num_kv_blocks - 1) * info.block_size} tokens"
+        f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
+        soft_wrap=True,
     )
 
 

@@ -15,7 +15,17 @@ from minisrv.engine.core import EngineCore
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
-SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "24", "--context", "40")
+# On a GPU a step has other launches.
+SMALL = (
+    "--device",
+    "cpu",
+    "--max-num-seqs",
+    "4",
+    "--max-num-batched-tokens",
+    "24",
+    "--context",
+    "40",
+)
 LAUNCHES = {"NONE": 11 * LAYERS + 10, "PIECEWISE": 2 * LAYERS + 8, "FULL": 1}
 """As in tests/runner/test_launches.py."""
 

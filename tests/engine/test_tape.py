@@ -32,7 +32,9 @@ def reference():
 @pytest.fixture(scope="module")
 def first():
     """Eager, at lag 0, every prompt computed: what the others are compared with."""
-    return play(TAPE, EngineConfig(enforce_eager=True, enable_prefix_caching=False, **LIMITS))
+    return play(
+        TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
+    )
 
 
 def test_eager_gives_the_tokens_of_transformers(first, reference):
@@ -63,7 +65,9 @@ def test_the_tape_is_hard_enough(first):
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
-    config = EngineConfig(cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS)
+    config = EngineConfig(
+        device="cpu", cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS
+    )
     played = play(TAPE, config)
     close, total = 0, 0
     wrong: list[str] = []

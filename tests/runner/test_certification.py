@@ -1,7 +1,8 @@
 """Certification: a graph that is almost right does not enter service.
 
 Each test breaks one thing on purpose and is named for it; a graph that passes then would have
-served wrong tokens.
+served wrong tokens. What is broken is the tape's too, so all of it runs on a CPU; a GPU has
+test_traps.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
-    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, **settings}
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, "device": "cpu"}
     return EngineCore(
-        EngineConfig(model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **limits),
+        EngineConfig(
+            model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **{**limits, **settings}
+        ),
         check_addresses=True,
     )
 
