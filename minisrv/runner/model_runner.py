@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -37,6 +36,7 @@ from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
+from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.trial import GREEDY, StepTrial
 
 Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
@@ -49,27 +49,6 @@ TIMED_REPLAYS = 5
 
 CaptureProgress = Callable[[int, int], None]
 """Called with the number of graphs captured so far, and of all."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step that has been launched. Its values are copies: later steps do not change them.
-
-    token_ids: [R] int64 on the host, there once `done` has passed.
-    logprobs: by row, None for rows that asked for none; None if no row did.
-    done: None where the host does the work itself.
-    """
-
-    token_ids: Tensor
-    logprobs: list[TokenLogprobs | None] | None
-    done: torch.cuda.Event | None = None
-
-    def tokens(self) -> list[int]:
-        """The sampled token of every row; waits for the step."""
-        if self.done is not None:
-            self.done.synchronize()
-        ids: list[int] = self.token_ids.tolist()
-        return ids
 
 
 class ModelRunner:
@@ -113,6 +92,7 @@ class ModelRunner:
         self.vocab_size = config.vocab_size
         self.state = SlotState(sizes, device)
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
+        self.results = ResultRing(sizes.rows, device)
         # Not zeroed: nothing reads an entry that has not been written, which certification shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         try:
@@ -137,28 +117,18 @@ class ModelRunner:
     @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as dispatched."""
-        self.state.apply(output)
         attn = self.buffers.fill(output, dispatch.descriptor)
+        self.results.begin()
         with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
             logprobs = self.launch(output, dispatch)
-        return self._result(self.buffers.tokens[: len(output.rows)], logprobs)
-
-    def _result(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
-        """Copies of the step's results, on their way to the host."""
-        if tokens.device.type == "cpu":
-            return StepResult(tokens.clone(), logprobs)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return StepResult(host, logprobs, done)
+        return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
 
     def _launch(
         self, output: SchedulerOutput, dispatch: Dispatch
     ) -> list[TokenLogprobs | None] | None:
         """Run what lies between the filled buffers and the sampled tokens."""
         descriptor, buffers = dispatch.descriptor, self.buffers
-        rows, tokens = len(output.rows), descriptor.num_tokens
+        rows, tokens = output.num_rows, descriptor.num_tokens
         if descriptor.uniform_decode:
             self.decode_step()
             logits = buffers.logits[:rows]
@@ -170,7 +140,9 @@ class ModelRunner:
             buffers.scatter(rows)
         if not output.needs_logits:
             return None
-        return report_logprobs(logits, buffers.tokens[:rows], [row.logprobs for row in output.rows])
+        return report_logprobs(
+            logits, buffers.tokens[:rows], [row.logprobs for row in output.first_rows]
+        )
 
     def _model_step(self, input_ids: Tensor, positions: Tensor) -> None:
         self.buffers.hidden[: len(input_ids)].copy_(self.model(input_ids, positions))

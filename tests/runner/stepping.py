@@ -26,7 +26,8 @@ from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import model_runner
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.results import StepResult
 from minisrv.runner.trial import StepTrial
 
 BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
@@ -131,7 +132,7 @@ class Step:
         assert output is not None
         dispatch = engine.dispatcher.dispatch(
             output.num_tokens,
-            len(output.rows),
+            output.num_rows,
             uniform_decode=output.uniform_decode,
             needs_logits=output.needs_logits,
         )

@@ -25,7 +25,8 @@ from minisrv.nn import attention as attention_layer
 from minisrv.runner import model_runner
 from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.results import StepResult
 from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
@@ -283,9 +284,9 @@ def keeps(*names: str) -> Mutant:
     def mutant(patch: Patch) -> None:
         fill = InputBuffers._fill_tokens
 
-        def broken(self, output, padded):
+        def broken(self, output, padded, upload):
             tails = {name: getattr(self, name)[output.num_tokens :].clone() for name in names}
-            fill(self, output, padded)
+            fill(self, output, padded, upload)
             for name, tail in tails.items():
                 getattr(self, name)[output.num_tokens :] = tail
 
@@ -491,7 +492,7 @@ def results_are_views(patch: Patch) -> None:
 
     def broken(self, output, dispatch):
         result = execute(self, output, dispatch)
-        return replace(result, token_ids=self.buffers.tokens[: len(output.rows)])
+        return StepResult(self.buffers.tokens[: output.num_rows], result.logprobs, result.done)
 
     patch.setattr(ModelRunner, "execute", broken)
 
@@ -509,11 +510,14 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
         step = Step.next(engine)
         result = step.launch()
         ran.append((step.dispatch.mode, step.padded))
-        read.append((result, StepResult(torch.tensor(result.tokens()), result.logprobs)))
-        for late, at_once in read:
-            assert late.tokens() == at_once.tokens()
-            assert late.logprobs == at_once.logprobs
-        step.retire(result)
+        if result.done is not None:
+            result.done.synchronize()
+        at_once = StepResult(result.token_ids.clone(), result.logprobs)
+        read.append((result, at_once))
+        step.retire(at_once)
+    for late, at_once in read:
+        assert late.tokens() == at_once.tokens()
+        assert late.logprobs == at_once.logprobs
     assert ran == [(PIECEWISE, 8), (FULL, 2), (PIECEWISE, 8), (FULL, 8), (FULL, 2)]
     chosen = [[row.token_id for row in r.logprobs if row] for r, _ in read if r.logprobs]
     assert chosen == [read[2][0].tokens()[2:], read[3][0].tokens()[2:]], "of the step's own logits"

@@ -12,10 +12,10 @@ import torch
 from minisrv.core.ladder import decode_descriptor
 from minisrv.graph.cuda import engine_stream
 from minisrv.modes import CUDAGraphMode, Epilogue
-from minisrv.runner import input_buffers
+from minisrv.runner import input_buffers, results
 from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.results import ResultRing
 from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
@@ -52,19 +52,19 @@ def test_trap_05_a_graph_captured_at_length_1_serves_2048(model):
             assert_equals_eager(StepTrial(runner, CUDAGraphMode.FULL, key, batch), poisoned=True)
 
 
-def one_buffer_for_results(patch: Patch) -> None:
-    buffer = torch.empty(64, dtype=torch.int64, pin_memory=True)
+def one_place_for_results(patch: Patch) -> None:
+    begin = ResultRing.begin
 
-    def broken(self, tokens, logprobs):
-        host = buffer[: len(tokens)].copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return StepResult(host, logprobs, done)
+    def broken(self):
+        for place in self._places:
+            place.result = None  # nobody reads it before the next comes
+        begin(self)
 
-    patch.setattr(ModelRunner, "_result", broken)
+    patch.setattr(results, "PLACES", 1)
+    patch.setattr(ResultRing, "begin", broken)
 
 
-@pytest.mark.parametrize("mutant", [None, one_buffer_for_results])
+@pytest.mark.parametrize("mutant", [None, one_place_for_results])
 def test_trap_08_a_result_is_read_when_the_next_step_is_done(model, mutant):
     def test() -> None:
         engine, alone = start(model), start(model, enforce_eager=True)
