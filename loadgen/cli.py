@@ -200,7 +200,13 @@ def _config(arguments: argparse.Namespace, base_url: str, label: str) -> RunConf
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
-    return arguments.api_key or os.environ.get("OPENAI_API_KEY")
+    key: str | None = arguments.api_key or os.environ.get("OPENAI_API_KEY")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "the API key has characters that no header can carry: check --api-key or "
+            "$OPENAI_API_KEY for line ends and letters outside ASCII"
+        )
+    return key
 
 
 def normalize_url(url: str) -> str:
@@ -212,6 +218,8 @@ def normalize_url(url: str) -> str:
         raise ConfigError(f"{url!r} is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{url!r} is no http or https URL")
+    if not url.isascii():
+        raise ConfigError(f"{url!r} is not ASCII: write the host in punycode and quote the path")
     if parts.query or parts.fragment:
         raise ConfigError("the URL may not have a query or a fragment")
     if parts.username is not None:

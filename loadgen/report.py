@@ -48,7 +48,7 @@ class Environment(msgspec.Struct, frozen=True):
     def here(cls) -> Self:
         """This machine, now."""
         packages = {}
-        for name in ("aiohttp", "uvloop"):
+        for name in ("httptools", "uvloop"):
             try:
                 packages[name] = version(name)
             except PackageNotFoundError:

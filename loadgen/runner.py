@@ -26,11 +26,11 @@ from multiprocessing.context import SpawnContext
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-import aiohttp
 import msgspec
 
-from loadgen.client import open_session, send
+from loadgen.client import send
 from loadgen.errors import ServerError, WorkerError
+from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import (
     ClientLoad,
@@ -319,7 +319,7 @@ async def _serve_phases(
     config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared
 ) -> None:
     loop = asyncio.get_running_loop()
-    async with open_session(api_key, config.timeout_s) as session:
+    with Client(api_key) as client:
         parent.send_bytes(b"ready")
         while True:
             try:
@@ -328,11 +328,11 @@ async def _serve_phases(
             except (EOFError, OSError):
                 return
             phase = msgspec.msgpack.decode(message, type=Phase)
-            result = await _run_phase(phase, session, shared)
+            result = await _run_phase(phase, client, shared)
             parent.send_bytes(msgspec.msgpack.encode(result))
 
 
-async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shared) -> PhaseResult:
+async def _run_phase(phase: Phase, client: Client, shared: _Shared) -> PhaseResult:
     """Keep `phase.lanes` requests in flight until a bound is met, watching the client itself."""
     config = phase.leg.config
     url = endpoint(config)
@@ -345,7 +345,7 @@ async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shar
             if index is None:
                 return
             body = request_body(config, phase.leg.level, phase.warmup, index)
-            record = await send(session, url, body, index, config)
+            record = await send(client, url, body, index, config)
             records.append(record)
             shared.count(record.failure is not None)
             if record.failure is not None:

@@ -91,8 +91,8 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
 
 
 def test_that_many_requests_are_really_in_flight(tmp_path: Path) -> None:
-    """Each answer waits until 120 requests are there: with aiohttp's default limit of 100
-    connections, or with lanes lost in the split over processes, all would time out."""
+    """Each answer waits until 120 requests are there: with a limit on connections, or with lanes
+    lost in the split over processes, all would time out."""
     gate = Wait(120)
     out = tmp_path / "out.json"
     with ScriptedServer(lambda number, body: [chunk("a"), gate, *answer(1)[1:]]) as server:
@@ -206,6 +206,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
         (["http://127.0.0.1:9"], "cannot reach http://127.0.0.1:9/v1/models"),
         (["ftp://host"], "no http or https URL"),
         (["http://user:pw@host"], "--api-key"),
+        (["URL", "--api-key", "sk\nX: y"], "no header can carry"),
         (["URL", "--model", "other"], "'other'"),
         (["URL", "--json", "/no/such/place/x.json"], "--json"),
         (["URL", "--concurrency", ","], "--concurrency"),
@@ -268,7 +269,9 @@ def test_normalize_url(url: str, base: str) -> None:
     assert normalize_url(url) == base
 
 
-@pytest.mark.parametrize("url", ["", "http://", "http://h:99999", "http://h?x=1", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "http://", "http://h:99999", "http://h?x=1", "http://[::1", "http://h\u00fc"]
+)
 def test_bad_urls(url: str) -> None:
     with pytest.raises(ConfigError):
         normalize_url(url)
