@@ -20,7 +20,14 @@ from msgspec.structs import replace
 from loadgen import ab
 from loadgen.client import find_model
 from loadgen.errors import ConfigError, LoadgenError
-from loadgen.records import MAX_DURATION_S, MAX_REQUESTS, Leg, PromptKind, RunConfig
+from loadgen.records import (
+    MAX_DURATION_S,
+    MAX_REQUESTS,
+    STREAMS_PER_PROCESS,
+    Leg,
+    PromptKind,
+    RunConfig,
+)
 from loadgen.report import (
     MAX_RAW_ROWS,
     ComparisonReport,
@@ -46,6 +53,7 @@ _MAX_CONCURRENCY = 10_000
 _MAX_TOKENS = 1_000_000
 _MAX_ID = 2**31
 _MAX_ROUNDS = 50
+_MAX_PROCESSES = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -303,8 +311,11 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     load("--duration", type=_seconds, metavar="S", help=text)
     text = "requests sent first at each concurrency, not measured (default: the concurrency)"
     load("--warmup", type=_integer(0, MAX_REQUESTS), metavar="N", help=text)
-    text = "client processes that share the requests in flight (default: %(default)s)"
-    load("--processes", type=_integer(1, 64), default=1, metavar="N", help=text)
+    text = (
+        "client processes that share the requests in flight, at most one for each (default: one "
+        f"for each {STREAMS_PER_PROCESS} in flight, at most the cores)"
+    )
+    load("--processes", type=_integer(1, _MAX_PROCESSES), metavar="N", help=text)
     text = "seconds that one request may take (default: %(default)g)"
     load("--timeout", type=_seconds, default=300.0, metavar="S", help=text)
 

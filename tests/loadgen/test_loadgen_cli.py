@@ -84,6 +84,7 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
         assert summary["output_tokens"] == 50
         assert summary["chunks"] == 50
         assert summary["itl_ms"]["count"] == 40
+        assert {"streams", "cpu_share", "lag_p99_s", "lag_max_s"} <= set(summary["clients"][0])
         assert summary["ttft_ms"]["min"] <= summary["ttft_ms"]["p50"] <= summary["e2e_ms"]["p50"]
         rows = [dict(zip(report["raw_fields"], row, strict=True)) for row in level["raw"]["rows"]]
         assert sorted(row["index"] for row in rows) == list(range(10))
