@@ -73,16 +73,16 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments, normalize_url(arguments.url), arguments.label)
     environment = Environment.here()
     levels: list[LevelReport] = []
-    stopped: KeyboardInterrupt | None = None
+    stopped: LoadgenError | KeyboardInterrupt | None = None
     try:
         with ProgressBar() as bar:
             for level in run_legs(Leg.of(config), _api_key(arguments), bar):
                 raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.concurrencies)))
                 levels.append(LevelReport(summarize(level), raw))
-    except KeyboardInterrupt as interrupt:
+    except (LoadgenError, KeyboardInterrupt) as error:
         if not levels:
             raise
-        stopped = interrupt
+        stopped = error
     summaries = [level.summary for level in levels]
     print_report(config, summaries)
     if arguments.json is not None:

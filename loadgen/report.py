@@ -113,7 +113,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     complete: bool
-    """False if the run was interrupted."""
+    """False if the run ended early; `levels` has the concurrencies until then."""
     config: RunConfig
     environment: Environment
     formulas: dict[str, str] = msgspec.field(default_factory=lambda: dict(FORMULAS))

@@ -201,6 +201,41 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     assert [summary["stopped_by"] for summary in summaries] == ["requests", "interrupt"]
 
 
+def test_a_client_process_that_dies_is_said_and_what_was_measured_is_kept(tmp_path: Path) -> None:
+    """All requests of the second level hang; fails by hanging if nobody looks after the dead."""
+    never = Wait(1_000, seen=2)
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        return [never] if number >= 4 else honest(number, body)
+
+    out = tmp_path / "out.json"
+    with ScriptedServer(script) as server:
+        process = subprocess.Popen(
+            [
+                *(*COMMAND, "run", server.url, "--concurrency", "1", "2", "--requests", "4"),
+                *("--warmup", "0", "--processes", "2", "--json", str(out)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        assert never.reached.wait(60)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        clients = [x for x in children if b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes()]
+        assert len(clients) == 2
+        os.kill(int(clients[1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "client process 2 of 2 died (killed by signal 9)" in stderr
+    assert "--processes" in stderr
+    assert "Traceback" not in stderr
+    assert "concurrency 1: " in stdout
+    report = load(out)
+    assert report["complete"] is False
+    assert [level["summary"]["ok"] for level in report["levels"]] == [4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
