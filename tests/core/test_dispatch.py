@@ -138,7 +138,7 @@ def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
     if ladders.decode:
         assert ladders.decode[-1] == ladders.max_num_seqs
     if ladders.mixed:
-        assert ladders.mixed[-1] == min(512, ladders.max_num_batched_tokens)
+        assert ladders.mixed[-1] == min(2048, ladders.max_num_batched_tokens)
 
 
 @given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
@@ -161,18 +161,18 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
     [
         ("full-and-piecewise", True, 5, FULL, Reason.PURE_DECODE),
         ("full-and-piecewise", False, 5, PIECEWISE, Reason.HAS_PREFILL),
-        ("full-and-piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("full-and-piecewise", False, 2050, NONE, Reason.ABOVE_LADDER),
         ("full-decode-only", True, 5, FULL, Reason.PURE_DECODE),
         ("full-decode-only", False, 5, NONE, Reason.NO_MIXED_GRAPH),
         ("piecewise", True, 5, PIECEWISE, Reason.NO_FULL_GRAPH),
-        ("piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("piecewise", False, 2050, NONE, Reason.ABOVE_LADDER),
         ("full-decode-only", True, 99, NONE, Reason.ABOVE_LADDER),
         ("none", True, 5, NONE, Reason.GRAPHS_OFF),
         ("none", False, 5, NONE, Reason.GRAPHS_OFF),
     ],
 )
 def test_reasons(mode, decode, tokens, mode_found, reason):
-    dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 1024))
+    dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 4096))
     requests = tokens if decode else 1
     found = dispatcher.dispatch(tokens, requests, uniform_decode=decode)
     assert (found.mode, found.reason) == (mode_found, reason)
