@@ -14,7 +14,7 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
 
 MIXED_TOP = 2048
 """No default rung of the mixed ladder is higher. On an H100 an eager step of Qwen3-0.6B takes 1.8
-times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048 (docs/results): above, there
+times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048 (docs/results): above there
 is little to win, and a graph's memory grows with its tokens."""
 
 

@@ -618,7 +618,7 @@ class _StepBuilder:
 
     def build(self, run: DecodeRun | None) -> SchedulerOutput | None:
         """The step, or None if no request was added. run: that it begins."""
-        rows = self.decodes + self.prefills
+        rows = self.decodes + self.prefills if self.prefills else self.decodes  # a run's own
         if not rows:
             return None
         return SchedulerOutput(
