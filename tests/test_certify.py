@@ -129,7 +129,7 @@ def test_an_address_that_moves(run, monkeypatch):
     monkeypatch.setattr(InputBuffers, "fill", sometimes_fresh)
     status, printed, _ = run()
     assert status == 1
-    assert "attn.qkv moved since the capture" in printed
+    assert "attn.qkv changed since the capture" in printed
 
 
 def test_what_does_not_start_is_not_swept(run, monkeypatch):

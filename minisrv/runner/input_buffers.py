@@ -6,7 +6,8 @@ step needs (last token, position, block table, sampling parameters) is written t
 when the request starts and by the step itself from then on. `InputBuffers` holds one step.
 Knows nothing of graphs or of the model.
 
-Padding is an ordinary row: slot 0, whose state is token 0, position 0, block table 0.
+A padding row is slot 0, whose state is token 0, position 0, block table 0: an ordinary row of a
+decode step, an empty one of any other.
 """
 
 from __future__ import annotations
@@ -148,23 +149,27 @@ class InputBuffers:
         A uniform decode step is given by its slots alone: the step gathers the rest itself
         (`gather_decode`), because under lag only the device knows the last tokens.
         """
-        num_rows = len(output.rows)
-        slots = np.full(descriptor.num_reqs or num_rows, NULL_SLOT, np.int64)
+        tokens, num_rows = descriptor.num_tokens, len(output.rows)
+        rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
+        slots = np.full(rows, NULL_SLOT, np.int64)
         slots[:num_rows] = [row.slot for row in output.rows]
-        self.slots[: len(slots)].copy_(to_device(slots, self.device))
+        self.slots[:rows].copy_(to_device(slots, self.device))
         if descriptor.uniform_decode:
-            assert descriptor.num_reqs is not None
             if descriptor not in self._decode_metadata:
-                shape = descriptor.num_tokens, descriptor.num_reqs
-                self._decode_metadata[descriptor] = self._metadata(*shape, self._decode_starts)
+                metadata = self._metadata(tokens, rows, self._decode_starts, max_query_len=1)
+                self._decode_metadata[descriptor] = metadata
             return self._decode_metadata[descriptor]
-        self._fill_tokens(output, descriptor.num_tokens)
-        return self._metadata(descriptor.num_tokens, num_rows, self.query_start_loc)
+        self._fill_tokens(output, tokens, rows)
+        # A row that is not padding has a token at least. What is captured does for any batch.
+        one_each = descriptor.num_reqs is None and tokens == rows
+        return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
-    def _fill_tokens(self, output: SchedulerOutput, padded: int) -> None:
-        rows, total, decodes = len(output.rows), output.num_tokens, output.num_decodes
-        lengths = np.fromiter((row.num_tokens for row in output.rows), np.int64, rows)
-        starts = np.fromiter((row.start for row in output.rows), np.int64, rows)
+    def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int) -> None:
+        """padded: tokens of the padded step. rows: those of padding, which are empty, included."""
+        total, decodes = output.num_tokens, output.num_decodes
+        lengths, starts = np.zeros((2, rows), np.int64)
+        lengths[: len(output.rows)] = [row.num_tokens for row in output.rows]
+        starts[: len(output.rows)] = [row.start for row in output.rows]
         ends = np.cumsum(lengths)
         row_of_token = np.repeat(np.arange(rows), lengths)
         positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
@@ -223,7 +228,9 @@ class InputBuffers:
         """[rows] int64, the position of the token that each row samples."""
         return self.seq_lens[:rows].to(torch.int64)
 
-    def _metadata(self, tokens: int, rows: int, starts: Tensor) -> AttentionMetadata:
+    def _metadata(
+        self, tokens: int, rows: int, starts: Tensor, max_query_len: int
+    ) -> AttentionMetadata:
         return AttentionMetadata(
             qkv=self.qkv[:tokens],
             out=self.attn_out[:tokens],
@@ -231,4 +238,5 @@ class InputBuffers:
             block_table=self.block_table[:rows],
             seq_lens=self.seq_lens[:rows],
             query_start_loc=starts[: rows + 1],
+            max_query_len=max_query_len,
         )
