@@ -93,8 +93,7 @@ def test_counting_leaves_nothing_behind(checkpoint):
     engine.step()
     assert counter.count == PIECEWISE, "what runs behind the block is not counted"
     assert runner.launch == runner._launch
-    wrappers = (runner.model_step, runner.decode_step)
-    assert all(wrapper.replay is CapturedGraph.replay for wrapper in wrappers)
+    assert all(wrapper.replay is CapturedGraph.replay for wrapper in runner.wrappers)
 
 
 @pytest.fixture
@@ -135,7 +134,7 @@ def test_a_count_is_of_one_kind_of_step():
         for _ in range(expected[output, dispatch]):
             torch.zeros(1)
 
-    runner = SimpleNamespace(launch=launch, model_step=wrapper, decode_step=wrapper)
+    runner = SimpleNamespace(launch=launch, wrappers=(wrapper,))
     simulate_launches(runner, 1.0, waits.append)
     steps = [
         (Output((None,) * rows, logits), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
