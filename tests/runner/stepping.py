@@ -33,6 +33,9 @@ from minisrv.runner.trial import StepTrial
 
 BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
 
+BOTH = (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL)
+"""Configured modes that run mixed batches by pieces, and by one graph."""
+
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
 
@@ -108,7 +111,7 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
     with Patch.context() as patch:
         # Else dispatch would depend on what a GPU took for which graph.
         patch.setattr(ModelRunner, "time_graphs", lambda self: {})
-        # A tape calls the op again, which looks at the lengths of then, wherever they are.
+        # See conftest.tape_holds_mixed_batches.
         patch.setattr(core, "captures_mixed", lambda device: True)
         if not certified:
             patch.setattr(model_runner, "certify", capture_behind_a_run)

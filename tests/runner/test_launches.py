@@ -65,10 +65,11 @@ def steps(engine: EngineCore) -> list[int]:
         ("none", EAGER, EAGER),
         ("piecewise", PIECEWISE, PIECEWISE),
         ("full-decode-only", EAGER, 1),
+        ("full", 1 + OUTSIDE, 1),
         ("full-and-piecewise", PIECEWISE, 1),
     ],
 )
-def test_the_launches_of_a_step(checkpoint, mode, prefill, decode):
+def test_the_launches_of_a_step(checkpoint, mode, prefill, decode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
     add(engine, "a")
     add(engine, "b", temperature=0.8, top_p=0.9)  # sampling is one op, whatever it does

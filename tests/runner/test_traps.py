@@ -30,6 +30,7 @@ from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
     BLOCK_SIZE,
+    BOTH,
     CONTEXT,
     NUM_BLOCKS,
     Model,
@@ -49,8 +50,6 @@ from tests.runner.stepping import (
 )
 
 PIECEWISE, FULL = CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
-BOTH = (CUDAGraphMode.FULL_AND_PIECEWISE, FULL)
-"""Configured modes that run mixed batches by pieces, and by one graph."""
 
 
 @pytest.fixture(scope="module")
