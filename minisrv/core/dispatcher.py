@@ -41,8 +41,8 @@ class Dispatch:
 
 class Dispatcher:
     """The order is static: a graph for pure decode, one for any batch, NONE; of each kind the
-    smallest rung that holds the batch.
-    Another graph that holds it takes its place where it has been measured to be cheaper."""
+    smallest rung that holds the batch. Another graph that holds it takes its place where it has
+    been measured to be cheaper."""
 
     def __init__(
         self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
