@@ -158,10 +158,11 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
 
 def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
     """For each runtime mode of `ladders`, NONE first, one that chooses it wherever it can."""
+    mixed = {ladders.mode.mixed_mode: ladders.mixed}
     offered = {
         NONE: replace(ladders, mode=NONE, decode=(), mixed=()),
-        PIECEWISE: replace(ladders, mode=PIECEWISE, decode=()),
-        FULL: replace(ladders, mode=CUDAGraphMode.FULL_DECODE_ONLY, mixed=()),
+        PIECEWISE: replace(ladders, mode=PIECEWISE, decode=(), mixed=mixed.get(PIECEWISE, ())),
+        FULL: replace(ladders, mode=FULL, mixed=mixed.get(FULL, ())),
     }
     return {
         mode: Dispatcher(some)

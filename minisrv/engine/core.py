@@ -29,8 +29,10 @@ from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
+from minisrv.kernels.attention import captures_mixed
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
+from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest
 from minisrv.runner.launches import simulate_launches
@@ -120,6 +122,7 @@ class EngineCore:
         max_model_len = resolve_max_model_len(config, model_config)
         self.ladders = ladders_of(config)
         device = resolve_device(config)
+        check_mode(config, device)
         dtype = resolve_dtype(config, model_config, device)
         if device.type == "cpu":
             with self._timed("kernels"):
@@ -377,6 +380,16 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.quantization is not None:
         raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_mode(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError for graphs of mixed batches that hold attention where it cannot be held."""
+    if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(device):
+        raise ConfigError(
+            f"cudagraph_mode=full captures mixed batches in one graph, and on device={device} the "
+            "attention kernels take the lengths of a mixed batch from the host; use "
+            "full-and-piecewise (the default) or full-decode-only, or a GPU."
+        )
 
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

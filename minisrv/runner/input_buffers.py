@@ -6,7 +6,8 @@ step needs (last token, position, block table, sampling parameters) is written t
 when the request starts and by the step itself from then on. `InputBuffers` holds one step.
 Knows nothing of graphs or of the model.
 
-Padding is an ordinary row: slot 0, whose state is token 0, position 0, block table 0.
+A padding row is slot 0, whose state is token 0, position 0, block table 0: an ordinary row of a
+decode step, an empty one of any other.
 """
 
 from __future__ import annotations
@@ -178,37 +179,36 @@ class InputBuffers:
         (`gather_decode`), because under lag only the device knows the last tokens. One that goes on
         with the slots of the step before it is given already.
         """
-        upload, slots = Upload(), self._given
+        upload, given = Upload(), self._given
+        tokens, num_rows = descriptor.num_tokens, output.num_rows
+        rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
         self.state.apply(output, upload)
         self._given = (output.first_rows, descriptor)
-        if not (output.age and slots == self._given):
-            upload.add(self._padded_slots(output, descriptor), self._put(self.slots))
-        if not descriptor.uniform_decode:
-            self._fill_tokens(output, descriptor.num_tokens, upload)
-            return self._metadata(descriptor.num_tokens, output.num_rows, self.query_start_loc)
-        upload.send(self.device)
-        assert descriptor.num_reqs is not None
-        if descriptor not in self._decode_metadata:
-            shape = descriptor.num_tokens, descriptor.num_reqs
-            self._decode_metadata[descriptor] = self._metadata(*shape, self._decode_starts)
-        return self._decode_metadata[descriptor]
-
-    def _padded_slots(
-        self, output: SchedulerOutput, descriptor: BatchDescriptor
-    ) -> NDArray[np.int64]:
-        slots = np.full(descriptor.num_reqs or output.num_rows, NULL_SLOT, np.int64)
-        slots[: output.num_rows] = [row.slot for row in output.first_rows]
-        return slots
+        if not (output.age and given == self._given):
+            slots = np.full(rows, NULL_SLOT, np.int64)
+            slots[:num_rows] = [row.slot for row in output.first_rows]
+            upload.add(slots, self._put(self.slots))
+        if descriptor.uniform_decode:
+            upload.send(self.device)
+            if descriptor not in self._decode_metadata:
+                metadata = self._metadata(tokens, rows, self._decode_starts, max_query_len=1)
+                self._decode_metadata[descriptor] = metadata
+            return self._decode_metadata[descriptor]
+        self._fill_tokens(output, tokens, rows, upload)
+        # A row that is not padding has a token at least. What is captured does for any batch.
+        one_each = descriptor.num_reqs is None and tokens == rows
+        return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
     def _put(self, buffer: Tensor) -> Callable[[Tensor], Tensor]:
         """Copies values to the beginning of `buffer`."""
         return lambda values: buffer[: len(values)].copy_(values)
 
-    def _fill_tokens(self, output: SchedulerOutput, padded: int, upload: Upload) -> None:
-        step, rows = output.rows, output.num_rows
-        total, decodes = output.num_tokens, output.num_decodes
-        lengths = np.fromiter((row.num_tokens for row in step), np.int64, rows)
-        starts = np.fromiter((row.start for row in step), np.int64, rows)
+    def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int, upload: Upload) -> None:
+        """padded: tokens of the padded step. rows: those of padding, which are empty, included."""
+        step, total, decodes = output.rows, output.num_tokens, output.num_decodes
+        lengths, starts = np.zeros((2, rows), np.int64)
+        lengths[: len(step)] = [row.num_tokens for row in step]
+        starts[: len(step)] = [row.start for row in step]
         ends = np.cumsum(lengths)
         row_of_token = np.repeat(np.arange(rows), lengths)
         positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
@@ -269,7 +269,9 @@ class InputBuffers:
         """[rows] int64, the position of the token that each row samples."""
         return self.seq_lens[:rows].to(torch.int64)
 
-    def _metadata(self, tokens: int, rows: int, starts: Tensor) -> AttentionMetadata:
+    def _metadata(
+        self, tokens: int, rows: int, starts: Tensor, max_query_len: int
+    ) -> AttentionMetadata:
         return AttentionMetadata(
             qkv=self.qkv[:tokens],
             out=self.attn_out[:tokens],
@@ -277,4 +279,5 @@ class InputBuffers:
             block_table=self.block_table[:rows],
             seq_lens=self.seq_lens[:rows],
             query_start_loc=starts[: rows + 1],
+            max_query_len=max_query_len,
         )

@@ -142,9 +142,12 @@ def test_simulated_figures_say_so_wherever_they_are_kept(checkpoint, tmp_path, c
     [
         ("piecewise", ["NONE", "PIECEWISE"], ["NONE", "PIECEWISE"]),
         ("full-decode-only", ["NONE", "FULL"], ["NONE"]),
+        ("full", ["NONE", "FULL"], ["NONE", "FULL"]),
     ],
 )
-def test_modes_without_graphs_are_left_out(checkpoint, tmp_path, mode, decode, prefill):
+def test_modes_without_graphs_are_left_out(
+    checkpoint, tmp_path, mode, decode, prefill, tape_holds_mixed_batches
+):
     out = tmp_path / "bench.json"
     assert run(checkpoint, "--cudagraph-mode", mode, "--json", str(out)) == 0
     report = json.loads(out.read_text())

@@ -20,7 +20,7 @@ from tests.engine.tape import LIMITS, judge, make_tape, play
 
 VOCAB = 4096
 TAPE = make_tape(240, VOCAB, seed=1)
-MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
+MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,9 @@ def test_the_tape_is_hard_enough(first):
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
+def test_every_mode_and_lag_gives_the_same_tokens(
+    mode, lag, first, reference, tape_holds_mixed_batches
+):
     config = EngineConfig(
         device="cpu", cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS
     )
@@ -98,6 +100,7 @@ def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
             "none": {("NONE", "graphs_off")},
             "piecewise": {("PIECEWISE", "no_full_graph"), ("PIECEWISE", "has_prefill")},
             "full-decode-only": {("FULL", "pure_decode"), ("NONE", "no_mixed_graph")},
+            "full": {("FULL", "pure_decode"), ("FULL", "has_prefill")},
             "full-and-piecewise": {("FULL", "pure_decode"), ("PIECEWISE", "has_prefill")},
         }[mode]
     )

@@ -14,7 +14,7 @@ from tests.engine.tape import LIMITS, judge, make_tape, play
 pytestmark = pytest.mark.gpu
 
 TAPE = make_tape(240, 4096, seed=1)
-MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
+MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
 @pytest.fixture(scope="module")

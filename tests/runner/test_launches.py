@@ -65,10 +65,11 @@ def steps(engine: EngineCore) -> list[int]:
         ("none", EAGER, EAGER),
         ("piecewise", PIECEWISE, PIECEWISE),
         ("full-decode-only", EAGER, 1),
+        ("full", 1 + OUTSIDE, 1),
         ("full-and-piecewise", PIECEWISE, 1),
     ],
 )
-def test_the_launches_of_a_step(checkpoint, mode, prefill, decode):
+def test_the_launches_of_a_step(checkpoint, mode, prefill, decode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
     add(engine, "a")
     add(engine, "b", temperature=0.8, top_p=0.9)  # sampling is one op, whatever it does
@@ -93,8 +94,7 @@ def test_counting_leaves_nothing_behind(checkpoint):
     engine.step()
     assert counter.count == PIECEWISE, "what runs behind the block is not counted"
     assert runner.launch == runner._launch
-    wrappers = (runner.model_step, runner.decode_step)
-    assert all(wrapper.replay is CapturedGraph.replay for wrapper in wrappers)
+    assert all(wrapper.replay is CapturedGraph.replay for wrapper in runner.wrappers)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_count_is_of_one_kind_of_step():
         for _ in range(expected[output, dispatch]):
             torch.zeros(1)
 
-    runner = SimpleNamespace(launch=launch, model_step=wrapper, decode_step=wrapper)
+    runner = SimpleNamespace(launch=launch, wrappers=(wrapper,))
     simulate_launches(runner, 1.0, waits.append)
     steps = [
         (Output(rows, logits), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
