@@ -6,8 +6,8 @@
 In one process, without HTTP: some streams decode, and prompts arrive one behind another, the next
 when the last has its first token, so that every step but a prompt's last is a full chunk. The
 largest step, `--max-num-batched-tokens`, is the chunk with the streams' own tokens. PIECEWISE has
-graphs up to the chunk; FULL (`--cudagraph-mode full`, on a GPU) runs such a step's model in one; eager
-mixed steps are those of `--cudagraph-mode full-decode-only`.
+graphs up to the chunk; FULL (`--cudagraph-mode full`, on a GPU) runs the model of such a step in
+one; eager mixed steps are those of `--cudagraph-mode full-decode-only`.
 """
 
 from __future__ import annotations

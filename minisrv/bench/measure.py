@@ -35,9 +35,10 @@ from minisrv.runner.results import StepResult
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
-BLOCK = 5
-"""Steps of a block. The first is not counted: it brings back to the caches what the mode before has
-pushed out of them."""
+BLOCK = 6
+SETTLE = 2
+"""Steps of a block, and those of them that are not counted: they bring back to the caches what the
+mode before has pushed out, and one step ahead the second is the first behind one of its own mode."""
 
 PREFILL_CHUNKS = (128, 512)
 """Tokens; a chunk is cut to what a step may hold."""
@@ -372,11 +373,12 @@ class Bench:
     def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> BlockTime:
         """The median step of a block."""
         before = self._steps_in(mode)
-        self._step(mode, prepare)
+        for _ in range(SETTLE):
+            self._step(mode, prepare)
         clock = HostClock(self.engine, self.dispatchers.values())
         begin = self.engine.stats()
         with clock:
-            times = [self._step(mode, prepare) for _ in range(BLOCK - 1)]
+            times = [self._step(mode, prepare) for _ in range(BLOCK - SETTLE)]
         end = self.engine.stats()
         assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
         steps, on_gpu = len(times), self.device.type == "cuda"

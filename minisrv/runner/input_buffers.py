@@ -111,7 +111,9 @@ class SlotState:
             bits = np.array(floats, np.float64).view(np.int64)
             upload.add(np.concatenate((np.array(ints, np.int64), bits), axis=1), self._start)
         if output.new_blocks:
-            upload.add(np.array(output.new_blocks, np.int64), self._extend)
+            slots, indices, blocks = np.array(output.new_blocks, np.int64).T
+            at = slots * self.block_table.shape[1] + indices
+            upload.add(np.stack((at, blocks)), self._extend)
 
     def _start(self, new: Tensor) -> None:
         """new: [N, 6] int64: slot, top_k, seed, then temperature, top_p and min_p as float64."""
@@ -124,9 +126,9 @@ class SlotState:
         self.min_p.index_copy_(0, slots, min_p)
 
     def _extend(self, new: Tensor) -> None:
-        """new: [N, 3] int64: slot, index in its block table, block."""
-        slots, indices, blocks = new.unbind(dim=1)
-        self.block_table[slots, indices] = blocks.to(torch.int32)
+        """new: [2, N] int64: places in the flat block table, blocks."""
+        at, blocks = new.unbind()
+        self.block_table.view(-1).index_copy_(0, at, blocks.to(torch.int32))
 
 
 class InputBuffers:

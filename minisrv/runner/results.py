@@ -32,7 +32,8 @@ class StepResult:
 
     token_ids: [R] int64 on the host, there once `tokens` has returned.
     logprobs: by row, None for rows that asked for none; None if no row did.
-    done: None where the host does the work itself.
+    done: None where the host does the work itself. began: when it was launched. before: when the
+        step before it was done.
     """
 
     token_ids: Tensor
@@ -40,26 +41,24 @@ class StepResult:
     done: torch.cuda.Event | None = None
     began: torch.cuda.Event | None = None
     before: torch.cuda.Event | None = None
-    _read: tuple[list[int], DeviceTime | None] | None = field(default=None, repr=False)
+    _ids: list[int] | None = field(default=None, repr=False)
 
     def tokens(self) -> list[int]:
         """The sampled token of every row; waits for the step."""
-        return self._values()[0]
-
-    def device_time(self) -> DeviceTime | None:
-        """How long the GPU took; waits for the step. None on a CPU."""
-        return self._values()[1]
-
-    def _values(self) -> tuple[list[int], DeviceTime | None]:
-        if self._read is None:
-            time = None
+        if self._ids is None:
             if self.done is not None:
                 self.done.synchronize()
-                if self.began is not None:
-                    idle = None if self.before is None else self.before.elapsed_time(self.began)
-                    time = DeviceTime(self.began.elapsed_time(self.done), idle)
-            self._read = self.token_ids.tolist(), time
-        return self._read
+            ids: list[int] = self.token_ids.tolist()
+            self._ids = ids
+        return self._ids
+
+    def device_time(self) -> DeviceTime | None:
+        """How long the GPU took, None on a CPU. Asked for behind `tokens`, when no more than one
+        other step has been launched: the ring's events are used again."""
+        if self.began is None or self.done is None:
+            return None
+        idle = None if self.before is None else self.before.elapsed_time(self.began)
+        return DeviceTime(self.began.elapsed_time(self.done), idle)
 
 
 class _Place:
