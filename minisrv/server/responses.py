@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Choice, merge
+from minisrv.server.generation import Choice, coalesce, generate
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
@@ -62,22 +62,25 @@ class GenerationResponse(Response):
             if request.stream:
                 await self._stream(choices, send)
                 return
-            async with aclosing(merge(choices)) as deltas:
-                async for delta in deltas:
-                    reply.add(delta)
+            async with aclosing(generate(self._serving.client, choices)) as batches:
+                async for deltas in batches:
+                    for delta in deltas:
+                        reply.add(delta)
         await JSON(reply.document())(scope, receive, send)
 
     async def _stream(self, choices: list[Choice], send: Send) -> None:
-        reply = self._reply
+        reply, client = self._reply, self._serving.client
         silent = set(range(len(choices)))
         early = b""  # events of choices that were faster than the slowest first output
-        started = False
+        started = late = False
         try:
-            async with aclosing(merge(choices)) as deltas:
-                async for delta in deltas:
-                    events = reply.events(delta)
+            async with aclosing(generate(client, choices)) as batches:
+                async for deltas in batches:
+                    # An event for each token; but the client that takes them too slowly gets all
+                    # that came while it took none in one.
+                    events = b"".join(map(reply.events, coalesce(deltas) if late else deltas))
                     if not started:
-                        silent.discard(delta.index)
+                        silent.difference_update(delta.index for delta in deltas)
                         early += events
                         if silent:
                             continue
@@ -86,9 +89,11 @@ class GenerationResponse(Response):
                             {"type": "http.response.start", "status": 200, "headers": sse.HEADERS}
                         )
                     if events:
+                        before = client.num_messages
                         await send(
                             {"type": "http.response.body", "body": events, "more_body": True}
                         )
+                        late = client.num_messages != before
             last = reply.last_events()
         except Exception as error:
             if not started:
