@@ -1,18 +1,16 @@
 """The choices of one response, side by side.
 
 A choice is one request of the engine: its tokens become text here, stop strings are found here,
-and what it needed is measured here. Whatever ends the reading before its time (a failure of one
-choice, a client that went away) aborts all of them in the engine, because it closes the engine
-client's generator.
+and what it needed is measured here.
 
-Knows: the engine client and the detokenizer. Knows nothing of JSON or HTTP.
+Knows: outputs and the detokenizer, and the engine client where a stop string aborts. Knows nothing
+of JSON or HTTP.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from minisrv.engine.client import EngineClient
@@ -146,25 +144,35 @@ class Choice:
         self._last_output = now
 
 
-async def generate(client: EngineClient, choices: Sequence[Choice]) -> AsyncGenerator[list[Delta]]:
-    """Start the choices and yield their deltas, those that came since the last time at once.
+class Generation:
+    """The choices of one response, read together.
 
-    Raises what the engine client raises, and EngineError if the engine gave a request up.
+    requests: what to submit.
     """
-    by_id = {choice.request.request_id: choice for choice in choices}
-    running = len(choices)
-    requests = [choice.request for choice in choices]
-    async with aclosing(client.generate(requests)) as batches:
-        async for outputs in batches:
-            now = time.perf_counter()
-            deltas = []
-            for output in outputs:
-                choice = by_id[output.request_id]
-                if (delta := choice.read(output, now)) is not None:
-                    deltas.append(delta)
-                    running -= choice.ended
-            if deltas:
-                yield deltas
-            if not running:
-                return
-    raise EngineError("the engine ended a request without a finish reason.")
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.requests = [choice.request for choice in choices]
+        self._by_id = {choice.request.request_id: choice for choice in choices}
+        self._running = len(choices)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every choice has had its last delta."""
+        return self._running == 0
+
+    def read(self, outputs: Iterable[EngineOutput]) -> list[Delta]:
+        """What the outputs that have come by now add. Raises what `Choice.read` raises."""
+        now = time.perf_counter()
+        deltas = []
+        for output in outputs:
+            choice = self._by_id[output.request_id]
+            delta = choice.read(output, now)
+            if delta is not None:
+                deltas.append(delta)
+                self._running -= choice.ended
+        return deltas
+
+    def check_ended(self) -> None:
+        """Raises EngineError if the engine gave a request up."""
+        if not self.has_ended:
+            raise EngineError("the engine ended a request without a finish reason.")

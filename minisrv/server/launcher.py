@@ -48,7 +48,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     directory = resolve_checkpoint(engine.model)
     names = server.served_model_names or (engine.model or directory.name,)
     with ExitStack() as stack:
-        listeners = _listen(server)
+        listeners = listen(server)
         for listener in listeners:
             stack.enter_context(listener)
         stop = stack.enter_context(_stop_signals())
@@ -174,7 +174,7 @@ def _stop_signals() -> Iterator[socket.socket]:
         signal.set_wakeup_fd(-1)
 
 
-def _listen(server: ServerConfig) -> list[socket.socket]:
+def listen(server: ServerConfig) -> list[socket.socket]:
     """A socket for each worker, on one port, over which the kernel spreads connections.
 
     One socket that all accept from would leave most of a burst to the worker that wakes first.

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Choice, coalesce, generate
+from minisrv.server.generation import Generation, coalesce
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
@@ -58,29 +58,33 @@ class GenerationResponse(Response):
         with self._serving.places(request, reply.id):
             prompts = await self._serving.prompts(request)
             choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+            generation = Generation(choices)
             reply.begin(prompts)
             if request.stream:
-                await self._stream(choices, send)
+                await self._stream(generation, send)
                 return
-            async with aclosing(generate(self._serving.client, choices)) as batches:
-                async for deltas in batches:
-                    for delta in deltas:
+            async with aclosing(self._serving.client.generate(generation.requests)) as batches:
+                async for outputs in batches:
+                    for delta in generation.read(outputs):
                         reply.add(delta)
+                    if generation.has_ended:
+                        break
+            generation.check_ended()
         await JSON(reply.document())(scope, receive, send)
 
-    async def _stream(self, choices: list[Choice], send: Send) -> None:
+    async def _stream(self, generation: Generation, send: Send) -> None:
         reply, client = self._reply, self._serving.client
-        silent = set(range(len(choices)))
+        silent = set(range(len(generation.requests)))
         early = b""  # events of choices that were faster than the slowest first output
-        started = late = False
+        started = behind = False
         try:
-            async with aclosing(generate(client, choices)) as batches:
-                async for deltas in batches:
-                    # An event for each token; but the client that takes them too slowly gets all
-                    # that came while it took none in one.
-                    events = b"".join(map(reply.events, coalesce(deltas) if late else deltas))
+            async with aclosing(client.generate(generation.requests)) as batches:
+                async for outputs in batches:
+                    deltas = generation.read(outputs)
+                    # An event for each token, but one for all that came while the client took none.
+                    events = b"".join(map(reply.events, coalesce(deltas) if behind else deltas))
                     if not started:
-                        silent.difference_update(delta.index for delta in deltas)
+                        silent.difference_update([delta.index for delta in deltas])
                         early += events
                         if silent:
                             continue
@@ -93,7 +97,10 @@ class GenerationResponse(Response):
                         await send(
                             {"type": "http.response.body", "body": events, "more_body": True}
                         )
-                        late = client.num_messages != before
+                        behind = client.num_messages != before
+                    if generation.has_ended:
+                        break
+            generation.check_ended()
             last = reply.last_events()
         except Exception as error:
             if not started:
