@@ -64,6 +64,11 @@ class ChildProcess:
         """As in `multiprocessing`: negative for a signal, None for a process that has not ended."""
         return self._process.exitcode
 
+    def wait(self) -> int | None:
+        """Wait for its end, of which the sentinel tells a moment too early; the exit status."""
+        self._process.join()
+        return self.exit_status
+
     def stop(self) -> None:
         """End the process at once and wait for it. May be called twice.
 

@@ -125,7 +125,7 @@ class _Tree:
 
     def _replace(self, index: int, worker: WorkerProcess) -> bool:
         """Start another worker in the place of one that has died; whether the server can go on."""
-        what = f"API worker {index} (process {worker.pid}) has died, {_how(worker.exit_status)}"
+        what = f"API worker {index} (process {worker.pid}) has died, {_how(worker.wait())}"
         if not worker.is_ready or self.engine.exit_status is not None:
             logger.error("%s; the server ends.", what)
             return False

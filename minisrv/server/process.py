@@ -10,7 +10,7 @@ Knows: processes. Imports nothing of HTTP, which would take half a second before
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +30,7 @@ class WorkerConfig:
     address, engine_pid: of the engine. checkpoint: its directory.
     private_dir: the server's own, where workers share their metrics.
     shutdown_timeout: seconds that open requests get to finish.
+    engine_is_ready: or else it is starting as well, and the worker answers that it does.
     """
 
     index: int
@@ -40,6 +41,7 @@ class WorkerConfig:
     private_dir: Path
     served_model_names: tuple[str, ...]
     shutdown_timeout: int
+    engine_is_ready: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class WorkerProcess(ChildProcess):
         """Another process in the place of this one, which has ended."""
         self.stop()
         self.reports.close()
-        return WorkerProcess(self.config, self.listener)
+        return WorkerProcess(replace(self.config, engine_is_ready=True), self.listener)
 
 
 def _main(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:

@@ -58,7 +58,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     )
     server = _Server(settings, client, config.shutdown_timeout)
     with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
-        runner.run(_serve(client, server, listener, launcher))
+        runner.run(_serve(config, client, server, listener, launcher))
 
 
 class _Server(uvicorn.Server):
@@ -85,7 +85,11 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    client: EngineClient, server: _Server, listener: socket.socket, launcher: Connection
+    config: WorkerConfig,
+    client: EngineClient,
+    server: _Server,
+    listener: socket.socket,
+    launcher: Connection,
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -97,6 +101,8 @@ async def _serve(
     await client.start(lambda *phase: _tell(launcher, Loading(*phase)))
     settled = asyncio.create_task(_report(client, launcher))
     try:
+        if config.engine_is_ready:
+            await client.settled()  # it has to say so, before this worker may
         await server.serve([listener])
     finally:
         settled.cancel()

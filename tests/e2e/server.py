@@ -146,6 +146,17 @@ class Server:
         (pid,) = self.named(f"minisrv-api-{index}")
         return pid
 
+    def worker_of(self, connection: socket.socket) -> int:
+        """The process that has accepted a connection, which has been answered."""
+        ports = [f":{port:04X}" for _, port in (connection.getpeername(), connection.getsockname())]
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        (inode,) = [line[9] for line in lines if [line[1][8:], line[2][8:]] == ports]
+        for pid in self.group():
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                if os.readlink(file) == f"socket:[{inode}]":
+                    return pid
+        raise AssertionError("no process has it")
+
     def socket_dirs(self) -> list[Path]:
         """The directories of engine sockets that exist."""
         return list(self._temporary.glob("minisrv-*"))
