@@ -118,6 +118,7 @@ def read_streams(port: int, streams: int, tokens: int, path: str, told: Connecti
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     sent = f"{head}connection: close\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+    mark, tails = b"data: {", dict[Any, bytes]()
     found = selectors.DefaultSelector()
     for _ in range(streams):
         connection = socket.create_connection(("127.0.0.1", port))
@@ -126,10 +127,12 @@ def read_streams(port: int, streams: int, tokens: int, path: str, told: Connecti
     first, events = 0.0, 0
     while found.get_map():
         for key, _ in found.select():
-            connection = key.fileobj  # type: ignore[assignment]
+            connection = key.fileobj
             received = connection.recv(1 << 20)
             first = first or time.perf_counter()
-            events += received.count(b"data: {")
+            text = tails.get(connection, b"") + received
+            events += text.count(mark)
+            tails[connection] = text[1 - len(mark) :]
             if not received:
                 found.unregister(connection)
                 connection.close()
