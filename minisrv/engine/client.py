@@ -245,7 +245,7 @@ class EngineClient:
         if self._socket.closed:
             return
         try:
-            while self._socket.poll(0, zmq.POLLIN):
+            while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 self._take(decode_engine_message(self._socket.recv(zmq.NOBLOCK)))
         except Exception:
             # Nobody would hear of the engine any more.

@@ -4,7 +4,7 @@ Knows: which process starts which, and how all of them end. This process starts 
 API workers, which import their parts and open the port while the engine loads: `/health` answers
 soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
 dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree; a second one ends it at once.
+`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once.
 Knows nothing of requests, and imports neither torch nor anything of HTTP.
 """
 
@@ -134,13 +134,15 @@ class _Tree:
         return True
 
     def drain(self, stop: socket.socket, seconds: float) -> bool:
-        """Let the workers finish and end, until another signal comes; whether all did in order."""
+        """Let the workers finish and end; whether all did in order. Another SIGINT ends the wait:
+        somebody is waiting. Another SIGTERM does not, as some programs send it to a process and
+        then to its group."""
         for worker in self.workers:
             worker.drain()
         deadline = time.monotonic() + seconds
         while open_ends := [each.sentinel for each in self.workers if each.exit_status is None]:
             ready = wait([stop, *open_ends], timeout=max(0.0, deadline - time.monotonic()))
-            if stop in ready:
+            if stop in ready and signal.SIGINT in stop.recv(64):
                 return True
             if not ready:
                 logger.error("an API worker does not end; it is killed.")
@@ -161,17 +163,19 @@ def _how(exit_status: int | None) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[socket.socket]:
-    """A socket with a byte for each SIGTERM or SIGINT that has come."""
+    """A socket with a byte for each SIGTERM or SIGINT that has come: its number."""
     told, teller = socket.socketpair()
     with told, teller:
         teller.setblocking(False)
         signal.set_wakeup_fd(teller.fileno())
         for signum in PARENTS_SIGNALS:
             signal.signal(signum, lambda signum, frame: None)
-        yield told
-        for signum in PARENTS_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)  # nothing is left that could be ended earlier
-        signal.set_wakeup_fd(-1)
+        try:
+            yield told
+        finally:
+            for signum in PARENTS_SIGNALS:
+                signal.signal(signum, signal.SIG_IGN)  # nothing is left that could end earlier
+            signal.set_wakeup_fd(-1)
 
 
 def listen(server: ServerConfig) -> list[socket.socket]:
