@@ -10,6 +10,7 @@ in the same file.
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,9 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     except MinisrvError as error:
         _tell(launcher, f"API worker {config.index} did not start: {error.message}")
         return
+    # What is there now stays: a collection that went through all of it would hold every stream up.
+    gc.collect()
+    gc.freeze()
     settings = uvicorn.Config(
         app,
         http=BoundedProtocol,

@@ -88,7 +88,7 @@ class _ByteDecoder:
         pieces = self._pieces
         data = b"".join([pieces[i] for i in token_ids])
         if data.isascii() and not self._holds_back and not self._strip:
-            return data.decode("ascii")
+            return data.decode("ascii")  # certain by itself
         text = self._utf8.decode(data, final)
         self._holds_back = bool(self._utf8.getstate()[0])
         while self._strip and text:
