@@ -6,7 +6,8 @@
 In one process, without HTTP: some streams decode, and prompts arrive one behind another, the next
 when the last has its first token, so that every step but a prompt's last is a full chunk. The
 largest step, `--max-num-batched-tokens`, is the chunk with the streams' own tokens. PIECEWISE has
-graphs up to the chunk; eager mixed steps are those of `--cudagraph-mode full-decode-only`.
+graphs up to the chunk; FULL (`--cudagraph-mode full`, on a GPU) runs such a step's model in one; eager
+mixed steps are those of `--cudagraph-mode full-decode-only`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
 
 MODES = {
+    "FULL": CUDAGraphMode.FULL,
     "PIECEWISE": CUDAGraphMode.FULL_AND_PIECEWISE,
     "eager": CUDAGraphMode.FULL_DECODE_ONLY,
 }
@@ -164,6 +166,7 @@ def save_plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--modes", default="PIECEWISE,eager", help=f"of {', '.join(MODES)}")
     parser.add_argument("--chunks", default="128,256,512,1024,2048", help="tokens in a step")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=12)
@@ -176,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     load = Load(options.streams, options.prompts, options.prompt_tokens)
     results = []
     for chunk in map(int, options.chunks.split(",")):
-        for mode in MODES:
+        for mode in options.modes.split(","):
             print(f"{mode}, {chunk} tokens in a step", file=sys.stderr, flush=True)
             engine = EngineCore(configure(config, mode, chunk))
             run(engine, replace(load, prompts=2))  # kernels of these shapes are loaded

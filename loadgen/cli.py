@@ -20,7 +20,14 @@ from msgspec.structs import replace
 from loadgen import ab
 from loadgen.client import find_model
 from loadgen.errors import ConfigError, LoadgenError
-from loadgen.records import MAX_DURATION_S, MAX_REQUESTS, Leg, PromptKind, RunConfig
+from loadgen.records import (
+    MAX_DURATION_S,
+    MAX_REQUESTS,
+    STREAMS_PER_PROCESS,
+    Leg,
+    PromptKind,
+    RunConfig,
+)
 from loadgen.report import (
     MAX_RAW_ROWS,
     ComparisonReport,
@@ -46,6 +53,7 @@ _MAX_CONCURRENCY = 10_000
 _MAX_TOKENS = 1_000_000
 _MAX_ID = 2**31
 _MAX_ROUNDS = 50
+_MAX_PROCESSES = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,16 +73,16 @@ def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments, normalize_url(arguments.url), arguments.label)
     environment = Environment.here()
     levels: list[LevelReport] = []
-    stopped: KeyboardInterrupt | None = None
+    stopped: LoadgenError | KeyboardInterrupt | None = None
     try:
         with ProgressBar() as bar:
             for level in run_legs(Leg.of(config), _api_key(arguments), bar):
                 raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.concurrencies)))
                 levels.append(LevelReport(summarize(level), raw))
-    except KeyboardInterrupt as interrupt:
+    except (LoadgenError, KeyboardInterrupt) as error:
         if not levels:
             raise
-        stopped = interrupt
+        stopped = error
     summaries = [level.summary for level in levels]
     print_report(config, summaries)
     if arguments.json is not None:
@@ -200,7 +208,13 @@ def _config(arguments: argparse.Namespace, base_url: str, label: str) -> RunConf
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
-    return arguments.api_key or os.environ.get("OPENAI_API_KEY")
+    key: str | None = arguments.api_key or os.environ.get("OPENAI_API_KEY")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "the API key has characters that no header can carry: check --api-key or "
+            "$OPENAI_API_KEY for line ends and letters outside ASCII"
+        )
+    return key
 
 
 def normalize_url(url: str) -> str:
@@ -212,6 +226,8 @@ def normalize_url(url: str) -> str:
         raise ConfigError(f"{url!r} is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{url!r} is no http or https URL")
+    if not url.isascii():
+        raise ConfigError(f"{url!r} is not ASCII: write the host in punycode and quote the path")
     if parts.query or parts.fragment:
         raise ConfigError("the URL may not have a query or a fragment")
     if parts.username is not None:
@@ -295,8 +311,11 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     load("--duration", type=_seconds, metavar="S", help=text)
     text = "requests sent first at each concurrency, not measured (default: the concurrency)"
     load("--warmup", type=_integer(0, MAX_REQUESTS), metavar="N", help=text)
-    text = "client processes that share the requests in flight (default: %(default)s)"
-    load("--processes", type=_integer(1, 64), default=1, metavar="N", help=text)
+    text = (
+        "client processes that share the requests in flight, at most one for each (default: one "
+        f"for each {STREAMS_PER_PROCESS} in flight, at most the cores)"
+    )
+    load("--processes", type=_integer(1, _MAX_PROCESSES), metavar="N", help=text)
     text = "seconds that one request may take (default: %(default)g)"
     load("--timeout", type=_seconds, default=300.0, metavar="S", help=text)
 

@@ -1,24 +1,24 @@
 """One request: send it, read its stream, time it, judge it.
 
-Knows HTTP (through aiohttp) and the chunks of OpenAI's completions and chat completions. Does not
-know how many requests run beside it, nor what is computed from its record. The three judgements
+Knows the chunks of OpenAI's completions and chat completions. Does not know how bytes travel
+(http), how many requests run beside it, nor what is computed from its record. The three judgements
 everything else rests on are made here: which chunks carry content (not a role, not an empty
 string, not the usage), how many tokens there were (usage, never the chunks if usage is there), and
 whether the request succeeded.
 """
 
-import aiohttp
+import asyncio
+
 import msgspec
 
 from loadgen.errors import ServerError
+from loadgen.http import Client, ConnectError, Head, HTTPError
 from loadgen.records import Answer, Failure, FailureKind, RequestRecord, RunConfig, clock
 from loadgen.sse import SSEError, SSEParser
 
-_READ_BUFFER_BYTES = 1 << 20  # the default of 64 KiB throttles servers that send large chunks
-_KEEPALIVE_S = 4.0  # below the 5 s after which common servers close an idle connection
 _PROBE_TIMEOUT_S = 10.0
 _MAX_MESSAGE_CHARS = 300
-_MAX_ERROR_BYTES = 64 << 10
+_MAX_PLAIN_BYTES = 4 << 20  # of a body that is no event stream: an error, a list of models
 
 
 class _Delta(msgspec.Struct, gc=False):
@@ -27,7 +27,7 @@ class _Delta(msgspec.Struct, gc=False):
     reasoning_content: str | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
@@ -46,7 +46,7 @@ class _Usage(msgspec.Struct, gc=False):
     completion_tokens: int | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: object = None
@@ -130,44 +130,32 @@ class CompletionStream:
         return None
 
 
-def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession:
-    """A session without a limit on connections; `timeout_s` bounds each request as a whole."""
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    return aiohttp.ClientSession(
-        # NOTE: aiohttp's default of 100 connections would queue requests inside the client and
-        # count the wait as the server's.
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=timeout_s),
-        headers=headers,
-        read_bufsize=_READ_BUFFER_BYTES,
-    )
-
-
 async def send(
-    session: aiohttp.ClientSession, url: str, body: bytes, index: int, config: RunConfig
+    client: Client, url: str, body: bytes, index: int, config: RunConfig
 ) -> RequestRecord:
     """Send one streaming request and return its record; a failure is recorded, never raised."""
     stream = CompletionStream()
-    failure: Failure | None = None
+    plain = bytearray()
+    failure: Failure | None
+
+    def receive(status: int, data: bytes, now_s: float) -> bool:
+        # NOTE: read to the end, past [DONE], or the connection could not be used again.
+        return stream.feed(data, now_s) if status == 200 else _keep(plain, data)
+
     start_s = clock()
     try:
-        async with session.post(url, data=body, allow_redirects=False) as response:
-            if response.status == 200:
-                # NOTE: read to the end, past [DONE], or the connection could not be used again.
-                async for data in response.content.iter_any():
-                    if not stream.feed(data, clock()):
-                        break
-                failure = stream.verdict(config.output_tokens, config.ignore_eos)
-            else:
-                failure = await _http_failure(response)
+        async with asyncio.timeout(config.timeout_s):
+            head = await client.exchange("POST", url, body, receive)
+        if head.status == 200:
+            failure = stream.verdict(config.output_tokens, config.ignore_eos)
+        else:
+            failure = _http_failure(head, plain)
     except TimeoutError:
         failure = Failure(FailureKind.TIMEOUT, f"not finished within {config.timeout_s:g} s")
-    except aiohttp.ClientConnectorError as error:
+    except ConnectError as error:
         failure = Failure(FailureKind.CONNECT, _clip(str(error)))
-    except (aiohttp.ClientError, OSError) as error:
-        failure = Failure(FailureKind.BROKEN_STREAM, _clip(f"{type(error).__name__}: {error}"))
+    except HTTPError as error:
+        failure = Failure(FailureKind.BROKEN_STREAM, _clip(str(error)))
     end_s = clock() if stream.done_s is None or failure is not None else stream.done_s
     return RequestRecord(
         index=index,
@@ -190,23 +178,25 @@ async def find_model(
     GET /models (404 or 405) is taken at the user's word.
     """
     url = f"{base_url}/models"
+    plain = bytearray()
     try:
-        async with (
-            open_session(api_key, min(timeout_s, _PROBE_TIMEOUT_S)) as session,
-            session.get(url) as response,
-        ):
-            if response.status in (404, 405) and wanted is not None:
-                return wanted
-            if response.status != 200:
-                failure = await _http_failure(response)
-                hint = " (see --api-key)" if response.status in (401, 403) else ""
-                raise ServerError(f"GET {url} gave {response.status}: {failure.message}{hint}")
-            models = msgspec.json.decode(await response.read(), type=_ModelList).data
+        with Client(api_key) as client:
+            async with asyncio.timeout(min(timeout_s, _PROBE_TIMEOUT_S)):
+                head = await client.exchange(
+                    "GET", url, b"", lambda status, data, now_s: _keep(plain, data)
+                )
+        if head.status in (404, 405) and wanted is not None:
+            return wanted
+        if head.status != 200:
+            failure = _http_failure(head, plain)
+            hint = " (see --api-key)" if head.status in (401, 403) else ""
+            raise ServerError(f"GET {url} gave {head.status}: {failure.message}{hint}")
+        models = msgspec.json.decode(plain, type=_ModelList).data
     except TimeoutError:
         raise ServerError(f"no answer from {url}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ServerError(f"GET {url} is no OpenAI list of models: {error}") from None
-    except (aiohttp.ClientError, OSError) as error:
+    except HTTPError as error:
         raise ServerError(f"cannot reach {url}: {_clip(str(error))}") from None
     names = [model.id for model in models]
     if wanted is None and names:
@@ -217,15 +207,17 @@ async def find_model(
     return wanted
 
 
-async def _http_failure(response: aiohttp.ClientResponse) -> Failure:
-    raw = b""
-    while len(raw) < _MAX_ERROR_BYTES and (part := await response.content.read(_MAX_ERROR_BYTES)):
-        raw += part
+def _keep(plain: bytearray, data: bytes) -> bool:
+    plain += data
+    return len(plain) < _MAX_PLAIN_BYTES
+
+
+def _http_failure(head: Head, plain: bytes | bytearray) -> Failure:
     try:
-        text = _error_text(msgspec.json.decode(raw))
+        text = _error_text(msgspec.json.decode(plain))
     except (msgspec.DecodeError, UnicodeDecodeError):
-        text = _clip(raw.decode(errors="replace"))
-    return Failure(FailureKind.HTTP_STATUS, text or str(response.reason), response.status)
+        text = _clip(plain.decode(errors="replace"))
+    return Failure(FailureKind.HTTP_STATUS, text or head.reason, head.status)
 
 
 def _error_text(error: object) -> str:

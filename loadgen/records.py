@@ -1,11 +1,12 @@
 """What a run is asked to do and what one request left behind: frozen records, no behaviour.
 
 Knows the vocabulary shared by all other modules. Does not know HTTP, processes or statistics.
-Times ending in `_s` are seconds; instants are readings of `clock`, which all processes of one
-machine share, so records of several client processes can be merged as they are.
+Times ending in `_s` are seconds; instants are readings of `clock`, on Linux CLOCK_MONOTONIC, which
+all processes of a machine share, so records of several client processes are merged as they are.
 """
 
 import enum
+import os
 import time
 from typing import Self
 
@@ -16,6 +17,16 @@ clock = time.perf_counter
 MAX_REQUESTS = 1_000_000
 MAX_DURATION_S = 3600.0
 MIN_DEFAULT_REQUESTS = 20
+STREAMS_PER_PROCESS = 8
+"""Requests in flight that one client process is given before another is started, unless told
+otherwise: streams of 5 ms per token then take a few percent of a core, and of 1 ms a tenth."""
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS ties no process to cores
 
 
 class PromptKind(enum.StrEnum):
@@ -52,7 +63,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float | None
     warmup: int | None
     """Requests sent first at each concurrency; None means one for each lane."""
-    processes: int
+    processes: int | None
+    """Client processes at most; None leaves it to `processes_at`."""
     seed: int
     timeout_s: float
     label: str
@@ -72,6 +84,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     def warmup_at(self, concurrency: int) -> int:
         """The number of warm-up requests at `concurrency`."""
         return concurrency if self.warmup is None else self.warmup
+
+    def processes_at(self, concurrency: int) -> int:
+        """The number of client processes at `concurrency`, none of them without a request."""
+        most = self.processes
+        if most is None:
+            most = min(usable_cores(), -(-concurrency // STREAMS_PER_PROCESS))
+        return min(most, concurrency)
 
     @property
     def time_limit_s(self) -> float:
@@ -167,6 +186,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
 class ClientLoad(msgspec.Struct, frozen=True):
     """How busy one client process was while a level was measured."""
 
+    streams: int
+    """Requests that it kept in flight."""
     cpu_share: float
     """CPU seconds over wall seconds; 1.0 is one full core."""
     lag_p99_s: float

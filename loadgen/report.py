@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from os import cpu_count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,8 +23,8 @@ from rich.table import Table
 
 from loadgen import ab
 from loadgen.errors import ConfigError
-from loadgen.records import Leg, LevelResult, RunConfig
-from loadgen.stats import FORMULAS, Distribution, LevelSummary
+from loadgen.records import ClientLoad, Leg, LevelResult, RunConfig, usable_cores
+from loadgen.stats import FORMULAS, Distribution, LevelSummary, most
 
 SCHEMA = 1
 MAX_RAW_ROWS = 1500
@@ -41,14 +40,15 @@ class Environment(msgspec.Struct, frozen=True):
     date: str
     python: str
     platform: str
-    cpus: int | None
+    cpus: int
+    """That the client might use."""
     packages: dict[str, str]
 
     @classmethod
     def here(cls) -> Self:
         """This machine, now."""
         packages = {}
-        for name in ("aiohttp", "uvloop"):
+        for name in ("httptools", "uvloop"):
             try:
                 packages[name] = version(name)
             except PackageNotFoundError:
@@ -57,7 +57,7 @@ class Environment(msgspec.Struct, frozen=True):
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             python=platform.python_version(),
             platform=platform.platform(),
-            cpus=cpu_count(),
+            cpus=usable_cores(),
             packages=packages,
         )
 
@@ -113,7 +113,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     complete: bool
-    """False if the run was interrupted."""
+    """False if the run ended early; `levels` has the concurrencies until then."""
     config: RunConfig
     environment: Environment
     formulas: dict[str, str] = msgspec.field(default_factory=lambda: dict(FORMULAS))
@@ -171,7 +171,11 @@ def print_report(config: RunConfig, levels: Sequence[LevelSummary]) -> None:
             "-" if level.tokens_per_chunk is None else f"{level.tokens_per_chunk:.2f}",
         )
     console.print(table)
-    lines = [f"concurrency {level.concurrency}: {x}" for level in levels for x in _remarks(level)]
+    lines = [
+        f"concurrency {level.concurrency}: {remark}"
+        for level in levels
+        for remark in (_steadiness(level), *_remarks(level))
+    ]
     lines += ["", "formulas (mean, min, max and in flight are in the JSON):", *_formulas(FORMULAS)]
     _print(console, lines)
 
@@ -212,7 +216,10 @@ def _pair_remarks(level: ab.Level, a: str, b: str) -> list[str]:
         starts += ["..."] * (len(differences) > _FEW)
         number = level.answers - level.same_answers
         lines.append(f"{number} of {level.answers} answers differ, from {', '.join(starts)} on")
-    for label, runs in ((a, [p.a for p in level.pairs]), (b, [p.b for p in level.pairs])):
+    sides = ((a, [p.a for p in level.pairs]), (b, [p.b for p in level.pairs]))
+    for label, runs in sides:
+        lines.append(f"{label}, worst run: {_client([run.clients for run in runs])}")
+    for label, runs in sides:
         worst_first = sorted(runs, key=lambda run: not run.any_failed)
         remarks = [found for run in worst_first if (found := _remarks(run))]
         share = f"{label}, {len(remarks)} of {len(runs)} runs"
@@ -242,12 +249,26 @@ def _requests(config: RunConfig) -> str:
     limit = "exactly" if config.ignore_eos else "at most"
     return (
         f"{config.input_tokens} {config.prompt_kind} in, {limit} {config.output_tokens} tokens "
-        f"out, client processes {config.processes}, seed {config.seed}"
+        f"out, seed {config.seed}"
     )
 
 
 def _formulas(formulas: dict[str, str]) -> list[str]:
     return [f"  {name}: {text}" for name, text in formulas.items()]
+
+
+def _steadiness(level: LevelSummary) -> str:
+    jitter = "-" if level.itl_jitter is None else _number(level.itl_jitter)
+    return f"ITL jitter {jitter}; {_client([level.clients])}"
+
+
+def _client(runs: Sequence[Sequence[ClientLoad]]) -> str:
+    worst = most([load for clients in runs for load in clients])
+    processes = max(map(len, runs))
+    return (
+        f"client: {processes} process{'es' * (processes > 1)}, {worst.cpu_share:.0%} of a core, "
+        f"up to {worst.lag_p99_s * 1e3:.1f} ms late (p99)"
+    )
 
 
 def _remarks(level: LevelSummary) -> list[str]:

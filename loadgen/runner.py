@@ -26,11 +26,11 @@ from multiprocessing.context import SpawnContext
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-import aiohttp
 import msgspec
 
-from loadgen.client import open_session, send
+from loadgen.client import send
 from loadgen.errors import ServerError, WorkerError
+from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import (
     ClientLoad,
@@ -208,7 +208,7 @@ class _Pool:
         # only the parent may act on it.
         self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for _ in range(min(self._config.processes, max(self._config.concurrencies))):
+            for _ in range(max(map(self._config.processes_at, self._config.concurrencies))):
                 ours, theirs = self._context.Pipe()
                 arguments = (self._config, self._api_key, theirs, self._shared)
                 process = self._context.Process(target=_worker, args=arguments, daemon=True)
@@ -250,12 +250,12 @@ class _Pool:
         return self._shared.taken
 
     def run(self, leg: Leg, warmup: bool, requests: int) -> list[PhaseResult]:
-        """Run one phase on as many workers as there are lanes for, and return their results."""
+        """Run one phase on as many workers as it is worth, and return their results."""
         self._shared.reset()
         self._observer.begin(leg, warmup)
         limit_s = self._config.time_limit_s
-        lanes, rest = divmod(leg.concurrency, len(self._connections))
-        busy = self._connections[: leg.concurrency]
+        busy = self._connections[: self._config.processes_at(leg.concurrency)]
+        lanes, rest = divmod(leg.concurrency, len(busy))
         for position, connection in enumerate(busy):
             share = lanes + (position < rest)
             phase = Phase(leg, warmup, share, requests, limit_s)
@@ -284,15 +284,32 @@ class _Pool:
             if self.interrupted:
                 give_up_s = min(give_up_s, clock() + _STOP_GRACE_S)
             if clock() > give_up_s:
-                raise WorkerError("a client process does not answer")
+                raise WorkerError(
+                    f"no answer from {len(connections) - len(messages)} of {len(connections)} "
+                    "client processes; lower --concurrency, or give the client more of the machine"
+                )
             for ready in wait([c for c in connections if c not in messages], _POLL_S):
                 assert isinstance(ready, Connection)
                 try:
                     messages[ready] = ready.recv_bytes()
                 except (EOFError, OSError):
-                    raise WorkerError("a client process died; what it wrote is above") from None
+                    raise WorkerError(self._obituary(ready)) from None
             show()
         return [messages[connection] for connection in connections]
+
+    def _obituary(self, connection: Connection) -> str:
+        position = self._connections.index(connection)
+        process = self._processes[position]
+        process.join(_STOP_GRACE_S)
+        status = process.exitcode
+        reason = "its status is not known" if status is None else f"exited with status {status}"
+        if status is not None and status < 0:
+            reason = f"killed by signal {-status}"
+        return (
+            f"client process {position + 1} of {len(self._processes)} died ({reason}), and with it "
+            "what was measured at this concurrency. What it wrote is above, if anything; if memory "
+            "ran out, lower --concurrency or --processes"
+        )
 
 
 def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared) -> None:
@@ -319,7 +336,7 @@ async def _serve_phases(
     config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared
 ) -> None:
     loop = asyncio.get_running_loop()
-    async with open_session(api_key, config.timeout_s) as session:
+    with Client(api_key) as client:
         parent.send_bytes(b"ready")
         while True:
             try:
@@ -328,11 +345,11 @@ async def _serve_phases(
             except (EOFError, OSError):
                 return
             phase = msgspec.msgpack.decode(message, type=Phase)
-            result = await _run_phase(phase, session, shared)
+            result = await _run_phase(phase, client, shared)
             parent.send_bytes(msgspec.msgpack.encode(result))
 
 
-async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shared) -> PhaseResult:
+async def _run_phase(phase: Phase, client: Client, shared: _Shared) -> PhaseResult:
     """Keep `phase.lanes` requests in flight until a bound is met, watching the client itself."""
     config = phase.leg.config
     url = endpoint(config)
@@ -345,7 +362,7 @@ async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shar
             if index is None:
                 return
             body = request_body(config, phase.leg.level, phase.warmup, index)
-            record = await send(session, url, body, index, config)
+            record = await send(client, url, body, index, config)
             records.append(record)
             shared.count(record.failure is not None)
             if record.failure is not None:
@@ -367,6 +384,7 @@ async def _run_phase(phase: Phase, session: aiohttp.ClientSession, shared: _Shar
     wall_s = max(clock() - started_s, 1e-9)
     lag = Distribution.of((value, 1.0) for value in lags_s)
     load = ClientLoad(
+        streams=phase.lanes,
         cpu_share=(time.process_time() - cpu_s) / wall_s,
         lag_p99_s=lag.p99 if lag else 0.0,
         lag_max_s=lag.max if lag else 0.0,

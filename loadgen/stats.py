@@ -13,11 +13,17 @@ import msgspec
 
 from loadgen.records import ClientLoad, LevelResult, RequestRecord
 
+CPU_SHARE_LIMIT = 0.8
+LAG_FLOOR_S = 0.002  # what a timer may miss: those of the event loop count in milliseconds
+LAG_ITL_SHARE = 0.5
+LAG_CPU_SHARE = 0.3
+
 FORMULAS = {
     "TTFT": "first chunk with content - send start; chunks that carry only a role do not count",
     "ITL": "gap between neighbouring chunks with content, divided by the tokens it stands for: "
     "k = (n - 1) / (chunks - 1) of its request, and weighted by k. TTFT is no part of it; "
     "chunks of one read share its time",
+    "ITL jitter": "p99 / p50 of ITL",
     "TPOT": "(E2E - TTFT) / (n - 1), for each request with n > 1",
     "E2E": "[DONE] - send start",
     "n": "output tokens, from the server's usage; without usage, chunks with content",
@@ -27,15 +33,14 @@ FORMULAS = {
     "in flight": "sum of all requests' durations / window",
     "pN": "the smallest sample that at least N% of the samples (of the tokens, for ITL) do not "
     "exceed",
+    "client": "the busiest client process: its CPU time / wall time, and how late a timer of its "
+    f"event loop fires. Above {CPU_SHARE_LIMIT:.0%} of a core, or with a p99 above "
+    f"{LAG_ITL_SHARE:.0%} of the median ITL and {LAG_FLOOR_S * 1e3:g} ms, a warning says that the "
+    "client may be what was measured. All client processes read one clock, CLOCK_MONOTONIC",
     "closed loop": "a new request is sent only when one ends, so this measures service at a fixed "
     "concurrency. It says nothing about latency at a fixed arrival rate: a slow server is asked "
     "less often (coordinated omission)",
 }
-
-CPU_SHARE_LIMIT = 0.8
-LAG_FLOOR_S = 0.002
-LAG_ITL_SHARE = 0.5
-LAG_CPU_SHARE = 0.3
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -124,6 +129,8 @@ class LevelSummary(msgspec.Struct, frozen=True):
     """Successful requests whose tokens had to be counted by chunks."""
     ttft_ms: Distribution | None
     itl_ms: Distribution | None
+    itl_jitter: float | None
+    """None without ITL, or with a median of 0: answers that came in one read."""
     tpot_ms: Distribution | None
     e2e_ms: Distribution | None
     clients: list[ClientLoad]
@@ -181,10 +188,22 @@ def summarize(level: LevelResult) -> LevelSummary:
         without_usage=without_usage,
         ttft_ms=Distribution.of((value, 1.0) for value in ttfts),
         itl_ms=itl,
+        itl_jitter=itl.p99 / itl.p50 if itl is not None and itl.p50 > 0 else None,
         tpot_ms=Distribution.of((value, 1.0) for value in tpots),
         e2e_ms=Distribution.of((record.e2e_s * 1e3, 1.0) for record in good),
         clients=level.clients,
         warnings=warnings,
+    )
+
+
+def most(clients: Sequence[ClientLoad]) -> ClientLoad:
+    """All streams of some client processes, at least one, and of the rest the worst that any has
+    seen: an idle process does not hide a busy one."""
+    return ClientLoad(
+        streams=sum(client.streams for client in clients),
+        cpu_share=max(client.cpu_share for client in clients),
+        lag_p99_s=max(client.lag_p99_s for client in clients),
+        lag_max_s=max(client.lag_max_s for client in clients),
     )
 
 
@@ -193,16 +212,19 @@ def client_warnings(clients: Sequence[ClientLoad], itl_ms: Distribution | None) 
     if not clients:
         return []
     warnings = []
-    cpu = max(client.cpu_share for client in clients)
-    if cpu > CPU_SHARE_LIMIT:
-        warnings.append(f"client-bound: a client process used {cpu:.0%} of a core; add --processes")
-    lag_s = max(client.lag_p99_s for client in clients)
-    itl_p50_s = itl_ms.p50 / 1e3 if itl_ms is not None else 0.0
-    if lag_s > max(LAG_FLOOR_S, LAG_ITL_SHARE * itl_p50_s):
-        # Late without having been busy: others had the cores, more processes would not help.
-        advice = "add --processes" if cpu > LAG_CPU_SHARE else "give the client cores of its own"
+    worst = most(clients)
+    relief = "raise --processes where cores are idle, or lower --concurrency"
+    if worst.cpu_share > CPU_SHARE_LIMIT:
         warnings.append(
-            f"client-bound: the client's event loop ran up to {lag_s * 1e3:.1f} ms late (p99), "
-            f"median ITL is {itl_p50_s * 1e3:.1f} ms; {advice}"
+            f"client-bound: a client process used {worst.cpu_share:.0%} of a core, so it may be "
+            f"what was measured; {relief}"
+        )
+    itl_p50_s = itl_ms.p50 / 1e3 if itl_ms is not None else 0.0
+    if worst.lag_p99_s > max(LAG_FLOOR_S, LAG_ITL_SHARE * itl_p50_s):
+        # Late without having been busy: others had the cores, more processes would not help.
+        advice = relief if worst.cpu_share > LAG_CPU_SHARE else "give the client cores of its own"
+        warnings.append(
+            f"client-bound: the client's event loop ran up to {worst.lag_p99_s * 1e3:.1f} ms late "
+            f"(p99), median ITL is {itl_p50_s * 1e3:.1f} ms; {advice}"
         )
     return warnings

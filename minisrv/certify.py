@@ -24,7 +24,7 @@ from minisrv.core.ladder import ladders_of
 from minisrv.engine.core import EngineCore
 from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph.certify import certify
-from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.modes import BatchDescriptor
 from minisrv.progress import StartupProgress
 from minisrv.runner.batches import Batch, describe, full_batch, sweep_batches
 from minisrv.runner.model_runner import ModelRunner
@@ -111,7 +111,7 @@ def sweep(runner: ModelRunner, progress: Callable[[int, int], None]) -> list[Gra
     progress: told the trials done so far, and of how many.
     """
     keys = runner.ladders.keys()
-    plan = [(mode, key, _batches(runner, mode, key)) for mode, key in keys]
+    plan = [(mode, key, _batches(runner, key)) for mode, key in keys]
     total = sum(len(batches) for _, _, batches in plan)
     done = 0
     reports: list[GraphReport] = []
@@ -128,9 +128,8 @@ def sweep(runner: ModelRunner, progress: Callable[[int, int], None]) -> list[Gra
     return reports
 
 
-def _batches(runner: ModelRunner, mode: CUDAGraphMode, key: BatchDescriptor) -> list[Batch]:
-    ladders = runner.ladders
-    rungs = ladders.decode if mode is CUDAGraphMode.FULL else ladders.mixed
+def _batches(runner: ModelRunner, key: BatchDescriptor) -> list[Batch]:
+    rungs = runner.ladders.decode if key.uniform_decode else runner.ladders.mixed
     below = max((rung for rung in rungs if rung < key.num_tokens), default=0)
     return sweep_batches(key, below, runner.limits)
 

@@ -235,9 +235,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-kv-blocks", type=int, metavar="N", help="KV blocks, instead of --kv-cache-memory")
     add(
         "--async-scheduling",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=None,
-        help="schedule a step before the last one's tokens are known",
+        help="schedule a step before the last one's tokens are known (default: on a GPU)",
     )
     add(
         "--enable-prefix-caching",

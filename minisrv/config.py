@@ -186,7 +186,8 @@ class EngineConfig:
         None takes 1 GiB on a CPU, and on a GPU what gpu_memory_utilization leaves.
     gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
     max_waiting: requests the engine queues before it answers 429.
-    async_scheduling: schedule a step before the last one's tokens are known (a lag of one).
+    async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
+        does so on a GPU, which would wait for the host otherwise, and not on a CPU.
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
     cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
     simulate_launch_us: microseconds that every launch takes longer than it does; 0 is off.
@@ -207,7 +208,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_waiting: int = 1024
     seed: int = 0
-    async_scheduling: bool = False
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE

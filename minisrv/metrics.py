@@ -78,6 +78,10 @@ class StatsLike(Protocol):
     @property
     def prefix_cache_hits(self) -> int: ...
     @property
+    def gpu_busy_ms(self) -> float: ...
+    @property
+    def gpu_idle_ms(self) -> float: ...
+    @property
     def steps(self) -> Sequence[StepCountLike]: ...
 
 
@@ -276,6 +280,17 @@ def _engine_families(
         "minisrv:prefix_cache_hits",
         "Prompt tokens found in the prefix cache, so not computed.",
         stats.prefix_cache_hits,
+    )
+    yield CounterMetricFamily(
+        "minisrv:gpu_busy_seconds",
+        "Seconds in which the GPU ran steps, from their launch on.",
+        stats.gpu_busy_ms / 1000,
+    )
+    yield CounterMetricFamily(
+        "minisrv:gpu_idle_seconds",
+        "Seconds between two steps in which requests had work and the GPU none: it waited for "
+        "the host.",
+        stats.gpu_idle_ms / 1000,
     )
     yield GaugeMetricFamily(
         "minisrv:simulated_launch_us",

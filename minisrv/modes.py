@@ -53,7 +53,8 @@ class CUDAGraphMode(enum.Enum):
 class Epilogue(enum.Enum):
     """What a step's graph leaves behind.
 
-    HIDDEN: hidden states; row gather, lm_head and sampling follow outside the graph.
+    HIDDEN: hidden states; row gather, lm_head and sampling follow outside the graph, which holds
+        any batch.
     LOGITS: one row of logits per request; sampling follows outside the graph.
     TOKENS: sampled tokens, and the requests' next inputs scattered to their slots.
     """
@@ -68,7 +69,7 @@ class BatchDescriptor:
     """The key of a captured graph, and the padded shape of a step.
 
     `num_reqs` is None where the graph does not depend on it: pieces of a PIECEWISE capture
-    see tokens only.
+    see tokens only. A FULL graph holds attention, which sees rows.
     """
 
     num_tokens: int
@@ -87,7 +88,8 @@ class Reason(enum.StrEnum):
     PURE_DECODE = "pure_decode"
     """FULL: every request of the batch is decoding and a decode rung holds them."""
     HAS_PREFILL = "has_prefill"
-    """PIECEWISE: the batch holds prefill tokens and a mixed rung holds it."""
+    """PIECEWISE, or FULL where the configured mode is `full`: the batch holds prefill tokens and a
+    mixed rung holds it."""
     CHEAPER = "cheaper"
     """FULL or PIECEWISE: not the smallest graph that holds the batch, but one that was measured to
     take less time."""

@@ -49,17 +49,20 @@ def print_measured_plan(config: EngineConfig) -> None:
     info = engine.info
     console.print(
         f"{len(graph_bytes)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
-        f"{(info.num_kv_blocks - 1) * info.block_size} tokens"
+        f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
+        soft_wrap=True,
     )
 
 
 def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
-    keys = dispatcher.ladders.keys()
-    full = sum(mode is CUDAGraphMode.FULL for mode, _ in keys)
+    ladders = dispatcher.ladders
+    keys = ladders.keys()
+    decode = sum(key.uniform_decode for _, key in keys)
+    mixed = "FULL (mixed)" if ladders.mode is CUDAGraphMode.FULL else "PIECEWISE"
     console = Console()
     console.print(
-        f"configured mode {config.graph_mode.value}: {len(keys)} graphs, {full} FULL "
-        f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - full} PIECEWISE"
+        f"configured mode {config.graph_mode.value}: {len(keys)} graphs, {decode} FULL "
+        f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - decode} {mixed}"
     )
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
     for row in dispatcher.coverage():

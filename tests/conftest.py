@@ -12,6 +12,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lifts the refusal of mode `full` on a CPU, so that what of it is no GPU's business is tested:
+    a tape calls the attention op again, which looks at the lengths of then, wherever they are."""
+    monkeypatch.setattr("minisrv.engine.core.captures_mixed", lambda device: True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

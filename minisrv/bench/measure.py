@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
 from statistics import mean, median
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import torch
 
 from minisrv.config import BenchConfig, EngineConfig
-from minisrv.core.dispatcher import Dispatch, Dispatcher
+from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import Ladders
-from minisrv.core.scheduler import SchedulerOutput
 from minisrv.engine.core import EngineCore, Progress
 from minisrv.engine.messages import EngineInfo
 from minisrv.environment import Environment, environment
@@ -31,8 +31,7 @@ from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.launches import count_launches
-from minisrv.runner.model_runner import StepResult
-from minisrv.runner.timing import LaunchTimer
+from minisrv.runner.results import StepResult
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
@@ -43,11 +42,18 @@ pushed out of them."""
 PREFILL_CHUNKS = (128, 512)
 """Tokens; a chunk is cut to what a step may hold."""
 
+PARTS = ("schedule", "dispatch", "fill", "launch", "result", "wait", "update", "rest")
+"""Of `EngineCore.step`: who runs, as what; inputs to their buffers; model and sampling; tokens on
+their way back, waited for, and given to their requests; and what lies between."""
+
 FORMULAS = (
     "ms: median over a mode's blocks of the median over a block's steps, a step being the whole "
     "of EngineCore.step().",
     "eager/X: median over rounds of eager ms / X ms, and the least and the greatest; a round's ms "
     "is the mean of a mode's two blocks in it.",
+    "GPU: median over blocks of the mean ms of a step on the GPU; idle: of the ms between two.",
+    "host us: of a step, without waiting for its tokens; under --async-scheduling (the default on "
+    "a GPU) it passes while the GPU runs the step before.",
     "tok/s: tokens of a step / ms, of the last mode.",
 )
 
@@ -56,27 +62,31 @@ class ModeResult(msgspec.Struct, frozen=True):
     """One mode at one size.
 
     runs_as: tokens of the padded step. launches: of one step. tokens_per_s: real tokens.
-    host_us: microseconds in which the host fills buffers and launches; on a CPU it computes too.
+    host_us: microseconds of the host by part of the step (PARTS); on a CPU "launch" computes too.
+        "wait" is for the tokens, and no work.
     gpu_ms: from when the filled buffers are launched on to when the GPU has the tokens, so with the
-        gaps in which it waits for the host; None on a CPU.
+        gaps of a step of many launches in which it waits for the host; None on a CPU.
+    gpu_idle_ms: between two steps; None on a CPU.
     blocks_ms: in the order they ran, two for each round.
     """
 
     runs_as: int
     launches: int
     ms: float
-    host_us: float
+    host_us: dict[str, float]
     gpu_ms: float | None
+    gpu_idle_ms: float | None
     tokens_per_s: float
     blocks_ms: list[float]
 
 
-class StepTime(NamedTuple):
-    """One step; see `ModeResult`."""
+class BlockTime(NamedTuple):
+    """The median steps of a block; see `ModeResult`."""
 
     ms: float
-    host_us: float
+    host_us: dict[str, float]
     gpu_ms: float | None
+    gpu_idle_ms: float | None
 
 
 class Ratio(msgspec.Struct, frozen=True):
@@ -148,16 +158,68 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
 
 def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
     """For each runtime mode of `ladders`, NONE first, one that chooses it wherever it can."""
+    mixed = {ladders.mode.mixed_mode: ladders.mixed}
     offered = {
         NONE: replace(ladders, mode=NONE, decode=(), mixed=()),
-        PIECEWISE: replace(ladders, mode=PIECEWISE, decode=()),
-        FULL: replace(ladders, mode=CUDAGraphMode.FULL_DECODE_ONLY, mixed=()),
+        PIECEWISE: replace(ladders, mode=PIECEWISE, decode=(), mixed=mixed.get(PIECEWISE, ())),
+        FULL: replace(ladders, mode=FULL, mixed=mixed.get(FULL, ())),
     }
     return {
         mode: Dispatcher(some)
         for mode, some in offered.items()
         if mode is NONE or some.decode or some.mixed
     }
+
+
+class HostClock:
+    """Takes the host's time by part of the steps in its block: it stands in for what they call."""
+
+    def __init__(self, engine: EngineCore, dispatchers: Iterable[Dispatcher]) -> None:
+        scheduler, runner = engine.scheduler, engine.runner
+        self._calls: list[tuple[str, Any, str]] = [
+            ("schedule", scheduler, "schedule"),
+            *(("dispatch", dispatcher, "dispatch") for dispatcher in dispatchers),
+            ("fill", runner.buffers, "fill"),
+            ("launch", runner, "launch"),
+            ("result", runner.results, "end"),
+            ("wait", StepResult, "tokens"),
+            ("update", scheduler, "update"),
+        ]
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._own: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for part, owner, name in self._calls:
+            self._own.append(vars(owner).get(name))
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for (_, owner, name), own in zip(self._calls, self._own, strict=True):
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            found = call(*args, **kwargs)
+            self._seconds[part] += time.perf_counter() - begin
+            return found
+
+        return timed
+
+    def host_us(self, steps: int, ms: float) -> dict[str, float]:
+        """Microseconds of a step by part. steps: that took `ms` together."""
+        found = {part: 1e6 * seconds / steps for part, seconds in self._seconds.items()}
+        found["rest"] = max(0.0, 1000 * ms / steps - sum(found.values()))
+        return found
 
 
 class Bench:
@@ -241,9 +303,9 @@ class Bench:
             fresh -= {output.request_id for output in engine.step()}
         running = list(engine.scheduler.running)
         assert len(running) == size, "the batch fits the engine"
-        first = mean(request.total for request in running)
+        first = mean(len(request.prompt) + len(request.output) for request in running)
         modes, ratios = self._compare(size, decode=True)
-        last = mean(request.total for request in running)
+        last = mean(len(request.prompt) + len(request.output) for request in running)
         for request in running:
             engine.abort(request.request_id)
         while engine.has_work:
@@ -280,7 +342,7 @@ class Bench:
             if found.mode is mode:
                 runs_as[mode] = found.descriptor.num_tokens
         launches = {mode: self._count(mode, prepare) for mode in runs_as}
-        blocks: dict[CUDAGraphMode, list[StepTime]] = {mode: [] for mode in runs_as}
+        blocks: dict[CUDAGraphMode, list[BlockTime]] = {mode: [] for mode in runs_as}
         for _ in range(self.settings.rounds):
             for mode in (*runs_as, *reversed(runs_as)):
                 blocks[mode].append(self._block(mode, prepare))
@@ -289,8 +351,9 @@ class Bench:
                 runs_as=runs_as[mode],
                 launches=launches[mode],
                 ms=median(time.ms for time in times),
-                host_us=median(time.host_us for time in times),
-                gpu_ms=None if times[0].gpu_ms is None else median(t.gpu_ms or 0.0 for t in times),
+                host_us={part: median(time.host_us[part] for time in times) for part in PARTS},
+                gpu_ms=_median(time.gpu_ms for time in times),
+                gpu_idle_ms=_median(time.gpu_idle_ms for time in times),
                 tokens_per_s=1000 * size / median(time.ms for time in times),
                 blocks_ms=[time.ms for time in times],
             )
@@ -306,40 +369,34 @@ class Bench:
             self._step(mode, prepare)
         return counter.count
 
-    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> StepTime:
+    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> BlockTime:
         """The median step of a block."""
         before = self._steps_in(mode)
-        times = [self._step(mode, prepare) for _ in range(BLOCK)][1:]
+        self._step(mode, prepare)
+        clock = HostClock(self.engine, self.dispatchers.values())
+        begin = self.engine.stats()
+        with clock:
+            times = [self._step(mode, prepare) for _ in range(BLOCK - 1)]
+        end = self.engine.stats()
         assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
-        on_gpu = [time.gpu_ms for time in times if time.gpu_ms is not None]
-        return StepTime(
-            ms=median(time.ms for time in times),
-            host_us=median(time.host_us for time in times),
-            gpu_ms=median(on_gpu) if on_gpu else None,
+        steps, on_gpu = len(times), self.device.type == "cuda"
+        return BlockTime(
+            ms=median(times),
+            host_us=clock.host_us(steps, sum(times)),
+            gpu_ms=(end.gpu_busy_ms - begin.gpu_busy_ms) / steps if on_gpu else None,
+            gpu_idle_ms=(end.gpu_idle_ms - begin.gpu_idle_ms) / steps if on_gpu else None,
         )
 
-    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> StepTime:
-        """Run one step in `mode`."""
-        engine, runner = self.engine, self.engine.runner
+    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
+        """Run one step in `mode`; returns its milliseconds."""
+        engine = self.engine
         prepare()
         usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
-        host: list[float] = []
-
-        def execute(output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
-            begin = time.perf_counter()
-            result = type(runner).execute(runner, output, dispatch)
-            host.append(time.perf_counter() - begin)
-            return result
-
         start = self.clock()
-        runner.execute = execute  # type: ignore[method-assign]
-        with LaunchTimer(runner) as timer:
-            engine.step()
-        del runner.execute
+        engine.step()
         end = self.clock()
         engine.dispatcher = usual
-        gpu_ms = timer.ms if self.device.type == "cuda" else None
-        return StepTime(1000 * (end - start), 1e6 * sum(host), gpu_ms)
+        return 1000 * (end - start)
 
     def _floor(self, size: int, context: float) -> float | None:
         """Milliseconds to read the weights and the cache of `size` contexts at `bandwidth`."""
@@ -359,7 +416,13 @@ def _every_rung(ladders: Ladders) -> tuple[int, ...]:
     return tuple(sorted({min(rung, most) for rung in ladders.decode or ladders.mixed}))
 
 
-def _by_round(blocks: list[StepTime]) -> list[float]:
+def _median(values: Iterable[float | None]) -> float | None:
+    """None if one of them is."""
+    found = [value for value in values if value is not None]
+    return median(found) if found else None
+
+
+def _by_round(blocks: list[BlockTime]) -> list[float]:
     return [mean((a.ms, b.ms)) for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
 
 

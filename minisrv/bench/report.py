@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.bench.measure import Ratio, Report, SizeResult
+from minisrv.bench.measure import PARTS, Ratio, Report, SizeResult
 from minisrv.config import BenchConfig
 from minisrv.errors import ConfigError
 
@@ -54,6 +54,9 @@ def print_report(report: Report) -> None:
         console.print(_table(sizes, unit))
         for line in _padded(sizes):
             console.print(line)
+    mode = _modes(report.decode)[-1]
+    console.print(f"\nHost microseconds of a {mode} decode step, by part")
+    console.print(_parts(report.decode, mode))
     console.print()
     for formula in report.formulas:
         console.print(formula, style="dim", markup=False)
@@ -119,6 +122,7 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
     on_gpu = [mode for mode in modes if any(_gpu_ms(size, mode) is not None for size in sizes)]
     headings += [f"{NAMES.get(mode, mode)} GPU" for mode in on_gpu]
     headings += [f"{NAMES.get(mode, mode)} host us" for mode in on_gpu]
+    headings += ["idle"] * bool(on_gpu)
     has_floor = any(size.floor_ms is not None for size in sizes)
     headings += ["floor", "of floor"] * has_floor
     for heading in (unit, *headings, "tok/s"):
@@ -130,18 +134,40 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
             *("-" if result is None else f"{result.ms:.2f}" for result in found),
             *(_ratio(size.eager_over.get(mode)) for mode in modes[1:]),
             *(_number(_gpu_ms(size, mode), "{:.3f}") for mode in on_gpu),
-            *(
-                _number(size.modes[mode].host_us if mode in size.modes else None, "{:.0f}")
-                for mode in on_gpu
-            ),
+            *(_number(_host_us(size, mode), "{:.0f}") for mode in on_gpu),
+            *([_number(_idle_ms(size, modes[-1]), "{:.3f}")] * bool(on_gpu)),
             *([_number(size.floor_ms, "{:.3f}"), _share(size, modes[-1])] * has_floor),
             "-" if found[-1] is None else f"{found[-1].tokens_per_s:.0f}",
         )
     return table
 
 
+def _parts(sizes: list[SizeResult], mode: str) -> Table:
+    """What the host does in a mode's step, and how long it waits for the device."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("batch", *PARTS):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for size in sizes:
+        if mode in size.modes:
+            host_us = size.modes[mode].host_us
+            table.add_row(str(size.size), *(f"{host_us[part]:.0f}" for part in PARTS))
+    return table
+
+
 def _gpu_ms(size: SizeResult, mode: str) -> float | None:
     return size.modes[mode].gpu_ms if mode in size.modes else None
+
+
+def _idle_ms(size: SizeResult, mode: str) -> float | None:
+    return size.modes[mode].gpu_idle_ms if mode in size.modes else None
+
+
+def _host_us(size: SizeResult, mode: str) -> float | None:
+    """Without waiting."""
+    if mode not in size.modes:
+        return None
+    host_us = size.modes[mode].host_us
+    return sum(host_us.values()) - host_us["wait"]
 
 
 def _share(size: SizeResult, mode: str) -> str:

@@ -40,8 +40,9 @@ class Dispatch:
 
 
 class Dispatcher:
-    """The order is static: FULL, PIECEWISE, NONE; then the smallest rung that holds the batch.
-    Another graph that holds it takes its place where it has been measured to be cheaper."""
+    """The order is static: a graph for pure decode, one for any batch, NONE; of each kind the
+    smallest rung that holds the batch. Another graph that holds it takes its place where it has
+    been measured to be cheaper."""
 
     def __init__(
         self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
@@ -78,7 +79,7 @@ class Dispatcher:
             )
         if rung := _rung(ladders.mixed, num_tokens):
             reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
-            return Dispatch(CUDAGraphMode.PIECEWISE, BatchDescriptor(rung), reason)
+            return Dispatch(*ladders.mixed_key(rung), reason)
         if ladders.mode is CUDAGraphMode.NONE:
             reason = Reason.GRAPHS_OFF
         elif uniform_decode or ladders.mixed:
@@ -125,14 +126,13 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
 
 
 def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, StepTime]) -> GraphKey:
-    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. PIECEWISE
-    graphs hold any batch, FULL ones those of their own epilogue."""
-    size, epilogue = key[1].num_tokens, key[1].epilogue
+    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. Graphs that
+    end at the hidden states hold any batch, the others those of their own epilogue."""
+    size, epilogues = key[1].num_tokens, (Epilogue.HIDDEN, key[1].epilogue)
     admissible = [
         (mode, other)
         for mode, other in keys
-        if other.num_tokens >= size
-        and (mode is CUDAGraphMode.PIECEWISE or other.epilogue is epilogue)
+        if other.num_tokens >= size and other.epilogue in epilogues
     ]
     best = min(admissible, key=lambda other: times[other].median)
     return best if times[best].median < (1 - MARGIN) * times[key].least else key

@@ -14,6 +14,9 @@ Policy, first come first served:
 - when no block is free the newest request is preempted: its blocks are freed and its tokens are
   computed again later, or found. So the oldest always advances, and with it the whole queue.
 
+In steady decode, which is most of the time, the next step is the last one with every request a
+token further: a `DecodeRun` hands it out and looks at no request but those that need a block.
+
 What holds under lag: slots and blocks are free again only when the last step that names them has
 retired; a request that a step in flight names is not preempted; a stop by length is foreseen, a
 stop by token is seen one step late and what was sampled after it is dropped; a full block enters
@@ -26,6 +29,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from minisrv.core.kv_cache import BlockPool, FreeList, hash_block
 from minisrv.errors import ContextLengthError, QueueFullError
@@ -45,6 +50,10 @@ class RequestState:
     block_hashes: of its first full blocks, as far as they have been needed.
     num_published: blocks from the first that are in the prefix cache, or were found there.
     num_cached_tokens: prompt tokens found there when it was first admitted; None before.
+    ended: it has its finish reason; what steps in flight sample for it is dropped.
+
+    Of a member of the current `DecodeRun`, num_scheduled, num_in_flight and last_step are what they
+    were when the run began, until `Scheduler._settle`.
     """
 
     request_id: str
@@ -64,6 +73,7 @@ class RequestState:
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached_tokens: int | None = None
+    ended: bool = False
 
     @property
     def total(self) -> int:
@@ -92,8 +102,7 @@ class RequestState:
         return known[:count]
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, frozen=True):
     """One request's part of a step.
 
     start: position of its first token.
@@ -115,8 +124,7 @@ class ScheduledRow:
     logprobs: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class SlotStart:
+class SlotStart(msgspec.Struct, frozen=True):
     """A slot changed hands: its sampling state is to be written before the step."""
 
     slot: int
@@ -124,34 +132,90 @@ class SlotStart:
     seed: int
 
 
+@dataclass(slots=True, eq=False)
+class DecodeRun:
+    """Steps that decode the same requests, one behind another.
+
+    A step moves each of them on by one token, so what has happened to all of them is one number,
+    the run's age. By the phase of a request, its position within a block when the run began, it is
+    known which of them fill a block at which age and which need another.
+
+    requests: in the order of the rows.
+    phases: indices of requests by position within a block at age 0.
+    oldest_age: at which some request has all its tokens scheduled.
+    age: of the last step; the first one has 0.
+    retired: steps of the run that have retired while it was the current one.
+    """
+
+    rows: list[ScheduledRow]
+    requests: list[RequestState]
+    phases: list[list[int]]
+    oldest_age: int
+    needs_logits: bool
+    age: int = 0
+    retired: int = 0
+
+    @classmethod
+    def begin(
+        cls, rows: list[ScheduledRow], requests: list[RequestState], block_size: int
+    ) -> DecodeRun:
+        """With a step that has been scheduled and has these decode rows."""
+        phases: list[list[int]] = [[] for _ in range(block_size)]
+        for index, row in enumerate(rows):
+            phases[row.start % block_size].append(index)
+        oldest = min(request.max_total - request.total for request in requests)
+        return cls(rows, requests, phases, oldest, _need_logits(rows))
+
+    def beginning_a_block(self, age: int) -> list[int]:
+        """Indices of the requests whose token of that step is the first of a block."""
+        return self.phases[-age % len(self.phases)]
+
+    def filling_a_block(self, age: int) -> list[int]:
+        """Indices of the requests whose token of that step is the last of a block."""
+        return self.phases[(-age - 1) % len(self.phases)]
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step. Decode rows come first.
 
+    first_rows: its rows, or if it continues a run, those of the run's first step.
     new_slots: slots whose state must be written before the step.
     new_blocks: (slot, index in its block table, block) to be written before the step.
+    needs_logits: some request has its logits read outside the graph.
+    run, age: of a step of a run. Above age 0 it has the requests of the step before it, in the
+        same order.
     """
 
     step_id: int
-    rows: list[ScheduledRow]
+    first_rows: list[ScheduledRow]
     new_slots: list[SlotStart]
     new_blocks: list[tuple[int, int, int]]
     num_decodes: int
     num_tokens: int
+    needs_logits: bool = False
+    run: DecodeRun | None = None
+    age: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """How many requests take part."""
+        return len(self.first_rows)
+
+    @property
+    def rows(self) -> list[ScheduledRow]:
+        """Its rows. Those of a run are made when asked for, which is seldom."""
+        if not self.age:
+            return self.first_rows
+        return [msgspec.structs.replace(row, start=row.start + self.age) for row in self.first_rows]
 
     @property
     def uniform_decode(self) -> bool:
         """Whether every request of the step is decoding."""
-        return self.num_decodes == len(self.rows)
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether some request has its logits read outside the graph."""
-        return any(row.logprobs is not None for row in self.rows)
+        return self.num_decodes == len(self.first_rows)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True, gc=False):
     """What a step added to one request. `token` is None for an abort.
 
     row: index of the step's row it comes from; None for an abort.
@@ -196,6 +260,7 @@ class Scheduler:
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[SchedulerOutput] = deque()
         self._next_step = 0
+        self._run: DecodeRun | None = None
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -257,6 +322,7 @@ class Scheduler:
         if request is None:
             return None
         if request.slot:
+            self._settle()
             self.running.remove(request)
         else:
             self.waiting.remove(request)
@@ -272,6 +338,41 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if nothing can run before a step in flight is retired."""
+        output = self._continue_run() or self._schedule_anew()
+        if output is not None:
+            self._next_step += 1
+            self._in_flight.append(output)
+        return output
+
+    def _continue_run(self) -> SchedulerOutput | None:
+        """The run's next step, unless something else has to be thought of."""
+        run = self._run
+        if run is None or run.age == run.oldest_age or (self.waiting and self.slots.num_free):
+            return None
+        age = run.age + 1
+        needing = run.beginning_a_block(age)
+        if len(needing) > self.pool.num_free:
+            return None
+        run.age = age
+        new_blocks = []
+        for index in needing:
+            request = run.requests[index]
+            new_blocks.append((request.slot, len(request.blocks), self._block(request)))
+        rows = len(run.rows)
+        return SchedulerOutput(
+            step_id=self._next_step,
+            first_rows=run.rows,
+            new_slots=[],
+            new_blocks=new_blocks,
+            num_decodes=rows,
+            num_tokens=rows,
+            needs_logits=run.needs_logits,
+            run=run,
+            age=age,
+        )
+
+    def _schedule_anew(self) -> SchedulerOutput | None:
+        self._settle()
         step = _StepBuilder(self._next_step, self.max_num_batched_tokens)
         held = self._schedule_decodes(step)
         for request in self.running:
@@ -279,11 +380,18 @@ class Scheduler:
                 step.add(request)
         # Never one that was preempted just now: what it freed is less than it needs.
         self._admit(step)
-        output = step.build()
-        if output is not None:
-            self._next_step += 1
-            self._in_flight.append(output)
-        return output
+        if not step.prefills and len(step.decodes) == len(self.running) > 0:
+            self._run = DecodeRun.begin(step.decodes, [*self.running], self.pool.block_size)
+        return step.build(self._run)
+
+    def _settle(self) -> None:
+        """End the run: what is true of all its requests is written to each."""
+        run, self._run = self._run, None
+        if run is not None:
+            for request in run.requests:
+                request.num_scheduled += run.age
+                request.num_in_flight += run.age - run.retired
+                request.last_step += run.age
 
     def _schedule_decodes(self, step: _StepBuilder) -> RequestState | None:
         """Returns the request that sits this step out so that it may be preempted in the next."""
@@ -382,7 +490,19 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert step.step_id == step_id, "steps retire in the order they were scheduled"
-        assert len(tokens) == len(step.rows)
+        assert len(tokens) == step.num_rows
+        if step.run is None:
+            events = self._retire_rows(step, tokens)
+        else:
+            events = self._retire_decodes(step, step.run, tokens)
+        retired = [r for r in self._retiring if r.last_step <= step_id]
+        if retired:
+            self._retiring = [r for r in self._retiring if r.last_step > step_id]
+            for request in retired:
+                self._release(request)
+        return events
+
+    def _retire_rows(self, step: SchedulerOutput, tokens: Sequence[int]) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
             request = self._requests.get(row.request_id)
@@ -393,24 +513,45 @@ class Scheduler:
                 continue  # a chunk in the middle of a prompt
             request.num_in_flight -= 1
             request.output.append(token)
-            reason = None
-            if token in request.stop_token_ids:
-                reason = FinishReason.STOP
-            elif len(request.prompt) + len(request.output) >= request.max_total:
-                reason = FinishReason.LENGTH
-            if reason:
-                self.running.remove(request)
-                self._finish(request)
+            reason = self._end_if_due(request, token)
             cached = (request.num_cached_tokens or 0) if len(request.output) == 1 else 0
             events.append(TokenEvent(request.request_id, token, reason, index, cached))
-        retired = [r for r in self._retiring if r.last_step <= step_id]
-        if retired:
-            self._retiring = [r for r in self._retiring if r.last_step > step_id]
-            for request in retired:
-                self._release(request)
         return events
 
+    def _retire_decodes(
+        self, step: SchedulerOutput, run: DecodeRun, tokens: Sequence[int]
+    ) -> list[TokenEvent]:
+        for index in run.filling_a_block(step.age):
+            if not run.requests[index].ended:
+                self._publish(run.requests[index], run.rows[index].start + step.age + 1)
+        if run is self._run:
+            run.retired += 1
+        else:
+            for request in run.requests:
+                request.num_in_flight -= 1
+        events: list[TokenEvent] = []
+        for index, (request, token) in enumerate(zip(run.requests, tokens, strict=True)):
+            if not request.ended:
+                request.output.append(token)
+                reason = self._end_if_due(request, token)
+                events.append(TokenEvent(request.request_id, token, reason, index))
+        return events
+
+    def _end_if_due(self, request: RequestState, token: int) -> FinishReason | None:
+        """Why the request ends with this token, if it does; then it has."""
+        if token in request.stop_token_ids:
+            reason = FinishReason.STOP
+        elif len(request.prompt) + len(request.output) >= request.max_total:
+            reason = FinishReason.LENGTH
+        else:
+            return None
+        self._settle()
+        self.running.remove(request)
+        self._finish(request)
+        return reason
+
     def _finish(self, request: RequestState) -> None:
+        request.ended = True
         del self._requests[request.request_id]
         if self._named_in_flight(request):
             self._retiring.append(request)
@@ -434,7 +575,10 @@ class Scheduler:
         slots = [request.slot for request in holders]
         assert len(set(slots)) == len(slots) == self.slots.num_used
         assert 0 not in slots
-        assert all(r.num_published * self.pool.block_size <= r.num_scheduled for r in holders)
+        ahead = dict.fromkeys(self._run.requests, self._run.age) if self._run else {}
+        for request in holders:
+            written = request.num_scheduled + ahead.get(request, 0)
+            assert request.num_published * self.pool.block_size <= written
         assert all(not request.blocks and not request.slot for request in self.waiting)
         assert set(self._requests.values()) == {*self.running, *self.waiting}
 
@@ -472,16 +616,22 @@ class _StepBuilder:
         request.last_step = self.step_id
         self.budget -= count
 
-    def build(self) -> SchedulerOutput | None:
-        """The step, or None if no request was added."""
-        rows = self.decodes + self.prefills
+    def build(self, run: DecodeRun | None) -> SchedulerOutput | None:
+        """The step, or None if no request was added. run: that it begins."""
+        rows = self.decodes + self.prefills if self.prefills else self.decodes  # a run's own
         if not rows:
             return None
         return SchedulerOutput(
             step_id=self.step_id,
-            rows=rows,
+            first_rows=rows,
             new_slots=self.new_slots,
             new_blocks=self.new_blocks,
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
+            needs_logits=_need_logits(rows),
+            run=run,
         )
+
+
+def _need_logits(rows: list[ScheduledRow]) -> bool:
+    return any(row.logprobs is not None for row in rows)

@@ -23,18 +23,21 @@ from minisrv.config import EngineConfig, ModelConfig
 from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
-from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
+from minisrv.core.scheduler import ScheduledRow, Scheduler, SchedulerOutput, TokenEvent
 from minisrv.engine.memory import KVCacheShape, check_fits, num_kv_blocks, plan_memory
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
+from minisrv.kernels.attention import captures_mixed
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
+from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest
 from minisrv.runner.launches import simulate_launches
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.results import StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,12 +48,54 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase of the start-up, how much of it is done, and of how much."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A launched step and what is needed to retire it."""
+    """A launched step and what is needed to retire it.
+
+    follows: requests had work since the step before it, so that the time between the two is time in
+        which the device waited for the host.
+    """
 
     output: SchedulerOutput
     result: StepResult
+    follows: bool
+
+
+class _GraphSteps:
+    """What the steps of each open request ran as, counted by "MODE/reason".
+
+    Steps that go on with the rows of the one before are counted once, for all of the rows, and
+    written to each request when the rows change or somebody asks.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, dict[str, int]] = {}
+        self._rows: list[ScheduledRow] = []
+        self._pending: dict[str, int] = {}
+
+    def open(self, request_id: str) -> None:
+        """A request is there, and has had no step."""
+        self._counts[request_id] = {}
+
+    def count(self, rows: list[ScheduledRow], key: str) -> None:
+        """A step of `rows` was launched."""
+        if rows is not self._rows:
+            self._write()
+            self._rows = rows
+        self._pending[key] = self._pending.get(key, 0) + 1
+
+    def close(self, request_id: str) -> dict[str, int]:
+        """A request has ended: its steps. Of one that is still in flight its token is dropped."""
+        self._write()
+        return self._counts.pop(request_id)
+
+    def _write(self) -> None:
+        for key, steps in self._pending.items():
+            for row in self._rows:
+                counts = self._counts.get(row.request_id)
+                if counts is not None:  # None: it has ended
+                    counts[key] = counts.get(key, 0) + steps
+        self._pending = {}
 
 
 class EngineCore:
@@ -77,6 +122,7 @@ class EngineCore:
         max_model_len = resolve_max_model_len(config, model_config)
         self.ladders = ladders_of(config)
         device = resolve_device(config)
+        check_mode(config, device)
         dtype = resolve_dtype(config, model_config, device)
         if device.type == "cpu":
             with self._timed("kernels"):
@@ -154,11 +200,15 @@ class EngineCore:
             simulated_launch_us=config.simulate_launch_us,
         )
         self._broken = False
-        self._lag = 1 if config.async_scheduling else 0
+        ahead = config.async_scheduling
+        self._lag = int(device.type == "cuda" if ahead is None else ahead)
+        self._follows = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(config.seed)
         self._steps: dict[tuple[str, str], list[int]] = {}
-        self._graph_steps: dict[str, dict[str, int]] = {}
+        self._graph_steps = _GraphSteps()
+        self._gpu_busy_ms = 0.0
+        self._gpu_idle_ms = 0.0
         self._prompt_tokens = 0
         self._generated_tokens = 0
 
@@ -197,7 +247,7 @@ class EngineCore:
         seed = request.params.seed
         self.scheduler.add(request, self._seeds.getrandbits(63) if seed is None else seed)
         self._prompt_tokens += len(request.prompt_token_ids)
-        self._graph_steps[request.request_id] = {}
+        self._graph_steps.open(request.request_id)
 
     @property
     def has_room(self) -> bool:
@@ -239,17 +289,22 @@ class EngineCore:
             return []
         step = self._in_flight.popleft()
         events = self.scheduler.update(step.output.step_id, step.result.tokens())
+        self._follows = self.scheduler.has_work
+        if (time := step.result.device_time()) is not None:
+            self._gpu_busy_ms += time.busy
+            if step.follows and time.idle is not None:
+                self._gpu_idle_ms += time.idle
         return [self._output(event, step.result) for event in events]
 
     def _launch(self, output: SchedulerOutput) -> _InFlight:
         dispatch = self.dispatcher.dispatch(
             output.num_tokens,
-            len(output.rows),
+            output.num_rows,
             uniform_decode=output.uniform_decode,
             needs_logits=output.needs_logits,
         )
         self._count(output, dispatch)
-        return _InFlight(output, self.runner.execute(output, dispatch))
+        return _InFlight(output, self.runner.execute(output, dispatch), self._follows)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         mode, reason = dispatch.mode.name, dispatch.reason.value
@@ -257,11 +312,7 @@ class EngineCore:
         counts[0] += 1
         counts[1] += output.num_tokens
         counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
-        key = f"{mode}/{reason}"
-        for row in output.rows:
-            steps = self._graph_steps.get(row.request_id)
-            if steps is not None:  # None: it has ended, and this step's token will be dropped
-                steps[key] = steps.get(key, 0) + 1
+        self._graph_steps.count(output.first_rows, f"{mode}/{reason}")
 
     def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
         logprobs = None
@@ -270,7 +321,7 @@ class EngineCore:
             logprobs = None if found is None else [found]
         graph_steps = None
         if event.finish_reason is not None:
-            graph_steps = self._graph_steps.pop(event.request_id)
+            graph_steps = self._graph_steps.close(event.request_id)
         self._generated_tokens += event.token is not None
         return EngineOutput(
             request_id=event.request_id,
@@ -294,6 +345,8 @@ class EngineCore:
             generated_tokens=self._generated_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
+            gpu_busy_ms=self._gpu_busy_ms,
+            gpu_idle_ms=self._gpu_idle_ms,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
         )
 
@@ -327,6 +380,16 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.quantization is not None:
         raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_mode(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError for graphs of mixed batches that hold attention where it cannot be held."""
+    if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(device):
+        raise ConfigError(
+            f"cudagraph_mode=full captures mixed batches in one graph, and on device={device} the "
+            "attention kernels take the lengths of a mixed batch from the host; use "
+            "full-and-piecewise (the default) or full-decode-only, or a GPU."
+        )
 
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -76,7 +76,11 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker, when asked: a snapshot of its counters; counts are since the start."""
+    """Engine to worker, when asked: a snapshot of its counters; counts are since the start.
+
+    gpu_busy_ms, gpu_idle_ms: in which a GPU ran steps, and waited for the next one while there was
+        work; both 0 on a CPU.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -87,6 +91,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     generated_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    gpu_busy_ms: float = 0.0
+    gpu_idle_ms: float = 0.0
     steps: list[StepCount] = []
 
 

@@ -20,10 +20,11 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Arguments of the attention op that change by step. All are views of static buffers.
+    """Arguments of the attention op that change by step. Tensors are views of static buffers.
 
-    R rows (requests), T tokens of the padded step; with R real rows the tokens beyond
-    `query_start_loc[R]` belong to no request and the op zero-fills their output.
+    R rows (requests), T tokens of the padded step. Tokens beyond `query_start_loc[R]` belong to no
+    request, and the op zero-fills their output. Where a graph holds attention too, rows are padded
+    as well: those of a mixed batch are empty.
 
     qkv: [T, qkv_size] model dtype; the op's argument buffer, shared by all layers.
     out: [T, q_size] model dtype; the op's result buffer, shared by all layers.
@@ -32,6 +33,8 @@ class AttentionMetadata:
     seq_lens: [R] int32, tokens in the cache once the step has written its own.
     query_start_loc: [R + 1] int32, monotone; the step's tokens of row r are
         query_start_loc[r] to query_start_loc[r + 1].
+    max_query_len: no row has more tokens; 1 only where every row has one and T is R. A number, so
+        that a graph which holds attention keeps that of its capture.
     """
 
     qkv: Tensor
@@ -40,6 +43,7 @@ class AttentionMetadata:
     block_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor
+    max_query_len: int
 
 
 @dataclass(frozen=True)

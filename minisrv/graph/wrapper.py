@@ -2,7 +2,7 @@
 
 Knows: for which runtime mode it stands, and the graphs it has captured by descriptor. It trusts
 the context: choosing is the dispatcher's work. Whoever is not meant passes through, so wrappers
-nest: the FULL one around the step, the PIECEWISE one around the model inside it.
+nest: a FULL one around a step or the model, the PIECEWISE one around the model inside it.
 Knows nothing of how a backend records, nor what the runnable computes.
 
 A capture is ended at every attention op and begun again behind it (PIECEWISE), or holds it (FULL).
@@ -27,12 +27,13 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 class CapturedGraph:
     """What a replay walks: pieces, and between them what is not captured.
 
-    addresses: of every tensor the capture was given; a replay is valid for these only.
+    frozen: the address of every tensor that the capture was given, and numbers that it holds; a
+        replay is valid for these only.
     nbytes: that the capture took; one that finds room in what others share takes none.
     """
 
     walk: tuple[Replay, ...]
-    addresses: dict[str, int]
+    frozen: dict[str, int]
     nbytes: int
 
     def replay(self) -> None:
@@ -49,7 +50,7 @@ class CapturedGraph:
 class CUDAGraphWrapper:
     """Runs `runnable`, by graph where the context's mode is `mode`. The name is vLLM's.
 
-    check_addresses: compare every address with the capture's before each replay; for tests, and
+    check_addresses: compare what is frozen with the capture's before each replay; for tests, and
         for whoever suspects a tensor that should be static.
     replay: how a captured graph is replayed; who counts launches puts itself there.
     """
@@ -79,7 +80,7 @@ class CUDAGraphWrapper:
         if graph is None:
             raise GraphError(f"no {self.mode.name} graph was captured for {context.descriptor}.")
         if self.check_addresses:
-            _compare(graph.addresses, _addresses(context, args))
+            _compare(graph.frozen, self._frozen(context, args))
         self.replay(graph)
 
     def capture(self, *args: Tensor) -> None:
@@ -112,22 +113,29 @@ class CUDAGraphWrapper:
                 ) from error
             raise
         self.graphs[context.descriptor] = CapturedGraph(
-            tuple(walk), _addresses(context, args), backend.memory_used() - before
+            tuple(walk), self._frozen(context, args), backend.memory_used() - before
         )
 
-
-def _addresses(context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
-    """Where the arguments and the attention metadata lie. An empty tensor lies nowhere: while
-    pieces are captured, on padding alone, there are no rows."""
-    tensors = {f"argument {index}": arg for index, arg in enumerate(args)}
-    for field in fields(context.attn):
-        tensors[f"attn.{field.name}"] = getattr(context.attn, field.name)
-    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
+    def _frozen(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
+        """Where the arguments and the attention metadata lie, and the numbers among the metadata if
+        the graph holds attention. An empty tensor lies nowhere: while pieces are captured, on
+        padding alone, there are no rows."""
+        given: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
+        given |= {f"attn.{f.name}": getattr(context.attn, f.name) for f in fields(context.attn)}
+        frozen: dict[str, int] = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                if value.numel():
+                    frozen[name] = value.data_ptr()
+            elif self.mode is CUDAGraphMode.FULL:
+                frozen[name] = value
+        return frozen
 
 
 def _compare(captured: dict[str, int], given: dict[str, int]) -> None:
-    moved = [name for name, address in captured.items() if given.get(name) != address]
-    if moved:
+    changed = [name for name, value in captured.items() if given.get(name) != value]
+    if changed:
         raise GraphError(
-            f"{', '.join(moved)} moved since the capture: a graph reads the old address."
+            f"{', '.join(changed)} changed since the capture: a graph keeps the addresses and "
+            "numbers that it was captured with."
         )

@@ -30,7 +30,7 @@ from minisrv.kernels.native import LANES, MAX_HEAD_DIM, MAX_HEADS, MAX_QUERY, na
 _SCHEMA = (
     "(Tensor qkv, Tensor positions, Tensor(a!) kv_cache, Tensor slot_mapping, "
     "Tensor block_table, Tensor seq_lens, Tensor query_start_loc, Tensor(b!) out, *, "
-    "Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, float eps, int num_heads, "
+    "int max_query_len, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, float eps, int num_heads, "
     "int num_kv_heads, int head_dim) -> ()"
 )
 
@@ -45,6 +45,7 @@ def attention(
     query_start_loc: Tensor,
     out: Tensor,
     *,
+    max_query_len: int,
     cos_sin: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -62,8 +63,12 @@ def attention(
         write before any reads.
     block_table: [R, max_blocks] int32.
     seq_lens: [R] int32, each row's tokens in the cache, those of this step included.
-    query_start_loc: [R + 1] int32, monotone; a row's tokens are the last of its sequence.
+    query_start_loc: [R + 1] int32, monotone; a row's tokens are the last of its sequence. A row may
+        be empty, and is not looked at then.
     out: [T, num_heads * head_dim]; zero beyond query_start_loc[R].
+    max_query_len: no row has more tokens. 1 says that every row has its one token and that there
+        are no others. It is what CUDA's kernels are chosen by, as their lengths are on the device;
+        here they are at hand, and it is not read.
     cos_sin: [max_positions, 2 * head_dim], of `nn.rope`.
     q_norm, k_norm: [head_dim] RMSNorm weights, both or neither.
     Floating point tensors have one dtype, the arithmetic is float32's. Grouped queries share their
@@ -120,6 +125,12 @@ def attention(
             places = torch.from_numpy((blocks * block_size + offsets).reshape(-1)[: lengths[row]])
             k, v = cache.index_select(0, places).float().permute(1, 2, 0, 3)
             _attend(queries[first:last], results[first:last], k, v)
+
+
+def captures_mixed(device: torch.device) -> bool:
+    """Whether a graph may hold the op for mixed batches: whether nothing of their lengths is taken
+    from the host."""
+    return device.type == "cuda"
 
 
 @cache

@@ -1,14 +1,16 @@
 """The attention op on CUDA, in Triton.
 
-A batch with one token a row is one launch, and a second one where rows are split: each program
-takes a row's key head and a share of its history, norms and turns the queries, writes the new entry
-to the cache and attends (FlashDecoding, Dao et al. 2023). Any other batch is two: one prepares the
-tokens (q/k-norm, rotation, cache write), one attends in tiles of queries (FlashAttention-2, Dao
-2023); a tile finds its row on the device, as vLLM's unified Triton attention does.
+A batch with one token a row (`max_query_len` 1) is one launch, and a second one where rows are
+split: each program takes a row's key head and a share of its history, norms and turns the queries,
+writes the new entry to the cache and attends (FlashDecoding, Dao et al. 2023). Any other batch is
+two: one prepares the tokens (q/k-norm, rotation, cache write), one attends in tiles of queries
+(FlashAttention-2, Dao 2023); a tile finds its row on the device, as vLLM's unified Triton attention
+does.
 
 Knows: what `kernels.attention` says of arguments and layouts. Grids, allocations and the number of
-splits follow from shapes alone and lengths are read on the device: a graph captured at one length
-replays at any other, and the host waits for nothing.
+splits follow from shapes and `max_query_len` alone, and lengths are read on the device, of the rows
+too: a graph captured on some rows replays on any others, empty ones among them, and the host waits
+for nothing.
 
 What the cache holds beyond a row's length is not loaded, nor is a stale entry of the block table
 followed. A program works for one row, so nothing in a row, NaN included, reaches another.
@@ -56,6 +58,7 @@ def attention(
     query_start_loc: Tensor,
     out: Tensor,
     *,
+    max_query_len: int,
     cos_sin: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -85,8 +88,8 @@ def attention(
     # tl.dot multiplies 16 rows at least.
     block_g = max(16, triton.next_power_of_2(group))
 
-    # Rows are never empty: as many tokens as rows is one token each.
-    if tokens == rows:
+    if max_query_len == 1:
+        assert tokens == rows, "one token a row and no padding behind them"
         sms = _multiprocessors(qkv.device)
         splits = num_splits(rows, num_kv_heads, table_width * block_size, sms)
         partial = sums = None

@@ -63,6 +63,7 @@ class Attention(nn.Module):
             attn.seq_lens,
             attn.query_start_loc,
             attn.out,
+            max_query_len=attn.max_query_len,
             cos_sin=cos_sin,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,

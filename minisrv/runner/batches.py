@@ -9,7 +9,7 @@ Knows nothing of tensors: `runner.trial` gives a batch its slots, blocks and val
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 
 from minisrv.modes import BatchDescriptor
@@ -65,23 +65,27 @@ def _listed(rows: list[str], most: int = 6) -> str:
 
 def short_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
     """One row (decode) or token (mixed) short of the padded size, so that there is padding,
-    unless the size is one. Lengths lie around block edges."""
+    unless the size is one; a row short too where the graph pads rows of a mixed batch. Lengths lie
+    around block edges."""
     size = max(1, min(key.num_tokens - 1, _most(key, limits)))
     if key.uniform_decode:
         return _fitted(_decodes(islice(cycle(_edges(limits)), size)), limits)
+    if key.num_reqs is not None:
+        limits = replace(limits, rows=max(1, min(key.num_reqs, limits.rows) - 1))
     return _fitted(_mixture(size, limits), limits)
 
 
 def full_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
-    """As large as the graph holds: what it leaves behind is a smaller batch's stale tail."""
+    """As many tokens and rows as the graph holds: what it leaves behind is a smaller batch's stale
+    tail."""
     size = min(key.num_tokens, _most(key, limits))
-    rows = next(_decode_batches(size, limits)) if key.uniform_decode else _mixture(size, limits)
+    rows = next(_decode_batches(size, limits)) if key.uniform_decode else _spread(size, limits)
     return _fitted(rows, limits)
 
 
 def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list[Batch]:
     """Everything that a graph is certified on: each composition, at every size of a small rung, at
-    one of a larger rung's smallest, largest and next to largest in turn.
+    one of a larger rung's smallest, largest and next to largest in turn, and the full batch.
 
     below: the next smaller rung; its batches never come here. 0 if there is none.
     """
@@ -89,7 +93,7 @@ def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list
     small = top <= SMALL_RUNG
     sizes = range(least, top + 1) if small else sorted({least, top, max(least, top - 1)})
     compose = _decode_batches if key.uniform_decode else _mixed_batches
-    batches = []
+    batches = [full_batch(key, limits)]
     for turn, size in enumerate(sizes):
         composed = list(compose(size, limits))
         some = composed if small else composed[turn :: len(sizes)]
@@ -159,6 +163,13 @@ def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
         rows.append(BatchRow(min(next(lengths), context - count) if len(rows) % 2 else 0, count))
         left -= count
     return rows
+
+
+def _spread(tokens: int, limits: BatchLimits) -> list[BatchRow]:
+    """Prefill in as many rows as there may be, all about as long, behind histories."""
+    lengths, context, rows = cycle(_edges(limits)), limits.context, min(tokens, limits.rows)
+    counts = [min(context, (tokens + row) // rows) for row in range(rows)]
+    return [BatchRow(min(next(lengths), context - count), count) for count in counts]
 
 
 def _fitted(rows: list[BatchRow], limits: BatchLimits) -> Batch:

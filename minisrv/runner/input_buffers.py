@@ -6,14 +6,15 @@ step needs (last token, position, block table, sampling parameters) is written t
 when the request starts and by the step itself from then on. `InputBuffers` holds one step.
 Knows nothing of graphs or of the model.
 
-Padding is an ordinary row: slot 0, whose state is token 0, position 0, block table 0.
+A padding row is slot 0, whose state is token 0, position 0, block table 0: an ordinary row of a
+decode step, an empty one of any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from minisrv.config import ModelConfig
 from minisrv.core.kv_cache import NULL_SLOT
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
 from minisrv.kernels import gather_decode_op, scatter_op
 from minisrv.modes import BatchDescriptor
@@ -43,7 +44,7 @@ class BufferSizes:
     block_size: int
 
 
-def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
     """A copy of the host's values there, behind what has been launched; nobody waits for it.
 
     To a GPU it goes by pinned memory of torch's host allocator, which gives none out again before
@@ -53,6 +54,32 @@ def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Upload:
+    """The host's values of one step, on their way to the device in one copy.
+
+    Values are int64; others go as their bits.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[NDArray[np.int64]] = []
+        self._uses: list[Callable[[Tensor], object]] = []
+
+    def add(self, values: NDArray[np.int64], use: Callable[[Tensor], object]) -> None:
+        """use: called with the values on the device, in their shape, behind the copy and in the
+        order of the calls."""
+        self._values.append(values)
+        self._uses.append(use)
+
+    def send(self, device: torch.device) -> None:
+        """Copy and use them; without any there is no copy."""
+        if not self._values:
+            return
+        packed = to_device(np.concatenate([values.ravel() for values in self._values]), device)
+        parts = packed.split([values.size for values in self._values])
+        for part, values, use in zip(parts, self._values, self._uses, strict=True):
+            use(part.view(values.shape))
 
 
 class SlotState:
@@ -76,29 +103,30 @@ class SlotState:
         self.min_p = torch.zeros(slots, dtype=torch.float32, device=device)
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
 
-    def apply(self, output: SchedulerOutput) -> None:
+    def apply(self, output: SchedulerOutput, upload: Upload) -> None:
         """Write what the scheduler says of slots that change hands and of new blocks."""
-        device = self.last_token.device
         if new := output.new_slots:
-            slots = to_device(np.array([start.slot for start in new], np.int64), device)
-            floats = to_device(
-                np.array(
-                    [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new],
-                    np.float32,
-                ),
-                device,
-            )
-            ints = to_device(np.array([(s.params.top_k, s.seed) for s in new], np.int64), device)
-            for tensor, column in zip(
-                (self.temperature, self.top_p, self.min_p, self.top_k, self.seed),
-                (*floats.unbind(dim=1), *ints.unbind(dim=1)),
-                strict=True,
-            ):
-                tensor.index_copy_(0, slots, column)
+            floats = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new]
+            ints = [(s.slot, s.params.top_k, s.seed) for s in new]
+            bits = np.array(floats, np.float64).view(np.int64)
+            upload.add(np.concatenate((np.array(ints, np.int64), bits), axis=1), self._start)
         if output.new_blocks:
-            at = to_device(np.array(output.new_blocks, np.int64), device)
-            slots, indices, blocks = at.unbind(dim=1)
-            self.block_table[slots, indices] = blocks.to(torch.int32)
+            upload.add(np.array(output.new_blocks, np.int64), self._extend)
+
+    def _start(self, new: Tensor) -> None:
+        """new: [N, 6] int64: slot, top_k, seed, then temperature, top_p and min_p as float64."""
+        slots, top_k, seed = new[:, :3].unbind(dim=1)
+        temperature, top_p, min_p = new[:, 3:].view(torch.float64).float().unbind(dim=1)
+        self.top_k.index_copy_(0, slots, top_k)
+        self.seed.index_copy_(0, slots, seed)
+        self.temperature.index_copy_(0, slots, temperature)
+        self.top_p.index_copy_(0, slots, top_p)
+        self.min_p.index_copy_(0, slots, min_p)
+
+    def _extend(self, new: Tensor) -> None:
+        """new: [N, 3] int64: slot, index in its block table, block."""
+        slots, indices, blocks = new.unbind(dim=1)
+        self.block_table[slots, indices] = blocks.to(torch.int32)
 
 
 class InputBuffers:
@@ -141,46 +169,64 @@ class InputBuffers:
         # A decode row is one token, so this never changes.
         self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
+        self._given: tuple[list[ScheduledRow], BatchDescriptor] | None = None
 
     def fill(self, output: SchedulerOutput, descriptor: BatchDescriptor) -> AttentionMetadata:
-        """Write a step into the buffers, padded to the descriptor, and describe it to attention.
+        """Write a step into the state and the buffers, padded to the descriptor, and describe it to
+        attention.
 
         A uniform decode step is given by its slots alone: the step gathers the rest itself
-        (`gather_decode`), because under lag only the device knows the last tokens.
+        (`gather_decode`), because under lag only the device knows the last tokens. One that goes on
+        with the slots of the step before it is given already.
         """
-        num_rows = len(output.rows)
-        slots = np.full(descriptor.num_reqs or num_rows, NULL_SLOT, np.int64)
-        slots[:num_rows] = [row.slot for row in output.rows]
-        self.slots[: len(slots)].copy_(to_device(slots, self.device))
+        upload, given = Upload(), self._given
+        tokens, num_rows = descriptor.num_tokens, output.num_rows
+        rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
+        self.state.apply(output, upload)
+        self._given = (output.first_rows, descriptor)
+        if not (output.age and given == self._given):
+            slots = np.full(rows, NULL_SLOT, np.int64)
+            slots[:num_rows] = [row.slot for row in output.first_rows]
+            upload.add(slots, self._put(self.slots))
         if descriptor.uniform_decode:
-            assert descriptor.num_reqs is not None
+            upload.send(self.device)
             if descriptor not in self._decode_metadata:
-                shape = descriptor.num_tokens, descriptor.num_reqs
-                self._decode_metadata[descriptor] = self._metadata(*shape, self._decode_starts)
+                metadata = self._metadata(tokens, rows, self._decode_starts, max_query_len=1)
+                self._decode_metadata[descriptor] = metadata
             return self._decode_metadata[descriptor]
-        self._fill_tokens(output, descriptor.num_tokens)
-        return self._metadata(descriptor.num_tokens, num_rows, self.query_start_loc)
+        self._fill_tokens(output, tokens, rows, upload)
+        # A row that is not padding has a token at least. What is captured does for any batch.
+        one_each = descriptor.num_reqs is None and tokens == rows
+        return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
-    def _fill_tokens(self, output: SchedulerOutput, padded: int) -> None:
-        rows, total, decodes = len(output.rows), output.num_tokens, output.num_decodes
-        lengths = np.fromiter((row.num_tokens for row in output.rows), np.int64, rows)
-        starts = np.fromiter((row.start for row in output.rows), np.int64, rows)
+    def _put(self, buffer: Tensor) -> Callable[[Tensor], Tensor]:
+        """Copies values to the beginning of `buffer`."""
+        return lambda values: buffer[: len(values)].copy_(values)
+
+    def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int, upload: Upload) -> None:
+        """padded: tokens of the padded step. rows: those of padding, which are empty, included."""
+        step, total, decodes = output.rows, output.num_tokens, output.num_decodes
+        lengths, starts = np.zeros((2, rows), np.int64)
+        lengths[: len(step)] = [row.num_tokens for row in step]
+        starts[: len(step)] = [row.start for row in step]
         ends = np.cumsum(lengths)
         row_of_token = np.repeat(np.arange(rows), lengths)
         positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
-        prompt_ids = chain.from_iterable(row.token_ids for row in output.rows)
+        prompt_ids = chain.from_iterable(row.token_ids for row in step)
+        upload.add(np.concatenate(([0], ends)), self._put(self.query_start_loc))
+        upload.add(starts + lengths, self._put(self.seq_lens))
+        upload.add(positions, self._put(self.positions))
+        ids = np.fromiter(prompt_ids, np.int64, total - decodes)
+        upload.add(ids, self._put(self.input_ids[decodes:]))
 
-        def put(buffer: Tensor, values: NDArray[np.int64]) -> None:
-            buffer.copy_(to_device(values, self.device))
+        def gather(row_of_token: Tensor) -> None:
+            state, slots = self.state, self.slots[:rows]
+            torch.index_select(state.last_token, 0, slots[:decodes], out=self.input_ids[:decodes])
+            torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
+            self._map_slots(total, row_of_token)
 
-        put(self.query_start_loc[: rows + 1], np.concatenate(([0], ends)))
-        put(self.seq_lens[:rows], starts + lengths)
-        put(self.positions[:total], positions)
-        put(self.input_ids[decodes:total], np.fromiter(prompt_ids, np.int64, total - decodes))
-        state, slots = self.state, self.slots[:rows]
-        torch.index_select(state.last_token, 0, slots[:decodes], out=self.input_ids[:decodes])
-        torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
-        self._map_slots(total, to_device(row_of_token, self.device))
+        upload.add(row_of_token, gather)
+        upload.send(self.device)
         for buffer in (self.input_ids, self.positions, self.slot_mapping):
             buffer[total:padded] = 0
 
@@ -223,7 +269,9 @@ class InputBuffers:
         """[rows] int64, the position of the token that each row samples."""
         return self.seq_lens[:rows].to(torch.int64)
 
-    def _metadata(self, tokens: int, rows: int, starts: Tensor) -> AttentionMetadata:
+    def _metadata(
+        self, tokens: int, rows: int, starts: Tensor, max_query_len: int
+    ) -> AttentionMetadata:
         return AttentionMetadata(
             qkv=self.qkv[:tokens],
             out=self.attn_out[:tokens],
@@ -231,4 +279,5 @@ class InputBuffers:
             block_table=self.block_table[:rows],
             seq_lens=self.seq_lens[:rows],
             query_start_loc=starts[: rows + 1],
+            max_query_len=max_query_len,
         )

@@ -67,7 +67,7 @@ def simulate_launches(
     counts: dict[object, int] = {}
 
     def slow(output: SchedulerOutput, dispatch: Dispatch) -> Any:
-        key = (dispatch.mode, dispatch.descriptor, len(output.rows), output.needs_logits)
+        key = (dispatch.mode, dispatch.descriptor, output.num_rows, output.needs_logits)
         if key in counts:
             result = launch(output, dispatch)
         else:
@@ -91,7 +91,7 @@ class LaunchCounter(TorchDispatchMode):
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
-        self._wrappers = (runner.model_step, runner.decode_step)
+        self._wrappers = runner.wrappers
         self._replays: list[Callable[[CapturedGraph], None]] = []
 
     def __enter__(self) -> Self:

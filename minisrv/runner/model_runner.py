@@ -1,12 +1,13 @@
 """One step on the device: fill, forward, epilogue.
 
-Knows: the model, the cache, the buffers and the two graph wrappers, and how a dispatched step goes
+Knows: the model, the cache, the buffers and the graph wrappers, and how a dispatched step goes
 through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
 
-    FULL:             [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
-    PIECEWISE, NONE:  fill -> [ model, broken at attention ] -> rows -> lm_head -> sample -> scatter
+    decode, FULL:     [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
+    mixed, FULL:      fill -> [ model ] -> rows -> lm_head -> sample -> scatter
+    mixed, PIECEWISE: fill -> [ model, broken at attention ] -> rows -> lm_head -> sample -> scatter
 
-What brackets hold is one wrapper each, and the FULL one holds the PIECEWISE one. Either passes
+What brackets hold is one wrapper each, and either FULL one holds the PIECEWISE one. Each passes
 through when the context's mode is not its own, so an eager run takes the same code.
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -37,6 +37,7 @@ from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
+from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.trial import GREEDY, StepTrial
 
 Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
@@ -49,27 +50,6 @@ TIMED_REPLAYS = 5
 
 CaptureProgress = Callable[[int, int], None]
 """Called with the number of graphs captured so far, and of all."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step that has been launched. Its values are copies: later steps do not change them.
-
-    token_ids: [R] int64 on the host, there once `done` has passed.
-    logprobs: by row, None for rows that asked for none; None if no row did.
-    done: None where the host does the work itself.
-    """
-
-    token_ids: Tensor
-    logprobs: list[TokenLogprobs | None] | None
-    done: torch.cuda.Event | None = None
-
-    def tokens(self) -> list[int]:
-        """The sampled token of every row; waits for the step."""
-        if self.done is not None:
-            self.done.synchronize()
-        ids: list[int] = self.token_ids.tolist()
-        return ids
 
 
 class ModelRunner:
@@ -113,6 +93,7 @@ class ModelRunner:
         self.vocab_size = config.vocab_size
         self.state = SlotState(sizes, device)
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
+        self.results = ResultRing(sizes.rows, device)
         # Not zeroed: nothing reads an entry that has not been written, which certification shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         try:
@@ -128,6 +109,9 @@ class ModelRunner:
         self.model_step = CUDAGraphWrapper(
             self._model_step, CUDAGraphMode.PIECEWISE, backend, check_addresses=check_addresses
         )
+        self.mixed_step = CUDAGraphWrapper(
+            self.model_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
+        )
         self.decode_step = CUDAGraphWrapper(
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
@@ -137,40 +121,51 @@ class ModelRunner:
     @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as dispatched."""
-        self.state.apply(output)
         attn = self.buffers.fill(output, dispatch.descriptor)
+        self.results.begin()
         with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
             logprobs = self.launch(output, dispatch)
-        return self._result(self.buffers.tokens[: len(output.rows)], logprobs)
-
-    def _result(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
-        """Copies of the step's results, on their way to the host."""
-        if tokens.device.type == "cpu":
-            return StepResult(tokens.clone(), logprobs)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return StepResult(host, logprobs, done)
+        return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
 
     def _launch(
         self, output: SchedulerOutput, dispatch: Dispatch
     ) -> list[TokenLogprobs | None] | None:
         """Run what lies between the filled buffers and the sampled tokens."""
         descriptor, buffers = dispatch.descriptor, self.buffers
-        rows, tokens = len(output.rows), descriptor.num_tokens
+        rows = output.num_rows
+        self.step_of(descriptor)(*self._inputs(descriptor))
         if descriptor.uniform_decode:
-            self.decode_step()
             logits = buffers.logits[:rows]
         else:
-            self.model_step(buffers.input_ids[:tokens], buffers.positions[:tokens])
             logits = self._last_rows_logits(rows)
         if descriptor.epilogue is not Epilogue.TOKENS:
             self._sample(logits)
             buffers.scatter(rows)
         if not output.needs_logits:
             return None
-        return report_logprobs(logits, buffers.tokens[:rows], [row.logprobs for row in output.rows])
+        return report_logprobs(
+            logits, buffers.tokens[:rows], [row.logprobs for row in output.first_rows]
+        )
+
+    @property
+    def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:
+        """All that may replay."""
+        return self.model_step, self.mixed_step, self.decode_step
+
+    def wrapper_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
+        """The one that holds the graph of that key."""
+        return self.model_step if mode is CUDAGraphMode.PIECEWISE else self.step_of(descriptor)
+
+    def step_of(self, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
+        """The outermost one that a step goes through, in whatever mode."""
+        return self.decode_step if descriptor.uniform_decode else self.mixed_step
+
+    def _inputs(self, descriptor: BatchDescriptor) -> tuple[Tensor, ...]:
+        """Arguments of the wrapper: a decode step gathers its own."""
+        tokens, buffers = descriptor.num_tokens, self.buffers
+        if descriptor.uniform_decode:
+            return ()
+        return buffers.input_ids[:tokens], buffers.positions[:tokens]
 
     def _model_step(self, input_ids: Tensor, positions: Tensor) -> None:
         self.buffers.hidden[: len(input_ids)].copy_(self.model(input_ids, positions))
@@ -261,19 +256,14 @@ class ModelRunner:
     def _capture_and_certify(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> StepTrial:
         trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
         certify(trial, partial(self._capture, mode, descriptor))
-        wrapper = self.decode_step if mode is CUDAGraphMode.FULL else self.model_step
-        self.graph_bytes[mode, descriptor] = wrapper.graphs[descriptor].nbytes
+        graph = self.wrapper_of(mode, descriptor).graphs[descriptor]
+        self.graph_bytes[mode, descriptor] = graph.nbytes
         return trial
 
     @torch.no_grad()
     def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         """Record one graph, on padding alone."""
-        buffers = self.buffers
         nobody = SchedulerOutput(-1, [], [], [], num_decodes=0, num_tokens=0)
-        attn = buffers.fill(nobody, descriptor)
+        attn = self.buffers.fill(nobody, descriptor)
         with set_forward_context(ForwardContext(mode, descriptor, attn)):
-            if mode is CUDAGraphMode.FULL:
-                self.decode_step.capture()
-            else:
-                tokens = descriptor.num_tokens
-                self.model_step.capture(buffers.input_ids[:tokens], buffers.positions[:tokens])
+            self.wrapper_of(mode, descriptor).capture(*self._inputs(descriptor))

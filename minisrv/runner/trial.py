@@ -21,6 +21,7 @@ from minisrv.graph.certify import Start
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
 from minisrv.request import SamplingParams
 from minisrv.runner.batches import Batch
+from minisrv.runner.input_buffers import Upload
 from minisrv.runner.timing import LaunchTimer
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class StepTrial:
             cache[self.watched] = initial
         state.last_token[self.slots] = self.last_token
         state.next_position[self.slots] = self.next_position
-        state.apply(self.output)
+        upload = Upload()
+        state.apply(self.output, upload)
+        upload.send(self.slots.device)
         self.initial_cache = initial
         self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
 
@@ -229,7 +232,7 @@ def _step(
         )
     return SchedulerOutput(
         step_id=-1,
-        rows=rows,
+        first_rows=rows,
         new_slots=new_slots,
         new_blocks=new_blocks,
         num_decodes=sum(row.decoding for row in batch),

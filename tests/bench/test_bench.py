@@ -15,7 +15,17 @@ from minisrv.engine.core import EngineCore
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
-SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "24", "--context", "40")
+# On a GPU a step has other launches.
+SMALL = (
+    "--device",
+    "cpu",
+    "--max-num-seqs",
+    "4",
+    "--max-num-batched-tokens",
+    "24",
+    "--context",
+    "40",
+)
 LAUNCHES = {"NONE": 11 * LAYERS + 10, "PIECEWISE": 2 * LAYERS + 8, "FULL": 1}
 """As in tests/runner/test_launches.py."""
 
@@ -132,9 +142,12 @@ def test_simulated_figures_say_so_wherever_they_are_kept(checkpoint, tmp_path, c
     [
         ("piecewise", ["NONE", "PIECEWISE"], ["NONE", "PIECEWISE"]),
         ("full-decode-only", ["NONE", "FULL"], ["NONE"]),
+        ("full", ["NONE", "FULL"], ["NONE", "FULL"]),
     ],
 )
-def test_modes_without_graphs_are_left_out(checkpoint, tmp_path, mode, decode, prefill):
+def test_modes_without_graphs_are_left_out(
+    checkpoint, tmp_path, mode, decode, prefill, tape_holds_mixed_batches
+):
     out = tmp_path / "bench.json"
     assert run(checkpoint, "--cudagraph-mode", mode, "--json", str(out)) == 0
     report = json.loads(out.read_text())

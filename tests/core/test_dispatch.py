@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
-from minisrv.errors import ConfigError, CoverageError
-from minisrv.modes import CUDAGraphMode, Epilogue, Reason
+from minisrv.errors import CoverageError
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
-SERVABLE = [mode for mode in CUDAGraphMode if mode is not FULL]
-"""Configured modes that the CPU serves."""
-
 limits = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda p: (p[0], p[0] + p[1]))
 sizes = st.none() | st.lists(st.integers(1, 150), min_size=1, max_size=6).map(tuple)
 
@@ -35,7 +32,12 @@ def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
     return decodes + mixed
 
 
-@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes, logits=st.booleans())
+def holds_any(key: BatchDescriptor) -> bool:
+    """Prefill, decodes or both."""
+    return key.epilogue is Epilogue.HIDDEN
+
+
+@given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes, logits=st.booleans())
 def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, logits):
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
@@ -47,22 +49,28 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
             assert key.num_tokens == tokens, "NONE never pads"
             assert key.epilogue is Epilogue.HIDDEN
             # No captured graph would have done.
-            assert not any(m is PIECEWISE and d.num_tokens >= tokens for m, d in keys)
-            assert not (decode and any(m is FULL and d.num_tokens >= tokens for m, d in keys))
+            assert not any(d.num_tokens >= tokens for _, d in keys if decode or holds_any(d))
             continue
         assert (found.mode, key) in keys, "what is dispatched was captured"
         assert key.num_tokens >= tokens
-        smaller = [d.num_tokens for m, d in keys if m is found.mode and tokens <= d.num_tokens]
-        assert key.num_tokens == min(smaller)
-        if found.mode is FULL:
-            assert decode, "FULL is for pure decode"
+        assert key.num_reqs is None or key.num_reqs >= requests
+        alike = [d for _, d in keys if d.uniform_decode == key.uniform_decode]
+        assert key.num_tokens == min(d.num_tokens for d in alike if tokens <= d.num_tokens)
+        if key.uniform_decode:
+            assert decode, "the requests say so"
+            assert found.mode is FULL
             assert key.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
-        elif decode:
-            assert not any(m is FULL and d.num_tokens >= tokens for m, d in keys)
+            continue
+        assert holds_any(key)
+        assert found.mode is mode.mixed_mode
+        assert (key.num_reqs is None) == (found.mode is PIECEWISE)
+        if decode:
+            assert found.reason is Reason.NO_FULL_GRAPH
+            assert not any(d.uniform_decode for _, d in keys)
 
 
 @given(
-    mode=st.sampled_from(SERVABLE),
+    mode=st.sampled_from(CUDAGraphMode),
     limits=limits,
     sizes=sizes,
     logits=st.booleans(),
@@ -89,7 +97,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
             times[m, d].median
             for m, d in keys
             if d.num_tokens >= first.descriptor.num_tokens
-            and (m is PIECEWISE or (first.mode is FULL and d.epilogue is epilogue))
+            and (holds_any(d) or (first.descriptor.uniform_decode and d.epilogue is epilogue))
         ]
         if min(others) >= 0.95 * before:
             assert found == first, "a difference of 5% is noise"
@@ -97,7 +105,8 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
         assert found.reason is Reason.CHEAPER
         assert times[found.mode, found.descriptor].median == min(others)
         assert found.descriptor.num_tokens >= tokens
-        if found.mode is FULL:
+        assert found.descriptor.num_reqs is None or found.descriptor.num_reqs >= requests
+        if not holds_any(found.descriptor):
             assert decode
             assert found.descriptor.epilogue is epilogue
 
@@ -112,7 +121,18 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
     ]
 
 
-@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
+def test_a_full_graph_of_a_mixed_rung_may_be_cheaper_for_decodes():
+    ladders = build_ladders(FULL, 4, 4)
+    times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
+    times[FULL, decode_descriptor(2, Epilogue.LOGITS)] = StepTime(1.2, 1.3)
+    times[FULL, BatchDescriptor(2, 2)] = StepTime(0.8, 0.9)
+    batch = {"uniform_decode": True, "needs_logits": True}
+    found = Dispatcher(ladders, times).dispatch(2, 2, **batch)
+    assert (found.mode, found.descriptor) == (FULL, BatchDescriptor(2, 2))
+    assert found.reason is Reason.CHEAPER
+
+
+@given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes)
 def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes):
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
@@ -131,17 +151,17 @@ def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes
     assert f"of {gaps[0]} to {gaps[-1]} requests" in caught.value.message
 
 
-@given(mode=st.sampled_from(SERVABLE), limits=limits)
+@given(mode=st.sampled_from(CUDAGraphMode), limits=limits)
 def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
     ladders = build_ladders(mode, *limits)
     ladders.check_coverage()
     if ladders.decode:
         assert ladders.decode[-1] == ladders.max_num_seqs
     if ladders.mixed:
-        assert ladders.mixed[-1] == min(512, ladders.max_num_batched_tokens)
+        assert ladders.mixed[-1] == min(2048, ladders.max_num_batched_tokens)
 
 
-@given(mode=st.sampled_from(SERVABLE), limits=limits, sizes=sizes)
+@given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes)
 def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
@@ -161,18 +181,21 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
     [
         ("full-and-piecewise", True, 5, FULL, Reason.PURE_DECODE),
         ("full-and-piecewise", False, 5, PIECEWISE, Reason.HAS_PREFILL),
-        ("full-and-piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("full-and-piecewise", False, 2050, NONE, Reason.ABOVE_LADDER),
         ("full-decode-only", True, 5, FULL, Reason.PURE_DECODE),
         ("full-decode-only", False, 5, NONE, Reason.NO_MIXED_GRAPH),
         ("piecewise", True, 5, PIECEWISE, Reason.NO_FULL_GRAPH),
-        ("piecewise", False, 600, NONE, Reason.ABOVE_LADDER),
+        ("piecewise", False, 2050, NONE, Reason.ABOVE_LADDER),
+        ("full", True, 5, FULL, Reason.PURE_DECODE),
+        ("full", False, 5, FULL, Reason.HAS_PREFILL),
+        ("full", False, 2050, NONE, Reason.ABOVE_LADDER),
         ("full-decode-only", True, 99, NONE, Reason.ABOVE_LADDER),
         ("none", True, 5, NONE, Reason.GRAPHS_OFF),
         ("none", False, 5, NONE, Reason.GRAPHS_OFF),
     ],
 )
 def test_reasons(mode, decode, tokens, mode_found, reason):
-    dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 1024))
+    dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 4096))
     requests = tokens if decode else 1
     found = dispatcher.dispatch(tokens, requests, uniform_decode=decode)
     assert (found.mode, found.reason) == (mode_found, reason)
@@ -189,16 +212,19 @@ def test_enforce_eager_captures_nothing():
     assert ladders_of(config).keys() == []
 
 
-def test_full_mode_is_refused_with_what_to_use():
-    with pytest.raises(ConfigError, match="full-and-piecewise"):
-        ladders_of(EngineConfig(cudagraph_mode=FULL))
+def test_a_full_graph_of_a_mixed_rung_holds_as_many_rows_as_its_tokens_can_have():
+    keys = build_ladders(FULL, 12, 64).keys()
+    assert {mode for mode, _ in keys} == {FULL}
+    rows = {key.num_tokens: key.num_reqs for _, key in keys if holds_any(key)}
+    assert rows == {64: 12, 48: 12, 32: 12, 16: 12, 8: 8, 4: 4, 2: 2, 1: 1}
 
 
 def test_largest_graphs_are_captured_first():
-    keys = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 64, 512).keys()
-    for mode in (PIECEWISE, FULL):
-        tokens = [d.num_tokens for m, d in keys if m is mode]
-        assert tokens == sorted(tokens, reverse=True)
+    for configured in (CUDAGraphMode.FULL_AND_PIECEWISE, FULL):
+        keys = build_ladders(configured, 64, 512).keys()
+        for decode in (False, True):
+            tokens = [d.num_tokens for _, d in keys if d.uniform_decode == decode]
+            assert tokens == sorted(tokens, reverse=True)
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -212,6 +238,14 @@ def test_plan_prints_the_table():
     assert "5-12 requests" in done.stdout
     assert "513" not in done.stdout
     assert "above_ladder" in done.stdout
+
+
+def test_plan_needs_no_device_to_say_what_full_would_capture():
+    done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
+    assert done.returncode == 0, done.stderr
+    assert "24 graphs, 10 FULL (decode" in done.stdout
+    assert "14 FULL (mixed)" in done.stdout
+    assert "PIECEWISE" not in done.stdout
 
 
 def test_a_measured_plan_says_what_each_graph_costs():

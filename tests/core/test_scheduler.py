@@ -402,3 +402,49 @@ def test_logprobs_need_logits_even_without_alternatives(wanted, needs):
     request = EngineRequest(request_id="a", prompt_token_ids=[1], params=params)
     scheduler.add(request, seed=0)
     assert scheduler.schedule().needs_logits is needs
+
+
+# ---- steady decode -------------------------------------------------------------------------------
+
+
+def counted(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with every step that is scheduled anew."""
+    anew: list[None] = []
+    schedule_anew = scheduler._schedule_anew
+    monkeypatch.setattr(
+        scheduler, "_schedule_anew", lambda: (anew.append(None), schedule_anew())[1]
+    )
+    return anew
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, lag):
+    """Its steps have the same rows, a token further, and blocks as they are needed."""
+    scheduler = make(blocks=64)
+    for name in "abcd":
+        add(scheduler, name, length=3 + ord(name) - ord("a"), most=30)
+    for index in range(90):
+        add(scheduler, f"waiting {index}", length=5)
+    anew = counted(scheduler, monkeypatch)
+    _, _, *steps = run_steps(scheduler, 23, lag)
+    assert len(anew) == 3, "two that hold prefill, and the run's first"
+    for before, after in pairwise(steps):
+        assert [(row.request_id, row.start + 1) for row in before.rows] == [
+            (row.request_id, row.start) for row in after.rows
+        ]
+        assert after.first_rows is before.first_rows
+    for step in steps:
+        new = {slot: index for slot, index, _ in step.new_blocks}
+        assert new == {row.slot: row.start // BLOCK for row in step.rows if row.start % BLOCK == 0}
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_ends_with_its_first_request(lag):
+    scheduler = make(blocks=64)
+    for name, most in (("a", 9), ("b", 20)):
+        add(scheduler, name, length=4, most=most)
+    steps = run_steps(scheduler, 40, lag)
+    assert [len(step.rows) for step in steps] == [2] * 9 + [1] * 11
+    assert not scheduler.has_work
+    assert scheduler.pool.num_used == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.server import SMALL, Server
 
@@ -23,6 +24,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator[Server]:
     """A server with default modes, shared: a test leaves it idle."""
     yield from _serve()
+
+
+@pytest.fixture(scope="session")
+def cpu_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server on whose rungs one can count: on a GPU another may turn out cheaper."""
+    if torch.cuda.is_available():
+        yield from _serve("--device", "cpu")
+    else:
+        yield request.getfixturevalue("server")
 
 
 @pytest.fixture(scope="session")

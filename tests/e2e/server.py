@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,14 @@ def events_of(text: str) -> list[Any]:
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert data[-1:] == ["[DONE]"], text[-500:]
     return [json.loads(item) for item in data[:-1]]
+
+
+def by_mode(graph_steps: dict[str, int]) -> dict[str, int]:
+    """Steps by mode, whatever the reason: on a GPU it is "cheaper" now and then."""
+    found: Counter[str] = Counter()
+    for key, steps in graph_steps.items():
+        found[key.partition("/")[0]] += steps
+    return dict(found)
 
 
 def request_bytes(

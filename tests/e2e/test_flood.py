@@ -32,7 +32,9 @@ def tokens(response: httpx.Response) -> list[int]:
 
 def test_two_hundred_at_once(start: Callable[..., Server], tiny: Path) -> None:
     flags = ("--max-num-seqs", str(RUNNING), "--max-waiting", str(WAITING))
-    server = start(str(tiny), *flags, "--max-num-batched-tokens", "64").wait_ready()
+    server = start(
+        str(tiny), *flags, "--max-num-batched-tokens", "64", "--dtype", "float32"
+    ).wait_ready()
     bodies = [body(index) for index in range(200)]
     futures = [server.post_all(path, [fields])[0] for path, fields in bodies]
     answers = [future.result(60) for future in futures]

@@ -10,10 +10,10 @@ FULL = '{mode="FULL",reason="pure_decode"}'
 PIECEWISE = '{mode="PIECEWISE",reason="has_prefill"}'
 
 
-def test_steps_and_padding(server: Server) -> None:
-    before = Counter(server.metrics())
-    server.complete([5, 6, 7, 8, 9], max_tokens=4, ignore_eos=True)
-    after = Counter(server.metrics())
+def test_steps_and_padding(cpu_server: Server) -> None:
+    before = Counter(cpu_server.metrics())
+    cpu_server.complete([5, 6, 7, 8, 9], max_tokens=4, ignore_eos=True)
+    after = Counter(cpu_server.metrics())
     after.subtract(before)
     expected = {
         f"graph_steps_total{PIECEWISE}": 1,
@@ -31,13 +31,13 @@ def test_steps_and_padding(server: Server) -> None:
     assert {name: after[name] for name in expected} == expected
 
 
-def test_a_prefix_hit(server: Server) -> None:
+def test_a_prefix_hit(cpu_server: Server) -> None:
     """Only what is not cached is computed: all but three blocks of 16 tokens."""
     prompt = [*range(1000, 1056)]
-    server.complete(prompt, max_tokens=1)
-    before = Counter(server.metrics())
-    server.complete(prompt, max_tokens=1)
-    after = Counter(server.metrics())
+    cpu_server.complete(prompt, max_tokens=1)
+    before = Counter(cpu_server.metrics())
+    cpu_server.complete(prompt, max_tokens=1)
+    after = Counter(cpu_server.metrics())
     after.subtract(before)
     expected = {
         "prompt_tokens_total": 56,
@@ -48,12 +48,12 @@ def test_a_prefix_hit(server: Server) -> None:
     assert {name: after[name] for name in expected} == expected
 
 
-def test_decode_padding(server: Server) -> None:
+def test_decode_padding(cpu_server: Server) -> None:
     """Three requests decode together on the rung of four."""
     name = f"padded_tokens_total{FULL}"
-    before = server.metrics()
-    server.complete([[5, 6], [7, 8], [9, 10]], max_tokens=6, ignore_eos=True)
-    assert server.metrics()[name] - before.get(name, 0) == 5
+    before = cpu_server.metrics()
+    cpu_server.complete([[5, 6], [7, 8], [9, 10]], max_tokens=6, ignore_eos=True)
+    assert cpu_server.metrics()[name] - before.get(name, 0) == 5
 
 
 def test_eager(eager_server: Server) -> None:

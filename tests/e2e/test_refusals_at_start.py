@@ -92,6 +92,11 @@ def test_capture_sizes_that_leave_a_gap(start: Start) -> None:
     assert_refused(server, "cudagraph_capture_sizes", "add 8 to the sizes")
 
 
+def test_full_graphs_on_a_cpu(start: Start) -> None:
+    server = start(*SMALL, "--device", "cpu", "--cudagraph-mode", "full")
+    assert_refused(server, "did not start", "cudagraph_mode=full", "use full-and-piecewise")
+
+
 def test_more_context_than_the_model_has(start: Start) -> None:
     server = start("--max-model-len", "1000000")
     assert_refused(server, "did not start", "max_model_len=1000000", "use at most 2048")

@@ -20,7 +20,7 @@ from tests.engine.tape import LIMITS, judge, make_tape, play
 
 VOCAB = 4096
 TAPE = make_tape(240, VOCAB, seed=1)
-MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
+MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def reference():
 @pytest.fixture(scope="module")
 def first():
     """Eager, at lag 0, every prompt computed: what the others are compared with."""
-    return play(TAPE, EngineConfig(enforce_eager=True, enable_prefix_caching=False, **LIMITS))
+    return play(
+        TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
+    )
 
 
 def test_eager_gives_the_tokens_of_transformers(first, reference):
@@ -62,8 +64,12 @@ def test_the_tape_is_hard_enough(first):
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
-    config = EngineConfig(cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS)
+def test_every_mode_and_lag_gives_the_same_tokens(
+    mode, lag, first, reference, tape_holds_mixed_batches
+):
+    config = EngineConfig(
+        device="cpu", cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS
+    )
     played = play(TAPE, config)
     close, total = 0, 0
     wrong: list[str] = []
@@ -94,6 +100,7 @@ def test_every_mode_and_lag_gives_the_same_tokens(mode, lag, first, reference):
             "none": {("NONE", "graphs_off")},
             "piecewise": {("PIECEWISE", "no_full_graph"), ("PIECEWISE", "has_prefill")},
             "full-decode-only": {("FULL", "pure_decode"), ("NONE", "no_mixed_graph")},
+            "full": {("FULL", "pure_decode"), ("FULL", "has_prefill")},
             "full-and-piecewise": {("FULL", "pure_decode"), ("PIECEWISE", "has_prefill")},
         }[mode]
     )

@@ -31,6 +31,7 @@ class Model:
             block_table=ints,
             seq_lens=ints,
             query_start_loc=ints,
+            max_query_len=1,
         )
         self.x, self.result = torch.ones(4), torch.zeros(4)
         self.calls: list[str] = []

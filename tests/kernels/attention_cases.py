@@ -50,13 +50,17 @@ def make_case(
     head_dim: int = 16,
     block_size: int = 4,
     pad_tokens: int = 0,
+    pad_rows: int = 0,
     norm: bool = True,
     dtype: torch.dtype = torch.float32,
     poison: float = math.nan,
     seed: int = 0,
 ) -> Case:
     """Random tensors; everything in the cache that no row may read is `poison`, and what no row may
-    follow in the block table leads out of all memory."""
+    follow in the block table leads out of all memory.
+
+    pad_tokens, pad_rows: behind all rows. Rows of padding are empty, and nobody may look at them.
+    """
     g = torch.Generator().manual_seed(seed)
     heads = num_kv_heads * group
     max_blocks = max(-(-(h + n) // block_size) for h, n in rows) + 1
@@ -74,6 +78,8 @@ def make_case(
         slots.append(row_slots[history:])
         positions.append(places[history:])
         starts.append(starts[-1] + n)
+    lengths = [h + n for h, n in rows] + [STALE] * pad_rows
+    table = torch.cat((table, table.new_full((pad_rows, max_blocks), STALE)))
     pad = torch.zeros(pad_tokens, dtype=torch.int64)
     tokens = starts[-1] + pad_tokens
     qkv = torch.randn(tokens, (heads + 2 * num_kv_heads) * head_dim, generator=g)
@@ -86,11 +92,13 @@ def make_case(
         "kv_cache": cache.view(num_blocks, block_size, 2, num_kv_heads, head_dim).to(dtype),
         "slot_mapping": torch.cat([*slots, pad]),
         "block_table": table,
-        "seq_lens": torch.tensor([h + n for h, n in rows], dtype=torch.int32),
-        "query_start_loc": torch.tensor(starts, dtype=torch.int32),
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+        "query_start_loc": torch.tensor(starts + starts[-1:] * pad_rows, dtype=torch.int32),
         "out": torch.full((tokens, heads * head_dim), math.nan, dtype=dtype),
     }
+    one_each = pad_tokens == pad_rows == 0 and all(n == 1 for _, n in rows)
     options = {
+        "max_query_len": 1 if one_each else max(2, tokens),
         "cos_sin": torch.cat((angles.cos(), angles.cos(), -angles.sin(), angles.sin()), dim=-1).to(
             dtype
         ),

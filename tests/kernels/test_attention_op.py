@@ -51,6 +51,7 @@ ROWS = st.lists(
     head_dim=st.sampled_from([2, 6, 16, 48, 64, 128]),
     block_size=st.sampled_from([1, 4, 5, 16]),
     pad_tokens=st.integers(0, 5),
+    pad_rows=st.integers(0, 3),
     norm=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     poison=st.sampled_from([math.nan, math.inf, -math.inf]),
@@ -129,10 +130,12 @@ def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("rows", [[(5, 1), (2, 1), (0, 1)], [(5, 1), (3, 6)], [(7, 9)]])
 def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
     """Bit for bit: null block, stale blocks, block tails and padding tokens."""
-    clean, poisoned = (
-        make_case(rows, pad_tokens=3, poison=p).run(attention) for p in (0.0, math.nan)
-    )
-    assert torch.equal(clean, poisoned)
+    for pad_rows in (0, 2):
+        clean, poisoned = (
+            make_case(rows, pad_tokens=3, pad_rows=pad_rows, poison=poison).run(attention)
+            for poison in (0.0, math.nan)
+        )
+        assert torch.equal(clean, poisoned)
 
 
 def test_padding_rows_write_before_they_read() -> None:

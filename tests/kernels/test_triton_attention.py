@@ -70,6 +70,7 @@ def bits_of(case: Case, rows: slice = slice(None)) -> Tensor:
     head_dim=st.sampled_from([2, 6, 16, 64, 80]),
     block_size=st.sampled_from([1, 4, 5, 16, 32]),
     pad_tokens=st.one_of(st.just(0), st.integers(0, 5)),
+    pad_rows=st.one_of(st.just(0), st.integers(0, 9)),
     norm=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     poison=st.sampled_from([math.nan, math.inf, -math.inf]),
@@ -91,9 +92,17 @@ def test_any_batch_equals_the_reference(**drawn: Any) -> None:
         pytest.param([(0, 5), (9, 1), (200, 3), (4, 1)], id="decode rows scattered"),
     ],
 )
-@pytest.mark.parametrize("pad_tokens", [0, 2])
-def test_edges(rows: list[tuple[int, int]], pad_tokens: int) -> None:
-    check(make_case(rows, head_dim=64, block_size=16, pad_tokens=pad_tokens))
+@pytest.mark.parametrize(("pad_tokens", "pad_rows"), [(0, 0), (2, 0), (0, 3), (70, 40)])
+def test_edges(rows: list[tuple[int, int]], pad_tokens: int, pad_rows: int) -> None:
+    padding = {"pad_tokens": pad_tokens, "pad_rows": pad_rows}
+    check(make_case(rows, head_dim=64, block_size=16, **padding))
+
+
+def test_as_many_tokens_as_rows_are_not_one_each() -> None:
+    """A batch that a graph holds has empty rows, so only `max_query_len` tells."""
+    case = make_case([(9, 3), (4, 1)], pad_rows=2)
+    assert len(case.args["positions"]) == len(case.args["seq_lens"])
+    check(case)
 
 
 def test_the_last_split_may_be_empty_or_not_full() -> None:
@@ -117,9 +126,9 @@ def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:
 )
 def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
     """Bit for bit: null block, stale blocks, block tails and padding tokens."""
-    for pad_tokens in (0, 3):
+    for padding in ({}, {"pad_tokens": 3}, {"pad_tokens": 3, "pad_rows": 2}):
         clean, *poisoned = (
-            bits_of(make_case(rows, pad_tokens=pad_tokens, poison=poison))
+            bits_of(make_case(rows, poison=poison, **padding))
             for poison in (0.0, math.nan, math.inf)
         )
         assert all(torch.equal(clean, other) for other in poisoned)
@@ -163,6 +172,7 @@ def test_both_ways_agree(dtype: torch.dtype) -> None:
         tensor = padded.args[name]
         padded.args[name] = torch.cat((tensor, torch.zeros_like(tensor[:1])))
     padded.args["out"].fill_(math.nan)
+    padded.options["max_query_len"] = len(padded.args["positions"])
     decode, mixed = run(case).args, run(padded).args
     torch.testing.assert_close(decode["out"], mixed["out"][:-1], **TOLERANCE[dtype])
     assert not mixed["out"][-1].any()
@@ -212,8 +222,8 @@ def test_models(head_dim: int, group: int, dtype: torch.dtype) -> None:
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_through_the_dispatcher(dtype: torch.dtype) -> None:
-    for pad_tokens in (0, 1):
-        case = make_case([(70, 1), (9, 1)], pad_tokens=pad_tokens, dtype=dtype)
+    for padding in ({}, {"pad_tokens": 1}, {"pad_rows": 1}):
+        case = make_case([(70, 1), (9, 1)], dtype=dtype, **padding)
         ran = case.copy(DEVICE)
         ran.run(attention_op)
         assert_equal_to_reference(ran, case)
@@ -221,23 +231,29 @@ def test_through_the_dispatcher(dtype: torch.dtype) -> None:
 
 @gpu
 @pytest.mark.parametrize(
-    "rows",
-    [[(3000, 1), (0, 1), (130, 1)], [(n, 1) for n in range(100)], [(0, 70), (500, 3), (80, 1)]],
-    ids=["split", "not split", "mixed"],
+    ("rows", "padding"),
+    [
+        ([(3000, 1), (0, 1), (130, 1)], {}),
+        ([(n, 1) for n in range(100)], {}),
+        ([(0, 70), (500, 3), (80, 1)], {"pad_tokens": 3}),
+        ([(0, 70), (500, 3), (80, 1)], {"pad_tokens": 54, "pad_rows": 61}),
+        ([(900, 1), (80, 1)], {"pad_tokens": 6, "pad_rows": 6}),
+    ],
+    ids=["split", "not split", "mixed", "mixed with empty rows", "decodes with empty rows"],
 )
-def test_captured_at_one_length_replays_at_others(rows: list[tuple[int, int]]) -> None:
+def test_captured_at_one_length_replays_at_others(
+    rows: list[tuple[int, int]], padding: dict[str, int]
+) -> None:
     """Captured on the null block alone: nothing of a length is frozen. The host waits for nothing,
     as a capture would not allow it."""
-    case = make_case(rows, head_dim=128, block_size=16, pad_tokens=3, dtype=torch.bfloat16)
-    if all(n == 1 for _, n in rows):
-        case = make_case(rows, head_dim=128, block_size=16, dtype=torch.bfloat16)
+    case = make_case(rows, head_dim=128, block_size=16, dtype=torch.bfloat16, **padding)
     eager = run(case)
     static = case.copy(DEVICE)
     null = {"positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
     for name, value in null.items():
         static.args[name].fill_(value)
-    if len(case.args["positions"]) != len(rows):  # one row of one token, and padding
-        static.args["query_start_loc"].fill_(1)[0] = 0
+    if padding:  # every row is empty
+        static.args["query_start_loc"].fill_(0)
     static.run(attention)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -106,7 +106,14 @@ def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path
     assert len({prompt for run in prompts["a"] for prompt in run}) == 2 * 4 * 4
 
     assert "[graphs] is ready after" in stderr
-    for words in ("eager / [graphs]", "12 of 12", "ITL p50 ms", "a title: ", *FORMULAS):
+    for words in (
+        "eager / [graphs]",
+        "12 of 12",
+        "ITL p50 ms",
+        "a title: ",
+        "eager, worst run: client: ",
+        *FORMULAS,
+    ):
         assert words in stdout
     assert plot.read_text().rstrip().endswith("</svg>")
     report = json.loads(out.read_text())

@@ -84,6 +84,7 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
         assert summary["output_tokens"] == 50
         assert summary["chunks"] == 50
         assert summary["itl_ms"]["count"] == 40
+        assert {"streams", "cpu_share", "lag_p99_s", "lag_max_s"} <= set(summary["clients"][0])
         assert summary["ttft_ms"]["min"] <= summary["ttft_ms"]["p50"] <= summary["e2e_ms"]["p50"]
         rows = [dict(zip(report["raw_fields"], row, strict=True)) for row in level["raw"]["rows"]]
         assert sorted(row["index"] for row in rows) == list(range(10))
@@ -91,8 +92,8 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
 
 
 def test_that_many_requests_are_really_in_flight(tmp_path: Path) -> None:
-    """Each answer waits until 120 requests are there: with aiohttp's default limit of 100
-    connections, or with lanes lost in the split over processes, all would time out."""
+    """Each answer waits until 120 requests are there: with a limit on connections, or with lanes
+    lost in the split over processes, all would time out."""
     gate = Wait(120)
     out = tmp_path / "out.json"
     with ScriptedServer(lambda number, body: [chunk("a"), gate, *answer(1)[1:]]) as server:
@@ -200,12 +201,48 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     assert [summary["stopped_by"] for summary in summaries] == ["requests", "interrupt"]
 
 
+def test_a_client_process_that_dies_is_said_and_what_was_measured_is_kept(tmp_path: Path) -> None:
+    """All requests of the second level hang; fails by hanging if nobody looks after the dead."""
+    never = Wait(1_000, seen=2)
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        return [never] if number >= 4 else honest(number, body)
+
+    out = tmp_path / "out.json"
+    with ScriptedServer(script) as server:
+        process = subprocess.Popen(
+            [
+                *(*COMMAND, "run", server.url, "--concurrency", "1", "2", "--requests", "4"),
+                *("--warmup", "0", "--processes", "2", "--json", str(out)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        assert never.reached.wait(60)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        clients = [x for x in children if b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes()]
+        assert len(clients) == 2
+        os.kill(int(clients[1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "client process 2 of 2 died (killed by signal 9)" in stderr
+    assert "--processes" in stderr
+    assert "Traceback" not in stderr
+    assert "concurrency 1: " in stdout
+    report = load(out)
+    assert report["complete"] is False
+    assert [level["summary"]["ok"] for level in report["levels"]] == [4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["http://127.0.0.1:9"], "cannot reach http://127.0.0.1:9/v1/models"),
         (["ftp://host"], "no http or https URL"),
         (["http://user:pw@host"], "--api-key"),
+        (["URL", "--api-key", "sk\nX: y"], "no header can carry"),
         (["URL", "--model", "other"], "'other'"),
         (["URL", "--json", "/no/such/place/x.json"], "--json"),
         (["URL", "--concurrency", ","], "--concurrency"),
@@ -268,7 +305,9 @@ def test_normalize_url(url: str, base: str) -> None:
     assert normalize_url(url) == base
 
 
-@pytest.mark.parametrize("url", ["", "http://", "http://h:99999", "http://h?x=1", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "http://", "http://h:99999", "http://h?x=1", "http://[::1", "http://h\u00fc"]
+)
 def test_bad_urls(url: str) -> None:
     with pytest.raises(ConfigError):
         normalize_url(url)

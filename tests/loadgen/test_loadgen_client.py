@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from loadgen.client import CompletionStream, find_model, open_session, send
+from loadgen.client import CompletionStream, find_model, send
 from loadgen.errors import ServerError
+from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
 from tests.loadgen.scripted_server import (
@@ -49,9 +50,9 @@ def ask(*steps: Step, config: RunConfig = CONFIG) -> RequestRecord:
         config = msgspec.structs.replace(config, base_url=server.url + "/v1")
 
         async def go() -> RequestRecord:
-            async with open_session(None, config.timeout_s) as session:
+            with Client(None) as client:
                 body = request_body(config, 0, False, 0)
-                return await send(session, endpoint(config), body, 0, config)
+                return await send(client, endpoint(config), body, 0, config)
 
         return asyncio.run(go())
 
@@ -113,11 +114,11 @@ def test_delayed_first_token_is_after_the_headers() -> None:
         config = msgspec.structs.replace(CONFIG, base_url=server.url + "/v1")
 
         async def go() -> list[RequestRecord]:
-            async with open_session(None, config.timeout_s) as session:
+            with Client(None) as client:
                 body = request_body(config, 0, False, 0)
-                first = asyncio.create_task(send(session, endpoint(config), body, 0, config))
+                first = asyncio.create_task(send(client, endpoint(config), body, 0, config))
                 await asyncio.to_thread(gate.reached.wait, 20)
-                return [await send(session, endpoint(config), body, 1, config), await first]
+                return [await send(client, endpoint(config), body, 1, config), await first]
 
         late, early = asyncio.run(go())
     assert early.start_s < late.start_s < early.chunk_times_s[0]
@@ -180,8 +181,8 @@ def test_timeout() -> None:
 def test_refused_connection() -> None:
     async def go() -> Failure | None:
         config = msgspec.structs.replace(CONFIG, base_url="http://127.0.0.1:9/v1")
-        async with open_session(None, 5.0) as session:
-            return (await send(session, endpoint(config), b"{}", 0, config)).failure
+        with Client(None) as client:
+            return (await send(client, endpoint(config), b"{}", 0, config)).failure
 
     failure = asyncio.run(go())
     assert failure is not None

@@ -1,14 +1,19 @@
-"""What the parent does about its client processes."""
+"""What the parent does about its client processes, and what it says of them."""
 
+import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from loadgen.errors import WorkerError
-from loadgen.records import Leg, PromptKind, RunConfig
+from loadgen.records import STREAMS_PER_PROCESS, ClientLoad, Leg, PromptKind, RunConfig, clock
+from loadgen.report import print_report
 from loadgen.runner import run_legs
+from loadgen.stats import summarize
 from tests.loadgen.scripted_server import ScriptedServer
 
 
@@ -71,6 +76,68 @@ def test_a_dead_client_process_ends_the_run() -> None:
         child.kill()
         child.join()
 
-    with ScriptedServer() as server, pytest.raises(WorkerError, match="died"):
+    with ScriptedServer() as server, pytest.raises(WorkerError, match=r"of 2 died \(killed"):
         list(run_legs(Leg.of(config(server.url)), None, Watcher(kill_one)))
     assert multiprocessing.active_children() == []
+
+
+def test_the_load_is_shared_and_the_parts_are_one_result() -> None:
+    """7 streams of 3 processes, a request each: whoever had none would leave a hole, and a clock
+    that is not the parent's would put a request outside of the run."""
+    with ScriptedServer() as server:
+        asked = replace(config(server.url), concurrencies=(7,), processes=3, requests=28)
+        before_s = clock()
+        (level,) = run_legs(Leg.of(asked), None, Watcher(lambda: None))
+        after_s = clock()
+    assert [client.streams for client in level.clients] == [3, 2, 2]
+    assert sorted(record.index for record in level.records) == list(range(28))
+    for record in level.records:
+        assert before_s < record.start_s < record.end_s < after_s
+
+
+def test_prompts_do_not_depend_on_the_number_of_processes() -> None:
+    sent = []
+    for processes in (1, 2, 3):
+        with ScriptedServer() as server:
+            asked = replace(config(server.url), concurrencies=(3,), processes=processes)
+            list(run_legs(Leg.of(asked), None, Watcher(lambda: None)))
+        sent.append(sorted(json.dumps(body) for body in server.bodies))
+    assert len(set(sent[0])) == 7  # 6 and a warm-up
+    assert sent[0] == sent[1] == sent[2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "concurrency", "processes"),
+    [
+        (None, 4, 1, 1),
+        (None, 4, STREAMS_PER_PROCESS, 1),
+        (None, 4, STREAMS_PER_PROCESS + 1, 2),
+        (None, 4, 10_000, 4),
+        (3, 1, 10_000, 3),
+        (3, 4, 2, 2),
+    ],
+)
+def test_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, cores: int, concurrency: int, processes: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert replace(config(""), processes=asked).processes_at(concurrency) == processes
+
+
+def test_the_report_says_how_busy_the_client_was_and_warns_if_that_was_much(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A real run whose client is then said to have been quiet, or slow: no time is asserted."""
+    with ScriptedServer() as server:
+        asked = config(server.url)
+        (level,) = run_legs(Leg.of(asked), None, Watcher(lambda: None))
+    assert all(load.cpu_share > 0 for load in level.clients)
+    quiet, slow = ClientLoad(1, 0.1, 0.0, 0.0), ClientLoad(1, 0.93, 0.5, 0.7)
+    for clients, warnings in (([quiet, quiet], 0), ([quiet, slow], 2)):
+        summary = summarize(replace(level, clients=clients))
+        assert len(summary.warnings) == warnings
+        print_report(asked, [summary])
+        out = capsys.readouterr().out
+        assert out.count("warning: client-bound") == warnings
+        assert ("; raise --processes where cores are idle" in out) == bool(warnings)
+        assert f"client: 2 processes, {clients[1].cpu_share:.0%} of a core" in out

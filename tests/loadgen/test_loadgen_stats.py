@@ -76,6 +76,13 @@ def test_ttft_itl_tpot_of_one_token_a_chunk() -> None:
     assert tpot_ms(one) == pytest.approx(400.0)  # (1.3 - 0.5) / 2
 
 
+def test_itl_jitter() -> None:
+    steady = summarize(level([record(0.0, (1.0, 1.1, 1.2, 1.5), 1.5, 4)]))
+    assert steady.itl_jitter == pytest.approx(3.0)
+    at_once = summarize(level([record(0.0, (1.0, 1.0, 1.0), 1.0, 3)]))
+    assert at_once.itl_jitter is None
+
+
 def test_a_chunk_is_not_a_token() -> None:
     """7 tokens in 3 chunks: each gap stands for 3 tokens, and the weighted mean is exact."""
     packed = record(0.0, (1.0, 1.6, 2.5), 2.5, 7)
@@ -153,17 +160,17 @@ def test_a_failed_warm_up_counts_as_a_failure() -> None:
         (0.3, 0.001, 10.0, []),
         (0.95, 0.001, 10.0, ["used 95% of a core"]),
         (0.3, 0.006, 10.0, ["10.0 ms; give the client cores"]),
-        (0.5, 0.006, 10.0, ["10.0 ms; add --processes"]),
+        (0.5, 0.006, 10.0, ["10.0 ms; raise --processes"]),
         (0.3, 0.004, 10.0, []),  # below half an ITL
         (0.3, 0.0015, 1.0, []),  # above half an ITL, but within what a timer may miss
-        (0.9, 0.006, 10.0, ["of a core; add --processes", "6.0 ms late"]),
+        (0.9, 0.006, 10.0, ["raise --processes", "6.0 ms late"]),
     ],
 )
 def test_client_bound(cpu: float, lag_s: float, itl_ms: float, words: list[str]) -> None:
     """The worst process decides; an idle one beside it does not hide it."""
-    idle = ClientLoad(0.01, 0.0, 0.0)
+    idle = ClientLoad(1, 0.01, 0.0, 0.0)
     itl = Distribution.of([(itl_ms, 1.0)])
-    warnings = client_warnings([idle, ClientLoad(cpu, lag_s, lag_s)], itl)
+    warnings = client_warnings([idle, ClientLoad(1, cpu, lag_s, lag_s)], itl)
     assert len(warnings) == len(words)
     for text, word in zip(warnings, words, strict=True):
         assert word in text

@@ -72,6 +72,7 @@ class Driver:
             block_table=torch.tensor(tables, dtype=torch.int32),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             query_start_loc=torch.tensor(starts, dtype=torch.int32),
+            max_query_len=1 if len(ids) == len(lengths) else len(ids),
         )
         context = ForwardContext(CUDAGraphMode.NONE, BatchDescriptor(len(ids)), attn)
         return torch.tensor(ids), torch.tensor(positions), context

@@ -19,17 +19,23 @@ from torch import Tensor
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
+from minisrv.engine import core
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
 from minisrv.graph.certify import Start
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
+from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import model_runner
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.results import StepResult
 from minisrv.runner.trial import StepTrial
 
 BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
+
+BOTH = (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL)
+"""Configured modes that run mixed batches by pieces, and by one graph."""
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -37,10 +43,11 @@ Mutant = Callable[[Patch], None]
 
 @dataclass(frozen=True)
 class Model:
-    """What an engine serves, and on which device."""
+    """What an engine serves, on which device, by which graphs."""
 
     checkpoint: str
     device: str = "cuda"
+    mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 def passes_but_for(test: Callable[[], None], mutant: Mutant | None) -> None:
@@ -54,25 +61,33 @@ def passes_but_for(test: Callable[[], None], mutant: Mutant | None) -> None:
             test()
 
 
-def fails_with(*mutants: Mutant, on_cuda: tuple[Mutant, ...] = ()) -> Callable[..., Any]:
+def fails_with(
+    *mutants: Mutant,
+    on_cuda: tuple[Mutant, ...] = (),
+    modes: tuple[CUDAGraphMode, ...] = (CUDAGraphMode.FULL_AND_PIECEWISE,),
+) -> Callable[..., Any]:
     """The test passes as it is, and finds each of the mutants. The same on a GPU.
 
     on_cuda: what a GPU survives of `mutants`; the others would make it read beyond its memory.
+    modes: configured ones, each of which the test is run in.
     """
-    cases = [("cpu", mutant, ()) for mutant in (None, *mutants)]
-    cases += [("cuda", mutant, pytest.mark.gpu) for mutant in (None, *on_cuda)]
+    devices = [("cpu", mutant, ()) for mutant in (None, *mutants)]
+    devices += [("cuda", mutant, pytest.mark.gpu) for mutant in (None, *on_cuda)]
+    cases = [(*case, mode) for mode in modes for case in devices]
 
     def decorate(test: Callable[[Model], None]) -> Any:
         @pytest.mark.parametrize(
-            ("device", "mutant"),
+            ("device", "mutant", "mode"),
             [
-                pytest.param(device, mutant, id=f"{device}-{_name(mutant)}", marks=marks)
-                for device, mutant, marks in cases
+                pytest.param(
+                    device, mutant, mode, id=f"{device}-{mode.value}-{_name(mutant)}", marks=marks
+                )
+                for device, mutant, marks, mode in cases
             ],
         )
         @functools.wraps(test)
-        def run(checkpoint: str, device: str, mutant: Mutant | None) -> None:
-            passes_but_for(lambda: test(Model(checkpoint, device)), mutant)
+        def run(checkpoint: str, device: str, mutant: Mutant | None, mode: CUDAGraphMode) -> None:
+            passes_but_for(lambda: test(Model(checkpoint, device, mode)), mutant)
 
         del run.__wrapped__  # pytest would ask it for the arguments
         return run
@@ -93,13 +108,15 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         "block_size": BLOCK_SIZE,
         "num_kv_blocks": NUM_BLOCKS,
     }
+    limits |= {"model": model.checkpoint, "device": model.device, "cudagraph_mode": model.mode}
     with Patch.context() as patch:
         # Else dispatch would depend on what a GPU took for which graph.
         patch.setattr(ModelRunner, "time_graphs", lambda self: {})
+        # See conftest.tape_holds_mixed_batches.
+        patch.setattr(core, "captures_mixed", lambda device: True)
         if not certified:
             patch.setattr(model_runner, "certify", capture_behind_a_run)
-        config = EngineConfig(model=model.checkpoint, device=model.device, **{**limits, **settings})
-        return EngineCore(config, check_addresses=True)
+        return EngineCore(EngineConfig(**{**limits, **settings}), check_addresses=True)
 
 
 def capture_behind_a_run(trial: StepTrial, capture: Callable[[], None]) -> None:
@@ -131,7 +148,7 @@ class Step:
         assert output is not None
         dispatch = engine.dispatcher.dispatch(
             output.num_tokens,
-            len(output.rows),
+            output.num_rows,
             uniform_decode=output.uniform_decode,
             needs_logits=output.needs_logits,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,9 +35,16 @@ def limits(draw) -> BatchLimits:
 
 
 @settings(max_examples=150, deadline=None)
-@given(limits=limits(), rung=st.integers(1, 96), below=st.integers(0, 95), decode=st.booleans())
-def test_every_batch_could_be_scheduled(limits, rung, below, decode):
-    key = decode_descriptor(rung, Epilogue.TOKENS) if decode else BatchDescriptor(rung)
+@given(
+    limits=limits(),
+    rung=st.integers(1, 96),
+    below=st.integers(0, 95),
+    kind=st.sampled_from(["decode", "pieces", "one graph"]),
+)
+def test_every_batch_could_be_scheduled(limits, rung, below, kind):
+    decode = kind == "decode"
+    rows = min(rung, limits.rows) if kind == "one graph" else None
+    key = decode_descriptor(rung, Epilogue.TOKENS) if decode else BatchDescriptor(rung, rows)
     most = min(rung, limits.rows if decode else limits.tokens)
     below = min(below, most - 1)
     batches = sweep_batches(key, below, limits)
@@ -95,7 +104,21 @@ def test_every_mixed_graph_meets_every_composition(rung):
 
 def test_the_full_batch_fills_the_graph():
     assert len(full_batch(decode_descriptor(16, Epilogue.TOKENS), ROOMY)) == 16
-    assert sum(row.num_tokens for row in full_batch(BatchDescriptor(64), ROOMY)) == 64
+    for tokens in (1, 16, 20, 64):
+        batch = full_batch(BatchDescriptor(tokens), ROOMY)
+        assert sum(row.num_tokens for row in batch) == tokens
+        assert len(batch) == min(tokens, ROOMY.rows)
+        key = BatchDescriptor(tokens, min(tokens, ROOMY.rows))
+        assert full_batch(key, ROOMY) in sweep_batches(key, tokens - 1, ROOMY)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 20])
+@pytest.mark.parametrize("tokens", [2, 4, 64])
+def test_the_short_batch_of_a_graph_with_rows_leaves_one_empty(tokens, rows):
+    limits = replace(ROOMY, rows=rows)
+    batch = short_batch(BatchDescriptor(tokens, min(tokens, rows)), limits)
+    assert 1 <= len(batch) < min(tokens, rows)
+    assert sum(row.num_tokens for row in batch) == tokens - 1
 
 
 def test_batches_in_words():

@@ -1,7 +1,8 @@
 """Certification: a graph that is almost right does not enter service.
 
 Each test breaks one thing on purpose and is named for it; a graph that passes then would have
-served wrong tokens.
+served wrong tokens. What is broken is the tape's too, so all of it runs on a CPU; a GPU has
+test_traps.py.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import build_ladders
+from minisrv.engine import core
 from minisrv.engine.core import EngineCore
-from minisrv.errors import CertificationError
+from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
@@ -31,15 +33,25 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
-    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, **settings}
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, "device": "cpu"}
     return EngineCore(
-        EngineConfig(model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **limits),
+        EngineConfig(
+            model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **{**limits, **settings}
+        ),
         check_addresses=True,
     )
 
 
-@pytest.mark.parametrize("mode", ["piecewise", "full-decode-only", "full-and-piecewise"])
-def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode):
+def test_full_is_refused_on_a_cpu_before_anything_is_loaded(checkpoint, monkeypatch):
+    monkeypatch.setattr(core, "load_model", None)
+    with pytest.raises(
+        ConfigError, match="cudagraph_mode=full .* device=cpu .* full-and-piecewise"
+    ):
+        start(checkpoint, "full")
+
+
+@pytest.mark.parametrize("mode", ["piecewise", "full-decode-only", "full", "full-and-piecewise"])
+def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
     assert engine.info.graphs == len(engine.ladders.keys()) > 0
     runner = engine.runner
@@ -194,16 +206,21 @@ def test_a_model_that_is_not_finite(checkpoint, monkeypatch):
     refused(checkpoint, "piecewise", "not finite")
 
 
-def test_every_dispatchable_key_is_captured(checkpoint):
-    engine = start(checkpoint)
+@pytest.mark.parametrize("mode", ["full", "full-and-piecewise"])
+def test_every_dispatchable_key_is_captured(checkpoint, mode, tape_holds_mixed_batches):
+    engine = start(checkpoint, mode)
     runner: ModelRunner = engine.runner
-    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 6, 48)
-    keys = ladders.keys()
-    assert set(runner.decode_step.graphs) == {d for m, d in keys if m is CUDAGraphMode.FULL}
-    assert set(runner.model_step.graphs) == {d for m, d in keys if m is CUDAGraphMode.PIECEWISE}
-    layers = len(runner.kv_caches)
-    assert {g.num_pieces for g in runner.model_step.graphs.values()} == {layers + 1}
-    assert {g.num_pieces for g in runner.decode_step.graphs.values()} == {1}
+    keys = build_ladders(CUDAGraphMode(mode), 6, 48).keys()
+    captured = [set(wrapper.graphs) for wrapper in runner.wrappers]
+    assert captured == [
+        {d for m, d in keys if m is CUDAGraphMode.PIECEWISE},
+        {d for m, d in keys if m is CUDAGraphMode.FULL and not d.uniform_decode},
+        {d for m, d in keys if d.uniform_decode},
+    ]
+    pieces = {CUDAGraphMode.PIECEWISE: len(runner.kv_caches) + 1, CUDAGraphMode.FULL: 1}
+    for runtime, key in keys:
+        graph = runner.wrapper_of(runtime, key).graphs[key]
+        assert graph.num_pieces == pieces[runtime]
 
 
 @pytest.mark.parametrize("budget", [6, 48])
@@ -213,7 +230,7 @@ def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
     arena = engine.runner.model_step.backend.arena.untyped_storage()
     outputs = {
         tensor.untyped_storage().data_ptr()
-        for wrapper in (engine.runner.model_step, engine.runner.decode_step)
+        for wrapper in engine.runner.wrappers
         for graph in wrapper.graphs.values()
         for segment in graph.walk[::2]
         for _, args, kwargs in segment.calls

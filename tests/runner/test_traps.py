@@ -25,11 +25,13 @@ from minisrv.nn import attention as attention_layer
 from minisrv.runner import model_runner
 from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.model_runner import ModelRunner
+from minisrv.runner.results import StepResult
 from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
     BLOCK_SIZE,
+    BOTH,
     CONTEXT,
     NUM_BLOCKS,
     Model,
@@ -106,6 +108,7 @@ def launch_and_check_writes(step: Step) -> StepResult:
     pads_slot_mapping_with_minus_one,
     maps_the_null_slot_to_minus_one,
     on_cuda=(pads_slot_mapping_with_minus_one, maps_the_null_slot_to_minus_one),
+    modes=BOTH,
 )
 def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(model: Model):
     engine = start(model)
@@ -117,8 +120,8 @@ def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(model:
         step = Step.next(engine)
         assert step.padded > step.output.num_tokens, "there is padding"
         step.retire(launch_and_check_writes(step))
-        ran.add(step.dispatch.mode)
-    assert ran == {PIECEWISE, FULL}
+        ran.add((step.dispatch.mode, step.output.uniform_decode))
+    assert ran == {(model.mode.mixed_mode, False), (FULL, True)}
 
 
 # ---- trap 2: capture dirties the null block ------------------------------------------------------
@@ -239,14 +242,20 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
             tensor.copy_(values[name])
     for runner in (step.engine.runner, fresh.runner):
         runner.execute(step.output, step.dispatch)
-    rows = step.dispatch.descriptor.num_reqs or len(step.output.rows)
+    rows = step.dispatch.descriptor.num_reqs
+    if rows is None:
+        rows = len(step.output.rows)
     by_row = ("slots", "block_table", "seq_lens")
     for name in (*by_row, "input_ids", "positions", "slot_mapping", "hidden"):
         size = rows if name in by_row else step.padded
         name = f"buffers.{name}"
         assert torch.equal(values[name][:size], own[name][:size]), name
-    attn = step.engine.runner.buffers.fill(step.output, step.dispatch.descriptor)
-    assert (attn.query_start_loc.diff() > 0).all(), "monotone"
+    attn, expected = (
+        runner.buffers.fill(step.output, step.dispatch.descriptor)
+        for runner in (step.engine.runner, fresh.runner)
+    )
+    assert torch.equal(attn.query_start_loc, expected.query_start_loc)
+    assert (attn.query_start_loc.diff() >= 0).all(), "monotone"
     assert attn.query_start_loc[len(step.output.rows)] == step.output.num_tokens
     for name, tensor in own.items():
         if name.startswith("state"):
@@ -283,15 +292,33 @@ def keeps(*names: str) -> Mutant:
     def mutant(patch: Patch) -> None:
         fill = InputBuffers._fill_tokens
 
-        def broken(self, output, padded):
+        def broken(self, output, *sizes):
             tails = {name: getattr(self, name)[output.num_tokens :].clone() for name in names}
-            fill(self, output, padded)
+            fill(self, output, *sizes)
             for name, tail in tails.items():
                 getattr(self, name)[output.num_tokens :] = tail
 
         patch.setattr(InputBuffers, "_fill_tokens", broken)
 
     mutant.__name__ = f"keeps_{'_'.join(names)}"
+    return mutant
+
+
+def keeps_rows(name: str, first: int = 0) -> Mutant:
+    """A buffer of a mixed step keeps what it has behind the step's own rows."""
+
+    def mutant(patch: Patch) -> None:
+        fill = InputBuffers._fill_tokens
+
+        def broken(self, output, *sizes):
+            buffer = getattr(self, name)[first + len(output.rows) :]
+            tail = buffer.clone()
+            fill(self, output, *sizes)
+            buffer.copy_(tail)
+
+        patch.setattr(InputBuffers, "_fill_tokens", broken)
+
+    mutant.__name__ = f"keeps_rows_of_{name}"
     return mutant
 
 
@@ -317,6 +344,28 @@ def describes_rows_of_the_step_before(patch: Patch) -> None:
     describes_rows_of_the_step_before,
 )
 def test_trap_04_five_tokens_behind_eight_in_the_same_graph(model: Model):
+    five_tokens_behind_eight(model, BatchDescriptor(8))
+
+
+KEEPS_STARTS = keeps_rows("query_start_loc", first=1)
+
+
+@fails_with(
+    keeps("input_ids"),
+    keeps("positions"),
+    keeps("slot_mapping"),
+    KEEPS_STARTS,
+    keeps_rows("seq_lens"),
+    keeps_rows("block_table"),
+    on_cuda=(KEEPS_STARTS, keeps_rows("seq_lens"), keeps_rows("block_table")),
+    modes=(FULL,),
+)
+def test_trap_04_one_row_behind_three_in_the_same_graph(model: Model):
+    """The rows of a mixed batch are padded too where the graph holds attention."""
+    five_tokens_behind_eight(model, BatchDescriptor(8, num_reqs=8))
+
+
+def five_tokens_behind_eight(model: Model, key: BatchDescriptor) -> None:
     engine = start(model)
     submit(engine, [1, 2, 3], [4, 5, 6], [7, 8])
     play(engine, 1)
@@ -324,8 +373,8 @@ def test_trap_04_five_tokens_behind_eight_in_the_same_graph(model: Model):
         engine.abort(name)
     submit(engine, [9, 10, 11, 12, 13])
     step = Step.next(engine)
-    assert step.output.num_tokens == 5
-    assert step.dispatch.descriptor == BatchDescriptor(8)
+    assert (step.output.num_tokens, len(step.output.rows)) == (5, 1)
+    assert step.dispatch.descriptor == key
     compare_with_a_fresh_engine(model, step)
 
 
@@ -379,6 +428,49 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
             key = decode_descriptor(1 if rows == 1 else 4, Epilogue.LOGITS)
             assert_equals_eager(StepTrial(runner, FULL, key, batch))
+
+
+def captures_the_rows_that_it_sees(patch: Patch) -> None:
+    """There are none: it captures on padding alone."""
+    fill = InputBuffers.fill
+
+    def broken(self, output, descriptor):
+        attn, rows = fill(self, output, descriptor), len(output.rows)
+        if attn.max_query_len == 1:  # where CUDA's kernel would notice
+            return attn
+        return replace(
+            attn,
+            query_start_loc=attn.query_start_loc[: rows + 1],
+            seq_lens=attn.seq_lens[:rows],
+            block_table=attn.block_table[:rows],
+        )
+
+    patch.setattr(InputBuffers, "fill", broken)
+
+
+@fails_with(
+    captures_the_rows_that_it_sees,
+    keeps_the_plan_of_the_first_replay,
+    on_cuda=(captures_the_rows_that_it_sees,),
+    modes=(FULL,),
+)
+def test_trap_05_a_graph_captured_on_empty_rows_serves_every_mixture(model: Model):
+    """One row, chunks up to block edges, decodes beside them, as many rows as it holds."""
+    runner = start(model).runner
+    mode, key = runner.ladders.mixed_key(16)
+    assert (mode, key.num_reqs) == (FULL, 8)
+    decodes = [BatchRow(length - 1, 1, decoding=True) for length in (1, BLOCK_SIZE, CONTEXT)]
+    mixtures = [
+        [BatchRow(0, 1)],
+        [BatchRow(0, 16)],
+        [BatchRow(CONTEXT - 15, 15)],
+        [BatchRow(3, BLOCK_SIZE), BatchRow(0, BLOCK_SIZE + 1), BatchRow(BLOCK_SIZE, 1)],
+        [*decodes, BatchRow(7, 13)],
+        [*decodes, *[BatchRow(n, 2) for n in range(5)]],
+        decodes,
+    ]
+    for batch in mixtures:
+        assert_equals_eager(StepTrial(runner, mode, key, tuple(batch)), poisoned=True)
 
 
 # ---- trap 6: prefill that looks like decode ------------------------------------------------------
@@ -473,6 +565,15 @@ def somebody_uses_the_pool_of_a_gpu_between_pieces(patch: Patch) -> None:
 )
 def test_trap_07_every_graph_is_right_behind_every_other(model: Model):
     """All are captured, then replayed, first to last and back, in the memory that they share."""
+    replay_all(model)
+
+
+@fails_with(modes=(FULL,))
+def test_trap_07_graphs_without_pieces(model: Model):
+    replay_all(model)
+
+
+def replay_all(model: Model) -> None:
     runner = start(model).runner
     keys = runner.ladders.keys()
     for mode, key in keys + keys[::-1]:
@@ -491,7 +592,7 @@ def results_are_views(patch: Patch) -> None:
 
     def broken(self, output, dispatch):
         result = execute(self, output, dispatch)
-        return replace(result, token_ids=self.buffers.tokens[: len(output.rows)])
+        return StepResult(self.buffers.tokens[: output.num_rows], result.logprobs, result.done)
 
     patch.setattr(ModelRunner, "execute", broken)
 
@@ -509,11 +610,14 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
         step = Step.next(engine)
         result = step.launch()
         ran.append((step.dispatch.mode, step.padded))
-        read.append((result, StepResult(torch.tensor(result.tokens()), result.logprobs)))
-        for late, at_once in read:
-            assert late.tokens() == at_once.tokens()
-            assert late.logprobs == at_once.logprobs
-        step.retire(result)
+        if result.done is not None:
+            result.done.synchronize()
+        at_once = StepResult(result.token_ids.clone(), result.logprobs)
+        read.append((result, at_once))
+        step.retire(at_once)
+    for late, at_once in read:
+        assert late.tokens() == at_once.tokens()
+        assert late.logprobs == at_once.logprobs
     assert ran == [(PIECEWISE, 8), (FULL, 2), (PIECEWISE, 8), (FULL, 8), (FULL, 2)]
     chosen = [[row.token_id for row in r.logprobs if row] for r, _ in read if r.logprobs]
     assert chosen == [read[2][0].tokens()[2:], read[3][0].tokens()[2:]], "of the step's own logits"
@@ -528,8 +632,10 @@ def moves_metadata(name: str) -> Mutant:
 
         def broken(self, output, descriptor):
             attn = fill(self, output, descriptor)
-            # Not while capturing, on no rows.
-            return replace(attn, **{name: getattr(attn, name).clone()}) if output.rows else attn
+            if not output.rows:  # while capturing
+                return attn
+            old = getattr(attn, name)
+            return replace(attn, **{name: old + 1 if isinstance(old, int) else old.clone()})
 
         patch.setattr(InputBuffers, "fill", broken)
 
@@ -575,6 +681,7 @@ def moves_the_state(patch: Patch) -> None:
     moves_a_buffer,
     moves_the_state,
     on_cuda=(*MOVES, moves_an_argument),
+    modes=BOTH,
 )
 def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(model: Model):
     """Arguments and metadata are compared before each replay; buffers and state keep their
@@ -583,7 +690,8 @@ def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(model: Model):
     before = {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
     submit(engine, [1, 2, 3], [4, 5], [6])
     _, ran = generate(engine)
-    assert ran["1"].keys() == {HAS_PREFILL, PURE_DECODE}
+    mixed = f"{model.mode.mixed_mode.name}/has_prefill"
+    assert ran["1"].keys() == {mixed, PURE_DECODE}
     assert before == {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import torch
 from minisrv.core.ladder import decode_descriptor
 from minisrv.graph.cuda import engine_stream
 from minisrv.modes import CUDAGraphMode, Epilogue
-from minisrv.runner import input_buffers
+from minisrv.runner import input_buffers, results
 from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
-from minisrv.runner.model_runner import ModelRunner, StepResult
+from minisrv.runner.results import ResultRing
 from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
+    BOTH,
     Model,
     Patch,
     Step,
@@ -31,6 +33,8 @@ from tests.runner.stepping import (
 )
 
 pytestmark = pytest.mark.gpu
+
+FULL = CUDAGraphMode.FULL
 
 LATE = 50_000_000
 """Cycles that the GPU is kept busy: some 25 ms, in which the host is several steps ahead."""
@@ -49,22 +53,46 @@ def test_trap_05_a_graph_captured_at_length_1_serves_2048(model):
         key = decode_descriptor(1 if rows == 1 else 4, Epilogue.LOGITS)
         for length in lengths:
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
-            assert_equals_eager(StepTrial(runner, CUDAGraphMode.FULL, key, batch), poisoned=True)
+            assert_equals_eager(StepTrial(runner, FULL, key, batch), poisoned=True)
 
 
-def one_buffer_for_results(patch: Patch) -> None:
-    buffer = torch.empty(64, dtype=torch.int64, pin_memory=True)
+def test_trap_05_a_mixed_graph_captured_on_empty_rows_serves_2048(model):
+    """Chunks that end anywhere behind histories of any length, beside decodes as long, and decodes
+    alone; as few rows as one, as many as the graph holds."""
+    limits = {"max_model_len": 2048, "block_size": 16, "max_num_batched_tokens": 512}
+    runner = start(replace(model, mode=FULL), num_kv_blocks=800, **limits).runner
+    for tokens in (1, 8, 64, 512):
+        mode, key = runner.ladders.mixed_key(tokens)
+        assert (mode, key.num_reqs) == (FULL, min(tokens, 8))
+        for length in (1, 16, 17, 127, 128, 129, 511, 513, 1025, 2047, 2048):
+            chunk = min(tokens, length)
+            batches = [[BatchRow(length - chunk, chunk)]]
+            if tokens > 1:
+                decode = BatchRow(length - 1, 1, decoding=True)
+                chunk = min(tokens - 1, length)
+                batches += [[decode, BatchRow(length - chunk, chunk)], [decode, decode]]
+            if tokens >= 8:
+                chunk = min(tokens - 7, length)
+                batches.append(
+                    [*[decode] * 5, *[BatchRow(3, 1)] * 2, BatchRow(length - chunk, chunk)]
+                )
+            for batch in batches:
+                assert_equals_eager(StepTrial(runner, mode, key, tuple(batch)), poisoned=True)
 
-    def broken(self, tokens, logprobs):
-        host = buffer[: len(tokens)].copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return StepResult(host, logprobs, done)
 
-    patch.setattr(ModelRunner, "_result", broken)
+def one_place_for_results(patch: Patch) -> None:
+    begin = ResultRing.begin
+
+    def broken(self):
+        for place in self._places:
+            place.result = None  # nobody reads it before the next comes
+        begin(self)
+
+    patch.setattr(results, "PLACES", 1)
+    patch.setattr(ResultRing, "begin", broken)
 
 
-@pytest.mark.parametrize("mutant", [None, one_buffer_for_results])
+@pytest.mark.parametrize("mutant", [None, one_place_for_results])
 def test_trap_08_a_result_is_read_when_the_next_step_is_done(model, mutant):
     def test() -> None:
         engine, alone = start(model), start(model, enforce_eager=True)
@@ -103,8 +131,10 @@ def one_buffer_for_inputs(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize("mutant", [None, one_buffer_for_inputs])
-def test_trap_09_inputs_are_copied_before_the_host_writes_the_next(model, mutant):
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_09_inputs_are_copied_before_the_host_writes_the_next(model, mutant, mode):
     """The host is a step ahead, and the GPU far behind."""
+    model = replace(model, mode=mode)
 
     def test() -> None:
         right = _staggered(start(model, enforce_eager=True), late=False)
@@ -181,21 +211,22 @@ def test_trap_11_other_threads_may_use_the_gpu_while_graphs_are_captured(model):
     assert torch.cuda.current_stream() == engine_stream(torch.device("cuda", 0))
 
 
-def test_trap_12_graphs_are_right_when_others_are_gone(model):
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_12_graphs_are_right_when_others_are_gone(model, mode):
     """Engines share a process, and graphs a pool: none holds what another needs."""
+    model = replace(model, mode=mode)
     first, second = start(model), start(model)
     expected = _staggered(first, late=False)
     del first
     _overwrite_what_is_free()
     assert _staggered(second, late=False) == expected
     runner = second.runner
-    for wrapper in (runner.decode_step, runner.model_step):
+    for wrapper in runner.wrappers:
         for key in sorted(wrapper.graphs, key=lambda key: key.num_tokens)[1::2]:
             del wrapper.graphs[key]
     _overwrite_what_is_free()
     for mode, key in runner.ladders.keys():  # noqa: SIM118  (no mapping)
-        wrapper = runner.decode_step if mode is CUDAGraphMode.FULL else runner.model_step
-        if key in wrapper.graphs:
+        if key in runner.wrapper_of(mode, key).graphs:
             rows = key.num_tokens if key.uniform_decode else 1
             batch = (BatchRow(5, 1, key.uniform_decode),) * rows
             assert_equals_eager(StepTrial(runner, mode, key, batch), poisoned=True)

@@ -1,0 +1,109 @@
+"""What the host does in a step of steady decode: microseconds by batch, beside the step itself.
+
+    python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F
+        --engine-flags "--load-format dummy --async-scheduling"
+
+The time of an engine step less the time in which it waits for tokens. It uses what all versions of
+minisrv have, so that two can be compared: put another version's directory into PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from minisrv.cli import engine_config
+from minisrv.engine.core import EngineCore
+from minisrv.environment import environment
+from minisrv.request import EngineRequest, SamplingParams
+
+WARM_UP = 40
+
+
+def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """Steps of `batch` requests, whose contexts grow from `context` on."""
+    draw, vocab = random.Random(batch), engine.info.vocab_size
+    params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
+    names = [f"{batch}-{index}" for index in range(batch)]
+    fresh = set(names)
+    for name in names:
+        prompt = draw.choices(range(vocab), k=context)
+        engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
+    while fresh:
+        fresh -= {output.request_id for output in engine.step()}
+    for _ in range(WARM_UP):
+        engine.step()
+    waited = _Waiting(engine)
+    step_us, host_us = [], []
+    for _ in range(steps):
+        waited.seconds, begin = 0.0, time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - begin
+        step_us.append(1e6 * seconds)
+        host_us.append(1e6 * (seconds - waited.seconds))
+    waited.stop()
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return {"batch": batch, "step_us": median(step_us), "host_us": median(host_us)}
+
+
+class _Waiting:
+    """The time in which a step's result is waited for."""
+
+    def __init__(self, engine: EngineCore) -> None:
+        self.seconds = 0.0
+        # The class of results, which has been in more than one module.
+        self._kind: Any = type(engine._in_flight[0].result) if engine._in_flight else None
+        if self._kind is None:
+            raise SystemExit("no step is in flight; the engine must run ahead (--async-scheduling)")
+        self._tokens = self._kind.tokens
+
+        def tokens(result: Any) -> list[int]:
+            begin = time.perf_counter()
+            found: list[int] = self._tokens(result)
+            self.seconds += time.perf_counter() - begin
+            return found
+
+        self._kind.tokens = tokens
+
+    def stop(self) -> None:
+        self._kind.tokens = self._tokens
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--batch", default="1,8,64,256", help="sizes, separated by commas")
+    parser.add_argument("--context", type=int, default=100, help="tokens of a prompt (100)")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps (200)")
+    parser.add_argument("--engine-flags", default="", help="as minisrv serve takes them")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    sizes = [int(size) for size in options.batch.split(",")]
+    engine = EngineCore(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    results = [measure(engine, size, options.context, options.steps) for size in sizes]
+    table = Table("batch", "step us", "host us", box=None)
+    for found in results:
+        table.add_row(str(found["batch"]), f"{found['step_us']:.0f}", f"{found['host_us']:.0f}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    if options.json is not None:
+        report = {"environment": environment(), "options": vars(options), "results": results}
+        text = json.dumps(msgspec.to_builtins(report, enc_hook=str), indent=1)
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

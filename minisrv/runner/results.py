@@ -1,0 +1,102 @@
+"""What a step gives back, and how it reaches the host without anybody waiting.
+
+Knows: the ring of pinned places that sampled tokens return to, and the events that tell when a
+step began and was done on the device. Knows nothing of what a step computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minisrv.request import TokenLogprobs
+
+PLACES = 4
+"""Of the ring: with one step ahead two are in use, and the events of the one before are read."""
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """Milliseconds of a GPU. busy: of a step, from its launch on. idle: between the end of the step
+    before it and its launch, copies of its inputs included; None for the first step."""
+
+    busy: float
+    idle: float | None
+
+
+@dataclass(slots=True, eq=False)
+class StepResult:
+    """A step that has been launched. Its values are copies: later steps do not change them.
+
+    token_ids: [R] int64 on the host, there once `tokens` has returned.
+    logprobs: by row, None for rows that asked for none; None if no row did.
+    done: None where the host does the work itself.
+    """
+
+    token_ids: Tensor
+    logprobs: list[TokenLogprobs | None] | None
+    done: torch.cuda.Event | None = None
+    began: torch.cuda.Event | None = None
+    before: torch.cuda.Event | None = None
+    _read: tuple[list[int], DeviceTime | None] | None = field(default=None, repr=False)
+
+    def tokens(self) -> list[int]:
+        """The sampled token of every row; waits for the step."""
+        return self._values()[0]
+
+    def device_time(self) -> DeviceTime | None:
+        """How long the GPU took; waits for the step. None on a CPU."""
+        return self._values()[1]
+
+    def _values(self) -> tuple[list[int], DeviceTime | None]:
+        if self._read is None:
+            time = None
+            if self.done is not None:
+                self.done.synchronize()
+                if self.began is not None:
+                    idle = None if self.before is None else self.before.elapsed_time(self.began)
+                    time = DeviceTime(self.began.elapsed_time(self.done), idle)
+            self._read = self.token_ids.tolist(), time
+        return self._read
+
+
+class _Place:
+    """One of the ring: pinned memory for the tokens of a step, and its two events."""
+
+    def __init__(self, rows: int) -> None:
+        self.host = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+        self.began, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.result: StepResult | None = None
+
+
+class ResultRing:
+    """Where the results of `rows` at most go, each to the next place. On a CPU there is no ring, as
+    there nothing is on its way."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._places = [_Place(rows) for _ in range(PLACES)] if device.type == "cuda" else []
+        self._step = -1
+
+    def begin(self) -> None:
+        """The next step is launched behind what has been launched."""
+        self._step += 1
+        if self._places:
+            place = self._places[self._step % PLACES]
+            if place.result is not None:
+                place.result.tokens()  # read by now, or it would be lost
+            place.began.record()
+
+    def end(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
+        """The step has been launched; its `tokens` are on their way."""
+        if not self._places:
+            return StepResult(tokens.clone(), logprobs)
+        place, before = (self._places[step % PLACES] for step in (self._step, self._step - 1))
+        host = place.host[: len(tokens)].copy_(tokens, non_blocking=True)
+        place.done.record()
+        first = before.result is None
+        place.result = StepResult(
+            host, logprobs, place.done, place.began, None if first else before.done
+        )
+        return place.result
