@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what open requests get to finish after SIGTERM or Ctrl-C "
         f"(default {defaults.shutdown_timeout})",
     )
+    http.add_argument(
+        "--api-workers",
+        type=int,
+        metavar="N",
+        help="processes that speak HTTP, tokenise and detokenise, behind one port "
+        f"(default {defaults.api_workers}; more where clients are many and steps are short)",
+    )
     serve.set_defaults(run=_serve)
 
     plan = commands.add_parser(

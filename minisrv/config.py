@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
 MAX_LAUNCH_US = 10_000
+MAX_API_WORKERS = 64
 
 
 class RopeScaling(enum.StrEnum):
@@ -265,6 +266,7 @@ class ServerConfig:
     served_model_names: names the API answers to, the first one in its answers; empty takes the
         model's own.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
+    api_workers: processes that speak HTTP, tokenise and detokenise.
     Raises ConfigError.
     """
 
@@ -272,11 +274,17 @@ class ServerConfig:
     port: int = 8000
     served_model_names: tuple[str, ...] = ()
     shutdown_timeout: int = 10
+    api_workers: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
         _at_least("shutdown_timeout", self.shutdown_timeout, 0)
+        if not 1 <= self.api_workers <= MAX_API_WORKERS:
+            raise ConfigError(
+                f"api_workers={self.api_workers} is not allowed; it must be in "
+                f"[1, {MAX_API_WORKERS}]."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,28 @@
-"""What Prometheus scrapes: the engine's counters, and what the API worker sees of its requests.
+"""What Prometheus scrapes: the engine's counters, and what the API workers see of their requests.
+
+Every worker counts in a row of its own of one file that all of them map, so any of them answers a
+scrape with the sum of all, and a worker that takes a dead one's place counts on from where that
+was. To count is to add to a number in memory: no lock, as a row has one writer, and no message.
 
 Knows: prometheus-client and the names of the series, which follow vLLM's where vLLM has the
-same. It reads the engine's snapshot when it is scraped, through a callable, and knows nothing of
-where that comes from.
+same. It is given the engine's snapshot for a scrape, and knows nothing of where that comes from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -74,158 +85,221 @@ class StatsLike(Protocol):
     def steps(self) -> Sequence[StepCountLike]: ...
 
 
-class Metrics:
-    """All series of one API worker, in a registry of its own.
+_REASONS = ("stop", "length")
+_STATUSES = range(400, 600)
 
-    stats: returns the engine's last snapshot.
-    state: returns the engine's state, one of `states`.
-    simulated_launch_us: returns what the engine adds to every launch.
+
+class _Rows:
+    """Numbers, in a row for each worker; all start at zero.
+
+    path: a file that the workers share, made by the first; None keeps them in this process.
     """
 
-    def __init__(
-        self,
-        *,
-        stats: Callable[[], StatsLike],
-        state: Callable[[], str],
-        states: Sequence[str],
-        simulated_launch_us: Callable[[], float],
-    ) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(stats, state, states, simulated_launch_us))
-        self._success = Counter(
-            "minisrv:request_success",
-            "Choices that ended with a finish reason.",
-            ["finished_reason"],
-            registry=self._registry,
-        )
-        self._failure = Counter(
-            "minisrv:request_failure",
-            "Requests that ended with an error, by HTTP status; 499: the client went away.",
-            ["status"],
-            registry=self._registry,
-        )
-        self._first_token = Histogram(
-            "minisrv:time_to_first_token_seconds",
-            "From the request's arrival to the first output of a choice.",
-            buckets=_FIRST_TOKEN_BUCKETS,
-            registry=self._registry,
-        )
-        self._gap = Histogram(
-            "minisrv:inter_token_latency_seconds",
-            "Between two outputs of a choice, divided by the tokens of the second.",
-            buckets=_GAP_BUCKETS,
-            registry=self._registry,
-        )
-        self._request = Histogram(
-            "minisrv:e2e_request_latency_seconds",
-            "From the request's arrival to the end of a choice.",
-            buckets=_REQUEST_BUCKETS,
-            registry=self._registry,
-        )
+    def __init__(self, path: Path | None, length: int, worker: int, workers: int) -> None:
+        size = 8 * length * workers
+        if path is None:
+            numbers = mmap.mmap(-1, size)
+        else:
+            with path.open("ab+") as file:
+                file.truncate(size)
+                numbers = mmap.mmap(file.fileno(), size)
+        everything = memoryview(numbers).cast("d")
+        self.rows = [everything[n * length : (n + 1) * length] for n in range(workers)]
+        self.own = self.rows[worker]
 
-    def first_token(self, seconds: float) -> None:
-        """A choice had its first output, this long after its request arrived."""
-        self._first_token.observe(seconds)
+    def total(self, place: int) -> float:
+        """The sum over all workers."""
+        return sum(row[place] for row in self.rows)
 
-    def gap(self, seconds: float) -> None:
-        """A choice had another token, this long after the one before."""
-        self._gap.observe(seconds)
+
+class _Histogram:
+    """Counts by bucket and then their sum, from `place` of a row on."""
+
+    def __init__(self, rows: _Rows, place: int, bounds: Sequence[float]) -> None:
+        self._rows, self._place, self._bounds = rows, place, bounds
+        self._sum = place + len(bounds) + 1
+
+    @staticmethod
+    def length(bounds: Sequence[float]) -> int:
+        return len(bounds) + 2
+
+    def observe(self, seconds: float) -> None:
+        own = self._rows.own
+        own[self._place + bisect_left(self._bounds, seconds)] += 1
+        own[self._sum] += seconds
+
+    def family(self, name: str, help_text: str) -> HistogramMetricFamily:
+        buckets, count = [], 0.0
+        for offset, bound in enumerate((*map(str, self._bounds), "+Inf")):
+            count += self._rows.total(self._place + offset)
+            buckets.append((bound, count))
+        return HistogramMetricFamily(name, help_text, buckets, self._rows.total(self._sum))
+
+
+class Metrics:
+    """All series of a server, as one API worker counts and shows them.
+
+    path: the file in which the `workers` count, of which this one is number `worker`; None for one
+        that is alone.
+    """
+
+    def __init__(self, path: Path | None = None, *, worker: int = 0, workers: int = 1) -> None:
+        bounds = (_FIRST_TOKEN_BUCKETS, _GAP_BUCKETS, _REQUEST_BUCKETS)
+        places, length = [], 1 + len(_REASONS) + len(_STATUSES)
+        for each in bounds:
+            places.append(length)
+            length += _Histogram.length(each)
+        self._rows = _Rows(path, length, worker, workers)
+        self._first_token, self._gap, self._request = (
+            _Histogram(self._rows, *pair) for pair in zip(places, bounds, strict=True)
+        )
+        self.first_token = self._first_token.observe
+        """A choice had its first output, so many seconds after its request arrived."""
+        self.gap = self._gap.observe
+        """A choice had another token, so many seconds after the one before."""
+
+    def arrived(self) -> None:
+        """A request arrived, for whatever path."""
+        self._rows.own[0] += 1
 
     def finished(self, reason: str, seconds: float) -> None:
         """A choice ended with a finish reason, this long after its request arrived."""
-        self._success.labels(reason).inc()
+        self._rows.own[1 + _REASONS.index(reason)] += 1
         self._request.observe(seconds)
 
     def failed(self, status: int) -> None:
         """A request ended with an error."""
-        self._failure.labels(str(status)).inc()
+        self._rows.own[1 + len(_REASONS) + _STATUSES.index(status)] += 1
 
-    def render(self) -> bytes:
-        """Everything in Prometheus' text format (CONTENT_TYPE)."""
-        return generate_latest(self._registry)
+    def render(
+        self, stats: StatsLike, state: str, states: Sequence[str], simulated_launch_us: float
+    ) -> bytes:
+        """Everything in Prometheus' text format (CONTENT_TYPE).
+
+        stats, state: the engine's counters and its state, one of `states`.
+        simulated_launch_us: what it adds to every launch.
+        """
+        engine = _engine_families(stats, state, states, simulated_launch_us)
+        registry = CollectorRegistry()
+        registry.register(_Families([*engine, *self._families()]))
+        return generate_latest(registry)
+
+    def _families(self) -> Iterator[Metric]:
+        total = self._rows.total
+        requests = CounterMetricFamily(
+            "minisrv:http_requests", "HTTP requests, by the API worker.", labels=["worker"]
+        )
+        for worker, row in enumerate(self._rows.rows):
+            requests.add_metric([str(worker)], row[0])
+        yield requests
+        success = CounterMetricFamily(
+            "minisrv:request_success",
+            "Choices that ended with a finish reason.",
+            labels=["finished_reason"],
+        )
+        for place, reason in enumerate(_REASONS, 1):
+            if number := total(place):
+                success.add_metric([reason], number)
+        yield success
+        failure = CounterMetricFamily(
+            "minisrv:request_failure",
+            "Requests that ended with an error, by HTTP status; 499: the client went away.",
+            labels=["status"],
+        )
+        for place, status in enumerate(_STATUSES, 1 + len(_REASONS)):
+            if number := total(place):
+                failure.add_metric([str(status)], number)
+        yield failure
+        yield self._first_token.family(
+            "minisrv:time_to_first_token_seconds",
+            "From the request's arrival to the first output of a choice.",
+        )
+        yield self._gap.family(
+            "minisrv:inter_token_latency_seconds",
+            "Between two outputs of a choice, divided by the tokens of the second.",
+        )
+        yield self._request.family(
+            "minisrv:e2e_request_latency_seconds",
+            "From the request's arrival to the end of a choice.",
+        )
 
 
-class _EngineCollector(Collector):
-    """The engine's snapshot as metric families, made anew for each scrape."""
+class _Families(Collector):
+    """What `generate_latest` takes."""
 
-    def __init__(
-        self,
-        stats: Callable[[], StatsLike],
-        state: Callable[[], str],
-        states: Sequence[str],
-        simulated_launch_us: Callable[[], float],
-    ) -> None:
-        self._stats, self._state, self._states = stats, state, states
-        self._simulated_launch_us = simulated_launch_us
+    def __init__(self, families: list[Metric]) -> None:
+        self._found = families
 
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        by_step = ["mode", "reason"]
-        steps = CounterMetricFamily(
-            "minisrv:graph_steps", "Steps, by the mode they ran in and why.", labels=by_step
-        )
-        tokens = CounterMetricFamily(
-            "minisrv:step_tokens", "Real tokens computed in those steps.", labels=by_step
-        )
-        padded = CounterMetricFamily(
-            "minisrv:padded_tokens", "Padding tokens computed in those steps.", labels=by_step
-        )
-        for step in stats.steps:
-            labels = [step.mode, step.reason]
-            steps.add_metric(labels, step.steps)
-            tokens.add_metric(labels, step.tokens)
-            padded.add_metric(labels, step.padded_tokens)
-        yield from (steps, tokens, padded)
-        yield GaugeMetricFamily(
-            "minisrv:num_requests_running", "Requests that own a slot.", stats.running
-        )
-        yield GaugeMetricFamily(
-            "minisrv:num_requests_waiting", "Requests waiting for a slot.", stats.waiting
-        )
-        yield GaugeMetricFamily(
-            "minisrv:kv_cache_usage_perc",
-            "Used share of the KV cache's blocks, from 0 to 1.",
-            stats.kv_blocks_used / max(stats.kv_blocks_total, 1),
-        )
-        yield CounterMetricFamily(
-            "minisrv:num_preemptions", "Requests preempted.", stats.preemptions
-        )
-        yield CounterMetricFamily(
-            "minisrv:prompt_tokens", "Prompt tokens of accepted requests.", stats.prompt_tokens
-        )
-        yield CounterMetricFamily(
-            "minisrv:generation_tokens", "Tokens generated.", stats.generated_tokens
-        )
-        yield CounterMetricFamily(
-            "minisrv:prefix_cache_queries",
-            "Prompt tokens of admitted requests, looked up in the prefix cache.",
-            stats.prefix_cache_queries,
-        )
-        yield CounterMetricFamily(
-            "minisrv:prefix_cache_hits",
-            "Prompt tokens found in the prefix cache, so not computed.",
-            stats.prefix_cache_hits,
-        )
-        yield CounterMetricFamily(
-            "minisrv:gpu_busy_seconds",
-            "Seconds in which the GPU ran steps, from their launch on.",
-            stats.gpu_busy_ms / 1000,
-        )
-        yield CounterMetricFamily(
-            "minisrv:gpu_idle_seconds",
-            "Seconds between two steps in which requests had work and the GPU none: it waited for "
-            "the host.",
-            stats.gpu_idle_ms / 1000,
-        )
-        yield GaugeMetricFamily(
-            "minisrv:simulated_launch_us",
-            "Microseconds added to every launch. Other than 0: all times here are simulated.",
-            self._simulated_launch_us(),
-        )
-        now = self._state()
-        state = GaugeMetricFamily(
-            "minisrv:engine_state", "1 for the state the engine is in.", labels=["state"]
-        )
-        for name in self._states:
-            state.add_metric([name], float(name == now))
-        yield state
+    def collect(self) -> list[Metric]:
+        return self._found
+
+
+def _engine_families(
+    stats: StatsLike, state: str, states: Sequence[str], simulated_launch_us: float
+) -> Iterator[Metric]:
+    by_step = ["mode", "reason"]
+    steps = CounterMetricFamily(
+        "minisrv:graph_steps", "Steps, by the mode they ran in and why.", labels=by_step
+    )
+    tokens = CounterMetricFamily(
+        "minisrv:step_tokens", "Real tokens computed in those steps.", labels=by_step
+    )
+    padded = CounterMetricFamily(
+        "minisrv:padded_tokens", "Padding tokens computed in those steps.", labels=by_step
+    )
+    for step in stats.steps:
+        labels = [step.mode, step.reason]
+        steps.add_metric(labels, step.steps)
+        tokens.add_metric(labels, step.tokens)
+        padded.add_metric(labels, step.padded_tokens)
+    yield from (steps, tokens, padded)
+    yield GaugeMetricFamily(
+        "minisrv:num_requests_running", "Requests that own a slot.", stats.running
+    )
+    yield GaugeMetricFamily(
+        "minisrv:num_requests_waiting", "Requests waiting for a slot.", stats.waiting
+    )
+    yield GaugeMetricFamily(
+        "minisrv:kv_cache_usage_perc",
+        "Used share of the KV cache's blocks, from 0 to 1.",
+        stats.kv_blocks_used / max(stats.kv_blocks_total, 1),
+    )
+    yield CounterMetricFamily("minisrv:num_preemptions", "Requests preempted.", stats.preemptions)
+    yield CounterMetricFamily(
+        "minisrv:prompt_tokens", "Prompt tokens of accepted requests.", stats.prompt_tokens
+    )
+    yield CounterMetricFamily(
+        "minisrv:generation_tokens", "Tokens generated.", stats.generated_tokens
+    )
+    yield CounterMetricFamily(
+        "minisrv:prefix_cache_queries",
+        "Prompt tokens of admitted requests, looked up in the prefix cache.",
+        stats.prefix_cache_queries,
+    )
+    yield CounterMetricFamily(
+        "minisrv:prefix_cache_hits",
+        "Prompt tokens found in the prefix cache, so not computed.",
+        stats.prefix_cache_hits,
+    )
+    yield CounterMetricFamily(
+        "minisrv:gpu_busy_seconds",
+        "Seconds in which the GPU ran steps, from their launch on.",
+        stats.gpu_busy_ms / 1000,
+    )
+    yield CounterMetricFamily(
+        "minisrv:gpu_idle_seconds",
+        "Seconds between two steps in which requests had work and the GPU none: it waited for "
+        "the host.",
+        stats.gpu_idle_ms / 1000,
+    )
+    yield GaugeMetricFamily(
+        "minisrv:simulated_launch_us",
+        "Microseconds added to every launch. Other than 0: all times here are simulated.",
+        simulated_launch_us,
+    )
+    gauge = GaugeMetricFamily(
+        "minisrv:engine_state", "1 for the state the engine is in.", labels=["state"]
+    )
+    for name in states:
+        gauge.add_metric([name], float(name == state))
+    yield gauge

@@ -127,7 +127,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """The most likely (token id, logprob) pairs, best first."""
 
 
-class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
+class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step (or an abort, or a refusal) adds to one request.
 
     Exactly one output of a request carries `finish_reason` or `error`; nothing follows it.

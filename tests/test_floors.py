@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 1,
     "checkpoint": 1,
     "progress": 1,
+    "processes": 1,
     "environment": 1,
     "graph": 2,
     "nn": 3,
@@ -95,8 +96,16 @@ def test_loadgen_knows_nothing_of_minisrv():
 
 @pytest.mark.parametrize(
     "module",
-    ["minisrv.cli", "minisrv.plan", "minisrv.server.launcher", "minisrv.engine.client", "loadgen"],
+    ["minisrv.cli", "minisrv.plan", "minisrv.server.worker", "minisrv.engine.client", "loadgen"],
 )
 def test_starts_without_torch(module: str):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_launcher_imports_nothing_that_would_hold_the_engine_up():
+    code = (
+        "import sys, minisrv.server.launcher; "
+        "sys.exit(bool({'torch', 'fastapi', 'uvicorn', 'tokenizers'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

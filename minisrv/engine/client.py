@@ -4,6 +4,9 @@ Knows: the socket, the engine's state, and which of its own requests are open. E
 ends in exactly one finish reason or error, also when the engine dies: its process id is watched, so
 that its death is seen at once and not by a timeout. Knows nothing of HTTP or text, and imports no
 torch.
+
+A step's outputs come in one message and wake each response they are for once. That is the path of
+every token: nothing on it logs, waits or makes a task.
 """
 
 from __future__ import annotations
@@ -12,20 +15,24 @@ import asyncio
 import enum
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import zmq
-import zmq.asyncio
 
 from minisrv.engine.admission import Admission
 from minisrv.engine.messages import (
+    AskStats,
     EngineInfo,
+    EngineMessage,
     EngineStats,
     Failed,
+    Hello,
     Loading,
     Ready,
     StepOutputs,
     Submit,
+    WorkerMessage,
     decode_engine_message,
     encode,
 )
@@ -33,6 +40,7 @@ from minisrv.errors import (
     EngineDeadError,
     EngineNotReadyError,
     MinisrvError,
+    QueueFullError,
     RequestError,
 )
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
@@ -49,21 +57,48 @@ class EngineState(enum.StrEnum):
     DEAD = "dead"
 
 
-class EngineClient:
-    """A connection to an engine. Its methods belong to one event loop."""
+STATS_SECONDS = 1.0
+"""What the engine gets to say its counters; a step may take longer."""
 
-    def __init__(self, address: str, engine_pid: int) -> None:
+
+class _Mailbox:
+    """What has come for the requests of one response and has not been read."""
+
+    __slots__ = ("error", "outputs", "waiter")
+
+    def __init__(self) -> None:
+        self.outputs: list[EngineOutput] = []
+        self.error: MinisrvError | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let the reader go on, if it waits."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class EngineClient:
+    """A connection to an engine. Its methods belong to one event loop.
+
+    name: this worker's; one that takes a dead worker's place has the same.
+    """
+
+    def __init__(self, address: str, engine_pid: int, name: str) -> None:
         self.admission = Admission()
         self._address = address
         self._engine_pid = engine_pid
+        self._name = name
         self._state = EngineState.LOADING
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
+        self._stats_asked: deque[asyncio.Future[None]] = deque()
         self._loading = Loading("starting")
         self._death = EngineDeadError("the engine has ended unexpectedly; see its log.")
-        self._open: dict[str, asyncio.Queue[EngineOutput | MinisrvError]] = {}
+        self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
         self._aborts: list[str] = []
+        self._flushing = False
+        self._num_messages = 0
         self._settled = asyncio.Event()
 
     @property
@@ -77,9 +112,9 @@ class EngineClient:
         return self._info
 
     @property
-    def stats(self) -> EngineStats:
-        """The counters as of the last message."""
-        return self._stats
+    def num_messages(self) -> int:
+        """Messages read so far. That it has changed says that time has passed in the event loop."""
+        return self._num_messages
 
     @property
     def loading(self) -> Loading:
@@ -99,16 +134,17 @@ class EngineClient:
         on_loading: told the start-up's phase, how much of it is done, and of how much.
         """
         self._on_loading = on_loading
-        self._context = zmq.asyncio.Context()
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
+        self._socket.set(zmq.ROUTING_ID, self._name.encode())
         self._socket.connect(self._address)
-        await self._socket.send(encode(Submit()))
-        self._reader = asyncio.create_task(self._read())
-        self._reader.add_done_callback(self._on_reader_end)
+        self._loop.add_reader(self._socket.FD, self._read)
         # A process file descriptor becomes readable when the process ends, whoever its parent is.
         self._pidfd = os.pidfd_open(self._engine_pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self._send(Hello())
 
     async def settled(self) -> None:
         """Wait until the engine is ready or dead."""
@@ -123,100 +159,135 @@ class EngineClient:
         """End every open request with an error: the time to finish is over."""
         self._end_all(EngineNotReadyError("the server is shutting down."))
 
+    async def stats(self) -> EngineStats:
+        """The engine's counters as they are now; as they were when it last told, if it is loading,
+        dead or in the middle of a long step."""
+        if self._info is not None and self._state is not EngineState.DEAD:
+            told = self._loop.create_future()
+            self._stats_asked.append(told)  # answers come in the order of the questions
+            self._send(AskStats())
+            await asyncio.wait((told,), timeout=STATS_SECONDS)
+        return self._stats
+
     async def close(self) -> None:
         """Stop watching and disconnect; what is still open ends with an error."""
         self._unwatch()
-        self._reader.cancel()
+        self._loop.remove_reader(self._socket.FD)
         self.end_open()
         self._socket.close(linger=0)
         self._context.term()
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput]:
-        """Submit a request and yield its outputs; the last one carries the finish reason.
+    async def generate(
+        self, requests: Sequence[EngineRequest]
+    ) -> AsyncGenerator[list[EngineOutput]]:
+        """Submit requests and yield what has come of them since the last time; the last output of
+        each carries its finish reason.
 
-        Ending the iteration early aborts the request in the engine.
+        Ending the iteration early aborts in the engine what has not ended.
         Raises EngineNotReadyError, EngineDeadError; RequestError (or a branch of it) if the engine
-        refuses the request.
+        refuses one of the requests.
         """
         if self._state is EngineState.DEAD:
             raise self._death
         if self._state is not EngineState.READY:
             raise EngineNotReadyError(f"the server is {self._state}; try again later.")
-        queue: asyncio.Queue[EngineOutput | MinisrvError] = asyncio.Queue()
-        self._open[request.request_id] = queue
-        self._requests.append(request)
+        box = _Mailbox()
+        running = len(requests)
+        for request in requests:
+            self._open[request.request_id] = box
+        self._requests += requests
         self._flush_soon()
         try:
-            while True:
-                output = await queue.get()
-                if isinstance(output, MinisrvError):
-                    raise output
-                if output.error is not None:
-                    raise _as_exception(output.error)
-                yield output
-                if output.finish_reason is not None:
-                    return
+            while running:
+                if not box.outputs:
+                    if box.error is not None:
+                        raise box.error
+                    box.waiter = self._loop.create_future()
+                    await box.waiter
+                outputs, box.outputs = box.outputs, []
+                for output in outputs:
+                    if output.error is not None:
+                        raise self._as_exception(output.error)
+                    running -= output.finish_reason is not None
+                if outputs:
+                    yield outputs
         finally:
-            self.abort(request.request_id)
-            self._open.pop(request.request_id, None)
-            self.admission.leave(request.request_id)
+            for request in requests:
+                self.abort(request.request_id)
+                self._open.pop(request.request_id, None)
+                self.admission.leave(request.request_id)
 
     def abort(self, request_id: str) -> None:
-        """Ask the engine to drop a request; nothing happens if it has ended. Its iteration ends
-        with the engine's answer."""
+        """Ask the engine to drop a request; nothing happens if it has ended. Its last output is the
+        engine's answer."""
         if request_id in self._open:
             self._aborts.append(request_id)
             self._flush_soon()
 
     def _flush_soon(self) -> None:
         # One message for all that this turn of the event loop brings.
-        if len(self._requests) + len(self._aborts) == 1:
-            asyncio.get_running_loop().call_soon(self._flush)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
+        self._flushing = False
         if self._state is not EngineState.DEAD:
-            message = encode(Submit(self._requests, self._aborts))
-            self._socket.send(message, zmq.NOBLOCK)
+            self._send(Submit(self._requests, self._aborts))
         self._requests, self._aborts = [], []
 
-    async def _read(self) -> None:
-        while True:
-            match decode_engine_message(await self._socket.recv()):
-                case StepOutputs(outputs, stats):
-                    self._stats = stats
-                    for output in outputs:
-                        self._dispatch(output)
-                case Loading() as loading:
-                    self._loading = loading
-                    self._on_loading(loading.phase, loading.done, loading.total)
-                case Ready(info):
-                    self._info = info
-                    if self._state is EngineState.LOADING:  # and not draining already
-                        self._state = EngineState.READY
-                    self._settled.set()
-                case Failed(failure):
-                    self._death = EngineDeadError(failure.message)
+    def _send(self, message: WorkerMessage) -> None:
+        self._socket.send(encode(message), zmq.NOBLOCK)
+        # The socket's descriptor tells of changes only, and sending takes note of them.
+        self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        if self._socket.closed:
+            return
+        try:
+            while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                self._take(decode_engine_message(self._socket.recv(zmq.NOBLOCK)))
+        except Exception:
+            # Nobody would hear of the engine any more.
+            self._loop.remove_reader(self._socket.FD)
+            logger.exception("cannot read from the engine")
+            self._death = EngineDeadError("the engine's answers cannot be read; see the log.")
+            self._die()
+
+    def _take(self, message: EngineMessage) -> None:
+        self._num_messages += 1
+        match message:
+            case StepOutputs(outputs):
+                for output in outputs:
+                    self._dispatch(output)
+            case EngineStats():
+                self._stats = message
+                self._stats_asked.popleft().set_result(None)
+            case Loading():
+                self._loading = message
+                self._on_loading(message.phase, message.done, message.total)
+            case Ready(info):
+                self._info = info
+                if self._state is EngineState.LOADING:  # and not draining already
+                    self._state = EngineState.READY
+                self._settled.set()
+            case Failed(failure):
+                self._death = EngineDeadError(failure.message)
 
     def _dispatch(self, output: EngineOutput) -> None:
-        queue = self._open.get(output.request_id)
-        if queue is None:
+        box = self._open.get(output.request_id)
+        if box is None:
             return  # aborted here, and the engine did not know yet
         if output.finish_reason is not None or output.error is not None:
             del self._open[output.request_id]
             self.admission.leave(output.request_id)
-        queue.put_nowait(output)
-
-    def _on_reader_end(self, reader: asyncio.Task[None]) -> None:
-        # Whatever ends the reader but `close`: nobody would hear of the engine any more.
-        if not reader.cancelled():
-            logger.error("cannot read from the engine", exc_info=reader.exception())
-            self._death = EngineDeadError("the engine's answers cannot be read; see the log.")
-            self._die()
+        box.outputs.append(output)
+        box.wake()
 
     def _on_exit(self) -> None:
         self._unwatch()
         # The last words may still be in the socket; they are read before this runs.
-        asyncio.get_running_loop().call_later(0.05, self._die)
+        self._loop.call_later(0.05, self._die)
 
     def _die(self) -> None:
         if self._state is not EngineState.LOADING:  # else it is the caller's to say
@@ -227,25 +298,29 @@ class EngineClient:
 
     def _unwatch(self) -> None:
         if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
+            self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
 
     def _end_all(self, error: MinisrvError) -> None:
-        for queue in self._open.values():
-            queue.put_nowait(error)
+        for box in self._open.values():
+            box.error = error
+            box.wake()
         self._open.clear()
+        while self._stats_asked:
+            self._stats_asked.popleft().set_result(None)
 
-
-def _as_exception(failure: RequestFailure) -> MinisrvError:
-    """The error of the tree that the engine sent."""
-    kind: type[MinisrvError] = RequestError
-    for branch in _branches(MinisrvError):
-        if (branch.http_status, branch.code) == (failure.status, failure.code):
-            kind = branch
-    error = kind(failure.message)
-    error.param = failure.param
-    return error
+    def _as_exception(self, failure: RequestFailure) -> MinisrvError:
+        """The error of the tree that the engine sent."""
+        kind: type[MinisrvError] = RequestError
+        for branch in _branches(MinisrvError):
+            if (branch.http_status, branch.code) == (failure.status, failure.code):
+                kind = branch
+        error = kind(failure.message)
+        error.param = failure.param
+        if isinstance(error, QueueFullError):
+            error.retry_after = self.admission.retry_after
+        return error
 
 
 def _branches(kind: type[MinisrvError]) -> list[type[MinisrvError]]:

@@ -11,12 +11,19 @@ import msgspec
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
 
-class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Worker to engine: new requests and aborted ones. The first message of a worker, with
-    neither, says hello: the engine answers with its state."""
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Worker to engine, its first message: the engine answers with its state."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Worker to engine: new requests and aborted ones."""
 
     requests: list[EngineRequest] = []
     aborts: list[str] = []
+
+
+class AskStats(msgspec.Struct, frozen=True, tag=True):
+    """Worker to engine: what are the counters? Asked for a scrape, so that steps need not tell."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -68,8 +75,8 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
     padded_tokens: int
 
 
-class EngineStats(msgspec.Struct, frozen=True):
-    """A snapshot of the engine's counters; counts are since the start.
+class EngineStats(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker, when asked: a snapshot of its counters; counts are since the start.
 
     gpu_busy_ms, gpu_idle_ms: in which a GPU ran steps, and waited for the next one while there was
         work; both 0 on a CPU.
@@ -93,11 +100,11 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     """Engine to worker: what one step added to the worker's requests."""
 
     outputs: list[EngineOutput]
-    stats: EngineStats
 
 
-EngineMessage = Loading | Ready | Failed | StepOutputs
+WorkerMessage = Hello | Submit | AskStats
+EngineMessage = Loading | Ready | Failed | EngineStats | StepOutputs
 
 encode = msgspec.msgpack.Encoder().encode
-decode_submit = msgspec.msgpack.Decoder(Submit).decode
+decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
 decode_engine_message = msgspec.msgpack.Decoder(EngineMessage).decode

@@ -36,25 +36,23 @@ def create_app(
     *,
     served_model_names: tuple[str, ...],
     generation: GenerationConfig,
+    metrics: Metrics | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> FastAPI:
     """The ASGI application of one API worker.
 
     served_model_names: what `model` may be; answers to requests without one carry the first.
     generation: the checkpoint's sampling defaults.
+    metrics: what the worker counts in; None for one that is alone.
     """
-    metrics = Metrics(
-        stats=lambda: client.stats,
-        state=lambda: client.state.value,
-        states=[state.value for state in EngineState],
-        simulated_launch_us=lambda: client.info.simulated_launch_us if client.info else 0.0,
-    )
+    metrics = metrics or Metrics()
     serving = Serving(client, tokenizer, served_model_names, generation, metrics)
     app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)
     app.add_middleware(
         Edge,
         max_body_bytes=max_body_bytes,
         json_paths=frozenset({_COMPLETIONS, _CHAT}),
+        arrived=metrics.arrived,
         failed=metrics.failed,
     )
     install_error_handlers(app)
@@ -127,4 +125,10 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
     @app.get("/metrics", response_class=Response)
     async def scrape() -> Response:
         """Prometheus metrics."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        text = metrics.render(
+            await client.stats(),
+            client.state.value,
+            [state.value for state in EngineState],
+            client.info.simulated_launch_us if client.info else 0.0,
+        )
+        return Response(text, media_type=CONTENT_TYPE)

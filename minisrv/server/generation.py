@@ -1,19 +1,16 @@
-"""One choice of a response, and several of them side by side.
+"""The choices of one response, side by side.
 
 A choice is one request of the engine: its tokens become text here, stop strings are found here,
-and what it needed is measured here. Whatever ends the reading of a choice before its time
-(a stop string, a failure beside it, a client that went away) aborts it in the engine, because it
-closes the engine client's generator.
+and what it needed is measured here.
 
-Knows: the engine client and the detokenizer. Knows nothing of JSON or HTTP.
+Knows: outputs and the detokenizer, and the engine client where a stop string aborts. Knows nothing
+of JSON or HTTP.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from minisrv.engine.client import EngineClient
@@ -41,6 +38,27 @@ class Delta:
     finish_reason: str | None = None
     graph_steps: dict[str, int] | None = None
 
+    def extend(self, later: Delta) -> None:
+        """Add what came after this one."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.num_cached_tokens += later.num_cached_tokens
+        self.finish_reason = later.finish_reason
+        self.graph_steps = later.graph_steps
+
+
+def coalesce(deltas: Iterable[Delta]) -> list[Delta]:
+    """One delta for each choice that has any."""
+    by_choice: dict[int, Delta] = {}
+    for delta in deltas:
+        if delta.index in by_choice:
+            by_choice[delta.index].extend(delta)
+        else:
+            by_choice[delta.index] = delta
+    return list(by_choice.values())
+
 
 class Choice:
     """One choice: `index` is its place in the response, `arrival` the request's (perf_counter).
@@ -60,36 +78,44 @@ class Choice:
         arrival: float,
         report_steps: bool,
     ) -> None:
+        self.request = request
+        self.ended = False
         self._client = client
-        self._request = request
         self._detokenizer = detokenizer
         self._metrics = metrics
         self._index = index
         self._arrival = arrival
         self._last_output: float | None = None
         self._report_steps = report_steps
+        self._stopped: Delta | None = None
+        """The last delta, while it waits for its steps."""
 
-    async def deltas(self) -> AsyncGenerator[Delta]:
-        """Generate: the last delta, and no other, carries a finish reason.
+    def read(self, output: EngineOutput, now: float) -> Delta | None:
+        """What an output adds, if anything; the last delta, and no other, has a finish reason.
 
-        Raises what the engine client raises, and EngineError if the engine gave the request up.
+        now: when it came, as `arrival`.
+        Raises EngineNotReadyError if the engine dropped the request.
         """
-        async with aclosing(self._client.generate(self._request)) as outputs:
-            async for output in outputs:
-                self._measure(output)
-                delta = self._read(output)
-                if self._detokenizer.stopped and output.finish_reason is None:
-                    if self._report_steps:
-                        self._client.abort(self._request.request_id)
-                        delta.graph_steps = await _last_steps(outputs)
-                    delta.finish_reason = FinishReason.STOP.value
-                if delta.finish_reason is not None:
-                    elapsed = time.perf_counter() - self._arrival
-                    self._metrics.finished(delta.finish_reason, elapsed)
-                    yield delta
-                    return
-                yield delta
-        raise EngineError("the engine ended a request without a finish reason.")
+        if self.ended:
+            return None  # a stop string was found, and the engine did not know yet
+        delta = self._stopped
+        if delta is None:
+            self._measure(output, now)
+            delta = self._read(output)
+            if self._detokenizer.stopped and delta.finish_reason is None:
+                delta.finish_reason = FinishReason.STOP.value
+                self._client.abort(self.request.request_id)
+                if self._report_steps:
+                    self._stopped = delta
+                    return None
+        elif output.finish_reason is None:
+            return None
+        else:
+            delta.graph_steps = output.graph_steps
+        if delta.finish_reason is not None:
+            self.ended = True
+            self._metrics.finished(delta.finish_reason, now - self._arrival)
+        return delta
 
     def _read(self, output: EngineOutput) -> Delta:
         reason = output.finish_reason
@@ -110,8 +136,7 @@ class Choice:
             output.graph_steps if self._report_steps else None,
         )
 
-    def _measure(self, output: EngineOutput) -> None:
-        now = time.perf_counter()
+    def _measure(self, output: EngineOutput, now: float) -> None:
         if self._last_output is None:
             self._metrics.first_token(now - self._arrival)
         elif output.token_ids:
@@ -119,43 +144,35 @@ class Choice:
         self._last_output = now
 
 
-async def _last_steps(outputs: AsyncGenerator[EngineOutput]) -> dict[str, int] | None:
-    """Read on to the last output, which the engine sends in answer to the abort."""
-    steps = None
-    async for output in outputs:
-        steps = output.graph_steps
-    return steps
+class Generation:
+    """The choices of one response, read together.
 
+    requests: what to submit.
+    """
 
-async def merge(choices: Sequence[Choice]) -> AsyncGenerator[Delta]:
-    """The deltas of all choices as they come; a failure of one ends the others."""
-    if len(choices) == 1:
-        async with aclosing(choices[0].deltas()) as deltas:
-            async for delta in deltas:
-                yield delta
-        return
-    queue: asyncio.Queue[Delta | None] = asyncio.Queue()
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.requests = [choice.request for choice in choices]
+        self._by_id = {choice.request.request_id: choice for choice in choices}
+        self._running = len(choices)
 
-    async def pump(choice: Choice) -> None:
-        try:
-            async with aclosing(choice.deltas()) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-        finally:
-            queue.put_nowait(None)
+    @property
+    def has_ended(self) -> bool:
+        """Whether every choice has had its last delta."""
+        return self._running == 0
 
-    tasks = [asyncio.create_task(pump(choice)) for choice in choices]
-    try:
-        running = len(tasks)
-        while running:
-            if (item := await queue.get()) is not None:
-                yield item
-                continue
-            running -= 1
-            for task in tasks:
-                if task.done():
-                    task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    def read(self, outputs: Iterable[EngineOutput]) -> list[Delta]:
+        """What the outputs that have come by now add. Raises what `Choice.read` raises."""
+        now = time.perf_counter()
+        deltas = []
+        for output in outputs:
+            choice = self._by_id[output.request_id]
+            delta = choice.read(output, now)
+            if delta is not None:
+                deltas.append(delta)
+                self._running -= choice.ended
+        return deltas
+
+    def check_ended(self) -> None:
+        """Raises EngineError if the engine gave a request up."""
+        if not self.has_ended:
+            raise EngineError("the engine ended a request without a finish reason.")

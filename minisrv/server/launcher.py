@@ -1,143 +1,213 @@
 """`minisrv serve`: the processes, from start to end.
 
-Knows: which process starts which, and how all of them end. The engine starts first and loads while
-this process, the API worker, imports its own parts and opens the port: `/health` answers at once,
-`/ready` when the engine is. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree.
-Knows nothing of requests.
+Knows: which process starts which, and how all of them end. This process starts the engine, then the
+API workers, which import their parts and open the port while the engine loads: `/health` answers
+soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
+dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
+`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once.
+Knows nothing of requests, and imports neither torch nor anything of HTTP.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
-import uvicorn
-
-from minisrv.checkpoint import read_generation_config, resolve_checkpoint
+from minisrv.checkpoint import resolve_checkpoint
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core.ladder import ladders_of
-from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.messages import EngineInfo, Loading, Ready
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
+from minisrv.processes import PARENTS_SIGNALS
 from minisrv.progress import StartupProgress
-from minisrv.server.app import create_app
-from minisrv.server.http import BoundedProtocol, bound_writes
-from minisrv.text.tokenizer import Tokenizer
+from minisrv.server.process import Report, WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 2
-"""What clients get to read the error that ends their requests when the server shuts down."""
+STUCK_SECONDS = 5
+"""What workers get to end, beyond the time of their open requests."""
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until told to stop; returns the exit status.
 
-    0 after SIGTERM or SIGINT, 1 if the engine could not start or had died by then. Raises
-    ConfigError, ModelError for what can be seen before anything is started.
+    0 after SIGTERM or SIGINT; 1 if the server could not start or go on, or the engine had died by
+    then. Raises ConfigError, ModelError for what can be seen before anything is started.
     """
     started = time.perf_counter()
     ladders_of(engine)
     directory = resolve_checkpoint(engine.model)
     names = server.served_model_names or (engine.model or directory.name,)
-    listener = _listen(server)
-    # uvicorn raises the signal again once it has shut down: either ends the process in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="minisrv-") as socket_dir:
-        process = EngineProcess(replace(engine, model=str(directory)), Path(socket_dir))
-        try:
-            client = EngineClient(process.address, process.pid)
-            app = create_app(
-                client,
-                Tokenizer.from_directory(directory),
+    with ExitStack() as stack:
+        listeners = listen(server)
+        for listener in listeners:
+            stack.enter_context(listener)
+        stop = stack.enter_context(_stop_signals())
+        private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
+        process = EngineProcess(replace(engine, model=str(directory)), private_dir)
+        stack.callback(process.stop)
+        tree = _Tree(process)
+        stack.callback(tree.stop_workers)
+        for index, listener in enumerate(listeners):
+            config = WorkerConfig(
+                index=index,
+                number=len(listeners),
+                address=process.address,
+                engine_pid=process.pid,
+                checkpoint=directory,
+                private_dir=private_dir,
                 served_model_names=names,
-                generation=read_generation_config(directory),
+                shutdown_timeout=server.shutdown_timeout,
             )
-            settings = uvicorn.Config(
-                app,
-                http=BoundedProtocol,
-                ws="none",
-                lifespan="off",
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=server.shutdown_timeout + LAST_WORDS_SECONDS,
-            )
-            http = _Server(settings, client, server.shutdown_timeout)
-            return asyncio.Runner(loop_factory=settings.get_loop_factory()).run(
-                _run(client, http, listener, started)
-            )
-        except KeyboardInterrupt:
-            return 1 if process.has_ended else 0
+            tree.workers.append(WorkerProcess(config, listener))
+        in_order = tree.watch(stop, _url(listeners[0]), started)
+        for listener in listeners:
+            listener.close()
+        in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
+        return 0 if in_order and process.exit_status is None else 1
+
+
+class _Tree:
+    """The engine and the API workers, from the first report to the last exit status."""
+
+    def __init__(self, engine: EngineProcess) -> None:
+        self.engine = engine
+        self.workers: list[WorkerProcess] = []
+        self.progress = StartupProgress()
+        self.announced = False
+
+    def watch(self, stop: socket.socket, url: str, started: float) -> bool:
+        """Watch until a signal comes (True) or the server cannot go on (False)."""
+        try:
+            while True:
+                lines = {worker.reports: worker for worker in self.workers}
+                ready = wait([stop, *lines, *(worker.sentinel for worker in self.workers)])
+                if stop in ready:
+                    stop.recv(1)
+                    return True
+                for worker in (lines[line] for line in ready if line in lines):
+                    if not self._hear(worker, url, started):
+                        return False
+                for index, worker in enumerate(self.workers):
+                    if worker.sentinel in ready and not self._replace(index, worker):
+                        return False
         finally:
-            process.stop()
+            self.progress.close()
+
+    def _hear(self, worker: WorkerProcess, url: str, started: float) -> bool:
+        """Take a report; whether the server can go on."""
+        try:
+            report: Report = worker.reports.recv()
+        except (EOFError, ConnectionResetError):
+            return True  # it has died, which its sentinel tells
+        match report:
+            case Loading(phase, done, total) if worker is self.workers[0] and not self.announced:
+                self.progress(phase, done, total)
+            case Ready(info):
+                worker.is_ready = True
+                if not self.announced and all(each.is_ready for each in self.workers):
+                    self.announced = True
+                    self.progress.close()
+                    _announce(info, url, time.perf_counter() - started)
+            case str(reason):
+                logger.error("%s", reason)
+                return False
+        return True
+
+    def _replace(self, index: int, worker: WorkerProcess) -> bool:
+        """Start another worker in the place of one that has died; whether the server can go on."""
+        what = f"API worker {index} (process {worker.pid}) has died, {_how(worker.wait())}"
+        if not worker.is_ready or self.engine.exit_status is not None:
+            logger.error("%s; the server ends.", what)
+            return False
+        logger.error("%s; its requests are lost, and another takes its place.", what)
+        self.workers[index] = worker.successor()
+        return True
+
+    def drain(self, stop: socket.socket, seconds: float) -> bool:
+        """Let the workers finish and end; whether all did in order. Another SIGINT ends the wait:
+        somebody is waiting. Another SIGTERM does not, as some programs send it to a process and
+        then to its group."""
+        for worker in self.workers:
+            worker.drain()
+        deadline = time.monotonic() + seconds
+        while open_ends := [each.sentinel for each in self.workers if each.exit_status is None]:
+            ready = wait([stop, *open_ends], timeout=max(0.0, deadline - time.monotonic()))
+            if stop in ready and signal.SIGINT in stop.recv(64):
+                return True
+            if not ready:
+                logger.error("an API worker does not end; it is killed.")
+                return False
+        return all(worker.exit_status == 0 for worker in self.workers)
+
+    def stop_workers(self) -> None:
+        """End those that are left, at once."""
+        for worker in self.workers:
+            worker.stop()
 
 
-def _listen(server: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound_writes(listener)
+def _how(exit_status: int | None) -> str:
+    if exit_status is not None and exit_status < 0:
+        return f"by {signal.Signals(-exit_status).name}"
+    return f"with status {exit_status}"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[socket.socket]:
+    """A socket with a byte for each SIGTERM or SIGINT that has come: its number."""
+    told, teller = socket.socketpair()
+    with told, teller:
+        teller.setblocking(False)
+        signal.set_wakeup_fd(teller.fileno())
+        for signum in PARENTS_SIGNALS:
+            signal.signal(signum, lambda signum, frame: None)
+        try:
+            yield told
+        finally:
+            for signum in PARENTS_SIGNALS:
+                signal.signal(signum, signal.SIG_IGN)  # nothing is left that could end earlier
+            signal.set_wakeup_fd(-1)
+
+
+def listen(server: ServerConfig) -> list[socket.socket]:
+    """A socket for each worker, on one port, over which the kernel spreads connections.
+
+    One socket that all accept from would leave most of a burst to the worker that wakes first.
+    """
+    listeners = [_bind(server, server.port)]
+    # NOTE: not before the first has the port to itself, or a second server would share it.
+    for listener in listeners if server.api_workers > 1 else ():
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    port = listeners[0].getsockname()[1]
+    while len(listeners) < server.api_workers:
+        listeners.append(_bind(server, port, socket.SO_REUSEPORT))
+    return listeners
+
+
+def _bind(server: ServerConfig, port: int, *options: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
+    for option in (socket.SO_REUSEADDR, *options):
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
     try:
-        listener.bind((server.host, server.port))
+        listener.bind((server.host, port))
         # At once: of two servers that only bind to a port, neither would see the other.
         listener.listen()
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {server.host}:{server.port} ({error.strerror}); "
+            f"cannot listen on {server.host}:{port} ({error.strerror}); "
             "choose another --host or --port."
         ) from None
     return listener
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, telling the engine's client when the end begins and when time is up."""
-
-    def __init__(self, config: uvicorn.Config, client: EngineClient, seconds: float) -> None:
-        """seconds: what open requests get to finish."""
-        super().__init__(config)
-        self.client = client
-        self.seconds = seconds
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, let open ones finish, end with an error those that do not."""
-        self.client.drain()
-        # NOTE: before uvicorn's own timeout, which cuts connections in the middle of a message.
-        late = asyncio.get_running_loop().call_later(self.seconds, self.client.end_open)
-        await super().shutdown(sockets)
-        late.cancel()
-
-
-async def _run(
-    client: EngineClient, server: _Server, listener: socket.socket, started: float
-) -> int:
-    url = _url(listener)  # while it is open: a signal may come at any time
-    progress = StartupProgress()
-    await client.start(progress)
-    serving = asyncio.create_task(server.serve([listener]))
-    settled = asyncio.create_task(client.settled())
-    try:
-        await asyncio.wait((serving, settled), return_when=asyncio.FIRST_COMPLETED)
-        progress.close()
-        if client.state is EngineState.DEAD:
-            logger.error("the engine did not start: %s", client.death.message)
-            server.should_exit = True
-            await serving
-            return 1
-        if settled.done():
-            _announce(client, url, time.perf_counter() - started)
-        await serving
-        return 0
-    finally:
-        settled.cancel()
-        await client.close()
 
 
 def _url(listener: socket.socket) -> str:
@@ -145,9 +215,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(client: EngineClient, url: str, seconds: float) -> None:
-    info = client.info
-    assert info is not None, "the engine is ready"
+def _announce(info: EngineInfo, url: str, seconds: float) -> None:
     phases = ", ".join(f"{name} {took:.1f}" for name, took in info.startup_seconds.items())
     logger.info(
         "ready in %.1f s (%s): %s/v1, mode %s, %d graphs, %s on %s, context %d, %d KV blocks of %d",

@@ -29,7 +29,8 @@ class Edge:
     Every response carries `x-request-id`: the client's, where it is short and plain, or a new
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
     one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
-    answered with 500. `failed` is told the status of every API response from 400 on.
+    answered with 500. `arrived` is told of every request, `failed` the status of every API
+    response from 400 on.
     """
 
     def __init__(
@@ -38,17 +39,20 @@ class Edge:
         *,
         max_body_bytes: int,
         json_paths: frozenset[str],
+        arrived: Callable[[], None],
         failed: Callable[[int], None],
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._json_paths = json_paths
+        self._arrived = arrived
         self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._arrived()
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):

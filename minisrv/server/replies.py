@@ -42,7 +42,8 @@ class Reply(ABC):
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
         self._prompts: Sequence[list[int]] = ()
         self._deltas: list[list[Delta]] = []
-        self._begun: set[int] = set()
+        self._plain: dict[int, tuple[bytes, bytes]] = {}
+        """What is around the text of an event that tells nothing else, of each choice begun."""
         self._completion_tokens = 0
         self._cached_tokens = 0
 
@@ -54,8 +55,13 @@ class Reply(ABC):
     def events(self, delta: Delta) -> bytes:
         """The events of a delta; none if there is nothing to tell."""
         self._count(delta)
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
+        plain = self._plain.get(delta.index)
+        if plain is None:
+            self._plain[delta.index] = self._around_text(delta.index)
+        elif delta.finish_reason is None and not delta.logprobs and not self._return_token_ids:
+            before, after = plain
+            return before + sse.encode_text(delta.text) + after if delta.text else b""
+        first = plain is None
         tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
         return self._events(delta, first, tells)
 
@@ -98,6 +104,10 @@ class Reply(ABC):
         """A whole choice, but for the fields that every choice has."""
 
     @abstractmethod
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        """See `ChunkEncoder.around_text`."""
+
+    @abstractmethod
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         """The events of a delta; `first` of its choice, and whether it `tells` of tokens."""
 
@@ -127,6 +137,10 @@ class CompletionReply(Reply):
     def begin(self, prompts: Sequence[list[int]]) -> None:
         super().begin(prompts)
         self._writers = [CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in prompts]
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+        return self._chunks.around_text(choice, "text")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         if not tells and delta.finish_reason is None:
@@ -165,6 +179,11 @@ class ChatReply(Reply):
     def document(self) -> dict[str, Any]:
         extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
         return {**super().document(), **extra}
+
+    def _around_text(self, index: int) -> tuple[bytes, bytes]:
+        delta = {"content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunks.around_text(choice, "content")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         events = b""

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Choice, merge
+from minisrv.server.generation import Generation, coalesce
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
@@ -58,26 +58,33 @@ class GenerationResponse(Response):
         with self._serving.places(request, reply.id):
             prompts = await self._serving.prompts(request)
             choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+            generation = Generation(choices)
             reply.begin(prompts)
             if request.stream:
-                await self._stream(choices, send)
+                await self._stream(generation, send)
                 return
-            async with aclosing(merge(choices)) as deltas:
-                async for delta in deltas:
-                    reply.add(delta)
+            async with aclosing(self._serving.client.generate(generation.requests)) as batches:
+                async for outputs in batches:
+                    for delta in generation.read(outputs):
+                        reply.add(delta)
+                    if generation.has_ended:
+                        break
+            generation.check_ended()
         await JSON(reply.document())(scope, receive, send)
 
-    async def _stream(self, choices: list[Choice], send: Send) -> None:
-        reply = self._reply
-        silent = set(range(len(choices)))
+    async def _stream(self, generation: Generation, send: Send) -> None:
+        reply, client = self._reply, self._serving.client
+        silent = set(range(len(generation.requests)))
         early = b""  # events of choices that were faster than the slowest first output
-        started = False
+        started = behind = False
         try:
-            async with aclosing(merge(choices)) as deltas:
-                async for delta in deltas:
-                    events = reply.events(delta)
+            async with aclosing(client.generate(generation.requests)) as batches:
+                async for outputs in batches:
+                    deltas = generation.read(outputs)
+                    # An event for each token, but one for all that came while the client took none.
+                    events = b"".join(map(reply.events, coalesce(deltas) if behind else deltas))
                     if not started:
-                        silent.discard(delta.index)
+                        silent.difference_update([delta.index for delta in deltas])
                         early += events
                         if silent:
                             continue
@@ -86,9 +93,14 @@ class GenerationResponse(Response):
                             {"type": "http.response.start", "status": 200, "headers": sse.HEADERS}
                         )
                     if events:
+                        before = client.num_messages
                         await send(
                             {"type": "http.response.body", "body": events, "more_body": True}
                         )
+                        behind = client.num_messages != before
+                    if generation.has_ended:
+                        break
+            generation.check_ended()
             last = reply.last_events()
         except Exception as error:
             if not started:

@@ -5,6 +5,7 @@ Knows: bytes. A chunk of a stream repeats everything but its choice, so the rest
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,6 +18,9 @@ HEADERS = [
 DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.Encoder().encode
+
+encode_text: Callable[[str], bytes] = _encode
+"""A text as JSON."""
 
 
 def event(data: Any) -> bytes:
@@ -39,3 +43,9 @@ class ChunkEncoder:
     def encode(self, choice: dict[str, Any]) -> bytes:
         """The event with this choice."""
         return self._before + _encode(choice) + self._after
+
+    def around_text(self, choice: dict[str, Any], key: str) -> tuple[bytes, bytes]:
+        """What is before and behind the text, encoded as JSON, in events with this choice, of which
+        only `key`, empty here, changes. The key occurs once."""
+        before, _, after = self.encode(choice).partition(b'"%b":""' % key.encode())
+        return before + b'"%b":' % key.encode(), after

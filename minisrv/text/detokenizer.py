@@ -60,14 +60,15 @@ class Detokenizer:
 
         final: no tokens follow, so nothing is held back.
         """
-        if self.stopped:
+        matcher = self._matcher
+        if matcher is not None and matcher.stopped:
             return ""
         special = self._special
         text = self._decoder.push([i for i in token_ids if i not in special], final)
-        if self._matcher is None:
+        if matcher is None:
             return text
-        text = self._matcher.push(text)
-        return text + self._matcher.flush() if final else text
+        text = matcher.push(text)
+        return text + matcher.flush() if final else text
 
 
 class _Decoder(Protocol):
@@ -81,10 +82,15 @@ class _ByteDecoder:
         self._pieces = pieces
         self._utf8 = _utf8_decoder(errors="replace")
         self._strip = pieces.strip_start if starts_text else 0
+        self._holds_back = False
 
     def push(self, token_ids: Sequence[int], final: bool) -> str:
         pieces = self._pieces
-        text = self._utf8.decode(b"".join([pieces[i] for i in token_ids]), final)
+        data = b"".join([pieces[i] for i in token_ids])
+        if data.isascii() and not self._holds_back and not self._strip:
+            return data.decode("ascii")  # certain by itself
+        text = self._utf8.decode(data, final)
+        self._holds_back = bool(self._utf8.getstate()[0])
         while self._strip and text:
             if text[0] != " ":
                 self._strip = 0

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import make_dummy, make_llama_15m, mixed_load, transformers_generate
+from benchmarks import make_dummy, make_llama_15m, mixed_load, transformers_generate, wire
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
@@ -91,3 +91,18 @@ def test_streams_decode_while_prompts_arrive_in_chunks(tmp_path, capsys):
         assert {key: count for key, count in run["steps"].items() if count} == {name: steps}
     assert "PIECEWISE" in plot.read_text()
     assert "tok/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "more"), [("/v1/completions", 0), ("/v1/chat/completions", 2)])
+def test_every_token_of_the_script_goes_over_the_wire(tmp_path, capsys, path, more):
+    """In an event of its own; a chat's role and its end have one more each."""
+    load = ["--streams", "5", "--tokens", "7", "--steps-per-s", "300", "--rounds", "2"]
+    out = tmp_path / "out.json"
+    wire.main(["--api-workers", "1,2", "--path", path, *load, "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert [run["api_workers"] for run in report["runs"]] == [1, 2]
+    for run in report["runs"]:
+        assert [each["events"] for each in run["rounds"]] == [5 * (7 + more)] * 2
+        assert run["us_per_token"] > 0
+    assert report["codec"]["bytes"] > 256
+    assert "CPU us/token" in capsys.readouterr().out

@@ -111,7 +111,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process that was started: the API worker."""
+        """The process that was started: the launcher."""
         return self.process.pid
 
     @property
@@ -143,15 +143,28 @@ class Server:
         found = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
         return {pid for pid in found if _group_of(pid) == self.pid}
 
-    def engine_pids(self) -> list[int]:
-        """The engine, told from the other process that multiprocessing starts; none before it
-        has been started."""
-        others = self.group() - {self.pid}
-        return [pid for pid in others if b"spawn_main" in _read(f"/proc/{pid}/cmdline")]
+    def named(self, name: str) -> set[int]:
+        """The processes of its group that are called so; none before they say it themselves."""
+        return {pid for pid in self.group() if _read(f"/proc/{pid}/comm").strip() == name.encode()}
 
     def engine_pid(self) -> int:
-        (pid,) = self.engine_pids()
+        (pid,) = self.named("minisrv-engine")
         return pid
+
+    def worker_pid(self, index: int = 0) -> int:
+        (pid,) = self.named(f"minisrv-api-{index}")
+        return pid
+
+    def worker_of(self, connection: socket.socket) -> int:
+        """The process that has accepted a connection, which has been answered."""
+        ports = [f":{port:04X}" for _, port in (connection.getpeername(), connection.getsockname())]
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        (inode,) = [line[9] for line in lines if [line[1][8:], line[2][8:]] == ports]
+        for pid in self.group():
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                if os.readlink(file) == f"socket:[{inode}]":
+                    return pid
+        raise AssertionError("no process has it")
 
     def socket_dirs(self) -> list[Path]:
         """The directories of engine sockets that exist."""

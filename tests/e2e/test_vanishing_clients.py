@@ -141,7 +141,7 @@ def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> N
     server = start(str(tiny), *flags, *lag, "--max-num-batched-tokens", "64").wait_ready()
     question = {"prompt": list(range(5, 99)), "max_tokens": 40, "ignore_eos": True}
     answer = server.complete(**question)["choices"]
-    files = Path(f"/proc/{server.pid}/fd")
+    files = Path(f"/proc/{server.worker_pid()}/fd")
     before = len(os.listdir(files))
     with ThreadPoolExecutor(AT_ONCE) as threads:
         ends = threads.map(

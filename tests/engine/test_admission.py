@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import zmq
 from minisrv.engine import admission
 from minisrv.engine.admission import MAX_RETRY_AFTER, Admission
 from minisrv.engine.messages import (
+    AskStats,
     EngineInfo,
     EngineStats,
+    Hello,
     Ready,
     StepOutputs,
     Submit,
@@ -97,35 +101,76 @@ def request(request_id: str) -> EngineRequest:
     return EngineRequest(request_id=request_id, prompt_token_ids=[1], params=SamplingParams())
 
 
-def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
-    """A worker that has aborted counts the place as free: the engine must see it so too."""
+@contextmanager
+def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str], zmq.Socket]]]:
+    """A server around `_CoreOfOne`, and what connects workers by name, which have said hello."""
     address = f"ipc://{tmp_path}/engine"
     server = _EngineServer(address)
     server.core = _CoreOfOne()  # type: ignore[assignment]
     server.state = Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {}))
-    worker = server.context.socket(zmq.DEALER)
-    worker.connect(address)
+    workers = []
 
-    def turn(requests: str, aborts: str) -> dict[str, EngineOutput]:
-        worker.send(encode(Submit([request(name) for name in requests], list(aborts))))
-        server._receive()
-        if not worker.poll(100):
-            return {}
-        message = decode_engine_message(worker.recv())
-        assert isinstance(message, StepOutputs)
-        return {output.request_id: output for output in message.outputs}
-
-    try:
-        worker.send(encode(Submit()))
+    def connect(name: str) -> zmq.Socket:
+        worker = server.context.socket(zmq.DEALER)
+        workers.append(worker)
+        worker.set(zmq.ROUTING_ID, name.encode())
+        worker.connect(address)
+        worker.send(encode(Hello()))
         server._receive()
         assert isinstance(decode_engine_message(worker.recv()), Ready)
-        assert turn("a", "") == {}
-        both = turn("b", "a")
+        return worker
+
+    try:
+        yield server, connect
+    finally:
+        for worker in workers:
+            worker.close(linger=0)
+        server.close()
+
+
+def turn(
+    server: _EngineServer, worker: zmq.Socket, requests: str, aborts: str
+) -> dict[str, EngineOutput]:
+    """The answer to what a worker submits."""
+    worker.send(encode(Submit([request(name) for name in requests], list(aborts))))
+    server._receive()
+    if not worker.poll(100):
+        return {}
+    message = decode_engine_message(worker.recv())
+    assert isinstance(message, StepOutputs)
+    return {output.request_id: output for output in message.outputs}
+
+
+def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
+    """A worker that has aborted counts the place as free: the engine must see it so too."""
+    with engine_server(tmp_path) as (server, connect):
+        worker = connect("api-0")
+        assert turn(server, worker, "a", "") == {}
+        both = turn(server, worker, "b", "a")
         assert both.keys() == {"a"}
         assert both["a"].finish_reason is FinishReason.ABORT
-        at_once = turn("c", "bc")
+        at_once = turn(server, worker, "c", "bc")
         assert [at_once[name].finish_reason for name in "bc"] == [FinishReason.ABORT] * 2
         assert server.owners == {}
-    finally:
-        worker.close()
-        server.close()
+
+
+def test_a_worker_in_a_dead_ones_place_finds_room(tmp_path: Path) -> None:
+    """What the dead one had open is dropped, and what others have is not."""
+    with engine_server(tmp_path) as (server, connect):
+        dead, other = connect("api-0"), connect("api-1")
+        assert turn(server, dead, "a", "") == {}
+        dead.close(linger=0)
+        assert turn(server, other, "b", "")["b"].error is not None
+        successor = connect("api-0")
+        assert server.owners == {}
+        assert turn(server, other, "c", "") == {}
+        assert turn(server, successor, "d", "")["d"].error is not None
+        assert server.owners.keys() == {"c"}
+
+
+def test_counters_are_told_when_asked(tmp_path: Path) -> None:
+    with engine_server(tmp_path) as (server, connect):
+        worker = connect("api-0")
+        worker.send(encode(AskStats()))
+        server._receive()
+        assert decode_engine_message(worker.recv()) == EngineStats()

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import zmq.asyncio
 
-from minisrv.engine.client import EngineClient
-from minisrv.engine.messages import EngineInfo, EngineStats, Ready, StepOutputs, encode
-from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from minisrv.engine import client as client_module
+from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.messages import (
+    AskStats,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    Hello,
+    Ready,
+    StepOutputs,
+    Submit,
+    WorkerMessage,
+    decode_worker_message,
+    encode,
+)
+from minisrv.errors import EngineDeadError, QueueFullError
+from minisrv.request import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    RequestFailure,
+    SamplingParams,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -29,10 +49,11 @@ class Engine:
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self.socket = socket
 
-    async def hear(self) -> None:
-        self.worker, _ = await self.socket.recv_multipart()
+    async def hear(self) -> WorkerMessage:
+        self.worker, message = await self.socket.recv_multipart()
+        return decode_worker_message(message)
 
-    async def say(self, message: Ready | StepOutputs) -> None:
+    async def say(self, message: EngineMessage) -> None:
         await self.socket.send_multipart([self.worker, encode(message)])
 
 
@@ -41,28 +62,106 @@ async def connected(tmp_path: Path) -> AsyncIterator[tuple[Engine, EngineClient]
     with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.bind(f"ipc://{tmp_path}/engine")
         engine = Engine(socket)
-        client = EngineClient(f"ipc://{tmp_path}/engine", os.getpid())
+        client = EngineClient(f"ipc://{tmp_path}/engine", os.getpid(), "api-0")
         await client.start()
-        await engine.hear()
+        assert await engine.hear() == Hello()
         await engine.say(Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {})))
         await client.settled()
         yield engine, client
         await client.close()
 
 
+def request(name: str) -> EngineRequest:
+    return EngineRequest(request_id=name, prompt_token_ids=[1], params=SamplingParams())
+
+
+def token(name: str, token_id: int, finish: FinishReason | None = None) -> EngineOutput:
+    return EngineOutput(request_id=name, token_ids=[token_id], finish_reason=finish)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def test_a_place_is_free_when_the_engine_has_finished(tmp_path: Path) -> None:
     """Not when the answer has been read: a client may take its time, and the engine has room."""
     async with connected(tmp_path) as (engine, client):
         with client.admission.places(["a", "b"], 2):
-            outputs = client.generate(
-                EngineRequest(request_id="a", prompt_token_ids=[1], params=SamplingParams())
-            )
+            outputs = client.generate([request("a")])
             first = asyncio.ensure_future(anext(outputs))
-            reading = [EngineOutput(request_id="a", token_ids=[i]) for i in range(3)]
-            last = EngineOutput(request_id="a", token_ids=[3], finish_reason=FinishReason.LENGTH)
             await engine.hear()
-            await engine.say(StepOutputs([*reading, last], EngineStats()))
-            assert (await first).token_ids == [0]
-            assert client.admission.num_taken == 1
-            rest = [output.token_ids async for output in outputs]
-            assert rest == [[1], [2], [3]]
+            await engine.say(StepOutputs([token("a", 0)]))
+            assert await first == [token("a", 0)]
+            assert client.admission.num_taken == 2
+            await engine.say(StepOutputs([token("a", 1), token("a", 2)]))
+            await engine.say(StepOutputs([last := token("a", 3, FinishReason.LENGTH)]))
+            await until(lambda: client.admission.num_taken == 1)
+            rest = [batch async for batch in outputs]
+            assert rest == [[token("a", 1), token("a", 2), last]]
+
+
+async def test_the_requests_of_a_response_are_read_together_and_end_together(
+    tmp_path: Path,
+) -> None:
+    async with connected(tmp_path) as (engine, client):
+        outputs = client.generate([request("a"), request("b")])
+        first = asyncio.ensure_future(anext(outputs))
+        assert await engine.hear() == Submit([request("a"), request("b")])
+        await engine.say(StepOutputs([token("a", 0, FinishReason.STOP), token("b", 1)]))
+        assert await first == [token("a", 0, FinishReason.STOP), token("b", 1)]
+        failure = RequestFailure.of(QueueFullError("full"))
+        await engine.say(StepOutputs([EngineOutput(request_id="b", error=failure)]))
+        with pytest.raises(QueueFullError, match="full") as raised:
+            await anext(outputs)
+        assert raised.value.retry_after == client.admission.retry_after
+
+
+async def test_an_iteration_that_ends_early_aborts_what_is_open(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        outputs = client.generate([request("a"), request("b")])
+        first = asyncio.ensure_future(anext(outputs))
+        await engine.hear()
+        await engine.say(StepOutputs([token("a", 0, FinishReason.STOP), token("b", 1)]))
+        await first
+        await outputs.aclose()
+        assert await engine.hear() == Submit([], ["b"])
+
+
+async def test_counters_are_asked_for_and_answers_come_in_order(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        asked = [asyncio.ensure_future(client.stats()) for _ in range(2)]
+        for running in (1, 2):
+            assert await engine.hear() == AskStats()
+            await engine.say(EngineStats(running=running))
+            assert (await asked[running - 1]).running == running
+
+
+async def test_counters_of_an_engine_that_does_not_answer_are_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(tmp_path) as (engine, client):
+        told = asyncio.ensure_future(client.stats())
+        await engine.hear()
+        await engine.say(EngineStats(running=7))
+        await told
+        monkeypatch.setattr(client_module, "STATS_SECONDS", 0.01)
+        assert (await client.stats()).running == 7
+        await engine.hear()
+        await engine.say(EngineStats(running=8))  # late, and the next question has its own answer
+        monkeypatch.undo()
+        told = asyncio.ensure_future(client.stats())
+        await engine.hear()
+        await engine.say(EngineStats(running=9))
+        assert (await told).running == 9
+
+
+async def test_what_cannot_be_read_ends_every_request(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        first = asyncio.ensure_future(anext(client.generate([request("a")])))
+        await engine.hear()
+        await engine.socket.send_multipart([engine.worker, b"no message"])
+        with pytest.raises(EngineDeadError, match="cannot be read"):
+            await first
+        assert client.state is EngineState.DEAD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from minisrv.engine.admission import Admission
@@ -46,6 +46,9 @@ STATS = EngineStats(
 )
 STEPS = {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
 
+_Queue = asyncio.Queue[tuple[str, EngineOutput | Exception | None]]
+"""Items of a script by request; None behind the last."""
+
 
 class FakeEngine:
     """Replays `script(request)`: an output is yielded, an exception raised, an event awaited.
@@ -59,39 +62,62 @@ class FakeEngine:
         self.admission = Admission()
         self.state = EngineState.READY
         self.info: EngineInfo | None = INFO
-        self.stats = STATS
+        self.num_messages = 0
         self.loading: Loading | None = None
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.started = asyncio.Event()
         self.asked_to_abort: set[str] = set()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        self.requests.append(request)
+    async def stats(self) -> EngineStats:
+        return STATS
+
+    async def generate(
+        self, requests: Sequence[EngineRequest]
+    ) -> AsyncIterator[list[EngineOutput]]:
+        self.requests += requests
         self.started.set()
-        ended = False
+        queue: _Queue = asyncio.Queue(64)
+        replays = [asyncio.create_task(self._replay(request, queue)) for request in requests]
+        ended: set[str] = set()
+        over = 0
         try:
-            for item in self.script(request):
-                await asyncio.sleep(0)
-                if request.request_id in self.asked_to_abort:
-                    ended = True
-                    yield EngineOutput(
-                        request_id=request.request_id,
-                        finish_reason=FinishReason.ABORT,
-                        graph_steps=STEPS,
-                    )
-                    return
-                if isinstance(item, asyncio.Event):
-                    await item.wait()
-                elif isinstance(item, Exception):
-                    ended = True
-                    raise item
-                else:
-                    ended = item.finish_reason is not None
-                    yield item
+            while over < len(requests):
+                items = [await queue.get()]
+                while not queue.empty():
+                    items.append(queue.get_nowait())
+                for request_id, item in items:
+                    if isinstance(item, Exception):
+                        ended.add(request_id)
+                        raise item
+                    if item is None:
+                        over += 1
+                    elif item.finish_reason is not None:
+                        ended.add(request_id)
+                yield [item for _, item in items if isinstance(item, EngineOutput)]
         finally:
-            if not ended:
-                self.aborted.append(request.request_id)
+            for replay in replays:
+                replay.cancel()
+            await asyncio.gather(*replays, return_exceptions=True)
+            self.aborted += [r.request_id for r in requests if r.request_id not in ended]
+
+    async def _replay(self, request: EngineRequest, queue: _Queue) -> None:
+        for item in self.script(request):
+            await asyncio.sleep(0)
+            if request.request_id in self.asked_to_abort:
+                last = EngineOutput(
+                    request_id=request.request_id,
+                    finish_reason=FinishReason.ABORT,
+                    graph_steps=STEPS,
+                )
+                await queue.put((request.request_id, last))
+                break
+            if isinstance(item, asyncio.Event):
+                await item.wait()
+            else:
+                self.num_messages += 1
+                await queue.put((request.request_id, item))
+        await queue.put((request.request_id, None))
 
     def abort(self, request_id: str) -> None:
         self.asked_to_abort.add(request_id)

@@ -330,7 +330,7 @@ async def test_sampling_defaults_out_of_bounds_are_seen_at_the_start(connect: Co
 
 async def test_an_unexpected_error_outside_of_a_generation(connect: Connect) -> None:
     engine = FakeEngine(outputs([300]))
-    del engine.stats
+    engine.stats = None  # type: ignore[assignment]
     async with connect(engine) as client:
         error_of(await client.get("/metrics"), 500)
 

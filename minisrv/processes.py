@@ -1,0 +1,115 @@
+"""Child processes: named, deaf to SIGINT and SIGTERM, and never left behind.
+
+Terminals and supervisors send those signals to a whole group, and only the parent knows what is to
+end and when: a child ends by itself, or when the parent says so, or with the parent.
+
+Knows: how a process starts and ends. Knows nothing of what it does.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+"""What a child ignores."""
+
+
+class ChildProcess:
+    """The parent's handle of a process that runs `target(*arguments)`."""
+
+    def __init__(
+        self, name: str, target: Callable[..., None], *arguments: Any, private_dir: Path
+    ) -> None:
+        """Start the process at once.
+
+        name: in logs, and behind `minisrv-` what `ps` and `top` call it, of which the kernel keeps
+            15 characters.
+        private_dir: the parent's own directory, which the child removes if the parent dies.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._process: BaseProcess = context.Process(
+            target=_run, args=(name, private_dir, target, arguments), name=f"minisrv-{name}"
+        )
+        try:
+            with _signals_held():
+                self._process.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """What `multiprocessing.connection.wait` finds ready once the process has ended."""
+        return self._process.sentinel
+
+    @property
+    def exit_status(self) -> int | None:
+        """As in `multiprocessing`: negative for a signal, None for a process that has not ended."""
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        """Wait for its end, of which the sentinel tells a moment too early; the exit status."""
+        self._process.join()
+        return self.exit_status
+
+    def stop(self) -> None:
+        """End the process at once and wait for it. May be called twice.
+
+        By SIGKILL: no child keeps anything that outlives it, and none may be where a signal
+        handler could run.
+        """
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """What a process started here inherits blocked, until it has said what to do with it. The
+    caller gets at the end what came meanwhile."""
+    resource_tracker.ensure_running()  # first, as its own start ends by unblocking them
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _run(
+    name: str, private_dir: Path, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    Path("/proc/self/comm").write_text(f"minisrv-{name}")
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}: %(message)s", force=True
+    )
+    for ignored in PARENTS_SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    threading.Thread(target=_end_with_parent, args=(private_dir,), daemon=True).start()
+    target(*arguments)
+
+
+def _end_with_parent(private_dir: Path) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    shutil.rmtree(private_dir, ignore_errors=True)
+    # Not sys.exit: the main thread may be deep in its work, and nobody is left to hear of it.
+    signal.raise_signal(signal.SIGKILL)

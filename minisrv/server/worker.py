@@ -1,0 +1,127 @@
+"""An API worker: one event loop that serves HTTP and talks to the engine.
+
+It tells the launcher how the engine's start comes along and that it is ready itself, and ends when
+the launcher closes the line between them.
+
+Knows: uvicorn, and what an application needs. Knows nothing of other workers, but that they count
+in the same file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+
+import uvicorn
+
+from minisrv.checkpoint import read_generation_config
+from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.messages import Loading, Ready
+from minisrv.errors import MinisrvError
+from minisrv.metrics import Metrics
+from minisrv.server.app import create_app
+from minisrv.server.http import BoundedProtocol, bound_writes
+from minisrv.server.process import Report, WorkerConfig
+from minisrv.text.tokenizer import Tokenizer
+
+LAST_WORDS_SECONDS = 2
+"""What clients get to read the error that ends their requests when the server shuts down."""
+
+
+def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
+    """Serve on `listener` until the launcher closes its end of the line."""
+    bound_writes(listener)
+    client = EngineClient(config.address, config.engine_pid, config.name)
+    metrics = Metrics(config.private_dir / "metrics", worker=config.index, workers=config.number)
+    try:
+        app = create_app(
+            client,
+            Tokenizer.from_directory(config.checkpoint),
+            served_model_names=config.served_model_names,
+            generation=read_generation_config(config.checkpoint),
+            metrics=metrics,
+        )
+    except MinisrvError as error:
+        _tell(launcher, f"API worker {config.index} did not start: {error.message}")
+        return
+    # What is there now stays: a collection that went through all of it would hold every stream up.
+    gc.collect()
+    gc.freeze()
+    settings = uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=config.shutdown_timeout + LAST_WORDS_SECONDS,
+    )
+    server = _Server(settings, client, config.shutdown_timeout)
+    with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+        runner.run(_serve(config, client, server, listener, launcher))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling the engine's client when the end begins and when time is up."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, seconds: float) -> None:
+        """seconds: what open requests get to finish."""
+        super().__init__(config)
+        self.client = client
+        self.seconds = seconds
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the launcher's."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new requests, let open ones finish, end with an error those that do not."""
+        self.client.drain()
+        # NOTE: before uvicorn's own timeout, which cuts connections in the middle of a message.
+        late = asyncio.get_running_loop().call_later(self.seconds, self.client.end_open)
+        await super().shutdown(sockets)
+        late.cancel()
+
+
+async def _serve(
+    config: WorkerConfig,
+    client: EngineClient,
+    server: _Server,
+    listener: socket.socket,
+    launcher: Connection,
+) -> None:
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(launcher)
+        server.should_exit = True
+
+    loop.add_reader(launcher, end)
+    await client.start(lambda *phase: _tell(launcher, Loading(*phase)))
+    settled = asyncio.create_task(_report(client, launcher))
+    try:
+        if config.engine_is_ready:
+            await client.settled()  # it has to say so, before this worker may
+        await server.serve([listener])
+    finally:
+        settled.cancel()
+        await client.close()
+
+
+async def _report(client: EngineClient, launcher: Connection) -> None:
+    """Tell the launcher what has come of the engine's start."""
+    await client.settled()
+    if client.state is EngineState.DEAD:
+        _tell(launcher, f"the engine did not start: {client.death.message}")
+    elif client.info is not None:
+        _tell(launcher, Ready(client.info))
+
+
+def _tell(launcher: Connection, report: Report) -> None:
+    with suppress(BrokenPipeError):  # it wants this worker to end
+        launcher.send(report)

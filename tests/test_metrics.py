@@ -1,0 +1,65 @@
+"""Metrics: what several workers count is shown as one, by any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from minisrv.engine.messages import EngineStats
+from minisrv.metrics import Metrics
+
+
+def show(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    text = metrics.render(EngineStats(generated_tokens=7), "ready", ["ready", "dead"], 0.0)
+    return {
+        (sample.name.removeprefix("minisrv:"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def test_any_worker_shows_the_sum_and_the_engine_once(tmp_path: Path) -> None:
+    workers = [Metrics(tmp_path / "metrics", worker=index, workers=3) for index in range(3)]
+    for number, metrics in enumerate(workers, 1):
+        for _ in range(number):
+            metrics.arrived()
+            metrics.first_token(0.003)
+            metrics.gap(0.0009)
+            metrics.finished("stop", 0.5)
+        metrics.failed(429)
+    shown = [show(metrics) for metrics in workers]
+    assert shown[0] == shown[1] == shown[2]
+    expected = {
+        ("http_requests_total", "0"): 1,
+        ("http_requests_total", "1"): 2,
+        ("http_requests_total", "2"): 3,
+        ("request_success_total", "stop"): 6,
+        ("request_failure_total", "429"): 3,
+        ("time_to_first_token_seconds_count",): 6,
+        ("inter_token_latency_seconds_count",): 6,
+        ("e2e_request_latency_seconds_count",): 6,
+        ("e2e_request_latency_seconds_sum",): 3,
+        ("generation_tokens_total",): 7,
+    }
+    assert shown[0].items() >= expected.items()
+    assert ("request_success_total", "length") not in shown[0]
+
+
+def test_a_worker_in_a_dead_ones_place_counts_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        metrics = Metrics(tmp_path / "metrics", worker=1, workers=2)
+        metrics.finished("length", 1.0)
+    assert show(Metrics(tmp_path / "metrics", worker=0, workers=2))[
+        "request_success_total", "length"
+    ] == 2  # fmt: skip
+
+
+def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
+    metrics = Metrics()
+    for seconds in (0.0005, 0.0006, 0.001, 100.0):
+        metrics.gap(seconds)
+    shown = show(metrics)
+    name = "inter_token_latency_seconds_bucket"
+    assert [shown[name, bound] for bound in ("0.0005", "0.001", "5.0", "+Inf")] == [1, 3, 3, 4]
+    assert shown["inter_token_latency_seconds_sum",] == 100.0021
