@@ -38,7 +38,7 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 BLOCK = 6
 SETTLE = 2
 """Steps of a block, and those of them that are not counted: they bring back to the caches what the
-mode before has pushed out, and one step ahead the second is the first behind one of its own mode."""
+mode before has pushed out, and one step ahead only the second is behind one of its own mode."""
 
 PREFILL_CHUNKS = (128, 512)
 """Tokens; a chunk is cut to what a step may hold."""
