@@ -252,7 +252,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--cudagraph-mode",
         type=CUDAGraphMode.parse,
         metavar="MODE",
-        help=f"{', '.join(m.value for m in CUDAGraphMode)} (default {d.cudagraph_mode.value})",
+        help=f"{', '.join(m.value for m in CUDAGraphMode)} (default full on a GPU, "
+        f"{d.graph_mode.value} on a CPU)",
     )
     add(
         "--cudagraph-capture-sizes",

@@ -189,6 +189,8 @@ class EngineConfig:
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
         does so on a GPU, which would wait for the host otherwise, and not on a CPU.
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
+    cudagraph_mode: None is `full` on a GPU, where mixed batches are short enough for their launches to
+        count, and full-and-piecewise on a CPU.
     cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
     simulate_launch_us: microseconds that every launch takes longer than it does; 0 is off.
     Raises ConfigError.
@@ -211,7 +213,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
-    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE
+    cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     simulate_launch_us: float = 0.0
 
@@ -255,8 +257,13 @@ class EngineConfig:
 
     @property
     def graph_mode(self) -> CUDAGraphMode:
-        """The configured mode once `enforce_eager` has had its say."""
-        return CUDAGraphMode.NONE if self.enforce_eager else self.cudagraph_mode
+        """The configured mode once `enforce_eager` has had its say; for `device` "auto" the default
+        is a CPU's, until the engine knows better."""
+        if self.enforce_eager:
+            return CUDAGraphMode.NONE
+        if self.cudagraph_mode is not None:
+            return self.cudagraph_mode
+        return CUDAGraphMode.FULL if self.device == "cuda" else CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @dataclass(frozen=True)

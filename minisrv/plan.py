@@ -64,6 +64,8 @@ def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
         f"configured mode {config.graph_mode.value}: {len(keys)} graphs, {decode} FULL "
         f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - decode} {mixed}"
     )
+    if config.cudagraph_mode is None and config.device == "auto" and not config.enforce_eager:
+        console.print("(the default on a CPU; on a GPU it is full, which --device cuda shows)")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
     for row in dispatcher.coverage():
         size = _size(row.first, row.last, row.kind)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,15 +114,15 @@ class EngineCore:
         check_addresses: bool = False,
     ) -> None:
         self.seconds: dict[str, float] = {}
-        self.config = config
         with self._timed("checkpoint"):
             directory = resolve_checkpoint(config.model)
             model_config = read_model_config(directory)
             generation = read_generation_config(directory)
         max_model_len = resolve_max_model_len(config, model_config)
-        self.ladders = ladders_of(config)
         device = resolve_device(config)
+        self.config = config = replace(config, device=device.type)
         check_mode(config, device)
+        self.ladders = ladders_of(config)
         dtype = resolve_dtype(config, model_config, device)
         if device.type == "cpu":
             with self._timed("kernels"):
@@ -388,7 +388,7 @@ def check_mode(config: EngineConfig, device: torch.device) -> None:
         raise ConfigError(
             f"cudagraph_mode=full captures mixed batches in one graph, and on device={device} the "
             "attention kernels take the lengths of a mixed batch from the host; use "
-            "full-and-piecewise (the default) or full-decode-only, or a GPU."
+            "full-and-piecewise (the default here) or full-decode-only, or a GPU."
         )
 
 

@@ -49,7 +49,8 @@ def async_server() -> Iterator[Server]:
 def _serve(*flags: str) -> Iterator[Server]:
     # Their answers are compared, and their batches form as they happen to: in bfloat16 a matrix
     # product of another batch size rounds differently often enough to turn a near tie.
-    server = Server(*SMALL, "--dtype", "float32", *flags)
+    mode = ("--cudagraph-mode", "full-and-piecewise")  # on a GPU too
+    server = Server(*SMALL, *mode, "--dtype", "float32", *flags)
     try:
         yield server.wait_ready()
     finally:
