@@ -189,8 +189,8 @@ class EngineConfig:
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
         does so on a GPU, which would wait for the host otherwise, and not on a CPU.
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
-    cudagraph_mode: None is `full` on a GPU, where mixed batches are short enough for their launches to
-        count, and full-and-piecewise on a CPU.
+    cudagraph_mode: None is full on a GPU and full-and-piecewise on a CPU, whose attention takes the
+        lengths of a mixed batch from the host.
     cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
     simulate_launch_us: microseconds that every launch takes longer than it does; 0 is off.
     Raises ConfigError.
