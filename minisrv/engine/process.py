@@ -9,6 +9,7 @@ Knows nothing of HTTP or text.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -101,6 +102,9 @@ class _EngineServer:
             # which has lost its core cost many times what the last core would bring.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
         self.core = EngineCore(config, self._progress)
+        # What is there now stays: a collection that went through all of it would hold a step up.
+        gc.collect()
+        gc.freeze()
         self.state = Ready(self.core.info)
         self._broadcast()
 
