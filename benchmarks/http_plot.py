@@ -1,0 +1,65 @@
+"""Runs of `loadgen run --json` beside each other: tokens/s, ITL and TTFT by concurrency, drawn.
+
+    python benchmarks/http_plot.py --plot F LABEL=A.json[,B.json] LABEL=C.json ...
+
+Files of one label are levels of one server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def levels(paths: str) -> list[dict[str, Any]]:
+    """The summaries in the files, by concurrency."""
+    found = [
+        level["summary"]
+        for path in paths.split(",")
+        for level in json.loads(Path(path).read_text())["levels"]
+    ]
+    return sorted(found, key=lambda summary: summary["concurrency"])
+
+
+def save_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel for each figure, a color for each label; both axes logarithmic."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for index, (label, summaries) in enumerate(runs.items()):
+        x = [summary["concurrency"] for summary in summaries]
+        style: dict[str, Any] = {"ms": 3, "color": f"C{index}"}
+        panels[0].plot(x, [s["output_tokens_per_s"] for s in summaries], "o-", label=label, **style)
+        for panel, name in zip(panels[1:], ("itl_ms", "ttft_ms"), strict=True):
+            for share, line in (("p50", "o-"), ("p99", "o--")):
+                values = [s[name][share] for s in summaries]
+                panel.plot(x, values, line, label=f"{label} {share}", **style)
+    for panel, name in zip(panels, ("tokens/s", "ITL, ms", "TTFT, ms"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="streams", ylabel=name)
+        ticks = sorted({s["concurrency"] for summaries in runs.values() for s in summaries})
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Read and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="LABEL=FILES")
+    parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="needs matplotlib")
+    options = parser.parse_args()
+    save_plot(
+        {run.partition("=")[0]: levels(run.partition("=")[2]) for run in options.runs}, options.plot
+    )
+
+
+if __name__ == "__main__":
+    main()
