@@ -174,7 +174,7 @@ class Server:
         """Signal the process that was started, or as a terminal does, all of them."""
         (os.killpg if to_group else os.kill)(self.pid, signum)
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 60) -> int:
         """Wait for its end; returns the exit status."""
         return self.process.wait(seconds)
 
