@@ -19,6 +19,11 @@ from loadgen.records import Answer, LevelResult, RequestRecord, StoppedBy
 from tests.checkpoints import make_checkpoint
 
 MAIN = "import sys; from loadgen.cli import main; sys.exit(main())"
+HEEDS_SIGNALS = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGHUP)]; "
+)
+"""Who runs the tests, in the background or under nohup, may ignore them, and so would a child."""
 SERVE = Path(__file__).with_name("serve.py")
 QUICK = (
     *("--concurrency", "2", "--rounds", "1", "--requests", "3", "--warmup", "1"),
@@ -223,7 +228,7 @@ def test_a_server_that_is_never_ready(bench: Bench) -> None:
 def test_no_server_outlives_an_interrupt(bench: Bench, sent: signal.Signals, phase: str) -> None:
     """A terminal sends SIGINT to the whole group; the others come to one process."""
     options = "--never-ready" if phase == "starting" else "--hang-at 3"
-    process = bench.start("", options)
+    process = bench.start("", options, code=HEEDS_SIGNALS + MAIN)
     if phase == "starting":
         until(lambda: len(bench.alive()) == 4, "both are started")
     else:
