@@ -87,12 +87,13 @@ class Serving:
         """A place for every choice, from before its prompt is tokenised. Raises what
         `Admission.places` and `engine_info` raise."""
         info = self.engine_info()
-        number = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
-        ids = [_choice_id(request_id, index) for index in range(number)]
-        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting)
+        prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
+        ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
+        param = "n" if request.n > 1 else "prompt"
+        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting, param)
 
     async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """The prompt of every choice as token ids. Raises RequestError."""
+        """The prompts as token ids. Raises RequestError."""
         if isinstance(request, ChatCompletionRequest):
             messages = [message.for_template() for message in request.messages]
             text = self.tokenizer.render_chat(messages)
@@ -109,7 +110,7 @@ class Serving:
         request_id: str,
         arrival: float,
     ) -> list[Choice]:
-        """One choice for each prompt, none of them started.
+        """The choices of each prompt, one prompt behind the other, none of them started.
 
         Raises RequestError, ContextLengthError and what `engine_info` raises.
         """
@@ -118,17 +119,22 @@ class Serving:
         what = "messages" if chat else "prompt"
         _check_ids("stop_token_ids", request.stop_token_ids, info.vocab_size)
         choices = []
-        for index, prompt in enumerate(prompts):
+        for index in range(len(prompts) * request.n):
+            number, choice_of_prompt = divmod(index, request.n)
+            prompt = prompts[number]
             _check_ids(what, prompt, info.vocab_size)
             limit = _token_limit(request, len(prompt), info.max_model_len)
             engine_request = EngineRequest(
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
-                params=request.sampling_params(self.generation, limit),
+                params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
             )
             detokenizer = Detokenizer(
-                self.tokenizer, request.stop, prompt_token_ids=() if chat else prompt
+                self.tokenizer,
+                request.stop,
+                include_stop=request.include_stop_str_in_output,
+                prompt_token_ids=() if chat else prompt,
             )
             choice = Choice(
                 self.client,
