@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +44,7 @@ from minisrv.server.unsupported import (
     EVERYWHERE,
     MESSAGE,
     STREAM_OPTIONS,
+    TOKENIZE,
     asks_for_nothing,
     refusal,
 )
@@ -329,6 +331,42 @@ class Message(_Strict):
         """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class TokenizeRequest(_Strict):
+    """The body of POST /tokenize: a prompt, or the messages of a chat."""
+
+    unsupported = TOKENIZE
+
+    model: ShortText | None = None
+    """The model's name; absent, the served model."""
+    prompt: Annotated[Text, AfterValidator(_text)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add what it adds around a text. Absent, it does to a prompt, and not to
+    messages, whose template spells every token."""
+    add_generation_prompt: bool = True
+    """End the messages with what begins an answer."""
+    return_token_strs: bool = False
+    """Report the tokens as the vocabulary spells them, too."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise _refuse("prompt", "Send either prompt or messages.")
+        if self.messages is None and "add_generation_prompt" in self.model_fields_set:
+            raise _refuse(
+                "add_generation_prompt", "add_generation_prompt is only allowed with messages."
+            )
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """The body of POST /detokenize."""
+
+    model: ShortText | None = None
+    """The model's name; absent, the served model."""
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 
 
 class ChatCompletionRequest(GenerationRequest):

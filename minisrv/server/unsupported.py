@@ -82,6 +82,14 @@ CHAT_ONLY: dict[str, tuple[object, ...]] = {
     "mm_processor_kwargs": ({},),
 }
 
+TOKENIZE: dict[str, tuple[object, ...]] = {
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+
 STREAM_OPTIONS: dict[str, tuple[object, ...]] = {
     "include_obfuscation": (False,),
 }
