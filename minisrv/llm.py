@@ -33,7 +33,8 @@ Message = dict[str, Any]
 
 @dataclass
 class CompletionOutput:
-    """One completion. `text` ends before a stop string, `token_ids` holds every sampled token.
+    """One completion. `text` ends before a stop string, or behind it if that is asked for;
+    `token_ids` holds every sampled token.
 
     graph_steps: the steps it took part in, counted by "MODE/reason".
     """
@@ -141,7 +142,10 @@ class LLM:
         self._count += 1
         request = EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params)
         text = Detokenizer(
-            self._tokenizer, params.stop, prompt_token_ids=prompt if continues else ()
+            self._tokenizer,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            prompt_token_ids=prompt if continues else (),
         )
         return _Job(request, text)
 
@@ -168,8 +172,9 @@ class _Job:
         completion.token_ids += output.token_ids
         if completion.logprobs is not None and output.logprobs is not None:
             completion.logprobs += output.logprobs
-        # A token that ends the request is no part of its text.
-        shown = output.token_ids[:-1] if reason is FinishReason.STOP else output.token_ids
+        shown = output.token_ids
+        if reason is FinishReason.STOP:
+            shown = self.text.without_stop_token(shown)
         completion.text += self.text.push(shown, final=reason is not None)
         if reason is not None:
             completion.finish_reason = FinishReason.STOP if self.stopped else reason

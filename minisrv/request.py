@@ -61,6 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: fixes the sampling noise; None draws one when the request is admitted.
     stop: end the text before the first of these; one string may stand alone.
     stop_token_ids: end the request when one is sampled (the token stays in the output ids).
+    include_stop_str_in_output: let the text hold the stop string, or the text of the stop token,
+        that it ends at.
     ignore_eos: go on past the model's end-of-sequence tokens (for measurements).
     logprobs: report the sampled token's log-probability and this many alternatives (None: off).
 
@@ -75,6 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
 

@@ -44,20 +44,23 @@ class Admission:
         return min(max(1, math.ceil(self._mean_stay)), MAX_RETRY_AFTER)
 
     @contextmanager
-    def places(self, request_ids: Sequence[str], limit: int) -> Iterator[None]:
+    def places(
+        self, request_ids: Sequence[str], limit: int, param: str = "prompt"
+    ) -> Iterator[None]:
         """A place for each of `request_ids`, all or none. At the end those go back that are still
         held.
 
         limit: places in all.
+        param: the field that asks for so many, for the error to name.
         Raises RequestError for more than there could ever be, QueueFullError for more than are
         free.
         """
         number = len(request_ids)
         if number > limit:
             raise RequestError(
-                f"prompt holds {number} prompts, and this server runs and queues at most {limit} "
-                "requests; send them in several requests.",
-                param="prompt",
+                f"{param} asks for {number} choices at once, and this server runs and queues at "
+                f"most {limit}; send several requests.",
+                param=param,
             )
         if self.num_taken + number > limit:
             raise QueueFullError(

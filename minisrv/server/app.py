@@ -18,7 +18,12 @@ from minisrv.engine.client import EngineClient, EngineState
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
 from minisrv.server.middleware import Edge
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+from minisrv.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from minisrv.server.replies import ChatReply, CompletionReply
 from minisrv.server.responses import GenerationResponse
 from minisrv.server.serving import Serving
@@ -28,6 +33,7 @@ DEFAULT_MAX_BODY_BYTES = 4 << 20
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
+_TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 
 
 def create_app(
@@ -51,12 +57,13 @@ def create_app(
     app.add_middleware(
         Edge,
         max_body_bytes=max_body_bytes,
-        json_paths=frozenset({_COMPLETIONS, _CHAT}),
+        json_paths=frozenset({_COMPLETIONS, _CHAT, _TOKENIZE, _DETOKENIZE}),
         arrived=metrics.arrived,
         failed=metrics.failed,
     )
     install_error_handlers(app)
     _add_generation_routes(app, serving)
+    _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
     _add_operation_routes(app, client, metrics)
     return app
@@ -75,6 +82,20 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
         """Answer a chat."""
         model = serving.model_name(body.model)
         return GenerationResponse(serving, body, ChatReply(body, model, serving.tokenizer))
+
+
+def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
+    @app.post(_TOKENIZE, response_class=JSON)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The token ids of a prompt or a chat, as a generation would see them."""
+        serving.model_name(body.model)
+        return JSON(await serving.tokenize(body))
+
+    @app.post(_DETOKENIZE, response_class=JSON)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids, special tokens included."""
+        serving.model_name(body.model)
+        return JSON(await serving.detokenize(body))
 
 
 def _add_model_routes(app: FastAPI, serving: Serving) -> None:

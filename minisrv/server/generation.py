@@ -25,7 +25,8 @@ class Delta:
     """What one output of the engine adds to one choice.
 
     token_ids: every token, the one that ended the choice included; it counts in the usage.
-    logprobs: of all of them but that one, those of a stop string included.
+    logprobs: of all of them but that one, unless its text is wanted; those of a stop string
+        included.
     num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
     finish_reason: OpenAI's word, with the last delta only.
     """
@@ -121,8 +122,9 @@ class Choice:
         reason = output.finish_reason
         if reason is FinishReason.ABORT:
             raise EngineNotReadyError("The server is shutting down and dropped this request.")
-        # A token that ends the choice is no part of its text.
-        shown = output.token_ids[:-1] if reason is FinishReason.STOP else output.token_ids
+        shown = output.token_ids
+        if reason is FinishReason.STOP:
+            shown = self._detokenizer.without_stop_token(shown)
         text = self._detokenizer.push(shown, final=reason is not None)
         if self._detokenizer.stopped:
             reason = reason and FinishReason.STOP

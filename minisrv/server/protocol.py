@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,11 +44,14 @@ from minisrv.server.unsupported import (
     EVERYWHERE,
     MESSAGE,
     STREAM_OPTIONS,
+    TOKENIZE,
     asks_for_nothing,
     refusal,
 )
 
 MAX_PROMPTS = 64
+MAX_CHOICES = 128
+"""Of one response: prompts times `n`."""
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_STOP_STRINGS = 16
@@ -106,6 +110,8 @@ class StreamOptions(_Strict):
 
     include_usage: bool = False
     """End the stream with a chunk that holds the usage and no choice."""
+    continuous_usage_stats: bool = False
+    """Report in every chunk the usage so far, of all choices together."""
 
 
 def _one_or_more(value: Any) -> Any:
@@ -119,6 +125,8 @@ class GenerationRequest(_Strict):
 
     model: ShortText | None = None
     """The model's name; absent, the served model."""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    """Choices for each prompt. With a seed, the first has it and each other one more."""
     max_tokens: TokenCount | None = None
     """Tokens to generate at most."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -137,6 +145,8 @@ class GenerationRequest(_Strict):
     """End the text before the first of these strings."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
     """End after one of these tokens."""
+    include_stop_str_in_output: bool = False
+    """Let the text hold the stop string, or the text of the stop token, that it ends at."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence tokens."""
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
@@ -177,6 +187,11 @@ class GenerationRequest(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of the stream is to hold the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
     def token_limit(self) -> int | None:
         """Tokens to generate at most, as the client asked; None if it did not."""
         return self.max_tokens
@@ -186,8 +201,13 @@ class GenerationRequest(_Strict):
         """Alternatives to report for each token; None reports no log-probabilities at all."""
         return None
 
-    def sampling_params(self, defaults: GenerationConfig, max_tokens: int) -> SamplingParams:
+    def sampling_params(
+        self, defaults: GenerationConfig, max_tokens: int, *, choice: int = 0
+    ) -> SamplingParams:
         """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
+
+        choice: which of the `n` of its prompt; added to the seed, as vLLM does, so that choices
+            differ and come out the same again.
 
         Stop strings stay out: they are found in the text, not by the engine.
         """
@@ -201,11 +221,16 @@ class GenerationRequest(_Strict):
             top_p=first(self.top_p, defaults.top_p, 1.0),
             top_k=int(first(self.top_k, defaults.top_k, 0)),
             min_p=first(self.min_p, defaults.min_p, 0.0),
-            seed=self.seed,
+            seed=None if self.seed is None else _wrapped(self.seed + choice),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
         )
+
+
+def _wrapped(seed: int) -> int:
+    """A signed 64-bit integer: behind the last comes the first."""
+    return (seed - SEED_MIN) % 2**64 + SEED_MIN
 
 
 def _prompts(value: Any) -> Prompts:
@@ -259,9 +284,19 @@ class CompletionRequest(GenerationRequest):
             _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
         ),
     ]
-    """A text, token ids, or a list of either: one choice each."""
+    """A text, token ids, or a list of either: `n` choices each."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report the log-probability of each token and of this many alternatives."""
+
+    @model_validator(mode="after")
+    def _choices_are_bounded(self) -> CompletionRequest:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            raise _refuse(
+                "n",
+                f"{len(self.prompt)} prompts with n={self.n} ask for {len(self.prompt) * self.n} "
+                f"choices, and one request may ask for {MAX_CHOICES}; send several requests.",
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -296,6 +331,42 @@ class Message(_Strict):
         """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class TokenizeRequest(_Strict):
+    """The body of POST /tokenize: a prompt, or the messages of a chat."""
+
+    unsupported = TOKENIZE
+
+    model: ShortText | None = None
+    """The model's name; absent, the served model."""
+    prompt: Annotated[Text, AfterValidator(_text)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    """Let the tokenizer add what it adds around a text. Absent, it does to a prompt, and not to
+    messages, whose template spells every token."""
+    add_generation_prompt: bool = True
+    """End the messages with what begins an answer."""
+    return_token_strs: bool = False
+    """Report the tokens as the vocabulary spells them, too."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise _refuse("prompt", "Send either prompt or messages.")
+        if self.messages is None and "add_generation_prompt" in self.model_fields_set:
+            raise _refuse(
+                "add_generation_prompt", "add_generation_prompt is only allowed with messages."
+            )
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """The body of POST /detokenize."""
+
+    model: ShortText | None = None
+    """The model's name; absent, the served model."""
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 
 
 class ChatCompletionRequest(GenerationRequest):

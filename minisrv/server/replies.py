@@ -36,7 +36,11 @@ class Reply(ABC):
         self._num_logprobs = request.num_logprobs or 0
         self._return_token_ids = request.return_token_ids
         self._report_steps = request.include_graph_steps
+        self._choices_per_prompt = request.n
         self._include_usage = request.include_usage
+        self._continuous_usage = request.continuous_usage
+        self._text_is_all = not (self._return_token_ids or self._continuous_usage)
+        """Whether a delta in the middle has nothing to tell but its text and logprobs."""
         self._tail = {"usage": None} if self._include_usage else {}
         self._chunk_head = self._head(self.chunk_name)
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
@@ -48,9 +52,13 @@ class Reply(ABC):
         self._cached_tokens = 0
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
-        """Set the prompts, in the order of the choices. Comes before any delta."""
+        """Set the prompts, each of the next `n` choices. Comes before any delta."""
         self._prompts = prompts
-        self._deltas = [[] for _ in prompts]
+        self._deltas = [[] for _ in range(len(prompts) * self._choices_per_prompt)]
+
+    def _prompt_of(self, index: int) -> list[int]:
+        """The prompt of a choice."""
+        return self._prompts[index // self._choices_per_prompt]
 
     def events(self, delta: Delta) -> bytes:
         """The events of a delta; none if there is nothing to tell."""
@@ -58,7 +66,7 @@ class Reply(ABC):
         plain = self._plain.get(delta.index)
         if plain is None:
             self._plain[delta.index] = self._around_text(delta.index)
-        elif delta.finish_reason is None and not delta.logprobs and not self._return_token_ids:
+        elif self._text_is_all and delta.finish_reason is None and not delta.logprobs:
             before, after = plain
             return before + sse.encode_text(delta.text) + after if delta.text else b""
         first = plain is None
@@ -111,12 +119,20 @@ class Reply(ABC):
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         """The events of a delta; `first` of its choice, and whether it `tells` of tokens."""
 
+    def _chunk(self, choice: dict[str, Any], extra: dict[str, Any] | None = None) -> bytes:
+        """The event of a choice, with `extra` fields beside it."""
+        if not extra and not self._continuous_usage:
+            return self._chunks.encode(choice)
+        tail = {"usage": self._usage()} if self._continuous_usage else self._tail
+        return sse.event({**self._chunk_head, "choices": [choice], **tail, **(extra or {})})
+
     def _head(self, object_name: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_name, **self._identity}
 
     def _count(self, delta: Delta) -> None:
         self._completion_tokens += len(delta.token_ids)
-        self._cached_tokens += delta.num_cached_tokens
+        if delta.index % self._choices_per_prompt == 0:  # a prompt counts once
+            self._cached_tokens += delta.num_cached_tokens
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self._prompts))
@@ -129,14 +145,16 @@ class Reply(ABC):
 
 
 class CompletionReply(Reply):
-    """`text_completion`: one choice for each prompt."""
+    """`text_completion`: the choices of all prompts."""
 
     id_prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
         super().begin(prompts)
-        self._writers = [CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in prompts]
+        self._writers = [
+            CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in self._deltas
+        ]
 
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
         choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
@@ -154,10 +172,10 @@ class CompletionReply(Reply):
         if self._return_token_ids:
             choice["token_ids"] = delta.token_ids
             if first:
-                choice["prompt_token_ids"] = self._prompts[delta.index]
+                choice["prompt_token_ids"] = self._prompt_of(delta.index)
         if self._report_steps and delta.finish_reason is not None:
             choice["graph_steps"] = delta.graph_steps
-        return self._chunks.encode(choice)
+        return self._chunk(choice)
 
     def _choice(
         self, index: int, text: str, logprobs: list[TokenLogprobs] | None
@@ -165,12 +183,12 @@ class CompletionReply(Reply):
         shown = None if logprobs is None else self._writers[index].chunk(logprobs)
         choice = {"index": index, "text": text, "logprobs": shown}
         if self._return_token_ids:
-            choice["prompt_token_ids"] = self._prompts[index]
+            choice["prompt_token_ids"] = self._prompt_of(index)
         return choice
 
 
 class ChatReply(Reply):
-    """`chat.completion`: one choice."""
+    """`chat.completion`: the choices of one conversation."""
 
     id_prefix = "chatcmpl"
     object_name = "chat.completion"
@@ -191,7 +209,7 @@ class ChatReply(Reply):
             role = {"role": "assistant", "content": ""}
             choice = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
             extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
-            events += sse.event({**self._chunk_head, "choices": [choice], **self._tail, **extra})
+            events += self._chunk(choice, extra)
         if tells:
             choice = {
                 "index": delta.index,
@@ -201,7 +219,7 @@ class ChatReply(Reply):
             }
             if self._return_token_ids:
                 choice["token_ids"] = delta.token_ids
-            events += self._chunks.encode(choice)
+            events += self._chunk(choice)
         if delta.finish_reason is not None:
             choice = {
                 "index": delta.index,
@@ -211,7 +229,7 @@ class ChatReply(Reply):
             }
             if self._report_steps:
                 choice["graph_steps"] = delta.graph_steps
-            events += self._chunks.encode(choice)
+            events += self._chunk(choice)
         return events
 
     def _choice(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.engine.client import EngineClient, EngineState
@@ -30,13 +31,16 @@ from minisrv.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerationRequest,
+    Message,
+    TokenizeRequest,
 )
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.tokenizer import Tokenizer
 
 _THREAD_ABOVE = 20_000
-"""Characters that take about 10 ms to tokenise; more than that leaves the event loop."""
+"""Characters to tokenise, or tokens to decode, in about 10 ms; more leaves the event loop."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,55 @@ class Serving:
         """A place for every choice, from before its prompt is tokenised. Raises what
         `Admission.places` and `engine_info` raise."""
         info = self.engine_info()
-        number = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
-        ids = [_choice_id(request_id, index) for index in range(number)]
-        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting)
+        prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
+        ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
+        param = "n" if request.n > 1 else "prompt"
+        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting, param)
 
     async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """The prompt of every choice as token ids. Raises RequestError."""
+        """The prompts as token ids. Raises RequestError."""
         if isinstance(request, ChatCompletionRequest):
-            messages = [message.for_template() for message in request.messages]
-            text = self.tokenizer.render_chat(messages)
+            text = self._render(request.messages)
             return await self._encode([text], add_special_tokens=False)
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
         if texts:
             return await self._encode(texts, add_special_tokens=True)
         return [prompt for prompt in request.prompt if isinstance(prompt, list)]
+
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """The body of the answer. Raises RequestError, and what `engine_info` raises."""
+        info = self.engine_info()
+        if request.messages is None:
+            assert request.prompt is not None
+            text, special = request.prompt, True
+        else:
+            text = self._render(request.messages, request.add_generation_prompt)
+            special = False
+        if request.add_special_tokens is not None:
+            special = request.add_special_tokens
+        [ids] = await self._encode([text], add_special_tokens=special)
+        return {
+            "count": len(ids),
+            "max_model_len": info.max_model_len,
+            "tokens": ids,
+            "token_strs": self.tokenizer.spell(ids) if request.return_token_strs else None,
+        }
+
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+        """The body of the answer; special tokens are spelled. Raises RequestError, and what
+        `engine_info` raises."""
+        ids = request.tokens
+        _check_vocabulary("tokens", ids, self.engine_info().vocab_size)
+
+        def decode() -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+        long = len(ids) > _THREAD_ABOVE
+        return {"prompt": await asyncio.to_thread(decode) if long else decode()}
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        rendered = [message.for_template() for message in messages]
+        return self.tokenizer.render_chat(rendered, add_generation_prompt)
 
     def choices(
         self,
@@ -109,26 +148,35 @@ class Serving:
         request_id: str,
         arrival: float,
     ) -> list[Choice]:
-        """One choice for each prompt, none of them started.
+        """The choices of each prompt, one prompt behind the other, none of them started.
 
         Raises RequestError, ContextLengthError and what `engine_info` raises.
         """
         info = self.engine_info()
         chat = isinstance(request, ChatCompletionRequest)
         what = "messages" if chat else "prompt"
-        _check_ids("stop_token_ids", request.stop_token_ids, info.vocab_size)
+        _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
         choices = []
-        for index, prompt in enumerate(prompts):
-            _check_ids(what, prompt, info.vocab_size)
+        for index in range(len(prompts) * request.n):
+            number, choice_of_prompt = divmod(index, request.n)
+            prompt = prompts[number]
+            if not prompt:
+                raise RequestError(
+                    f"The {what} came out empty: send at least one token of text.", param=what
+                )
+            _check_vocabulary(what, prompt, info.vocab_size)
             limit = _token_limit(request, len(prompt), info.max_model_len)
             engine_request = EngineRequest(
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
-                params=request.sampling_params(self.generation, limit),
+                params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
             )
             detokenizer = Detokenizer(
-                self.tokenizer, request.stop, prompt_token_ids=() if chat else prompt
+                self.tokenizer,
+                request.stop,
+                include_stop=request.include_stop_str_in_output,
+                prompt_token_ids=() if chat else prompt,
             )
             choice = Choice(
                 self.client,
@@ -160,11 +208,7 @@ def _choice_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
 
 
-def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    if param != "stop_token_ids" and not token_ids:
-        raise RequestError(
-            f"The {param} came out empty: send at least one token of text.", param=param
-        )
+def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
     if token_ids and max(token_ids) >= vocab_size:
         raise RequestError(
             f"{param} holds the token id {max(token_ids)}; this model's ids go from 0 to "

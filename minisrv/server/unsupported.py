@@ -13,7 +13,6 @@ import json
 
 EVERYWHERE: dict[str, tuple[object, ...]] = {
     # OpenAI
-    "n": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -31,7 +30,6 @@ EVERYWHERE: dict[str, tuple[object, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "guided_whitespace_pattern": (),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -84,8 +82,15 @@ CHAT_ONLY: dict[str, tuple[object, ...]] = {
     "mm_processor_kwargs": ({},),
 }
 
+TOKENIZE: dict[str, tuple[object, ...]] = {
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+
 STREAM_OPTIONS: dict[str, tuple[object, ...]] = {
-    "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
 }
 

@@ -31,6 +31,7 @@ class Detokenizer:
     """The text of one request.
 
     stop: the text ends before the first of these; empty strings are not allowed.
+    include_stop: it ends behind that one instead, and a stop token's text is part of it.
     prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
     """
 
@@ -39,6 +40,7 @@ class Detokenizer:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         *,
+        include_stop: bool = False,
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
         self._special = tokenizer.special_ids
@@ -48,12 +50,17 @@ class Detokenizer:
             if tokenizer.token_bytes is None
             else _ByteDecoder(tokenizer.token_bytes, starts_text=not prompt)
         )
-        self._matcher = StopMatcher(stop) if stop else None
+        self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
+        self._include_stop = include_stop
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found: the text is complete, whatever follows."""
         return self._matcher is not None and self._matcher.stopped
+
+    def without_stop_token(self, token_ids: list[int]) -> list[int]:
+        """Of tokens that end with the stop token, those whose text is wanted."""
+        return token_ids if self._include_stop else token_ids[:-1]
 
     def push(self, token_ids: Sequence[int], final: bool = False) -> str:
         """Add tokens; returns the text that has become certain.

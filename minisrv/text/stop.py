@@ -2,7 +2,7 @@
 
 Knows: characters. Knows nothing of tokens. The result does not depend on how the text is cut
 into pieces: a text ends at the first character that completes a stop string, and is cut where
-the longest stop string completed there begins.
+the longest stop string completed there begins, or behind it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ class StopMatcher:
 
     What is held back is the longest suffix of the text that begins a stop string, and no more.
     Costs a few operations per character and stop string (Knuth-Morris-Pratt).
+
+    include_stop: let the stop string through too.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, include_stop: bool = False) -> None:
+        self._include_stop = include_stop
         self._stop = [(pattern, _failure_table(pattern)) for pattern in stop]
         self._matched = [0] * len(self._stop)
         self._held = ""
@@ -31,7 +34,7 @@ class StopMatcher:
             if cut := self._step(text[end]):
                 self.stopped = True
                 self._held = ""
-                return text[: end + 1 - cut]
+                return text[: end + 1 - (0 if self._include_stop else cut)]
         safe = len(text) - max(self._matched, default=0)
         self._held = text[safe:]
         return text[:safe]

@@ -94,6 +94,10 @@ class Tokenizer:
         """The text of `token_ids`; ids of no token count as empty."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def spell(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them; ids of no token count as empty."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token as text (U+FFFD for what is not UTF-8 by itself) and as bytes."""
         if self.token_bytes is None:

@@ -28,6 +28,7 @@ ANYTHING = {"null": None, "bool": True, "int": 1, "float": 1.5, "str": "x", "lis
 
 FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "model": ({"str"}, ["x" * 513]),
+    "n": ({"int"}, [0, -1, 129, 2**31]),
     "max_tokens": ({"int"}, [0, -1, 2**31, 10**30, 1e999]),
     "temperature": ({"int", "float"}, [-0.1, 2.1, 1e999, float("nan"), -float("inf")]),
     "top_p": ({"int"}, [0, 1.1, -1, float("nan"), float("inf")]),
@@ -36,6 +37,7 @@ FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "seed": ({"int"}, [2**63, -(2**63) - 1, 10**400]),
     "stop": ({"str", "list"}, [["x"] * 17]),
     "stop_token_ids": ({"list"}, [[1] * 65]),
+    "include_stop_str_in_output": ({"bool"}, ["true"]),
     "ignore_eos": ({"bool"}, ["true"]),
     "stream": ({"bool"}, ["true"]),
     "stream_options": (set(), [{"include_usage": True}]),  # only with a stream
@@ -81,6 +83,12 @@ INSIDE: list[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]], list[Any], 
         [1, "true", []],
         "stream_options.include_usage",
     ),
+    (
+        BOTH,
+        lambda bad: _option(continuous_usage_stats=bad),
+        [1, "true", []],
+        "stream_options.continuous_usage_stats",
+    ),
     (BOTH, lambda bad: _option(what=bad), [1], "stream_options.what"),
     (
         (COMPLETIONS,),
@@ -93,6 +101,7 @@ INSIDE: list[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]], list[Any], 
         "prompt",
     ),
     ((COMPLETIONS,), lambda bad: {"logprobs": bad}, [-1, 21, True, 1.5, "1", []], "logprobs"),
+    ((COMPLETIONS,), lambda bad: {"prompt": ["a", "b"], "n": bad}, [65, 128], "n"),
     ((COMPLETIONS,), lambda bad: {"top_logprobs": bad}, [1], "top_logprobs"),
     ((COMPLETIONS,), lambda bad: {"messages": bad}, [[USER]], "messages"),
     ((CHAT,), lambda bad: {"prompt": bad}, ["x"], "prompt"),

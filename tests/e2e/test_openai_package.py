@@ -131,6 +131,17 @@ def test_without_a_seed_texts_differ(client: openai.OpenAI) -> None:
     assert len({text_of(client, **SAMPLED) for _ in range(4)}) > 1
 
 
+def test_choices_differ_and_come_out_the_same_again(client: openai.OpenAI) -> None:
+    """The first is that of a request without `n`, and each other that of the next seed."""
+    alone = [text_of(client, seed=7 + index, **SAMPLED) for index in range(3)]
+    choices = complete(client, seed=7, n=3, **SAMPLED)
+    assert [choice.text for choice in choices.choices] == alone
+    assert len(set(alone)) == 3
+    assert choices.usage.completion_tokens == 3 * 24
+    conversation = chat(client, n=2, temperature=1, seed=7)
+    assert len({choice.message.content for choice in conversation.choices}) == 2
+
+
 def test_async_chat_streams_side_by_side(server: Server, client: openai.OpenAI) -> None:
     questions = [f"Copy this: {word}" for word in ("apple", "river", "blue stone", "x y z")]
     messages: list[Any] = [[{"role": "user", "content": text}] for text in questions]
@@ -167,6 +178,13 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         chunks = list(complete(client, stop=stop, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == expected
         assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_the_stop_string_may_stay(client: openai.OpenAI) -> None:
+    text = text_of(client)
+    stop = text[15:19]
+    extra = {"include_stop_str_in_output": True}
+    assert text_of(client, stop=stop, extra_body=extra) == text[: text.index(stop) + 4]
 
 
 def test_a_stop_string_that_does_not_come(client: openai.OpenAI) -> None:

@@ -83,6 +83,67 @@ async def test_cached_tokens_of_all_prompts(
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choices_of_several_prompts(connect: Connect, stream: bool) -> None:
+    """Those of a prompt stand together, and the prompt counts once."""
+    engine = FakeEngine(outputs([300, 301], cached=1))
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    prompts = [[1, 2], [3, 4, 5]]
+    response = await post(
+        connect(engine), prompt=prompts, n=3, seed=9, return_token_ids=True, **options
+    )
+    bodies = sse(response.text) if stream else [response.json()]
+    told = {
+        choice["index"]: choice["prompt_token_ids"]
+        for body in bodies
+        for choice in body["choices"]
+        if "prompt_token_ids" in choice
+    }
+    assert told == {0: [1, 2], 1: [1, 2], 2: [1, 2], 3: [3, 4, 5], 4: [3, 4, 5], 5: [3, 4, 5]}
+    asked = [(request.prompt_token_ids, request.params.seed) for request in engine.requests]
+    assert asked == [(prompt, 9 + choice) for prompt in prompts for choice in range(3)]
+    usage = bodies[-1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, 12)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+async def test_more_choices_than_places(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    engine.info = msgspec.structs.replace(INFO, max_num_seqs=1, max_waiting=1)
+    error = (await post(connect(engine), n=3)).json()["error"]
+    assert (error["param"], error["type"]) == ("n", "invalid_request_error")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+async def test_usage_in_every_chunk(connect: Connect, include_usage: bool) -> None:
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    ids = [300, 301, 302]
+    response = await post(connect(outputs(ids)), prompt=[1, 2], stream=True, stream_options=options)
+    chunks = sse(response.text)
+    assert len(chunks) == len(ids) + include_usage
+    told = [
+        (chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"]) for chunk in chunks
+    ]
+    assert told == [(2, 1), (2, 2), (2, 3), (2, 3)][: len(chunks)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_stop_string_may_stay(
+    connect: Connect, tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = tokenizer.encode("Hello world, stop here and there")
+    options = {"include_stop_str_in_output": True, "stream": stream}
+    response = await post(connect(outputs(ids)), stop=["stop"], **options)
+    bodies = sse(response.text) if stream else [response.json()]
+    assert "".join(body["choices"][0]["text"] for body in bodies) == "Hello world, stop"
+    response = await post(connect(outputs(ids, FinishReason.STOP)), **options)
+    bodies = sse(response.text) if stream else [response.json()]
+    text = "".join(body["choices"][0]["text"] for body in bodies)
+    assert text == "Hello world, stop here and there", "the stop token has its text"
+    assert bodies[-1]["choices"][0]["finish_reason"] == "stop"
+
+
 async def test_the_salt_reaches_the_engine(connect: Connect) -> None:
     engine = FakeEngine(outputs([300]))
     await post(connect(engine), prompt=["a", "b"], cache_salt="mine")

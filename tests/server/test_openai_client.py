@@ -93,6 +93,23 @@ async def test_extensions(client: openai.AsyncOpenAI) -> None:
     assert choice.graph_steps == {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
 
 
+async def test_choices(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    chat = await client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=5)
+    assert [choice.index for choice in chat.choices] == [0, 1, 2]
+    assert [choice.message.content for choice in chat.choices] == [TEXT] * 3
+    assert [request.params.seed for request in engine.requests] == [5, 6, 7]
+    one = await client.chat.completions.create(model="tiny", messages=MESSAGES)
+    assert chat.usage is not None
+    assert one.usage is not None
+    assert chat.usage.prompt_tokens == one.usage.prompt_tokens
+    assert chat.usage.completion_tokens == 3 * one.usage.completion_tokens
+    stream = await client.completions.create(model="tiny", prompt=["a", "b"], n=2, stream=True)
+    found = [""] * 4
+    async for chunk in stream:
+        found[chunk.choices[0].index] += chunk.choices[0].text
+    assert found == [TEXT] * 4
+
+
 async def test_models(client: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in client.models.list()] == ["tiny"]
     assert (await client.models.retrieve("tiny")).object == "model"
@@ -100,7 +117,7 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
 
 async def test_errors(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
+        await client.chat.completions.create(model="tiny", messages=MESSAGES, n=129)
     assert bad.value.param == "n"
     with pytest.raises(openai.NotFoundError) as missing:
         await client.completions.create(model="gpt", prompt="hi")

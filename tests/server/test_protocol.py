@@ -62,6 +62,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
     ("field", "good", "bad"),
     [
         ("model", ["x"], [1, "x" * 513, "\ud800"]),
+        ("n", [1, 128], [0, -1, 129, 1.0, "2", True]),
         ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31, 1.0, "1", True, 10**400]),
         ("temperature", [0, 2, 0.5], [-0.1, 2.1, "1", True, float("nan"), float("inf")]),
         ("top_p", [1, 0.1], [0, 1.1, float("nan")]),
@@ -70,6 +71,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
         ("seed", [0, -(2**63), 2**63 - 1], [2**63, 1.5, "1"]),
         ("stop", ["x", ["x"] * 16, []], ["", ["x"] * 17, [""], 1, [1], "x" * 513]),
         ("stop_token_ids", [[], [0] * 64], [[0] * 65, [-1], [True], 1, ["1"]]),
+        ("include_stop_str_in_output", [True, False], [1, "true"]),
         ("ignore_eos", [True, False], [1, "true"]),
         ("stream", [True, False], [1, "true"]),
         ("return_token_ids", [True], [1]),
@@ -122,9 +124,25 @@ def test_stream_options() -> None:
     assert completion(stream=True, stream_options={"include_usage": True}).include_usage
     assert not completion(stream=True, stream_options={"include_usage": None}).include_usage
     assert refused(chat, stream_options={"include_usage": True}) == "stream_options"
-    for name in ("continuous_usage_stats", "include_obfuscation", "what"):
+    options = {"continuous_usage_stats": True}
+    assert completion(stream=True, stream_options=options).continuous_usage
+    assert not completion(stream=True, stream_options={}).continuous_usage
+    for name in ("include_obfuscation", "what"):
         options = {"include_usage": True, name: True}
         assert refused(chat, stream=True, stream_options=options) == f"stream_options.{name}"
+
+
+def test_choices_of_all_prompts_are_bounded() -> None:
+    assert completion(prompt=["a"] * 64, n=2).n == 2
+    assert refused(completion, prompt=["a"] * 64, n=3) == "n"
+
+
+@pytest.mark.parametrize(
+    ("seed", "choice", "expected"), [(7, 0, 7), (7, 3, 10), (2**63 - 1, 2, -(2**63) + 1)]
+)
+def test_the_seed_of_a_choice(seed: int, choice: int, expected: int) -> None:
+    assert completion(n=4, seed=seed).sampling_params(SILENT, 9, choice=choice).seed == expected
+    assert completion(n=4).sampling_params(SILENT, 9, choice=choice).seed is None
 
 
 def test_the_two_names_of_max_tokens() -> None:
@@ -194,8 +212,6 @@ def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
         ("best_of", 2),
         ("logit_bias", {"1": 5}),
         ("presence_penalty", 0.1),
@@ -222,7 +238,8 @@ def test_every_supported_field_does_something() -> None:
     """Accepted and ignored is a defect, but for what says that it is ignored."""
     ignored = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
     handled = {"model", "stream", "stream_options", "return_token_ids", "include_graph_steps"}
-    handled |= {"stop", "max_tokens", "cache_salt"}  # by the server; the rest goes to the engine
+    handled |= {"stop", "max_tokens", "cache_salt", "n", "include_stop_str_in_output"}
+    # Those by the server; the rest goes to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
     assert set(GenerationRequest.model_fields) == ignored | handled | sampling
     assert sampling <= set(SamplingParams.__struct_fields__)
