@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -113,6 +114,8 @@ def _serve(connection: Connection, vocab_size: int, eos_token_ids: list[int]) ->
                 _limit(0, 0, resource.RLIM_INFINITY)
                 connection.send_bytes(_encode(verdict))
                 status = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
@@ -129,7 +132,8 @@ def _limit(cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
 def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> str:
     """What is wrong with the grammar, or nothing."""
     try:
-        matcher = backend.compile_now(spec)
+        # What may come before it would be all that is rehearsed.
+        matcher = backend.compile_now(msgspec.structs.replace(spec, reasoning_end=""))
     except RequestError as error:
         return error.message
     row = np.zeros(backend.bitmask_words, np.int32)
@@ -145,6 +149,6 @@ def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[in
 def _died(spec: StructuredOutput, status: int) -> str:
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     too_long = killed_by in (signal.SIGPROF, signal.SIGALRM)
-    why = f"more than {CPU_SECONDS:g} s of processor time" if too_long else "too much memory"
-    error = grammar_error(spec, "is too complex", f"compiling it takes {why}; make it smaller")
-    return error.message
+    # Otherwise it has aborted where it got no memory.
+    why = f"takes more than {CPU_SECONDS:g} s of processor time" if too_long else "fails"
+    return grammar_error(spec, "is too complex", f"compiling it {why}; make it smaller").message

@@ -142,9 +142,29 @@ class GrammarBackend:
             raise grammar_error(spec, "cannot be compiled", matcher.get_error())
         return Matcher(matcher, spec)
 
+    def fill(self, matchers: Sequence[tuple[Matcher, int]], bitmask: npt.NDArray[np.int32]) -> None:
+        """`Matcher.fill` for a batch, on several processors: each matcher with its row.
+
+        bitmask: contiguous int32 [rows, bitmask_words]; other rows stay as they are. A matcher
+        must not come twice. Releases the GIL meanwhile.
+        """
+        assert bitmask.dtype == np.int32
+        assert bitmask.flags.c_contiguous
+        num_rows, words = bitmask.shape
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher._matcher, row) for matcher, row in matchers],
+            bitmask.ctypes.data,
+            words * bitmask.itemsize,
+            num_rows,
+        )
+
     def close(self) -> None:
         """Drop what has not been compiled yet and let the thread end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @functools.cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        return llguidance.LLExecutor()
 
     @functools.cached_property
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:

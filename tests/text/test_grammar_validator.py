@@ -72,6 +72,11 @@ def patterns(number: int) -> dict[str, Any]:
         (schema({"type": "integer", "multipleOf": 1_000_003}), "processor time"),
         (schema({"allOf": [{"multipleOf": p} for p in (7, 11, 13, 17, 19, 23)]}), "processor time"),
         (schema(patterns(30)), "processor time"),
+        # What may come before it does not hide it.
+        (
+            StructuredOutput(kind=Kind.REGEX, text="a{1000000}", reasoning_end="</think>"),
+            "too many expr",
+        ),
     ],
 )
 def test_what_would_stop_an_engine_is_refused(

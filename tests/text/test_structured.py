@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import jsonschema
 import msgspec
+import numpy as np
 import pytest
 import tokenizers
 
@@ -114,6 +115,21 @@ def test_end_of_sequence_where_the_grammar_may_end_and_only_it_where_it_must(
     assert matcher.accept(encode("b") + encode("b"))
     assert allowed(backend, matcher) == [EOS]
     assert matcher.finished
+
+
+def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
+    matchers = [
+        backend.compile_now(StructuredOutput(kind=Kind.REGEX, text=f"{digit}+"))
+        for digit in range(10)
+    ]
+    assert not matchers[4].accept([EOS])  # one that has failed
+    bitmask = np.full((12, backend.bitmask_words), -1, np.int32)
+    backend.fill([(matcher, 11 - digit) for digit, matcher in enumerate(matchers)], bitmask)
+    alone = np.empty(backend.bitmask_words, np.int32)
+    for digit, matcher in enumerate(matchers):
+        matcher.fill(alone)
+        assert (bitmask[11 - digit] == alone).all()
+    assert (bitmask[:2] == -1).all()
 
 
 def test_every_end_of_sequence_token_counts(tokenizer: Tokenizer) -> None:
