@@ -32,11 +32,12 @@ from minisrv.text.tokenizer import Tokenizer
 LIMITS = llguidance.LLParserLimits(
     # 10,000 enum values fit; a regex has about as many derivatives at most.
     initial_lexer_fuel=300_000,
-    # What a mask may cost; ten milliseconds or so. 1,000 items are 250 optional properties.
+    # A mask: under 30 ms for an ambiguous grammar and 150,000 tokens, where the defaults take
+    # 300. 1,000 items are 250 optional properties.
     step_lexer_fuel=50_000,
-    step_max_items=20_000,
+    step_max_items=5_000,
     max_items_in_row=1_000,
-    # One to two KiB each.
+    # A matcher's memory: one to two KiB each.
     max_lexer_states=20_000,
     max_grammar_size=100_000,
     # Errors quote the grammar otherwise.

@@ -43,6 +43,7 @@ def properties(number: int, **more: Any) -> dict[str, Any]:
         StructuredOutput(kind=Kind.REGEX, text=""" ("a"|'b')* """),
         *(schema(random_schema(seed)) for seed in range(5)),
         schema({"enum": [f"value{i}" for i in range(4000)]}),
+        schema(properties(240)),
         schema(properties(1000, required=[f"p{i}" for i in range(1000)])),
         # As large as texts may be, and harmless: nothing is unfolded.
         schema({"type": "array", "items": {"type": "string"}, "maxItems": 10**6}),
@@ -64,7 +65,7 @@ def patterns(number: int) -> dict[str, Any]:
     [
         (schema({"$ref": "#/$defs/nope"}), "does not exist"),
         (schema({"$ref": "#"}), "no text satisfies it"),
-        (schema(properties(2000)), "max is 1000"),
+        (schema(properties(2000)), "Too many items"),
         (schema({"allOf": [{"anyOf": [properties(i) for i in range(5)]}] * 8}), "too large"),
         (StructuredOutput(kind=Kind.REGEX, text="((a{1000}){1000}){1000}"), "too many expr"),
         (StructuredOutput(kind=Kind.REGEX, text="a{1000000}"), "too many expr"),
