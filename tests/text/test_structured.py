@@ -132,6 +132,34 @@ def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokeni
     assert (bitmask[:2] == -1).all()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer: Tokenizer) -> None:
+    """Tokens are added to a tokenizer without a row of the embedding."""
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size - 50, [EOS])
+    assert 32 * backend.bitmask_words >= tokenizer.vocab_size
+    assert follow(backend, tokenizer, StructuredOutput(kind=Kind.REGEX, text="a"), "a")
+
+
+def test_a_tokenizer_of_bytes_and_pieces(byte_fallback_tokenizer: Tokenizer) -> None:
+    """Characters are spread over byte tokens; the mask never breaks one off."""
+    tokenizer = byte_fallback_tokenizer
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [EOS])
+    matcher = backend.compile_now(StructuredOutput(kind=Kind.REGEX, text="[a-z]+ 世!?"))
+    _space, *ids = tokenizer.encode("hello 世", add_special_tokens=False)
+    for token_id in ids:
+        choices = allowed(backend, matcher)
+        assert token_id in choices
+        assert EOS not in choices
+        assert matcher.accept([token_id])
+    assert {tokenizer.token_text(i)[0] for i in allowed(backend, matcher) if i != EOS} == {"!"}
+    assert EOS in allowed(backend, matcher)
+
+
+def test_a_tokenizer_of_words_is_refused(word_tokenizer: Tokenizer) -> None:
+    backend = GrammarBackend(word_tokenizer, word_tokenizer.vocab_size, [0])
+    with pytest.raises(RequestError, match="tokenizer does not allow structured output"):
+        backend.compile_now(StructuredOutput(kind=Kind.JSON_OBJECT))
+
+
 def test_every_end_of_sequence_token_counts(tokenizer: Tokenizer) -> None:
     backend = GrammarBackend(tokenizer, VOCAB_SIZE, [EOS, 0])
     matcher = backend.compile_now(StructuredOutput(kind=Kind.REGEX, text="a"))

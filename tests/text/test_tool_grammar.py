@@ -99,6 +99,16 @@ def test_reasoning_comes_before_the_calls(backend: GrammarBackend, tokenizer: To
     assert not follow(backend, tokenizer, spec, call)
 
 
+def test_parameters_cannot_change_how_they_are_read(
+    backend: GrammarBackend, tokenizer: Tokenizer
+) -> None:
+    """llguidance takes options from a schema; with these the arguments are no JSON."""
+    tool = Tool(name="f", parameters={"x-guidance": {"key_separator": "="}})
+    spec = tool_call_grammar([tool], Llama3JsonToolParser, tokenizer, parallel=False)
+    assert follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a": 1}}')
+    assert not follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a"=1}}')
+
+
 @pytest.mark.parametrize(
     "parameters", [{"type": "array"}, {"description": "x" * MAX_GRAMMAR_LENGTH}]
 )

@@ -85,6 +85,7 @@ def test_hermes(text: str, content: str, expected: list[tuple[str, str]]) -> Non
         '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "a" "arguments": {}}</tool_call>',
         '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "Bob", "address": {"city": "Ulm"}}</tool_call>',
         '<tool_call>{"name": "a", "argu',
         '<tool_call>["name", {"arguments": {}}]</tool_call>',
         '<tool_call>{"a": ' + "[" * 50_000 + "]" * 50_000 + "}</tool_call>",
