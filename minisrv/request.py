@@ -19,6 +19,9 @@ MAX_TOP_K = 2**31 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+MAX_GRAMMAR_LENGTH = 1 << 16
+"""Characters of a schema, a regex or a grammar, or of all choices together."""
+MAX_CHOICES = 1024
 
 
 class FinishReason(enum.StrEnum):
@@ -104,6 +107,56 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"[{len(ids)} ids]", allowed)
         for token_id in ids:
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
+
+
+class StructuredOutputKind(enum.StrEnum):
+    """What describes a structured output; vLLM's names."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What the text of a completion must be.
+
+    text: the JSON schema, the regular expression (Rust's syntax, matched from end to end) or the
+        grammar (Lark, in llguidance's dialect); nothing for the other kinds.
+    choices: the texts to choose from, for CHOICE.
+    reasoning_end: text, e.g. `</think>`, behind which the structured output begins. Before it
+        anything goes; without one it begins with the first token.
+    param: the field of the request that asked for it, for errors.
+
+    Raises RequestError, naming `param`, if a size is out of bounds.
+    """
+
+    kind: StructuredOutputKind
+    text: str = ""
+    choices: tuple[str, ...] = ()
+    reasoning_end: str = ""
+    param: str = "response_format"
+
+    def __post_init__(self) -> None:
+        if self.kind is StructuredOutputKind.CHOICE:
+            fits = 1 <= len(self.choices) <= MAX_CHOICES and all(self.choices)
+            what = f"a choice of {len(self.choices)} texts"
+            allowed = f"1 to {MAX_CHOICES} texts, none of them empty"
+        else:
+            fits = bool(self.text) or self.kind is StructuredOutputKind.JSON_OBJECT
+            what, allowed = f"an empty {self.kind}", "a text"
+        if not fits:
+            raise RequestError(
+                f"{self.param}: {what} is not allowed: it must hold {allowed}.", param=self.param
+            )
+        length = len(self.text) + sum(map(len, self.choices))
+        if length > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"{self.param}: a {self.kind} of {length} characters is too long: at most "
+                f"{MAX_GRAMMAR_LENGTH} are allowed.",
+                param=self.param,
+            )
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,8 @@ class StopMatcher:
 
     What is held back is the longest suffix of the text that begins a stop string, and no more.
     Costs a few operations per character and stop string (Knuth-Morris-Pratt).
+
+    rest: once stopped, what the text that completed the stop string went on with.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -22,6 +24,7 @@ class StopMatcher:
         self._matched = [0] * len(self._stop)
         self._held = ""
         self.stopped = False
+        self.rest = ""
 
     def push(self, text: str) -> str:
         """Add text; returns what is certain not to belong to a stop string."""
@@ -31,6 +34,7 @@ class StopMatcher:
             if cut := self._step(text[end]):
                 self.stopped = True
                 self._held = ""
+                self.rest = text[end + 1 :]
                 return text[: end + 1 - cut]
         safe = len(text) - max(self._matched, default=0)
         self._held = text[safe:]

@@ -81,6 +81,15 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return self._chat_template is not None
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` that makes the same tokenizer."""
+        return self._backend.to_str()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is spelled so, or None. Markers such as `<tool_call>` are
+        tokens of their own in some vocabularies and plain text in others."""
+        return self._backend.token_to_id(token)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Special tokens spelled in it are recognised.
 
