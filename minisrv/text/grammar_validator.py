@@ -133,7 +133,7 @@ def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[in
     """What is wrong with the grammar, or nothing."""
     try:
         # What may come before it would be all that is rehearsed.
-        matcher = backend.compile_now(msgspec.structs.replace(spec, reasoning_end=""))
+        matcher = backend.compile(msgspec.structs.replace(spec, reasoning_end=""))
     except RequestError as error:
         return error.message
     row = np.zeros(backend.bitmask_words, np.int32)

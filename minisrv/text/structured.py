@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import llguidance
@@ -89,11 +88,6 @@ class Matcher:
         return all(map(self._matcher.consume_token, token_ids))
 
     @property
-    def finished(self) -> bool:
-        """Whether nothing but end-of-sequence can follow, or it has been accepted."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
-
-    @property
     def error(self) -> RequestError | None:
         """Why the matcher cannot go on; it stays so."""
         if not self._matcher.is_error():
@@ -102,7 +96,7 @@ class Matcher:
 
 
 class GrammarBackend:
-    """Compiles grammars for one model, in a thread of its own.
+    """Compiles grammars for one model, and fills their masks.
 
     vocab_size: columns of the model's logits.
     eos_token_ids: tokens that end a text.
@@ -114,19 +108,15 @@ class GrammarBackend:
         # llguidance wants a bit for it.
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = list(eos_token_ids)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     @property
     def bitmask_words(self) -> int:
         """Words of int32 in a row of the bitmask; at least as many bits as logits."""
         return (self._vocab_size + 31) // 32
 
-    def compile(self, spec: StructuredOutput) -> Future[Matcher]:
-        """A matcher at its start. Raises, through the future, RequestError if there is none."""
-        return self._pool.submit(self.compile_now, spec)
-
-    def compile_now(self, spec: StructuredOutput) -> Matcher:
-        """`compile` in the caller's thread. Releases the GIL while llguidance works."""
+    def compile(self, spec: StructuredOutput) -> Matcher:
+        """A matcher at its start. Raises RequestError if there is none. For one thread at a time;
+        releases the GIL while llguidance works."""
         try:
             tokenizer = self._llguidance_tokenizer
         except ValueError as error:
@@ -158,10 +148,6 @@ class GrammarBackend:
             words * bitmask.itemsize,
             num_rows,
         )
-
-    def close(self) -> None:
-        """Drop what has not been compiled yet and let the thread end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
 
 import jsonschema
 import msgspec
@@ -32,10 +31,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def backend(tokenizer: Tokenizer) -> Iterator[GrammarBackend]:
-    backend = GrammarBackend(tokenizer, VOCAB_SIZE, [EOS])
-    yield backend
-    backend.close()
+def backend(tokenizer: Tokenizer) -> GrammarBackend:
+    return GrammarBackend(tokenizer, VOCAB_SIZE, [EOS])
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -105,22 +102,19 @@ def test_grammar(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
 def test_end_of_sequence_where_the_grammar_may_end_and_only_it_where_it_must(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
-    matcher = backend.compile_now(StructuredOutput(kind=Kind.REGEX, text="ab{0,2}"))
+    matcher = backend.compile(StructuredOutput(kind=Kind.REGEX, text="ab{0,2}"))
     encode = tokenizer.encode
     assert EOS not in allowed(backend, matcher)
     assert matcher.accept(encode("a"))
     assert EOS in allowed(backend, matcher)
     assert len(allowed(backend, matcher)) > 1
-    assert not matcher.finished
     assert matcher.accept(encode("b") + encode("b"))
     assert allowed(backend, matcher) == [EOS]
-    assert matcher.finished
 
 
 def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
     matchers = [
-        backend.compile_now(StructuredOutput(kind=Kind.REGEX, text=f"{digit}+"))
-        for digit in range(10)
+        backend.compile(StructuredOutput(kind=Kind.REGEX, text=f"{digit}+")) for digit in range(10)
     ]
     assert not matchers[4].accept([EOS])  # one that has failed
     bitmask = np.full((12, backend.bitmask_words), -1, np.int32)
@@ -143,7 +137,7 @@ def test_a_tokenizer_of_bytes_and_pieces(byte_fallback_tokenizer: Tokenizer) -> 
     """Characters are spread over byte tokens; the mask never breaks one off."""
     tokenizer = byte_fallback_tokenizer
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [EOS])
-    matcher = backend.compile_now(StructuredOutput(kind=Kind.REGEX, text="[a-z]+ 世!?"))
+    matcher = backend.compile(StructuredOutput(kind=Kind.REGEX, text="[a-z]+ 世!?"))
     _space, *ids = tokenizer.encode("hello 世", add_special_tokens=False)
     for token_id in ids:
         choices = allowed(backend, matcher)
@@ -157,16 +151,15 @@ def test_a_tokenizer_of_bytes_and_pieces(byte_fallback_tokenizer: Tokenizer) -> 
 def test_a_tokenizer_of_words_is_refused(word_tokenizer: Tokenizer) -> None:
     backend = GrammarBackend(word_tokenizer, word_tokenizer.vocab_size, [0])
     with pytest.raises(RequestError, match="tokenizer does not allow structured output"):
-        backend.compile_now(StructuredOutput(kind=Kind.JSON_OBJECT))
+        backend.compile(StructuredOutput(kind=Kind.JSON_OBJECT))
 
 
 def test_every_end_of_sequence_token_counts(tokenizer: Tokenizer) -> None:
     backend = GrammarBackend(tokenizer, VOCAB_SIZE, [EOS, 0])
-    matcher = backend.compile_now(StructuredOutput(kind=Kind.REGEX, text="a"))
+    matcher = backend.compile(StructuredOutput(kind=Kind.REGEX, text="a"))
     assert matcher.accept(tokenizer.encode("a"))
     assert allowed(backend, matcher) == [0, EOS]
     assert matcher.accept([0])
-    backend.close()
 
 
 @pytest.mark.parametrize("wrong", [[500], [VOCAB_SIZE - 1], [10**6], [EOS]])
@@ -174,11 +167,10 @@ def test_a_token_that_is_not_allowed_ends_its_own_matcher(
     backend: GrammarBackend, tokenizer: Tokenizer, wrong: list[int]
 ) -> None:
     spec = StructuredOutput(kind=Kind.REGEX, text="a+", param="structured_outputs")
-    matcher, other = backend.compile_now(spec), backend.compile_now(spec)
+    matcher, other = backend.compile(spec), backend.compile(spec)
     assert not matcher.accept(wrong)
     assert matcher.error is not None
     assert matcher.error.param == "structured_outputs"
-    assert not matcher.finished
     assert allowed(backend, matcher) == [EOS]
     assert other.error is None
     assert other.accept(tokenizer.encode("a"))
@@ -190,7 +182,7 @@ def test_a_matcher_that_runs_into_its_limits_says_so(
     """An ambiguous grammar grows with the text until the parser's limit."""
     rules = ["a: (b|c|d|e)*", 'b: (a|c|"x")*', 'c: (a|b|"y")*', 'd: (a|b|"z")*', "e: (a|b|c|d)*"]
     spec = StructuredOutput(kind=Kind.GRAMMAR, text="\n".join(["start: a b c d e a b c", *rules]))
-    matcher = backend.compile_now(spec)
+    matcher = backend.compile(spec)
     rng = random.Random(0)
     for _ in range(500):
         choices = [i for i in allowed(backend, matcher) if i != EOS]
@@ -218,7 +210,7 @@ def test_a_schema_cannot_change_how_it_is_read(
     assert not follow(backend, tokenizer, spec, '{"a"=1}')
     schema["not"] = {"required": ["a"]}
     with pytest.raises(RequestError, match="Unimplemented"):
-        backend.compile_now(StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema)))
+        backend.compile(StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema)))
 
 
 @pytest.mark.parametrize("own_token", [True, False])
@@ -233,7 +225,6 @@ def test_reasoning_comes_before(own_token: bool) -> None:
         assert follow(backend, tokenizer, spec, text)
     for text in ('{"a":1}', '{"a":1}</think>', '</think>so {"a":1}'):
         assert not follow(backend, tokenizer, spec, text)
-    backend.close()
 
 
 @pytest.mark.parametrize(
@@ -259,7 +250,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(
     backend: GrammarBackend, kind: Kind, text: str, reason: str
 ) -> None:
     with pytest.raises(RequestError, match=reason) as raised:
-        backend.compile(StructuredOutput(kind=kind, text=text)).result()
+        backend.compile(StructuredOutput(kind=kind, text=text))
     assert raised.value.param == "response_format"
     assert len(raised.value.message) < 500
 

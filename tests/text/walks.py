@@ -25,7 +25,7 @@ def walk(
 ) -> str:
     """A text at random; after 40 tokens it mostly closes what it can."""
     closing = [tokenizer.token_id(token) for token in ('"', "]", "}", ",", "0")]
-    matcher = backend.compile(spec).result()
+    matcher = backend.compile(spec)
     ids: list[int] = []
     while len(ids) < 3000:
         choices = allowed(backend, matcher)
@@ -34,7 +34,6 @@ def walk(
         assert max(choices) < tokenizer.vocab_size
         if EOS in choices and (len(ids) > 40 or len(choices) == 1 or rng.random() < 0.3):
             assert matcher.accept([EOS])
-            assert matcher.finished
             return tokenizer.decode(ids)
         texts = [i for i in choices if i != EOS]
         close = [i for i in closing if i in texts]
@@ -47,7 +46,7 @@ def follow(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, text: str
 ) -> bool:
     """Whether `text` is what `spec` asks for."""
-    matcher = backend.compile_now(spec)
+    matcher = backend.compile(spec)
     return (
         matcher.accept(tokenizer.encode(text, add_special_tokens=False))
         and EOS in allowed(backend, matcher)
