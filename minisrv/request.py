@@ -163,12 +163,25 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine.
 
     cache_salt: only requests with the same one share entries of the prefix cache.
+    structured_output: what its text must be.
+
+    Raises RequestError for a structured output that never ends.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str | None = None
+    structured_output: StructuredOutput | None = None
+
+    def __post_init__(self) -> None:
+        if self.structured_output is not None and self.params.ignore_eos:
+            raise RequestError(
+                f"ignore_eos is not allowed with {self.structured_output.param}: an "
+                "end-of-sequence token is all that may follow where the text is complete; leave "
+                "one of them out.",
+                param="ignore_eos",
+            )
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
