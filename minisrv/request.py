@@ -127,6 +127,8 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     choices: the texts to choose from, for CHOICE.
     reasoning_end: text, e.g. `</think>`, behind which the structured output begins. Before it
         anything goes; without one it begins with the first token.
+    reasoning_start: text, e.g. `<think>`, with which reasoning begins if there is any. Without one
+        there is some.
     param: the field of the request that asked for it, for errors.
 
     Raises RequestError, naming `param`, if a size is out of bounds.
@@ -136,6 +138,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     choices: tuple[str, ...] = ()
     reasoning_end: str = ""
+    reasoning_start: str = ""
     param: str = "response_format"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minisrv.text.chat_deltas import BLANK, ChatDelta, ContentDelta
+from msgspec.structs import replace
+
+from minisrv.request import StructuredOutput
+from minisrv.text.chat_deltas import (
+    BLANK,
+    ChatDelta,
+    ContentDelta,
+    ToolCallArguments,
+    ToolCallStart,
+)
 from minisrv.text.reasoning import REASONING_END, REASONING_START, ReasoningParser
 from minisrv.text.tool_parsers import HermesToolParser, Llama3JsonToolParser, ToolParser
 
@@ -19,11 +28,15 @@ class ChatParser:
     """One answer: reasoning first, then content and tool calls.
 
     Without a parser for either, its markers are content.
+    parallel: calls behind the first count; else they are dropped.
     """
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+    def __init__(
+        self, reasoning: ReasoningParser | None, tools: ToolParser | None, *, parallel: bool = True
+    ) -> None:
         self._reasoning = reasoning
         self._tools = tools
+        self._parallel = parallel
 
     def feed(self, text: str) -> list[ChatDelta]:
         """Add text; returns what has become certain."""
@@ -34,7 +47,7 @@ class ChatParser:
     def finish(self) -> list[ChatDelta]:
         """The text ends here: returns what was held back."""
         deltas = self._answer([] if self._reasoning is None else self._reasoning.finish())
-        return deltas if self._tools is None else deltas + self._tools.finish()
+        return deltas if self._tools is None else deltas + self._wanted(self._tools.finish())
 
     def _answer(self, deltas: list[ChatDelta]) -> list[ChatDelta]:
         if self._tools is None:
@@ -42,7 +55,13 @@ class ChatParser:
         found: list[ChatDelta] = []
         for delta in deltas:
             found += self._tools.feed(delta.text) if isinstance(delta, ContentDelta) else [delta]
-        return found
+        return self._wanted(found)
+
+    def _wanted(self, deltas: list[ChatDelta]) -> list[ChatDelta]:
+        if self._parallel:
+            return deltas
+        calls = (ToolCallStart, ToolCallArguments)
+        return [delta for delta in deltas if not (isinstance(delta, calls) and delta.index)]
 
 
 @dataclass(frozen=True)
@@ -52,32 +71,63 @@ class ChatFormat:
     tool_parser: finds its tool calls; None if it has not learned to make any, or not in a way
         that is known here.
     reasons: does it reason before it answers?
-    why: one sentence for each of the two.
+    spells_calls: are earlier calls of a chat part of its prompt?
+    why: why it is this tool parser, or none.
     """
 
     tool_parser: type[ToolParser] | None
     reasons: bool
-    why: tuple[str, str]
+    spells_calls: bool
+    why: str
 
     @classmethod
     def of_template(cls, template: str) -> ChatFormat:
         """Detect the format from the text of a chat template."""
-        tool_parser, why_tools = _tool_parser(template)
-        reasons = REASONING_END in template
-        has = "has" if reasons else "does not have"
-        return cls(tool_parser, reasons, (why_tools, f"the chat template {has} {REASONING_END}"))
+        tool_parser, why = _tool_parser(template)
+        return cls(tool_parser, REASONING_END in template, "tool_calls" in template, why)
 
-    def parser(self, prompt: str, *, tools: bool) -> ChatParser:
-        """A parser for the answer to `prompt`, the text that the template has made.
+    @property
+    def forced_parser(self) -> type[ToolParser]:
+        """How calls are spelled that a grammar forces: as the model has learned it, or if it has
+        not, in the way that is most common."""
+        return self.tool_parser or HermesToolParser
 
-        tools: whether tool calls are looked for. Needs `tool_parser`.
+    def behind_reasoning(self, spec: StructuredOutput, prompt: str) -> StructuredOutput:
+        """What the answer to `prompt` must be if it is to be `spec` behind the reasoning, if there
+        is any."""
+        if not self._reasons_behind(prompt):
+            return spec
+        start = "" if _inside_reasoning(prompt) else REASONING_START
+        return replace(spec, reasoning_start=start, reasoning_end=REASONING_END)
+
+    def _reasons_behind(self, prompt: str) -> bool:
+        """Whether the answer may begin with reasoning: the prompt may have ended it already."""
+        return self.reasons and not prompt.rstrip(BLANK).endswith(REASONING_END)
+
+    def parser(
+        self, prompt: str, *, tools: type[ToolParser] | None = None, parallel: bool = True
+    ) -> ChatParser | None:
+        """A parser for the answer to `prompt`, the text that the template has made, or its end;
+        None if all of the answer is content.
+
+        tools: finds tool calls, if these are looked for.
+        parallel: as in ChatParser.
         """
         reasoning = None
-        if self.reasons:
-            inside = prompt.rstrip(BLANK).endswith(REASONING_START)
-            reasoning = ReasoningParser(starts_inside=inside)
-        assert self.tool_parser is not None or not tools
-        return ChatParser(reasoning, self.tool_parser() if self.tool_parser and tools else None)
+        if self._reasons_behind(prompt):
+            reasoning = ReasoningParser(starts_inside=_inside_reasoning(prompt))
+        if reasoning is None and tools is None:
+            return None
+        return ChatParser(reasoning, None if tools is None else tools(), parallel=parallel)
+
+    def markers(self, tools: type[ToolParser] | None) -> list[str]:
+        """What the parsers look for, as far as a tokenizer may have a token for it."""
+        reasoning = [REASONING_START, REASONING_END] if self.reasons else []
+        return reasoning + ([*tools.opening, *tools.closing] if tools else [])
+
+
+def _inside_reasoning(prompt: str) -> bool:
+    return prompt.rstrip(BLANK).endswith(REASONING_START)
 
 
 def _tool_parser(template: str) -> tuple[type[ToolParser] | None, str]:

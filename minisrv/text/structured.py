@@ -213,7 +213,11 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             else f"free: /(?s:.*)/ <[{token_id}]>"
         )
         # Models leave a blank line behind their reasoning.
-        grammars.insert(0, {"lark_grammar": f"start: free /\\n{{0,2}}/ @main\n{free}"})
+        reasoning = "free /\\n{0,2}/"
+        if spec.reasoning_start:
+            # One that does not reason this time begins with what was asked for.
+            reasoning = f"({marker(spec.reasoning_start, tokenizer)} {reasoning})?"
+        grammars.insert(0, {"lark_grammar": f"start: {reasoning} @main\n{free}"})
     try:
         return json.dumps({"grammars": grammars})
     except RecursionError:

@@ -34,13 +34,11 @@ def tool_call_grammar(
     tokenizer: Tokenizer,
     *,
     parallel: bool,
-    reasoning_end: str = "",
 ) -> StructuredOutput:
     """What forces a call of one of `tools`: all of them for `tool_choice: "required"`, the one
     that it names otherwise.
 
     parallel: more than one call is allowed.
-    reasoning_end: as in StructuredOutput.
 
     Raises RequestError, naming `tools`, if they are too large, or have parameters that are not an
     object's.
@@ -60,7 +58,6 @@ def tool_call_grammar(
     return StructuredOutput(
         kind=StructuredOutputKind.GRAMMAR,
         text="\n".join(rules),
-        reasoning_end=reasoning_end,
         param="tools",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.chat_deltas import assemble
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.tool_parsers import HermesToolParser, Llama3JsonToolParser, ToolParser
@@ -42,26 +43,69 @@ def test_detection(
 ) -> None:
     found = ChatFormat.of_template(template)
     assert (found.tool_parser, found.reasons) == (tool_parser, reasons)
-    assert why in found.why[0]
-    assert ("has </think>" in found.why[1]) == reasons
+    assert why in found.why
+
+
+THINK = "<|im_start|>assistant\n<think>\n"
+THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+START = "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
     ("template", "prompt", "tools", "content", "reasoning", "num_calls"),
     [
-        (QWEN3, "<|im_start|>assistant\n<think>\n", True, "", "x", 1),
-        (QWEN3, "<|im_start|>assistant\n", True, "x</think>", "", 1),
-        (QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n", True, "x</think>", "", 1),
-        (QWEN3, "<|im_start|>assistant\n<think>\n", False, "CALL", "x", 0),
-        (CHATML, "<|im_start|>assistant\n<think>\n", False, "x</think>CALL", "", 0),
+        (QWEN3, THINK, HermesToolParser, "", "x", 1),
+        (QWEN3, START, HermesToolParser, "x</think>", "", 1),
+        (QWEN3, THOUGHT, HermesToolParser, "x</think>", "", 1),
+        (QWEN3, THINK, None, "CALL", "x", 0),
+        (CHATML, THINK, HermesToolParser, "x</think>", "", 1),
     ],
 )
 def test_the_parser_for_an_answer(
-    template: str, prompt: str, tools: bool, content: str, reasoning: str, num_calls: int
+    template: str,
+    prompt: str,
+    tools: type[ToolParser] | None,
+    content: str,
+    reasoning: str,
+    num_calls: int,
 ) -> None:
     call = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
     parser = ChatFormat.of_template(template).parser(prompt, tools=tools)
+    assert parser is not None
     message = assemble([*parser.feed("x</think>" + call), *parser.finish()])
     assert message.content == content.replace("CALL", call)
     assert message.reasoning == reasoning
     assert len(message.tool_calls) == num_calls
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"), [(CHATML, START), (CHATML, THINK), (QWEN3, THOUGHT)]
+)
+def test_an_answer_that_is_all_content_has_no_parser(template: str, prompt: str) -> None:
+    assert ChatFormat.of_template(template).parser(prompt) is None
+
+
+def test_where_a_structured_output_begins() -> None:
+    spec = StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT)
+    for template, prompt, markers in (
+        (QWEN3, START, ("<think>", "</think>")),
+        (QWEN3, THINK, ("", "</think>")),
+        (QWEN3, THOUGHT, ("", "")),
+        (CHATML, THINK, ("", "")),
+    ):
+        found = ChatFormat.of_template(template).behind_reasoning(spec, prompt)
+        assert (found.reasoning_start, found.reasoning_end) == markers
+
+
+def test_one_call_where_no_more_are_wanted() -> None:
+    call = '<tool_call>{"name": "a", "arguments": {"x": NUMBER}}</tool_call>'
+    text = "one " + call.replace("NUMBER", "1") + "\n" + call.replace("NUMBER", "2")
+    for size in (1, 7, len(text)):
+        parser = ChatFormat.of_template(QWEN3).parser(
+            THOUGHT, tools=HermesToolParser, parallel=False
+        )
+        assert parser is not None
+        deltas = [d for i in range(0, len(text), size) for d in parser.feed(text[i : i + size])]
+        message = assemble([*deltas, *parser.finish()])
+        assert message.content == "one"
+        assert [found.arguments for found in message.tool_calls] == ['{"x": 1}']

@@ -225,6 +225,11 @@ def test_reasoning_comes_before(own_token: bool) -> None:
         assert follow(backend, tokenizer, spec, text)
     for text in ('{"a":1}', '{"a":1}</think>', '</think>so {"a":1}'):
         assert not follow(backend, tokenizer, spec, text)
+    spec = msgspec.structs.replace(spec, reasoning_start="<think>")
+    for text in ('{"a":1}', '<think>\nso {\n</think>\n\n{"a":1}', '<think></think>{"a":1}'):
+        assert follow(backend, tokenizer, spec, text)
+    for text in ('so {"a":1}', '</think>{"a":1}', '<think>{"a":1}', '{"a":1}</think>'):
+        assert not follow(backend, tokenizer, spec, text)
 
 
 @pytest.mark.parametrize(

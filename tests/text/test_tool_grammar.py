@@ -6,6 +6,7 @@ import json
 import random
 
 import jsonschema
+import msgspec
 import pytest
 import tokenizers
 
@@ -91,9 +92,8 @@ def test_the_calls_are_spelled_as_the_templates_spell_them(
 
 
 def test_reasoning_comes_before_the_calls(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
-    spec = tool_call_grammar(
-        TOOLS[2:], HermesToolParser, tokenizer, parallel=False, reasoning_end="</think>"
-    )
+    forced = tool_call_grammar(TOOLS[2:], HermesToolParser, tokenizer, parallel=False)
+    spec = msgspec.structs.replace(forced, reasoning_end="</think>")
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert follow(backend, tokenizer, spec, f"Let me see.\n</think>\n\n{call}")
     assert not follow(backend, tokenizer, spec, call)
