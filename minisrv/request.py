@@ -19,6 +19,9 @@ MAX_TOP_K = 2**31 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+MAX_GRAMMAR_LENGTH = 1 << 16
+"""Characters of a schema, a regex or a grammar, or of all choices together."""
+MAX_CHOICES = 1024
 
 
 class FinishReason(enum.StrEnum):
@@ -109,16 +112,82 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
 
 
+class StructuredOutputKind(enum.StrEnum):
+    """What describes a structured output; vLLM's names."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What the text of a completion must be.
+
+    text: the JSON schema, the regular expression (Rust's syntax, matched from end to end) or the
+        grammar (Lark, in llguidance's dialect); nothing for the other kinds.
+    choices: the texts to choose from, for CHOICE.
+    reasoning_end: text, e.g. `</think>`, behind which the structured output begins. Before it
+        anything goes; without one it begins with the first token.
+    reasoning_start: text, e.g. `<think>`, with which reasoning begins if there is any. Without one
+        there is some.
+    param: the field of the request that asked for it, for errors.
+
+    Raises RequestError, naming `param`, if a size is out of bounds.
+    """
+
+    kind: StructuredOutputKind
+    text: str = ""
+    choices: tuple[str, ...] = ()
+    reasoning_end: str = ""
+    reasoning_start: str = ""
+    param: str = "response_format"
+
+    def __post_init__(self) -> None:
+        if self.kind is StructuredOutputKind.CHOICE:
+            fits = 1 <= len(self.choices) <= MAX_CHOICES and all(self.choices)
+            what = f"a choice of {len(self.choices)} texts"
+            allowed = f"1 to {MAX_CHOICES} texts, none of them empty"
+        else:
+            fits = bool(self.text) or self.kind is StructuredOutputKind.JSON_OBJECT
+            what, allowed = f"an empty {self.kind}", "a text"
+        if not fits:
+            raise RequestError(
+                f"{self.param}: {what} is not allowed: it must hold {allowed}.", param=self.param
+            )
+        length = len(self.text) + sum(map(len, self.choices))
+        if length > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"{self.param}: a {self.kind} of {length} characters is too long: at most "
+                f"{MAX_GRAMMAR_LENGTH} are allowed.",
+                param=self.param,
+            )
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine.
 
     cache_salt: only requests with the same one share entries of the prefix cache.
+    structured_output: what its text must be.
+
+    Raises RequestError for a structured output that never ends.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str | None = None
+    structured_output: StructuredOutput | None = None
+
+    def __post_init__(self) -> None:
+        if self.structured_output is not None and self.params.ignore_eos:
+            raise RequestError(
+                f"ignore_eos is not allowed with {self.structured_output.param}: an "
+                "end-of-sequence token is all that may follow where the text is complete; leave "
+                "one of them out.",
+                param="ignore_eos",
+            )
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -96,7 +96,14 @@ def test_loadgen_knows_nothing_of_minisrv():
 
 @pytest.mark.parametrize(
     "module",
-    ["minisrv.cli", "minisrv.plan", "minisrv.server.worker", "minisrv.engine.client", "loadgen"],
+    [
+        "minisrv.cli",
+        "minisrv.plan",
+        "minisrv.server.worker",
+        "minisrv.engine.client",
+        "minisrv.text.grammar_validator",
+        "loadgen",
+    ],
 )
 def test_starts_without_torch(module: str):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -50,6 +50,7 @@ class RequestState:
     block_hashes: of its first full blocks, as far as they have been needed.
     num_published: blocks from the first that are in the prefix cache, or were found there.
     num_cached_tokens: prompt tokens found there when it was first admitted; None before.
+    masked: its next token is one of some that follow from all its tokens.
     ended: it has its finish reason; what steps in flight sample for it is dropped.
 
     Of a member of the current `DecodeRun`, num_scheduled, num_in_flight and last_step are what they
@@ -63,6 +64,7 @@ class RequestState:
     stop_token_ids: frozenset[int]
     max_total: int
     cache_salt: str | None = None
+    masked: bool = False
     output: list[int] = field(default_factory=list)
     slot: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -112,6 +114,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     samples: whether the step's token for this row is the request's next; a prefill chunk that
         does not reach the end samples for nothing.
     logprobs: how many alternatives to report beside the sampled token; None for no report.
+    masked: it samples one of some tokens, which follow from all tokens of the request before.
     """
 
     request_id: str
@@ -122,6 +125,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     decoding: bool
     samples: bool
     logprobs: int | None
+    masked: bool = False
 
 
 class SlotStart(msgspec.Struct, frozen=True):
@@ -152,6 +156,7 @@ class DecodeRun:
     phases: list[list[int]]
     oldest_age: int
     needs_logits: bool
+    masked: bool
     age: int = 0
     retired: int = 0
 
@@ -164,7 +169,7 @@ class DecodeRun:
         for index, row in enumerate(rows):
             phases[row.start % block_size].append(index)
         oldest = min(request.max_total - request.total for request in requests)
-        return cls(rows, requests, phases, oldest, _need_logits(rows))
+        return cls(rows, requests, phases, oldest, _need_logits(rows), _masked(rows))
 
     def beginning_a_block(self, age: int) -> list[int]:
         """Indices of the requests whose token of that step is the first of a block."""
@@ -182,7 +187,9 @@ class SchedulerOutput:
     first_rows: its rows, or if it continues a run, those of the run's first step.
     new_slots: slots whose state must be written before the step.
     new_blocks: (slot, index in its block table, block) to be written before the step.
-    needs_logits: some request has its logits read outside the graph.
+    needs_logits: some request has its logits read or changed outside the graph.
+    masked: some row is. The step behind this one, which has that request again, needs this one's
+        tokens on the host first: it is scheduled when this one has retired.
     run, age: of a step of a run. Above age 0 it has the requests of the step before it, in the
         same order.
     """
@@ -194,6 +201,7 @@ class SchedulerOutput:
     num_decodes: int
     num_tokens: int
     needs_logits: bool = False
+    masked: bool = False
     run: DecodeRun | None = None
     age: int = 0
 
@@ -252,6 +260,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[RequestState] = deque()
+        self.held: dict[str, RequestState] = {}
         self.running: list[RequestState] = []
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
@@ -264,8 +273,10 @@ class Scheduler:
 
     # ---- requests ----------------------------------------------------------------------------
 
-    def add(self, request: EngineRequest, seed: int) -> None:
+    def add(self, request: EngineRequest, seed: int, *, held: bool = False) -> None:
         """Queue a request.
+
+        held: it counts as one that waits, but is behind others until it is released.
 
         seed: of its sampling noise; drawn by the caller where the request names none, and kept
             through preemptions.
@@ -288,9 +299,17 @@ class Scheduler:
             ),
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
             cache_salt=request.cache_salt,
+            masked=request.structured_output is not None,
         )
         self._requests[state.request_id] = state
-        self.waiting.append(state)
+        if held:
+            self.held[state.request_id] = state
+        else:
+            self.waiting.append(state)
+
+    def release(self, request_id: str) -> None:
+        """A request that was held, and has not ended, may join a step."""
+        self.waiting.append(self.held.pop(request_id))
 
     @property
     def has_room(self) -> bool:
@@ -324,7 +343,7 @@ class Scheduler:
         if request.slot:
             self._settle()
             self.running.remove(request)
-        else:
+        elif not self.held.pop(request_id, None):
             self.waiting.remove(request)
         self._finish(request)
         return TokenEvent(request_id, None, FinishReason.ABORT)
@@ -367,6 +386,7 @@ class Scheduler:
             num_decodes=rows,
             num_tokens=rows,
             needs_logits=run.needs_logits,
+            masked=run.masked,
             run=run,
             age=age,
         )
@@ -579,8 +599,9 @@ class Scheduler:
         for request in holders:
             written = request.num_scheduled + ahead.get(request, 0)
             assert request.num_published * self.pool.block_size <= written
-        assert all(not request.blocks and not request.slot for request in self.waiting)
-        assert set(self._requests.values()) == {*self.running, *self.waiting}
+        idle = [*self.waiting, *self.held.values()]
+        assert all(not request.blocks and not request.slot for request in idle)
+        assert set(self._requests.values()) == {*self.running, *idle}
 
 
 class _StepBuilder:
@@ -609,6 +630,7 @@ class _StepBuilder:
             decoding=decoding,
             samples=samples,
             logprobs=request.params.logprobs,
+            masked=samples and request.masked,
         )
         (self.decodes if decoding else self.prefills).append(row)
         request.num_scheduled += count
@@ -629,9 +651,14 @@ class _StepBuilder:
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
             needs_logits=_need_logits(rows),
+            masked=_masked(rows),
             run=run,
         )
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(row.logprobs is not None for row in rows)
+    return any(row.logprobs is not None or row.masked for row in rows)
+
+
+def _masked(rows: list[ScheduledRow]) -> bool:
+    return any(row.masked for row in rows)

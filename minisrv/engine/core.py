@@ -24,9 +24,10 @@ from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import ScheduledRow, Scheduler, SchedulerOutput, TokenEvent
+from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import KVCacheShape, check_fits, num_kv_blocks, plan_memory
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
-from minisrv.errors import ConfigError, EngineDeadError, RequestError
+from minisrv.errors import ConfigError, EngineDeadError, MinisrvError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
 from minisrv.kernels.attention import captures_mixed
@@ -34,7 +35,7 @@ from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
 from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
-from minisrv.request import EngineOutput, EngineRequest
+from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.launches import simulate_launches
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
@@ -46,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase of the start-up, how much of it is done, and of how much."""
+
+
+GRAMMAR_SECONDS = 0.01
+"""What a step that has nothing to run waits for a grammar, before it looks for requests again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,8 @@ class EngineCore:
             )
             model.prepare(int8=config.quantization == "int8")
 
+        self._grammars = Grammars(directory, model_config.vocab_size, generation.eos_token_ids)
+
         def make_runner(num_blocks: int) -> ModelRunner:
             return ModelRunner(
                 model,
@@ -152,6 +159,7 @@ class EngineCore:
                 max_model_len=max_model_len,
                 dtype=dtype,
                 device=device,
+                allowed=self._grammars,
                 check_addresses=check_addresses,
             )
 
@@ -244,8 +252,14 @@ class EngineCore:
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or raise what `check` raises, or QueueFullError, and queue nothing."""
         self.check(request)
-        seed = request.params.seed
-        self.scheduler.add(request, self._seeds.getrandbits(63) if seed is None else seed)
+        seed, grammar = request.params.seed, request.structured_output
+        self.scheduler.add(
+            request,
+            self._seeds.getrandbits(63) if seed is None else seed,
+            held=grammar is not None,
+        )
+        if grammar is not None:
+            self._grammars.compile(request.request_id, grammar)
         self._prompt_tokens += len(request.prompt_token_ids)
         self._graph_steps.open(request.request_id)
 
@@ -280,13 +294,16 @@ class EngineCore:
         return outputs
 
     def _step(self) -> list[EngineOutput]:
-        while len(self._in_flight) <= self._lag:
+        failed = self._release_compiled() if self._grammars.compiling else []
+        while len(self._in_flight) <= self._lag and not self._next_waits:
             output = self.scheduler.schedule()
             if output is None:
                 break
             self._in_flight.append(self._launch(output))
         if not self._in_flight:
-            return []
+            if self._grammars.compiling and not failed:
+                self._grammars.wait(GRAMMAR_SECONDS)
+            return failed
         step = self._in_flight.popleft()
         events = self.scheduler.update(step.output.step_id, step.result.tokens())
         self._follows = self.scheduler.has_work
@@ -294,7 +311,43 @@ class EngineCore:
             self._gpu_busy_ms += time.busy
             if step.follows and time.idle is not None:
                 self._gpu_idle_ms += time.idle
-        return [self._output(event, step.result) for event in events]
+        errors = self._follow_grammars(events) if step.output.masked else {}
+        outputs = [self._output(event, step.result) for event in events]
+        if errors:
+            outputs = [output for output in outputs if output.request_id not in errors]
+            failed += [self._fail(request_id, error) for request_id, error in errors.items()]
+        return failed + outputs
+
+    @property
+    def _next_waits(self) -> bool:
+        """Whether the next step may not be launched ahead: what a row of it may sample follows from
+        a token that a step in flight samples. Only steps that contain such a row wait."""
+        return bool(self._in_flight) and self._in_flight[-1].output.masked
+
+    def _release_compiled(self) -> list[EngineOutput]:
+        """Let those go on whose grammars are compiled; returns what ends those whose are not."""
+        failed = []
+        for request_id, error in self._grammars.compiled():
+            if error is None:
+                self.scheduler.release(request_id)
+            else:
+                failed.append(self._fail(request_id, error))
+        return failed
+
+    def _follow_grammars(self, events: list[TokenEvent]) -> dict[str, MinisrvError]:
+        """Whose grammar cannot be followed any further, and why."""
+        errors = {}
+        for event in events:
+            if event.token is not None:
+                error = self._grammars.accept(event.request_id, event.token)
+                if error is not None:
+                    errors[event.request_id] = error
+        return errors
+
+    def _fail(self, request_id: str, error: MinisrvError) -> EngineOutput:
+        """End a request with an error, whether or not it has ended otherwise in this step."""
+        self.abort(request_id)
+        return EngineOutput(request_id=request_id, error=RequestFailure.of(error))
 
     def _launch(self, output: SchedulerOutput) -> _InFlight:
         dispatch = self.dispatcher.dispatch(
@@ -322,6 +375,7 @@ class EngineCore:
         graph_steps = None
         if event.finish_reason is not None:
             graph_steps = self._graph_steps.close(event.request_id)
+            self._grammars.drop(event.request_id)
         self._generated_tokens += event.token is not None
         return EngineOutput(
             request_id=event.request_id,
@@ -337,7 +391,7 @@ class EngineCore:
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(scheduler.held),
             kv_blocks_used=scheduler.pool.num_used,
             kv_blocks_total=scheduler.pool.total - 1,
             preemptions=scheduler.num_preemptions,

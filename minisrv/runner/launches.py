@@ -67,7 +67,13 @@ def simulate_launches(
     counts: dict[object, int] = {}
 
     def slow(output: SchedulerOutput, dispatch: Dispatch) -> Any:
-        key = (dispatch.mode, dispatch.descriptor, output.num_rows, output.needs_logits)
+        key = (
+            dispatch.mode,
+            dispatch.descriptor,
+            output.num_rows,
+            output.needs_logits,
+            output.masked,
+        )
         if key in counts:
             result = launch(output, dispatch)
         else:

@@ -38,6 +38,7 @@ from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logprobs import report_logprobs
 from minisrv.runner.results import ResultRing, StepResult
+from minisrv.runner.token_masks import AllowedTokens, mask_logits
 from minisrv.runner.trial import GREEDY, StepTrial
 
 Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
@@ -55,6 +56,7 @@ CaptureProgress = Callable[[int, int], None]
 class ModelRunner:
     """Runs steps. All methods belong to one thread.
 
+    allowed: who knows what masked rows may sample; None if there will be none.
     graph_bytes: what the capture of each graph took; one that finds room in what others share takes
         none.
     launch: what a step launches; `runner.launches` puts itself there to count.
@@ -72,6 +74,7 @@ class ModelRunner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        allowed: AllowedTokens | None = None,
         check_addresses: bool = False,
     ) -> None:
         sizes = BufferSizes(
@@ -116,6 +119,7 @@ class ModelRunner:
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
         self.launch: Launch = self._launch
+        self.allowed = allowed
         self.graph_bytes: dict[GraphKey, int] = {}
 
     @torch.no_grad()
@@ -139,7 +143,11 @@ class ModelRunner:
         else:
             logits = self._last_rows_logits(rows)
         if descriptor.epilogue is not Epilogue.TOKENS:
-            self._sample(logits)
+            allowed = logits
+            if output.masked:
+                assert self.allowed is not None
+                allowed = mask_logits(logits, output.first_rows, self.allowed)
+            self._sample(allowed)
             buffers.scatter(rows)
         if not output.needs_logits:
             return None

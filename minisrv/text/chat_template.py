@@ -26,6 +26,7 @@ from minisrv.errors import ModelError, RequestError
 class ChatTemplate:
     """A compiled template. `special_tokens` are variables of it, e.g. `bos_token`.
 
+    source: its text, which also tells how its model spells tool calls and reasoning.
     Raises ModelError if the source is not valid Jinja.
     """
 
@@ -34,21 +35,31 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the checkpoint's chat template is not valid: {error}") from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The prompt for these messages, special tokens spelled out.
 
+        tools: what the model may call, as OpenAI's API spells it.
         Raises RequestError if the template refuses the messages or fails on them.
         """
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=[dict(message) for message in messages],
-                tools=None,
+                # Templates ask for either.
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
+            text.encode()  # JSON may spell a lone surrogate, which is no text
+            return text
         except jinja2.TemplateError as error:
             reason = error.message or type(error).__name__
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -33,6 +33,7 @@ class Detokenizer:
     stop: the text ends before the first of these; empty strings are not allowed.
     include_stop: it ends behind that one instead, and a stop token's text is part of it.
     prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
+    keep: special tokens that are text all the same, as markers are to who looks for them.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         prompt_token_ids: Sequence[int] = (),
+        keep: frozenset[int] = frozenset(),
     ) -> None:
-        self._special = tokenizer.special_ids
+        self._special = tokenizer.special_ids - keep
         prompt = [i for i in prompt_token_ids[-_CONTEXT:] if i not in self._special]
         self._decoder: _Decoder = (
             _WindowDecoder(tokenizer, prompt)
@@ -108,15 +110,16 @@ class _ByteDecoder:
 
 
 class _WindowDecoder:
-    """Tokens are words: the text of a token depends on a few tokens before it."""
+    """Tokens are words: the text of a token depends on a few tokens before it. No special token
+    that is to be skipped comes here."""
 
     def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
         self._tokenizer = tokenizer
         self._window = context
 
     def push(self, token_ids: Sequence[int], final: bool) -> str:
-        before = self._tokenizer.decode(self._window)
+        before = self._tokenizer.decode(self._window, skip_special_tokens=False)
         self._window.extend(token_ids)
-        text = self._tokenizer.decode(self._window)
+        text = self._tokenizer.decode(self._window, skip_special_tokens=False)
         del self._window[:-_CONTEXT]
         return text[len(before) :]

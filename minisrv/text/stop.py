@@ -17,6 +17,7 @@ class StopMatcher:
     Costs a few operations per character and stop string (Knuth-Morris-Pratt).
 
     include_stop: let the stop string through too.
+    rest: once stopped, what the text that completed the stop string went on with.
     """
 
     def __init__(self, stop: Sequence[str], *, include_stop: bool = False) -> None:
@@ -25,6 +26,7 @@ class StopMatcher:
         self._matched = [0] * len(self._stop)
         self._held = ""
         self.stopped = False
+        self.rest = ""
 
     def push(self, text: str) -> str:
         """Add text; returns what is certain not to belong to a stop string."""
@@ -34,6 +36,7 @@ class StopMatcher:
             if cut := self._step(text[end]):
                 self.stopped = True
                 self._held = ""
+                self.rest = text[end + 1 :]
                 return text[: end + 1 - (0 if self._include_stop else cut)]
         safe = len(text) - max(self._matched, default=0)
         self._held = text[safe:]

@@ -81,6 +81,20 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return self._chat_template is not None
 
+    @property
+    def chat_template_source(self) -> str:
+        """The text of the chat template, empty if there is none."""
+        return "" if self._chat_template is None else self._chat_template.source
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` that makes the same tokenizer."""
+        return self._backend.to_str()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the token that is spelled so, or None. Markers such as `<tool_call>` are
+        tokens of their own in some vocabularies and plain text in others."""
+        return self._backend.token_to_id(token)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. Special tokens spelled in it are recognised.
 
@@ -107,10 +121,14 @@ class Tokenizer:
         return piece.decode(errors="replace"), piece
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt text of a chat: encode it with `add_special_tokens=False`.
 
+        tools: what the model may call, as OpenAI's API spells it.
         Raises RequestError if there is no template, or it does not accept the messages.
         """
         if self._chat_template is None:
@@ -119,7 +137,7 @@ class Tokenizer:
                 "send a prompt to /v1/completions instead.",
                 param="messages",
             )
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt, tools)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

@@ -124,11 +124,12 @@ class Output(NamedTuple):
 
     num_rows: int
     needs_logits: bool
+    masked: bool
 
 
 def test_a_count_is_of_one_kind_of_step():
-    """A count that is known may not stand for a step that differs in mode, shape, rows or logits;
-    any of them may choose another kernel."""
+    """A count that is known may not stand for a step that differs in mode, shape, rows, logits or
+    masks; any of them may choose another kernel."""
     wrapper, waits = SimpleNamespace(replay=CapturedGraph.replay), []
 
     def launch(output, dispatch):
@@ -138,9 +139,9 @@ def test_a_count_is_of_one_kind_of_step():
     runner = SimpleNamespace(launch=launch, wrappers=(wrapper,))
     simulate_launches(runner, 1.0, waits.append)
     steps = [
-        (Output(rows, logits), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
+        (Output(rows, logits, masked), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
         for rows in (1, 2)
-        for logits in (False, True)
+        for logits, masked in ((False, False), (True, False), (True, True))
         for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
         for tokens in (4, 8)
     ]

@@ -120,3 +120,12 @@ def test_byte_fallback_gives_up_invalid_bytes_only(byte_fallback_tokenizer: Toke
 def test_tokens_that_are_words(word_tokenizer: Tokenizer, ids: list[int]) -> None:
     streamed = pieces(Detokenizer(word_tokenizer), [[i] for i in ids])
     assert "".join(streamed) == word_tokenizer.decode(ids)
+
+
+def test_a_special_token_that_is_kept_is_text(tokenizer: Tokenizer) -> None:
+    marker = next(iter(tokenizer.special_ids))
+    text = tokenizer.decode([marker], skip_special_tokens=False)
+    ids = [*tokenizer.encode("a"), marker, *tokenizer.encode("b")]
+    assert Detokenizer(tokenizer).push(ids, final=True) == "ab"
+    kept = Detokenizer(tokenizer, keep=frozenset({marker}))
+    assert kept.push(ids, final=True) == f"a{text}b"

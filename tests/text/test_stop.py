@@ -66,3 +66,10 @@ def test_the_first_to_be_complete_wins_and_then_the_longest(stop: list[str], exp
 )
 def test_pieces_do_not_matter(pieces: list[str], stop: list[str]) -> None:
     assert run(pieces, stop) == reference("".join(pieces), stop)
+
+
+def test_what_follows_a_stop_string_can_be_had() -> None:
+    matcher = StopMatcher(["</end>"])
+    assert matcher.push("a</e") == "a"
+    assert matcher.push("nd>bc") == ""
+    assert matcher.rest == "bc"

@@ -172,3 +172,17 @@ def test_config_is_optional(tmp_path: Path) -> None:
         tokenizer.vocab_size
         == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 2
     )
+
+
+def test_a_template_is_given_the_tools(tmp_path: Path) -> None:
+    template = "{% if tools %}{{ tools[0].function.name }}{% endif %}{{ messages[0].content }}"
+    tokenizer = with_template(tmp_path, template)
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    assert tokenizer.render_chat(CHAT[:1], tools=tools) == "look_up" + CHAT[0]["content"]
+    assert tokenizer.render_chat(CHAT[:1]) == CHAT[0]["content"]
+    assert tokenizer.chat_template_source == template
+
+
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="does not accept these messages"):
+        tokenizer.render_chat([{"role": "user", "content": "\ud800"}])

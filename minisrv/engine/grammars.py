@@ -1,0 +1,109 @@
+"""The grammars of an engine's requests: compiled while they wait, followed token by token.
+
+A grammar is compiled in a thread, so that no step is held up; the tokenizer is loaded there when
+the first grammar comes, and not before. The matcher is kept until the request ends, through
+preemptions too, as these change no token. What goes wrong with a grammar is a `MinisrvError` that
+ends its own request.
+
+API workers have seen each grammar compile within a time, in a process of its own
+(`text.grammar_validator`): native code cannot be interrupted here.
+
+Knows: the matchers, by request id. Knows nothing of logits, or of how a step runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minisrv.core.scheduler import ScheduledRow
+from minisrv.errors import EngineError, MinisrvError
+from minisrv.request import StructuredOutput
+from minisrv.text.structured import GrammarBackend, Matcher
+from minisrv.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Grammars:
+    """Of one engine. Methods are for one thread.
+
+    directory: of the checkpoint, for its tokenizer.
+    vocab_size: columns of the logits. eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._directory = directory
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[str, Future[Matcher]] = {}
+        self._matchers: dict[str, Matcher] = {}
+
+    @functools.cached_property
+    def _backend(self) -> GrammarBackend:
+        tokenizer = Tokenizer.from_directory(self._directory)
+        return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
+
+    def compile(self, request_id: str, spec: StructuredOutput) -> None:
+        """Begin to; `compiled` tells when it is done."""
+        self._compiling[request_id] = self._pool.submit(lambda: self._backend.compile(spec))
+
+    @property
+    def compiling(self) -> bool:
+        """Whether some request waits for its grammar."""
+        return bool(self._compiling)
+
+    def wait(self, seconds: float) -> None:
+        """Until a grammar is compiled, or the time is over."""
+        wait(self._compiling.values(), timeout=seconds, return_when=FIRST_COMPLETED)
+
+    def compiled(self) -> list[tuple[str, MinisrvError | None]]:
+        """The requests whose grammars have been compiled since the last call, or could not be."""
+        done = [(name, future) for name, future in self._compiling.items() if future.done()]
+        found: list[tuple[str, MinisrvError | None]] = []
+        for request_id, future in done:
+            del self._compiling[request_id]
+            error = future.exception()
+            if error is None:
+                self._matchers[request_id] = future.result()
+            elif not isinstance(error, MinisrvError):
+                logger.error("a grammar could not be compiled", exc_info=error)
+                error = EngineError("compiling a grammar failed; see the engine's log.")
+            found.append((request_id, error))
+        return found
+
+    def drop(self, request_id: str) -> None:
+        """The request has ended; nothing happens if it has no grammar."""
+        if self._matchers.pop(request_id, None) is None:
+            future = self._compiling.pop(request_id, None)
+            if future is not None:
+                future.cancel()
+
+    # ---- runner.token_masks.AllowedTokens ----------------------------------------------------
+
+    @property
+    def bitmask_words(self) -> int:
+        """See `AllowedTokens`."""
+        return self._backend.bitmask_words
+
+    def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
+        """See `AllowedTokens`. A grammar that fails here allows the end only; `accept` tells."""
+        matchers = [
+            (self._matchers[row.request_id], index) for index, row in enumerate(rows) if row.masked
+        ]
+        self._backend.fill(matchers, bitmask)
+
+    def accept(self, request_id: str, token_id: int) -> MinisrvError | None:
+        """Go on behind a request's token, if it has a grammar; what has gone wrong with that."""
+        matcher = self._matchers.get(request_id)
+        if matcher is None:
+            return None
+        matcher.accept([token_id])
+        return matcher.error

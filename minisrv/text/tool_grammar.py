@@ -1,0 +1,75 @@
+"""The grammar of an answer that must be tool calls, spelled as the model has learned it.
+
+Knows: how a parser's model spells calls, and JSON schemas. Knows nothing of masks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from minisrv.errors import RequestError
+from minisrv.request import StructuredOutput, StructuredOutputKind
+from minisrv.text.structured import json_rule, literal, marker
+from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tool_parsers import ToolParser
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that a model may call.
+
+    parameters: the JSON schema of its arguments, an object's; None for a function without any.
+    """
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+def tool_call_grammar(
+    tools: Sequence[Tool],
+    parser: type[ToolParser],
+    tokenizer: Tokenizer,
+    *,
+    parallel: bool,
+) -> StructuredOutput:
+    """What forces a call of one of `tools`: all of them for `tool_choice: "required"`, the one
+    that it names otherwise.
+
+    parallel: more than one call is allowed.
+
+    Raises RequestError, naming `tools`, if they are too large, or have parameters that are not an
+    object's.
+    """
+    call = [
+        *(marker(text, tokenizer) for text in parser.opening),
+        "(" + " | ".join(f"call_{i}" for i in range(len(tools))) + ")",
+        *(marker(text, tokenizer) for text in parser.closing),
+    ]
+    more = f" ({literal(parser.separator)} call)*" if parallel else ""
+    rules = [f"start: call{more}", f"call: {' '.join(call)}"]
+    for i, tool in enumerate(tools):
+        head = f'{{"name": {json.dumps(tool.name)}, "{parser.arguments_name}": '
+        # A rule of its own keeps `$ref` within the tool's schema.
+        rules.append(f"call_{i}: {literal(head)} arguments_{i} {literal('}')}")
+        rules.append(f"arguments_{i}: {json_rule(_arguments_schema(tool))}")
+    return StructuredOutput(
+        kind=StructuredOutputKind.GRAMMAR,
+        text="\n".join(rules),
+        param="tools",
+    )
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
+    if tool.parameters is None:
+        return {"type": "object", "additionalProperties": False}
+    schema = {"type": "object", **tool.parameters}
+    if schema["type"] != "object":
+        raise RequestError(
+            f"tools: the parameters of {tool.name!r} have the type {schema['type']!r}; the "
+            "arguments of a function are an object.",
+            param="tools",
+        )
+    return schema

@@ -1,0 +1,320 @@
+"""Requests with a grammar, in engines of every mode: their text is what was asked for, whatever a
+random model likes to say, and nobody else's tokens change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from minisrv.config import EngineConfig
+from minisrv.core.scheduler import ScheduledRow
+from minisrv.engine.core import EngineCore
+from minisrv.errors import RequestError
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    StructuredOutput,
+)
+from minisrv.request import StructuredOutputKind as Kind
+from minisrv.runner.token_masks import mask_logits
+from minisrv.text.structured import Matcher
+from minisrv.text.tokenizer import Tokenizer
+from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint
+from tests.text.random_schemas import random_schema
+
+MODES = ("none", "piecewise", "full-and-piecewise", "full")
+ENDLESS = ("*", '"additionalProperties": {', "exclusiveMinimum", "[0-9]{3}", "defs/tree")
+"""What a random model may go on with for as long as it likes."""
+
+
+def _ends(schema: dict[str, Any]) -> bool:
+    used = json.dumps({**schema, "$defs": schema["$defs"]["leaf"]})
+    return bool(schema["properties"]) and not any(sign in used for sign in ENDLESS)
+
+
+SCHEMAS = list(filter(_ends, map(random_schema, range(500))))[:20]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.from_directory(checkpoint)
+
+
+@pytest.fixture
+def start(checkpoint: Path, tape_holds_mixed_batches: None) -> Any:
+    def make(mode: str = "none", lag: int = 0, **settings: Any) -> EngineCore:
+        limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4}
+        config = EngineConfig(
+            model=str(checkpoint),
+            device="cpu",
+            dtype="float32",
+            cudagraph_mode=CUDAGraphMode(mode),
+            async_scheduling=bool(lag),
+            **{**limits, **settings},
+        )
+        return EngineCore(config, check_addresses=True)
+
+    return make
+
+
+def request(
+    name: str, spec: StructuredOutput | None = None, *, tokens: int = 500, **params: Any
+) -> EngineRequest:
+    """Another prompt for each name; sampled, but so that a random model finds an end."""
+    draw = {"temperature": 1.0, "seed": len(name), "max_tokens": None, **params}
+    prompt = [3 + ord(letter) for letter in name]
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=prompt,
+        params=SamplingParams(**draw),
+        structured_output=spec,
+    )
+
+
+def schema_of(schema: object) -> StructuredOutput:
+    return StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
+
+
+def run(engine: EngineCore, *requests: EngineRequest) -> dict[str, list[EngineOutput]]:
+    """All outputs of each. The engine is idle behind it, with nothing left."""
+    waiting = list(requests)
+    found: dict[str, list[EngineOutput]] = {}
+    while waiting or engine.has_work:
+        while waiting and engine.has_room:
+            engine.add(waiting.pop(0))
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append(output)
+        engine.scheduler.check_integrity()
+    assert engine.scheduler.pool.num_used == 0
+    assert not engine._grammars._matchers
+    assert not engine._grammars.compiling
+    for outputs in found.values():
+        ends = [o.finish_reason is not None or o.error is not None for o in outputs]
+        assert ends == [False] * (len(ends) - 1) + [True]
+    return found
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def kept(schema: object, outputs: list[EngineOutput], tokenizer: Tokenizer) -> bool:
+    """Whether the text is complete and valid; False if it was cut by its length."""
+    ids = tokens(outputs)
+    if outputs[-1].finish_reason is FinishReason.LENGTH:
+        return False
+    assert ids.pop() == EOS
+    jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
+    return True
+
+
+def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, tokenizer) -> None:
+    """In a cache so small that requests are preempted, beside requests without a grammar."""
+    asked = [request(f"json {i}", schema_of(schema)) for i, schema in enumerate(SCHEMAS)]
+    plain = [request(f"text {i}", max_tokens=40, logprobs=[None, 2][i % 2]) for i in range(6)]
+    mixed = [r for pair in zip(asked, plain, strict=False) for r in pair] + asked[len(plain) :]
+    seen: list[dict[str, list[int]]] = []
+    for mode in MODES:
+        for lag in (0, 1):
+            engine = start(mode, lag, num_kv_blocks=150)
+            found = run(engine, *mixed)
+            assert engine.stats().preemptions, "the cache is small"
+            assert not any(outputs[-1].error for outputs in found.values())
+            done = sum(
+                kept(schema, found[f"json {i}"], tokenizer) for i, schema in enumerate(SCHEMAS)
+            )
+            assert done == len(SCHEMAS) == 20
+            seen.append({name: tokens(outputs) for name, outputs in found.items()})
+    for other in seen[1:]:
+        assert other == seen[0]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_others_get_the_tokens_that_they_get_alone(start, mode: str, lag: int) -> None:
+    plain = [request(f"text {i}", max_tokens=30, temperature=i % 2) for i in range(4)]
+    alone = {}
+    for one in plain:
+        alone |= run(start(mode, lag), one)
+    grammars = [request(f"json {i}", schema_of(SCHEMAS[i]), max_tokens=40) for i in range(4)]
+    beside = run(start(mode, lag), *grammars[:2], *plain, *grammars[2:])
+    for one in plain:
+        assert tokens(beside[one.request_id]) == tokens(alone[one.request_id])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_only_steps_with_a_grammar_wait(start, lag: int) -> None:
+    engine = start("full-and-piecewise", lag)
+    ahead: list[int] = []
+    masked: list[bool] = []
+    launch = engine._launch
+
+    def watched(output: Any) -> Any:
+        ahead.append(len(engine._in_flight))
+        masked.append(output.masked)
+        return launch(output)
+
+    engine._launch = watched
+    choice = StructuredOutput(kind=Kind.REGEX, text="a{8}")
+    engine.add(request("plain", max_tokens=40, ignore_eos=True))
+    for _ in range(8):
+        engine.step()
+    run(engine, request("grammar", choice))
+    behind = [n for n, before in zip(ahead[1:], masked, strict=False) if before]
+    assert len(behind) >= 8
+    assert set(behind) == {0}
+    others = [n for n, before in zip(ahead[1:], masked, strict=False) if not before]
+    assert set(others[:6]) == set(others[-6:]) == {lag}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, lag: int) -> None:
+    broken = request("broken", StructuredOutput(kind=Kind.REGEX, text="(a"))
+    alone = run(start(lag=lag), request("text", max_tokens=20))
+    found = run(start(lag=lag), request("text", max_tokens=20), broken)
+    assert tokens(found["text"]) == tokens(alone["text"])
+    [end] = found["broken"]
+    assert end.error is not None
+    assert (end.error.status, end.error.param) == (400, "response_format")
+    assert "unclosed group" in end.error.message
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("where", ["fill", "accept"])
+def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
+    start, monkeypatch: pytest.MonkeyPatch, lag: int, where: str
+) -> None:
+    spec = StructuredOutput(kind=Kind.REGEX, text="a+b{20}")
+    engine = start(lag=lag)
+    matchers = engine._grammars._matchers
+
+    def break_one() -> None:
+        matchers["one"].accept([VOCAB_SIZE - 1])  # a token that it does not allow
+
+    count = 0
+
+    def fill(rows: list[ScheduledRow], bitmask: Any) -> None:
+        nonlocal count
+        count += 1
+        if where == "fill" and count == 4:
+            break_one()
+        real_fill(rows, bitmask)
+        if where == "accept" and count == 4:
+            break_one()
+
+    real_fill = engine._grammars.fill
+    monkeypatch.setattr(engine._grammars, "fill", fill)
+    found = run(engine, request("one", spec), request("two two", spec), request("text"))
+    error = found["one"][-1].error
+    assert error is not None
+    assert error.param == "response_format"
+    assert found["two two"][-1].finish_reason is FinishReason.STOP
+    assert found["text"][-1].error is None
+
+
+def test_an_abort_while_the_grammar_is_compiled(start) -> None:
+    engine = start()
+    engine.add(request("json", schema_of(SCHEMAS[0])))
+    assert engine.stats().waiting == 1
+    last = engine.abort("json")
+    assert last is not None
+    assert last.finish_reason is FinishReason.ABORT
+    assert not engine.has_work
+    assert run(engine, request("text", max_tokens=3)).keys() == {"text"}
+
+
+def test_requests_that_wait_for_their_grammars_have_places(start) -> None:
+    engine = start(max_num_seqs=1, max_waiting=2)
+    for name in ("a", "b", "c"):
+        assert engine.has_room
+        engine.add(request(name, StructuredOutput(kind=Kind.CHOICE, choices=("x",))))
+    assert not engine.has_room
+    found = run(engine)
+    assert all(outputs[-1].finish_reason is FinishReason.STOP for outputs in found.values())
+
+
+def test_log_probabilities_are_of_the_unmodified_distribution(start) -> None:
+    spec = StructuredOutput(kind=Kind.CHOICE, choices=("zebra",))
+    params = {"temperature": 0, "logprobs": 3, "max_tokens": 1}
+    [masked], [free] = (
+        run(start(), request("name", grammar, **params))["name"] for grammar in (spec, None)
+    )
+    assert masked.token_ids != free.token_ids
+    assert masked.logprobs[0].top == free.logprobs[0].top
+
+
+def test_a_grammar_and_ignore_eos_exclude_each_other() -> None:
+    with pytest.raises(RequestError, match="leave one of them out") as raised:
+        request("x", StructuredOutput(kind=Kind.JSON_OBJECT), ignore_eos=True)
+    assert raised.value.param == "ignore_eos"
+
+
+def test_a_model_without_an_end_is_told_why(checkpoint: Path, tmp_path: Path) -> None:
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for name in ("generation_config.json", "config.json"):
+        config = json.loads((checkpoint / name).read_text())
+        config["eos_token_id"] = None
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(json.dumps(config))
+    engine = EngineCore(EngineConfig(model=str(tmp_path), device="cpu", enforce_eager=True))
+    [end] = run(engine, request("x", StructuredOutput(kind=Kind.JSON_OBJECT)))["x"]
+    assert end.error is not None
+    assert "does not allow structured output" in end.error.message
+
+
+@pytest.mark.parametrize("vocab_size", [32, 33, 70])
+def test_bits_are_columns(vocab_size: int) -> None:
+    rows = [ScheduledRow(str(i), i, 0, 1, [], True, True, None, masked=i != 1) for i in range(3)]
+
+    class Odd:
+        bitmask_words = 4
+
+        def fill(self, rows: list[ScheduledRow], bitmask: Any) -> None:
+            for index, row in enumerate(rows):
+                if row.masked:
+                    bitmask[index] = 0x55555555 << index % 2
+
+    logits = torch.randn(3, vocab_size)
+    before = logits.clone()
+    masked = mask_logits(logits, rows, Odd())
+    assert torch.equal(logits, before)
+    column = torch.arange(vocab_size)
+    for index in (0, 2):
+        dropped = column % 2 == 1
+        assert torch.equal(masked[index] == -torch.inf, dropped)
+        assert torch.equal(masked[index][~dropped], logits[index][~dropped])
+    assert torch.equal(masked[1], logits[1])
+
+
+def test_the_matcher_is_not_asked_for_chunks_that_sample_nothing(
+    start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fills = []
+    monkeypatch.setattr(
+        "minisrv.text.structured.GrammarBackend.fill",
+        lambda self, matchers, bitmask: fills.extend(_fill_alone(matchers, bitmask)),
+    )
+    engine = start(max_num_batched_tokens=8)
+    long = request("x" * 60, StructuredOutput(kind=Kind.CHOICE, choices=("a",)))
+    ids = tokens(run(engine, long)[long.request_id])
+    assert len(fills) == len(ids)
+
+
+def _fill_alone(matchers: list[tuple[Matcher, int]], bitmask: Any) -> list[int]:
+    for matcher, row in matchers:
+        matcher.fill(bitmask[row])
+    return [row for _, row in matchers]

@@ -1,0 +1,117 @@
+"""Grammars that would stop an engine are refused by a process that survives them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from minisrv.checkpoint import resolve_checkpoint
+from minisrv.errors import EngineError, RequestError
+from minisrv.request import StructuredOutput
+from minisrv.request import StructuredOutputKind as Kind
+from minisrv.text.grammar_validator import GrammarValidator
+from minisrv.text.tokenizer import Tokenizer
+from tests.text.random_schemas import random_schema
+
+
+@pytest.fixture(scope="module")
+def validator() -> Iterator[GrammarValidator]:
+    validator = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
+    yield validator
+    validator.close()
+
+
+def schema(document: dict[str, Any]) -> StructuredOutput:
+    return StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(document))
+
+
+def properties(number: int, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {} for i in range(number)}, **more}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        StructuredOutput(kind=Kind.JSON_OBJECT),
+        StructuredOutput(kind=Kind.CHOICE, choices=("yes", "no")),
+        StructuredOutput(kind=Kind.REGEX, text=""" ("a"|'b')* """),
+        *(schema(random_schema(seed)) for seed in range(5)),
+        schema({"enum": [f"value{i}" for i in range(4000)]}),
+        schema(properties(240)),
+        schema(properties(1000, required=[f"p{i}" for i in range(1000)])),
+        # As large as texts may be, and harmless: nothing is unfolded.
+        schema({"type": "array", "items": {"type": "string"}, "maxItems": 10**6}),
+        schema({"type": "string", "minLength": 10**9}),
+        StructuredOutput(kind=Kind.REGEX, text="((((a*)*)*)*)*b"),
+        StructuredOutput(kind=Kind.REGEX, text="(a|b)*a(a|b){200}"),
+    ],
+)
+def test_what_can_be_compiled_passes(validator: GrammarValidator, spec: StructuredOutput) -> None:
+    validator.validate(spec).result()
+
+
+def patterns(number: int) -> dict[str, Any]:
+    return {"allOf": [{"type": "string", "pattern": f"x.*y.*z{i}"} for i in range(number)]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (schema({"$ref": "#/$defs/nope"}), "does not exist"),
+        (schema({"$ref": "#"}), "no text satisfies it"),
+        (schema(properties(2000)), "Too many items"),
+        (schema({"allOf": [{"anyOf": [properties(i) for i in range(5)]}] * 8}), "too large"),
+        (StructuredOutput(kind=Kind.REGEX, text="((a{1000}){1000}){1000}"), "too many expr"),
+        (StructuredOutput(kind=Kind.REGEX, text="a{1000000}"), "too many expr"),
+        # Minutes, and gigabytes, if nobody ended them.
+        (schema({"type": "integer", "multipleOf": 1_000_003}), "processor time"),
+        (schema({"allOf": [{"multipleOf": p} for p in (7, 11, 13, 17, 19, 23)]}), "processor time"),
+        (schema(patterns(30)), "processor time"),
+        # What may come before it does not hide it.
+        (
+            StructuredOutput(kind=Kind.REGEX, text="a{1000000}", reasoning_end="</think>"),
+            "too many expr",
+        ),
+    ],
+)
+def test_what_would_stop_an_engine_is_refused(
+    validator: GrammarValidator, spec: StructuredOutput, reason: str
+) -> None:
+    with pytest.raises(RequestError, match=reason) as raised:
+        validator.validate(spec).result()
+    assert raised.value.param == "response_format"
+    validator.validate(StructuredOutput(kind=Kind.JSON_OBJECT)).result()
+
+
+def test_many_at_once(validator: GrammarValidator) -> None:
+    good, bad = StructuredOutput(kind=Kind.JSON_OBJECT), schema({"type": 1})
+    futures = [validator.validate(spec) for spec in [good, bad] * 10]
+    assert [future.exception() is None for future in futures] == [True, False] * 10
+
+
+def test_a_killed_process_is_replaced(validator: GrammarValidator) -> None:
+    good = StructuredOutput(kind=Kind.JSON_OBJECT)
+    validator.validate(good).result()
+    [process] = multiprocessing.active_children()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with pytest.raises(EngineError):
+        validator.validate(good).result()
+    validator.validate(good).result()
+
+
+def test_closing_ends_the_process(validator: GrammarValidator) -> None:
+    another = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
+    before = set(multiprocessing.active_children())
+    another.validate(StructuredOutput(kind=Kind.JSON_OBJECT)).result()
+    [process] = set(multiprocessing.active_children()) - before
+    another.close()
+    process.join(10)
+    assert process.exitcode == 0

@@ -1,0 +1,121 @@
+"""Forced tool calls: what the grammar lets through, the parser takes for the call it is."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import jsonschema
+import msgspec
+import pytest
+import tokenizers
+
+from minisrv.checkpoint import resolve_checkpoint
+from minisrv.errors import RequestError
+from minisrv.request import MAX_GRAMMAR_LENGTH
+from minisrv.text.chat_deltas import assemble
+from minisrv.text.structured import GrammarBackend
+from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tool_grammar import Tool, tool_call_grammar
+from minisrv.text.tool_parsers import HermesToolParser, Llama3JsonToolParser, ToolParser
+from tests.text.random_schemas import random_schema
+from tests.text.walks import EOS, follow, walk
+
+PARSERS = [HermesToolParser, Llama3JsonToolParser]
+TOOLS = [
+    Tool(name="get_weather", parameters=random_schema(3)),
+    Tool(name="get", parameters=random_schema(4)),
+    Tool(name="now"),
+]
+
+
+@pytest.fixture(scope="module", params=["markers are text", "markers are tokens"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    raw = tokenizers.Tokenizer.from_file(str(resolve_checkpoint(None) / "tokenizer.json"))
+    if request.param == "markers are tokens":
+        markers = ("<tool_call>", "</tool_call>", "</think>")
+        raw.add_tokens([tokenizers.AddedToken(marker, special=False) for marker in markers])
+    return Tokenizer(raw)
+
+
+@pytest.fixture(scope="module")
+def backend(tokenizer: Tokenizer) -> GrammarBackend:
+    return GrammarBackend(tokenizer, tokenizer.vocab_size, [EOS])
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_whatever_is_sampled_is_calls_of_the_tools(
+    backend: GrammarBackend, tokenizer: Tokenizer, parser: type[ToolParser], parallel: bool
+) -> None:
+    spec = tool_call_grammar(TOOLS, parser, tokenizer, parallel=parallel)
+    names, most = set(), 0
+    for seed in range(30):
+        finder = parser()
+        text = walk(backend, tokenizer, spec, random.Random(seed))
+        message = assemble([*finder.feed(text), *finder.finish()])
+        assert message.content == ""
+        for call in message.tool_calls:
+            [tool] = [tool for tool in TOOLS if tool.name == call.name]
+            arguments = json.loads(call.arguments)
+            schema = tool.parameters or {"type": "object", "maxProperties": 0}
+            jsonschema.validate(arguments, schema, jsonschema.Draft202012Validator)
+            names.add(call.name)
+        assert message.tool_calls
+        most = max(most, len(message.tool_calls))
+    assert names == {"get_weather", "get", "now"}
+    assert (most > 1) == parallel
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_named_tool_is_the_only_one(
+    backend: GrammarBackend, tokenizer: Tokenizer, parser: type[ToolParser]
+) -> None:
+    spec = tool_call_grammar(TOOLS[2:], parser, tokenizer, parallel=False)
+    for seed in range(5):
+        finder = parser()
+        text = walk(backend, tokenizer, spec, random.Random(seed))
+        [call] = assemble([*finder.feed(text), *finder.finish()]).tool_calls
+        assert call.name == "now"
+
+
+def test_the_calls_are_spelled_as_the_templates_spell_them(
+    backend: GrammarBackend, tokenizer: Tokenizer
+) -> None:
+    now = TOOLS[2:]
+    hermes = tool_call_grammar(now, HermesToolParser, tokenizer, parallel=True)
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert follow(backend, tokenizer, hermes, f"{call}\n{call}")
+    llama = tool_call_grammar(now, Llama3JsonToolParser, tokenizer, parallel=True)
+    call = '{"name": "now", "parameters": {}}'
+    assert follow(backend, tokenizer, llama, f"{call}; {call}")
+
+
+def test_reasoning_comes_before_the_calls(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
+    forced = tool_call_grammar(TOOLS[2:], HermesToolParser, tokenizer, parallel=False)
+    spec = msgspec.structs.replace(forced, reasoning_end="</think>")
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert follow(backend, tokenizer, spec, f"Let me see.\n</think>\n\n{call}")
+    assert not follow(backend, tokenizer, spec, call)
+
+
+def test_parameters_cannot_change_how_they_are_read(
+    backend: GrammarBackend, tokenizer: Tokenizer
+) -> None:
+    """llguidance takes options from a schema; with these the arguments are no JSON."""
+    tool = Tool(name="f", parameters={"x-guidance": {"key_separator": "="}})
+    spec = tool_call_grammar([tool], Llama3JsonToolParser, tokenizer, parallel=False)
+    assert follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a": 1}}')
+    assert not follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a"=1}}')
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"type": "array"}, {"description": "x" * MAX_GRAMMAR_LENGTH}]
+)
+def test_parameters_that_cannot_be_arguments_are_refused(
+    tokenizer: Tokenizer, parameters: dict[str, str]
+) -> None:
+    tools = [Tool(name="a", parameters=parameters)]
+    with pytest.raises(RequestError) as raised:
+        tool_call_grammar(tools, HermesToolParser, tokenizer, parallel=False)
+    assert raised.value.param == "tools"
