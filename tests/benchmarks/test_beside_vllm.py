@@ -10,7 +10,7 @@ import pytest
 from benchmarks import beside_vllm
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-GPU = RESULTS / "2026-11-24-first-on-a-gpu" / "bench-{}.json"
+GPU = RESULTS / "2026-11-25-on-a-gpu" / "bench-{}.json"
 CPU = RESULTS / "2026-11-24-exact-on-cpu" / "bench-default.json"
 
 

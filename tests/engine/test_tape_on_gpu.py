@@ -53,26 +53,3 @@ def test_the_tokens_of_transformers(mode, lag, reference, judged):
     assert not wrong
     assert close <= total / 1000
     assert played.engine.stats().preemptions >= 5
-
-
-def test_two_thousand_requests_one_step_ahead():
-    """Random lengths, aborts, preemptions and prefix hits; every block and slot is checked at every
-    step. The tokens are those of steps that wait for each other, but where rounding decides.
-    """
-    tape = make_tape(2000, 4096, seed=2)
-    settings = {"device": "cuda", "max_waiting": len(tape), **LIMITS}
-    ahead = play(tape, EngineConfig(**settings))
-    waiting = play(tape, EngineConfig(async_scheduling=False, **settings))
-    total = parted = 0
-    for name, tokens in ahead.tokens.items():
-        both = min(len(tokens), len(waiting.tokens[name]))  # an abort comes a token later
-        total += both
-        parted += tokens[:both] != waiting.tokens[name][:both]
-    stats = ahead.engine.stats()
-    print(
-        f"{total} tokens, {parted} of 2000 answers part, {stats.preemptions} preemptions, "
-        f"{stats.prefix_cache_hits} prompt tokens cached, GPU busy {stats.gpu_busy_ms:.0f} ms, "
-        f"idle {stats.gpu_idle_ms:.0f} ms"
-    )
-    assert parted <= total / 1000
-    assert stats.preemptions >= 5

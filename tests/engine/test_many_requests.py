@@ -1,0 +1,33 @@
+"""Many requests that come and go, one step ahead: blocks, slots and tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from minisrv.config import EngineConfig
+from tests.engine.tape import LIMITS, make_tape, play
+
+
+@pytest.mark.parametrize(
+    ("device", "number"), [("cpu", 400), pytest.param("cuda", 2000, marks=pytest.mark.gpu)]
+)
+def test_one_step_ahead(device, number):
+    """Random lengths, aborts, preemptions and prefix hits; every block and slot is checked at every
+    step. The tokens are those of steps that wait for each other, but where rounding decides.
+    """
+    tape = make_tape(number, 4096, seed=2)
+    settings = {"device": device, "max_waiting": len(tape), **LIMITS}
+    ahead = play(tape, EngineConfig(async_scheduling=True, **settings))
+    waiting = play(tape, EngineConfig(async_scheduling=False, **settings))
+    total = parted = 0
+    for name, tokens in ahead.tokens.items():
+        both = min(len(tokens), len(waiting.tokens[name]))  # an abort comes a token later
+        total += both
+        parted += tokens[:both] != waiting.tokens[name][:both]
+    stats = ahead.engine.stats()
+    print(
+        f"{total} tokens, {parted} of {number} answers part, {stats.preemptions} preemptions, "
+        f"{stats.prefix_cache_hits} prompt tokens cached"
+    )
+    assert parted <= total / 1000
+    assert stats.preemptions >= 5
