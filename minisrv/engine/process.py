@@ -130,8 +130,13 @@ class _EngineServer:
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()
-        match decode_worker_message(body):
-            case Submit() as message:
+        message = decode_worker_message(body)
+        if worker not in self.workers and not isinstance(message, Hello):
+            # Sent by a worker that has died, and read when another has its name, so under one that
+            # zmq makes up: nobody would read the answer, nor abort the request.
+            return
+        match message:
+            case Submit():
                 self._submit(worker, message)
             case AskStats():
                 ready = isinstance(self.state, Ready)

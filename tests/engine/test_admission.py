@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,8 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
         worker.set(zmq.ROUTING_ID, name.encode())
         worker.connect(address)
         worker.send(encode(Hello()))
-        server._receive()
+        while server.socket.poll(100):
+            server._receive()
         assert isinstance(decode_engine_message(worker.recv()), Ready)
         return worker
 
@@ -166,6 +168,21 @@ def test_a_worker_in_a_dead_ones_place_finds_room(tmp_path: Path) -> None:
         assert turn(server, other, "c", "") == {}
         assert turn(server, successor, "d", "")["d"].error is not None
         assert server.owners.keys() == {"c"}
+
+
+def test_what_a_dead_worker_has_sent_is_too_late_behind_the_next_ones_hello(tmp_path: Path) -> None:
+    """The engine was in a long step. Nobody could read the answers, nor abort the requests."""
+    with engine_server(tmp_path) as (server, connect):
+        for _ in range(5):
+            dead = connect("api-0")
+            dead.send(encode(Submit([request("a")], [])))
+            dead.send(encode(AskStats()))
+            time.sleep(0.05)  # both are there
+            dead.close(linger=0)
+            successor = connect("api-0")
+            assert server.owners == {}
+            assert turn(server, successor, "b", "") == {}
+            assert turn(server, successor, "", "b").keys() == {"b"}
 
 
 def test_counters_are_told_when_asked(tmp_path: Path) -> None:
