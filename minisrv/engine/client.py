@@ -262,7 +262,8 @@ class EngineClient:
                     self._dispatch(output)
             case EngineStats():
                 self._stats = message
-                self._stats_asked.popleft().set_result(None)
+                if self._stats_asked:  # else those who waited have been told that time is up
+                    self._stats_asked.popleft().set_result(None)
             case Loading():
                 self._loading = message
                 self._on_loading(message.phase, message.done, message.total)

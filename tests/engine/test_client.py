@@ -157,6 +157,24 @@ async def test_counters_of_an_engine_that_does_not_answer_are_the_last(
         assert (await told).running == 9
 
 
+async def test_counters_that_nobody_waits_for_are_no_error(tmp_path: Path) -> None:
+    """Those who waited were told at the end of the drain, or asked in a dead worker's place."""
+    async with connected(tmp_path) as (engine, client):
+        asked = asyncio.ensure_future(client.stats())
+        assert await engine.hear() == AskStats()
+        client.drain()
+        client.end_open()
+        await asked
+        await engine.say(EngineStats(running=3))
+        before = client.num_messages
+        await until(lambda: client.num_messages > before)
+        assert client.state is EngineState.DRAINING
+        asked = asyncio.ensure_future(client.stats())
+        assert await engine.hear() == AskStats()
+        await engine.say(EngineStats(running=4))
+        assert (await asked).running == 4
+
+
 async def test_what_cannot_be_read_ends_every_request(tmp_path: Path) -> None:
     async with connected(tmp_path) as (engine, client):
         first = asyncio.ensure_future(anext(client.generate([request("a")])))
