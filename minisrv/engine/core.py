@@ -253,6 +253,7 @@ class EngineCore:
         """Queue a request, or raise what `check` raises, or QueueFullError, and queue nothing."""
         self.check(request)
         seed, grammar = request.params.seed, request.structured_output
+        had_work = self.scheduler.has_work
         self.scheduler.add(
             request,
             self._seeds.getrandbits(63) if seed is None else seed,
@@ -260,6 +261,7 @@ class EngineCore:
         )
         if grammar is not None:
             self._grammars.compile(request.request_id, grammar)
+        self._follows &= had_work
         self._prompt_tokens += len(request.prompt_token_ids)
         self._graph_steps.open(request.request_id)
 
@@ -306,7 +308,6 @@ class EngineCore:
             return failed
         step = self._in_flight.popleft()
         events = self.scheduler.update(step.output.step_id, step.result.tokens())
-        self._follows = self.scheduler.has_work
         if (time := step.result.device_time()) is not None:
             self._gpu_busy_ms += time.busy
             if step.follows and time.idle is not None:
@@ -357,7 +358,8 @@ class EngineCore:
             needs_logits=output.needs_logits,
         )
         self._count(output, dispatch)
-        return _InFlight(output, self.runner.execute(output, dispatch), self._follows)
+        follows, self._follows = self._follows, True
+        return _InFlight(output, self.runner.execute(output, dispatch), follows)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         mode, reason = dispatch.mode.name, dispatch.reason.value
