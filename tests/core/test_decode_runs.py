@@ -1,0 +1,158 @@
+"""Runs beside a scheduler that thinks every step anew: the same steps, events, slots, blocks."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from typing import Any
+
+import pytest
+
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.scheduler import Scheduler, SchedulerOutput
+from minisrv.engine.core import _GraphSteps
+from minisrv.request import EngineRequest, SamplingParams
+
+EOS = 7
+
+
+class Anew(Scheduler):
+    """Never continues a run."""
+
+    def _continue_run(self) -> SchedulerOutput | None:
+        return None
+
+
+def state_of(scheduler: Scheduler) -> Any:
+    """All that the next step depends on, counters of the current run written out."""
+    run = scheduler._run
+    ahead = dict.fromkeys(run.requests, (run.age, run.age - run.retired)) if run else {}
+    requests = []
+    for request in [*scheduler.running, *scheduler.waiting, *scheduler._retiring]:
+        age, in_flight = ahead.get(request, (0, 0))
+        requests.append(
+            (
+                *(request.request_id, request.slot, list(request.blocks), list(request.output)),
+                *(request.num_scheduled + age, request.last_step + age, request.num_published),
+                # Of one that has ended nobody looks at it.
+                None if request.ended else request.num_in_flight + in_flight,
+            )
+        )
+    free = list(scheduler.slots._free), list(scheduler.pool._free), scheduler.pool._block_of
+    return requests, free, scheduler.num_preemptions, scheduler.prefix_cache_hits
+
+
+def step_of(step: SchedulerOutput | None) -> Any:
+    if step is None:
+        return None
+    numbers = step.step_id, step.num_decodes, step.num_tokens, step.needs_logits
+    return step.rows, step.new_slots, step.new_blocks, numbers
+
+
+class Both:
+    """A scheduler with runs and one without, and what each request's steps were, one by one."""
+
+    def __init__(self, draw: random.Random) -> None:
+        seqs, size = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 4))
+        blocks = draw.randint(24, 60) // size + 2
+        budget = seqs + draw.choice((0, 1, 7, 40))
+        caching = draw.random() < 0.7
+        self.with_runs, self.anew = (
+            kind(
+                BlockPool(blocks, size),
+                max_num_seqs=seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=30,
+                max_waiting=1000,
+                eos_token_ids=[EOS],
+                enable_prefix_caching=caching,
+            )
+            for kind in (Scheduler, Anew)
+        )
+        self.draw = draw
+        self.limit = min(24, self.with_runs.pool.capacity)
+        self.in_flight: deque[tuple[SchedulerOutput, list[int]]] = deque()
+        self.counted = _GraphSteps()
+        self.ran: dict[str, Counter[str]] = {}
+        self.continued = 0
+
+    def add(self, name: str) -> None:
+        draw = self.draw
+        prompt = [draw.choice((1, 1, 2))] * draw.randint(1, self.limit // 2)
+        params = SamplingParams(
+            max_tokens=draw.choice((1, 2, 3, self.limit // 2, self.limit - len(prompt))),
+            ignore_eos=draw.random() < 0.7,
+            logprobs=draw.choice((None, None, None, 0, 2)),
+        )
+        for scheduler in (self.with_runs, self.anew):
+            scheduler.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params), 0)
+        self.counted.open(name)
+        self.ran[name] = Counter()
+
+    def abort(self, name: str) -> None:
+        event = self.with_runs.abort(name)
+        assert event == self.anew.abort(name)
+        if event is not None:
+            self.close(name)
+        self.compare()
+
+    def schedule(self) -> bool:
+        step, expected = self.with_runs.schedule(), self.anew.schedule()
+        assert step_of(step) == step_of(expected)
+        if step is None:
+            return False
+        self.continued += step.age > 0
+        key = self.draw.choice(("FULL/fits", "FULL/cheaper"))
+        self.counted.count(step.first_rows, key)
+        for row in step.rows:
+            if row.request_id in self.ran:
+                self.ran[row.request_id][key] += 1
+        tokens = [self.draw.choice((1, 1, 1, 1, 2, 2, EOS)) for _ in step.rows]
+        self.in_flight.append((step, tokens))
+        self.compare()
+        return True
+
+    def retire(self) -> None:
+        step, tokens = self.in_flight.popleft()
+        events = self.with_runs.update(step.step_id, tokens)
+        assert events == self.anew.update(step.step_id, tokens)
+        for event in events:
+            if event.finish_reason is not None:
+                self.close(event.request_id)
+        self.compare()
+
+    def close(self, name: str) -> None:
+        assert self.counted.close(name) == self.ran.pop(name)
+
+    def compare(self) -> None:
+        self.with_runs.check_integrity()
+        assert state_of(self.with_runs) == state_of(self.anew)
+        assert self.with_runs.has_room == self.anew.has_room
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_is_what_thinking_anew_gives(lag: int) -> None:
+    """Arrivals, aborts at every moment, stops, preemption, prefix hits, blocks of one token."""
+    continued = preemptions = hits = 0
+    for seed in range(150):
+        draw = random.Random(seed)
+        both = Both(draw)
+        number, rate, aborts = 0, draw.choice((0.05, 0.2, 0.6)), draw.choice((0, 0.02, 0.2))
+        while number < 16 or both.with_runs.has_work or both.in_flight:
+            while number < 16 and draw.random() < rate:
+                both.add(str(number))
+                number += 1
+            if number and draw.random() < aborts:  # of any: waiting, running, ended, just added
+                both.abort(str(draw.randrange(number)))
+            while len(both.in_flight) <= lag and both.schedule():
+                if draw.random() < aborts:
+                    both.abort(str(draw.randrange(number)))
+            if both.in_flight:
+                both.retire()
+        assert both.with_runs.pool.num_used == both.with_runs.slots.num_used == 0
+        continued += both.continued
+        preemptions += both.with_runs.num_preemptions
+        hits += both.with_runs.prefix_cache_hits
+    assert continued > 1000
+    assert preemptions > 20
+    assert hits > 100
