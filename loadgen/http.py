@@ -201,6 +201,8 @@ class _Connection(asyncio.Protocol):
             self._reply.set_exception(HTTPError(text))
 
     def on_message_begin(self) -> None:
+        if not self._waiting:  # what nobody asked for, behind a response
+            self._keep = False
         self._reason, self._framed = b"", False
 
     def on_status(self, reason: bytes) -> None:

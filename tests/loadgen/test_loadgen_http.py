@@ -85,6 +85,8 @@ def talk(answers: Sequence[bytes], body: Callable[[Peer, Ask], Coroutine[Any, An
         ([OK + b"Connection: close\r\nContent-Length: 2\r\n\r\nab", PLAIN], [0, 1]),
         ([b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nab", PLAIN], [0, 1]),
         ([b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN, PLAIN], [0, 0]),
+        ([PLAIN + PLAIN, PLAIN], [0, 1]),
+        ([PLAIN + OK + b"Content-Length: 4\r\n\r\n", PLAIN], [0, 1]),
     ],
 )
 def test_every_framing_is_whole_and_a_connection_is_used_again_if_it_may_be(
