@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
         if self._waiting:
-            if self._status and not self._framed and error is None:
+            if self._status >= 200 and not self._framed and error is None:
                 self._end()
             else:
                 reason = f": {error}" if error is not None else ""
@@ -203,7 +203,7 @@ class _Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if not self._waiting:  # what nobody asked for, behind a response
             self._keep = False
-        self._reason, self._framed = b"", False
+        self._status, self._reason, self._framed = 0, b"", False
 
     def on_status(self, reason: bytes) -> None:
         self._reason += reason

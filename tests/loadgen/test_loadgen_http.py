@@ -112,6 +112,8 @@ def test_every_framing_is_whole_and_a_connection_is_used_again_if_it_may_be(
         b"SSH-2.0-OpenSSH\r\n\r\n",
         Last(OK + b"Content-Length: 3\r\n\r\nab"),
         OK + b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
+        Last(b"HTTP/1.1 100 Continue\r\n\r\n"),
+        Last(b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK + b"X: y"),
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
     ],
 )
