@@ -46,6 +46,7 @@ class RequestState:
     prefill_target: tokens to be in the cache before the request decodes; what was known of it
         when it was admitted.
     max_total: prompt and completion tokens together at which it stops by length.
+    processed: its logits are changed before its tokens are sampled.
     last_step: the last step that names its slot and blocks.
     block_hashes: of its first full blocks, as far as they have been needed.
     num_published: blocks from the first that are in the prefix cache, or were found there.
@@ -63,6 +64,7 @@ class RequestState:
     stop_token_ids: frozenset[int]
     max_total: int
     cache_salt: str | None = None
+    processed: bool = False
     output: list[int] = field(default_factory=list)
     slot: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -112,6 +114,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     samples: whether the step's token for this row is the request's next; a prefill chunk that
         does not reach the end samples for nothing.
     logprobs: how many alternatives to report beside the sampled token; None for no report.
+    processed: its logits are changed before its token is sampled.
     """
 
     request_id: str
@@ -122,14 +125,28 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     decoding: bool
     samples: bool
     logprobs: int | None
+    processed: bool = False
+
+
+class ProcessorStart(msgspec.Struct, frozen=True):
+    """What changing a request's logits needs to know of it: its tokens so far, all of which are
+    known when it is given a slot, and those that would end it."""
+
+    prompt: list[int]
+    output: list[int]
+    stop_token_ids: frozenset[int]
 
 
 class SlotStart(msgspec.Struct, frozen=True):
-    """A slot changed hands: its sampling state is to be written before the step."""
+    """A slot changed hands: its sampling state is to be written before the step.
+
+    processors: None for a request whose logits stay as they are.
+    """
 
     slot: int
     params: SamplingParams
     seed: int
+    processors: ProcessorStart | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -181,8 +198,10 @@ class SchedulerOutput:
 
     first_rows: its rows, or if it continues a run, those of the run's first step.
     new_slots: slots whose state must be written before the step.
+    freed_slots: those with `processors` that nobody has had since some step before it, or that
+        change hands with it.
     new_blocks: (slot, index in its block table, block) to be written before the step.
-    needs_logits: some request has its logits read outside the graph.
+    needs_logits: some request has its logits read or changed outside the graph.
     run, age: of a step of a run. Above age 0 it has the requests of the step before it, in the
         same order.
     """
@@ -193,6 +212,7 @@ class SchedulerOutput:
     new_blocks: list[tuple[int, int, int]]
     num_decodes: int
     num_tokens: int
+    freed_slots: list[int] = field(default_factory=list)
     needs_logits: bool = False
     run: DecodeRun | None = None
     age: int = 0
@@ -257,6 +277,7 @@ class Scheduler:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._retiring: list[RequestState] = []
+        self._freed_slots: list[int] = []
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[SchedulerOutput] = deque()
         self._next_step = 0
@@ -278,16 +299,20 @@ class Scheduler:
                 "try again later."
             )
         params = request.params
+        stop_token_ids = frozenset(params.stop_token_ids).union(
+            () if params.ignore_eos else self.eos_token_ids
+        )
         state = RequestState(
             request_id=request.request_id,
             prompt=request.prompt_token_ids,
             params=params,
             seed=seed,
-            stop_token_ids=frozenset(params.stop_token_ids).union(
-                () if params.ignore_eos else self.eos_token_ids
-            ),
+            stop_token_ids=stop_token_ids,
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
             cache_salt=request.cache_salt,
+            processed=bool(
+                params.has_penalties or params.logit_bias or (params.min_tokens and stop_token_ids)
+            ),
         )
         self._requests[state.request_id] = state
         self.waiting.append(state)
@@ -382,7 +407,10 @@ class Scheduler:
         self._admit(step)
         if not step.prefills and len(step.decodes) == len(self.running) > 0:
             self._run = DecodeRun.begin(step.decodes, [*self.running], self.pool.block_size)
-        return step.build(self._run)
+        output = step.build(self._run, self._freed_slots)
+        if output is not None:
+            self._freed_slots = []
+        return output
 
     def _settle(self) -> None:
         """End the run: what is true of all its requests is written to each."""
@@ -435,7 +463,7 @@ class Scheduler:
             self.running.append(request)
             request.slot = self.slots.take()
             request.prefill_target = target
-            step.new_slots.append(SlotStart(request.slot, request.params, request.seed))
+            step.new_slots.append(_slot_start(request))
             self._share(request, found)
             while len(request.blocks) < self.pool.blocks_for(target):
                 self._block(request)
@@ -564,6 +592,8 @@ class Scheduler:
             self.pool.give_back(block)
         request.blocks = []
         if request.slot:
+            if request.processed:
+                self._freed_slots.append(request.slot)
             self.slots.give_back(request.slot)
             request.slot = 0
 
@@ -609,6 +639,7 @@ class _StepBuilder:
             decoding=decoding,
             samples=samples,
             logprobs=request.params.logprobs,
+            processed=request.processed,
         )
         (self.decodes if decoding else self.prefills).append(row)
         request.num_scheduled += count
@@ -616,7 +647,7 @@ class _StepBuilder:
         request.last_step = self.step_id
         self.budget -= count
 
-    def build(self, run: DecodeRun | None) -> SchedulerOutput | None:
+    def build(self, run: DecodeRun | None, freed_slots: list[int]) -> SchedulerOutput | None:
         """The step, or None if no request was added. run: that it begins."""
         rows = self.decodes + self.prefills if self.prefills else self.decodes  # a run's own
         if not rows:
@@ -628,10 +659,19 @@ class _StepBuilder:
             new_blocks=self.new_blocks,
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
+            freed_slots=freed_slots,
             needs_logits=_need_logits(rows),
             run=run,
         )
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(row.logprobs is not None for row in rows)
+    return any(row.logprobs is not None or row.processed for row in rows)
+
+
+def _slot_start(request: RequestState) -> SlotStart:
+    processors = None
+    if request.processed:
+        output = list(request.output)  # a copy, as the request goes on
+        processors = ProcessorStart(request.prompt, output, request.stop_token_ids)
+    return SlotStart(request.slot, request.params, request.seed, processors)

@@ -15,12 +15,15 @@ from minisrv.request import TokenLogprobs
 
 def report_logprobs(
     logits: Tensor, token_ids: Tensor, wanted: Sequence[int | None]
-) -> list[TokenLogprobs | None]:
-    """For each row that wants any, its token's log-probability and the best alternatives.
+) -> list[TokenLogprobs | None] | None:
+    """For each row that wants any, its token's log-probability and the best alternatives. None if
+    no row does.
 
     logits: [R, V]. token_ids: [R]. wanted: by row, the number of alternatives or None.
     """
     rows = [row for row, count in enumerate(wanted) if count is not None]
+    if not rows:
+        return None
     logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
     most = max(count or 0 for count in wanted)
     best, ids = (tensor.tolist() for tensor in logprobs.topk(min(most, logits.shape[1]), dim=-1))

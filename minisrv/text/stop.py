@@ -26,12 +26,15 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """Add text; returns what is certain not to belong to a stop string."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """Add text; returns what is certain not to belong to a stop string.
+
+        may_stop: whether a stop string that this text completes counts.
+        """
         text = self._held + text
         done = len(self._held)
         for end in range(done, len(text)):
-            if cut := self._step(text[end]):
+            if (cut := self._step(text[end])) and may_stop:
                 self.stopped = True
                 self._held = ""
                 return text[: end + 1 - (0 if self._include_stop else cut)]
@@ -55,6 +58,7 @@ class StopMatcher:
                 matched += 1
             if matched == len(pattern):
                 complete = max(complete, matched)
+                matched = failure[matched - 1]
             self._matched[i] = matched
         return complete
 
