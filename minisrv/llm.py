@@ -144,6 +144,7 @@ class LLM:
         text = Detokenizer(
             self._tokenizer,
             params.stop,
+            min_tokens=params.min_tokens,
             include_stop=params.include_stop_str_in_output,
             prompt_token_ids=prompt if continues else (),
         )

@@ -18,6 +18,12 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+"""Token ids; OpenAI's."""
+MAX_BIAS = 100
+MAX_PENALTY = 2
+"""Of frequency and presence penalty, either sign."""
+MIN_REPETITION, MAX_REPETITION = 0.01, 100
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 MAX_GRAMMAR_LENGTH = 1 << 16
 """Characters of a schema, a regex or a grammar, or of all choices together."""
@@ -57,6 +63,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens and when to stop. Field names and meanings are vLLM's and OpenAI's.
 
     max_tokens: completion tokens at most; None means up to the context length.
+    min_tokens: completion tokens before which nothing ends the request but max_tokens: no
+        end-of-sequence or stop token is sampled, and no stop string is looked for.
     temperature: 0 is greedy.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
@@ -67,12 +75,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: let the text hold the stop string, or the text of the stop token,
         that it ends at.
     ignore_eos: go on past the model's end-of-sequence tokens (for measurements).
+    logit_bias: what is added to the logits of tokens, by token id.
+    presence_penalty, frequency_penalty: what is taken from the logit of a token that is in the
+        completion, once, and for each time.
+    repetition_penalty: what the logit of a token in prompt or completion is divided by if it is
+        positive, and multiplied with if not.
     logprobs: report the sampled token's log-probability and this many alternatives (None: off).
 
     Raises RequestError, naming the field, for a value out of bounds.
     """
 
     max_tokens: int | None = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -82,11 +96,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    logit_bias: dict[int, float] = {}
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, "an integer from 1")
+        most = MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        allowed = "an integer from 0 to max_tokens"
+        _check_integer("min_tokens", self.min_tokens, 0, most, f"{allowed}, which is {most}")
         number = _check_number("temperature", self.temperature, "a number in [0, 2]")
         _check(0 <= number <= 2, "temperature", number, "in [0, 2]")
         number = _check_number("top_p", self.top_p, "a number in (0, 1]")
@@ -94,6 +115,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         number = _check_number("min_p", self.min_p, "a number in [0, 1]")
         _check(0 <= number <= 1, "min_p", number, "in [0, 1]")
         _check_integer("top_k", self.top_k, -1, MAX_TOP_K, "-1 or 0 (all), or an integer from 1")
+        for param in ("presence_penalty", "frequency_penalty"):
+            allowed = f"in [-{MAX_PENALTY}, {MAX_PENALTY}]"
+            number = _check_number(param, getattr(self, param), f"a number {allowed}")
+            _check(-MAX_PENALTY <= number <= MAX_PENALTY, param, number, allowed)
+        allowed = f"in [{MIN_REPETITION}, {MAX_REPETITION}]"
+        number = _check_number("repetition_penalty", self.repetition_penalty, f"a number {allowed}")
+        _check(MIN_REPETITION <= number <= MAX_REPETITION, "repetition_penalty", number, allowed)
+        bias = self.logit_bias
+        allowed = f"a number in [-{MAX_BIAS}, {MAX_BIAS}] for each of {MAX_LOGIT_BIAS} ids at most"
+        _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", f"[{len(bias)} ids]", allowed)
+        for token_id, amount in bias.items():
+            _check_integer("logit_bias", token_id, 0, MAX_TOKENS, "a map of integers from 0")
+            number = _check_number("logit_bias", amount, allowed)
+            _check(-MAX_BIAS <= number <= MAX_BIAS, "logit_bias", number, allowed)
         if self.seed is not None:
             _check_integer("seed", self.seed, SEED_MIN, SEED_MAX, "a signed 64-bit integer")
         if self.logprobs is not None:
@@ -110,6 +145,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"[{len(ids)} ids]", allowed)
         for token_id in ids:
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what is sampled depends on which tokens have been there."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 class StructuredOutputKind(enum.StrEnum):

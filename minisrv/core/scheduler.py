@@ -46,6 +46,7 @@ class RequestState:
     prefill_target: tokens to be in the cache before the request decodes; what was known of it
         when it was admitted.
     max_total: prompt and completion tokens together at which it stops by length.
+    processed: its logits are changed before its tokens are sampled.
     last_step: the last step that names its slot and blocks.
     block_hashes: of its first full blocks, as far as they have been needed.
     num_published: blocks from the first that are in the prefix cache, or were found there.
@@ -65,6 +66,7 @@ class RequestState:
     max_total: int
     cache_salt: str | None = None
     masked: bool = False
+    processed: bool = False
     output: list[int] = field(default_factory=list)
     slot: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -115,6 +117,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
         does not reach the end samples for nothing.
     logprobs: how many alternatives to report beside the sampled token; None for no report.
     masked: it samples one of some tokens, which follow from all tokens of the request before.
+    processed: its logits are changed before its token is sampled.
     """
 
     request_id: str
@@ -126,14 +129,28 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     samples: bool
     logprobs: int | None
     masked: bool = False
+    processed: bool = False
+
+
+class ProcessorStart(msgspec.Struct, frozen=True):
+    """What changing a request's logits needs to know of it: its tokens so far, all of which are
+    known when it is given a slot, and those that would end it."""
+
+    prompt: list[int]
+    output: list[int]
+    stop_token_ids: frozenset[int]
 
 
 class SlotStart(msgspec.Struct, frozen=True):
-    """A slot changed hands: its sampling state is to be written before the step."""
+    """A slot changed hands: its sampling state is to be written before the step.
+
+    processors: None for a request whose logits stay as they are.
+    """
 
     slot: int
     params: SamplingParams
     seed: int
+    processors: ProcessorStart | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +203,8 @@ class SchedulerOutput:
 
     first_rows: its rows, or if it continues a run, those of the run's first step.
     new_slots: slots whose state must be written before the step.
+    freed_slots: those with `processors` that nobody has had since some step before it, or that
+        change hands with it.
     new_blocks: (slot, index in its block table, block) to be written before the step.
     needs_logits: some request has its logits read or changed outside the graph.
     masked: some row is. The step behind this one, which has that request again, needs this one's
@@ -200,6 +219,7 @@ class SchedulerOutput:
     new_blocks: list[tuple[int, int, int]]
     num_decodes: int
     num_tokens: int
+    freed_slots: list[int] = field(default_factory=list)
     needs_logits: bool = False
     masked: bool = False
     run: DecodeRun | None = None
@@ -266,6 +286,7 @@ class Scheduler:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._retiring: list[RequestState] = []
+        self._freed_slots: list[int] = []
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[SchedulerOutput] = deque()
         self._next_step = 0
@@ -289,17 +310,21 @@ class Scheduler:
                 "try again later."
             )
         params = request.params
+        stop_token_ids = frozenset(params.stop_token_ids).union(
+            () if params.ignore_eos else self.eos_token_ids
+        )
         state = RequestState(
             request_id=request.request_id,
             prompt=request.prompt_token_ids,
             params=params,
             seed=seed,
-            stop_token_ids=frozenset(params.stop_token_ids).union(
-                () if params.ignore_eos else self.eos_token_ids
-            ),
+            stop_token_ids=stop_token_ids,
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
             cache_salt=request.cache_salt,
             masked=request.structured_output is not None,
+            processed=bool(
+                params.has_penalties or params.logit_bias or (params.min_tokens and stop_token_ids)
+            ),
         )
         self._requests[state.request_id] = state
         if held:
@@ -402,7 +427,10 @@ class Scheduler:
         self._admit(step)
         if not step.prefills and len(step.decodes) == len(self.running) > 0:
             self._run = DecodeRun.begin(step.decodes, [*self.running], self.pool.block_size)
-        return step.build(self._run)
+        output = step.build(self._run, self._freed_slots)
+        if output is not None:
+            self._freed_slots = []
+        return output
 
     def _settle(self) -> None:
         """End the run: what is true of all its requests is written to each."""
@@ -455,7 +483,7 @@ class Scheduler:
             self.running.append(request)
             request.slot = self.slots.take()
             request.prefill_target = target
-            step.new_slots.append(SlotStart(request.slot, request.params, request.seed))
+            step.new_slots.append(_slot_start(request))
             self._share(request, found)
             while len(request.blocks) < self.pool.blocks_for(target):
                 self._block(request)
@@ -584,6 +612,8 @@ class Scheduler:
             self.pool.give_back(block)
         request.blocks = []
         if request.slot:
+            if request.processed:
+                self._freed_slots.append(request.slot)
             self.slots.give_back(request.slot)
             request.slot = 0
 
@@ -631,6 +661,7 @@ class _StepBuilder:
             samples=samples,
             logprobs=request.params.logprobs,
             masked=samples and request.masked,
+            processed=request.processed,
         )
         (self.decodes if decoding else self.prefills).append(row)
         request.num_scheduled += count
@@ -638,7 +669,7 @@ class _StepBuilder:
         request.last_step = self.step_id
         self.budget -= count
 
-    def build(self, run: DecodeRun | None) -> SchedulerOutput | None:
+    def build(self, run: DecodeRun | None, freed_slots: list[int]) -> SchedulerOutput | None:
         """The step, or None if no request was added. run: that it begins."""
         rows = self.decodes + self.prefills if self.prefills else self.decodes  # a run's own
         if not rows:
@@ -650,6 +681,7 @@ class _StepBuilder:
             new_blocks=self.new_blocks,
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
+            freed_slots=freed_slots,
             needs_logits=_need_logits(rows),
             masked=_masked(rows),
             run=run,
@@ -657,8 +689,16 @@ class _StepBuilder:
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(row.logprobs is not None or row.masked for row in rows)
+    return any(row.logprobs is not None or row.masked or row.processed for row in rows)
 
 
 def _masked(rows: list[ScheduledRow]) -> bool:
     return any(row.masked for row in rows)
+
+
+def _slot_start(request: RequestState) -> SlotStart:
+    processors = None
+    if request.processed:
+        output = list(request.output)  # a copy, as the request goes on
+        processors = ProcessorStart(request.prompt, output, request.stop_token_ids)
+    return SlotStart(request.slot, request.params, request.seed, processors)

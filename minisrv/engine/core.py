@@ -237,17 +237,21 @@ class EngineCore:
 
     def check(self, request: EngineRequest) -> None:
         """Raise RequestError or ContextLengthError for a request that can never be served."""
-        ids, vocab = request.prompt_token_ids, self.info.vocab_size
+        ids, vocab, params = request.prompt_token_ids, self.info.vocab_size, request.params
         if not ids:
             raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        for param, given in (("prompt", ids), ("stop_token_ids", request.params.stop_token_ids)):
+        for param, given in (
+            ("prompt", ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
             bad = next((i for i in given if not 0 <= i < vocab), None)
             if bad is not None:
                 raise RequestError(
                     f"token id {bad} is not in the vocabulary; ids go from 0 to {vocab - 1}.",
                     param=param,
                 )
-        self.scheduler.check(len(ids), request.params.max_tokens)
+        self.scheduler.check(len(ids), params.max_tokens)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or raise what `check` raises, or QueueFullError, and queue nothing."""

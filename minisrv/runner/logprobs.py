@@ -16,7 +16,7 @@ from minisrv.request import TokenLogprobs
 def report_logprobs(
     logits: Tensor, token_ids: Tensor, wanted: Sequence[int | None]
 ) -> list[TokenLogprobs | None] | None:
-    """For each row that wants any, its token's log-probability and the best alternatives; None if
+    """For each row that wants any, its token's log-probability and the best alternatives. None if
     no row does.
 
     logits: [R, V]. token_ids: [R]. wanted: by row, the number of alternatives or None.

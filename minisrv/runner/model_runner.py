@@ -36,6 +36,7 @@ from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
+from minisrv.runner.logits_processors import LogitsProcessors
 from minisrv.runner.logprobs import report_logprobs
 from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.token_masks import AllowedTokens, mask_logits
@@ -96,6 +97,7 @@ class ModelRunner:
         self.vocab_size = config.vocab_size
         self.state = SlotState(sizes, device)
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
+        self.processors = LogitsProcessors(config.vocab_size, device)
         self.results = ResultRing(sizes.rows, device)
         # Not zeroed: nothing reads an entry that has not been written, which certification shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
@@ -126,6 +128,7 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as dispatched."""
         attn = self.buffers.fill(output, dispatch.descriptor)
+        self.processors.start(output)
         self.results.begin()
         with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
             logprobs = self.launch(output, dispatch)
@@ -142,18 +145,21 @@ class ModelRunner:
             logits = buffers.logits[:rows]
         else:
             logits = self._last_rows_logits(rows)
+        tokens, step = buffers.tokens[:rows], output.first_rows
         if descriptor.epilogue is not Epilogue.TOKENS:
-            allowed = logits
+            chosen = logits
+            if output.needs_logits:
+                chosen = self.processors.process(step, logits, buffers.next_positions(rows))
             if output.masked:
                 assert self.allowed is not None
-                allowed = mask_logits(logits, output.first_rows, self.allowed)
-            self._sample(allowed)
+                chosen = mask_logits(chosen, step, self.allowed)
+            self._sample(chosen)
+            if output.needs_logits:
+                self.processors.count(step, tokens)
             buffers.scatter(rows)
         if not output.needs_logits:
             return None
-        return report_logprobs(
-            logits, buffers.tokens[:rows], [row.logprobs for row in output.first_rows]
-        )
+        return report_logprobs(logits, tokens, [row.logprobs for row in step])
 
     @property
     def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:

@@ -31,9 +31,14 @@ from pydantic_core import PydanticCustomError
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import (
+    MAX_BIAS,
+    MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION,
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_K,
+    MIN_REPETITION,
     SEED_MAX,
     SEED_MIN,
     SamplingParams,
@@ -114,6 +119,27 @@ class StreamOptions(_Strict):
     """Report in every chunk the usage so far, of all choices together."""
 
 
+def _logit_bias(value: Any) -> dict[int, float]:
+    """Token ids, which are strings in JSON, to numbers."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"must name at most {MAX_LOGIT_BIAS} tokens, not {len(value)}")
+    if not isinstance(value, dict) or not all(
+        isinstance(name, str)
+        and name.isascii()
+        and name.isdigit()
+        and len(name) <= len(str(MAX_TOKEN_ID))
+        and name == str(int(name))
+        and int(name) <= MAX_TOKEN_ID
+        and type(amount) in (int, float)
+        and -MAX_BIAS <= amount <= MAX_BIAS
+        for name, amount in value.items()
+    ):
+        raise ValueError(
+            f"must map token ids, written as strings, to numbers from -{MAX_BIAS} to {MAX_BIAS}"
+        )
+    return {int(name): float(amount) for name, amount in value.items()}
+
+
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -129,6 +155,8 @@ class GenerationRequest(_Strict):
     """Choices for each prompt. With a seed, the first has it and each other one more."""
     max_tokens: TokenCount | None = None
     """Tokens to generate at most."""
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Tokens before which no end-of-sequence or stop token is sampled and no stop string counts."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -136,6 +164,17 @@ class GenerationRequest(_Strict):
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Keep tokens at least this probable, relative to the most likely one."""
+    logit_bias: Annotated[
+        dict[int, float],
+        PlainValidator(_logit_bias, json_schema_input_type=dict[str, float]),
+    ] = {}
+    """What is added to the logits of tokens, by token id, before penalties and temperature."""
+    presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    """Taken from the logits of tokens that the completion holds."""
+    frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    """Taken from the logits of tokens for each time that the completion holds them."""
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] = 1.0
+    """Divides positive logits of tokens that prompt or completion hold, and multiplies others."""
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
@@ -217,6 +256,7 @@ class GenerationRequest(_Strict):
 
         return SamplingParams(
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
             temperature=first(self.temperature, defaults.temperature, 1.0),
             top_p=first(self.top_p, defaults.top_p, 1.0),
             top_k=int(first(self.top_k, defaults.top_k, 0)),
@@ -224,6 +264,10 @@ class GenerationRequest(_Strict):
             seed=None if self.seed is None else _wrapped(self.seed + choice),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            logit_bias=self.logit_bias,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
             logprobs=self.num_logprobs,
         )
 

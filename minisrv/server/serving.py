@@ -156,6 +156,7 @@ class Serving:
         chat = isinstance(request, ChatCompletionRequest)
         what = "messages" if chat else "prompt"
         _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
+        _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
@@ -175,6 +176,7 @@ class Serving:
             detokenizer = Detokenizer(
                 self.tokenizer,
                 request.stop,
+                min_tokens=request.min_tokens,
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if chat else prompt,
             )

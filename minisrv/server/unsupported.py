@@ -12,11 +12,6 @@ from __future__ import annotations
 import json
 
 EVERYWHERE: dict[str, tuple[object, ...]] = {
-    # OpenAI
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    # vLLM
     "add_special_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
@@ -33,10 +28,8 @@ EVERYWHERE: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "priority": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "request_id": (),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),

@@ -31,6 +31,7 @@ class Detokenizer:
     """The text of one request.
 
     stop: the text ends before the first of these; empty strings are not allowed.
+    min_tokens: tokens in whose text a stop string does not count.
     include_stop: it ends behind that one instead, and a stop token's text is part of it.
     prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
     keep: special tokens that are text all the same, as markers are to who looks for them.
@@ -41,6 +42,7 @@ class Detokenizer:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         *,
+        min_tokens: int = 0,
         include_stop: bool = False,
         prompt_token_ids: Sequence[int] = (),
         keep: frozenset[int] = frozenset(),
@@ -54,6 +56,7 @@ class Detokenizer:
         )
         self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
         self._include_stop = include_stop
+        self._min_left = min_tokens if stop else 0
 
     @property
     def stopped(self) -> bool:
@@ -73,6 +76,12 @@ class Detokenizer:
         if matcher is not None and matcher.stopped:
             return ""
         special = self._special
+        if self._min_left and token_ids:
+            assert matcher is not None
+            early, later = token_ids[: self._min_left], token_ids[self._min_left :]
+            self._min_left -= len(early)
+            text = self._decoder.push([i for i in early if i not in special], False)
+            return matcher.push(text, may_stop=False) + self.push(later, final)
         text = self._decoder.push([i for i in token_ids if i not in special], final)
         if matcher is None:
             return text

@@ -28,12 +28,15 @@ class StopMatcher:
         self.stopped = False
         self.rest = ""
 
-    def push(self, text: str) -> str:
-        """Add text; returns what is certain not to belong to a stop string."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """Add text; returns what is certain not to belong to a stop string.
+
+        may_stop: whether a stop string that this text completes counts.
+        """
         text = self._held + text
         done = len(self._held)
         for end in range(done, len(text)):
-            if cut := self._step(text[end]):
+            if (cut := self._step(text[end])) and may_stop:
                 self.stopped = True
                 self._held = ""
                 self.rest = text[end + 1 :]
@@ -58,6 +61,7 @@ class StopMatcher:
                 matched += 1
             if matched == len(pattern):
                 complete = max(complete, matched)
+                matched = failure[matched - 1]
             self._matched[i] = matched
         return complete
 

@@ -220,6 +220,44 @@ def test_ignore_eos(client: openai.OpenAI) -> None:
     assert ignoring.choices[0].message.content.startswith(ended.choices[0].message.content)
 
 
+def test_min_tokens(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "What is 2 + 3?"}]
+    ended = chat(client, messages=messages)
+    assert ended.usage.completion_tokens < 20
+    longer = chat(client, messages=messages, extra_body={"min_tokens": 20})
+    assert longer.usage.completion_tokens >= 20
+    text = text_of(client)
+    stop = text[15:19]
+    extra = {"min_tokens": 31}
+    assert text_of(client, stop=stop, extra_body=extra).startswith(text[: text.index(stop) + 4])
+
+
+def test_logit_bias(client: openai.OpenAI) -> None:
+    first = complete(client, max_tokens=1, extra_body={"return_token_ids": True}).choices[0]
+    [token] = first.token_ids
+    banned = complete(client, logit_bias={str(token): -100}, extra_body={"return_token_ids": True})
+    assert token not in banned.choices[0].token_ids
+    wanted = complete(client, logit_bias={str(token): 100}, extra_body={"return_token_ids": True})
+    assert wanted.choices[0].token_ids == [token] * 32
+
+
+def test_penalties(client: openai.OpenAI) -> None:
+    """Whatever repeats, repeats less; the first token of a greedy answer is the same."""
+    prompt = "apple apple apple apple apple apple apple"
+
+    def ids(**fields: Any) -> list[int]:
+        extra = {"return_token_ids": True} | fields.pop("extra_body", {})
+        answer = complete(client, prompt=prompt, max_tokens=60, extra_body=extra, **fields)
+        return list(answer.choices[0].token_ids)
+
+    plain = ids()
+    for fields in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
+        found = ids(**fields)
+        assert found[0] == plain[0]
+        assert len(set(found)) > len(set(plain))
+    assert len(set(ids(extra_body={"repetition_penalty": 1.5}))) > len(set(plain))
+
+
 def test_token_id_prompts(client: openai.OpenAI) -> None:
     choice = complete(client, extra_body={"return_token_ids": True}).choices[0]
     by_ids = complete(client, prompt=choice.prompt_token_ids)

@@ -61,6 +61,8 @@ async def post(client: httpx.AsyncClient, route: str, **fields: Any) -> httpx.Re
         ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
         ({"what": 1}, "what", "Unrecognized request argument supplied: what"),
         ({"n": 129}, "n", "less than or equal to 128"),
+        ({"min_tokens": 17, "max_tokens": 16}, "min_tokens", "from 0 to max_tokens, which is 16"),
+        ({"logit_bias": {str(INFO.vocab_size): 1}}, "logit_bias", "from 0 to 399"),
         ({"best_of": 2}, "best_of", "is not supported by this server; leave it out or send 1."),
         ({"stream_options": {}}, "stream_options", "only allowed when stream is true"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer (got '5')"),

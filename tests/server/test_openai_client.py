@@ -93,6 +93,21 @@ async def test_extensions(client: openai.AsyncOpenAI) -> None:
     assert choice.graph_steps == {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
 
 
+async def test_what_changes_logits(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    await client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        logit_bias={"5": -100},
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        extra_body={"min_tokens": 3, "repetition_penalty": 1.2},
+    )
+    params = engine.requests[0].params
+    assert (params.logit_bias, params.presence_penalty) == ({5: -100.0}, 0.5)
+    assert (params.frequency_penalty, params.repetition_penalty) == (-1, 1.2)
+    assert params.min_tokens == 3
+
+
 async def test_choices(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     chat = await client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=5)
     assert [choice.index for choice in chat.choices] == [0, 1, 2]

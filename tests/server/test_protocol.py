@@ -64,6 +64,19 @@ def test_prompts_that_are_none(prompt: object) -> None:
         ("model", ["x"], [1, "x" * 513, "\ud800"]),
         ("n", [1, 128], [0, -1, 129, 1.0, "2", True]),
         ("max_tokens", [1, 2**31 - 1], [0, -1, 2**31, 1.0, "1", True, 10**400]),
+        ("min_tokens", [0, 2**31 - 1], [-1, 2**31, 1.0, "1", True]),
+        (
+            "logit_bias",
+            [{}, {"5": -100, "0": 1.5}, {str(i): 1 for i in range(300)}],
+            [
+                *({"5": 101}, {"5": "1"}, {"5": True}, {"5": float("nan")}, {"5": None}, {"x": 1}),
+                *({"-1": 1}, {"01": 1}, {"²": 1}, {str(2**31): 1}, {"1" * 5000: 1}, [[5, 1]], "5"),
+                {str(i): 1 for i in range(301)},
+            ],
+        ),
+        ("presence_penalty", [0, -2, 2.0], [2.1, -2.1, "1", True, float("nan")]),
+        ("frequency_penalty", [0, -2, 2.0], [2.1, -2.1, "1", True, float("inf")]),
+        ("repetition_penalty", [1, 0.01, 100], [0, 101, -1, "1", True]),
         ("temperature", [0, 2, 0.5], [-0.1, 2.1, "1", True, float("nan"), float("inf")]),
         ("top_p", [1, 0.1], [0, 1.1, float("nan")]),
         ("top_k", [-1, 0, 5], [-2, 2**31, 1.5]),
@@ -213,12 +226,7 @@ def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
     ("field", "value"),
     [
         ("best_of", 2),
-        ("logit_bias", {"1": 5}),
-        ("presence_penalty", 0.1),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
         ("response_format", {"type": "json_object"}),
-        ("min_tokens", 1),
         ("echo", True),
         ("prompt_logprobs", 1),
         ("guided_json", {}),
@@ -241,6 +249,8 @@ def test_every_supported_field_does_something() -> None:
     handled |= {"stop", "max_tokens", "cache_salt", "n", "include_stop_str_in_output"}
     # Those by the server; the rest goes to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
+    sampling |= {"min_tokens", "logit_bias"}
+    sampling |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
     assert set(GenerationRequest.model_fields) == ignored | handled | sampling
     assert sampling <= set(SamplingParams.__struct_fields__)
 
@@ -255,9 +265,11 @@ def test_sampling_defaults_are_the_checkpoint_s_and_then_openai_s() -> None:
 
 
 def test_sampling_parameters_reach_the_engine() -> None:
+    same: dict[str, Any] = {"seed": -3, "ignore_eos": True, "logprobs": 2, "min_tokens": 2}
+    same |= {"presence_penalty": 0.5, "frequency_penalty": -1.5, "repetition_penalty": 1.2}
     params = completion(
-        seed=-3, stop="x", stop_token_ids=[4], ignore_eos=True, logprobs=2
+        stop="x", stop_token_ids=[4], logit_bias={"7": -3, "8": 0.5}, **same
     ).sampling_params(SILENT, 5)
     assert params == SamplingParams(
-        max_tokens=5, seed=-3, stop_token_ids=(4,), ignore_eos=True, logprobs=2
+        max_tokens=5, stop_token_ids=(4,), logit_bias={7: -3.0, 8: 0.5}, **same
     )

@@ -35,6 +35,21 @@ def test_a_stop_string_across_pieces_does_not_leak() -> None:
     assert matcher.stopped
 
 
+def test_the_stop_string_may_be_let_through() -> None:
+    matcher = StopMatcher(["</end>"], include_stop=True)
+    assert [matcher.push(p) for p in ("a</", "en", "d", ">b")] == ["a", "", "", "</end>"]
+    assert matcher.stopped
+
+
+def test_a_stop_string_that_comes_too_early_is_text() -> None:
+    """And one that begins early may end the text later."""
+    matcher = StopMatcher(["aa"])
+    assert matcher.push("xaaa", may_stop=False) == "xaa"
+    assert not matcher.stopped
+    assert matcher.push("a") == ""
+    assert matcher.stopped
+
+
 def test_what_turns_out_to_be_no_stop_string_is_let_go() -> None:
     matcher = StopMatcher(["</end>"])
     assert [matcher.push(p) for p in ("a</", "en", "x")] == ["a", "", "</enx"]

@@ -1,0 +1,185 @@
+"""Bias, min_tokens and penalties: the tokens of a plain reference, in every mode and at both lags,
+through preemptions, beside requests that ask for nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from minisrv.config import EngineConfig
+from minisrv.core.scheduler import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.engine.core import EngineCore
+from minisrv.errors import RequestError
+from minisrv.kernels.sampling import scores
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner import logits_processors
+from minisrv.runner.logits_processors import LogitsProcessors
+from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint, make_model
+
+MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
+EPSILON = 1e-3
+"""Scores closer than this may be ordered by rounding."""
+
+ASKED: list[dict[str, Any]] = [
+    {},
+    {"logit_bias": {7: 100.0}},
+    {"logit_bias": {7: -100.0, 11: 3.5, 0: 2.0}, "temperature": 0.7, "seed": 3},
+    {"min_tokens": 20, "logit_bias": {EOS: 100.0, 9: 90.0}, "stop_token_ids": (9,)},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 1.5, "temperature": 1.0, "seed": 8},
+    {"frequency_penalty": -2.0, "presence_penalty": -1.0},
+    {"repetition_penalty": 1.8, "logprobs": 2},
+    {"repetition_penalty": 0.5, "presence_penalty": 1.0, "temperature": 1.3, "top_k": 30},
+    {"temperature": 0.8, "seed": 4, "logprobs": 0},
+]
+
+
+def processed(logits: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams):
+    """One row [vocab], token by token."""
+    values = logits.tolist()
+    for token, amount in params.logit_bias.items():
+        values[token] += amount
+    if len(output) < params.min_tokens:
+        for token in {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}:
+            values[token] = -torch.inf
+    for token in {*prompt, *output}:
+        by = params.repetition_penalty
+        values[token] = values[token] / by if values[token] > 0 else values[token] * by
+    for token, times in Counter(output).items():
+        values[token] -= params.frequency_penalty * times + params.presence_penalty
+    return torch.tensor(values)
+
+
+@torch.no_grad()
+def check(model: PreTrainedModel, prompt: list[int], tokens: list[int], params: SamplingParams):
+    """Every token is what the reference chooses behind those before it."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 :]
+    for index, token in enumerate(tokens):
+        values = processed(logits[index], prompt, tokens[:index], params)
+        found = scores(
+            values[None],
+            torch.tensor([len(prompt) + index]),
+            temperature=torch.tensor([params.temperature]),
+            top_k=torch.tensor([params.top_k]),
+            top_p=torch.tensor([params.top_p]),
+            min_p=torch.tensor([params.min_p]),
+            seed=torch.tensor([params.seed or 0]),
+        )[0]
+        assert found.max() - found[token] < EPSILON, f"token {index} of {params}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+def requests() -> list[EngineRequest]:
+    """Each asks for something else; prompts repeat tokens, and one is longer than a chunk."""
+    found = []
+    for index, asked in enumerate(ASKED):
+        prompt = [(5 * i * i + index) % 40 for i in range((3, 9, 25)[index % 3])]
+        greedy = {"temperature": 0.0, "max_tokens": 28, "seed": 1}
+        params = SamplingParams(**{**greedy, **asked})
+        found.append(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+    return found
+
+
+@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_lag_gives_the_reference_s_tokens(
+    checkpoint, mode, lag, tape_holds_mixed_batches, monkeypatch
+):
+    monkeypatch.setattr(logits_processors, "PIECE", 2 * VOCAB_SIZE)
+    config = EngineConfig(
+        model=checkpoint,
+        device="cpu",
+        dtype="float32",
+        cudagraph_mode=CUDAGraphMode(mode),
+        async_scheduling=lag,
+        max_num_seqs=6,
+        max_num_batched_tokens=16,
+        max_model_len=64,
+        block_size=4,
+        num_kv_blocks=40,
+    )
+    engine = EngineCore(config, check_addresses=True)
+    tokens: dict[str, list[int]] = {}
+    for request in requests():
+        engine.add(request)
+        for _ in range(2):
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    ran: dict[str, dict[str, int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.graph_steps is not None:
+                ran[output.request_id] = output.graph_steps
+    assert engine.stats().preemptions >= 2
+    model = make_model("qwen3")
+    for request in requests():
+        check(model, request.prompt_token_ids, tokens[request.request_id], request.params)
+    assert tokens["1"] == [7] * 28
+    assert EOS in tokens["3"] or 9 in tokens["3"]
+    assert len(tokens["3"]) == 21, "the first that may end it does"
+    if mode.startswith("full"):
+        assert all(steps.get("FULL/pure_decode", 0) > 5 for steps in ran.values())
+    assert len(engine.runner.processors.counts) <= 8, "a row for each that asked at once"
+
+
+def row(slot: int, *, samples: bool = True) -> ScheduledRow:
+    return ScheduledRow(str(slot), slot, 0, 1, [], True, samples, None, processed=True)
+
+
+def test_tables_grow_and_rows_are_used_again():
+    """Slots go round, first in first out; rows do not."""
+    processors = LogitsProcessors(VOCAB_SIZE, torch.device("cpu"))
+    params = SamplingParams(frequency_penalty=1.0)
+    logits = torch.zeros(1, VOCAB_SIZE)
+    freed: list[int] = []
+    for slot in range(1, 9):
+        start = SlotStart(slot, params, 0, ProcessorStart([1], [4, 4, slot + 10], frozenset()))
+        rows = [row(slot)]
+        processors.start(SchedulerOutput(0, rows, [start], [], 1, 1, freed_slots=freed))
+        processors.count(rows, torch.tensor([5]))
+        found = processors.process(rows, logits, torch.tensor([9]))
+        expected = torch.zeros(VOCAB_SIZE)
+        expected[4], expected[5], expected[slot + 10] = -2, -1, -1
+        assert torch.equal(found[0], expected)
+        freed = [slot]
+    assert len(processors.counts) == 1
+    assert not logits.any(), "log-probabilities are of the logits as they were"
+    unfinished = [row(8, samples=False)]
+    assert processors.process(unfinished, logits, torch.tensor([9])) is logits
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("min_tokens", [-1, 17, 1.0, True]),
+        ("presence_penalty", [-2.1, 2.1, "1", float("nan")]),
+        ("frequency_penalty", [-2.1, 2.1, None]),
+        ("repetition_penalty", [0, 0.001, 101, float("inf")]),
+        ("logit_bias", [{-1: 1}, {"1": 1}, {1: 101}, {1: "x"}, dict.fromkeys(range(301), 1)]),
+    ],
+)
+def test_bounds(field, values):
+    for value in values:
+        with pytest.raises(RequestError) as raised:
+            SamplingParams(**{field: value})
+        assert raised.value.param == field
+
+
+def test_a_bias_for_a_token_that_is_not_there(checkpoint):
+    engine = EngineCore(
+        EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, max_num_seqs=2)
+    )
+    params = SamplingParams(logit_bias={VOCAB_SIZE: 1.0})
+    with pytest.raises(RequestError, match="not in the vocabulary") as raised:
+        engine.check(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
+    assert raised.value.param == "logit_bias"
