@@ -52,12 +52,14 @@ class RequestOutput:
     """A prompt and what came of it.
 
     num_cached_tokens: tokens of the prompt that were found in the prefix cache.
+    prompt_logprobs: of each prompt token, None for the first; None if they were not asked for.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class LLM:
@@ -161,6 +163,8 @@ class _Job:
         if request.params.logprobs is not None:
             self.completion.logprobs = []
         self.result = RequestOutput(request.request_id, request.prompt_token_ids, [self.completion])
+        if request.params.prompt_logprobs is not None:
+            self.result.prompt_logprobs = [None]
 
     @property
     def stopped(self) -> bool:
@@ -170,6 +174,8 @@ class _Job:
         """Add an output. Behind a stop string the engine's answer to the abort is the last."""
         completion, reason = self.completion, output.finish_reason
         self.result.num_cached_tokens += output.num_cached_tokens
+        if self.result.prompt_logprobs is not None:
+            self.result.prompt_logprobs += output.prompt_logprobs
         completion.token_ids += output.token_ids
         if completion.logprobs is not None and output.logprobs is not None:
             completion.logprobs += output.logprobs

@@ -62,7 +62,8 @@ def _check_number(param: str, value: object, allowed: str) -> float:
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens and when to stop. Field names and meanings are vLLM's and OpenAI's.
 
-    max_tokens: completion tokens at most; None means up to the context length.
+    max_tokens: completion tokens at most; None means up to the context length. 0 ends the request
+        when its prompt has been computed.
     min_tokens: completion tokens before which nothing ends the request but max_tokens: no
         end-of-sequence or stop token is sampled, and no stop string is looked for.
     temperature: 0 is greedy.
@@ -81,6 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: what the logit of a token in prompt or completion is divided by if it is
         positive, and multiplied with if not.
     logprobs: report the sampled token's log-probability and this many alternatives (None: off).
+    prompt_logprobs: the same of every prompt token but the first. The whole prompt is computed
+        then, whatever of it is cached.
 
     Raises RequestError, naming the field, for a value out of bounds.
     """
@@ -101,10 +104,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS, "an integer from 1")
+            _check_integer("max_tokens", self.max_tokens, 0, MAX_TOKENS, "an integer from 0")
         most = MAX_TOKENS if self.max_tokens is None else self.max_tokens
         allowed = "an integer from 0 to max_tokens"
         _check_integer("min_tokens", self.min_tokens, 0, most, f"{allowed}, which is {most}")
@@ -131,10 +135,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _check(-MAX_BIAS <= number <= MAX_BIAS, "logit_bias", number, allowed)
         if self.seed is not None:
             _check_integer("seed", self.seed, SEED_MIN, SEED_MAX, "a signed 64-bit integer")
-        if self.logprobs is not None:
-            _check_integer(
-                "logprobs", self.logprobs, 0, MAX_LOGPROBS, f"an integer in [0, {MAX_LOGPROBS}]"
-            )
+        for param, count in (
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ):
+            if count is not None:
+                allowed = f"an integer in [0, {MAX_LOGPROBS}]"
+                _check_integer(param, count, 0, MAX_LOGPROBS, allowed)
         # One string is one stop string, not a sequence of characters.
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         msgspec.structs.force_setattr(self, "stop", stop)
@@ -237,6 +244,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: list[tuple[int, float]]
     """The most likely (token id, logprob) pairs, best first."""
+    rank: int
+    """The token's place among all, from 1."""
 
 
 class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -248,6 +257,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] = []
+    """Of prompt tokens, from the second on: all have come when the first token comes."""
     finish_reason: FinishReason | None = None
     error: RequestFailure | None = None
     graph_steps: dict[str, int] | None = None

@@ -68,6 +68,27 @@ def test_a_stop_string_cuts_the_text_and_keeps_the_provenance(llm, one):
     assert not llm.engine.has_work
 
 
+def test_what_is_asked_of_a_stop_string(llm):
+    whole = llm.generate([[9, 9]], greedy(max_tokens=30))[0].outputs[0]
+    stop = whole.text[4:6]
+    end = whole.text.index(stop) + 2
+
+    def text(**given) -> str:
+        return llm.generate([[9, 9]], greedy(max_tokens=30, stop=stop, **given))[0].outputs[0].text
+
+    assert text(include_stop_str_in_output=True) == whole.text[:end]
+    assert text(min_tokens=30) == whole.text
+
+
+def test_a_prompt_can_be_scored_by_itself(llm):
+    [output] = llm.generate([[4, 5, 6]], greedy(max_tokens=0, prompt_logprobs=1))
+    assert output.prompt_logprobs[0] is None
+    assert [entry.token_id for entry in output.prompt_logprobs[1:]] == [5, 6]
+    assert output.outputs[0].token_ids == []
+    assert output.outputs[0].finish_reason is FinishReason.LENGTH
+    assert llm.generate([[4, 5, 6]], greedy())[0].prompt_logprobs is None
+
+
 def test_logprobs_are_those_of_the_chosen_tokens(llm):
     completion = llm.generate([[4]], greedy(logprobs=3))[0].outputs[0]
     assert [entry.token_id for entry in completion.logprobs] == completion.token_ids
@@ -103,7 +124,7 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
 @pytest.mark.parametrize(
     "field",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"max_tokens": 2.5},
         {"temperature": float("nan")},
         {"temperature": -0.1},
@@ -117,6 +138,7 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
         {"stop_token_ids": [-1]},
         {"stop_token_ids": list(range(65))},
         {"logprobs": 21},
+        {"prompt_logprobs": -1},
     ],
 )
 def test_parameters_out_of_bounds_are_named(field):

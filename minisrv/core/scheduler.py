@@ -52,6 +52,7 @@ class RequestState:
     num_published: blocks from the first that are in the prefix cache, or were found there.
     num_cached_tokens: prompt tokens found there when it was first admitted; None before.
     masked: its next token is one of some that follow from all its tokens.
+    num_scored: prompt tokens behind the first whose log-probabilities scheduled steps report.
     ended: it has its finish reason; what steps in flight sample for it is dropped.
 
     Of a member of the current `DecodeRun`, num_scheduled, num_in_flight and last_step are what they
@@ -77,6 +78,7 @@ class RequestState:
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_cached_tokens: int | None = None
+    num_scored: int = 0
     ended: bool = False
 
     @property
@@ -89,6 +91,26 @@ class RequestState:
         """Whether the prefill is behind it. This state, not the shape of a step, is what makes a
         batch pure decode."""
         return self.num_scheduled >= self.prefill_target
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens from the first that need not be computed if they are cached: of the last the
+        result is the next token, and of others the next one's log-probability may be due."""
+        unscored = self.params.prompt_logprobs is not None and (
+            self.num_scored < len(self.prompt) - 1
+        )
+        return self.num_scored if unscored else self.total - 1
+
+    def score(self, start: int, stop: int) -> PromptScore | None:
+        """What a row of tokens `start` to `stop` is to report of the prompt; then it is scored."""
+        num_top = self.params.prompt_logprobs
+        if num_top is None:
+            return None
+        first, last = max(start, self.num_scored), min(stop, len(self.prompt) - 1)
+        if first >= last:
+            return None
+        self.num_scored = last
+        return PromptScore(first - start, self.prompt[first + 1 : last + 1], num_top)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The ids of known tokens `start` to `stop`, prompt and output counted through."""
@@ -106,6 +128,19 @@ class RequestState:
         return known[:count]
 
 
+class PromptScore(msgspec.Struct, frozen=True):
+    """Prompt tokens whose log-probabilities a row is to report.
+
+    offset: of the row's token behind which the first of them stands.
+    token_ids: themselves, one behind the other. The last may be the first of the next chunk.
+    num_top: how many alternatives to report beside each.
+    """
+
+    offset: int
+    token_ids: list[int]
+    num_top: int
+
+
 class ScheduledRow(msgspec.Struct, frozen=True):
     """One request's part of a step.
 
@@ -118,6 +153,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     logprobs: how many alternatives to report beside the sampled token; None for no report.
     masked: it samples one of some tokens, which follow from all tokens of the request before.
     processed: its logits are changed before its token is sampled.
+    score: what it is to report of the prompt.
     """
 
     request_id: str
@@ -130,6 +166,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     logprobs: int | None
     masked: bool = False
     processed: bool = False
+    score: PromptScore | None = None
 
 
 class ProcessorStart(msgspec.Struct, frozen=True):
@@ -244,7 +281,8 @@ class SchedulerOutput:
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
-    """What a step added to one request. `token` is None for an abort.
+    """What a step added to one request. `token` is None for an abort, for a request that asked for
+    no token, and where there is nothing but a report of the prompt.
 
     row: index of the step's row it comes from; None for an abort.
     num_cached_tokens: with the request's first token, how much of its prompt was not computed.
@@ -348,7 +386,7 @@ class Scheduler:
         Raises ContextLengthError if it can never fit the context or the whole cache.
         """
         limit = min(self.max_model_len, self.pool.capacity)
-        wanted = prompt_len + (max_tokens or 1)
+        wanted = prompt_len + (1 if max_tokens is None else max_tokens)
         if wanted > limit:
             completion = f" and {max_tokens} in the completion" if max_tokens else ""
             raise ContextLengthError(
@@ -357,7 +395,7 @@ class Scheduler:
                 "prompt or ask for fewer tokens.",
                 param="max_tokens" if max_tokens and prompt_len < limit else "prompt",
             )
-        return wanted if max_tokens else limit
+        return limit if max_tokens is None else wanted
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """Drop a request; None if it has ended already. What its steps in flight sample is
@@ -366,11 +404,11 @@ class Scheduler:
         if request is None:
             return None
         if request.slot:
-            self._settle()
-            self.running.remove(request)
-        elif not self.held.pop(request_id, None):
-            self.waiting.remove(request)
-        self._finish(request)
+            self._end(request)
+        else:
+            if not self.held.pop(request_id, None):
+                self.waiting.remove(request)
+            self._finish(request)
         return TokenEvent(request_id, None, FinishReason.ABORT)
 
     @property
@@ -495,7 +533,7 @@ class Scheduler:
         if not self.enable_prefix_caching:
             return []
         size = self.pool.block_size
-        return self.pool.find(request.hashes((request.total - 1) // size, size))
+        return self.pool.find(request.hashes(request.num_skippable // size, size))
 
     def _share(self, request: RequestState, found: list[int]) -> None:
         """Begin the request with the blocks of `_find_prefix`. Before it takes others: they may
@@ -557,13 +595,21 @@ class Scheduler:
             if request is None:
                 continue  # it has ended
             self._publish(request, row.start + row.num_tokens)
-            if not row.samples:
-                continue  # a chunk in the middle of a prompt
+            if not row.samples:  # a chunk in the middle of a prompt
+                if row.score is not None:
+                    events.append(TokenEvent(request.request_id, None, None, index))
+                continue
             request.num_in_flight -= 1
+            if request.max_total == len(request.prompt):  # and no token is wanted
+                self._end(request)
+                cached = request.num_cached_tokens or 0
+                reason = FinishReason.LENGTH
+                events.append(TokenEvent(request.request_id, None, reason, index, cached))
+                continue
             request.output.append(token)
-            reason = self._end_if_due(request, token)
+            ended = self._end_if_due(request, token)
             cached = (request.num_cached_tokens or 0) if len(request.output) == 1 else 0
-            events.append(TokenEvent(request.request_id, token, reason, index, cached))
+            events.append(TokenEvent(request.request_id, token, ended, index, cached))
         return events
 
     def _retire_decodes(
@@ -593,10 +639,14 @@ class Scheduler:
             reason = FinishReason.LENGTH
         else:
             return None
+        self._end(request)
+        return reason
+
+    def _end(self, request: RequestState) -> None:
+        """It has run, and runs no more."""
         self._settle()
         self.running.remove(request)
         self._finish(request)
-        return reason
 
     def _finish(self, request: RequestState) -> None:
         request.ended = True
@@ -662,6 +712,7 @@ class _StepBuilder:
             logprobs=request.params.logprobs,
             masked=samples and request.masked,
             processed=request.processed,
+            score=request.score(start, start + count),
         )
         (self.decodes if decoding else self.prefills).append(row)
         request.num_scheduled += count
@@ -689,7 +740,10 @@ class _StepBuilder:
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(row.logprobs is not None or row.masked or row.processed for row in rows)
+    return any(
+        row.logprobs is not None or row.masked or row.processed or row.score is not None
+        for row in rows
+    )
 
 
 def _masked(rows: list[ScheduledRow]) -> bool:

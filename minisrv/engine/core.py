@@ -374,10 +374,11 @@ class EngineCore:
         self._graph_steps.count(output.first_rows, f"{mode}/{reason}")
 
     def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
-        logprobs = None
+        logprobs, prompt_logprobs = None, []
         if result is not None and result.logprobs is not None and event.row is not None:
-            found = result.logprobs[event.row]
-            logprobs = None if found is None else [found]
+            found = result.logprobs.sampled[event.row]
+            logprobs = None if found is None or event.token is None else [found]
+            prompt_logprobs = result.logprobs.prompt[event.row]
         graph_steps = None
         if event.finish_reason is not None:
             graph_steps = self._graph_steps.close(event.request_id)
@@ -387,6 +388,7 @@ class EngineCore:
             request_id=event.request_id,
             token_ids=[] if event.token is None else [event.token],
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=event.finish_reason,
             graph_steps=graph_steps,
             num_cached_tokens=event.num_cached_tokens,

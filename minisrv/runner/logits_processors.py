@@ -22,10 +22,7 @@ from torch import Tensor
 
 from minisrv.core.scheduler import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
 from minisrv.runner.input_buffers import to_device
-
-PIECE = 1 << 24
-"""Logits that are changed at a time. It bounds the memory for what is computed on the way, which on
-a GPU is found beside the cache."""
+from minisrv.runner.logprobs import LOGITS_AT_ONCE
 
 _IN_PROMPT = 1 << 30
 """In a count, beside it: the token is in the prompt."""
@@ -123,7 +120,7 @@ class LogitsProcessors:
         if found is None:
             return logits
         processed = logits.to(torch.float32, copy=True)
-        at_once = max(1, PIECE // logits.shape[1])
+        at_once = max(1, LOGITS_AT_ONCE // logits.shape[1])
         for at, table in zip(found.at.split(at_once), found.table.split(at_once), strict=True):
             values = processed.index_select(0, at)
             processed.index_copy_(0, at, self._changed(values, table, positions[at]))

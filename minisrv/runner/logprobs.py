@@ -1,36 +1,94 @@
-"""Log-probabilities of sampled tokens, for the requests that ask.
+"""Log-probabilities of sampled tokens, and of prompts, for the requests that ask.
 
-Of the unmodified distribution: before temperature and filters, as the OpenAI API and vLLM report.
+Of the unmodified distribution: before bias, penalties, temperature and filters, as the OpenAI API
+and vLLM report. Knows: logits and hidden states. Knows nothing of which prompt tokens are due: the
+scheduler says so of each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minisrv.core.scheduler import ScheduledRow
 from minisrv.request import TokenLogprobs
+from minisrv.runner.input_buffers import to_device
+
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that are worked on at a time where there may be many. It bounds the memory for what is
+computed on the way, which on a GPU is found beside the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobReport:
+    """What a step reports, by row. sampled: None for a row that wants none. prompt: of the prompt
+    tokens that the row is to score, one behind the other."""
+
+    sampled: list[TokenLogprobs | None]
+    prompt: list[list[TokenLogprobs]]
 
 
 def report_logprobs(
     logits: Tensor, token_ids: Tensor, wanted: Sequence[int | None]
-) -> list[TokenLogprobs | None] | None:
-    """For each row that wants any, its token's log-probability and the best alternatives. None if
-    no row does.
+) -> list[TokenLogprobs | None]:
+    """For each row that wants any, its token's log-probability and the best alternatives.
 
     logits: [R, V]. token_ids: [R]. wanted: by row, the number of alternatives or None.
     """
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return None
-    logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
-    most = max(count or 0 for count in wanted)
-    best, ids = (tensor.tolist() for tensor in logprobs.topk(min(most, logits.shape[1]), dim=-1))
-    chosen = logprobs.gather(1, token_ids[rows][:, None]).squeeze(1).tolist()
     report: list[TokenLogprobs | None] = [None] * len(wanted)
-    for index, row in enumerate(rows):
-        count = wanted[row] or 0
-        top = list(zip(ids[index][:count], best[index][:count], strict=True))
-        report[row] = TokenLogprobs(int(token_ids[row]), chosen[index], top)
+    rows = [row for row, count in enumerate(wanted) if count is not None]
+    if rows:
+        found = _report(logits[rows], token_ids[rows], [wanted[row] or 0 for row in rows])
+        for row, logprobs in zip(rows, found, strict=True):
+            report[row] = logprobs
     return report
+
+
+def score_prompts(
+    rows: Sequence[ScheduledRow],
+    hidden: Tensor,
+    compute_logits: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> list[list[TokenLogprobs]]:
+    """For each row, the log-probabilities of the prompt tokens that it is to score.
+
+    hidden: [T, hidden], of the tokens of all rows. compute_logits: [N, hidden] to [N, vocab_size].
+    """
+    places: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    ends = list(accumulate(row.num_tokens for row in rows))
+    for row, end in zip(rows, ends, strict=True):
+        if (score := row.score) is not None:
+            first, number = end - row.num_tokens + score.offset, len(score.token_ids)
+            places += range(first, first + number)
+            targets += score.token_ids
+            counts += [score.num_top] * number
+    found: list[TokenLogprobs] = []
+    at, token_ids = to_device(np.array([places, targets], np.int64), hidden.device)
+    at_once = max(1, LOGITS_AT_ONCE // vocab_size)
+    for start in range(0, len(places), at_once):
+        piece = slice(start, start + at_once)
+        logits = compute_logits(hidden.index_select(0, at[piece]))
+        found += _report(logits, token_ids[piece], counts[piece])
+    scored = iter(found)
+    return [[next(scored) for _ in row.score.token_ids] if row.score else [] for row in rows]
+
+
+def _report(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Of N tokens. logits: [N, V]. token_ids: [N] int64. counts: alternatives of each."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    most = min(max(counts), logits.shape[1])
+    best, ids = (tensor.tolist() for tensor in logprobs.topk(most, dim=-1))
+    own = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > own).sum(dim=1) + 1
+    chosen = zip(token_ids.tolist(), own.squeeze(1).tolist(), ranks.tolist(), strict=True)
+    return [
+        TokenLogprobs(token, logprob, list(zip(top_ids[:n], top[:n], strict=True)), rank)
+        for (token, logprob, rank), top_ids, top, n in zip(chosen, ids, best, counts, strict=True)
+    ]

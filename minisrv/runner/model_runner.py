@@ -24,7 +24,7 @@ from torch import Tensor
 from minisrv.config import ModelConfig
 from minisrv.core.dispatcher import Dispatch, StepTime
 from minisrv.core.ladder import Ladders
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
 from minisrv.graph.certify import Start, certify
@@ -37,12 +37,12 @@ from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logits_processors import LogitsProcessors
-from minisrv.runner.logprobs import report_logprobs
+from minisrv.runner.logprobs import LogprobReport, report_logprobs, score_prompts
 from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.token_masks import AllowedTokens, mask_logits
 from minisrv.runner.trial import GREEDY, StepTrial
 
-Launch = Callable[[SchedulerOutput, Dispatch], list[TokenLogprobs | None] | None]
+Launch = Callable[[SchedulerOutput, Dispatch], LogprobReport | None]
 """What a step launches once its buffers are filled; see `ModelRunner._launch`."""
 
 DRIVER_BYTES = 2 << 20
@@ -134,9 +134,7 @@ class ModelRunner:
             logprobs = self.launch(output, dispatch)
         return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
 
-    def _launch(
-        self, output: SchedulerOutput, dispatch: Dispatch
-    ) -> list[TokenLogprobs | None] | None:
+    def _launch(self, output: SchedulerOutput, dispatch: Dispatch) -> LogprobReport | None:
         """Run what lies between the filled buffers and the sampled tokens."""
         descriptor, buffers = dispatch.descriptor, self.buffers
         rows = output.num_rows
@@ -157,9 +155,21 @@ class ModelRunner:
             if output.needs_logits:
                 self.processors.count(step, tokens)
             buffers.scatter(rows)
-        if not output.needs_logits:
+        return self._report(step, logits, tokens) if output.needs_logits else None
+
+    def _report(
+        self, step: list[ScheduledRow], logits: Tensor, tokens: Tensor
+    ) -> LogprobReport | None:
+        """What the rows want to know, which the host waits for; None if they want nothing."""
+        sampled = [row.logprobs for row in step]
+        scores = any(row.score is not None for row in step)
+        if not scores and not any(count is not None for count in sampled):
             return None
-        return report_logprobs(logits, tokens, [row.logprobs for row in step])
+        prompt: list[list[TokenLogprobs]] = [[] for _ in step]
+        if scores:
+            hidden, compute = self.buffers.hidden, self.model.compute_logits
+            prompt = score_prompts(step, hidden, compute, self.vocab_size)
+        return LogprobReport(report_logprobs(logits, tokens, sampled), prompt)
 
     @property
     def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minisrv.request import TokenLogprobs
+from minisrv.runner.logprobs import LogprobReport
 
 PLACES = 4
 """Of the ring: with one step ahead two are in use, and the events of the one before are read."""
@@ -31,13 +31,13 @@ class StepResult:
     """A step that has been launched. Its values are copies: later steps do not change them.
 
     token_ids: [R] int64 on the host, there once `tokens` has returned.
-    logprobs: by row, None for rows that asked for none; None if no row did.
+    logprobs: None if no row asked for any.
     done: None where the host does the work itself. began: when it was launched. before: when the
         step before it was done.
     """
 
     token_ids: Tensor
-    logprobs: list[TokenLogprobs | None] | None
+    logprobs: LogprobReport | None
     done: torch.cuda.Event | None = None
     began: torch.cuda.Event | None = None
     before: torch.cuda.Event | None = None
@@ -87,7 +87,7 @@ class ResultRing:
                 place.result.tokens()  # read by now, or it would be lost
             place.began.record()
 
-    def end(self, tokens: Tensor, logprobs: list[TokenLogprobs | None] | None) -> StepResult:
+    def end(self, tokens: Tensor, logprobs: LogprobReport | None) -> StepResult:
         """The step has been launched; its `tokens` are on their way."""
         if not self._places:
             return StepResult(tokens.clone(), logprobs)

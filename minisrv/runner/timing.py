@@ -13,7 +13,7 @@ import torch
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
-from minisrv.request import TokenLogprobs
+from minisrv.runner.logprobs import LogprobReport
 
 if TYPE_CHECKING:
     from minisrv.runner.model_runner import ModelRunner
@@ -47,9 +47,7 @@ class LaunchTimer:
     ) -> None:
         self._runner.launch = self._launch
 
-    def _timed(
-        self, output: SchedulerOutput, dispatch: Dispatch
-    ) -> list[TokenLogprobs | None] | None:
+    def _timed(self, output: SchedulerOutput, dispatch: Dispatch) -> LogprobReport | None:
         start = time.perf_counter()
         if self._events is not None:
             self._events[0].record()

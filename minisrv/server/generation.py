@@ -29,6 +29,7 @@ class Delta:
         included.
     num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
     finish_reason: OpenAI's word, with the last delta only.
+    prompt_logprobs: of all prompt tokens but the first, with the first delta, if asked for.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Delta:
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     graph_steps: dict[str, int] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
     def extend(self, later: Delta) -> None:
         """Add what came after this one."""
@@ -88,6 +90,8 @@ class Choice:
         self._arrival = arrival
         self._last_output: float | None = None
         self._report_steps = report_steps
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        """What has come of them before the first token."""
         self._stopped: Delta | None = None
         """The last delta, while it waits for its steps."""
 
@@ -99,6 +103,10 @@ class Choice:
         """
         if self.ended:
             return None  # a stop string was found, and the engine did not know yet
+        if output.prompt_logprobs:
+            self._prompt_logprobs += output.prompt_logprobs
+        if not output.token_ids and output.finish_reason is None:
+            return None  # the prompt is not done yet
         delta = self._stopped
         if delta is None:
             self._measure(output, now)
@@ -128,6 +136,7 @@ class Choice:
         text = self._detokenizer.push(shown, final=reason is not None)
         if self._detokenizer.stopped:
             reason = reason and FinishReason.STOP
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         return Delta(
             self._index,
             text,
@@ -136,12 +145,15 @@ class Choice:
             output.num_cached_tokens,
             reason and reason.value,
             output.graph_steps if self._report_steps else None,
+            prompt_logprobs,
         )
 
     def _measure(self, output: EngineOutput, now: float) -> None:
+        if not output.token_ids:
+            return
         if self._last_output is None:
             self._metrics.first_token(now - self._arrival)
-        elif output.token_ids:
+        else:
             self._metrics.gap((now - self._last_output) / len(output.token_ids))
         self._last_output = now
 

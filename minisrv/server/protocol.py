@@ -188,6 +188,9 @@ class GenerationRequest(_Strict):
     """Let the text hold the stop string, or the text of the stop token, that it ends at."""
     ignore_eos: bool = False
     """Go on past the model's end-of-sequence tokens."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report the log-probability of each prompt token but the first and of this many alternatives.
+    Not in a stream."""
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
     """Share cached prefixes only with requests that send the same salt. Others cannot tell from
     the time of an answer what has been asked before."""
@@ -220,6 +223,12 @@ class GenerationRequest(_Strict):
             raise _refuse("stream_options", "stream_options is only allowed when stream is true.")
         return self
 
+    @model_validator(mode="after")
+    def _prompts_are_not_reported_in_a_stream(self) -> GenerationRequest:
+        if self.prompt_logprobs is not None and self.stream:
+            raise _refuse("prompt_logprobs", "prompt_logprobs is not allowed when stream is true.")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether the stream is to end with a usage chunk."""
@@ -239,6 +248,11 @@ class GenerationRequest(_Strict):
     def num_logprobs(self) -> int | None:
         """Alternatives to report for each token; None reports no log-probabilities at all."""
         return None
+
+    @property
+    def num_scored_logprobs(self) -> int | None:
+        """The same for each token of the prompt, for whatever asks for them."""
+        return self.prompt_logprobs
 
     def sampling_params(
         self, defaults: GenerationConfig, max_tokens: int, *, choice: int = 0
@@ -269,6 +283,7 @@ class GenerationRequest(_Strict):
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_scored_logprobs,
         )
 
 
@@ -331,6 +346,18 @@ class CompletionRequest(GenerationRequest):
     """A text, token ids, or a list of either: `n` choices each."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report the log-probability of each token and of this many alternatives."""
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Tokens to generate at most; 0 with echo or prompt_logprobs only."""
+    echo: bool = False
+    """Begin the text, and the log-probabilities if they are asked for, with the prompt's."""
+
+    @model_validator(mode="after")
+    def _something_is_asked_for(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise _refuse(
+                "max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs."
+            )
+        return self
 
     @model_validator(mode="after")
     def _choices_are_bounded(self) -> CompletionRequest:
@@ -345,6 +372,11 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_scored_logprobs(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
 
 class TextPart(_Strict):

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from minisrv.request import TokenLogprobs
 from minisrv.server import sse
 from minisrv.server.generation import Delta
-from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs
-from minisrv.server.protocol import GenerationRequest
+from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from minisrv.server.protocol import CompletionRequest, GenerationRequest
 from minisrv.text.tokenizer import Tokenizer
 
 
@@ -34,6 +34,7 @@ class Reply(ABC):
         self._identity = {"created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._num_logprobs = request.num_logprobs or 0
+        self._prompt_logprobs = request.prompt_logprobs
         self._return_token_ids = request.return_token_ids
         self._report_steps = request.include_graph_steps
         self._choices_per_prompt = request.n
@@ -97,7 +98,8 @@ class Reply(ABC):
         logprobs = None
         if any(delta.logprobs is not None for delta in deltas):
             logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-        choice = self._choice(index, "".join(delta.text for delta in deltas), logprobs)
+        text = "".join(delta.text for delta in deltas)
+        choice = self._choice(index, text, logprobs, deltas[0].prompt_logprobs)
         choice["finish_reason"] = deltas[-1].finish_reason
         if self._return_token_ids:
             choice["token_ids"] = [i for delta in deltas for i in delta.token_ids]
@@ -105,11 +107,22 @@ class Reply(ABC):
             choice["graph_steps"] = deltas[-1].graph_steps
         return choice
 
+    def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The field `prompt_logprobs`, if it was asked for."""
+        if self._prompt_logprobs is None:
+            return {}
+        told = prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
+        return {"prompt_logprobs": told}
+
     @abstractmethod
     def _choice(
-        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprobs] | None,
+        scored: Sequence[TokenLogprobs],
     ) -> dict[str, Any]:
-        """A whole choice, but for the fields that every choice has."""
+        """A whole choice, but for the fields that every choice has. scored: the prompt's."""
 
     @abstractmethod
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
@@ -150,6 +163,11 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
+    def __init__(self, request: CompletionRequest, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(request, model, tokenizer)
+        self._echo = request.prompt if request.echo else None
+        self._echo_logprobs = request.logprobs is not None
+
     def begin(self, prompts: Sequence[list[int]]) -> None:
         super().begin(prompts)
         self._writers = [
@@ -161,12 +179,15 @@ class CompletionReply(Reply):
         return self._chunks.around_text(choice, "text")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
-        if not tells and delta.finish_reason is None:
+        echoes = first and self._echo is not None
+        if not tells and not echoes and delta.finish_reason is None:
             return b""
+        scored = delta.prompt_logprobs if echoes else None
+        text, logprobs = self._shown(delta.index, delta.text, delta.logprobs or None, scored)
         choice = {
             "index": delta.index,
-            "text": delta.text,
-            "logprobs": delta.logprobs and self._writers[delta.index].chunk(delta.logprobs),
+            "text": text,
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
         }
         if self._return_token_ids:
@@ -178,13 +199,43 @@ class CompletionReply(Reply):
         return self._chunk(choice)
 
     def _choice(
-        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprobs] | None,
+        scored: Sequence[TokenLogprobs],
     ) -> dict[str, Any]:
-        shown = None if logprobs is None else self._writers[index].chunk(logprobs)
-        choice = {"index": index, "text": text, "logprobs": shown}
+        echoed = None if self._echo is None else scored
+        text, shown = self._shown(index, text, logprobs, echoed)
+        choice = {"index": index, "text": text, "logprobs": shown, **self._prompt_report(scored)}
         if self._return_token_ids:
             choice["prompt_token_ids"] = self._prompt_of(index)
         return choice
+
+    def _shown(
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprobs] | None,
+        echoed: Sequence[TokenLogprobs] | None,
+    ) -> tuple[str, dict[str, list[Any]] | None]:
+        """Text and `logprobs` of a choice, or of a chunk of it.
+
+        echoed: of the prompt, where that comes first; None where it does not.
+        """
+        writer = self._writers[index]
+        if echoed is None:
+            return text, None if logprobs is None else writer.chunk(logprobs)
+        assert self._echo is not None
+        prompt, ids = self._echo[index // self._choices_per_prompt], self._prompt_of(index)
+        if not isinstance(prompt, str):
+            prompt = self._tokenizer.decode(ids, skip_special_tokens=False)
+        if not self._echo_logprobs:
+            return prompt + text, None
+        shown = writer.prompt(prompt, ids, echoed)
+        for name, values in writer.chunk(logprobs or ()).items():
+            shown[name] += values
+        return prompt + text, shown
 
 
 class ChatReply(Reply):
@@ -196,6 +247,7 @@ class ChatReply(Reply):
 
     def document(self) -> dict[str, Any]:
         extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
+        extra |= self._prompt_report(self._deltas[0][0].prompt_logprobs)
         return {**super().document(), **extra}
 
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
@@ -233,7 +285,11 @@ class ChatReply(Reply):
         return events
 
     def _choice(
-        self, index: int, text: str, logprobs: list[TokenLogprobs] | None
+        self,
+        index: int,
+        text: str,
+        logprobs: list[TokenLogprobs] | None,
+        scored: Sequence[TokenLogprobs],
     ) -> dict[str, Any]:
         return {
             "index": index,

@@ -230,7 +230,7 @@ def _token_limit(request: GenerationRequest, num_prompt: int, max_model_len: int
     room = max_model_len - num_prompt
     asked = request.token_limit
     limit = f"This model's maximum context length is {max_model_len} tokens. However, "
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
         raise ContextLengthError(
             f"{limit}your {what} resulted in {num_prompt} tokens, and a completion needs at least "
             f"one more. Please reduce the length of the {what}.",

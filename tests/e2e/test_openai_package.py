@@ -322,6 +322,27 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
     assert text_of(client) == choice.text, "asking for them changes nothing"
 
 
+def test_echo_scores_a_text(client: openai.OpenAI) -> None:
+    """As lm-eval does, in chunks of 64: the continuation's log-probabilities are those with which
+    it was generated."""
+    prompt = PROMPT + ", " + "and then it rained, " * 20
+    made = complete(client, prompt=prompt, logprobs=1, max_tokens=16)
+    text = prompt + made.choices[0].text
+    for max_tokens in (0, 1):
+        fields: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        scored = complete(client, prompt=text, **fields)
+        assert scored.usage.prompt_tokens_details.cached_tokens == 0
+        assert scored.usage.completion_tokens == max_tokens
+        assert scored.choices[0].text.startswith(text)
+        logprobs = scored.choices[0].logprobs
+        assert logprobs.token_logprobs[0] is None
+        ctxlen = logprobs.text_offset.index(len(prompt))
+        found = logprobs.token_logprobs[ctxlen : ctxlen + 16]
+        assert found == pytest.approx(made.choices[0].logprobs.token_logprobs, abs=1e-3)
+        for value, top in zip(found, logprobs.top_logprobs[ctxlen : ctxlen + 16], strict=True):
+            assert value == max(top.values()), "greedy"
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     model: Any = client.models.retrieve(MODEL)

@@ -94,7 +94,7 @@ def requests() -> list[EngineRequest]:
 def test_every_mode_and_lag_gives_the_reference_s_tokens(
     checkpoint, mode, lag, tape_holds_mixed_batches, monkeypatch
 ):
-    monkeypatch.setattr(logits_processors, "PIECE", 2 * VOCAB_SIZE)
+    monkeypatch.setattr(logits_processors, "LOGITS_AT_ONCE", 2 * VOCAB_SIZE)
     config = EngineConfig(
         model=checkpoint,
         device="cpu",

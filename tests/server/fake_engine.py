@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from minisrv.engine.admission import Admission
@@ -148,10 +148,23 @@ def outputs(
     return script
 
 
+def scored(script: Script, num_top: int, chunk: int = 2) -> Script:
+    """`script` behind reports of the prompt, one for each chunk of it."""
+
+    def replay(request: EngineRequest) -> Iterator[EngineOutput | Exception | asyncio.Event]:
+        told = [token_logprobs(token_id, num_top) for token_id in request.prompt_token_ids[1:]]
+        for start in range(0, len(told), chunk):
+            report = told[start : start + chunk]
+            yield EngineOutput(request_id=request.request_id, prompt_logprobs=report)
+        yield from script(request)
+
+    return replay
+
+
 def token_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     """The token and the ids after it, each a unit less likely."""
     top = [(token_id + i, -0.5 - i) for i in range(num_top)]
-    return TokenLogprobs(token_id, -0.5, top)
+    return TokenLogprobs(token_id, -0.5, top, rank=1)
 
 
 def sse(text: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from minisrv.request import FinishReason
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, sse
+from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, scored, sse
 from tests.text import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -19,6 +19,14 @@ Connect = Callable[..., httpx.AsyncClient]
 MESSAGES = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 TEXT = "Hello world 🎉"
 END = 2  # <|im_end|>
+
+
+async def test_prompt_logprobs(connect: Connect) -> None:
+    engine = FakeEngine(scored(outputs([300, END], FinishReason.STOP), 1))
+    body = (await post(connect(engine), prompt_logprobs=1)).json()
+    assert len(body["prompt_logprobs"]) == len(engine.requests[0].prompt_token_ids)
+    assert body["prompt_logprobs"][0] is None
+    assert engine.requests[0].params.prompt_logprobs == 1
 
 
 async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:

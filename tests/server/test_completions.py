@@ -14,7 +14,7 @@ import pytest
 from minisrv.errors import QueueFullError
 from minisrv.request import EngineOutput, FinishReason
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, sse
+from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, scored, sse
 
 pytestmark = pytest.mark.anyio
 
@@ -275,6 +275,77 @@ async def test_logprobs(connect: Connect, tokenizer: Tokenizer, stream: bool) ->
     assert found["text_offset"] == [len("".join(texts[:i])) for i in range(len(texts))]
     assert [len(top) for top in found["top_logprobs"]] == [2] * len(texts)
     assert all(text in top for top, text in zip(found["top_logprobs"], texts, strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_echo(connect: Connect, tokenizer: Tokenizer, stream: bool, as_ids: bool) -> None:
+    """The prompt comes first, with log-probabilities of which the first is null."""
+    prompt, ids = "Hello there 🎉", tokenizer.encode(" world")
+    prompt_ids = tokenizer.encode(prompt)
+    engine = FakeEngine(scored(outputs(ids, logprobs=2), 2))
+    options = {"echo": True, "logprobs": 2, "stream": stream, "n": 2}
+    response = await post(connect(engine), prompt=prompt_ids if as_ids else prompt, **options)
+    assert [request.params.prompt_logprobs for request in engine.requests] == [2, 2]
+    bodies = sse(response.text) if stream else [response.json()]
+    for index in range(2):
+        choices = [c for body in bodies for c in body["choices"] if c["index"] == index]
+        assert "".join(choice["text"] for choice in choices) == prompt + " world"
+        assert choices[0]["text"].startswith(prompt)
+        found: dict[str, list[Any]] = {}
+        for choice in choices:
+            for name, values in (choice["logprobs"] or {}).items():
+                found.setdefault(name, []).extend(values)
+        spelled = [tokenizer.token_text(i)[0] for i in (*prompt_ids, *ids)]
+        assert len(found["tokens"]) == len(spelled)
+        assert found["token_logprobs"] == [None] + [-0.5] * (len(spelled) - 1)
+        assert found["top_logprobs"][0] is None
+        assert all(len(top) == 2 for top in found["top_logprobs"][1:])
+        assert found["text_offset"][0] == 0
+        assert found["text_offset"][len(prompt_ids)] == len(prompt)
+
+
+async def test_echo_alone(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    choice = (await post(connect(engine), echo=True)).json()["choices"][0]
+    assert choice["text"].startswith("hi")
+    assert choice["logprobs"] is None
+    assert engine.requests[0].params.prompt_logprobs is None
+
+
+async def test_a_prompt_alone(connect: Connect, tokenizer: Tokenizer) -> None:
+    """What lm-eval asks for to score a text; the prompt may fill the context then."""
+
+    def script(request: Any) -> Any:
+        return [EngineOutput(request_id=request.request_id, finish_reason=FinishReason.LENGTH)]
+
+    engine = FakeEngine(scored(script, 1))
+    ids = [300] * INFO.max_model_len
+    options = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    body = (await post(connect(engine), prompt=ids, **options)).json()
+    choice = body["choices"][0]
+    assert engine.requests[0].params.max_tokens == 0
+    assert (choice["text"], choice["finish_reason"]) == (tokenizer.decode(ids), "length")
+    assert choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * (len(ids) - 1)
+    assert body["usage"]["completion_tokens"] == 0
+
+
+async def test_prompt_logprobs(connect: Connect, tokenizer: Tokenizer) -> None:
+    """As vLLM shows them, beside those of the completion."""
+    engine = FakeEngine(scored(outputs([300], logprobs=1), 3))
+    response = await post(connect(engine), prompt=[5, 6, 7, 8], prompt_logprobs=2, logprobs=1)
+    choice = response.json()["choices"][0]
+    first, *others = choice["prompt_logprobs"]
+    assert first is None
+    assert [list(entry) for entry in others] == [["6", "7"], ["7", "8"], ["8", "9"]]
+    own = {"logprob": -0.5, "rank": 1, "decoded_token": tokenizer.token_text(6)[0]}
+    assert others[0]["6"] == own
+    assert others[0]["7"] == {
+        "logprob": -1.5,
+        "rank": 2,
+        "decoded_token": tokenizer.token_text(7)[0],
+    }
+    assert len(choice["logprobs"]["tokens"]) == 1
 
 
 async def test_max_tokens_default_to_sixteen_or_what_fits(connect: Connect) -> None:

@@ -13,7 +13,7 @@ from minisrv.errors import QueueFullError
 from minisrv.request import FinishReason
 from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import FakeEngine, outputs
+from tests.server.fake_engine import FakeEngine, outputs, scored
 from tests.server.live_server import serve
 
 pytestmark = pytest.mark.anyio
@@ -106,6 +106,16 @@ async def test_what_changes_logits(client: openai.AsyncOpenAI, engine: FakeEngin
     assert (params.logit_bias, params.presence_penalty) == ({5: -100.0}, 0.5)
     assert (params.frequency_penalty, params.repetition_penalty) == (-1, 1.2)
     assert params.min_tokens == 3
+
+
+async def test_echo(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.script = scored(engine.script, 1)
+    answer = await client.completions.create(
+        model="tiny", prompt="hi there", echo=True, logprobs=1, max_tokens=1
+    )
+    assert answer.choices[0].text == "hi there" + TEXT
+    assert answer.choices[0].logprobs is not None
+    assert (answer.choices[0].logprobs.token_logprobs or [0])[0] is None
 
 
 async def test_choices(client: openai.AsyncOpenAI, engine: FakeEngine) -> None:

@@ -89,6 +89,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
         ("stream", [True, False], [1, "true"]),
         ("return_token_ids", [True], [1]),
         ("include_graph_steps", [True], [1]),
+        ("prompt_logprobs", [0, 20], [-1, 21, 1.0, "1", True]),
         ("cache_salt", ["x", "x" * 512], ["", 1, "x" * 513, "\ud800"]),
         ("user", ["x"], [1, "x" * 513]),
         ("metadata", [{}, {"a": "b"}], [{"a": 1}, {str(i): "" for i in range(17)}, "x"]),
@@ -131,6 +132,26 @@ def test_logprobs() -> None:
     assert refused(chat, logprobs=True, top_logprobs=21) == "top_logprobs"
     assert refused(chat, top_logprobs=5) == "top_logprobs"
     assert refused(chat, logprobs=5) == "logprobs"
+
+
+def test_echo_and_prompt_logprobs() -> None:
+    assert completion(echo=True).num_scored_logprobs is None
+    assert completion(echo=True, logprobs=0).num_scored_logprobs == 0
+    assert completion(logprobs=3).num_scored_logprobs is None
+    assert completion(prompt_logprobs=2).num_scored_logprobs == 2
+    assert completion(echo=True, logprobs=3, prompt_logprobs=2).num_scored_logprobs == 3
+    assert chat(prompt_logprobs=2).num_scored_logprobs == 2
+    assert refused(completion, echo=1) == "echo"
+    assert refused(chat, echo=True) == "echo"
+    for make in (completion, chat):
+        assert refused(make, prompt_logprobs=2, stream=True) == "prompt_logprobs"
+
+
+def test_no_tokens_are_asked_for_only_where_there_is_something_else() -> None:
+    assert completion(max_tokens=0, echo=True).token_limit == 0
+    assert completion(max_tokens=0, prompt_logprobs=0).token_limit == 0
+    assert refused(completion, max_tokens=0, logprobs=1) == "max_tokens"
+    assert refused(chat, max_tokens=0, prompt_logprobs=1) == "max_tokens"
 
 
 def test_stream_options() -> None:
@@ -227,8 +248,6 @@ def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
     [
         ("best_of", 2),
         ("response_format", {"type": "json_object"}),
-        ("echo", True),
-        ("prompt_logprobs", 1),
         ("guided_json", {}),
         ("what_is_this", 1),
     ],
@@ -246,7 +265,14 @@ def test_every_supported_field_does_something() -> None:
     """Accepted and ignored is a defect, but for what says that it is ignored."""
     ignored = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
     handled = {"model", "stream", "stream_options", "return_token_ids", "include_graph_steps"}
-    handled |= {"stop", "max_tokens", "cache_salt", "n", "include_stop_str_in_output"}
+    handled |= {
+        "prompt_logprobs",
+        "stop",
+        "max_tokens",
+        "cache_salt",
+        "n",
+        "include_stop_str_in_output",
+    }
     # Those by the server; the rest goes to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
     sampling |= {"min_tokens", "logit_bias"}
@@ -267,6 +293,7 @@ def test_sampling_defaults_are_the_checkpoint_s_and_then_openai_s() -> None:
 def test_sampling_parameters_reach_the_engine() -> None:
     same: dict[str, Any] = {"seed": -3, "ignore_eos": True, "logprobs": 2, "min_tokens": 2}
     same |= {"presence_penalty": 0.5, "frequency_penalty": -1.5, "repetition_penalty": 1.2}
+    same["prompt_logprobs"] = 1
     params = completion(
         stop="x", stop_token_ids=[4], logit_bias={"7": -3, "8": 0.5}, **same
     ).sampling_params(SILENT, 5)
