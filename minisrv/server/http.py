@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minisrv.server.errors import http_error_response
 
@@ -28,6 +28,26 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _head_bytes = 0
     """Received since the last piece of a body or end of a request: a head, or trailers."""
+
+    _running: RequestResponseCycle | None = None
+    """Whose response is under way. uvicorn's `cycle` is the request that was read last."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # NOTE: uvicorn tells the request that was read last, and the one that runs went on.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if not self.pipeline:
+            self._running = self.cycle
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)

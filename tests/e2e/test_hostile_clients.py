@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.e2e.server import CHAT, COMPLETIONS, Server, read_all, request_bytes
+from tests.e2e.server import CHAT, COMPLETIONS, Server, read_all, request_bytes, until
 
 JSON = {"content-type": "application/json"}
 
@@ -72,6 +72,26 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     assert '"completion_tokens":30' in answers[0]
     assert "data: [DONE]" in answers[1]
     assert '"completion_tokens":3' in answers[3]
+
+
+def test_who_pipelines_and_vanishes_is_gone_for_the_request_that_runs(server: Server) -> None:
+    """Not for the last one only, which was never begun."""
+    long = {"prompt": "x", "ignore_eos": True, "max_tokens": 400, "stream": True}
+
+    def failures(status: int) -> float:
+        return server.metrics().get(f'request_failure_total{{status="{status}"}}', 0)
+
+    gone, failed, logged = failures(499), failures(500), server.log.count("Traceback")
+    for short in (0, 1):  # requests ahead of it, so that it is the first and one behind another
+        with server.connect() as connection:
+            ahead = request_bytes(COMPLETIONS, {**long, "max_tokens": 1}) * short
+            connection.sendall(ahead + request_bytes(COMPLETIONS, long) * 3)
+            for _ in range(short + 1):
+                assert connection.recv(1 << 16)
+        until(lambda: server.metrics()["num_requests_running"] == 0, "it is aborted")
+    assert failures(499) == gone + 2
+    assert failures(500) == failed
+    assert server.log.count("Traceback") == logged
 
 
 def test_two_hundred_connections_at_once(server: Server) -> None:
