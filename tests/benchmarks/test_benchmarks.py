@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import make_dummy, make_llama_15m, mixed_load, transformers_generate, wire
+from benchmarks import in_process, make_dummy, make_llama_15m, mixed_load, transformers_generate, wire
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
@@ -106,3 +106,14 @@ def test_every_token_of_the_script_goes_over_the_wire(tmp_path, capsys, path, mo
         assert run["us_per_token"] > 0
     assert report["codec"]["bytes"] > 256
     assert "CPU us/token" in capsys.readouterr().out
+
+
+def test_the_closed_loop_in_process_computes_every_prompt_and_token(tmp_path, capsys):
+    checkpoint, out = make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out.json"
+    load = ["--concurrency", "1,3", "--requests", "7", "--input-tokens", "40"]
+    in_process.main([str(checkpoint), *load, "--output-tokens", "5", "--json", str(out)])
+    runs = json.loads(out.read_text())["runs"]
+    assert [(run["concurrency"], run["requests"]) for run in runs] == [(1, 7), (3, 7)]
+    assert all(run["tokens_per_s"] * run["seconds"] == pytest.approx(35) for run in runs)
+    assert [run["cached_tokens"] for run in runs] == [0, 0]
+    assert "GPU idle" in capsys.readouterr().out
