@@ -7,7 +7,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import in_process, make_dummy, make_llama_15m, mixed_load, transformers_generate, wire
+from benchmarks import (
+    in_process,
+    make_dummy,
+    make_llama_15m,
+    mixed_load,
+    transformers_generate,
+    wire,
+)
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
