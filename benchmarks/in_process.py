@@ -1,4 +1,4 @@
-"""The closed loop of `loadgen run`, in process: what the engine gives before the wire takes its part.
+"""The closed loop of `loadgen run` in process: what the engine gives without the wire.
 
     python benchmarks/in_process.py MODEL --concurrency 1,64,256 --requests 768 --json F
         --engine-flags "--load-format dummy --max-num-seqs 256 --max-model-len 2048"
@@ -45,13 +45,15 @@ def run(
     """
     vocab = range(engine.info.vocab_size)
     params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-    waiting = (
-        EngineRequest(
-            request_id=str(number),
-            prompt_token_ids=draw.choices(vocab, k=input_tokens),
-            params=params,
-        )
-        for number in range(requests)
+    waiting = iter(
+        [
+            EngineRequest(
+                request_id=str(number),
+                prompt_token_ids=draw.choices(vocab, k=input_tokens),
+                params=params,
+            )
+            for number in range(requests)
+        ]
     )
     before = engine.stats()
     began = time.perf_counter()
