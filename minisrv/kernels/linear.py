@@ -1,4 +1,5 @@
-"""Linear kernels: x W^T + b, with the weight laid out for the machine.
+"""Linear kernels: x W^T + b, with the weight laid out for the machine, and what a kernel may do on
+the way: norm x before, gate or add the product behind.
 
 Knows: which layouts a machine multiplies fast, and up to how many rows. `lay_out` is the one place
 that chooses; what it gives is the same for eager steps and for graphs, as it depends on shapes and
@@ -15,20 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
 
 INT8_ROWS = 4
 """Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
 bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
 
-GEMV_ROWS = 2
-"""Up to so many rows a GPU's product is bound by reading the weight, and has a kernel for that."""
+FEW_ROWS = 32
+"""Up to so many rows a GPU's product is bound by reading the weight, and has kernels for that."""
 
 INT8_STEP = 16
 """`_weight_int8pack_mm` reads beyond its arguments unless the input width is a multiple of this."""
+
+
+class Norm(NamedTuple):
+    """The RMSNorm of a row before it is multiplied. weight: [in]."""
+
+    weight: Tensor
+    eps: float
 
 
 class Linear(Protocol):
@@ -37,14 +47,37 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out], a new tensor."""
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
-        """out [T, out] = x W^T + b."""
+    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        """out [T, out] = norm(x) W^T + b."""
+
+    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        """out [T, out / 2] = silu(gate) * up, which are the halves of norm(x) W^T + b."""
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual [T, out] += x W^T + b, in place."""
 
 
-class MatmulLinear:
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """[T, in] -> [T, in], a new tensor."""
+    out = torch.empty_like(x)
+    rms_norm_op(x, norm.weight, out, eps=norm.eps)
+    return out
+
+
+class _Apart:
+    """Norm, product and gate are one op each."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        out.copy_(self(normed(x, norm)))
+
+    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        silu_and_mul_op(self(normed(x, norm)), out)
+
+
+class MatmulLinear(_Apart):
     """`addmm` and `mm` on a plain weight: runs everywhere."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -58,11 +91,11 @@ class MatmulLinear:
             return torch.mm(x, self.weight)
         return torch.addmm(self.bias, x, self.weight)
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
+    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
         if self.bias is None:
-            torch.mm(x, self.weight, out=out)
+            torch.mm(normed(x, norm), self.weight, out=out)
         else:
-            torch.addmm(self.bias, x, self.weight, out=out)
+            torch.addmm(self.bias, normed(x, norm), self.weight, out=out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         residual.addmm_(x, self.weight)
@@ -71,29 +104,47 @@ class MatmulLinear:
 
 
 class CUDALinear(MatmulLinear):
-    """cuBLAS for batches, and a kernel of its own for a few rows."""
+    """cuBLAS for batches, and for few rows kernels that norm and gate in passing."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > GEMV_ROWS:
+        if len(x) > FEW_ROWS:
             return super().__call__(x)
         out = x.new_empty(len(x), self.weight.shape[1])
-        self.write_to(out, x)
+        self._few_rows(out, x)
         return out
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
-        if len(x) <= GEMV_ROWS:
-            gemv_op(x, self.weight.t(), self.bias, out, add=False)
+    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        if len(x) > FEW_ROWS:
+            super().write_to(out, x, norm)
         else:
-            super().write_to(out, x)
+            self._few_rows(out, x, norm)
+
+    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+        if len(x) > FEW_ROWS:
+            super().write_gated_to(out, x, norm)
+        else:
+            self._few_rows(out, x, norm, gated=True)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        if len(x) <= GEMV_ROWS:
-            gemv_op(x, self.weight.t(), self.bias, residual, add=True)
-        else:
+        if len(x) > FEW_ROWS:
             super().add_to(residual, x)
+        else:
+            self._few_rows(residual, x, add=True)
+
+    def _few_rows(
+        self,
+        out: Tensor,
+        x: Tensor,
+        norm: Norm | None = None,
+        *,
+        gated: bool = False,
+        add: bool = False,
+    ) -> None:
+        weight, eps = (None, 0.0) if norm is None else norm
+        few_rows_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gated=gated, add=add)
 
 
-class OneDNNLinear:
+class OneDNNLinear(_Apart):
     """oneDNN on a weight in the blocked layout that it likes best: an opaque tensor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -104,15 +155,12 @@ class OneDNNLinear:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
-        out.copy_(self(x))
-
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         add = torch.ops.mkldnn._linear_pointwise.binary
         residual.copy_(add(x, residual, self.weight, self.bias, "add"))
 
 
-class Int8Linear:
+class Int8Linear(_Apart):
     """Weights of 8 bits with a scale for each output channel, symmetric; activations untouched.
 
     Few rows use the 8-bit weights; more use the same values in the layout that is fastest for
@@ -135,9 +183,6 @@ class Int8Linear:
         y = torch._weight_int8pack_mm(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
-        out.copy_(self(x))
-
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         if len(x) > self.few:
             self.many_rows.add_to(residual, x)
@@ -148,20 +193,27 @@ class Int8Linear:
 @cache
 def _by_triton() -> Callable[..., None]:
     """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
-    from minisrv.kernels.triton_linear import gemv
+    from minisrv.kernels.triton_linear import few_rows
 
-    return gemv
+    return few_rows
 
 
 torch.library.define(
-    "minisrv::gemv", "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, *, bool add) -> ()"
+    "minisrv::few_rows",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, Tensor(a!) out, *, float eps, "
+    "bool gated, bool add) -> ()",
 )
-torch.library.impl("minisrv::gemv", "cuda", lambda *args, **kwargs: _by_triton()(*args, **kwargs))
-torch.library.register_fake("minisrv::gemv", lambda *args, **kwargs: None)
+torch.library.impl(
+    "minisrv::few_rows", "cuda", lambda *args, **kwargs: _by_triton()(*args, **kwargs)
+)
+torch.library.register_fake("minisrv::few_rows", lambda *args, **kwargs: None)
 
-gemv_op = torch.ops.minisrv.gemv.default
-"""out [T, out] = x [T, in] weight^T + bias, or with `add` added to it, for T up to GEMV_ROWS.
-weight: [out, in]; all contiguous. Sums are float32's."""
+few_rows_op = torch.ops.minisrv.few_rows.default
+"""out [T, out] = x [T, in] weight^T + bias, for T up to FEW_ROWS; sums are float32's.
+
+weight: [out, in], with `gated` [2 * out, in]: out is then silu of the first half times the second.
+norm: [in], of the RMSNorm that x goes through before, with `eps`. add: to what `out` holds.
+All contiguous and of one dtype."""
 
 
 def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:

@@ -1,11 +1,11 @@
 """The attention op on CUDA, in Triton.
 
-A batch with one token a row (`max_query_len` 1) is one launch, and a second one where rows are
-split: each program takes a row's key head and a share of its history, norms and turns the queries,
-writes the new entry to the cache and attends (FlashDecoding, Dao et al. 2023). Any other batch is
-two: one prepares the tokens (q/k-norm, rotation, cache write), one attends in tiles of queries
-(FlashAttention-2, Dao 2023); a tile finds its row on the device, as vLLM's unified Triton attention
-does.
+A batch with one token a row (`max_query_len` 1) is one launch: each program takes a row's key head
+and a share of its history, norms and turns the queries, writes the new entry to the cache and
+attends (FlashDecoding, Dao et al. 2023); where a row has several shares, the program that ends last
+puts them together. Any other batch is two: one prepares the tokens (q/k-norm, rotation, cache
+write), one attends in tiles of queries (FlashAttention-2, Dao 2023); a tile finds its row on the
+device, as vLLM's unified Triton attention does.
 
 Knows: what `kernels.attention` says of arguments and layouts. Grids, allocations and the number of
 splits follow from shapes and `max_query_len` alone, and lengths are read on the device, of the rows
@@ -21,12 +21,14 @@ This module imports Triton; `kernels.attention` imports it when the op first mee
 from __future__ import annotations
 
 import math
-from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
 
 TILE_BYTES = 16 * 1024
 MAX_TILE = 128
@@ -36,11 +38,16 @@ MAX_QUERIES = {2: 64, 4: 16}
 """Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
 once; float32, which they do not, runs out of registers beyond 16."""
 
-PIPELINED = {"num_warps": 4, "num_stages": 3}
+PREFILL = {"num_warps": 4, "num_stages": 3}
 """A tile waits for its blocks of the table: one stage is the table's, one K's and V's, one the
-product's. Decode then takes about 40 KiB of shared memory and 128 registers a thread, so that an
-H100's SM (228 KiB, 64k registers) holds four programs, whose loads fill each other's gaps. Prefill
-takes 80 KiB, as its tensor cores read their tile from there while the next one comes."""
+product's. It takes 80 KiB of an SM's 228, as its tensor cores read their tile from there while the
+next one comes."""
+
+DECODE_FEW = 128, {"num_warps": 8, "num_stages": 1}
+DECODE_MANY = 64, {"num_warps": 2, "num_stages": 3}
+"""Keys in a tile. With fewer programs than SMs time is latency: a tile is large, so that a context
+of 128 is one, and its loads are all in flight while the kernel before this one runs. Of more
+programs many share an SM, and their loads fill each other's gaps."""
 
 PROGRAMS_PER_SM = 4
 MIN_SHARE = 128
@@ -90,13 +97,15 @@ def attention(
 
     if max_query_len == 1:
         assert tokens == rows, "one token a row and no padding behind them"
-        sms = _multiprocessors(qkv.device)
+        sms = multiprocessors(qkv.device)
+        shape = decode_shape(rows * num_kv_heads, block_d * qkv.element_size(), sms)
         splits = num_splits(rows, num_kv_heads, table_width * block_size, sms)
-        partial = sums = None
+        partial = sums = arrived = None
         if splits > 1:
             parts = (rows, num_heads, splits)
             partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=qkv.device)
             sums = torch.empty(*parts, 2, dtype=torch.float32, device=qkv.device)
+            arrived = arrivals(qkv.device)
         _decode[(rows, num_kv_heads, splits)](
             qkv,
             positions,
@@ -107,6 +116,7 @@ def attention(
             out,
             partial,
             sums,
+            arrived,
             cos_sin,
             q_norm,
             k_norm,
@@ -117,22 +127,10 @@ def attention(
             **heads,
             BLOCK_SIZE=block_size,
             BLOCK_G=block_g,
-            TILE=tile,
-            **PIPELINED,
+            BLOCK_S=triton.next_power_of_2(splits),
+            **shape,
+            **pdl(),
         )
-        if splits > 1:
-            _combine[(rows, num_heads)](
-                partial,
-                sums,
-                seq_lens,
-                out,
-                splits,
-                HEAD_DIM=head_dim,
-                BLOCK_D=block_d,
-                BLOCK_S=triton.next_power_of_2(splits),
-                TILE=tile,
-                num_warps=8,
-            )
         return
 
     queries = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -170,8 +168,15 @@ def attention(
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
         TILE=tile,
-        **PIPELINED,
+        **PREFILL,
     )
+
+
+def decode_shape(programs: int, head_bytes: int, multiprocessors: int) -> dict[str, Any]:
+    """How `_decode` divides its work, for rows times key heads `programs`, and keys of so many
+    bytes."""
+    keys, options = DECODE_FEW if programs <= multiprocessors else DECODE_MANY
+    return {"TILE": max(16, min(keys, keys * 256 // head_bytes)), **options}
 
 
 def num_splits(rows: int, num_kv_heads: int, capacity: int, multiprocessors: int) -> int:
@@ -183,28 +188,36 @@ def num_splits(rows: int, num_kv_heads: int, capacity: int, multiprocessors: int
     return max(1, min(wanted, capacity // MIN_SHARE, MAX_SPLITS))
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@triton.jit
+def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
+    """What turns a head, float32 [1, BLOCK_D]: each element's own factor, and its partner's; with
+    the RMSNorm's weights in them, if there are any.
+
+    angles: pointer to the token's row of `cos_sin`.
+    """
+    there = d < HEAD_DIM
+    own = tl.load(angles + d, there, other=0.0).to(tl.float32)
+    partner = tl.load(angles + HEAD_DIM + d, there, other=0.0).to(tl.float32)
+    if weight is not None:
+        swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+        own *= tl.load(weight + d, there, other=0.0).to(tl.float32)
+        partner *= tl.load(weight + swapped, there, other=0.0).to(tl.float32)
+    return own, partner
 
 
 @triton.jit
-def _turned(heads, mask, weight, angles, eps, d, HEAD_DIM: tl.constexpr):
-    """[N, BLOCK_D] float32: RMSNorm of `heads`, if there is a weight, and rotation.
+def _turned(heads, mask, own, partner, eps, d, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[N, BLOCK_D] float32: `heads`, normed if they are to be, turned by what `_turn_of` gives.
 
-    heads: pointers to their first elements. angles: pointer to the token's row of `cos_sin`.
+    heads: pointers to their first elements.
     """
-    there = d < HEAD_DIM
     swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
     x = tl.load(heads + d, mask, other=0.0).to(tl.float32)
     y = tl.load(heads + swapped, mask, other=0.0).to(tl.float32)
-    if weight is not None:
-        norm = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
-        x *= norm * tl.load(weight + d, there, other=0.0).to(tl.float32)
-        y *= norm * tl.load(weight + swapped, there, other=0.0).to(tl.float32)
-    cos = tl.load(angles + d, there, other=0.0).to(tl.float32)
-    sin = tl.load(angles + HEAD_DIM + d, there, other=0.0).to(tl.float32)
-    return x * cos + y * sin
+    turned = x * own + y * partner
+    if NORM:
+        turned *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
+    return turned
 
 
 @triton.jit
@@ -212,11 +225,12 @@ def _write_entry(
     source,
     kv_cache,
     slot,
-    k_norm,
-    angles,
+    own,
+    partner,
     eps,
     head,
     d,
+    NORM: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -227,7 +241,7 @@ def _write_entry(
     """
     there = d < HEAD_DIM
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
-    k = _turned(key, there, k_norm, angles, eps, d, HEAD_DIM).to(kv_cache.dtype.element_ty)
+    k = _turned(key, there, own, partner, eps, d, NORM, HEAD_DIM).to(kv_cache.dtype.element_ty)
     v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, there, other=0.0)
     entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head) * HEAD_DIM
     tl.store(entry + d, k, there)
@@ -254,12 +268,28 @@ def _fold(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Take the keys from `start` on, a tile of them, into an online softmax (Milakov and
-    Gimelshein 2018): acc [M, BLOCK_D], peak and total [M], float32, as they become.
+    """Take the keys from `start` on, a tile of them, into an online softmax: see `_take`.
 
-    q: [M, BLOCK_D]. table: pointer to the row's blocks. end: how many keys may be loaded.
-    last: the last key that each query sees, [M, 1] or one for all. scale: to base 2.
+    table: pointer to the row's blocks. end: how many keys may be loaded.
     """
+    k, v = _load(kv_cache, table, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+    return _take(acc, peak, total, q, k, v, start, end, last, scale, TILE)
+
+
+@triton.jit
+def _load(
+    kv_cache,
+    table,
+    start,
+    end,
+    head,
+    d,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """k and v [TILE, BLOCK_D] of the keys from `start` on, zero from `end` on."""
     keys = start + tl.arange(0, TILE)
     inside = keys < end
     block = tl.load(table + keys // BLOCK_SIZE, inside, other=0).to(tl.int64)
@@ -268,8 +298,20 @@ def _fold(
     mask = inside[:, None] & (d < HEAD_DIM)
     k = tl.load(entry, mask, other=0.0)
     v = tl.load(entry + NUM_KV_HEADS * HEAD_DIM, mask, other=0.0)
+    return k, v
+
+
+@triton.jit
+def _take(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr):
+    """Take a tile into an online softmax (Milakov and Gimelshein 2018): acc [M, BLOCK_D], peak and
+    total [M], float32, as they become.
+
+    q: [M, BLOCK_D]. k, v: [TILE, BLOCK_D], keys from `start` on, of which those before `end` are
+    there. last: the last key that each query sees, [M, 1] or one for all. scale: to base 2.
+    """
+    keys = start + tl.arange(0, TILE)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    seen = inside[None, :] & (keys[None, :] <= last)
+    seen = (keys < end)[None, :] & (keys[None, :] <= last)
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, axis=1))
     weights = tl.exp2(scores - higher[:, None])
@@ -296,6 +338,7 @@ def _decode(
     out,
     partial,
     sums,
+    arrived,
     cos_sin,
     q_norm,
     k_norm,
@@ -309,14 +352,17 @@ def _decode(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row, key head and split. The row's new token is split 0's, which has it in registers: no
     program reads an entry that this launch writes.
 
     partial: [rows, num_heads, splits, head_dim] float32, products before they are divided; sums:
-    [rows, num_heads, splits, 2] float32, the highest score and the sum of weights. Both None where
-    rows are not split. A split beyond the row's history writes nothing.
+    [rows, num_heads, splits, 2] float32, the highest score and the sum of weights; arrived: int32,
+    zero before and after. All None where rows are not split. A split beyond the row's history
+    writes nothing.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -333,13 +379,34 @@ def _decode(
     mask = (member[:, None] < GROUP) & (d < HEAD_DIM)
     source = qkv + row * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
     angles = cos_sin + tl.load(positions + row) * (2 * HEAD_DIM)
+    slot = tl.load(slot_mapping + row)
+    table = block_table + row * table_stride
+    normed: tl.constexpr = q_norm is not None
+    q_own, q_partner = _turn_of(angles, q_norm, d, HEAD_DIM)
+    k_own, k_partner = _turn_of(angles, k_norm, d, HEAD_DIM)
+    # Written by earlier steps, and the kernel before this one writes `qkv` alone.
+    keys, values = _load(
+        kv_cache, table, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE
+    )
+    follow(PDL)
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
-    q = _turned(heads, mask, q_norm, angles, eps, d, HEAD_DIM).to(kv_cache.dtype.element_ty)
+    q = _turned(heads, mask, q_own, q_partner, eps, d, normed, HEAD_DIM)
+    q = q.to(kv_cache.dtype.element_ty)
 
     if split == 0:
-        slot = tl.load(slot_mapping + row)
         k, v = _write_entry(
-            source, kv_cache, slot, k_norm, angles, eps, head, d, GROUP, NUM_KV_HEADS, HEAD_DIM
+            source,
+            kv_cache,
+            slot,
+            k_own,
+            k_partner,
+            eps,
+            head,
+            d,
+            normed,
+            GROUP,
+            NUM_KV_HEADS,
+            HEAD_DIM,
         )
         peak = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
         total = tl.full([BLOCK_G], 1.0, tl.float32)
@@ -349,8 +416,9 @@ def _decode(
         total = tl.zeros([BLOCK_G], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
 
-    table = block_table + row * table_stride
-    for start in range(begin, end, TILE):
+    if begin < end:
+        acc, peak, total = _take(acc, peak, total, q, keys, values, begin, end, end, scale, TILE)
+    for start in range(begin + TILE, end, TILE):
         acc, peak, total = _fold(
             acc,
             peak,
@@ -370,42 +438,48 @@ def _decode(
             TILE,
         )
 
-    place = row * (GROUP * NUM_KV_HEADS) + head * GROUP + member
-    if partial is None:
+    first = row * (GROUP * NUM_KV_HEADS) + head * GROUP
+    used = tl.maximum(tl.cdiv(history, share), 1)
+    if (partial is None) | (used == 1):
         value = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + place[:, None] * HEAD_DIM + d, value, mask)
-    else:
-        place = place * splits + split
-        tl.store(partial + place[:, None] * HEAD_DIM + d, acc, mask)
-        tl.store(sums + place * 2, peak, member < GROUP)
-        tl.store(sums + place * 2 + 1, total, member < GROUP)
+        tl.store(out + (first + member)[:, None] * HEAD_DIM + d, value, mask)
+    if partial is not None:
+        if used > 1:
+            place = (first + member) * splits + split
+            tl.store(partial + place[:, None] * HEAD_DIM + d, acc, mask)
+            tl.store(sums + place * 2, peak, member < GROUP)
+            tl.store(sums + place * 2 + 1, total, member < GROUP)
+            tl.debug_barrier()  # all of this program's stores lie before its arrival
+            arrival = arrived + row * NUM_KV_HEADS + head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
+                tl.store(arrival, 0)
+                for query in tl.static_range(GROUP):
+                    _combine(
+                        partial,
+                        sums,
+                        out,
+                        first + query,
+                        splits,
+                        used,
+                        d,
+                        HEAD_DIM,
+                        BLOCK_S,
+                    )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
 def _combine(
-    partial,
-    sums,
-    seq_lens,
-    out,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TILE: tl.constexpr,
+    partial, sums, out, head, splits, used, d, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """One row and query head: what its splits have found, in one."""
-    row = tl.program_id(0).to(tl.int64)
-    head = row * tl.num_programs(1) + tl.program_id(1)
-    history = tl.load(seq_lens + row) - 1
-    used = tl.maximum(tl.cdiv(history, _share(history, splits, TILE)), 1)
-
+    """One row's query head: what its splits have found, in one. Past the first-level cache, as
+    other programs have written it."""
     split = tl.arange(0, BLOCK_S)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
     there = split < used
     place = head * splits + split
-    peak = tl.load(sums + place * 2, there, other=float("-inf"))
-    total = tl.load(sums + place * 2 + 1, there, other=0.0)
-    acc = tl.load(partial + place * HEAD_DIM + d, there & (d < HEAD_DIM), other=0.0)
+    peak = tl.load(sums + place * 2, there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(sums + place * 2 + 1, there, other=0.0, cache_modifier=".cg")
+    source = partial + place * HEAD_DIM + d
+    acc = tl.load(source, there & (d < HEAD_DIM), other=0.0, cache_modifier=".cg")
     weight = tl.exp2(peak - tl.max(peak, axis=0, keep_dims=True))
     value = tl.sum(acc * weight, axis=0, keep_dims=True)
     value /= tl.sum(total * weight, axis=0, keep_dims=True)
@@ -442,11 +516,25 @@ def _prepare(
     source = qkv + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
     angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM)
     slot = tl.load(slot_mapping + token)
+    normed: tl.constexpr = q_norm is not None
+    own, partner = _turn_of(angles, k_norm, d, HEAD_DIM)
     _write_entry(
-        source, kv_cache, slot, k_norm, angles, eps, head, d, GROUP, NUM_KV_HEADS, HEAD_DIM
+        source,
+        kv_cache,
+        slot,
+        own,
+        partner,
+        eps,
+        head,
+        d,
+        normed,
+        GROUP,
+        NUM_KV_HEADS,
+        HEAD_DIM,
     )
     heads = source + (head * GROUP + member) * HEAD_DIM
-    q = _turned(heads, mask, q_norm, angles, eps, d, HEAD_DIM).to(queries.dtype.element_ty)
+    own, partner = _turn_of(angles, q_norm, d, HEAD_DIM)
+    q = _turned(heads, mask, own, partner, eps, d, normed, HEAD_DIM).to(queries.dtype.element_ty)
     place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
     tl.store(queries + place, q, mask)
     if token >= tl.load(query_start_loc + rows):

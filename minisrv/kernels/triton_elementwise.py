@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.kernels.triton_launch import follow, pdl
+
 PART = 1024
 """Elements of a row that a program of `silu_and_mul` takes."""
 
@@ -17,18 +19,21 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     rows, size = x.shape
     block = triton.next_power_of_2(size)
     _rms_norm[(rows,)](
-        x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)), **pdl()
     )
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     """As `kernels.elementwise.silu_and_mul`."""
     rows, size = out.shape
-    _silu_and_mul[(rows, triton.cdiv(size, PART))](gate_up, out, size, BLOCK=PART, num_warps=4)
+    _silu_and_mul[(rows, triton.cdiv(size, PART))](
+        gate_up, out, size, BLOCK=PART, num_warps=4, **pdl()
+    )
 
 
 @triton.jit
-def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size
@@ -39,7 +44,8 @@ def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < size

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.kernels.sampling import MIN_TEMPERATURE
+from minisrv.kernels.triton_launch import follow, pdl
 
 PART = 1024
 """Tokens of the vocabulary that a program scores: a batch of one still occupies the whole GPU."""
@@ -52,7 +53,7 @@ def sample(
     filters = (slots, temperature, top_k, top_p, min_p)
     if bins:
         _clear[(rows, bins // FILTER_BLOCK)](
-            *filters, counts, VOCAB=vocab, GREEDY=MIN_TEMPERATURE, BLOCK=FILTER_BLOCK
+            *filters, counts, VOCAB=vocab, GREEDY=MIN_TEMPERATURE, BLOCK=FILTER_BLOCK, **pdl()
         )
         _count[(rows, parts)](
             logits,
@@ -62,6 +63,7 @@ def sample(
             VOCAB=vocab,
             GREEDY=MIN_TEMPERATURE,
             BLOCK=PART,
+            **pdl(),
         )
     cut = torch.empty(rows, 2, dtype=torch.int64, device=device)
     floor = torch.empty(rows, dtype=torch.float32, device=device)
@@ -80,6 +82,7 @@ def sample(
         MASS=float(1 << MASS_BITS),
         BLOCK=FILTER_BLOCK,
         num_warps=16,
+        **pdl(),
     )
     _score[(rows, parts)](
         logits,
@@ -97,8 +100,10 @@ def sample(
         GREEDY=MIN_TEMPERATURE,
         BLOCK=PART,
         num_warps=4,
+        **pdl(),
     )
-    _choose[(rows,)](best, found, out, parts, BLOCK=triton.next_power_of_2(parts), num_warps=4)
+    block = triton.next_power_of_2(parts)
+    _choose[(rows,)](best, found, out, parts, BLOCK=block, num_warps=4, **pdl())
 
 
 @triton.jit
@@ -148,8 +153,10 @@ def _clear(
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """No token has been counted."""
+    follow(PDL)
     if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
     row = tl.program_id(0).to(tl.int64)
@@ -170,8 +177,10 @@ def _count(
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add a part of a row's tokens to its histogram."""
+    follow(PDL)
     if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
     row = tl.program_id(0).to(tl.int64)
@@ -289,9 +298,11 @@ def _filter(
     GREEDY: tl.constexpr,
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """What a row keeps: keys above cut[row, 0], of those equal to it the tokens up to
     cut[row, 1], and of all no score below floor[row]."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     tl.store(cut + row * 2, -1)
     tl.store(cut + row * 2 + 1, VOCAB)
@@ -385,8 +396,10 @@ def _score(
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The best score of a part of a row's tokens, and the first token that has it."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -417,8 +430,9 @@ def _score(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _choose(best, found, out, parts, BLOCK: tl.constexpr):
+def _choose(best, found, out, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The first of a row's best tokens."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < parts

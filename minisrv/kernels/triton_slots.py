@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.kernels.triton_launch import follow, pdl
+
 WIDTH = 1024
 """Entries of a block table that a program copies at once."""
 
@@ -40,6 +42,7 @@ def gather_decode(
         block_table.stride(0),
         BLOCK_SIZE=block_size,
         WIDTH=WIDTH,
+        **pdl(),
     )
 
 
@@ -49,7 +52,7 @@ def scatter(
     """As `kernels.slots.scatter`."""
     rows = len(slots)
     block = triton.next_power_of_2(rows)
-    _scatter[(1,)](slots, tokens, seq_lens, last_token, next_position, rows, BLOCK=block)
+    _scatter[(1,)](slots, tokens, seq_lens, last_token, next_position, rows, BLOCK=block, **pdl())
 
 
 @triton.jit
@@ -67,7 +70,9 @@ def _gather(
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     position = tl.load(next_position + slot)
@@ -78,14 +83,17 @@ def _gather(
     tl.store(seq_lens + row, (position + 1).to(tl.int32))
     tl.store(slot_mapping + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
     used = position // BLOCK_SIZE + 1
-    for begin in range(0, used, WIDTH):
-        at = begin + tl.arange(0, WIDTH)
+    for first in range(0, used, WIDTH):
+        at = first + tl.arange(0, WIDTH)
         there = at < used
         tl.store(block_table + row * table_stride + at, tl.load(source + at, there), there)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _scatter(slots, tokens, seq_lens, last_token, next_position, rows, BLOCK: tl.constexpr):
+def _scatter(
+    slots, tokens, seq_lens, last_token, next_position, rows, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    follow(PDL)
     row = tl.arange(0, BLOCK)
     there = row < rows
     slot = tl.load(slots + row, there, other=0)

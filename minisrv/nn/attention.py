@@ -39,13 +39,13 @@ class Attention(nn.Module):
         self.config = config
         self.kv_cache: Tensor | None = None
 
-    def add_to(self, residual: Tensor, x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-        """residual [T, hidden] += attention of x [T, hidden].
+    def add_to(self, residual: Tensor, norm: RMSNorm, positions: Tensor, cos_sin: Tensor) -> None:
+        """residual [T, hidden] += attention of norm(residual).
 
         positions: [T] int64, the static tensor, as the op may run at replay.
         """
         context = get_forward_context()
-        self.qkv.write_to(context.attn.qkv, x)
+        self.qkv.write_to(context.attn.qkv, residual, norm)
         if context.break_at is None:
             self._attend(context.attn, positions, cos_sin)
         else:

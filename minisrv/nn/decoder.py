@@ -32,8 +32,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, residual: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         """Update the residual stream [T, hidden] in place."""
-        self.attention.add_to(residual, self.input_norm(residual), positions, cos_sin)
-        self.mlp.add_to(residual, self.post_norm(residual))
+        self.attention.add_to(residual, self.input_norm, positions, cos_sin)
+        self.mlp.add_to(residual, self.post_norm)
 
     def destinations(self) -> Iterator[Destination]:
         """Names as in every supported architecture."""
@@ -70,16 +70,15 @@ class Decoder(nn.Module):
         table = torch.empty(config.max_position_embeddings, 2 * config.head_dim, dtype=dtype)
         self.register_buffer("cos_sin", table, persistent=False)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """[T] int64, [T] int64 -> [T, hidden], the final norm included.
+    def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+        """[T] int64, [T] int64 -> out [T, hidden], the final norm included.
 
         Runs within a forward context, whose attention arguments are those of these T tokens.
         """
         residual: Tensor = self.embed(input_ids)
         for layer in self.layers:
             layer(residual, positions, self.cos_sin)
-        normed: Tensor = self.norm(residual)
-        return normed
+        self.norm.write_to(out, residual)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], in the serving dtype."""

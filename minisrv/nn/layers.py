@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
-from minisrv.kernels.linear import Linear, lay_out
+from minisrv.kernels.elementwise import rms_norm_op
+from minisrv.kernels.linear import Linear, Norm, lay_out
 
 Destination = tuple[str, Tensor]
 """A checkpoint's name below the layer's prefix, and the view of a parameter which it fills."""
@@ -54,9 +54,13 @@ class Projection(nn.Module):
         """[T, in] -> [T, out]."""
         return self.linear(x)
 
-    def write_to(self, out: Tensor, x: Tensor) -> None:
-        """out [T, out] = x W^T + b."""
-        self.linear.write_to(out, x)
+    def write_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
+        """out [T, out] = norm(x) W^T + b."""
+        self.linear.write_to(out, x, norm.as_kernels_take_it())
+
+    def write_gated_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
+        """out [T, out / 2] = silu(gate) * up, the halves of norm(x) W^T + b."""
+        self.linear.write_gated_to(out, x, norm.as_kernels_take_it())
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual [T, out] += x W^T + b, in place."""
@@ -82,11 +86,13 @@ class RMSNorm(nn.Module):
         self.weight = parameter(size, dtype=dtype)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, size] -> [T, size]."""
-        out = torch.empty_like(x)
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """out = norm(x), both [T, size]."""
         rms_norm_op(x, self.weight, out, eps=self.eps)
-        return out
+
+    def as_kernels_take_it(self) -> Norm:
+        """For a product that norms its rows itself."""
+        return Norm(self.weight, self.eps)
 
     def destinations(self) -> Iterator[Destination]:
         """One weight."""
@@ -119,10 +125,10 @@ class GatedMLP(nn.Module):
         self.gate_up = Projection(hidden, parts, bias=bias, dtype=dtype)
         self.down = Projection(intermediate, {"down_proj": hidden}, bias=bias, dtype=dtype)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual += MLP(x), both [T, hidden]."""
-        gated = x.new_empty(len(x), self.intermediate)
-        silu_and_mul_op(self.gate_up(x), gated)
+    def add_to(self, residual: Tensor, norm: RMSNorm) -> None:
+        """residual [T, hidden] += MLP(norm(residual))."""
+        gated = residual.new_empty(len(residual), self.intermediate)
+        self.gate_up.write_gated_to(gated, residual, norm)
         self.down.add_to(residual, gated)
 
     def destinations(self) -> Iterator[Destination]:

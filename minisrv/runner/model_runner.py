@@ -192,7 +192,7 @@ class ModelRunner:
         return buffers.input_ids[:tokens], buffers.positions[:tokens]
 
     def _model_step(self, input_ids: Tensor, positions: Tensor) -> None:
-        self.buffers.hidden[: len(input_ids)].copy_(self.model(input_ids, positions))
+        self.model(input_ids, positions, self.buffers.hidden[: len(input_ids)])
 
     def _decode_step(self) -> None:
         descriptor, buffers = get_forward_context().descriptor, self.buffers

@@ -41,7 +41,7 @@ H100_SMS = 132
 @pytest.fixture(autouse=True)
 def _as_many_splits_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
-        monkeypatch.setattr(module, "_multiprocessors", lambda _: H100_SMS)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: H100_SMS)
 
 
 def run(case: Case) -> Case:
@@ -108,7 +108,7 @@ def test_as_many_tokens_as_rows_are_not_one_each() -> None:
 def test_the_last_split_may_be_empty_or_not_full() -> None:
     """Every length up to a few tiles, in four splits (a row in a pool of one SM)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_multiprocessors", lambda _: 1)
+        patch.setattr(module, "multiprocessors", lambda _: 1)
         patch.setattr(module, "MAX_TILE", 16)
         for history in [0, 1, 15, 16, 17, 63, 64, 65, 66, 80, 81, 500, 511]:
             check(make_case([(history, 1)], num_kv_heads=1, block_size=256))

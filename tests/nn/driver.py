@@ -83,7 +83,7 @@ class Driver:
         """Run one step; every token's logits are kept in its row. Returns those of all tokens."""
         ids, positions, context = self.context(batch, pad_tokens=pad_tokens, pad_rows=pad_rows)
         with torch.inference_mode(), set_forward_context(context):
-            logits = self.model.compute_logits(self.model(ids, positions))
+            logits = self.model.compute_logits(forward(self.model, ids, positions))
         begin = 0
         for index, tokens in batch:
             row = self.rows[index]
@@ -97,11 +97,18 @@ class Driver:
         return torch.cat(self.rows[index].logits)
 
 
+def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
+    """What the model makes of these tokens, [T, hidden]."""
+    hidden = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype)
+    model(ids, positions, hidden)
+    return hidden
+
+
 def broken_run(
     model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
 ) -> list[Callable[[], None]]:
     """Run with `break_at` set; returns what the attention layers handed over."""
     handed: list[Callable[[], None]] = []
     with torch.inference_mode(), set_forward_context(replace(context, break_at=handed.append)):
-        model(ids, positions)
+        forward(model, ids, positions)
     return handed

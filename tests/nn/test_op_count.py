@@ -15,7 +15,7 @@ from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.forward_context import set_forward_context
 from minisrv.nn.loader import load_model
 from tests.checkpoints import make_checkpoint
-from tests.nn.driver import Driver
+from tests.nn.driver import Driver, forward
 
 
 class Counting(TorchDispatchMode):
@@ -38,7 +38,7 @@ def count(directory: Path, layers: int, dtype: torch.dtype) -> Counter[str]:
     model.prepare()
     ids, positions, context = Driver(model).context([(0, [3]), (1, [4])])
     with torch.inference_mode(), set_forward_context(context), Counting() as counting:
-        model(ids, positions)
+        forward(model, ids, positions)
     return counting.seen
 
 

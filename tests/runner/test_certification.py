@@ -116,8 +116,9 @@ def test_a_value_frozen_at_capture(checkpoint, monkeypatch):
     """Trap 5: something computed on the host from the capture's values is replayed as it was."""
     forward = Decoder.forward
 
-    def freezes_the_positions(self, input_ids, positions):
-        return forward(self, input_ids, positions) + float(positions.numpy().sum())
+    def freezes_the_positions(self, input_ids, positions, out):
+        forward(self, input_ids, positions, out)
+        out.add_(float(positions.numpy().sum()))
 
     monkeypatch.setattr(Decoder, "forward", freezes_the_positions)
     refused(checkpoint, "full-decode-only", "hidden states")
@@ -127,8 +128,8 @@ def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
     """Trap 3: padding that takes part in a real row's result, here through a sum over the batch."""
     add_to = Attention.add_to
 
-    def mixes_rows(self, residual, x, positions, cos_sin):
-        add_to(self, residual, x, positions, cos_sin)
+    def mixes_rows(self, residual, norm, positions, cos_sin):
+        add_to(self, residual, norm, positions, cos_sin)
         residual.add_(residual.sum(dim=0, keepdim=True), alpha=1e-3)
 
     monkeypatch.setattr(Attention, "add_to", mixes_rows)
@@ -202,7 +203,12 @@ def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
 
 def test_a_model_that_is_not_finite(checkpoint, monkeypatch):
     compute = Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, ids, pos: compute(self, ids, pos) / 0)
+
+    def divides_by_zero(self, input_ids, positions, out):
+        compute(self, input_ids, positions, out)
+        out.div_(0)
+
+    monkeypatch.setattr(Decoder, "forward", divides_by_zero)
     refused(checkpoint, "piecewise", "not finite")
 
 

@@ -23,8 +23,8 @@ from tests.checkpoints import make_checkpoint
 LAYERS = 2
 OUTSIDE = 7
 """Operations behind the model: 3 gather the last rows, lm_head, 2 sample, 1 scatters."""
-EAGER = 1 + 11 * LAYERS + 1 + 1 + OUTSIDE
-"""Embedding, layers (see tests/nn/test_op_count.py), the last norm, a copy to the static buffer."""
+EAGER = 1 + 11 * LAYERS + 1 + OUTSIDE
+"""Embedding, layers (see tests/nn/test_op_count.py), and the last norm."""
 PIECEWISE = 2 * LAYERS + 1 + OUTSIDE
 """Each attention op, a piece before each and one behind the last."""
 
