@@ -15,19 +15,9 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import (
@@ -42,7 +32,10 @@ from minisrv.request import (
     SEED_MAX,
     SEED_MIN,
     SamplingParams,
+    StructuredOutput,
 )
+from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
+from minisrv.server.structured import ResponseFormat, StructuredOutputs
 from minisrv.server.unsupported import (
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -50,8 +43,6 @@ from minisrv.server.unsupported import (
     MESSAGE,
     STREAM_OPTIONS,
     TOKENIZE,
-    asks_for_nothing,
-    refusal,
 )
 
 MAX_PROMPTS = 64
@@ -61,54 +52,17 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
-MAX_TEXT = 1 << 24
-"""Characters of one text; the limit on the body's bytes bites first."""
 MAX_PROMPT_TOKENS = 1 << 22
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say; OpenAI's."""
 
-ShortText: TypeAlias = Annotated[str, Field(max_length=512)]
-Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Prompts: TypeAlias = list[str] | list[list[int]]
 
 
-def _refuse(field: str, message: str) -> PydanticCustomError:
-    """A validation error of the model that `field` belongs to."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
-
-
-class _Strict(BaseModel):
-    """A JSON object: strict types, no unknown fields, null equals absent."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        use_attribute_docstrings=True,
-    )
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if value is None:
-                continue
-            if name not in cls.unsupported:
-                kept[name] = value
-            elif not asks_for_nothing(value, cls.unsupported[name]):
-                raise _refuse(name, refusal(name, cls.unsupported[name]))
-        return kept
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream reports besides its text."""
 
     unsupported = STREAM_OPTIONS
@@ -144,7 +98,7 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The fields that completions and chat completions share."""
 
     unsupported = EVERYWHERE
@@ -180,9 +134,11 @@ class GenerationRequest(_Strict):
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
         Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_one_or_more, json_schema_input_type=str | list[str]),
-    ] = []
+    ] = Field(default=[])
     """End the text before the first of these strings."""
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
+        default=[]
+    )
     """End after one of these tokens."""
     include_stop_str_in_output: bool = False
     """Let the text hold the stop string, or the text of the stop token, that it ends at."""
@@ -194,6 +150,10 @@ class GenerationRequest(_Strict):
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
     """Share cached prefixes only with requests that send the same salt. Others cannot tell from
     the time of an answer what has been asked before."""
+    response_format: ResponseFormat | None = None
+    """What the text must be: JSON, or JSON that follows a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the text must be, in one of more ways (vLLM's extension)."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -220,14 +180,32 @@ class GenerationRequest(_Strict):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise _refuse("stream_options", "stream_options is only allowed when stream is true.")
+            raise refuse("stream_options", "stream_options is only allowed when stream is true.")
         return self
 
     @model_validator(mode="after")
     def _prompts_are_not_reported_in_a_stream(self) -> GenerationRequest:
         if self.prompt_logprobs is not None and self.stream:
-            raise _refuse("prompt_logprobs", "prompt_logprobs is not allowed when stream is true.")
+            raise refuse("prompt_logprobs", "prompt_logprobs is not allowed when stream is true.")
         return self
+
+    @model_validator(mode="after")
+    def _one_structured_output(self) -> GenerationRequest:
+        asked = self.response_format is not None and self.response_format.type != "text"
+        if self.structured_outputs is not None and asked:
+            raise refuse(
+                "structured_outputs",
+                "structured_outputs and response_format both say what the text must be; "
+                "send one of them.",
+            )
+        return self
+
+    @property
+    def structured_output(self) -> StructuredOutput | None:
+        """What the text must be; None if it may be anything. Raises RequestError for what is too
+        large."""
+        given = self.structured_outputs or self.response_format
+        return None if given is None else given.as_spec()
 
     @property
     def include_usage(self) -> bool:
@@ -354,7 +332,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise _refuse(
+            raise refuse(
                 "max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs."
             )
         return self
@@ -362,7 +340,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _choices_are_bounded(self) -> CompletionRequest:
         if len(self.prompt) * self.n > MAX_CHOICES:
-            raise _refuse(
+            raise refuse(
                 "n",
                 f"{len(self.prompt)} prompts with n={self.n} ask for {len(self.prompt) * self.n} "
                 f"choices, and one request may ask for {MAX_CHOICES}; send several requests.",
@@ -379,7 +357,7 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in asked if count is not None), default=None)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message."""
 
     type: Literal["text"]
@@ -390,7 +368,7 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(_Strict):
+class Message(Strict):
     """A message of a chat."""
 
     unsupported = MESSAGE
@@ -409,7 +387,7 @@ class Message(_Strict):
         return {"role": role, "content": "\n".join(part.text for part in self.content)}
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """The body of POST /tokenize: a prompt, or the messages of a chat."""
 
     unsupported = TOKENIZE
@@ -429,15 +407,15 @@ class TokenizeRequest(_Strict):
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _refuse("prompt", "Send either prompt or messages.")
+            raise refuse("prompt", "Send either prompt or messages.")
         if self.messages is None and "add_generation_prompt" in self.model_fields_set:
-            raise _refuse(
+            raise refuse(
                 "add_generation_prompt", "add_generation_prompt is only allowed with messages."
             )
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """The body of POST /detokenize."""
 
     model: ShortText | None = None
@@ -461,10 +439,10 @@ class ChatCompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
+            raise refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
-            raise _refuse(
+            raise refuse(
                 "max_tokens",
                 "max_tokens and max_completion_tokens differ; send one of them.",
             )

@@ -57,7 +57,8 @@ class GenerationResponse(Response):
         request, reply = self._request, self._reply
         with self._serving.places(request, reply.id):
             prompts = await self._serving.prompts(request)
-            choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+            form = await self._serving.structured_output(request, prompts)
+            choices = self._serving.choices(request, prompts, form, reply.id, self._arrival)
             generation = Generation(choices)
             reply.begin(prompts)
             if request.stream:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from minisrv.checkpoint import GenerationConfig
@@ -25,7 +26,7 @@ from minisrv.errors import (
     RequestError,
 )
 from minisrv.metrics import Metrics
-from minisrv.request import EngineRequest
+from minisrv.request import EngineRequest, StructuredOutput
 from minisrv.server.generation import Choice
 from minisrv.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
@@ -36,11 +37,17 @@ from minisrv.server.protocol import (
     Message,
     TokenizeRequest,
 )
+from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
 
 _THREAD_ABOVE = 20_000
 """Characters to tokenise, or tokens to decode, in about 10 ms; more leaves the event loop."""
+
+
+_END_TOKENS = 32
+"""Of a prompt, in which a marker at its end lies, however it is split."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,46 @@ class Serving:
         rendered = [message.for_template() for message in messages]
         return self.tokenizer.render_chat(rendered, add_generation_prompt)
 
+    async def structured_output(
+        self, request: CompletionRequest | ChatCompletionRequest, prompts: Sequence[list[int]]
+    ) -> StructuredOutput | None:
+        """What the text of every choice must be, once it is known that this can be compiled.
+
+        Raises RequestError if it cannot, and what `engine_info` raises.
+        """
+        spec = request.structured_output
+        if spec is None:
+            return None
+        if isinstance(request, ChatCompletionRequest):
+            spec = self.chat_format.behind_reasoning(spec, self._end(prompts[0]))
+        await asyncio.wrap_future(self._validator.validate(spec))
+        return spec
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model spells what its chat template asks for."""
+        return ChatFormat.of_template(self.tokenizer.chat_template_source)
+
+    @cached_property
+    def _validator(self) -> GrammarValidator:
+        # Not before the first grammar, when the engine is known.
+        end = list(self.generation.eos_token_ids)
+        return GrammarValidator(self.tokenizer, self.engine_info().vocab_size, end)
+
+    def close(self) -> None:
+        """End what has been started for the requests."""
+        if "_validator" in self.__dict__:
+            self._validator.close()
+
+    def _end(self, prompt: Sequence[int]) -> str:
+        """The end of a prompt's text, with the markers that a template may end with."""
+        return self.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
+
     def choices(
         self,
         request: CompletionRequest | ChatCompletionRequest,
         prompts: Sequence[list[int]],
+        structured_output: StructuredOutput | None,
         request_id: str,
         arrival: float,
     ) -> list[Choice]:
@@ -172,6 +215,7 @@ class Serving:
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
+                structured_output=structured_output,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
