@@ -36,6 +36,7 @@ from minisrv.request import (
 )
 from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
 from minisrv.server.structured import ResponseFormat, StructuredOutputs
+from minisrv.server.tools import MAX_CALLS, MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
 from minisrv.server.unsupported import (
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -121,7 +122,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[
         dict[int, float],
         PlainValidator(_logit_bias, json_schema_input_type=dict[str, float]),
-    ] = {}
+    ] = Field(default={})
     """What is added to the logits of tokens, by token id, before penalties and temperature."""
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     """Taken from the logits of tokens that the completion holds."""
@@ -332,9 +333,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise refuse(
-                "max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs."
-            )
+            raise refuse("max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs.")
         return self
 
     @model_validator(mode="after")
@@ -368,23 +367,67 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+_OF_ROLES = {
+    "tool_calls": "assistant",
+    "tool_call_id": "tool",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+}
+
+
 class Message(Strict):
     """A message of a chat."""
 
     unsupported = MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another word for `system`."""
-    content: Annotated[
-        list[TextPart],
-        Field(min_length=1, max_length=MAX_PARTS),
-        BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
-    ]
+    content: (
+        Annotated[
+            list[TextPart],
+            Field(min_length=1, max_length=MAX_PARTS),
+            BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
+        ]
+        | None
+    ) = None
+    """Only an assistant's message with tool calls may have none."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
+    """What the assistant called."""
+    tool_call_id: ShortText | None = None
+    """Which call a tool's message answers."""
+    reasoning_content: Text | None = None
+    """What the assistant thought before; a template may leave it out."""
+    reasoning: Text | None = None
+    """Another name of reasoning_content."""
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fields_suit_the_role(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise refuse("content", "content is needed, except beside an assistant's tool_calls.")
+        for name, role in _OF_ROLES.items():
+            if getattr(self, name) and self.role != role:
+                raise refuse(name, f'{name} is only allowed with the role "{role}".')
+        return self
+
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether only a template that knows tools can spell it."""
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        told: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "\n".join(part.text for part in self.content or ()),
+        }
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            told["tool_call_id"] = self.tool_call_id
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning is not None:
+            told["reasoning_content"] = reasoning
+        return told
 
 
 class TokenizeRequest(Strict):
@@ -435,6 +478,18 @@ class ChatCompletionRequest(GenerationRequest):
     """Report the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report this many alternatives to each token; needs logprobs."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    """Functions that the model may call."""
+    tool_choice: ToolChoice | None = None
+    """none: as if there were no tools; auto, which is meant if there are any: as the model likes;
+    required, or the name of one: it must, and the arguments follow the schema."""
+    parallel_tool_calls: bool = True
+    """Allow several calls in one answer; else those behind the first are dropped."""
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
+        Field(max_length=16),
+    ] = Field(default={})
+    """Variables of the chat template, e.g. enable_thinking."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
@@ -447,6 +502,38 @@ class ChatCompletionRequest(GenerationRequest):
                 "max_tokens and max_completion_tokens differ; send one of them.",
             )
         return self
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatCompletionRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise refuse("tools", "tools holds two functions of one name.")
+        if not names and self.tool_choice not in (None, "none"):
+            raise refuse("tool_choice", "tool_choice is only allowed with tools.")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise refuse("tool_choice", f"tool_choice names {name}, which is not one of tools.")
+        form = self.response_format
+        if self.offered_tools and (self.structured_outputs or (form and form.type != "text")):
+            raise refuse(
+                "tools",
+                "tools is not supported beside response_format or structured_outputs, which say "
+                'what all of the text must be; leave one of them out, or send tool_choice "none".',
+            )
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model is told of, and may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def required_tools(self) -> list[Tool]:
+        """Those of which one must be called; none if none need be."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools if self.tool_choice == "required" else []
 
     @property
     def num_logprobs(self) -> int | None:

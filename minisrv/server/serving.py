@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,8 +26,9 @@ from minisrv.errors import (
     RequestError,
 )
 from minisrv.metrics import Metrics
-from minisrv.request import EngineRequest, StructuredOutput
+from minisrv.request import EngineRequest
 from minisrv.server.generation import Choice
+from minisrv.server.preparation import AnswerFormat, Prepared, answer_form, tool_parser
 from minisrv.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
@@ -44,10 +45,6 @@ from minisrv.text.tokenizer import Tokenizer
 
 _THREAD_ABOVE = 20_000
 """Characters to tokenise, or tokens to decode, in about 10 ms; more leaves the event loop."""
-
-
-_END_TOKENS = 32
-"""Of a prompt, in which a marker at its end lies, however it is split."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +100,28 @@ class Serving:
         param = "n" if request.n > 1 else "prompt"
         return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting, param)
 
-    async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """The prompts as token ids. Raises RequestError."""
+    async def prepare(self, request: CompletionRequest | ChatCompletionRequest) -> Prepared:
+        """Make the prompts, and find out whether what the answer must be can be followed.
+
+        Raises RequestError if the model or a grammar cannot do what is asked, and what
+        `engine_info` raises.
+        """
         if isinstance(request, ChatCompletionRequest):
-            text = self._render(request.messages)
-            return await self._encode([text], add_special_tokens=False)
+            tools = request.offered_tools
+            told = [tool.for_template() for tool in tools]
+            text = self._render(request.messages, True, told, request.chat_template_kwargs)
+            parser = tool_parser(request, self.chat_format)
+            answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+            form = answer_form(request, answer, self.tokenizer)
+            prompts = await self._encode([text], add_special_tokens=False)
+            prepared = Prepared(prompts, form, answer)
+        else:
+            prepared = Prepared(await self._prompts(request), request.structured_output)
+        if prepared.form is not None:
+            await asyncio.wrap_future(self._validator.validate(prepared.form))
+        return prepared
+
+    async def _prompts(self, request: CompletionRequest) -> list[list[int]]:
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
         if texts:
             return await self._encode(texts, add_special_tokens=True)
@@ -144,24 +158,15 @@ class Serving:
         long = len(ids) > _THREAD_ABOVE
         return {"prompt": await asyncio.to_thread(decode) if long else decode()}
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         rendered = [message.for_template() for message in messages]
-        return self.tokenizer.render_chat(rendered, add_generation_prompt)
-
-    async def structured_output(
-        self, request: CompletionRequest | ChatCompletionRequest, prompts: Sequence[list[int]]
-    ) -> StructuredOutput | None:
-        """What the text of every choice must be, once it is known that this can be compiled.
-
-        Raises RequestError if it cannot, and what `engine_info` raises.
-        """
-        spec = request.structured_output
-        if spec is None:
-            return None
-        if isinstance(request, ChatCompletionRequest):
-            spec = self.chat_format.behind_reasoning(spec, self._end(prompts[0]))
-        await asyncio.wrap_future(self._validator.validate(spec))
-        return spec
+        return self.tokenizer.render_chat(rendered, add_generation_prompt, tools, variables)
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -179,15 +184,10 @@ class Serving:
         if "_validator" in self.__dict__:
             self._validator.close()
 
-    def _end(self, prompt: Sequence[int]) -> str:
-        """The end of a prompt's text, with the markers that a template may end with."""
-        return self.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
-
     def choices(
         self,
         request: CompletionRequest | ChatCompletionRequest,
-        prompts: Sequence[list[int]],
-        structured_output: StructuredOutput | None,
+        prepared: Prepared,
         request_id: str,
         arrival: float,
     ) -> list[Choice]:
@@ -200,6 +200,8 @@ class Serving:
         what = "messages" if chat else "prompt"
         _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
         _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
+        prompts, answer = prepared.prompts, prepared.answer
+        keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
@@ -215,7 +217,7 @@ class Serving:
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
-                structured_output=structured_output,
+                structured_output=prepared.form,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
@@ -223,6 +225,7 @@ class Serving:
                 min_tokens=request.min_tokens,
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if chat else prompt,
+                keep=keep,
             )
             choice = Choice(
                 self.client,

@@ -50,20 +50,16 @@ CHAT_ONLY: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
@@ -90,11 +86,7 @@ MESSAGE: dict[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": (),
     "name": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 

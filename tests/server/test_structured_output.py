@@ -18,6 +18,7 @@ pytestmark = pytest.mark.anyio
 Connect = Callable[..., httpx.AsyncClient]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED = {"name": "thing", "schema": SCHEMA}
+UNKNOWN_TYPE = {**NAMED, "schema": {"type": 1}}
 CHAT = "/v1/chat/completions"
 PATHS = {"/v1/completions": {"prompt": "x"}, CHAT: {"messages": [{"role": "user", "content": "x"}]}}
 
@@ -103,11 +104,11 @@ async def test_what_the_engine_is_told(
         ),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {**NAMED, "schema": {"type": 1}}}},
+            {"response_format": {"type": "json_schema", "json_schema": UNKNOWN_TYPE}},
             "response_format",
         ),
     ],
-)  # fmt: skip
+)
 async def test_what_is_refused(
     connect: Connect, path: str, body: dict[str, Any], param: str
 ) -> None:
@@ -122,7 +123,7 @@ async def test_what_is_refused(
 async def test_a_deep_schema_is_refused(connect: Connect) -> None:
     schema = '{"a":' * 900 + "{}" + "}" * 900
     async with connect(engine()) as client:
-        body = '{"prompt": "x", "structured_outputs": {"json": %s}}' % schema
+        body = f'{{"prompt": "x", "structured_outputs": {{"json": {schema}}}}}'
         headers = {"content-type": "application/json"}
         answer = await client.post("/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400, answer.text
