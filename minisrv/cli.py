@@ -135,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that speak HTTP, tokenise and detokenise, behind one port "
         f"(default {defaults.api_workers}; more where clients are many and steps are short)",
     )
+    http.add_argument(
+        "--engine-timeout",
+        type=int,
+        metavar="S",
+        help="seconds that one step of the engine may take before it is taken for dead "
+        f"(default {defaults.engine_timeout})",
+    )
     serve.set_defaults(run=_serve)
 
     plan = commands.add_parser(

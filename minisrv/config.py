@@ -274,6 +274,8 @@ class ServerConfig:
         model's own.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
     api_workers: processes that speak HTTP, tokenise and detokenise.
+    engine_timeout: seconds that one step of the engine may take; one that takes longer is taken for
+        a hang, and the engine for dead.
     Raises ConfigError.
     """
 
@@ -282,8 +284,10 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()
     shutdown_timeout: int = 10
     api_workers: int = 1
+    engine_timeout: int = 30
 
     def __post_init__(self) -> None:
+        _at_least("engine_timeout", self.engine_timeout, 1)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
         _at_least("shutdown_timeout", self.shutdown_timeout, 0)

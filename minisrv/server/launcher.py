@@ -4,7 +4,9 @@ Knows: which process starts which, and how all of them end. This process starts 
 API workers, which import their parts and open the port while the engine loads: `/health` answers
 soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
 dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once.
+`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once. An engine whose loop
+has not come round for `engine_timeout` seconds is killed: the workers see it die and end its
+requests.
 Knows nothing of requests, and imports neither torch nor anything of HTTP.
 """
 
@@ -33,6 +35,9 @@ from minisrv.server.process import Report, WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
+WATCH_SECONDS = 0.25
+"""How often the engine's sign of life is looked at."""
+
 STUCK_SECONDS = 5
 """What workers get to end, beyond the time of their open requests."""
 
@@ -55,7 +60,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         process = EngineProcess(replace(engine, model=str(directory)), private_dir)
         stack.callback(process.stop)
-        tree = _Tree(process)
+        tree = _Tree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
         for index, listener in enumerate(listeners):
             config = WorkerConfig(
@@ -79,8 +84,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 class _Tree:
     """The engine and the API workers, from the first report to the last exit status."""
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
+        """engine_timeout: seconds that one step may take."""
         self.engine = engine
+        self.engine_timeout = engine_timeout
         self.workers: list[WorkerProcess] = []
         self.progress = StartupProgress()
         self.announced = False
@@ -90,7 +97,9 @@ class _Tree:
         try:
             while True:
                 lines = {worker.reports: worker for worker in self.workers}
-                ready = wait([stop, *lines, *(worker.sentinel for worker in self.workers)])
+                ends = [worker.sentinel for worker in self.workers]
+                ready = wait([stop, *lines, *ends], timeout=WATCH_SECONDS)
+                self._check_engine()
                 if stop in ready:
                     stop.recv(1)
                     return True
@@ -102,6 +111,18 @@ class _Tree:
                         return False
         finally:
             self.progress.close()
+
+    def _check_engine(self) -> None:
+        """Kill an engine that hangs. It may be stopped, or wait for a device that is gone."""
+        silent = self.engine.silent_seconds
+        if silent > self.engine_timeout and self.engine.exit_status is None:
+            logger.error(
+                "the engine has finished no step for %.1f s (--engine-timeout %g); it is killed. "
+                "If its steps may take so long, give it more.",
+                silent,
+                self.engine_timeout,
+            )
+            self.engine.stop()
 
     def _hear(self, worker: WorkerProcess, url: str, started: float) -> bool:
         """Take a report; whether the server can go on."""
