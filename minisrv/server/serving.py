@@ -217,6 +217,7 @@ class Serving:
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
+                priority=request.priority,
                 structured_output=prepared.form,
             )
             detokenizer = Detokenizer(
