@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import ssl
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """
     started = time.perf_counter()
     ladders_of(engine)
+    _check_certificate(server)
     directory = resolve_checkpoint(engine.model)
     names = server.served_model_names or (engine.model or directory.name,)
     with ExitStack() as stack:
@@ -71,10 +73,11 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 checkpoint=directory,
                 private_dir=private_dir,
                 served_model_names=names,
-                shutdown_timeout=server.shutdown_timeout,
+                settings=server,
             )
             tree.workers.append(WorkerProcess(config, listener))
-        in_order = tree.watch(stop, _url(listeners[0]), started)
+        scheme = "http" if server.ssl_certfile is None else "https"
+        in_order = tree.watch(stop, f"{scheme}://{_place(listeners[0])}", started)
         for listener in listeners:
             listener.close()
         in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
@@ -231,9 +234,25 @@ def _bind(server: ServerConfig, port: int, *options: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _place(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_certificate(server: ServerConfig) -> None:
+    """Raises ConfigError before any worker would."""
+    if server.ssl_certfile is None or server.ssl_keyfile is None:
+        return
+    try:
+        # An empty password, as otherwise a key that needs one would be asked for here.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"--ssl-certfile {server.ssl_certfile} and --ssl-keyfile {server.ssl_keyfile} cannot "
+            f"be used ({error}); they must be PEM files that belong together, the key without a "
+            "password."
+        ) from None
 
 
 def _announce(info: EngineInfo, url: str, seconds: float) -> None:
