@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "clients"))
 
-import compare_lm_eval  # noqa: E402
-import lm_eval_cases  # noqa: E402
+import compare_lm_eval
+import lm_eval_cases
 
 
 def test_cases_have_one_right_answer_and_depend_on_the_seed_alone(tmp_path):
