@@ -50,10 +50,13 @@ def create_app(
     served_model_names: what `model` may be; answers to requests without one carry the first.
     generation: the checkpoint's sampling defaults.
     metrics: what the worker counts in; None for one that is alone.
+
+    Whoever has served it calls its `state.close()`.
     """
     metrics = metrics or Metrics()
     serving = Serving(client, tokenizer, served_model_names, generation, metrics)
     app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)
+    app.state.close = serving.close
     app.add_middleware(
         Edge,
         max_body_bytes=max_body_bytes,

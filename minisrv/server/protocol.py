@@ -15,19 +15,9 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import (
@@ -42,7 +32,11 @@ from minisrv.request import (
     SEED_MAX,
     SEED_MIN,
     SamplingParams,
+    StructuredOutput,
 )
+from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
+from minisrv.server.structured import ResponseFormat, StructuredOutputs
+from minisrv.server.tools import MAX_CALLS, MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
 from minisrv.server.unsupported import (
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -50,8 +44,6 @@ from minisrv.server.unsupported import (
     MESSAGE,
     STREAM_OPTIONS,
     TOKENIZE,
-    asks_for_nothing,
-    refusal,
 )
 
 MAX_PROMPTS = 64
@@ -61,54 +53,17 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
-MAX_TEXT = 1 << 24
-"""Characters of one text; the limit on the body's bytes bites first."""
 MAX_PROMPT_TOKENS = 1 << 22
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say; OpenAI's."""
 
-ShortText: TypeAlias = Annotated[str, Field(max_length=512)]
-Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Prompts: TypeAlias = list[str] | list[list[int]]
 
 
-def _refuse(field: str, message: str) -> PydanticCustomError:
-    """A validation error of the model that `field` belongs to."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
-
-
-class _Strict(BaseModel):
-    """A JSON object: strict types, no unknown fields, null equals absent."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        use_attribute_docstrings=True,
-    )
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if value is None:
-                continue
-            if name not in cls.unsupported:
-                kept[name] = value
-            elif not asks_for_nothing(value, cls.unsupported[name]):
-                raise _refuse(name, refusal(name, cls.unsupported[name]))
-        return kept
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream reports besides its text."""
 
     unsupported = STREAM_OPTIONS
@@ -144,7 +99,7 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The fields that completions and chat completions share."""
 
     unsupported = EVERYWHERE
@@ -167,7 +122,7 @@ class GenerationRequest(_Strict):
     logit_bias: Annotated[
         dict[int, float],
         PlainValidator(_logit_bias, json_schema_input_type=dict[str, float]),
-    ] = {}
+    ] = Field(default={})
     """What is added to the logits of tokens, by token id, before penalties and temperature."""
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     """Taken from the logits of tokens that the completion holds."""
@@ -180,9 +135,11 @@ class GenerationRequest(_Strict):
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
         Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_one_or_more, json_schema_input_type=str | list[str]),
-    ] = []
+    ] = Field(default=[])
     """End the text before the first of these strings."""
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
+        default=[]
+    )
     """End after one of these tokens."""
     include_stop_str_in_output: bool = False
     """Let the text hold the stop string, or the text of the stop token, that it ends at."""
@@ -194,6 +151,10 @@ class GenerationRequest(_Strict):
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
     """Share cached prefixes only with requests that send the same salt. Others cannot tell from
     the time of an answer what has been asked before."""
+    response_format: ResponseFormat | None = None
+    """What the text must be: JSON, or JSON that follows a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the text must be, in one of more ways (vLLM's extension)."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
@@ -220,14 +181,32 @@ class GenerationRequest(_Strict):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise _refuse("stream_options", "stream_options is only allowed when stream is true.")
+            raise refuse("stream_options", "stream_options is only allowed when stream is true.")
         return self
 
     @model_validator(mode="after")
     def _prompts_are_not_reported_in_a_stream(self) -> GenerationRequest:
         if self.prompt_logprobs is not None and self.stream:
-            raise _refuse("prompt_logprobs", "prompt_logprobs is not allowed when stream is true.")
+            raise refuse("prompt_logprobs", "prompt_logprobs is not allowed when stream is true.")
         return self
+
+    @model_validator(mode="after")
+    def _one_structured_output(self) -> GenerationRequest:
+        asked = self.response_format is not None and self.response_format.type != "text"
+        if self.structured_outputs is not None and asked:
+            raise refuse(
+                "structured_outputs",
+                "structured_outputs and response_format both say what the text must be; "
+                "send one of them.",
+            )
+        return self
+
+    @property
+    def structured_output(self) -> StructuredOutput | None:
+        """What the text must be; None if it may be anything. Raises RequestError for what is too
+        large."""
+        given = self.structured_outputs or self.response_format
+        return None if given is None else given.as_spec()
 
     @property
     def include_usage(self) -> bool:
@@ -354,15 +333,13 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise _refuse(
-                "max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs."
-            )
+            raise refuse("max_tokens", "max_tokens=0 is only allowed with echo or prompt_logprobs.")
         return self
 
     @model_validator(mode="after")
     def _choices_are_bounded(self) -> CompletionRequest:
         if len(self.prompt) * self.n > MAX_CHOICES:
-            raise _refuse(
+            raise refuse(
                 "n",
                 f"{len(self.prompt)} prompts with n={self.n} ask for {len(self.prompt) * self.n} "
                 f"choices, and one request may ask for {MAX_CHOICES}; send several requests.",
@@ -379,7 +356,7 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in asked if count is not None), default=None)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message."""
 
     type: Literal["text"]
@@ -390,26 +367,70 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(_Strict):
+_OF_ROLES = {
+    "tool_calls": "assistant",
+    "tool_call_id": "tool",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+}
+
+
+class Message(Strict):
     """A message of a chat."""
 
     unsupported = MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another word for `system`."""
-    content: Annotated[
-        list[TextPart],
-        Field(min_length=1, max_length=MAX_PARTS),
-        BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
-    ]
+    content: (
+        Annotated[
+            list[TextPart],
+            Field(min_length=1, max_length=MAX_PARTS),
+            BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
+        ]
+        | None
+    ) = None
+    """Only an assistant's message with tool calls may have none."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
+    """What the assistant called."""
+    tool_call_id: ShortText | None = None
+    """Which call a tool's message answers."""
+    reasoning_content: Text | None = None
+    """What the assistant thought before; a template may leave it out."""
+    reasoning: Text | None = None
+    """Another name of reasoning_content."""
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fields_suit_the_role(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise refuse("content", "content is needed, except beside an assistant's tool_calls.")
+        for name, role in _OF_ROLES.items():
+            if getattr(self, name) and self.role != role:
+                raise refuse(name, f'{name} is only allowed with the role "{role}".')
+        return self
+
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether only a template that knows tools can spell it."""
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        told: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "\n".join(part.text for part in self.content or ()),
+        }
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            told["tool_call_id"] = self.tool_call_id
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning is not None:
+            told["reasoning_content"] = reasoning
+        return told
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """The body of POST /tokenize: a prompt, or the messages of a chat."""
 
     unsupported = TOKENIZE
@@ -429,15 +450,15 @@ class TokenizeRequest(_Strict):
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise _refuse("prompt", "Send either prompt or messages.")
+            raise refuse("prompt", "Send either prompt or messages.")
         if self.messages is None and "add_generation_prompt" in self.model_fields_set:
-            raise _refuse(
+            raise refuse(
                 "add_generation_prompt", "add_generation_prompt is only allowed with messages."
             )
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """The body of POST /detokenize."""
 
     model: ShortText | None = None
@@ -457,18 +478,62 @@ class ChatCompletionRequest(GenerationRequest):
     """Report the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report this many alternatives to each token; needs logprobs."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    """Functions that the model may call."""
+    tool_choice: ToolChoice | None = None
+    """none: as if there were no tools; auto, which is meant if there are any: as the model likes;
+    required, or the name of one: it must, and the arguments follow the schema."""
+    parallel_tool_calls: bool = True
+    """Allow several calls in one answer; else those behind the first are dropped."""
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
+        Field(max_length=16),
+    ] = Field(default={})
+    """Variables of the chat template, e.g. enable_thinking."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
+            raise refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
-            raise _refuse(
+            raise refuse(
                 "max_tokens",
                 "max_tokens and max_completion_tokens differ; send one of them.",
             )
         return self
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatCompletionRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise refuse("tools", "tools holds two functions of one name.")
+        if not names and self.tool_choice not in (None, "none"):
+            raise refuse("tool_choice", "tool_choice is only allowed with tools.")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise refuse("tool_choice", f"tool_choice names {name}, which is not one of tools.")
+        form = self.response_format
+        if self.offered_tools and (self.structured_outputs or (form and form.type != "text")):
+            raise refuse(
+                "tools",
+                "tools is not supported beside response_format or structured_outputs, which say "
+                'what all of the text must be; leave one of them out, or send tool_choice "none".',
+            )
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model is told of, and may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def required_tools(self) -> list[Tool]:
+        """Those of which one must be called; none if none need be."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools if self.tool_choice == "required" else []
 
     @property
     def num_logprobs(self) -> int | None:

@@ -18,7 +18,17 @@ from minisrv.request import TokenLogprobs
 from minisrv.server import sse
 from minisrv.server.generation import Delta
 from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from minisrv.server.preparation import Prepared
 from minisrv.server.protocol import CompletionRequest, GenerationRequest
+from minisrv.text.chat_deltas import (
+    ChatDelta,
+    ContentDelta,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallStart,
+    assemble,
+)
+from minisrv.text.chat_format import ChatParser
 from minisrv.text.tokenizer import Tokenizer
 
 
@@ -41,7 +51,8 @@ class Reply(ABC):
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
         self._text_is_all = not (self._return_token_ids or self._continuous_usage)
-        """Whether a delta in the middle has nothing to tell but its text and logprobs."""
+        """Whether a delta in the middle has nothing to tell but its text and logprobs, and the text
+        is told as it is."""
         self._tail = {"usage": None} if self._include_usage else {}
         self._chunk_head = self._head(self.chunk_name)
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
@@ -52,10 +63,10 @@ class Reply(ABC):
         self._completion_tokens = 0
         self._cached_tokens = 0
 
-    def begin(self, prompts: Sequence[list[int]]) -> None:
+    def begin(self, prepared: Prepared) -> None:
         """Set the prompts, each of the next `n` choices. Comes before any delta."""
-        self._prompts = prompts
-        self._deltas = [[] for _ in range(len(prompts) * self._choices_per_prompt)]
+        self._prompts = prepared.prompts
+        self._deltas = [[] for _ in range(len(self._prompts) * self._choices_per_prompt)]
 
     def _prompt_of(self, index: int) -> list[int]:
         """The prompt of a choice."""
@@ -100,7 +111,7 @@ class Reply(ABC):
             logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
         text = "".join(delta.text for delta in deltas)
         choice = self._choice(index, text, logprobs, deltas[0].prompt_logprobs)
-        choice["finish_reason"] = deltas[-1].finish_reason
+        choice.setdefault("finish_reason", deltas[-1].finish_reason)
         if self._return_token_ids:
             choice["token_ids"] = [i for delta in deltas for i in delta.token_ids]
         if self._report_steps:
@@ -168,8 +179,8 @@ class CompletionReply(Reply):
         self._echo = request.prompt if request.echo else None
         self._echo_logprobs = request.logprobs is not None
 
-    def begin(self, prompts: Sequence[list[int]]) -> None:
-        super().begin(prompts)
+    def begin(self, prepared: Prepared) -> None:
+        super().begin(prepared)
         self._writers = [
             CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in self._deltas
         ]
@@ -245,6 +256,14 @@ class ChatReply(Reply):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
+    def begin(self, prepared: Prepared) -> None:
+        super().begin(prepared)
+        assert prepared.answer is not None
+        self._parsers = [prepared.answer.parser() for _ in self._deltas]
+        self._called = [False] * len(self._deltas)
+        """Whether a choice has called a tool."""
+        self._text_is_all &= not any(self._parsers)
+
     def document(self) -> dict[str, Any]:
         extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
         extra |= self._prompt_report(self._deltas[0][0].prompt_logprobs)
@@ -262,22 +281,33 @@ class ChatReply(Reply):
             choice = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
             extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
             events += self._chunk(choice, extra)
-        if tells:
+        parser = self._parsers[delta.index]
+        parts = [{"content": delta.text}] if tells else []
+        if parser is not None:
+            found = _read(parser, delta)
+            self._called[delta.index] |= any(isinstance(part, ToolCallStart) for part in found)
+            # What was held back has tokens to tell of all the same.
+            parts = [_delta(part) for part in found] or [{}] * (
+                tells and bool(delta.logprobs or self._return_token_ids)
+            )
+        for number, part in enumerate(parts):
             choice = {
                 "index": delta.index,
-                "delta": {"content": delta.text},
-                "logprobs": delta.logprobs and self._logprobs(delta.logprobs),
+                "delta": part,
+                "logprobs": None,
                 "finish_reason": None,
             }
-            if self._return_token_ids:
-                choice["token_ids"] = delta.token_ids
+            if number == 0:
+                choice["logprobs"] = delta.logprobs and self._logprobs(delta.logprobs)
+                if self._return_token_ids:
+                    choice["token_ids"] = delta.token_ids
             events += self._chunk(choice)
         if delta.finish_reason is not None:
             choice = {
                 "index": delta.index,
                 "delta": {},
                 "logprobs": None,
-                "finish_reason": delta.finish_reason,
+                "finish_reason": _finish_reason(delta, self._called[delta.index]),
             }
             if self._report_steps:
                 choice["graph_steps"] = delta.graph_steps
@@ -291,11 +321,61 @@ class ChatReply(Reply):
         logprobs: list[TokenLogprobs] | None,
         scored: Sequence[TokenLogprobs],
     ) -> dict[str, Any]:
-        return {
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        choice = {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": None if logprobs is None else self._logprobs(logprobs),
         }
+        parser = self._parsers[index]
+        if parser is not None:
+            answer = assemble([*parser.feed(text), *parser.finish()])
+            message["content"] = answer.content or (None if answer.tool_calls else "")
+            if answer.reasoning:
+                message |= _reasoning(answer.reasoning)
+            if answer.tool_calls:
+                message["tool_calls"] = [
+                    {
+                        "id": call.id,
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for call in answer.tool_calls
+                ]
+            last = self._deltas[index][-1]
+            choice["finish_reason"] = _finish_reason(last, bool(answer.tool_calls))
+        return choice
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, logprobs, self._num_logprobs)
+
+
+def _read(parser: ChatParser, delta: Delta) -> list[ChatDelta]:
+    """What a delta adds to an answer."""
+    found = parser.feed(delta.text)
+    return found if delta.finish_reason is None else [*found, *parser.finish()]
+
+
+def _finish_reason(last: Delta, called: bool) -> str | None:
+    """An answer that ends by itself and calls tools ends for them, as OpenAI has it."""
+    return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason
+
+
+def _delta(part: ChatDelta) -> dict[str, Any]:
+    """The `delta` of a chunk, as OpenAI's client puts it together."""
+    match part:
+        case ContentDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return _reasoning(text)
+        case ToolCallStart(index, id, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case ToolCallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under the name that DeepSeek's API gave it, and vLLM's newer one: clients look for either."""
+    return {"reasoning_content": text, "reasoning": text}

@@ -56,10 +56,10 @@ class GenerationResponse(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, reply = self._request, self._reply
         with self._serving.places(request, reply.id):
-            prompts = await self._serving.prompts(request)
-            choices = self._serving.choices(request, prompts, reply.id, self._arrival)
+            prepared = await self._serving.prepare(request)
+            choices = self._serving.choices(request, prepared, reply.id, self._arrival)
             generation = Generation(choices)
-            reply.begin(prompts)
+            reply.begin(prepared)
             if request.stream:
                 await self._stream(generation, send)
                 return

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from minisrv.checkpoint import GenerationConfig
@@ -27,6 +28,7 @@ from minisrv.errors import (
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.generation import Choice
+from minisrv.server.preparation import AnswerFormat, Prepared, answer_form, tool_parser
 from minisrv.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
@@ -36,7 +38,9 @@ from minisrv.server.protocol import (
     Message,
     TokenizeRequest,
 )
+from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
 
 _THREAD_ABOVE = 20_000
@@ -96,11 +100,28 @@ class Serving:
         param = "n" if request.n > 1 else "prompt"
         return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting, param)
 
-    async def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
-        """The prompts as token ids. Raises RequestError."""
+    async def prepare(self, request: CompletionRequest | ChatCompletionRequest) -> Prepared:
+        """Make the prompts, and find out whether what the answer must be can be followed.
+
+        Raises RequestError if the model or a grammar cannot do what is asked, and what
+        `engine_info` raises.
+        """
         if isinstance(request, ChatCompletionRequest):
-            text = self._render(request.messages)
-            return await self._encode([text], add_special_tokens=False)
+            tools = request.offered_tools
+            told = [tool.for_template() for tool in tools]
+            text = self._render(request.messages, True, told, request.chat_template_kwargs)
+            parser = tool_parser(request, self.chat_format)
+            answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+            form = answer_form(request, answer, self.tokenizer)
+            prompts = await self._encode([text], add_special_tokens=False)
+            prepared = Prepared(prompts, form, answer)
+        else:
+            prepared = Prepared(await self._prompts(request), request.structured_output)
+        if prepared.form is not None:
+            await asyncio.wrap_future(self._validator.validate(prepared.form))
+        return prepared
+
+    async def _prompts(self, request: CompletionRequest) -> list[list[int]]:
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
         if texts:
             return await self._encode(texts, add_special_tokens=True)
@@ -137,14 +158,36 @@ class Serving:
         long = len(ids) > _THREAD_ABOVE
         return {"prompt": await asyncio.to_thread(decode) if long else decode()}
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         rendered = [message.for_template() for message in messages]
-        return self.tokenizer.render_chat(rendered, add_generation_prompt)
+        return self.tokenizer.render_chat(rendered, add_generation_prompt, tools, variables)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model spells what its chat template asks for."""
+        return ChatFormat.of_template(self.tokenizer.chat_template_source)
+
+    @cached_property
+    def _validator(self) -> GrammarValidator:
+        # Not before the first grammar, when the engine is known.
+        end = list(self.generation.eos_token_ids)
+        return GrammarValidator(self.tokenizer, self.engine_info().vocab_size, end)
+
+    def close(self) -> None:
+        """End what has been started for the requests."""
+        if "_validator" in self.__dict__:
+            self._validator.close()
 
     def choices(
         self,
         request: CompletionRequest | ChatCompletionRequest,
-        prompts: Sequence[list[int]],
+        prepared: Prepared,
         request_id: str,
         arrival: float,
     ) -> list[Choice]:
@@ -157,6 +200,8 @@ class Serving:
         what = "messages" if chat else "prompt"
         _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
         _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
+        prompts, answer = prepared.prompts, prepared.answer
+        keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
@@ -172,6 +217,7 @@ class Serving:
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
+                structured_output=prepared.form,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
@@ -179,6 +225,7 @@ class Serving:
                 min_tokens=request.min_tokens,
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if chat else prompt,
+                keep=keep,
             )
             choice = Choice(
                 self.client,

@@ -63,6 +63,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     server = _Server(settings, client, config.shutdown_timeout)
     with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, listener, launcher))
+    app.state.close()
 
 
 class _Server(uvicorn.Server):

@@ -71,12 +71,14 @@ class ChatFormat:
     tool_parser: finds its tool calls; None if it has not learned to make any, or not in a way
         that is known here.
     reasons: does it reason before it answers?
-    spells_calls: are earlier calls of a chat part of its prompt?
+    knows_tools: are the tools part of its prompt?
+    spells_calls: are earlier calls of a chat part of it?
     why: why it is this tool parser, or none.
     """
 
     tool_parser: type[ToolParser] | None
     reasons: bool
+    knows_tools: bool
     spells_calls: bool
     why: str
 
@@ -84,7 +86,8 @@ class ChatFormat:
     def of_template(cls, template: str) -> ChatFormat:
         """Detect the format from the text of a chat template."""
         tool_parser, why = _tool_parser(template)
-        return cls(tool_parser, REASONING_END in template, "tool_calls" in template, why)
+        reasons, calls = REASONING_END in template, "tool_calls" in template
+        return cls(tool_parser, reasons, "tools" in template.replace("tool_calls", ""), calls, why)
 
     @property
     def forced_parser(self) -> type[ToolParser]:

@@ -43,21 +43,31 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for these messages, special tokens spelled out.
 
         tools: what the model may call, as OpenAI's API spells it.
-        Raises RequestError if the template refuses the messages or fails on them.
+        variables: what else the template may ask for.
+        Raises RequestError if the template refuses the messages or fails on them, or if a variable
+        would take the place of one of its own.
         """
-        try:
-            text = self._template.render(
-                messages=[dict(message) for message in messages],
-                # Templates ask for either.
-                tools=[dict(tool) for tool in tools] or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+        own: dict[str, Any] = {
+            "messages": [dict(message) for message in messages],
+            # Templates ask for either.
+            "tools": [dict(tool) for tool in tools] or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+        }
+        taken = (own.keys() | self._template.environment.globals.keys()) & (variables or {}).keys()
+        if taken:
+            raise RequestError(
+                f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set by a request.",
+                param="chat_template_kwargs",
             )
+        try:
+            text = self._template.render({**(variables or {}), **own})
             text.encode()  # JSON may spell a lone surrogate, which is no text
             return text
         except jinja2.TemplateError as error:

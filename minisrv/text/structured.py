@@ -46,8 +46,9 @@ LIMITS = llguidance.LLParserLimits(
 _JSON_OPTIONS: dict[str, Any] = {
     "item_separator": ",",
     "key_separator": ":",
-    # Bounded, as models are known to write blanks for ever where they may.
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}",
+    # One blank where one may be, as Outlines has it: models are known to write blanks for ever
+    # where they may, and indentation is nothing that a client would miss.
+    "whitespace_pattern": r"\x20",
     # A keyword that cannot be kept is an error, not ignored.
     "lenient": False,
     "coerce_one_of": False,

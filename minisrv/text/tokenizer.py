@@ -125,11 +125,13 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a chat: encode it with `add_special_tokens=False`.
 
         tools: what the model may call, as OpenAI's API spells it.
-        Raises RequestError if there is no template, or it does not accept the messages.
+        variables: what else the template may ask for.
+        Raises RequestError if there is no template, or it does not accept what it is given.
         """
         if self._chat_template is None:
             raise RequestError(
@@ -137,7 +139,7 @@ class Tokenizer:
                 "send a prompt to /v1/completions instead.",
                 param="messages",
             )
-        return self._chat_template.render(messages, add_generation_prompt, tools)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

@@ -188,6 +188,10 @@ def test_the_two_names_of_max_tokens() -> None:
     assert refused(completion, max_completion_tokens=4) == "max_completion_tokens"
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+BROKEN = {"name": "f", "arguments": "{"}
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -196,9 +200,21 @@ def test_the_two_names_of_max_tokens() -> None:
         ({"role": "user", "content": []}, "messages.0.content"),
         ({"role": "user", "content": 1}, "messages.0.content"),
         ({"content": "x"}, "messages.0.role"),
-        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "robot", "content": "x"}, "messages.0.role"),
+        ({"role": "tool", "tool_call_id": "c"}, "messages.0.content"),
         (USER | {"name": "bob"}, "messages.0.name"),
-        (USER | {"tool_calls": [{}]}, "messages.0.tool_calls"),
+        (USER | {"tool_calls": [CALL]}, "messages.0.tool_calls"),
+        (USER | {"tool_call_id": "c"}, "messages.0.tool_call_id"),
+        (USER | {"reasoning_content": "hm"}, "messages.0.reasoning_content"),
+        ({"role": "assistant", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f"}}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"function": BROKEN}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
         (USER | {"what": 1}, "messages.0.what"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content.0.type"),
         ("hi", "messages.0"),
@@ -206,6 +222,50 @@ def test_the_two_names_of_max_tokens() -> None:
 )
 def test_messages_that_are_refused(message: object, param: str) -> None:
     assert refused(chat, messages=[message]) == param
+
+
+def test_a_call_and_its_result_as_templates_expect_them() -> None:
+    asked = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "hm"}
+    result = {"role": "tool", "tool_call_id": "c", "content": "3"}
+    first, second = (m.for_template() for m in chat(messages=[asked, result]).messages)
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert first == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+        "reasoning_content": "hm",
+    }
+    assert second == result
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type"),
+        ({"tools": [TOOL | {"function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+        ),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "tools"),
+        ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {str(i): i for i in range(17)}}, "chat_template_kwargs"),
+        ({"functions": [{}]}, "functions"),
+    ],
+)
+def test_what_is_wrong_with_tools(fields: dict[str, object], param: str) -> None:
+    found = refused(chat, messages=[USER], **fields)
+    assert found is not None
+    assert found.startswith(param)
 
 
 def test_messages() -> None:
@@ -247,7 +307,6 @@ def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
     ("field", "value"),
     [
         ("best_of", 2),
-        ("response_format", {"type": "json_object"}),
         ("guided_json", {}),
         ("what_is_this", 1),
     ],
@@ -272,6 +331,8 @@ def test_every_supported_field_does_something() -> None:
         "cache_salt",
         "n",
         "include_stop_str_in_output",
+        "response_format",
+        "structured_outputs",
     }
     # Those by the server; the rest goes to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}

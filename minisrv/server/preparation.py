@@ -1,0 +1,106 @@
+"""What a request comes to before it reaches the engine: prompts, the form of the answer, and how a
+chat's answer is read.
+
+Knows: chat templates' formats, and the fields of tools. Knows nothing of engines or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from minisrv.errors import RequestError
+from minisrv.request import StructuredOutput
+from minisrv.server.protocol import ChatCompletionRequest
+from minisrv.server.tools import Function, NamedTool
+from minisrv.text.chat_format import ChatFormat, ChatParser
+from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tool_grammar import Tool as GrammarTool
+from minisrv.text.tool_grammar import tool_call_grammar
+from minisrv.text.tool_parsers import ToolParser
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How the answer to one chat is read.
+
+    prompt: the text that the template has made.
+    tools: finds tool calls; None if none are looked for.
+    parallel: calls behind the first count.
+    """
+
+    format: ChatFormat
+    prompt: str
+    tools: type[ToolParser] | None
+    parallel: bool
+
+    def parser(self) -> ChatParser | None:
+        """A new one for a choice; None if all of the answer is content."""
+        return self.format.parser(self.prompt, tools=self.tools, parallel=self.parallel)
+
+    def kept_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Special tokens that are text to the parser."""
+        ids = (tokenizer.token_id(marker) for marker in self.format.markers(self.tools))
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the engine.
+
+    prompts: token ids; each has the request's `n` choices.
+    form: what the text of every choice must be.
+    answer: None for a completion, whose text is all there is.
+    """
+
+    prompts: list[list[int]]
+    form: StructuredOutput | None
+    answer: AnswerFormat | None = None
+
+
+def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[ToolParser] | None:
+    """Who finds the answer's tool calls; None if there are no tools. Raises RequestError for what
+    the model has not learned."""
+    if any(message.speaks_of_tools for message in request.messages) and not format.spells_calls:
+        raise RequestError(
+            "messages holds tool calls or their results, which this model's chat template does not "
+            "know; leave them out.",
+            param="messages",
+        )
+    if not request.offered_tools:
+        return None
+    if not format.knows_tools:
+        raise RequestError(
+            "tools is not supported by this model: its chat template does not tell it of any; "
+            'leave tools out, or send tool_choice "none".',
+            param="tools",
+        )
+    if request.required_tools:
+        return format.forced_parser
+    if format.tool_parser is None:
+        raise RequestError(
+            f'tool_choice "auto" is not supported by this model, as {format.why}; send "required", '
+            'a function\'s name or "none".',
+            param="tool_choice",
+        )
+    return format.tool_parser
+
+
+def answer_form(
+    request: ChatCompletionRequest, answer: AnswerFormat, tokenizer: Tokenizer
+) -> StructuredOutput | None:
+    """What the answer must be, behind its reasoning. Raises RequestError for what is too large."""
+    form = request.structured_output
+    if request.required_tools:
+        assert answer.tools is not None
+        several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
+        tools = [_for_grammar(tool.function) for tool in request.required_tools]
+        form = tool_call_grammar(tools, answer.tools, tokenizer, parallel=several)
+    return form and answer.format.behind_reasoning(form, answer.prompt)
+
+
+def _for_grammar(function: Function) -> GrammarTool:
+    schema = function.parameters
+    return GrammarTool(
+        name=function.name, parameters=None if schema is None else json.loads(schema)
+    )

@@ -1,0 +1,144 @@
+"""response_format and structured_outputs: what reaches the engine, and what is refused before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from minisrv.request import MAX_GRAMMAR_LENGTH, FinishReason, StructuredOutput
+from minisrv.request import StructuredOutputKind as Kind
+from tests.server.fake_engine import FakeEngine, outputs
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+NAMED = {"name": "thing", "schema": SCHEMA}
+UNKNOWN_TYPE = {**NAMED, "schema": {"type": 1}}
+CHAT = "/v1/chat/completions"
+PATHS = {"/v1/completions": {"prompt": "x"}, CHAT: {"messages": [{"role": "user", "content": "x"}]}}
+
+
+def engine() -> FakeEngine:
+    return FakeEngine(outputs([65, 2], FinishReason.STOP))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("response_format", {"type": "text"}, None),
+        ("response_format", {"type": "json_object"}, StructuredOutput(kind=Kind.JSON_OBJECT)),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {**NAMED, "strict": True}},
+            StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(SCHEMA)),
+        ),
+        ("structured_outputs", {"json": SCHEMA}, (Kind.JSON_SCHEMA, json.dumps(SCHEMA))),
+        ("structured_outputs", {"json": "{}"}, (Kind.JSON_SCHEMA, "{}")),
+        ("structured_outputs", {"regex": "a+", "json": None}, (Kind.REGEX, "a+")),
+        ("structured_outputs", {"grammar": 'start: "a"'}, (Kind.GRAMMAR, 'start: "a"')),
+        ("structured_outputs", {"json_object": True}, (Kind.JSON_OBJECT, "")),
+        (
+            "structured_outputs",
+            {"choice": ["yes", "no"]},
+            StructuredOutput(kind=Kind.CHOICE, choices=("yes", "no"), param="structured_outputs"),
+        ),
+    ],
+)
+async def test_what_the_engine_is_told(
+    connect: Connect, path: str, field: str, value: object, expected: Any
+) -> None:
+    if isinstance(expected, tuple):
+        kind, text = expected
+        expected = StructuredOutput(kind=kind, text=text, param="structured_outputs")
+    fake = engine()
+    async with connect(fake) as client:
+        answer = await client.post(path, json=PATHS[path] | {field: value})
+    assert answer.status_code == 200
+    assert fake.requests[0].structured_output == expected
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "text", "json_schema": NAMED}},
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {**NAMED, "name": "a b"}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {**NAMED, "schema": []}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a" * MAX_GRAMMAR_LENGTH] * 2}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(a{1000}){1000}"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": UNKNOWN_TYPE}},
+            "response_format",
+        ),
+    ],
+)
+async def test_what_is_refused(
+    connect: Connect, path: str, body: dict[str, Any], param: str
+) -> None:
+    fake = engine()
+    async with connect(fake) as client:
+        answer = await client.post(path, json=PATHS[path] | body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert not fake.requests, "the engine never hears of it"
+
+
+async def test_a_deep_schema_is_refused(connect: Connect) -> None:
+    schema = '{"a":' * 900 + "{}" + "}" * 900
+    async with connect(engine()) as client:
+        body = f'{{"prompt": "x", "structured_outputs": {{"json": {schema}}}}}'
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+
+
+async def test_the_openapi_document_tells_of_it(connect: Connect) -> None:
+    async with connect(engine()) as client:
+        schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    for body in ("CompletionRequest", "ChatCompletionRequest"):
+        assert {"response_format", "structured_outputs"} <= set(schemas[body]["properties"])
+    assert set(schemas["StructuredOutputs"]["properties"]) == {
+        "json",
+        "regex",
+        "choice",
+        "grammar",
+        "json_object",
+    }
+    assert "schema" in schemas["JsonSchema"]["properties"]

@@ -1,0 +1,231 @@
+"""tools: what the model is told, what the engine must follow, and how calls come back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from minisrv.request import FinishReason, StructuredOutputKind
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, outputs, sse
+from tests.text import tiny_tokenizer
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} <tool_call>{% endfor %}"
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}"
+    "{% endfor %}{% if mood is defined %}{{ mood }}{% endif %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKING = TEMPLATE + "{# <think></think> #}"
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+TIME = {"type": "function", "function": {"name": "time"}}
+MESSAGES = [{"role": "user", "content": "Hi"}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+END = 2  # <|im_end|>
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
+    def make(template: str) -> Tokenizer:
+        directory: Path = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("tools"))
+        config = directory / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+        return Tokenizer.from_directory(directory)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer: Callable[[str], Tokenizer]) -> Tokenizer:
+    return make_tokenizer(TEMPLATE)
+
+
+class Chat:
+    """Chats with a model that says `text`."""
+
+    def __init__(self, connect: Connect, tokenizer: Tokenizer, text: str) -> None:
+        ids = [*tokenizer.encode(text), END]
+        self.engine = FakeEngine(outputs(ids, FinishReason.STOP))
+        self._client = connect(self.engine, tokenizer=tokenizer)
+        self._tokenizer = tokenizer
+
+    async def post(self, **body: Any) -> httpx.Response:
+        body = {"messages": MESSAGES, "tools": [WEATHER, TIME], **body}
+        async with self._client as client:
+            return await client.post("/v1/chat/completions", json=body)
+
+    @property
+    def prompt(self) -> str:
+        return self._tokenizer.decode(self.engine.requests[0].prompt_token_ids)
+
+
+async def test_a_call_in_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
+    chat = Chat(connect, tokenizer, f"Let me see.\n{CALL}")
+    answer = (await chat.post()).json()["choices"][0]
+    assert chat.prompt.startswith("weather <tool_call>time")
+    assert chat.engine.requests[0].structured_output is None
+    [call] = answer["message"].pop("tool_calls")
+    assert call.pop("id").startswith("call_")
+    assert call == {
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+    }
+    assert answer["message"] == {"role": "assistant", "content": "Let me see.", "refusal": None}
+    assert answer["finish_reason"] == "tool_calls"
+
+
+async def test_calls_alone_have_no_content(connect: Connect, tokenizer: Tokenizer) -> None:
+    answer = (await Chat(connect, tokenizer, f"{CALL}\n{CALL}").post()).json()["choices"][0]
+    assert answer["message"]["content"] is None
+    assert len({call["id"] for call in answer["message"]["tool_calls"]}) == 2
+
+
+async def test_one_call_if_no_more_are_wanted(connect: Connect, tokenizer: Tokenizer) -> None:
+    chat = Chat(connect, tokenizer, f"{CALL}\n{CALL}")
+    answer = (await chat.post(parallel_tool_calls=False)).json()["choices"][0]
+    assert len(answer["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("usage", [False, True])
+async def test_a_call_in_a_stream(connect: Connect, tokenizer: Tokenizer, usage: bool) -> None:
+    chat = Chat(connect, tokenizer, f"Let me see.\n{CALL}")
+    options = {"continuous_usage_stats": True} if usage else {}
+    response = await chat.post(stream=True, stream_options=options, logprobs=True)
+    chunks = [chunk["choices"][0] for chunk in sse(response.text) if chunk["choices"]]
+    deltas = [chunk["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == "Let me see."
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert {call["index"] for call in calls} == {0}
+    assert set(calls[0]) == {"index", "id", "type", "function"}
+    assert calls[0]["function"] == {"name": "weather", "arguments": ""}
+    assert all(set(call) == {"index", "function"} for call in calls[1:])
+    assert len(calls) > 3, "arguments come as they are written"
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)) == {"city": "Rome"}
+    assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == ["tool_calls"]
+
+
+async def test_every_token_is_told_beside_calls(connect: Connect, tokenizer: Tokenizer) -> None:
+    chat = Chat(connect, tokenizer, f"Let me see.\n{CALL}")
+    response = await chat.post(stream=True, return_token_ids=True)
+    chunks = [chunk["choices"][0] for chunk in sse(response.text)]
+    told = [i for chunk in chunks for i in chunk.get("token_ids", ())]
+    assert told == [*tokenizer.encode(f"Let me see.\n{CALL}"), END]
+
+
+async def test_no_tools_no_calls(connect: Connect, tokenizer: Tokenizer) -> None:
+    chat = Chat(connect, tokenizer, CALL)
+    answer = (await chat.post(tool_choice="none")).json()["choices"][0]
+    assert answer["message"]["content"] == CALL
+    assert answer["finish_reason"] == "stop"
+    assert "weather" not in chat.prompt
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "many"),
+    [
+        ("required", ["weather", "time"], True),
+        ({"type": "function", "function": {"name": "time"}}, ["time"], False),
+    ],
+)
+async def test_a_call_that_is_forced(
+    connect: Connect, tokenizer: Tokenizer, choice: Any, names: list[str], many: bool
+) -> None:
+    chat = Chat(connect, tokenizer, CALL)
+    response = await chat.post(tool_choice=choice)
+    assert response.status_code == 200, response.text
+    form = chat.engine.requests[0].structured_output
+    assert form is not None
+    assert form.kind is StructuredOutputKind.GRAMMAR
+    assert [name for name in ("weather", "time") if f'\\"{name}\\"' in form.text] == names
+    assert ("call)*" in form.text) == many
+    assert response.json()["choices"][0]["message"]["tool_calls"]
+
+
+async def test_parameters_that_no_grammar_follows(connect: Connect, tokenizer: Tokenizer) -> None:
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
+    response = await Chat(connect, tokenizer, CALL).post(tools=[bad], tool_choice="required")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "param"),
+    [
+        (tiny_tokenizer.CHATML, {}, "tools"),
+        (TEMPLATE.replace("<tool_call>", ""), {}, "tool_choice"),
+        (
+            tiny_tokenizer.CHATML,
+            {
+                "tools": [],
+                "messages": [*MESSAGES, {"role": "tool", "content": "3", "tool_call_id": "c"}],
+            },
+            "messages",
+        ),
+        (TEMPLATE, {"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+        (TEMPLATE, {"chat_template_kwargs": {"raise_exception": 1}}, "chat_template_kwargs"),
+    ],
+)
+async def test_what_a_model_has_not_learned(
+    connect: Connect,
+    make_tokenizer: Callable[[str], Tokenizer],
+    template: str,
+    fields: dict[str, Any],
+    param: str,
+) -> None:
+    response = await Chat(connect, make_tokenizer(template), "x").post(**fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_earlier_calls_reach_the_template(connect: Connect, tokenizer: Tokenizer) -> None:
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "c", "type": "function", "function": function}
+    turns = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "rain"},
+    ]
+    chat = Chat(connect, tokenizer, "It rains.")
+    assert (await chat.post(messages=turns)).status_code == 200
+    assert chat.prompt.endswith("assistant: Rometool: rainassistant: ")
+
+
+async def test_variables_reach_the_template(connect: Connect, tokenizer: Tokenizer) -> None:
+    chat = Chat(connect, tokenizer, "Hello")
+    assert (await chat.post(chat_template_kwargs={"mood": "merry"})).status_code == 200
+    assert chat.prompt.endswith("merryassistant: ")
+
+
+async def test_reasoning(connect: Connect, make_tokenizer: Callable[[str], Tokenizer]) -> None:
+    text = f"<think>\nWhich city?\n</think>\n\nLet me see.\n{CALL}"
+    chat = Chat(connect, make_tokenizer(THINKING), text)
+    message = (await chat.post()).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == message["reasoning"] == "Which city?"
+    assert message["content"] == "Let me see."
+    assert len(message["tool_calls"]) == 1
+    chat = Chat(connect, make_tokenizer(THINKING), text)
+    chunks = sse((await chat.post(stream=True, tools=[])).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Which city?"
+    assert "".join(delta.get("content", "") for delta in deltas) == f"Let me see.\n{CALL}"
+
+
+async def test_a_form_begins_behind_the_reasoning(
+    connect: Connect, make_tokenizer: Callable[[str], Tokenizer]
+) -> None:
+    chat = Chat(connect, make_tokenizer(THINKING), "<think></think>{}")
+    await chat.post(tools=[], response_format={"type": "json_object"})
+    form = chat.engine.requests[0].structured_output
+    assert form is not None
+    assert (form.reasoning_start, form.reasoning_end) == ("<think>", "</think>")
