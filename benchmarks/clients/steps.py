@@ -23,9 +23,11 @@ class Steps:
     def run(self, step: Callable[[], Any]) -> None:
         """Run a step now, and keep what it returns, or the error that it raises.
 
-        A step's defaults, for instance of a loop's variable, are part of its name.
+        What a step gets from a loop is its defaults, which are part of its name: strings, or the
+        `model` of settings.
         """
-        name = " ".join([step.__name__, *map(str, step.__defaults__ or ())])
+        given = (d["model"] if isinstance(d, dict) else d for d in step.__defaults__ or ())
+        name = " ".join([step.__name__, *given])
         try:
             self._steps.append({"step": name, "works": True, "told": step()})
         except Exception as error:  # of any client's any layer: it is what is to be found out

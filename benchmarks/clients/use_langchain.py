@@ -1,9 +1,10 @@
 """langchain-openai against a server: ChatOpenAI as an application uses it.
 
-    python benchmarks/clients/use_langchain.py http://127.0.0.1:8000 [--json out.json]
+    python benchmarks/clients/use_langchain.py http://127.0.0.1:8000 [--tools] [--json out.json]
 
-Runs in an environment with langchain-openai. Every step asserts what it got; a failed one is
-reported and makes the exit status 1. What is asked is what the default model can do.
+Runs in an environment with langchain-openai, against the default model, with --tools against what
+teach_tools.py makes of it, served as minisrv-default. Every step asserts what it got; a failed one
+is reported and makes the exit status 1. What is asked is what the default model can do.
 
 Knows: LangChain's interface. Knows nothing of the wire.
 """
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from steps import Steps
 
 SUM = "What is 17 + 25?"
@@ -26,19 +27,19 @@ SUM = "What is 17 + 25?"
 class Person(BaseModel):
     """A person."""
 
-    name: str
-    age: int
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=150)
     likes: Literal["tea", "coffee"]
 
 
 @tool
-def get_weather(city: str, unit: Literal["celsius", "fahrenheit"]) -> str:
+def get_weather(city: Literal["Oslo", "Rome"], unit: Literal["celsius", "fahrenheit"]) -> str:
     """The weather of a city."""
     return f"Sunny in {city}, 20 {unit}."
 
 
-def steps_of(url: str) -> Steps:
-    """All steps, run."""
+def steps_of(url: str, *, tools: bool) -> Steps:
+    """All steps, run. tools: whether the served model's chat template can tell it of tools."""
     steps = Steps("langchain-openai", "langchain-core", "openai")
     settings: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
     chat = ChatOpenAI(model="minisrv-default", max_completion_tokens=200, **settings)
@@ -107,10 +108,13 @@ def steps_of(url: str) -> Steps:
             assert isinstance(found["parsed"], Person if method == "json_schema" else dict)
             return str(found["parsed"])
 
+    if not tools:
+        return steps
+
     for choice in ("required", "get_weather"):
 
         @steps.run
-        def tools(choice: str = choice) -> Any:
+        def called(choice: str = choice) -> Any:
             bound = chat.bind_tools([get_weather], tool_choice=choice)
             question = HumanMessage("What is the weather in Oslo?")
             answer = bound.invoke([question])
@@ -136,9 +140,10 @@ def steps_of(url: str) -> Steps:
 def main() -> int:
     parser = argparse.ArgumentParser(description="ChatOpenAI against a server.")
     parser.add_argument("url")
+    parser.add_argument("--tools", action="store_true", help="the chat template knows tools")
     parser.add_argument("--json")
     args = parser.parse_args()
-    return steps_of(args.url).report(args.json)
+    return steps_of(args.url, tools=args.tools).report(args.json)
 
 
 if __name__ == "__main__":
