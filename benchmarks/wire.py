@@ -167,7 +167,7 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
                     checkpoint=checkpoint,
                     private_dir=Path(name),
                     served_model_names=("x",),
-                    shutdown_timeout=1,
+                    settings=ServerConfig(shutdown_timeout=1),
                 )
                 children.append(WorkerProcess(config, listener))
             for child in children:

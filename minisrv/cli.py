@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from minisrv.errors import ConfigError, GraphError, MinisrvError
 from minisrv.modes import CUDAGraphMode
 
 _T = TypeVar("_T")
+API_KEY_VARIABLE = "MINISRV_API_KEY"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -54,7 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from minisrv.server.launcher import serve
 
+    options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
     return serve(_settings(EngineConfig, options), _settings(ServerConfig, options))
+
+
+def _more_keys(file: Path | None) -> list[str]:
+    """Keys that are not on the command line. Raises ConfigError."""
+    keys = [key] if (key := os.environ.get(API_KEY_VARIABLE)) else []
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {file} cannot be read: {error}.") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"--api-key-file {file} holds no key; put one in each line.")
+        keys += found
+    return keys
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -135,6 +153,49 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that speak HTTP, tokenise and detokenise, behind one port "
         f"(default {defaults.api_workers}; more where clients are many and steps are short)",
     )
+    http.add_argument(
+        "--engine-timeout",
+        type=int,
+        metavar="S",
+        help="seconds that one step of the engine may take before it is taken for dead "
+        f"(default {defaults.engine_timeout})",
+    )
+    http.add_argument(
+        "--request-timeout",
+        type=int,
+        metavar="S",
+        help="seconds from a request's arrival to its end, or it ends with an error (default: any)",
+    )
+    access = serve.add_argument_group("access")
+    access.add_argument(
+        "--api-key",
+        dest="api_keys",
+        nargs="+",
+        action=_Flatten,
+        type=lambda text: (text,),
+        metavar="KEY",
+        help="keys of which clients must send one; others see them in the list of processes, so "
+        f"--api-key-file or ${API_KEY_VARIABLE} is better (default: none is needed)",
+    )
+    access.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="a file with a key in each line"
+    )
+    access.add_argument(
+        "--max-requests-per-key",
+        type=int,
+        metavar="N",
+        help="requests that one key may have open (default: any number)",
+    )
+    access.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        action=_Flatten,
+        type=lambda text: (text,),
+        metavar="ORIGIN",
+        help="web pages whose scripts may ask (CORS); * is any (default: none)",
+    )
+    access.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="for HTTPS, PEM")
+    access.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its key, PEM")
     serve.set_defaults(run=_serve)
 
     plan = commands.add_parser(

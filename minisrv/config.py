@@ -274,6 +274,13 @@ class ServerConfig:
         model's own.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
     api_workers: processes that speak HTTP, tokenise and detokenise.
+    engine_timeout: seconds that one step of the engine may take; one that takes longer is taken for
+        a hang, and the engine for dead.
+    request_timeout: seconds from a request's arrival to its end; 0 sets no limit.
+    api_keys: what clients must send, one of them; empty lets everybody in.
+    max_requests_per_key: that one key may have open at once; 0 sets no limit.
+    allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
+    ssl_certfile, ssl_keyfile: PEM files, for HTTPS.
     Raises ConfigError.
     """
 
@@ -282,8 +289,24 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()
     shutdown_timeout: int = 10
     api_workers: int = 1
+    engine_timeout: int = 30
+    request_timeout: int = 0
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_requests_per_key: int = 0
+    allowed_origins: tuple[str, ...] = ()
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
 
     def __post_init__(self) -> None:
+        _at_least("engine_timeout", self.engine_timeout, 1)
+        _at_least("request_timeout", self.request_timeout, 0)
+        _at_least("max_requests_per_key", self.max_requests_per_key, 0)
+        if self.max_requests_per_key and not self.api_keys:
+            raise ConfigError("max_requests_per_key counts by API key, and there is none.")
+        if not all(key.isprintable() and key.isascii() and key.split() for key in self.api_keys):
+            raise ConfigError("an API key is not allowed; it must be printable ASCII, not blank.")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile are only allowed together.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
         _at_least("shutdown_timeout", self.shutdown_timeout, 0)

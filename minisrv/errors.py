@@ -12,8 +12,11 @@
     |- RequestError           the client's fault; ends that request only
     |  |- ContextLengthError
     |  |- ModelNotFoundError
+    |  |- AuthenticationError
     |  `- QueueFullError      not a fault of the request: try again later
+    |     `- KeyLimitError    its key has too many open
     `- EngineError            ours; the client may retry
+       |- DeadlineError       the request took longer than it may
        |- EngineNotReadyError loading or draining
        `- EngineDeadError     the engine process is gone
 
@@ -96,6 +99,14 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class AuthenticationError(RequestError):
+    """The request comes without an API key that is accepted."""
+
+    http_status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
 class QueueFullError(RequestError):
     """Too many requests are waiting; `retry_after` is in seconds."""
 
@@ -108,10 +119,24 @@ class QueueFullError(RequestError):
         self.retry_after = retry_after
 
 
+class KeyLimitError(QueueFullError):
+    """The request's API key has as many requests open as one may."""
+
+    code = "concurrency_limit"
+
+
 class EngineError(MinisrvError):
     """Something of ours failed."""
 
     http_status = 500
+
+
+class DeadlineError(EngineError):
+    """The request has not ended within the time that the server gives."""
+
+    http_status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class EngineNotReadyError(EngineError):

@@ -216,6 +216,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine.
 
     cache_salt: only requests with the same one share entries of the prefix cache.
+    priority: those with a lower number are admitted earlier, and preempted later.
     structured_output: what its text must be.
 
     Raises RequestError for a structured output that never ends.
@@ -225,6 +226,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: str | None = None
+    priority: int = 0
     structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:

@@ -5,14 +5,15 @@ are in flight. It hands out steps (`schedule`) and takes their sampled tokens ba
 once or one step late: a *lag* of one lets the host prepare step N+1 while step N runs. Knows
 nothing of tensors, of graphs, of text or of sockets.
 
-Policy, first come first served:
+Policy, by priority, and first come first served among equals:
 - every decoding request gets one token; what is left of the token budget goes to prefill, in
   chunks, the oldest first; then to waiting requests;
 - a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
   filled its last one. What the prefix cache has of its beginning is shared, not computed; one
   token at least is, because its result is the next token, and it goes to a block of its own;
-- when no block is free the newest request is preempted: its blocks are freed and its tokens are
-  computed again later, or found. So the oldest always advances, and with it the whole queue.
+- when no block is free the last of those that run is preempted, the newest of the least important:
+  its blocks are freed and its tokens are computed again later, or found. So the first always
+  advances, and with it the whole queue. No request is preempted to make room for another.
 
 In steady decode, which is most of the time, the next step is the last one with every request a
 token further: a `DecodeRun` hands it out and looks at no request but those that need a block.
@@ -26,8 +27,9 @@ written. A block that is shared or can be found is never written.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -66,6 +68,7 @@ class RequestState:
     stop_token_ids: frozenset[int]
     max_total: int
     cache_salt: str | None = None
+    priority: int = 0
     masked: bool = False
     processed: bool = False
     output: list[int] = field(default_factory=list)
@@ -359,6 +362,7 @@ class Scheduler:
             stop_token_ids=stop_token_ids,
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
             cache_salt=request.cache_salt,
+            priority=request.priority,
             masked=request.structured_output is not None,
             processed=bool(
                 params.has_penalties or params.logit_bias or (params.min_tokens and stop_token_ids)
@@ -368,11 +372,11 @@ class Scheduler:
         if held:
             self.held[state.request_id] = state
         else:
-            self.waiting.append(state)
+            _queue(self.waiting, state)
 
     def release(self, request_id: str) -> None:
         """A request that was held, and has not ended, may join a step."""
-        self.waiting.append(self.held.pop(request_id))
+        _queue(self.waiting, self.held.pop(request_id))
 
     @property
     def has_room(self) -> bool:
@@ -518,7 +522,7 @@ class Scheduler:
             ):
                 return
             self.waiting.popleft()
-            self.running.append(request)
+            _queue(self.running, request)
             request.slot = self.slots.take()
             request.prefill_target = target
             step.new_slots.append(_slot_start(request))
@@ -566,7 +570,7 @@ class Scheduler:
         assert not self._named_in_flight(request), "a step in flight writes its blocks"
         self.running.remove(request)
         self._release(request)
-        self.waiting.appendleft(request)
+        _queue(self.waiting, request, first=True)
         self.num_preemptions += 1
 
     def update(self, step_id: int, tokens: Sequence[int]) -> list[TokenEvent]:
@@ -737,6 +741,18 @@ class _StepBuilder:
             masked=_masked(rows),
             run=run,
         )
+
+
+def _queue(
+    queue: MutableSequence[RequestState], request: RequestState, *, first: bool = False
+) -> None:
+    """Put a request behind those of its priority, or `first` in front of them. Lower numbers come
+    earlier."""
+    if not first and (not queue or queue[-1].priority <= request.priority):
+        queue.append(request)
+        return
+    place = bisect_left if first else bisect_right
+    queue.insert(place(queue, request.priority, key=lambda each: each.priority), request)
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:

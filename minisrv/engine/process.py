@@ -3,7 +3,8 @@
 Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when
 the parent stops it. Workers are whoever says hello on the socket; each gets one message a step with
 what the step added to its requests, and the counters when it asks. A worker that says hello again
-is another process in the place of one that has died, whose requests are dropped.
+is another process in the place of one that has died, whose requests are dropped. Once it serves,
+its loop comes round every half a second or every step, and whoever started it can see that.
 Knows nothing of HTTP or text.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import zmq
 
 from minisrv.config import EngineConfig
+from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
     AskStats,
     EngineMessage,
@@ -38,6 +40,9 @@ from minisrv.request import EngineOutput, RequestFailure
 
 logger = logging.getLogger(__name__)
 
+IDLE_MS = 500
+"""How long the loop waits for a message at most."""
+
 
 class EngineProcess(ChildProcess):
     """The parent's handle of an engine process."""
@@ -55,11 +60,18 @@ class EngineProcess(ChildProcess):
                 "bytes, the most that a socket allows; set TMPDIR to a shorter directory."
             )
         self.address = f"ipc://{path}"
-        super().__init__("engine", _main, config, self.address, private_dir=private_dir)
+        beats = private_dir / "heartbeat"
+        self._heartbeat = Heartbeat(beats)
+        super().__init__("engine", _main, config, self.address, beats, private_dir=private_dir)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago its loop last came round; 0 before it is ready."""
+        return self._heartbeat.age
 
 
-def _main(config: EngineConfig, address: str) -> None:
-    server = _EngineServer(address)
+def _main(config: EngineConfig, address: str, heartbeat: Path) -> None:
+    server = _EngineServer(address, Heartbeat(heartbeat))
     try:
         server.load(config)
         server.run()
@@ -78,7 +90,8 @@ def _main(config: EngineConfig, address: str) -> None:
 class _EngineServer:
     """The engine's side of the socket, and the loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.linger = 1000  # milliseconds for the last words
@@ -124,9 +137,12 @@ class _EngineServer:
     def run(self) -> None:
         """Serve until the process is told to end."""
         while True:
-            while self.socket.poll(0 if self.core.has_work else None):
+            self.heartbeat.beat()
+            while self.socket.poll(0 if self.core.has_work else IDLE_MS):
                 self._receive()
-            self._deliver(self.core.step())
+                self.heartbeat.beat()
+            if self.core.has_work:
+                self._deliver(self.core.step())
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()

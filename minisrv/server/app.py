@@ -11,11 +11,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from msgspec.structs import asdict
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from minisrv.checkpoint import GenerationConfig
+from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.metrics import CONTENT_TYPE, Metrics
+from minisrv.server.auth import ApiKeys, KeyLimit
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
 from minisrv.server.middleware import Edge
 from minisrv.server.protocol import (
@@ -43,6 +46,8 @@ def create_app(
     served_model_names: tuple[str, ...],
     generation: GenerationConfig,
     metrics: Metrics | None = None,
+    settings: ServerConfig | None = None,
+    key_limit: KeyLimit | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> FastAPI:
     """The ASGI application of one API worker.
@@ -50,20 +55,40 @@ def create_app(
     served_model_names: what `model` may be; answers to requests without one carry the first.
     generation: the checkpoint's sampling defaults.
     metrics: what the worker counts in; None for one that is alone.
+    settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
+    key_limit: how many requests a key may have open; None for any number.
 
     Whoever has served it calls its `state.close()`.
     """
-    metrics = metrics or Metrics()
-    serving = Serving(client, tokenizer, served_model_names, generation, metrics)
+    metrics, settings = metrics or Metrics(), settings or ServerConfig()
+    serving = Serving(
+        client,
+        tokenizer,
+        served_model_names,
+        generation,
+        metrics,
+        key_limit=key_limit,
+        request_timeout=settings.request_timeout or None,
+    )
     app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)
     app.state.close = serving.close
     app.add_middleware(
         Edge,
+        keys=ApiKeys(settings.api_keys),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset({_COMPLETIONS, _CHAT, _TOKENIZE, _DETOKENIZE}),
         arrived=metrics.arrived,
         failed=metrics.failed,
     )
+    if settings.allowed_origins:
+        # Outside the edge: what a browser asks before it may ask comes without a key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     install_error_handlers(app)
     _add_generation_routes(app, serving)
     _add_tokenizer_routes(app, serving)

@@ -17,7 +17,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from minisrv.errors import EngineNotReadyError, MinisrvError, QueueFullError, RequestError
+from minisrv.errors import (
+    AuthenticationError,
+    EngineNotReadyError,
+    MinisrvError,
+    QueueFullError,
+    RequestError,
+)
 
 logger = logging.getLogger("minisrv.server")
 
@@ -64,6 +70,8 @@ def error_response(error: Exception) -> JSON:
         headers["retry-after"] = str(error.retry_after)
     elif isinstance(error, EngineNotReadyError):
         headers["retry-after"] = str(NOT_READY_RETRY_AFTER)
+    elif isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
     return JSON(error_object(error), status_code=error_status(error), headers=headers)
 
 

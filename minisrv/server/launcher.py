@@ -4,7 +4,9 @@ Knows: which process starts which, and how all of them end. This process starts 
 API workers, which import their parts and open the port while the engine loads: `/health` answers
 soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
 dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once.
+`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once. An engine whose loop
+has not come round for `engine_timeout` seconds is killed: the workers see it die and end its
+requests.
 Knows nothing of requests, and imports neither torch nor anything of HTTP.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import ssl
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +36,9 @@ from minisrv.server.process import Report, WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
+WATCH_SECONDS = 0.25
+"""How often the engine's sign of life is looked at."""
+
 STUCK_SECONDS = 5
 """What workers get to end, beyond the time of their open requests."""
 
@@ -45,6 +51,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """
     started = time.perf_counter()
     ladders_of(engine)
+    _check_certificate(server)
     directory = resolve_checkpoint(engine.model)
     names = server.served_model_names or (engine.model or directory.name,)
     with ExitStack() as stack:
@@ -55,7 +62,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         process = EngineProcess(replace(engine, model=str(directory)), private_dir)
         stack.callback(process.stop)
-        tree = _Tree(process)
+        tree = _Tree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
         for index, listener in enumerate(listeners):
             config = WorkerConfig(
@@ -66,10 +73,11 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 checkpoint=directory,
                 private_dir=private_dir,
                 served_model_names=names,
-                shutdown_timeout=server.shutdown_timeout,
+                settings=server,
             )
             tree.workers.append(WorkerProcess(config, listener))
-        in_order = tree.watch(stop, _url(listeners[0]), started)
+        scheme = "http" if server.ssl_certfile is None else "https"
+        in_order = tree.watch(stop, f"{scheme}://{_place(listeners[0])}", started)
         for listener in listeners:
             listener.close()
         in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
@@ -79,8 +87,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 class _Tree:
     """The engine and the API workers, from the first report to the last exit status."""
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
+        """engine_timeout: seconds that one step may take."""
         self.engine = engine
+        self.engine_timeout = engine_timeout
         self.workers: list[WorkerProcess] = []
         self.progress = StartupProgress()
         self.announced = False
@@ -90,7 +100,9 @@ class _Tree:
         try:
             while True:
                 lines = {worker.reports: worker for worker in self.workers}
-                ready = wait([stop, *lines, *(worker.sentinel for worker in self.workers)])
+                ends = [worker.sentinel for worker in self.workers]
+                ready = wait([stop, *lines, *ends], timeout=WATCH_SECONDS)
+                self._check_engine()
                 if stop in ready:
                     stop.recv(1)
                     return True
@@ -102,6 +114,18 @@ class _Tree:
                         return False
         finally:
             self.progress.close()
+
+    def _check_engine(self) -> None:
+        """Kill an engine that hangs. It may be stopped, or wait for a device that is gone."""
+        silent = self.engine.silent_seconds
+        if silent > self.engine_timeout and self.engine.exit_status is None:
+            logger.error(
+                "the engine has finished no step for %.1f s (--engine-timeout %g); it is killed. "
+                "If its steps may take so long, give it more.",
+                silent,
+                self.engine_timeout,
+            )
+            self.engine.stop()
 
     def _hear(self, worker: WorkerProcess, url: str, started: float) -> bool:
         """Take a report; whether the server can go on."""
@@ -210,9 +234,25 @@ def _bind(server: ServerConfig, port: int, *options: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _place(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_certificate(server: ServerConfig) -> None:
+    """Raises ConfigError before any worker would."""
+    if server.ssl_certfile is None or server.ssl_keyfile is None:
+        return
+    try:
+        # An empty password, as otherwise a key that needs one would be asked for here.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(
+            f"--ssl-certfile {server.ssl_certfile} and --ssl-keyfile {server.ssl_keyfile} cannot "
+            f"be used ({error}); they must be PEM files that belong together, the key without a "
+            "password."
+        ) from None
 
 
 def _announce(info: EngineInfo, url: str, seconds: float) -> None:

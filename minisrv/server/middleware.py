@@ -1,8 +1,8 @@
-"""The edge of the application: request ids, limits on bodies, the last resort for errors.
+"""The edge of the application: keys, request ids, limits on bodies, the last resort for errors.
 
 Pure ASGI: it passes `receive` on, so that what lies inside sees a client that goes away.
 
-Knows: HTTP headers and bytes. Knows nothing of what the requests ask for.
+Knows: HTTP headers, keys and bytes. Knows nothing of what the requests ask for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from minisrv.errors import AuthenticationError
+from minisrv.server.auth import ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
 
 logger = logging.getLogger("minisrv.server")
@@ -26,7 +28,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class Edge:
     """Outermost middleware.
 
-    Every response carries `x-request-id`: the client's, where it is short and plain, or a new
+    A request without a key that it needs is refused. `scope["key"]` is the number of its key, or
+    None. Every response carries `x-request-id`: the client's, where it is short and plain, or a new
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
     one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
     answered with 500. `arrived` is told of every request, `failed` the status of every API
@@ -37,12 +40,14 @@ class Edge:
         self,
         app: ASGIApp,
         *,
+        keys: ApiKeys,
         max_body_bytes: int,
         json_paths: frozenset[str],
         arrived: Callable[[], None],
         failed: Callable[[int], None],
     ) -> None:
         self._app = app
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._json_paths = json_paths
         self._arrived = arrived
@@ -81,6 +86,10 @@ class Edge:
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """What the headers alone are reason enough to refuse."""
+        try:
+            scope["key"] = self._keys.check(scope["path"], headers.get("authorization", ""))
+        except AuthenticationError as error:
+            return error_response(error)
         length = headers.get("content-length", "")
         # Python reads no integers of thousands of digits; 18 are too many bytes already.
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_body_bytes):

@@ -15,6 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from minisrv.config import ServerConfig
 from minisrv.engine.messages import Loading, Ready
 from minisrv.processes import ChildProcess
 
@@ -29,7 +30,7 @@ class WorkerConfig:
     index: its number, out of `number` workers.
     address, engine_pid: of the engine. checkpoint: its directory.
     private_dir: the server's own, where workers share their metrics.
-    shutdown_timeout: seconds that open requests get to finish.
+    settings: the server's.
     engine_is_ready: or else it is starting as well, and the worker answers that it does.
     """
 
@@ -40,7 +41,7 @@ class WorkerConfig:
     checkpoint: Path
     private_dir: Path
     served_model_names: tuple[str, ...]
-    shutdown_timeout: int
+    settings: ServerConfig
     engine_is_ready: bool = False
 
     @property

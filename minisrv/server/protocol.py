@@ -151,6 +151,9 @@ class GenerationRequest(Strict):
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
     """Share cached prefixes only with requests that send the same salt. Others cannot tell from
     the time of an answer what has been asked before."""
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    """Requests with a lower number are admitted earlier, and preempted later when the KV cache is
+    full; none is preempted to make room for another (vLLM's extension)."""
     response_format: ResponseFormat | None = None
     """What the text must be: JSON, or JSON that follows a schema."""
     structured_outputs: StructuredOutputs | None = None

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
 from minisrv.server.generation import Generation, coalesce
@@ -55,15 +57,17 @@ class GenerationResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, reply = self._request, self._reply
-        with self._serving.places(request, reply.id):
-            prepared = await self._serving.prepare(request)
+        with self._serving.places(request, reply.id, scope["key"]):
+            async with self._in_time():
+                prepared = await self._serving.prepare(request)
             choices = self._serving.choices(request, prepared, reply.id, self._arrival)
             generation = Generation(choices)
             reply.begin(prepared)
             if request.stream:
                 await self._stream(generation, send)
                 return
-            async with aclosing(self._serving.client.generate(generation.requests)) as batches:
+            batches = self._serving.client.generate(generation.requests)
+            async with self._in_time(), aclosing(batches):
                 async for outputs in batches:
                     for delta in generation.read(outputs):
                         reply.add(delta)
@@ -72,13 +76,28 @@ class GenerationResponse(Response):
             generation.check_ended()
         await JSON(reply.document())(scope, receive, send)
 
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raises DeadlineError when the request's time is over."""
+        seconds = self._serving.request_timeout
+        left = None if seconds is None else seconds - (time.perf_counter() - self._arrival)
+        try:
+            async with asyncio.timeout(left):
+                yield
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"The request has not ended within {seconds:g} s, which is what this server gives; "
+                "ask for less, or try again when it is less busy."
+            ) from error
+
     async def _stream(self, generation: Generation, send: Send) -> None:
         reply, client = self._reply, self._serving.client
         silent = set(range(len(generation.requests)))
         early = b""  # events of choices that were faster than the slowest first output
         started = behind = False
         try:
-            async with aclosing(client.generate(generation.requests)) as batches:
+            batches = client.generate(generation.requests)
+            async with self._in_time(), aclosing(batches):
                 async for outputs in batches:
                     deltas = generation.read(outputs)
                     # An event for each token, but one for all that came while the client took none.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from minisrv.errors import (
 )
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
+from minisrv.server.auth import KeyLimit
 from minisrv.server.generation import Choice
 from minisrv.server.preparation import AnswerFormat, Prepared, answer_form, tool_parser
 from minisrv.server.protocol import (
@@ -59,6 +60,9 @@ class Serving:
     served_model_names: tuple[str, ...]
     generation: GenerationConfig
     metrics: Metrics
+    key_limit: KeyLimit | None = None
+    request_timeout: float | None = None
+    """Seconds from a request's arrival to its end; None for any."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
 
@@ -89,16 +93,23 @@ class Serving:
             raise EngineNotReadyError(f"The engine is {state.value}; try again later.")
         return info
 
+    @contextmanager
     def places(
-        self, request: CompletionRequest | ChatCompletionRequest, request_id: str
-    ) -> AbstractContextManager[None]:
-        """A place for every choice, from before its prompt is tokenised. Raises what
-        `Admission.places` and `engine_info` raise."""
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        request_id: str,
+        key: int | None,
+    ) -> Iterator[None]:
+        """A place for every choice, from before its prompt is tokenised, and one among those of its
+        key. Raises what `KeyLimit.place`, `Admission.places` and `engine_info` raise."""
         info = self.engine_info()
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
         ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
         param = "n" if request.n > 1 else "prompt"
-        return self.client.admission.places(ids, info.max_num_seqs + info.max_waiting, param)
+        limit = info.max_num_seqs + info.max_waiting
+        counted = nullcontext() if key is None or not self.key_limit else self.key_limit.place(key)
+        with counted, self.client.admission.places(ids, limit, param):
+            yield
 
     async def prepare(self, request: CompletionRequest | ChatCompletionRequest) -> Prepared:
         """Make the prompts, and find out whether what the answer must be can be followed.
@@ -217,6 +228,7 @@ class Serving:
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
                 cache_salt=request.cache_salt,
+                priority=request.priority,
                 structured_output=prepared.form,
             )
             detokenizer = Detokenizer(

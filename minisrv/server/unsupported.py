@@ -27,7 +27,6 @@ EVERYWHERE: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "priority": (0,),
     "request_id": (),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),

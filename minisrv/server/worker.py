@@ -24,6 +24,7 @@ from minisrv.engine.messages import Loading, Ready
 from minisrv.errors import MinisrvError
 from minisrv.metrics import Metrics
 from minisrv.server.app import create_app
+from minisrv.server.auth import KeyLimit
 from minisrv.server.http import BoundedProtocol, bound_writes
 from minisrv.server.process import Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
@@ -36,7 +37,17 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     """Serve on `listener` until the launcher closes its end of the line."""
     bound_writes(listener)
     client = EngineClient(config.address, config.engine_pid, config.name)
-    metrics = Metrics(config.private_dir / "metrics", worker=config.index, workers=config.number)
+    settings = config.settings
+    place = {"worker": config.index, "workers": config.number}
+    metrics = Metrics(config.private_dir / "metrics", **place)
+    key_limit = None
+    if settings.max_requests_per_key:
+        key_limit = KeyLimit(
+            config.private_dir / "open-requests",
+            keys=len(settings.api_keys),
+            limit=settings.max_requests_per_key,
+            **place,
+        )
     try:
         app = create_app(
             client,
@@ -44,6 +55,8 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             served_model_names=config.served_model_names,
             generation=read_generation_config(config.checkpoint),
             metrics=metrics,
+            settings=settings,
+            key_limit=key_limit,
         )
     except MinisrvError as error:
         _tell(launcher, f"API worker {config.index} did not start: {error.message}")
@@ -51,17 +64,19 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     # What is there now stays: a collection that went through all of it would hold every stream up.
     gc.collect()
     gc.freeze()
-    settings = uvicorn.Config(
+    http = uvicorn.Config(
         app,
         http=BoundedProtocol,
         ws="none",
         lifespan="off",
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=config.shutdown_timeout + LAST_WORDS_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
     )
-    server = _Server(settings, client, config.shutdown_timeout)
-    with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+    server = _Server(http, client, settings.shutdown_timeout)
+    with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, listener, launcher))
     app.state.close()
 

@@ -84,8 +84,14 @@ class Both:
             ignore_eos=draw.random() < 0.7,
             logprobs=draw.choice((None, None, None, 0, 2)),
         )
+        priority = draw.choice((0, 0, 0, -1, 1))
         for scheduler in (self.with_runs, self.anew):
-            scheduler.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params), 0)
+            scheduler.add(
+                EngineRequest(
+                    request_id=name, prompt_token_ids=prompt, params=params, priority=priority
+                ),
+                0,
+            )
         self.counted.open(name)
         self.ran[name] = Counter()
 

@@ -132,7 +132,11 @@ def requests(draw: st.DrawFn, index: int) -> tuple[EngineRequest, Told, int]:
         max_tokens=draw(st.integers(1, 20)), ignore_eos=draw(st.booleans()), seed=told_seed
     )
     request = EngineRequest(
-        request_id=str(index), prompt_token_ids=list(prompt), params=params, cache_salt=salt
+        request_id=str(index),
+        prompt_token_ids=list(prompt),
+        params=params,
+        cache_salt=salt,
+        priority=draw(st.sampled_from([0, 0, 0, -1, 2])),
     )
     told = Told(continued(prompt, told_seed), told_seed, salt)
     return request, told, draw(st.integers(0, 30))
@@ -216,10 +220,14 @@ def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: int) ->
     )
 
 
-def add(scheduler: Scheduler, name: str, length: int, most: int | None = 5) -> None:
+def add(
+    scheduler: Scheduler, name: str, length: int, most: int | None = 5, priority: int = 0
+) -> None:
     params = SamplingParams(max_tokens=most)
     prompt = [ord(name[0])] * length  # no prefix of another's
-    request = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params)
+    request = EngineRequest(
+        request_id=name, prompt_token_ids=prompt, params=params, priority=priority
+    )
     scheduler.add(request, seed=0)
 
 
@@ -244,6 +252,30 @@ def test_prefill_is_chunked_and_mixed_with_decode():
     assert shape(third) == [("a", 1, True), ("b", 5, False)]
     scheduler.update(2, [1, 1])
     assert scheduler.schedule().uniform_decode
+
+
+def test_priority_decides_who_is_admitted_and_arrival_among_equals():
+    scheduler = make(seqs=1)
+    for name, priority in (("a", 0), ("b", 0), ("c", -5), ("d", 7), ("e", 0), ("f", -5)):
+        add(scheduler, name, 3, most=1, priority=priority)
+    order = []
+    for step_id in range(6):
+        [(name, _, _)] = shape(scheduler.schedule())
+        order.append(name)
+        scheduler.update(step_id, [1])
+    assert order == list("cfabed")
+
+
+def test_the_least_important_is_preempted_though_others_are_newer():
+    scheduler = make(blocks=6, budget=64, max_model_len=16)
+    add(scheduler, "low", 3, most=9, priority=1)
+    scheduler.update(scheduler.schedule().step_id, [1])
+    add(scheduler, "high", 7, most=9, priority=-1)
+    while not scheduler.num_preemptions:
+        step = scheduler.schedule()
+        scheduler.update(step.step_id, [1] * len(step.rows))
+    assert [request.request_id for request in scheduler.running] == ["high"]
+    assert [request.request_id for request in scheduler.waiting] == ["low"]
 
 
 def test_one_token_prompt_is_prefill():

@@ -33,7 +33,7 @@ SMALL = (
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
-_READY = re.compile(r"ready in .* (http://\S+)/v1")
+_READY = re.compile(r"ready in .* (https?://\S+)/v1")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:

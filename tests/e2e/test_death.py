@@ -62,6 +62,35 @@ def test_the_engine_at_any_moment(start: Start, tiny: Path, seed: int) -> None:
     assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_an_engine_that_hangs(start: Start, tiny: Path, seed: int) -> None:
+    """Stopped while idle, in prefill or in decode: it takes messages, and does nothing more."""
+    moment = ("idle", "prefill", "decode")[seed]
+    flags = ("--max-num-seqs", "4", "--engine-timeout", "2", "--api-workers", str(1 + seed % 2))
+    server = start(str(tiny), *flags).wait_ready()
+    prompts = {"prefill": [5] * 20_000, "decode": [5, 6]}
+    fields = {"max_tokens": 20_000 if moment == "decode" else 5, "ignore_eos": True}
+    futures = []
+    if moment != "idle":
+        bodies = [{"prompt": [prompts[moment]], **fields, "stream": s} for s in (True, False) * 3]
+        futures = server.post_all(COMPLETIONS, bodies)
+        until(lambda: server.metrics()["num_requests_running"] > 0, "running")
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)
+    stopped = time.monotonic()
+    if moment == "idle":  # nobody could know yet
+        futures = server.post_all(COMPLETIONS, [{"prompt": [[5]], **fields}] * 4)
+    assert {error_of(future)["code"] for future in futures} == {"engine_dead"}
+    assert time.monotonic() - stopped < 2 + 2 * DEAD_LINE
+    assert engine not in server.group()
+    assert_dead(server)
+    assert "the engine has finished no step for 2." in server.log
+    server.send(signal.SIGTERM)
+    assert server.wait() == 1
+    server.assert_nothing_left()
+    assert "Traceback" not in server.log
+
+
 def busy(server: Server, *, decodes: bool) -> bool:
     """Whether requests run, in this phase, and more wait."""
     metrics = server.metrics()

@@ -12,6 +12,7 @@ import zmq
 
 from minisrv.engine import admission
 from minisrv.engine.admission import MAX_RETRY_AFTER, Admission
+from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
     AskStats,
     EngineInfo,
@@ -106,7 +107,7 @@ def request(request_id: str) -> EngineRequest:
 def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str], zmq.Socket]]]:
     """A server around `_CoreOfOne`, and what connects workers by name, which have said hello."""
     address = f"ipc://{tmp_path}/engine"
-    server = _EngineServer(address)
+    server = _EngineServer(address, Heartbeat(tmp_path / "heartbeat"))
     server.core = _CoreOfOne()  # type: ignore[assignment]
     server.state = Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {}))
     workers = []

@@ -129,7 +129,7 @@ def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, token
     seen: list[dict[str, list[int]]] = []
     for mode in MODES:
         for lag in (0, 1):
-            engine = start(mode, lag, num_kv_blocks=150)
+            engine = start(mode, lag, num_kv_blocks=60)
             found = run(engine, *mixed)
             assert engine.stats().preemptions, "the cache is small"
             assert not any(outputs[-1].error for outputs in found.values())

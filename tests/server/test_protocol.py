@@ -331,6 +331,7 @@ def test_every_supported_field_does_something() -> None:
         "cache_salt",
         "n",
         "include_stop_str_in_output",
+        "priority",
         "response_format",
         "structured_outputs",
     }

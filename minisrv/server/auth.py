@@ -1,0 +1,92 @@
+"""Who may ask, and how many requests of theirs may be open at once.
+
+Every path needs a key, where there are any, but those of `OPEN_PATHS`. What a client sends is
+compared by its digest, all of them every time, so that the time tells nothing; the path is that of
+the request line, whatever headers say.
+
+Knows: keys. Knows nothing of what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from minisrv.errors import AuthenticationError, KeyLimitError
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What supervisors ask, and what tells nothing else."""
+
+_SCHEME = "bearer "
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class ApiKeys:
+    """The keys that are accepted; without any, everybody is."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def check(self, path: str, authorization: str) -> int | None:
+        """The number of the key that a request comes with; None if it needs none.
+
+        Raises AuthenticationError.
+        """
+        if not self._digests or path in OPEN_PATHS:
+            return None
+        bearer = authorization[: len(_SCHEME)].lower() == _SCHEME
+        given = _digest(authorization[len(_SCHEME) :].strip() if bearer else "")
+        found = [i for i, key in enumerate(self._digests) if hmac.compare_digest(given, key)]
+        if not found or not bearer:
+            raise AuthenticationError(
+                "This server needs an API key, and what was sent is none of its own: send "
+                "'Authorization: Bearer KEY'."
+            )
+        return found[0]
+
+
+class KeyLimit:
+    """How many requests each key has open, in a mapped file that all API workers count in.
+
+    Each worker writes to its own numbers only and reads all, so that two may let one request too
+    many in if they do it in the same instant.
+
+    limit: of each key.
+    """
+
+    def __init__(self, path: Path, *, keys: int, limit: int, worker: int, workers: int) -> None:
+        self._limit = limit
+        size = 4 * keys * workers
+        with path.open("a+b") as file:
+            file.truncate(size)
+            self._map = mmap.mmap(file.fileno(), size)
+        counts = memoryview(self._map).cast("i")
+        self._of_all = [counts[key::keys] for key in range(keys)]
+        self._own = counts[worker * keys : (worker + 1) * keys]
+        for key in range(keys):
+            self._own[key] = 0  # a dead worker may have left something
+
+    @contextmanager
+    def place(self, key: int) -> Iterator[None]:
+        """Count a request while it is open. Raises KeyLimitError."""
+        taken = sum(self._of_all[key])
+        if taken >= self._limit:
+            raise KeyLimitError(
+                f"This API key has {taken} requests open, and {self._limit} are allowed; wait for "
+                "one to end."
+            )
+        self._own[key] += 1
+        try:
+            yield
+        finally:
+            self._own[key] -= 1
