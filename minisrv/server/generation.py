@@ -25,8 +25,8 @@ class Delta:
     """What one output of the engine adds to one choice.
 
     token_ids: every token, the one that ended the choice included; it counts in the usage.
-    logprobs: of all of them but that one, unless its text is wanted; those of a stop string
-        included.
+    logprobs: of all of them, so that a client which asks for one token and takes the last entry
+        off, as lm-eval does, never loses an entry of the prompt.
     num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
     finish_reason: OpenAI's word, with the last delta only.
     prompt_logprobs: of all prompt tokens but the first, with the first delta, if asked for.
@@ -141,7 +141,7 @@ class Choice:
             self._index,
             text,
             output.token_ids,
-            output.logprobs and output.logprobs[: len(shown)],
+            output.logprobs,
             output.num_cached_tokens,
             reason and reason.value,
             output.graph_steps if self._report_steps else None,

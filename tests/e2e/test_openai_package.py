@@ -288,7 +288,11 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
     whole = chat(client, **fields)
     content = whole.choices[0].logprobs.content
-    assert "".join(entry.token for entry in content) == whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "stop"
+    assert len(content) == whole.usage.completion_tokens
+    *said, last = (entry.token for entry in content)
+    assert "".join(said) == whole.choices[0].message.content
+    assert last == "<|im_end|>", "what ended it is told of too"
     for entry in content:
         assert len(entry.top_logprobs) == 3
         assert entry.token == entry.top_logprobs[0].token, "greedy takes the most likely"

@@ -139,11 +139,13 @@ async def test_logprobs_token_ids_and_graph_steps(
     bodies = sse(response.text) if stream else [response.json()]
     choices = [body["choices"][0] for body in bodies]
     content = [e for c in choices if c["logprobs"] for e in c["logprobs"]["content"]]
-    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == TEXT
-    assert [entry["logprob"] for entry in content] == [-0.5] * (len(ids) - 1)
+    assert (
+        bytes(byte for entry in content for byte in entry["bytes"]).decode() == TEXT + "<|im_end|>"
+    )
+    assert [entry["logprob"] for entry in content] == [-0.5] * len(ids)
     assert [[top["logprob"] for top in e["top_logprobs"]] for e in content] == [
         [-0.5, -1.5, -2.5]
-    ] * (len(ids) - 1)
+    ] * len(ids)
     assert [i for choice in choices for i in choice.get("token_ids", [])] == ids
     assert len(bodies[0]["prompt_token_ids"]) > 0
     assert all("prompt_token_ids" not in body for body in bodies[1:])

@@ -269,7 +269,7 @@ async def test_logprobs(connect: Connect, tokenizer: Tokenizer, stream: bool) ->
     for body in bodies:
         for name, values in (body["choices"][0]["logprobs"] or {}).items():
             found.setdefault(name, []).extend(values)
-    texts = [tokenizer.token_text(i)[0] for i in ids[:-1]]  # not of the token that ended it
+    texts = [tokenizer.token_text(i)[0] for i in ids]  # of the token that ended it too
     assert found["tokens"] == texts
     assert found["token_logprobs"] == [-0.5] * len(texts)
     assert found["text_offset"] == [len("".join(texts[:i])) for i in range(len(texts))]
@@ -303,6 +303,20 @@ async def test_echo(connect: Connect, tokenizer: Tokenizer, stream: bool, as_ids
         assert all(len(top) == 2 for top in found["top_logprobs"][1:])
         assert found["text_offset"][0] == 0
         assert found["text_offset"][len(prompt_ids)] == len(prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_a_token_that_ends_the_text(connect: Connect, stream: bool) -> None:
+    """Whoever scores a text asks for one token behind it and takes the last entry off. The text
+    ends with an end-of-sequence token more often than not, and once that had no entry: the
+    text's own last token was taken off."""
+    engine = FakeEngine(scored(outputs([2], FinishReason.STOP, logprobs=1), 1))
+    options = {"echo": True, "logprobs": 1, "max_tokens": 1, "stream": stream}
+    response = await post(connect(engine), prompt=[5, 6, 7], **options)
+    bodies = sse(response.text) if stream else [response.json()]
+    logprobs = [choice["logprobs"] for body in bodies for choice in body["choices"]]
+    found = [value for part in logprobs if part for value in part["token_logprobs"]]
+    assert found == [None, -0.5, -0.5, -0.5]
 
 
 async def test_echo_alone(connect: Connect) -> None:
