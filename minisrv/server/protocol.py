@@ -417,6 +417,13 @@ class Message(Strict):
         """Whether only a template that knows tools can spell it."""
         return bool(self.tool_calls) or self.role == "tool"
 
+    @property
+    def num_characters(self) -> int:
+        """How much of it a template may spell."""
+        told = sum(len(part.text) for part in self.content or ())
+        called = sum(len(str(call.function.arguments)) for call in self.tool_calls)
+        return told + called + len(self.reasoning_content or self.reasoning or "")
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
         told: dict[str, Any] = {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.engine.client import EngineClient, EngineState
@@ -44,8 +44,14 @@ from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
 
+_T = TypeVar("_T")
+
 _THREAD_ABOVE = 20_000
-"""Characters to tokenise, or tokens to decode, in about 10 ms; more leaves the event loop."""
+"""Characters to tokenise or to render, or tokens to decode, in about 10 ms; more leaves the event
+loop."""
+
+_PER_MESSAGE = 100
+"""Characters that are rendered as fast as a message without any."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Serving:
         if isinstance(request, ChatCompletionRequest):
             tools = request.offered_tools
             told = [tool.for_template() for tool in tools]
-            text = self._render(request.messages, True, told, request.chat_template_kwargs)
+            text = await self._render(request.messages, True, told, request.chat_template_kwargs)
             parser = tool_parser(request, self.chat_format)
             answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
             form = answer_form(request, answer, self.tokenizer)
@@ -145,7 +151,7 @@ class Serving:
             assert request.prompt is not None
             text, special = request.prompt, True
         else:
-            text = self._render(request.messages, request.add_generation_prompt)
+            text = await self._render(request.messages, request.add_generation_prompt)
             special = False
         if request.add_special_tokens is not None:
             special = request.add_special_tokens
@@ -166,18 +172,21 @@ class Serving:
         def decode() -> str:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-        long = len(ids) > _THREAD_ABOVE
-        return {"prompt": await asyncio.to_thread(decode) if long else decode()}
+        return {"prompt": await _off_the_loop(decode, len(ids))}
 
-    def _render(
+    async def _render(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        rendered = [message.for_template() for message in messages]
-        return self.tokenizer.render_chat(rendered, add_generation_prompt, tools, variables)
+        def render() -> str:
+            rendered = [message.for_template() for message in messages]
+            return self.tokenizer.render_chat(rendered, add_generation_prompt, tools, variables)
+
+        size = sum(_PER_MESSAGE + message.num_characters for message in messages)
+        return await _off_the_loop(render, size + sum(len(str(tool)) for tool in tools))
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -255,14 +264,20 @@ class Serving:
         def encode() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
 
-        if sum(map(len, texts)) > _THREAD_ABOVE:
-            work = asyncio.ensure_future(asyncio.to_thread(encode))
-            try:
-                return await asyncio.shield(work)
-            finally:
-                # A thread cannot be cancelled: until it is done, the request counts.
-                await asyncio.wait((work,))
-        return encode()
+        return await _off_the_loop(encode, sum(map(len, texts)))
+
+
+async def _off_the_loop(work: Callable[[], _T], size: int) -> _T:
+    """What `work` gives, which is done in a thread if its size is above `_THREAD_ABOVE`. Threads
+    are bounded in number (asyncio's own), and so more of such work waits."""
+    if size <= _THREAD_ABOVE:
+        return work()
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    finally:
+        # A thread cannot be cancelled: until it is done, the request counts.
+        await asyncio.wait((task,))
 
 
 def _choice_id(request_id: str, index: int) -> str:

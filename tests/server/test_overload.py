@@ -28,11 +28,12 @@ LONG = "x" * 30_000
 
 
 class CountingTokenizer:
-    """The tokenizer, counting what it encodes; `go` holds it up."""
+    """The tokenizer, counting what it encodes and renders; `go` holds it up."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.encoded = 0
+        self.rendered = 0
         self.go = threading.Event()
         self.go.set()
 
@@ -40,6 +41,11 @@ class CountingTokenizer:
         self.encoded += 1
         assert self.go.wait(10)
         return self._tokenizer.encode(text, add_special_tokens)
+
+    def render_chat(self, *arguments: Any) -> str:
+        self.rendered += 1
+        assert self.go.wait(10)
+        return self._tokenizer.render_chat(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -186,3 +192,21 @@ async def test_a_cancelled_response_gives_the_places_back(
         assert engine.admission.num_taken == len(prompt)  # type: ignore[arg-type]
         task.cancel()
         await until(lambda: engine.admission.num_taken == 0)
+
+
+async def test_long_messages_are_rendered_beside_the_event_loop(
+    connect: Connect, counting: CountingTokenizer
+) -> None:
+    """Others are answered meanwhile, and who is rendered has his place."""
+    engine = engine_of(2, outputs([300]))
+    counting.go.clear()
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}] * 200
+    async with connect(engine, tokenizer=counting) as client:
+        route = "/v1/chat/completions"
+        first = asyncio.create_task(client.post(route, json={"messages": messages}))
+        await until(lambda: counting.rendered == 1)
+        assert engine.admission.num_taken == 1
+        assert (await client.get("/health")).status_code == 200
+        counting.go.set()
+        assert (await first).status_code == 400  # longer than the context
+    assert engine.admission.num_taken == 0
