@@ -9,7 +9,6 @@ checkpoint, an engine that has died), 2 the command line cannot be parsed.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minisrv import __version__
+from minisrv import __version__, logs
 from minisrv.config import (
     DEVICES,
     DTYPES,
@@ -38,12 +37,15 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.configure()
     try:
         options = _parser().parse_args(arguments)
         if options.model and options.model_flag:
             raise ConfigError("the model is named twice; give MODEL or --model MODEL, not both.")
         options.model = options.model or options.model_flag
+        if getattr(options, "log_format", None):
+            os.environ[logs.VARIABLE] = options.log_format
+            logs.configure()
         status: int = options.run(options)
         return status
     except MinisrvError as error:
@@ -159,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that one step of the engine may take before it is taken for dead "
         f"(default {defaults.engine_timeout})",
+    )
+    http.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        help=f"json: an object in a line (default ${logs.VARIABLE}, else {logs.FORMATS[0]})",
     )
     http.add_argument(
         "--request-timeout",

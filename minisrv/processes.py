@@ -8,7 +8,6 @@ Knows: how a process starts and ends. Knows nothing of what it does.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import shutil
 import signal
@@ -20,6 +19,8 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from minisrv import logs
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """What a child ignores."""
@@ -96,9 +97,7 @@ def _run(
     name: str, private_dir: Path, target: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     Path("/proc/self/comm").write_text(f"minisrv-{name}")
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s {name}: %(message)s", force=True
-    )
+    logs.configure(name)
     for ignored in PARENTS_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)

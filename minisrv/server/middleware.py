@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 
@@ -17,10 +18,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv.errors import AuthenticationError
-from minisrv.server.auth import ApiKeys
+from minisrv.logs import REQUEST_ID
+from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
 
-logger = logging.getLogger("minisrv.server")
+access = logging.getLogger("minisrv.access")
+
+_POLLED = OPEN_PATHS | {"/metrics"}
+"""Asked again and again by machines: a line only if something is wrong."""
+
+CLIENT_CLOSED_REQUEST = 499
+"""How a client that went away is counted; nginx's number."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -32,8 +40,9 @@ class Edge:
     None. Every response carries `x-request-id`: the client's, where it is short and plain, or a new
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
     one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
-    answered with 500. `arrived` is told of every request, `failed` the status of every API
-    response from 400 on.
+    answered with 500. Each request is a line in the log when it has ended, with what the response
+    has put into `scope["told"]`. `arrived` is told of every request, `failed` the status of every
+    API response from 400 on.
     """
 
     def __init__(
@@ -62,27 +71,31 @@ class Edge:
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        started = False
+        REQUEST_ID.set(request_id)
+        began = time.perf_counter()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
                 if message["status"] >= 400 and scope["path"].startswith("/v1/"):
                     self._failed(message["status"])
             await send(message)
 
-        if refusal := self._refusal(scope, headers):
-            await refusal(scope, receive, send_with_id)
-            return
         try:
-            await self._app(scope, self._limited(receive), send_with_id)
-        except Exception as error:
-            if started:
-                raise  # too late for a status: the server closes the connection
-            logger.error("request %s failed", request_id)
-            await error_response(error)(scope, receive, send_with_id)
+            if refusal := self._refusal(scope, headers):
+                await refusal(scope, receive, send_with_id)
+                return
+            try:
+                await self._app(scope, self._limited(receive), send_with_id)
+            except Exception as error:
+                if status:
+                    raise  # too late for a status: the server closes the connection
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            _log(scope, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """What the headers alone are reason enough to refuse."""
@@ -124,3 +137,14 @@ class Edge:
 
     def _too_large(self) -> str:
         return f"The request body must have at most {self._max_body_bytes} bytes."
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """One line for a request that has ended. The path as it was sent: it may hold anything."""
+    told = scope.get("told", {})
+    status = told.pop("status", None) or status or CLIENT_CLOSED_REQUEST
+    if scope["path"] in _POLLED and status < 400:
+        return
+    fields = {"status": status, "ms": round(1e3 * seconds, 1), **told}
+    path = scope["path"].encode("unicode_escape").decode()[:128]
+    access.info("%s %s", scope["method"], path, extra={"fields": fields})

@@ -60,6 +60,8 @@ class Reply(ABC):
         self._deltas: list[list[Delta]] = []
         self._plain: dict[int, tuple[bytes, bytes]] = {}
         """What is around the text of an event that tells nothing else, of each choice begun."""
+        self._first: float | None = None
+        """When the first delta came."""
         self._completion_tokens = 0
         self._cached_tokens = 0
 
@@ -84,6 +86,15 @@ class Reply(ABC):
         first = plain is None
         tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
         return self._events(delta, first, tells)
+
+    def told(self, arrival: float) -> dict[str, Any]:
+        """What a log may say of it: numbers. arrival: of the request, as `time.perf_counter`."""
+        first = {} if self._first is None else {"first_ms": round(1e3 * (self._first - arrival), 1)}
+        return {
+            **first,
+            "prompt_tokens": sum(map(len, self._prompts)),
+            "completion_tokens": self._completion_tokens,
+        }
 
     def last_events(self) -> bytes:
         """What ends a stream."""
@@ -154,6 +165,8 @@ class Reply(ABC):
         return {"id": self.id, "object": object_name, **self._identity}
 
     def _count(self, delta: Delta) -> None:
+        if self._first is None:
+            self._first = time.perf_counter()
         self._completion_tokens += len(delta.token_ids)
         if delta.index % self._choices_per_prompt == 0:  # a prompt counts once
             self._cached_tokens += delta.num_cached_tokens

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,12 +22,10 @@ from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
 from minisrv.server.generation import Generation, coalesce
+from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
-
-CLIENT_CLOSED_REQUEST = 499
-"""How a client that went away is counted; nginx's number."""
 
 
 class GenerationResponse(Response):
@@ -40,6 +39,8 @@ class GenerationResponse(Response):
         self._request = request
         self._reply = reply
         self._arrival = time.perf_counter()
+        self._told: dict[str, Any] = {}
+        """What the log says of it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._answer(scope, receive, send))
@@ -50,7 +51,10 @@ class GenerationResponse(Response):
                 work.result()
             else:
                 self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
+                self._told["status"] = CLIENT_CLOSED_REQUEST
         finally:
+            self._told |= self._reply.told(self._arrival)
+            scope["told"] = self._told
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
@@ -125,6 +129,7 @@ class GenerationResponse(Response):
             if not started:
                 raise
             self._serving.metrics.failed(error_status(error))
+            self._told["error"] = getattr(error, "code", None) or "internal_error"
             last = sse.event(error_object(error)) + sse.DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

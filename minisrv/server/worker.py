@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 
 import uvicorn
 
+from minisrv import logs
 from minisrv.checkpoint import read_generation_config
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import Loading, Ready
@@ -76,7 +77,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
     )
     server = _Server(http, client, settings.shutdown_timeout)
-    with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
+    with logs.in_background(), asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, listener, launcher))
     app.state.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import httpx
 import pytest
 import trustme
 
-from tests.e2e.server import SMALL, Server
+from tests.e2e.server import SMALL, Server, until
 
 Start = Callable[..., Server]
 
@@ -64,3 +65,20 @@ def test_what_is_refused_at_start(start: Start, tiny: Path, flags: list[str], wo
     assert server.wait() == 1
     assert words in server.log
     assert "Traceback" not in server.log
+
+
+def test_logs_of_every_process_as_json(start: Start, tiny: Path) -> None:
+    server = start(str(tiny), *SMALL, "--log-format", "json", "--port", "0")
+    until(lambda: "ready in" in server.log, "ready", 60)
+    url = json.loads(server.log.splitlines()[-1])["message"].partition("http://")[2]
+    with httpx.Client(base_url=f"http://{url.partition('/v1')[0]}", trust_env=False) as client:
+        headers = {"x-request-id": "mine-7"}
+        body = {"prompt": "my diary", "max_tokens": 3, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    until(lambda: "/v1/completions" in server.log, "a line")
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    assert {line["process"] for line in lines} >= {"launcher", "api-0"}
+    [line] = [line for line in lines if line["logger"] == "minisrv.access"]
+    assert (line["request_id"], line["status"]) == ("mine-7", 200)
+    assert line["completion_tokens"] == 3
+    assert "diary" not in server.log

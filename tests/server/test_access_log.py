@@ -1,0 +1,86 @@
+"""A line for each request: who, what came of it, how much, how long; never what was said."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from minisrv.config import ServerConfig
+from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from tests.server.fake_engine import FakeEngine, outputs
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+SECRET = "my diary says"
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, dict[str, Any]]]]:
+    """What the access log says: messages with their fields."""
+    caplog.set_level(logging.INFO, "minisrv.access")
+
+    def read() -> list[tuple[str, dict[str, Any]]]:
+        found = [record for record in caplog.records if record.name == "minisrv.access"]
+        return [(record.getMessage(), record.__dict__["fields"]) for record in found]
+
+    return read
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer(connect: Connect, lines: Any, caplog: Any, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": SECRET}], "stream": stream}
+    async with connect(FakeEngine(outputs([300, 301, 2], FinishReason.STOP))) as client:
+        await client.post("/v1/chat/completions", json=body)
+    [(message, fields)] = lines()
+    assert message == "POST /v1/chat/completions"
+    assert fields["status"] == 200
+    assert 0 <= fields["first_ms"] <= fields["ms"] < 60_000
+    assert fields["completion_tokens"] == 3
+    assert fields["prompt_tokens"] > 3
+    assert SECRET not in caplog.text
+
+
+async def test_a_refusal_a_path_and_what_is_polled(connect: Connect, lines: Any) -> None:
+    settings = ServerConfig(api_keys=("hidden",))
+    async with connect(FakeEngine(outputs([2])), settings=settings) as client:
+        headers = {"authorization": "Bearer hidden"}
+        await client.post("/v1/completions", json={"prompt": 5}, headers=headers)
+        await client.get("/nowhere%0A%00", headers={"authorization": "Bearer wrong"})
+        for path in ("/health", "/ready", "/metrics"):
+            await client.get(path, headers=headers)
+    (first, told), (second, refused) = lines()
+    assert (first, told["status"]) == ("POST /v1/completions", 400)
+    assert (second, refused["status"]) == ("GET /nowhere\\n\\x00", 401)
+    assert "hidden" not in str(lines())
+
+
+async def test_an_error_in_a_stream(connect: Connect, lines: Any) -> None:
+    def script(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
+        yield EngineOutput(request_id=request.request_id, token_ids=[65])
+        yield asyncio.Event()
+
+    settings = ServerConfig(request_timeout=1)
+    async with connect(FakeEngine(script), settings=settings) as client:
+        await client.post("/v1/completions", json={"prompt": "x", "stream": True})
+    [(_, fields)] = lines()
+    assert (fields["status"], fields["error"]) == (200, "deadline_exceeded")
+
+
+async def test_a_client_that_went_away(connect: Connect, lines: Any) -> None:
+    def script(request: EngineRequest) -> Iterator[asyncio.Event]:
+        yield asyncio.Event()
+
+    fake = FakeEngine(script)
+    async with connect(fake) as client:
+        task = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x"}))
+        await fake.started.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    [(_, fields)] = lines()
+    assert fields["status"] == 499
