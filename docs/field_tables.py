@@ -54,7 +54,7 @@ def _both(by_endpoint: dict[str, str]) -> str:
     """What holds for both endpoints, or for each."""
     if len(set(by_endpoint.values())) == 1:
         return next(iter(by_endpoint.values()))
-    return "; ".join(f"{name}: {told or 'none'}" for name, told in by_endpoint.items())
+    return "; ".join(f"{name}: {told.rstrip('.') or 'none'}" for name, told in by_endpoint.items())
 
 
 def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
