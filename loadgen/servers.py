@@ -52,6 +52,11 @@ class Server:
         """Where it serves."""
         return f"http://{_HOST}:{self._port}"
 
+    @property
+    def pid(self) -> int:
+        """Its first process, whose number is that of its process group too."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         """Start it. Raises ConfigError if there is no such program."""
         self._started_s = clock()

@@ -12,13 +12,27 @@ from typing import Any
 from fastapi import FastAPI
 from msgspec.structs import asdict
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.auth import ApiKeys, KeyLimit
+from minisrv.server.bodies import (
+    ChatCompletion,
+    Completion,
+    DetokenizedPrompt,
+    Health,
+    ModelCard,
+    ModelCards,
+    Readiness,
+    Tokens,
+    Version,
+    answered,
+    told,
+    with_keys,
+)
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
 from minisrv.server.middleware import Edge
 from minisrv.server.protocol import (
@@ -94,18 +108,20 @@ def create_app(
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
     _add_operation_routes(app, client, metrics)
+    if settings.api_keys:
+        with_keys(app.openapi())  # which is made once
     return app
 
 
 def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
-    @app.post(_COMPLETIONS, response_class=JSON)
+    @app.post(_COMPLETIONS, response_class=JSON, responses=answered(Completion, streams=True))
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
         model = serving.model_name(body.model)
         reply = CompletionReply(body, model, serving.tokenizer)
         return GenerationResponse(serving, body, reply)
 
-    @app.post(_CHAT, response_class=JSON)
+    @app.post(_CHAT, response_class=JSON, responses=answered(ChatCompletion, streams=True))
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
         model = serving.model_name(body.model)
@@ -113,13 +129,13 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
-    @app.post(_TOKENIZE, response_class=JSON)
+    @app.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
     async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
         return JSON(await serving.tokenize(body))
 
-    @app.post(_DETOKENIZE, response_class=JSON)
+    @app.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
         serving.model_name(body.model)
@@ -137,26 +153,26 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
             "max_model_len": info and info.max_model_len,
         }
 
-    @app.get("/v1/models", response_class=JSON)
+    @app.get("/v1/models", response_class=JSON, responses=answered(ModelCards))
     async def models() -> Response:
         """The names under which the model is served."""
         data = [card(name) for name in serving.served_model_names]
         return JSON({"object": "list", "data": data})
 
-    @app.get("/v1/models/{model_id:path}", response_class=JSON)
+    @app.get("/v1/models/{model_id:path}", response_class=JSON, responses=answered(ModelCard))
     async def model(model_id: str) -> Response:
         """One of the names; 404 for any other."""
         return JSON(card(serving.model_name(model_id)))
 
 
 def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
-    @app.get("/health", response_class=JSON)
+    @app.get("/health", response_class=JSON, responses=told(Health))
     async def health() -> Response:
         """200 as long as the engine lives, loading and draining included; else 503."""
         state = client.state
         return JSON({"state": state}, status_code=503 if state is EngineState.DEAD else 200)
 
-    @app.get("/ready", response_class=JSON)
+    @app.get("/ready", response_class=JSON, responses=told(Readiness))
     async def ready() -> Response:
         """200 if requests are welcome; else 503, with the progress while loading."""
         state = client.state
@@ -166,12 +182,12 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
         loading = asdict(client.loading) if state is EngineState.LOADING else None
         return JSON({"state": state, "loading": loading}, status_code=503, headers=headers)
 
-    @app.get("/version", response_class=JSON)
+    @app.get("/version", response_class=JSON, responses=answered(Version))
     async def show_version() -> Response:
         """The version of minisrv."""
         return JSON({"version": app.version})
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         """Prometheus metrics."""
         text = metrics.render(

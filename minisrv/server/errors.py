@@ -15,7 +15,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import (
     AuthenticationError,
@@ -41,7 +41,7 @@ _HTTP_CODES = {
 }
 
 
-class JSON(Response):
+class JSON(JSONResponse):
     """A JSON body, encoded by msgspec."""
 
     media_type = "application/json"

@@ -61,6 +61,20 @@ DEFAULT_COMPLETION_TOKENS = 16
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Prompts: TypeAlias = list[str] | list[list[int]]
+PromptIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+AnyPrompt: TypeAlias = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | PromptIds
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Bias: TypeAlias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+Biases: TypeAlias = Annotated[
+    dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Bias],
+    Field(max_length=MAX_LOGIT_BIAS),
+]
 
 
 class StreamOptions(Strict):
@@ -115,13 +129,14 @@ class GenerationRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Keep the smallest set of most likely tokens that is this probable."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Keep tokens at least this probable, relative to the most likely one."""
     logit_bias: Annotated[
         dict[int, float],
-        PlainValidator(_logit_bias, json_schema_input_type=dict[str, float]),
+        PlainValidator(_logit_bias, json_schema_input_type=Biases),
     ] = Field(default={})
     """What is added to the logits of tokens, by token id, before penalties and temperature."""
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
@@ -131,10 +146,10 @@ class GenerationRequest(Strict):
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] = 1.0
     """Divides positive logits of tokens that prompt or completion hold, and multiplies others."""
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
+    """Draw the same numbers again, alone or in any batch, in any mode. Absent, drawn anew."""
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        Field(max_length=MAX_STOP_STRINGS),
-        BeforeValidator(_one_or_more, json_schema_input_type=str | list[str]),
+        StopStrings,
+        BeforeValidator(_one_or_more, json_schema_input_type=StopString | StopStrings),
     ] = Field(default=[])
     """End the text before the first of these strings."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
@@ -159,7 +174,10 @@ class GenerationRequest(Strict):
     structured_outputs: StructuredOutputs | None = None
     """What the text must be, in one of more ways (vLLM's extension)."""
     stream: bool = False
+    """Send the answer as it comes, as server-sent events."""
     stream_options: StreamOptions | None = None
+    """include_usage ends the stream with the usage; continuous_usage_stats tells it in each
+    chunk."""
     return_token_ids: bool = False
     """Report the token ids of prompt and completion."""
     include_graph_steps: bool = False
@@ -321,9 +339,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[
         Prompts,
-        PlainValidator(
-            _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-        ),
+        PlainValidator(_prompts, json_schema_input_type=AnyPrompt),
     ]
     """A text, token ids, or a list of either: `n` choices each."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -482,6 +498,7 @@ class ChatCompletionRequest(GenerationRequest):
     unsupported = EVERYWHERE | CHAT_ONLY
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The chat so far: text, calls of tools and their results, and reasoning."""
     max_completion_tokens: TokenCount | None = None
     """OpenAI's newer name of max_tokens. Absent, the answer may fill the context."""
     logprobs: bool = False

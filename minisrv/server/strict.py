@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from minisrv.server.unsupported import asks_for_nothing, refusal
 
@@ -25,6 +26,16 @@ def refuse(field: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
 
 
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that may be null, too."""
+    about = {"title", "description", "default"}
+    values = {name: value for name, value in field.items() if name not in about}
+    either = values.pop("anyOf", None) if values.keys() == {"anyOf"} else [values]
+    null = {"type": "null"}
+    kept = {name: value for name, value in field.items() if name in about}
+    return {"anyOf": either if null in either else [*either, null], **kept}
+
+
 class Strict(BaseModel):
     """A JSON object: strict types, no unknown fields, null equals absent."""
 
@@ -36,6 +47,25 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
     )
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """What is accepted: null where a field may be absent, under any name, and of fields that
+        are not supported what asks for nothing."""
+        schema = handler(core_schema)
+        own = handler.resolve_ref_schema(schema)
+        for name, field in own["properties"].items():
+            if name not in own.get("required", ()):
+                own["properties"][name] = _or_null(field)
+        own["additionalProperties"] = {"type": "null"}
+        for name, neutral in cls.unsupported.items():
+            own["properties"][name] = {
+                "enum": [*neutral, None],
+                "description": "Not supported: these values ask for nothing.",
+            }
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,31 @@ def test_the_same_tokens_as_with_one(start: Start, tiny: Path) -> None:
         futures = [server.post_all(path, [fields])[0] for path, fields in bodies]
         found.append([tokens(future.result(60)) for future in futures])
     assert found[0] == found[1]
+
+
+def test_each_knows_the_names_the_request_and_what_is_cached(start: Start, tiny: Path) -> None:
+    names = ("--served-model-name", "one", "org/two")
+    server = start(str(tiny), *TWO, "--max-num-seqs", "4", *names).wait_ready()
+    address = server.url.removeprefix("http://")
+    seen: set[int] = set()
+    cached = 0
+    while len(seen) < 2:
+        with closing(HTTPConnection(address, timeout=60)) as http:
+            http.request("GET", "/v1/models/org/two", headers={"x-request-id": "mine"})
+            answer = http.getresponse()
+            assert answer.headers["x-request-id"] == "mine"
+            assert json.load(answer)["id"] == "org/two"
+            asked = {"model": "org/two", "prompt": [5] * 40, "max_tokens": 2, "ignore_eos": True}
+            body = json.dumps(asked | {"return_token_ids": True})
+            http.request("POST", COMPLETIONS, body, {"content-type": "application/json"})
+            told = json.load(http.getresponse())
+            assert told["model"] == "org/two"
+            [choice] = told["choices"]
+            assert choice["prompt_token_ids"] == asked["prompt"]
+            assert len(choice["token_ids"]) == 2
+            assert told["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+            cached = 32  # two blocks, whichever worker they came by
+            seen.add(server.worker_of(http.sock))
 
 
 def test_the_engine_counts_for_both(start: Start, tiny: Path) -> None:

@@ -1,0 +1,295 @@
+"""Many times more requests than a server can serve: what becomes of each, and of those it serves.
+
+    python benchmarks/overload.py --minutes 10 --times 10 --json overload.json \\
+        'minisrv serve --max-num-seqs 8 --max-waiting 64 --request-timeout 5'
+
+Three phases against one server: *at capacity*, where twice `--max-num-seqs` clients send one
+request behind the other, so that every slot is always taken; *overload*, where requests arrive at
+`--times` the rate that was served at capacity, evenly and whatever becomes of them (an open loop);
+and at capacity again, for what the machine itself has changed meanwhile. Every request must end in
+tokens, a 429 or a deadline's error; any other end makes the exit status 1.
+
+A step's time is the phase's seconds by the steps that /metrics counts in it: the engine always has
+work, so nothing else is in it but its own waiting for the machine's cores, which the client shares.
+Memory is each process's resident set (VmRSS), every five seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from loadgen.client import find_model, send
+from loadgen.http import Client
+from loadgen.prompts import endpoint, request_body
+from loadgen.records import PromptKind, RequestRecord, RunConfig
+from loadgen.servers import Server
+from minisrv.environment import environment
+
+SETTLE_S = 3.0
+"""From the start of a phase to the first reading of its steps."""
+SAMPLE_S = 5.0
+PATIENCE_S = 120.0
+_DEADLINE = "has not ended within"
+_STEPS = re.compile(r"^minisrv:graph_steps_total\{.*\} (\S+)$", re.MULTILINE)
+
+
+def outcome(record: RequestRecord) -> str:
+    """How a request ended: tokens, 429, deadline, or what it should not."""
+    failure = record.failure
+    if failure is None:
+        return "tokens"
+    if failure.status == 429:
+        return "429"
+    if _DEADLINE in failure.message:
+        return "deadline"
+    return f"{failure.kind} {failure.status or ''} {failure.message}"
+
+
+class Watch:
+    """Reads the server's counters and the memory of its processes."""
+
+    def __init__(self, server: Server, client: Client) -> None:
+        self._server = server
+        self._client = client
+        self._began = time.perf_counter()
+        self.memory: list[dict[str, Any]] = []
+
+    async def steps(self) -> float:
+        """Steps since the server's start."""
+        text = bytearray()
+
+        def receive(status: int, data: bytes, now_s: float) -> bool:
+            text.extend(data)
+            return True
+
+        await self._client.exchange("GET", f"{self._server.url}/metrics", b"", receive)
+        return sum(map(float, _STEPS.findall(text.decode())))
+
+    def sample(self, phase: str) -> None:
+        """Note the resident memory of each process of the server."""
+        found: dict[str, float] = {}
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                group = int(status.with_name("stat").read_text().rpartition(")")[2].split()[2])
+                if group == self._server.pid and (said := _memory(status.read_text())):
+                    found[said[0]] = found.get(said[0], 0.0) + said[1]
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+        seconds = round(time.perf_counter() - self._began, 1)
+        self.memory.append({"phase": phase, "seconds": seconds, "mib": found})
+
+    async def sample_on(self, phase: str) -> None:
+        """Sample until cancelled."""
+        while True:
+            self.sample(phase)
+            await asyncio.sleep(SAMPLE_S)
+
+
+def _memory(status: str) -> tuple[str, float] | None:
+    """Name and MiB of a process."""
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    if "VmRSS" not in fields:
+        return None
+    return fields["Name"].strip(), round(int(fields["VmRSS"].split()[0]) / 1024, 1)
+
+
+Ask = Callable[[], Awaitable[None]]
+
+
+async def closed_loop(clients: int, seconds: float, ask: Ask) -> None:
+    """So many clients, each with one request behind the other."""
+    end = time.perf_counter() + seconds
+
+    async def one() -> None:
+        while time.perf_counter() < end:
+            await ask()
+
+    await asyncio.gather(*(one() for _ in range(clients)))
+
+
+async def open_loop(rate: float, seconds: float, ask: Ask) -> None:
+    """A request every 1/rate seconds, whatever becomes of those before."""
+    began = time.perf_counter()
+    number = 0
+    async with asyncio.TaskGroup() as group:
+        while number < rate * seconds:
+            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+            group.create_task(ask())
+            number += 1
+
+
+async def phase(
+    name: str, watch: Watch, ask: Callable[[], Awaitable[RequestRecord]], load: Callable[[Ask], Any]
+) -> dict[str, Any]:
+    """Run a phase and say what came of it."""
+    ended: Counter[str] = Counter()
+    gaps: list[float] = []
+    first: list[float] = []
+
+    async def one() -> None:
+        record = await ask()
+        ended[outcome(record)] += 1
+        if record.failure is None:
+            gaps.extend(np.diff(record.chunk_times_s))
+            first.append(record.ttft_s or 0.0)
+
+    sampler = asyncio.create_task(watch.sample_on(name))
+    began = time.perf_counter()
+    running = asyncio.create_task(load(one))
+    await asyncio.sleep(SETTLE_S)
+    steps, since = await watch.steps(), time.perf_counter()
+    until, last = since, steps
+    while not running.done():  # the last reading before the load ends
+        until, last = time.perf_counter(), await watch.steps()
+        await asyncio.wait((running,), timeout=SAMPLE_S)
+    await running
+    sampler.cancel()
+    seconds = time.perf_counter() - began
+    return {
+        "phase": name,
+        "seconds": round(seconds, 1),
+        "requests": ended.total(),
+        "ended": dict(ended),
+        "served_per_s": round(ended["tokens"] / seconds, 2),
+        "steps": last - steps,
+        "step_ms": round(1000 * (until - since) / max(last - steps, 1), 3),
+        "itl_ms": _percentiles(gaps),
+        "ttft_ms": _percentiles(first),
+    }
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    values = np.percentile(seconds, (50, 90, 99)) if seconds else (0.0, 0.0, 0.0)
+    return {f"p{p}": round(1000 * v, 2) for p, v in zip((50, 90, 99), values, strict=True)}
+
+
+async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """All phases, one behind the other."""
+    with Client(None) as client:
+        base = f"{server.url}/v1"
+        config = RunConfig(
+            base_url=base,
+            model=await find_model(base, None, None, PATIENCE_S),
+            concurrencies=(1,),
+            prompt_kind=PromptKind.TOKENS,
+            input_tokens=options.input_tokens,
+            token_range=(100, 1000),
+            output_tokens=options.output_tokens,
+            ignore_eos=True,
+            requests=None,
+            duration_s=None,
+            warmup=None,
+            processes=None,
+            seed=0,
+            timeout_s=PATIENCE_S,
+            label="overload",
+        )
+        watch = Watch(server, client)
+        number = 0
+
+        async def ask() -> RequestRecord:
+            nonlocal number
+            number += 1
+            body = request_body(config, 0, False, number)
+            return await send(client, endpoint(config), body, number, config)
+
+        def at_capacity(one: Ask) -> Any:
+            return closed_loop(2 * options.max_num_seqs, options.capacity_seconds, one)
+
+        found = [await phase("at capacity", watch, ask, at_capacity)]
+        _tell(found[-1])
+        rate = options.times * found[0]["served_per_s"]
+        found.append(
+            await phase(
+                "overload", watch, ask, lambda one: open_loop(rate, 60 * options.minutes, one)
+            )
+        )
+        _tell(found[-1])
+        found.append(await phase("at capacity again", watch, ask, at_capacity))
+        _tell(found[-1])
+        watch.sample("end")
+    return {"rate_per_s": round(rate, 1), "phases": found, "memory": watch.memory}
+
+
+def _tell(found: dict[str, Any]) -> None:
+    print(f"{found['phase']}: {found['ended']}", file=sys.stderr)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Both tables."""
+    # A file has no width, and a row must not be broken for it.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    shown = Table(
+        "phase", "requests", "tokens", "429", "deadline", "other", "served/s", "step ms",
+        "ITL p50/p99 ms", "TTFT p50/p99 ms", box=None,
+    )  # fmt: skip
+    for one in report["phases"]:
+        ended = Counter(one["ended"])
+        known = [ended.pop(name, 0) for name in ("tokens", "429", "deadline")]
+        shown.add_row(
+            one["phase"],
+            str(one["requests"]),
+            *map(str, known),
+            str(ended.total()),
+            str(one["served_per_s"]),
+            f"{one['step_ms']:.2f}",
+            *(f"{one[key]['p50']:.1f} / {one[key]['p99']:.1f}" for key in ("itl_ms", "ttft_ms")),
+        )
+    console.print(shown)
+    memory = Table("process", "first MiB", "most", "last", box=None)
+    for name in report["memory"][0]["mib"]:
+        values = [sample["mib"].get(name, 0.0) for sample in report["memory"]]
+        memory.add_row(name, *(f"{value:.0f}" for value in (values[0], max(values), values[-1])))
+    console.print(memory)
+
+
+def main() -> int:
+    """Measure, print, and write the JSON; 1 if a request ended as none should."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("server", metavar="COMMAND", help="with --max-num-seqs as below")
+    parser.add_argument("--max-num-seqs", type=int, default=8, help="of the command (8)")
+    parser.add_argument("--times", type=float, default=10.0, help="the rate at capacity (10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of overload (10)")
+    parser.add_argument("--capacity-seconds", type=float, default=30.0, help="each time (30)")
+    parser.add_argument("--input-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=256)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    where = environment()
+    with (
+        TemporaryDirectory(prefix="overload-") as directory,
+        Server("the server", options.server, Path(directory, "log")) as server,
+    ):
+        server.wait_ready(PATIENCE_S)
+        report = asyncio.run(measure(server, options))
+        server.check()
+    print_report(report)
+    if options.json is not None:
+        whole = {
+            "environment": msgspec.to_builtins(where),
+            "server": shlex.join(server.command),
+            **report,
+        }
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    known = {"tokens", "429", "deadline"}
+    return int(any(set(one["ended"]) - known for one in report["phases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The README's tables of request fields, written from what the server accepts.
+
+    python docs/field_tables.py
+
+A test fails, and says so, while the README says anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- fields: python docs/field_tables.py -->", "<!-- /fields -->"
+ENDPOINTS = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
+
+
+def tables() -> str:
+    """Both tables: fields that do something, and fields that are known and refused."""
+    documents = {name: kind.model_json_schema() for name, kind in ENDPOINTS.items()}
+    supported: dict[str, dict[str, str]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    about: dict[str, dict[str, str]] = {}
+    for endpoint, kind in ENDPOINTS.items():
+        document = documents[endpoint]
+        for name, field in document["properties"].items():
+            if name in kind.unsupported:
+                neutral = [value for value in field["enum"] if value is not None]
+                shown = ", ".join(f"`{json.dumps(value)}`" for value in neutral)
+                refused.setdefault(name, {})[endpoint] = shown
+            else:
+                told = values(field, document["$defs"])
+                supported.setdefault(name, {})[endpoint] = told
+                said = " ".join(field["description"].split()).replace("|", "\\|")
+                about.setdefault(name, {})[endpoint] = said
+    lines = ["| field | values | what it does |", "|---|---|---|"]
+    for name, by_endpoint in supported.items():
+        only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))} only)"
+        lines.append(f"| `{name}`{only} | {_both(by_endpoint)} | {_both(about[name])} |")
+    lines += ["", "Known and not supported, so refused by name but for the values that ask for"]
+    lines += ["nothing (null is one of them everywhere):", ""]
+    lines += ["| field | values that are accepted |", "|---|---|"]
+    for name, by_endpoint in sorted(refused.items()):
+        only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))})"
+        lines.append(f"| `{name}`{only} | {_both(by_endpoint) or 'none'} |")
+    return "\n".join(lines)
+
+
+def _both(by_endpoint: dict[str, str]) -> str:
+    """What holds for both endpoints, or for each."""
+    if len(set(by_endpoint.values())) == 1:
+        return next(iter(by_endpoint.values()))
+    return "; ".join(f"{name}: {told.rstrip('.') or 'none'}" for name, told in by_endpoint.items())
+
+
+def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
+    """What a field may be, in a few words; null, which every optional field may be, is left out."""
+    if "anyOf" in field:
+        found = [values(one, defs) for one in field["anyOf"] if one != {"type": "null"}]
+        return " or ".join(dict.fromkeys(found))
+    if "$ref" in field:
+        return values(defs[field["$ref"].rpartition("/")[2]], defs)
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{json.dumps(v)}`" for v in field.get("enum", [field.get("const")]))
+    kind = str(field["type"])
+    if kind == "array":
+        of = field["items"].get("type", "object")
+        if of == "array":
+            of = f"lists of {field['items']['items']['type']}s"
+        return f"list of {of if of.startswith('list') else f'{of}s'}" + (
+            f" (at most {field['maxItems']})" if "maxItems" in field else ""
+        )
+    low, high = field.get("minimum"), field.get("maximum")
+    if "exclusiveMinimum" in field:
+        return f"{kind} above {field['exclusiveMinimum']:g}, up to {high:g}"
+    if low is not None:
+        return f"{kind} from {_number(low)}" + (f" to {_number(high)}" if high is not None else "")
+    return kind
+
+
+def _number(value: float) -> str:
+    """Bounds of 31 bits and more as powers of two."""
+    size = abs(value)
+    for power in (31, 63):
+        if size in (2**power, 2**power - 1):
+            less = "" if size == 2**power else " - 1"
+            return f"{'-' if value < 0 else ''}2^{power}{less}"
+    return f"{value:g}"
+
+
+def with_tables(readme: str) -> str:
+    """A README with the tables as they should be."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    text = f"{BEGIN}\n{tables()}\n{END}"
+    found, number = pattern.subn(lambda _: text, readme)
+    assert number == 1, f"README.md needs one {BEGIN} and one {END}"
+    return found
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))

@@ -1,0 +1,288 @@
+"""What responses look like, for the OpenAPI document.
+
+Nothing is made from these models: `replies` writes the bodies, for speed. Tests hold what is
+answered against them, so that no field is missing in either.
+
+Knows: the shapes on the wire. Knows nothing of how they come about.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from minisrv.server.auth import OPEN_PATHS
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+class Body(BaseModel):
+    """A JSON object of a response: these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorInfo(Body):
+    """What was wrong, what is allowed, what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field of the request that is at fault."""
+    code: str | None
+
+
+class Error(Body):
+    """The body of every response from 400 on, and of an event that ends a stream early."""
+
+    error: ErrorInfo
+
+
+class CachedTokens(Body):
+    """A part of the prompt's tokens."""
+
+    cached_tokens: int
+    """Found in the prefix cache, and so not computed."""
+
+
+class Usage(Body):
+    """Of all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class PromptLogprob(Body):
+    """Of one token at a place of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By token id, for each token of the prompt; the first has none."""
+
+
+class Choice(Body):
+    """What completions and chats have in common. Most is there if it was asked for."""
+
+    index: int
+    finish_reason: str
+    token_ids: list[int] = []
+    """With return_token_ids."""
+    graph_steps: dict[str, int] = {}
+    """With include_graph_steps: steps by mode and reason."""
+
+
+class TextLogprobs(Body):
+    """Of each token of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(Choice):
+    """A completion."""
+
+    text: str
+    logprobs: TextLogprobs | None
+    prompt_token_ids: list[int] = []
+    """With return_token_ids."""
+    prompt_logprobs: PromptLogprobs = []
+    """With prompt_logprobs."""
+
+
+class Completion(Body):
+    """Of POST /v1/completions. A stream has chunks of this shape, in which usage may be absent."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TopLogprob(Body):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """Of a token of an answer, and of its alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Body):
+    """Of each token of an answer."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CalledFunction(Body):
+    """What the model calls."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class Call(Body):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Answer(Body):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[Call] = []
+
+
+class ChatChoice(Choice):
+    """An answer."""
+
+    message: Answer
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(Body):
+    """Of POST /v1/chat/completions. A stream has `chat.completion.chunk` objects instead, whose
+    choices hold a delta of the message."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] = []
+    """With return_token_ids."""
+    prompt_logprobs: PromptLogprobs = []
+    """With prompt_logprobs."""
+
+
+class Tokens(Body):
+    """Of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+    """With return_token_strs."""
+
+
+class DetokenizedPrompt(Body):
+    """Of POST /detokenize."""
+
+    prompt: str
+
+
+class ModelCard(Body):
+    """One name of the model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+    """None while the engine loads."""
+
+
+class ModelCards(Body):
+    """All names of the model."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(Body):
+    """Of GET /health."""
+
+    state: Literal["loading", "ready", "draining", "dead"]
+
+
+class Progress(Body):
+    """How far the start is."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Readiness(Health):
+    """Of GET /ready."""
+
+    loading: Progress | None = None
+
+
+class Version(Body):
+    """Of GET /version."""
+
+    version: str
+
+
+_ERRORS: Responses = {
+    "4XX": {
+        "model": Error,
+        "description": "400 the request is at fault, 401 it holds no key that is accepted, 404 no "
+        "such model or URL, 405, 413 too large, 415 no plain JSON, 429 too many requests (see the "
+        "header retry-after), 431",
+    },
+    "5XX": {
+        "model": Error,
+        "description": "500, 503 the engine is loading, draining or dead, 504 the deadline is over",
+    },
+}
+
+_STREAM = {
+    "text/event-stream": {
+        # Of each event.
+        "schema": {
+            "type": "object",
+            "properties": {
+                "data": {"type": "string", "description": "A chunk as JSON; at the end [DONE]."}
+            },
+            "required": ["data"],
+        },
+    }
+}
+
+
+def answered(body: type[Body], *, streams: bool = False) -> Responses:
+    """The responses of a route: `body`, perhaps as a stream, or an error."""
+    whole: dict[str, Any] = {"model": body, "description": "Done"}
+    return {200: whole | ({"content": _STREAM} if streams else {}), **_ERRORS}
+
+
+def told(body: type[Body]) -> Responses:
+    """The responses of a probe: `body` in any case."""
+    return {200: {"model": body, "description": "Yes"}, 503: {"model": body, "description": "No"}}
+
+
+def with_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """The document of a server that asks for API keys."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path in OPEN_PATHS:
+        for operation in document["paths"][path].values():
+            operation["security"] = []
+    return document

@@ -1,0 +1,147 @@
+"""The OpenAPI document and the server agree: whatever it allows or forbids is tried, no 5xx comes,
+and bodies are as declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.openapi import from_asgi
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from minisrv.config import ServerConfig
+from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from minisrv.server.app import create_app
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.conftest import GENERATION
+from tests.server.fake_engine import STEPS, FakeEngine, token_logprobs
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+
+
+def everything_asked_for(request: EngineRequest) -> Iterable[EngineOutput]:
+    """One token, and all that the request wants to be told of it."""
+    params = request.params
+    scored: list[Any] = []
+    if params.prompt_logprobs is not None:
+        scored = [token_logprobs(i, params.prompt_logprobs) for i in request.prompt_token_ids[1:]]
+    tokens = [300] if params.max_tokens else []
+    logprobs = None
+    if params.logprobs is not None:
+        logprobs = [token_logprobs(300, params.logprobs)] * len(tokens)
+    yield EngineOutput(
+        request_id=request.request_id,
+        token_ids=tokens,
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+        finish_reason=FinishReason.LENGTH,
+        graph_steps=STEPS,
+    )
+
+
+def make(tokenizer: Tokenizer, **options: Any) -> FastAPI:
+    engine: Any = FakeEngine(everything_asked_for)
+    names = ("tiny", "org/tiny")
+    return create_app(engine, tokenizer, served_model_names=names, generation=GENERATION, **options)
+
+
+SETTINGS = settings(
+    max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture
+def described(tokenizer: Tokenizer) -> Iterator[Any]:
+    app = make(tokenizer)
+    yield from_asgi("/openapi.json", app)
+    app.state.close()
+
+
+POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+GETS = ("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics")
+
+
+def hold(case: schemathesis.Case) -> None:
+    case.call_and_validate(checks=CHECKS)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_the_document_allows_or_forbids(
+    described: Any, path: str, mode: GenerationMode
+) -> None:
+    cases = described[path]["POST"].as_strategy(generation_mode=mode)
+    SETTINGS(given(case=cases)(hold))()
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_a_page(described: Any, path: str) -> None:
+    SETTINGS(given(case=described[path]["GET"].as_strategy())(hold))()
+
+
+EVERYTHING = {
+    "prompt_logprobs": 1,
+    "return_token_ids": True,
+    "include_graph_steps": True,
+    "model": "tiny",
+}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/completions", {"prompt": ["hi", "ho"], "n": 2, "stream": True}),
+        ("/v1/completions", {"prompt": "hi", "logprobs": 2, "echo": True, **EVERYTHING}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 0, "echo": True}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "stream": True}),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **EVERYTHING},
+        ),
+        ("/tokenize", {"messages": MESSAGES, "return_token_strs": True}),
+        ("/detokenize", {"tokens": [300]}),
+    ],
+)
+def test_all_that_can_be_asked_for_is_described(
+    described: Any, path: str, body: dict[str, Any]
+) -> None:
+    case = described[path]["POST"].Case(body=body, media_type="application/json")
+    response = case.call()
+    assert response.status_code == 200, response.text
+    case.validate_response(response, checks=CHECKS[:-1])
+
+
+def test_every_response_is_described(tokenizer: Tokenizer) -> None:
+    document = make(tokenizer).openapi()
+    assert document["paths"].keys() == {*POSTS, *GETS}
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = document["paths"][path]["post"]["responses"]
+        assert responses.keys() == {"200", "4XX", "5XX"}
+        assert responses["200"]["content"].keys() == {"application/json", "text/event-stream"}
+
+
+def test_the_document_tells_of_keys_where_there_are_any(tokenizer: Tokenizer) -> None:
+    closed = make(tokenizer, settings=ServerConfig(api_keys=("key",))).openapi()
+    assert closed["security"] == [{"key": []}]
+    assert closed["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in make(tokenizer).openapi()
