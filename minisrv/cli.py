@@ -64,7 +64,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _more_keys(file: Path | None) -> list[str]:
     """Keys that are not on the command line. Raises ConfigError."""
-    keys = [key] if (key := os.environ.get(API_KEY_VARIABLE)) else []
+    keys = []
+    if (key := os.environ.get(API_KEY_VARIABLE)) is not None:
+        if not key.strip():  # or a secret that was not filled in would let everybody in
+            raise ConfigError(f"{API_KEY_VARIABLE} is set and empty; give it a key, or unset it.")
+        keys.append(key)
     if file is not None:
         try:
             lines = file.read_text().splitlines()

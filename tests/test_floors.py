@@ -21,6 +21,7 @@ FLOORS = {
     "kernels": 1,
     "metrics": 1,
     "checkpoint": 1,
+    "logs": 0,
     "progress": 1,
     "processes": 1,
     "environment": 1,

@@ -67,6 +67,16 @@ def test_what_is_refused_at_start(start: Start, tiny: Path, flags: list[str], wo
     assert "Traceback" not in server.log
 
 
+def test_an_empty_variable_lets_nobody_in(
+    start: Start, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret that was not filled in."""
+    monkeypatch.setenv("MINISRV_API_KEY", "")
+    server = start(str(tiny))
+    assert server.wait() == 1
+    assert "MINISRV_API_KEY is set and empty" in server.log
+
+
 def test_logs_of_every_process_as_json(start: Start, tiny: Path) -> None:
     server = start(str(tiny), *SMALL, "--log-format", "json", "--port", "0")
     until(lambda: "ready in" in server.log, "ready", 60)
