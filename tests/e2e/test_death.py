@@ -7,88 +7,160 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, until
-from tests.e2e.test_start_and_stop import LONG, error_of, open_requests
+from tests.e2e.test_start_and_stop import LONG, error_of, free_port, open_requests
 
 Start = Callable[..., Server]
 
 
-QUEUED = 8
+RUNNING, QUEUED = 4, 8
+ENGINE_TIMEOUT = 2
 DEAD_LINE = 1.0
 """Seconds from the engine's death to the last error."""
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_the_engine_at_any_moment(start: Start, tiny: Path, seed: int) -> None:
-    """Idle, in prefill, in decode; with requests of every kind running and waiting."""
-    moments = random.Random(seed)
-    flags = ("--max-num-seqs", "4", "--max-num-batched-tokens", "64")
-    server = start(str(tiny), *flags, *["--async-scheduling"] * (seed % 2)).wait_ready()
-    moment = ("idle", "prefill", "prefill", "decode", "decode")[seed % 5]
+@dataclass(frozen=True)
+class Death:
+    """How an engine ends, and what it was doing.
+
+    moment: "loading", "idle", "prefill" or "decode". flags: of its server.
+    """
+
+    signum: signal.Signals
+    moment: str
+    flags: tuple[str, ...]
+
+    @property
+    def bound(self) -> float:
+        """Seconds from the signal to the last error. A hang is looked for four times a second."""
+        return DEAD_LINE + (ENGINE_TIMEOUT + 0.25) * (self.signum == signal.SIGSTOP)
+
+
+def random_death(seed: int) -> Death:
+    """Every signal at every moment with one worker and three, in turn; other flags by chance."""
+    rng = random.Random(seed)
+    lag = ["--async-scheduling"] * rng.randrange(2)
+    eager = ["--enforce-eager"] * rng.randrange(2)
+    return Death(
+        (signal.SIGKILL, signal.SIGSTOP)[seed % 2],
+        ("idle", "prefill", "decode", "loading")[seed // 2 % 4],
+        ("--api-workers", "13"[seed // 8 % 2], *lag, *eager),
+    )
+
+
+def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
+    """End an engine so, and see all that follows; returns what was measured.
+
+    seed: of the moment within the moment.
+    Raises AssertionError for what should not be.
+    """
+    rng = random.Random(seed)
+    flags = ("--max-num-seqs", str(RUNNING), "--max-num-batched-tokens", "64", "--port")
+    timeout = ("--engine-timeout", str(ENGINE_TIMEOUT))
+    server = start(str(model), *flags, free_port(), *timeout, *death.flags)
+    found = {"signal": death.signum.name, "moment": death.moment, "flags": list(death.flags)}
+    if death.moment == "loading":
+        _die_loading(server, death.signum, rng)
+        return found
+    server.wait_ready()
     ends: list[float] = []
-    futures = []
-    if moment != "idle":
-        length, tokens = (20_000, 5) if moment == "prefill" else (5, 20_000)
-        for index in range(4 + QUEUED):
-            path, prompt = (
-                (CHAT, {"messages": [{"role": "user", "content": "a" * length}]})
-                if index % 3 == 2
-                else (COMPLETIONS, {"prompt": [[5] * length] * (1 + index % 3)})
-            )
-            fields = {"max_tokens": tokens, "ignore_eos": True, "stream": bool(index % 2)}
-            futures += server.post_all(path, [{**prompt, **fields}])
-            futures[-1].add_done_callback(lambda future: ends.append(time.monotonic()))
-        until(lambda: busy(server, decodes=moment == "decode"), f"in {moment}")
-        time.sleep(moments.uniform(0, 0.1))
+    futures = _requests(server, death.moment)
+    for future in futures:
+        future.add_done_callback(lambda future: ends.append(time.monotonic()))
+    if futures:
+        until(lambda: busy(server, decodes=death.moment == "decode"), f"in {death.moment}")
+    time.sleep(rng.uniform(0, 0.1))
+    engine = server.engine_pid()
+    done = sum(future.done() for future in futures)
+    os.kill(engine, death.signum)
     killed = time.monotonic()
-    os.kill(server.engine_pid(), signal.SIGKILL)
+    if death == Death(signal.SIGSTOP, "idle", death.flags):  # nobody could know yet
+        futures = server.post_all(COMPLETIONS, [{"prompt": [[5]], "max_tokens": 5}] * 4)
+        for future in futures:
+            future.add_done_callback(lambda future: ends.append(time.monotonic()))
     errors = [error_of(future) for future in futures]
+    assert done == 0
     assert {error["code"] for error in errors} <= {"engine_dead"}
-    if moment != "idle":
-        slowest = max(ends) - killed
-        print(f"{moment}: {len(ends)} requests, the last error after {slowest:.3f} s")
-        assert slowest < DEAD_LINE
-    until(lambda: server.get("/health").status_code == 503, "it is noticed", DEAD_LINE)
+    slowest = max(ends, default=killed) - killed
+    assert slowest < death.bound, f"{slowest:.3f} s"
+    left = max(0.0, death.bound - (time.monotonic() - killed))
+    until(lambda: server.get("/ready").status_code == 503, "it is noticed", left + 0.1)
+    unready = time.monotonic() - killed
+    until(lambda: engine not in server.group(), "the engine is gone", DEAD_LINE)
     assert_dead(server)
     server.send(signal.SIGTERM)
     assert server.wait() == 1
     server.assert_nothing_left()
+    if death.signum == signal.SIGSTOP:
+        assert "the engine has finished no step for 2." in server.log
     assert "the engine has ended unexpectedly" in server.log
     assert "Traceback" not in server.log
+    return {
+        **found,
+        "requests": len(futures),
+        "last_error_seconds": round(slowest, 3),
+        "unready_seconds": round(unready, 3),
+    }
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_an_engine_that_hangs(start: Start, tiny: Path, seed: int) -> None:
-    """Stopped while idle, in prefill or in decode: it takes messages, and does nothing more."""
-    moment = ("idle", "prefill", "decode")[seed]
-    flags = ("--max-num-seqs", "4", "--engine-timeout", "2", "--api-workers", str(1 + seed % 2))
-    server = start(str(tiny), *flags).wait_ready()
-    prompts = {"prefill": [5] * 20_000, "decode": [5, 6]}
-    fields = {"max_tokens": 20_000 if moment == "decode" else 5, "ignore_eos": True}
+def _requests(server: Server, moment: str) -> list[Future[httpx.Response]]:
+    """More than run at once, of every kind; long in what the moment is about."""
+    if moment == "idle":
+        return []
+    length, tokens = (20_000, 5) if moment == "prefill" else (5, 20_000)
     futures = []
-    if moment != "idle":
-        bodies = [{"prompt": [prompts[moment]], **fields, "stream": s} for s in (True, False) * 3]
-        futures = server.post_all(COMPLETIONS, bodies)
-        until(lambda: server.metrics()["num_requests_running"] > 0, "running")
-    engine = server.engine_pid()
-    os.kill(engine, signal.SIGSTOP)
-    stopped = time.monotonic()
-    if moment == "idle":  # nobody could know yet
-        futures = server.post_all(COMPLETIONS, [{"prompt": [[5]], **fields}] * 4)
-    assert {error_of(future)["code"] for future in futures} == {"engine_dead"}
-    assert time.monotonic() - stopped < 2 + 2 * DEAD_LINE
-    assert engine not in server.group()
-    assert_dead(server)
-    assert "the engine has finished no step for 2." in server.log
-    server.send(signal.SIGTERM)
-    assert server.wait() == 1
-    server.assert_nothing_left()
+    for index in range(RUNNING + QUEUED):
+        path, prompt = (
+            (CHAT, {"messages": [{"role": "user", "content": "a" * length}]})
+            if index % 3 == 2
+            else (COMPLETIONS, {"prompt": [[5] * length] * (1 + index % 3)})
+        )
+        fields = {"max_tokens": tokens, "ignore_eos": True, "stream": bool(index % 2)}
+        futures += server.post_all(path, [{**prompt, **fields}])
+    return futures
+
+
+def _die_loading(server: Server, signum: signal.Signals, rng: random.Random) -> None:
+    """Killed, it ends the server. Stopped, it loads for ever: nothing tells it from a slow disk,
+    and a supervisor sees that the server does not get ready."""
+
+    def state() -> str | None:
+        try:
+            return str(server.get("/ready").json()["state"])
+        except httpx.TransportError:
+            return None
+
+    until(lambda: server.named("minisrv-engine"), "the engine is there")
+    time.sleep(rng.uniform(0, 0.5))
+    os.kill(server.engine_pid(), signum)
+    if signum == signal.SIGSTOP:
+        until(lambda: state() == "loading", "it says so")
+        time.sleep(ENGINE_TIMEOUT)
+        assert state() == "loading"
+        refused = server.post(COMPLETIONS, prompt="x")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
+    else:
+        assert server.wait() == 1
+        assert "the engine did not start: the engine has ended unexpectedly" in server.log
     assert "Traceback" not in server.log
+    server.assert_nothing_left()
+
+
+@pytest.mark.parametrize("seed", [0, 9, 10, 3, 4, 13, 14, 7])  # each signal at each moment
+def test_the_engine_at_any_moment(start: Start, tiny: Path, seed: int) -> None:
+    """Killed or stopped; idle, in prefill, in decode, loading; with requests of every kind running
+    and waiting, at one API worker and at three. A stopped one takes messages and does no more."""
+    print(die(start, tiny, random_death(seed), seed))
 
 
 def busy(server: Server, *, decodes: bool) -> bool:

@@ -132,23 +132,34 @@ def vanish(server: Server, random: random.Random) -> str:
     return "has a part" if body["stream"] and b"[DONE]" not in received else "has all"
 
 
+FLAGS = (
+    *("--max-num-seqs", str(RUNNING)),
+    *("--max-waiting", str(WAITING)),
+    *("--max-num-batched-tokens", "64"),
+)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> None:
     """Queued, in prefill, in decode; before the request is whole and after the answer is; streamed
     or not; by farewell or reset. At both lags."""
-    flags = ["--max-num-seqs", str(RUNNING), "--max-waiting", str(WAITING)]
     lag = ["--async-scheduling"] * (seed % 2)
-    server = start(str(tiny), *flags, *lag, "--max-num-batched-tokens", "64").wait_ready()
+    server = start(str(tiny), *FLAGS, *lag).wait_ready()
+    print(json.dumps(vanish_all(server, seed, CLIENTS)))
+
+
+def vanish_all(server: Server, seed: int, clients: int) -> Counter[str]:
+    """So many clients of a server with FLAGS. Returns how far they came. Raises AssertionError if
+    something of them is left."""
     question = {"prompt": list(range(5, 99)), "max_tokens": 40, "ignore_eos": True}
     answer = server.complete(**question)["choices"]
     files = Path(f"/proc/{server.worker_pid()}/fd")
     before = len(os.listdir(files))
     with ThreadPoolExecutor(AT_ONCE) as threads:
         ends = threads.map(
-            lambda index: vanish(server, random.Random(f"{seed} {index}")), range(CLIENTS)
+            lambda index: vanish(server, random.Random(f"{seed} {index}")), range(clients)
         )
         counts = Counter(ends)
-    print(json.dumps(counts))
     until(lambda: load(server) == IDLE, "all are gone")
     until(lambda: len(os.listdir(files)) <= before, "so are their connections")
     # Every place is free again: as many requests as there are places, at the same time.
@@ -157,5 +168,6 @@ def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> N
     assert {future.result(60).status_code for future in futures} == {200}
     assert server.complete(**question)["choices"] == answer
     assert "Traceback" not in server.log
-    assert counts["has no answer"] > CLIENTS / 10
-    assert counts["has a part"] > CLIENTS / 50
+    assert counts["has no answer"] > clients / 10
+    assert counts["has a part"] > clients / 50
+    return counts

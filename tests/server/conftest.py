@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.server.app import create_app
@@ -26,14 +27,19 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def connect(tokenizer: Tokenizer) -> Callable[..., httpx.AsyncClient]:
-    """Makes a client of an application around a fake engine."""
+def connect(tokenizer: Tokenizer) -> Iterator[Callable[..., httpx.AsyncClient]]:
+    """Makes a client of an application around a fake engine; what the application has started ends
+    with the test."""
+    apps: list[FastAPI] = []
 
     def make(engine: FakeEngine | Script, **options: object) -> httpx.AsyncClient:
         fake = engine if isinstance(engine, FakeEngine) else FakeEngine(engine)
         arguments = {"served_model_names": ("tiny", "org/tiny"), "generation": GENERATION}
         app = create_app(fake, options.pop("tokenizer", tokenizer), **(arguments | options))
+        apps.append(app)
         transport = httpx.ASGITransport(app)
         return httpx.AsyncClient(transport=transport, base_url="http://test")
 
-    return make
+    yield make
+    for app in apps:
+        app.state.close()

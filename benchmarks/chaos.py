@@ -1,0 +1,115 @@
+"""What the server does when everything goes wrong, many times over: the end-to-end tests of it at
+full size.
+
+    python benchmarks/chaos.py deaths --count 50 --json F
+    python benchmarks/chaos.py disconnects --count 2000 --json F
+    python benchmarks/chaos.py requests --count 10000 --json F --server-flags=--enforce-eager
+
+*Deaths*: as many servers, whose engines are killed or stopped while they load, idle, prefill or
+decode (tests/e2e/test_death.py). *Disconnects*: clients of one server that go away at any moment
+(tests/e2e/test_vanishing_clients.py). *Requests*: random ones, valid and invalid, beside a stream
+whose tokens must stay the same (tests/e2e/test_random_requests.py). What should not be ends the run
+with an AssertionError. The last two take flags for their server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from minisrv.environment import environment
+from tests.checkpoints import make_checkpoint
+from tests.e2e.server import Server
+from tests.e2e.test_death import die, random_death
+from tests.e2e.test_random_requests import send
+from tests.e2e.test_vanishing_clients import FLAGS, vanish_all
+
+
+@contextmanager
+def starting() -> Iterator[Callable[..., Server]]:
+    """Starts servers; they end with the block, and say what they logged if it failed."""
+    servers: list[Server] = []
+
+    def start(*flags: str) -> Server:
+        servers.append(Server(*flags))
+        return servers[-1]
+
+    try:
+        yield start
+    except BaseException:
+        for server in servers:
+            print(server.log, file=sys.stderr)
+        raise
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def deaths(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
+    """The seeds from 0, each with its own flags."""
+    found = []
+    for seed in tqdm(range(count)):
+        with starting() as start:
+            found.append(die(start, model, random_death(seed), seed))
+    slowest: dict[str, float] = {}
+    for death in found:
+        seconds = death.get("last_error_seconds", 0.0)
+        slowest[death["signal"]] = max(seconds, slowest.get(death["signal"], 0.0))
+    return {"slowest_error_seconds": slowest, "deaths": found}
+
+
+SMALL = ("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--max-model-len", "512")
+
+
+def disconnects(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
+    """Clients of one server; ends when its blocks are all free again."""
+    with starting() as start:
+        server = start(str(model), *FLAGS, *flags).wait_ready()
+        return {"clients": count, "how_far_they_came": dict(vanish_all(server, 0, count))}
+
+
+def requests(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
+    """Of one server, beside a canary. float32, so that no batch rounds otherwise than another."""
+    with starting() as start:
+        server = start(str(model), *SMALL, "--dtype", "float32", *flags).wait_ready()
+        return send(server, count)
+
+
+RUNS = {"deaths": deaths, "disconnects": disconnects, "requests": requests}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=RUNS)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--server-flags", default="", help="as minisrv serve takes them")
+    options = parser.parse_args(argv)
+    began = time.monotonic()
+    with TemporaryDirectory() as directory:
+        model = make_checkpoint(Path(directory), max_position_embeddings=1 << 15)
+        found = RUNS[options.what](model, options.count, shlex.split(options.server_flags))
+    seconds = round(time.monotonic() - began, 1)
+    summary = {name: value for name, value in found.items() if not isinstance(value, list)}
+    print(json.dumps({"seconds": seconds, **summary}, indent=1))
+    if options.json is not None:
+        report = {"environment": environment(), "options": vars(options), "seconds": seconds}
+        text = json.dumps(msgspec.to_builtins({**report, **found}, enc_hook=str), indent=1)
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

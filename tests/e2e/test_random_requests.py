@@ -1,0 +1,192 @@
+"""Random requests, valid and not, beside a stream whose tokens stay the same: each gets an answer
+of its kind, none is lost, and memory does not grow."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.e2e.server import CHAT, COMPLETIONS, Server, events_of, until
+from tests.e2e.test_malformed import FIELDS
+
+STREAMS = 8
+WARM_UP = 400
+"""Requests after which an engine has all the memory that it will take, but for what would leak."""
+GROWTH_MIB = 48
+
+VALID: dict[str, list[Any]] = {
+    "n": [1, 2, 3],
+    "max_tokens": [1, 3, 8, 20],
+    "min_tokens": [0, 2],
+    "temperature": [0, 0.7, 1, 2],
+    "top_p": [0.1, 0.9, 1],
+    "top_k": [-1, 0, 1, 20],
+    "min_p": [0, 0.1],
+    "seed": [0, 7, -1, 2**63 - 1],
+    "stop": ["a", ["e", "the"]],
+    "stop_token_ids": [[], [5, 6]],
+    "logit_bias": [{}, {"5": 4, "6": -100}],
+    "presence_penalty": [0.5, -1],
+    "frequency_penalty": [0.5],
+    "repetition_penalty": [1.2],
+    "ignore_eos": [True, False],
+    "include_stop_str_in_output": [True],
+    "stream": [True, True, False],
+    "return_token_ids": [True],
+    "include_graph_steps": [True],
+    "priority": [-1, 0, 5],
+    "cache_salt": ["a", "b"],
+    "user": ["x"],
+}
+OF_PATH: dict[str, dict[str, list[Any]]] = {
+    COMPLETIONS: {
+        "prompt": ["x", "The sea", ["a", "b c"], [5, 6, 7], [[5] * 40, [6]], [7] * 150],
+        "logprobs": [0, 3],
+        "echo": [True],
+    },
+    CHAT: {
+        "messages": [
+            [{"role": "user", "content": "hi"}],
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a " * 40}],
+        ],
+        "logprobs": [True],
+        "max_completion_tokens": [2, 9],
+    },
+}
+FORMS = [
+    {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"choice": ["yes", "no"]}},
+    {"structured_outputs": {"regex": "[ab]{1,4}"}},
+    {"structured_outputs": {"regex": "("}},
+    {"structured_outputs": {"json": {"type": "integer"}}},
+]
+
+
+def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    """A path and a body, of which every third has something wrong."""
+    path = rng.choice((COMPLETIONS, COMPLETIONS, CHAT))
+    known = VALID | OF_PATH[path]
+    names = rng.sample(list(VALID), rng.randrange(6)) + list(OF_PATH[path])[:1]
+    body = {name: rng.choice(known[name]) for name in names}
+    if rng.random() < 0.2:
+        body[name] = rng.choice(known[(name := rng.choice(list(OF_PATH[path])))])
+    if rng.random() < 0.1:
+        body |= rng.choice(FORMS)
+    if rng.random() < 0.35:
+        name = rng.choice(list(FIELDS))
+        values = FIELDS[name][1] or [[1]]
+        body[name] = rng.choice([*values, {"a": 1}, [None], "what"])
+    return path, body
+
+
+def check(answer: httpx.Response) -> str:
+    """What came of a request. Raises AssertionError for an answer that none should get."""
+    kind = answer.headers["content-type"].partition(";")[0]
+    if kind == "text/event-stream":
+        assert answer.status_code == 200
+        events = events_of(answer.text)
+        errors = [event["error"] for event in events if "error" in event]
+        assert all(error["code"] != "internal_error" for error in errors), errors
+        reasons = [c["finish_reason"] for e in events for c in e.get("choices", ())]
+        assert errors or any(reasons)
+        return "error event" if errors else "stream"
+    body = answer.json()
+    if answer.status_code == 200:
+        assert all(choice["finish_reason"] for choice in body["choices"])
+        return "answer"
+    assert answer.status_code in (400, 404, 429), answer.text
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return str(answer.status_code)
+
+
+def memory_mib(server: Server) -> int:
+    """Of all its processes, resident and their own."""
+    status = (Path(f"/proc/{pid}/status").read_text() for pid in server.group())
+    return sum(int(re.search(r"RssAnon:\s+(\d+)", text)[1]) for text in status) >> 10
+
+
+class Canary:
+    """A greedy request, again and again, on a thread of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self.answers: list[list[int]] = []
+        self._server = server
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _ask(self) -> list[int]:
+        fields = {"max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = {"prompt": [[5, 6, 7]], "return_token_ids": True, "priority": -9, **fields}
+        events = events_of(self._server.post(COMPLETIONS, **body).text)
+        return [i for event in events for i in event["choices"][0]["token_ids"]]
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            self.answers.append(self._ask())
+
+    def __enter__(self) -> Canary:
+        self.answers.append(self._ask())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def send(server: Server, count: int) -> dict[str, Any]:
+    """Send so many, several at a time; returns what was measured. Raises AssertionError.
+
+    The canary's tokens are compared where no other batch size can round them otherwise: the server
+    serves float32.
+    """
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+    memory: list[int] = []
+
+    def one(seed: int) -> None:
+        path, body = random_request(random.Random(seed))
+        content = json.dumps(body)
+        headers = {"content-type": "application/json"}
+        try:
+            answer = http.post(server.url + path, content=content, headers=headers)
+            outcome = check(answer)
+        except Exception as error:
+            raise AssertionError(f"{path} {content[:500]}: {error!r}") from error
+        with lock:
+            outcomes[outcome] += 1
+
+    limits = httpx.Limits(max_connections=STREAMS)
+    with (
+        httpx.Client(timeout=120, trust_env=False, limits=limits) as http,
+        Canary(server) as canary,
+        ThreadPoolExecutor(STREAMS) as pool,
+    ):
+        list(pool.map(one, range(min(WARM_UP, count))))
+        memory.append(memory_mib(server))
+        list(pool.map(one, range(min(WARM_UP, count), count)))
+        memory.append(memory_mib(server))
+    until(lambda: server.metrics()["kv_cache_usage_perc"] == 0, "all blocks are back")
+    assert outcomes.total() == count
+    assert len(canary.answers) > 2
+    assert all(answer == canary.answers[0] for answer in canary.answers), canary.answers
+    assert memory[1] - memory[0] < GROWTH_MIB, memory
+    return {
+        "outcomes": dict(outcomes),
+        "canary_streams": len(canary.answers),
+        "memory_mib": memory,
+    }
+
+
+def test_hundreds(server: Server) -> None:
+    found = send(server, 600)
+    print(found)
+    assert found["outcomes"].keys() >= {"stream", "answer", "400"}
