@@ -7,9 +7,11 @@ hostile ones hold anybody up?
 *Schemas*: random ones (tests/text/random_schemas.py: nested, enums, arrays, patterns, recursion),
 eight at a time, each answer checked by `jsonschema`. An answer that was cut by its length is asked
 for again with another seed, three times at most, and counted. *ITL*: eight streams with a grammar
-and eight without, by turns, at temperature 1. *Hostile*: streams run while grammars that are known
-to hurt (too large, too deep, ambiguous, `multipleOf`) are sent one after the other; reported is the
-longest gap between two tokens of a stream, and without them.
+and eight without, by turns, at temperature 1; a stream's ITL is the time from its first to its last
+token over its tokens less one, as an event may hold several. *Hostile*: streams follow each other
+for as long as grammars that are known to hurt (large, deep, ambiguous, `multipleOf`) are sent, one
+behind the other and then several at once; reported is the longest that a stream waited for a token,
+and the same for as long without them. The server needs 8 slots, so that nobody queues.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Awaitable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import jsonschema
@@ -37,6 +40,8 @@ from tests.text.random_schemas import random_schema
 
 STREAMS = 8
 STREAM_TOKENS = 300
+HOSTILE_AT_ONCE = 4
+HOSTILE_TOKENS = 64
 ATTEMPTS = 4
 PROMPT = "Tell me about it:\n"
 LIST = {"type": "array", "items": {"type": "integer"}, "minItems": 500}
@@ -60,15 +65,34 @@ HOSTILE: list[dict[str, Any]] = [
     {"structured_outputs": {"grammar": "start: a\na: a a | a a a | /x?/"}},
     {"structured_outputs": {"choice": [f"{n}" * 20 for n in range(1000)]}},
     {"response_format": form_of({"type": "integer", "multipleOf": 1_000_003})},
-    {"response_format": form_of(_deep(14))},
+    {"response_format": form_of(_deep(8))},
+    {"response_format": form_of({"enum": [f"value {n}" for n in range(4000)]})},
     {"response_format": form_of({"enum": [f"value {n}" for n in range(20_000)]})},
     {
         "response_format": form_of(
-            {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(3000)}}
+            {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}}
         )
     },
     {"response_format": form_of({"allOf": [{"type": "string", "pattern": "a.*b"}] * 30})},
 ]
+
+
+class Stream(NamedTuple):
+    """When a stream was asked for, when each event with text came (s), and its tokens."""
+
+    began: float
+    times: list[float]
+    tokens: int
+
+    @property
+    def itl(self) -> float:
+        """ms."""
+        return 1e3 * (self.times[-1] - self.times[0]) / (self.tokens - 1)
+
+    @property
+    def longest_wait(self) -> float:
+        """ms, for the first token or between two."""
+        return 1e3 * max(b - a for a, b in pairwise([self.began, *self.times]))
 
 
 class Client:
@@ -85,22 +109,29 @@ class Client:
         response.raise_for_status()
         return dict(response.json()["choices"][0])
 
-    async def stream(self, **fields: Any) -> list[float]:
-        """When each event with a token came."""
+    async def stream(self, **fields: Any) -> Stream:
+        """A completion of STREAM_TOKENS at most. Raises httpx.HTTPStatusError, and RuntimeError
+        for a stream that ends with an error."""
         body = {"prompt": PROMPT, "temperature": 1.0, "max_tokens": STREAM_TOKENS, **fields}
-        body["stream"] = True
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        times, tokens, began = [], 0, time.perf_counter()
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
-            return [
-                time.perf_counter()
-                async for line in response.aiter_lines()
-                if line.startswith("data: {") and '"text":""' not in line
-            ]
+            async for line in response.aiter_lines():
+                if '"choices":[]' in line:
+                    tokens = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+                elif line.startswith("data: {") and '"text":""' not in line:
+                    times.append(time.perf_counter())
+        if not tokens:
+            raise RuntimeError(f"a stream ended without its usage: {fields}")
+        return Stream(began, times, tokens)
 
 
 async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[str, Any]:
     """Counts of answers by what came of them; `valid` should be all."""
-    counts = {"schemas": number, "valid": 0, "invalid": 0, "cut": 0, "asked_again": 0}
+    counts = {"schemas": number, "valid": 0, "invalid": 0, "cut": 0}
+    counts |= {"ended_at_first": 0, "asked_again": 0}
+    cut = []
     bar = tqdm(total=number, desc="schemas", disable=None)
     turn = asyncio.Semaphore(STREAMS)
 
@@ -113,9 +144,11 @@ async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[st
                     response_format=form_of(schema), seed=1000 * attempt, max_tokens=max_tokens
                 )
                 if choice["finish_reason"] == "stop":
+                    counts["ended_at_first"] += attempt == 0
                     break
         if choice["finish_reason"] != "stop":
             counts["cut"] += 1
+            cut.append(seed)
         else:
             try:
                 jsonschema.validate(json.loads(choice["text"]), schema)
@@ -127,62 +160,86 @@ async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[st
 
     await asyncio.gather(*map(one, range(number)))
     bar.close()
-    return counts
+    return {**counts, "cut_seeds": sorted(cut)}
 
 
 async def measure_itl(client: Client, rounds: int) -> dict[str, Any]:
-    """ITL in ms with a grammar and without, percentiles over the gaps of all streams and rounds."""
-    gaps: dict[str, list[float]] = {"grammar": [], "plain": []}
+    """ITL in ms with a grammar and without, a round's mean over its streams, and their ratio."""
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"ignore_eos": True},
         "grammar": {"response_format": form_of(LIST)},
     }
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
-        for kind, fields in kinds.items():
-            streams = [client.stream(seed=n, **fields) for n in range(STREAMS)]
-            for times in await asyncio.gather(*streams):
-                if number:  # the first warms up
-                    gaps[kind] += [1e3 * (b - a) for a, b in pairwise(times)]
-    found = {kind: _percentiles(values) for kind, values in gaps.items()}
-    ratio = {p: found["grammar"][p] / found["plain"][p] for p in ("p50", "mean", "p99")}
-    return {"streams": STREAMS, "itl_ms": found, "ratio": ratio}
+        for kind in sorted(kinds, reverse=number % 2 == 0):
+            asked = [client.stream(seed=n, **kinds[kind]) for n in range(STREAMS)]
+            streams = await asyncio.gather(*asked)
+            if number:  # the first warms up
+                found[kind].append(float(np.mean([stream.itl for stream in streams])))
+    ratio = [a / b for a, b in zip(found["grammar"], found["plain"], strict=True)]
+    return {
+        "streams": STREAMS,
+        "itl_ms": {kind: _spread(values) for kind, values in found.items()},
+        "ratio": _spread(ratio),
+        "rounds_itl_ms": found,
+    }
 
 
 async def bear_hostile(client: Client) -> dict[str, Any]:
-    """The longest gaps of streams, in ms, beside hostile grammars and without them."""
+    """The longest that a stream waited for a token, in ms, beside hostile grammars (one behind the
+    other, several at once) and, for as long as each of these took, without them."""
 
-    async def gaps_beside(work: Any) -> float:
-        streams = [client.stream(seed=n, ignore_eos=True) for n in range(STREAMS // 2)]
-        running = asyncio.gather(*streams)
-        await asyncio.sleep(0.2)
-        await work
-        return max(1e3 * (b - a) for times in await running for a, b in pairwise(times))
+    async def waits_beside(work: Awaitable[None]) -> dict[str, float]:
+        over = asyncio.Event()
+        streams: list[Stream] = []
 
-    outcomes = []
+        async def follow(seed: int) -> None:
+            while not over.is_set():
+                streams.append(await client.stream(seed=seed, ignore_eos=True))
 
-    async def send_all() -> None:
-        for fields in HOSTILE:
+        async with asyncio.TaskGroup() as group:
+            for seed in range(STREAMS - HOSTILE_AT_ONCE):
+                group.create_task(follow(seed))
+            await asyncio.sleep(0.2)
             began = time.perf_counter()
-            body = {"prompt": PROMPT, "max_tokens": 4, **fields}
-            response = await client.http.post("/v1/completions", json=body)
+            await work
+            seconds = time.perf_counter() - began
+            over.set()
+        longest = max(stream.longest_wait for stream in streams)
+        return {"seconds": seconds, "streams": len(streams), "longest_wait_ms": longest}
+
+    async def send_all(outcomes: list[dict[str, Any]], at_once: int) -> None:
+        turn = asyncio.Semaphore(at_once)
+
+        async def send(fields: dict[str, Any]) -> None:
+            async with turn:
+                began = time.perf_counter()
+                body = {"prompt": PROMPT, "max_tokens": HOSTILE_TOKENS, **fields}
+                response = await client.http.post("/v1/completions", json=body)
+                seconds = time.perf_counter() - began
             what = "served" if response.is_success else response.json()["error"]["message"][:120]
             outcomes.append(
                 {
                     "asked": json.dumps(fields)[:80],
                     "status": response.status_code,
-                    "seconds": time.perf_counter() - began,
+                    "seconds": seconds,
                     "outcome": what,
                 }
             )
 
-    alone = await gaps_beside(asyncio.sleep(0))
-    beside = await gaps_beside(send_all())
-    return {"longest_gap_ms": beside, "longest_gap_alone_ms": alone, "outcomes": outcomes}
+        await asyncio.gather(*map(send, HOSTILE))
+
+    found: dict[str, Any] = {}
+    for name, at_once in {"one_by_one": 1, "at_once": HOSTILE_AT_ONCE}.items():
+        outcomes: list[dict[str, Any]] = []
+        beside = await waits_beside(send_all(outcomes, at_once))
+        alone = await waits_beside(asyncio.sleep(beside["seconds"]))
+        found[name] = {"beside": beside, "alone": alone, "outcomes": outcomes}
+    return found
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(values, [50, 99])
-    return {"p50": float(p50), "p99": float(p99), "mean": float(np.mean(values))}
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -201,32 +258,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("url")
     parser.add_argument("--schemas", type=int, default=300)
     parser.add_argument("--max-tokens", type=int, default=400, help="of an answer to a schema")
-    parser.add_argument("--rounds", type=int, default=3, help="of the ITL's measurement (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the ITL's measurement (5)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     found = asyncio.run(run(options))
     table = Table("what", "found", box=None)
     table.add_row(
-        "schemas", ", ".join(f"{value} {name}" for name, value in found["schemas"].items())
+        "schemas", ", ".join(f"{name} {value}" for name, value in found["schemas"].items())
     )
     for kind, values in found["itl"]["itl_ms"].items():
         table.add_row(f"ITL {kind}, ms", ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
     ratio = found["itl"]["ratio"]
     table.add_row("grammar / plain", ", ".join(f"{k} {v:.2f}" for k, v in ratio.items()))
-    hostile = found["hostile"]
-    table.add_row(
-        "longest gap, ms",
-        f"{hostile['longest_gap_ms']:.0f} beside hostile grammars, "
-        f"{hostile['longest_gap_alone_ms']:.0f} without",
-    )
-    for outcome in hostile["outcomes"]:
+    for name, hostile in found["hostile"].items():
+        beside, alone = hostile["beside"], hostile["alone"]
         table.add_row(
-            f"  {outcome['status']} in {outcome['seconds']:.2f} s",
-            f"{outcome['asked'][:48]}: {outcome['outcome'][:60]}",
+            "longest wait, ms",
+            f"{beside['longest_wait_ms']:.0f} in {beside['streams']} streams beside hostile "
+            f"grammars, {name}; {alone['longest_wait_ms']:.0f} in {alone['streams']} without",
         )
+        for outcome in hostile["outcomes"]:
+            table.add_row(
+                f"  {outcome['status']} in {outcome['seconds']:.2f} s",
+                f"{outcome['asked'][:48]}: {outcome['outcome'][:60]}",
+            )
     Console(highlight=False, soft_wrap=True).print(table)
     if options.json is not None:
-        report = {"environment": environment(), "options": vars(options), **found}
+        report = {
+            "environment": environment("llguidance", "jsonschema"),
+            "options": vars(options),
+            **found,
+        }
         text = json.dumps(msgspec.to_builtins(report, enc_hook=str), indent=1)
         options.json.write_text(text + "\n")
 
