@@ -5,6 +5,7 @@ Knows: functions that assert. Knows nothing of clients.
 
 from __future__ import annotations
 
+import argparse
 import json
 import traceback
 from collections.abc import Callable
@@ -42,3 +43,16 @@ class Steps:
         if path:
             Path(path).write_text(text, encoding="utf-8")
         return 0 if all(step["works"] for step in self._steps) else 1
+
+
+def run_program(description: str, steps_of: Callable[..., Steps]) -> int:
+    """Run a client's steps as the command line says; returns the exit status.
+
+    steps_of: makes them for a server's URL and whether its model knows `tools`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("url")
+    parser.add_argument("--tools", action="store_true", help="the chat template knows tools")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    return steps_of(args.url, tools=args.tools).report(args.json)

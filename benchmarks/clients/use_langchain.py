@@ -11,7 +11,6 @@ Knows: LangChain's interface. Knows nothing of the wire.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from steps import Steps
+from steps import Steps, run_program
 
 SUM = "What is 17 + 25?"
 
@@ -137,14 +136,5 @@ def steps_of(url: str, *, tools: bool) -> Steps:
     return steps
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="ChatOpenAI against a server.")
-    parser.add_argument("url")
-    parser.add_argument("--tools", action="store_true", help="the chat template knows tools")
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    return steps_of(args.url, tools=args.tools).report(args.json)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program("ChatOpenAI against a server.", steps_of))

@@ -11,14 +11,13 @@ Knows: LiteLLM's interface. Knows nothing of the wire.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from typing import Any
 
 import litellm
 from pydantic import BaseModel, Field
-from steps import Steps
+from steps import Steps, run_program
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 MODEL = "minisrv-default"
@@ -160,14 +159,5 @@ def steps_of(url: str, *, tools: bool) -> Steps:
     return steps
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="LiteLLM against a server.")
-    parser.add_argument("url")
-    parser.add_argument("--tools", action="store_true", help="the chat template knows tools")
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    return steps_of(args.url, tools=args.tools).report(args.json)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_program("LiteLLM against a server.", steps_of))

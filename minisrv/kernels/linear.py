@@ -14,6 +14,7 @@ oneDNN's layout 48 / 54 / 92 / 248; bfloat16 by `F.linear` 66 / 62 / 84 / 165, i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -64,11 +65,12 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-class _Apart:
+class _Apart(ABC):
     """Norm, product and gate are one op each."""
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """See `Linear`."""
 
     def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
         out.copy_(self(normed(x, norm)))
