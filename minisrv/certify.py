@@ -129,7 +129,7 @@ def sweep(runner: ModelRunner, progress: Callable[[int, int], None]) -> list[Gra
 
 
 def _batches(runner: ModelRunner, key: BatchDescriptor) -> list[Batch]:
-    rungs = runner.ladders.decode if key.uniform_decode else runner.ladders.mixed
+    rungs = runner.ladders.rungs_of(key)
     below = max((rung for rung in rungs if rung < key.num_tokens), default=0)
     return sweep_batches(key, below, runner.limits)
 

@@ -53,8 +53,8 @@ class CUDAGraphMode(enum.Enum):
 class Epilogue(enum.Enum):
     """What a step's graph leaves behind.
 
-    HIDDEN: hidden states; row gather, lm_head and sampling follow outside the graph, which holds
-        any batch.
+    HIDDEN: hidden states of every token. What follows depends on rows only, and is a graph of its
+        own: row gather, lm_head and what comes behind it.
     LOGITS: one row of logits per request; sampling follows outside the graph.
     TOKENS: sampled tokens, and the requests' next inputs scattered to their slots.
     """
@@ -70,12 +70,24 @@ class BatchDescriptor:
 
     `num_reqs` is None where the graph does not depend on it: pieces of a PIECEWISE capture
     see tokens only. A FULL graph holds attention, which sees rows.
+    `forward` is False where the model is not in it: the epilogue of a step that has ended at the
+    hidden states, which takes one of them for each request.
     """
 
     num_tokens: int
     num_reqs: int | None = None
     uniform_decode: bool = False
     epilogue: Epilogue = Epilogue.HIDDEN
+    forward: bool = True
+
+
+class Part(enum.Enum):
+    """Of what a step launches."""
+
+    FORWARD = "forward"
+    """The step's graph: all of it, or up to the hidden states."""
+    EPILOGUE = "epilogue"
+    """What follows hidden states."""
 
 
 GraphKey = tuple[CUDAGraphMode, BatchDescriptor]

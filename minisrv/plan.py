@@ -39,7 +39,8 @@ def print_measured_plan(config: EngineConfig) -> None:
         column.justify = "right"
     graph_bytes = engine.runner.graph_bytes
     for (mode, key), nbytes in graph_bytes.items():
-        size = _size(key.num_tokens, key.num_tokens, "decode" if key.uniform_decode else "mixed")
+        kind = "decode" if key.uniform_decode else "mixed"
+        size = _size(key.num_tokens, key.num_tokens, kind if key.forward else "epilogue")
         milliseconds, mib = f"{times[mode, key].median:.3f}", f"{nbytes / 2**20:.1f}"
         table.add_row(mode.name, size, key.epilogue.name, milliseconds, mib)
     console = Console()
@@ -57,12 +58,14 @@ def print_measured_plan(config: EngineConfig) -> None:
 def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
     ladders = dispatcher.ladders
     keys = ladders.keys()
-    decode = sum(key.uniform_decode for _, key in keys)
+    epilogues = sum(not key.forward for _, key in keys)
+    decode = sum(key.uniform_decode and key.forward for _, key in keys)
     mixed = "FULL (mixed)" if ladders.mode is CUDAGraphMode.FULL else "PIECEWISE"
     console = Console()
     console.print(
         f"configured mode {config.graph_mode.value}: {len(keys)} graphs, {decode} FULL "
-        f"(decode, each with a TOKENS and a LOGITS epilogue) and {len(keys) - decode} {mixed}"
+        f"(decode, to the TOKENS and to the HIDDEN states), {epilogues} FULL (epilogues) and "
+        f"{len(keys) - decode - epilogues} {mixed}"
     )
     if config.cudagraph_mode is None and config.device == "auto" and not config.enforce_eager:
         console.print("(the default on a CPU; on a GPU it is full, which --device cuda shows)")
@@ -76,5 +79,5 @@ def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
 
 
 def _size(first: int, last: int, kind: str) -> str:
-    unit = {"decode": "request", "mixed": "token"}[kind] + "s" * (last > 1)
+    unit = {"decode": "request", "mixed": "token", "epilogue": "row"}[kind] + "s" * (last > 1)
     return f"{last} {unit}" if first == last else f"{first}-{last} {unit}"

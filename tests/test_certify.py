@@ -19,8 +19,10 @@ from tests.checkpoints import make_checkpoint
 
 FLAGS = ("--max-num-seqs", "3", "--max-num-batched-tokens", "16", "--block-size", "4")
 FLAGS += ("--max-model-len", "40", "--device", "cpu")  # what is broken here is the CPU's
-GRAPHS = [f"PIECEWISE {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
-GRAPHS += [f"FULL {n} {epilogue}" for n in (3, 2, 1) for epilogue in ("LOGITS", "TOKENS")]
+EPILOGUES = [f"FULL {n} {kind} alone" for n in (3, 2, 1) for kind in ("LOGITS", "TOKENS")]
+MIXED = [f"PIECEWISE {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
+DECODE = [f"FULL {n} {kind}" for n in (3, 2, 1) for kind in ("HIDDEN", "TOKENS")]
+GRAPHS = EPILOGUES + MIXED + DECODE
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def failed(report: dict[str, Any]) -> list[str]:
 def test_right_graphs_pass(run):
     status, printed, report = run()
     assert status == 0
-    assert "11 graphs" in printed
+    assert "17 graphs" in printed
     assert "all passed" in printed
     assert [graph["graph"] for graph in report["graphs"]] == GRAPHS
     assert report["passed"]
@@ -87,10 +89,10 @@ def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
     monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(9, how))
     status, printed, report = run()
     assert status == 1
-    assert failed(report) == [name for name in GRAPHS if name.startswith("FULL")]
+    assert failed(report) == DECODE
     assert "FULL 3 TOKENS on decode at length 40, 1, 39" in printed
     assert words in printed
-    assert "11 graphs" in printed
+    assert "17 graphs" in printed
     assert "6 FAILED" in printed
     assert not report["passed"]
     single = report["graphs"][-1]
@@ -102,9 +104,9 @@ def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
     """Padding rows keep slots of the step before, if these look like real ones (trap 4)."""
     fill = InputBuffers.fill
 
-    def keeps_the_tail(self, output, descriptor):
+    def keeps_the_tail(self, output, descriptor, epilogue_rows):
         tail = self.slots[len(output.rows) :].clone()
-        attn = fill(self, output, descriptor)
+        attn = fill(self, output, descriptor, epilogue_rows)
         # Not the last slot, which is what poison holds.
         self.slots[len(output.rows) :] = tail.where(tail < self.sizes.slots - 1, 0)
         return attn
@@ -112,7 +114,12 @@ def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
     monkeypatch.setattr(InputBuffers, "fill", keeps_the_tail)
     status, printed, report = run("--max-num-seqs", "5", "--cudagraph-capture-sizes", "5")
     assert status == 1
-    assert failed(report) == ["FULL 5 LOGITS", "FULL 5 TOKENS"]
+    assert failed(report) == [
+        "FULL 5 TOKENS alone",
+        "PIECEWISE 5 HIDDEN",  # by the epilogue behind it
+        "FULL 5 HIDDEN",
+        "FULL 5 TOKENS",
+    ]
     assert "the replay behind a full batch changed" in printed
 
 
@@ -121,7 +128,7 @@ def test_rows_that_are_stale_only_behind_a_full_batch(run, monkeypatch, tape_hol
     flags = ("--cudagraph-mode", "full")
     status, _, report = run(*flags)
     mixed = [f"FULL {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
-    assert [graph["graph"] for graph in report["graphs"]] == mixed + GRAPHS[5:]
+    assert [graph["graph"] for graph in report["graphs"]] == EPILOGUES + mixed + DECODE
     assert (status, failed(report)) == (0, [])
 
     fill = InputBuffers._fill_tokens
@@ -144,8 +151,8 @@ def test_an_address_that_moves(run, monkeypatch):
     """Only lengths beyond a block; the graph would read the old address (trap 14)."""
     fill = InputBuffers.fill
 
-    def sometimes_fresh(self, output, descriptor):
-        attn = fill(self, output, descriptor)
+    def sometimes_fresh(self, output, descriptor, epilogue_rows):
+        attn = fill(self, output, descriptor, epilogue_rows)
         if any(row.start > 9 for row in output.rows):
             return replace(attn, qkv=attn.qkv.clone())
         return attn
@@ -160,7 +167,7 @@ def test_what_does_not_start_is_not_swept(run, monkeypatch):
     monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(1, raises))
     status, printed, report = run()
     assert (status, report) == (1, {})
-    assert "minisrv: error: FULL 3 LOGITS: the replay on a clean batch failed" in printed
+    assert "minisrv: error: FULL 3 HIDDEN: the replay on a clean batch failed" in printed
 
 
 def test_interrupted_is_not_certified(run, monkeypatch):

@@ -161,7 +161,7 @@ def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
     """For each runtime mode of `ladders`, NONE first, one that chooses it wherever it can."""
     mixed = {ladders.mode.mixed_mode: ladders.mixed}
     offered = {
-        NONE: replace(ladders, mode=NONE, decode=(), mixed=()),
+        NONE: replace(ladders, mode=NONE, decode=(), mixed=(), epilogues=()),
         PIECEWISE: replace(ladders, mode=PIECEWISE, decode=(), mixed=mixed.get(PIECEWISE, ())),
         FULL: replace(ladders, mode=FULL, mixed=mixed.get(FULL, ())),
     }

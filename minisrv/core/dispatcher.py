@@ -8,12 +8,11 @@ captured: every key of the ladders is captured, and tests prove that no other is
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from minisrv.core.ladder import Ladders, decode_descriptor
+from minisrv.core.ladder import Ladders, decode_descriptor, rung_of
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Reason
 
 MARGIN = 0.05
@@ -32,11 +31,15 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How one step runs. NONE never pads."""
+    """How one step runs. NONE never pads.
+
+    epilogue: what follows a step that ends at the hidden states; None if it does not.
+    """
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
     reason: Reason
+    epilogue: GraphKey | None = None
 
 
 class Dispatcher:
@@ -49,35 +52,46 @@ class Dispatcher:
     ) -> None:
         """times: of a step by each graph of the ladders, or nothing."""
         self.ladders = ladders
-        keys = ladders.keys() if times else []
+        keys = [key for key in ladders.keys() if times and key[1].forward]  # noqa: SIM118
         self._cheaper = {
             key: better for key in keys if (better := _cheapest(key, keys, times)) != key
         }
 
     def dispatch(
-        self, num_tokens: int, num_reqs: int, *, uniform_decode: bool, needs_logits: bool = False
+        self,
+        num_tokens: int,
+        num_reqs: int,
+        *,
+        uniform_decode: bool,
+        needs_logits: bool = False,
+        masked: bool = False,
     ) -> Dispatch:
         """Choose for a batch of `num_tokens` tokens of `num_reqs` requests.
 
         uniform_decode: every request is in its decode phase, because its state says so: a
             prefill chunk of one token looks the same and is not.
         needs_logits: some request has its logits read or changed outside the graph.
+        masked: what some request may sample is found out while the model runs.
         """
-        found = self._first(num_tokens, num_reqs, uniform_decode, needs_logits)
+        apart = needs_logits or masked
+        found = self._first(num_tokens, num_reqs, uniform_decode, apart)
         better = self._cheaper.get((found.mode, found.descriptor))
-        return found if better is None else Dispatch(*better, Reason.CHEAPER)
+        if better is not None:
+            found = Dispatch(*better, Reason.CHEAPER)
+        if found.descriptor.epilogue is not Epilogue.HIDDEN:
+            return found
+        epilogue = self.ladders.epilogue_key(num_reqs, needs_logits=needs_logits)
+        return replace(found, epilogue=epilogue)
 
-    def _first(
-        self, num_tokens: int, num_reqs: int, uniform_decode: bool, needs_logits: bool
-    ) -> Dispatch:
-        """By the static order."""
+    def _first(self, num_tokens: int, num_reqs: int, uniform_decode: bool, apart: bool) -> Dispatch:
+        """By the static order. apart: the epilogue may not be in the step's graph."""
         ladders = self.ladders
-        if uniform_decode and (rung := _rung(ladders.decode, num_reqs)):
-            epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
+        if uniform_decode and (rung := rung_of(ladders.decode, num_reqs)):
+            epilogue = Epilogue.HIDDEN if apart else Epilogue.TOKENS
             return Dispatch(
                 CUDAGraphMode.FULL, decode_descriptor(rung, epilogue), Reason.PURE_DECODE
             )
-        if rung := _rung(ladders.mixed, num_tokens):
+        if rung := rung_of(ladders.mixed, num_tokens):
             reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
             return Dispatch(*ladders.mixed_key(rung), reason)
         if ladders.mode is CUDAGraphMode.NONE:
@@ -126,18 +140,14 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
 
 
 def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, StepTime]) -> GraphKey:
-    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. Graphs that
-    end at the hidden states hold any batch, the others those of their own epilogue."""
-    size, epilogues = key[1].num_tokens, (Epilogue.HIDDEN, key[1].epilogue)
+    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. Those for
+    mixed batches hold any batch, those for decode any decode batch of their own epilogue."""
+    size, epilogue = key[1].num_tokens, key[1].epilogue
     admissible = [
         (mode, other)
         for mode, other in keys
-        if other.num_tokens >= size and other.epilogue in epilogues
+        if other.num_tokens >= size
+        and (not other.uniform_decode or (key[1].uniform_decode and other.epilogue is epilogue))
     ]
     best = min(admissible, key=lambda other: times[other].median)
     return best if times[best].median < (1 - MARGIN) * times[key].least else key
-
-
-def _rung(ladder: tuple[int, ...], size: int) -> int | None:
-    index = bisect_left(ladder, size)
-    return ladder[index] if index < len(ladder) else None

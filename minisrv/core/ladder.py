@@ -1,12 +1,14 @@
-"""The two ladders of captured sizes, and what they leave uncovered.
+"""The ladders of captured sizes, and what they leave uncovered.
 
-Knows: which padded sizes get a graph. Decode rungs count requests, mixed rungs count tokens.
+Knows: which padded sizes get a graph. Rungs of decode and of epilogues count requests,
+mixed rungs count tokens.
 Knows nothing of batches in flight (the dispatcher's), of tensors, or of what a graph costs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 from minisrv.config import EngineConfig
 from minisrv.errors import CoverageError
@@ -24,24 +26,45 @@ class Ladders:
 
     decode: padded numbers of requests with a FULL graph for pure decode.
     mixed: padded numbers of tokens with graphs for any batch, PIECEWISE or FULL as the mode says.
+    epilogues: padded numbers of requests with a FULL graph of what follows the hidden states.
     """
 
     mode: CUDAGraphMode
     decode: tuple[int, ...]
     mixed: tuple[int, ...]
+    epilogues: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
 
     def keys(self) -> list[GraphKey]:
-        """Every graph to capture, largest first within each mode: the first capture sizes the
-        memory that the smaller ones share."""
+        """Every graph to capture, largest first of each kind: the first capture sizes the memory
+        that the smaller ones share. Epilogues come before the steps that they end."""
+        epilogues = [
+            (CUDAGraphMode.FULL, epilogue_descriptor(num_reqs, epilogue))
+            for num_reqs in self.epilogues
+            for epilogue in (Epilogue.TOKENS, Epilogue.LOGITS)
+        ]
         mixed = [self.mixed_key(num_tokens) for num_tokens in self.mixed]
         decode = [
             (CUDAGraphMode.FULL, decode_descriptor(num_reqs, epilogue))
             for num_reqs in self.decode
-            for epilogue in (Epilogue.TOKENS, Epilogue.LOGITS)
+            for epilogue in (Epilogue.TOKENS, Epilogue.HIDDEN)
         ]
-        return mixed[::-1] + decode[::-1]
+        return epilogues[::-1] + mixed[::-1] + decode[::-1]
+
+    def rungs_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
+        """The ladder that a graph belongs to."""
+        if not descriptor.forward:
+            return self.epilogues
+        return self.decode if descriptor.uniform_decode else self.mixed
+
+    def epilogue_key(self, num_reqs: int, *, needs_logits: bool) -> GraphKey:
+        """What follows the hidden states of a step of so many requests; NONE, unpadded, where no
+        rung holds them."""
+        rung = rung_of(self.epilogues, num_reqs)
+        mode = CUDAGraphMode.NONE if rung is None else CUDAGraphMode.FULL
+        epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
+        return mode, epilogue_descriptor(rung or num_reqs, epilogue)
 
     def mixed_key(self, num_tokens: int) -> GraphKey:
         """The graph of a mixed rung. One that holds attention holds rows: as many as a batch of so
@@ -71,6 +94,17 @@ def decode_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
     return BatchDescriptor(num_reqs, num_reqs, uniform_decode=True, epilogue=epilogue)
 
 
+def epilogue_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
+    """The key of what follows the hidden states: one of them a request."""
+    return replace(decode_descriptor(num_reqs, epilogue), forward=False)
+
+
+def rung_of(ladder: tuple[int, ...], size: int) -> int | None:
+    """The smallest rung that holds `size`; None above the top."""
+    index = bisect_left(ladder, size)
+    return ladder[index] if index < len(ladder) else None
+
+
 def build_ladders(
     mode: CUDAGraphMode,
     max_num_seqs: int,
@@ -84,12 +118,14 @@ def build_ladders(
     """
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
+    epilogues: tuple[int, ...] = ()
     if mode.decode_mode is CUDAGraphMode.FULL:
         decode = _reachable(sizes or _default_decode(max_num_seqs), max_num_seqs)
+        epilogues = _reachable(sizes or _default_epilogues(max_num_seqs), max_num_seqs)
     if mode.mixed_mode is not CUDAGraphMode.NONE:
         top = min(max_num_batched_tokens, MIXED_TOP)
         mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
-    return Ladders(mode, decode, mixed, max_num_seqs, max_num_batched_tokens)
+    return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
 
 def ladders_of(config: EngineConfig) -> Ladders:
@@ -107,6 +143,13 @@ def ladders_of(config: EngineConfig) -> Ladders:
 def _default_decode(top: int) -> tuple[int, ...]:
     """1, 2, 4, then steps of 8 up to 64, of 16 up to 256, of 32 above."""
     rungs = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
+    return (*(rung for rung in rungs if rung < top), top)
+
+
+def _default_epilogues(top: int) -> tuple[int, ...]:
+    """Powers of two: beside the weights of lm_head, which any number of rows reads once, and the
+    step before it, a row of padding costs little."""
+    rungs = [1 << bits for bits in range(top.bit_length())]
     return (*(rung for rung in rungs if rung < top), top)
 
 

@@ -247,8 +247,7 @@ class SchedulerOutput:
         change hands with it.
     new_blocks: (slot, index in its block table, block) to be written before the step.
     needs_logits: some request has its logits read or changed outside the graph.
-    masked: some row is. The step behind this one, which has that request again, needs this one's
-        tokens on the host first: it is scheduled when this one has retired.
+    masked: some row is: what it may sample follows from its last token, on the host.
     run, age: of a step of a run. Above age 0 it has the requests of the step before it, in the
         same order.
     """
@@ -756,10 +755,7 @@ def _queue(
 
 
 def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(
-        row.logprobs is not None or row.masked or row.processed or row.score is not None
-        for row in rows
-    )
+    return any(row.logprobs is not None or row.processed or row.score is not None for row in rows)
 
 
 def _masked(rows: list[ScheduledRow]) -> bool:

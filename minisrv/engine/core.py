@@ -53,17 +53,19 @@ GRAMMAR_SECONDS = 0.01
 """What a step that has nothing to run waits for a grammar, before it looks for requests again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _InFlight:
     """A launched step and what is needed to retire it.
 
+    result: None while its epilogue has not been launched.
     follows: requests had work since the step before it, so that the time between the two is time in
         which the device waited for the host.
     """
 
     output: SchedulerOutput
-    result: StepResult
+    dispatch: Dispatch
     follows: bool
+    result: StepResult | None = None
 
 
 class _GraphSteps:
@@ -301,33 +303,38 @@ class EngineCore:
 
     def _step(self) -> list[EngineOutput]:
         failed = self._release_compiled() if self._grammars.compiling else []
-        while len(self._in_flight) <= self._lag and not self._next_waits:
+        while len(self._in_flight) <= self._lag and not self._masks_pending:
             output = self.scheduler.schedule()
             if output is None:
                 break
-            self._in_flight.append(self._launch(output))
+            self._launch(output)
         if not self._in_flight:
             if self._grammars.compiling and not failed:
                 self._grammars.wait(GRAMMAR_SECONDS)
             return failed
         step = self._in_flight.popleft()
-        events = self.scheduler.update(step.output.step_id, step.result.tokens())
-        if (time := step.result.device_time()) is not None:
+        result = step.result
+        assert result is not None, "the oldest step is launched whole"
+        events = self.scheduler.update(step.output.step_id, result.tokens())
+        if (time := result.device_time()) is not None:
             self._gpu_busy_ms += time.busy
             if step.follows and time.idle is not None:
                 self._gpu_idle_ms += time.idle
         errors = self._follow_grammars(events) if step.output.masked else {}
-        outputs = [self._output(event, step.result) for event in events]
+        outputs = [self._output(event, result) for event in events]
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
             failed += [self._fail(request_id, error) for request_id, error in errors.items()]
+        if self._masks_pending:
+            self._finish(self._in_flight[0])
         return failed + outputs
 
     @property
-    def _next_waits(self) -> bool:
-        """Whether the next step may not be launched ahead: what a row of it may sample follows from
-        a token that a step in flight samples. Only steps that contain such a row wait."""
-        return bool(self._in_flight) and self._in_flight[-1].output.masked
+    def _masks_pending(self) -> bool:
+        """Whether the youngest step waits with its epilogue: what a row of it may sample follows
+        from a token that a step before it samples. Its model runs meanwhile; only steps that
+        contain such a row wait."""
+        return bool(self._in_flight) and self._in_flight[-1].result is None
 
     def _release_compiled(self) -> list[EngineOutput]:
         """Let those go on whose grammars are compiled; returns what ends those whose are not."""
@@ -354,16 +361,25 @@ class EngineCore:
         self.abort(request_id)
         return EngineOutput(request_id=request_id, error=RequestFailure.of(error))
 
-    def _launch(self, output: SchedulerOutput) -> _InFlight:
+    def _launch(self, output: SchedulerOutput) -> None:
         dispatch = self.dispatcher.dispatch(
             output.num_tokens,
             output.num_rows,
             uniform_decode=output.uniform_decode,
             needs_logits=output.needs_logits,
+            masked=output.masked,
         )
         self._count(output, dispatch)
-        follows, self._follows = self._follows, True
-        return _InFlight(output, self.runner.execute(output, dispatch), follows)
+        step = _InFlight(output, dispatch, self._follows)
+        self._follows = True
+        self.runner.start(output, dispatch)
+        if not (output.masked and self._in_flight):
+            self._finish(step)
+        self._in_flight.append(step)
+
+    def _finish(self, step: _InFlight) -> None:
+        """Launch what has not been launched of a step."""
+        step.result = self.runner.finish(step.output, step.dispatch)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         mode, reason = dispatch.mode.name, dispatch.reason.value

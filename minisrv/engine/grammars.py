@@ -94,11 +94,15 @@ class Grammars:
         return self._backend.bitmask_words
 
     def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
-        """See `AllowedTokens`. A grammar that fails here allows the end only; `accept` tells."""
+        """See `AllowedTokens`. A grammar that fails here allows the end only; `accept` tells. The
+        row of a request that has ended meanwhile stays as it is: nobody gets its token."""
         matchers = [
-            (self._matchers[row.request_id], index) for index, row in enumerate(rows) if row.masked
+            (self._matchers[row.request_id], index)
+            for index, row in enumerate(rows)
+            if row.masked and row.request_id in self._matchers
         ]
-        self._backend.fill(matchers, bitmask)
+        if matchers:
+            self._backend.fill(matchers, bitmask)
 
     def accept(self, request_id: str, token_id: int) -> MinisrvError | None:
         """Go on behind a request's token, if it has a grammar; what has gone wrong with that."""

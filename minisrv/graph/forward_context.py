@@ -48,7 +48,7 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """One step's mode, key and attention arguments.
+    """The mode, key and attention arguments of a step, or of its epilogue, which has no attention.
 
     break_at: set while pieces are captured. The attention layer hands it what must run between
     two pieces instead of running it.
@@ -56,8 +56,14 @@ class ForwardContext:
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    attn: AttentionMetadata
+    attn: AttentionMetadata | None
     break_at: Callable[[Callable[[], None]], None] | None = None
+
+    @property
+    def attention(self) -> AttentionMetadata:
+        """`attn`, for the layer that is in every step and in no epilogue."""
+        assert self.attn is not None, "an epilogue has no attention"
+        return self.attn
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("forward_context", default=None)

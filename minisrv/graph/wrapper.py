@@ -121,7 +121,8 @@ class CUDAGraphWrapper:
         the graph holds attention. An empty tensor lies nowhere: while pieces are captured, on
         padding alone, there are no rows."""
         given: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
-        given |= {f"attn.{f.name}": getattr(context.attn, f.name) for f in fields(context.attn)}
+        if context.attn is not None:
+            given |= {f"attn.{f.name}": getattr(context.attn, f.name) for f in fields(context.attn)}
         frozen: dict[str, int] = {}
         for name, value in given.items():
             if isinstance(value, Tensor):

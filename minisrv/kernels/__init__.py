@@ -13,13 +13,14 @@ from torch._ops import OpOverload
 
 from minisrv.kernels.attention import attention, attention_op
 from minisrv.kernels.elementwise import rms_norm, rms_norm_op, silu_and_mul, silu_and_mul_op
-from minisrv.kernels.sampling import sample, sample_op
+from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
 from minisrv.kernels.slots import gather_decode, gather_decode_op, scatter, scatter_op
 
 DIRECT: dict[OpOverload, Callable[..., None]] = {
     attention_op: attention,
     rms_norm_op: rms_norm,
     silu_and_mul_op: silu_and_mul,
+    apply_bitmask_op: apply_bitmask,
     sample_op: sample,
     gather_decode_op: gather_decode,
     scatter_op: scatter,
@@ -27,7 +28,10 @@ DIRECT: dict[OpOverload, Callable[..., None]] = {
 """The plain function under each op; it takes the op's arguments and does the same."""
 
 __all__ = [
+    "ALL",
     "DIRECT",
+    "apply_bitmask",
+    "apply_bitmask_op",
     "attention",
     "attention_op",
     "gather_decode",

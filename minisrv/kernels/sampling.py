@@ -1,7 +1,7 @@
-"""The sampling op: from rows of logits to one token each, the same token wherever the row runs.
+"""The sampling ops: from rows of logits to one token each, the same token wherever the row runs.
 
-Knows: greedy, temperature, top-k, top-p, min-p, and the noise. Takes tensors only: per-slot
-parameters and the slots of the rows. Knows nothing of requests or of graphs.
+Knows: bitmasks of allowed tokens, greedy, temperature, top-k, top-p, min-p, and the noise. Takes
+tensors only: per-slot parameters and the slots of the rows. Knows nothing of requests or of graphs.
 
 Noise is by counter, not by generator: the Gumbel noise of a token depends on (seed, position,
 token id) through a short integer hash, so a sampled token does not depend on the batch, on the
@@ -13,9 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
+
+ALL = -1
+"""A word of a bitmask that allows every token."""
 
 MIN_TEMPERATURE = 1e-5
 """Below it a row is greedy, as in vLLM: dividing by less overflows float32 before it matters."""
@@ -128,6 +132,25 @@ def sample(
         out[rows] = found.argmax(dim=-1)
 
 
+def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
+    """Set to -inf, in place, the logits of the tokens that are not allowed, and allow all again.
+
+    logits: [R, V] any float type. bitmask: [R, ceil(V / 32)] int32: bit `i % 32` of word `i // 32`
+        says whether token `i` is allowed. It is ALL when this is done, as most steps' is.
+
+    A kernel too: rows that allow everything cost no more than a look at their bits.
+    """
+    rows = (bitmask != ALL).any(dim=1).nonzero().squeeze(1)
+    if rows.numel():
+        # As bytes, bits are as large as the mask: little-endian, so a row's bits are in order.
+        bits = bitmask[rows].view(torch.uint8)
+        place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        dropped = ((bits[:, :, None] >> place) & 1 == 0).flatten(1)[:, : logits.shape[1]]
+        logits[rows] = logits[rows].masked_fill(dropped, -torch.inf)
+        bitmask[rows] = ALL
+
+
+torch.library.define("minisrv::apply_bitmask", "(Tensor(a!) logits, Tensor(b!) bitmask) -> ()")
 torch.library.define(
     "minisrv::sample",
     "(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
@@ -136,16 +159,24 @@ torch.library.define(
 torch.library.impl("minisrv::sample", "cpu", sample)
 
 
+torch.library.impl("minisrv::apply_bitmask", "cpu", apply_bitmask)
+
+
 @cache
-def _by_triton() -> Callable[..., None]:
+def _by_triton(name: str) -> Callable[..., None]:
     """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
-    from minisrv.kernels.triton_sampling import sample
+    from minisrv.kernels import triton_sampling
 
-    return sample
+    return cast(Callable[..., None], getattr(triton_sampling, name))
 
 
-torch.library.impl("minisrv::sample", "cuda", lambda *args: _by_triton()(*args))
+torch.library.impl("minisrv::sample", "cuda", lambda *args: _by_triton("sample")(*args))
+torch.library.impl(
+    "minisrv::apply_bitmask", "cuda", lambda *args: _by_triton("apply_bitmask")(*args)
+)
 torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
+torch.library.register_fake("minisrv::apply_bitmask", lambda *args: None)
 
 sample_op = torch.ops.minisrv.sample.default
 """What the runner calls, so that whoever records operations sees one."""
+apply_bitmask_op = torch.ops.minisrv.apply_bitmask.default

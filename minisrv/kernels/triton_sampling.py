@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisrv.kernels.sampling import MIN_TEMPERATURE
+from minisrv.kernels.sampling import ALL, MIN_TEMPERATURE
 from minisrv.kernels.triton_launch import follow, pdl
 
 PART = 1024
@@ -104,6 +104,46 @@ def sample(
     )
     block = triton.next_power_of_2(parts)
     _choose[(rows,)](best, found, out, parts, BLOCK=block, num_warps=4, **pdl())
+
+
+def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
+    """As `kernels.sampling.apply_bitmask`; one launch, which reads the bits and no logit."""
+    rows, vocab = logits.shape
+    _apply_bitmask[(rows, triton.cdiv(vocab, PART))](
+        logits,
+        bitmask,
+        logits.stride(0),
+        bitmask.stride(0),
+        VOCAB=vocab,
+        EVERY=ALL,
+        WORDS=PART // 32,
+        **pdl(),
+    )
+
+
+@triton.jit
+def _apply_bitmask(
+    logits,
+    bitmask,
+    stride,
+    words_stride,
+    VOCAB: tl.constexpr,
+    EVERY: tl.constexpr,
+    WORDS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A part of a row's tokens: WORDS words of 32."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    there = at * 32 < VOCAB
+    source = bitmask + row * words_stride + at
+    word = tl.load(source, there, other=EVERY)
+    bit = tl.arange(0, 32)
+    token = at[:, None] * 32 + bit[None, :]
+    dropped = ((word[:, None] >> bit[None, :]) & 1) == 0
+    tl.store(logits + row * stride + token, float("-inf"), dropped & (token < VOCAB))
+    tl.store(source, EVERY, there & (word != EVERY))
 
 
 @triton.jit

@@ -45,12 +45,15 @@ class Attention(nn.Module):
         positions: [T] int64, the static tensor, as the op may run at replay.
         """
         context = get_forward_context()
-        self.qkv.write_to(context.attn.qkv, residual, norm)
+        attn = context.attention
+        self.qkv.write_to(attn.qkv, residual, norm)
         if context.break_at is None:
-            self._attend(context.attn, positions, cos_sin)
-        else:
-            context.break_at(lambda: self._attend(get_forward_context().attn, positions, cos_sin))
-        self.o.add_to(residual, context.attn.out)
+            self._attend(attn, positions, cos_sin)
+        else:  # the replay's, as rows change
+            context.break_at(
+                lambda: self._attend(get_forward_context().attention, positions, cos_sin)
+            )
+        self.o.add_to(residual, attn.out)
 
     def _attend(self, attn: AttentionMetadata, positions: Tensor, cos_sin: Tensor) -> None:
         assert self.kv_cache is not None, "no KV cache is bound"

@@ -7,7 +7,7 @@ when the request starts and by the step itself from then on. `InputBuffers` hold
 Knows nothing of graphs or of the model.
 
 A padding row is slot 0, whose state is token 0, position 0, block table 0: an ordinary row of a
-decode step, an empty one of any other.
+decode step, an empty one of any other. An epilogue may have more of them than the step before it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minisrv.config import ModelConfig
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
-from minisrv.kernels import gather_decode_op, scatter_op
+from minisrv.kernels import ALL, gather_decode_op, scatter_op
 from minisrv.modes import BatchDescriptor
 
 
@@ -138,6 +138,9 @@ class InputBuffers:
         [R, blocks_per_row] int32. seq_lens: [R] int32. query_start_loc: [R + 1] int32.
     qkv, attn_out: [T, ...] model dtype, argument and result of the attention op of every layer.
     hidden: [T, hidden] model dtype. logits: [R, vocab] model dtype. tokens: [R] int64.
+    logits_indices: [R] int64, which of the hidden states a row samples from.
+    bitmask: [R, vocab / 32] int32, which tokens it may sample, as `kernels.apply_bitmask_op` takes
+        it; between steps all.
     """
 
     def __init__(
@@ -164,6 +167,8 @@ class InputBuffers:
         self.seq_lens = ints(rows, dtype=torch.int32)
         self.query_start_loc = ints(rows + 1, dtype=torch.int32)
         self.tokens = ints(rows)
+        self.logits_indices = ints(rows)
+        self.bitmask = ints(rows, -(-model.vocab_size // 32), dtype=torch.int32).fill_(ALL)
         self.qkv = torch.zeros(tokens, model.qkv_size, dtype=dtype, device=device)
         self.attn_out = torch.zeros(tokens, model.q_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(tokens, model.hidden_size, dtype=dtype, device=device)
@@ -171,11 +176,15 @@ class InputBuffers:
         # A decode row is one token, so this never changes.
         self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
-        self._given: tuple[list[ScheduledRow], BatchDescriptor] | None = None
+        self._given: tuple[list[ScheduledRow], BatchDescriptor, int] | None = None
 
-    def fill(self, output: SchedulerOutput, descriptor: BatchDescriptor) -> AttentionMetadata:
+    def fill(
+        self, output: SchedulerOutput, descriptor: BatchDescriptor, epilogue_rows: int
+    ) -> AttentionMetadata:
         """Write a step into the state and the buffers, padded to the descriptor, and describe it to
         attention.
+
+        epilogue_rows: of the padded epilogue behind the hidden states; 0 if none follows.
 
         A uniform decode step is given by its slots alone: the step gathers the rest itself
         (`gather_decode`), because under lag only the device knows the last tokens. One that goes on
@@ -185,11 +194,16 @@ class InputBuffers:
         tokens, num_rows = descriptor.num_tokens, output.num_rows
         rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
         self.state.apply(output, upload)
-        self._given = (output.first_rows, descriptor)
+        self._given = (output.first_rows, descriptor, epilogue_rows)
         if not (output.age and given == self._given):
-            slots = np.full(rows, NULL_SLOT, np.int64)
+            slots = np.full(max(rows, epilogue_rows), NULL_SLOT, np.int64)
             slots[:num_rows] = [row.slot for row in output.first_rows]
             upload.add(slots, self._put(self.slots))
+            if epilogue_rows:
+                indices = np.zeros(epilogue_rows, np.int64)
+                lengths = [row.num_tokens for row in output.first_rows]
+                indices[:num_rows] = np.cumsum(lengths, dtype=np.int64) - 1
+                upload.add(indices, self._put(self.logits_indices))
         if descriptor.uniform_decode:
             upload.send(self.device)
             if descriptor not in self._decode_metadata:

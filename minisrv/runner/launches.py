@@ -26,6 +26,7 @@ from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
 from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.wrapper import CapturedGraph
+from minisrv.modes import Part
 from minisrv.runner.model_runner import Launch, ModelRunner
 
 
@@ -34,9 +35,9 @@ def count_launches(runner: ModelRunner) -> Iterator[LaunchCounter]:
     """Count what the steps that `runner` executes in the block launch. It makes them slow."""
     launch, counter = runner.launch, LaunchCounter(runner)
 
-    def counted(output: SchedulerOutput, dispatch: Dispatch) -> Any:
+    def counted(part: Part, output: SchedulerOutput, dispatch: Dispatch) -> Any:
         with counter:
-            return launch(output, dispatch)
+            return launch(part, output, dispatch)
 
     runner.launch = counted
     try:
@@ -57,7 +58,7 @@ def simulate_launches(
 ) -> None:
     """Make every step that `runner` executes from now on longer by so much for each launch.
 
-    A step waits once, for all its launches: to step in at each operation takes several
+    Each part of a step waits once, for all its launches: to step in at each operation takes several
     microseconds itself, for views too. How many there are depends on nothing but the key below
     (what depends on more could not be captured), and is counted when a key comes first.
     wait: takes microseconds.
@@ -66,20 +67,22 @@ def simulate_launches(
     counter = LaunchCounter(runner)
     counts: dict[object, int] = {}
 
-    def slow(output: SchedulerOutput, dispatch: Dispatch) -> Any:
+    def slow(part: Part, output: SchedulerOutput, dispatch: Dispatch) -> Any:
         key = (
+            part,
             dispatch.mode,
             dispatch.descriptor,
+            dispatch.epilogue,
             output.num_rows,
             output.needs_logits,
             output.masked,
         )
         if key in counts:
-            result = launch(output, dispatch)
+            result = launch(part, output, dispatch)
         else:
             before = counter.count
             with counter:
-                result = launch(output, dispatch)
+                result = launch(part, output, dispatch)
             counts[key] = counter.count - before
         wait(counts[key] * microseconds)
         return result

@@ -4,11 +4,17 @@ Knows: the model, the cache, the buffers and the graph wrappers, and how a dispa
 through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
 
     decode, FULL:     [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
-    mixed, FULL:      fill -> [ model ] -> rows -> lm_head -> sample -> scatter
-    mixed, PIECEWISE: fill -> [ model, broken at attention ] -> rows -> lm_head -> sample -> scatter
+    apart, FULL:      [ gather by slot -> model ] -> epilogue
+    mixed, FULL:      fill -> [ model ] -> epilogue
+    mixed, PIECEWISE: fill -> [ model, broken at attention ] -> epilogue
+    epilogue, TOKENS: [ rows -> lm_head -> masks -> sample -> scatter ]
+    epilogue, LOGITS: [ rows -> lm_head ] -> processors -> masks -> sample -> scatter
 
-What brackets hold is one wrapper each, and either FULL one holds the PIECEWISE one. Each passes
-through when the context's mode is not its own, so an eager run takes the same code.
+What brackets hold is one wrapper each, and the FULL ones around the model hold the PIECEWISE one.
+Each passes through when the context's mode is not its own, so an eager run takes the same code.
+
+A step is launched in two parts, as the epilogue of a step with masks is launched when these are
+known, which the model need not wait for.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ from minisrv.graph.backend import GraphBackend
 from minisrv.graph.certify import Start, certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
-from minisrv.kernels import sample_op
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
+from minisrv.kernels import apply_bitmask_op, sample_op
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Part
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
 from minisrv.runner.batches import BatchLimits, full_batch, short_batch
@@ -39,11 +45,11 @@ from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logits_processors import LogitsProcessors
 from minisrv.runner.logprobs import LogprobReport, report_logprobs, score_prompts
 from minisrv.runner.results import ResultRing, StepResult
-from minisrv.runner.token_masks import AllowedTokens, mask_logits
+from minisrv.runner.token_masks import AllowedTokens, TokenMasks
 from minisrv.runner.trial import GREEDY, StepTrial
 
-Launch = Callable[[SchedulerOutput, Dispatch], LogprobReport | None]
-"""What a step launches once its buffers are filled; see `ModelRunner._launch`."""
+Launch = Callable[[Part, SchedulerOutput, Dispatch], LogprobReport | None]
+"""What a part of a step launches once its buffers are filled; see `ModelRunner._launch`."""
 
 DRIVER_BYTES = 2 << 20
 """CUDA's driver takes memory for graphs in pieces of this size, several graphs to a piece."""
@@ -79,7 +85,7 @@ class ModelRunner:
         check_addresses: bool = False,
     ) -> None:
         sizes = BufferSizes(
-            rows=max(ladders.max_num_seqs, *ladders.decode, 1),
+            rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
             tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
             slots=ladders.max_num_seqs + 1,
             blocks_per_row=-(-max_model_len // block_size),
@@ -98,6 +104,7 @@ class ModelRunner:
         self.state = SlotState(sizes, device)
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
         self.processors = LogitsProcessors(config.vocab_size, device)
+        self.masks = TokenMasks(self.buffers.bitmask)
         self.results = ResultRing(sizes.rows, device)
         # Not zeroed: nothing reads an entry that has not been written, which certification shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
@@ -120,42 +127,66 @@ class ModelRunner:
         self.decode_step = CUDAGraphWrapper(
             self._decode_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
+        self.epilogue_step = CUDAGraphWrapper(
+            self._epilogue_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
+        )
         self.launch: Launch = self._launch
         self.allowed = allowed
         self.graph_bytes: dict[GraphKey, int] = {}
 
-    @torch.no_grad()
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as dispatched."""
-        attn = self.buffers.fill(output, dispatch.descriptor)
+        self.start(output, dispatch)
+        return self.finish(output, dispatch)
+
+    @torch.no_grad()
+    def start(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
+        """Launch the step's first part. Its `finish` comes before anything else is started."""
+        epilogue_rows = dispatch.epilogue[1].num_tokens if dispatch.epilogue else 0
+        attn = self.buffers.fill(output, dispatch.descriptor, epilogue_rows)
         self.processors.start(output)
         self.results.begin()
         with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
-            logprobs = self.launch(output, dispatch)
+            self.launch(Part.FORWARD, output, dispatch)
+
+    @torch.no_grad()
+    def finish(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
+        """Launch the rest of a step that has been started. If it has masked rows, the tokens of all
+        steps before are on the host."""
+        logprobs = None
+        if dispatch.epilogue is not None:
+            if output.masked:
+                assert self.allowed is not None, "made for masked rows"
+                self.masks.send(output.first_rows, self.allowed)
+            with set_forward_context(ForwardContext(*dispatch.epilogue, attn=None)):
+                logprobs = self.launch(Part.EPILOGUE, output, dispatch)
         return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
 
-    def _launch(self, output: SchedulerOutput, dispatch: Dispatch) -> LogprobReport | None:
+    def _launch(
+        self, part: Part, output: SchedulerOutput, dispatch: Dispatch
+    ) -> LogprobReport | None:
         """Run what lies between the filled buffers and the sampled tokens."""
-        descriptor, buffers = dispatch.descriptor, self.buffers
-        rows = output.num_rows
-        self.step_of(descriptor)(*self._inputs(descriptor))
-        if descriptor.uniform_decode:
-            logits = buffers.logits[:rows]
-        else:
-            logits = self._last_rows_logits(rows)
-        tokens, step = buffers.tokens[:rows], output.first_rows
-        if descriptor.epilogue is not Epilogue.TOKENS:
-            chosen = logits
-            if output.needs_logits:
-                chosen = self.processors.process(step, logits, buffers.next_positions(rows))
-            if output.masked:
-                assert self.allowed is not None
-                chosen = mask_logits(chosen, step, self.allowed)
-            self._sample(chosen)
-            if output.needs_logits:
-                self.processors.count(step, tokens)
-            buffers.scatter(rows)
-        return self._report(step, logits, tokens) if output.needs_logits else None
+        if part is Part.EPILOGUE:
+            self.epilogue_step()
+            ended = get_forward_context().descriptor.epilogue is Epilogue.TOKENS
+            return None if ended else self._sample_logits(output)
+        if dispatch.descriptor.forward:
+            self.step_of(dispatch.descriptor)(*self._inputs(dispatch.descriptor))
+        return None
+
+    def _sample_logits(self, output: SchedulerOutput) -> LogprobReport | None:
+        """From logits to tokens, with what is done to logits on the way and said of them."""
+        buffers, rows, step = self.buffers, output.num_rows, output.first_rows
+        logits, tokens = buffers.logits[:rows], buffers.tokens[:rows]
+        chosen = self.processors.process(step, logits, buffers.next_positions(rows))
+        if output.masked:
+            if chosen is logits:  # which the report is about
+                chosen = logits.clone()
+            apply_bitmask_op(chosen, buffers.bitmask[:rows])
+        self._sample(chosen)
+        self.processors.count(step, tokens)
+        buffers.scatter(rows)
+        return self._report(step, logits, tokens)
 
     def _report(
         self, step: list[ScheduledRow], logits: Tensor, tokens: Tensor
@@ -174,7 +205,7 @@ class ModelRunner:
     @property
     def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:
         """All that may replay."""
-        return self.model_step, self.mixed_step, self.decode_step
+        return self.model_step, self.mixed_step, self.decode_step, self.epilogue_step
 
     def wrapper_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
         """The one that holds the graph of that key."""
@@ -182,10 +213,12 @@ class ModelRunner:
 
     def step_of(self, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
         """The outermost one that a step goes through, in whatever mode."""
+        if not descriptor.forward:
+            return self.epilogue_step
         return self.decode_step if descriptor.uniform_decode else self.mixed_step
 
     def _inputs(self, descriptor: BatchDescriptor) -> tuple[Tensor, ...]:
-        """Arguments of the wrapper: a decode step gathers its own."""
+        """Arguments of the wrapper: decode steps and epilogues gather their own."""
         tokens, buffers = descriptor.num_tokens, self.buffers
         if descriptor.uniform_decode:
             return ()
@@ -199,16 +232,21 @@ class ModelRunner:
         rows = descriptor.num_tokens
         buffers.gather_decode(rows)
         self.model_step(buffers.input_ids[:rows], buffers.positions[:rows])
-        logits = self.model.compute_logits(buffers.hidden[:rows])
+        if descriptor.epilogue is Epilogue.TOKENS:
+            self._sample(self.model.compute_logits(buffers.hidden[:rows]))
+            buffers.scatter(rows)
+
+    def _epilogue_step(self) -> None:
+        descriptor, buffers = get_forward_context().descriptor, self.buffers
+        rows = descriptor.num_tokens
+        hidden = buffers.hidden.index_select(0, buffers.logits_indices[:rows])
+        logits = self.model.compute_logits(hidden)
         if descriptor.epilogue is Epilogue.LOGITS:
             buffers.logits[:rows].copy_(logits)
         else:
+            apply_bitmask_op(logits, buffers.bitmask[:rows])
             self._sample(logits)
             buffers.scatter(rows)
-
-    def _last_rows_logits(self, rows: int) -> Tensor:
-        last = self.buffers.query_start_loc[1 : rows + 1].to(torch.int64) - 1
-        return self.model.compute_logits(self.buffers.hidden.index_select(0, last))
 
     def _sample(self, logits: Tensor) -> None:
         state, rows = self.state, len(logits)
@@ -244,8 +282,8 @@ class ModelRunner:
         on_progress(len(keys), len(keys))
 
     def time_graphs(self) -> dict[GraphKey, StepTime]:
-        """Time a step by every graph, on a greedy batch that leaves it little padding. The cache
-        must be empty."""
+        """Time a step by every graph, its epilogue included, and epilogues alone, on a greedy batch
+        that leaves it little padding. The cache must be empty."""
         times = {}
         for mode, key in self.ladders.keys():  # noqa: SIM118  (no mapping)
             batch = short_batch(key, self.limits)
@@ -287,7 +325,11 @@ class ModelRunner:
     @torch.no_grad()
     def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         """Record one graph, on padding alone."""
+        if not descriptor.forward:
+            self.buffers.hidden.zero_()
         nobody = SchedulerOutput(-1, [], [], [], num_decodes=0, num_tokens=0)
-        attn = self.buffers.fill(nobody, descriptor)
-        with set_forward_context(ForwardContext(mode, descriptor, attn)):
+        epilogue_rows = 0 if descriptor.forward else descriptor.num_tokens
+        attn = self.buffers.fill(nobody, descriptor, epilogue_rows)
+        context = ForwardContext(mode, descriptor, attn if descriptor.forward else None)
+        with set_forward_context(context):
             self.wrapper_of(mode, descriptor).capture(*self._inputs(descriptor))

@@ -13,6 +13,7 @@ import torch
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
+from minisrv.modes import Part
 from minisrv.runner.logprobs import LogprobReport
 
 if TYPE_CHECKING:
@@ -47,14 +48,16 @@ class LaunchTimer:
     ) -> None:
         self._runner.launch = self._launch
 
-    def _timed(self, output: SchedulerOutput, dispatch: Dispatch) -> LogprobReport | None:
+    def _timed(
+        self, part: Part, output: SchedulerOutput, dispatch: Dispatch
+    ) -> LogprobReport | None:
         start = time.perf_counter()
-        if self._events is not None:
+        if self._events is not None and part is Part.FORWARD:
             self._events[0].record()
-        result = self._launch(output, dispatch)
+        result = self._launch(part, output, dispatch)
         if self._events is not None:
             self._events[1].record()
-        self._seconds = time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
         return result
 
     @property

@@ -1,13 +1,11 @@
 """Masks between lm_head and sampler: of the tokens that a row may sample, all others are dropped.
 
-The mask comes from the host, as one bit a token, and is made when all that comes before it has been
-launched: a GPU runs the model while the host finds out what may follow. Then it goes to the device
-in one copy, and logits are masked there, outside of any graph. The logits themselves stay as they
-are, as log-probabilities are read off them.
+The mask comes from the host, as one bit a token, and is made while a GPU runs the model: it goes to
+the device in one copy behind the model, in front of the epilogue, in whose graph it is applied.
 
-Knows: bits and logits. Knows nothing of grammars: who fills the bits says what is allowed, and that
-the tokens before are known by then is the step loop's care. A step without masked rows runs nothing
-of this.
+Knows: bits, and where they lie. Knows nothing of grammars: who fills the bits says what is allowed,
+and that the tokens before are known by then is the step loop's care. A step without masked rows
+runs nothing of this: its bitmask allows all.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisrv.core.scheduler import ScheduledRow
-
-ALL = -1
-"""A word of the bitmask that allows every token."""
+from minisrv.kernels import ALL
 
 
 class AllowedTokens(Protocol):
@@ -38,15 +34,22 @@ class AllowedTokens(Protocol):
         says whether token `i` may come next; one at least may."""
 
 
-def mask_logits(logits: Tensor, rows: Sequence[ScheduledRow], allowed: AllowedTokens) -> Tensor:
-    """A copy of `logits` [R, V] with -inf for what the rows may not sample."""
-    gpu = logits.device.type == "cuda"
-    # Pinned by torch's host allocator, which gives none out again before the copy from it is done.
-    shape = (len(rows), allowed.bitmask_words)
-    host = torch.full(shape, ALL, dtype=torch.int32, pin_memory=gpu)
-    allowed.fill(rows, host.numpy())
-    # As bytes, bits are as large as the mask: little-endian, so a row's bits are in order.
-    bits = host.to(logits.device, non_blocking=True).view(torch.uint8)
-    place = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    dropped = (bits[:, :, None] >> place) & 1 == 0
-    return logits.masked_fill(dropped.flatten(1)[:, : logits.shape[1]], -torch.inf)
+class TokenMasks:
+    """Fills the bitmask of the input buffers.
+
+    bitmask: [R, words] int32, on the device.
+    """
+
+    def __init__(self, bitmask: Tensor) -> None:
+        self._bitmask = bitmask
+        gpu = bitmask.device.type == "cuda"
+        self._host = torch.empty(bitmask.shape, dtype=torch.int32, pin_memory=gpu)
+
+    def send(self, rows: Sequence[ScheduledRow], allowed: AllowedTokens) -> None:
+        """Write the masks of a step's rows. The tokens of all steps before are on the host, so that
+        no copy from here is on its way any more."""
+        found = np.full((len(rows), allowed.bitmask_words), ALL, np.int32)
+        allowed.fill(rows, found)
+        host = self._host[: len(rows)]
+        host.numpy()[:] = found[:, : host.shape[1]]
+        self._bitmask[: len(rows)].copy_(host, non_blocking=True)

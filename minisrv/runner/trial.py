@@ -18,6 +18,7 @@ from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput, SlotStart
 from minisrv.graph.certify import Start
+from minisrv.kernels import ALL
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
 from minisrv.request import SamplingParams
 from minisrv.runner.batches import Batch
@@ -38,7 +39,9 @@ PARAMS = (
 
 
 class StepTrial:
-    """One step at a descriptor's padded shape, on real slots and blocks of an empty cache.
+    """One step at a descriptor's padded shape, on real slots and blocks of an empty cache. Of an
+    epilogue, hidden states and masks are made by hand. One that a step ends with runs as it does in
+    service: by its graph where the step runs by graph.
 
     Blocks beyond those of the batch are watched: whoever writes there is found out.
 
@@ -56,7 +59,8 @@ class StepTrial:
         before: StepTrial | None = None,
         params: Sequence[SamplingParams] = PARAMS,
     ) -> None:
-        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}"
+        step = "" if descriptor.forward else " alone"
+        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}{step}"
         self.starts: Sequence[Start] = [
             start for start in Start if before or start is not Start.STALE
         ]
@@ -93,6 +97,14 @@ class StepTrial:
             dtype=torch.int64,
             device=device,
         )
+        hidden = (len(self.slots), runner.buffers.hidden.shape[1])
+        self.hidden = torch.rand(hidden, generator=generator, device=device) - 0.5
+        # About half of the tokens, of every other row.
+        masks = (len(self.slots), runner.buffers.bitmask.shape[1])
+        self.masks = torch.randint(
+            -(2**31), 2**31, masks, generator=generator, dtype=torch.int32, device=device
+        )
+        self.masks[::2] = ALL
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
         """[watched, block_size] bool: cache positions of tokens `starts` to `ends` by slot. The
@@ -130,6 +142,11 @@ class StepTrial:
             cache[self.watched] = initial
         state.last_token[self.slots] = self.last_token
         state.next_position[self.slots] = self.next_position
+        if not self.descriptor.forward:
+            buffers, rows = self.runner.buffers, len(self.slots)
+            buffers.hidden[:rows] = self.hidden
+            buffers.seq_lens[:rows] = self.next_position + 1
+            buffers.bitmask[:rows] = self.masks
         upload = Upload()
         state.apply(self.output, upload)
         upload.send(self.slots.device)
@@ -140,6 +157,8 @@ class StepTrial:
         buffers = self.runner.buffers
         for buffer in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
             buffer.fill_(NAN if poison else 0.0)
+        buffers.bitmask.fill_(ALL)
+        buffers.logits_indices.fill_(buffers.sizes.tokens - 1 if poison else 0)
         # Where there is padding the last slot is nobody's: a stale row writes to a watched block.
         buffers.slots.fill_(buffers.sizes.slots - 1 if poison else NULL_SLOT)
         for name in ("input_ids", "positions", "slot_mapping", "block_table"):
@@ -151,7 +170,14 @@ class StepTrial:
     def run(self, *, graph: bool) -> None:
         """See `graph.certify.Trial`."""
         mode = self.mode if graph else CUDAGraphMode.NONE
-        self.runner.execute(self.output, Dispatch(mode, self.descriptor, Reason.PURE_DECODE))
+        epilogue = None
+        if not self.descriptor.forward:
+            epilogue = mode, self.descriptor
+        elif self.descriptor.epilogue is Epilogue.HIDDEN:
+            behind, key = self.runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
+            epilogue = behind if graph else CUDAGraphMode.NONE, key
+        dispatch = Dispatch(mode, self.descriptor, Reason.PURE_DECODE, epilogue)
+        self.runner.execute(self.output, dispatch)
 
     def time_replay(self) -> float:
         """Milliseconds of a replay on a clean batch."""

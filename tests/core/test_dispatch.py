@@ -34,20 +34,42 @@ def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
 
 def holds_any(key: BatchDescriptor) -> bool:
     """Prefill, decodes or both."""
-    return key.epilogue is Epilogue.HIDDEN
+    return key.forward and not key.uniform_decode
 
 
-@given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes, logits=st.booleans())
-def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, logits):
+@given(
+    mode=st.sampled_from(CUDAGraphMode),
+    limits=limits,
+    sizes=sizes,
+    logits=st.booleans(),
+    masked=st.booleans(),
+)
+def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, logits, masked):
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
-    keys = set(ladders.keys())
+    epilogues = {key for key in ladders.keys() if not key[1].forward}  # noqa: SIM118
+    keys = set(ladders.keys()) - epilogues
     for tokens, requests, decode in every_batch(ladders):
-        found = dispatcher.dispatch(tokens, requests, uniform_decode=decode, needs_logits=logits)
+        found = dispatcher.dispatch(
+            tokens, requests, uniform_decode=decode, needs_logits=logits, masked=masked
+        )
         key = found.descriptor
+        ends = key.epilogue is not Epilogue.HIDDEN
+        assert ends == (key.uniform_decode and not logits and not masked)
+        if ends:
+            assert found.epilogue is None, "the graph holds it"
+        else:
+            end, behind = found.epilogue
+            assert behind.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
+            if end is NONE:
+                assert not any(d.num_reqs >= requests for _, d in epilogues)
+                assert behind.num_reqs == requests, "NONE never pads"
+            else:
+                assert found.epilogue in epilogues, "what is dispatched was captured"
+                rungs = [d.num_reqs for _, d in epilogues]
+                assert behind.num_reqs == min(n for n in rungs if n >= requests)
         if found.mode is NONE:
             assert key.num_tokens == tokens, "NONE never pads"
-            assert key.epilogue is Epilogue.HIDDEN
             # No captured graph would have done.
             assert not any(d.num_tokens >= tokens for _, d in keys if decode or holds_any(d))
             continue
@@ -59,7 +81,6 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
         if key.uniform_decode:
             assert decode, "the requests say so"
             assert found.mode is FULL
-            assert key.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
             continue
         assert holds_any(key)
         assert found.mode is mode.mixed_mode
@@ -80,11 +101,13 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
     mode, limits, sizes, logits, draw
 ):
     ladders = build_ladders(mode, *limits, sizes)
-    keys = ladders.keys()
+    keys = [key for key in ladders.keys() if key[1].forward]  # noqa: SIM118
     least = {key: draw.uniform(1, 2) for key in keys}
     times = {key: StepTime(ms, ms * draw.uniform(1, 1.1)) for key, ms in least.items()}
+    # What takes no time at all, and is no step.
+    times |= dict.fromkeys(set(ladders.keys()) - set(keys), StepTime(0.0, 0.0))
     plain, timed = Dispatcher(ladders), Dispatcher(ladders, times)
-    epilogue = Epilogue.LOGITS if logits else Epilogue.TOKENS
+    epilogue = Epilogue.HIDDEN if logits else Epilogue.TOKENS
     for tokens, requests, decode in every_batch(ladders):
         batch = {"uniform_decode": decode, "needs_logits": logits}
         first = plain.dispatch(tokens, requests, **batch)
@@ -124,7 +147,7 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
 def test_a_full_graph_of_a_mixed_rung_may_be_cheaper_for_decodes():
     ladders = build_ladders(FULL, 4, 4)
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
-    times[FULL, decode_descriptor(2, Epilogue.LOGITS)] = StepTime(1.2, 1.3)
+    times[FULL, decode_descriptor(2, Epilogue.HIDDEN)] = StepTime(1.2, 1.3)
     times[FULL, BatchDescriptor(2, 2)] = StepTime(0.8, 0.9)
     batch = {"uniform_decode": True, "needs_logits": True}
     found = Dispatcher(ladders, times).dispatch(2, 2, **batch)
@@ -222,9 +245,13 @@ def test_a_full_graph_of_a_mixed_rung_holds_as_many_rows_as_its_tokens_can_have(
 def test_largest_graphs_are_captured_first():
     for configured in (CUDAGraphMode.FULL_AND_PIECEWISE, FULL):
         keys = build_ladders(configured, 64, 512).keys()
-        for decode in (False, True):
-            tokens = [d.num_tokens for _, d in keys if d.uniform_decode == decode]
+        kinds = {(d.uniform_decode, d.forward) for _, d in keys}
+        assert len(kinds) == 3
+        for kind in kinds:
+            tokens = [d.num_tokens for _, d in keys if (d.uniform_decode, d.forward) == kind]
             assert tokens == sorted(tokens, reverse=True)
+        first = [d.forward for _, d in keys]
+        assert first == sorted(first), "epilogues before the steps that they end"
 
 
 def run_plan(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -243,23 +270,23 @@ def test_plan_prints_the_table():
 def test_plan_needs_no_device_to_say_what_full_would_capture():
     done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
     assert done.returncode == 0, done.stderr
-    assert "24 graphs, 10 FULL (decode" in done.stdout
-    assert "14 FULL (mixed)" in done.stdout
+    assert "34 graphs, 10 FULL (decode" in done.stdout
+    assert "10 FULL (epilogues) and 14 FULL (mixed)" in " ".join(done.stdout.split())
     assert "PIECEWISE" not in done.stdout
 
 
 def test_a_measured_plan_says_what_each_graph_costs():
-    done = run_plan("--measure", "--max-num-seqs", "2", "--max-num-batched-tokens", "8")
+    done = run_plan("--measure", "--max-num-seqs", "2", "--max-num-batched-tokens", "32")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     costs = [line for line in lines if any(f"│ {e.name}" in line for e in Epilogue)]
-    assert len(costs) == 8
+    assert len(costs) == 14
     for line in costs:
         *_, milliseconds, mebibytes, _ = (cell.strip() for cell in line.split("│"))
         assert float(milliseconds) > 0
         assert float(mebibytes) >= 0
     assert any(float(line.split("│")[-2]) > 0 for line in costs)
-    assert "8 graphs take" in lines[-1]
+    assert "14 graphs take" in lines[-1]
 
 
 def test_plan_exits_1_and_names_the_missing_size():

@@ -15,6 +15,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.scheduler import ScheduledRow
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
+from minisrv.kernels import ALL, apply_bitmask
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import (
     EngineOutput,
@@ -24,7 +25,7 @@ from minisrv.request import (
     StructuredOutput,
 )
 from minisrv.request import StructuredOutputKind as Kind
-from minisrv.runner.token_masks import mask_logits
+from minisrv.runner.token_masks import TokenMasks
 from minisrv.text.structured import Matcher
 from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint
@@ -157,27 +158,31 @@ def test_others_get_the_tokens_that_they_get_alone(start, mode: str, lag: int) -
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_only_steps_with_a_grammar_wait(start, lag: int) -> None:
+    """And only with their epilogues: the model runs a step ahead all the same."""
     engine = start("full-and-piecewise", lag)
-    ahead: list[int] = []
-    masked: list[bool] = []
-    launch = engine._launch
+    before: dict[str, list[tuple[bool, int]]] = {"start": [], "finish": []}
 
-    def watched(output: Any) -> Any:
-        ahead.append(len(engine._in_flight))
-        masked.append(output.masked)
-        return launch(output)
+    def watch(part: str, call: Any) -> Any:
+        def watched(output: Any, dispatch: Any) -> Any:
+            others = sum(step.output is not output for step in engine._in_flight)
+            before[part].append((output.masked, others))
+            return call(output, dispatch)
 
-    engine._launch = watched
+        return watched
+
+    for part in before:
+        setattr(engine.runner, part, watch(part, getattr(engine.runner, part)))
     choice = StructuredOutput(kind=Kind.REGEX, text="a{8}")
     engine.add(request("plain", max_tokens=40, ignore_eos=True))
     for _ in range(8):
         engine.step()
     run(engine, request("grammar", choice))
-    behind = [n for n, before in zip(ahead[1:], masked, strict=False) if before]
-    assert len(behind) >= 8
-    assert set(behind) == {0}
-    others = [n for n, before in zip(ahead[1:], masked, strict=False) if not before]
-    assert set(others[:6]) == set(others[-6:]) == {lag}
+    started, finished = ({n for masked, n in steps[1:] if masked} for steps in before.values())
+    assert sum(masked for masked, _ in before["finish"]) >= 8
+    assert (started, finished) == ({lag}, {0})
+    for steps in before.values():
+        others = [n for masked, n in steps[1:] if not masked]
+        assert set(others[:6]) == set(others[-6:]) == {lag}
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -223,6 +228,16 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
     assert error.param == "response_format"
     assert found["two two"][-1].finish_reason is FinishReason.STOP
     assert found["text"][-1].error is None
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_last_grammar_of_a_batch_ends_while_the_next_step_runs(start, lag: int) -> None:
+    """The step behind has a masked row and no grammar: llguidance takes no empty batch."""
+    alone = run(start(lag=lag), request("text", max_tokens=20))
+    spec = StructuredOutput(kind=Kind.CHOICE, choices=("a",))
+    found = run(start(lag=lag), request("text", max_tokens=20), request("short", spec))
+    assert found["short"][-1].finish_reason is FinishReason.STOP
+    assert tokens(found["text"]) == tokens(alone["text"])
 
 
 def test_an_abort_while_the_grammar_is_compiled(start) -> None:
@@ -289,9 +304,11 @@ def test_bits_are_columns(vocab_size: int) -> None:
                     bitmask[index] = 0x55555555 << index % 2
 
     logits = torch.randn(3, vocab_size)
-    before = logits.clone()
-    masked = mask_logits(logits, rows, Odd())
-    assert torch.equal(logits, before)
+    masked = logits.clone()
+    bitmask = torch.full((4, -(-vocab_size // 32)), ALL, dtype=torch.int32)
+    TokenMasks(bitmask).send(rows, Odd())
+    apply_bitmask(masked, bitmask[:3])
+    assert (bitmask == ALL).all(), "the next step finds that all is allowed"
     column = torch.arange(vocab_size)
     for index in (0, 2):
         dropped = column % 2 == 1

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisrv.kernels.sampling import sample
+from minisrv.kernels.sampling import ALL, apply_bitmask, sample
+from minisrv.kernels.triton_sampling import apply_bitmask as triton_apply_bitmask
 from minisrv.kernels.triton_sampling import sample as triton_sample
 
 PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -40,6 +41,36 @@ def make(
         "min_p": choose([0.0, 0.0, 0.02, 0.3], torch.float32),
         "seed": torch.randint(-(1 << 62), 1 << 62, (rows + 1,), generator=g),
     }
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter")
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [5, 32, 1000, 1024, 1057, 4096])
+def test_a_bitmask_drops_what_the_cpu_drops_and_is_whole_again(
+    device: str, dtype: torch.dtype, vocab: int
+) -> None:
+    """Rows with a mask between rows without; rows beyond those of the logits are not touched."""
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(5, vocab, generator=g).to(dtype)
+    bitmask = torch.randint(-(2**31), 2**31, (7, -(-vocab // 32)), dtype=torch.int32, generator=g)
+    bitmask[1] = bitmask[3] = ALL
+    expected, left = logits.clone(), bitmask.clone()
+    apply_bitmask(expected, left[:5])
+    assert (expected[[0, 2, 4]] == -math.inf).any(dim=1).all()
+    assert torch.equal(expected[[1, 3]], logits[[1, 3]])
+    assert (left[:5] == ALL).all()
+    found, rest = logits.to(device), bitmask.to(device)
+    triton_apply_bitmask(found, rest[:5])
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(rest.cpu(), left)
 
 
 def run(op: Any, logits: Tensor, given: dict[str, Tensor]) -> Tensor:

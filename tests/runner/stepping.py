@@ -151,6 +151,7 @@ class Step:
             output.num_rows,
             uniform_decode=output.uniform_decode,
             needs_logits=output.needs_logits,
+            masked=output.masked,
         )
         return cls(engine, output, dispatch)
 

@@ -75,7 +75,7 @@ def test_a_context_that_ends_within_a_block(checkpoint):
     """The trial took the rest of the block too, beyond the rotary table: an IndexError at start."""
     sizes = {"cudagraph_capture_sizes": (1, 1024), "block_size": 300}
     engine = start(checkpoint, max_num_seqs=1, max_num_batched_tokens=1024, **sizes)
-    assert engine.info.graphs == 4
+    assert engine.info.graphs == 6
 
 
 def refused(checkpoint: str, mode: str, what: str) -> None:
@@ -87,23 +87,23 @@ def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
     """Trap 4: the padding rows keep the slots of the step before, and write there."""
     fill = InputBuffers.fill
 
-    def leaves_the_tail(self, output, descriptor):
+    def leaves_the_tail(self, output, descriptor, epilogue_rows):
         tail = self.slots[len(output.rows) :].clone()
-        attn = fill(self, output, descriptor)
+        attn = fill(self, output, descriptor, epilogue_rows)
         self.slots[len(output.rows) :] = tail
         return attn
 
     monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
-    refused(checkpoint, "full-decode-only", "outside of the step")
+    refused(checkpoint, "full-decode-only", "with poisoned padding changed last_token of a slot")
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
     """Trap 1: padding tokens of a mixed batch write wherever the buffer says, not to block 0."""
     fill = InputBuffers.fill
 
-    def leaves_the_tail(self, output, descriptor):
+    def leaves_the_tail(self, output, descriptor, epilogue_rows):
         tail = self.slot_mapping[output.num_tokens :].clone()
-        attn = fill(self, output, descriptor)
+        attn = fill(self, output, descriptor, epilogue_rows)
         if not descriptor.uniform_decode:
             self.slot_mapping[output.num_tokens :] = tail + self.sizes.block_size
         return attn
@@ -221,7 +221,8 @@ def test_every_dispatchable_key_is_captured(checkpoint, mode, tape_holds_mixed_b
     assert captured == [
         {d for m, d in keys if m is CUDAGraphMode.PIECEWISE},
         {d for m, d in keys if m is CUDAGraphMode.FULL and not d.uniform_decode},
-        {d for m, d in keys if d.uniform_decode},
+        {d for m, d in keys if d.uniform_decode and d.forward},
+        {d for m, d in keys if not d.forward},
     ]
     pieces = {CUDAGraphMode.PIECEWISE: len(runner.kv_caches) + 1, CUDAGraphMode.FULL: 1}
     for runtime, key in keys:
@@ -264,7 +265,7 @@ def test_logits_that_are_wrong_without_changing_the_token(checkpoint, monkeypatc
         return compute(self, hidden) * (1.0 + abs(float(hidden.numpy()[0, 0])))
 
     monkeypatch.setattr(Decoder, "compute_logits", freezes_a_scale)
-    with pytest.raises(CertificationError, match="LOGITS: logits"):
+    with pytest.raises(CertificationError, match="LOGITS alone: logits"):
         start(checkpoint, "full-decode-only")
 
 
@@ -295,8 +296,8 @@ def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
     """Trap 1 itself: index -1 is the cache's last entry."""
     fill = InputBuffers.fill
 
-    def minus_one(self, output, descriptor):
-        attn = fill(self, output, descriptor)
+    def minus_one(self, output, descriptor, epilogue_rows):
+        attn = fill(self, output, descriptor, epilogue_rows)
         if not descriptor.uniform_decode:
             self.slot_mapping[output.num_tokens : descriptor.num_tokens] = (
                 len(runner_caches[0]) * self.sizes.block_size - 1

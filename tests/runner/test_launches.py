@@ -10,22 +10,23 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
+from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import core
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError
 from minisrv.graph.wrapper import CapturedGraph
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Part, Reason
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import launches
 from minisrv.runner.launches import busy_wait, count_launches, simulate_launches
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
-OUTSIDE = 7
-"""Operations behind the model: 3 gather the last rows, lm_head, 2 sample, 1 scatters."""
-EAGER = 1 + 11 * LAYERS + 1 + OUTSIDE
+EPILOGUE = 6
+"""Operations behind the model: 1 gathers the last rows, lm_head, 1 masks, 2 sample, 1 scatters."""
+FORWARD = 1 + 11 * LAYERS + 1
 """Embedding, layers (see tests/nn/test_op_count.py), and the last norm."""
-PIECEWISE = 2 * LAYERS + 1 + OUTSIDE
+PIECES = 2 * LAYERS + 1
 """Each attention op, a piece before each and one behind the last."""
 
 
@@ -62,11 +63,11 @@ def steps(engine: EngineCore) -> list[int]:
 @pytest.mark.parametrize(
     ("mode", "prefill", "decode"),
     [
-        ("none", EAGER, EAGER),
-        ("piecewise", PIECEWISE, PIECEWISE),
-        ("full-decode-only", EAGER, 1),
-        ("full", 1 + OUTSIDE, 1),
-        ("full-and-piecewise", PIECEWISE, 1),
+        ("none", FORWARD + EPILOGUE, FORWARD + EPILOGUE),
+        ("piecewise", PIECES + EPILOGUE, PIECES + EPILOGUE),
+        ("full-decode-only", FORWARD + 1, 1),
+        ("full", 1 + 1, 1),
+        ("full-and-piecewise", PIECES + 1, 1),
     ],
 )
 def test_the_launches_of_a_step(checkpoint, mode, prefill, decode, tape_holds_mixed_batches):
@@ -82,7 +83,7 @@ def test_operations_behind_a_graph_count(checkpoint):
     add(engine, "a", logprobs=2)
     _, *decodes = steps(engine)
     assert len(set(decodes)) == 1
-    assert decodes[0] > 1 + 2 + 5, "the graph, the sampler, the scatter, and the report"
+    assert decodes[0] > 2 + 2 + 5, "the graphs, the sampler, the scatter, and the report"
 
 
 def test_counting_leaves_nothing_behind(checkpoint):
@@ -92,7 +93,7 @@ def test_counting_leaves_nothing_behind(checkpoint):
     with count_launches(runner) as counter:
         engine.step()
     engine.step()
-    assert counter.count == PIECEWISE, "what runs behind the block is not counted"
+    assert counter.count == PIECES + 1, "what runs behind the block is not counted"
     assert runner.launch == runner._launch
     assert all(wrapper.replay is CapturedGraph.replay for wrapper in runner.wrappers)
 
@@ -115,7 +116,8 @@ def test_each_step_waits_for_its_launches_and_the_start_for_none(checkpoint, wai
         add(engine, name)
         while engine.has_work:
             engine.step()
-        assert waits == [2.5 * PIECEWISE] + 5 * [2.5], "the same when the count is known"
+        found = [wait for wait in waits if wait]  # nothing is launched behind a whole graph
+        assert found == [2.5 * PIECES, 2.5] + 5 * [2.5], "the same when the count is known"
         waits.clear()
 
 
@@ -128,18 +130,24 @@ class Output(NamedTuple):
 
 
 def test_a_count_is_of_one_kind_of_step():
-    """A count that is known may not stand for a step that differs in mode, shape, rows, logits or
-    masks; any of them may choose another kernel."""
+    """A count that is known may not stand for a part that differs in mode, shape, rows, logits,
+    masks or what follows; any of them may choose another kernel."""
     wrapper, waits = SimpleNamespace(replay=CapturedGraph.replay), []
 
-    def launch(output, dispatch):
-        for _ in range(expected[output, dispatch]):
+    def launch(part, output, dispatch):
+        for _ in range(expected[part, output, dispatch]):
             torch.zeros(1)
 
     runner = SimpleNamespace(launch=launch, wrappers=(wrapper,))
     simulate_launches(runner, 1.0, waits.append)
     steps = [
-        (Output(rows, logits, masked), Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF))
+        (
+            part,
+            Output(rows, logits, masked),
+            Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF, epilogue),
+        )
+        for part in Part
+        for epilogue in (None, (CUDAGraphMode.NONE, epilogue_descriptor(1, Epilogue.TOKENS)))
         for rows in (1, 2)
         for logits, masked in ((False, False), (True, False), (True, True))
         for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
@@ -155,7 +163,8 @@ def test_simulated_steps_can_be_counted(checkpoint, waits):
     """Two counters at once: bench under --simulate-launch-us."""
     engine = start(checkpoint, simulate_launch_us=1.0)
     add(engine, "a")
-    assert steps(engine) == waits == [PIECEWISE] + 5 * [1]
+    assert steps(engine) == [PIECES + 1] + 5 * [1]
+    assert [wait for wait in waits if wait] == [PIECES, 1] + 5 * [1]
 
 
 def test_simulation_changes_no_token_and_says_so(checkpoint, waits, caplog):

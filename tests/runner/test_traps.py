@@ -24,7 +24,7 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
 from minisrv.nn import attention as attention_layer
 from minisrv.runner import model_runner
 from minisrv.runner.batches import BatchRow
-from minisrv.runner.input_buffers import InputBuffers
+from minisrv.runner.input_buffers import InputBuffers, SlotState
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
 from minisrv.runner.trial import StepTrial
@@ -67,8 +67,8 @@ LAST_ENTRY = NUM_BLOCKS * BLOCK_SIZE - 1
 def pads_slot_mapping_with_minus_one(patch: Patch) -> None:
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
-        attn = fill(self, output, descriptor)
+    def broken(self, output, descriptor, epilogue_rows):
+        attn = fill(self, output, descriptor, epilogue_rows)
         if not descriptor.uniform_decode:
             self.slot_mapping[output.num_tokens : descriptor.num_tokens] = LAST_ENTRY
         return attn
@@ -251,7 +251,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
         name = f"buffers.{name}"
         assert torch.equal(values[name][:size], own[name][:size]), name
     attn, expected = (
-        runner.buffers.fill(step.output, step.dispatch.descriptor)
+        runner.buffers.fill(step.output, step.dispatch.descriptor, 0)
         for runner in (step.engine.runner, fresh.runner)
     )
     assert torch.equal(attn.query_start_loc, expected.query_start_loc)
@@ -265,9 +265,9 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
 def keeps_the_slots_of_the_step_before(patch: Patch) -> None:
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
+    def broken(self, output, descriptor, epilogue_rows):
         tail = self.slots[len(output.rows) :].clone()
-        attn = fill(self, output, descriptor)
+        attn = fill(self, output, descriptor, epilogue_rows)
         self.slots[len(output.rows) :] = tail
         return attn
 
@@ -325,10 +325,10 @@ def keeps_rows(name: str, first: int = 0) -> Mutant:
 def describes_rows_of_the_step_before(patch: Patch) -> None:
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
+    def broken(self, output, descriptor, epilogue_rows):
         rows = len(output.rows) + 2
         return replace(
-            fill(self, output, descriptor),
+            fill(self, output, descriptor, epilogue_rows),
             query_start_loc=self.query_start_loc[: rows + 1],
             seq_lens=self.seq_lens[:rows],
             block_table=self.block_table[:rows],
@@ -426,7 +426,7 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
     for rows in (1, 3):
         for length in lengths:
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
-            key = decode_descriptor(1 if rows == 1 else 4, Epilogue.LOGITS)
+            key = decode_descriptor(1 if rows == 1 else 4, Epilogue.HIDDEN)
             assert_equals_eager(StepTrial(runner, FULL, key, batch))
 
 
@@ -434,8 +434,8 @@ def captures_the_rows_that_it_sees(patch: Patch) -> None:
     """One: it captures on padding alone."""
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
-        attn, rows = fill(self, output, descriptor), max(1, len(output.rows))
+    def broken(self, output, descriptor, epilogue_rows):
+        attn, rows = fill(self, output, descriptor, epilogue_rows), max(1, len(output.rows))
         if attn.max_query_len == 1:  # where CUDA's kernel would notice
             return attn
         return replace(
@@ -630,8 +630,8 @@ def moves_metadata(name: str) -> Mutant:
     def mutant(patch: Patch) -> None:
         fill = InputBuffers.fill
 
-        def broken(self, output, descriptor):
-            attn = fill(self, output, descriptor)
+        def broken(self, output, descriptor, epilogue_rows):
+            attn = fill(self, output, descriptor, epilogue_rows)
             if not output.rows:  # while capturing
                 return attn
             old = getattr(attn, name)
@@ -658,21 +658,21 @@ def moves_an_argument(patch: Patch) -> None:
 def moves_a_buffer(patch: Patch) -> None:
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
+    def broken(self, output, descriptor, epilogue_rows):
         self.slots = self.slots.clone()
-        return fill(self, output, descriptor)
+        return fill(self, output, descriptor, epilogue_rows)
 
     patch.setattr(InputBuffers, "fill", broken)
 
 
 def moves_the_state(patch: Patch) -> None:
-    scatter = InputBuffers.scatter
+    apply = SlotState.apply
 
-    def broken(self, rows):
-        self.state.last_token = self.state.last_token.clone()
-        scatter(self, rows)
+    def broken(self, *args):
+        self.last_token = self.last_token.clone()
+        apply(self, *args)
 
-    patch.setattr(InputBuffers, "scatter", broken)
+    patch.setattr(SlotState, "apply", broken)
 
 
 @fails_with(
@@ -725,9 +725,9 @@ def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
     """In a full cache that is a block which somebody holds."""
     fill = InputBuffers.fill
 
-    def broken(self, output, descriptor):
+    def broken(self, output, descriptor, epilogue_rows):
         self.state.block_table[0, 0] = SCANT_BLOCKS - 1
-        return fill(self, output, descriptor)
+        return fill(self, output, descriptor, epilogue_rows)
 
     patch.setattr(InputBuffers, "fill", broken)
 
