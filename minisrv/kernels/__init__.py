@@ -14,7 +14,15 @@ from torch._ops import OpOverload
 from minisrv.kernels.attention import attention, attention_op
 from minisrv.kernels.elementwise import rms_norm, rms_norm_op, silu_and_mul, silu_and_mul_op
 from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
-from minisrv.kernels.slots import gather_decode, gather_decode_op, scatter, scatter_op
+from minisrv.kernels.slots import (
+    Write,
+    gather_decode,
+    gather_decode_op,
+    gather_mixed_op,
+    scatter,
+    scatter_op,
+    write_values,
+)
 
 DIRECT: dict[OpOverload, Callable[..., None]] = {
     attention_op: attention,
@@ -30,12 +38,14 @@ DIRECT: dict[OpOverload, Callable[..., None]] = {
 __all__ = [
     "ALL",
     "DIRECT",
+    "Write",
     "apply_bitmask",
     "apply_bitmask_op",
     "attention",
     "attention_op",
     "gather_decode",
     "gather_decode_op",
+    "gather_mixed_op",
     "rms_norm",
     "rms_norm_op",
     "sample",
@@ -44,4 +54,5 @@ __all__ = [
     "scatter_op",
     "silu_and_mul",
     "silu_and_mul_op",
+    "write_values",
 ]

@@ -139,6 +139,7 @@ def _apply_bitmask(
     there = at * 32 < VOCAB
     source = bitmask + row * words_stride + at
     word = tl.load(source, there, other=EVERY)
+    tl.debug_barrier()  # each warp has its own copy of the words, and one of them allows all again
     bit = tl.arange(0, 32)
     token = at[:, None] * 32 + bit[None, :]
     dropped = ((word[:, None] >> bit[None, :]) & 1) == 0

@@ -1,13 +1,19 @@
-"""A decode step's bookkeeping on CUDA, in Triton: one launch in front of the model, one behind it.
-`kernels.slots` imports this when it first meets a CUDA tensor.
+"""A step's bookkeeping on CUDA, in Triton, one launch each. `kernels.slots` imports this when it
+first meets a CUDA tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
+from minisrv.kernels.slots import Write
 from minisrv.kernels.triton_launch import follow, pdl
 
 WIDTH = 1024
@@ -44,6 +50,72 @@ def gather_decode(
         WIDTH=WIDTH,
         **pdl(),
     )
+
+
+TOKENS = 256
+"""Tokens, or values to be written, of one program."""
+
+FIELDS = 5
+"""What `_write` is told of each write: address, kind, places, values, number."""
+
+KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}
+
+
+def gather_mixed(
+    slots: Tensor,
+    last_token: Tensor,
+    slot_blocks: Tensor,
+    positions: Tensor,
+    token_rows: Tensor,
+    seq_lens: Tensor,
+    input_ids: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    *,
+    num_decodes: int,
+    num_tokens: int,
+    block_size: int,
+) -> None:
+    """As `kernels.slots.gather_mixed`; of a block table as much as the row has filled."""
+    rows, padded = len(slots), len(positions)
+    _gather_mixed[(rows + triton.cdiv(padded, TOKENS),)](
+        slots,
+        last_token,
+        slot_blocks,
+        positions,
+        token_rows,
+        seq_lens,
+        input_ids,
+        slot_mapping,
+        block_table,
+        rows,
+        padded,
+        num_decodes,
+        num_tokens,
+        slot_blocks.stride(0),
+        block_table.stride(0),
+        BLOCK_SIZE=block_size,
+        WIDTH=WIDTH,
+        TOKENS=TOKENS,
+    )
+
+
+def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]], Tensor]) -> None:
+    """As `kernels.slots.write_values`. What is written where goes with the values, so that all of
+    it is one copy and one launch."""
+    table = np.empty((len(writes), FIELDS), np.int64)
+    parts, end, most = [table.ravel()], table.size, 0
+    for line, (target, values, at) in zip(table, writes, strict=True):
+        places = 0  # where the table is: in order
+        if at is not None:
+            places, end = end, end + len(at)
+            parts.append(at)
+        line[:] = target.data_ptr(), KINDS[target.dtype], places, end, len(values)
+        end += len(values)
+        most = max(most, len(values))
+        parts.append(values.view(np.int64))
+    packed = to_device(np.concatenate(parts))
+    _write[(len(writes), triton.cdiv(most, TOKENS))](packed, FIELDS=FIELDS, BLOCK=TOKENS)
 
 
 def scatter(
@@ -87,6 +159,73 @@ def _gather(
         at = first + tl.arange(0, WIDTH)
         there = at < used
         tl.store(block_table + row * table_stride + at, tl.load(source + at, there), there)
+
+
+@triton.jit(do_not_specialize=["rows", "padded", "num_decodes", "num_tokens"])
+def _gather_mixed(
+    slots,
+    last_token,
+    slot_blocks,
+    positions,
+    token_rows,
+    seq_lens,
+    input_ids,
+    slot_mapping,
+    block_table,
+    rows,
+    padded,
+    num_decodes,
+    num_tokens,
+    slot_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The first programs have a row's block table each, the others some tokens."""
+    program = tl.program_id(0)
+    if program < rows:
+        row = program.to(tl.int64)
+        source = slot_blocks + tl.load(slots + row) * slot_stride
+        used = tl.cdiv(tl.load(seq_lens + row), BLOCK_SIZE)
+        for first in range(0, used, WIDTH):
+            at = first + tl.arange(0, WIDTH)
+            there = at < used
+            tl.store(block_table + row * table_stride + at, tl.load(source + at, there), there)
+    else:
+        token = (program - rows) * TOKENS + tl.arange(0, TOKENS)
+        real = token < num_tokens
+        slot = tl.load(slots + tl.load(token_rows + token, real, other=0), real, other=0)
+        position = tl.load(positions + token, real, other=0)
+        block = tl.load(slot_blocks + slot * slot_stride + position // BLOCK_SIZE, real, other=0)
+        place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        tl.store(slot_mapping + token, tl.where(real, place, 0), token < padded)
+        decodes = token < num_decodes
+        tl.store(input_ids + token, tl.load(last_token + slot, decodes), decodes)
+
+
+@triton.jit
+def _write(packed, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some values of one write."""
+    line = packed + tl.program_id(0) * FIELDS
+    address = tl.load(line)
+    kind = tl.load(line + 1)
+    places = tl.load(line + 2)
+    values = tl.load(line + 3)
+    number = tl.load(line + 4)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = lane < number
+    value = tl.load(packed + values + lane, there, other=0)
+    at = lane.to(tl.int64)
+    if places > 0:
+        at = tl.load(packed + places + lane, there, other=0)
+    if kind == 0:
+        tl.store(address.to(tl.pointer_type(tl.int64)) + at, value, there)
+    elif kind == 1:
+        tl.store(address.to(tl.pointer_type(tl.int32)) + at, value.to(tl.int32), there)
+    else:
+        single = value.to(tl.float64, bitcast=True).to(tl.float32)
+        tl.store(address.to(tl.pointer_type(tl.float32)) + at, single, there)
 
 
 @triton.jit(do_not_specialize=["rows"])

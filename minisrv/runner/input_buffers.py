@@ -12,7 +12,6 @@ decode step, an empty one of any other. An epilogue may have more of them than t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -25,7 +24,7 @@ from minisrv.config import ModelConfig
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
-from minisrv.kernels import ALL, gather_decode_op, scatter_op
+from minisrv.kernels import ALL, Write, gather_decode_op, gather_mixed_op, scatter_op, write_values
 from minisrv.modes import BatchDescriptor
 
 
@@ -57,29 +56,29 @@ def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 class Upload:
-    """The host's values of one step, on their way to the device in one copy.
-
-    Values are int64; others go as their bits.
-    """
+    """The host's values of one step, on their way to the device: one copy, and one launch that
+    writes each to its place (`kernels.slots.write_values`)."""
 
     def __init__(self) -> None:
-        self._values: list[NDArray[np.int64]] = []
-        self._uses: list[Callable[[Tensor], object]] = []
+        self._writes: list[Write] = []
 
-    def add(self, values: NDArray[np.int64], use: Callable[[Tensor], object]) -> None:
-        """use: called with the values on the device, in their shape, behind the copy and in the
-        order of the calls."""
-        self._values.append(values)
-        self._uses.append(use)
+    def add(
+        self,
+        target: Tensor,
+        values: NDArray[np.int64] | NDArray[np.float64],
+        at: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Of one step no two values go to one place.
+
+        target: contiguous; int64 or int32 for integers, float32 for floats.
+        at: where each goes in the flattened target; None: to its beginning, in order.
+        """
+        self._writes.append(Write(target, values, at))
 
     def send(self, device: torch.device) -> None:
-        """Copy and use them; without any there is no copy."""
-        if not self._values:
-            return
-        packed = to_device(np.concatenate([values.ravel() for values in self._values]), device)
-        parts = packed.split([values.size for values in self._values])
-        for part, values, use in zip(parts, self._values, self._uses, strict=True):
-            use(part.view(values.shape))
+        """Copy and write them; without any nothing is launched."""
+        if self._writes:
+            write_values(self._writes, lambda packed: to_device(packed, device))
 
 
 class SlotState:
@@ -106,36 +105,25 @@ class SlotState:
     def apply(self, output: SchedulerOutput, upload: Upload) -> None:
         """Write what the scheduler says of slots that change hands and of new blocks."""
         if new := output.new_slots:
+            slots = np.array([start.slot for start in new], np.int64)
             floats = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new]
-            ints = [(s.slot, s.params.top_k, s.seed) for s in new]
-            bits = np.array(floats, np.float64).view(np.int64)
-            upload.add(np.concatenate((np.array(ints, np.int64), bits), axis=1), self._start)
+            temperature, top_p, min_p = np.array(floats, np.float64).T.copy()
+            upload.add(self.top_k, np.array([s.params.top_k for s in new], np.int64), slots)
+            upload.add(self.seed, np.array([s.seed for s in new], np.int64), slots)
+            upload.add(self.temperature, temperature, slots)
+            upload.add(self.top_p, top_p, slots)
+            upload.add(self.min_p, min_p, slots)
         if output.new_blocks:
-            slots, indices, blocks = np.array(output.new_blocks, np.int64).T
-            at = slots * self.block_table.shape[1] + indices
-            upload.add(np.stack((at, blocks)), self._extend)
-
-    def _start(self, new: Tensor) -> None:
-        """new: [N, 6] int64: slot, top_k, seed, then temperature, top_p and min_p as float64."""
-        slots, top_k, seed = new[:, :3].unbind(dim=1)
-        temperature, top_p, min_p = new[:, 3:].view(torch.float64).float().unbind(dim=1)
-        self.top_k.index_copy_(0, slots, top_k)
-        self.seed.index_copy_(0, slots, seed)
-        self.temperature.index_copy_(0, slots, temperature)
-        self.top_p.index_copy_(0, slots, top_p)
-        self.min_p.index_copy_(0, slots, min_p)
-
-    def _extend(self, new: Tensor) -> None:
-        """new: [2, N] int64: places in the flat block table, blocks."""
-        at, blocks = new.unbind()
-        self.block_table.view(-1).index_copy_(0, at, blocks.to(torch.int32))
+            slots, indices, blocks = np.array(output.new_blocks, np.int64).T.copy()
+            upload.add(self.block_table, blocks, slots * self.block_table.shape[1] + indices)
 
 
 class InputBuffers:
     """One step's arguments and results at fixed addresses. R rows, T tokens at most.
 
-    slots: [R] int64. input_ids, positions, slot_mapping: [T] int64. block_table:
-        [R, blocks_per_row] int32. seq_lens: [R] int32. query_start_loc: [R + 1] int32.
+    slots: [R] int64. input_ids, positions, slot_mapping: [T] int64. token_rows: [T] int64, the row
+        of a token. block_table: [R, blocks_per_row] int32. seq_lens: [R] int32.
+        query_start_loc: [R + 1] int32.
     qkv, attn_out: [T, ...] model dtype, argument and result of the attention op of every layer.
     hidden: [T, hidden] model dtype. logits: [R, vocab] model dtype. tokens: [R] int64.
     logits_indices: [R] int64, which of the hidden states a row samples from.
@@ -163,6 +151,7 @@ class InputBuffers:
         self.input_ids = ints(tokens)
         self.positions = ints(tokens)
         self.slot_mapping = ints(tokens)
+        self.token_rows = ints(tokens)
         self.block_table = ints(rows, sizes.blocks_per_row, dtype=torch.int32)
         self.seq_lens = ints(rows, dtype=torch.int32)
         self.query_start_loc = ints(rows + 1, dtype=torch.int32)
@@ -198,12 +187,12 @@ class InputBuffers:
         if not (output.age and given == self._given):
             slots = np.full(max(rows, epilogue_rows), NULL_SLOT, np.int64)
             slots[:num_rows] = [row.slot for row in output.first_rows]
-            upload.add(slots, self._put(self.slots))
+            upload.add(self.slots, slots)
             if epilogue_rows:
                 indices = np.zeros(epilogue_rows, np.int64)
                 lengths = [row.num_tokens for row in output.first_rows]
                 indices[:num_rows] = np.cumsum(lengths, dtype=np.int64) - 1
-                upload.add(indices, self._put(self.logits_indices))
+                upload.add(self.logits_indices, indices)
         if descriptor.uniform_decode:
             upload.send(self.device)
             if descriptor not in self._decode_metadata:
@@ -215,10 +204,6 @@ class InputBuffers:
         one_each = descriptor.num_reqs is None and tokens == rows
         return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
-    def _put(self, buffer: Tensor) -> Callable[[Tensor], Tensor]:
-        """Copies values to the beginning of `buffer`."""
-        return lambda values: buffer[: len(values)].copy_(values)
-
     def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int, upload: Upload) -> None:
         """padded: tokens of the padded step. rows: those of padding, which are empty, included."""
         step, total, decodes = output.rows, output.num_tokens, output.num_decodes
@@ -226,25 +211,32 @@ class InputBuffers:
         lengths[: len(step)] = [row.num_tokens for row in step]
         starts[: len(step)] = [row.start for row in step]
         ends = np.cumsum(lengths)
-        row_of_token = np.repeat(np.arange(rows), lengths)
-        positions = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
+        ids, positions, token_rows = np.zeros((3, padded), np.int64)
+        token_rows[:total] = np.repeat(np.arange(rows), lengths)
+        positions[:total] = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
         prompt_ids = chain.from_iterable(row.token_ids for row in step)
-        upload.add(np.concatenate(([0], ends)), self._put(self.query_start_loc))
-        upload.add(starts + lengths, self._put(self.seq_lens))
-        upload.add(positions, self._put(self.positions))
-        ids = np.fromiter(prompt_ids, np.int64, total - decodes)
-        upload.add(ids, self._put(self.input_ids[decodes:]))
-
-        def gather(row_of_token: Tensor) -> None:
-            state, slots = self.state, self.slots[:rows]
-            torch.index_select(state.last_token, 0, slots[:decodes], out=self.input_ids[:decodes])
-            torch.index_select(state.block_table, 0, slots, out=self.block_table[:rows])
-            self._map_slots(total, row_of_token)
-
-        upload.add(row_of_token, gather)
+        ids[decodes:total] = np.fromiter(prompt_ids, np.int64, total - decodes)
+        upload.add(self.query_start_loc, np.concatenate(([0], ends)))
+        upload.add(self.seq_lens, starts + lengths)
+        upload.add(self.positions, positions)
+        upload.add(self.token_rows, token_rows)
+        upload.add(self.input_ids, ids)
         upload.send(self.device)
-        for buffer in (self.input_ids, self.positions, self.slot_mapping):
-            buffer[total:padded] = 0
+        state = self.state
+        gather_mixed_op(
+            self.slots[:rows],
+            state.last_token,
+            state.block_table,
+            self.positions[:padded],
+            self.token_rows[:padded],
+            self.seq_lens[:rows],
+            self.input_ids[:padded],
+            self.slot_mapping[:padded],
+            self.block_table[:rows],
+            num_decodes=decodes,
+            num_tokens=total,
+            block_size=self.sizes.block_size,
+        )
 
     def gather_decode(self, rows: int) -> None:
         """Gather the inputs of `rows` decode rows by slot. Runs inside the FULL graph."""
@@ -261,12 +253,6 @@ class InputBuffers:
             self.block_table[:rows],
             block_size=self.sizes.block_size,
         )
-
-    def _map_slots(self, tokens: int, row_of_token: Tensor) -> None:
-        """slot_mapping[t] = where the cache keeps token t of row `row_of_token[t]`."""
-        size, positions = self.sizes.block_size, self.positions[:tokens]
-        blocks = self.block_table[row_of_token, positions // size]
-        torch.add(positions % size, blocks, alpha=size, out=self.slot_mapping[:tokens])
 
     def scatter(self, rows: int) -> None:
         """Make the sampled tokens and the next positions the input of each row's next step.

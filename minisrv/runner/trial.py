@@ -175,7 +175,8 @@ class StepTrial:
             epilogue = mode, self.descriptor
         elif self.descriptor.epilogue is Epilogue.HIDDEN:
             behind, key = self.runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
-            epilogue = behind if graph else CUDAGraphMode.NONE, key
+            there = key in self.runner.epilogue_step.graphs  # the probe captures some alone
+            epilogue = behind if graph and there else CUDAGraphMode.NONE, key
         dispatch = Dispatch(mode, self.descriptor, Reason.PURE_DECODE, epilogue)
         self.runner.execute(self.output, dispatch)
 

@@ -245,11 +245,16 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
     rows = step.dispatch.descriptor.num_reqs
     if rows is None:
         rows = len(step.output.rows)
-    by_row = ("slots", "block_table", "seq_lens")
+    by_row = ("slots", "seq_lens")
     for name in (*by_row, "input_ids", "positions", "slot_mapping", "hidden"):
         size = rows if name in by_row else step.padded
         name = f"buffers.{name}"
         assert torch.equal(values[name][:size], own[name][:size]), name
+    # Of a block table, as far as the row has filled it: what lies behind is nobody's.
+    tables, expected = values["buffers.block_table"][:rows], own["buffers.block_table"][:rows]
+    used = (own["buffers.seq_lens"][:rows] + BLOCK_SIZE - 1) // BLOCK_SIZE
+    unused = torch.arange(tables.shape[1], device=tables.device) >= used[:, None]
+    assert torch.equal(tables.masked_fill(unused, 0), expected.masked_fill(unused, 0))
     attn, expected = (
         runner.buffers.fill(step.output, step.dispatch.descriptor, 0)
         for runner in (step.engine.runner, fresh.runner)
@@ -356,8 +361,7 @@ KEEPS_STARTS = keeps_rows("query_start_loc", first=1)
     keeps("slot_mapping"),
     KEEPS_STARTS,
     keeps_rows("seq_lens"),
-    keeps_rows("block_table"),
-    on_cuda=(KEEPS_STARTS, keeps_rows("seq_lens"), keeps_rows("block_table")),
+    on_cuda=(KEEPS_STARTS, keeps_rows("seq_lens")),
     modes=(FULL,),
 )
 def test_trap_04_one_row_behind_three_in_the_same_graph(model: Model):
