@@ -1,13 +1,15 @@
 """Child processes: named, deaf to SIGINT and SIGTERM, and never left behind.
 
 Terminals and supervisors send those signals to a whole group, and only the parent knows what is to
-end and when: a child ends by itself, or when the parent says so, or with the parent.
+end and when: a child ends by itself, or when the parent says so, or with the parent. A child that
+is stopped could not: the kernel lets it go on when its parent dies.
 
-Knows: how a process starts and ends. Knows nothing of what it does.
+Knows: how a process starts and ends, on Linux. Knows nothing of what it does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import shutil
 import signal
@@ -24,6 +26,9 @@ from minisrv import logs
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """What a child ignores."""
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's `prctl`: the signal that the caller gets when the thread that started it ends."""
 
 
 class ChildProcess:
@@ -101,6 +106,9 @@ def _run(
     for ignored in PARENTS_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    # Not SIGKILL: every child would die of it, and none be left to remove the directory. SIGCONT
+    # does nothing to one that runs. The thread sees a parent that died before this.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGCONT))
     threading.Thread(target=_end_with_parent, args=(private_dir,), daemon=True).start()
     target(*arguments)
 

@@ -3,8 +3,10 @@
 Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when
 the parent stops it. Workers are whoever says hello on the socket; each gets one message a step with
 what the step added to its requests, and the counters when it asks. A worker that says hello again
-is another process in the place of one that has died, whose requests are dropped. Once it serves,
-its loop comes round every half a second or every step, and whoever started it can see that.
+is another process in the place of one that has died, whose requests are dropped. Whoever started it
+can see that it lives: once it serves, its loop comes round every half a second or every step; while
+it loads, which is no loop, a thread beats as often. So a load that waits for ever for a disk or a
+device looks like a slow one, and only a process that is stopped or holds the interpreter does not.
 Knows nothing of HTTP or text.
 """
 
@@ -41,7 +43,7 @@ from minisrv.request import EngineOutput, RequestFailure
 logger = logging.getLogger(__name__)
 
 IDLE_MS = 500
-"""How long the loop waits for a message at most."""
+"""How long the loop waits for a message at most, and the thread that beats while it loads."""
 
 
 class EngineProcess(ChildProcess):
@@ -66,14 +68,15 @@ class EngineProcess(ChildProcess):
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago its loop last came round; 0 before it is ready."""
+        """How long ago it last showed that it lives; at first, how long ago it was started."""
         return self._heartbeat.age
 
 
 def _main(config: EngineConfig, address: str, heartbeat: Path) -> None:
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
-        server.load(config)
+        with server.heartbeat.beating(IDLE_MS / 1000):
+            server.load(config)
         server.run()
     except MinisrvError as error:
         if not server.fail(error):

@@ -4,9 +4,9 @@ Knows: which process starts which, and how all of them end. This process starts 
 API workers, which import their parts and open the port while the engine loads: `/health` answers
 soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
 dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once. An engine whose loop
-has not come round for `engine_timeout` seconds is killed: the workers see it die and end its
-requests.
+`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once. An engine that shows
+no sign of life for `engine_timeout` seconds is killed, while it loads after `LOADING_SECONDS` at
+the earliest: the workers see it die and end its requests, or tell that it did not start.
 Knows nothing of requests, and imports neither torch nor anything of HTTP.
 """
 
@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 """How often the engine's sign of life is looked at."""
+
+LOADING_SECONDS = 60
+"""What an engine that loads may be silent at least. Its sign of life is then a thread's, which
+native code holds up that keeps the interpreter: to load libraries, to begin with a device, to
+compile. On a CPU the longest was 0.6 s; a cold network disk or a GPU's driver may take much more.
+"""
 
 STUCK_SECONDS = 5
 """What workers get to end, beyond the time of their open requests."""
@@ -88,7 +94,7 @@ class _Tree:
     """The engine and the API workers, from the first report to the last exit status."""
 
     def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
-        """engine_timeout: seconds that one step may take."""
+        """engine_timeout: seconds that the engine may show no sign of life."""
         self.engine = engine
         self.engine_timeout = engine_timeout
         self.workers: list[WorkerProcess] = []
@@ -118,14 +124,27 @@ class _Tree:
     def _check_engine(self) -> None:
         """Kill an engine that hangs. It may be stopped, or wait for a device that is gone."""
         silent = self.engine.silent_seconds
-        if silent > self.engine_timeout and self.engine.exit_status is None:
+        limit = self.engine_timeout
+        if not self.announced:
+            limit = max(limit, LOADING_SECONDS)
+        if silent <= limit or self.engine.exit_status is not None:
+            return
+        if self.announced:
             logger.error(
                 "the engine has finished no step for %.1f s (--engine-timeout %g); it is killed. "
                 "If its steps may take so long, give it more.",
                 silent,
-                self.engine_timeout,
+                limit,
             )
-            self.engine.stop()
+        else:
+            logger.error(
+                "the engine has shown no sign of life for %.1f s while it loads; it is killed. It "
+                "was stopped, or hangs; start again, and if the machine is only slow, with an "
+                "--engine-timeout above %g.",
+                silent,
+                limit,
+            )
+        self.engine.stop()
 
     def _hear(self, worker: WorkerProcess, url: str, started: float) -> bool:
         """Take a report; whether the server can go on."""
