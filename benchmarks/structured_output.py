@@ -5,13 +5,15 @@ hostile ones hold anybody up?
     python benchmarks/structured_output.py http://127.0.0.1:8000 --schemas 300 --json F
 
 *Schemas*: random ones (tests/text/random_schemas.py: nested, enums, arrays, patterns, recursion),
-eight at a time, each answer checked by `jsonschema`. An answer that was cut by its length is asked
-for again with another seed, three times at most, and counted. *ITL*: eight streams with a grammar
-and eight without, by turns, at temperature 1; a stream's ITL is the time from its first to its last
-token over its tokens less one, as an event may hold several. *Hostile*: streams follow each other
-for as long as grammars that are known to hurt (large, deep, ambiguous, `multipleOf`) are sent, one
-behind the other and then several at once; reported is the longest that a stream waited for a token,
-and the same for as long without them. The server needs 8 slots, so that nobody queues.
+eight at a time, each answer checked by `jsonschema`. A schema forces the end within the tokens that
+an answer may have, unless it recurses, for which it has no bound. An answer that was cut by its
+length is asked for again with another seed, three times at most, and counted. *ITL*: eight streams
+with a grammar and eight without, by turns, at temperature 1; a stream's ITL is the time from its
+first to its last token over its tokens less one, as an event may hold several. *Hostile*: streams
+follow each other for as long as grammars that are known to hurt (large, deep, ambiguous,
+`multipleOf`) are sent, one behind the other and then several at once; reported is the longest that
+a stream waited for a token, and the same for as long without them. The server needs
+8 slots, so that nobody queues.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[st
     turn = asyncio.Semaphore(STREAMS)
 
     async def one(seed: int) -> None:
-        schema = random_schema(seed)
+        schema = random_schema(seed, max_tokens)
         async with turn:
             for attempt in range(ATTEMPTS):
                 counts["asked_again"] += attempt > 0
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("url")
     parser.add_argument("--schemas", type=int, default=300)
-    parser.add_argument("--max-tokens", type=int, default=400, help="of an answer to a schema")
+    parser.add_argument("--max-tokens", type=int, default=1000, help="of an answer to a schema")
     parser.add_argument("--rounds", type=int, default=5, help="of the ITL's measurement (5)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)

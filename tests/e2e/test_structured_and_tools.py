@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from minisrv.checkpoint import resolve_checkpoint
 from tests.e2e.server import SMALL, Server
-from tests.text.random_schemas import random_schema
+from tests.text.random_schemas import random_schema, recurses
 
 MODEL = "taught"
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -157,11 +157,13 @@ def test_random_schemas_beside_each_other(client: openai.OpenAI) -> None:
     """Some of what benchmarks/structured_output.py does."""
 
     def one(seed: int) -> tuple[str, str]:
-        schema = random_schema(seed)
+        schema = random_schema(seed, 300)
         form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
         choice = ask(client, response_format=form, seed=seed, max_tokens=300).choices[0]
         if choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), schema)
+        else:
+            assert recurses(schema)
         return choice.finish_reason, choice.message.content
 
     with ThreadPoolExecutor(8) as pool:

@@ -1,20 +1,100 @@
-"""JSON schemas drawn at random: nested, bounded, recursive. The same seed gives the same schema."""
+"""JSON schemas drawn at random: nested, bounded, recursive. The same arguments give the
+same schema.
+
+Knows how long an answer may get (`longest`): models are known to go on for as long as they may, so
+every string, array and object has a largest size, and every number has a step, without which its
+fraction may have any number of digits. Only recursion goes as deep as a model likes. Knows no
+tokenizer: a token is taken to be one byte at least.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
-_PATTERNS = ["^[a-z]{2,5}$", "^(red|green)[0-9]*$", "[0-9]{3}", "^a[^b]*$", r"^\d{4}-\d{2}$"]
+_PATTERNS = [
+    {"pattern": "^[a-z]{2,5}$", "maxLength": 5},
+    {"pattern": "^(red|green)[0-9]*$", "maxLength": 8},
+    {"pattern": "[0-9]{3}", "maxLength": 7},
+    {"pattern": "^a[^b]*$", "maxLength": 9},
+    {"pattern": r"^\d{4}-\d{2}$", "maxLength": 7},
+]
 _WORDS = ["alpha", "beta", 'quo"te', "back\\slash", "ünï", "日本", "new\nline", ""]
+_NAME = 8
+"""Characters of a name that the model may choose, at most."""
+
+_CHARACTER = 6
+"""Bytes of a character in JSON, at most: a control character's escape."""
+
+_RECURSIVE = ("list", "tree")
 
 
-def random_schema(seed: int) -> dict[str, Any]:
-    """A schema of JSON Schema 2020-12 that some document satisfies."""
+def random_schema(seed: int, tokens: int = 1000) -> dict[str, Any]:
+    """A schema of JSON Schema 2020-12 that some document satisfies, of which none that does not
+    recurse is longer than `tokens`."""
     rng = random.Random(seed)
+    while longest(schema := _draw(rng)) > tokens:
+        pass
+    return schema
+
+
+def recurses(schema: dict[str, Any]) -> bool:
+    """Whether a document of this random schema may be of any depth."""
+    used = json.dumps({**schema, "$defs": None})
+    return any(f"#/$defs/{name}" in used for name in _RECURSIVE)
+
+
+def longest(schema: dict[str, Any], defs: dict[str, Any] | None = None) -> int:
+    """Bytes of the longest document with a blank wherever one may be; recursion is not followed.
+
+    schema: a random one, or a part of it. defs: its definitions, but for those that it is in.
+    """
+    defs = schema.get("$defs", {}) if defs is None else defs
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        others = {other: schema for other, schema in defs.items() if other != name}
+        return longest(defs[name], others) if name in defs else 0
+    if "anyOf" in schema:
+        return max(longest(choice, defs) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return max(longest({"const": value}) for value in schema["enum"])
+    if "const" in schema:
+        text = json.dumps(schema["const"], ensure_ascii=False, separators=(" , ", " : "))
+        escaped = text.replace(r"\n", r"\u000a")
+        return len(escaped.encode()) + 2
+    match schema["type"]:
+        case "object":
+            members = [
+                len(name) + 2 + longest(value, defs) for name, value in schema["properties"].items()
+            ]
+            for value in schema.get("patternProperties", {}).values():
+                more = schema["maxProperties"] - len(members)
+                members += [_NAME + 2 + longest(value, defs)] * more
+            return 4 + sum(members) + 6 * len(members)
+        case "array" if "prefixItems" in schema:
+            return 4 + sum(longest(item, defs) + 3 for item in schema["prefixItems"])
+        case "array":
+            return 4 + schema["maxItems"] * (longest(schema["items"], defs) + 3)
+        case "string":
+            return 2 + _CHARACTER * schema["maxLength"]
+        case _:
+            return 8
+
+
+def _draw(rng: random.Random) -> dict[str, Any]:
     schema = _object(rng, depth=3)
     schema["$defs"] = {
         "leaf": _leaf(rng),
+        "list": {
+            "type": "object",
+            "properties": {
+                "value": _leaf(rng),
+                "next": {"anyOf": [{"$ref": "#/$defs/list"}, {"type": "null"}]},
+            },
+            "required": ["value"],
+            "additionalProperties": False,
+        },
         "tree": {
             "type": "object",
             "properties": {
@@ -50,18 +130,24 @@ def _any(rng: random.Random, depth: int) -> dict[str, Any]:
     if kind == "ref":
         return {"$ref": "#/$defs/leaf"}
     if kind == "recursive":
-        return {"$ref": "#/$defs/tree"}
+        return {"$ref": f"#/$defs/{rng.choice(_RECURSIVE)}"}
     return _leaf(rng)
 
 
 def _object(rng: random.Random, depth: int) -> dict[str, Any]:
     names = [f"key{i}" for i in range(rng.randrange(5))]
-    return {
+    schema = {
         "type": "object",
         "properties": {name: _any(rng, depth) for name in names},
         "required": [name for name in names if rng.random() < 0.6],
-        "additionalProperties": rng.choice([False, _leaf(rng)]),
+        "additionalProperties": False,
     }
+    if rng.random() < 0.5:
+        # Members may be counted only where none of those with a name is optional.
+        schema["required"] = names
+        schema["patternProperties"] = {f"^[a-z]{{1,{_NAME}}}$": _leaf(rng)}
+        schema["maxProperties"] = len(names) + rng.randrange(1, 4)
+    return schema
 
 
 def _leaf(rng: random.Random) -> dict[str, Any]:
@@ -72,12 +158,14 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
         least = rng.randrange(5)
         return {"type": "string", "minLength": least, "maxLength": least + rng.randrange(20)}
     if kind == "pattern":
-        return {"type": "string", "pattern": rng.choice(_PATTERNS)}
+        return {"type": "string", **rng.choice(_PATTERNS)}
     if kind == "integer":
         least = rng.randrange(-1000, 1000)
         return {"type": "integer", "minimum": least, "maximum": least + rng.randrange(5000)}
     if kind == "number":
-        return {"type": "number", "exclusiveMinimum": rng.randrange(-10, 10) + 0.5}
+        least = rng.randrange(-10, 10) + 0.5
+        limits = {"exclusiveMinimum": least, "maximum": least + rng.randrange(1, 100)}
+        return {"type": "number", **limits, "multipleOf": rng.choice([0.5, 0.25])}
     if kind == "enum":
         return {"enum": rng.sample([*_WORDS, 1, 2.5, None, True, [1, "x"], {"a": 1}], 4)}
     if kind == "const":

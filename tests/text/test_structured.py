@@ -18,8 +18,8 @@ from minisrv.request import MAX_CHOICES, MAX_GRAMMAR_LENGTH, StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
-from tests.text.random_schemas import random_schema
-from tests.text.walks import EOS, allowed, follow, walk
+from tests.text.random_schemas import longest, random_schema, recurses
+from tests.text.walks import EOS, allowed, follow, stretch, walk
 
 VOCAB_SIZE = 4096 + 64
 """More than the tokenizer's, as embeddings are often padded."""
@@ -41,6 +41,17 @@ def test_a_random_schema_is_kept(backend: GrammarBackend, tokenizer: Tokenizer, 
     spec = StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
     document = json.loads(walk(backend, tokenizer, spec, random.Random(seed)))
     jsonschema.validate(document, schema, jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("seed", [seed for seed in range(60) if not recurses(random_schema(seed))])
+def test_a_random_schema_ends_whatever_a_model_says(
+    backend: GrammarBackend, tokenizer: Tokenizer, seed: int
+) -> None:
+    schema = random_schema(seed)
+    spec = StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
+    text = stretch(backend, tokenizer, spec, random.Random(seed))
+    assert len(text.encode()) <= longest(schema) <= 1000
+    jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -42,6 +42,20 @@ def walk(
     raise AssertionError(f"no end: {tokenizer.decode(ids)[:200]!r}")
 
 
+def stretch(
+    backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, rng: random.Random
+) -> str:
+    """A text at random that closes nothing and does not end while it can go on."""
+    closing = {tokenizer.token_id(token) for token in ('"', "]", "}")}
+    matcher = backend.compile(spec)
+    ids: list[int] = []
+    while (choices := allowed(backend, matcher)) != [EOS]:
+        texts = [i for i in choices if i != EOS]
+        ids.append(rng.choice([i for i in texts if i not in closing] or texts))
+        assert matcher.accept(ids[-1:])
+    return tokenizer.decode(ids)
+
+
 def follow(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, text: str
 ) -> bool:
