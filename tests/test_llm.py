@@ -148,18 +148,19 @@ def test_parameters_out_of_bounds_are_named(field):
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize("part", ["start", "finish"])
 @pytest.mark.parametrize("lag", [False, True])
-def test_an_interrupted_step_ends_the_engine_and_does_not_hang(checkpoint, lag, monkeypatch):
+def test_an_interrupted_step_ends_the_engine_and_does_not_hang(checkpoint, lag, part, monkeypatch):
     llm = LLM(checkpoint, enforce_eager=True, async_scheduling=lag, **LIMITS)
-    execute, calls = llm.engine.runner.execute, []
+    launch, calls = getattr(llm.engine.runner, part), []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return execute(*arguments)
+        return launch(*arguments)
 
-    monkeypatch.setattr(llm.engine.runner, "execute", interrupted)
+    monkeypatch.setattr(llm.engine.runner, part, interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1], [2]], greedy())
     with pytest.raises(EngineDeadError, match="interrupted"):
