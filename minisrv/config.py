@@ -276,7 +276,7 @@ class ServerConfig:
     api_workers: processes that speak HTTP, tokenise and detokenise.
     engine_timeout: seconds that one step of the engine may take; one that takes longer is taken for
         a hang, and the engine for dead. While it loads, seconds for which its process may do
-        nothing at all, and then at least a minute.
+        nothing at all, and then at least two minutes.
     request_timeout: seconds from a request's arrival to its end; 0 sets no limit.
     api_keys: what clients must send, one of them; empty lets everybody in.
     max_requests_per_key: that one key may have open at once; 0 sets no limit.

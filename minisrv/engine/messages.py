@@ -79,7 +79,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Engine to worker, when asked: a snapshot of its counters; counts are since the start.
 
     gpu_busy_ms, gpu_idle_ms: in which a GPU ran steps, and waited for the next one while there was
-        work; both 0 on a CPU.
+        work; both 0 on a CPU. What a step with grammars waits for its masks counts as running.
     """
 
     running: int = 0

@@ -303,10 +303,11 @@ class ModelRunner:
         trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
         trial.reset(Start.CLEAN)
         trial.run(graph=False)
-        kinds: dict[tuple[CUDAGraphMode, Epilogue], list[GraphKey]] = {}
+        kinds: dict[tuple[int, Epilogue], list[GraphKey]] = {}
         every = self.ladders.keys()
         for key in every:
-            kinds.setdefault((key[0], key[1].epilogue), []).append(key)
+            kind = id(self.wrapper_of(*key)), key[1].epilogue
+            kinds.setdefault(kind, []).append(key)
         predicted = 0
         for keys in kinds.values():
             for key in keys[:2]:

@@ -19,8 +19,9 @@ PLACES = 4
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Milliseconds of a GPU. busy: of a step, from its launch on. idle: between the end of the step
-    before it and its launch, copies of its inputs included; None for the first step."""
+    """Milliseconds of a GPU. busy: of a step, from its launch on, with a wait for masks between its
+    parts. idle: between the end of the step before it and its launch, copies of its inputs
+    included; None for the first step."""
 
     busy: float
     idle: float | None

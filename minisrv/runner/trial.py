@@ -224,6 +224,7 @@ class StepTrial:
         self.runner.state.last_token.zero_()
         self.runner.state.next_position.zero_()
         self.runner.state.block_table.zero_()
+        self.runner.buffers.bitmask.fill_(ALL)
 
 
 def _step(

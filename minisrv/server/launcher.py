@@ -39,7 +39,11 @@ logger = logging.getLogger(__name__)
 WATCH_SECONDS = 0.25
 """How often the engine's sign of life is looked at."""
 
-LOADING_SECONDS = 60
+PAUSED_SECONDS = 2
+"""If the last look was longer ago, it was this process that did not run, as when a terminal or a
+container stops it, and the engine with it: that may need a moment too."""
+
+LOADING_SECONDS = 120
 """What an engine that loads may be silent at least. Its sign of life is then a thread's, which
 native code holds up that keeps the interpreter: to load libraries, to begin with a device, to
 compile. On a CPU the longest was 0.6 s; a cold network disk or a GPU's driver may take much more.
@@ -104,11 +108,14 @@ class _Tree:
     def watch(self, stop: socket.socket, url: str, started: float) -> bool:
         """Watch until a signal comes (True) or the server cannot go on (False)."""
         try:
+            last = time.monotonic()
             while True:
                 lines = {worker.reports: worker for worker in self.workers}
                 ends = [worker.sentinel for worker in self.workers]
                 ready = wait([stop, *lines, *ends], timeout=WATCH_SECONDS)
-                self._check_engine()
+                before, last = last, time.monotonic()
+                if last - before < PAUSED_SECONDS:
+                    self._check_engine()
                 if stop in ready:
                     stop.recv(1)
                     return True

@@ -230,6 +230,22 @@ def test_every_dispatchable_key_is_captured(checkpoint, mode, tape_holds_mixed_b
         assert graph.num_pieces == pieces[runtime]
 
 
+@pytest.mark.parametrize("mode", ["full-decode-only", "full", "full-and-piecewise"])
+def test_the_probe_captures_two_of_each_kind(checkpoint, mode, tape_holds_mixed_batches):
+    """Epilogues and decode steps end alike: one kind stood for the other, and a step's graph was
+    predicted to be as small as an epilogue's."""
+    runner = start(checkpoint, mode).runner
+    wanted = {}
+    for key in runner.ladders.keys():  # noqa: SIM118
+        wanted.setdefault((runner.wrapper_of(*key), key[1].epilogue), []).append(key[1])
+    for wrapper in runner.wrappers:
+        wrapper.graphs.clear()
+    assert runner.probe() > 0
+    captured = {d for wrapper in runner.wrappers for d in wrapper.graphs}
+    assert captured == {d for keys in wanted.values() for d in keys[:2]}
+    assert len(wanted) == {"full-decode-only": 4, "full": 5, "full-and-piecewise": 5}[mode]
+
+
 @pytest.mark.parametrize("budget", [6, 48])
 def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
     """Whichever kind of graph is the largest: else aliasing between the two kinds cannot show."""
