@@ -12,7 +12,14 @@ from collections.abc import Callable
 from torch._ops import OpOverload
 
 from minisrv.kernels.attention import attention, attention_op
-from minisrv.kernels.elementwise import rms_norm, rms_norm_op, silu_and_mul, silu_and_mul_op
+from minisrv.kernels.elementwise import (
+    rms_norm,
+    rms_norm_op,
+    silu_and_mul,
+    silu_and_mul_op,
+    take_rows,
+    take_rows_op,
+)
 from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
 from minisrv.kernels.slots import (
     Write,
@@ -28,6 +35,7 @@ DIRECT: dict[OpOverload, Callable[..., None]] = {
     attention_op: attention,
     rms_norm_op: rms_norm,
     silu_and_mul_op: silu_and_mul,
+    take_rows_op: take_rows,
     apply_bitmask_op: apply_bitmask,
     sample_op: sample,
     gather_decode_op: gather_decode,
@@ -54,5 +62,7 @@ __all__ = [
     "scatter_op",
     "silu_and_mul",
     "silu_and_mul_op",
+    "take_rows",
+    "take_rows_op",
     "write_values",
 ]

@@ -1,6 +1,7 @@
-"""RMSNorm and SwiGLU's product: one op each, which is the one launch that a fused kernel takes.
+"""RMSNorm, SwiGLU's product, and rows of a table: one op each, which is the one launch that a fused
+kernel takes.
 
-Both write to `out`, so that a graph gives them an address. This is the CPU's version: `cpu.c`, or
+All write to `out`, so that a graph gives them an address. This is the CPU's version: `cpu.c`, or
 torch's operations where there is no compiler. Arithmetic is float32's in any dtype.
 Knows nothing of layers.
 """
@@ -47,7 +48,13 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     kernel(gate_up.data_ptr(), 0, out.data_ptr(), rows, size, torch.get_num_threads(), 0.0)
 
 
+def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out [R, size] = table [N, size] at `rows` [R] int64; contiguous, of one dtype."""
+    torch.index_select(table, 0, rows, out=out)
+
+
 for _name, _schema in (
+    ("take_rows", "(Tensor table, Tensor rows, Tensor(a!) out) -> ()"),
     ("rms_norm", "(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()"),
     ("silu_and_mul", "(Tensor gate_up, Tensor(a!) out) -> ()"),
 ):
@@ -67,10 +74,12 @@ def _by_triton(name: str) -> Callable[..., None]:
 torch.library.impl(
     "minisrv::rms_norm", "cuda", lambda *args, **kwargs: _by_triton("rms_norm")(*args, **kwargs)
 )
+torch.library.impl("minisrv::take_rows", "cuda", lambda *args: _by_triton("take_rows")(*args))
 torch.library.impl("minisrv::silu_and_mul", "cuda", lambda *args: _by_triton("silu_and_mul")(*args))
 
 rms_norm_op = torch.ops.minisrv.rms_norm.default
 silu_and_mul_op = torch.ops.minisrv.silu_and_mul.default
+take_rows_op = torch.ops.minisrv.take_rows.default
 
 _Kernel = Callable[[int, int, int, int, int, int, float], None]
 

@@ -21,7 +21,7 @@ This module imports Triton; `kernels.attention` imports it when the op first mee
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
+
+
+class DecodeShape(NamedTuple):
+    """How `_decode` divides its work. tile_bytes: of K, and of V, that a program takes at once; it
+    has all of its first tile in flight while the kernel before runs. programs_per_sm: rows are
+    split into so many, where there are few."""
+
+    tile_bytes: int
+    warps: int
+    programs_per_sm: int
+
 
 TILE_BYTES = 16 * 1024
 MAX_TILE = 128
@@ -43,16 +54,17 @@ PREFILL = {"num_warps": 4, "num_stages": 3}
 product's. It takes 80 KiB of an SM's 228, as its tensor cores read their tile from there while the
 next one comes."""
 
-DECODE_FEW = 128, {"num_warps": 8, "num_stages": 1}
-DECODE_MANY = 64, {"num_warps": 2, "num_stages": 3}
-"""Keys in a tile. With fewer programs than SMs time is latency: a tile is large, so that a context
-of 128 is one, and its loads are all in flight while the kernel before this one runs. Of more
-programs many share an SM, and their loads fill each other's gaps."""
+DECODE_FEW = DecodeShape(32 * 1024, warps=8, programs_per_sm=2)
+DECODE_MANY = DecodeShape(16 * 1024, warps=2, programs_per_sm=4)
+"""With programs for half of the SMs or fewer, time is latency: a tile is large, so that a context
+of 128 is one. More of them fill each other's gaps."""
 
-PROGRAMS_PER_SM = 4
 MIN_SHARE = 128
 MAX_SPLITS = 64
 """Rows are split until all SMs are full; a share of fewer keys than MIN_SHARE is not worth it."""
+
+COMBINED = 8192
+"""Elements of shares that a program puts together at once."""
 
 
 def attention(
@@ -98,8 +110,14 @@ def attention(
     if max_query_len == 1:
         assert tokens == rows, "one token a row and no padding behind them"
         sms = multiprocessors(qkv.device)
-        shape = decode_shape(rows * num_kv_heads, block_d * qkv.element_size(), sms)
-        splits = num_splits(rows, num_kv_heads, table_width * block_size, sms)
+        programs = rows * num_kv_heads
+        shape = decode_shape(programs, sms)
+        keys = shape.tile_bytes // (block_d * qkv.element_size())
+        keys = max(16, min(2 * MAX_TILE, keys))
+        capacity = table_width * block_size // max(MIN_SHARE, keys)
+        splits = num_splits(programs, capacity, shape.programs_per_sm * sms)
+        block_s = triton.next_power_of_2(splits)
+        queries = max(1, min(triton.next_power_of_2(group), COMBINED // (block_s * block_d)))
         partial = sums = arrived = None
         if splits > 1:
             parts = (rows, num_heads, splits)
@@ -127,8 +145,11 @@ def attention(
             **heads,
             BLOCK_SIZE=block_size,
             BLOCK_G=block_g,
-            BLOCK_S=triton.next_power_of_2(splits),
-            **shape,
+            BLOCK_S=block_s,
+            QUERIES=queries,
+            TILE=keys,
+            num_warps=shape.warps,
+            num_stages=1,
             **pdl(),
         )
         return
@@ -172,20 +193,17 @@ def attention(
     )
 
 
-def decode_shape(programs: int, head_bytes: int, multiprocessors: int) -> dict[str, Any]:
-    """How `_decode` divides its work, for rows times key heads `programs`, and keys of so many
-    bytes."""
-    keys, options = DECODE_FEW if programs <= multiprocessors else DECODE_MANY
-    return {"TILE": max(16, min(keys, keys * 256 // head_bytes)), **options}
+def decode_shape(programs: int, multiprocessors: int) -> DecodeShape:
+    """For rows times key heads `programs`."""
+    return DECODE_FEW if 2 * programs <= multiprocessors else DECODE_MANY
 
 
-def num_splits(rows: int, num_kv_heads: int, capacity: int, multiprocessors: int) -> int:
-    """Into how many shares the history of each row is split, `capacity` the longest there may be.
+def num_splits(programs: int, most: int, wanted: int) -> int:
+    """Into how many shares each row's history is split, `most` at most, for `wanted` programs.
 
     Of shapes alone, so that capture and replay agree.
     """
-    wanted = PROGRAMS_PER_SM * multiprocessors // (rows * num_kv_heads)
-    return max(1, min(wanted, capacity // MIN_SHARE, MAX_SPLITS))
+    return max(1, min(wanted // programs, most, MAX_SPLITS))
 
 
 @triton.jit
@@ -206,14 +224,21 @@ def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _turned(heads, mask, own, partner, eps, d, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[N, BLOCK_D] float32: `heads`, normed if they are to be, turned by what `_turn_of` gives.
+def _with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
+    """[N, BLOCK_D] float32, twice: the elements of `heads`, and what each of them turns with.
 
     heads: pointers to their first elements.
     """
     swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
     x = tl.load(heads + d, mask, other=0.0).to(tl.float32)
     y = tl.load(heads + swapped, mask, other=0.0).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def _turned(x, y, own, partner, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[N, BLOCK_D] float32: the heads of `_with_partners`, normed if they are to be, turned by what
+    `_turn_of` gives."""
     turned = x * own + y * partner
     if NORM:
         turned *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
@@ -221,32 +246,12 @@ def _turned(heads, mask, own, partner, eps, d, NORM: tl.constexpr, HEAD_DIM: tl.
 
 
 @triton.jit
-def _write_entry(
-    source,
-    kv_cache,
-    slot,
-    own,
-    partner,
-    eps,
-    head,
-    d,
-    NORM: tl.constexpr,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Write a token's k and v of one key head to the cache; both [1, BLOCK_D], as it keeps them.
-
-    source: pointer to the token's row of `qkv`.
-    """
+def _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write a token's k and v of one key head, [1, BLOCK_D], to the cache."""
     there = d < HEAD_DIM
-    key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
-    k = _turned(key, there, own, partner, eps, d, NORM, HEAD_DIM).to(kv_cache.dtype.element_ty)
-    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, there, other=0.0)
     entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head) * HEAD_DIM
     tl.store(entry + d, k, there)
     tl.store(entry + NUM_KV_HEADS * HEAD_DIM + d, v, there)
-    return k, v
 
 
 @triton.jit
@@ -353,6 +358,7 @@ def _decode(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -389,26 +395,21 @@ def _decode(
         kv_cache, table, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE
     )
     follow(PDL)
+    # All loads before anything waits for one of them: each takes as long as a small kernel.
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
-    q = _turned(heads, mask, q_own, q_partner, eps, d, normed, HEAD_DIM)
+    key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
+    own_key = (d < HEAD_DIM) & (split == 0)
+    q, q_partners = _with_partners(heads, mask, d, HEAD_DIM)
+    k, k_partners = _with_partners(key, own_key, d, HEAD_DIM)
+    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, own_key, other=0.0)
+    q = _turned(q, q_partners, q_own, q_partner, eps, normed, HEAD_DIM)
     q = q.to(kv_cache.dtype.element_ty)
 
     if split == 0:
-        k, v = _write_entry(
-            source,
-            kv_cache,
-            slot,
-            k_own,
-            k_partner,
-            eps,
-            head,
-            d,
-            normed,
-            GROUP,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-        )
-        peak = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+        turned = _turned(k, k_partners, k_own, k_partner, eps, normed, HEAD_DIM)
+        entry = turned.to(kv_cache.dtype.element_ty)
+        _write_entry(kv_cache, slot, entry, v, head, d, NUM_KV_HEADS, HEAD_DIM)
+        peak = tl.sum(q.to(tl.float32) * entry.to(tl.float32), axis=1) * scale
         total = tl.full([BLOCK_G], 1.0, tl.float32)
         acc = tl.broadcast_to(v.to(tl.float32), [BLOCK_G, BLOCK_D])
     else:
@@ -453,37 +454,53 @@ def _decode(
             arrival = arrived + row * NUM_KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
                 tl.store(arrival, 0)
-                for query in tl.static_range(GROUP):
+                for query in tl.static_range(0, GROUP, QUERIES):
                     _combine(
                         partial,
                         sums,
                         out,
                         first + query,
+                        tl.minimum(GROUP - query, QUERIES),
                         splits,
                         used,
-                        d,
                         HEAD_DIM,
+                        BLOCK_D,
                         BLOCK_S,
+                        QUERIES,
                     )
 
 
 @triton.jit
 def _combine(
-    partial, sums, out, head, splits, used, d, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr
+    partial,
+    sums,
+    out,
+    first,
+    count,
+    splits,
+    used,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    """One row's query head: what its splits have found, in one. Past the first-level cache, as
-    other programs have written it."""
-    split = tl.arange(0, BLOCK_S)[:, None]
-    there = split < used
-    place = head * splits + split
-    peak = tl.load(sums + place * 2, there, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(sums + place * 2 + 1, there, other=0.0, cache_modifier=".cg")
+    """`count` of a row's query heads from `first` on: what their splits have found, in one. Past
+    the first-level cache, as other programs have written it."""
+    query = tl.arange(0, QUERIES)[:, None, None]
+    split = tl.arange(0, BLOCK_S)[None, :, None]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    place = (first + query) * splits + split
+    there = (split < used) & (query < count)
     source = partial + place * HEAD_DIM + d
     acc = tl.load(source, there & (d < HEAD_DIM), other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(peak - tl.max(peak, axis=0, keep_dims=True))
-    value = tl.sum(acc * weight, axis=0, keep_dims=True)
-    value /= tl.sum(total * weight, axis=0, keep_dims=True)
-    tl.store(out + head * HEAD_DIM + d, value.to(out.dtype.element_ty), d < HEAD_DIM)
+    peak = tl.load(sums + place * 2, there, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(sums + place * 2 + 1, there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(peak, axis=1, keep_dims=True)
+    weight = tl.where(split < used, tl.exp2(peak - highest), 0.0)
+    value = tl.sum(acc * weight, axis=1, keep_dims=True)
+    value /= tl.sum(total * weight, axis=1, keep_dims=True)
+    place = out + (first + query) * HEAD_DIM + d
+    tl.store(place, value.to(out.dtype.element_ty), (query < count) & (d < HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -517,24 +534,16 @@ def _prepare(
     angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM)
     slot = tl.load(slot_mapping + token)
     normed: tl.constexpr = q_norm is not None
+    key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
     own, partner = _turn_of(angles, k_norm, d, HEAD_DIM)
-    _write_entry(
-        source,
-        kv_cache,
-        slot,
-        own,
-        partner,
-        eps,
-        head,
-        d,
-        normed,
-        GROUP,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-    )
+    k, partners = _with_partners(key, d < HEAD_DIM, d, HEAD_DIM)
+    k = _turned(k, partners, own, partner, eps, normed, HEAD_DIM).to(kv_cache.dtype.element_ty)
+    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, d < HEAD_DIM, other=0.0)
+    _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS, HEAD_DIM)
     heads = source + (head * GROUP + member) * HEAD_DIM
     own, partner = _turn_of(angles, q_norm, d, HEAD_DIM)
-    q = _turned(heads, mask, own, partner, eps, d, normed, HEAD_DIM).to(queries.dtype.element_ty)
+    q, partners = _with_partners(heads, mask, d, HEAD_DIM)
+    q = _turned(q, partners, own, partner, eps, normed, HEAD_DIM).to(queries.dtype.element_ty)
     place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
     tl.store(queries + place, q, mask)
     if token >= tl.load(query_start_loc + rows):

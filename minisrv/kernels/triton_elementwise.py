@@ -1,5 +1,6 @@
-"""RMSNorm and SwiGLU's product on CUDA, in Triton: `kernels.elementwise` imports this when it
-first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is float32's.
+"""RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton: `kernels.elementwise` imports
+this when it first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is
+float32's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from minisrv.kernels.triton_launch import follow, pdl
 
 PART = 1024
-"""Elements of a row that a program of `silu_and_mul` takes."""
+"""Elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
@@ -29,6 +30,23 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     _silu_and_mul[(rows, triton.cdiv(size, PART))](
         gate_up, out, size, BLOCK=PART, num_warps=4, **pdl()
     )
+
+
+def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
+    """As `kernels.elementwise.take_rows`."""
+    size = table.shape[1]
+    _take_rows[(len(rows), triton.cdiv(size, PART))](
+        table, rows, out, size, BLOCK=PART, num_warps=4, **pdl()
+    )
+
+
+@triton.jit
+def _take_rows(table, rows, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = table + tl.load(rows + row) * size
+    tl.store(out + row * size + at, tl.load(source + at, at < size), at < size)
 
 
 @triton.jit

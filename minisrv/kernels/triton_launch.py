@@ -1,12 +1,18 @@
 """What Triton kernels share beside their mathematics: how they follow each other, and how the
 programs of one find out which of them is last.
 
-Programmatic dependent launch (PDL): a kernel begins while the one before it runs. What it does
-until its `gdc_wait` it does beside that one; the wait returns when the one before it has ended.
-Each kernel allows the next to begin only behind its own wait (`follow`). So all but the kernel
-before it has ended when a kernel begins, and it may read anything that this one does not write:
-weights, and, for attention, what its cache holds of earlier steps. It writes nothing before. A
-kernel that is launched without PDL begins when the one before it has ended, as ever.
+Programmatic dependent launch (PDL): a kernel may begin as soon as every program of the one before
+it has allowed that (`lead`) or ended; its own `wait` returns when that one has ended. As each
+kernel waits, all kernels further back have ended by then too. Before its wait a kernel may read
+what no kernel writes, weights, and it writes nothing.
+
+A kernel that reads weights leads before it waits, so that the weights of the kernels behind it are
+on their way as well, of as many as the GPU has room for. Any other one `follow`s: it leads behind
+its wait. So when a kernel begins, everything in front of the last one that follows has ended.
+Attention uses that: it reads lengths, the block table and what its cache holds of earlier steps
+before its wait, and between it and whoever wrote those there is always one that follows, the layer
+before's attention or the embedding. A kernel that is launched without PDL begins when the one
+before it has ended, as ever.
 
 Knows: whether PDL is on. Knows no kernel.
 """
@@ -49,11 +55,24 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def follow(PDL: tl.constexpr):
-    """Wait until the kernel before this one has ended, and allow the next one to begin."""
+def lead(PDL: tl.constexpr):
+    """Allow the next kernel to begin."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Wait until the kernel before this one has ended."""
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Wait, then lead."""
+    wait(PDL)
+    lead(PDL)
 
 
 @cache

@@ -36,7 +36,7 @@ from minisrv.graph.backend import GraphBackend
 from minisrv.graph.certify import Start, certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
-from minisrv.kernels import apply_bitmask_op, sample_op
+from minisrv.kernels import apply_bitmask_op, sample_op, take_rows_op
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Part
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
@@ -239,7 +239,8 @@ class ModelRunner:
     def _epilogue_step(self) -> None:
         descriptor, buffers = get_forward_context().descriptor, self.buffers
         rows = descriptor.num_tokens
-        hidden = buffers.hidden.index_select(0, buffers.logits_indices[:rows])
+        hidden = buffers.hidden.new_empty(rows, buffers.hidden.shape[1])
+        take_rows_op(buffers.hidden, buffers.logits_indices[:rows], hidden)
         logits = self.model.compute_logits(hidden)
         if descriptor.epilogue is Epilogue.LOGITS:
             buffers.logits[:rows].copy_(logits)

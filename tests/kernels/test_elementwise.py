@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU's product against float64, compiled and by torch's operations."""
+"""RMSNorm, SwiGLU's product and rows of a table, compiled and by torch, against float64."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from minisrv.kernels import (
     rms_norm_op,
     silu_and_mul,
     silu_and_mul_op,
+    take_rows_op,
 )
 
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
@@ -106,3 +107,14 @@ def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
         direct(*args, expected, **kwargs)
         op(*(arg.cuda() for arg in args), out, **kwargs)
         torch.testing.assert_close(out.cpu(), expected, rtol=4 * RELATIVE[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1000), (256, 1024), (7, 3072)])
+def test_rows_of_a_table(rows: int, size: int, device: str) -> None:
+    table = torch.randn(40, size, dtype=torch.bfloat16, device=device)
+    index = torch.randint(0, 40, (rows,), device=device)
+    index[0] = 39
+    out = torch.full((rows, size), torch.nan, dtype=table.dtype, device=device)
+    take_rows_op(table, index, out)
+    assert torch.equal(out, table[index])

@@ -30,7 +30,7 @@ from tests.kernels.attention_cases import (
 # Triton 3.6's interpreter cannot loop over a range with NumPy 2.4 (triton-lang/triton#9171).
 pytest.importorskip("triton", minversion="3.6" if torch.cuda.is_available() else "3.7")
 from minisrv.kernels import triton_attention as module
-from minisrv.kernels.triton_attention import attention, num_splits
+from minisrv.kernels.triton_attention import DECODE_FEW, DECODE_MANY, attention, num_splits
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -181,12 +181,14 @@ def test_both_ways_agree(dtype: torch.dtype) -> None:
 
 
 def test_splits_follow_from_shapes() -> None:
-    assert num_splits(1, 8, 4096, H100_SMS) == 32, "no share under 128 keys"
-    assert num_splits(1, 8, 40960, H100_SMS) == 64
-    assert num_splits(8, 8, 40960, H100_SMS) == 8
-    assert num_splits(64, 8, 40960, H100_SMS) == 1
-    assert num_splits(256, 8, 40960, H100_SMS) == 1
-    assert num_splits(1, 1, 16, H100_SMS) == 1
+    few, many = DECODE_FEW.programs_per_sm * H100_SMS, DECODE_MANY.programs_per_sm * H100_SMS
+    assert num_splits(8, 4096 // 128, few) == 32, "no share under 128 keys"
+    assert num_splits(8, 40960 // 128, few) == 33
+    assert num_splits(1, 40960 // 128, few) == 64
+    assert num_splits(128, 40960 // 128, many) == 4
+    assert num_splits(64 * 8, 40960 // 128, many) == 1
+    assert num_splits(256 * 8, 40960 // 128, many) == 1
+    assert num_splits(1, 0, few) == 1
 
 
 def test_triton_is_imported_by_cuda_tensors_only() -> None:

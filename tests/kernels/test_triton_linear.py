@@ -11,8 +11,9 @@ from torch.nn.functional import silu
 
 pytest.importorskip("triton")
 from minisrv.kernels.linear import FEW_ROWS, Norm, lay_out
+from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
 from minisrv.kernels.triton_launch import arrivals
-from minisrv.kernels.triton_linear import GemvTile, TallTile, gemv, tall
+from minisrv.kernels.triton_linear import gemv, sliced, tall
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -69,10 +70,23 @@ KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bia
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(RELATIVE), ids=str)
-@pytest.mark.parametrize(("n", "k", "rows"), [(5, 7, 1), (64, 64, 4), (33, 150, 3), (8, 40, 2)])
-def test_gemv(n: int, k: int, rows: int, dtype: torch.dtype, kind: str) -> None:
-    tile = GemvTile(outputs=2, depth=32, warps=4)
-    check(lambda *args: gemv(*args, tile), dtype, n, k, rows, kind)
+@pytest.mark.parametrize("depth", [32, 256])
+@pytest.mark.parametrize(("n", "k"), [(5, 7), (64, 64), (33, 150), (8, 40)])
+def test_gemv(n: int, k: int, depth: int, dtype: torch.dtype, kind: str) -> None:
+    """Rows of the weight that are one tile, or several, the last one not full."""
+    tile = GemvTile(outputs=2, depth=depth, warps=4)
+    check(lambda *args: gemv(*args, tile), dtype, n, k, 1, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])], ids=str
+)
+@pytest.mark.parametrize(("n", "k", "rows"), [(5, 17, 3), (64, 96, 16), (33, 300, 2)])
+def test_sliced(n: int, k: int, rows: int, dtype: torch.dtype, kind: str) -> None:
+    """Slices that are empty, full, and several of a warp's."""
+    tile = SlicedTile(outputs=16, depth=32, warps=4)
+    check(lambda *args: sliced(*args, tile), dtype, n, k, rows, kind)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -88,7 +102,7 @@ def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (15192, 1024)])
 def test_a_laid_out_weight(n: int, k: int, rows: int) -> None:
     """Whoever multiplies, with the tile that it chooses."""

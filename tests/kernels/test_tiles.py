@@ -1,0 +1,49 @@
+"""The tiles of all shapes: powers of two, no work left out, and what an SM has room for."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from minisrv.kernels.tiles import MEASURED, SMS, GemvTile, SlicedTile, TallTile, tile
+
+SHARED_BYTES = 227 * 1024
+"""Of an H100's SM, for one program."""
+
+WIDTHS = [1, 7, 16, 64, 150, 896, 1024, 2048, 3072, 4096, 8192, 14336, 32768]
+OUTPUTS = [1, 16, 64, 1024, 2048, 3072, 4096, 6144, 12288, 28672, 151936]
+
+
+def power_of_2(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("gated", "add"), [(False, False), (True, False), (False, True)])
+def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool) -> None:
+    for rows, outputs, k in product(range(1, 33), OUTPUTS, WIDTHS):
+        n = 2 * outputs if gated else outputs
+        found = tile(rows, n, k, itemsize, gated=gated, add=add)
+        assert power_of_2(found.outputs)
+        assert power_of_2(found.depth)
+        assert power_of_2(found.warps)
+        assert found.warps <= 8
+        assert isinstance(found, GemvTile) == (rows == 1)
+        matrices, padded = 1 + gated, 16 if rows <= 16 else 32
+        if isinstance(found, TallTile):
+            assert power_of_2(found.splits)
+            assert found.splits * found.depth <= max(k, found.depth), "no split is empty"
+            stage = (matrices * found.outputs + padded) * found.depth * itemsize
+            assert found.stages * stage <= SHARED_BYTES
+        if isinstance(found, SlicedTile):
+            assert rows <= 16
+            assert found.warps * found.depth >= k, "a warp has one slice"
+            assert outputs <= 2 * SMS * found.outputs
+            assert padded * found.warps * found.depth * itemsize <= SHARED_BYTES
+
+
+def test_measured_shapes_come_before_the_rules() -> None:
+    for (rows, n, k), measured in MEASURED.items():
+        assert tile(rows, n, k, 2, gated=False, add=True) == measured
+        assert tile(rows, n, k, 4, gated=False, add=True) != measured or rows == 1
