@@ -1,7 +1,7 @@
 """`minisrv plan`: which batch runs by which graph, as a table.
 
-Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, and how
-tables are printed. Without `--measure` it needs neither torch nor a model.
+Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, by which
+kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.config import EngineConfig
+from minisrv.config import EngineConfig, ModelConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.modes import CUDAGraphMode
@@ -45,6 +45,9 @@ def print_measured_plan(config: EngineConfig) -> None:
         table.add_row(mode.name, size, key.epilogue.name, milliseconds, mib)
     console = Console()
     console.print(table)
+    runner = engine.runner
+    if runner.buffers.device.type == "cuda":
+        console.print(_projections(runner.model.config, runner.model.dtype.itemsize))
     predicted, actual = engine.memory.graphs, sum(graph_bytes.values())
     said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
@@ -53,6 +56,27 @@ def print_measured_plan(config: EngineConfig) -> None:
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
         soft_wrap=True,
     )
+
+
+def _projections(model: ModelConfig, itemsize: int) -> Table:
+    """Which kernel multiplies so many rows by each of a model's weights on a GPU."""
+    from minisrv.kernels.tiles import RUNGS, describe, tile
+
+    hidden, intermediate = model.hidden_size, model.intermediate_size
+    weights = (
+        ("qkv", model.qkv_size, hidden, False, False),
+        ("o", hidden, model.q_size, False, True),
+        ("gate_up", 2 * intermediate, hidden, True, False),
+        ("down", hidden, intermediate, False, True),
+        ("lm_head", model.vocab_size, hidden, False, False),
+    )
+    firsts = (1, *(rung + 1 for rung in RUNGS))
+    rows = (f"{first}-{last} rows" for first, last in zip(firsts, RUNGS, strict=False))
+    table = Table("projection", "weight", *rows, f"{firsts[-1]} rows and more")
+    for name, n, k, gated, add in weights:
+        tiles = (tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS)
+        table.add_row(name, f"{n}x{k}", *map(describe, tiles), "cuBLAS")
+    return table
 
 
 def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:

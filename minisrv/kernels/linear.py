@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
+from minisrv.kernels.tiles import RUNGS
 
 INT8_ROWS = 4
 """Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
 bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
 
-FEW_ROWS = 32
+FEW_ROWS = RUNGS[-1]
 """Up to so many rows a GPU's product is bound by reading the weight, and has kernels for that."""
 
 INT8_STEP = 16

@@ -16,8 +16,8 @@ SMS = 132
 
 
 class GemvTile(NamedTuple):
-    """One row, without tensor cores. outputs: of a program. depth: how much of each row of the
-    weight it reads at once."""
+    """One row or two, without tensor cores. outputs: of a program. depth: how much of each row of
+    the weight it reads at once."""
 
     outputs: int
     depth: int
@@ -46,10 +46,13 @@ class TallTile(NamedTuple):
 
 Tile = GemvTile | SlicedTile | TallTile
 
+RUNGS = (2, 16, 32)
+"""Rows from one to the next have the same tiles; behind the last one are other kernels."""
+
 MEASURED: dict[tuple[int, int, int], Tile] = {
-    (1, 1024, 3072): GemvTile(8, 2048, 8),
-    (1, 4096, 4096): GemvTile(4, 2048, 4),
-    (1, 4096, 14336): GemvTile(4, 4096, 4),
+    (2, 1024, 3072): GemvTile(8, 2048, 8),
+    (2, 4096, 4096): GemvTile(4, 2048, 4),
+    (2, 4096, 14336): GemvTile(4, 4096, 4),
     (16, 1024, 2048): TallTile(64, 128, 4, 2, 8),
     (16, 1024, 3072): TallTile(64, 256, 4, 3, 4),
 }
@@ -58,10 +61,10 @@ MEASURED: dict[tuple[int, int, int], Tile] = {
 
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile:
     """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`."""
-    rung = 1 if rows == 1 else 16 if rows <= 16 else 32
+    rung = next(rung for rung in RUNGS if rows <= rung)
     if itemsize == 2 and (rung, n, k) in MEASURED:
         return MEASURED[rung, n, k]
-    if rung == 1:
+    if rung == 2:
         return _gemv(k, gated, add)
     outputs = n // 2 if gated else n
     if rung == 16 and k <= 1024 and itemsize == 2:
@@ -69,6 +72,15 @@ def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) ->
         if outputs <= 2 * SMS * sliced.outputs:
             return sliced
     return _tall(outputs, k, itemsize, gated)
+
+
+def describe(found: Tile) -> str:
+    """For `minisrv plan`."""
+    text = f"{type(found).__name__.removesuffix('Tile').lower()} {found.outputs}x{found.depth}"
+    text += f", {found.warps} warp{'s' * (found.warps > 1)}"
+    if isinstance(found, TallTile) and found.splits > 1:
+        text += f", {found.splits} splits"
+    return text
 
 
 def _gemv(k: int, gated: bool, add: bool) -> GemvTile:

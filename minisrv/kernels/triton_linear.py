@@ -6,10 +6,10 @@ tiles, reads a small one at half of the memory's speed. Here many programs read 
 weight each. Whoever reads x anyway norms it: as y = (x * g) W^T / rms(x), the row's scale is known
 when its products are. A gate's output and its partner belong to one program.
 
-Three kernels, chosen by `kernels.tiles`. `_gemv`: one row; products are float32's, of a program's
-whole rows. `_sliced`: up to 16 rows and short rows of the weight; each warp has tensor cores
-multiply its slice of the columns. `_tall`: up to 32 rows; tensor cores multiply tile after tile of
-the columns, which several programs may share.
+Three kernels, chosen by `kernels.tiles`. `_gemv`: one row or two; products are float32's, of a
+program's whole rows. `_sliced`: up to 16 rows and short rows of the weight; each warp has tensor
+cores multiply its slice of the columns. `_tall`: up to 32 rows; tensor cores multiply tile after
+tile of the columns, which several programs may share.
 
 The first part of the weight, of short rows all of it, is on its way while the kernels before this
 one run (`triton_launch`). On an H100, in a graph of all layers at batch 1, Qwen3-0.6B's four
@@ -61,9 +61,8 @@ def gemv(
     add: bool,
     shape: GemvTile,
 ) -> None:
-    """`few_rows` of one row."""
-    assert len(x) == 1, "one row"
-    k, n = x.shape[1], out.shape[1]
+    """`few_rows` by `_gemv`, of up to as many rows as fit a program's registers."""
+    (rows, k), n = x.shape, out.shape[1]
     _gemv[(triton.cdiv(n, shape.outputs),)](
         x,
         weight,
@@ -75,6 +74,7 @@ def gemv(
         K=k,
         GATED=gated,
         ADD=add,
+        ROWS=rows,
         BLOCK_N=shape.outputs,
         BLOCK_K=shape.depth,
         num_warps=shape.warps,
@@ -179,11 +179,12 @@ def _gemv(
     K: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs."""
+    """BLOCK_N outputs of all rows: the weight is read once, and loads of x go out together."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = output < n
     inside = there[:, None]
@@ -204,11 +205,16 @@ def _gemv(
             second = tl.load(bias + n + output, there, other=0.0).to(tl.float32)
     lead(PDL)
     wait(PDL)
-    if ADD:
-        before = tl.load(out + output, there, other=0.0)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    other = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    squares = tl.zeros([1, BLOCK_K], tl.float32)
+    befores = ()
+    totals = ()
+    others = ()
+    squares = ()
+    for row in tl.static_range(ROWS):
+        if ADD:
+            befores = befores + (tl.load(out + row * n + output, there, other=0.0),)
+        totals = totals + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
+        others = others + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K], tl.float32),)
     for begin in tl.static_range(0, K, BLOCK_K):
         at = begin + column
         if begin > 0:
@@ -217,27 +223,40 @@ def _gemv(
                 u = tl.load(partner + at, inside & (at < K), other=0.0)
             if norm is not None:
                 gain = tl.load(norm + at, at < K, other=0.0).to(tl.float32)
-        part = tl.load(x + at, at < K, other=0.0).to(tl.float32)
+        parts = ()
+        for row in tl.static_range(ROWS):
+            parts = parts + (tl.load(x + row * K + at, at < K, other=0.0),)
+        taken = totals, others, squares
+        totals = ()
+        others = ()
+        squares = ()
+        for row in tl.static_range(ROWS):
+            part = parts[row].to(tl.float32)
+            square = taken[2][row]
+            if norm is not None:
+                square += part * part
+                part *= gain
+            squares = squares + (square,)
+            totals = totals + (taken[0][row] + w.to(tl.float32) * part,)
+            other = taken[1][row]
+            if GATED:
+                other += u.to(tl.float32) * part
+            others = others + (other,)
+    for row in tl.static_range(ROWS):
+        y = tl.sum(totals[row], axis=1)
+        z = tl.sum(others[row], axis=1)
         if norm is not None:
-            squares += part * part
-            part *= gain
-        total += w.to(tl.float32) * part
+            scale = tl.rsqrt(tl.sum(squares[row]) / K + eps)
+            y *= scale
+            z *= scale
+        if bias is not None:
+            y += first
+            z += second
         if GATED:
-            other += u.to(tl.float32) * part
-    y = tl.sum(total, axis=1)
-    z = tl.sum(other, axis=1)
-    if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares) / K + eps)
-        y *= scale
-        z *= scale
-    if bias is not None:
-        y += first
-        z += second
-    if GATED:
-        y = _silu(y) * z
-    if ADD:
-        y += before.to(tl.float32)
-    tl.store(out + output, y.to(out.dtype.element_ty), there)
+            y = _silu(y) * z
+        if ADD:
+            y += befores[row].to(tl.float32)
+        tl.store(out + row * n + output, y.to(out.dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=["rows"])
