@@ -1,7 +1,8 @@
 """`minisrv plan`: which batch runs by which graph, as a table.
 
 Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, by which
-kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs neither torch nor a model.
+kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs neither torch nor
+a model.
 """
 
 from __future__ import annotations

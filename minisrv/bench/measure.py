@@ -40,7 +40,7 @@ SETTLE = 2
 """Steps of a block, and those of them that are not counted: they bring back to the caches what the
 mode before has pushed out, and one step ahead only the second is behind one of its own mode."""
 
-PREFILL_CHUNKS = (128, 512)
+PREFILL_CHUNKS = (128, 512, 2048)
 """Tokens; a chunk is cut to what a step may hold."""
 
 PARTS = ("schedule", "dispatch", "fill", "launch", "result", "wait", "update", "rest")

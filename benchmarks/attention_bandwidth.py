@@ -1,0 +1,131 @@
+"""How fast the attention of a decode step reads its KV cache, by batch and context.
+
+    python -m benchmarks.attention_bandwidth benchmarks/configs/qwen3-0.6b
+        --batch 8,32,64,256 --context 128,1024,8192 --json F --plot F.svg
+
+One graph holds the op of as many layers as it takes to have nothing left in the GPU's caches; a
+time is the graph's by the number of layers. Bytes are those of K and V of all contexts; the share
+is of what a large copy reads and writes in the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.layers import Paged, median_us
+from minisrv.bench.measure import copy_bandwidth
+from minisrv.checkpoint import read_model_config
+from minisrv.config import ModelConfig
+from minisrv.environment import environment
+from minisrv.kernels.attention import attention_op
+from minisrv.nn.rope import cos_sin_table
+
+LARGE = 400 << 20
+"""Bytes that no cache of a GPU holds."""
+
+
+def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
+    """Microseconds and GB/s of one layer's attention."""
+    nbytes = 2 * batch * context * 2 * model.kv_size
+    layers, paged = max(2, LARGE // nbytes + 1), Paged(batch, context)
+    caches = [paged.cache(model) for _ in range(layers)]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+    qkv, out = draw(batch, model.qkv_size), draw(batch, model.q_size)
+    angles = cos_sin_table(model.rope, model.head_dim, context, torch.bfloat16).cuda()
+    norm = draw(model.head_dim) if model.qk_norm else None
+
+    def run() -> None:
+        for cache in caches:
+            attention_op(
+                qkv,
+                paged.positions,
+                cache,
+                paged.slots,
+                paged.table,
+                paged.lengths,
+                paged.starts,
+                out,
+                max_query_len=1,
+                cos_sin=angles,
+                q_norm=norm,
+                k_norm=norm,
+                eps=model.rms_norm_eps,
+                num_heads=model.num_heads,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+            )
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    us = median_us(graph) / layers
+    return {"batch": batch, "context": context, "us": us, "gb_s": nbytes / us / 1e3}
+
+
+def draw_plot(path: Path, title: str, results: list[dict[str, Any]], copy_gb_s: float) -> None:
+    """GB/s by context, a line for each batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for batch in sorted({result["batch"] for result in results}):
+        line = [result for result in results if result["batch"] == batch]
+        contexts = [result["context"] for result in line]
+        axes.plot(contexts, [result["gb_s"] for result in line], "o-", label=f"batch {batch}")
+    axes.axhline(copy_gb_s, color="black", linestyle=":", label="a large copy")
+    axes.axhline(0.8 * copy_gb_s, color="grey", linestyle=":", label="80% of it")
+    axes.set(xscale="log", xlabel="tokens of context", ylabel="GB/s of K and V", title=title)
+    axes.set_ylim(0)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="a directory with a config.json")
+    parser.add_argument("--batch", default="8,32,64,256")
+    parser.add_argument("--context", default="128,1024,8192")
+    parser.add_argument("--most-gib", type=float, default=12, help="of K and V in a layer (12)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    model, copy_gb_s = read_model_config(options.model), copy_bandwidth(torch.device("cuda"))
+    table = Table("batch", "context", "us a layer", "GB/s", "of a copy")
+    results = []
+    for batch in map(int, options.batch.split(",")):
+        for context in map(int, options.context.split(",")):
+            if 4 * batch * context * model.kv_size > options.most_gib * 2**30:
+                continue
+            results.append(found := measure(model, batch, context))
+            share = f"{found['gb_s'] / copy_gb_s:.0%}"
+            row = (batch, context, f"{found['us']:.1f}", f"{found['gb_s']:.0f}", share)
+            table.add_row(*map(str, row))
+            torch.cuda.empty_cache()
+    Console().print(table)
+    if options.plot is not None:
+        draw_plot(options.plot, options.model.name, results, copy_gb_s)
+    if options.json is not None:
+        report = {
+            "environment": msgspec.to_builtins(environment()),
+            "model": options.model.name,
+            "copy_gb_s": copy_gb_s,
+            "results": results,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

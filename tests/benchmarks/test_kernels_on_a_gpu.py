@@ -1,0 +1,72 @@
+"""The programs in benchmarks/ that need a GPU, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step_kernels
+from benchmarks.tiles import candidates, weights
+from minisrv.checkpoint import read_model_config
+from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+
+ROOT = Path(__file__).parents[2]
+QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"
+
+
+def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
+    """Kernels that begin before the one in front has ended, and those of an unfinished step."""
+    events = [
+        {
+            "cat": "kernel",
+            "name": name,
+            "ts": begin,
+            "dur": end - begin,
+            "args": {"grid": [1, 1, 1]},
+        }
+        for name, begin, end in [
+            *(("_scatter", 0, 5), ("_gather", 4, 7), ("_gemv", 5, 11), ("_gather", 12, 15)),
+            *(("_gemv", 13, 18), ("_decode", 14, 22), ("_gather", 22, 24), ("_gemv", 23, 30)),
+        ]
+    ]
+    trace = {"traceEvents": [*events, {"cat": "gpu_memcpy", "name": "x", "ts": 0, "dur": 99}]}
+    first, second = step_kernels.steps_of(step_kernels.kernels_of(trace))
+    assert [(kernel["name"], kernel["us"]) for kernel in first] == [("_gemv", 4)]
+    assert [(kernel["name"], kernel["us"]) for kernel in second] == [("_gemv", 3), ("_decode", 4)]
+
+
+@pytest.mark.parametrize(("rows", "kinds"), [(1, {GemvTile}), (8, {SlicedTile, TallTile})])
+def test_every_weight_has_candidates(rows: int, kinds: set[type]) -> None:
+    for weight in weights(read_model_config(QWEN)):
+        found = list(candidates(rows, weight))
+        assert len(found) > 10
+        assert len(set(found)) == len(found)
+        assert {type(tile) for tile in found} == kinds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("step_kernels", "--batch 2 --context 40 --engine-flags"),
+        ("attention_bandwidth", "--batch 1,4 --context 64"),
+    ],
+)
+def test_on_a_gpu(program: str, arguments: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", f"benchmarks.{program}", str(QWEN), *arguments.split()]
+    if program == "step_kernels":
+        flags = "--load-format dummy --max-num-seqs 2 --max-model-len 256 --kv-cache-memory 200M"
+        command.append(flags)
+    subprocess.run([*command, "--json", str(out)], cwd=ROOT, check=True, timeout=250)
+    report = json.loads(out.read_text())
+    if program == "step_kernels":
+        [batch] = report["batches"]
+        assert batch["launches"] > 28 * 5
+        assert {"_gemv", "_decode"} <= {kernel["name"] for kernel in batch["kernels"]}
+    else:
+        assert [one["batch"] for one in report["results"]] == [1, 4]
