@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--server-flags", default="", help="as minisrv serve takes them")
     options = parser.parse_args(argv)
+    if options.what == "deaths" and options.server_flags:
+        parser.error("deaths: every seed has flags of its own, --enforce-eager among them")
     began = time.monotonic()
     with TemporaryDirectory() as directory:
         model = make_checkpoint(Path(directory), max_position_embeddings=1 << 15)

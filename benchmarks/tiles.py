@@ -68,6 +68,7 @@ def candidates(rows: int, weight: Weight) -> Iterator[Tile]:
                     wide = depth < 2 * weight.k and 256 * warps <= depth <= 1024 * warps
                     if wide and 16 <= elements <= 128:
                         yield GemvTile(outputs, depth, warps)
+    if rows == 1:
         return
     outputs_in_all = weight.n // matrices
     for outputs, depth, warps in ((64, 128, 4), (64, 256, 4), (32, 128, 4), (32, 256, 4),

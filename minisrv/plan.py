@@ -71,9 +71,9 @@ def _projections(model: ModelConfig, itemsize: int) -> Table:
         ("down", hidden, intermediate, False, True),
         ("lm_head", model.vocab_size, hidden, False, False),
     )
-    firsts = (1, *(rung + 1 for rung in RUNGS))
-    rows = (f"{first}-{last} rows" for first, last in zip(firsts, RUNGS, strict=False))
-    table = Table("projection", "weight", *rows, f"{firsts[-1]} rows and more")
+    firsts = (1, *(rung + 1 for rung in RUNGS[:-1]))
+    rows = (_size(first, last, "epilogue") for first, last in zip(firsts, RUNGS, strict=True))
+    table = Table("projection", "weight", *rows, f"{RUNGS[-1] + 1} rows and more")
     for name, n, k, gated, add in weights:
         tiles = (tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS)
         table.add_row(name, f"{n}x{k}", *map(describe, tiles), "cuBLAS")

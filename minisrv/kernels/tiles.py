@@ -46,13 +46,17 @@ class TallTile(NamedTuple):
 
 Tile = GemvTile | SlicedTile | TallTile
 
-RUNGS = (2, 16, 32)
+RUNGS = (1, 2, 16, 32)
 """Rows from one to the next have the same tiles; behind the last one are other kernels."""
 
+SMALL = 1 << 23
+"""Elements of a weight: two rows of a larger one are faster on tensor cores."""
+
 MEASURED: dict[tuple[int, int, int], Tile] = {
+    (1, 1024, 3072): GemvTile(8, 2048, 8),
     (2, 1024, 3072): GemvTile(8, 2048, 8),
-    (2, 4096, 4096): GemvTile(4, 2048, 4),
-    (2, 4096, 14336): GemvTile(4, 4096, 4),
+    (1, 4096, 4096): GemvTile(4, 2048, 4),
+    (1, 4096, 14336): GemvTile(4, 4096, 4),
     (16, 1024, 2048): TallTile(64, 128, 4, 2, 8),
     (16, 1024, 3072): TallTile(64, 256, 4, 3, 4),
 }
@@ -64,10 +68,10 @@ def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) ->
     rung = next(rung for rung in RUNGS if rows <= rung)
     if itemsize == 2 and (rung, n, k) in MEASURED:
         return MEASURED[rung, n, k]
-    if rung == 2:
+    if rung == 1 or (rung == 2 and n * k <= SMALL):
         return _gemv(k, gated, add)
     outputs = n // 2 if gated else n
-    if rung == 16 and k <= 1024 and itemsize == 2:
+    if rung <= 16 and k <= 1024 and itemsize == 2:
         sliced = SlicedTile(16 if gated else 32, 256, 4)
         if outputs <= 2 * SMS * sliced.outputs:
             return sliced
