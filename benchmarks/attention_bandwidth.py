@@ -5,13 +5,15 @@
 
 One graph holds the op of as many layers as it takes to have nothing left in the GPU's caches; a
 time is the graph's by the number of layers. Bytes are those of K and V of all contexts; the share
-is of what a large copy reads and writes in the same time.
+is of what a large copy reads and writes in the same time. Beside it stands torch's own attention,
+which has K and V in one piece, no blocks, and neither norms nor turns nor writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import msgspec
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.layers import Paged, median_us
 from minisrv.bench.measure import copy_bandwidth
@@ -32,10 +35,40 @@ LARGE = 400 << 20
 """Bytes that no cache of a GPU holds."""
 
 
+def time_of(run: Callable[[], object]) -> float:
+    """Microseconds by graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_us(graph)
+
+
+def library_us(model: ModelConfig, batch: int, context: int, layers: int) -> float:
+    """Microseconds of one layer's attention by torch."""
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        shape = (batch, heads, length, model.head_dim)
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+    q, heads = draw(model.num_heads, 1), model.num_kv_heads
+    entries = [(draw(heads, context), draw(heads, context)) for _ in range(layers)]
+
+    def run() -> None:
+        for k, v in entries:
+            scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return time_of(run) / layers
+
+
 def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
     """Microseconds and GB/s of one layer's attention."""
     nbytes = 2 * batch * context * 2 * model.kv_size
-    layers, paged = max(2, LARGE // nbytes + 1), Paged(batch, context)
+    layers = max(2, LARGE // nbytes + 1)
+    library = library_us(model, batch, context, layers)
+    torch.cuda.empty_cache()
+    paged = Paged(batch, context)
     caches = [paged.cache(model) for _ in range(layers)]
 
     def draw(*shape: int) -> torch.Tensor:
@@ -66,13 +99,14 @@ def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
                 head_dim=model.head_dim,
             )
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    us = median_us(graph) / layers
-    return {"batch": batch, "context": context, "us": us, "gb_s": nbytes / us / 1e3}
+    us = time_of(run) / layers
+    return {
+        "batch": batch,
+        "context": context,
+        "us": us,
+        "gb_s": nbytes / us / 1e3,
+        "torch_us": library,
+    }
 
 
 def draw_plot(path: Path, title: str, results: list[dict[str, Any]], copy_gb_s: float) -> None:
@@ -103,7 +137,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
     model, copy_gb_s = read_model_config(options.model), copy_bandwidth(torch.device("cuda"))
-    table = Table("batch", "context", "us a layer", "GB/s", "of a copy")
+    table = Table("batch", "context", "us a layer", "GB/s", "of a copy", "torch, us")
     results = []
     for batch in map(int, options.batch.split(",")):
         for context in map(int, options.context.split(",")):
@@ -112,7 +146,7 @@ def main() -> None:
             results.append(found := measure(model, batch, context))
             share = f"{found['gb_s'] / copy_gb_s:.0%}"
             row = (batch, context, f"{found['us']:.1f}", f"{found['gb_s']:.0f}", share)
-            table.add_row(*map(str, row))
+            table.add_row(*map(str, row), f"{found['torch_us']:.1f}")
             torch.cuda.empty_cache()
     Console().print(table)
     if options.plot is not None:
