@@ -43,7 +43,7 @@ def _mix(x: Tensor) -> Tensor:
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [R, vocab_size] float32.
 
-    seeds: [R] int64, all 64 bits count. positions: [R] int64, index of the token to be sampled.
+    seeds: [R] int64, all 64 bits count. positions: [R] integers, index of the token to be sampled.
     """
     key = _mix(seeds & _MASK)
     key = _mix(key ^ ((seeds >> 32) & _MASK))
@@ -107,7 +107,7 @@ def sample(
 ) -> None:
     """Write one token for each row to `out`.
 
-    logits: [R, V] any float type. slots: [R] int64. positions: [R] int64, index of the token to
+    logits: [R, V] any float type. slots: [R] int64. positions: [R] integers, index of the token to
         be sampled. out: [R] int64.
     temperature, top_p, min_p [S] float32, top_k, seed [S] int64: by slot; a
         temperature below MIN_TEMPERATURE is greedy.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisrv.kernels.triton_launch import follow, pdl
+from minisrv.kernels.triton_launch import follow, lead, pdl, wait
 
 PART = 1024
 """Elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
@@ -51,13 +51,15 @@ def _take_rows(table, rows, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
+    lead(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size
+    gain = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    wait(PDL)
     value = tl.load(x + row * size + at, there, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / size + eps)
-    value *= scale * tl.load(weight + at, there, other=0.0).to(tl.float32)
+    value *= scale * gain
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)
 
 

@@ -268,8 +268,8 @@ class InputBuffers:
         )
 
     def next_positions(self, rows: int) -> Tensor:
-        """[rows] int64, the position of the token that each row samples."""
-        return self.seq_lens[:rows].to(torch.int64)
+        """[rows] int32, the position of the token that each row samples."""
+        return self.seq_lens[:rows]
 
     def _metadata(
         self, tokens: int, rows: int, starts: Tensor, max_query_len: int

@@ -113,7 +113,7 @@ class LogitsProcessors:
         """The logits to sample from.
 
         rows: of the step; of one of a run, its first step's.
-        logits: [R, vocab] any float type; not changed. positions: [R] int64, of the tokens to be
+        logits: [R, vocab] any float type; not changed. positions: [R] int32, of the tokens to be
             sampled. Returns [R, vocab], `logits` itself if no row asks for a change.
         """
         found = self._of(rows)
@@ -127,7 +127,7 @@ class LogitsProcessors:
         return processed
 
     def _changed(self, values: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-        """values: [N, vocab] float32, used up. table, positions: [N] int64."""
+        """values: [N, vocab] float32, used up. table: [N] int64, positions: [N] int32."""
         applies = positions[:, None] < self.until[table]
         added = self.added[table].masked_fill(~applies, 0.0)
         values.scatter_add_(1, self.added_ids[table], added)

@@ -195,7 +195,7 @@ def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
     def scatter(self, rows):
         state, slots = self.state, self.slots[:rows]
         state.last_token.index_copy_(0, slots, self.tokens[:rows])
-        state.next_position.index_copy_(0, slots, self.next_positions(rows))
+        state.next_position.index_copy_(0, slots, self.next_positions(rows).long())
 
     monkeypatch.setattr(InputBuffers, "scatter", scatter)
     refused(checkpoint, "full-decode-only", "changed last_token of a slot")

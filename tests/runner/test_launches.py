@@ -22,8 +22,8 @@ from minisrv.runner.launches import busy_wait, count_launches, simulate_launches
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
-EPILOGUE = 6
-"""Operations behind the model: 1 gathers the last rows, lm_head, 1 masks, 2 sample, 1 scatters."""
+EPILOGUE = 5
+"""Operations behind the model: rows, lm_head, masks, sampling, and what goes back to the slots."""
 FORWARD = 1 + 11 * LAYERS + 1
 """Embedding, layers (see tests/nn/test_op_count.py), and the last norm."""
 PIECES = 2 * LAYERS + 1
