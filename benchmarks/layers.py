@@ -8,7 +8,6 @@ and reads weights that nobody has read since the step before.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from statistics import median
 
@@ -22,19 +21,20 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.nn.loader import load_model
 
 BLOCK_SIZE = 16
+WARM_UP = 3
 REPLAYS = 10
 
 
-def median_us(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
+def median_us(graph: torch.cuda.CUDAGraph) -> float:
     """Microseconds of a replay on the GPU."""
     times = []
-    for replay in range(3 + replays):
+    for replay in range(WARM_UP + REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        if replay >= 3:
+        if replay >= WARM_UP:
             times.append(1e3 * begin.elapsed_time(end))
     return median(times)
 
@@ -43,7 +43,8 @@ class Paged:
     """Block table, lengths and positions of `rows` requests with `context` tokens each, in blocks
     that lie anywhere."""
 
-    def __init__(self, rows: int, context: int, device: str = "cuda") -> None:
+    def __init__(self, rows: int, context: int) -> None:
+        device = "cuda"
         each = -(-context // BLOCK_SIZE)
         self.num_blocks = rows * each + 1
         blocks = torch.randperm(rows * each, device=device).to(torch.int32) + 1
@@ -62,13 +63,10 @@ class Paged:
 
 
 class Layers:
-    """A model, bfloat16, of the config in a directory. depth: of its layers, if not all."""
+    """A model, bfloat16, of the config in a directory."""
 
-    def __init__(self, directory: Path, depth: int | None = None) -> None:
-        config = read_model_config(directory)
-        if depth is not None:
-            config = dataclasses.replace(config, num_layers=depth)
-        self.config = config
+    def __init__(self, directory: Path) -> None:
+        self.config = config = read_model_config(directory)
         with torch.no_grad():
             self.model = load_model(
                 config, None, dtype=torch.bfloat16, device="cuda", load_format="dummy"

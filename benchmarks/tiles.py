@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -26,120 +26,91 @@ from rich.progress import track
 
 from benchmarks.layers import Layers, median_us
 from minisrv.checkpoint import read_model_config
-from minisrv.config import ModelConfig
 from minisrv.environment import environment
 from minisrv.kernels import tiles
-from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, Tile
+from minisrv.kernels.tiles import MAX_SUMS, GemvTile, SlicedTile, TallTile, Tile
+from minisrv.plan import Product, products
 
 CONTEXT = 120
 WORKERS = 14
 
 
-class Weight(NamedTuple):
-    """One projection of a layer, or the output projection: [n, k], gated or added."""
-
-    name: str
-    n: int
-    k: int
-    gated: bool
-    add: bool
-
-
-def weights(model: ModelConfig) -> list[Weight]:
-    """A decoder's, the ones that take longest first."""
-    hidden, intermediate = model.hidden_size, model.intermediate_size
-    return [
-        Weight("gate_up", 2 * intermediate, hidden, True, False),
-        Weight("down", hidden, intermediate, False, True),
-        Weight("qkv", model.qkv_size, hidden, False, False),
-        Weight("o", hidden, model.q_size, False, True),
-        Weight("lm_head", model.vocab_size, hidden, False, False),
-    ]
-
-
-def candidates(rows: int, weight: Weight) -> Iterator[Tile]:
+def candidates(rows: int, product: Product) -> Iterator[Tile]:
     """What may be fast: enough of the weight in flight, and registers for it."""
-    matrices = 1 + weight.gated
+    matrices = 1 + product.gated
     if rows <= 2:
         for outputs in (1, 2, 4, 8, 16):
             for depth in (512, 1024, 2048, 4096, 8192):
                 for warps in (1, 2, 4, 8):
                     elements = matrices * outputs * depth // (32 * warps)
-                    wide = depth < 2 * weight.k and 256 * warps <= depth <= 1024 * warps
-                    if wide and 16 <= elements <= 128:
+                    wide = depth < 2 * product.k and 256 * warps <= depth <= 1024 * warps
+                    if wide and 16 <= elements <= MAX_SUMS // rows:
                         yield GemvTile(outputs, depth, warps)
     if rows == 1:
         return
-    outputs_in_all = weight.n // matrices
-    for outputs, depth, warps in ((64, 128, 4), (64, 256, 4), (32, 128, 4), (32, 256, 4),
-                                  (16, 256, 4), (128, 128, 8)):  # fmt: skip
+    outputs_in_all = product.n // matrices
+    shapes = ((64, 128, 4), (64, 256, 4), (32, 128, 4), (32, 256, 4), (16, 256, 4), (128, 128, 8))
+    for outputs, depth, warps in shapes:
         for stages in (2, 3, 4):
             for splits in (1, 2, 4, 8):
                 programs = -(-outputs_in_all // outputs) * splits
-                if splits * depth <= weight.k and (programs <= 600 or splits == 1):
+                if splits * depth <= product.k and (programs <= 600 or splits == 1):
                     yield TallTile(outputs, depth, warps, stages, splits)
-    if rows <= 16 and weight.k <= 4096:
+    if rows <= 16 and product.k <= 4096:
         for outputs, depth, warps in ((16, 256, 4), (32, 256, 4), (16, 256, 8), (8, 256, 8)):
             yield SlicedTile(outputs, depth, warps)
 
 
-def compiled(job: tuple[int, Weight, Tile]) -> bool:
+def compiled(job: tuple[int, Product, Tile]) -> bool:
     """Whether the tile's kernel compiles and runs; it is in Triton's cache then."""
     from minisrv.kernels import triton_linear
 
-    rows, weight, tile = job
+    rows, (name, n, k, gated, add), tile = job
     draw = partial(torch.zeros, device="cuda", dtype=torch.bfloat16)
-    out = draw(rows, weight.n // 2 if weight.gated else weight.n)
-    norm = None if weight.add or weight.name == "lm_head" else draw(weight.k)
+    norm = None if add or name == "lm_head" else draw(k)
     kernel: Any = {
         GemvTile: triton_linear.gemv,
         SlicedTile: triton_linear.sliced,
         TallTile: triton_linear.tall,
     }[type(tile)]
     try:
-        x, matrix = draw(rows, weight.k), draw(weight.n, weight.k)
-        kernel(x, matrix, None, norm, out, 1e-6, weight.gated, weight.add, tile)
+        x, weight, out = draw(rows, k), draw(n, k), draw(rows, n // 2 if gated else n)
+        kernel(x, weight, None, norm, out, 1e-6, gated, add, tile)
         torch.cuda.synchronize()
     except Exception:  # of the compiler, for too many registers or too much shared memory
         return False
     return True
 
 
-def descend(layers: Layers, rows: int, found: dict[Weight, list[Tile]]) -> dict[str, Any]:
-    """The best tiles for so many rows, the first choice of each weight being `tile`'s own."""
+def descend(layers: Layers, rows: int, found: dict[Product, list[Tile]]) -> dict[str, Any]:
+    """The best tiles for so many rows; each product begins with `tile`'s own choice."""
     from minisrv.kernels import triton_linear
 
-    chosen = {(w.n, w.k): tiles.tile(rows, w.n, w.k, 2, gated=w.gated, add=w.add) for w in found}
-    triton_linear.tile = lambda rows, n, k, itemsize, **_: chosen[n, k]
+    chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
+    triton_linear.tile = lambda rows, n, k, itemsize, *, gated, add: chosen[n, k, gated, add]
     first = best = median_us(layers.capture(rows, CONTEXT))
     own, log = dict(chosen), []
     for _ in range(2):
-        for weight, choices in found.items():
-            key = weight.n, weight.k
+        for product, choices in found.items():
+            key = product[1:]
             for candidate in choices:
                 before, chosen[key] = chosen[key], candidate
                 us = median_us(layers.capture(rows, CONTEXT))
-                log.append((weight.name, tiles.describe(candidate), round(us, 1)))
+                log.append((product.name, tiles.describe(candidate), round(us, 1)))
                 if us < best:
                     best = us
                 else:
                     chosen[key] = before
     triton_linear.tile = tiles.tile
-    return {
-        "rows": rows,
-        "own_us": first,
-        "best_us": best,
-        "weights": [
-            {
-                "name": weight.name,
-                "shape": [weight.n, weight.k],
-                "own": tiles.describe(own[weight.n, weight.k]),
-                "best": repr(chosen[weight.n, weight.k]),
-            }
-            for weight in found
-        ],
-        "log": log,
+    names = {
+        product.name: {
+            "shape": [product.n, product.k],
+            "own": tiles.describe(own[product[1:]]),
+            "best": repr(chosen[product[1:]]),
+        }
+        for product in found
     }
+    return {"rows": rows, "own_us": first, "best_us": best, "products": names, "log": log}
 
 
 def main() -> None:
@@ -150,22 +121,23 @@ def main() -> None:
     options = parser.parse_args()
     console, model = Console(), read_model_config(options.model)
     numbers = [int(rows) for rows in options.rows.split(",")]
-    jobs = [(r, w, tile) for r in numbers for w in weights(model) for tile in candidates(r, w)]
+    jobs = [(r, p, tile) for r in numbers for p in products(model) for tile in candidates(r, p)]
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         ran = list(track(pool.map(compiled, jobs, chunksize=4), "compiling", len(jobs)))
     layers, results = Layers(options.model), []
     for rows in numbers:
-        found: dict[Weight, list[Tile]] = {weight: [] for weight in weights(model)}
-        for (number, weight, tile), fits in zip(jobs, ran, strict=True):
+        found: dict[Product, list[Tile]] = {product: [] for product in products(model)}
+        for (number, product, tile), fits in zip(jobs, ran, strict=True):
             if fits and number == rows:
-                found[weight].append(tile)
+                found[product].append(tile)
         results.append(result := descend(layers, rows, found))
         own_us, best_us = result["own_us"], result["best_us"]
         console.print(f"{rows} rows: {own_us:.0f} us as chosen, {best_us:.0f} with the best")
         rung = next(rung for rung in tiles.RUNGS if rows <= rung)
-        for weight in result["weights"]:
-            n, k = weight["shape"]
-            console.print(f"    ({rung}, {n}, {k}): {weight['best']},  # own: {weight['own']}")
+        for name, found_here in result["products"].items():
+            n, k = found_here["shape"]
+            line = f"({rung}, {n}, {k}): {found_here['best']},"
+            console.print(f"    {line}  # {name}; now {found_here['own']}")
     if options.json is not None:
         report = {"environment": msgspec.to_builtins(environment()), "results": results}
         options.json.write_text(json.dumps(report) + "\n")

@@ -7,6 +7,8 @@ a model.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +50,7 @@ def print_measured_plan(config: EngineConfig) -> None:
     console.print(table)
     runner = engine.runner
     if runner.buffers.device.type == "cuda":
-        console.print(_projections(runner.model.config, runner.model.dtype.itemsize))
+        console.print(projections(runner.model.config, runner.model.dtype.itemsize))
     predicted, actual = engine.memory.graphs, sum(graph_bytes.values())
     said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
@@ -59,22 +61,36 @@ def print_measured_plan(config: EngineConfig) -> None:
     )
 
 
-def _projections(model: ModelConfig, itemsize: int) -> Table:
+class Product(NamedTuple):
+    """A projection's weight [n, k], and what becomes of the product: see `kernels.linear`."""
+
+    name: str
+    n: int
+    k: int
+    gated: bool
+    add: bool
+
+
+def products(model: ModelConfig) -> list[Product]:
+    """A layer's, and the output projection's."""
+    hidden, intermediate = model.hidden_size, model.intermediate_size
+    return [
+        Product("qkv", model.qkv_size, hidden, False, False),
+        Product("o", hidden, model.q_size, False, True),
+        Product("gate_up", 2 * intermediate, hidden, True, False),
+        Product("down", hidden, intermediate, False, True),
+        Product("lm_head", model.vocab_size, hidden, False, False),
+    ]
+
+
+def projections(model: ModelConfig, itemsize: int) -> Table:
     """Which kernel multiplies so many rows by each of a model's weights on a GPU."""
     from minisrv.kernels.tiles import RUNGS, describe, tile
 
-    hidden, intermediate = model.hidden_size, model.intermediate_size
-    weights = (
-        ("qkv", model.qkv_size, hidden, False, False),
-        ("o", hidden, model.q_size, False, True),
-        ("gate_up", 2 * intermediate, hidden, True, False),
-        ("down", hidden, intermediate, False, True),
-        ("lm_head", model.vocab_size, hidden, False, False),
-    )
     firsts = (1, *(rung + 1 for rung in RUNGS[:-1]))
     rows = (_size(first, last, "epilogue") for first, last in zip(firsts, RUNGS, strict=True))
     table = Table("projection", "weight", *rows, f"{RUNGS[-1] + 1} rows and more")
-    for name, n, k, gated, add in weights:
+    for name, n, k, gated, add in products(model):
         tiles = (tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS)
         table.add_row(name, f"{n}x{k}", *map(describe, tiles), "cuBLAS")
     return table

@@ -214,8 +214,9 @@ torch.library.register_fake("minisrv::few_rows", lambda *args, **kwargs: None)
 few_rows_op = torch.ops.minisrv.few_rows.default
 """out [T, out] = x [T, in] weight^T + bias, for T up to FEW_ROWS; sums are float32's.
 
-weight: [out, in], with `gated` [2 * out, in]: out is then silu of the first half times the second.
-norm: [in], of the RMSNorm that x goes through before, with `eps`. add: to what `out` holds.
+weight: [out, in], with `gated`, which has a norm, [2 * out, in]: out is then silu of the first half
+times the second. norm: [in], of the RMSNorm that x goes through before, with `eps`. add: to what
+`out` holds.
 All contiguous and of one dtype."""
 
 

@@ -49,6 +49,9 @@ Tile = GemvTile | SlicedTile | TallTile
 RUNGS = (1, 2, 16, 32)
 """Rows from one to the next have the same tiles; behind the last one are other kernels."""
 
+MAX_SUMS = 128
+"""Of a thread that multiplies without tensor cores, in registers."""
+
 SMALL = 1 << 23
 """Elements of a weight: two rows of a larger one are faster on tensor cores."""
 
@@ -60,16 +63,16 @@ MEASURED: dict[tuple[int, int, int], Tile] = {
     (16, 1024, 2048): TallTile(64, 128, 4, 2, 8),
     (16, 1024, 3072): TallTile(64, 256, 4, 3, 4),
 }
-"""For up to so many rows, of a weight [out, in] of 16 bits."""
+"""For up to so many rows, of a weight [out, in] of 16 bits whose product is added."""
 
 
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile:
     """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`."""
     rung = next(rung for rung in RUNGS if rows <= rung)
-    if itemsize == 2 and (rung, n, k) in MEASURED:
+    if add and itemsize == 2 and (rung, n, k) in MEASURED:
         return MEASURED[rung, n, k]
     if rung == 1 or (rung == 2 and n * k <= SMALL):
-        return _gemv(k, gated, add)
+        return _gemv(rung, k, gated, add)
     outputs = n // 2 if gated else n
     if rung <= 16 and k <= 1024 and itemsize == 2:
         sliced = SlicedTile(16 if gated else 32, 256, 4)
@@ -87,20 +90,21 @@ def describe(found: Tile) -> str:
     return text
 
 
-def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
+def _gemv(rows: int, k: int, gated: bool, add: bool) -> GemvTile:
+    """A thread has as many sums as MAX_SUMS at most."""
     width = _power_of_2(2 * k - 1)  # that holds k
     if add:
         depth = min(4096, width)
         return GemvTile(4, depth, min(8, max(1, depth // 256)))
     depth = max(64, min(1024, width // 2))
     if gated:
-        return GemvTile(4, depth, max(1, depth // 256) if k <= 2048 else 2)
-    return GemvTile(8, depth, 2)
+        return GemvTile(4, depth, max(1, depth // 256) if k <= 2048 or rows > 1 else 2)
+    return GemvTile(8, depth, 2 if rows * depth <= 1024 else 4)
 
 
 def _tall(outputs: int, k: int, itemsize: int, gated: bool) -> TallTile:
     """As many splits as there is room for beside each other, of a tile at least."""
-    wide, narrow = 512 // itemsize, 256 // itemsize
+    wide, narrow = (256, 128) if itemsize == 2 else (64, 32)
     parts = -(-outputs // 64)
     if parts > SMS:  # more than one behind the other
         return TallTile(128, narrow, 8, 3, 1) if gated else TallTile(32, narrow, 4, 3, 1)

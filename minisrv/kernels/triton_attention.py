@@ -43,7 +43,10 @@ class DecodeShape(NamedTuple):
 
 TILE_BYTES = 16 * 1024
 MAX_TILE = 128
-"""K and V come in tiles of 16 KiB each: 64 keys of 128 bfloat16."""
+"""Prompts take K and V in tiles of 16 KiB each: 64 keys of 128 bfloat16."""
+
+MAX_KEYS = 256
+"""Of a decode step's tile, however small a head is."""
 
 MAX_QUERIES = {2: 64, 4: 16}
 """Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
@@ -113,7 +116,7 @@ def attention(
         programs = rows * num_kv_heads
         shape = decode_shape(programs, sms)
         keys = shape.tile_bytes // (block_d * qkv.element_size())
-        keys = max(16, min(2 * MAX_TILE, keys))
+        keys = max(16, min(MAX_KEYS, keys))
         capacity = table_width * block_size // max(MIN_SHARE, keys)
         splits = num_splits(programs, capacity, shape.programs_per_sm * sms)
         block_s = triton.next_power_of_2(splits)
@@ -199,11 +202,13 @@ def decode_shape(programs: int, multiprocessors: int) -> DecodeShape:
 
 
 def num_splits(programs: int, most: int, wanted: int) -> int:
-    """Into how many shares each row's history is split, `most` at most, for `wanted` programs.
+    """Into how many shares each row's history is split, a power of two, `most` at most, for
+    `wanted` programs.
 
     Of shapes alone, so that capture and replay agree.
     """
-    return max(1, min(wanted // programs, most, MAX_SPLITS))
+    splits = max(1, min(wanted // programs, most, MAX_SPLITS))
+    return 1 << (splits.bit_length() - 1)
 
 
 @triton.jit
@@ -390,7 +395,8 @@ def _decode(
     normed: tl.constexpr = q_norm is not None
     q_own, q_partner = _turn_of(angles, q_norm, d, HEAD_DIM)
     k_own, k_partner = _turn_of(angles, k_norm, d, HEAD_DIM)
-    # Written by earlier steps, and the kernel before this one writes `qkv` alone.
+    # Written by earlier steps, as lengths and table were by a kernel that has ended: between that
+    # one and this one there is one that follows, the layer before's attention or the embedding.
     keys, values = _load(
         kv_cache, table, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE
     )
@@ -454,7 +460,7 @@ def _decode(
             arrival = arrived + row * NUM_KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
                 tl.store(arrival, 0)
-                for query in tl.static_range(0, GROUP, QUERIES):
+                for query in range(0, GROUP, QUERIES):
                     _combine(
                         partial,
                         sums,

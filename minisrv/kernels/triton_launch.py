@@ -8,10 +8,8 @@ what no kernel writes, weights, and it writes nothing.
 
 A kernel that reads weights leads before it waits, so that the weights of the kernels behind it are
 on their way as well, of as many as the GPU has room for. Any other one `follow`s: it leads behind
-its wait. So when a kernel begins, everything in front of the last one that follows has ended.
-Attention uses that: it reads lengths, the block table and what its cache holds of earlier steps
-before its wait, and between it and whoever wrote those there is always one that follows, the layer
-before's attention or the embedding. A kernel that is launched without PDL begins when the one
+its wait. So when a kernel begins, everything in front of the last one that follows has ended, and
+it may read that before its wait too. A kernel that is launched without PDL begins when the one
 before it has ended, as ever.
 
 Knows: whether PDL is on. Knows no kernel.

@@ -40,6 +40,7 @@ def few_rows(
     add: bool,
 ) -> None:
     """As `kernels.linear.few_rows_op`."""
+    assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     n, k = weight.shape
     chosen = tile(len(x), n, k, x.itemsize, gated=gated, add=add)
     if isinstance(chosen, GemvTile):
@@ -61,7 +62,7 @@ def gemv(
     add: bool,
     shape: GemvTile,
 ) -> None:
-    """`few_rows` by `_gemv`, of up to as many rows as fit a program's registers."""
+    """`few_rows` by `_gemv`: `tiles.MAX_SUMS` bounds the rows."""
     (rows, k), n = x.shape, out.shape[1]
     _gemv[(triton.cdiv(n, shape.outputs),)](
         x,

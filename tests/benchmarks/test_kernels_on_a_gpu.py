@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step_kernels
-from benchmarks.tiles import candidates, weights
+from benchmarks.tiles import candidates
 from minisrv.checkpoint import read_model_config
 from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+from minisrv.plan import products
 
 ROOT = Path(__file__).parents[2]
 QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"
@@ -40,9 +41,9 @@ def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
 
 
 @pytest.mark.parametrize(("rows", "kinds"), [(1, {GemvTile}), (8, {SlicedTile, TallTile})])
-def test_every_weight_has_candidates(rows: int, kinds: set[type]) -> None:
-    for weight in weights(read_model_config(QWEN)):
-        found = list(candidates(rows, weight))
+def test_every_product_has_candidates(rows: int, kinds: set[type]) -> None:
+    for product in products(read_model_config(QWEN)):
+        found = list(candidates(rows, product))
         assert len(found) > 10
         assert len(set(found)) == len(found)
         assert {type(tile) for tile in found} == kinds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +17,12 @@ from minisrv.kernels import (
     rms_norm_op,
     silu_and_mul,
     silu_and_mul_op,
+    take_rows,
     take_rows_op,
 )
+
+pytest.importorskip("triton")
+from minisrv.kernels.triton_elementwise import take_rows as triton_take_rows
 
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -109,12 +113,20 @@ def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out.cpu(), expected, rtol=4 * RELATIVE[dtype], atol=1e-6)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1000), (256, 1024), (7, 3072)])
-def test_rows_of_a_table(rows: int, size: int, device: str) -> None:
-    table = torch.randn(40, size, dtype=torch.bfloat16, device=device)
-    index = torch.randint(0, 40, (rows,), device=device)
-    index[0] = 39
-    out = torch.full((rows, size), torch.nan, dtype=table.dtype, device=device)
+@pytest.mark.parametrize("size", [1, 64, 1000, 1024, 3072])
+@pytest.mark.parametrize("by", [take_rows, triton_take_rows])
+def test_rows_of_a_table(by: Callable[..., None], size: int) -> None:
+    """Where there is a GPU, Triton's kernel runs there, and else in the interpreter."""
+    device = "cuda" if by is triton_take_rows and torch.cuda.is_available() else "cpu"
+    table, index = torch.randn(40, size, device=device), torch.tensor([39, 0, 7, 39], device=device)
+    out = torch.full((4, size), torch.nan, device=device)
+    by(table, index, out)
+    assert torch.equal(out, table[index])
+
+
+@pytest.mark.gpu
+def test_rows_of_a_table_as_the_op_reaches_them() -> None:
+    table, index = torch.randn(40, 1000, device="cuda"), torch.tensor([39, 0], device="cuda")
+    out = torch.full((2, 1000), torch.nan, device="cuda")
     take_rows_op(table, index, out)
     assert torch.equal(out, table[index])

@@ -109,7 +109,7 @@ def test_the_last_split_may_be_empty_or_not_full() -> None:
     """Every length up to a few tiles, in four splits (a row in a pool of one SM)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "multiprocessors", lambda _: 1)
-        patch.setattr(module, "MAX_TILE", 16)
+        patch.setattr(module, "MAX_KEYS", 16)
         for history in [0, 1, 15, 16, 17, 63, 64, 65, 66, 80, 81, 500, 511]:
             check(make_case([(history, 1)], num_kv_heads=1, block_size=256))
 
@@ -183,7 +183,7 @@ def test_both_ways_agree(dtype: torch.dtype) -> None:
 def test_splits_follow_from_shapes() -> None:
     few, many = DECODE_FEW.programs_per_sm * H100_SMS, DECODE_MANY.programs_per_sm * H100_SMS
     assert num_splits(8, 4096 // 128, few) == 32, "no share under 128 keys"
-    assert num_splits(8, 40960 // 128, few) == 33
+    assert num_splits(8, 40960 // 128, few) == 32
     assert num_splits(1, 40960 // 128, few) == 64
     assert num_splits(128, 40960 // 128, many) == 4
     assert num_splits(64 * 8, 40960 // 128, many) == 1
