@@ -1,18 +1,21 @@
-"""The programs in benchmarks/ that need a GPU, at a size that takes seconds."""
+"""The programs in benchmarks/ that look at kernels: what needs no GPU, and on one the rest."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks import step_kernels
+pytest.importorskip("triton")
+from benchmarks import step_kernels, tiles
 from benchmarks.tiles import candidates
 from minisrv.checkpoint import read_model_config
-from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+from minisrv.kernels import triton_linear
+from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, tile
 from minisrv.plan import products
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,36 @@ def test_every_product_has_candidates(rows: int, kinds: set[type]) -> None:
         assert len(found) > 10
         assert len(set(found)) == len(found)
         assert {type(tile) for tile in found} == kinds
+
+
+class FakeLayers:
+    """A graph is as long as the outputs of its tiles: the best tile has the fewest."""
+
+    def __init__(self, directory: Path) -> None:
+        self.products = products(read_model_config(directory))
+
+    def capture(self, rows: int, context: int) -> int:
+        of = triton_linear.tile
+        tiles = (of(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in self.products)
+        return sum(tile.outputs for tile in tiles)
+
+
+def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tiles.json"
+    monkeypatch.setattr(tiles, "Layers", FakeLayers)
+    monkeypatch.setattr(tiles, "median_us", float)
+    monkeypatch.setattr(tiles, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(2))
+    monkeypatch.setattr(tiles, "compiled", lambda job: job[2].outputs > 1)
+    monkeypatch.setattr("sys.argv", ["tiles.py", str(QWEN), "--rows", "1,8", "--json", str(out)])
+    tiles.main()
+    assert triton_linear.tile is tile, "put back"
+    one, eight = json.loads(out.read_text())["results"]
+    assert one["own_us"] == 8 + 4 + 4 + 8 + 8
+    assert one["best_us"] == 5 * 2, "those with one do not compile"
+    assert eight["best_us"] == 4 * 8 + 8
+    assert "(1, 1024, 3072): GemvTile(outputs=2," in capsys.readouterr().out
 
 
 @pytest.mark.gpu
