@@ -26,7 +26,7 @@ SMALL = (
     "--context",
     "40",
 )
-LAUNCHES = {"NONE": 11 * LAYERS + 8, "PIECEWISE": 2 * LAYERS + 2, "FULL": 1}
+LAUNCHES = {"NONE": 11 * LAYERS + 7, "PIECEWISE": 2 * LAYERS + 2, "FULL": 1}
 """As in tests/runner/test_launches.py."""
 
 

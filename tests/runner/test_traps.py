@@ -137,7 +137,7 @@ def padding_scatters_its_position(patch: Patch) -> None:
     def broken(self, rows):
         state, slots = self.state, self.slots[:rows]
         state.last_token.index_copy_(0, slots, self.tokens[:rows])
-        state.next_position.index_copy_(0, slots, self.next_positions(rows))
+        state.next_position.index_copy_(0, slots, self.next_positions(rows).long())
 
     patch.setattr(InputBuffers, "scatter", broken)
 
