@@ -12,8 +12,8 @@ cores multiply its slice of the columns. `_tall`: up to 32 rows; tensor cores mu
 tile of the columns, which several programs may share.
 
 The first part of the weight, of short rows all of it, is on its way while the kernels before this
-one run (`triton_launch`). In a step of Qwen3-0.6B at batch 1 on an H100 a layer's four products take
-12.6 us, where a copy moves their 31.5 MB in 10.6, and the output projection's 311 MB take 97.
+one run (`triton_launch`). In a step of Qwen3-0.6B at batch 1 on an H100 a layer's four products
+take 12.6 us, where a copy moves their 31.5 MB in 10.6, and the output projection's 311 MB take 97.
 """
 
 from __future__ import annotations
