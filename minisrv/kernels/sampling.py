@@ -157,8 +157,6 @@ torch.library.define(
     "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()",
 )
 torch.library.impl("minisrv::sample", "cpu", sample)
-
-
 torch.library.impl("minisrv::apply_bitmask", "cpu", apply_bitmask)
 
 

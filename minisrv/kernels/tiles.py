@@ -10,6 +10,7 @@ Knows neither Triton nor torch.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 SMS = 132
@@ -66,6 +67,7 @@ MEASURED: dict[tuple[int, int, int], Tile] = {
 """For up to so many rows, of a weight [out, in] of 16 bits whose product is added."""
 
 
+@cache
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile:
     """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`."""
     rung = next(rung for rung in RUNGS if rows <= rung)
