@@ -41,7 +41,6 @@ class DecodeShape(NamedTuple):
     split into so many, where there are few."""
 
     tile_bytes: int
-    warps: int
     programs_per_sm: int
 
 
@@ -52,6 +51,10 @@ MAX_TILE = 128
 MAX_KEYS = 256
 """Of a decode step's tile, however small a head is."""
 
+WARP_KEYS = 32
+WARP_BYTES = 8 * 1024
+"""Of a decode step's tile, what a warp takes at most."""
+
 MAX_QUERIES = {2: 64, 4: 16}
 """Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
 once; float32, which they do not, runs out of registers beyond 16."""
@@ -61,8 +64,8 @@ PREFILL = {"num_warps": 4, "num_stages": 3}
 product's. It takes 80 KiB of an SM's 228, as its tensor cores read their tile from there while the
 next one comes."""
 
-DECODE_FEW = DecodeShape(32 * 1024, warps=8, programs_per_sm=2)
-DECODE_MANY = DecodeShape(16 * 1024, warps=2, programs_per_sm=4)
+DECODE_FEW = DecodeShape(32 * 1024, programs_per_sm=2)
+DECODE_MANY = DecodeShape(16 * 1024, programs_per_sm=4)
 """With programs for half of the SMs or fewer, time is latency: a tile is large, so that a context
 of 128 is one. More of them fill each other's gaps."""
 
@@ -121,6 +124,7 @@ def attention(
         shape = decode_shape(programs, sms)
         keys = shape.tile_bytes // (block_d * qkv.element_size())
         keys = max(16, min(MAX_KEYS, keys))
+        warps = max(1, keys // WARP_KEYS, shape.tile_bytes // WARP_BYTES)
         capacity = table_width * block_size // max(MIN_SHARE, keys)
         splits = num_splits(programs, capacity, shape.programs_per_sm * sms)
         block_s = triton.next_power_of_2(splits)
@@ -155,7 +159,7 @@ def attention(
             BLOCK_S=block_s,
             QUERIES=queries,
             TILE=keys,
-            num_warps=shape.warps,
+            num_warps=warps,
             num_stages=1,
             **pdl(),
         )
@@ -286,29 +290,35 @@ def _fold(
 
     table: pointer to the row's blocks. end: how many keys may be loaded.
     """
-    k, v = _load(kv_cache, table, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE)
+    slots = _slots(table, start, end, BLOCK_SIZE, TILE)
+    k, v = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
     return _take(acc, peak, total, q, k, v, start, end, last, scale, TILE)
+
+
+@triton.jit
+def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys from `start` on are, int64 [TILE]; of no meaning from `end` on."""
+    keys = start + tl.arange(0, TILE)
+    block = tl.load(table + keys // BLOCK_SIZE, keys < end, other=0).to(tl.int64)
+    return block * BLOCK_SIZE + keys % BLOCK_SIZE
 
 
 @triton.jit
 def _load(
     kv_cache,
-    table,
+    slots,
     start,
     end,
     head,
     d,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """k and v [TILE, BLOCK_D] of the keys from `start` on, zero from `end` on."""
-    keys = start + tl.arange(0, TILE)
-    inside = keys < end
-    block = tl.load(table + keys // BLOCK_SIZE, inside, other=0).to(tl.int64)
-    slot = block * BLOCK_SIZE + keys % BLOCK_SIZE
-    entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + d
+    """k and v [TILE, BLOCK_D] of the keys from `start` on, which are in `slots`; zero from `end`
+    on."""
+    inside = start + tl.arange(0, TILE) < end
+    entry = kv_cache + (slots * 2 * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + d
     mask = inside[:, None] & (d < HEAD_DIM)
     k = tl.load(entry, mask, other=0.0)
     v = tl.load(entry + NUM_KV_HEADS * HEAD_DIM, mask, other=0.0)
@@ -401,9 +411,9 @@ def _decode(
     k_own, k_partner = _turn_of(angles, k_norm, d, HEAD_DIM)
     # Written by earlier steps, as lengths and table were by a kernel that has ended: between that
     # one and this one there is one that follows, the layer before's attention or the embedding.
-    keys, values = _load(
-        kv_cache, table, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE
-    )
+    slots = _slots(table, begin, end, BLOCK_SIZE, TILE)
+    keys, values = _load(kv_cache, slots, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+    slots = _slots(table, begin + TILE, end, BLOCK_SIZE, TILE)
     follow(PDL)
     # All loads before anything waits for one of them: each takes as long as a small kernel.
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
@@ -430,24 +440,9 @@ def _decode(
     if begin < end:
         acc, peak, total = _take(acc, peak, total, q, keys, values, begin, end, end, scale, TILE)
     for start in range(begin + TILE, end, TILE):
-        acc, peak, total = _fold(
-            acc,
-            peak,
-            total,
-            q,
-            kv_cache,
-            table,
-            start,
-            end,
-            end,
-            scale,
-            head,
-            d,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-        )
+        keys, values = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+        slots = _slots(table, start + TILE, end, BLOCK_SIZE, TILE)
+        acc, peak, total = _take(acc, peak, total, q, keys, values, start, end, end, scale, TILE)
 
     first = row * (GROUP * NUM_KV_HEADS) + head * GROUP
     used = tl.maximum(tl.cdiv(history, share), 1)
