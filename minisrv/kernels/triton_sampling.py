@@ -25,8 +25,14 @@ from torch import Tensor
 from minisrv.kernels.sampling import ALL, MIN_TEMPERATURE
 from minisrv.kernels.triton_launch import follow, pdl
 
-PART = 1024
-"""Tokens of the vocabulary that a program scores: a batch of one still occupies the whole GPU."""
+BLOCK = 1024
+"""Tokens of the vocabulary that a program takes at once."""
+
+PROGRAMS = 1024
+"""Beyond, a program takes several blocks of a row: a batch of one still occupies the whole GPU, and
+a large one is not thousands of programs."""
+
+MOST_BLOCKS = 8
 
 FILTER_BLOCK = 4096
 MASS_BITS = 32
@@ -46,7 +52,8 @@ def sample(
 ) -> None:
     """As `kernels.sampling.sample`."""
     rows, vocab = logits.shape
-    parts = triton.cdiv(vocab, PART)
+    blocks = blocks_of(rows, vocab)
+    parts = triton.cdiv(vocab, blocks * BLOCK)
     device = logits.device
     bins = 1 << 16 if logits.dtype.itemsize == 2 else 0
     counts = torch.empty(rows, bins, dtype=torch.int32, device=device)
@@ -62,7 +69,8 @@ def sample(
             logits.stride(0),
             VOCAB=vocab,
             GREEDY=MIN_TEMPERATURE,
-            BLOCK=PART,
+            BLOCKS=blocks,
+            BLOCK=BLOCK,
             **pdl(),
         )
     cut = torch.empty(rows, 2, dtype=torch.int64, device=device)
@@ -98,25 +106,32 @@ def sample(
         BINS=bins,
         VOCAB=vocab,
         GREEDY=MIN_TEMPERATURE,
-        BLOCK=PART,
-        num_warps=4,
+        BLOCKS=blocks,
+        BLOCK=BLOCK,
         **pdl(),
     )
     block = triton.next_power_of_2(parts)
     _choose[(rows,)](best, found, out, parts, BLOCK=block, num_warps=4, **pdl())
 
 
+def blocks_of(rows: int, vocab: int) -> int:
+    """How many blocks of a row a program takes, a power of two."""
+    wanted: int = triton.next_power_of_2(max(1, rows * vocab // (BLOCK * PROGRAMS)))
+    return min(MOST_BLOCKS, wanted)
+
+
 def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
     """As `kernels.sampling.apply_bitmask`; one launch, which reads the bits and no logit."""
     rows, vocab = logits.shape
-    _apply_bitmask[(rows, triton.cdiv(vocab, PART))](
+    part = BLOCK * blocks_of(rows, vocab)
+    _apply_bitmask[(rows, triton.cdiv(vocab, part))](
         logits,
         bitmask,
         logits.stride(0),
         bitmask.stride(0),
         VOCAB=vocab,
         EVERY=ALL,
-        WORDS=PART // 32,
+        WORDS=part // 32,
         **pdl(),
     )
 
@@ -217,6 +232,7 @@ def _count(
     stride,
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -225,10 +241,12 @@ def _count(
     if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logit = tl.load(logits + row * stride + at, at < VOCAB, other=0.0)
-    key = _key(logit, 1.0, 1 << 16)
-    tl.atomic_add(counts + row * (1 << 16) + key, 1, at < VOCAB, sem="relaxed")
+    begin = tl.program_id(1) * BLOCKS * BLOCK
+    for block in range(BLOCKS):
+        at = begin + block * BLOCK + tl.arange(0, BLOCK)
+        logit = tl.load(logits + row * stride + at, at < VOCAB, other=0.0)
+        key = _key(logit, 1.0, 1 << 16)
+        tl.atomic_add(counts + row * (1 << 16) + key, 1, at < VOCAB, sem="relaxed")
 
 
 @triton.jit
@@ -436,6 +454,7 @@ def _score(
     BINS: tl.constexpr,
     VOCAB: tl.constexpr,
     GREEDY: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -443,31 +462,39 @@ def _score(
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    at = part * BLOCK + tl.arange(0, BLOCK)
-    there = at < VOCAB
     slot = tl.load(slots + row)
     heat = tl.load(temperature + slot)
-    logit = tl.load(logits + row * stride + at, there, other=float("-inf"))
-    score = logit.to(tl.float32)
-    if heat >= GREEDY:
-        key = _key(logit, heat, BINS)
-        score /= heat
-        edge = tl.load(cut + row * 2)
-        kept = (key > edge) | ((key == edge) & (at <= tl.load(cut + row * 2 + 1)))
-        kept &= score >= tl.load(floor + row)
-        number = tl.load(seed + slot)
-        hashed = _mix((number & 0xFFFFFFFF).to(tl.uint32))
-        hashed = _mix(hashed ^ ((number >> 32) & 0xFFFFFFFF).to(tl.uint32))
-        hashed = _mix(hashed ^ tl.load(positions + row).to(tl.uint32))
-        bits = _mix(_mix(hashed + at.to(tl.uint32) * 0x9E3779B1) ^ hashed)
-        uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-        score = tl.where(kept & there, score - tl.log(-tl.log(uniform)), float("-inf"))
-    # NaN is the greatest, as for torch.argmax.
-    rank = tl.where(score != score, float("inf"), score)
-    top = tl.max(rank)
-    first = tl.min(tl.where((rank == top) & there, at, 0x7FFFFFFF))
+    edge = tl.load(cut + row * 2)
+    last = tl.load(cut + row * 2 + 1)
+    least = tl.load(floor + row)
+    number = tl.load(seed + slot)
+    hashed = _mix((number & 0xFFFFFFFF).to(tl.uint32))
+    hashed = _mix(hashed ^ ((number >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    hashed = _mix(hashed ^ tl.load(positions + row).to(tl.uint32))
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    first = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    for block in tl.range(BLOCKS, num_stages=3):
+        at = (part * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+        there = at < VOCAB
+        logit = tl.load(logits + row * stride + at, there, other=float("-inf"))
+        score = logit.to(tl.float32)
+        if heat >= GREEDY:
+            key = _key(logit, heat, BINS)
+            score /= heat
+            kept = (key > edge) | ((key == edge) & (at <= last))
+            kept &= score >= least
+            bits = _mix(_mix(hashed + at.to(tl.uint32) * 0x9E3779B1) ^ hashed)
+            uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+            score = tl.where(kept & there, score - tl.log(-tl.log(uniform)), float("-inf"))
+        # NaN is the greatest, as for torch.argmax.
+        rank = tl.where(score != score, float("inf"), score)
+        better = there & ((rank > highest) | (block == 0))
+        highest = tl.where(better, rank, highest)
+        first = tl.where(better, at, first)
+    top = tl.max(highest)
+    chosen = tl.min(tl.where(highest == top, first, 0x7FFFFFFF))
     tl.store(best + row * tl.num_programs(1) + part, top)
-    tl.store(found + row * tl.num_programs(1) + part, first)
+    tl.store(found + row * tl.num_programs(1) + part, chosen)
 
 
 @triton.jit(do_not_specialize=["parts"])
