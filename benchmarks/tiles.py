@@ -28,27 +28,43 @@ from benchmarks.layers import Layers, median_us
 from minisrv.checkpoint import read_model_config
 from minisrv.environment import environment
 from minisrv.kernels import tiles
-from minisrv.kernels.tiles import MAX_SUMS, GemvTile, SlicedTile, TallTile, Tile
+from minisrv.kernels.tiles import (
+    IN_FLIGHT,
+    MAX_SUMS,
+    SLICE,
+    SLICED_ROWS,
+    GemvTile,
+    SlicedTile,
+    TallTile,
+    Tile,
+)
 from minisrv.plan import Product, products
 
 CONTEXT = 120
 WORKERS = 14
 
 
-def candidates(rows: int, product: Product) -> Iterator[Tile]:
-    """What may be fast: enough of the weight in flight, and registers for it."""
+def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
+    """What may be fast: enough of the weight in flight, and registers for it. None: cuBLAS."""
     matrices = 1 + product.gated
-    if rows <= 2:
+    if rows == 1:
         for outputs in (1, 2, 4, 8, 16):
             for depth in (512, 1024, 2048, 4096, 8192):
                 for warps in (1, 2, 4, 8):
                     elements = matrices * outputs * depth // (32 * warps)
                     wide = depth < 2 * product.k and 256 * warps <= depth <= 1024 * warps
-                    if wide and 16 <= elements <= MAX_SUMS // rows:
+                    if wide and 16 <= elements <= MAX_SUMS:
                         yield GemvTile(outputs, depth, warps)
-    if rows == 1:
         return
+    yield None
     outputs_in_all = product.n // matrices
+    for outputs in (16, 32, 64):
+        for warps in (4, 8):
+            parts = -(-product.k // (warps * SLICE))
+            each = matrices * outputs + min(rows, SLICED_ROWS)
+            for ahead in {min(parts, ahead) for ahead in (2, 3, 4, 6, 8)}:
+                if outputs_in_all >= 40 * outputs and each * ahead <= IN_FLIGHT:
+                    yield SlicedTile(outputs, warps, ahead)
     shapes = ((64, 128, 4), (64, 256, 4), (32, 128, 4), (32, 256, 4), (16, 256, 4), (128, 128, 8))
     for outputs, depth, warps in shapes:
         for stages in (2, 3, 4):
@@ -56,21 +72,20 @@ def candidates(rows: int, product: Product) -> Iterator[Tile]:
                 programs = -(-outputs_in_all // outputs) * splits
                 if splits * depth <= product.k and (programs <= 600 or splits == 1):
                     yield TallTile(outputs, depth, warps, stages, splits)
-    if rows <= 16 and product.k <= 4096:
-        for outputs, depth, warps in ((16, 256, 4), (32, 256, 4), (16, 256, 8), (8, 256, 8)):
-            yield SlicedTile(outputs, depth, warps)
 
 
-def compiled(job: tuple[int, Product, Tile]) -> bool:
+def compiled(job: tuple[int, Product, Tile | None]) -> bool:
     """Whether the tile's kernel compiles and runs; it is in Triton's cache then."""
-    from minisrv.kernels import triton_linear
+    from minisrv.kernels import gluon_linear, triton_linear
 
     rows, (name, n, k, gated, add), tile = job
+    if tile is None:
+        return True
     draw = partial(torch.zeros, device="cuda", dtype=torch.bfloat16)
     norm = None if add or name == "lm_head" else draw(k)
     kernel: Any = {
         GemvTile: triton_linear.gemv,
-        SlicedTile: triton_linear.sliced,
+        SlicedTile: gluon_linear.sliced,
         TallTile: triton_linear.tall,
     }[type(tile)]
     try:
@@ -82,12 +97,16 @@ def compiled(job: tuple[int, Product, Tile]) -> bool:
     return True
 
 
-def descend(layers: Layers, rows: int, found: dict[Product, list[Tile]]) -> dict[str, Any]:
+def descend(layers: Layers, rows: int, found: dict[Product, list[Tile | None]]) -> dict[str, Any]:
     """The best tiles for so many rows; each product begins with `tile`'s own choice."""
-    from minisrv.kernels import triton_linear
-
     chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
-    triton_linear.tile = lambda rows, n, k, itemsize, *, gated, add: chosen[n, k, gated, add]
+    rule = tiles.tile
+
+    def choose(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
+        # cuBLAS has no gate: that product is asked for again, without.
+        return chosen.get((n, k, gated, add))
+
+    tiles.tile = choose
     first = best = median_us(layers.capture(rows, CONTEXT))
     own, log = dict(chosen), []
     for _ in range(2):
@@ -101,10 +120,10 @@ def descend(layers: Layers, rows: int, found: dict[Product, list[Tile]]) -> dict
                     best = us
                 else:
                     chosen[key] = before
-    triton_linear.tile = tiles.tile
+    tiles.tile = rule
     names = {
         product.name: {
-            "shape": [product.n, product.k],
+            "shape": product[1:],
             "own": tiles.describe(own[product[1:]]),
             "best": repr(chosen[product[1:]]),
         }
@@ -126,7 +145,7 @@ def main() -> None:
         ran = list(track(pool.map(compiled, jobs, chunksize=4), "compiling", len(jobs)))
     layers, results = Layers(options.model), []
     for rows in numbers:
-        found: dict[Product, list[Tile]] = {product: [] for product in products(model)}
+        found: dict[Product, list[Tile | None]] = {product: [] for product in products(model)}
         for (number, product, tile), fits in zip(jobs, ran, strict=True):
             if fits and number == rows:
                 found[product].append(tile)
@@ -135,8 +154,7 @@ def main() -> None:
         console.print(f"{rows} rows: {own_us:.0f} us as chosen, {best_us:.0f} with the best")
         rung = next(rung for rung in tiles.RUNGS if rows <= rung)
         for name, found_here in result["products"].items():
-            n, k = found_here["shape"]
-            line = f"({rung}, {n}, {k}): {found_here['best']},"
+            line = f"{(rung, *found_here['shape'])}: {found_here['best']},"
             console.print(f"    {line}  # {name}; now {found_here['own']}")
     if options.json is not None:
         report = {"environment": msgspec.to_builtins(environment()), "results": results}

@@ -92,7 +92,7 @@ def projections(model: ModelConfig, itemsize: int) -> Table:
     table = Table("projection", "weight", *rows, f"{RUNGS[-1] + 1} rows and more")
     for name, n, k, gated, add in products(model):
         tiles = (tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS)
-        table.add_row(name, f"{n}x{k}", *map(describe, tiles), "cuBLAS")
+        table.add_row(name, f"{n}x{k}", *map(describe, tiles), describe(None))
     return table
 
 

@@ -22,15 +22,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from minisrv.kernels import tiles
 from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
-from minisrv.kernels.tiles import RUNGS
 
 INT8_ROWS = 4
 """Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
 bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
 
-FEW_ROWS = RUNGS[-1]
-"""Up to so many rows a GPU's product is bound by reading the weight, and has kernels for that."""
+TENSOR_CORES = (8, 0)
+"""The first GPUs that multiply bfloat16, as kernels for few rows do."""
 
 INT8_STEP = 16
 """`_weight_int8pack_mm` reads beyond its arguments unless the input width is a multiple of this."""
@@ -107,32 +107,37 @@ class MatmulLinear(_Apart):
 
 
 class CUDALinear(MatmulLinear):
-    """cuBLAS for batches, and for few rows kernels that norm and gate in passing."""
+    """cuBLAS for batches, and for few rows, of which a product is bound by reading the weight,
+    kernels that norm and gate in passing. `kernels.tiles` knows which."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > FEW_ROWS:
+        if not self._is_for_few(x):
             return super().__call__(x)
         out = x.new_empty(len(x), self.weight.shape[1])
         self._few_rows(out, x)
         return out
 
     def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        if len(x) > FEW_ROWS:
-            super().write_to(out, x, norm)
-        else:
+        if self._is_for_few(x):
             self._few_rows(out, x, norm)
+        else:
+            super().write_to(out, x, norm)
 
     def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        if len(x) > FEW_ROWS:
-            super().write_gated_to(out, x, norm)
-        else:
+        if self._is_for_few(x, gated=True):
             self._few_rows(out, x, norm, gated=True)
+        else:
+            super().write_gated_to(out, x, norm)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        if len(x) > FEW_ROWS:
-            super().add_to(residual, x)
-        else:
+        if self._is_for_few(x, add=True):
             self._few_rows(residual, x, add=True)
+        else:
+            super().add_to(residual, x)
+
+    def _is_for_few(self, x: Tensor, *, gated: bool = False, add: bool = False) -> bool:
+        k, n = self.weight.shape
+        return tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add) is not None
 
     def _few_rows(
         self,
@@ -212,7 +217,8 @@ torch.library.impl(
 torch.library.register_fake("minisrv::few_rows", lambda *args, **kwargs: None)
 
 few_rows_op = torch.ops.minisrv.few_rows.default
-"""out [T, out] = x [T, in] weight^T + bias, for T up to FEW_ROWS; sums are float32's.
+"""out [T, out] = x [T, in] weight^T + bias, for few T, for which `tiles.tile` has one; sums are
+float32's.
 
 weight: [out, in], with `gated`, which has a norm, [2 * out, in]: out is then silu of the first half
 times the second. norm: [in], of the RMSNorm that x goes through before, with `eps`. add: to what
@@ -227,7 +233,8 @@ def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linea
 
 def _dense(weight: Tensor, bias: Tensor | None) -> Linear:
     if weight.device.type == "cuda":
-        return CUDALinear(weight, bias)
+        capable = torch.cuda.get_device_capability(weight.device) >= TENSOR_CORES
+        return (CUDALinear if capable else MatmulLinear)(weight, bias)
     if _onednn_takes(weight.dtype):
         return OneDNNLinear(weight, bias)
     return MatmulLinear(weight, bias)

@@ -17,8 +17,8 @@ SMS = 132
 
 
 class GemvTile(NamedTuple):
-    """One row or two, without tensor cores. outputs: of a program. depth: how much of each row of
-    the weight it reads at once."""
+    """One row, without tensor cores. outputs: of a program. depth: how much of each row of the
+    weight it reads at once."""
 
     outputs: int
     depth: int
@@ -26,12 +26,12 @@ class GemvTile(NamedTuple):
 
 
 class SlicedTile(NamedTuple):
-    """Up to 16 rows. outputs: of a program. depth: columns of the weight that a warp takes at
-    once."""
+    """Rows of 16 bits. outputs: of a program, whose warps share the columns, SLICE of them each at
+    a time. ahead: how many such parts of the weight are on their way."""
 
     outputs: int
-    depth: int
     warps: int
+    ahead: int
 
 
 class TallTile(NamedTuple):
@@ -47,52 +47,69 @@ class TallTile(NamedTuple):
 
 Tile = GemvTile | SlicedTile | TallTile
 
-RUNGS = (1, 2, 16, 32)
-"""Rows from one to the next have the same tiles; behind the last one are other kernels."""
+RUNGS = (1, 8, 16, 32, 64)
+"""Rows from one to the next have the same tiles; behind the last one are cuBLAS's."""
 
 MAX_SUMS = 128
 """Of a thread that multiplies without tensor cores, in registers."""
 
-SMALL = 1 << 23
-"""Elements of a weight: two rows of a larger one are faster on tensor cores."""
+SLICE = 64
+"""Columns of 16 bits that a warp multiplies at once: a line of the cache."""
 
-MEASURED: dict[tuple[int, int, int], Tile] = {
-    (1, 1024, 3072): GemvTile(8, 2048, 8),
-    (2, 1024, 3072): GemvTile(8, 2048, 8),
-    (1, 4096, 4096): GemvTile(4, 2048, 4),
-    (1, 4096, 14336): GemvTile(4, 4096, 4),
-    (16, 1024, 2048): TallTile(64, 128, 4, 2, 8),
-    (16, 1024, 3072): TallTile(64, 256, 4, 3, 4),
+SLICED_ROWS = 32
+"""Of a program of `SlicedTile`: two that read the weight for so many rows each are faster than one
+for twice as many, whose sums leave no registers for the weight."""
+
+IN_FLIGHT = 256
+"""Registers of a thread for what is on its way. That is all it has; what comes first is used while
+the rest comes."""
+
+LARGEST_SLICED = {16: 1 << 23, 32: 1 << 23, 64: 1 << 22}
+"""Elements of a weight, by rung. Each program reads all of x, and the more rows, the more of that
+there is; of a large weight others read less."""
+
+MEASURED: dict[tuple[int, int, int, bool, bool], Tile] = {
+    (1, 1024, 3072, False, True): GemvTile(8, 2048, 8),
+    (1, 4096, 4096, False, True): GemvTile(4, 2048, 4),
+    (1, 4096, 14336, False, True): GemvTile(4, 4096, 4),
+    (16, 6144, 1024, True, False): SlicedTile(16, 4, 3),
+    (32, 6144, 1024, True, False): SlicedTile(16, 4, 3),
 }
-"""For up to so many rows, of a weight [out, in] of 16 bits whose product is added."""
+"""For up to so many rows, of a weight [out, in] of 16 bits, gated, added."""
 
 
 @cache
-def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile:
-    """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`."""
+def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
+    """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`.
+    None: cuBLAS does it."""
+    if rows > RUNGS[-1]:
+        return None
     rung = next(rung for rung in RUNGS if rows <= rung)
-    if add and itemsize == 2 and (rung, n, k) in MEASURED:
-        return MEASURED[rung, n, k]
-    if rung == 1 or (rung == 2 and n * k <= SMALL):
-        return _gemv(rung, k, gated, add)
+    if itemsize == 2 and (rung, n, k, gated, add) in MEASURED:
+        return MEASURED[rung, n, k, gated, add]
+    if rung == 1:
+        return _gemv(k, gated, add)
     outputs = n // 2 if gated else n
-    if rung <= 16 and k <= 1024 and itemsize == 2:
-        sliced = SlicedTile(16 if gated else 32, 256, 4)
-        if outputs <= 2 * SMS * sliced.outputs:
-            return sliced
-    return _tall(outputs, k, itemsize, gated)
+    if itemsize == 2 and n * k <= LARGEST_SLICED.get(rung, n * k):
+        return _sliced(rung, outputs, k, gated)
+    return _tall(outputs, k, itemsize, gated) if rung <= 32 else None
 
 
-def describe(found: Tile) -> str:
+def describe(found: Tile | None) -> str:
     """For `minisrv plan`."""
-    text = f"{type(found).__name__.removesuffix('Tile').lower()} {found.outputs}x{found.depth}"
+    if found is None:
+        return "cuBLAS"
+    depth = SLICE * found.warps if isinstance(found, SlicedTile) else found.depth
+    text = f"{type(found).__name__.removesuffix('Tile').lower()} {found.outputs}x{depth}"
     text += f", {found.warps} warp{'s' * (found.warps > 1)}"
+    if isinstance(found, SlicedTile):
+        text += f", {found.ahead} ahead"
     if isinstance(found, TallTile) and found.splits > 1:
         text += f", {found.splits} splits"
     return text
 
 
-def _gemv(rows: int, k: int, gated: bool, add: bool) -> GemvTile:
+def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
     """A thread has as many sums as MAX_SUMS at most."""
     width = _power_of_2(2 * k - 1)  # that holds k
     if add:
@@ -100,8 +117,22 @@ def _gemv(rows: int, k: int, gated: bool, add: bool) -> GemvTile:
         return GemvTile(4, depth, min(8, max(1, depth // 256)))
     depth = max(64, min(1024, width // 2))
     if gated:
-        return GemvTile(4, depth, max(1, depth // 256) if k <= 2048 or rows > 1 else 2)
-    return GemvTile(8, depth, 2 if rows * depth <= 1024 else 4)
+        return GemvTile(4, depth, max(1, depth // 256) if k <= 2048 else 2)
+    return GemvTile(8, depth, 2)
+
+
+def _sliced(rows: int, outputs: int, k: int, gated: bool) -> SlicedTile:
+    """Outputs of a program so many that x is not read more often than need be, and so few that
+    about half of the SMs have one. All parts ahead if there is room for them."""
+    matrices = 1 + gated
+    warps = min(8, _power_of_2(max(1, 2 * k // SLICE - 1)))
+    width = 64 if matrices * k <= 1024 else 32 if matrices == 1 or k <= 2048 else 16
+    while width > 16 and outputs < 64 * width:
+        width //= 2
+    # Of the weight, of x, and of the norm's.
+    each = matrices * width + min(rows, SLICED_ROWS) + 8
+    parts, room = -(-k // (SLICE * warps)), IN_FLIGHT // each
+    return SlicedTile(width, warps, parts if parts <= room else min(4, room))
 
 
 def _tall(outputs: int, k: int, itemsize: int, gated: bool) -> TallTile:

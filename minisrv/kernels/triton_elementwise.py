@@ -1,6 +1,6 @@
 """RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton: `kernels.elementwise` imports
 this when it first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is
-float32's.
+float32's. `finish` is what kernels of products do elementwise on the way.
 """
 
 from __future__ import annotations
@@ -41,6 +41,35 @@ def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
+def silu(x):
+    """x * sigmoid(x), float32."""
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def finish(y, z, scale, first, second, before):
+    """What a layer does behind a product, float32: the scale of the row's norm, the bias, the gate,
+    the sum with what was there.
+
+    z: the gated product's second half, y being its first. first, second: the biases of y and z.
+    before: what is added to. Each is None where there is none, and all go with y by broadcasting.
+    """
+    if scale is not None:
+        y *= scale
+    if first is not None:
+        y += first.to(tl.float32)
+    if z is not None:
+        if scale is not None:
+            z *= scale
+        if second is not None:
+            z += second.to(tl.float32)
+        y = silu(y) * z
+    if before is not None:
+        y += before.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _take_rows(table, rows, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -71,5 +100,5 @@ def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     there = at < size
     gate = tl.load(gate_up + row * 2 * size + at, there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, there, other=0.0).to(tl.float32)
-    value = gate / (1 + tl.exp(-gate)) * up
+    value = silu(gate) * up
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)

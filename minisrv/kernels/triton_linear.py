@@ -6,10 +6,10 @@ tiles, reads a small one at half of the memory's speed. Here many programs read 
 weight each. Whoever reads x anyway norms it: as y = (x * g) W^T / rms(x), the row's scale is known
 when its products are. A gate's output and its partner belong to one program.
 
-Three kernels, chosen by `kernels.tiles`. `_gemv`: one row or two; products are float32's, of a
-program's whole rows. `_sliced`: up to 16 rows and short rows of the weight; each warp has tensor
-cores multiply its slice of the columns. `_tall`: up to 32 rows; tensor cores multiply tile after
-tile of the columns, which several programs may share.
+Three kernels, chosen by `kernels.tiles`. `_gemv`: one row; products are float32's, of a program's
+whole rows. `gluon_linear._sliced`: each warp has tensor cores multiply its slice of the columns.
+`_tall`: up to 32 rows and a large weight, or float32; tensor cores multiply tile after tile of the
+columns, which several programs may share.
 
 The first part of the weight, of short rows all of it, is on its way while the kernels before this
 one run (`triton_launch`). In a step of Qwen3-0.6B at batch 1 on an H100 a layer's four products
@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, tile
+from minisrv.kernels import tiles
+from minisrv.kernels.gluon_linear import sliced
+from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+from minisrv.kernels.triton_elementwise import finish
 from minisrv.kernels.triton_launch import arrivals, lead, pdl, wait
 
 
@@ -41,13 +44,15 @@ def few_rows(
     """As `kernels.linear.few_rows_op`."""
     assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     n, k = weight.shape
-    chosen = tile(len(x), n, k, x.itemsize, gated=gated, add=add)
+    chosen = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
+    assert chosen is not None, "a product that is not cuBLAS's"
+    operands = x, weight, bias, norm, out, eps, gated, add
     if isinstance(chosen, GemvTile):
-        gemv(x, weight, bias, norm, out, eps, gated, add, chosen)
+        gemv(*operands, chosen)
     elif isinstance(chosen, SlicedTile):
-        sliced(x, weight, bias, norm, out, eps, gated, add, chosen)
+        sliced(*operands, chosen)
     else:
-        tall(x, weight, bias, norm, out, eps, gated, add, chosen)
+        tall(*operands, chosen)
 
 
 def gemv(
@@ -61,8 +66,8 @@ def gemv(
     add: bool,
     shape: GemvTile,
 ) -> None:
-    """`few_rows` by `_gemv`: `tiles.MAX_SUMS` bounds the rows."""
-    (rows, k), n = x.shape, out.shape[1]
+    """`few_rows` of one row, by `_gemv`."""
+    k, n = x.shape[1], out.shape[1]
     _gemv[(triton.cdiv(n, shape.outputs),)](
         x,
         weight,
@@ -74,43 +79,8 @@ def gemv(
         K=k,
         GATED=gated,
         ADD=add,
-        ROWS=rows,
         BLOCK_N=shape.outputs,
         BLOCK_K=shape.depth,
-        num_warps=shape.warps,
-        **pdl(),
-    )
-
-
-def sliced(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    out: Tensor,
-    eps: float,
-    gated: bool,
-    add: bool,
-    shape: SlicedTile,
-) -> None:
-    """`few_rows` by `_sliced`, the rows padded to 16 or to a power of two."""
-    (rows, k), n = x.shape, out.shape[1]
-    _sliced[(triton.cdiv(n, shape.outputs),)](
-        x,
-        weight,
-        bias,
-        norm,
-        out,
-        rows,
-        n,
-        eps,
-        K=k,
-        GATED=gated,
-        ADD=add,
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        BLOCK_N=shape.outputs,
-        BLOCK_K=shape.depth,
-        SLICES=shape.warps,
         num_warps=shape.warps,
         **pdl(),
     )
@@ -127,7 +97,7 @@ def tall(
     add: bool,
     shape: TallTile,
 ) -> None:
-    """`few_rows` by `_tall`, the rows padded likewise."""
+    """`few_rows` by `_tall`, the rows padded to 16 or to a power of two."""
     (rows, k), n = x.shape, out.shape[1]
     parts = triton.cdiv(n, shape.outputs)
     partial = counters = None
@@ -163,11 +133,6 @@ def tall(
 
 
 @triton.jit
-def _silu(x):
-    return x / (1 + tl.exp(-x))
-
-
-@triton.jit
 def _gemv(
     x,
     weight,
@@ -179,12 +144,11 @@ def _gemv(
     K: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs of all rows: the weight is read once, and loads of x go out together."""
+    """BLOCK_N outputs of one row."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = output < n
     inside = there[:, None]
@@ -198,23 +162,20 @@ def _gemv(
     gain = tl.zeros([1, BLOCK_K], tl.float32)
     if norm is not None:
         gain = tl.load(norm + column, column < K, other=0.0).to(tl.float32)
-    first, second = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    first = None
+    second = None
     if bias is not None:
-        first = tl.load(bias + output, there, other=0.0).to(tl.float32)
+        first = tl.load(bias + output, there, other=0.0)
         if GATED:
-            second = tl.load(bias + n + output, there, other=0.0).to(tl.float32)
+            second = tl.load(bias + n + output, there, other=0.0)
     lead(PDL)
     wait(PDL)
-    befores = ()
-    totals = ()
-    others = ()
-    squares = ()
-    for row in tl.static_range(ROWS):
-        if ADD:
-            befores = befores + (tl.load(out + row * n + output, there, other=0.0),)
-        totals = totals + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-        others = others + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-        squares = squares + (tl.zeros([1, BLOCK_K], tl.float32),)
+    before = None
+    if ADD:
+        before = tl.load(out + output, there, other=0.0)
+    products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    others = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([1, BLOCK_K], tl.float32)
     for begin in tl.static_range(0, K, BLOCK_K):
         at = begin + column
         if begin > 0:
@@ -223,122 +184,22 @@ def _gemv(
                 u = tl.load(partner + at, inside & (at < K), other=0.0)
             if norm is not None:
                 gain = tl.load(norm + at, at < K, other=0.0).to(tl.float32)
-        parts = ()
-        for row in tl.static_range(ROWS):
-            parts = parts + (tl.load(x + row * K + at, at < K, other=0.0),)
-        taken = totals, others, squares
-        totals = ()
-        others = ()
-        squares = ()
-        for row in tl.static_range(ROWS):
-            part = parts[row].to(tl.float32)
-            square = taken[2][row]
-            if norm is not None:
-                square += part * part
-                part *= gain
-            squares = squares + (square,)
-            totals = totals + (taken[0][row] + w.to(tl.float32) * part,)
-            other = taken[1][row]
-            if GATED:
-                other += u.to(tl.float32) * part
-            others = others + (other,)
-    for row in tl.static_range(ROWS):
-        y = tl.sum(totals[row], axis=1)
-        z = tl.sum(others[row], axis=1)
+        value = tl.load(x + at, at < K, other=0.0).to(tl.float32)
         if norm is not None:
-            scale = tl.rsqrt(tl.sum(squares[row]) / K + eps)
-            y *= scale
-            z *= scale
-        if bias is not None:
-            y += first
-            z += second
+            squares += value * value
+            value *= gain
+        products += w.to(tl.float32) * value
         if GATED:
-            y = _silu(y) * z
-        if ADD:
-            y += befores[row].to(tl.float32)
-        tl.store(out + row * n + output, y.to(out.dtype.element_ty), there)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _sliced(
-    x,
-    weight,
-    bias,
-    norm,
-    out,
-    rows,
-    n,
-    eps,
-    K: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """BLOCK_N outputs of all rows. Each warp multiplies its own slice of the columns, and the
-    slices' products are added up: no program waits for another."""
-    lead(PDL)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = output < n
-    inside = there[None, :, None]
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, SLICES)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    source = weight + output.to(tl.int64)[None, :, None] * K
-    partner = source + n.to(tl.int64) * K
-    w = tl.load(source + column, inside & (column < K), other=0.0)
-    u = w
+            others += u.to(tl.float32) * value
+    y = tl.sum(products, axis=1)
+    z = None
     if GATED:
-        u = tl.load(partner + column, inside & (column < K), other=0.0)
-    gain = tl.zeros([SLICES, 1, BLOCK_K], tl.float32)
+        z = tl.sum(others, axis=1)
+    scale = None
     if norm is not None:
-        gain = tl.load(norm + column, column < K, other=0.0).to(tl.float32)
-    first, second = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    if bias is not None:
-        first = tl.load(bias + output, there, other=0.0).to(tl.float32)
-        if GATED:
-            second = tl.load(bias + n + output, there, other=0.0).to(tl.float32)
-    wait(PDL)
-    place = out + row[:, None] * n + output[None, :]
-    real = (row < rows)[:, None] & there[None, :]
-    if ADD:
-        before = tl.load(place, real, other=0.0)
-    y = tl.zeros([SLICES, ROWS, BLOCK_N], tl.float32)
-    z = tl.zeros([SLICES, ROWS, BLOCK_N], tl.float32)
-    squares = tl.zeros([SLICES, ROWS], tl.float32)
-    for begin in tl.static_range(0, K, SLICES * BLOCK_K):
-        at = begin + column
-        if begin > 0:
-            w = tl.load(source + at, inside & (at < K), other=0.0)
-            if GATED:
-                u = tl.load(partner + at, inside & (at < K), other=0.0)
-            if norm is not None:
-                gain = tl.load(norm + at, at < K, other=0.0).to(tl.float32)
-        mask = (row < rows)[None, :, None] & (at < K)
-        value = tl.load(x + row[None, :, None] * K + at, mask, other=0.0)
-        if norm is not None:
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=2)
-            value = (wide * gain).to(value.dtype)
-        y = tl.dot(value, tl.permute(w, (0, 2, 1)), y, input_precision="ieee")
-        if GATED:
-            z = tl.dot(value, tl.permute(u, (0, 2, 1)), z, input_precision="ieee")
-    product = tl.sum(y, axis=0)
-    gated = tl.sum(z, axis=0)
-    if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[:, None]
-        product *= scale
-        gated *= scale
-    if bias is not None:
-        product += first[None, :]
-        gated += second[None, :]
-    if GATED:
-        product = _silu(product) * gated
-    if ADD:
-        product += before.to(tl.float32)
-    tl.store(place, product.to(out.dtype.element_ty), real)
+        scale = tl.rsqrt(tl.sum(squares) / K + eps)
+    y = finish(y, z, scale, first, second, before)
+    tl.store(out + output, y.to(out.dtype.element_ty), there)
 
 
 @triton.jit
@@ -406,10 +267,10 @@ def _tall(
     source = weight + output.to(tl.int64)[:, None] * K
     partner = source + n.to(tl.int64) * K
     column = tl.arange(0, BLOCK_K)[None, :]
-    tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    first = tiles * split // SPLITS * BLOCK_K
-    last = tl.minimum(tiles * (split + 1) // SPLITS * BLOCK_K, K)
-    at = first + column
+    stages: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    begins = stages * split // SPLITS * BLOCK_K
+    last = tl.minimum(stages * (split + 1) // SPLITS * BLOCK_K, K)
+    at = begins + column
     w = tl.load(source + at, inside & (at < last), other=0.0)
     u = w
     if GATED:
@@ -417,13 +278,14 @@ def _tall(
     wait(PDL)
     place = out + row[None, :] * n + output[:, None]
     there = (row < rows)[None, :] & inside
+    before = None
     if ADD:
         before = tl.load(place, there, other=0.0)
     y = tl.zeros([BLOCK_N, ROWS], tl.float32)
     z = tl.zeros([BLOCK_N, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     y, z, squares = _multiply(x, norm, rows, at, last, w, u, y, z, squares, K, GATED, ROWS)
-    for begin in tl.range(first + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
+    for begin in tl.range(begins + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         at = begin + column
         w = tl.load(source + at, inside & (at < last), other=0.0)
         u = w
@@ -455,16 +317,14 @@ def _tall(
                 z += tl.load(share + BLOCK_N * ROWS + cell, cache_modifier=".cg")
             if norm is not None:
                 squares += tl.load(share + (width - 1) * ROWS + row, cache_modifier=".cg")
+    scale = None
     if norm is not None:
         scale = tl.rsqrt(squares / K + eps)[None, :]
-        y *= scale
-        z *= scale
+    first = None
+    second = None
     if bias is not None:
-        y += tl.load(bias + output, output < n, other=0.0).to(tl.float32)[:, None]
+        first = tl.load(bias + output, output < n, other=0.0)[:, None]
         if GATED:
-            z += tl.load(bias + n + output, output < n, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        y = _silu(y) * z
-    if ADD:
-        y += before.to(tl.float32)
+            second = tl.load(bias + n + output, output < n, other=0.0)[:, None]
+    y = finish(y, z if GATED else None, scale, first, second, before)
     tl.store(place, y.to(out.dtype.element_ty), there)

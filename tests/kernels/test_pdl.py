@@ -136,7 +136,7 @@ def test_the_captured_edges_are_programmatic(rows: int) -> None:
 
 
 @pytest.mark.parametrize("capacity", [128, 2048])
-@pytest.mark.parametrize("rows", [1, 2, 8, 32])
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64])
 def test_no_bit_depends_on_it(rows: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = Chain(rows, capacity)
     caches = [cache.clone() for cache in chain.caches]

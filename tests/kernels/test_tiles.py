@@ -10,10 +10,11 @@ import pytest
 
 from minisrv.config import ModelConfig
 from minisrv.kernels.tiles import (
+    IN_FLIGHT,
     MAX_SUMS,
     MEASURED,
-    SMALL,
-    SMS,
+    RUNGS,
+    SLICE,
     GemvTile,
     SlicedTile,
     TallTile,
@@ -35,35 +36,44 @@ def power_of_2(number: int) -> bool:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("gated", "add"), [(False, False), (True, False), (False, True)])
 def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool) -> None:
-    for rows, outputs, k in product(range(1, 33), OUTPUTS, WIDTHS):
+    for rows, outputs, k in product(range(1, RUNGS[-1] + 2), OUTPUTS, WIDTHS):
         n = 2 * outputs if gated else outputs
         found = tile(rows, n, k, itemsize, gated=gated, add=add)
+        if found is None:
+            assert rows > 32
+            continue
         assert power_of_2(found.outputs)
-        assert power_of_2(found.depth)
         assert power_of_2(found.warps)
         assert found.warps <= 8
-        assert isinstance(found, GemvTile) == (rows == 1 or (rows == 2 and n * k <= SMALL))
-        matrices, padded = 1 + gated, 16 if rows <= 16 else 32
+        assert isinstance(found, GemvTile) == (rows == 1)
+        matrices, padded = 1 + gated, max(8, 1 << (min(rows, 32) - 1).bit_length())
         if isinstance(found, GemvTile):
-            sums = rows * matrices * found.outputs * found.depth // (32 * found.warps)
-            assert sums <= MAX_SUMS
+            assert power_of_2(found.depth)
+            assert matrices * found.outputs * found.depth // (32 * found.warps) <= MAX_SUMS
         if isinstance(found, TallTile):
+            assert rows <= 32
+            assert power_of_2(found.depth)
             assert power_of_2(found.splits)
             assert found.splits * found.depth <= max(k, found.depth), "no split is empty"
-            stage = (matrices * found.outputs + padded) * found.depth * itemsize
+            stage = (matrices * found.outputs + max(16, padded)) * found.depth * itemsize
             # Triton takes one more where x goes to tensor cores as it is.
             assert (found.stages + (not gated)) * stage <= SHARED_BYTES
         if isinstance(found, SlicedTile):
-            assert rows <= 16
-            assert found.warps * found.depth >= k, "a warp has one slice"
-            assert outputs <= 2 * SMS * found.outputs
-            assert padded * found.warps * found.depth * itemsize <= SHARED_BYTES
+            assert itemsize == 2
+            assert 1 <= found.ahead <= -(-k // (found.warps * SLICE)), "what is ahead is there"
+            assert found.ahead * (matrices * found.outputs + padded) <= IN_FLIGHT
+            assert found.outputs * matrices * padded * 4 * found.warps <= SHARED_BYTES
+
+
+def test_large_batches_are_the_library_s() -> None:
+    for itemsize, outputs, k in product((2, 4), OUTPUTS, WIDTHS):
+        assert tile(RUNGS[-1] + 1, outputs, k, itemsize, gated=False, add=False) is None
 
 
 def test_measured_shapes_come_before_the_rules() -> None:
-    for (rows, n, k), measured in MEASURED.items():
-        assert tile(rows, n, k, 2, gated=False, add=True) == measured
-        assert tile(rows, n, k, 4, gated=False, add=True) != measured
+    for (rows, n, k, gated, add), measured in MEASURED.items():
+        assert tile(rows, n, k, 2, gated=gated, add=add) == measured
+        assert tile(rows, n, k, 4, gated=gated, add=add) != measured
 
 
 def test_the_plan_shows_them() -> None:
@@ -71,9 +81,11 @@ def test_the_plan_shows_them() -> None:
     table = projections(ModelConfig.from_hf(json.loads(path.read_text())), 2)
     text = [list(column.cells) for column in table.columns]
     assert [column.header for column in table.columns][2:] == [
-        *("1 row", "2 rows", "3-16 rows", "17-32 rows", "33 rows and more"),
+        *("1 row", "2-8 rows", "9-16 rows", "17-32 rows", "33-64 rows", "65 rows and more"),
     ]
     assert text[1] == ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
     assert text[2][3] == "gemv 8x2048, 8 warps"
-    assert text[4][1] == "tall 64x128, 4 warps, 8 splits"
-    assert text[4][2] == "sliced 16x256, 4 warps"
+    assert text[3][2] == "sliced 32x512, 8 warps, 2 ahead"
+    assert text[5][4] == "tall 32x128, 4 warps"
+    assert text[6] == [text[4][0], text[5][1], "cuBLAS", text[5][3], "cuBLAS"]
+    assert set(text[7]) == {"cuBLAS"}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 pytest.importorskip("triton")
-from minisrv.kernels.linear import FEW_ROWS, Norm, lay_out
-from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+from minisrv.kernels.gluon_linear import sliced
+from minisrv.kernels.linear import Norm, lay_out
+from minisrv.kernels.tiles import RUNGS, SLICE, GemvTile, SlicedTile, TallTile
 from minisrv.kernels.triton_launch import arrivals
-from minisrv.kernels.triton_linear import gemv, sliced, tall
+from minisrv.kernels.triton_linear import gemv, tall
+from tests.kernels.compile_sliced import WARPS
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -70,22 +76,47 @@ KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bia
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(RELATIVE), ids=str)
-@pytest.mark.parametrize(("n", "k", "rows"), [(5, 7, 1), (64, 64, 2), (33, 150, 2), (33, 150, 1)])
-def test_gemv(n: int, k: int, rows: int, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize(("n", "k"), [(5, 7), (64, 64), (33, 150)])
+def test_gemv(n: int, k: int, dtype: torch.dtype, kind: str) -> None:
     """Rows of the weight that are one tile, or several, the last one not full."""
     tile = GemvTile(outputs=2, depth=64, warps=4)
-    check(lambda *args: gemv(*args, tile), dtype, n, k, rows, kind)
+    check(lambda *args: gemv(*args, tile), dtype, n, k, 1, kind)
 
 
+SLICED = [(5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)]
+"""Slices that are empty, full, and several of a warp's; rows of two programs."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])], ids=str
-)
-@pytest.mark.parametrize(("n", "k", "rows"), [(5, 17, 3), (64, 96, 16), (33, 300, 2)])
-def test_sliced(n: int, k: int, rows: int, dtype: torch.dtype, kind: str) -> None:
-    """Slices that are empty, full, and several of a warp's."""
-    tile = SlicedTile(outputs=16, depth=32, warps=4)
-    check(lambda *args: sliced(*args, tile), dtype, n, k, rows, kind)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k", "rows"), SLICED)
+def test_sliced(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, ahead: int) -> None:
+    for outputs, warps in ((16, 4), (32, 2)):
+        tile = SlicedTile(outputs, warps, ahead)
+        check(lambda *args, tile=tile: sliced(*args, tile), dtype, n, k, rows, kind)
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize(("k", "outputs", "ahead"), [(1024, 32, 2), (8192, 16, 4)])
+def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, rows: int) -> None:
+    """16 bytes a load, what is ahead before the wait, and no shared memory between a load and its
+    product."""
+    script, arguments = Path(__file__).with_name("compile_sliced.py"), (k, outputs, rows, ahead)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, *map(str, arguments)]
+    code = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    before, after = code.split("griddepcontrol.wait")
+    part = outputs // 8 * 2  # loads of a thread, of 8 elements each
+    assert before.count("ld.global.v4.b32") == before.count("ld.global") == ahead * part
+    parts = k // (WARPS * SLICE)
+    expected = (parts - ahead) * part + parts * rows // 8 * 2
+    assert after.count("ld.global.v4.b32") == after.count("ld.global") == expected
+    assert "shared" not in after[: after.rindex("mma.sync")]
+    assert "ldmatrix" not in code
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -101,7 +132,7 @@ def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", sorted({*RUNGS, *(rung + 1 for rung in RUNGS)}))
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (15192, 1024)])
 def test_a_laid_out_weight(n: int, k: int, rows: int) -> None:
     """Whoever multiplies, with the tile that it chooses."""

@@ -1,0 +1,45 @@
+"""Compile `_sliced` for an H100, which need not be there, and print the PTX.
+
+In a process of its own: Triton's interpreter, where other tests run kernels without a GPU, has no
+Gluon. Arguments: N, K, outputs of a program, rows, ahead."""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from minisrv.kernels.gluon_linear import _sliced
+from minisrv.kernels.tiles import SLICE
+
+WARPS = 8
+
+
+def ptx(k: int, outputs: int, rows: int, ahead: int) -> str:
+    """Of a product without norm, bias, gate and sum, launched programmatically."""
+    constants = {
+        **{"bias": None, "norm": None, "K": k, "GATED": False, "ADD": False, "ROWS": rows},
+        **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS, "AHEAD": ahead, "PDL": True},
+    }
+    types = {"rows": "i32", "n": "i32", "eps": "fp32"}
+    names = _sliced.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names
+    }
+    pointers = [at for at, name in enumerate(names) if signature[name].startswith("*")]
+    source = GluonASTSource(
+        _sliced,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(at,): [["tt.divisibility", 16]] for at in pointers},
+    )
+    options = {"num_warps": WARPS, "launch_pdl": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code: str = compiled.asm["ptx"]
+    return code
+
+
+if __name__ == "__main__":
+    print(ptx(*map(int, sys.argv[1:])))
