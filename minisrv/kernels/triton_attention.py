@@ -37,10 +37,11 @@ from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
 
 class DecodeShape(NamedTuple):
     """How `_decode` divides its work. tile_bytes: of K, and of V, that a program takes at once; it
-    has all of its first tile in flight while the kernel before runs. programs_per_sm: rows are
-    split into so many, where there are few."""
+    has all of its first tile in flight while the kernel before runs. warp_keys: of those that a
+    warp takes, at most. programs_per_sm: rows are split into so many, where there are few."""
 
     tile_bytes: int
+    warp_keys: int
     programs_per_sm: int
 
 
@@ -51,9 +52,9 @@ MAX_TILE = 128
 MAX_KEYS = 256
 """Of a decode step's tile, however small a head is."""
 
-WARP_KEYS = 32
 WARP_BYTES = 8 * 1024
-"""Of a decode step's tile, what a warp takes at most."""
+WARP_SUMS = 2048
+"""Of a decode step's tile, and of its queries' outputs, what a warp has registers for."""
 
 MAX_QUERIES = {2: 64, 4: 16}
 """Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
@@ -64,17 +65,18 @@ PREFILL = {"num_warps": 4, "num_stages": 3}
 product's. It takes 80 KiB of an SM's 228, as its tensor cores read their tile from there while the
 next one comes."""
 
-DECODE_FEW = DecodeShape(32 * 1024, programs_per_sm=2)
-DECODE_MANY = DecodeShape(16 * 1024, programs_per_sm=4)
+DECODE_FEW = DecodeShape(32 * 1024, warp_keys=32, programs_per_sm=2)
+DECODE_MANY = DecodeShape(8 * 1024, warp_keys=64, programs_per_sm=8)
 """With programs for half of the SMs or fewer, time is latency: a tile is large, so that a context
-of 128 is one. More of them fill each other's gaps."""
+of 128 is one. More of them fill each other's gaps, and a program that is one warp waits for no
+other."""
 
 MIN_SHARE = 128
 MAX_SPLITS = 64
 """Rows are split until all SMs are full; a share of fewer keys than MIN_SHARE is not worth it."""
 
-COMBINED = 8192
-"""Elements of shares that a program puts together at once."""
+COMBINED = 2048
+"""Elements of shares that a warp puts together at once."""
 
 
 def attention(
@@ -124,11 +126,17 @@ def attention(
         shape = decode_shape(programs, sms)
         keys = shape.tile_bytes // (block_d * qkv.element_size())
         keys = max(16, min(MAX_KEYS, keys))
-        warps = max(1, keys // WARP_KEYS, shape.tile_bytes // WARP_BYTES)
+        warps = max(
+            keys // shape.warp_keys,
+            shape.tile_bytes // WARP_BYTES,
+            block_g * block_d // WARP_SUMS,
+        )
         capacity = table_width * block_size // max(MIN_SHARE, keys)
         splits = num_splits(programs, capacity, shape.programs_per_sm * sms)
         block_s = triton.next_power_of_2(splits)
-        queries = max(1, min(triton.next_power_of_2(group), COMBINED // (block_s * block_d)))
+        queries = max(
+            1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d))
+        )
         partial = sums = arrived = None
         if splits > 1:
             parts = (rows, num_heads, splits)

@@ -185,8 +185,8 @@ def test_splits_follow_from_shapes() -> None:
     assert num_splits(8, 4096 // 128, few) == 32, "no share under 128 keys"
     assert num_splits(8, 40960 // 128, few) == 32
     assert num_splits(1, 40960 // 128, few) == 64
-    assert num_splits(128, 40960 // 128, many) == 4
-    assert num_splits(64 * 8, 40960 // 128, many) == 1
+    assert num_splits(128, 40960 // 128, many) == 8
+    assert num_splits(64 * 8, 40960 // 128, many) == 2
     assert num_splits(256 * 8, 40960 // 128, many) == 1
     assert num_splits(1, 0, few) == 1
 
