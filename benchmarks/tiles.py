@@ -32,11 +32,11 @@ from minisrv.kernels.tiles import (
     IN_FLIGHT,
     MAX_SUMS,
     SLICE,
-    SLICED_ROWS,
     GemvTile,
     SlicedTile,
     TallTile,
     Tile,
+    part_registers,
 )
 from minisrv.plan import Product, products
 
@@ -61,7 +61,7 @@ def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
     for outputs in (16, 32, 64):
         for warps in (4, 8):
             parts = -(-product.k // (warps * SLICE))
-            each = matrices * outputs + min(rows, SLICED_ROWS)
+            each = part_registers(outputs, rows, product.gated)
             for ahead in {min(parts, ahead) for ahead in (2, 3, 4, 6, 8)}:
                 if outputs_in_all >= 40 * outputs and each * ahead <= IN_FLIGHT:
                     yield SlicedTile(outputs, warps, ahead)
@@ -101,12 +101,7 @@ def descend(layers: Layers, rows: int, found: dict[Product, list[Tile | None]]) 
     """The best tiles for so many rows; each product begins with `tile`'s own choice."""
     chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
     rule = tiles.tile
-
-    def choose(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
-        # cuBLAS has no gate: that product is asked for again, without.
-        return chosen.get((n, k, gated, add))
-
-    tiles.tile = choose
+    tiles.tile = lambda rows, n, k, itemsize, *, gated, add: chosen[n, k, gated, add]
     first = best = median_us(layers.capture(rows, CONTEXT))
     own, log = dict(chosen), []
     for _ in range(2):

@@ -1,9 +1,9 @@
 """Linear kernels: x W^T + b, with the weight laid out for the machine, and what a kernel may do on
 the way: norm x before, gate or add the product behind.
 
-Knows: which layouts a machine multiplies fast, and up to how many rows. `lay_out` is the one place
-that chooses; what it gives is the same for eager steps and for graphs, as it depends on shapes and
-dtypes only. Knows nothing of layers, checkpoints or batches.
+Knows: which layouts a machine multiplies fast. `lay_out` is the one place that chooses; what it
+gives is the same for eager steps and for graphs, as it depends on shapes and dtypes only. Knows
+nothing of layers, checkpoints or batches.
 
 On a CPU a small batch is bound by reading the weights, and only a blocked layout reads them at the
 speed of the memory. 384 x 1024, one thread of a Zen 5 core, torch 2.13, us for 1 / 4 / 16 / 64
@@ -127,7 +127,7 @@ class CUDALinear(MatmulLinear):
         if self._is_for_few(x, gated=True):
             self._few_rows(out, x, norm, gated=True)
         else:
-            super().write_gated_to(out, x, norm)
+            silu_and_mul_op(super().__call__(normed(x, norm)), out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         if self._is_for_few(x, add=True):

@@ -68,7 +68,7 @@ LARGEST_SLICED = {16: 1 << 23, 32: 1 << 23, 64: 1 << 22}
 """Elements of a weight, by rung. Each program reads all of x, and the more rows, the more of that
 there is; of a large weight others read less."""
 
-MEASURED: dict[tuple[int, int, int, bool, bool], Tile] = {
+MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (1, 1024, 3072, False, True): GemvTile(8, 2048, 8),
     (1, 4096, 4096, False, True): GemvTile(4, 2048, 4),
     (1, 4096, 14336, False, True): GemvTile(4, 4096, 4),
@@ -82,7 +82,7 @@ MEASURED: dict[tuple[int, int, int, bool, bool], Tile] = {
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
     """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`.
     None: cuBLAS does it."""
-    if rows > RUNGS[-1]:
+    if not 0 < rows <= RUNGS[-1]:
         return None
     rung = next(rung for rung in RUNGS if rows <= rung)
     if itemsize == 2 and (rung, n, k, gated, add) in MEASURED:
@@ -93,6 +93,13 @@ def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) ->
     if itemsize == 2 and n * k <= LARGEST_SLICED.get(rung, n * k):
         return _sliced(rung, outputs, k, gated)
     return _tall(outputs, k, itemsize, gated) if rung <= 32 else None
+
+
+def part_registers(outputs: int, rows: int, gated: bool) -> int:
+    """Registers of a thread for a part of what `SlicedTile` multiplies: of the weight, of x, whose
+    rows are padded, and of the norm."""
+    padded = min(SLICED_ROWS, max(8, _power_of_2(2 * rows - 1)))
+    return (1 + gated) * outputs + padded + 8
 
 
 def describe(found: Tile | None) -> str:
@@ -124,14 +131,11 @@ def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
 def _sliced(rows: int, outputs: int, k: int, gated: bool) -> SlicedTile:
     """Outputs of a program so many that x is not read more often than need be, and so few that
     about half of the SMs have one. All parts ahead if there is room for them."""
-    matrices = 1 + gated
     warps = min(8, _power_of_2(max(1, 2 * k // SLICE - 1)))
-    width = 64 if matrices * k <= 1024 else 32 if matrices == 1 or k <= 2048 else 16
+    width = 64 if k <= (512 if gated else 1024) else 16 if gated and k > 2048 else 32
     while width > 16 and outputs < 64 * width:
         width //= 2
-    # Of the weight, of x, and of the norm's.
-    each = matrices * width + min(rows, SLICED_ROWS) + 8
-    parts, room = -(-k // (SLICE * warps)), IN_FLIGHT // each
+    parts, room = -(-k // (SLICE * warps)), IN_FLIGHT // part_registers(width, rows, gated)
     return SlicedTile(width, warps, parts if parts <= room else min(4, room))
 
 

@@ -52,9 +52,12 @@ MAX_TILE = 128
 MAX_KEYS = 256
 """Of a decode step's tile, however small a head is."""
 
-WARP_BYTES = 8 * 1024
+WARP_BYTES = {2: 8 * 1024, 4: 4 * 1024}
+"""Of a decode step's tile, what a warp has registers for, by the size of its type: float32 is
+multiplied without tensor cores."""
+
 WARP_SUMS = 2048
-"""Of a decode step's tile, and of its queries' outputs, what a warp has registers for."""
+"""Of its queries' outputs."""
 
 MAX_QUERIES = {2: 64, 4: 16}
 """Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
@@ -128,7 +131,7 @@ def attention(
         keys = max(16, min(MAX_KEYS, keys))
         warps = max(
             keys // shape.warp_keys,
-            shape.tile_bytes // WARP_BYTES,
+            shape.tile_bytes // WARP_BYTES[qkv.element_size()],
             block_g * block_d // WARP_SUMS,
         )
         capacity = table_width * block_size // max(MIN_SHARE, keys)

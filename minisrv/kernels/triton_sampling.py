@@ -29,8 +29,8 @@ BLOCK = 1024
 """Tokens of the vocabulary that a program takes at once."""
 
 PROGRAMS = 1024
-"""Beyond, a program takes several blocks of a row: a batch of one still occupies the whole GPU, and
-a large one is not thousands of programs."""
+"""Beyond about so many, one takes several blocks of a row: a batch of one still occupies the whole
+GPU, and a large one is not thousands of programs."""
 
 MOST_BLOCKS = 8
 

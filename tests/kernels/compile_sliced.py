@@ -1,7 +1,7 @@
 """Compile `_sliced` for an H100, which need not be there, and print the PTX.
 
 In a process of its own: Triton's interpreter, where other tests run kernels without a GPU, has no
-Gluon. Arguments: N, K, outputs of a program, rows, ahead."""
+Gluon. Arguments: K, outputs of a program, rows, ahead."""
 
 from __future__ import annotations
 

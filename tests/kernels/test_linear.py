@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisrv.kernels.linear import (
     INT8_ROWS,
+    CUDALinear,
     Int8Linear,
     Linear,
     MatmulLinear,
@@ -81,3 +83,15 @@ def test_a_row_does_not_depend_on_the_others(int8: bool) -> None:
         before = linear(x)[0].clone()
         x[1:] = 1e4
         assert torch.equal(linear(x)[0], before), rows
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [((7, 5), MatmulLinear), ((8, 0), CUDALinear), ((9, 0), CUDALinear)]
+)
+def test_old_gpus_have_no_kernels_for_few_rows(
+    capability: tuple[int, int], kind: type[Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        weight = torch.empty(4, 4, device="cuda", dtype=torch.float16)
+        assert type(lay_out(weight, None)) is kind

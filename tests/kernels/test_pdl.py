@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from minisrv.kernels import attention_op, gather_decode_op, take_rows_op, triton_launch
+from minisrv.kernels import attention_op, gather_decode_op, take_rows_op, tiles, triton_launch
 from minisrv.kernels.linear import Norm, lay_out
 
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, BLOCK, LAYERS, VOCAB = 8, 4, 64, 512, 16, 6, 100
+INTERMEDIATE = 4608
+"""At 64 rows gate and up are cuBLAS's, between kernels that are launched programmatically."""
 PROGRAMMATIC = 1
 """cudaGraphDependencyTypeProgrammatic."""
 
@@ -41,8 +43,8 @@ class Chain:
             return (
                 draw(width, HIDDEN) / 20,
                 draw(HIDDEN, HEADS * HEAD_DIM) / 20,
-                draw(2 * 1024, HIDDEN) / 20,
-                draw(HIDDEN, 1024) / 20,
+                draw(2 * INTERMEDIATE, HIDDEN) / 20,
+                draw(HIDDEN, INTERMEDIATE) / 50,
             )
 
         self.layers = [[lay_out(weight, None) for weight in layer()] for _ in range(LAYERS)]
@@ -60,7 +62,7 @@ class Chain:
         self.starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32)
         self.cos_sin = draw(capacity, 2 * HEAD_DIM)
         self.qkv, self.out = draw(rows, width), draw(rows, HEADS * HEAD_DIM)
-        self.gated, self.residual = draw(rows, 1024), draw(rows, HIDDEN)
+        self.gated, self.residual = draw(rows, INTERMEDIATE), draw(rows, HIDDEN)
         self.draw_state()
 
     def draw_state(self) -> None:
@@ -135,8 +137,17 @@ def test_the_captured_edges_are_programmatic(rows: int) -> None:
     assert types.count(PROGRAMMATIC) == 5 * LAYERS + 1, "all but the first kernel's"
 
 
+def test_a_chain_may_hold_cublas() -> None:
+    def of(rows: int, n: int, k: int, *, gated: bool = False) -> object:
+        return tiles.tile(rows, n, k, 2, gated=gated, add=not gated)
+
+    assert of(64, 2 * INTERMEDIATE, HIDDEN, gated=True) is None
+    assert of(64, HIDDEN, INTERMEDIATE) is not None
+    assert of(32, 2 * INTERMEDIATE, HIDDEN, gated=True) is not None
+
+
 @pytest.mark.parametrize("capacity", [128, 2048])
-@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 65])
 def test_no_bit_depends_on_it(rows: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = Chain(rows, capacity)
     caches = [cache.clone() for cache in chain.caches]

@@ -18,6 +18,7 @@ from minisrv.kernels.tiles import (
     GemvTile,
     SlicedTile,
     TallTile,
+    part_registers,
     tile,
 )
 from minisrv.plan import projections
@@ -61,13 +62,20 @@ def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool)
         if isinstance(found, SlicedTile):
             assert itemsize == 2
             assert 1 <= found.ahead <= -(-k // (found.warps * SLICE)), "what is ahead is there"
-            assert found.ahead * (matrices * found.outputs + padded) <= IN_FLIGHT
+            assert found.ahead * part_registers(found.outputs, rows, gated) <= IN_FLIGHT
             assert found.outputs * matrices * padded * 4 * found.warps <= SHARED_BYTES
 
 
-def test_large_batches_are_the_library_s() -> None:
+@pytest.mark.parametrize("rows", [0, RUNGS[-1] + 1])
+def test_no_rows_and_many_are_the_library_s(rows: int) -> None:
     for itemsize, outputs, k in product((2, 4), OUTPUTS, WIDTHS):
-        assert tile(RUNGS[-1] + 1, outputs, k, itemsize, gated=False, add=False) is None
+        assert tile(rows, outputs, k, itemsize, gated=False, add=False) is None
+
+
+def test_registers_are_those_of_the_padded_rows() -> None:
+    found = [part_registers(32, rows, False) for rows in (1, 8, 9, 16, 17, 32, 64)]
+    assert found == [48, 48, 56, 56, 72, 72, 72]
+    assert part_registers(32, 8, True) == 80
 
 
 def test_measured_shapes_come_before_the_rules() -> None:

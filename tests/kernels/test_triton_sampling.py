@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minisrv.kernels import triton_sampling
 from minisrv.kernels.sampling import ALL, apply_bitmask, sample
 from minisrv.kernels.triton_sampling import apply_bitmask as triton_apply_bitmask
 from minisrv.kernels.triton_sampling import sample as triton_sample
@@ -53,11 +54,13 @@ def make(
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [5, 32, 1000, 1024, 1057, 4096])
+@pytest.mark.parametrize("vocab", [5, 32, 1000, 1024, 1057, 4096, 9000])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
 def test_a_bitmask_drops_what_the_cpu_drops_and_is_whole_again(
-    device: str, dtype: torch.dtype, vocab: int
+    device: str, dtype: torch.dtype, vocab: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows with a mask between rows without; rows beyond those of the logits are not touched."""
+    monkeypatch.setattr(triton_sampling, "blocks_of", lambda rows, vocab: blocks)
     g = torch.Generator().manual_seed(vocab)
     logits = torch.randn(5, vocab, generator=g).to(dtype)
     bitmask = torch.randint(-(2**31), 2**31, (7, -(-vocab // 32)), dtype=torch.int32, generator=g)
@@ -82,22 +85,32 @@ def run(op: Any, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 4),
-    vocab=st.sampled_from([5, 64, 1024, 1500]),
+    vocab=st.sampled_from([5, 64, 1024, 1500, 2049, 5000]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     ties=st.booleans(),
     seed=st.integers(0, 10_000),
+    blocks=st.sampled_from([1, 2, 4]),
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no interpreter")
-def test_the_interpreter_gives_the_tokens_of_the_cpu(**drawn: Any) -> None:
+def test_the_interpreter_gives_the_tokens_of_the_cpu(blocks: int, **drawn: Any) -> None:
     logits, given_ = make(**drawn)
-    assert torch.equal(run(triton_sample, logits, given_), run(sample, logits, given_))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_sampling, "blocks_of", lambda rows, vocab: blocks)
+        found = run(triton_sample, logits, given_)
+    assert torch.equal(found, run(sample, logits, given_))
+
+
+def test_more_rows_have_larger_parts() -> None:
+    found = [triton_sampling.blocks_of(rows, 151936) for rows in (1, 8, 16, 32, 64, 512)]
+    assert found == [1, 1, 2, 4, 8, 8]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "vocab"), [(1, 151936), (256, 4096), (64, 151936), (3, 262144), (17, 1000)]
+    ("rows", "vocab"),
+    [(1, 151936), (256, 4096), (20, 151936), (64, 151936), (3, 262144), (17, 1000)],
 )
 def test_a_gpu_gives_the_tokens_of_the_cpu(
     rows: int, vocab: int, dtype: torch.dtype, ties: bool
