@@ -8,7 +8,7 @@ takes: columns may be summed in any order, as long as x has the same. A program'
 as there are registers for, is on its way while the kernels before it run; when x is there, what is
 left is one load of it, the product, and one sum over the warps.
 
-In a step of Qwen3-0.6B at batch 8 on an H100 a layer's four products take 12.2 us, where a copy
+In a step of Qwen3-0.6B at batch 8 on an H100 a layer's four products take 12.9 us, where a copy
 moves their 31.5 MB in 10.6; by Triton's kernels they took 21.6.
 """
 
