@@ -76,21 +76,16 @@ def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
 
 def compiled(job: tuple[int, Product, Tile | None]) -> bool:
     """Whether the tile's kernel compiles and runs; it is in Triton's cache then."""
-    from minisrv.kernels import gluon_linear, triton_linear
+    from minisrv.kernels.triton_linear import multiply
 
     rows, (name, n, k, gated, add), tile = job
     if tile is None:
         return True
     draw = partial(torch.zeros, device="cuda", dtype=torch.bfloat16)
     norm = None if add or name == "lm_head" else draw(k)
-    kernel: Any = {
-        GemvTile: triton_linear.gemv,
-        SlicedTile: gluon_linear.sliced,
-        TallTile: triton_linear.tall,
-    }[type(tile)]
     try:
         x, weight, out = draw(rows, k), draw(n, k), draw(rows, n // 2 if gated else n)
-        kernel(x, weight, None, norm, out, 1e-6, gated, add, tile)
+        multiply(x, weight, None, norm, out, 1e-6, gated, add, tile)
         torch.cuda.synchronize()
     except Exception:  # of the compiler, for too many registers or too much shared memory
         return False

@@ -14,55 +14,16 @@ moves their 31.5 MB in 10.6; by Triton's kernels they took 21.6.
 
 from __future__ import annotations
 
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from minisrv.kernels.tiles import SLICE, SLICED_ROWS, SlicedTile
 from minisrv.kernels.triton_elementwise import finish
-from minisrv.kernels.triton_launch import lead, pdl, wait
-
-
-def sliced(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    out: Tensor,
-    eps: float,
-    gated: bool,
-    add: bool,
-    shape: SlicedTile,
-) -> None:
-    """`triton_linear.few_rows` by `_sliced`, the rows padded to 8, 16 or multiples of 32."""
-    (rows, k), n = x.shape, out.shape[1]
-    block = min(SLICED_ROWS, max(8, triton.next_power_of_2(rows)))
-    _sliced[(triton.cdiv(n, shape.outputs), triton.cdiv(rows, block))](
-        x,
-        weight,
-        bias,
-        norm,
-        out,
-        rows,
-        n,
-        eps,
-        K=k,
-        GATED=gated,
-        ADD=add,
-        ROWS=block,
-        BLOCK_N=shape.outputs,
-        BLOCK_K=SLICE,
-        SLICES=shape.warps,
-        AHEAD=shape.ahead,
-        num_warps=shape.warps,
-        **pdl(),
-    )
+from minisrv.kernels.triton_launch import lead, wait
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def _sliced(
+def sliced(
     x,
     weight,
     bias,
@@ -81,9 +42,9 @@ def _sliced(
     AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """BLOCK_N outputs of ROWS rows. Of SLICES * BLOCK_K columns each warp multiplies its own
-    BLOCK_K, AHEAD such parts of the weight are on their way at a time, and the warps' products are
-    added up: no program waits for another."""
+    """BLOCK_N outputs of ROWS rows, for `triton_linear.multiply`. Of SLICES * BLOCK_K columns each
+    warp multiplies its own BLOCK_K, AHEAD such parts of the weight are on their way at a time, and
+    the warps' products are added up: no program waits for another."""
     lead(PDL)
     product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLICES, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, product, 8)

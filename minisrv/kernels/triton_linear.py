@@ -7,7 +7,7 @@ weight each. Whoever reads x anyway norms it: as y = (x * g) W^T / rms(x), the r
 when its products are. A gate's output and its partner belong to one program.
 
 Three kernels, chosen by `kernels.tiles`. `_gemv`: one row; products are float32's, of a program's
-whole rows. `gluon_linear._sliced`: each warp has tensor cores multiply its slice of the columns.
+whole rows. `gluon_linear.sliced`: each warp has tensor cores multiply its slice of the columns.
 `_tall`: up to 32 rows and a large weight, or float32; tensor cores multiply tile after tile of the
 columns, which several programs may share.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minisrv.kernels import tiles
 from minisrv.kernels.gluon_linear import sliced
-from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile
+from minisrv.kernels.tiles import GemvTile, SlicedTile, Tile
 from minisrv.kernels.triton_elementwise import finish
 from minisrv.kernels.triton_launch import arrivals, lead, pdl, wait
 
@@ -42,20 +42,13 @@ def few_rows(
     add: bool,
 ) -> None:
     """As `kernels.linear.few_rows_op`."""
-    assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     n, k = weight.shape
-    chosen = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
-    assert chosen is not None, "a product that is not cuBLAS's"
-    operands = x, weight, bias, norm, out, eps, gated, add
-    if isinstance(chosen, GemvTile):
-        gemv(*operands, chosen)
-    elif isinstance(chosen, SlicedTile):
-        sliced(*operands, chosen)
-    else:
-        tall(*operands, chosen)
+    tile = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
+    assert tile is not None, "a product that is not cuBLAS's"
+    multiply(x, weight, bias, norm, out, eps, gated, add, tile)
 
 
-def gemv(
+def multiply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -64,72 +57,51 @@ def gemv(
     eps: float,
     gated: bool,
     add: bool,
-    shape: GemvTile,
+    tile: Tile,
 ) -> None:
-    """`few_rows` of one row, by `_gemv`."""
-    k, n = x.shape[1], out.shape[1]
-    _gemv[(triton.cdiv(n, shape.outputs),)](
-        x,
-        weight,
-        bias,
-        norm,
-        out,
-        n,
-        eps,
-        K=k,
-        GATED=gated,
-        ADD=add,
-        BLOCK_N=shape.outputs,
-        BLOCK_K=shape.depth,
-        num_warps=shape.warps,
-        **pdl(),
-    )
-
-
-def tall(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    out: Tensor,
-    eps: float,
-    gated: bool,
-    add: bool,
-    shape: TallTile,
-) -> None:
-    """`few_rows` by `_tall`, the rows padded to 16 or to a power of two."""
+    """`few_rows` by the kernel of `tile`."""
+    assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     (rows, k), n = x.shape, out.shape[1]
-    parts = triton.cdiv(n, shape.outputs)
-    partial = counters = None
-    block_rows = max(16, triton.next_power_of_2(rows))
-    if shape.splits > 1:
-        width = shape.outputs * (2 if gated else 1) + 1
-        partial = torch.empty(
-            parts, shape.splits, width, block_rows, dtype=torch.float32, device=x.device
+    operands, parts = (x, weight, bias, norm, out), triton.cdiv(n, tile.outputs)
+    shape = {"K": k, "GATED": gated, "ADD": add, "BLOCK_N": tile.outputs, "num_warps": tile.warps}
+    padded = triton.next_power_of_2(rows)
+    if isinstance(tile, GemvTile):
+        _gemv[(parts,)](*operands, n, eps, BLOCK_K=tile.depth, **shape, **pdl())
+    elif isinstance(tile, SlicedTile):
+        block = min(tiles.SLICED_ROWS, max(8, padded))
+        sliced[(parts, triton.cdiv(rows, block))](
+            *operands,
+            rows,
+            n,
+            eps,
+            ROWS=block,
+            BLOCK_K=tiles.SLICE,
+            SLICES=tile.warps,
+            AHEAD=tile.ahead,
+            **shape,
+            **pdl(),
         )
-        counters = arrivals(x.device)
-    _tall[(parts, shape.splits)](
-        x,
-        weight,
-        bias,
-        norm,
-        out,
-        partial,
-        counters,
-        rows,
-        n,
-        eps,
-        K=k,
-        GATED=gated,
-        ADD=add,
-        ROWS=block_rows,
-        BLOCK_N=shape.outputs,
-        BLOCK_K=shape.depth,
-        SPLITS=shape.splits,
-        STAGES=shape.stages,
-        num_warps=shape.warps,
-        **pdl(),
-    )
+    else:
+        block, partial, counters = max(16, padded), None, None
+        if tile.splits > 1:
+            width = tile.outputs * (2 if gated else 1) + 1
+            share = (parts, tile.splits, width, block)
+            partial = torch.empty(share, dtype=torch.float32, device=x.device)
+            counters = arrivals(x.device)
+        _tall[(parts, tile.splits)](
+            *operands,
+            partial,
+            counters,
+            rows,
+            n,
+            eps,
+            ROWS=block,
+            BLOCK_K=tile.depth,
+            SPLITS=tile.splits,
+            STAGES=tile.stages,
+            **shape,
+            **pdl(),
+        )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Compile `_sliced` for an H100, which need not be there, and print the PTX.
+"""Compile `sliced` for an H100, which need not be there, and print the PTX.
 
 In a process of its own: Triton's interpreter, where other tests run kernels without a GPU, has no
 Gluon. Arguments: K, outputs of a program, rows, ahead."""
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from minisrv.kernels.gluon_linear import _sliced
+from minisrv.kernels.gluon_linear import sliced
 from minisrv.kernels.tiles import SLICE
 
 WARPS = 8
@@ -24,13 +24,13 @@ def ptx(k: int, outputs: int, rows: int, ahead: int) -> str:
         **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS, "AHEAD": ahead, "PDL": True},
     }
     types = {"rows": "i32", "n": "i32", "eps": "fp32"}
-    names = _sliced.arg_names
+    names = sliced.arg_names
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names
     }
     pointers = [at for at, name in enumerate(names) if signature[name].startswith("*")]
     source = GluonASTSource(
-        _sliced,
+        sliced,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(at,): [["tt.divisibility", 16]] for at in pointers},

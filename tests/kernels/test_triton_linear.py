@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 pytest.importorskip("triton")
-from minisrv.kernels.gluon_linear import sliced
 from minisrv.kernels.linear import Norm, lay_out
-from minisrv.kernels.tiles import RUNGS, SLICE, GemvTile, SlicedTile, TallTile
+from minisrv.kernels.tiles import RUNGS, SLICE, GemvTile, SlicedTile, TallTile, Tile
 from minisrv.kernels.triton_launch import arrivals
-from minisrv.kernels.triton_linear import gemv, tall
+from minisrv.kernels.triton_linear import multiply
 from tests.kernels.compile_sliced import WARPS
 
 GPU = torch.cuda.is_available()
@@ -53,9 +51,7 @@ def expect(
     return y
 
 
-def check(
-    multiply: Callable[..., None], dtype: torch.dtype, n: int, k: int, rows: int, kind: str
-) -> None:
+def check(tile: Tile, dtype: torch.dtype, n: int, k: int, rows: int, kind: str) -> None:
     """kind: what lies beside the product, of gated, add, norm and bias."""
     gated = "gated" in kind
     x, weight, bias, norm, out = draw(2 * n if gated else n, k, dtype, rows)
@@ -66,7 +62,7 @@ def check(
         expected += out.double()
     else:
         out.fill_(torch.nan)
-    multiply(*operands, out, EPS, gated, "add" in kind)
+    multiply(*operands, out, EPS, gated, "add" in kind, tile)
     torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=2e-2)
     assert int(arrivals(out.device).count_nonzero()) == 0
 
@@ -80,7 +76,7 @@ KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bia
 def test_gemv(n: int, k: int, dtype: torch.dtype, kind: str) -> None:
     """Rows of the weight that are one tile, or several, the last one not full."""
     tile = GemvTile(outputs=2, depth=64, warps=4)
-    check(lambda *args: gemv(*args, tile), dtype, n, k, 1, kind)
+    check(tile, dtype, n, k, 1, kind)
 
 
 SLICED = [(5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)]
@@ -94,8 +90,7 @@ SLICED = [(5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)
 @pytest.mark.parametrize(("n", "k", "rows"), SLICED)
 def test_sliced(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, ahead: int) -> None:
     for outputs, warps in ((16, 4), (32, 2)):
-        tile = SlicedTile(outputs, warps, ahead)
-        check(lambda *args, tile=tile: sliced(*args, tile), dtype, n, k, rows, kind)
+        check(SlicedTile(outputs, warps, ahead), dtype, n, k, rows, kind)
 
 
 @pytest.mark.parametrize("rows", [8, 32])
@@ -128,7 +123,7 @@ def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, r
 def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: int) -> None:
     """Fewer columns than splits among them: a split may have none."""
     tile = TallTile(outputs=16, depth=32, warps=1, stages=2, splits=splits)
-    check(lambda *args: tall(*args, tile), dtype, n, k, rows, kind)
+    check(tile, dtype, n, k, rows, kind)
 
 
 @pytest.mark.gpu
