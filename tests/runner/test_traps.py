@@ -660,9 +660,10 @@ def moves_an_argument(patch: Patch) -> None:
 
 
 def moves_a_buffer(patch: Patch) -> None:
-    fill = InputBuffers.fill
+    fill, left = InputBuffers.fill, []  # alive, or a later one may get its place again
 
     def broken(self, output, descriptor, epilogue_rows):
+        left.append(self.slots)
         self.slots = self.slots.clone()
         return fill(self, output, descriptor, epilogue_rows)
 
@@ -670,9 +671,10 @@ def moves_a_buffer(patch: Patch) -> None:
 
 
 def moves_the_state(patch: Patch) -> None:
-    apply = SlotState.apply
+    apply, left = SlotState.apply, []
 
     def broken(self, *args):
+        left.append(self.last_token)
         self.last_token = self.last_token.clone()
         apply(self, *args)
 
