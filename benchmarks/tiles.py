@@ -3,7 +3,7 @@
     python -m benchmarks.tiles benchmarks/configs/qwen3-0.6b --rows 1,8,32 --json F
 
 Candidates are compiled by many processes first. Then each projection in turn gets the one with
-which a graph of all layers is fastest (coordinate descent, two rounds; about a minute for a number
+which a graph of all layers is fastest (coordinate descent, two rounds; half a minute for a number
 of rows). Printed are lines for `minisrv.kernels.tiles.MEASURED`, beside what `tile` has chosen:
 a shape needs a line where that is slower by more than the noise, some 1%.
 """

@@ -279,36 +279,11 @@ def _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS: tl.constexpr, HEAD
 
 
 @triton.jit
-def _fold(
-    acc,
-    peak,
-    total,
-    q,
-    kv_cache,
-    table,
-    start,
-    end,
-    last,
-    scale,
-    head,
-    d,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Take the keys from `start` on, a tile of them, into an online softmax: see `_take`.
+def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys from `start` on are, int64 [TILE]; of no meaning from `end` on.
 
     table: pointer to the row's blocks. end: how many keys may be loaded.
     """
-    slots = _slots(table, start, end, BLOCK_SIZE, TILE)
-    k, v = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
-    return _take(acc, peak, total, q, k, v, start, end, last, scale, TILE)
-
-
-@triton.jit
-def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Where the keys from `start` on are, int64 [TILE]; of no meaning from `end` on."""
     keys = start + tl.arange(0, TILE)
     block = tl.load(table + keys // BLOCK_SIZE, keys < end, other=0).to(tl.int64)
     return block * BLOCK_SIZE + keys % BLOCK_SIZE
@@ -622,22 +597,7 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     table = block_table + row.to(tl.int64) * table_stride
     for start in range(0, end, TILE):
-        acc, peak, total = _fold(
-            acc,
-            peak,
-            total,
-            q,
-            kv_cache,
-            table,
-            start,
-            end,
-            last,
-            scale,
-            head,
-            d,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-        )
+        slots = _slots(table, start, end, BLOCK_SIZE, TILE)
+        k, v = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+        acc, peak, total = _take(acc, peak, total, q, k, v, start, end, last, scale, TILE)
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask)
