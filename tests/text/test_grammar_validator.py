@@ -7,14 +7,17 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+import msgspec
 import pytest
 
 from minisrv.checkpoint import resolve_checkpoint
 from minisrv.errors import EngineError, RequestError
 from minisrv.request import StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
+from minisrv.text import grammar_validator
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
 from tests.text.random_schemas import random_schema
@@ -95,16 +98,46 @@ def test_many_at_once(validator: GrammarValidator) -> None:
     assert [future.exception() is None for future in futures] == [True, False] * 10
 
 
-def test_a_killed_process_is_replaced(validator: GrammarValidator) -> None:
-    good = StructuredOutput(kind=Kind.JSON_OBJECT)
-    validator.validate(good).result()
-    [process] = multiprocessing.active_children()
+def kill(process: BaseProcess) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def test_a_killed_process_is_replaced(validator: GrammarValidator) -> None:
+    first, another = (schema({"const": name}) for name in ("first", "another"))
+    validator.validate(first).result()
+    [process] = multiprocessing.active_children()
+    kill(process)
     with pytest.raises(EngineError):
-        validator.validate(good).result()
+        validator.validate(another).result()
+    validator.validate(another).result()
+
+
+def test_what_has_passed_is_not_tried_again(validator: GrammarValidator) -> None:
+    good, bad = schema({"const": "good"}), schema({"const": "bad", "type": 1})
     validator.validate(good).result()
+    hostile = validator.validate(schema({"type": "integer", "multipleOf": 1_000_003}))
+    assert validator.validate(good).done()
+    assert not hostile.done(), "nobody waits behind it"
+    for _ in range(2):
+        with pytest.raises(RequestError):
+            validator.validate(bad).result()
+    [process] = multiprocessing.active_children()
+    kill(process)
+    validator.validate(good).result()
+    with pytest.raises(EngineError):
+        validator.validate(msgspec.structs.replace(good, reasoning_end="</think>")).result()
+
+
+def test_as_many_are_remembered_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_validator, "_REMEMBERED", 2)
+    specs = [schema({"const": f"one of three: {number}"}) for number in range(3)]
+    another = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
+    for spec in specs:
+        another.validate(spec).result()
+    assert [another.validate(spec).done() for spec in reversed(specs)] == [True, True, False]
+    another.close()
 
 
 def test_closing_ends_the_process(validator: GrammarValidator) -> None:
