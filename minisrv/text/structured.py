@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,10 @@ LIMITS = llguidance.LLParserLimits(
     # Errors quote the grammar otherwise.
     verbose_errors=False,
 )
+
+MASK_THREADS = 4
+"""A mask takes some 10 us, so eight rows are as fast by one, and threads that look for work take
+processors from those who send tokens. Several are for many rows, and for grammars that are hard."""
 
 _JSON_OPTIONS: dict[str, Any] = {
     "item_separator": ",",
@@ -152,7 +157,7 @@ class GrammarBackend:
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
-        return llguidance.LLExecutor()
+        return llguidance.LLExecutor(min(MASK_THREADS, max(1, len(os.sched_getaffinity(0)) // 2)))
 
     @functools.cached_property
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:
