@@ -9,7 +9,8 @@ eight at a time, each answer checked by `jsonschema`. A schema forces the end wi
 an answer may have, unless it recurses, for which it has no bound. An answer that was cut by its
 length is asked for again with another seed, three times at most, and counted. *ITL*: eight streams
 with a grammar and eight without, by turns, at temperature 1; a stream's ITL is the time from its
-first to its last token over its tokens less one, as an event may hold several. *Hostile*: streams
+first to its last token over its tokens less one, as an event may hold several. The eight are asked
+for at once, and the last of them to begin says what a grammar adds to the TTFT. *Hostile*: streams
 follow each other for as long as grammars that are known to hurt (large, deep, ambiguous,
 `multipleOf`) are sent, one behind the other and then several at once; reported is the longest that
 a stream waited for a token, and the same for as long without them. The server needs
@@ -92,6 +93,11 @@ class Stream(NamedTuple):
         return 1e3 * (self.times[-1] - self.times[0]) / (self.tokens - 1)
 
     @property
+    def ttft(self) -> float:
+        """ms."""
+        return 1e3 * (self.times[0] - self.began)
+
+    @property
     def longest_wait(self) -> float:
         """ms, for the first token or between two."""
         return 1e3 * max(b - a for a, b in pairwise([self.began, *self.times]))
@@ -166,24 +172,28 @@ async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[st
 
 
 async def measure_itl(client: Client, rounds: int) -> dict[str, Any]:
-    """ITL in ms with a grammar and without, a round's mean over its streams, and their ratio."""
+    """ITL in ms with a grammar and without, a round's mean over its streams, and their ratio; and
+    the longest TTFT of a round's streams in ms."""
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"ignore_eos": True},
         "grammar": {"response_format": form_of(LIST)},
     }
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    ttft: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind in sorted(kinds, reverse=number % 2 == 0):
             asked = [client.stream(seed=n, **kinds[kind]) for n in range(STREAMS)]
             streams = await asyncio.gather(*asked)
             if number:  # the first warms up
                 found[kind].append(float(np.mean([stream.itl for stream in streams])))
+                ttft[kind].append(max(stream.ttft for stream in streams))
     ratio = [a / b for a, b in zip(found["grammar"], found["plain"], strict=True)]
     return {
         "streams": STREAMS,
         "itl_ms": {kind: _spread(values) for kind, values in found.items()},
         "ratio": _spread(ratio),
         "rounds_itl_ms": found,
+        "longest_ttft_ms": {kind: _spread(values) for kind, values in ttft.items()},
     }
 
 
@@ -270,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for kind, values in found["itl"]["itl_ms"].items():
         table.add_row(f"ITL {kind}, ms", ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
+    for kind, values in found["itl"]["longest_ttft_ms"].items():
+        table.add_row(f"TTFT {kind}, ms", ", ".join(f"{k} {v:.1f}" for k, v in values.items()))
     ratio = found["itl"]["ratio"]
     table.add_row("grammar / plain", ", ".join(f"{k} {v:.2f}" for k, v in ratio.items()))
     for name, hostile in found["hostile"].items():
