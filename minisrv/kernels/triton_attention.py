@@ -8,7 +8,7 @@ write), one attends in tiles of queries (FlashAttention-2, Dao 2023); a tile fin
 device, as vLLM's unified Triton attention does.
 
 A decode batch must read K and V once: batch * context * 2 * num_kv_heads * head_dim elements a
-layer. On an H100 it does so at 92% of a copy's speed and more from 32 requests with 1,024 tokens on
+layer. On an H100 it does so at 90% of a copy's speed and more from 32 requests with 1,024 tokens on
 (heads of 128; of 64: 84%); a single request takes 3.9 us a layer, whose bytes would take 0.2.
 
 Knows: what `kernels.attention` says of arguments and layouts. Grids, allocations and the number of
