@@ -25,10 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.layers import Paged, median_us
 from minisrv.bench.measure import copy_bandwidth
-from minisrv.checkpoint import read_model_config
-from minisrv.config import ModelConfig
+from minisrv.checkpoint import describe_model
 from minisrv.environment import environment
 from minisrv.kernels.attention import attention_op
+from minisrv.model_config import ModelConfig
 from minisrv.nn.rope import cos_sin_table
 
 LARGE = 400 << 20
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
-    model, copy_gb_s = read_model_config(options.model), copy_bandwidth(torch.device("cuda"))
+    model, copy_gb_s = describe_model(options.model).model, copy_bandwidth(torch.device("cuda"))
     table = Table("batch", "context", "us a layer", "GB/s", "of a copy", "torch, us")
     results = []
     for batch in map(int, options.batch.split(",")):

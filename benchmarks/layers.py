@@ -14,9 +14,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from minisrv.checkpoint import read_model_config
-from minisrv.config import ModelConfig
+from minisrv.checkpoint import describe_model
 from minisrv.graph.forward_context import AttentionMetadata, ForwardContext, set_forward_context
+from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.nn.loader import load_model
 
@@ -66,7 +66,7 @@ class Layers:
     """A model, bfloat16, of the config in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.config = config = read_model_config(directory)
+        self.config = config = describe_model(directory).model
         with torch.no_grad():
             self.model = load_model(
                 config, None, dtype=torch.bfloat16, device="cuda", load_format="dummy"

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.layers import Layers, median_us
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.environment import environment
 from minisrv.kernels import tiles
 from minisrv.kernels.tiles import (
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    console, model = Console(), read_model_config(options.model)
+    console, model = Console(), describe_model(options.model).model
     numbers = [int(rows) for rows in options.rows.split(",")]
     jobs = [(r, p, tile) for r in numbers for p in products(model) for tile in candidates(r, p)]
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -7,13 +7,10 @@ Knows nothing of torch: dtypes are strings here.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from minisrv.errors import ConfigError, UnknownArchitectureError
+from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,166 +21,24 @@ MAX_LAUNCH_US = 10_000
 MAX_API_WORKERS = 64
 
 
-class RopeScaling(enum.StrEnum):
-    """How rotary frequencies are stretched; names as in a checkpoint's `rope_type`."""
-
-    DEFAULT = "default"
-    LINEAR = "linear"
-    LLAMA3 = "llama3"
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding. The last four fields matter for their scaling only."""
-
-    theta: float = 10000.0
-    scaling: RopeScaling = RopeScaling.DEFAULT
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder, read from a Hugging Face `config.json`.
-
-    The booleans are what tells the supported architectures apart; the decoder in `nn` is
-    defined once and reads them.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    dtype: str
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-
-    @property
-    def q_size(self) -> int:
-        """Width of the query heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of the key heads together; the value heads have the same."""
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def qkv_size(self) -> int:
-        """Width of the packed q, k, v that the attention op takes."""
-        return self.q_size + 2 * self.kv_size
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Read a `config.json` (the old `rope_theta`/`rope_scaling` and the new
-        `rope_parameters` spelling).
-
-        Raises UnknownArchitectureError, ConfigError (a setting that would change the
-        computation and is not implemented).
-        """
-        names = config.get("architectures") or [None]
-        architecture = names[0]
-        if architecture not in ARCHITECTURES:
-            raise UnknownArchitectureError(
-                f"architecture {architecture!r} is not implemented; "
-                f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
-            )
-        llama, qwen2, qwen3 = (
-            architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
-        )
-        heads = _positive(config, "num_attention_heads")
-        hidden = _positive(config, "hidden_size")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is.")
-        if config.get("use_sliding_window"):
-            raise ConfigError("use_sliding_window=true is not implemented; only full attention is.")
-        if config.get("quantization_config"):
-            raise ConfigError("quantized checkpoints are not implemented; load the original one.")
-        bias = bool(config.get("attention_bias", False))
-        kv_heads = config.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            raise ConfigError(
-                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
-            )
-        return cls(
-            architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or (128 if qwen3 else hidden // heads),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=_positive(config, "max_position_embeddings"),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            rope=_rope(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=qwen2 or bias,
-            output_bias=bias and not qwen2,
-            mlp_bias=llama and bool(config.get("mlp_bias", False)),
-            qk_norm=qwen3,
-        )
-
-
-ARCHITECTURES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer.")
-    return value
-
-
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
-    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in tuple(RopeScaling):
-        raise ConfigError(
-            f"rope_type={kind!r} is not implemented; implemented are: {', '.join(RopeScaling)}."
-        )
-    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError("partial_rotary_factor other than 1.0 is not implemented.")
-    defaults = RopeConfig()
-    name = "original_max_position_embeddings"
-    trained = config.get(name) or scaling.get(name) or config.get("max_position_embeddings")
-    return RopeConfig(
-        theta=theta,
-        scaling=RopeScaling(kind),
-        factor=float(scaling.get("factor", defaults.factor)),
-        low_freq_factor=float(scaling.get("low_freq_factor", defaults.low_freq_factor)),
-        high_freq_factor=float(scaling.get("high_freq_factor", defaults.high_freq_factor)),
-        original_max_position_embeddings=int(trained or defaults.original_max_position_embeddings),
-    )
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine needs to know. Names and meanings follow vLLM's flags.
 
     model: a directory with a Hugging Face checkpoint, or a hub id; None serves the default model.
+    revision: a branch, tag or commit of a hub id's repository; None takes its main branch.
+    tokenizer: a directory or hub id with another tokenizer than the checkpoint's.
+    chat_template: a file with another template than the checkpoint's.
     quantization: "int8" keeps the weights of the projections with 8 bits.
-    max_model_len: tokens of prompt and completion together; None takes the checkpoint's.
+    max_model_len: tokens of prompt and completion together; None takes the checkpoint's, or as many
+        as the KV cache holds.
     max_num_seqs: requests in one decode batch; always the top decode rung.
     max_num_batched_tokens: token budget of one step.
     num_kv_blocks: blocks of the KV cache, the null block included; None sizes it by
         kv_cache_memory.
     kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
-        None takes 1 GiB on a CPU, and on a GPU what gpu_memory_utilization leaves.
+        None takes half of the memory that weights leave on a CPU, and on a GPU what
+        gpu_memory_utilization leaves.
     gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
     max_waiting: requests the engine queues before it answers 429.
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
@@ -197,6 +52,9 @@ class EngineConfig:
     """
 
     model: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    chat_template: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
@@ -222,6 +80,8 @@ class EngineConfig:
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         if self.quantization is not None:
+            if self.device == "cuda":
+                raise ConfigError("quantization=int8 is for CPUs; leave it out, or use device=cpu.")
             _one_of("quantization", self.quantization, QUANTIZATIONS)
             if self.dtype not in ("auto", "bfloat16"):
                 raise ConfigError(

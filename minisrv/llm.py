@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from minisrv.checkpoint import resolve_checkpoint
+from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
@@ -73,11 +73,11 @@ class LLM:
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         if isinstance(settings.get("cudagraph_mode"), str):
             settings["cudagraph_mode"] = CUDAGraphMode.parse(settings["cudagraph_mode"])
-        directory = resolve_checkpoint(model)
-        self._tokenizer = Tokenizer.from_directory(directory)
+        config = EngineConfig(model=model, **settings)
+        checkpoint = open_checkpoint(config)
+        self._tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
         progress = StartupProgress()
-        config = replace(EngineConfig(**settings), model=str(directory))
-        self.engine = EngineCore(config, progress)
+        self.engine = EngineCore(config, progress, checkpoint=checkpoint)
         progress.close()
         self._count = 0
 

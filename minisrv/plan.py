@@ -12,9 +12,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.config import EngineConfig, ModelConfig
+from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
+from minisrv.model_config import ModelConfig
 from minisrv.modes import CUDAGraphMode
 from minisrv.progress import StartupProgress
 

@@ -1,4 +1,7 @@
-"""Finding a checkpoint and reading its small files, and the errors on the way."""
+"""Finding a checkpoint, what its small files say, and what is refused before its weights are there.
+
+That they mean what transformers says is in `test_checkpoint_grid`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,35 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from minisrv import checkpoint
+from minisrv import cache
 from minisrv.checkpoint import (
+    Checkpoint,
     GenerationConfig,
-    read_generation_config,
-    read_model_config,
+    TokenizerDescription,
+    describe_model,
+    describe_tokenizer,
+    description,
+    location,
+    open_checkpoint,
     resolve_checkpoint,
     weight_files,
 )
-from minisrv.errors import ConfigError, ModelError
+from minisrv.config import EngineConfig
+from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError
+from minisrv.text.tokenizer import Tokenizer
+from tests.checkpoints import make_checkpoint
+from tests.text.tiny_tokenizer import save_chatml
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
 def write(directory: Path, **files: Any) -> Path:
@@ -30,8 +53,13 @@ def write(directory: Path, **files: Any) -> Path:
     return directory
 
 
+# ---- where it lies -------------------------------------------------------------------------------
+
+
 def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolve_checkpoint(str(write(tmp_path, config__json={}))) == tmp_path
+    with pytest.raises(ModelError, match="revision='main' is of a repository"):
+        resolve_checkpoint(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./missing", "a/b/c", "../x", "~/nope-nope", ""])
@@ -47,38 +75,100 @@ def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
         resolve_checkpoint(str(path))
 
 
+def test_gguf_is_named_as_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model-q4.gguf"
+    path.touch()
+    for model in (path, tmp_path):
+        with pytest.raises(ModelError, match=r"is a GGUF (file|checkpoint).*llama\.cpp"):
+            resolve_checkpoint(str(model))
+
+
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
-    for read in (lambda: resolve_checkpoint(str(tmp_path)), lambda: read_model_config(tmp_path)):
-        with pytest.raises(ModelError, match=r"has no config\.json"):
-            read()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        resolve_checkpoint(str(tmp_path))
+
+
+class Hub:
+    """Stands for the hub's client: repositories are names of files and their contents."""
+
+    def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch, **files: Any) -> None:
+        self.snapshot = cache / "0123abc"
+        self.files = {name.replace("__", "."): json.dumps(files[name]) for name in files}
+        self.revisions: list[str | None] = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def add(self, *names: str) -> None:
+        self.files |= dict.fromkeys(names, "")
+
+    def download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.revisions.append(revision)
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            self.files, allow_patterns=allow_patterns
+        )
+        for name in wanted:
+            path = self.snapshot / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.files[name])
+        return str(self.snapshot)
+
+    @property
+    def fetched(self) -> set[str]:
+        found = (path for path in self.snapshot.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.snapshot)) for path in found}
+
+
+SMALL = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+}
 
 
 def test_the_hub_is_asked_for_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Config, tokenizer and safetensors; never code, never pickles."""
-    asked: dict[str, Any] = {}
+    """Config, tokenizer and safetensors; never code, never pickles, no other weights."""
+    hub = Hub(tmp_path, monkeypatch, config__json={})
+    hub.add(*SMALL - {"config.json"}, "model.safetensors", "model.fp16.safetensors")
+    hub.add("modeling_x.py", "pytorch_model.bin", "model.pt", "original/model.safetensors")
+    assert resolve_checkpoint("org/some-model_1.5", "v2", weights=False) == hub.snapshot
+    assert hub.fetched == SMALL
+    assert resolve_checkpoint("org/some-model_1.5", "v2") == hub.snapshot
+    assert hub.fetched == SMALL | {"model.safetensors"}
+    # Of the commit whose config was read, whatever is pushed meanwhile.
+    assert hub.revisions == ["v2", "v2", "0123abc"]
 
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(write(tmp_path, config__json={}))
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve_checkpoint("org/some-model_1.5") == tmp_path
-    assert asked["repo_id"] == "org/some-model_1.5"
-    wanted = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ]
-    unwanted = ["modeling_x.py", "pytorch_model.bin", "model.pt", "original/model.safetensors"]
-    kept = huggingface_hub.utils.filter_repo_objects(
-        [*wanted, *unwanted[:3]], allow_patterns=asked["allow_patterns"]
-    )
-    assert list(kept) == wanted
+def test_the_hub_is_asked_for_the_shards_that_the_index_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = {"weight_map": {"x": "weights-1.safetensors", "y": "weights-2.safetensors"}}
+    hub = Hub(tmp_path, monkeypatch, config__json={}, model__safetensors__index__json=index)
+    hub.add("weights-1.safetensors", "weights-2.safetensors", "weights-3.safetensors")
+    directory = resolve_checkpoint("org/model")
+    names = [path.name for path in weight_files(directory)]
+    assert names == ["weights-1.safetensors", "weights-2.safetensors"]
+    assert "weights-3.safetensors" not in hub.fetched
+
+
+def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config, settings, said in (
+        ({"architectures": ["MambaForCausalLM"]}, {}, "Mamba"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, {}, "tokenizer|longrope"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, {}, "quantized checkpoints"),
+        (LLAMA, {}, "holds no tokenizer"),
+        (LLAMA, {"max_model_len": 513}, "max_model_len=513|tokenizer"),
+    ):
+        hub = Hub(tmp_path, monkeypatch, config__json=config)
+        hub.add("model.safetensors")
+        with pytest.raises((ModelError, ConfigError), match=said):
+            open_checkpoint(EngineConfig(model="org/model", **settings))
+        assert hub.fetched == {"config.json"}
 
 
 def test_a_failing_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +187,7 @@ def test_the_default_model_is_found_in_both_installs(
 ) -> None:
     """Beside the package (editable); inside it (wheel), which goes first."""
     package = tmp_path / "minisrv"
-    monkeypatch.setattr(checkpoint, "__file__", str(package / "checkpoint.py"))
+    monkeypatch.setattr(location, "__file__", str(package / "checkpoint" / "location.py"))
     with pytest.raises(ModelError, match="default model is not installed"):
         resolve_checkpoint(None)
     beside = write(tmp_path / "models" / "minisrv-default", config__json={})
@@ -106,46 +196,15 @@ def test_the_default_model_is_found_in_both_installs(
     assert resolve_checkpoint(None) == inside
 
 
-def test_generation_config(tmp_path: Path) -> None:
-    said = {"eos_token_id": [7, 9], "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": None}
-    write(tmp_path, config__json={"eos_token_id": 1}, generation_config__json=said)
-    assert read_generation_config(tmp_path) == GenerationConfig((7, 9), 0.6, 0.9, 20, None)
-
-
-@pytest.mark.parametrize(
-    ("eos", "ids"), [(3, (3,)), ([3, 4], (3, 4)), ([], ()), (None, ()), (0, (0,))]
-)
-def test_eos_falls_back_to_config(eos: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
-    """Without a generation config, and with one that does not say."""
-    write(tmp_path, config__json={"eos_token_id": eos})
-    assert read_generation_config(tmp_path) == GenerationConfig(ids)
-    write(tmp_path, generation_config__json={"temperature": 1.0})
-    assert read_generation_config(tmp_path) == GenerationConfig(ids, temperature=1.0)
-
-
-@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "eos_token_id"])
-def test_nonsense_in_generation_config_is_named(field: str, tmp_path: Path) -> None:
-    write(tmp_path, config__json={}, generation_config__json={field: "x"})
-    with pytest.raises(ConfigError, match=f"{field}='x'"):
-        read_generation_config(tmp_path)
-
-
-def test_broken_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
-        read_model_config(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"config\.json must hold a JSON object"):
-        read_model_config(tmp_path)
-
-
 def test_weight_files(tmp_path: Path) -> None:
-    """The index decides; without one, the single file."""
+    """The single file, as transformers has it; where there is none the index decides."""
     for name in ("model.safetensors", "a.safetensors", "b.safetensors", "stray.safetensors"):
         (tmp_path / name).touch()
     assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
     index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}
     write(tmp_path, **{"model__safetensors__index__json": index})
+    assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
+    (tmp_path / "model.safetensors").unlink()
     assert weight_files(tmp_path) == (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(ModelError, match=r"files that are not there: a\.safetensors"):
@@ -153,11 +212,18 @@ def test_weight_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", [{}, {"weight_map": {}}, {"weight_map": {"x": "../x.safetensors"}}]
+    "index",
+    [
+        {},
+        {"weight_map": {}},
+        {"weight_map": {"x": "../x.safetensors"}},
+        {"weight_map": {"x": "pytorch_model-1.bin"}},
+    ],
 )
 def test_a_bad_index_is_refused(index: Any, tmp_path: Path) -> None:
     write(tmp_path, **{"model__safetensors__index__json": index})
-    with pytest.raises(ModelError, match=r"weight_map is missing|outside of the checkpoint"):
+    said = r"weight_map is missing|outside of the checkpoint|safetensors only"
+    with pytest.raises(ModelError, match=said):
         weight_files(tmp_path)
 
 
@@ -167,7 +233,210 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
-def test_torch_is_not_imported() -> None:
-    """API workers resolve checkpoints too, and start without torch."""
-    code = "import sys, minisrv.checkpoint; sys.exit('torch' in sys.modules)"
+# ---- what it says --------------------------------------------------------------------------------
+
+
+def test_generation_config(tmp_path: Path) -> None:
+    said = {
+        "eos_token_id": [7, 9],
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": None,
+        "repetition_penalty": 1.3,
+        "max_new_tokens": 99,
+        "min_new_tokens": 3,
+        "stop_strings": ["END", "\n\n"],
+        "do_sample": True,
+        "no_repeat_ngram_size": 3,
+        "num_beams": 1,
+    }
+    write(tmp_path, config__json={**LLAMA, "eos_token_id": 1}, generation_config__json=said)
+    told = describe_model(tmp_path)
+    assert told.generation == GenerationConfig(
+        (7, 9), 0.6, 0.9, 20, None, 1.3, max_tokens=99, min_tokens=3, stop=("END", "\n\n")
+    )
+    assert told.unused == ("no_repeat_ngram_size",)
+
+
+@pytest.mark.parametrize(
+    ("eos", "ids"), [(3, (3,)), ([3, 4], (3, 4)), ([], ()), (None, ()), (0, (0,))]
+)
+def test_eos_falls_back_to_config(eos: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
+    """Without a generation config, and with one that does not say."""
+    write(tmp_path, config__json={**LLAMA, "eos_token_id": eos})
+    assert describe_model(tmp_path).generation == GenerationConfig(ids)
+    write(tmp_path, generation_config__json={"temperature": 1.0})
+    assert describe_model(tmp_path).generation == GenerationConfig(ids, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, "x") for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+        ("top_k", 2.5),
+        ("max_new_tokens", True),
+        ("eos_token_id", "x"),
+        ("eos_token_id", [1, True]),
+        ("stop_strings", [""]),
+    ],
+)
+def test_nonsense_in_generation_config_is_named(field: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, config__json=LLAMA, generation_config__json={field: value})
+    with pytest.raises((ConfigError, ModelError), match=field):
+        describe_model(tmp_path)
+
+
+def test_the_tokenizers_end_token_ends_a_sequence(tmp_path: Path) -> None:
+    """It is all that some checkpoints say; behind the model's vocabulary it cannot come."""
+    make_checkpoint(tmp_path, "llama", eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    end = describe_tokenizer(tmp_path).eos_token_id
+    assert end is not None
+    assert open_checkpoint(EngineConfig(model=str(tmp_path))).generation.eos_token_ids == (end,)
+    write(tmp_path, config__json={**LLAMA, "vocab_size": end, "eos_token_id": [1]})
+    assert open_checkpoint(EngineConfig(model=str(tmp_path))).generation.eos_token_ids == (1,)
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    for text, said in (("{", "cannot be read"), ("[]", "must hold a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=rf"config\.json {said}"):
+            open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, UnknownArchitectureError, "Mamba.*Llama"),
+        ({"architectures": None}, UnknownArchitectureError, "None"),
+        ({"model_type": "mistral"}, ConfigError, "'mistral' does not go with.*'llama'"),
+        ({"hidden_act": "gelu"}, ConfigError, "hidden_act='gelu'"),
+        ({"hidden_size": 65}, ModelError, "multiple"),
+        ({"num_attention_heads": "4"}, ModelError, "num_attention_heads"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_named(
+    change: dict[str, Any], error: type[Exception], said: str, tmp_path: Path
+) -> None:
+    write(tmp_path, config__json={**LLAMA, **change})
+    save_chatml(tmp_path)
+    with pytest.raises(error, match=said):
+        open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
+# ---- other tokenizers and templates --------------------------------------------------------------
+
+
+def test_another_tokenizer_and_another_template(tmp_path: Path) -> None:
+    write(tmp_path / "model", config__json=LLAMA)
+    save_chatml(tmp_path / "tokenizer")
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0]['content'] }}!")
+    config = EngineConfig(
+        model=str(tmp_path / "model"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        chat_template=template,
+        load_format="dummy",
+    )
+    checkpoint = open_checkpoint(config)
+    assert checkpoint.tokenizer.backend == describe_tokenizer(tmp_path / "tokenizer").backend
+    tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
+    assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "Hi!"
+    template.unlink()
+    with pytest.raises(ConfigError, match="--chat-template .* cannot be read"):
+        open_checkpoint(config)
+
+
+def test_random_weights_need_a_config_only(tmp_path: Path) -> None:
+    """A stand-in has a token for each id, and each of them is text."""
+    write(tmp_path, config__json=LLAMA)
+    with pytest.raises(ModelError, match="holds no tokenizer.*--tokenizer.*dummy"):
+        open_checkpoint(EngineConfig(model=str(tmp_path)))
+    checkpoint = open_checkpoint(EngineConfig(model=str(tmp_path), load_format="dummy"))
+    tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
+    assert tokenizer.vocab_size == LLAMA["vocab_size"]
+    assert tokenizer.decode(tokenizer.encode("Grüße, 日本")) == "Grüße, 日本"
+    assert all(tokenizer.token_text(i)[1] for i in range(tokenizer.vocab_size))
+    assert "user: Hi" in tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def test_a_second_start_imports_no_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process has read is read again without one, until a file changes or it is damaged."""
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked: list[tuple[Path | None, Path | None]] = []
+    ask = description._ask_process
+
+    def counted(model: Path | None, tokenizer: Path | None) -> description.Descriptions:
+        asked.append((model, tokenizer))
+        return ask(model, tokenizer)
+
+    monkeypatch.setattr(description, "_ask_process", counted)
+    monkeypatch.delitem(sys.modules, "transformers")
+    config = EngineConfig(model=str(directory))
+    first = open_checkpoint(config)
+    assert open_checkpoint(config) == first
+    assert asked == [(directory, directory)]
+    (directory / "generation_config.json").write_text('{"top_k": 7}')
+    assert open_checkpoint(config).generation.top_k == 7
+    assert asked[1:] == [(directory, None)]
+    for entry in (tmp_path / "cache" / "minisrv" / "checkpoints").iterdir():
+        entry.write_bytes(entry.read_bytes()[:-1] + b"\0")
+    assert open_checkpoint(config).tokenizer == first.tokenizer
+    assert asked[2:] == [(directory, directory)]
+
+
+def test_a_process_tells_errors_of_the_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, config__json={**LLAMA, "rope_scaling": {"rope_type": "longrope"}})
+    save_chatml(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises((ConfigError, ModelError), match="longrope"):
+        open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
+def test_code_in_the_working_directory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(tmp_path, "llama")
+    for name in ("msgspec", "transformers", "socket", "json"):
+        (directory / f"{name}.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert describe_model(directory).model.architecture == "LlamaForCausalLM"
+
+
+def test_without_a_cache_everything_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "minisrv").mkdir(mode=0o777)
+    (tmp_path / "minisrv").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="others may write"):
+        cache.cache_directory()
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    assert describe_model(directory).model.num_layers == 2
+    assert not list((tmp_path / "minisrv").iterdir())
+
+
+def test_other_processes_read_what_was_opened(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model", "llama-llama3")
+    checkpoint = open_checkpoint(EngineConfig(model=str(directory)))
+    assert isinstance(checkpoint.tokenizer, TokenizerDescription)
+    checkpoint.save(tmp_path / "saved")
+    assert Checkpoint.load(tmp_path / "saved") == checkpoint
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    """API workers read what a checkpoint says too, and start without either."""
+    code = (
+        "import sys, minisrv.checkpoint, minisrv.text.tokenizer; "
+        "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0,
+    "model_config": 0,
+    "cache": 0,
     "errors": 0,
     "request": 0,
     "modes": 0,
@@ -21,6 +23,7 @@ FLOORS = {
     "kernels": 1,
     "metrics": 1,
     "checkpoint": 1,
+    "machine": 1,
     "logs": 0,
     "progress": 1,
     "processes": 1,

@@ -18,14 +18,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minisrv.checkpoint import read_generation_config, read_model_config, resolve_checkpoint
-from minisrv.config import EngineConfig, ModelConfig
+from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
+from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import ScheduledRow, Scheduler, SchedulerOutput, TokenEvent
 from minisrv.engine.grammars import Grammars
-from minisrv.engine.memory import KVCacheShape, check_fits, num_kv_blocks, plan_memory
+from minisrv.engine.memory import (
+    KVCacheShape,
+    cache_before_loading,
+    check_fits,
+    fit_context,
+    num_kv_blocks,
+    plan_memory,
+)
 from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
@@ -33,6 +40,8 @@ from minisrv.graph.cuda import CUDABackend
 from minisrv.kernels.attention import captures_mixed
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
+from minisrv.machine import no_gpu
+from minisrv.model_config import ModelConfig
 from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
@@ -109,6 +118,7 @@ class EngineCore:
     """An engine, ready when constructed.
 
     progress: told about loading and capturing.
+    checkpoint: the one that `config` names, where it has been opened already.
     check_addresses: see `CUDAGraphWrapper`; for tests.
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
     """
@@ -118,19 +128,21 @@ class EngineCore:
         config: EngineConfig,
         progress: Progress = lambda phase, done, total: None,
         *,
+        checkpoint: Checkpoint | None = None,
         check_addresses: bool = False,
     ) -> None:
         self.seconds: dict[str, float] = {}
         with self._timed("checkpoint"):
-            directory = resolve_checkpoint(config.model)
-            model_config = read_model_config(directory)
-            generation = read_generation_config(directory)
-        max_model_len = resolve_max_model_len(config, model_config)
+            checkpoint = checkpoint or open_checkpoint(config)
         device = resolve_device(config)
         self.config = config = replace(config, device=device.type)
         check_mode(config, device)
         self.ladders = ladders_of(config)
-        dtype = resolve_dtype(config, model_config, device)
+        dtype = resolve_dtype(config, checkpoint.model, device)
+        told = checkpoint.model
+        available = cache_before_loading(config, told, device, dtype)
+        context = fit_context(config, told, dtype, context_length(config, told), available)
+        model_config = told.for_context(context)
         if device.type == "cpu":
             with self._timed("kernels"):
                 progress("compiling kernels", 0, 1)
@@ -139,7 +151,7 @@ class EngineCore:
         with self._timed("weights"):
             model = load_model(
                 model_config,
-                directory,
+                checkpoint.directory,
                 dtype=dtype,
                 device=device,
                 load_format=config.load_format,
@@ -148,9 +160,11 @@ class EngineCore:
             )
             model.prepare(int8=config.quantization == "int8")
 
-        self._grammars = Grammars(directory, model_config.vocab_size, generation.eos_token_ids)
+        self._grammars = Grammars(
+            checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
+        )
 
-        def make_runner(num_blocks: int) -> ModelRunner:
+        def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
             return ModelRunner(
                 model,
                 model_config,
@@ -158,18 +172,20 @@ class EngineCore:
                 CPUTapeBackend() if device.type == "cpu" else CUDABackend(device),
                 num_blocks=num_blocks,
                 block_size=config.block_size,
-                max_model_len=max_model_len,
+                max_model_len=context,
                 dtype=dtype,
                 device=device,
                 allowed=self._grammars,
                 check_addresses=check_addresses,
             )
 
-        shape = KVCacheShape.of(config, model_config, max_model_len, dtype)
+        shape = KVCacheShape.of(config, model_config, context, dtype)
         with self._timed("memory"):
-            self.memory = plan_memory(config, shape, device, make_runner)
+            self.memory = plan_memory(config, shape, device, make_runner, available)
+            context = fit_context(config, model_config, dtype, context, self.memory.cache)
+            shape = KVCacheShape.of(config, model_config, context, dtype)
             num_blocks = num_kv_blocks(config, shape, self.memory.cache)
-            self.runner = make_runner(num_blocks)
+            self.runner = make_runner(num_blocks, context)
         with self._timed("graphs"):
             self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
@@ -187,15 +203,15 @@ class EngineCore:
             BlockPool(num_blocks, config.block_size),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=context,
             max_waiting=config.max_waiting,
-            eos_token_ids=generation.eos_token_ids,
+            eos_token_ids=checkpoint.generation.eos_token_ids,
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.dispatcher = Dispatcher(self.ladders, self.times)
         self.info = EngineInfo(
             # A cache smaller than the context is the limit that requests meet.
-            max_model_len=min(max_model_len, self.scheduler.pool.capacity),
+            max_model_len=min(context, self.scheduler.pool.capacity),
             vocab_size=model_config.vocab_size,
             num_kv_blocks=num_blocks,
             block_size=config.block_size,
@@ -432,30 +448,15 @@ class EngineCore:
 # ---- settings resolved against the model and the machine ---------------------------------------
 
 
-def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """The served context length. Raises ConfigError beyond what the model was made for."""
-    longest = model.max_position_embeddings
-    wanted = config.max_model_len or longest
-    if wanted > longest:
-        raise ConfigError(
-            f"max_model_len={wanted} is more than the model's max_position_embeddings={longest}; "
-            f"use at most {longest}."
-        )
-    return wanted
-
-
 def resolve_device(config: EngineConfig) -> torch.device:
     """`auto` is the current GPU where there is one. Raises ConfigError where a GPU is wanted and
     there is none."""
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
-        raise ConfigError(
-            "device=cuda, and torch sees no GPU here; install torch with CUDA, look at the driver "
-            "(nvidia-smi), or use --device cpu."
-        )
+        raise no_gpu("torch sees no GPU here")
     if config.device == "cpu" or not there:
         return torch.device("cpu")
-    if config.quantization is not None:
+    if config.quantization is not None:  # device auto, which has found a GPU
         raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return torch.device("cuda", torch.cuda.current_device())
 

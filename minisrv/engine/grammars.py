@@ -17,11 +17,11 @@ import functools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minisrv.checkpoint import TokenizerDescription
 from minisrv.core.scheduler import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import StructuredOutput
@@ -34,12 +34,14 @@ logger = logging.getLogger(__name__)
 class Grammars:
     """Of one engine. Methods are for one thread.
 
-    directory: of the checkpoint, for its tokenizer.
+    tokenizer: of the checkpoint; made into one when the first grammar comes.
     vocab_size: columns of the logits. eos_token_ids: tokens that end a text.
     """
 
-    def __init__(self, directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._directory = directory
+    def __init__(
+        self, tokenizer: TokenizerDescription, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -48,7 +50,7 @@ class Grammars:
 
     @functools.cached_property
     def _backend(self) -> GrammarBackend:
-        tokenizer = Tokenizer.from_directory(self._directory)
+        tokenizer = Tokenizer.from_description(self._tokenizer)
         return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
 
     def compile(self, request_id: str, spec: StructuredOutput) -> None:

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from minisrv.config import EngineConfig, ModelConfig
+from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError
+from minisrv.machine import available_memory
+from minisrv.model_config import ModelConfig
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
-CPU_KV_CACHE = 1 << 30
-"""Bytes, unless `kv_cache_memory` says otherwise."""
+CPU_SHARE = 0.5
+"""Of the memory that weights leave on a CPU, what the KV cache may take. It is not taken before
+tokens fill it."""
 
 PROBE_BLOCKS = 4
 """Blocks that each row of a probe may use, besides one full context."""
@@ -46,19 +49,61 @@ class KVCacheShape:
         return cls(config.block_size * entry, -(-max_model_len // config.block_size))
 
 
+def cache_before_loading(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Bytes that the KV cache may take at most, as far as can be known before weights are read: on
+    a GPU, what graphs and steps take comes off it later."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    itemsize = 1 if config.quantization == "int8" else dtype.itemsize
+    weights = model.num_parameters * itemsize
+    if device.type == "cuda":
+        return _allowed(config, device) - _used(device) - weights
+    if model.tie_word_embeddings:  # the output projection has a layout of its own
+        weights += model.vocab_size * model.hidden_size * itemsize
+    return int((available_memory() - weights) * CPU_SHARE)
+
+
+def fit_context(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context: int, available: int
+) -> int:
+    """The tokens that a request may have in a cache of `available` bytes: `context`, or fewer where
+    no setting asks for it (vLLM's `--max-model-len auto`), which is said in the log.
+
+    Raises ConfigError where a setting asks for more, or nothing fits.
+    """
+    if config.num_kv_blocks is not None:
+        return context
+    shape = KVCacheShape.of(config, model, context, dtype)
+    blocks = available // shape.per_block - 1  # one is the null block
+    if blocks >= shape.per_row:
+        return context
+    if config.max_model_len is not None or blocks < 1:
+        raise ConfigError(
+            f"{mebibytes(max(0, available))} of KV cache hold {max(0, blocks) * config.block_size} "
+            f"tokens, and one context has {context}; give at least "
+            f"--kv-cache-memory {(1 + shape.per_row) * shape.per_block}, lower --max-model-len, or "
+            "serve a smaller model or dtype."
+        )
+    longest: int = blocks * config.block_size
+    logger.warning(
+        "the model's context has %d tokens, and %s of KV cache hold %d: these are served. "
+        "--kv-cache-memory %d would hold all.",
+        context,
+        mebibytes(available),
+        longest,
+        (1 + shape.per_row) * shape.per_block,
+    )
+    return longest
+
+
 def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> int:
     """Blocks of the KV cache, the null block included: as many as fit `available` bytes, and no
-    more than every slot can use. Raises ConfigError if that does not hold one full context."""
+    more than every slot can use. `fit_context` has seen to it that one context fits."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
-    blocks = min(available // shape.per_block, 1 + config.max_num_seqs * shape.per_row)
-    if blocks < 1 + shape.per_row:
-        raise ConfigError(
-            f"{max(0, available)} bytes of KV cache hold {max(0, blocks - 1)} blocks, and one "
-            f"context needs {shape.per_row}; give at least "
-            f"--kv-cache-memory {(1 + shape.per_row) * shape.per_block}, or lower --max-model-len."
-        )
-    return blocks
+    return min(available // shape.per_block, 1 + config.max_num_seqs * shape.per_row)
 
 
 @dataclass(frozen=True)
@@ -75,17 +120,17 @@ def plan_memory(
     shape: KVCacheShape,
     device: torch.device,
     make_runner: Callable[[int], ModelRunner],
+    before_loading: int,
 ) -> MemoryPlan:
     """On a GPU without `kv_cache_memory` the cache gets its share of the memory
     (`gpu_memory_utilization`), less what is used, less what graphs and the largest steps take by a
     probe, which is gone when this returns.
 
     make_runner: a runner on the loaded model for so many blocks.
+    before_loading: what `cache_before_loading` said; elsewhere it stands.
     """
-    if config.kv_cache_memory is not None:
-        return MemoryPlan(config.kv_cache_memory)
-    if device.type == "cpu":
-        return MemoryPlan(CPU_KV_CACHE)
+    if config.kv_cache_memory is not None or device.type == "cpu":
+        return MemoryPlan(before_loading)
     if config.num_kv_blocks is not None:
         return MemoryPlan(config.num_kv_blocks * shape.per_block)
     _release(device)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import zmq
 
+from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
@@ -49,9 +50,10 @@ IDLE_MS = 500
 class EngineProcess(ChildProcess):
     """The parent's handle of an engine process."""
 
-    def __init__(self, config: EngineConfig, private_dir: Path) -> None:
+    def __init__(self, config: EngineConfig, checkpoint: Path, private_dir: Path) -> None:
         """Start the process at once.
 
+        checkpoint: the file in which a `Checkpoint` has been saved.
         private_dir: where its socket will be.
         Raises ConfigError if its path is too long for a socket.
         """
@@ -64,7 +66,9 @@ class EngineProcess(ChildProcess):
         self.address = f"ipc://{path}"
         beats = private_dir / "heartbeat"
         self._heartbeat = Heartbeat(beats)
-        super().__init__("engine", _main, config, self.address, beats, private_dir=private_dir)
+        super().__init__(
+            "engine", _main, config, checkpoint, self.address, beats, private_dir=private_dir
+        )
 
     @property
     def silent_seconds(self) -> float:
@@ -72,11 +76,11 @@ class EngineProcess(ChildProcess):
         return self._heartbeat.age
 
 
-def _main(config: EngineConfig, address: str, heartbeat: Path) -> None:
+def _main(config: EngineConfig, checkpoint: Path, address: str, heartbeat: Path) -> None:
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
         with server.heartbeat.beating(IDLE_MS / 1000):
-            server.load(config)
+            server.load(config, Checkpoint.load(checkpoint))
         server.run()
     except MinisrvError as error:
         if not server.fail(error):
@@ -106,7 +110,7 @@ class _EngineServer:
         self.owners: dict[str, bytes] = {}
         self.state: EngineMessage = Loading("starting")
 
-    def load(self, config: EngineConfig) -> None:
+    def load(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
         """Make the engine, telling whoever asks how far it is."""
         # Here, so that workers can connect while torch is imported.
         import torch
@@ -117,7 +121,7 @@ class _EngineServer:
             # One core is left to the API worker: threads of a parallel region that wait for one
             # which has lost its core cost many times what the last core would bring.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-        self.core = EngineCore(config, self._progress)
+        self.core = EngineCore(config, self._progress, checkpoint=checkpoint)
         # What is there now stays: a collection that went through all of it would hold a step up.
         gc.collect()
         gc.freeze()

@@ -22,6 +22,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from minisrv.cache import cache_directory
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -84,11 +86,7 @@ def _compiled(compiler: list[str]) -> Path:
     key = hashlib.sha256(
         b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()])
     ).hexdigest()[:16]
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisrv"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = directory.stat()
-    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise OSError(f"others may write to {directory}, where compiled code is kept.")
+    directory = cache_directory()
     library = directory / f"cpu-{key}.so"
     if library.exists():
         return library

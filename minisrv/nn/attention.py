@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minisrv.config import ModelConfig
 from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
 from minisrv.kernels.attention import attention_op
+from minisrv.model_config import ModelConfig
 from minisrv.nn.layers import Destination, Projection, RMSNorm
 
 

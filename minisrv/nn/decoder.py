@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from minisrv.config import ModelConfig
 from minisrv.kernels.linear import lay_out
+from minisrv.model_config import ModelConfig
 from minisrv.nn.attention import Attention
 from minisrv.nn.layers import Destination, Embedding, GatedMLP, Projection, RMSNorm
 from minisrv.nn.rope import cos_sin_table

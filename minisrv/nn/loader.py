@@ -8,7 +8,10 @@ Knows nothing of the model's structure: the model names its destinations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisrv.checkpoint import weight_files
-from minisrv.config import ModelConfig
 from minisrv.errors import WeightsError
+from minisrv.model_config import ModelConfig
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.registry import model_class
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (weights loaded, weights to load)."""
 
 MAX_NAMES = 8
 """Weights that an error names of each kind."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -46,39 +53,76 @@ def load_model(
     directory: the checkpoint; not read for load_format "dummy", which draws weights by `seed`.
     Raises WeightsError, ModelError, UnknownArchitectureError.
     """
-    with torch.device(device):
-        model = model_class(config)(config, dtype=dtype)
     if load_format == "dummy":
+        model = _make(config, dtype, device)
         _draw(model, seed)
-    else:
-        assert directory is not None, "only dummy weights need no checkpoint"
-        _load(model, weight_files(directory), progress)
+        return model.eval()
+    assert directory is not None, "only dummy weights need no checkpoint"
+    files = weight_files(directory)
+    if config.tie_word_embeddings:
+        ends = _ends(files)
+        if len(ends) == 2 and not torch.equal(*ends.values()):
+            logger.warning(
+                "tie_word_embeddings is true, and %s holds an output projection that differs from "
+                "the embedding; it is used, as transformers does.",
+                directory,
+            )
+            config = replace(config, tie_word_embeddings=False)
+    model = _make(config, dtype, device)
+    destinations = dict(model.destinations())
+    if config.tie_word_embeddings and [*ends] == [HEAD]:  # the one name that it was saved under
+        destinations[HEAD] = destinations.pop(EMBEDDING)
+    _load(destinations, files, progress)
     return model.eval()
 
 
-def _load(model: Decoder, files: Sequence[Path], progress: Progress | None) -> None:
-    destinations = dict(model.destinations())
+def _make(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    with torch.device(device):
+        return model_class(config)(config, dtype=dtype)
+
+
+def _ends(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The embedding and the output projection, as far as the files hold them, by name; mapped, so
+    that nothing is read before it is looked at."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with _opened(path) as shard:
+            held = shard.keys()
+            found |= {name: shard.get_tensor(name) for name in (EMBEDDING, HEAD) if name in held}
+    return found
+
+
+def _load(
+    destinations: Mapping[str, Tensor], files: Sequence[Path], progress: Progress | None
+) -> None:
     filled: set[str] = set()
     problems = _Problems()
     for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as shard:
-                for name in shard.keys():  # noqa: SIM118  (no mapping)
-                    if name in filled:
-                        problems.note("duplicate", f"{name} (again in {path.name})")
-                    elif name in destinations:
-                        filled.add(name)
-                        _fill(name, destinations[name], shard, problems)
-                        if progress is not None:
-                            progress(len(filled), len(destinations))
-                    elif not _is_harmless(name):
-                        problems.note("unexpected", name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} cannot be read: {error}") from error
+        with _opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118  (no mapping)
+                if name in filled:
+                    problems.note("duplicate", f"{name} (again in {path.name})")
+                elif name in destinations:
+                    filled.add(name)
+                    _fill(name, destinations[name], shard, problems)
+                    if progress is not None:
+                        progress(len(filled), len(destinations))
+                elif not _is_harmless(name):
+                    problems.note("unexpected", name)
     for name in destinations:
         if name not in filled:
             problems.note("missing", name)
     problems.raise_if_any(files[0].parent)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises WeightsError where it, or a tensor of it, cannot be read."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
 def _fill(name: str, destination: Tensor, shard: Any, problems: _Problems) -> None:
@@ -96,7 +140,7 @@ def _is_harmless(name: str) -> bool:
     """Extras that older tools write: what rope computes, and the head of a model whose embeddings
     are tied (for any other, it is a destination and never comes here).
     """
-    return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
+    return name == HEAD or name.endswith(".rotary_emb.inv_freq")
 
 
 class _Problems:

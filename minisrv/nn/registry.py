@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minisrv.config import ARCHITECTURES, ModelConfig
 from minisrv.errors import UnknownArchitectureError
+from minisrv.model_config import ARCHITECTURES, ModelConfig
 from minisrv.nn.decoder import Decoder
 
 _CLASSES: dict[str, type[Decoder]] = dict.fromkeys(ARCHITECTURES, Decoder)

@@ -10,18 +10,22 @@ import math
 import torch
 from torch import Tensor
 
-from minisrv.config import RopeConfig, RopeScaling
+from minisrv.model_config import RopeConfig, RopeScaling
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """[head_dim / 2] float32: radians per position of each rotated pair."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
-    if rope.scaling is RopeScaling.LINEAR:
-        return frequencies / rope.factor
-    if rope.scaling is RopeScaling.LLAMA3:
-        return _llama3(rope, frequencies)
-    return frequencies
+    match rope.scaling:
+        case RopeScaling.DEFAULT | RopeScaling.DYNAMIC:
+            return frequencies
+        case RopeScaling.LINEAR:
+            return frequencies / rope.factor
+        case RopeScaling.LLAMA3:
+            return _llama3(rope, frequencies)
+        case RopeScaling.YARN:
+            return _yarn(rope, frequencies, head_dim)
 
 
 def cos_sin_table(
@@ -35,7 +39,7 @@ def cos_sin_table(
     """
     positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
     return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype)
 
 
@@ -45,3 +49,22 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
+
+
+def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> Tensor:
+    """YaRN (arXiv:2309.00071): pairs that turn often within the original context are kept, those
+    that turn seldom stretched by `factor`, those between blended along a ramp."""
+
+    def pair_that_turns(rotations: float) -> float:
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001  # as transformers does: a step rather than a division by zero
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / (last - first)
+    stretched = ramp.clamp(0.0, 1.0)
+    return frequencies / rope.factor * stretched + frequencies * (1 - stretched)

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.config import ModelConfig
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
 from minisrv.kernels import ALL, Write, gather_decode_op, gather_mixed_op, scatter_op, write_values
+from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor
 
 

@@ -27,7 +27,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from minisrv.config import ModelConfig
 from minisrv.core.dispatcher import Dispatch, StepTime
 from minisrv.core.ladder import Ladders
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
@@ -37,6 +36,7 @@ from minisrv.graph.certify import Start, certify
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
 from minisrv.kernels import apply_bitmask_op, sample_op, take_rows_op
+from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Part
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs

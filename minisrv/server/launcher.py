@@ -20,11 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from minisrv.checkpoint import resolve_checkpoint
+from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.messages import EngineInfo, Loading, Ready
@@ -32,7 +31,7 @@ from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.processes import PARENTS_SIGNALS
 from minisrv.progress import StartupProgress
-from minisrv.server.process import Report, WorkerConfig, WorkerProcess
+from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +61,16 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     started = time.perf_counter()
     ladders_of(engine)
     _check_certificate(server)
-    directory = resolve_checkpoint(engine.model)
-    names = server.served_model_names or (engine.model or directory.name,)
+    checkpoint = open_checkpoint(engine)
+    names = server.served_model_names or (engine.model or checkpoint.directory.name,)
     with ExitStack() as stack:
         listeners = listen(server)
         for listener in listeners:
             stack.enter_context(listener)
         stop = stack.enter_context(_stop_signals())
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
-        process = EngineProcess(replace(engine, model=str(directory)), private_dir)
+        checkpoint.save(private_dir / CHECKPOINT)
+        process = EngineProcess(engine, private_dir / CHECKPOINT, private_dir)
         stack.callback(process.stop)
         tree = _Tree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
@@ -80,7 +80,6 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 number=len(listeners),
                 address=process.address,
                 engine_pid=process.pid,
-                checkpoint=directory,
                 private_dir=private_dir,
                 served_model_names=names,
                 settings=server,

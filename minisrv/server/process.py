@@ -19,6 +19,9 @@ from minisrv.config import ServerConfig
 from minisrv.engine.messages import Loading, Ready
 from minisrv.processes import ChildProcess
 
+CHECKPOINT = "checkpoint"
+"""The file in the server's private directory that says what is served, for all processes."""
+
 Report = Loading | Ready | str
 """What a worker tells the launcher: what the engine told it, or why it cannot serve."""
 
@@ -28,8 +31,8 @@ class WorkerConfig:
     """What an API worker is started with.
 
     index: its number, out of `number` workers.
-    address, engine_pid: of the engine. checkpoint: its directory.
-    private_dir: the server's own, where workers share their metrics.
+    address, engine_pid: of the engine.
+    private_dir: the server's own, where workers share their metrics, and CHECKPOINT lies.
     settings: the server's.
     engine_is_ready: or else it is starting as well, and the worker answers that it does.
     """
@@ -38,7 +41,6 @@ class WorkerConfig:
     number: int
     address: str
     engine_pid: int
-    checkpoint: Path
     private_dir: Path
     served_model_names: tuple[str, ...]
     settings: ServerConfig

@@ -124,7 +124,7 @@ class GenerationRequest(Strict):
     """Choices for each prompt. With a seed, the first has it and each other one more."""
     max_tokens: TokenCount | None = None
     """Tokens to generate at most."""
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Tokens before which no end-of-sequence or stop token is sampled and no stop string counts."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the most likely token."""
@@ -143,7 +143,7 @@ class GenerationRequest(Strict):
     """Taken from the logits of tokens that the completion holds."""
     frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     """Taken from the logits of tokens for each time that the completion holds them."""
-    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
     """Divides positive logits of tokens that prompt or completion hold, and multiplies others."""
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
     """Draw the same numbers again, alone or in any batch, in any mode. Absent, drawn anew."""
@@ -270,7 +270,7 @@ class GenerationRequest(Strict):
 
         return SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
+            min_tokens=self._least_tokens(defaults, max_tokens),
             temperature=first(self.temperature, defaults.temperature, 1.0),
             top_p=first(self.top_p, defaults.top_p, 1.0),
             top_k=int(first(self.top_k, defaults.top_k, 0)),
@@ -281,10 +281,17 @@ class GenerationRequest(Strict):
             logit_bias=self.logit_bias,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_scored_logprobs,
         )
+
+    def _least_tokens(self, defaults: GenerationConfig, max_tokens: int) -> int:
+        """The checkpoint's number must not make a request wrong that does not speak of it."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        given = self.structured_outputs or self.response_format
+        return 0 if given is not None else min(defaults.min_tokens or 0, max_tokens)
 
 
 def _wrapped(seed: int) -> int:

@@ -231,7 +231,9 @@ class Serving:
                     f"The {what} came out empty: send at least one token of text.", param=what
                 )
             _check_vocabulary(what, prompt, info.vocab_size)
-            limit = _token_limit(request, len(prompt), info.max_model_len)
+            limit = _token_limit(
+                request, len(prompt), info.max_model_len, self.generation.max_tokens
+            )
             engine_request = EngineRequest(
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
@@ -242,8 +244,8 @@ class Serving:
             )
             detokenizer = Detokenizer(
                 self.tokenizer,
-                request.stop,
-                min_tokens=request.min_tokens,
+                request.stop or self.generation.stop,
+                min_tokens=engine_request.params.min_tokens,
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if chat else prompt,
                 keep=keep,
@@ -293,8 +295,12 @@ def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> 
         )
 
 
-def _token_limit(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
+def _token_limit(
+    request: GenerationRequest, num_prompt: int, max_model_len: int, default: int | None
+) -> int:
     """Tokens to generate at most.
+
+    default: the checkpoint's for requests that do not say; OpenAI's where it is None.
 
     A limit that the client asks for must fit the context beside the prompt; a default one is cut
     to what fits. Raises ContextLengthError, in OpenAI's words.
@@ -311,7 +317,8 @@ def _token_limit(request: GenerationRequest, num_prompt: int, max_model_len: int
             param=what,
         )
     if asked is None:
-        return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
+        most = default or (room if chat else DEFAULT_COMPLETION_TOKENS)
+        return min(room, most)
     if asked > room:
         raise ContextLengthError(
             f"{limit}you requested {num_prompt + asked} tokens ({num_prompt} in the {what}, "

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 import uvicorn
 
 from minisrv import logs
-from minisrv.checkpoint import read_generation_config
+from minisrv.checkpoint import Checkpoint
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import Loading, Ready
 from minisrv.errors import MinisrvError
@@ -27,7 +27,7 @@ from minisrv.metrics import Metrics
 from minisrv.server.app import create_app
 from minisrv.server.auth import KeyLimit
 from minisrv.server.http import BoundedProtocol, bound_writes
-from minisrv.server.process import Report, WorkerConfig
+from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
 LAST_WORDS_SECONDS = 2
@@ -49,12 +49,13 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             limit=settings.max_requests_per_key,
             **place,
         )
+    checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
     try:
         app = create_app(
             client,
-            Tokenizer.from_directory(config.checkpoint),
+            Tokenizer.from_description(checkpoint.tokenizer),
             served_model_names=config.served_model_names,
-            generation=read_generation_config(config.checkpoint),
+            generation=checkpoint.generation,
             metrics=metrics,
             settings=settings,
             key_limit=key_limit,

@@ -22,21 +22,35 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisrv.errors import ModelError, RequestError
 
+_PROBE = "a text to find again"
+
+_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""How a template that computes with what it is given fails, in Python's own terms."""
+
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` are variables of it, e.g. `bos_token`.
+    """A checkpoint's template, or several of which each has its use.
 
-    source: its text, which also tells how its model spells tool calls and reasoning.
-    Raises ModelError if the source is not valid Jinja.
+    sources: by name, as transformers has them: `default`, and perhaps `tool_use`, which goes before
+        it where there are tools.
+    special_tokens: variables of the templates, e.g. `bos_token`.
+    source: the text of all of them, which also tells how the model spells tool calls and reasoning.
+    Raises ModelError if a source is not valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        assert "default" in sources, "the tokenizer sees to it"
+        environment = _environment()
+        used = {name: sources[name] for name in ("default", "tool_use") if name in sources}
         try:
-            self._template = _environment().from_string(source)
+            self._templates = {
+                name: environment.from_string(source) for name, source in used.items()
+            }
         except jinja2.TemplateError as error:
             raise ModelError(f"the checkpoint's chat template is not valid: {error}") from error
-        self.source = source
+        self.source = "\n".join(used.values())
         self._special_tokens = dict(special_tokens)
+        self._takes_parts: dict[tuple[str, str], bool] = {}
 
     def render(
         self,
@@ -47,37 +61,94 @@ class ChatTemplate:
     ) -> str:
         """The prompt for these messages, special tokens spelled out.
 
+        messages: the content of each is a string or a list of text parts; the template gets of the
+            two what it takes.
         tools: what the model may call, as OpenAI's API spells it.
         variables: what else the template may ask for.
         Raises RequestError if the template refuses the messages or fails on them, or if a variable
         would take the place of one of its own.
         """
-        own: dict[str, Any] = {
-            "messages": [dict(message) for message in messages],
-            # Templates ask for either.
-            "tools": [dict(tool) for tool in tools] or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self._special_tokens,
-        }
-        taken = (own.keys() | self._template.environment.globals.keys()) & (variables or {}).keys()
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        own = self._variables(
+            [self._with_content(name, message) for message in messages],
+            add_generation_prompt,
+            tools,
+        )
+        taken = (own.keys() | self._templates[name].environment.globals.keys()) & (
+            variables or {}
+        ).keys()
         if taken:
             raise RequestError(
                 f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set by a request.",
                 param="chat_template_kwargs",
             )
         try:
-            text = self._template.render({**(variables or {}), **own})
+            text = self._templates[name].render({**(variables or {}), **own})
             text.encode()  # JSON may spell a lone surrogate, which is no text
             return text
         except jinja2.TemplateError as error:
             reason = error.message or type(error).__name__
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A template that computes with what it is given fails in Python's own terms.
+        except _FAILURES as error:
             reason = f"{type(error).__name__}: {error}"
         raise RequestError(
             f"the model's chat template does not accept these messages: {reason}", param="messages"
         )
+
+    def _variables(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
+            # Templates ask for either.
+            "tools": [dict(tool) for tool in tools] or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+        }
+
+    def _with_content(self, name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message with its content in the form that the template takes: a list of parts, or
+        their texts joined by newlines, as vLLM does."""
+        told, content = dict(message), message.get("content")
+        role = str(message.get("role"))
+        if (name, role) not in self._takes_parts:
+            self._takes_parts[name, role] = self._find_form(name, role)
+        if self._takes_parts[name, role]:
+            if isinstance(content, str):
+                told["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list):
+            told["content"] = "\n".join(part["text"] for part in content)
+        return told
+
+    def _find_form(self, name: str, role: str) -> bool:
+        """Whether the template wants the content of this role's messages as parts: a string does
+        not come out, and a part does. Some templates loop over parts and would render a string as
+        nothing, without an error."""
+        question: dict[str, Any] = {"role": "user", "content": _PROBE}
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "000000000"}
+        chats = {
+            "system": [{"role": "system"}, question],
+            "assistant": [question, {"role": "assistant"}],
+            "tool": [
+                question,
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": call["id"], "name": "f"},
+            ],
+        }
+        chat = chats.get(role, [{"role": role}])
+        for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+            others = [{**each, "content": ""} if each is question else each for each in chat]
+            filled = [{"content": content, **each} for each in others]
+            try:
+                text = self._templates[name].render(self._variables(filled, False, ()))
+            except (jinja2.TemplateError, *_FAILURES):
+                continue
+            if _PROBE in text:
+                return isinstance(content, list)
+        return False
 
 
 class _Generation(jinja2.ext.Extension):

@@ -1,34 +1,24 @@
 """The tokenizer of a checkpoint: text to ids, messages to ids, ids to text.
 
-Knows: `tokenizer.json` (through the `tokenizers` library), the special tokens and the chat
-template of `tokenizer_config.json` or `chat_template.jinja`. Knows nothing of requests being
-generated: incremental decoding is the detokenizer's.
+Knows: the `tokenizers` library, and the chat template. What a checkpoint's files mean is told to it
+(`TokenizerDescription`). Knows nothing of requests being generated: incremental decoding is the
+detokenizer's.
 
 All methods may be called from several threads.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from minisrv.checkpoint import TokenizerDescription, describe_tokenizer
 from minisrv.errors import ModelError, RequestError
 from minisrv.text.chat_template import ChatTemplate
 from minisrv.text.token_bytes import TokenBytes
-
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class Tokenizer:
@@ -50,26 +40,20 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Read the tokenizer of a Hugging Face checkpoint.
-
-        Raises ModelError if a file is missing or cannot be read.
-        """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(
-                f"{directory} has no tokenizer.json, which is needed; a checkpoint with another "
-                "tokenizer file becomes usable by loading it with transformers' AutoTokenizer and "
-                "saving it with save_pretrained()."
-            )
+    def from_description(cls, told: TokenizerDescription) -> Tokenizer:
+        """The tokenizer that a checkpoint describes. Raises ModelError."""
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(told.backend)
         except Exception as error:  # `tokenizers` raises nothing more precise
-            raise ModelError(f"{path} cannot be read: {error}") from error
-        config = _read_config(directory / "tokenizer_config.json")
-        source = _template_source(directory, config)
-        return cls(backend, ChatTemplate(source, _special_tokens(config)) if source else None)
+            raise ModelError(f"the tokenizer cannot be made: {error}") from error
+        templates = told.chat_templates
+        has_template = "default" in templates
+        return cls(backend, ChatTemplate(templates, told.special_tokens) if has_template else None)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face checkpoint. Raises ModelError."""
+        return cls.from_description(describe_tokenizer(Path(directory)))
 
     @property
     def vocab_size(self) -> int:
@@ -151,47 +135,3 @@ class Tokenizer:
         return self.encode(
             self.render_chat(messages, add_generation_prompt), add_special_tokens=False
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return config
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name; a token is a string or an object with its `content`."""
-    tokens = {}
-    for name in _SPECIAL_TOKENS:
-        token = config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            tokens[name] = token
-    return tokens
-
-
-def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The template's text: `chat_template.jinja` goes before the config, as in transformers.
-
-    Of several named templates it is the one called `default`.
-    """
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
-        source = named[0].get("template") if named else None
-    if source is None or isinstance(source, str):
-        return source
-    raise ModelError(
-        f"{directory / 'tokenizer_config.json'}: chat_template must be a string "
-        "or a list of named templates."
-    )

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks import step_kernels, tiles
 from benchmarks.tiles import candidates
 from minisrv import kernels
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, tile
 from minisrv.plan import products
 
@@ -48,7 +48,7 @@ def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
     ("rows", "kinds"), [(1, {GemvTile}), (8, {SlicedTile, TallTile, NoneType})]
 )
 def test_every_product_has_candidates(rows: int, kinds: set[type]) -> None:
-    for product in products(read_model_config(QWEN)):
+    for product in products(describe_model(QWEN).model):
         found = list(candidates(rows, product))
         assert len(found) > 10
         assert len(set(found)) == len(found)
@@ -59,7 +59,7 @@ class FakeLayers:
     """A graph is as long as the outputs of its tiles: the best tile has the fewest."""
 
     def __init__(self, directory: Path) -> None:
-        self.products = products(read_model_config(directory))
+        self.products = products(describe_model(directory).model)
 
     def capture(self, rows: int, context: int) -> int:
         of = kernels.tiles.tile

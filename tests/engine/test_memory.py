@@ -10,8 +10,16 @@ import torch
 from minisrv.config import EngineConfig
 from minisrv.engine import memory
 from minisrv.engine.core import EngineCore
-from minisrv.engine.memory import KVCacheShape, MemoryPlan, check_fits, num_kv_blocks
+from minisrv.engine.memory import (
+    KVCacheShape,
+    MemoryPlan,
+    cache_before_loading,
+    check_fits,
+    fit_context,
+    num_kv_blocks,
+)
 from minisrv.errors import ConfigError
+from minisrv.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint
 
 CONFIG = EngineConfig(max_num_seqs=3, block_size=4)
@@ -23,10 +31,66 @@ def test_the_cache_takes_what_fits_and_no_more_than_every_slot_can_use(available
     assert num_kv_blocks(CONFIG, SHAPE, available) == blocks
 
 
-@pytest.mark.parametrize("available", [-1, 0, 599])
-def test_a_cache_below_one_context_is_refused_with_what_it_needs(available):
-    with pytest.raises(ConfigError, match="--kv-cache-memory 600"):
-        num_kv_blocks(CONFIG, SHAPE, available)
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=384,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=20,
+    dtype="float32",
+)
+BLOCK = 4 * 2 * 2 * 32 * 4
+"""Bytes: tokens, K and V, layers, elements, float32."""
+
+
+def test_the_longest_context_that_fits_is_served_where_none_is_asked_for(caplog):
+    """Six blocks hold a context and the null block."""
+    told = []
+    for blocks in range(2, 9):
+        caplog.clear()
+        longest = fit_context(CONFIG, MODEL, torch.float32, 20, blocks * BLOCK + 1)
+        assert longest == min(20, (blocks - 1) * 4)
+        told.append(f"these are served. --kv-cache-memory {6 * BLOCK}" in caplog.text)
+    assert told == [True] * 4 + [False] * 3
+
+
+@pytest.mark.parametrize("available", [-1, 0, 2 * BLOCK - 1])
+def test_a_cache_that_holds_nothing_is_refused_with_what_it_needs(available):
+    with pytest.raises(ConfigError, match=f"--kv-cache-memory {6 * BLOCK}"):
+        fit_context(CONFIG, MODEL, torch.float32, 20, available)
+
+
+def test_a_context_that_is_asked_for_fits_or_is_refused():
+    asked = replace(CONFIG, max_model_len=20)
+    assert fit_context(asked, MODEL, torch.float32, 20, 6 * BLOCK) == 20
+    with pytest.raises(ConfigError, match=f"hold 16 tokens.* 20; .*--kv-cache-memory {6 * BLOCK}"):
+        fit_context(asked, MODEL, torch.float32, 20, 6 * BLOCK - 1)
+
+
+def test_a_cpus_cache_is_half_of_what_weights_leave(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    for tied, copies in ((False, 2), (True, 2)):
+        model = replace(MODEL, tie_word_embeddings=tied)
+        layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96
+        weights = 2 * layer + copies * 384 * 64
+        found = cache_before_loading(CONFIG, model, torch.device("cpu"), torch.float32)
+        assert found == (10**9 - 4 * weights) // 2
+    asked = replace(CONFIG, kv_cache_memory=77)
+    assert cache_before_loading(asked, MODEL, torch.device("cpu"), torch.float32) == 77
+
+
+def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
+    """As `minisrv serve Qwen/Qwen3-0.6B` on a CPU, which could not start with defaults."""
+    checkpoint = str(make_checkpoint(tmp_path, "llama"))
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 * 10**5)
+    engine = EngineCore(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True))
+    assert 16 <= engine.info.max_model_len < 512
+    assert engine.info.max_model_len == engine.scheduler.pool.capacity
 
 
 def test_blocks_that_are_asked_for_are_taken_as_they_are():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from minisrv.config import ModelConfig
 from minisrv.kernels.tiles import (
     IN_FLIGHT,
     MAX_SUMS,
@@ -21,6 +20,7 @@ from minisrv.kernels.tiles import (
     part_registers,
     tile,
 )
+from minisrv.model_config import ModelConfig
 from minisrv.plan import projections
 
 SHARED_BYTES = 227 * 1024

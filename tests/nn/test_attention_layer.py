@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.forward_context import set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
@@ -21,7 +21,7 @@ from tests.nn.driver import Driver, broken_run, forward
 
 def load(directory: Path, variant: str, dtype: torch.dtype = torch.float32) -> Decoder:
     make_checkpoint(directory, variant)
-    model = load_model(read_model_config(directory), directory, dtype=dtype)
+    model = load_model(describe_model(directory).model, directory, dtype=dtype)
     model.prepare()
     return model
 

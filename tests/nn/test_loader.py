@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.errors import WeightsError
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.loader import load_model
@@ -23,7 +23,7 @@ Weights = dict[str, Tensor]
 
 def load(directory: Path, **options: object) -> Decoder:
     options.setdefault("dtype", torch.float32)
-    return load_model(read_model_config(directory), directory, **options)  # type: ignore[arg-type]
+    return load_model(describe_model(directory).model, directory, **options)  # type: ignore[arg-type]
 
 
 def weights(model: Decoder) -> Weights:
@@ -126,8 +126,9 @@ def test_the_list_of_names_is_bounded(tmp_path: Path) -> None:
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
     """What older tools stored beside the weights."""
     make_checkpoint(tmp_path, "llama-tied")
+    [embedding] = load(tmp_path).embed.parameters()
     extras = {
-        "lm_head.weight": torch.ones(384, 64),
+        "lm_head.weight": embedding.clone(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
     }
     edit(tmp_path, lambda w: w.update(extras))
@@ -158,7 +159,7 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dummy_weights_need_a_config_only(dtype: torch.dtype, tmp_path: Path) -> None:
     """The same for the same seed, others for another; logits are finite and not all alike."""
-    config = read_model_config(make_checkpoint(tmp_path, "qwen3-biases"))
+    config = describe_model(make_checkpoint(tmp_path, "qwen3-biases")).model
     first, again, other = (
         weights(load_model(config, None, dtype=dtype, load_format="dummy", seed=seed))
         for seed in (0, 0, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.loader import load_model
 from tests.checkpoints import VARIANTS, VOCAB_SIZE, make_checkpoint
@@ -20,7 +20,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    model = load_model(read_model_config(directory), directory, dtype=dtype)
+    model = load_model(describe_model(directory).model, directory, dtype=dtype)
     model.prepare()
     return model
 

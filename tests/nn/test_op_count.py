@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisrv.checkpoint import read_model_config
+from minisrv.checkpoint import describe_model
 from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.forward_context import set_forward_context
 from minisrv.nn.loader import load_model
@@ -33,7 +33,7 @@ class Counting(TorchDispatchMode):
 
 def count(directory: Path, layers: int, dtype: torch.dtype) -> Counter[str]:
     make_checkpoint(directory, num_hidden_layers=layers)
-    config = read_model_config(directory)
+    config = describe_model(directory).model
     model = load_model(config, None, dtype=dtype, load_format="dummy")
     model.prepare()
     ids, positions, context = Driver(model).context([(0, [3]), (1, [4])])

@@ -1,0 +1,197 @@
+"""What transformers makes of a checkpoint's small files, as plain data.
+
+Run as a program it answers for one model and one tokenizer, either of which may be left out:
+
+    python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY
+
+It keeps torch away then: configurations and tokenizers need none, and importing it would take
+longer than all the rest. No code of a checkpoint is ever run, and nothing is asked of the hub.
+
+Knows: transformers' classes. Knows nothing of caches or of how a description is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails from here on
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import msgspec
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from minisrv.checkpoint import description
+from minisrv.checkpoint.description import (
+    Descriptions,
+    ModelDescription,
+    TokenizerDescription,
+)
+from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
+from minisrv.errors import ConfigError, MinisrvError, ModelError
+from minisrv.model_config import ModelConfig
+
+_T = TypeVar("_T")
+
+_ASKABLE = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
+"""Numbers of a generation config that a request can ask for, and their names there."""
+
+_MAX_REASON = 400
+"""Characters of an error of transformers."""
+
+_WHOLE = frozenset({"top_k", "max_new_tokens", "min_new_tokens"})
+
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "diversity_penalty": 0.0,
+    "bad_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "exponential_decay_length_penalty": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+"""Other settings that change what transformers generates, at the values that change nothing."""
+
+
+def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
+    """What the files say, or the error that reading them raised."""
+    try:
+        return Descriptions(
+            model=None if model is None else describe_model(model),
+            tokenizer=None if tokenizer is None else describe_tokenizer(tokenizer),
+        )
+    except MinisrvError as error:
+        return Descriptions(error=(type(error).__name__, error.message))
+
+
+def describe_model(directory: Path) -> ModelDescription:
+    """The shape of the model, and how it likes to generate. Raises ModelError, ConfigError and
+    UnknownArchitectureError."""
+    config = _by_transformers(
+        directory / CONFIG,
+        lambda: AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        ),
+    )
+    path = directory / GENERATION_CONFIG
+    said: dict[str, Any] = {}
+    if path.is_file():
+        said = _by_transformers(
+            path,
+            lambda: GenerationConfig.from_pretrained(directory, local_files_only=True).to_dict(),
+        )
+    eos = said.get("eos_token_id")
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    return ModelDescription(
+        ModelConfig.from_hf(config.to_dict()),
+        _generation(path, said, eos),
+        unused=tuple(
+            name
+            for name, neutral in _NEUTRAL.items()
+            if said.get(name) is not None and said[name] != neutral
+        ),
+    )
+
+
+def describe_tokenizer(directory: Path) -> TokenizerDescription:
+    """Raises ModelError."""
+    tokenizer = _by_transformers(
+        directory,
+        lambda: AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        ),
+    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{directory}: {type(tokenizer).__name__} is written in Python, and minisrv needs one "
+            "of the tokenizers library; convert it to a tokenizer.json."
+        )
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    if not isinstance(templates, dict) or not all(isinstance(t, str) for t in templates.values()):
+        raise ModelError(
+            f"{directory}: chat_template must be a string or a list of named templates."
+        )
+    return TokenizerDescription(
+        backend=backend.to_str(),
+        special_tokens={
+            name: str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        },
+        chat_templates=dict(templates),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
+    """What `read` gives. Raises ModelError: transformers' errors have no base of their own."""
+    try:
+        return read()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        raise ModelError(f"{path} cannot be read by transformers: {reason}") from error
+
+
+def _generation(path: Path, said: Mapping[str, Any], eos: Any) -> description.GenerationConfig:
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ConfigError(
+            f"{path.parent}: eos_token_id={eos!r} must be an integer or a list of them."
+        )
+    numbers: dict[str, Any] = {}
+    for name, ours in _ASKABLE.items():
+        value = said.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{path}: {name}={value!r} must be a number.")
+        if name in _WHOLE and value != int(value):
+            raise ConfigError(f"{path}: {name}={value!r} must be a whole number.")
+        numbers[ours] = int(value) if name in _WHOLE else float(value)
+    stop = said.get("stop_strings") or ()
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ConfigError(f"{path}: stop_strings={stop!r} must be strings, none of them empty.")
+    return description.GenerationConfig(eos_token_ids=tuple(ids), stop=strings, **numbers)
+
+
+def main() -> None:
+    """Answer on standard output, as msgpack; whatever else is printed goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    model, tokenizer = (Path(argument) if argument else None for argument in sys.argv[1:])
+    with answers:
+        answers.write(msgspec.msgpack.encode(describe(model, tokenizer)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""A checkpoint as plain data: the model's shape, how it likes to generate, its tokenizer.
+
+The meaning of the files is transformers' to say (`minisrv.checkpoint.by_transformers`). That
+library is asked in a process of its own, because importing it takes longer than an API worker's
+start. What it says is kept in the cache by the content of the files and the versions of the
+libraries, so that a second start does not import it. Nothing here imports it or torch.
+
+Knows: which files decide, the cache, and the process. Knows nothing of the files' meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from minisrv import config, errors
+from minisrv.cache import cache_directory
+from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
+from minisrv.errors import MinisrvError, ModelError
+from minisrv.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 120
+"""Seconds for transformers to read the small files; it takes one."""
+
+MODEL_FILES = (CONFIG, GENERATION_CONFIG)
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.jinja",
+    "additional_chat_templates/*",
+)
+"""What a tokenizer is read from, beside config.json, which may name its class."""
+
+_T = TypeVar("_T")
+_PACKAGES = ("transformers", "tokenizers")
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a checkpoint says about generation; None or empty where it is silent.
+
+    eos_token_ids: any of them ends a sequence: those of generation_config.json, or else of
+        config.json, and the tokenizer's.
+    max_tokens, min_tokens, stop: its `max_new_tokens`, `min_new_tokens` and `stop_strings`.
+
+    `do_sample` is left out, as in vLLM: where neither says a temperature, it is OpenAI's.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What config.json and generation_config.json say.
+
+    unused: settings of generation_config.json that would change what transformers generates, and
+        that no request can ask for here.
+    """
+
+    model: ModelConfig
+    generation: GenerationConfig
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerDescription:
+    """What the files of a tokenizer say.
+
+    backend: the text of a tokenizer.json that holds all of it, special tokens included.
+    special_tokens: variables of the chat template, e.g. `bos_token`.
+    chat_templates: their sources by name; the usual one is called `default`.
+    eos_token_id: the id of its end-of-sequence token, if it has one.
+    """
+
+    backend: str
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    chat_templates: dict[str, str] = field(default_factory=dict)
+    eos_token_id: int | None = None
+
+
+class Descriptions(msgspec.Struct):
+    """What was asked for, or why it could not be had.
+
+    error: the name of a class of `minisrv.errors`, and the message.
+    """
+
+    model: ModelDescription | None = None
+    tokenizer: TokenizerDescription | None = None
+    error: tuple[str, str] | None = None
+
+
+def describe_model(directory: Path) -> ModelDescription:
+    """What the model's files in `directory` say. Raises ModelError, ConfigError and
+    UnknownArchitectureError."""
+    found = describe(directory, None).model
+    assert found is not None, "it was asked for"
+    return found
+
+
+def describe_tokenizer(directory: Path) -> TokenizerDescription:
+    """What the tokenizer's files in `directory` say. Raises ModelError."""
+    found = describe(None, directory).tokenizer
+    assert found is not None, "it was asked for"
+    return found
+
+
+def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
+    """What the files in two directories say, of which either may be None. What is not kept yet is
+    read by one process for both.
+
+    Raises ModelError, ConfigError and UnknownArchitectureError.
+    """
+    entries = {
+        "model": model and _entry("model", model, MODEL_FILES),
+        "tokenizer": tokenizer and _entry("tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
+    }
+    found = Descriptions(
+        model=_kept(entries["model"], ModelDescription),
+        tokenizer=_kept(entries["tokenizer"], TokenizerDescription),
+    )
+    read = _read(
+        model if found.model is None else None, tokenizer if found.tokenizer is None else None
+    )
+    for name, entry in entries.items():
+        if (told := getattr(read, name)) is not None:
+            setattr(found, name, told)
+            _keep(entry, told)
+    return found
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is any file that a tokenizer could be read from."""
+    return any(True for _ in _matching(directory, TOKENIZER_FILES))
+
+
+def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
+    """Ask transformers, in this process if it has imported that library anyway."""
+    if model is None and tokenizer is None:
+        return Descriptions()
+    if "transformers" in sys.modules:
+        from minisrv.checkpoint.by_transformers import describe as ask
+
+        answer = ask(model, tokenizer)
+    else:
+        answer = _ask_process(model, tokenizer)
+    if answer.error is not None:
+        kind, message = answer.error
+        error: type[MinisrvError] = getattr(errors, kind)
+        raise error(message)
+    return answer
+
+
+def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
+    # -P: nothing in the working directory, which may be a stranger's checkpoint, is imported.
+    command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
+    arguments = [str(directory or "") for directory in (model, tokenizer)]
+    what = f"reading {model or tokenizer} with transformers"
+    try:
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, timeout=TIMEOUT, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ModelError(f"{what} failed: {error}") from error
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise ModelError(f"{what} failed with status {done.returncode}; it said: {said[-1][:400]}")
+    return msgspec.msgpack.decode(done.stdout, type=Descriptions)
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from (path for path in directory.glob(pattern) if path.is_file())
+
+
+def _entry(kind: str, directory: Path, patterns: Sequence[str]) -> Path | None:
+    """The file in which a description is kept: its name says the content of the files that it is
+    made from, and the code that makes it. None where nothing can be kept."""
+    try:
+        kept = cache_directory() / "checkpoints"
+        kept.mkdir(exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError) as error:
+        logger.warning("what the checkpoint says is read anew at each start: %s", error)
+        return None
+    digest = hashlib.sha256(_code_digest())
+    for path in sorted(set(_matching(directory, patterns))):
+        content = hashlib.sha256(path.read_bytes()).digest()
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + content)
+    return kept / f"{kind}-{digest.hexdigest()[:32]}"
+
+
+@cache
+def _code_digest() -> bytes:
+    """What a description depends on besides the files."""
+    sources = [Path(__file__), Path(__file__).with_name("by_transformers.py")]
+    sources.append(Path(config.__file__))
+    code = [source.read_bytes() for source in sources]
+    versions = [version(name).encode() for name in _PACKAGES]
+    return hashlib.sha256(b"\0".join([*code, *versions])).digest()
+
+
+def _kept(entry: Path | None, kind: type[_T]) -> _T | None:
+    """The description in `entry`; None if there is none, or a damaged one."""
+    try:
+        body = entry.read_bytes() if entry is not None else b""
+        digest, body = body[:_DIGEST_SIZE], body[_DIGEST_SIZE:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        return msgspec.msgpack.decode(body, type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _keep(entry: Path | None, told: ModelDescription | TokenizerDescription) -> None:
+    if entry is None:
+        return
+    body = msgspec.msgpack.encode(told)
+    try:
+        # Under another name first, so that nobody reads half of it.
+        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(file.name, entry)
+    except OSError as error:
+        logger.warning("what the checkpoint says could not be kept: %s", error)

@@ -1,0 +1,172 @@
+"""Where a checkpoint lies: the default model's two places, directories, and hub ids.
+
+Knows: the names of the files in a Hugging Face checkpoint, and how they are fetched: the small ones
+first, so that what they say can be refused before gigabytes are on their way. Only safetensors are
+weights; no code of a checkpoint is ever fetched.
+Knows nothing of torch, nor what the files say.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from minisrv.errors import ModelError
+
+DEFAULT_MODEL = "minisrv-default"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+SMALL_FILES = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.jinja",
+    WEIGHTS_INDEX,
+)
+"""All but the weights that are fetched from the hub."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_checkpoint(
+    model: str | None, revision: str | None = None, *, weights: bool = True
+) -> Path:
+    """The directory of the checkpoint that `model` names: a directory, or a hub id, which is
+    fetched into the hub's cache; None names the default model.
+
+    revision: a branch, tag or commit of the hub's repository; None takes its main branch.
+    weights: whether they are needed too; without them the hub is asked for the small files only.
+    Raises ModelError.
+    """
+    directory = resolve_directory(model, revision, weights=weights)
+    if not (directory / CONFIG).is_file():
+        found = sorted(path.name for path in directory.glob("*.gguf"))
+        if found or "gguf" in str(model).lower():
+            raise ModelError(
+                f"{model} is a GGUF checkpoint{f' ({found[0]})' if found else ''}, llama.cpp's "
+                "format, which minisrv does not read; name the checkpoint that it was made from, "
+                f"with {CONFIG} and safetensors."
+            )
+        raise ModelError(f"{directory} has no {CONFIG}: it is not a Hugging Face checkpoint.")
+    return directory
+
+
+def resolve_directory(model: str | None, revision: str | None, *, weights: bool) -> Path:
+    """The same for a directory of which only some files are wanted, e.g. a tokenizer's."""
+    if model is None:
+        return _default_model()
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"revision={revision!r} is of a repository on the hub, and {model} is a directory; "
+                "leave it out."
+            )
+        return directory
+    if directory.exists():
+        if directory.suffix == ".gguf":
+            raise ModelError(
+                f"{model} is a GGUF file, llama.cpp's format, which minisrv does not read; name "
+                f"the checkpoint that it was made from, with {CONFIG} and safetensors."
+            )
+        raise ModelError(f"{model} is a file; name the checkpoint's directory instead.")
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model!r} is neither a directory nor a hub id such as 'org/name'.")
+    directory = _fetch(model, revision, SMALL_FILES)
+    if weights and (directory / CONFIG).is_file():
+        # The commit, so that a push in between cannot mix two versions.
+        commit = directory.name
+        directory = _fetch(model, commit, (*SMALL_FILES, WEIGHTS))
+        if not (directory / WEIGHTS).is_file() and (directory / WEIGHTS_INDEX).is_file():
+            names = _indexed_files(directory / WEIGHTS_INDEX)
+            directory = _fetch(model, commit, (*SMALL_FILES, *names))
+    return directory
+
+
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The safetensors files that together hold the weights: the single one, or those that the
+    index names; an index beside a single one is a leftover, as transformers has it.
+
+    Raises ModelError.
+    """
+    single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
+    if single.is_file():
+        return (single,)
+    if index.exists():
+        files = _indexed_files(index)
+        if missing := [name for name in files if not (directory / name).is_file()]:
+            raise ModelError(f"{index} names files that are not there: {', '.join(missing[:8])}.")
+        return tuple(directory / name for name in files)
+    pickled = sorted(
+        path.name for pattern in ("*.bin", "*.pt*") for path in directory.glob(pattern)
+    )
+    also = f" It has {pickled[0]}, which is never loaded: convert it first." if pickled else ""
+    raise ModelError(
+        f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}; weights are read from "
+        f"safetensors only.{also}"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return value
+
+
+def _indexed_files(index: Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index}: weight_map is missing or empty.")
+    files = sorted({str(name) for name in names.values()})
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ModelError(f"{index} names files outside of the checkpoint: {outside[0]!r}.")
+    if others := [name for name in files if not name.endswith(".safetensors")]:
+        raise ModelError(f"{index} names {others[0]!r}; weights are read from safetensors only.")
+    return files
+
+
+def _default_model() -> Path:
+    """In a wheel it lies inside the package, in an editable install beside it."""
+    package = Path(__file__).parents[1]
+    places = (package / "_models" / DEFAULT_MODEL, package.parent / "models" / DEFAULT_MODEL)
+    for place in places:
+        if place.is_dir():
+            return place
+    raise ModelError(
+        f"the default model is not installed (looked in {places[0]} and {places[1]}); name a "
+        "model: a directory or a hub id."
+    )
+
+
+def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download  # takes 0.3 s, which a directory need not pay
+
+    # The download shows bars of its own; a line for each HTTP request would bury them.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the client's errors have no base of their own
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"no directory {model!r} here, and fetching it from the hub failed: "
+            f"{type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,132 @@
+"""From settings to a checkpoint that can be served: found, read, and refused before its weights are
+fetched or torch is imported.
+
+Knows: which settings concern the checkpoint. Knows nothing of devices or of how a model runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from minisrv.checkpoint.description import (
+    GenerationConfig,
+    TokenizerDescription,
+    describe,
+    has_tokenizer,
+)
+from minisrv.checkpoint.location import (
+    CONFIG,
+    GENERATION_CONFIG,
+    read_json,
+    resolve_checkpoint,
+    resolve_directory,
+)
+from minisrv.config import EngineConfig
+from minisrv.errors import ConfigError, ModelError
+from minisrv.model_config import ModelConfig, check_implemented
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What every process of a server starts from.
+
+    directory: where the weights lie.
+    """
+
+    directory: Path
+    model: ModelConfig
+    generation: GenerationConfig
+    tokenizer: TokenizerDescription
+
+    def save(self, path: Path) -> None:
+        """Write it for other processes of the same server."""
+        path.write_bytes(msgspec.msgpack.encode(self, enc_hook=str))
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read what `save` has written."""
+        return msgspec.msgpack.decode(path.read_bytes(), type=cls, dec_hook=_path)
+
+
+def open_checkpoint(config: EngineConfig) -> Checkpoint:
+    """The checkpoint that `config` names. Its weights are there too when this returns, fetched if
+    need be, unless they are to be drawn at random.
+
+    Raises ModelError, ConfigError and UnknownArchitectureError for what cannot be served, before
+    any weights are fetched.
+    """
+    dummy = config.load_format == "dummy"
+    directory = resolve_checkpoint(config.model, config.revision, weights=False)
+    check_implemented(read_json(directory / CONFIG))
+    place = directory
+    if config.tokenizer is not None:
+        place = resolve_directory(config.tokenizer, None, weights=False)
+    there = has_tokenizer(place)
+    if not there and not (dummy and config.tokenizer is None):
+        raise ModelError(
+            f"{place} holds no tokenizer; name a directory or hub id that does with --tokenizer, "
+            "or serve random weights with a stand-in by --load-format dummy."
+        )
+    found = describe(directory, place if there else None)
+    assert found.model is not None
+    model, tokenizer = found.model.model, found.tokenizer
+    context_length(config, model)
+    if found.model.unused:
+        logger.warning(
+            "%s sets %s, which is not implemented: transformers may generate other texts.",
+            directory / GENERATION_CONFIG,
+            ", ".join(found.model.unused),
+        )
+    if tokenizer is None:
+        logger.warning("%s holds no tokenizer; made-up words stand in for its tokens.", place)
+        from minisrv.checkpoint.stand_in import stand_in_tokenizer  # seldom needed
+
+        tokenizer = stand_in_tokenizer(model.vocab_size)
+    if config.chat_template is not None:
+        source = _read_template(config.chat_template)
+        tokenizer = replace(tokenizer, chat_templates={"default": source})
+    if not dummy:
+        directory = resolve_checkpoint(config.model, config.revision)
+    generation = _with_end_token(found.model.generation, tokenizer, model)
+    return Checkpoint(directory, model, generation, tokenizer)
+
+
+def context_length(config: EngineConfig, model: ModelConfig) -> int:
+    """The tokens that a request may have, if the KV cache holds as many. Raises ConfigError beyond
+    what the model was made for."""
+    wanted, longest = config.max_model_len or model.default_context, model.longest_context
+    if wanted > longest:
+        raise ConfigError(
+            f"max_model_len={wanted} is more than the {longest} tokens that the model was made for "
+            f"(max_position_embeddings and RoPE scaling in its config.json); use at most {longest}."
+        )
+    return wanted
+
+
+def _with_end_token(
+    generation: GenerationConfig, tokenizer: TokenizerDescription, model: ModelConfig
+) -> GenerationConfig:
+    """The tokenizer's end token ends a sequence too, as in vLLM: some checkpoints name it nowhere
+    else."""
+    end, known = tokenizer.eos_token_id, generation.eos_token_ids
+    if end is None or end in known or end >= model.vocab_size:
+        return generation
+    return replace(generation, eos_token_ids=(*known, end))
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}.") from error
+
+
+def _path(kind: type, value: object) -> object:
+    assert kind is Path, "all else is msgpack's own"
+    return Path(str(value))
