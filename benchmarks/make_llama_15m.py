@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minisrv.checkpoint import GENERATION_CONFIG, describe_model, resolve_checkpoint
+from minisrv.checkpoint import describe_model, resolve_checkpoint
+from minisrv.checkpoint.location import GENERATION_CONFIG
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -33,7 +34,7 @@ def make(directory: Path, seed: int = 0) -> LlamaForCausalLM:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=list(describe_model(default).model.eos_token_ids),
+        eos_token_id=list(describe_model(default).generation.eos_token_ids),
         dtype="float32",
     )
     model = LlamaForCausalLM(config).eval()

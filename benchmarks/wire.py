@@ -29,8 +29,8 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.checkpoint import resolve_checkpoint
-from minisrv.config import ServerConfig
+from minisrv.checkpoint import open_checkpoint
+from minisrv.config import EngineConfig, ServerConfig
 from minisrv.engine.messages import (
     AskStats,
     EngineInfo,
@@ -46,7 +46,7 @@ from minisrv.engine.messages import (
 from minisrv.environment import environment
 from minisrv.request import EngineOutput, FinishReason
 from minisrv.server.launcher import listen
-from minisrv.server.process import WorkerConfig, WorkerProcess
+from minisrv.server.process import CHECKPOINT, WorkerConfig, WorkerProcess
 from minisrv.text.tokenizer import Tokenizer
 
 TEXT = "Once upon a time there lived a brave child who asked what the old mill was for. "
@@ -147,12 +147,13 @@ def cpu_seconds(pid: int) -> float:
 
 def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
     """One server, a warm-up and `--rounds` rounds."""
-    checkpoint = resolve_checkpoint(None)
+    checkpoint = open_checkpoint(EngineConfig())
     context = get_context("spawn")
     children: list[Any] = []
     with TemporaryDirectory(prefix="wire-") as name:
         address = f"ipc://{name}/engine"
-        text = Tokenizer.from_directory(checkpoint).encode(TEXT)
+        checkpoint.save(Path(name, CHECKPOINT))
+        text = Tokenizer.from_description(checkpoint.tokenizer).encode(TEXT)
         engine = context.Process(target=play_engine, args=(address, options.steps_per_s, text))
         engine.start()
         listeners = listen(ServerConfig(port=0, api_workers=workers))
@@ -164,7 +165,6 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
                     number=workers,
                     address=address,
                     engine_pid=engine.pid or 0,
-                    checkpoint=checkpoint,
                     private_dir=Path(name),
                     served_model_names=("x",),
                     settings=ServerConfig(shutdown_timeout=1),

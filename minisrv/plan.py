@@ -1,8 +1,8 @@
 """`minisrv plan`: which batch runs by which graph, as a table.
 
 Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, by which
-kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs neither torch nor
-a model.
+kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs no torch, and
+of a model the small files only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
@@ -21,8 +22,18 @@ from minisrv.progress import StartupProgress
 
 
 def print_plan(config: EngineConfig) -> None:
-    """Print the coverage of `config`. Raises CoverageError where `serve` would."""
-    _print_coverage(config, Dispatcher(ladders_of(config)))
+    """Print the coverage of `config`, and of a model that it names the context. Raises what `serve`
+    would for what the settings and the checkpoint's small files say."""
+    dispatcher = Dispatcher(ladders_of(config))
+    if config.model is not None:
+        model = open_checkpoint(config, weights=False).model
+        Console().print(
+            f"{config.model}: {model.architecture}, {model.num_parameters / 1e6:,.1f} million "
+            f"parameters in {model.dtype}, context {context_length(config, model)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+    _print_coverage(config, dispatcher)
 
 
 def print_measured_plan(config: EngineConfig) -> None:

@@ -24,6 +24,7 @@ from minisrv.checkpoint.location import (
     read_json,
     resolve_checkpoint,
     resolve_directory,
+    weight_files,
 )
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, ModelError
@@ -54,10 +55,11 @@ class Checkpoint:
         return msgspec.msgpack.decode(path.read_bytes(), type=cls, dec_hook=_path)
 
 
-def open_checkpoint(config: EngineConfig) -> Checkpoint:
-    """The checkpoint that `config` names. Its weights are there too when this returns, fetched if
-    need be, unless they are to be drawn at random.
+def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint that `config` names.
 
+    weights: whether they are needed too. Then they are there when this returns, fetched from the
+        hub if need be, unless they are to be drawn at random.
     Raises ModelError, ConfigError and UnknownArchitectureError for what cannot be served, before
     any weights are fetched.
     """
@@ -91,8 +93,9 @@ def open_checkpoint(config: EngineConfig) -> Checkpoint:
     if config.chat_template is not None:
         source = _read_template(config.chat_template)
         tokenizer = replace(tokenizer, chat_templates={"default": source})
-    if not dummy:
+    if weights and not dummy:
         directory = resolve_checkpoint(config.model, config.revision)
+        weight_files(directory)
     generation = _with_end_token(found.model.generation, tokenizer, model)
     return Checkpoint(directory, model, generation, tokenizer)
 

@@ -29,6 +29,7 @@ from minisrv.core.ladder import ladders_of
 from minisrv.engine.messages import EngineInfo, Loading, Ready
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
+from minisrv.machine import check_driver
 from minisrv.processes import PARENTS_SIGNALS
 from minisrv.progress import StartupProgress
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
@@ -60,13 +61,14 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """
     started = time.perf_counter()
     ladders_of(engine)
+    check_driver(engine)
     _check_certificate(server)
-    checkpoint = open_checkpoint(engine)
-    names = server.served_model_names or (engine.model or checkpoint.directory.name,)
     with ExitStack() as stack:
         listeners = listen(server)
         for listener in listeners:
             stack.enter_context(listener)
+        checkpoint = open_checkpoint(engine)
+        names = server.served_model_names or (engine.model or checkpoint.directory.name,)
         stop = stack.enter_context(_stop_signals())
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         checkpoint.save(private_dir / CHECKPOINT)

@@ -47,7 +47,7 @@ def test_truncated_weights(start: Start, checkpoint: Path) -> None:
 def test_a_missing_shard(start: Start, checkpoint: Path) -> None:
     shard = last_shard(checkpoint)
     shard.unlink()
-    assert_refused(start(*SMALL, str(checkpoint)), "did not start", shard.name, "not there")
+    assert_refused(start(*SMALL, str(checkpoint)), shard.name, "not there")
 
 
 def test_missing_weights(start: Start, checkpoint: Path) -> None:
@@ -99,7 +99,12 @@ def test_full_graphs_on_a_cpu(start: Start) -> None:
 
 def test_more_context_than_the_model_has(start: Start) -> None:
     server = start("--max-model-len", "1000000")
-    assert_refused(server, "did not start", "max_model_len=1000000", "use at most 2048")
+    assert_refused(server, "max_model_len=1000000", "use at most 2048")
+
+
+def test_a_gpu_where_there_is_no_driver(start: Start) -> None:
+    """Seen before torch is imported."""
+    assert_refused(start(*SMALL, "--device", "cuda"), "device=cuda", "no CUDA driver", "nvidia-smi")
 
 
 def test_a_temporary_directory_too_deep_for_a_socket(start: Start) -> None:
