@@ -29,14 +29,16 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 
 
 def configure(process: str = "") -> None:
-    """Log to stderr from here on, in the format that `VARIABLE` names.
+    """Log to stderr from here on, in the format that `VARIABLE` names; of other packages only what
+    is wrong, as some of them tell of each HTTP request.
 
     process: its name, in every line.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(process) if os.environ.get(VARIABLE) == "json" else _Text(process))
     logging.setLogRecordFactory(_Record)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("minisrv").setLevel(logging.INFO)
 
 
 @contextmanager

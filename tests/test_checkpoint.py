@@ -27,6 +27,7 @@ from minisrv.checkpoint import (
     resolve_checkpoint,
     weight_files,
 )
+from minisrv.checkpoint.location import fetch_weights
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError
 from minisrv.text.tokenizer import Tokenizer
@@ -100,7 +101,9 @@ class Hub:
     def add(self, *names: str) -> None:
         self.files |= dict.fromkeys(names, "")
 
-    def download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(
+        self, repo_id: str, *, revision: str | None, allow_patterns: list[str], **_: Any
+    ) -> str:
         self.revisions.append(revision)
         wanted = huggingface_hub.utils.filter_repo_objects(
             self.files, allow_patterns=allow_patterns
@@ -134,12 +137,12 @@ def test_the_hub_is_asked_for_data_only(tmp_path: Path, monkeypatch: pytest.Monk
     hub = Hub(tmp_path, monkeypatch, config__json={})
     hub.add(*SMALL - {"config.json"}, "model.safetensors", "model.fp16.safetensors")
     hub.add("modeling_x.py", "pytorch_model.bin", "model.pt", "original/model.safetensors")
-    assert resolve_checkpoint("org/some-model_1.5", "v2", weights=False) == hub.snapshot
-    assert hub.fetched == SMALL
     assert resolve_checkpoint("org/some-model_1.5", "v2") == hub.snapshot
+    assert hub.fetched == SMALL
+    fetch_weights("org/some-model_1.5", hub.snapshot)
     assert hub.fetched == SMALL | {"model.safetensors"}
-    # Of the commit whose config was read, whatever is pushed meanwhile.
-    assert hub.revisions == ["v2", "v2", "0123abc"]
+    # The commit whose config was read, whatever is pushed meanwhile.
+    assert hub.revisions == ["v2", "0123abc"]
 
 
 def test_the_hub_is_asked_for_the_shards_that_the_index_names(
@@ -149,9 +152,21 @@ def test_the_hub_is_asked_for_the_shards_that_the_index_names(
     hub = Hub(tmp_path, monkeypatch, config__json={}, model__safetensors__index__json=index)
     hub.add("weights-1.safetensors", "weights-2.safetensors", "weights-3.safetensors")
     directory = resolve_checkpoint("org/model")
+    fetch_weights("org/model", directory)
     names = [path.name for path in weight_files(directory)]
     assert names == ["weights-1.safetensors", "weights-2.safetensors"]
     assert "weights-3.safetensors" not in hub.fetched
+
+
+def test_an_index_that_is_a_leftover_does_not_hide_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = {"weight_map": {"x": "gone-1.safetensors"}}
+    hub = Hub(tmp_path, monkeypatch, config__json={}, model__safetensors__index__json=index)
+    hub.add("model.safetensors")
+    directory = resolve_checkpoint("org/model")
+    fetch_weights("org/model", directory)
+    assert weight_files(directory) == (directory / "model.safetensors",)
 
 
 def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(

@@ -9,8 +9,8 @@ Knows nothing of torch, nor what the files say.
 from __future__ import annotations
 
 import json
-import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,14 @@ SMALL_FILES = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve_checkpoint(
-    model: str | None, revision: str | None = None, *, weights: bool = True
-) -> Path:
-    """The directory of the checkpoint that `model` names: a directory, or a hub id, which is
-    fetched into the hub's cache; None names the default model.
+def resolve_checkpoint(model: str | None, revision: str | None = None) -> Path:
+    """The directory of the checkpoint that `model` names: a directory, or a hub id, whose small
+    files are fetched into the hub's cache; None names the default model.
 
     revision: a branch, tag or commit of the hub's repository; None takes its main branch.
-    weights: whether they are needed too; without them the hub is asked for the small files only.
     Raises ModelError.
     """
-    directory = resolve_directory(model, revision, weights=weights)
+    directory = resolve_directory(model, revision)
     if not (directory / CONFIG).is_file():
         found = sorted(path.name for path in directory.glob("*.gguf"))
         if found or "gguf" in str(model).lower():
@@ -65,7 +62,7 @@ def resolve_checkpoint(
     return directory
 
 
-def resolve_directory(model: str | None, revision: str | None, *, weights: bool) -> Path:
+def resolve_directory(model: str | None, revision: str | None = None) -> Path:
     """The same for a directory of which only some files are wanted, e.g. a tokenizer's."""
     if model is None:
         return _default_model()
@@ -86,15 +83,20 @@ def resolve_directory(model: str | None, revision: str | None, *, weights: bool)
         raise ModelError(f"{model} is a file; name the checkpoint's directory instead.")
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"{model!r} is neither a directory nor a hub id such as 'org/name'.")
-    directory = _fetch(model, revision, SMALL_FILES)
-    if weights and (directory / CONFIG).is_file():
-        # The commit, so that a push in between cannot mix two versions.
-        commit = directory.name
-        directory = _fetch(model, commit, (*SMALL_FILES, WEIGHTS))
-        if not (directory / WEIGHTS).is_file() and (directory / WEIGHTS_INDEX).is_file():
-            names = _indexed_files(directory / WEIGHTS_INDEX)
-            directory = _fetch(model, commit, (*SMALL_FILES, *names))
-    return directory
+    return _fetch(model, revision, SMALL_FILES, show_progress=False)
+
+
+def fetch_weights(model: str | None, directory: Path) -> None:
+    """Fetch the weights beside the small files in `directory`, if `model` is a hub id; not again
+    what is there. Raises ModelError."""
+    if model is None or Path(model).expanduser().is_dir():
+        return
+    # The commit, so that a push in between cannot mix two versions.
+    commit, index = directory.name, directory / WEIGHTS_INDEX
+    names = _indexed_files(index) if index.is_file() else [WEIGHTS]
+    _fetch(model, commit, names, show_progress=True)
+    if not all((directory / name).is_file() for name in names):  # the index is a leftover
+        _fetch(model, commit, [WEIGHTS], show_progress=True)
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
@@ -157,13 +159,23 @@ def _default_model() -> Path:
     )
 
 
-def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download  # takes 0.3 s, which a directory need not pay
+def _fetch(
+    model: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool
+) -> Path:
+    # Takes 0.3 s, which a directory need not pay.
+    from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm
 
-    # The download shows bars of its own; a line for each HTTP request would bury them.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": not show_progress})
+
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=list(patterns), tqdm_class=Bar
+            )
+        )
     except Exception as error:  # the client's errors have no base of their own
         reason = str(error).strip().split("\n")[0]
         raise ModelError(

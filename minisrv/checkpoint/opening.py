@@ -21,6 +21,7 @@ from minisrv.checkpoint.description import (
 from minisrv.checkpoint.location import (
     CONFIG,
     GENERATION_CONFIG,
+    fetch_weights,
     read_json,
     resolve_checkpoint,
     resolve_directory,
@@ -64,11 +65,11 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
     any weights are fetched.
     """
     dummy = config.load_format == "dummy"
-    directory = resolve_checkpoint(config.model, config.revision, weights=False)
+    directory = resolve_checkpoint(config.model, config.revision)
     check_implemented(read_json(directory / CONFIG))
     place = directory
     if config.tokenizer is not None:
-        place = resolve_directory(config.tokenizer, None, weights=False)
+        place = resolve_directory(config.tokenizer)
     there = has_tokenizer(place)
     if not there and not (dummy and config.tokenizer is None):
         raise ModelError(
@@ -94,7 +95,7 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
         source = _read_template(config.chat_template)
         tokenizer = replace(tokenizer, chat_templates={"default": source})
     if weights and not dummy:
-        directory = resolve_checkpoint(config.model, config.revision)
+        fetch_weights(config.model, directory)
         weight_files(directory)
     generation = _with_end_token(found.model.generation, tokenizer, model)
     return Checkpoint(directory, model, generation, tokenizer)
