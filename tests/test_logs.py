@@ -31,7 +31,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], io.StringIO
 
 
 def write_some() -> None:
-    logging.getLogger("a").info("it is %d", 3, extra={"fields": {"status": 200, "ms": 1.5}})
+    logging.getLogger("minisrv.a").info("it is %d", 3, extra={"fields": {"status": 200, "ms": 1.5}})
     token = logs.REQUEST_ID.set("req-1")
     try:
         raise ValueError("broken\nline")
@@ -65,7 +65,7 @@ def test_json_written_at_once_or_by_a_thread(
     assert first == {
         "level": "info",
         "process": "api-0",
-        "logger": "a",
+        "logger": "minisrv.a",
         "message": "it is 3",
         "status": 200,
         "ms": 1.5,
