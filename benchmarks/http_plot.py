@@ -2,7 +2,7 @@
 
     python benchmarks/http_plot.py --plot F LABEL=A.json[,B.json] LABEL=C.json ...
 
-Files of one label are levels of one server.
+Files of one label are levels of one server. A label of runs whose times are simulated says so.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 
-def levels(paths: str) -> list[dict[str, Any]]:
-    """The summaries in the files, by concurrency."""
-    found = [
-        level["summary"]
-        for path in paths.split(",")
-        for level in json.loads(Path(path).read_text())["levels"]
-    ]
+def levels(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summaries in some reports, by concurrency."""
+    found = [level["summary"] for report in reports for level in report["levels"]]
     return sorted(found, key=lambda summary: summary["concurrency"])
+
+
+def labelled(run: str) -> tuple[str, list[dict[str, Any]]]:
+    """What LABEL=FILES stands for: its name in the picture, and the summaries."""
+    label, _, paths = run.partition("=")
+    reports = [json.loads(Path(path).read_text()) for path in paths.split(",")]
+    # Reports of before there were labels have none.
+    notes = dict.fromkeys(report.get("simulated", "") for report in reports)
+    return ", ".join(filter(None, (label, *notes))), levels(reports)
 
 
 def save_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -56,9 +61,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="LABEL=FILES")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="needs matplotlib")
     options = parser.parse_args()
-    save_plot(
-        {run.partition("=")[0]: levels(run.partition("=")[2]) for run in options.runs}, options.plot
-    )
+    save_plot(dict(map(labelled, options.runs)), options.plot)
 
 
 if __name__ == "__main__":

@@ -168,10 +168,3 @@ def first_difference(one: Answer, other: Answer) -> tuple[int, str] | None:
         return None
     parting = (at for at, (left, right) in enumerate(zip(x, y, strict=False)) if left != right)
     return next(parting, min(len(x), len(y))), "token" if ids else "character"
-
-
-def simulated(a: Side, b: Side) -> str:
-    """What must be said with every figure if a server stretches its launches; else nothing."""
-    values = dict.fromkeys((a.simulated_launch_us, b.simulated_launch_us))
-    text = " and ".join(f"{value:g}" for value in values)
-    return f"simulated launches ({text} us)" if any(values) else ""

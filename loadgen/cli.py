@@ -6,6 +6,7 @@ Knows argparse and the order of a run. Does not measure, compute or lay out anyt
 import argparse
 import asyncio
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from urllib.parse import urlsplit
 from msgspec.structs import replace
 
 from loadgen import ab
-from loadgen.client import find_model
+from loadgen.client import find_model, simulated_launch_us
 from loadgen.errors import ConfigError, LoadgenError
 from loadgen.records import (
+    DEFAULT_CONCURRENCIES,
     MAX_DURATION_S,
     MAX_REQUESTS,
     STREAMS_PER_PROCESS,
@@ -42,7 +44,7 @@ from loadgen.report import (
 )
 from loadgen.runner import run_legs
 from loadgen.servers import Server
-from loadgen.stats import LevelSummary, summarize
+from loadgen.stats import LevelSummary, simulated, summarize
 
 EXIT_OK = 0
 EXIT_FAILED_REQUESTS = 1
@@ -54,12 +56,14 @@ _MAX_TOKENS = 1_000_000
 _MAX_ID = 2**31
 _MAX_ROUNDS = 50
 _MAX_PROCESSES = 256
+_SEEDS = 2**32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        _settle(arguments)
         return _run(arguments) if arguments.command == "run" else _ab(arguments)
     except LoadgenError as error:
         print(f"loadgen: {error}", file=sys.stderr)
@@ -69,8 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _settle(arguments: argparse.Namespace) -> None:
+    """Decide what was left open, once for all servers. Raises ConfigError."""
+    if arguments.seed is None:
+        arguments.seed = secrets.randbelow(_SEEDS)
+    requests = MAX_REQUESTS if arguments.requests is None else arguments.requests
+    if arguments.concurrency is None:
+        arguments.concurrency = [[value for value in DEFAULT_CONCURRENCIES if value <= requests]]
+    most = max(value for group in arguments.concurrency for value in group)
+    if most > requests:
+        raise ConfigError(
+            f"--concurrency {most} is out of reach with --requests {requests}: each request in "
+            f"flight is one of them; ask for --requests {most} or more, or a lower --concurrency"
+        )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments, normalize_url(arguments.url), arguments.label)
+    config = replace(config, return_token_ids=bool(arguments.return_token_ids))
+    launch_us = asyncio.run(simulated_launch_us(config.base_url, _api_key(arguments)))
     environment = Environment.here()
     levels: list[LevelReport] = []
     stopped: LoadgenError | KeyboardInterrupt | None = None
@@ -83,15 +104,19 @@ def _run(arguments: argparse.Namespace) -> int:
         if not levels:
             raise
         stopped = error
-    summaries = [level.summary for level in levels]
-    print_report(config, summaries)
+    report = Report(
+        complete=stopped is None,
+        simulated=simulated(launch_us),
+        config=config,
+        environment=environment,
+        levels=levels,
+    )
+    print_report(report)
     if arguments.json is not None:
-        complete = stopped is None
-        report = Report(complete=complete, config=config, environment=environment, levels=levels)
         write_json(report, arguments.json)
     if stopped is not None:
         raise stopped
-    return _status(summaries)
+    return _status([level.summary for level in levels])
 
 
 def _ab(arguments: argparse.Namespace) -> int:
@@ -115,7 +140,7 @@ def _ab(arguments: argparse.Namespace) -> int:
     report = ComparisonReport(
         complete=stopped is None,
         label=arguments.label,
-        simulated=ab.simulated(a, b),
+        simulated=simulated(a.simulated_launch_us, b.simulated_launch_us),
         a=a,
         b=b,
         environment=environment,
@@ -146,9 +171,10 @@ def _ready_side(arguments: argparse.Namespace, server: Server) -> ab.Side:
         config,
         concurrencies=tuple(x for x in config.concurrencies for _ in range(2 * arguments.rounds)),
         keep_answers=True,
-        return_token_ids=arguments.return_token_ids,
+        return_token_ids=arguments.return_token_ids is not False,
     )
-    return ab.Side(server.name, server.command, ready_s, server.simulated_launch_us(), config)
+    launch_us = asyncio.run(simulated_launch_us(config.base_url, _api_key(arguments)))
+    return ab.Side(server.name, server.command, ready_s, launch_us, config)
 
 
 def _compare(
@@ -278,11 +304,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--rounds", type=_integer(1, _MAX_ROUNDS), default=3, metavar="N", help=text)
     text = "seconds that a server may take to be ready (default: %(default)g)"
     option("--ready-timeout", type=_seconds, default=900.0, metavar="S", help=text)
-    text = (
-        "do not ask for token ids, an extension that some servers refuse; answers are then "
-        "compared as text"
-    )
-    option("--no-return-token-ids", dest="return_token_ids", action="store_false", help=text)
     option("--require-identical", action="store_true", help="exit with 1 if answers differ")
     text = "draw ITL by concurrency to FILE, .svg or .png; needs minisrv[plot]"
     option("--plot", type=_picture, metavar="FILE", help=text)
@@ -296,9 +317,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     kinds = [str(kind) for kind in PromptKind]
 
     load = command.add_argument_group("load").add_argument
-    text = "requests in flight; values separated by spaces or commas (default: 1,4,16)"
+    text = (
+        "requests in flight; values separated by spaces or commas, none above --requests "
+        f"(default: {','.join(map(str, DEFAULT_CONCURRENCIES))}, as far as --requests goes)"
+    )
     several = _integers(1, _MAX_CONCURRENCY)
-    load("--concurrency", type=several, nargs="+", default=[[1, 4, 16]], metavar="N", help=text)
+    load("--concurrency", type=several, nargs="+", metavar="N", help=text)
     text = (
         "requests measured at each concurrency (default: 4 for each in flight, at least 20; "
         "no limit of its own if --duration is given)"
@@ -338,8 +362,16 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "shorter than --output-tokens"
     )
     request("--no-ignore-eos", dest="ignore_eos", action="store_false", help=text)
-    text = "of the prompts (default: %(default)s)"
-    request("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help=text)
+    text = (
+        "ask for token ids, an extension that some servers refuse: tokens without text are then "
+        "timed too, and `ab` compares answers by tokens (default: in `ab` only)"
+    )
+    request("--return-token-ids", action=argparse.BooleanOptionalAction, help=text)
+    text = (
+        "of the prompts: the seed that a report names sends the same again, which the server may "
+        "have in its prefix cache by then (default: drawn anew)"
+    )
+    request("--seed", type=_integer(0, _SEEDS - 1), metavar="N", help=text)
     request("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY, if set")
 
     output = command.add_argument_group("output").add_argument

@@ -1,13 +1,20 @@
 """One request: send it, read its stream, time it, judge it.
 
-Knows the chunks of OpenAI's completions and chat completions. Does not know how bytes travel
-(http), how many requests run beside it, nor what is computed from its record. The three judgements
-everything else rests on are made here: which chunks carry content (not a role, not an empty
-string, not the usage), how many tokens there were (usage, never the chunks if usage is there), and
-whether the request succeeded.
+Knows the chunks of OpenAI's completions and chat completions, and the page on which a server says
+that its times are simulated. Does not know how bytes travel (http), how many requests run beside
+it, nor what is computed from its record. The three judgements everything else rests on are made
+here: which chunks carry tokens, how many tokens there were (usage, never the chunks if usage is
+there), and whether the request succeeded.
+
+A token need not have text: a special token has none, and of a character whose bytes are spread
+over tokens only the last one has. A chunk carries tokens if it has text or token ids. One with
+neither, without a role and without a finish reason, is a token too where a server sends a chunk
+for every token, as vLLM does; usage tells, as there are then as many chunks as tokens.
 """
 
 import asyncio
+import re
+from contextlib import suppress
 
 import msgspec
 
@@ -19,9 +26,11 @@ from loadgen.sse import SSEError, SSEParser
 _PROBE_TIMEOUT_S = 10.0
 _MAX_MESSAGE_CHARS = 300
 _MAX_PLAIN_BYTES = 4 << 20  # of a body that is no event stream: an error, a list of models
+_SIMULATED = re.compile(rb"^\S*simulated_launch_us(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
 class _Delta(msgspec.Struct, gc=False):
+    role: str | None = None
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -40,10 +49,21 @@ class _Choice(msgspec.Struct, gc=False):
         delta = self.delta
         return delta.content or delta.reasoning_content or delta.reasoning or ""
 
+    @property
+    def may_be_a_token(self) -> bool:
+        """Whether a choice without text and ids may stand for a token all the same."""
+        announces = self.delta is not None and self.delta.role is not None
+        return not announces and self.finish_reason is None
+
+
+class _PromptDetails(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
 
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
@@ -67,10 +87,13 @@ class CompletionStream:
     """The state of one streamed answer. Fed with bytes and their arrival; touches no network."""
 
     def __init__(self) -> None:
-        self.chunk_times_s: list[float] = []
         self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.done_s: float | None = None
+        self._times_s: list[float] = []
+        self._empty_times_s: list[float] = []
+        """Arrival of chunks of which only usage tells whether they are tokens."""
         self._contents: list[str] = []
         self._token_ids: list[int] = []
         self._finish_reason: str | None = None
@@ -93,15 +116,30 @@ class CompletionStream:
         if chunk.error is not None:
             self._failure = Failure(FailureKind.ERROR_EVENT, _error_text(chunk.error))
         for choice in chunk.choices or ():
-            if content := choice.content:
-                self.chunk_times_s.append(now_s)
+            content, token_ids = choice.content, choice.token_ids or ()
+            if content or token_ids:
+                self._times_s.append(now_s)
                 self._contents.append(content)
-            self._token_ids += choice.token_ids or ()
+                self._token_ids += token_ids
+            elif choice.may_be_a_token:
+                self._empty_times_s.append(now_s)
             if choice.finish_reason is not None:
                 self._finish_reason = choice.finish_reason
         if chunk.usage is not None:
             self.prompt_tokens = chunk.usage.prompt_tokens
             self.completion_tokens = chunk.usage.completion_tokens
+            if chunk.usage.prompt_tokens_details is not None:
+                self.cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
+
+    @property
+    def chunk_times_s(self) -> list[float]:
+        """Arrival of each chunk that carried tokens, as far as is known by now."""
+        if self._empty_times_s and self.completion_tokens is not None:
+            # The last token may have come with the finish reason, without text as well.
+            unseen = self.completion_tokens - len(self._times_s) - len(self._empty_times_s)
+            if unseen in (0, 1):
+                return sorted(self._times_s + self._empty_times_s)
+        return self._times_s
 
     @property
     def answer(self) -> Answer:
@@ -113,7 +151,8 @@ class CompletionStream:
         """Judge the stream after its end: None is success.
 
         `exact` demands `output_tokens` tokens, else they are the most there may be. A server that
-        sends no usage cannot be held to a count.
+        sends no usage cannot be held to a count, but must have sent something. Tokens none of
+        which had a chunk are an answer that cannot be timed, and no failure.
         """
         if self._failure is not None:
             return self._failure
@@ -125,8 +164,8 @@ class CompletionStream:
         if count is not None and (count > output_tokens or (exact and count != output_tokens)):
             message = f"asked for {output_tokens} tokens, usage says {count}"
             return Failure(FailureKind.WRONG_TOKEN_COUNT, message)
-        if not self.chunk_times_s:
-            return Failure(FailureKind.NO_TOKENS, "no chunk carried content, nothing to time")
+        if not self.chunk_times_s and not count:
+            return Failure(FailureKind.NO_TOKENS, "no chunk carried tokens, and usage counts none")
         return None
 
 
@@ -163,6 +202,7 @@ async def send(
         end_s=end_s,
         chunk_times_s=tuple(stream.chunk_times_s),
         prompt_tokens=stream.prompt_tokens,
+        cached_tokens=stream.cached_tokens,
         completion_tokens=stream.completion_tokens,
         failure=failure,
         answer=stream.answer if config.keep_answers else None,
@@ -205,6 +245,20 @@ async def find_model(
         asked = "" if wanted is None else f" {wanted!r}"
         raise ServerError(f"no such model{asked} at {base_url}; it serves: {', '.join(names)}")
     return wanted
+
+
+async def simulated_launch_us(base_url: str, api_key: str | None) -> float:
+    """Microseconds that the server says each of its launches is lengthened by, to stand for
+    another machine's. minisrv says so in /metrics; 0 where a server does not say anything of the
+    kind, as all do that are to be taken at face value.
+    """
+    url = f"{base_url.removesuffix('/v1')}/metrics"
+    plain = bytearray()
+    with suppress(HTTPError, TimeoutError), Client(api_key) as client:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            await client.exchange("GET", url, b"", lambda status, data, now_s: _keep(plain, data))
+    found = _SIMULATED.search(plain)
+    return float(found[1]) if found else 0.0
 
 
 def _keep(plain: bytearray, data: bytes) -> bool:

@@ -17,6 +17,7 @@ clock = time.perf_counter
 MAX_REQUESTS = 1_000_000
 MAX_DURATION_S = 3600.0
 MIN_DEFAULT_REQUESTS = 20
+DEFAULT_CONCURRENCIES = (1, 4, 16)
 STREAMS_PER_PROCESS = 8
 """Requests in flight that one client process is given before another is started, unless told
 otherwise: streams of 5 ms per token then take a few percent of a core, and of 1 ms a tenth."""
@@ -92,6 +93,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
             most = min(usable_cores(), -(-concurrency // STREAMS_PER_PROCESS))
         return min(most, concurrency)
 
+    def lanes_at(self, concurrency: int) -> int:
+        """The most requests that one client process keeps in flight at `concurrency`."""
+        return -(-concurrency // self.processes_at(concurrency))
+
     @property
     def time_limit_s(self) -> float:
         """No request is started later than this after the start of its level."""
@@ -157,17 +162,19 @@ class RequestRecord(msgspec.Struct, frozen=True):
     end_s: float
     """The instant `[DONE]` was read, or the failure was known."""
     chunk_times_s: tuple[float, ...]
-    """Arrival of each chunk that carried content. Chunks of one read share its instant."""
+    """Arrival of each chunk that carried tokens. Chunks of one read share its instant."""
     prompt_tokens: int | None
     completion_tokens: int | None
     """Both from the server's usage; None where it sent none."""
     failure: Failure | None
+    cached_tokens: int | None = None
+    """Of the prompt, what the server says it found in its prefix cache; None if it does not."""
     answer: Answer | None = None
     """None unless answers are kept."""
 
     @property
     def tokens(self) -> int:
-        """Output tokens: what usage says, else the number of chunks with content."""
+        """Output tokens: what usage says, else the number of chunks with tokens."""
         if self.completion_tokens is None:
             return len(self.chunk_times_s)
         return self.completion_tokens
@@ -179,7 +186,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds from start to the first chunk with content; None if there was none."""
+        """Seconds from start to the first chunk with tokens; None if there was none."""
         return self.chunk_times_s[0] - self.start_s if self.chunk_times_s else None
 
 

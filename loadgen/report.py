@@ -30,7 +30,7 @@ SCHEMA = 1
 MAX_RAW_ROWS = 1500
 """Request rows kept in the JSON, over all levels."""
 
-_WIDE = 130  # columns from which three percentiles stand side by side
+_WIDE = 140  # columns from which three percentiles stand side by side
 _FEW = 8  # that are shown, of what may be many
 
 
@@ -114,11 +114,19 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
     complete: bool
     """False if the run ended early; `levels` has the concurrencies until then."""
+    simulated: str
+    """What `stats.simulated` says; no figure of this file stands without it."""
     config: RunConfig
     environment: Environment
     formulas: dict[str, str] = msgspec.field(default_factory=lambda: dict(FORMULAS))
     raw_fields: tuple[str, ...] = RawRow.__struct_fields__
     levels: list[LevelReport]
+
+    @property
+    def title(self) -> str:
+        """One line for whatever shows figures."""
+        what = f"{self.config.model} at {self.config.base_url}"
+        return _title(self.config.label, self.simulated, what)
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +137,7 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     """False if the comparison ended early; `levels` has the pairs until then."""
     label: str
     simulated: str
-    """What `ab.simulated` says; no figure of this file stands without it."""
+    """What `stats.simulated` says; no figure of this file stands without it."""
     a: ab.Side
     b: ab.Side
     environment: Environment
@@ -140,7 +148,11 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     def title(self) -> str:
         """One line for whatever shows figures."""
         what = f"{self.a.label} and {self.b.label}, {self.a.config.model}"
-        return ": ".join(text for text in (self.label, self.simulated, what) if text)
+        return _title(self.label, self.simulated, what)
+
+
+def _title(*parts: str) -> str:
+    return ": ".join(part for part in parts if part)
 
 
 def write_json(report: Report | ComparisonReport, path: Path) -> None:
@@ -151,24 +163,26 @@ def write_json(report: Report | ComparisonReport, path: Path) -> None:
         raise ConfigError(f"--json {path}: {error.strerror}") from None
 
 
-def print_report(config: RunConfig, levels: Sequence[LevelSummary]) -> None:
+def print_report(report: Report) -> None:
     """Print the table to stdout, then what failed, the warnings and the formulas."""
+    levels = [level.summary for level in report.levels]
     console = _stdout()
     between = " / " if console.width >= _WIDE else "\n"
-    title = f"{config.label + ': ' if config.label else ''}{config.model} at {config.base_url}: "
-    _print(console, ["", title + _requests(config)])
-    names = ("conc", "ok", "fail", "req/s", "tok/s", "TTFT", "ITL", "TPOT", "E2E", "tok/chunk")
-    table = _table(names, "latencies in ms: p50, p90, p99")
+    _print(console, ["", f"{report.title}: {_requests(report.config)}"])
+    latencies = ("TTFT", "ITL", "TPOT", "E2E")
+    names = ("conc", "ok", "fail", "req/s", "tok/s", *latencies, "tok/chunk", "cached")
+    table = _table(names, _title(report.simulated, "latencies in ms: p50, p90, p99"))
     for level in levels:
-        latencies = (level.ttft_ms, level.itl_ms, level.tpot_ms, level.e2e_ms)
+        found = (level.ttft_ms, level.itl_ms, level.tpot_ms, level.e2e_ms)
         table.add_row(
             str(level.concurrency),
             str(level.ok),
             f"[red]{level.failed}[/red]" if level.failed else "0",
             _number(level.requests_per_s),
             _number(level.output_tokens_per_s),
-            *(_cell(distribution, between) for distribution in latencies),
+            *(_cell(distribution, between) for distribution in found),
             "-" if level.tokens_per_chunk is None else f"{level.tokens_per_chunk:.2f}",
+            _cached(level),
         )
     console.print(table)
     lines = [
@@ -191,7 +205,8 @@ def print_comparison(report: ComparisonReport) -> None:
     ]
     _print(console, [*lines, _requests(a.config)])
     names = ("conc", "metric", a.label, b.label, f"{b.label} / {a.label}", "same answers")
-    table = _table(names, "median (min..max); the formulas say of what")
+    caption = "median (min..max); the formulas say of what"
+    table = _table(names, _title(report.simulated, caption))
     for level in report.levels:
         head, tail = str(level.concurrency), f"{level.same_answers} of {level.answers}"
         for name in ab.METRICS:
@@ -281,6 +296,13 @@ def _remarks(level: LevelSummary) -> list[str]:
             for key, count in counts.items()
         ]
     return lines + [f"warning: {text}" for text in level.warnings]
+
+
+def _cached(level: LevelSummary) -> str:
+    if level.cached_tokens is None or not level.prompt_tokens:
+        return "-"
+    share = 100 * level.cached_tokens / level.prompt_tokens
+    return f"{share:.2g}%" if share < 10 else f"{share:.0f}%"
 
 
 def _cell(distribution: Distribution | None, between: str) -> str:

@@ -29,7 +29,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from loadgen.client import send
-from loadgen.errors import ServerError, WorkerError
+from loadgen.errors import ConfigError, ServerError, WorkerError
 from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import (
@@ -134,9 +134,11 @@ def run_legs(
 
     The legs may belong to several servers; their configurations differ in nothing else. Starts and
     ends the client processes. While it runs, SIGINT and SIGTERM end the measurement: the partial
-    result is yielded, then KeyboardInterrupt is raised. Raises ServerError if the first warm-up of
-    a configuration is refused as a whole, WorkerError if a client process is lost.
+    result is yielded, then KeyboardInterrupt is raised. Raises ConfigError if there are not enough
+    files for the connections, ServerError if the first warm-up of a configuration is refused as a
+    whole, WorkerError if a client process is lost.
     """
+    _check_open_files(legs[0].config)
     with _Pool(legs, api_key, observer) as pool:
         for leg in legs:
             if pool.interrupted:
@@ -312,9 +314,25 @@ class _Pool:
         )
 
 
+def _open_files(config: RunConfig) -> int:
+    """What a client process needs: a connection is a file."""
+    return max(map(config.lanes_at, config.concurrencies)) + _SPARE_FILES
+
+
+def _check_open_files(config: RunConfig) -> None:
+    """Raise ConfigError if a client process could not hold its connections."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and (needed := _open_files(config)) > most:
+        raise ConfigError(
+            f"--concurrency {max(config.concurrencies)} needs {needed} open files in a client "
+            f"process, and {most} are allowed (ulimit -Hn): raise that or --processes, or lower "
+            "--concurrency"
+        )
+
+
 def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared) -> None:
     """The body of a client process: run phases until the parent closes the pipe."""
-    _allow_open_files(max(config.concurrencies) + _SPARE_FILES)
+    _allow_open_files(_open_files(config))
     new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with suppress(ImportError):
         import uvloop
@@ -325,11 +343,10 @@ def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: 
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit to `count` if it is lower: a connection is a file."""
+    """Raise the soft limit to `count` if it is lower; the hard one has been checked."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
-        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 async def _serve_phases(

@@ -1,11 +1,10 @@
 """A server as a child process: started on a free port, waited for, watched, and always ended.
 
-Knows command lines, process groups, and the pages that tell a server's state: /ready, /health,
-/metrics. Does not know what is asked of it, nor what it is compared with.
+Knows command lines, process groups, and the pages that tell a server's state: /ready and /health.
+Does not know what is asked of it, nor what it is compared with.
 """
 
 import os
-import re
 import shlex
 import signal
 import socket
@@ -25,7 +24,6 @@ _POLL_S = 0.05
 _PAGE_TIMEOUT_S = 5.0
 _STOP_S = 30.0  # from SIGTERM to SIGKILL
 _TAIL_BYTES = 3000
-_SIMULATED = re.compile(rb"^\S*simulated_launch_us(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
 class Server:
@@ -96,9 +94,9 @@ class Server:
         """
         while True:
             self.check()
-            status, _ = self._get("/ready")
+            status = self._status("/ready")
             if status == 404:
-                status, _ = self._get("/health")
+                status = self._status("/health")
             waited_s = clock() - self._started_s
             if status == 200:
                 return waited_s
@@ -111,21 +109,16 @@ class Server:
         if (status := self._process.poll()) is not None:
             raise ServerError(f"{self.name} ended with status {status}{self._tail()}")
 
-    def simulated_launch_us(self) -> float:
-        """Microseconds that the server says each of its launches is lengthened by, to stand for
-        another machine's; 0 if it does not say so, as all do that are to be taken at face value."""
-        found = _SIMULATED.search(self._get("/metrics")[1])
-        return float(found[1]) if found else 0.0
-
-    def _get(self, path: str) -> tuple[int, bytes]:
-        """(status, body); (0, b"") if it does not answer."""
+    def _status(self, path: str) -> int:
+        """The status of a GET; 0 if it does not answer."""
         connection = HTTPConnection(_HOST, self._port, timeout=_PAGE_TIMEOUT_S)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
-            return response.status, response.read()
+            response.read()
+            return response.status
         except (OSError, HTTPException):
-            return 0, b""
+            return 0
         finally:
             connection.close()
 

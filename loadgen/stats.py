@@ -19,20 +19,26 @@ LAG_ITL_SHARE = 0.5
 LAG_CPU_SHARE = 0.3
 
 FORMULAS = {
-    "TTFT": "first chunk with content - send start; chunks that carry only a role do not count",
-    "ITL": "gap between neighbouring chunks with content, divided by the tokens it stands for: "
+    "TTFT": "first chunk with tokens - send start; chunks that carry only a role do not count",
+    "ITL": "gap between neighbouring chunks with tokens, divided by the tokens it stands for: "
     "k = (n - 1) / (chunks - 1) of its request, and weighted by k. TTFT is no part of it; "
     "chunks of one read share its time",
     "ITL jitter": "p99 / p50 of ITL",
     "TPOT": "(E2E - TTFT) / (n - 1), for each request with n > 1",
     "E2E": "[DONE] - send start",
-    "n": "output tokens, from the server's usage; without usage, chunks with content",
+    "n": "output tokens, from the server's usage; without usage, chunks with tokens",
+    "chunk with tokens": "one with text or token ids; one without either, too, where usage shows "
+    "that each token had a chunk. A server need not send a chunk for a token without text",
+    "cached": "prompt tokens that the server says it found in its prefix cache / prompt tokens; - "
+    "where it does not say",
+    "seed": "decides the prompts, is drawn for each run, and is given as --seed to send the same "
+    "prompts again",
     "tok/s": "output tokens of successful requests / window",
     "req/s": "successful requests / window",
     "window": "first send start to last end at this concurrency, failures and the tail included",
     "in flight": "sum of all requests' durations / window",
     "pN": "the smallest sample that at least N% of the samples (of the tokens, for ITL) do not "
-    "exceed",
+    "exceed: with fewer than 100 samples p99 is the largest, and with fewer than 10 so is p90",
     "client": "the busiest client process: its CPU time / wall time, and how late a timer of its "
     f"event loop fires. Above {CPU_SHARE_LIMIT:.0%} of a core, or with a p99 above "
     f"{LAG_ITL_SHARE:.0%} of the median ITL and {LAG_FLOOR_S * 1e3:g} ms, a warning says that the "
@@ -123,10 +129,14 @@ class LevelSummary(msgspec.Struct, frozen=True):
     in_flight: float
     prompt_tokens: int | None
     output_tokens: int
+    cached_tokens: int | None
+    """Of the prompt tokens; None where the server does not tell."""
     chunks: int
     tokens_per_chunk: float | None
     without_usage: int
     """Successful requests whose tokens had to be counted by chunks."""
+    without_times: int
+    """Successful requests of which no token had a chunk: they have neither TTFT nor TPOT."""
     ttft_ms: Distribution | None
     itl_ms: Distribution | None
     itl_jitter: float | None
@@ -153,7 +163,11 @@ def summarize(level: LevelResult) -> LevelSummary:
     output_tokens = sum(record.tokens for record in good)
     chunks = sum(len(record.chunk_times_s) for record in good)
     prompt_counts = [record.prompt_tokens for record in good if record.prompt_tokens is not None]
+    prompt_tokens = sum(prompt_counts)
+    cached_counts = [record.cached_tokens for record in good if record.cached_tokens is not None]
+    cached_tokens = sum(cached_counts) if cached_counts else None
     without_usage = sum(record.completion_tokens is None for record in good)
+    without_times = sum(not record.chunk_times_s for record in good)
     tpots = [value for record in good if (value := tpot_ms(record)) is not None]
     ttfts = [value * 1e3 for record in good if (value := record.ttft_s) is not None]
     itl = Distribution.of(sample for record in good for sample in itl_samples_ms(record))
@@ -166,6 +180,18 @@ def summarize(level: LevelResult) -> LevelSummary:
         warnings.append(
             f"{without_usage} of {len(good)} answers came without usage: their tokens were "
             "counted by chunks and may be too few"
+        )
+    if without_times:
+        warnings.append(
+            f"{without_times} of {len(good)} answers came without a chunk that has text: of their "
+            "tokens none is timed; with --return-token-ids those without text can be, where the "
+            "server knows it"
+        )
+    if cached_tokens:
+        warnings.append(
+            f"{cached_tokens} of {prompt_tokens} prompt tokens were in the server's prefix cache "
+            "and not computed: let each run draw its seed, or start the server anew, to measure "
+            "prompts that it has not seen"
         )
     return LevelSummary(
         concurrency=level.concurrency,
@@ -181,11 +207,13 @@ def summarize(level: LevelResult) -> LevelSummary:
         requests_per_s=rate(len(good)),
         output_tokens_per_s=rate(output_tokens),
         in_flight=rate(sum(record.e2e_s for record in level.records)),
-        prompt_tokens=sum(prompt_counts) if prompt_counts else None,
+        prompt_tokens=prompt_tokens if prompt_counts else None,
+        cached_tokens=cached_tokens,
         output_tokens=output_tokens,
         chunks=chunks,
         tokens_per_chunk=output_tokens / chunks if chunks else None,
         without_usage=without_usage,
+        without_times=without_times,
         ttft_ms=Distribution.of((value, 1.0) for value in ttfts),
         itl_ms=itl,
         itl_jitter=itl.p99 / itl.p50 if itl is not None and itl.p50 > 0 else None,
@@ -205,6 +233,13 @@ def most(clients: Sequence[ClientLoad]) -> ClientLoad:
         lag_p99_s=max(client.lag_p99_s for client in clients),
         lag_max_s=max(client.lag_max_s for client in clients),
     )
+
+
+def simulated(*launch_us: float) -> str:
+    """What must be said with every figure if a server stretches its launches, by so many
+    microseconds on each side; else nothing."""
+    text = " and ".join(f"{value:g}" for value in dict.fromkeys(launch_us))
+    return f"simulated launches ({text} us)" if any(launch_us) else ""
 
 
 def client_warnings(clients: Sequence[ClientLoad], itl_ms: Distribution | None) -> list[str]:

@@ -15,12 +15,18 @@ def level(concurrency: int) -> dict[str, object]:
 
 
 def test_files_of_a_label_are_one_line(tmp_path, monkeypatch):
-    for name, sizes in (("a", [64, 256]), ("b", [1])):
-        report = {"levels": [level(size) for size in sizes]}
+    simulated = "simulated launches (40 us)"
+    for name, sizes, note in (("a", [64, 256], {}), ("b", [1], {"simulated": simulated})):
+        report = {**note, "levels": [level(size) for size in sizes]}
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    files = f"{tmp_path}/a.json,{tmp_path}/b.json"
-    assert [found["concurrency"] for found in http_plot.levels(files)] == [1, 64, 256]
+    plain, slow = (tmp_path / f"{name}.json" for name in "ab")
+    label, found = http_plot.labelled(f"ours={plain},{slow}")
+    assert [summary["concurrency"] for summary in found] == [1, 64, 256]
+    assert label == f"ours, {simulated}"
     plot = tmp_path / "plot.svg"
-    monkeypatch.setattr(sys, "argv", ["http_plot.py", f"ours={files}", "--plot", str(plot)])
+    runs = [f"ours={plain}", f"theirs={slow}"]
+    monkeypatch.setattr(sys, "argv", ["http_plot.py", *runs, "--plot", str(plot)])
     http_plot.main()
-    assert "ours p99" in plot.read_text()
+    text = plot.read_text()
+    assert "ours p99" in text
+    assert f"theirs, {simulated} p99" in text

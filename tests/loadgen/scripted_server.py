@@ -50,8 +50,10 @@ def chunk(text: str, finish: str | None = None) -> bytes:
     return event({"id": "x", "choices": [{"index": 0, "text": text, "finish_reason": finish}]})
 
 
-def usage(completion: int, prompt: int = 4) -> bytes:
-    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+def usage(completion: int, prompt: int = 4, cached: int | None = None) -> bytes:
+    counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion}
+    if cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached}
     return event({"id": "x", "choices": [], "usage": counts})
 
 
@@ -77,6 +79,7 @@ class ScriptedServer:
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.keys: set[str | None] = set()
+        self.metrics_keys: set[str | None] = set()
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
@@ -113,6 +116,7 @@ class ScriptedServer:
         return web.Response(status=self.health)
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self.metrics_keys.add(request.headers.get("Authorization"))
         return web.Response(text=self.metrics)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

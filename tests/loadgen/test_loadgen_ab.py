@@ -27,7 +27,7 @@ HEEDS_SIGNALS = (
 SERVE = Path(__file__).with_name("serve.py")
 QUICK = (
     *("--concurrency", "2", "--rounds", "1", "--requests", "3", "--warmup", "1"),
-    *("--input-tokens", "4", "--output-tokens", "5", "--timeout", "30"),
+    *("--input-tokens", "4", "--output-tokens", "5", "--timeout", "30", "--seed", "0"),
 )
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from loadgen.cli import normalize_url
 from loadgen.errors import ConfigError
 from loadgen.report import MAX_RAW_ROWS
 from tests.loadgen.scripted_server import (
+    DONE,
     ScriptedServer,
     Status,
     Step,
@@ -24,6 +26,7 @@ from tests.loadgen.scripted_server import (
     chunk,
     event,
     honest,
+    usage,
 )
 
 COMMAND = [sys.executable, "-c", "import sys; from loadgen.cli import main; sys.exit(main())"]
@@ -115,6 +118,47 @@ def test_lanes_split_over_processes_are_all_there(tmp_path: Path) -> None:
             *("--timeout", "30"),
         )
     assert done.returncode == 0, done.stdout
+
+
+def test_a_run_repeated_does_not_measure_the_prefix_cache() -> None:
+    """A seed is drawn for each run, and the report says how to send the same prompts again."""
+    seen: set[str] = set()
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        cached = len(body["prompt"]) if json.dumps(body["prompt"]) in seen else 0
+        seen.add(json.dumps(body["prompt"]))
+        return [*answer(64)[:-2], usage(64, prompt=len(body["prompt"]), cached=cached), DONE]
+
+    options = ("--concurrency", "1", "--requests", "3", "--warmup", "0")
+    with ScriptedServer(script) as server:
+        runs = [run(server.url, *options) for _ in range(2)]
+        [seed] = re.findall(r"seed (\d+)$", runs[0].stdout, re.MULTILINE)
+        repeated = run(server.url, *options, "--seed", seed)
+        bodies = server.bodies
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert "prefix cache and not computed" not in done.stdout
+        assert re.findall(r" (\d+%) *$", done.stdout, re.MULTILINE) == ["0%"]
+    assert len(seen) == 6
+    assert bodies[6:] == bodies[:3]
+    assert "384 of 384 prompt tokens were in the server's prefix cache" in repeated.stdout
+    assert re.findall(r" (\d+%) *$", repeated.stdout, re.MULTILINE) == ["100%"]
+
+
+def test_simulated_figures_are_labelled_in_all_that_is_shown_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    with ScriptedServer() as server:
+        server.metrics = "minisrv:simulated_launch_us 11.5\n"
+        done = run(
+            server.url,
+            *("--requests", "4", "--label", "a label", "--json", str(out)),
+        )
+    assert done.returncode == 0, done.stderr
+    assert "a label: simulated launches (11.5 us): m at " in done.stdout
+    assert "simulated launches (11.5 us): latencies in ms" in done.stdout
+    assert load(out)["simulated"] == "simulated launches (11.5 us)"
+    # The default concurrencies end where four requests do.
+    assert load(out)["config"]["concurrencies"] == [1, 4]
 
 
 def test_failures_are_counted_named_and_change_the_exit_status(tmp_path: Path) -> None:
@@ -247,6 +291,7 @@ def test_a_client_process_that_dies_is_said_and_what_was_measured_is_kept(tmp_pa
         (["URL", "--json", "/no/such/place/x.json"], "--json"),
         (["URL", "--concurrency", ","], "--concurrency"),
         (["URL", "--concurrency", "0"], "not in 1..10000"),
+        (["URL", "--concurrency", "1,9,2", "--requests", "5"], "9 is out of reach with"),
         (["URL", "--token-range", "5:5"], "empty range"),
         (["URL", "--duration", "nan"], "not in (0, 3600]"),
         (["URL", "--timeout", "x"], "no number"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from loadgen.client import CompletionStream, find_model, send
+from loadgen.client import CompletionStream, find_model, send, simulated_launch_us
 from loadgen.errors import ServerError
 from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
@@ -107,6 +107,67 @@ def test_role_only_and_empty_chunks_are_no_first_token() -> None:
     assert state.verdict(3, exact=True) is None
 
 
+def with_ids(*token_ids: int, text: str = "", finish: str | None = None) -> bytes:
+    choice = {"index": 0, "text": text, "token_ids": token_ids, "finish_reason": finish}
+    return event({"choices": [choice]})
+
+
+def test_a_token_without_text_is_one_where_its_id_is_told() -> None:
+    """Its id comes with a chunk that has no text, in either kind of answer."""
+    parts = [with_ids(5), with_ids(6, 7, text="a"), with_ids(8, finish="length"), usage(4)]
+    state = stream(parts)
+    assert state.chunk_times_s == [0.0, 1.0, 2.0]
+    assert state.answer.token_ids == (5, 6, 7, 8)
+    choice = {"index": 0, "delta": {"content": ""}, "token_ids": [5], "finish_reason": None}
+    assert stream([event({"choices": [choice]}), delta(content="a")]).chunk_times_s == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "times"),
+    [
+        # A chunk for every token: three with text and two without.
+        ([chunk(""), chunk("a"), chunk(""), chunk("b"), chunk("c"), usage(5)], [0, 1, 2, 3, 4]),
+        # The last token has no text and comes with the finish reason, as vLLM sends it.
+        ([chunk(""), chunk("a"), chunk("", "length"), usage(3)], [0, 1]),
+        ([delta(role="assistant", content=""), delta(content=""), delta(content="a"), usage(2)],
+         [1, 2]),
+        # Two tokens in a chunk: the empty one is not known to be any.
+        ([chunk(""), chunk("ab"), chunk("cd"), chunk("e"), usage(7)], [1, 2, 3]),
+        # As many chunks as tokens only if what ends the choice is counted, which is none.
+        ([chunk("ab"), chunk("c"), chunk("", "length"), usage(3)], [0, 1]),
+        ([chunk(""), chunk("a")], [1]),
+    ],
+)  # fmt: skip
+def test_a_chunk_without_text_is_a_token_where_each_token_has_a_chunk(
+    parts: list[bytes], times: list[float]
+) -> None:
+    assert stream(parts).chunk_times_s == times
+
+
+def test_an_answer_without_any_text_is_no_failure_and_cannot_be_timed() -> None:
+    got = ask(chunk("", "length"), usage(4), DONE)
+    assert got.failure is None
+    assert got.tokens == 4
+    assert got.ttft_s is None
+
+
+def test_cached_tokens_are_what_usage_says() -> None:
+    assert ask(*answer(4)[:-2], usage(4, cached=3), DONE).cached_tokens == 3
+    assert ask(*answer(4)[:-2], usage(4, cached=0), DONE).cached_tokens == 0
+    assert ask(*answer(4)).cached_tokens is None
+
+
+def test_a_server_whose_times_are_simulated_says_so() -> None:
+    """Behind a key as well; and a server that has no such page, or is gone, says nothing."""
+    with ScriptedServer() as server:
+        assert asyncio.run(simulated_launch_us(server.url + "/v1", None)) == 0
+        server.metrics = 'x 1\nminisrv:simulated_launch_us{engine="0"} 11.5\ny 2\n'
+        assert asyncio.run(simulated_launch_us(server.url + "/v1", "sk")) == 11.5
+        assert server.metrics_keys == {None, "Bearer sk"}
+        assert asyncio.run(simulated_launch_us(server.url + "/nowhere/v1", None)) == 0
+    assert asyncio.run(simulated_launch_us("http://127.0.0.1:9/v1", None)) == 0
+
+
 def test_delayed_first_token_is_after_the_headers() -> None:
     """The first token waits until a second request is there; the headers came long before."""
     gate = Wait(2)
@@ -144,7 +205,7 @@ def test_delayed_first_token_is_after_the_headers() -> None:
         ([*(chunk("a") for _ in range(4)), usage(4), DONE], "no_finish_reason", None, ""),
         (answer(3), "wrong_token_count", None, "asked for 4 tokens, usage says 3"),
         (answer(5), "wrong_token_count", None, "usage says 5"),
-        ([chunk("", "length"), usage(4), DONE], "no_tokens", None, ""),
+        ([chunk("", "length"), DONE], "no_tokens", None, "usage counts none"),
     ],
 )
 def test_failures(steps: list[Step], kind: str, status: int | None, words: str) -> None:

@@ -3,15 +3,16 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
 
-from loadgen.errors import WorkerError
+from loadgen.errors import ConfigError, WorkerError
 from loadgen.records import STREAMS_PER_PROCESS, ClientLoad, Leg, PromptKind, RunConfig, clock
-from loadgen.report import print_report
+from loadgen.report import Environment, LevelReport, RawRows, Report, print_report
 from loadgen.runner import run_legs
 from loadgen.stats import summarize
 from tests.loadgen.scripted_server import ScriptedServer
@@ -106,6 +107,16 @@ def test_prompts_do_not_depend_on_the_number_of_processes() -> None:
     assert sent[0] == sent[1] == sent[2]
 
 
+def test_connections_that_cannot_be_opened_are_said_before_a_process_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """50 requests in flight in a process of 300 files, of which 256 are for all else."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (300, 300))
+    asked = replace(config("http://unused"), concurrencies=(1, 100))
+    with pytest.raises(ConfigError, match=r"--concurrency 100 needs 306 .* 300 are allowed"):
+        list(run_legs(Leg.of(asked), None, Watcher(lambda: None)))
+
+
 @pytest.mark.parametrize(
     ("asked", "cores", "concurrency", "processes"),
     [
@@ -136,7 +147,15 @@ def test_the_report_says_how_busy_the_client_was_and_warns_if_that_was_much(
     for clients, warnings in (([quiet, quiet], 0), ([quiet, slow], 2)):
         summary = summarize(replace(level, clients=clients))
         assert len(summary.warnings) == warnings
-        print_report(asked, [summary])
+        print_report(
+            Report(
+                complete=True,
+                simulated="",
+                config=asked,
+                environment=Environment.here(),
+                levels=[LevelReport(summary, RawRows.of(level, 1))],
+            )
+        )
         out = capsys.readouterr().out
         assert out.count("warning: client-bound") == warnings
         assert ("; raise --processes where cores are idle" in out) == bool(warnings)

@@ -15,6 +15,7 @@ from loadgen.stats import (
     client_warnings,
     itl_samples_ms,
     percentiles,
+    simulated,
     summarize,
     tpot_ms,
 )
@@ -26,6 +27,7 @@ def record(
     end: float,
     tokens: int | None,
     failure: Failure | None = None,
+    cached: int | None = None,
 ) -> RequestRecord:
     return RequestRecord(
         index=0,
@@ -35,6 +37,7 @@ def record(
         prompt_tokens=5,
         completion_tokens=tokens,
         failure=failure,
+        cached_tokens=cached,
     )
 
 
@@ -104,6 +107,42 @@ def test_without_usage_chunks_are_counted_and_said_so() -> None:
     assert summary.output_tokens == 2
     assert summary.without_usage == 1
     assert any("without usage" in text for text in summary.warnings)
+
+
+@pytest.mark.parametrize(
+    ("cached", "total", "warns"),
+    [((None, None), None, False), ((0, 0), 0, False), ((0, 4), 4, True), ((None, 5), 5, True)],
+)
+def test_cached_tokens_are_shown_and_warned_of(
+    cached: tuple[int | None, int | None], total: int | None, warns: bool
+) -> None:
+    """Fails if a server that says nothing of its cache is taken to have found nothing in it."""
+    failure = Failure(FailureKind.TIMEOUT, "late")
+    records = [record(0.0, (1.0, 2.0), 2.0, 2, cached=found) for found in cached]
+    summary = summarize(level([*records, record(0.0, (1.0,), 2.0, 2, failure, cached=5)]))
+    assert summary.cached_tokens == total
+    found = [text for text in summary.warnings if "prefix cache" in text]
+    assert len(found) == warns
+    assert all(f"{total} of 10 prompt tokens" in text for text in found)
+
+
+def test_answers_that_could_not_be_timed_are_warned_of() -> None:
+    records = [record(0.0, (), 2.0, 4), record(0.0, (1.0, 2.0), 2.0, 2)]
+    summary = summarize(level(records))
+    assert (summary.ok, summary.without_times, summary.output_tokens) == (2, 1, 6)
+    assert summary.ttft_ms is not None
+    assert summary.ttft_ms.count == 1
+    assert summary.e2e_ms is not None
+    assert summary.e2e_ms.count == 2
+    [warning] = summary.warnings
+    assert "1 of 2 answers" in warning
+    assert "--return-token-ids" in warning
+
+
+def test_what_simulated_servers_are_called() -> None:
+    assert simulated(0.0) == simulated(0.0, 0.0) == ""
+    assert simulated(11.5) == simulated(11.5, 11.5) == "simulated launches (11.5 us)"
+    assert simulated(0.0, 40.0) == "simulated launches (0 and 40 us)"
 
 
 def test_throughput_window_and_failures() -> None:
