@@ -208,5 +208,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer.")
     if value < least:
         raise ConfigError(f"{name}={value} is not allowed; it must be at least {least}.")

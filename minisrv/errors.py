@@ -26,6 +26,9 @@ Knows: HTTP status numbers and OpenAI's error `type` and `code` words. Knows not
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MinisrvError(Exception):
     """Base of everything minisrv raises on purpose."""
@@ -38,6 +41,13 @@ class MinisrvError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """What to tell about a name that does not exist: the one that is most like it, or all."""
+    names = sorted(allowed)
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {found[0]}?" if found else f"there are: {', '.join(names)}."
 
 
 class ConfigError(MinisrvError):

@@ -8,11 +8,13 @@ are token ids here, and stop strings are the API worker's to find.
 from __future__ import annotations
 
 import enum
+import json
 import math
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from minisrv.errors import MinisrvError, RequestError
+from minisrv.errors import MinisrvError, RequestError, nearest
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
@@ -25,6 +27,8 @@ MAX_PENALTY = 2
 """Of frequency and presence penalty, either sign."""
 MIN_REPETITION, MAX_REPETITION = 0.01, 100
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+MAX_N = 16_384
+"""Completions of one prompt; vLLM's."""
 MAX_GRAMMAR_LENGTH = 1 << 16
 """Characters of a schema, a regex or a grammar, or of all choices together."""
 MAX_CHOICES = 1024
@@ -59,9 +63,96 @@ def _check_number(param: str, value: object, allowed: str) -> float:
     return value
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+def _check_boolean(param: str, value: object) -> None:
+    _check(isinstance(value, bool), param, value, "true or false")
+
+
+def _several(param: str, value: object, allowed: str) -> tuple[Any, ...]:
+    """`value`, if it is a list or a tuple; nothing for None."""
+    _check(value is None or isinstance(value, list | tuple), param, value, allowed)
+    return tuple(value) if isinstance(value, list | tuple) else ()
+
+
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """The seed of one of the choices of a prompt: with a seed, the first has it and each other one
+    more, as in vLLM, so that choices differ and come out the same again. Behind the last signed
+    64-bit integer comes the first."""
+    return None if seed is None else (seed + choice - SEED_MIN) % 2**64 + SEED_MIN
+
+
+class _NamesParameters(type(msgspec.Struct)):  # type: ignore[misc]
+    """Makes a parameter that does not exist an error of the tree, with the nearest that does."""
+
+    if not TYPE_CHECKING:  # a type checker reads the fields
+
+        def __call__(cls, *values: Any, **parameters: Any) -> Any:
+            for name in parameters:
+                if name not in cls.__struct_fields__:
+                    raise RequestError(
+                        f"{cls.__name__} has no {name}; {nearest(name, cls.__struct_fields__)}",
+                        param=name,
+                    )
+            return super().__call__(*values, **parameters)
+
+
+_FORM = "structured_outputs"
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, frozen=True, kw_only=True, metaclass=_NamesParameters
+):
+    """What the text of a completion must be: exactly one of these. The names are vLLM's.
+
+    json: JSON that follows this schema, an object or its text.
+    regex: what this regular expression (Rust's syntax) matches from end to end.
+    choice: one of these texts.
+    grammar: what this grammar (Lark, in llguidance's dialect) describes.
+    json_object: true for any JSON object.
+
+    Raises RequestError if it is not exactly one, or not of its type.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name)]
+        if len(given) != 1:
+            raise RequestError(
+                f"{_FORM} must hold exactly one of {', '.join(self.__struct_fields__)}, not "
+                f"{' and '.join(given) or 'none'}.",
+                param=_FORM,
+            )
+        texts = [self.regex, self.grammar, *_several(_FORM, self.choice, "a list of texts")]
+        ok = all(isinstance(text, str | None) for text in texts)
+        _check(ok, _FORM, texts, "made of texts")
+
+    def as_spec(self) -> StructuredOutput:
+        """For the engine. Raises RequestError for a schema that is none, or is too large."""
+        kinds = StructuredOutputKind
+        try:
+            schema = self.json if isinstance(self.json, str | None) else json.dumps(self.json)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"{_FORM}: json is no JSON schema: {error}.", param=_FORM) from error
+        texts = {
+            kinds.JSON_SCHEMA: schema,
+            kinds.REGEX: self.regex,
+            kinds.GRAMMAR: self.grammar,
+            kinds.CHOICE: "" if self.choice else None,
+            kinds.JSON_OBJECT: "" if self.json_object else None,
+        }
+        [(kind, text)] = [(kind, text) for kind, text in texts.items() if text is not None]
+        choices = tuple(self.choice or ())
+        return StructuredOutput(kind=kind, text=text, choices=choices, param=_FORM)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_NamesParameters):
     """How to choose tokens and when to stop. Field names and meanings are vLLM's and OpenAI's.
 
+    n: completions of a prompt, for `LLM`, which makes a request of each; a request has one.
     max_tokens: completion tokens at most; None means up to the context length. 0 ends the request
         when its prompt has been computed.
     min_tokens: completion tokens before which nothing ends the request but max_tokens: no
@@ -84,10 +175,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report the sampled token's log-probability and this many alternatives (None: off).
     prompt_logprobs: the same of every prompt token but the first. The whole prompt is computed
         then, whatever of it is cached.
+    structured_outputs: what the text must be, for `LLM`; a request says it beside its parameters.
 
-    Raises RequestError, naming the field, for a value out of bounds.
+    Raises RequestError, naming the field, for a value out of bounds and for a name that is none.
     """
 
+    n: int = 1
     max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -105,8 +198,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        _check_integer("n", self.n, 1, MAX_N, f"an integer from 1 to {MAX_N}")
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 0, MAX_TOKENS, "an integer from 0")
         most = MAX_TOKENS if self.max_tokens is None else self.max_tokens
@@ -126,8 +221,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         allowed = f"in [{MIN_REPETITION}, {MAX_REPETITION}]"
         number = _check_number("repetition_penalty", self.repetition_penalty, f"a number {allowed}")
         _check(MIN_REPETITION <= number <= MAX_REPETITION, "repetition_penalty", number, allowed)
-        bias = self.logit_bias
+        given: Any = self.logit_bias
+        bias = {} if given is None else given
+        msgspec.structs.force_setattr(self, "logit_bias", bias)
         allowed = f"a number in [-{MAX_BIAS}, {MAX_BIAS}] for each of {MAX_LOGIT_BIAS} ids at most"
+        _check(isinstance(bias, dict), "logit_bias", bias, allowed)
         _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", f"[{len(bias)} ids]", allowed)
         for token_id, amount in bias.items():
             _check_integer("logit_bias", token_id, 0, MAX_TOKENS, "a map of integers from 0")
@@ -143,15 +241,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 allowed = f"an integer in [0, {MAX_LOGPROBS}]"
                 _check_integer(param, count, 0, MAX_LOGPROBS, allowed)
         # One string is one stop string, not a sequence of characters.
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        alone = isinstance(self.stop, str)
+        stop = (self.stop,) if alone else _several("stop", self.stop, "a string or a list of them")
         msgspec.structs.force_setattr(self, "stop", stop)
         _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
-        ids = tuple(self.stop_token_ids)
-        msgspec.structs.force_setattr(self, "stop_token_ids", ids)
         allowed = f"at most {MAX_STOP_TOKEN_IDS} integers from 0"
+        ids = _several("stop_token_ids", self.stop_token_ids, allowed)
+        msgspec.structs.force_setattr(self, "stop_token_ids", ids)
         _check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"[{len(ids)} ids]", allowed)
         for token_id in ids:
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
+        for param in ("include_stop_str_in_output", "ignore_eos"):
+            _check_boolean(param, getattr(self, param))
+
+    def for_choice(self, choice: int) -> SamplingParams:
+        """What one of the `n` completions asks of the engine. The prompt is scored for the first
+        alone."""
+        return msgspec.structs.replace(
+            self,
+            n=1,
+            seed=choice_seed(self.seed, choice),
+            prompt_logprobs=None if choice else self.prompt_logprobs,
+            structured_outputs=None,
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -213,7 +325,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as an API worker hands it to the engine.
+    """A request as an API worker hands it to the engine. It has one completion.
 
     cache_salt: only requests with the same one share entries of the prefix cache.
     priority: those with a lower number are admitted earlier, and preempted later.
@@ -230,7 +342,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
-        if self.structured_output is not None and self.params.ignore_eos:
+        params = self.params
+        assert params.n == 1
+        assert params.structured_outputs is None, "it is said beside them"
+        if self.structured_output is not None and params.ignore_eos:
             raise RequestError(
                 f"ignore_eos is not allowed with {self.structured_output.param}: an "
                 "end-of-sequence token is all that may follow where the text is complete; leave "
@@ -288,3 +403,17 @@ class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):
             param=error.param,
             code=error.code,
         )
+
+    def as_exception(self) -> MinisrvError:
+        """The error of the tree again: of the branch that has its status and code."""
+        kind: type[MinisrvError] = RequestError
+        for branch in _branches(MinisrvError):
+            if (branch.http_status, branch.code) == (self.status, self.code):
+                kind = branch
+        error = kind(self.message)
+        error.param = self.param
+        return error
+
+
+def _branches(kind: type[MinisrvError]) -> list[type[MinisrvError]]:
+    return [kind, *(leaf for branch in kind.__subclasses__() for leaf in _branches(branch))]

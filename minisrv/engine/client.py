@@ -41,7 +41,6 @@ from minisrv.errors import (
     EngineNotReadyError,
     MinisrvError,
     QueueFullError,
-    RequestError,
 )
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
@@ -313,16 +312,7 @@ class EngineClient:
 
     def _as_exception(self, failure: RequestFailure) -> MinisrvError:
         """The error of the tree that the engine sent."""
-        kind: type[MinisrvError] = RequestError
-        for branch in _branches(MinisrvError):
-            if (branch.http_status, branch.code) == (failure.status, failure.code):
-                kind = branch
-        error = kind(failure.message)
-        error.param = failure.param
+        error = failure.as_exception()
         if isinstance(error, QueueFullError):
             error.retry_after = self.admission.retry_after
         return error
-
-
-def _branches(kind: type[MinisrvError]) -> list[type[MinisrvError]]:
-    return [kind, *(leaf for branch in kind.__subclasses__() for leaf in _branches(branch))]

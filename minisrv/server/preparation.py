@@ -7,12 +7,13 @@ Knows: chat templates' formats, and the fields of tools. Knows nothing of engine
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minisrv.errors import RequestError
 from minisrv.request import StructuredOutput
-from minisrv.server.protocol import ChatCompletionRequest
-from minisrv.server.tools import Function, NamedTool
+from minisrv.server.protocol import ChatCompletionRequest, Message
+from minisrv.server.tools import Function, NamedTool, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tool_grammar import Tool as GrammarTool
@@ -58,23 +59,28 @@ class Prepared:
     answer: AnswerFormat | None = None
 
 
-def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[ToolParser] | None:
-    """Who finds the answer's tool calls; None if there are no tools. Raises RequestError for what
-    the model has not learned."""
-    if any(message.speaks_of_tools for message in request.messages) and not format.spells_calls:
+def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:
+    """Raise RequestError if the chat template would leave out calls, their results or tools."""
+    if any(message.speaks_of_tools for message in messages) and not format.spells_calls:
         raise RequestError(
             "messages holds tool calls or their results, which this model's chat template does not "
             "know; leave them out.",
             param="messages",
         )
-    if not request.offered_tools:
-        return None
-    if not format.knows_tools:
+    if tools and not format.knows_tools:
         raise RequestError(
             "tools is not supported by this model: its chat template does not tell it of any; "
             'leave tools out, or send tool_choice "none".',
             param="tools",
         )
+
+
+def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[ToolParser] | None:
+    """Who finds the answer's tool calls; None if there are no tools. Raises RequestError for what
+    the model has not learned."""
+    check_tools(request.messages, request.offered_tools, format)
+    if not request.offered_tools:
+        return None
     if request.required_tools:
         return format.forced_parser
     if format.tool_parser is None:

@@ -33,6 +33,7 @@ from minisrv.request import (
     SEED_MIN,
     SamplingParams,
     StructuredOutput,
+    choice_seed,
 )
 from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
 from minisrv.server.structured import ResponseFormat, StructuredOutputs
@@ -259,8 +260,7 @@ class GenerationRequest(Strict):
     ) -> SamplingParams:
         """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
 
-        choice: which of the `n` of its prompt; added to the seed, as vLLM does, so that choices
-            differ and come out the same again.
+        choice: which of the `n` of its prompt; see `choice_seed`.
 
         Stop strings stay out: they are found in the text, not by the engine.
         """
@@ -275,7 +275,7 @@ class GenerationRequest(Strict):
             top_p=first(self.top_p, defaults.top_p, 1.0),
             top_k=int(first(self.top_k, defaults.top_k, 0)),
             min_p=first(self.min_p, defaults.min_p, 0.0),
-            seed=None if self.seed is None else _wrapped(self.seed + choice),
+            seed=choice_seed(self.seed, choice),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logit_bias=self.logit_bias,
@@ -292,11 +292,6 @@ class GenerationRequest(Strict):
             return self.min_tokens
         given = self.structured_outputs or self.response_format
         return 0 if given is not None else min(defaults.min_tokens or 0, max_tokens)
-
-
-def _wrapped(seed: int) -> int:
-    """A signed 64-bit integer: behind the last comes the first."""
-    return (seed - SEED_MIN) % 2**64 + SEED_MIN
 
 
 def _prompts(value: Any) -> Prompts:

@@ -63,6 +63,11 @@ class Detokenizer:
         """Whether a stop string was found: the text is complete, whatever follows."""
         return self._matcher is not None and self._matcher.stopped
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found, if one was."""
+        return self._matcher.found if self._matcher is not None and self.stopped else None
+
     def without_stop_token(self, token_ids: list[int]) -> list[int]:
         """Of tokens that end with the stop token, those whose text is wanted."""
         return token_ids if self._include_stop else token_ids[:-1]

@@ -17,6 +17,7 @@ class StopMatcher:
     Costs a few operations per character and stop string (Knuth-Morris-Pratt).
 
     include_stop: let the stop string through too.
+    found: once stopped, the stop string.
     rest: once stopped, what the text that completed the stop string went on with.
     """
 
@@ -26,6 +27,7 @@ class StopMatcher:
         self._matched = [0] * len(self._stop)
         self._held = ""
         self.stopped = False
+        self.found = ""
         self.rest = ""
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
@@ -39,6 +41,7 @@ class StopMatcher:
             if (cut := self._step(text[end])) and may_stop:
                 self.stopped = True
                 self._held = ""
+                self.found = text[end + 1 - cut : end + 1]
                 self.rest = text[end + 1 :]
                 return text[: end + 1 - (0 if self._include_stop else cut)]
         safe = len(text) - max(self._matched, default=0)
