@@ -1,29 +1,46 @@
 """minisrv: a small LLM inference server about one idea, graph-aware batching.
 
-`LLM` and `SamplingParams` are the Python interface. They are imported on first use, so that the
-parts that need no torch (`minisrv plan`, the API workers) start without it.
+`LLM`, `SamplingParams` and what belongs to them are the Python interface. They are imported on
+first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minisrv.llm import LLM as LLM
+    from minisrv.outputs import CompletionOutput as CompletionOutput
+    from minisrv.outputs import RequestOutput as RequestOutput
     from minisrv.request import SamplingParams as SamplingParams
+    from minisrv.request import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = version("minisrv")
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
+
+_PLACES = {
+    "LLM": "minisrv.llm",
+    "CompletionOutput": "minisrv.outputs",
+    "RequestOutput": "minisrv.outputs",
+    "SamplingParams": "minisrv.request",
+    "StructuredOutputsParams": "minisrv.request",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from minisrv.llm import LLM
+    if name not in _PLACES:
+        raise AttributeError(f"module 'minisrv' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
 
-        return LLM
-    if name == "SamplingParams":
-        from minisrv.request import SamplingParams
 
-        return SamplingParams
-    raise AttributeError(f"module 'minisrv' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

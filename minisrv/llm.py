@@ -1,201 +1,445 @@
 """`LLM`: the engine in this process, for scripts and notebooks.
 
 Knows: how a list of prompts becomes requests and comes back as texts, in order. It runs the same
-`EngineCore` that a server's engine process runs. The names are vLLM's.
+`EngineCore` that a server's engine process runs, and reads chats as the server does. The names are
+vLLM's.
 Knows nothing of sockets or HTTP.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from numbers import Integral
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Never, NotRequired, TypedDict, TypeVar, cast
 
+import msgspec
+import tokenizers
 from tqdm import tqdm
 
-from minisrv.checkpoint import open_checkpoint
+from minisrv.checkpoint import GenerationConfig, TokenizerDescription, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
-from minisrv.errors import RequestError
+from minisrv.errors import ConfigError, RequestError, nearest
 from minisrv.modes import CUDAGraphMode
+from minisrv.outputs import CompletionOutput, RequestOutput
 from minisrv.progress import StartupProgress
-from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from transformers import PreTrainedTokenizerBase
+
+    _M = TypeVar("_M", bound=BaseModel)
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text. cache_salt: only prompts with the same one share cached prefixes."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; a text beside them is reported, and nothing else."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+"""Text, token ids, or a dict that holds either."""
 Message = dict[str, Any]
-"""One message of a chat: `role` and `content`."""
-
-
-@dataclass
-class CompletionOutput:
-    """One completion. `text` ends before a stop string, or behind it if that is asked for;
-    `token_ids` holds every sampled token.
-
-    graph_steps: the steps it took part in, counted by "MODE/reason".
-    """
-
-    index: int = 0
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-    graph_steps: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class RequestOutput:
-    """A prompt and what came of it.
-
-    num_cached_tokens: tokens of the prompt that were found in the prefix cache.
-    prompt_logprobs: of each prompt token, None for the first; None if they were not asked for.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+"""One message of a chat, as the server takes it: `role`, `content` and so on."""
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""For all prompts, or one for each; None takes the checkpoint's defaults."""
+Bar = bool | Callable[..., "tqdm[Any]"]
+"""Whether to show progress in a terminal, or what makes the bar, with tqdm's arguments."""
 
 
 class LLM:
     """A model, loaded, captured and certified when the constructor returns.
 
     model: directory, hub id, or None for the default model.
-    settings: fields of `EngineConfig`; `cudagraph_mode` may be given as text.
-    Raises the start-up branches of `minisrv.errors`.
+
+    All other options are fields of `EngineConfig`, whose documentation says what each does;
+    `cudagraph_mode` and `chat_template` may be given as text, `cudagraph_capture_sizes` as a list.
+    Raises the start-up branches of `minisrv.errors`; ConfigError for an option that does not exist.
     """
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
-        if isinstance(settings.get("cudagraph_mode"), str):
-            settings["cudagraph_mode"] = CUDAGraphMode.parse(settings["cudagraph_mode"])
-        config = EngineConfig(model=model, **settings)
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        chat_template: Path | str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        load_format: str = "auto",
+        quantization: str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        block_size: int = 16,
+        num_kv_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_waiting: int = 1024,
+        seed: int = 0,
+        async_scheduling: bool | None = None,
+        enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        cudagraph_mode: CUDAGraphMode | str | None = None,
+        cudagraph_capture_sizes: Sequence[int] | None = None,
+        simulate_launch_us: float = 0.0,
+        **unknown: Never,
+    ) -> None:
+        for name in unknown:
+            options = [option.name for option in fields(EngineConfig)]
+            raise ConfigError(f"LLM has no option {name}; {nearest(name, options)}")
+        if isinstance(cudagraph_mode, str):
+            cudagraph_mode = CUDAGraphMode.parse(cudagraph_mode)
+        sizes = None if cudagraph_capture_sizes is None else tuple(cudagraph_capture_sizes)
+        config = EngineConfig(
+            model=model,
+            revision=revision,
+            tokenizer=tokenizer,
+            chat_template=None if chat_template is None else Path(chat_template),
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            quantization=quantization,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_waiting=max_waiting,
+            seed=seed,
+            async_scheduling=async_scheduling,
+            enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager,
+            cudagraph_mode=cudagraph_mode,
+            cudagraph_capture_sizes=sizes,
+            simulate_launch_us=simulate_launch_us,
+        )
         checkpoint = open_checkpoint(config)
         self._tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
+        self._described = checkpoint.tokenizer
+        self._defaults = _default_params(checkpoint.generation)
         progress = StartupProgress()
         self.engine = EngineCore(config, progress, checkpoint=checkpoint)
         progress.close()
         self._count = 0
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the checkpoint as transformers has it, for use beside the engine."""
+        return self._transformers_tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a prompt without `sampling_params` gets: what the checkpoint's
+        generation_config.json says, and for the rest the defaults of `SamplingParams`."""
+        return self._defaults
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: Bar = True,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete `prompts`, one or many; the answers come in their order.
 
-        sampling_params: for all prompts, or one for each; None takes the defaults.
+        sampling_params: for all prompts, or one for each; None takes
+            `get_default_sampling_params()`.
+        use_tqdm: show progress if there is a terminal; or what makes the bar, as `tqdm.tqdm` does.
+        priority: one for all prompts or for each; lower numbers are admitted earlier.
         Raises RequestError (or a branch of it) if one cannot be served: none is then.
         """
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-            prompts = [cast("Prompt", prompts)]
-        ids = [
-            self._tokenizer.encode(prompt)
-            if isinstance(prompt, str)
-            else [operator.index(token_id) for token_id in prompt]
-            for prompt in cast("Sequence[Prompt]", prompts)
-        ]
-        return self._run(ids, _params(sampling_params, len(ids)), continues=True)
+        given = _as_list(prompts)
+        return self._run(
+            [self._prompt(prompt, index) for index, prompt in enumerate(given)],
+            sampling_params,
+            use_tqdm,
+            priority=priority,
+            continues=True,
+        )
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
+        use_tqdm: Bar = True,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several; see `generate`."""
-        if messages and isinstance(messages[0], dict):
+        """Answer a conversation, or several; see `generate`. Messages and tools are what
+        /v1/chat/completions takes.
+
+        add_generation_prompt: end the prompt with what begins an answer.
+        tools: what the model is told that it may call; its calls are part of the text.
+        chat_template_kwargs: variables of the chat template, e.g. `enable_thinking`.
+        Raises RequestError too for what the chat template does not know.
+        """
+        # A moment to import, which prompts without messages need not wait for.
+        from minisrv.server.preparation import check_tools
+        from minisrv.server.protocol import Message as ChatMessage
+        from minisrv.server.tools import Tool
+
+        if messages and isinstance(messages[0], Mapping):
             messages = [cast("Sequence[Message]", messages)]
-        conversations = cast("Sequence[Sequence[Message]]", messages)
-        ids = [self._tokenizer.apply_chat_template(list(chat)) for chat in conversations]
-        return self._run(ids, _params(sampling_params, len(ids)), continues=False)
+        offered = [_validated(Tool, tool, "tools", at) for at, tool in enumerate(tools or ())]
+        prompts = []
+        for conversation in cast("Sequence[Sequence[Message]]", messages):
+            chat = [
+                _validated(ChatMessage, message, "messages", at)
+                for at, message in enumerate(conversation)
+            ]
+            check_tools(chat, offered, ChatFormat.of_template(self._tokenizer.chat_template_source))
+            text = self._tokenizer.render_chat(
+                [message.for_template() for message in chat],
+                add_generation_prompt,
+                [tool.for_template() for tool in offered],
+                chat_template_kwargs,
+            )
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            prompts.append(_Prompt(ids, text))
+        return self._run(prompts, sampling_params, use_tqdm, continues=False)
+
+    @cached_property
+    def _transformers_tokenizer(self) -> PreTrainedTokenizerBase:
+        return _for_transformers(self._described)
+
+    def _prompt(self, given: object, index: int) -> _Prompt:
+        """What `prompts[index]` says. Raises RequestError."""
+        where = f"prompts[{index}]"
+        text: object = None
+        ids: object = given
+        salt: object = None
+        if isinstance(given, str):
+            text, ids = given, None
+        elif isinstance(given, Mapping):
+            known = TextPrompt.__annotations__.keys() | TokensPrompt.__annotations__.keys()
+            for name in given.keys() - known:
+                raise RequestError(f"{where} has {name}; {nearest(name, known)}", param="prompts")
+            text, ids, salt = map(given.get, ("prompt", "prompt_token_ids", "cache_salt"))
+        if not isinstance(salt, str | None) or not isinstance(text, str | None):
+            raise RequestError(f"{where}: prompt and cache_salt must be text.", param="prompts")
+        if ids is None and text is not None:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"{where} must be valid Unicode, without lone surrogates.", param="prompts"
+                ) from error
+            return _Prompt(self._tokenizer.encode(text), text, salt)
+        try:
+            return _Prompt([operator.index(i) for i in cast("Iterable[Any]", ids)], text, salt)
+        except TypeError as error:
+            raise RequestError(
+                f"{where} must be text, token ids, or a dict with prompt or prompt_token_ids.",
+                param="prompts",
+            ) from error
 
     def _run(
-        self, prompts: list[list[int]], params: list[SamplingParams], *, continues: bool
+        self,
+        prompts: list[_Prompt],
+        sampling_params: Params,
+        use_tqdm: Bar,
+        *,
+        priority: int | Sequence[int] | None = None,
+        continues: bool,
     ) -> list[RequestOutput]:
-        jobs = [
-            self._job(prompt, param, continues)
-            for prompt, param in zip(prompts, params, strict=True)
-        ]
+        """Serve `prompts`; their completions continue their text, or have a text of their own."""
+        params = _for_each("sampling_params", sampling_params, self._defaults, len(prompts))
+        priorities = _for_each("priority", priority, 0, len(prompts))
+        results, jobs = [], []
+        for prompt, param, order in zip(prompts, params, priorities, strict=True):
+            self._count += 1
+            result = RequestOutput(str(self._count), prompt.text, prompt.token_ids, [])
+            results.append(result)
+            wanted = param.structured_outputs
+            form = None if wanted is None else wanted.as_spec()
+            for choice in range(param.n):
+                request = EngineRequest(
+                    request_id=f"{result.request_id}-{choice}",
+                    prompt_token_ids=prompt.token_ids,
+                    params=param.for_choice(choice),
+                    cache_salt=prompt.cache_salt,
+                    priority=order,
+                    structured_output=form,
+                )
+                jobs.append(_Job(request, result, self._tokenizer, continues))
         for job in jobs:
             self.engine.check(job.request)
+        bar = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=None if use_tqdm else True)
+        with bar(total=len(jobs), unit="completion", leave=False) as progress:
+            self._serve(jobs, progress)
+        return results
+
+    def _serve(self, jobs: list[_Job], progress: tqdm[Any]) -> None:
+        """Step until all have ended. Raises RequestError for a structured output that cannot be
+        kept; nothing is left in the engine then."""
         jobs_by_id = {job.request.request_id: job for job in jobs}
         waiting = jobs[::-1]
-        with tqdm(total=len(jobs), unit="prompt", disable=None, leave=False) as progress:
-            try:
-                while waiting or self.engine.has_work:
-                    while waiting and self.engine.has_room:
-                        self.engine.add(waiting.pop().request)
-                    for output in self.engine.step():
-                        job = jobs_by_id[output.request_id]
-                        job.take(output)
-                        if job.stopped and (last := self.engine.abort(output.request_id)):
-                            job.take(last)
-                        progress.update(job.completion.finish_reason is not None)
-            finally:
-                for request_id in jobs_by_id:
-                    self.engine.abort(request_id)
-        return [job.result for job in jobs]
+        try:
+            while waiting or self.engine.has_work:
+                while waiting and self.engine.has_room:
+                    self.engine.add(waiting.pop().request)
+                for output in self.engine.step():
+                    job = jobs_by_id[output.request_id]
+                    job.take(output)
+                    if job.stopped and (last := self.engine.abort(output.request_id)):
+                        job.take(last)
+                    progress.update(job.completion.finished())
+        finally:
+            for request_id in jobs_by_id:
+                self.engine.abort(request_id)
 
-    def _job(self, prompt: list[int], params: SamplingParams, continues: bool) -> _Job:
-        self._count += 1
-        request = EngineRequest(request_id=str(self._count), prompt_token_ids=prompt, params=params)
-        text = Detokenizer(
-            self._tokenizer,
-            params.stop,
-            min_tokens=params.min_tokens,
-            include_stop=params.include_stop_str_in_output,
-            prompt_token_ids=prompt if continues else (),
-        )
-        return _Job(request, text)
+
+@dataclass
+class _Prompt:
+    """text: of which the ids are; None if that is not known."""
+
+    token_ids: list[int]
+    text: str | None = None
+    cache_salt: str | None = None
 
 
 class _Job:
-    """A request on its way."""
+    """One completion on its way: a request of the engine, and what it adds to a result."""
 
-    def __init__(self, request: EngineRequest, text: Detokenizer) -> None:
+    def __init__(
+        self, request: EngineRequest, result: RequestOutput, tokenizer: Tokenizer, continues: bool
+    ) -> None:
+        params = request.params
         self.request = request
-        self.text = text
-        self.completion = CompletionOutput()
-        if request.params.logprobs is not None:
+        self.completion = CompletionOutput(index=len(result.outputs))
+        if params.logprobs is not None:
             self.completion.logprobs = []
-        self.result = RequestOutput(request.request_id, request.prompt_token_ids, [self.completion])
-        if request.params.prompt_logprobs is not None:
-            self.result.prompt_logprobs = [None]
+            self.completion.cumulative_logprob = 0.0
+        if params.prompt_logprobs is not None:
+            result.prompt_logprobs = [None]
+        result.outputs.append(self.completion)
+        self._result = result
+        self._text = Detokenizer(
+            tokenizer,
+            params.stop,
+            min_tokens=params.min_tokens,
+            include_stop=params.include_stop_str_in_output,
+            prompt_token_ids=request.prompt_token_ids if continues else (),
+        )
 
     @property
     def stopped(self) -> bool:
-        return self.text.stopped
+        return self._text.stopped
 
     def take(self, output: EngineOutput) -> None:
-        """Add an output. Behind a stop string the engine's answer to the abort is the last."""
+        """Add an output. Behind a stop string the engine's answer to the abort is the last. Raises
+        the error that ended the request, if one did."""
+        if output.error is not None:
+            raise output.error.as_exception()
         completion, reason = self.completion, output.finish_reason
-        self.result.num_cached_tokens += output.num_cached_tokens
-        if self.result.prompt_logprobs is not None:
-            self.result.prompt_logprobs += output.prompt_logprobs
+        if completion.index == 0:
+            self._result.num_cached_tokens += output.num_cached_tokens
+        if self._result.prompt_logprobs is not None:
+            self._result.prompt_logprobs += output.prompt_logprobs
         completion.token_ids += output.token_ids
         if completion.logprobs is not None and output.logprobs is not None:
             completion.logprobs += output.logprobs
+            assert completion.cumulative_logprob is not None
+            completion.cumulative_logprob += sum(entry.logprob for entry in output.logprobs)
         shown = output.token_ids
         if reason is FinishReason.STOP:
-            shown = self.text.without_stop_token(shown)
-        completion.text += self.text.push(shown, final=reason is not None)
+            shown = self._text.without_stop_token(shown)
+        completion.text += self._text.push(shown, final=reason is not None)
         if reason is not None:
             completion.finish_reason = FinishReason.STOP if self.stopped else reason
+            completion.stop_reason = self._stop_reason(reason)
             completion.graph_steps = output.graph_steps or {}
 
+    def _stop_reason(self, reason: FinishReason) -> int | str | None:
+        if self.stopped:
+            return self._text.stop_string
+        last = self.completion.token_ids[-1:]
+        if reason is FinishReason.STOP and last and last[0] in self.request.params.stop_token_ids:
+            return last[0]
+        return None
 
-def _params(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * count
+
+def _as_list(prompts: object) -> list[object]:
+    """One prompt or many as many."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"{prompts!r} is no prompt and no list of them.", param="prompts")
+    given = list(prompts)
+    return [given] if given and isinstance(given[0], Integral) else given
+
+
+def _for_each(name: str, given: _T | Sequence[_T] | None, default: _T, count: int) -> list[_T]:
+    """One for each of `count` prompts, of one for all, one for each, or none."""
+    kind = type(default)
+    if given is None or isinstance(given, kind):
+        return [default if given is None else given] * count
+    if not isinstance(given, Sequence) or not all(isinstance(each, kind) for each in given):
+        raise RequestError(f"{name} must be a {kind.__name__} or a list of them.", param=name)
     if len(given) != count:
         raise RequestError(
-            f"{len(given)} sampling_params for {count} prompts: give one for each, or one for all.",
-            param="sampling_params",
+            f"{len(given)} {name} for {count} prompts: give one for each, or one for all.",
+            param=name,
         )
     return list(given)
+
+
+def _for_transformers(told: TokenizerDescription) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast  # takes seconds
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(told.backend),
+        chat_template=told.chat_templates or None,
+        **told.special_tokens,
+    )
+
+
+def _default_params(told: GenerationConfig) -> SamplingParams:
+    """The checkpoint's sampling defaults. Raises ConfigError if they are out of bounds."""
+    values = {option.name: getattr(told, option.name) for option in fields(told)}
+    names = SamplingParams.__struct_fields__
+    given = {name: value for name, value in values.items() if name in names and value is not None}
+    least = given.pop("min_tokens", 0)
+    try:
+        params = SamplingParams(**given)
+        # What the checkpoint says must not make a prompt wrong that says nothing.
+        most = least if params.max_tokens is None else min(least, params.max_tokens)
+        return msgspec.structs.replace(params, min_tokens=most)
+    except RequestError as error:
+        raise ConfigError(f"generation_config.json: {error.message}") from error
+
+
+def _validated(model: type[_M], value: object, what: str, index: int) -> _M:
+    """A message or a tool, as the server reads it. Raises RequestError."""
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        inside = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"])
+        where = f"{what}[{index}]{inside}"
+        raise RequestError(f"{where}: {first['msg']}", param=where) from error

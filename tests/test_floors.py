@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 1,
     "machine": 1,
     "logs": 0,
+    "outputs": 1,
     "progress": 1,
     "processes": 1,
     "environment": 1,

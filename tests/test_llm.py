@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
-from minisrv import LLM, SamplingParams
+import minisrv
+from minisrv import LLM, SamplingParams, StructuredOutputsParams
+from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, ContextLengthError, EngineDeadError, RequestError
-from minisrv.request import FinishReason
+from minisrv.request import SEED_MAX, SEED_MIN, FinishReason
 from tests.checkpoints import make_checkpoint
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
@@ -116,8 +125,6 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
     ):
         with pytest.raises(error):
             llm.generate([[1], *bad], greedy())
-    with pytest.raises(TypeError):
-        llm.generate([[1.5]], greedy())
     assert llm.engine.stats().prompt_tokens == before
 
 
@@ -139,6 +146,13 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
         {"stop_token_ids": list(range(65))},
         {"logprobs": 21},
         {"prompt_logprobs": -1},
+        {"n": 0},
+        {"n": 1.0},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"logit_bias": [1]},
+        {"ignore_eos": 1},
+        {"best_of": 2},
     ],
 )
 def test_parameters_out_of_bounds_are_named(field):
@@ -172,3 +186,311 @@ def test_the_mode_may_be_given_as_text(checkpoint):
     assert llm.engine.info.cudagraph_mode == "full-decode-only"
     with pytest.raises(ConfigError, match="full-and-piecewise"):
         LLM(checkpoint, cudagraph_mode="fast", **LIMITS)
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def test_options_are_the_engine_configs_fields():
+    """With its types and defaults. Fails if a field is added to EngineConfig and not here."""
+    options = inspect.signature(LLM).parameters
+    assert next(iter(options)) == "model"
+    wider = {"cudagraph_mode": "CUDAGraphMode | str | None"}
+    wider["cudagraph_capture_sizes"] = "Sequence[int] | None"
+    wider["chat_template"] = "Path | str | None"
+    for field in fields(EngineConfig):
+        option = options[field.name]
+        assert option.default == field.default, field.name
+        assert option.annotation == wider.get(field.name, field.type), field.name
+    assert [*options.values()][-1].kind is inspect.Parameter.VAR_KEYWORD
+    assert len(options) == len(fields(EngineConfig)) + 1
+
+
+def test_every_option_reaches_the_engine(monkeypatch):
+    """Each is given a value of its own that its type allows."""
+    values: dict[str, Any] = {
+        "str": "auto",
+        "str | None": "a name",
+        "Path | None": "a/file",
+        "int": 64,
+        "int | None": 65,
+        "float": 0.5,
+        "bool | None": False,
+    }
+    of_their_own = {"quantization": "int8", "cudagraph_mode": "piecewise"}
+    of_their_own["cudagraph_capture_sizes"] = [1, 64]
+    configs = []
+
+    def stop(config):
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minisrv.llm.open_checkpoint", stop)
+    for field in fields(EngineConfig):
+        value = not field.default if field.type == "bool" else values.get(field.type)
+        value = of_their_own.get(field.name, value)
+        with pytest.raises(KeyboardInterrupt):
+            LLM(**{field.name: value})
+        told = getattr(configs.pop(), field.name)
+        if isinstance(value, str):
+            told = getattr(told, "value", str(told))
+        assert told == (tuple(value) if isinstance(value, list) else value), field.name
+
+
+def test_an_option_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"no option max_num_seq; did you mean max_num_seqs\?"):
+        LLM(max_num_seq=4)
+    with pytest.raises(ConfigError, match="no option qqq; there are: async_scheduling, block"):
+        LLM(qqq=4)
+    with pytest.raises(ConfigError, match="max_num_seqs='4' .* an integer"):
+        LLM(max_num_seqs="4")
+
+
+def test_a_parameter_that_does_not_exist_names_the_nearest():
+    with pytest.raises(RequestError, match=r"no max_token; did you mean max_tokens\?") as caught:
+        SamplingParams(max_token=4)
+    assert caught.value.param == "max_token"
+    with pytest.raises(RequestError, match=r"no regexp; did you mean regex\?"):
+        StructuredOutputsParams(regexp="a")
+
+
+def test_parameters_that_are_none_are_not_given():
+    assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None) == SamplingParams()
+
+
+def test_the_package_lists_what_it_has():
+    assert set(minisrv.__all__) <= set(dir(minisrv))
+    for name in minisrv.__all__:
+        assert getattr(minisrv, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'LMM'"):
+        _ = minisrv.LMM
+
+
+# ---- prompts and what comes back -----------------------------------------------------------------
+
+
+def test_prompts_may_be_dicts(llm):
+    ids = llm._tokenizer.encode("hello")
+    text, tokens = {"prompt": "hello"}, {"prompt_token_ids": ids}
+    [expected] = llm.generate("hello", greedy())
+    for prompts in (text, [text], [tokens], [{**tokens, "prompt": "named"}]):
+        [output] = llm.generate(prompts, greedy())
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert output.finished
+    [named, plain] = llm.generate([{**tokens, "prompt": "named"}, tokens], greedy())
+    assert (named.prompt, plain.prompt, expected.prompt) == ("named", None, "hello")
+    assert llm.generate(prompts=["hello"], sampling_params=greedy())[0].prompt == "hello"
+
+
+def test_prompts_of_another_salt_share_no_cache(llm):
+    ids = list(range(40, 75))
+    found = [
+        llm.generate({"prompt_token_ids": ids, "cache_salt": salt}, greedy())[0].num_cached_tokens
+        for salt in ("a", "a", "b")
+    ]
+    assert found == [0, 32, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (None, "None is no prompt"),
+        (5, "5 is no prompt"),
+        ([None], r"prompts\[0\] must be text, token ids"),
+        (["a", [1.5]], r"prompts\[1\] must be text, token ids"),
+        (["\ud800"], r"prompts\[0\] must be valid Unicode"),
+        ([{}], r"prompts\[0\] must be text, token ids"),
+        ([{"prompt": 5}], "must be text"),
+        ([{"prompt": "a", "multi_modal_data": {}}], "has multi_modal_data"),
+        ([{"promt": "a"}], r"has promt; did you mean prompt\?"),
+    ],
+)
+def test_what_is_no_prompt_is_said(llm, prompts, words):
+    with pytest.raises(RequestError, match=words) as caught:
+        llm.generate(prompts, greedy())
+    assert caught.value.param == "prompts"
+
+
+def test_what_are_no_parameters_is_said(llm):
+    with pytest.raises(RequestError, match="sampling_params must be a SamplingParams or a list"):
+        llm.generate([[1]], {"temperature": 0})
+    with pytest.raises(RequestError, match="2 priority for 1 prompts"):
+        llm.generate([[1]], greedy(), priority=[1, 2])
+
+
+def test_n_completions_of_each_prompt(llm):
+    """Those of a seed are those that each seed behind it gives alone, as a server has it."""
+    params = SamplingParams(n=3, seed=SEED_MAX - 1, max_tokens=6, prompt_logprobs=0, logprobs=0)
+    outputs = llm.generate([[5, 6], [7]], [params, greedy()])
+    assert [len(output.outputs) for output in outputs] == [3, 1]
+    assert [completion.index for completion in outputs[0].outputs] == [0, 1, 2]
+    assert len(outputs[0].prompt_logprobs) == 2
+    for seed, completion in zip(
+        (SEED_MAX - 1, SEED_MAX, SEED_MIN), outputs[0].outputs, strict=True
+    ):
+        [alone] = llm.generate([[5, 6]], SamplingParams(seed=seed, max_tokens=6))
+        assert completion.token_ids == alone.outputs[0].token_ids
+    assert len({tuple(completion.token_ids) for completion in outputs[0].outputs}) == 3
+    unseeded = llm.generate([[5, 6]], SamplingParams(n=2, max_tokens=6))[0].outputs
+    assert unseeded[0].token_ids != unseeded[1].token_ids
+
+
+def test_what_ended_a_completion_and_how_likely_it_was(llm):
+    whole = llm.generate([[9, 9]], greedy(max_tokens=30, logprobs=0))[0].outputs[0]
+    total = sum(entry.logprob for entry in whole.logprobs)
+    assert whole.cumulative_logprob == pytest.approx(total)
+    assert (whole.stop_reason, whole.finished()) == (None, True)
+    assert llm.generate([[9, 9]], greedy())[0].outputs[0].cumulative_logprob is None
+    stop = whole.text[4:6]
+    cut = llm.generate([[9, 9]], greedy(max_tokens=30, stop=["\x00", stop]))[0].outputs[0]
+    assert cut.stop_reason == stop
+    token = whole.token_ids[3]
+    cut = llm.generate([[9, 9]], greedy(max_tokens=30, stop_token_ids=[token]))[0].outputs[0]
+    assert (cut.finish_reason, cut.stop_reason) == (FinishReason.STOP, token)
+
+
+def test_progress_is_shown_by_whom_is_asked(llm, capsys):
+    made = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.options, self.done = options, 0
+            made.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            self.done += count
+
+    llm.generate([[1], [2]], greedy(n=2), use_tqdm=Bar)
+    assert [(bar.options["total"], bar.done) for bar in made] == [(4, 4)]
+    llm.generate([[1]], greedy(), use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_structured_outputs(llm):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    forms = [{"json": schema}, {"choice": ["yes", "no"]}, {"regex": "[ab]{3}"}]
+    params = [
+        SamplingParams(
+            n=2, seed=1, max_tokens=40, structured_outputs=StructuredOutputsParams(**form)
+        )
+        for form in forms
+    ]
+    answers = [
+        [completion.text for completion in output.outputs]
+        for output in llm.generate([[5]] * 3, params)
+    ]
+    assert all(json.loads(text)["a"] in (1, 2) for text in answers[0])
+    assert set(answers[1]) <= {"yes", "no"}
+    assert all(len(text) == 3 and set(text) <= set("ab") for text in answers[2])
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    with pytest.raises(RequestError, match="regular expression"):
+        llm.generate([[5], [6]], [greedy(), bad])
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"regex": "a", "choice": ["a"]}, {"choice": [1]}, {"choice": "ab"}, {"regex": 5}],
+)
+def test_a_structured_output_is_exactly_one(form):
+    with pytest.raises(RequestError, match="structured_outputs") as caught:
+        StructuredOutputsParams(**form)
+    assert caught.value.param == "structured_outputs"
+
+
+def test_a_schema_that_is_no_json_is_said(llm):
+    form = StructuredOutputsParams(json={"const": object()})
+    with pytest.raises(RequestError, match="json is no JSON schema"):
+        llm.generate([[5]], SamplingParams(structured_outputs=form))
+
+
+# ---- chats ---------------------------------------------------------------------------------------
+
+HELLO = {"role": "user", "content": "hello"}
+
+
+def test_a_chat_is_read_as_the_server_reads_it(llm):
+    """Parts, developers and arguments in JSON are for the server's clients, not for templates."""
+    parts = [{"type": "text", "text": "hello"}]
+    spelled = [
+        llm.chat([{"role": role, "content": content}, HELLO], greedy())[0].prompt
+        for role, content in (("system", "hello"), ("developer", "hello"), ("system", parts))
+    ]
+    assert len(set(spelled)) == 1
+    begun = [HELLO, {"role": "assistant", "content": "hi"}]
+    [open_ended] = llm.chat(begun, greedy(), add_generation_prompt=False)
+    [answer] = llm.chat(begun, greedy(), use_tqdm=False)
+    assert answer.prompt.startswith(open_ended.prompt)
+    assert len(answer.prompt) > len(open_ended.prompt)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "param"),
+    [
+        ([{"role": "nobody", "content": "a"}], {}, "messages[0].role"),
+        ([HELLO, {"role": "user"}], {}, "messages[1]"),
+        ([HELLO], {"tools": [{"type": "function"}]}, "tools[0].function"),
+        ([HELLO], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ([HELLO], {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_a_chat_cannot_say_is_said(llm, messages, options, param):
+    """The last tool is right, and this template would leave it out."""
+    with pytest.raises(RequestError) as caught:
+        llm.chat(messages, greedy(), **options)
+    assert caught.value.param == param
+
+
+def test_tools_and_variables_reach_the_template(checkpoint, tmp_path):
+    """Arguments in JSON become an object for the template, as on the server."""
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    (directory / "chat_template.jinja").write_text(
+        "{{ tools[0].function.name }} {{ style }}"
+        "{% for m in messages %}{% for call in m.tool_calls %}"
+        " {{ call.function.arguments.x }}{% endfor %}{% endfor %}"
+    )
+    llm = LLM(str(directory), enforce_eager=True, **LIMITS)
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 42}'}}
+    [output] = llm.chat(
+        [HELLO, {"role": "assistant", "tool_calls": [call]}],
+        greedy(),
+        tools=[{"type": "function", "function": {"name": "add"}}],
+        chat_template_kwargs={"style": "plain"},
+    )
+    assert output.prompt == "add plain 42"
+
+
+# ---- what belongs to the checkpoint --------------------------------------------------------------
+
+
+def test_the_tokenizer_is_transformers_own(llm):
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer is llm.get_tokenizer()
+    assert tokenizer.encode("hello") == llm._tokenizer.encode("hello")
+    text = tokenizer.apply_chat_template([HELLO], tokenize=False, add_generation_prompt=True)
+    assert llm.chat([HELLO], greedy())[0].prompt == text
+
+
+def test_without_parameters_the_checkpoints_defaults_count(checkpoint, llm, tmp_path):
+    assert llm.get_default_sampling_params() == SamplingParams()
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    path = directory / "generation_config.json"
+    told = json.loads(path.read_text())
+    said = {"temperature": 0.5, "top_k": 1, "repetition_penalty": 1.5, "min_new_tokens": 20}
+    path.write_text(json.dumps({**told, **said}))
+    mine = LLM(str(directory), enforce_eager=True, **LIMITS)
+    assert mine.get_default_sampling_params() == SamplingParams(
+        temperature=0.5, top_k=1, repetition_penalty=1.5, min_tokens=16
+    )
+    [output] = mine.generate([[5]])
+    assert output.outputs[0].token_ids == mine.generate([[5]])[0].outputs[0].token_ids
+    path.write_text(json.dumps({**told, "top_p": 7}))
+    with pytest.raises(ConfigError, match="generation_config.json: top_p=7"):
+        LLM(str(directory), **LIMITS)
