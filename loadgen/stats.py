@@ -190,8 +190,8 @@ def summarize(level: LevelResult) -> LevelSummary:
     if cached_tokens:
         warnings.append(
             f"{cached_tokens} of {prompt_tokens} prompt tokens were in the server's prefix cache "
-            "and not computed: let each run draw its seed, or start the server anew, to measure "
-            "prompts that it has not seen"
+            "and not computed: it has seen prompts of this seed before, or what a chat template "
+            "puts in front of each; without --seed a run draws prompts of its own"
         )
     return LevelSummary(
         concurrency=level.concurrency,

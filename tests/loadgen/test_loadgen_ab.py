@@ -261,6 +261,7 @@ def test_simulated_launches_are_written_on_everything(bench: Bench, tmp_path: Pa
         (["--plot", "x.pdf"], "neither .svg nor .png"),
         (["--rounds", "0"], "--rounds"),
         (["--concurrency", ","], "--concurrency"),
+        (["--concurrency", "4"], "--concurrency 4 is out of reach with --requests 3"),
     ],
 )
 def test_what_cannot_work_is_said_before_a_server_starts(
