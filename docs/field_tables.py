@@ -1,8 +1,8 @@
-"""The README's tables of request fields, written from what the server accepts.
+"""The tables of request fields in docs/api.md, written from what the server accepts.
 
     python docs/field_tables.py
 
-A test fails, and says so, while the README says anything else.
+A test fails, and says so, while they say anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).with_name("api.md")
 BEGIN, END = "<!-- fields: python docs/field_tables.py -->", "<!-- /fields -->"
 ENDPOINTS = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
 
@@ -92,14 +92,14 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
-def with_tables(readme: str) -> str:
-    """A README with the tables as they should be."""
+def with_tables(page: str) -> str:
+    """The page with the tables as they should be."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     text = f"{BEGIN}\n{tables()}\n{END}"
-    found, number = pattern.subn(lambda _: text, readme)
-    assert number == 1, f"README.md needs one {BEGIN} and one {END}"
+    found, number = pattern.subn(lambda _: text, page)
+    assert number == 1, f"the page needs one {BEGIN} and one {END}"
     return found
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))

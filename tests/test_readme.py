@@ -1,4 +1,4 @@
-"""The README says what the server does."""
+"""The documentation says what the server does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from docs import field_tables
 
 
 def test_the_tables_of_fields_are_those_of_the_server() -> None:
-    readme = field_tables.README.read_text()
-    assert readme == field_tables.with_tables(readme), (
-        "README.md lists other fields than the server accepts: run `python docs/field_tables.py`"
+    page = field_tables.PAGE.read_text()
+    assert page == field_tables.with_tables(page), (
+        "docs/api.md lists other fields than the server accepts: run `python docs/field_tables.py`"
     )
