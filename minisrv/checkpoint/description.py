@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import msgspec
 
-from minisrv import config, errors
+from minisrv import errors, model_config
 from minisrv.cache import cache_directory
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import MinisrvError, ModelError
@@ -220,7 +220,7 @@ def _entry(kind: str, directory: Path, patterns: Sequence[str]) -> Path | None:
 def _code_digest() -> bytes:
     """What a description depends on besides the files."""
     sources = [Path(__file__), Path(__file__).with_name("by_transformers.py")]
-    sources.append(Path(config.__file__))
+    sources.append(Path(model_config.__file__))
     code = [source.read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()
