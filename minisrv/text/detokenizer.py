@@ -6,25 +6,23 @@ cannot become a character turn into U+FFFD, as `tokenizers` does, and decoding g
 them. Special tokens have no text.
 
 A chat answer starts a text of its own. A completion continues its prompt: where the tokenizer
-strips a space from the start of a text (SentencePiece), the space is kept there.
+strips a space from the start of a text (SentencePiece), the space is kept there, and a character
+that the prompt's last token began is completed.
 
 Knows: the tokenizer and characters. Does not know why a request ends.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
 from minisrv.text.stop import StopMatcher
-from minisrv.text.token_bytes import TokenBytes
+from minisrv.text.token_bytes import TokenBytes, utf8_decoder
 from minisrv.text.tokenizer import Tokenizer
 
 _CONTEXT = 8
-"""Tokens that decide the text of the next, where tokens are not plain bytes."""
-
-_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+"""Tokens of a prompt that may decide the text of the next."""
 
 
 class Detokenizer:
@@ -35,6 +33,7 @@ class Detokenizer:
     include_stop: it ends behind that one instead, and a stop token's text is part of it.
     prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
     keep: special tokens that are text all the same, as markers are to who looks for them.
+    locate: note where in the text each token begins, for `take_starts`.
     """
 
     def __init__(
@@ -46,17 +45,25 @@ class Detokenizer:
         include_stop: bool = False,
         prompt_token_ids: Sequence[int] = (),
         keep: frozenset[int] = frozenset(),
+        locate: bool = False,
     ) -> None:
         self._special = tokenizer.special_ids - keep
+        self._decoder = _decoder(tokenizer)
+        self._told = ""
+        """Text that is the prompt's, and that the decoder may still give, as it holds it back."""
         prompt = [i for i in prompt_token_ids[-_CONTEXT:] if i not in self._special]
-        self._decoder: _Decoder = (
-            _WindowDecoder(tokenizer, prompt)
-            if tokenizer.token_bytes is None
-            else _ByteDecoder(tokenizer.token_bytes, starts_text=not prompt)
-        )
+        if prompt:
+            self._decoder.push(prompt, False)
+            prompt_alone = _decoder(tokenizer)
+            prompt_alone.push(prompt, False)
+            self._told = prompt_alone.push([], True)
         self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
         self._include_stop = include_stop
         self._min_left = min_tokens if stop else 0
+        self._tokenizer = tokenizer if locate else None
+        self._starts: list[int] = []
+        self._length = 0
+        """Characters so far, of the text that a stop string may cut; counted to locate tokens."""
 
     @property
     def stopped(self) -> bool:
@@ -80,31 +87,77 @@ class Detokenizer:
         matcher = self._matcher
         if matcher is not None and matcher.stopped:
             return ""
-        special = self._special
         if self._min_left and token_ids:
             assert matcher is not None
             early, later = token_ids[: self._min_left], token_ids[self._min_left :]
             self._min_left -= len(early)
-            text = self._decoder.push([i for i in early if i not in special], False)
+            text = self._decode(early, False)
             return matcher.push(text, may_stop=False) + self.push(later, final)
-        text = self._decoder.push([i for i in token_ids if i not in special], final)
+        text = self._decode(token_ids, final)
         if matcher is None:
             return text
         text = matcher.push(text)
         return text + matcher.flush() if final else text
+
+    def take_starts(self, count: int) -> list[int]:
+        """Where in the text each of the last `count` tokens begins; those that were not pushed, or
+        came behind a stop string, stand where the text is by now. A stop string cuts the text, so
+        that an index may lie behind its end.
+
+        Tokens that make a character together begin where it does, and a token without text begins
+        where the next one may. Needs `locate`.
+        """
+        starts, self._starts = self._starts, []
+        return starts + [self._length] * (count - len(starts))
+
+    def _decode(self, token_ids: Sequence[int], final: bool) -> str:
+        if self._tokenizer is None:
+            return self._shown(token_ids, final)
+        texts = []
+        for token_id in token_ids:
+            before = self._length
+            text = self._shown([token_id], False)
+            self._length += len(text)
+            # The text may begin with what earlier tokens had held back.
+            own = len(self._tokenizer.token_text(token_id)[0])
+            self._starts.append(max(before, self._length - own))
+            texts.append(text)
+        if final:
+            texts.append(self._shown((), True))
+            self._length += len(texts[-1])
+        return "".join(texts)
+
+    def _shown(self, token_ids: Sequence[int], final: bool) -> str:
+        """The text of tokens, without special tokens and the prompt's text."""
+        special = self._special
+        text = self._decoder.push([i for i in token_ids if i not in special], final)
+        if self._told and text:
+            length = min(len(self._told), len(text))
+            if text[:length] != self._told[:length]:
+                self._told = ""  # it has become something else: a character, of its first bytes
+            else:
+                self._told, text = self._told[length:], text[length:]
+        return text
 
 
 class _Decoder(Protocol):
     def push(self, token_ids: Sequence[int], final: bool) -> str: ...
 
 
+def _decoder(tokenizer: Tokenizer) -> _Decoder:
+    if tokenizer.pipeline is not None:
+        return tokenizer.pipeline.decoder()
+    assert tokenizer.token_bytes is not None
+    return _ByteDecoder(tokenizer.token_bytes)
+
+
 class _ByteDecoder:
     """Tokens are bytes: UTF-8 decides what is certain."""
 
-    def __init__(self, pieces: TokenBytes, *, starts_text: bool) -> None:
+    def __init__(self, pieces: TokenBytes) -> None:
         self._pieces = pieces
-        self._utf8 = _utf8_decoder(errors="replace")
-        self._strip = pieces.strip_start if starts_text else 0
+        self._utf8 = utf8_decoder(errors="replace")
+        self._strip = pieces.strip_start
         self._holds_back = False
 
     def push(self, token_ids: Sequence[int], final: bool) -> str:
@@ -121,19 +174,3 @@ class _ByteDecoder:
                 self._strip -= 1
                 text = text[1:]
         return text
-
-
-class _WindowDecoder:
-    """Tokens are words: the text of a token depends on a few tokens before it. No special token
-    that is to be skipped comes here."""
-
-    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
-        self._tokenizer = tokenizer
-        self._window = context
-
-    def push(self, token_ids: Sequence[int], final: bool) -> str:
-        before = self._tokenizer.decode(self._window, skip_special_tokens=False)
-        self._window.extend(token_ids)
-        text = self._tokenizer.decode(self._window, skip_special_tokens=False)
-        del self._window[:-_CONTEXT]
-        return text[len(before) :]

@@ -15,11 +15,15 @@ Knows: the decoder section of a `tokenizer.json`. Does not know which tokens are
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
+
+utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "▁"
@@ -48,7 +52,7 @@ class TokenBytes(dict[int, bytes]):
     ) -> None:
         super().__init__()
         self._id_to_token = backend.id_to_token
-        self._to_bytes = _from_byte_level if byte_level else _from_sentence_piece
+        self._to_bytes = bytes_of_characters if byte_level else _from_sentence_piece
         self.strip_start = strip_start
 
     def __missing__(self, token_id: int) -> bytes:
@@ -60,14 +64,7 @@ class TokenBytes(dict[int, bytes]):
     @classmethod
     def recognise(cls, backend: tokenizers.Tokenizer) -> TokenBytes | None:
         """The mapping for this tokenizer, or None where its tokens are not plain bytes."""
-        decoder = json.loads(backend.to_str())["decoder"]
-        steps: list[dict[str, Any]] = (
-            []
-            if decoder is None
-            else decoder["decoders"]
-            if decoder["type"] == "Sequence"
-            else [decoder]
-        )
+        steps = decoder_steps(backend) or []
         kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:
             return cls(backend, byte_level=True, strip_start=0)
@@ -79,14 +76,35 @@ class TokenBytes(dict[int, bytes]):
         return None
 
 
-def _from_byte_level(token: str) -> bytes:
+def decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]] | None:
+    """The steps of the decoder, one behind the other, as `tokenizer.json` has them; None if there
+    is no decoder."""
+    decoder = json.loads(backend.to_str())["decoder"]
+    return None if decoder is None else list(_flat(decoder))
+
+
+def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if step["type"] != "Sequence":
+        yield step
+        return
+    for inner in step["decoders"]:
+        yield from _flat(inner)
+
+
+def bytes_of_characters(token: str) -> bytes:
+    """The bytes behind a token of byte-level BPE."""
     try:
         return bytes([_BYTE_LEVEL[char] for char in token])
     except KeyError:  # an added token, spelled as it is
         return token.encode()
 
 
+def byte_of_token(token: str) -> bytes | None:
+    """The byte that a token of byte fallback stands for, or None."""
+    match = _BYTE_TOKEN.fullmatch(token)
+    return match and bytes.fromhex(match[1])
+
+
 def _from_sentence_piece(token: str) -> bytes:
-    if match := _BYTE_TOKEN.fullmatch(token):
-        return bytes.fromhex(match[1])
-    return token.replace(_SPACE_MARK, " ").encode()
+    byte = byte_of_token(token)
+    return token.replace(_SPACE_MARK, " ").encode() if byte is None else byte

@@ -18,6 +18,7 @@ import tokenizers
 from minisrv.checkpoint import TokenizerDescription, describe_tokenizer
 from minisrv.errors import ModelError, RequestError
 from minisrv.text.chat_template import ChatTemplate
+from minisrv.text.decoder_pipeline import DecoderPipeline
 from minisrv.text.token_bytes import TokenBytes
 
 
@@ -33,6 +34,8 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self.token_bytes = TokenBytes.recognise(backend)
+        self.pipeline = DecoderPipeline(backend) if self.token_bytes is None else None
+        """The decoder, where tokens are not plain bytes."""
         self.special_ids = frozenset(
             token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -88,20 +91,45 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encodings[0].ids
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of `text` with what the tokenizer adds around it, and for each the index in
+        `text` at which its part begins; what is not in the text begins where it stands. Tokens that
+        share a character all begin with it."""
+        encoding = self._backend.encode(text)
+        starts = []
+        last = end = 0
+        for start, stop in encoding.offsets:
+            # Some tokenizers leave the spaces around a token out of its span, and added tokens
+            # have an empty one: a token begins no later than the one before it ends.
+            last = max(last, min(start, end) if stop > start else end)
+            end = max(end, stop)
+            starts.append(last)
+        return encoding.ids, starts
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids of no token count as empty."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if self.pipeline is None:
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        shown = [token_id for token_id in token_ids if token_id not in skipped]
+        return self.pipeline.decoder(streams=False).push(shown, final=True)
 
     def spell(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens as the vocabulary spells them; ids of no token count as empty."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether the id is a token's. A model's embedding may have rows beyond the vocabulary."""
+        return self._backend.id_to_token(token_id) is not None
+
     def token_text(self, token_id: int) -> tuple[str, bytes]:
-        """One token as text (U+FFFD for what is not UTF-8 by itself) and as bytes."""
-        if self.token_bytes is None:
-            text = self.decode([token_id], skip_special_tokens=False)
-            return text, text.encode()
-        piece = self.token_bytes[token_id]
+        """What one token adds inside a text, as text (U+FFFD for what is not UTF-8 by itself) and
+        as bytes."""
+        if self.pipeline is not None:
+            piece = self.pipeline.token_bytes(token_id)
+        else:
+            assert self.token_bytes is not None
+            piece = self.token_bytes[token_id]
         return piece.decode(errors="replace"), piece
 
     def render_chat(

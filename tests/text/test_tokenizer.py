@@ -209,7 +209,7 @@ def test_single_tokens_as_text_and_bytes(tokenizer: Tokenizer, word_tokenizer: T
     assert b"".join(tokenizer.token_text(i)[1] for i in euro) == "€".encode()
     assert all(tokenizer.token_text(i)[0] == "\ufffd" for i in euro)
     assert tokenizer.token_text(1) == ("<|im_start|>", b"<|im_start|>")
-    assert word_tokenizer.token_text(0) == ("hello", b"hello")
+    assert word_tokenizer.token_text(0) == (" hello", b" hello"), "as inside a text"
 
 
 def test_config_is_optional(tmp_path: Path) -> None:

@@ -1,0 +1,378 @@
+"""The decoder of a `tokenizer.json`, followed token by token.
+
+`tokenizers` decodes all tokens at once, and what it makes of one may depend on later ones. Here
+every step of the decoder takes the pieces that the step before it let through, lets through what
+no later token can change, and gives the rest when that is settled or the text ends. A token costs
+what its own text costs, however long the text has become.
+
+The pieces put together are what `tokenizers` makes of all tokens at once, but for one thing: where
+bytes are no UTF-8, it gives up the whole run of byte tokens, and so an answer of nothing but bytes
+could not be told before its end. A stream gives up the invalid bytes only.
+
+A step that has to see all of a text, such as a regular expression behind Fuse, holds it all back.
+`tokenizers.DecodeStream` is not used: it raises where a text changes behind its end, and loses
+what it holds when a stream ends.
+
+Knows: the decoder section of a `tokenizer.json`. Does not know which tokens are to be skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import tokenizers
+
+from minisrv.text.token_bytes import byte_of_token, bytes_of_characters, decoder_steps, utf8_decoder
+
+_CACHED_PIECES = 1 << 16
+"""Pieces that a step remembers what becomes of: a vocabulary's worth."""
+
+
+class _State(Protocol):
+    """What one text needs of a step."""
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        """Add pieces; returns those that are settled."""
+
+    def flush(self) -> list[str]:
+        """The text ends here: returns what was held back."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of the decoder.
+
+    start: makes its state for a text; `streams` says whether characters may come before their run
+        of bytes has ended.
+    inside: what the step makes of a piece that is not the first and not the last, by itself; bytes
+        where the piece stands for some.
+    """
+
+    start: Callable[[bool], _State]
+    inside: Callable[[str], str | bytes]
+
+
+class DecoderPipeline:
+    """The decoder of one tokenizer."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._id_to_token = backend.id_to_token
+        self._steps = _compile(decoder_steps(backend))
+
+    def decoder(self, *, streams: bool = True) -> PipelineDecoder:
+        """A decoder for a new text. streams: see the module; without it invalid bytes count as
+        `tokenizers` has it, and characters wait for their run of bytes."""
+        return PipelineDecoder(self._id_to_token, [step.start(streams) for step in self._steps])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds inside a text, or most likely adds, as UTF-8; nothing if the id is no
+        token's."""
+        piece = self._id_to_token(token_id) or ""
+        for step in self._steps:
+            found = step.inside(piece)
+            try:
+                piece = found.decode() if isinstance(found, bytes) else found
+            except UnicodeDecodeError as error:
+                return error.object
+        return piece.encode()
+
+
+class PipelineDecoder:
+    """The text of some tokens."""
+
+    def __init__(self, id_to_token: Callable[[int], str | None], states: list[_State]) -> None:
+        self._id_to_token = id_to_token
+        self._states = states
+
+    def push(self, token_ids: Iterable[int], final: bool) -> str:
+        """Add tokens; returns the text that is settled, which is all of it if none follow."""
+        tokens = map(self._id_to_token, token_ids)
+        pieces = [token for token in tokens if token is not None]
+        for state in self._states:
+            pieces = state.push(pieces)
+            if final:
+                pieces += state.flush()
+        return "".join(pieces)
+
+
+def _compile(decoder: Sequence[dict[str, Any]] | None) -> list[_Step]:
+    if decoder is None:
+        return [_each(lambda token: token, lambda token: " " + token)]
+    steps = []
+    one_text = False
+    """Whether the pieces are parts of one text, so that their borders mean nothing."""
+    for number, step in enumerate(decoder):
+        borders = decoder[number + 1 :] and decoder[number + 1]["type"] != "Fuse"
+        match step:
+            case {"type": "Fuse"}:
+                one_text = True
+            case {"type": "Strip", "content": content, "start": start, "stop": stop}:
+                steps.append((_strip_text if one_text else _strip_each)(content, start, stop))
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": new} if (
+                one_text and old
+            ):
+                steps.append(_replace(old, new))
+            case {"type": "Replace" | "Metaspace" | "WordPiece"} if not one_text:
+                steps.append(_each_by_library(step))
+            case {"type": "CTC"} if not one_text:
+                steps.append(_distinct(_library(step)))
+            case {"type": "BPEDecoder"} if not one_text:
+                steps.append(_all_but_last(_library(step), bool(borders)))
+            case {"type": "ByteFallback"} if not one_text:
+                steps.append(_byte_runs(bool(borders)))
+            case {"type": "ByteLevel"} if not one_text:
+                steps.append(_Step(lambda _: _ByteLevel(), bytes_of_characters))
+                one_text = True
+            case _:
+                steps.append(_whole(_library(step), one_text))
+                one_text = True
+    return steps
+
+
+def _library(step: dict[str, Any]) -> Callable[[list[str]], str]:
+    """What `tokenizers` makes of pieces in this step."""
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps({"model": model, "decoder": step}))
+    decode: Callable[[list[str]], str] = tokenizer.decoder.decode
+    return decode
+
+
+def _each(first: Callable[[str], str], other: Callable[[str], str]) -> _Step:
+    """A step that takes each piece by itself, but for the `first` of the text."""
+    cached = lru_cache(_CACHED_PIECES)(other)
+    return _Step(lambda _: _Each(first, cached), cached)
+
+
+def _each_by_library(step: dict[str, Any]) -> _Step:
+    decode = _library(step)
+    before = len(decode([""]))  # a regular expression may find something in nothing
+    return _each(lambda piece: decode([piece]), lambda piece: decode(["", piece])[before:])
+
+
+def _strip_each(content: str, start: int, stop: int) -> _Step:
+    """Not the library's, which panics where there is less to strip than it may."""
+
+    def strip(piece: str) -> str:
+        state = _StripText(content, start, stop)
+        return "".join([*state.push([piece]), *state.flush()])
+
+    return _each(strip, strip)
+
+
+class _Each:
+    def __init__(self, first: Callable[[str], str], other: Callable[[str], str]) -> None:
+        self._next = first
+        self._other = other
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        found = []
+        for piece in pieces:
+            found.append(self._next(piece))
+            self._next = self._other
+        return found
+
+    def flush(self) -> list[str]:
+        return []
+
+
+def _distinct(decode: Callable[[list[str]], str]) -> _Step:
+    """CTC: a piece that is the same as the one before it does not count, nor does an empty one."""
+
+    @lru_cache(_CACHED_PIECES)
+    def clean(piece: str) -> str:
+        return decode([piece])
+
+    return _Step(lambda _: _Distinct(clean), clean)
+
+
+class _Distinct:
+    def __init__(self, clean: Callable[[str], str]) -> None:
+        self._clean = clean
+        self._last: str | None = None
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        found = []
+        for piece in pieces:
+            if piece != self._last and (text := self._clean(piece)):
+                found.append(text)
+            self._last = piece
+        return found
+
+    def flush(self) -> list[str]:
+        return []
+
+
+def _all_but_last(decode: Callable[[list[str]], str], borders: bool) -> _Step:
+    """BPEDecoder: the end of a word is a space, but not in the last piece."""
+
+    @lru_cache(_CACHED_PIECES)
+    def forms(piece: str) -> tuple[str, str, str]:
+        """What is certain of the piece, and what follows if it is not the last, and if it is."""
+        inside, last = decode([piece, ""]), decode([piece])
+        same = 0
+        if not borders:
+            pairs = zip(inside, last, strict=False)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(last))
+        return last[:same], inside[same:], last[same:]
+
+    return _Step(lambda _: _AllButLast(forms), lambda piece: "".join(forms(piece)[:2]))
+
+
+class _AllButLast:
+    def __init__(self, forms: Callable[[str], tuple[str, str, str]]) -> None:
+        self._forms = forms
+        self._held: tuple[str, str] | None = None
+        """What is left of the piece that came last: if others follow, and if none do."""
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        found = []
+        for piece in pieces:
+            if self._held is not None:
+                found.append(self._held[0])
+            certain, *held = self._forms(piece)
+            self._held = (held[0], held[1])
+            if certain:
+                found.append(certain)
+        return found
+
+    def flush(self) -> list[str]:
+        return [] if self._held is None else [self._held[1]]
+
+
+def _byte_runs(borders: bool) -> _Step:
+    def inside(piece: str) -> str | bytes:
+        byte = byte_of_token(piece)
+        return piece if byte is None else byte
+
+    return _Step(lambda streams: _StreamedRuns() if streams and not borders else _Runs(), inside)
+
+
+class _Runs:
+    """ByteFallback: a run of byte tokens is one piece, or none of it is text."""
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        found = []
+        for piece in pieces:
+            byte = byte_of_token(piece)
+            if byte is None:
+                found += [*self.flush(), piece]
+            else:
+                self._run += byte
+        return found
+
+    def flush(self) -> list[str]:
+        run, self._run = self._run, bytearray()
+        if not run:
+            return []
+        try:
+            return [run.decode()]
+        except UnicodeDecodeError:
+            return ["\ufffd"] * len(run)
+
+
+class _StreamedRuns:
+    """The same, of which characters come when they are whole."""
+
+    def __init__(self) -> None:
+        self._utf8 = utf8_decoder(errors="replace")
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        found = []
+        for piece in pieces:
+            byte = byte_of_token(piece)
+            if byte is None:
+                found += [*self.flush(), piece]
+            else:
+                found.append(self._utf8.decode(byte))
+        return found
+
+    def flush(self) -> list[str]:
+        return [self._utf8.decode(b"", True)]
+
+
+class _ByteLevel:
+    def __init__(self) -> None:
+        self._utf8 = utf8_decoder(errors="replace")
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        return [self._utf8.decode(b"".join(map(bytes_of_characters, pieces)))]
+
+    def flush(self) -> list[str]:
+        return [self._utf8.decode(b"", True)]
+
+
+def _replace(old: str, new: str) -> _Step:
+    return _Step(lambda _: _Replace(old, new), lambda piece: piece.replace(old, new))
+
+
+class _Replace:
+    """Replace behind Fuse: what is replaced may lie across the pieces."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self._old, self._new = old, new
+        self._held = ""
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        *before, rest = "".join([self._held, *pieces]).split(self._old)
+        most = min(len(rest), len(self._old) - 1)
+        held = next(n for n in range(most, -1, -1) if self._old.startswith(rest[len(rest) - n :]))
+        self._held = rest[len(rest) - held :]
+        return [self._new.join([*before, rest[: len(rest) - held]])]
+
+    def flush(self) -> list[str]:
+        return [self._held]
+
+
+def _strip_text(content: str, start: int, stop: int) -> _Step:
+    return _Step(lambda _: _StripText(content, start, stop), lambda piece: piece)
+
+
+class _StripText:
+    """Strip of a whole text: at most `start` times `content` from its start, and `stop` times from
+    its end."""
+
+    def __init__(self, content: str, start: int, stop: int) -> None:
+        self._content, self._start, self._stop = content, start, stop
+        self._held = 0
+        """How often `content` stands at the end, as far as it may have to go."""
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        text = "".join(pieces)
+        if self._start and text:
+            inner = text.lstrip(self._content)
+            left = len(text) - len(inner)
+            text = text[min(left, self._start) :]
+            self._start = 0 if inner else max(0, self._start - left)
+        text = self._content * self._held + text
+        self._held = min(len(text) - len(text.rstrip(self._content)), self._stop)
+        return [text[: len(text) - self._held]]
+
+    def flush(self) -> list[str]:
+        return []
+
+
+def _whole(decode: Callable[[list[str]], str], one_text: bool) -> _Step:
+    return _Step(lambda _: _Whole(decode, one_text), lambda piece: decode([piece]))
+
+
+class _Whole:
+    """A step that can be taken only when all of the text is there."""
+
+    def __init__(self, decode: Callable[[list[str]], str], one_text: bool) -> None:
+        self._decode = decode
+        self._one_text = one_text
+        self._pieces: list[str] = []
+
+    def push(self, pieces: Iterable[str]) -> list[str]:
+        self._pieces += pieces
+        return []
+
+    def flush(self) -> list[str]:
+        return [self._decode(["".join(self._pieces)] if self._one_text else self._pieces)]
