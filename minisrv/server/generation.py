@@ -27,6 +27,8 @@ class Delta:
     token_ids: every token, the one that ended the choice included; it counts in the usage.
     logprobs: of all of them, so that a client which asks for one token and takes the last entry
         off, as lm-eval does, never loses an entry of the prompt.
+    text_starts: where in the text each of these begins, or would if no stop string had cut it; for
+        completions.
     num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
     finish_reason: OpenAI's word, with the last delta only.
     prompt_logprobs: of all prompt tokens but the first, with the first delta, if asked for.
@@ -40,6 +42,7 @@ class Delta:
     finish_reason: str | None = None
     graph_steps: dict[str, int] | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    text_starts: Sequence[int] = ()
 
     def extend(self, later: Delta) -> None:
         """Add what came after this one."""
@@ -47,6 +50,7 @@ class Delta:
         self.token_ids = self.token_ids + later.token_ids
         if later.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+            self.text_starts = [*self.text_starts, *later.text_starts]
         self.num_cached_tokens += later.num_cached_tokens
         self.finish_reason = later.finish_reason
         self.graph_steps = later.graph_steps
@@ -146,6 +150,7 @@ class Choice:
             reason and reason.value,
             output.graph_steps if self._report_steps else None,
             prompt_logprobs,
+            self._detokenizer.take_starts(len(output.logprobs or ())),
         )
 
     def _measure(self, output: EngineOutput, now: float) -> None:

@@ -1,14 +1,21 @@
 """Log-probabilities in the two shapes OpenAI has for them.
 
+Every entry of the engine's is told, those too whose text is another's, or that have none: an id of
+the model that is no token's is spelled `token_id:123`, as vLLM spells ids. So is, where entries are
+found by text, all but the first of those with the same text; the sampled token is always found
+under its own.
+
 Knows: the tokenizer's spelling of single tokens. Knows nothing of sampling.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minisrv.request import TokenLogprobs
+from minisrv.server.preparation import Echo
 from minisrv.text.tokenizer import Tokenizer
 
 
@@ -18,8 +25,9 @@ def chat_logprobs(
     """`choices[].logprobs` of a chat: a list of tokens, each with its `num_top` best rivals."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text, piece = tokenizer.token_text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(piece)}
+        text, piece = _text(tokenizer, token_id)
+        told = None if piece is None else list(piece)
+        return {"token": text, "logprob": logprob, "bytes": told}
 
     content = [
         {
@@ -38,7 +46,7 @@ def prompt_logprobs(
     nothing is known; in it the token itself and its `num_top` best rivals, by id."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
-        text, _ = tokenizer.token_text(token_id)
+        text, _ = _text(tokenizer, token_id)
         return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
     def position(of: TokenLogprobs) -> dict[str, Any]:
@@ -50,27 +58,41 @@ def prompt_logprobs(
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of a completion, whose offsets run on from chunk to chunk."""
+    """`choices[].logprobs` of a completion, whose offsets run on from chunk to chunk.
+
+    Every offset is an index into the choice's own text. A token whose text may be cut off with a
+    stop string, with some that came before it, waits until that is known.
+    """
 
     def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
-        self._offset = 0
+        self._begin = 0
+        """Where the completion begins, behind a prompt that is repeated."""
+        self._length = 0
+        """Characters of the text so far."""
+        self._waiting: deque[tuple[TokenLogprobs, int]] = deque()
 
-    def chunk(self, logprobs: Iterable[TokenLogprobs]) -> dict[str, list[Any]]:
+    def chunk(
+        self, logprobs: Iterable[TokenLogprobs], starts: Iterable[int], text: str, last: bool
+    ) -> dict[str, list[Any]]:
         """Four lists, one item per token.
 
         `top_logprobs` holds the sampled token too: at most `num_top` + 1 entries.
+
+        starts: see `Delta.text_starts`.
+        text: what is told with them. last: no text follows.
         """
+        self._length += len(text)
+        self._waiting += zip(logprobs, (self._begin + start for start in starts), strict=True)
         lists = self._lists()
-        for position in logprobs:
-            spelling, length = self._spell(position.token_id)
-            self._append(lists, spelling, position)
-            self._offset += length
+        while self._waiting and (last or self._waiting[0][1] <= self._length):
+            position, start = self._waiting.popleft()
+            self._append(lists, position.token_id, min(start, self._length), position)
         return lists
 
     def prompt(
-        self, text: str, token_ids: Sequence[int], scored: Sequence[TokenLogprobs]
+        self, echo: Echo, token_ids: Sequence[int], scored: Sequence[TokenLogprobs]
     ) -> dict[str, list[Any]]:
         """The same of a prompt that the text begins with; nulls for its first token, of which
         nothing is known. Comes before any chunk.
@@ -78,35 +100,50 @@ class CompletionLogprobs:
         scored: all tokens but the first.
         """
         lists = self._lists()
-        for token_id, position in zip(token_ids, (None, *scored), strict=True):
-            spelling, length = self._spell(token_id)
-            self._append(lists, spelling, position)
-            added = token_id in self._tokenizer.special_ids
-            if not (added and not text.startswith(spelling, self._offset)):  # BOS is not in it
-                self._offset = min(self._offset + length, len(text))
-        self._offset = len(text)
+        for token_id, start, position in zip(token_ids, echo.starts, (None, *scored), strict=True):
+            self._append(lists, token_id, start, position)
+        self._begin = self._length = len(echo.text)
         return lists
 
     def _lists(self) -> dict[str, list[Any]]:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _append(
-        self, lists: dict[str, list[Any]], spelling: str, position: TokenLogprobs | None
+        self,
+        lists: dict[str, list[Any]],
+        token_id: int,
+        start: int,
+        position: TokenLogprobs | None,
     ) -> None:
-        lists["tokens"].append(spelling)
-        lists["text_offset"].append(self._offset)
+        name = self._name(token_id)
+        lists["tokens"].append(name)
+        lists["text_offset"].append(start)
         if position is None:
             lists["token_logprobs"].append(None)
             lists["top_logprobs"].append(None)
             return
-        best = {self._spell(i)[0]: value for i, value in position.top[: self._num_top]}
+        best = {}
+        for rival, logprob in position.top[: self._num_top]:
+            other = self._name(rival)
+            taken = rival != token_id and (other == name or other in best)
+            best[_by_id(rival) if taken else other] = logprob
         lists["token_logprobs"].append(position.logprob)
-        lists["top_logprobs"].append(best | {spelling: position.logprob})
+        lists["top_logprobs"].append(best | {name: position.logprob})
 
-    def _spell(self, token_id: int) -> tuple[str, int]:
-        """The token as text, or as OpenAI writes one that is not text by itself, and its
-        length in characters of the completion (a lone byte counts as one)."""
-        text, piece = self._tokenizer.token_text(token_id)
-        if "\ufffd" in text:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece), len(text)
-        return text, len(text)
+    def _name(self, token_id: int) -> str:
+        """The token as text, or as OpenAI writes one that is not text by itself."""
+        text, piece = _text(self._tokenizer, token_id)
+        if piece is None or text.encode() == piece:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes | None]:
+    """A token as text and as bytes; an id of no token has a name only."""
+    if not tokenizer.has_token(token_id):
+        return _by_id(token_id), None
+    return tokenizer.token_text(token_id)
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"

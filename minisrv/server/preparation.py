@@ -15,6 +15,7 @@ from minisrv.request import StructuredOutput
 from minisrv.server.protocol import ChatCompletionRequest, Message
 from minisrv.server.tools import Function, NamedTool, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
+from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tool_grammar import Tool as GrammarTool
 from minisrv.text.tool_grammar import tool_call_grammar
@@ -46,17 +47,46 @@ class AnswerFormat:
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt as the text of a completion begins with it.
+
+    starts: where in the text each token begins; of use for log-probabilities only, and nothing
+        without them.
+    """
+
+    text: str
+    starts: list[int]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A request that is ready for the engine.
 
     prompts: token ids; each has the request's `n` choices.
     form: what the text of every choice must be.
     answer: None for a completion, whose text is all there is.
+    echoes: what is repeated of each prompt; None if nothing is.
     """
 
     prompts: list[list[int]]
     form: StructuredOutput | None
     answer: AnswerFormat | None = None
+    echoes: list[Echo] | None = None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, locate: bool) -> tuple[list[int], Echo]:
+    """The ids of a prompt, and its echo. locate: with the starts of its tokens."""
+    if locate:
+        ids, starts = tokenizer.encode_with_starts(text)
+        return ids, Echo(text, starts)
+    return tokenizer.encode(text), Echo(text, [])
+
+
+def decode_prompt(tokenizer: Tokenizer, ids: list[int], *, locate: bool) -> Echo:
+    """The echo of a prompt that came as ids: special tokens are spelled in it."""
+    detokenizer = Detokenizer(tokenizer, keep=tokenizer.special_ids, locate=locate)
+    text = detokenizer.push(ids, final=True)
+    return Echo(text, detokenizer.take_starts(len(ids)))
 
 
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:

@@ -117,11 +117,7 @@ class Reply(ABC):
 
     def _whole(self, index: int) -> dict[str, Any]:
         deltas = self._deltas[index]
-        logprobs = None
-        if any(delta.logprobs is not None for delta in deltas):
-            logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-        text = "".join(delta.text for delta in deltas)
-        choice = self._choice(index, text, logprobs, deltas[0].prompt_logprobs)
+        choice = self._choice(index, deltas)
         choice.setdefault("finish_reason", deltas[-1].finish_reason)
         if self._return_token_ids:
             choice["token_ids"] = [i for delta in deltas for i in delta.token_ids]
@@ -137,14 +133,8 @@ class Reply(ABC):
         return {"prompt_logprobs": told}
 
     @abstractmethod
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprobs] | None,
-        scored: Sequence[TokenLogprobs],
-    ) -> dict[str, Any]:
-        """A whole choice, but for the fields that every choice has. scored: the prompt's."""
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """A whole choice, but for the fields that every choice has."""
 
     @abstractmethod
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
@@ -189,11 +179,11 @@ class CompletionReply(Reply):
 
     def __init__(self, request: CompletionRequest, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model, tokenizer)
-        self._echo = request.prompt if request.echo else None
-        self._echo_logprobs = request.logprobs is not None
+        self._reports_logprobs = request.logprobs is not None
 
     def begin(self, prepared: Prepared) -> None:
         super().begin(prepared)
+        self._echoes = prepared.echoes
         self._writers = [
             CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in self._deltas
         ]
@@ -203,11 +193,11 @@ class CompletionReply(Reply):
         return self._chunks.around_text(choice, "text")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
-        echoes = first and self._echo is not None
-        if not tells and not echoes and delta.finish_reason is None:
+        echoes = first and self._echoes is not None
+        text, logprobs = self._shown([delta], echoes)
+        told = text or logprobs or (tells and self._return_token_ids)
+        if not told and not echoes and delta.finish_reason is None:
             return b""
-        scored = delta.prompt_logprobs if echoes else None
-        text, logprobs = self._shown(delta.index, delta.text, delta.logprobs or None, scored)
         choice = {
             "index": delta.index,
             "text": text,
@@ -222,44 +212,38 @@ class CompletionReply(Reply):
             choice["graph_steps"] = delta.graph_steps
         return self._chunk(choice)
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprobs] | None,
-        scored: Sequence[TokenLogprobs],
-    ) -> dict[str, Any]:
-        echoed = None if self._echo is None else scored
-        text, shown = self._shown(index, text, logprobs, echoed)
-        choice = {"index": index, "text": text, "logprobs": shown, **self._prompt_report(scored)}
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text, logprobs = self._shown(deltas, self._echoes is not None)
+        report = self._prompt_report(deltas[0].prompt_logprobs)
+        choice = {"index": index, "text": text, "logprobs": logprobs, **report}
         if self._return_token_ids:
             choice["prompt_token_ids"] = self._prompt_of(index)
         return choice
 
     def _shown(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprobs] | None,
-        echoed: Sequence[TokenLogprobs] | None,
+        self, deltas: Sequence[Delta], echoes: bool
     ) -> tuple[str, dict[str, list[Any]] | None]:
-        """Text and `logprobs` of a choice, or of a chunk of it.
-
-        echoed: of the prompt, where that comes first; None where it does not.
-        """
+        """Text and `logprobs` of what deltas add to a choice; `echoes` says whether the prompt
+        comes first."""
+        index = deltas[0].index
+        text = "".join([delta.text for delta in deltas])
+        echo = None
+        if echoes:
+            assert self._echoes is not None
+            echo = self._echoes[index // self._choices_per_prompt]
+        whole = text if echo is None else echo.text + text
+        if not self._reports_logprobs:
+            return whole, None
         writer = self._writers[index]
-        if echoed is None:
-            return text, None if logprobs is None else writer.chunk(logprobs)
-        assert self._echo is not None
-        prompt, ids = self._echo[index // self._choices_per_prompt], self._prompt_of(index)
-        if not isinstance(prompt, str):
-            prompt = self._tokenizer.decode(ids, skip_special_tokens=False)
-        if not self._echo_logprobs:
-            return prompt + text, None
-        shown = writer.prompt(prompt, ids, echoed)
-        for name, values in writer.chunk(logprobs or ()).items():
-            shown[name] += values
-        return prompt + text, shown
+        parts = []
+        if echo is not None:
+            scored = deltas[0].prompt_logprobs
+            parts.append(writer.prompt(echo, self._prompt_of(index), scored))
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        starts = [start for delta in deltas for start in delta.text_starts]
+        parts.append(writer.chunk(logprobs, starts, text, deltas[-1].finish_reason is not None))
+        lists = {name: [item for part in parts for item in part[name]] for name in parts[0]}
+        return whole, lists if lists["tokens"] else None
 
 
 class ChatReply(Reply):
@@ -327,19 +311,13 @@ class ChatReply(Reply):
             events += self._chunk(choice)
         return events
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: list[TokenLogprobs] | None,
-        scored: Sequence[TokenLogprobs],
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join([delta.text for delta in deltas])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        choice = {
-            "index": index,
-            "message": message,
-            "logprobs": None if logprobs is None else self._logprobs(logprobs),
-        }
+        choice = {"index": index, "message": message, "logprobs": None}
+        if any(delta.logprobs is not None for delta in deltas):
+            logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+            choice["logprobs"] = self._logprobs(logprobs)
         parser = self._parsers[index]
         if parser is not None:
             answer = assemble([*parser.feed(text), *parser.finish()])

@@ -29,7 +29,15 @@ from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
 from minisrv.server.generation import Choice
-from minisrv.server.preparation import AnswerFormat, Prepared, answer_form, tool_parser
+from minisrv.server.preparation import (
+    AnswerFormat,
+    Echo,
+    Prepared,
+    answer_form,
+    decode_prompt,
+    encode_prompt,
+    tool_parser,
+)
 from minisrv.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
@@ -133,16 +141,32 @@ class Serving:
             prompts = await self._encode([text], add_special_tokens=False)
             prepared = Prepared(prompts, form, answer)
         else:
-            prepared = Prepared(await self._prompts(request), request.structured_output)
+            prompts, echoes = await self._prompts(request)
+            prepared = Prepared(prompts, request.structured_output, echoes=echoes)
         if prepared.form is not None:
             await asyncio.wrap_future(self._validator.validate(prepared.form))
         return prepared
 
-    async def _prompts(self, request: CompletionRequest) -> list[list[int]]:
+    async def _prompts(
+        self, request: CompletionRequest
+    ) -> tuple[list[list[int]], list[Echo] | None]:
+        """The ids of the prompts, and what is repeated of them."""
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-        if texts:
-            return await self._encode(texts, add_special_tokens=True)
-        return [prompt for prompt in request.prompt if isinstance(prompt, list)]
+        prompts = [prompt for prompt in request.prompt if isinstance(prompt, list)]
+        if not request.echo:
+            return prompts or await self._encode(texts, add_special_tokens=True), None
+        for prompt in prompts:  # before they are looked up
+            _check_vocabulary("prompt", prompt, self.engine_info().vocab_size)
+        locate = request.logprobs is not None
+
+        def repeat() -> tuple[list[list[int]], list[Echo]]:
+            if prompts:
+                echoes = [decode_prompt(self.tokenizer, ids, locate=locate) for ids in prompts]
+                return prompts, echoes
+            encoded = [encode_prompt(self.tokenizer, text, locate=locate) for text in texts]
+            return [ids for ids, _ in encoded], [echo for _, echo in encoded]
+
+        return await _off_the_loop(repeat, sum(map(len, request.prompt)))
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """The body of the answer. Raises RequestError, and what `engine_info` raises."""
@@ -249,6 +273,7 @@ class Serving:
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if chat else prompt,
                 keep=keep,
+                locate=not chat and request.num_logprobs is not None,
             )
             choice = Choice(
                 self.client,

@@ -35,6 +35,10 @@ _CACHED_PIECES = 1 << 16
 class _State(Protocol):
     """What one text needs of a step."""
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back, as far as it can be told; half of one counts."""
+
     def push(self, pieces: Iterable[str]) -> list[str]:
         """Add pieces; returns those that are settled."""
 
@@ -71,7 +75,9 @@ class DecoderPipeline:
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds inside a text, or most likely adds, as UTF-8; nothing if the id is no
         token's."""
-        piece = self._id_to_token(token_id) or ""
+        piece = self._id_to_token(token_id)
+        if piece is None:
+            return b""
         for step in self._steps:
             found = step.inside(piece)
             try:
@@ -87,6 +93,11 @@ class PipelineDecoder:
     def __init__(self, id_to_token: Callable[[int], str | None], states: list[_State]) -> None:
         self._id_to_token = id_to_token
         self._states = states
+
+    @property
+    def held(self) -> int:
+        """Characters that are held back, as far as it can be told; half of one counts."""
+        return sum(state.held for state in self._states)
 
     def push(self, token_ids: Iterable[int], final: bool) -> str:
         """Add tokens; returns the text that is settled, which is all of it if none follow."""
@@ -164,6 +175,8 @@ def _strip_each(content: str, start: int, stop: int) -> _Step:
 
 
 class _Each:
+    held = 0
+
     def __init__(self, first: Callable[[str], str], other: Callable[[str], str]) -> None:
         self._next = first
         self._other = other
@@ -190,6 +203,8 @@ def _distinct(decode: Callable[[list[str]], str]) -> _Step:
 
 
 class _Distinct:
+    held = 0
+
     def __init__(self, clean: Callable[[str], str]) -> None:
         self._clean = clean
         self._last: str | None = None
@@ -210,32 +225,36 @@ def _all_but_last(decode: Callable[[list[str]], str], borders: bool) -> _Step:
     """BPEDecoder: the end of a word is a space, but not in the last piece."""
 
     @lru_cache(_CACHED_PIECES)
-    def forms(piece: str) -> tuple[str, str, str]:
-        """What is certain of the piece, and what follows if it is not the last, and if it is."""
+    def forms(piece: str) -> tuple[str | None, tuple[str, str] | None]:
+        """What of the piece is certain, and what follows if it is not the last and if it is."""
         inside, last = decode([piece, ""]), decode([piece])
-        same = 0
-        if not borders:
-            pairs = zip(inside, last, strict=False)
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(last))
-        return last[:same], inside[same:], last[same:]
+        if inside == last:
+            return inside, None
+        if borders:
+            return None, (inside, last)
+        pairs = zip(inside, last, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(last))
+        return last[:same], (inside[same:], last[same:])
 
-    return _Step(lambda _: _AllButLast(forms), lambda piece: "".join(forms(piece)[:2]))
+    return _Step(lambda _: _AllButLast(forms), lambda piece: decode([piece, ""]))
 
 
 class _AllButLast:
-    def __init__(self, forms: Callable[[str], tuple[str, str, str]]) -> None:
+    def __init__(self, forms: Callable[[str], tuple[str | None, tuple[str, str] | None]]) -> None:
         self._forms = forms
         self._held: tuple[str, str] | None = None
-        """What is left of the piece that came last: if others follow, and if none do."""
+
+    @property
+    def held(self) -> int:
+        return 0 if self._held is None else len(self._held[0])
 
     def push(self, pieces: Iterable[str]) -> list[str]:
         found = []
         for piece in pieces:
             if self._held is not None:
                 found.append(self._held[0])
-            certain, *held = self._forms(piece)
-            self._held = (held[0], held[1])
-            if certain:
+            certain, self._held = self._forms(piece)
+            if certain is not None:
                 found.append(certain)
         return found
 
@@ -256,6 +275,7 @@ class _Runs:
 
     def __init__(self) -> None:
         self._run = bytearray()
+        self.held = 0
 
     def push(self, pieces: Iterable[str]) -> list[str]:
         found = []
@@ -265,10 +285,11 @@ class _Runs:
                 found += [*self.flush(), piece]
             else:
                 self._run += byte
+                self.held += byte[0] & 0xC0 != 0x80  # a character begins with any other byte
         return found
 
     def flush(self) -> list[str]:
-        run, self._run = self._run, bytearray()
+        run, self._run, self.held = self._run, bytearray(), 0
         if not run:
             return []
         try:
@@ -282,6 +303,10 @@ class _StreamedRuns:
 
     def __init__(self) -> None:
         self._utf8 = utf8_decoder(errors="replace")
+
+    @property
+    def held(self) -> int:
+        return bool(self._utf8.getstate()[0])
 
     def push(self, pieces: Iterable[str]) -> list[str]:
         found = []
@@ -301,6 +326,10 @@ class _ByteLevel:
     def __init__(self) -> None:
         self._utf8 = utf8_decoder(errors="replace")
 
+    @property
+    def held(self) -> int:
+        return bool(self._utf8.getstate()[0])
+
     def push(self, pieces: Iterable[str]) -> list[str]:
         return [self._utf8.decode(b"".join(map(bytes_of_characters, pieces)))]
 
@@ -318,6 +347,10 @@ class _Replace:
     def __init__(self, old: str, new: str) -> None:
         self._old, self._new = old, new
         self._held = ""
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
 
     def push(self, pieces: Iterable[str]) -> list[str]:
         *before, rest = "".join([self._held, *pieces]).split(self._old)
@@ -340,7 +373,7 @@ class _StripText:
 
     def __init__(self, content: str, start: int, stop: int) -> None:
         self._content, self._start, self._stop = content, start, stop
-        self._held = 0
+        self.held = 0
         """How often `content` stands at the end, as far as it may have to go."""
 
     def push(self, pieces: Iterable[str]) -> list[str]:
@@ -350,9 +383,9 @@ class _StripText:
             left = len(text) - len(inner)
             text = text[min(left, self._start) :]
             self._start = 0 if inner else max(0, self._start - left)
-        text = self._content * self._held + text
-        self._held = min(len(text) - len(text.rstrip(self._content)), self._stop)
-        return [text[: len(text) - self._held]]
+        text = self._content * self.held + text
+        self.held = min(len(text) - len(text.rstrip(self._content)), self._stop)
+        return [text[: len(text) - self.held]]
 
     def flush(self) -> list[str]:
         return []
@@ -369,9 +402,12 @@ class _Whole:
         self._decode = decode
         self._one_text = one_text
         self._pieces: list[str] = []
+        self.held = 0
 
     def push(self, pieces: Iterable[str]) -> list[str]:
-        self._pieces += pieces
+        for piece in pieces:
+            self._pieces.append(piece)
+            self.held += len(piece)
         return []
 
     def flush(self) -> list[str]:

@@ -62,6 +62,7 @@ class Detokenizer:
         self._min_left = min_tokens if stop else 0
         self._tokenizer = tokenizer if locate else None
         self._starts: list[int] = []
+        self._last_start = 0
         self._length = 0
         """Characters so far, of the text that a stop string may cut; counted to locate tokens."""
 
@@ -105,8 +106,10 @@ class Detokenizer:
         that an index may lie behind its end.
 
         Tokens that make a character together begin where it does, and a token without text begins
-        where the next one may. Needs `locate`.
+        where the next one may. Nothing without `locate`.
         """
+        if self._tokenizer is None:
+            return []
         starts, self._starts = self._starts, []
         return starts + [self._length] * (count - len(starts))
 
@@ -118,9 +121,11 @@ class Detokenizer:
             before = self._length
             text = self._shown([token_id], False)
             self._length += len(text)
-            # The text may begin with what earlier tokens had held back.
+            # Text of this token may be held back, and text of others come with it.
+            end = self._length + max(0, self._decoder.held - len(self._told))
             own = len(self._tokenizer.token_text(token_id)[0])
-            self._starts.append(max(before, self._length - own))
+            self._last_start = max(self._last_start, before, end - own)
+            self._starts.append(self._last_start)
             texts.append(text)
         if final:
             texts.append(self._shown((), True))
@@ -141,6 +146,10 @@ class Detokenizer:
 
 
 class _Decoder(Protocol):
+    @property
+    def held(self) -> int:
+        """Characters that are held back, as far as it can be told; half of one counts."""
+
     def push(self, token_ids: Sequence[int], final: bool) -> str: ...
 
 
@@ -158,15 +167,15 @@ class _ByteDecoder:
         self._pieces = pieces
         self._utf8 = utf8_decoder(errors="replace")
         self._strip = pieces.strip_start
-        self._holds_back = False
+        self.held = False
 
     def push(self, token_ids: Sequence[int], final: bool) -> str:
         pieces = self._pieces
         data = b"".join([pieces[i] for i in token_ids])
-        if data.isascii() and not self._holds_back and not self._strip:
+        if data.isascii() and not self.held and not self._strip:
             return data.decode("ascii")  # certain by itself
         text = self._utf8.decode(data, final)
-        self._holds_back = bool(self._utf8.getstate()[0])
+        self.held = bool(self._utf8.getstate()[0])
         while self._strip and text:
             if text[0] != " ":
                 self._strip = 0

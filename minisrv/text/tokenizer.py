@@ -95,13 +95,16 @@ class Tokenizer:
         """The ids of `text` with what the tokenizer adds around it, and for each the index in
         `text` at which its part begins; what is not in the text begins where it stands. Tokens that
         share a character all begin with it."""
-        encoding = self._backend.encode(text)
+        [encoding] = self._backend.encode_batch([text])
         starts = []
         last = end = 0
         for start, stop in encoding.offsets:
-            # Some tokenizers leave the spaces around a token out of its span, and added tokens
-            # have an empty one: a token begins no later than the one before it ends.
-            last = max(last, min(start, end) if stop > start else end)
+            if start == stop:
+                start = end  # an added token, or all of it was left out
+            # Some tokenizers leave the spaces in front of a token out of its span.
+            while start > end and text[start - 1].isspace():
+                start -= 1
+            last = max(last, start)
             end = max(end, stop)
             starts.append(last)
         return encoding.ids, starts
@@ -124,9 +127,11 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """What one token adds inside a text, as text (U+FFFD for what is not UTF-8 by itself) and
-        as bytes."""
+        as bytes; a special token is spelled."""
         if self.pipeline is not None:
-            piece = self.pipeline.token_bytes(token_id)
+            special = token_id in self.special_ids
+            [spelling] = self.spell([token_id]) if special else [""]
+            piece = spelling.encode() if special else self.pipeline.token_bytes(token_id)
         else:
             assert self.token_bytes is not None
             piece = self.token_bytes[token_id]

@@ -196,6 +196,39 @@ def test_a_completion_goes_on_where_the_prompt_ends(
         assert alone + stream(detokenizer, chunks) == both
 
 
+CHANGING = {
+    *("BPE of CTC", "CTC of BPE", "CTC", "CTC, as it is", "metaspace of CTC", *HELD),
+    *("words of BPE", "words of fallback", "fallback of metaspace"),
+}
+"""Where the text of a token may be another than by itself."""
+
+
+@settings(max_examples=400)
+@given(
+    decoded=st.sampled_from([made for name, made in NAMED.items() if name not in CHANGING]),
+    chunks=CHUNKS,
+)
+def test_tokens_are_where_their_text_is(decoded: Decoded, chunks: list[list[int]]) -> None:
+    tokenizer = decoded.tokenizer
+    ids = [i for chunk in chunks for i in chunk]
+    located, chunked = (Detokenizer(tokenizer, locate=True) for _ in range(2))
+    text = located.push(ids, final=True)
+    assert stream(chunked, chunks) == text
+    starts = located.take_starts(len(ids))
+    assert starts == chunked.take_starts(len(ids)) == sorted(starts)
+    assert all(start <= len(text) for start in starts)
+    if "strip" in decoded.name or "replace" in decoded.name or "\ufffd" in text:
+        return
+    first = True
+    for number, start in zip(ids, starts, strict=True):
+        if number in tokenizer.special_ids or not tokenizer.has_token(number):
+            continue
+        own = tokenizer.token_text(number)[0]
+        if not first and "\ufffd" not in own and not VOCABULARY[number].startswith("<0x"):
+            assert text[start:].startswith(own.rstrip(" "))
+        first = False
+
+
 def test_an_emoji_of_tokens_that_are_no_plain_bytes() -> None:
     """Text comes as soon as it is settled, and never half a character."""
     tokenizer = NAMED["late replace"].tokenizer
