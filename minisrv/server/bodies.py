@@ -82,9 +82,14 @@ class TextLogprobs(Body):
     """Of each token of a completion."""
 
     tokens: list[str]
+    """`bytes:\\xe2` is a token that is no text by itself, `token_id:123` one that the tokenizer
+    does not know."""
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
+    """By the tokens' spelling; all but one of those that are spelled alike are `token_id:123`."""
     text_offset: list[int]
+    """Where each begins in the text of the choice, in characters. Tokens that make a character
+    together begin with it, and what a stop string cut off stands at the end."""
 
 
 class TextChoice(Choice):

@@ -11,8 +11,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minisrv.request import EngineOutput, FinishReason, TokenLogprobs
+from minisrv.server.generation import Delta, coalesce
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import INFO, FakeEngine, outputs, scored, sse
+from tests.server.fake_engine import INFO, FakeEngine, outputs, scored, sse, token_logprobs
 from tests.text import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -172,6 +173,31 @@ async def test_offsets_and_a_stop_string(
     assert len(found["tokens"]) == next(
         (n for n in range(len(ids)) if stop in "".join(texts[:n])), len(ids)
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_offsets_where_a_stop_string_does_not_count_yet(
+    connect: Connect, tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = tokenizer.encode("stop €, stop here")
+    options = {"stop": ["stop"], "min_tokens": 2, "max_tokens": 50, "stream": stream}
+    text, found = await complete(connect(outputs(ids, logprobs=2)), **options)
+    assert text == "stop €, "
+    pieces = [tokenizer.token_text(i)[1] for i in ids]
+    starts = [len(b"".join(pieces[:n]).decode(errors="ignore")) for n in range(len(ids))]
+    told = len(found["tokens"])
+    assert found["text_offset"] == [min(start, len(text)) for start in starts[:told]]
+
+
+def test_deltas_that_are_told_together() -> None:
+    """Their tokens keep their places."""
+    deltas = [
+        Delta(0, "a", [1], [token_logprobs(1, 0)], text_starts=[0]),
+        Delta(0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_starts=[1, 2]),
+    ]
+    [delta] = coalesce(deltas)
+    assert (delta.text, delta.text_starts) == ("abc", [0, 1, 2])
+    assert [position.token_id for position in delta.logprobs or ()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("stream", [False, True])
