@@ -13,7 +13,8 @@ from pathlib import Path
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
+"""Names of torch's, where half is float16 and float is float32."""
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
@@ -29,11 +30,16 @@ class EngineConfig:
     revision: a branch, tag or commit of a hub id's repository; None takes its main branch.
     tokenizer: a directory or hub id with another tokenizer than the checkpoint's.
     chat_template: a file with another template than the checkpoint's.
-    quantization: "int8" keeps the weights of the projections with 8 bits.
+    dtype: what weights and activations are served in; auto keeps what the device is fast with, and
+        the log says why. half is float16, float is float32.
+    device: auto is the GPU where there is one.
+    load_format: auto reads safetensors; dummy draws weights at random, from config.json alone.
+    quantization: int8 keeps the weights of the projections with 8 bits.
     max_model_len: tokens of prompt and completion together; None takes the checkpoint's, or as many
         as the KV cache holds.
     max_num_seqs: requests in one decode batch; always the top decode rung.
     max_num_batched_tokens: token budget of one step.
+    block_size: tokens in a block of the KV cache.
     num_kv_blocks: blocks of the KV cache, the null block included; None sizes it by
         kv_cache_memory.
     kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
@@ -41,13 +47,18 @@ class EngineConfig:
         gpu_memory_utilization leaves.
     gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
     max_waiting: requests the engine queues before it answers 429.
+    seed: of the seeds that requests do not give.
     async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
         does so on a GPU, which would wait for the host otherwise, and not on a CPU.
     enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
-    cudagraph_mode: None is full on a GPU and full-and-piecewise on a CPU, whose attention takes the
-        lengths of a mixed batch from the host.
-    cudagraph_capture_sizes: rungs of both ladders; None takes the default ladders.
-    simulate_launch_us: microseconds that every launch takes longer than it does; 0 is off.
+    enforce_eager: no graphs at all, whatever cudagraph_mode says.
+    cudagraph_mode: which batches run by which graphs: none, piecewise, full-decode-only,
+        full-and-piecewise or full. None is full on a GPU and full-and-piecewise on a CPU, whose
+        attention takes the lengths of a mixed batch from the host.
+    cudagraph_capture_sizes: rungs of both ladders; None takes those that `minisrv plan`
+        prints.
+    simulate_launch_us: microseconds that every launch takes longer than it does, to see on a CPU
+        what graphs save where a launch is dear; figures are then labelled simulated. 0 is off.
     Raises ConfigError.
     """
 
@@ -130,18 +141,23 @@ class EngineConfig:
 class ServerConfig:
     """What the HTTP side needs to know.
 
+    host, port: where it listens; port 0 takes a free one.
     served_model_names: names the API answers to, the first one in its answers; empty takes the
         model's own.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
-    api_workers: processes that speak HTTP, tokenise and detokenise.
+    api_workers: processes that speak HTTP, tokenise and detokenise, behind one port; more than one
+        where clients are many and steps are short.
     engine_timeout: seconds that one step of the engine may take; one that takes longer is taken for
         a hang, and the engine for dead. While it loads, seconds for which its process may do
         nothing at all, and then at least two minutes.
     request_timeout: seconds from a request's arrival to its end; 0 sets no limit.
-    api_keys: what clients must send, one of them; empty lets everybody in.
+    api_keys: what clients must send, one of them; none lets everybody in. Others see those of a
+        command line in the list of processes: a file or the environment is better.
     max_requests_per_key: that one key may have open at once; 0 sets no limit.
     allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
     ssl_certfile, ssl_keyfile: PEM files, for HTTPS.
+    disable_log_stats: leave out the lines that tell throughput and queue while there is work.
+    disable_uvicorn_access_log: leave out the line of each request.
     Raises ConfigError.
     """
 
@@ -157,6 +173,8 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    disable_log_stats: bool = False
+    disable_uvicorn_access_log: bool = False
 
     def __post_init__(self) -> None:
         _at_least("engine_timeout", self.engine_timeout, 1)
@@ -182,10 +200,11 @@ class ServerConfig:
 class BenchConfig:
     """What `minisrv bench` measures, and what it keeps.
 
-    batch_sizes: requests of a decode batch; empty takes every decode rung.
+    batch_sizes: requests of a decode batch; none takes every decode rung.
     context: tokens of a request in the middle of the measured steps.
     rounds: how often every mode is measured, twice each time.
-    json, plot: files to write.
+    json: a file for everything, raw medians included.
+    plot: a file for a drawing of it; needs matplotlib (the extra `plot`).
     Raises ConfigError.
     """
 

@@ -38,6 +38,8 @@ FLOORS = {
     "certify": 7,
     "bench": 7,
     "llm": 7,
+    "flags": 7,
+    "vllm_flags": 7,
     "cli": 7,
     "__init__": 7,
 }

@@ -218,7 +218,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_waiting=config.max_waiting,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             device=str(device),
             cudagraph_mode=self.ladders.mode.value,
             graphs=len(self.runner.graph_bytes),
@@ -485,6 +485,11 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device
         name, why = "bfloat16", "which this CPU multiplies natively"
     elif name == "auto":
         name, why = "float32", "the fastest here that loses nothing"
-    logger.info("weights are %s, served in %s: %s", model.dtype, name, why)
     dtype: torch.dtype = getattr(torch, name)
+    logger.info("weights are %s, served in %s: %s", model.dtype, dtype_name(dtype), why)
     return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """E.g. "float16", which may have been asked for as "half"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,230 @@
+"""Command-line flags made from settings, and what is said of a flag that does not exist.
+
+A flag is a field of a settings class: its name, type and default are the field's, and its help is
+what the class's docstring says of it, so that each is told in one place.
+
+Knows: argparse, and how settings classes are documented. Knows nothing of what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from minisrv.config import DEVICES, DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig, ServerConfig
+from minisrv.modes import CUDAGraphMode
+from minisrv.vllm_flags import why_not_here
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_TYPES: dict[str, dict[str, Any]] = {
+    "int": {"type": int, "metavar": "N"},
+    "float": {"type": float, "metavar": "X"},
+    "str": {"metavar": "TEXT"},
+    "Path": {"type": Path, "metavar": "FILE"},
+    "tuple[str, ...]": {"nargs": "+", "type": lambda text: (text,)},
+    "tuple[int, ...]": {"nargs": "+", "type": lambda text: sizes(text), "metavar": "N"},
+}
+"""What argparse does for a field's type."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser. An argument that it does not know ends it with its own usage and a hint,
+    also where another parser hands arguments on to it. A flag is spelled out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.commands: Mapping[str, CommandParser] = {}
+        """All commands of the program, this one included, to say whose flag it is."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `ArgumentParser`'s, but nothing is left unknown."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if flags := [text for text in unknown if re.match(r"--?[A-Za-z]", text)]:
+            self.error("\n  ".join(self._hint(flag) for flag in flags))
+        if unknown:
+            self.error(f"nothing takes {' '.join(unknown)!r}; a value follows its flag.")
+        return found, []
+
+    @property
+    def flags(self) -> list[str]:
+        """The long names of its flags."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+    def _hint(self, given: str) -> str:
+        flag = given.partition("=")[0]
+        spelled = flag.lower().replace("_", "-")
+        if spelled in self.flags:
+            return f"{flag} is spelled {spelled} here."
+        if why := why_not_here(given):
+            return f"{flag} is vLLM's, and not here: {why}"
+        if others := [name for name, parser in self.commands.items() if spelled in parser.flags]:
+            return f"{flag} is a flag of {', '.join(others)}, not of this command."
+        near = [name for name in self.flags if name.startswith(spelled)]
+        near = near or difflib.get_close_matches(spelled, self.flags, n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help."
+        return f"there is no {flag}; {hint}"
+
+
+class SettingsFlags:
+    """Adds flags for the fields of a settings class to a parser, group by group.
+
+    A flag that is not given stays None: the default is the class's own.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, kind: type[Any]) -> None:
+        self._parser = parser
+        self._fields: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}
+        self._docs = field_docs(kind)
+        self._group: argparse._ArgumentGroup
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Let what is added from here on stand under a title."""
+        self._group = self._parser.add_argument_group(title)
+        return self._group
+
+    def add(self, *names: str) -> None:
+        """Add flags that need nothing but what their fields say."""
+        for name in names:
+            self.add_as(name)
+
+    def add_as(self, name: str, flag: str = "", **options: Any) -> None:
+        """Add the flag of a field.
+
+        flag: its own name, where it is not the field's.
+        options: for argparse, in place of what follows from the field's type.
+        """
+        field = self._fields[name]
+        annotation = str(field.type).removesuffix(" | None")
+        if annotation == "bool":
+            optional = field.default is not False
+            action = argparse.BooleanOptionalAction if optional else "store_true"
+            options = {"action": action} | options
+        elif "choices" not in options:
+            options = _TYPES.get(annotation, {}) | options
+        if options.get("nargs") == "+":
+            options["action"] = _Flatten
+        self._group.add_argument(
+            flag or _flag(name), dest=name, default=None, help=self.help(name), **options
+        )
+
+    def help(self, name: str) -> str:
+        """What the class's docstring says of a field, as a command line has it."""
+        field, text = self._fields[name], self._docs[name].rstrip(".")
+        # Docstrings speak of fields, and of None for a field that is not given.
+        text = re.sub(r"(?<=\. )None\b", "The default", text)
+        text = re.sub(r"\bNone\b", "the default", text)
+        text = re.sub(
+            r"\b[a-z]+(_[a-z]+)+\b",
+            lambda match: _flag(match[0]) if match[0] in self._fields else match[0],
+            text,
+        )
+        if not isinstance(field.default, bool | tuple | None):
+            text += f" (default: {field.default})"
+        return text.replace("%", "%%")
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """What a class's docstring says of its fields, in paragraphs such as `name, name: text`."""
+    docs: dict[str, str] = {}
+    names: list[str] = []
+    for line in inspect.getdoc(kind).splitlines():  # type: ignore[union-attr]
+        if found := re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line):
+            names = found[1].split(", ")
+            docs |= dict.fromkeys(names, found[2])
+        elif line.startswith("    "):
+            docs |= {name: f"{docs[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return docs
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---- which fields are flags ----------------------------------------------------------------------
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and the flags of EngineConfig."""
+    flags = SettingsFlags(parser, EngineConfig)
+    group = flags.group("model")
+    # vLLM takes the model as an argument or as a flag; so it is here.
+    group.add_argument("model", nargs="?", metavar="MODEL", help=flags.help("model"))
+    group.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    flags.add_as("dtype", choices=DTYPES)
+    flags.add_as("device", choices=DEVICES)
+    flags.add_as("load_format", choices=LOAD_FORMATS)
+    flags.add_as("quantization", choices=QUANTIZATIONS)
+    flags.add("max_model_len", "seed")
+    flags.group("batching")
+    flags.add("max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size")
+    flags.add_as("kv_cache_memory", type=size, metavar="BYTES[K|M|G]")
+    flags.add("gpu_memory_utilization", "num_kv_blocks")
+    flags.add("async_scheduling", "enable_prefix_caching")
+    flags.group("graphs")
+    flags.add("enforce_eager")
+    flags.add_as("cudagraph_mode", type=CUDAGraphMode.parse, metavar="MODE")
+    flags.add("cudagraph_capture_sizes", "simulate_launch_us")
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of ServerConfig."""
+    flags = SettingsFlags(parser, ServerConfig)
+    flags.group("HTTP")
+    flags.add("host", "port")
+    flags.add_as("served_model_names", "--served-model-name", type=names, metavar="NAME")
+    flags.add("api_workers", "shutdown_timeout", "engine_timeout", "request_timeout")
+    flags.group("access")
+    flags.add_as("api_keys", "--api-key", metavar="KEY")
+    flags.add("max_requests_per_key")
+    flags.add_as("allowed_origins", metavar="ORIGIN")
+    flags.add("ssl_certfile", "ssl_keyfile")
+    flags.group("log")
+    flags.add("disable_log_stats", "disable_uvicorn_access_log")
+
+
+# ---- what values are -----------------------------------------------------------------------------
+
+
+class _Flatten(argparse.Action):
+    """Values of several words, each of which may be several: one tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        groups: Iterable[Iterable[Any]] = values
+        setattr(namespace, self.dest, tuple(value for group in groups for value in group))
+
+
+def sizes(text: str) -> list[int]:
+    """Integers separated by commas."""
+    try:
+        return [int(size) for size in text.split(",") if size]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 1 2 4,8") from None
+
+
+def names(text: str) -> list[str]:
+    """Words separated by commas."""
+    return [name for name in text.split(",") if name]
+
+
+def size(text: str) -> int:
+    """Bytes."""
+    match = re.fullmatch(r"(\d+)([kmg]?)(i?b)?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 2G")
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,126 @@
+"""The command line: flags that are the settings' fields, and hints for those that do not exist."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minisrv import cli
+from minisrv.cli import engine_config, main
+from minisrv.config import BenchConfig, EngineConfig, ServerConfig
+from minisrv.engine.core import dtype_name, resolve_dtype
+from minisrv.flags import field_docs
+from minisrv.vllm_flags import FLAGS, why_not_here
+
+COMMANDS = cli._parser()._subparsers._group_actions[0].choices
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines of a refusal to parse: the usage first, then what is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is vLLM's, and not here: one"),
+        (["m", "-tp", "2"], "-tp is vLLM's, and not here: one engine serves from one GPU"),
+        (["--trust-remote-code"], "code of a checkpoint is never run"),
+        (["-O3"], "-O3 is vLLM's, and not here: torch.compile is not used; graphs are set by"),
+        (["-O", "3"], "-O is vLLM's"),
+        (["-O.level=3"], "torch.compile is not used"),
+        (["--compilation-config", "{}"], "--cudagraph-mode"),
+        (["--compilation-config.cudagraph_mode=FULL"], "--cudagraph-mode"),
+        (["--no-enable-chunked-prefill"], "prompts are always computed in chunks"),
+        (["--enable_chunked_prefill=True"], "prompts are always computed in chunks"),
+        (["--data-parallel-size-local", "2"], "one engine serves from one GPU"),
+        (["--kv-cache-memory-bytes", "9"], "it is called --kv-cache-memory here."),
+        (["--max_model_len", "9"], "--max_model_len is spelled --max-model-len here."),
+        (["--gpu-mem-util", "0.5"], "did you mean --gpu-memory-utilization?"),
+        (["--max-num", "9"], "did you mean --max-num-seqs or --max-num-batched-tokens?"),
+        (["--served"], "did you mean --served-model-name?"),
+        (["--max-m", "9"], "did you mean --max-model-len?"),
+        (["--measure"], "--measure is a flag of plan, not of this command."),
+        (["--rounds", "9"], "--rounds is a flag of bench, not of this command."),
+        (["--frobnicate"], "there is no --frobnicate; see --help."),
+        (["model", "another"], "nothing takes 'another'"),
+        (["--cudagraph-capture-sizes", "1,x"], "'1,x' is no size; write 1 2 4,8"),
+        (["--kv-cache-memory", "much"], "'much' is no size; write 500M or 2G"),
+    ],
+)
+def test_what_is_no_flag(capsys: pytest.CaptureFixture[str], given: list[str], hint: str) -> None:
+    usage, *_, last = refused(capsys, "serve", *given)
+    assert usage.startswith("usage: minisrv serve ")
+    assert last.startswith("minisrv serve: error: ")
+    assert hint in last
+
+
+def test_every_flag_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refused(capsys, "bench", "--port", "1", "--swap-space", "4", "--rund", "2")
+    assert lines[0].startswith("usage: minisrv bench ")
+    assert "--port is a flag of serve" in lines[-3]
+    assert "--swap-space is vLLM's" in lines[-2]
+    assert "did you mean --rounds?" in lines[-1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_flag_of_ours_is_said_to_be_missing(command: str) -> None:
+    names = COMMANDS[command]._option_string_actions
+    assert not names.keys() & FLAGS
+    assert not [name for name in names if why_not_here(name)]
+
+
+def test_reasons_are_sentences() -> None:
+    for flag in FLAGS:
+        reason = why_not_here(flag)
+        assert reason is not None
+        assert reason.endswith("."), flag
+
+
+def test_reasons_name_flags_that_exist() -> None:
+    ours = set(COMMANDS["serve"].flags)
+    for flag in FLAGS:
+        words = str(why_not_here(flag)).replace(";", " ").replace(",", " ").split()
+        named = {word.rstrip(".:") for word in words if word.startswith("--")}
+        assert named <= ours, flag
+
+
+@pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, BenchConfig])
+def test_every_setting_is_documented_and_a_flag(kind: type) -> None:
+    names = [field.name for field in fields(kind)]
+    assert set(field_docs(kind)) == set(names)
+    command = "bench" if kind is BenchConfig else "serve"
+    actions = {action.dest: action for action in COMMANDS[command]._actions}
+    for name in names:
+        assert actions[name].help
+        assert actions[name].default is None
+        assert "None" not in actions[name].help
+
+
+def test_flags_become_settings() -> None:
+    given = ["m", "--max-num-seqs", "8", "--kv-cache-memory", "2G", "--no-async-scheduling"]
+    given += ["--cudagraph-capture-sizes", "1", "2,4", "8", "--enforce-eager", "--dtype", "half"]
+    assert engine_config(given) == EngineConfig(
+        model="m",
+        max_num_seqs=8,
+        kv_cache_memory=2 << 30,
+        async_scheduling=False,
+        cudagraph_capture_sizes=(1, 2, 4, 8),
+        enforce_eager=True,
+        dtype="half",
+    )
+    assert engine_config([]) == EngineConfig()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("half", "float16"), ("float", "float32")])
+def test_dtypes_have_two_names(name: str, dtype: str) -> None:
+    config, model = EngineConfig(dtype=name), SimpleNamespace(dtype="bfloat16")
+    resolved = resolve_dtype(config, model, torch.device("cpu"))
+    assert resolved is getattr(torch, dtype)
+    assert dtype_name(resolved) == dtype
