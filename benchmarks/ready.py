@@ -6,7 +6,7 @@
 
 A round starts each server once, alone, on a free port, asks `/ready` every 20 ms until it answers
 200, and ends it. Seconds are from before the process is made; phases are what the server's own
-"ready in" line says, in tenths of a second, and what they leave is imports and processes.
+"ready in" line says, which add up to what the server itself has measured from its process's start.
 
 The caches are those of the environment, and each server is started once before, unmeasured. With
 --cold each start has empty directories in place of those in CACHES, and none is unmeasured; the

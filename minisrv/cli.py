@@ -9,6 +9,7 @@ checkpoint, an engine that has died), 2 the command line cannot be parsed.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from minisrv.config import BenchConfig, EngineConfig, ServerConfig
 from minisrv.errors import ConfigError, GraphError, MinisrvError
 from minisrv.flags import CommandParser, SettingsFlags, add_engine_flags, add_server_flags
 
+logger = logging.getLogger("minisrv")  # also where this module is the program
 _T = TypeVar("_T")
 API_KEY_VARIABLE = "MINISRV_API_KEY"
 
@@ -46,10 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
+    engine, server = _settings(EngineConfig, options), _settings(ServerConfig, options)
+    _announce(engine)
+    from minisrv.processes import process_began
+    from minisrv.progress import StartupClock
     from minisrv.server.launcher import serve
 
-    options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
-    return serve(_settings(EngineConfig, options), _settings(ServerConfig, options))
+    return serve(engine, server, StartupClock(process_began()))
+
+
+def _announce(config: EngineConfig) -> None:
+    """The first line, before anything that takes long is imported."""
+    model = config.model or "the default model"
+    logger.info("minisrv %s: %s, device %s", __version__, model, config.device)
 
 
 def _more_keys(file: Path | None) -> list[str]:
@@ -72,26 +84,33 @@ def _more_keys(file: Path | None) -> list[str]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    config = _settings(EngineConfig, options)
+    if options.measure:
+        _announce(config)
     from minisrv.plan import print_measured_plan, print_plan
 
     show = print_measured_plan if options.measure else print_plan
-    show(_settings(EngineConfig, options))
+    show(config)
     return 0
 
 
 def _certify(options: argparse.Namespace) -> int:
+    config = _settings(EngineConfig, options)
+    _announce(config)
     try:
         from minisrv.certify import run_certify
 
-        return run_certify(_settings(EngineConfig, options), options.json)
+        return run_certify(config, options.json)
     except KeyboardInterrupt:
         raise GraphError("interrupted: not every graph has been certified.") from None
 
 
 def _bench(options: argparse.Namespace) -> int:
+    engine, measurement = _settings(EngineConfig, options), _settings(BenchConfig, options)
+    _announce(engine)
     from minisrv.bench import bench
 
-    bench(_settings(EngineConfig, options), _settings(BenchConfig, options))
+    bench(engine, measurement)
     return 0
 
 

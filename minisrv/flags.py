@@ -160,6 +160,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     # vLLM takes the model as an argument or as a flag; so it is here.
     group.add_argument("model", nargs="?", metavar="MODEL", help=flags.help("model"))
     group.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    flags.add("revision", "tokenizer", "chat_template")
     flags.add_as("dtype", choices=DTYPES)
     flags.add_as("device", choices=DEVICES)
     flags.add_as("load_format", choices=LOAD_FORMATS)

@@ -1,7 +1,8 @@
 """How log lines look, in every process: text, or JSON with a field for everything.
 
 A line that is written while a request is served carries the request's id. Prompts and answers are
-in none.
+in none. A record may come with values: those of `extra={"fields": {...}}` are part of every line,
+and those of `extra={"said": {...}}`, which the message holds already, of JSON alone.
 
 Knows: logging. Knows nothing of what is logged.
 """
@@ -79,7 +80,7 @@ class _Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
         line = super().formatMessage(record)
-        fields = _fields(record)
+        fields = _values(record, "fields")
         if request_id := _request_id(record):
             fields["request"] = request_id
         return " ".join((line, *(f"{name}={value}" for name, value in fields.items())))
@@ -99,7 +100,8 @@ class _Json(logging.Formatter):
             "process": self._process or "launcher",
             "logger": record.name,
             "message": record.getMessage(),
-            **_fields(record),
+            **_values(record, "said"),
+            **_values(record, "fields"),
         }
         if request_id := _request_id(record):
             line["request_id"] = request_id
@@ -112,6 +114,6 @@ def _request_id(record: logging.LogRecord) -> str:
     return record.request_id if isinstance(record, _Record) else ""
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What was passed as `extra={"fields": ...}`."""
-    return dict(getattr(record, "fields", {}))
+def _values(record: logging.LogRecord, name: str) -> dict[str, Any]:
+    """What was passed as `extra={name: ...}`."""
+    return dict(getattr(record, name, {}))

@@ -1,4 +1,4 @@
-"""How far a start-up is, for whoever waits for it.
+"""How far a start-up is, for whoever waits for it, and how long its phases have taken.
 
 A bar on a terminal, a line for each phase elsewhere. Knows nothing of what is being done.
 """
@@ -7,11 +7,43 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+
+class StartupClock:
+    """Seconds of a start-up by phase, in the order of the phases.
+
+    A phase is all that has passed since the one before it ended: phases add up to the whole, and no
+    time is without a name.
+
+    began: when the first phase began, by `time.monotonic`, which is the machine's, the same for
+        every process; None for now.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
+        self._last = time.monotonic() if began is None else began
+        self.seconds: dict[str, float] = {}
+
+    def end(self, phase: str) -> None:
+        """End a phase. One that has been there before gets longer."""
+        now = time.monotonic()
+        self._add(phase, now - self._last)
+        self._last = now
+
+    def include(self, seconds: Mapping[str, float]) -> None:
+        """Take phases that another process has gone through since the last one here ended."""
+        for phase, length in seconds.items():
+            self._add(phase, length)
+            self._last += length
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 class StartupProgress:

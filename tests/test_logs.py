@@ -50,6 +50,15 @@ def test_text(log: Callable[[str], io.StringIO]) -> None:
     assert rest[0].startswith("Traceback")
 
 
+def test_what_the_message_says_has_fields_in_json_alone(log: Callable[[str], io.StringIO]) -> None:
+    for format in ("text", "json"):
+        written = log(format)
+        logging.getLogger("minisrv.a").info("3 reqs", extra={"said": {"running": 3}})
+    text, line = written.getvalue().splitlines()
+    assert text.endswith("INFO api-0: 3 reqs")
+    assert json.loads(line)["running"] == 3
+
+
 @pytest.mark.parametrize("in_background", [False, True])
 def test_json_written_at_once_or_by_a_thread(
     log: Callable[[str], io.StringIO], in_background: bool

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from minisrv.machine import no_gpu
 from minisrv.model_config import ModelConfig
 from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
+from minisrv.progress import StartupClock
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.launches import simulate_launches
 from minisrv.runner.model_runner import ModelRunner
@@ -119,6 +119,7 @@ class EngineCore:
 
     progress: told about loading and capturing.
     checkpoint: the one that `config` names, where it has been opened already.
+    clock: of a start-up that has begun before this; its phases go on here.
     check_addresses: see `CUDAGraphWrapper`; for tests.
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
     """
@@ -129,12 +130,14 @@ class EngineCore:
         progress: Progress = lambda phase, done, total: None,
         *,
         checkpoint: Checkpoint | None = None,
+        clock: StartupClock | None = None,
         check_addresses: bool = False,
     ) -> None:
-        self.seconds: dict[str, float] = {}
+        self._clock = clock or StartupClock()
         with self._timed("checkpoint"):
             checkpoint = checkpoint or open_checkpoint(config)
-        device = resolve_device(config)
+        with self._timed("device"):
+            device = resolve_device(config)
         self.config = config = replace(config, device=device.type)
         check_mode(config, device)
         self.ladders = ladders_of(config)
@@ -160,9 +163,10 @@ class EngineCore:
             )
             model.prepare(int8=config.quantization == "int8")
 
-        self._grammars = Grammars(
-            checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
-        )
+        with self._timed("tokenizer"):
+            self._grammars = Grammars(
+                checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
+            )
 
         def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
             return ModelRunner(
@@ -186,6 +190,8 @@ class EngineCore:
             shape = KVCacheShape.of(config, model_config, context, dtype)
             num_blocks = num_kv_blocks(config, shape, self.memory.cache)
             self.runner = make_runner(num_blocks, context)
+        if not self.ladders.keys():
+            logger.info("no graphs are captured: every step runs eagerly")
         with self._timed("graphs"):
             self.runner.capture_graphs(
                 lambda done, total: progress("capturing graphs", done, total)
@@ -222,7 +228,7 @@ class EngineCore:
             device=str(device),
             cudagraph_mode=self.ladders.mode.value,
             graphs=len(self.runner.graph_bytes),
-            startup_seconds=self.seconds,
+            startup_seconds=self._clock.seconds,
             simulated_launch_us=config.simulate_launch_us,
         )
         self._broken = False
@@ -236,11 +242,12 @@ class EngineCore:
         self._gpu_busy_ms = 0.0
         self._gpu_idle_ms = 0.0
         self._prompt_tokens = 0
+        self._prefill_tokens = 0
         self._generated_tokens = 0
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """A phase of the start-up: all that has happened since the one before it."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -249,7 +256,7 @@ class EngineCore:
                 "or dtype, lower --kv-cache-memory or --gpu-memory-utilization, lower "
                 "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU."
             ) from error
-        self.seconds[phase] = round(time.perf_counter() - start, 3)
+        self._clock.end(phase)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -403,6 +410,7 @@ class EngineCore:
         counts[0] += 1
         counts[1] += output.num_tokens
         counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
+        self._prefill_tokens += output.num_tokens - output.num_decodes
         self._graph_steps.count(output.first_rows, f"{mode}/{reason}")
 
     def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
@@ -436,6 +444,7 @@ class EngineCore:
             kv_blocks_total=scheduler.pool.total - 1,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
+            prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,

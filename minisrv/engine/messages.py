@@ -78,6 +78,8 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Engine to worker, when asked: a snapshot of its counters; counts are since the start.
 
+    prefill_tokens: of prompts, as far as steps have computed them: not what was found in the prefix
+        cache, and again what was computed again.
     gpu_busy_ms, gpu_idle_ms: in which a GPU ran steps, and waited for the next one while there was
         work; both 0 on a CPU. What a step with grammars waits for its masks counts as running.
     """
@@ -88,6 +90,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     kv_blocks_total: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
+    prefill_tokens: int = 0
     generated_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0

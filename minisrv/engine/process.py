@@ -16,11 +16,13 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import zmq
 
+from minisrv import logs
 from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
@@ -37,8 +39,10 @@ from minisrv.engine.messages import (
     decode_worker_message,
     encode,
 )
+from minisrv.engine.stats_log import StatsLog
 from minisrv.errors import ConfigError, EngineError, EngineNotReadyError, MinisrvError
 from minisrv.processes import ChildProcess
+from minisrv.progress import StartupClock
 from minisrv.request import EngineOutput, RequestFailure
 
 logger = logging.getLogger(__name__)
@@ -50,11 +54,14 @@ IDLE_MS = 500
 class EngineProcess(ChildProcess):
     """The parent's handle of an engine process."""
 
-    def __init__(self, config: EngineConfig, checkpoint: Path, private_dir: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, checkpoint: Path, private_dir: Path, *, log_stats: bool = False
+    ) -> None:
         """Start the process at once.
 
         checkpoint: the file in which a `Checkpoint` has been saved.
         private_dir: where its socket will be.
+        log_stats: let it log throughput and queue while there is work.
         Raises ConfigError if its path is too long for a socket.
         """
         path = private_dir / "engine"
@@ -66,9 +73,8 @@ class EngineProcess(ChildProcess):
         self.address = f"ipc://{path}"
         beats = private_dir / "heartbeat"
         self._heartbeat = Heartbeat(beats)
-        super().__init__(
-            "engine", _main, config, checkpoint, self.address, beats, private_dir=private_dir
-        )
+        arguments = config, checkpoint, self.address, beats, log_stats, time.monotonic()
+        super().__init__("engine", _main, *arguments, private_dir=private_dir)
 
     @property
     def silent_seconds(self) -> float:
@@ -76,12 +82,21 @@ class EngineProcess(ChildProcess):
         return self._heartbeat.age
 
 
-def _main(config: EngineConfig, checkpoint: Path, address: str, heartbeat: Path) -> None:
+def _main(
+    config: EngineConfig,
+    checkpoint: Path,
+    address: str,
+    heartbeat: Path,
+    log_stats: bool,
+    began: float,
+) -> None:
+    clock = StartupClock(began)
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
         with server.heartbeat.beating(IDLE_MS / 1000):
-            server.load(config, Checkpoint.load(checkpoint))
-        server.run()
+            server.load(config, Checkpoint.load(checkpoint), clock)
+        with logs.in_background():
+            server.run(log_stats=log_stats)
     except MinisrvError as error:
         if not server.fail(error):
             logger.error("%s", error.message)
@@ -110,8 +125,10 @@ class _EngineServer:
         self.owners: dict[str, bytes] = {}
         self.state: EngineMessage = Loading("starting")
 
-    def load(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+    def load(self, config: EngineConfig, checkpoint: Checkpoint, clock: StartupClock) -> None:
         """Make the engine, telling whoever asks how far it is."""
+        clock.end("engine process")
+        logger.info("importing torch")  # nobody is told by messages before it has been
         # Here, so that workers can connect while torch is imported.
         import torch
 
@@ -121,7 +138,8 @@ class _EngineServer:
             # One core is left to the API worker: threads of a parallel region that wait for one
             # which has lost its core cost many times what the last core would bring.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-        self.core = EngineCore(config, self._progress, checkpoint=checkpoint)
+        clock.end("imports")
+        self.core = EngineCore(config, self._progress, checkpoint=checkpoint, clock=clock)
         # What is there now stays: a collection that went through all of it would hold a step up.
         gc.collect()
         gc.freeze()
@@ -141,8 +159,9 @@ class _EngineServer:
     def _send(self, worker: bytes, message: EngineMessage) -> None:
         self.socket.send_multipart([worker, encode(message)])
 
-    def run(self) -> None:
+    def run(self, *, log_stats: bool) -> None:
         """Serve until the process is told to end."""
+        stats_log = StatsLog(self.core.stats) if log_stats else None
         while True:
             self.heartbeat.beat()
             while self.socket.poll(0 if self.core.has_work else IDLE_MS):
@@ -150,6 +169,8 @@ class _EngineServer:
                 self.heartbeat.beat()
             if self.core.has_work:
                 self._deliver(self.core.step())
+            if stats_log is not None:
+                stats_log.tick()
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()

@@ -270,6 +270,8 @@ class ModelRunner:
         Raises GraphCaptureError, CertificationError.
         """
         keys = self.ladders.keys()
+        if not keys:
+            return
         # A collection in the middle of a capture would free what the capture does not expect, and
         # looking at every object between two graphs takes longer than capturing one (vLLM#21146).
         gc.collect()

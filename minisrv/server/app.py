@@ -93,6 +93,7 @@ def create_app(
         json_paths=frozenset({_COMPLETIONS, _CHAT, _TOKENIZE, _DETOKENIZE}),
         arrived=metrics.arrived,
         failed=metrics.failed,
+        access_log=not settings.disable_uvicorn_access_log,
     )
     if settings.allowed_origins:
         # Outside the edge: what a browser asks before it may ask comes without a key.

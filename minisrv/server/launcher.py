@@ -31,7 +31,7 @@ from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.machine import check_driver
 from minisrv.processes import PARENTS_SIGNALS
-from minisrv.progress import StartupProgress
+from minisrv.progress import StartupClock, StartupProgress
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,14 @@ STUCK_SECONDS = 5
 """What workers get to end, beyond the time of their open requests."""
 
 
-def serve(engine: EngineConfig, server: ServerConfig) -> int:
+def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> int:
     """Serve until told to stop; returns the exit status.
 
+    clock: of the start-up, which has begun.
     0 after SIGTERM or SIGINT; 1 if the server could not start or go on, or the engine had died by
     then. Raises ConfigError, ModelError for what can be seen before anything is started.
     """
-    started = time.perf_counter()
+    clock.end("launcher")
     ladders_of(engine)
     check_driver(engine)
     _check_certificate(server)
@@ -72,7 +73,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         stop = stack.enter_context(_stop_signals())
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         checkpoint.save(private_dir / CHECKPOINT)
-        process = EngineProcess(engine, private_dir / CHECKPOINT, private_dir)
+        clock.end("checkpoint")
+        process = EngineProcess(
+            engine, private_dir / CHECKPOINT, private_dir, log_stats=not server.disable_log_stats
+        )
         stack.callback(process.stop)
         tree = _Tree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
@@ -88,7 +92,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             )
             tree.workers.append(WorkerProcess(config, listener))
         scheme = "http" if server.ssl_certfile is None else "https"
-        in_order = tree.watch(stop, f"{scheme}://{_place(listeners[0])}", started)
+        in_order = tree.watch(stop, f"{scheme}://{_place(listeners[0])}", clock)
         for listener in listeners:
             listener.close()
         in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
@@ -106,7 +110,7 @@ class _Tree:
         self.progress = StartupProgress()
         self.announced = False
 
-    def watch(self, stop: socket.socket, url: str, started: float) -> bool:
+    def watch(self, stop: socket.socket, url: str, clock: StartupClock) -> bool:
         """Watch until a signal comes (True) or the server cannot go on (False)."""
         try:
             last = time.monotonic()
@@ -121,7 +125,7 @@ class _Tree:
                     stop.recv(1)
                     return True
                 for worker in (lines[line] for line in ready if line in lines):
-                    if not self._hear(worker, url, started):
+                    if not self._hear(worker, url, clock):
                         return False
                 for index, worker in enumerate(self.workers):
                     if worker.sentinel in ready and not self._replace(index, worker):
@@ -154,7 +158,7 @@ class _Tree:
             )
         self.engine.stop()
 
-    def _hear(self, worker: WorkerProcess, url: str, started: float) -> bool:
+    def _hear(self, worker: WorkerProcess, url: str, clock: StartupClock) -> bool:
         """Take a report; whether the server can go on."""
         try:
             report: Report = worker.reports.recv()
@@ -168,7 +172,7 @@ class _Tree:
                 if not self.announced and all(each.is_ready for each in self.workers):
                     self.announced = True
                     self.progress.close()
-                    _announce(info, url, time.perf_counter() - started)
+                    _announce(info, url, clock)
             case str(reason):
                 logger.error("%s", reason)
                 return False
@@ -282,11 +286,13 @@ def _check_certificate(server: ServerConfig) -> None:
         ) from None
 
 
-def _announce(info: EngineInfo, url: str, seconds: float) -> None:
-    phases = ", ".join(f"{name} {took:.1f}" for name, took in info.startup_seconds.items())
+def _announce(info: EngineInfo, url: str, clock: StartupClock) -> None:
+    clock.include(info.startup_seconds)
+    clock.end("API workers")
+    phases = ", ".join(f"{name} {took:.2f}" for name, took in clock.seconds.items())
     logger.info(
-        "ready in %.1f s (%s): %s/v1, mode %s, %d graphs, %s on %s, context %d, %d KV blocks of %d",
-        seconds,
+        "ready in %.2f s (%s): %s/v1, mode %s, %d graphs, %s on %s, context %d, %d KV blocks of %d",
+        sum(clock.seconds.values()),
         phases,
         url,
         info.cudagraph_mode,

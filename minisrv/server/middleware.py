@@ -25,7 +25,9 @@ from minisrv.server.errors import JSON, error_response, http_error_response
 access = logging.getLogger("minisrv.access")
 
 _POLLED = OPEN_PATHS | {"/metrics"}
-"""Asked again and again by machines: a line only if something is wrong."""
+"""Asked again and again by machines: a line only for what is no answer to the question."""
+_NOT_READY = 503
+"""An answer of theirs like any other."""
 
 CLIENT_CLOSED_REQUEST = 499
 """How a client that went away is counted; nginx's number."""
@@ -41,8 +43,8 @@ class Edge:
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
     one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
     answered with 500. Each request is a line in the log when it has ended, with what the response
-    has put into `scope["told"]`. `arrived` is told of every request, `failed` the status of every
-    API response from 400 on.
+    has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every request,
+    `failed` the status of every API response from 400 on.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Edge:
         json_paths: frozenset[str],
         arrived: Callable[[], None],
         failed: Callable[[int], None],
+        access_log: bool = True,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -61,6 +64,7 @@ class Edge:
         self._json_paths = json_paths
         self._arrived = arrived
         self._failed = failed
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +99,8 @@ class Edge:
                     raise  # too late for a status: the server closes the connection
                 await error_response(error)(scope, receive, send_with_id)
         finally:
-            _log(scope, status, time.perf_counter() - began)
+            if self._access_log:
+                _log(scope, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """What the headers alone are reason enough to refuse."""
@@ -143,7 +148,7 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     """One line for a request that has ended. The path as it was sent: it may hold anything."""
     told = scope.get("told", {})
     status = told.pop("status", None) or status or CLIENT_CLOSED_REQUEST
-    if scope["path"] in _POLLED and status < 400:
+    if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):
         return
     fields = {"status": status, "ms": round(1e3 * seconds, 1), **told}
     path = scope["path"].encode("unicode_escape").decode()[:128]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import time
@@ -164,6 +165,25 @@ def test_a_signal_at_any_time(start: Start, signum: signal.Signals, log: str) ->
     server.assert_nothing_left()
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
+
+
+def test_the_parts_of_the_start_add_up(server: Server) -> None:
+    """The first line comes before anything that takes long, and no second is without a name."""
+    first, *_ = server.log.splitlines()
+    assert "the default model, device auto" in first
+    assert "engine: importing torch" in server.log
+    found = re.search(r"ready in ([\d.]+) s \(([^)]*)\)", server.log)
+    assert found is not None
+    parts = dict(part.rsplit(" ", 1) for part in found[2].split(", "))
+    assert list(parts)[:4] == ["launcher", "checkpoint", "engine process", "imports"]
+    assert list(parts)[-2:] == ["graphs", "API workers"]
+    rounding = 0.005 * (len(parts) + 1)
+    assert sum(map(float, parts.values())) == pytest.approx(float(found[1]), abs=rounding)
+
+
+def test_an_eager_server_captures_nothing_and_says_so(eager_server: Server) -> None:
+    assert "no graphs are captured" in eager_server.log
+    assert "capturing graphs" not in eager_server.log
 
 
 def test_port_zero_takes_a_free_port(server: Server) -> None:

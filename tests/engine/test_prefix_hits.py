@@ -68,4 +68,5 @@ def test_an_answer_is_the_same_with_and_without_the_cache(checkpoint):
         stats = llm.engine.stats()
         assert (stats.prefix_cache_hits > 100) is caching
         assert (stats.prefix_cache_queries == stats.prompt_tokens) is caching
+        assert stats.prefill_tokens == stats.prompt_tokens - stats.prefix_cache_hits
     assert answers[0] == answers[1]

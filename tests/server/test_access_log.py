@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from minisrv.config import ServerConfig
+from minisrv.engine.client import EngineState
+from minisrv.engine.messages import Loading
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from tests.server.fake_engine import FakeEngine, outputs
 
@@ -58,6 +60,30 @@ async def test_a_refusal_a_path_and_what_is_polled(connect: Connect, lines: Any)
     assert (first, told["status"]) == ("POST /v1/completions", 400)
     assert (second, refused["status"]) == ("GET /nowhere\\n\\x00", 401)
     assert "hidden" not in str(lines())
+
+
+@pytest.mark.parametrize("state", [EngineState.LOADING, EngineState.DEAD])
+async def test_what_is_polled_says_not_yet_without_a_line(
+    connect: Connect, lines: Any, state: EngineState
+) -> None:
+    fake = FakeEngine(outputs([2]))
+    fake.state, fake.loading = state, Loading("capturing graphs", 3, 9)
+    async with connect(fake) as client:
+        assert (await client.get("/ready")).status_code == 503
+        await client.get("/health")
+        await client.get("/metrics")
+        assert lines() == []
+        await client.post("/ready")
+    [(message, fields)] = lines()
+    assert (message, fields["status"]) == ("POST /ready", 405)
+
+
+async def test_the_lines_of_requests_can_be_turned_off(connect: Connect, lines: Any) -> None:
+    settings = ServerConfig(disable_uvicorn_access_log=True)
+    async with connect(FakeEngine(outputs([2], FinishReason.STOP)), settings=settings) as client:
+        assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+        assert (await client.get("/nowhere")).status_code == 404
+    assert lines() == []
 
 
 async def test_an_error_in_a_stream(connect: Connect, lines: Any) -> None:
