@@ -15,12 +15,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from minisrv import __version__, logs
-from minisrv.config import BenchConfig, EngineConfig, ServerConfig
+from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig
 from minisrv.errors import ConfigError, GraphError, MinisrvError
-from minisrv.flags import CommandParser, SettingsFlags, add_engine_flags, add_server_flags
+from minisrv.flags import (
+    CommandParser,
+    SettingsFlags,
+    add_engine_flags,
+    add_server_flags,
+    flag_name,
+)
+
+if TYPE_CHECKING:
+    from minisrv.chat import Model
 
 logger = logging.getLogger("minisrv")  # also where this module is the program
 _T = TypeVar("_T")
@@ -114,6 +123,47 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(options: argparse.Namespace) -> int:
+    chat = _settings(ChatConfig, options)
+    if len((options.model or "").split()) > 1 and not Path(options.model).exists():
+        raise ConfigError(f"MODEL {options.model!r} looks like a message; ask it with --quick.")
+    if chat.url is not None:
+        _refuse_engine_flags(options)
+    from minisrv.chat.terminal import Terminal, single_message
+
+    message = single_message(chat)
+    model = _model_of_chat(chat, options)
+    try:
+        terminal = Terminal(model, chat)
+        terminal.converse() if message is None else terminal.answer(message)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the answer has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _model_of_chat(chat: ChatConfig, options: argparse.Namespace) -> Model:
+    if chat.url is not None:
+        from minisrv.chat.remote import RemoteModel
+
+        return RemoteModel(chat.url, options.model, os.environ.get(API_KEY_VARIABLE), chat)
+    if options.max_num_seqs is None:
+        options.max_num_seqs = 1  # and so few graphs
+    config = _settings(EngineConfig, options)
+    _announce(config)
+    from minisrv.chat.local import LocalModel
+
+    return LocalModel(config, chat)
+
+
+def _refuse_engine_flags(options: argparse.Namespace) -> None:
+    names = [field.name for field in fields(EngineConfig) if field.name != "model"]
+    given = [name for name in names if getattr(options, name) is not None]
+    if given:
+        flags = ", ".join(map(flag_name, given))
+        raise ConfigError(f"{flags}: the server at --url runs the model; give it the flag.")
+
+
 def engine_config(arguments: Sequence[str]) -> EngineConfig:
     """The settings that `minisrv serve` would take from these engine flags, MODEL included. For
     programs that pass them on. Raises ConfigError; exits with 2 for what is no flag."""
@@ -192,6 +242,21 @@ def _parser() -> CommandParser:
     measurement.group("measurement")
     measurement.add("batch_sizes", "context", "rounds", "json", "plot")
     bench.set_defaults(run=_bench)
+
+    chat = commands.add_parser(
+        "chat",
+        help="chat in the terminal, with a server or with a model in this process",
+        description="Chat with a model in this process, or with --url behind a server; MODEL is "
+        "then one of the server's names. A message on stdin, or of --quick, is answered and no "
+        "other.",
+    )
+    flags = SettingsFlags(chat, ChatConfig)
+    flags.group("chat")
+    flags.add_as("url", metavar="URL")
+    flags.add_as("quick", "-q", "--quick", metavar="MESSAGE")
+    flags.add("system_prompt", "temperature", "max_tokens")
+    add_engine_flags(chat)
+    chat.set_defaults(run=_chat)
 
     for command in commands.choices.values():
         command.commands = commands.choices

@@ -221,6 +221,34 @@ class BenchConfig:
         _at_least("rounds", self.rounds, 1)
 
 
+@dataclass(frozen=True)
+class ChatConfig:
+    """What `minisrv chat` says, and to whom.
+
+    url: a server with OpenAI's API, such as http://127.0.0.1:8000/v1, which is sent the key in
+        $MINISRV_API_KEY; None runs the model in this process.
+    quick: a message to answer, and no more after it.
+    system_prompt: what the model is told before the first message.
+    temperature: 0 takes the most likely token; None is the checkpoint's, or the server's.
+    max_tokens: of an answer; None takes as many as fit.
+    Raises ConfigError.
+    """
+
+    url: str | None = None
+    quick: str | None = None
+    system_prompt: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
+            raise ConfigError(
+                f"temperature={self.temperature} is not allowed; it must be in [0, 2]."
+            )
+        if self.max_tokens is not None:
+            _at_least("max_tokens", self.max_tokens, 1)
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is not allowed; choose from: {', '.join(allowed)}.")

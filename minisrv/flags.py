@@ -95,10 +95,10 @@ class SettingsFlags:
         for name in names:
             self.add_as(name)
 
-    def add_as(self, name: str, flag: str = "", **options: Any) -> None:
+    def add_as(self, name: str, *flags: str, **options: Any) -> None:
         """Add the flag of a field.
 
-        flag: its own name, where it is not the field's.
+        flags: its own names, where they are not the field's.
         options: for argparse, in place of what follows from the field's type.
         """
         field = self._fields[name]
@@ -112,7 +112,7 @@ class SettingsFlags:
         if options.get("nargs") == "+":
             options["action"] = _Flatten
         self._group.add_argument(
-            flag or _flag(name), dest=name, default=None, help=self.help(name), **options
+            *(flags or (flag_name(name),)), dest=name, default=None, help=self.help(name), **options
         )
 
     def help(self, name: str) -> str:
@@ -123,7 +123,7 @@ class SettingsFlags:
         text = re.sub(r"\bNone\b", "the default", text)
         text = re.sub(
             r"\b[a-z]+(_[a-z]+)+\b",
-            lambda match: _flag(match[0]) if match[0] in self._fields else match[0],
+            lambda match: flag_name(match[0]) if match[0] in self._fields else match[0],
             text,
         )
         if not isinstance(field.default, bool | tuple | None):
@@ -146,7 +146,8 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
     return docs
 
 
-def _flag(name: str) -> str:
+def flag_name(name: str) -> str:
+    """The flag of a field."""
     return "--" + name.replace("_", "-")
 
 

@@ -38,6 +38,7 @@ FLOORS = {
     "certify": 7,
     "bench": 7,
     "llm": 7,
+    "chat": 7,
     "flags": 7,
     "vllm_flags": 7,
     "cli": 7,

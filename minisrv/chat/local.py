@@ -1,0 +1,122 @@
+"""A model in this process, as one that answers a chat: the `EngineCore` that a server runs.
+
+Knows: templates, the engine and text. Knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
+from minisrv.checkpoint import open_checkpoint
+from minisrv.config import ChatConfig, EngineConfig
+from minisrv.engine.core import EngineCore
+from minisrv.errors import ContextLengthError
+from minisrv.progress import StartupProgress
+from minisrv.request import EngineRequest, FinishReason
+from minisrv.server.protocol import GenerationRequest
+from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
+from minisrv.text.chat_format import ChatFormat, ChatParser
+from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.tokenizer import Tokenizer
+
+
+class LocalModel:
+    """A model, ready when constructed. Answers are sampled as the server does by default.
+
+    Raises the start-up branches of `minisrv.errors`.
+    """
+
+    def __init__(self, config: EngineConfig, chat: ChatConfig) -> None:
+        self._chat = chat
+        self._checkpoint = open_checkpoint(config)
+        self.name = config.model or self._checkpoint.directory.name
+        self._tokenizer = Tokenizer.from_description(self._checkpoint.tokenizer)
+        progress = StartupProgress()
+        try:
+            self._engine = EngineCore(config, progress, checkpoint=self._checkpoint)
+        finally:
+            progress.close()
+        self._count = 0
+
+    def answer(self, messages: list[Message]) -> Generator[Piece, None, None]:
+        """See `Model`."""
+        tokenizer = self._tokenizer
+        if not tokenizer.has_chat_template:
+            if not self._count:
+                yield Note(NO_TEMPLATE)
+            prompt = messages[-1]["content"]
+            ids = tokenizer.encode(prompt)
+            text = Detokenizer(tokenizer, prompt_token_ids=ids)
+            yield from self._generate(ids, text, None, COMPLETION_TOKENS)
+            return
+        prompt = tokenizer.render_chat(messages)
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        form = ChatFormat.of_template(tokenizer.chat_template_source)
+        markers = (tokenizer.token_id(marker) for marker in form.markers(None))
+        stop = self._checkpoint.generation.stop
+        text = Detokenizer(tokenizer, stop, keep=frozenset(i for i in markers if i is not None))
+        yield from self._generate(ids, text, form.parser(prompt), None)
+
+    def _generate(
+        self, ids: list[int], text: Detokenizer, parser: ChatParser | None, most: int | None
+    ) -> Generator[Piece, None, None]:
+        """most: tokens of an answer if neither user nor checkpoint say; None fills the context."""
+        context, generation = self._engine.info.max_model_len, self._checkpoint.generation
+        room = context - len(ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"the conversation has {len(ids)} tokens, and the context holds {context}, the "
+                "answer included."
+            )
+        limit = min(room, self._chat.max_tokens or generation.max_tokens or most or room)
+        sampling = GenerationRequest(temperature=self._chat.temperature)
+        self._count += 1
+        request = EngineRequest(
+            request_id=str(self._count),
+            prompt_token_ids=ids,
+            params=sampling.sampling_params(generation, limit),
+        )
+        reason = None
+        with _interrupts() as pressed:
+            self._engine.add(request)
+            try:
+                while reason is None:
+                    if pressed.is_set():
+                        raise KeyboardInterrupt
+                    for output in self._engine.step():
+                        reason, tokens = output.finish_reason, output.token_ids
+                        if reason is FinishReason.STOP:
+                            tokens = text.without_stop_token(tokens)
+                        said = text.push(tokens, final=reason is not None)
+                        if text.stopped:
+                            reason = FinishReason.STOP
+                        yield from _pieces(parser, said, final=reason is not None)
+            finally:
+                self._engine.abort(request.request_id)
+        if reason is FinishReason.LENGTH:
+            yield Note(f"The answer is cut off after {limit} tokens.")
+
+
+def _pieces(parser: ChatParser | None, text: str, *, final: bool) -> Iterator[Piece]:
+    deltas = [ContentDelta(text)] if parser is None else parser.feed(text)
+    if final and parser is not None:
+        deltas += parser.finish()
+    for delta in deltas:
+        # No tools were offered, so nothing looks for calls of them.
+        assert isinstance(delta, ContentDelta | ReasoningDelta)
+        yield delta
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set once Ctrl-C is pressed: an exception in the middle of a step would break the engine."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda signum, frame: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

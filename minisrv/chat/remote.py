@@ -1,0 +1,142 @@
+"""A server with OpenAI's API, minisrv's or another, as one that answers a chat.
+
+Knows: HTTP by the standard library, and the chunks of a stream. Knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Iterator
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
+from minisrv.config import ChatConfig
+from minisrv.errors import (
+    AuthenticationError,
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    MinisrvError,
+    RequestError,
+)
+from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
+
+_NO_TEMPLATE = re.compile("no chat template|must provide a chat template")
+"""What minisrv, and vLLM, say of a chat with a model that has none."""
+_TOO_LONG = re.compile("context_length_exceeded|maximum context length")
+
+
+class RemoteModel:
+    """A model behind a URL.
+
+    url: such as http://127.0.0.1:8000/v1; without a path, /v1 is meant.
+    model: one of the server's names; None takes its first.
+    key: its API key, or None.
+    Raises ConfigError if no such server answers, AuthenticationError if the key is wrong.
+    """
+
+    def __init__(self, url: str, model: str | None, key: str | None, chat: ChatConfig) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(f"--url {url}: write http://HOST:PORT/v1.")
+        self._url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+        self._headers = {"content-type": "application/json"}
+        if key is not None:
+            self._headers["authorization"] = f"Bearer {key}"
+        self._chat = chat
+        self._chats = True
+        self.name = model or self._first_model()
+
+    def answer(self, messages: list[Message]) -> Generator[Piece, None, None]:
+        """See `Model`."""
+        if self._chats:
+            try:
+                yield from self._stream("/chat/completions", {"messages": messages})
+                return
+            except RequestError as error:
+                if not _NO_TEMPLATE.search(error.message):
+                    raise
+            self._chats = False
+            yield Note(NO_TEMPLATE)
+        body = {"prompt": messages[-1]["content"], "max_tokens": COMPLETION_TOKENS}
+        yield from self._stream("/completions", body)
+
+    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[Piece]:
+        body = {"model": self.name, **body, "stream": True}
+        for name in ("temperature", "max_tokens"):
+            if (value := getattr(self._chat, name)) is not None:
+                body[name] = value
+        reason = None
+        for chunk in _events(self._open(path, body)):
+            if error := chunk.get("error"):
+                raise EngineError(f"the server ended the answer: {_message(error)}")
+            for choice in chunk.get("choices") or ():
+                reason = choice.get("finish_reason") or reason
+                delta = choice.get("delta") or {"content": choice.get("text")}
+                if text := delta.get("reasoning_content") or delta.get("reasoning"):
+                    yield ReasoningDelta(text)
+                if text := delta.get("content"):
+                    yield ContentDelta(text)
+        if reason == "length":
+            yield Note("The answer is cut off: --max-tokens, or the end of the context.")
+
+    def _first_model(self) -> str:
+        try:
+            with self._open("/models") as response:
+                return str(json.load(response)["data"][0]["id"])
+        except EngineError as error:
+            raise ConfigError(f"--url {self._url}: {error.message}") from None
+        except (ValueError, LookupError, TypeError):
+            raise ConfigError(
+                f"--url {self._url}: what answers there is no server with OpenAI's API."
+            ) from None
+
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A response. Raises what the server says of a refusal, EngineError if it says nothing."""
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            return urlopen(Request(self._url + path, data, self._headers))
+        except HTTPError as error:
+            raise _refusal(error) from None
+        except URLError as error:
+            raise EngineError(
+                f"no server answers ({error.reason}); start one with `minisrv serve`, or leave out "
+                "--url to chat with a model in this process."
+            ) from None
+        except (OSError, HTTPException) as error:
+            raise EngineError(f"the connection broke ({error or type(error).__name__}).") from None
+
+
+def _events(response: Any) -> Iterator[dict[str, Any]]:
+    """The data of server-sent events, as far as it is JSON."""
+    with response:
+        try:
+            for line in response:
+                data = line.strip().removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and data.startswith(b"{"):
+                    yield json.loads(data)
+        except (OSError, HTTPException, ValueError) as error:
+            raise EngineError(f"the connection broke ({error or type(error).__name__}).") from None
+
+
+def _refusal(response: HTTPError) -> MinisrvError:
+    text = response.read().decode(errors="replace")
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, LookupError, TypeError):
+        error = text.strip()[:300] or response.reason
+    message = f"the server answers {response.code}: {_message(error)}"
+    if response.code == 401:
+        return AuthenticationError(f"{message} Set MINISRV_API_KEY to a key that it accepts.")
+    if _TOO_LONG.search(text):
+        return ContextLengthError(message)
+    return RequestError(message) if response.code < 500 else EngineError(message)
+
+
+def _message(error: Any) -> str:
+    return str(error["message"] if isinstance(error, dict) and "message" in error else error)
