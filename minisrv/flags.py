@@ -166,7 +166,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_as("device", choices=DEVICES)
     flags.add_as("load_format", choices=LOAD_FORMATS)
     flags.add_as("quantization", choices=QUANTIZATIONS)
-    flags.add("max_model_len", "seed")
+    flags.add_as("max_model_len", type=length, metavar="N|auto")
+    flags.add("seed")
     flags.group("batching")
     flags.add("max_num_seqs", "max_num_batched_tokens", "max_waiting", "block_size")
     flags.add_as("kv_cache_memory", type=size, metavar="BYTES[K|M|G]")
@@ -209,6 +210,16 @@ class _Flatten(argparse.Action):
     ) -> None:
         groups: Iterable[Iterable[Any]] = values
         setattr(namespace, self.dest, tuple(value for group in groups for value in group))
+
+
+def length(text: str) -> int | None:
+    """Tokens as for vLLM: 4096, 4k for 4000, 4K for 4096, or auto, which is None."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kK]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length; write 4096, 4K or auto")
+    return int(float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]])
 
 
 def sizes(text: str) -> list[int]:

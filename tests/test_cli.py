@@ -51,6 +51,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["--frobnicate"], "there is no --frobnicate; see --help."),
         (["model", "another"], "nothing takes 'another'"),
         (["--cudagraph-capture-sizes", "1,x"], "'1,x' is no size; write 1 2 4,8"),
+        (["--max-model-len", "-1"], "'-1' is no length; write 4096, 4K or auto"),
+        (["--max-model-len", "4.x"], "'4.x' is no length; write 4096, 4K or auto"),
         (["--kv-cache-memory", "much"], "'much' is no size; write 500M or 2G"),
     ],
 )
@@ -116,6 +118,14 @@ def test_flags_become_settings() -> None:
         dtype="half",
     )
     assert engine_config([]) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), ("4k", 4000), ("4K", 4096), ("25.6k", 25600), ("auto", None)],
+)
+def test_a_context_is_given_as_for_vllm(text: str, tokens: int | None) -> None:
+    assert engine_config(["--max-model-len", text]).max_model_len == tokens
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("half", "float16"), ("float", "float32")])
