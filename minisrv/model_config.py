@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class RopeConfig:
     theta: float = 10000.0
     scaling: RopeScaling = RopeScaling.DEFAULT
     factor: float = 1.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: float = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -108,8 +108,7 @@ class ModelConfig:
         """
         rope = self.rope
         if rope.scaling is RopeScaling.YARN:
-            reached = int(rope.factor * rope.original_max_position_embeddings)
-            return max(self.max_position_embeddings, reached)
+            return self._reached(rope.original_max_position_embeddings)
         return self.max_position_embeddings
 
     @property
@@ -117,8 +116,13 @@ class ModelConfig:
         """The tokens that a request may have if a setting asks for as many. Dynamic scaling
         stretches its frequencies for what is asked for, up to `factor` times."""
         if self.rope.scaling is RopeScaling.DYNAMIC:
-            return int(self.rope.factor * self.max_position_embeddings)
+            return self._reached(self.max_position_embeddings)
         return self.default_context
+
+    def _reached(self, context: float) -> int:
+        """`factor` times a context, and never less than the model has without."""
+        stretched = int(min(self.rope.factor * context, _MAX_INTEGER))
+        return max(self.max_position_embeddings, stretched)
 
     def for_context(self, context: int) -> ModelConfig:
         """The same model with positions for `context` tokens, `longest_context` at most.
@@ -142,17 +146,26 @@ class ModelConfig:
         computation and is not implemented).
         """
         check_implemented(config)
-        architecture = config["architectures"][0]
+        architecture = _architecture(config)
         llama, qwen2, qwen3 = (
             architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
         )
         heads = _positive(config, "num_attention_heads")
         hidden = _positive(config, "hidden_size")
-        kv_heads = config.get("num_key_value_heads") or heads
+        kv_heads = _positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ConfigError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
             )
+        head_dim = _positive(config, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ConfigError(
+                f"heads of head_dim={head_dim} elements cannot be turned by RoPE, which takes them "
+                "in pairs: head_dim, or hidden_size / num_attention_heads, must be even."
+            )
+        eps = config.get("rms_norm_eps")
+        if not _is_number(eps) or eps < 0:
+            raise ConfigError(f"config.json: rms_norm_eps={eps!r} must be a number, 0 at least.")
         bias = bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
@@ -162,8 +175,8 @@ class ModelConfig:
             num_layers=_positive(config, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            rms_norm_eps=float(config["rms_norm_eps"]),
+            head_dim=head_dim,
+            rms_norm_eps=float(eps),
             max_position_embeddings=_positive(config, "max_position_embeddings"),
             dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
             rope=_rope(config),
@@ -183,13 +196,25 @@ ARCHITECTURES = {
 """Those that are implemented, and the `model_type` that transformers has for each."""
 
 
+_OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}
+"""Settings that transformers takes for any architecture, at the values that change nothing."""
+
+_MAX_NUMBER = 1e18
+"""No other setting is larger; what is computed of several stays a number."""
+
+_LISTED = {"num_hidden_layers": 100_000, "num_labels": 100_000}
+"""Numbers of which transformers makes lists when it reads them, and what is too many."""
+
+_MAX_INTEGER = 2**31 - 1
+"""No dimension of a model is larger; what counts bytes by it fits 64 bits."""
+
+
 def check_implemented(config: Mapping[str, Any]) -> None:
     """Refuse what no default could change, be `config` raw or resolved.
 
     Raises UnknownArchitectureError, ConfigError.
     """
-    names = config.get("architectures") or [None]
-    architecture = names[0] if isinstance(names, list | tuple) else names
+    architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
         raise UnknownArchitectureError(
             f"architecture {architecture!r} is not implemented; "
@@ -205,7 +230,16 @@ def check_implemented(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is.")
     if config.get("quantization_config"):
         raise ConfigError("quantized checkpoints are not implemented; load the original one.")
-    sliding = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    for name, most in _LISTED.items():
+        if isinstance(value := config.get(name), int) and value > most:
+            raise ConfigError(f"config.json: {name}={value!r} must be {most} at most.")
+    for name, neutral in _OF_ANY_MODEL.items():
+        if (value := config.get(name)) is not None and value != neutral:
+            raise ConfigError(f"config.json: {name}={value!r} is not implemented; leave it out.")
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple):
+        raise ConfigError(f"config.json: layer_types={kinds!r} must be a list.")
+    sliding = [kind for kind in kinds if kind != "full_attention"]
     if sliding:
         raise ConfigError(
             f"layers of the kind {sliding[0]!r} are not implemented; only full attention is "
@@ -213,23 +247,43 @@ def check_implemented(config: Mapping[str, Any]) -> None:
         )
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def _architecture(config: Mapping[str, Any]) -> str:
+    """The first that is named; some write it without a list."""
+    names = config.get("architectures") or [None]
+    return str(names[0] if isinstance(names, list | tuple) else names)
+
+
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A null counts as absent."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer.")
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_INTEGER:
+        raise ConfigError(
+            f"config.json: {key}={value!r} must be a positive integer, {_MAX_INTEGER} at most."
+        )
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one to compute with: JSON may spell NaN, Infinity, and integers of any size."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     settings: Mapping[str, Any] = config.get("rope_parameters") or {}
-    nested = {kind: value for kind, value in settings.items() if isinstance(value, dict)}
+    kinds = config.get("layer_types") or ()
+    nested = [key for key, value in settings.items() if isinstance(value, dict) or key in kinds]
     if nested:
-        if "full_attention" not in nested or not config.get("layer_types"):
+        # All layers are of one kind, and nothing says which of two ways of settings would win.
+        told = settings.get("full_attention")
+        if not kinds or not isinstance(told, dict) or len(nested) < len(settings):
             raise ConfigError(
                 f"config.json: RoPE settings for {', '.join(sorted(nested))} do not go with this "
                 "model's layers; give one set of rope_parameters."
             )
-        settings = nested["full_attention"]
+        settings = told
     kind = settings.get("rope_type", "default")
     if kind not in tuple(RopeScaling):
         raise ConfigError(
@@ -243,14 +297,14 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         """A null counts as absent."""
         value = settings.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if value is None or not _is_number(value) or value <= 0:
             raise ConfigError(
                 f"config.json: {name}={value!r} must be a positive number for rope_type={kind!r}."
             )
         return float(value)
 
     longest = _positive(config, "max_position_embeddings")
-    original = int(number("original_max_position_embeddings", longest))
+    original = number("original_max_position_embeddings", longest)
     rope = RopeConfig(
         theta=number("rope_theta", 10000.0),
         scaling=scaling,
@@ -271,7 +325,11 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
                 rope, factor=number("factor"), low_freq_factor=low, high_freq_factor=high
             )
         case RopeScaling.YARN:
+            if rope.theta == 1.0:
+                raise ConfigError("config.json: rope_theta=1.0 leaves YaRN nothing to scale.")
             factor = number("factor", longest / original)
+            # As transformers reads them, 0 counts as absent.
+            weights = [number(name, 1.0) for name in _MSCALES if settings.get(name)]
             return replace(
                 rope,
                 factor=factor,
@@ -279,23 +337,21 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
                 beta_slow=number("beta_slow", rope.beta_slow),
                 truncate=bool(settings.get("truncate", True)),
                 attention_factor=number(
-                    "attention_factor",
-                    _yarn_attention_factor(
-                        factor, settings.get("mscale"), settings.get("mscale_all_dim")
-                    ),
+                    "attention_factor", _yarn_attention_factor(factor, weights)
                 ),
             )
 
 
-def _yarn_attention_factor(
-    factor: float, mscale: float | None, mscale_all_dim: float | None
-) -> float:
+_MSCALES = ("mscale", "mscale_all_dim")
+
+
+def _yarn_attention_factor(factor: float, mscales: Sequence[float]) -> float:
     """What YaRN scales cosines and sines by where a checkpoint does not say (the paper's section
-    3.4; the quotient is DeepSeek's)."""
+    3.4; the quotient, where it gives both weights, is DeepSeek's)."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if mscale and mscale_all_dim:
-        return scale(mscale) / scale(mscale_all_dim)
+    if len(mscales) == len(_MSCALES):
+        return scale(mscales[0]) / scale(mscales[1])
     return scale(1.0)

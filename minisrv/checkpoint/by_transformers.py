@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ if __name__ == "__main__":
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import msgspec
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from minisrv.checkpoint import description
 from minisrv.checkpoint.description import (
@@ -32,8 +33,9 @@ from minisrv.checkpoint.description import (
     TokenizerDescription,
 )
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
-from minisrv.errors import ConfigError, MinisrvError, ModelError
+from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError
 from minisrv.model_config import ModelConfig
+from minisrv.request import SamplingParams
 
 _T = TypeVar("_T")
 
@@ -92,25 +94,32 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 def describe_model(directory: Path) -> ModelDescription:
     """The shape of the model, and how it likes to generate. Raises ModelError, ConfigError and
     UnknownArchitectureError."""
-    config = _by_transformers(
-        directory / CONFIG,
-        lambda: AutoConfig.from_pretrained(
+
+    def read_config() -> PreTrainedConfig:
+        config = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
-        ),
-    )
-    path = directory / GENERATION_CONFIG
-    said: dict[str, Any] = {}
-    if path.is_file():
-        said = _by_transformers(
-            path,
-            lambda: GenerationConfig.from_pretrained(directory, local_files_only=True).to_dict(),
         )
+        # As its models do: what stands outside of the RoPE settings may have its say in them.
+        config.standardize_rope_params()
+        return config
+
+    config = _by_transformers(directory / CONFIG, read_config)
+    model = ModelConfig.from_hf(config.to_dict())
+    path = directory / GENERATION_CONFIG
+
+    def read_generation() -> dict[str, Any]:
+        if path.is_file():
+            return GenerationConfig.from_pretrained(directory, local_files_only=True).to_dict()
+        # Old checkpoints say it in config.json.
+        return GenerationConfig.from_model_config(config).to_dict()
+
+    said = _by_transformers(path, read_generation)
     eos = said.get("eos_token_id")
     if eos is None:
         eos = getattr(config, "eos_token_id", None)
     return ModelDescription(
-        ModelConfig.from_hf(config.to_dict()),
-        _generation(path, said, eos),
+        model,
+        _generation(path, said, eos, model.vocab_size),
         unused=tuple(
             name
             for name, neutral in _NEUTRAL.items()
@@ -136,7 +145,7 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
-    if not isinstance(templates, dict) or not all(isinstance(t, str) for t in templates.values()):
+    if not isinstance(templates, dict) or not all(map(_is_text, chain(*templates.items()))):
         raise ModelError(
             f"{directory}: chat_template must be a string or a list of named templates."
         )
@@ -145,7 +154,7 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         special_tokens={
             name: str(token)
             for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
+            if _is_text(token)
         },
         chat_templates=dict(templates),
         eos_token_id=tokenizer.eos_token_id,
@@ -161,7 +170,10 @@ def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
         raise ModelError(f"{path} cannot be read by transformers: {reason}") from error
 
 
-def _generation(path: Path, said: Mapping[str, Any], eos: Any) -> description.GenerationConfig:
+def _generation(
+    path: Path, said: Mapping[str, Any], eos: Any, vocab_size: int
+) -> description.GenerationConfig:
+    """What `said` asks for, within the bounds of what a request may ask for. Raises ConfigError."""
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(
@@ -174,14 +186,30 @@ def _generation(path: Path, said: Mapping[str, Any], eos: Any) -> description.Ge
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{path}: {name}={value!r} must be a number.")
-        if name in _WHOLE and value != int(value):
-            raise ConfigError(f"{path}: {name}={value!r} must be a whole number.")
-        numbers[ours] = int(value) if name in _WHOLE else float(value)
+        numbers[ours] = value
+        if name in _WHOLE and isinstance(value, float) and value.is_integer():
+            numbers[ours] = int(value)
     stop = said.get("stop_strings") or ()
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in strings):
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(map(_is_text, strings)):
         raise ConfigError(f"{path}: stop_strings={stop!r} must be strings, none of them empty.")
-    return description.GenerationConfig(eos_token_ids=tuple(ids), stop=strings, **numbers)
+    try:
+        asked = SamplingParams(**{"max_tokens": None, **numbers}, stop=tuple(strings))
+    except RequestError as error:
+        raise ConfigError(f"{path} asks for what no request can ask for: {error}") from error
+    return description.GenerationConfig(
+        # A token that the model does not have cannot come: some write -1 for none.
+        eos_token_ids=tuple(token_id for token_id in ids if 0 <= token_id < vocab_size),
+        stop=tuple(strings),
+        **{ours: getattr(asked, ours) for ours in numbers},
+    )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string, not empty, of characters: JSON may spell a lone surrogate."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def main() -> None:

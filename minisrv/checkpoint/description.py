@@ -210,9 +210,12 @@ def _entry(kind: str, directory: Path, patterns: Sequence[str]) -> Path | None:
         logger.warning("what the checkpoint says is read anew at each start: %s", error)
         return None
     digest = hashlib.sha256(_code_digest())
-    for path in sorted(set(_matching(directory, patterns))):
-        content = hashlib.sha256(path.read_bytes()).digest()
-        digest.update(str(path.relative_to(directory)).encode() + b"\0" + content)
+    try:
+        for path in sorted(set(_matching(directory, patterns))):
+            content = hashlib.sha256(path.read_bytes()).digest()
+            digest.update(os.fsencode(path.relative_to(directory)) + b"\0" + content)
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error}") from error
     return kept / f"{kind}-{digest.hexdigest()[:32]}"
 
 
