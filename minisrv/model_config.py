@@ -11,7 +11,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from minisrv.errors import ConfigError, UnknownArchitectureError
 
@@ -264,7 +264,7 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
     return value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is one to compute with: JSON may spell NaN, Infinity, and integers of any size."""
     return (
         isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER

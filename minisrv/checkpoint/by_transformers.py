@@ -96,7 +96,7 @@ def describe_model(directory: Path) -> ModelDescription:
     UnknownArchitectureError."""
 
     def read_config() -> PreTrainedConfig:
-        config = AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
         # As its models do: what stands outside of the RoPE settings may have its say in them.
@@ -142,6 +142,13 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
             f"{directory}: {type(tokenizer).__name__} is written in Python, and minisrv needs one "
             "of the tokenizers library; convert it to a tokenizer.json."
         )
+    special = set(tokenizer.all_special_tokens)
+    if not any(word.strip("▁") for word in backend.get_vocab(False) if word not in special):
+        # It makes one of special tokens only where the files of a vocabulary are missing.
+        raise ModelError(
+            f"{directory}: no vocabulary was found for {type(tokenizer).__name__}; are files such "
+            "as tokenizer.json missing?"
+        )
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
@@ -158,6 +165,7 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         },
         chat_templates=dict(templates),
         eos_token_id=tokenizer.eos_token_id,
+        splits_special_tokens=bool(tokenizer.split_special_tokens),
     )
 
 

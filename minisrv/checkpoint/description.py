@@ -98,12 +98,15 @@ class TokenizerDescription:
     special_tokens: variables of the chat template, e.g. `bos_token`.
     chat_templates: their sources by name; the usual one is called `default`.
     eos_token_id: the id of its end-of-sequence token, if it has one.
+    splits_special_tokens: whether the spelling of a special token in a text is text like any other
+        (`split_special_tokens`), which tokenizer.json does not say.
     """
 
     backend: str
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
     eos_token_id: int | None = None
+    splits_special_tokens: bool = False
 
 
 class Descriptions(msgspec.Struct):

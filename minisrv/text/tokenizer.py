@@ -49,6 +49,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(told.backend)
         except Exception as error:  # `tokenizers` raises nothing more precise
             raise ModelError(f"the tokenizer cannot be made: {error}") from error
+        backend.encode_special_tokens = told.splits_special_tokens
         templates = told.chat_templates
         has_template = "default" in templates
         return cls(backend, ChatTemplate(templates, told.special_tokens) if has_template else None)
@@ -83,13 +84,18 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Special tokens spelled in it are recognised.
+        """The ids of `text`. Special tokens spelled in it are recognised, unless the checkpoint says
+        that they are to be split like other text.
 
         add_special_tokens: let the tokenizer add what it adds around a text, e.g. BOS.
+        Raises RequestError if the tokenizer has no token for some of the text.
         """
-        # The batch call releases the GIL, and the fast one does not compute offsets.
-        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encodings[0].ids
+        try:
+            # The batch call releases the GIL, and the fast one does not compute offsets.
+            found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except Exception as error:  # `tokenizers` raises nothing more precise
+            raise RequestError(f"the model's tokenizer cannot encode the text: {error}") from error
+        return found[0].ids
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of `text` with what the tokenizer adds around it, and for each the index in
