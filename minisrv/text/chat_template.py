@@ -22,7 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisrv.errors import ModelError, RequestError
 
-_PROBE = "a text to find again"
+_PROBE, _MARK = "a text to find again", "a mark"
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What a message's reasoning is called, the usual name first."""
 
 _FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """How a template that computes with what it is given fails, in Python's own terms."""
@@ -50,7 +53,7 @@ class ChatTemplate:
             raise ModelError(f"the checkpoint's chat template is not valid: {error}") from error
         self.source = "\n".join(used.values())
         self._special_tokens = dict(special_tokens)
-        self._takes_parts: dict[tuple[str, str], bool] = {}
+        self._forms: dict[tuple[str, str], set[type]] = {}
 
     def render(
         self,
@@ -62,7 +65,7 @@ class ChatTemplate:
         """The prompt for these messages, special tokens spelled out.
 
         messages: the content of each is a string or a list of text parts; the template gets of the
-            two what it takes.
+            two what it takes. What is None counts as absent, as templates expect.
         tools: what the model may call, as OpenAI's API spells it.
         variables: what else the template may ask for.
         Raises RequestError if the template refuses the messages or fails on them, or if a variable
@@ -110,23 +113,27 @@ class ChatTemplate:
         }
 
     def _with_content(self, name: str, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message with its content in the form that the template takes: a list of parts, or
-        their texts joined by newlines, as vLLM does."""
-        told, content = dict(message), message.get("content")
-        role = str(message.get("role"))
-        if (name, role) not in self._takes_parts:
-            self._takes_parts[name, role] = self._find_form(name, role)
-        if self._takes_parts[name, role]:
-            if isinstance(content, str):
-                told["content"] = [{"type": "text", "text": content}]
-        elif isinstance(content, list):
+        """The message without what is None, its reasoning under each name that templates know, as
+        transformers does, and its content in a form that the template takes: as it is, or parts
+        made of it, or the texts of its parts joined by newlines, as vLLM does."""
+        told = {key: value for key, value in message.items() if value is not None}
+        if reasoning := [told[key] for key in _REASONING if key in told]:
+            told = {"thinking": reasoning[0], **told, "reasoning_content": reasoning[0]}
+        content, role = told.get("content"), str(message.get("role"))
+        if (name, role) not in self._forms:
+            self._forms[name, role] = self._find_forms(name, role)
+        forms = self._forms[name, role]
+        if isinstance(content, str) and forms == {list}:
+            told["content"] = [{"type": "text", "text": content}]
+        elif isinstance(content, list) and list not in forms:
             told["content"] = "\n".join(part["text"] for part in content)
         return told
 
-    def _find_form(self, name: str, role: str) -> bool:
-        """Whether the template wants the content of this role's messages as parts: a string does
-        not come out, and a part does. Some templates loop over parts and would render a string as
-        nothing, without an error."""
+    def _find_forms(self, name: str, role: str) -> set[type]:
+        """Which of strings and lists of parts come out where they are the content of this role's
+        messages, parts without all else that is in them. Some templates loop over parts and would
+        render a string as nothing, without an error."""
+        forms: set[type] = set()
         question: dict[str, Any] = {"role": "user", "content": _PROBE}
         call = {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "000000000"}
         chats = {
@@ -139,16 +146,16 @@ class ChatTemplate:
             ],
         }
         chat = chats.get(role, [{"role": role}])
-        for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        for content in (_PROBE, [{"type": "text", "text": _PROBE, "mark": _MARK}]):
             others = [{**each, "content": ""} if each is question else each for each in chat]
             filled = [{"content": content, **each} for each in others]
             try:
                 text = self._templates[name].render(self._variables(filled, False, ()))
             except (jinja2.TemplateError, *_FAILURES):
                 continue
-            if _PROBE in text:
-                return isinstance(content, list)
-        return False
+            if _PROBE in text and _MARK not in text:
+                forms.add(type(content))
+        return forms
 
 
 class _Generation(jinja2.ext.Extension):

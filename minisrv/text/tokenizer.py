@@ -84,8 +84,8 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Special tokens spelled in it are recognised, unless the checkpoint says
-        that they are to be split like other text.
+        """The ids of `text`. Special tokens spelled in it are recognised, unless the checkpoint
+        wants them split like other text.
 
         add_special_tokens: let the tokenizer add what it adds around a text, e.g. BOS.
         Raises RequestError if the tokenizer has no token for some of the text.
