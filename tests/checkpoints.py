@@ -6,6 +6,7 @@ a generation config; `<|im_end|>` ends a sequence.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,4 +109,14 @@ def make_checkpoint(
     model.generation_config.eos_token_id = EOS
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_chatml(directory)
+    return directory
+
+
+def write_files(directory: Path, **files: Any) -> Path:
+    """Write texts and JSON: `tokenizer_config__json={...}` is tokenizer_config.json, and `a___b__c`
+    the file b.c in the folder a."""
+    for name, value in files.items():
+        path = directory / name.replace("___", "/").replace("__", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return directory

@@ -1,6 +1,6 @@
 """Finding a checkpoint, what its small files say, and what is refused before its weights are there.
 
-That they mean what transformers says is in `test_checkpoint_grid`.
+That they mean what transformers says is in `test_checkpoint_grid` and `text/test_tokenizer_grid`.
 """
 
 from __future__ import annotations

@@ -106,14 +106,14 @@ def describe_model(directory: Path) -> ModelDescription:
     config = _by_transformers(directory / CONFIG, read_config)
     model = ModelConfig.from_hf(config.to_dict())
     path = directory / GENERATION_CONFIG
-
-    def read_generation() -> dict[str, Any]:
-        if path.is_file():
-            return GenerationConfig.from_pretrained(directory, local_files_only=True).to_dict()
-        # Old checkpoints say it in config.json.
-        return GenerationConfig.from_model_config(config).to_dict()
-
-    said = _by_transformers(path, read_generation)
+    if not path.is_file():
+        path = directory / CONFIG  # where old checkpoints say it
+    said = _by_transformers(
+        path,
+        lambda: GenerationConfig.from_pretrained(
+            directory, config_file_name=path.name, local_files_only=True
+        ).to_dict(),
+    )
     eos = said.get("eos_token_id")
     if eos is None:
         eos = getattr(config, "eos_token_id", None)

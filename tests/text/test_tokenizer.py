@@ -114,7 +114,7 @@ PARTS = "{% for part in message.content %}{% if part.type == 'text' %}{{ part.te
             f"{{% if message.content is string %}}<{{{{ message.content }}}}>"
             f"{{% else %}}{PARTS}{{% endfor %}}{{% endif %}}",
             "{{ message.content | trim }}.",
-            "<a\nb>c.",
+            "a;b;c.",
         ),
         ("{{ message.content[0]['text'] }}-", "{{ message.content + '!' }}", "a-c!"),
     ],

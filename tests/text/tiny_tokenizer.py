@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.trainers import BpeTrainer
 
 CORPUS = [
@@ -67,6 +75,34 @@ def word_level() -> Tokenizer:
     words = ["hello", "world", "##ly", "##s", "stop", "."]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="."))
     tokenizer.decoder = decoders.WordPiece("##", cleanup=True)
+    return tokenizer
+
+
+def word_piece() -> Tokenizer:
+    """WordPiece with `[CLS]` and `[SEP]` around a text, as BERT has it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, "hello", "world", "##ly", "stop", ",", ".", "!", "a", "b", "don", "'", "t"]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """SentencePiece's other model, as T5 has it."""
+    words = ["▁", "▁hello", "▁world", *"abcdehlorwtnxisup ,.!"]
+    scores = [(word, -float(i + 1)) for i, word in enumerate(words)]
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.Unigram([*((s, 0.0) for s in special), *scores], 0, False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
