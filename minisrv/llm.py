@@ -418,18 +418,15 @@ def _for_transformers(told: TokenizerDescription) -> PreTrainedTokenizerBase:
 
 
 def _default_params(told: GenerationConfig) -> SamplingParams:
-    """The checkpoint's sampling defaults. Raises ConfigError if they are out of bounds."""
+    """The checkpoint's sampling defaults, whose bounds were checked when it was read."""
     values = {option.name: getattr(told, option.name) for option in fields(told)}
     names = SamplingParams.__struct_fields__
     given = {name: value for name, value in values.items() if name in names and value is not None}
     least = given.pop("min_tokens", 0)
-    try:
-        params = SamplingParams(**given)
-        # What the checkpoint says must not make a prompt wrong that says nothing.
-        most = least if params.max_tokens is None else min(least, params.max_tokens)
-        return msgspec.structs.replace(params, min_tokens=most)
-    except RequestError as error:
-        raise ConfigError(f"generation_config.json: {error.message}") from error
+    params = SamplingParams(**given)
+    # What the checkpoint says must not make a prompt wrong that says nothing.
+    most = least if params.max_tokens is None else min(least, params.max_tokens)
+    return msgspec.structs.replace(params, min_tokens=most)
 
 
 def _validated(model: type[_M], value: object, what: str, index: int) -> _M:

@@ -204,7 +204,7 @@ def _generation(
     try:
         asked = SamplingParams(**{"max_tokens": None, **numbers}, stop=tuple(strings))
     except RequestError as error:
-        raise ConfigError(f"{path} asks for what no request can ask for: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
     return description.GenerationConfig(
         # A token that the model does not have cannot come: some write -1 for none.
         eos_token_ids=tuple(token_id for token_id in ids if 0 <= token_id < vocab_size),
