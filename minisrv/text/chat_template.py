@@ -27,7 +27,10 @@ _PROBE, _MARK = "a text to find again", "a mark"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called, the usual name first."""
 
-_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_FAILURES = (
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    RecursionError,
+)
 """How a template that computes with what it is given fails, in Python's own terms."""
 
 

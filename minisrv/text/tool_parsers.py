@@ -170,7 +170,7 @@ class ToolParser(ABC):
             found = [call[key] for key in _ARGUMENTS if isinstance(call.get(key), dict)]
             if found and isinstance(call.get("name"), str):
                 self._start_call(call["name"])
-                self._arguments(json.dumps(found[0], ensure_ascii=False))
+                self._arguments(_dumps(found[0]))
                 self._part = _Part.TAIL
         self._leave_object()
 
@@ -185,6 +185,8 @@ class ToolParser(ABC):
         self._held = ""
         self._object = []
         call_id = f"call_{uuid.uuid4().hex[:24]}"
+        # JSON can spell a lone surrogate, which is no text that could be sent.
+        name = name.encode(errors="replace").decode()
         self._deltas.append(ToolCallStart(self._num_calls, call_id, name))
         self._num_calls += 1
 
@@ -301,6 +303,16 @@ class Llama3JsonToolParser(ToolParser):
         if self._state == self._after_call:
             self._held = ""  # a separator
         self._release()
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    """JSON as readable as it can be sent: lone surrogates stay escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def _loads(text: str) -> dict[str, Any] | None:
