@@ -166,6 +166,7 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
                     address=address,
                     engine_pid=engine.pid or 0,
                     private_dir=Path(name),
+                    root="wire",
                     served_model_names=("x",),
                     settings=ServerConfig(shutdown_timeout=1),
                 )

@@ -59,6 +59,7 @@ def create_app(
     *,
     served_model_names: tuple[str, ...],
     generation: GenerationConfig,
+    root: str = "",
     metrics: Metrics | None = None,
     settings: ServerConfig | None = None,
     key_limit: KeyLimit | None = None,
@@ -68,6 +69,7 @@ def create_app(
 
     served_model_names: what `model` may be; answers to requests without one carry the first.
     generation: the checkpoint's sampling defaults.
+    root: the checkpoint, as whoever started the server calls it; empty for the first of the names.
     metrics: what the worker counts in; None for one that is alone.
     settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
     key_limit: how many requests a key may have open; None for any number.
@@ -81,6 +83,7 @@ def create_app(
         served_model_names,
         generation,
         metrics,
+        root=root or served_model_names[0],
         key_limit=key_limit,
         request_timeout=settings.request_timeout or None,
     )
@@ -151,6 +154,8 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
             "object": "model",
             "created": serving.created,
             "owned_by": "minisrv",
+            "root": serving.root,
+            "parent": None,
             "max_model_len": info and info.max_model_len,
         }
 

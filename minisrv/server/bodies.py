@@ -72,8 +72,8 @@ class Choice(Body):
 
     index: int
     finish_reason: str
-    token_ids: list[int] = []
-    """With return_token_ids."""
+    token_ids: list[int] | None
+    """Null without return_token_ids."""
     graph_steps: dict[str, int] = {}
     """With include_graph_steps: steps by mode and reason."""
 
@@ -97,10 +97,10 @@ class TextChoice(Choice):
 
     text: str
     logprobs: TextLogprobs | None
-    prompt_token_ids: list[int] = []
-    """With return_token_ids."""
-    prompt_logprobs: PromptLogprobs = []
-    """With prompt_logprobs."""
+    prompt_token_ids: list[int] | None
+    """Null without return_token_ids."""
+    prompt_logprobs: PromptLogprobs | None
+    """Null without prompt_logprobs."""
 
 
 class Completion(Body):
@@ -157,8 +157,9 @@ class Answer(Body):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning: str = ""
-    reasoning_content: str = ""
+    reasoning: str | None
+    reasoning_content: str | None
+    """The same under another name; null without any."""
     tool_calls: list[Call] = []
 
 
@@ -179,10 +180,10 @@ class ChatCompletion(Body):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_token_ids: list[int] = []
-    """With return_token_ids."""
-    prompt_logprobs: PromptLogprobs = []
-    """With prompt_logprobs."""
+    prompt_token_ids: list[int] | None
+    """Null without return_token_ids."""
+    prompt_logprobs: PromptLogprobs | None
+    """Null without prompt_logprobs."""
 
 
 class Tokens(Body):
@@ -192,7 +193,7 @@ class Tokens(Body):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
-    """With return_token_strs."""
+    """Null without return_token_strs."""
 
 
 class DetokenizedPrompt(Body):
@@ -208,6 +209,9 @@ class ModelCard(Body):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    """The checkpoint that the name stands for."""
+    parent: None
     max_model_len: int | None
     """None while the engine loads."""
 

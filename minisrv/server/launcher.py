@@ -69,7 +69,8 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
         for listener in listeners:
             stack.enter_context(listener)
         checkpoint = open_checkpoint(engine)
-        names = server.served_model_names or (engine.model or checkpoint.directory.name,)
+        root = engine.model or checkpoint.directory.name
+        names = server.served_model_names or (root,)
         stop = stack.enter_context(_stop_signals())
         private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         checkpoint.save(private_dir / CHECKPOINT)
@@ -87,6 +88,7 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
                 address=process.address,
                 engine_pid=process.pid,
                 private_dir=private_dir,
+                root=root,
                 served_model_names=names,
                 settings=server,
             )

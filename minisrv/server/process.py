@@ -33,6 +33,7 @@ class WorkerConfig:
     index: its number, out of `number` workers.
     address, engine_pid: of the engine.
     private_dir: the server's own, where workers share their metrics, and CHECKPOINT lies.
+    root: the checkpoint as the server was told of it, which served_model_names stand for.
     settings: the server's.
     engine_is_ready: or else it is starting as well, and the worker answers that it does.
     """
@@ -42,6 +43,7 @@ class WorkerConfig:
     address: str
     engine_pid: int
     private_dir: Path
+    root: str
     served_model_names: tuple[str, ...]
     settings: ServerConfig
     engine_is_ready: bool = False

@@ -53,7 +53,7 @@ class Reply(ABC):
         self._text_is_all = not (self._return_token_ids or self._continuous_usage)
         """Whether a delta in the middle has nothing to tell but its text and logprobs, and the text
         is told as it is."""
-        self._tail = {"usage": None} if self._include_usage else {}
+        self._tail: dict[str, Any] = {"usage": None} if self._include_usage else {}
         self._chunk_head = self._head(self.chunk_name)
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
         self._prompts: Sequence[list[int]] = ()
@@ -62,13 +62,17 @@ class Reply(ABC):
         """What is around the text of an event that tells nothing else, of each choice begun."""
         self._first: float | None = None
         """When the first delta came."""
-        self._completion_tokens = 0
-        self._cached_tokens = 0
+        self._completion_tokens: list[int] = []
+        self._cached_tokens: list[int] = []
+        """Of each choice; all choices of a prompt have found the same in the cache."""
 
     def begin(self, prepared: Prepared) -> None:
         """Set the prompts, each of the next `n` choices. Comes before any delta."""
         self._prompts = prepared.prompts
-        self._deltas = [[] for _ in range(len(self._prompts) * self._choices_per_prompt)]
+        number = len(self._prompts) * self._choices_per_prompt
+        self._deltas = [[] for _ in range(number)]
+        self._completion_tokens = [0] * number
+        self._cached_tokens = [0] * number
 
     def _prompt_of(self, index: int) -> list[int]:
         """The prompt of a choice."""
@@ -93,7 +97,7 @@ class Reply(ABC):
         return {
             **first,
             "prompt_tokens": sum(map(len, self._prompts)),
-            "completion_tokens": self._completion_tokens,
+            "completion_tokens": sum(self._completion_tokens),
         }
 
     def last_events(self) -> bytes:
@@ -119,18 +123,21 @@ class Reply(ABC):
         deltas = self._deltas[index]
         choice = self._choice(index, deltas)
         choice.setdefault("finish_reason", deltas[-1].finish_reason)
-        if self._return_token_ids:
-            choice["token_ids"] = [i for delta in deltas for i in delta.token_ids]
+        ids = [i for delta in deltas for i in delta.token_ids]
+        choice["token_ids"] = self._if_asked(ids)
         if self._report_steps:
             choice["graph_steps"] = deltas[-1].graph_steps
         return choice
 
-    def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The field `prompt_logprobs`, if it was asked for."""
+    def _if_asked(self, token_ids: Sequence[int]) -> Sequence[int] | None:
+        """Token ids, if they were asked for; else null, as vLLM has it."""
+        return token_ids if self._return_token_ids else None
+
+    def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None] | None:
+        """The field `prompt_logprobs`: null if it was not asked for, as vLLM has it."""
         if self._prompt_logprobs is None:
-            return {}
-        told = prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
-        return {"prompt_logprobs": told}
+            return None
+        return prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
 
     @abstractmethod
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -144,11 +151,13 @@ class Reply(ABC):
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         """The events of a delta; `first` of its choice, and whether it `tells` of tokens."""
 
-    def _chunk(self, choice: dict[str, Any], extra: dict[str, Any] | None = None) -> bytes:
+    def _chunk(self, choice: dict[str, Any], *, extra: dict[str, Any] | None = None) -> bytes:
         """The event of a choice, with `extra` fields beside it."""
         if not extra and not self._continuous_usage:
             return self._chunks.encode(choice)
-        tail = {"usage": self._usage()} if self._continuous_usage else self._tail
+        tail = self._tail
+        if self._continuous_usage:
+            tail = {"usage": self._usage_of(choice["index"])}
         return sse.event({**self._chunk_head, "choices": [choice], **tail, **(extra or {})})
 
     def _head(self, object_name: str) -> dict[str, Any]:
@@ -157,18 +166,30 @@ class Reply(ABC):
     def _count(self, delta: Delta) -> None:
         if self._first is None:
             self._first = time.perf_counter()
-        self._completion_tokens += len(delta.token_ids)
-        if delta.index % self._choices_per_prompt == 0:  # a prompt counts once
-            self._cached_tokens += delta.num_cached_tokens
+        self._completion_tokens[delta.index] += len(delta.token_ids)
+        self._cached_tokens[delta.index] += delta.num_cached_tokens
 
     def _usage(self) -> dict[str, Any]:
-        prompt = sum(map(len, self._prompts))
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": prompt + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
-        }
+        """Of all choices; a prompt counts once."""
+        return _usage(
+            sum(map(len, self._prompts)),
+            sum(self._completion_tokens),
+            sum(self._cached_tokens[:: self._choices_per_prompt]),
+        )
+
+    def _usage_of(self, index: int) -> dict[str, Any]:
+        """Of one choice so far, as vLLM tells it in each chunk."""
+        prompt = len(self._prompt_of(index))
+        return _usage(prompt, self._completion_tokens[index], self._cached_tokens[index])
+
+
+def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 class CompletionReply(Reply):
@@ -190,7 +211,7 @@ class CompletionReply(Reply):
 
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
         choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
-        return self._chunks.around_text(choice, "text")
+        return self._chunks.around_text({**choice, "token_ids": None}, "text")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
         echoes = first and self._echoes is not None
@@ -203,22 +224,23 @@ class CompletionReply(Reply):
             "text": text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
+            "token_ids": self._if_asked(delta.token_ids),
         }
-        if self._return_token_ids:
-            choice["token_ids"] = delta.token_ids
-            if first:
-                choice["prompt_token_ids"] = self._prompt_of(delta.index)
+        if first:
+            choice["prompt_token_ids"] = self._if_asked(self._prompt_of(delta.index))
         if self._report_steps and delta.finish_reason is not None:
             choice["graph_steps"] = delta.graph_steps
         return self._chunk(choice)
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         text, logprobs = self._shown(deltas, self._echoes is not None)
-        report = self._prompt_report(deltas[0].prompt_logprobs)
-        choice = {"index": index, "text": text, "logprobs": logprobs, **report}
-        if self._return_token_ids:
-            choice["prompt_token_ids"] = self._prompt_of(index)
-        return choice
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "prompt_logprobs": self._prompt_report(deltas[0].prompt_logprobs),
+            "prompt_token_ids": self._if_asked(self._prompt_of(index)),
+        }
 
     def _shown(
         self, deltas: Sequence[Delta], echoes: bool
@@ -262,22 +284,17 @@ class ChatReply(Reply):
         self._text_is_all &= not any(self._parsers)
 
     def document(self) -> dict[str, Any]:
-        extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
-        extra |= self._prompt_report(self._deltas[0][0].prompt_logprobs)
-        return {**super().document(), **extra}
+        return {
+            **super().document(),
+            "prompt_token_ids": self._if_asked(self._prompts[0]),
+            "prompt_logprobs": self._prompt_report(self._deltas[0][0].prompt_logprobs),
+        }
 
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
-        delta = {"content": ""}
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self._chunks.around_text(choice, "content")
+        return self._chunks.around_text(_chat_choice(index, {"content": ""}), "content")
 
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
-        events = b""
-        if first:
-            role = {"role": "assistant", "content": ""}
-            choice = {"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None}
-            extra = {"prompt_token_ids": self._prompts[0]} if self._return_token_ids else {}
-            events += self._chunk(choice, extra)
+        events = self._begin_answer(delta) if first else b""
         parser = self._parsers[delta.index]
         parts = [{"content": delta.text}] if tells else []
         if parser is not None:
@@ -288,32 +305,32 @@ class ChatReply(Reply):
                 tells and bool(delta.logprobs or self._return_token_ids)
             )
         for number, part in enumerate(parts):
-            choice = {
-                "index": delta.index,
-                "delta": part,
-                "logprobs": None,
-                "finish_reason": None,
-            }
+            choice = _chat_choice(delta.index, part)
             if number == 0:
                 choice["logprobs"] = delta.logprobs and self._logprobs(delta.logprobs)
-                if self._return_token_ids:
-                    choice["token_ids"] = delta.token_ids
+                choice["token_ids"] = self._if_asked(delta.token_ids)
             events += self._chunk(choice)
         if delta.finish_reason is not None:
-            choice = {
-                "index": delta.index,
-                "delta": {},
-                "logprobs": None,
-                "finish_reason": _finish_reason(delta, self._called[delta.index]),
-            }
+            choice = _chat_choice(delta.index, {})
+            choice["finish_reason"] = _finish_reason(delta, self._called[delta.index])
             if self._report_steps:
                 choice["graph_steps"] = delta.graph_steps
             events += self._chunk(choice)
         return events
 
+    def _begin_answer(self, delta: Delta) -> bytes:
+        """The chunk that tells the role, which comes before the first token of the answer."""
+        choice = _chat_choice(delta.index, {"role": "assistant", "content": ""})
+        extra: dict[str, Any] = {"prompt_token_ids": self._if_asked(self._prompts[0])}
+        if self._continuous_usage:
+            prompt, cached = len(self._prompts[0]), delta.num_cached_tokens
+            extra["usage"] = _usage(prompt, 0, cached)
+        return self._chunk(choice, extra=extra)
+
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         text = "".join([delta.text for delta in deltas])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        message |= _reasoning(None)
         choice = {"index": index, "message": message, "logprobs": None}
         if any(delta.logprobs is not None for delta in deltas):
             logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
@@ -367,6 +384,12 @@ def _delta(part: ChatDelta) -> dict[str, Any]:
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-def _reasoning(text: str) -> dict[str, str]:
+def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    """The choice of a chunk with nothing but a delta in it."""
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    return {**choice, "token_ids": None}
+
+
+def _reasoning(text: str | None) -> dict[str, str | None]:
     """Under the name that DeepSeek's API gave it, and vLLM's newer one: clients look for either."""
     return {"reasoning_content": text, "reasoning": text}

@@ -74,6 +74,8 @@ class Serving:
     served_model_names: tuple[str, ...]
     generation: GenerationConfig
     metrics: Metrics
+    root: str
+    """The checkpoint that the names stand for, as whoever started the server calls it."""
     key_limit: KeyLimit | None = None
     request_timeout: float | None = None
     """Seconds from a request's arrival to its end; None for any."""
@@ -205,9 +207,18 @@ class Serving:
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
+        def spell(whole_calls: bool) -> str:
+            told = [message.for_template(whole_calls=whole_calls) for message in messages]
+            return self.tokenizer.render_chat(told, add_generation_prompt, tools, variables)
+
         def render() -> str:
-            rendered = [message.for_template() for message in messages]
-            return self.tokenizer.render_chat(rendered, add_generation_prompt, tools, variables)
+            try:
+                return spell(whole_calls=False)
+            except RequestError:
+                # Some templates go through the arguments of a call, and have to be given some.
+                if not any(message.holds_broken_calls for message in messages):
+                    raise
+                return spell(whole_calls=True)
 
         size = sum(_PER_MESSAGE + message.num_characters for message in messages)
         return await _off_the_loop(render, size + sum(len(str(tool)) for tool in tools))

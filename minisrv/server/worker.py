@@ -56,6 +56,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             Tokenizer.from_description(checkpoint.tokenizer),
             served_model_names=config.served_model_names,
             generation=checkpoint.generation,
+            root=config.root,
             metrics=metrics,
             settings=settings,
             key_limit=key_limit,

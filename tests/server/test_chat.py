@@ -48,11 +48,20 @@ async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": TEXT, "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": TEXT,
+                    "refusal": None,
+                    "reasoning": None,
+                    "reasoning_content": None,
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
+                "token_ids": None,
             }
         ],
+        "prompt_token_ids": None,
+        "prompt_logprobs": None,
         "usage": {
             "prompt_tokens": len(prompt),
             "completion_tokens": len(ids),
@@ -80,11 +89,28 @@ async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
         "delta": {},
         "logprobs": None,
         "finish_reason": "stop",
+        "token_ids": None,
     }
+    assert first["prompt_token_ids"] is None
     assert all(chunk["usage"] is None for chunk in [first, *parts, last])
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len(ids)
     assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+
+
+async def test_the_role_counts_no_token(connect: Connect) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    script = outputs([300, 301], cached=3)
+    response = await post(connect(script), n=2, stream=True, stream_options=options)
+    *chunks, last = sse(response.text)
+    prompt = last["usage"]["prompt_tokens"]
+    for index in range(2):
+        told = [c["usage"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [t["completion_tokens"] for t in told] == [0, 1, 2, 2]
+        assert {t["prompt_tokens"] for t in told} == {prompt}
+        assert all(t["total_tokens"] == prompt + t["completion_tokens"] for t in told)
+        assert {t["prompt_tokens_details"]["cached_tokens"] for t in told} == {3}
+    assert last["usage"]["completion_tokens"] == 4
 
 
 async def test_an_answer_without_text_still_has_its_role(connect: Connect) -> None:
@@ -146,7 +172,7 @@ async def test_logprobs_token_ids_and_graph_steps(
     assert [[top["logprob"] for top in e["top_logprobs"]] for e in content] == [
         [-0.5, -1.5, -2.5]
     ] * len(ids)
-    assert [i for choice in choices for i in choice.get("token_ids", [])] == ids
+    assert [i for choice in choices for i in choice["token_ids"] or ()] == ids
     assert len(bodies[0]["prompt_token_ids"]) > 0
     assert all("prompt_token_ids" not in body for body in bodies[1:])
     assert choices[-1]["graph_steps"] == STEPS

@@ -39,7 +39,17 @@ async def test_a_whole_completion(connect: Connect, tokenizer: Tokenizer) -> Non
     assert body == {
         "object": "text_completion",
         "model": "tiny",
-        "choices": [{"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": TEXT,
+                "logprobs": None,
+                "finish_reason": "stop",
+                "token_ids": None,
+                "prompt_token_ids": None,
+                "prompt_logprobs": None,
+            }
+        ],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": len(ids) + 1,
@@ -97,7 +107,7 @@ async def test_choices_of_several_prompts(connect: Connect, stream: bool) -> Non
         choice["index"]: choice["prompt_token_ids"]
         for body in bodies
         for choice in body["choices"]
-        if "prompt_token_ids" in choice
+        if choice.get("prompt_token_ids")
     }
     assert told == {0: [1, 2], 1: [1, 2], 2: [1, 2], 3: [3, 4, 5], 4: [3, 4, 5], 5: [3, 4, 5]}
     asked = [(request.prompt_token_ids, request.params.seed) for request in engine.requests]
@@ -115,17 +125,30 @@ async def test_more_choices_than_places(connect: Connect) -> None:
     assert engine.requests == []
 
 
-@pytest.mark.parametrize("include_usage", [True, False])
-async def test_usage_in_every_chunk(connect: Connect, include_usage: bool) -> None:
-    options = {"include_usage": include_usage, "continuous_usage_stats": True}
-    ids = [300, 301, 302]
-    response = await post(connect(outputs(ids)), prompt=[1, 2], stream=True, stream_options=options)
-    chunks = sse(response.text)
-    assert len(chunks) == len(ids) + include_usage
-    told = [
-        (chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"]) for chunk in chunks
-    ]
-    assert told == [(2, 1), (2, 2), (2, 3), (2, 3)][: len(chunks)]
+async def test_usage_in_every_chunk(connect: Connect) -> None:
+    """Of the choice that the chunk is about, and at the end of all of them, as vLLM has it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    script = outputs([300, 301, 302], cached=1)
+    response = await post(
+        connect(script), prompt=[[1, 2], [3]], n=2, stream=True, stream_options=options
+    )
+    *chunks, last = sse(response.text)
+    for index, prompt in enumerate([2, 2, 1, 1]):
+        told = [c["usage"] for c in chunks if c["choices"][0]["index"] == index]
+        assert [(t["prompt_tokens"], t["completion_tokens"]) for t in told] == [
+            (prompt, 1),
+            (prompt, 2),
+            (prompt, 3),
+        ]
+        assert {t["prompt_tokens_details"]["cached_tokens"] for t in told} == {1}
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (3, 12)
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+async def test_usage_in_every_chunk_needs_usage(connect: Connect) -> None:
+    options = {"include_usage": False, "continuous_usage_stats": True}
+    response = await post(connect(outputs([300])), stream=True, stream_options=options)
+    assert all("usage" not in chunk for chunk in sse(response.text))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -36,6 +36,7 @@ async def test_models(connect: Connect) -> None:
         assert (await get(engine, connect, f"/v1/models/{card['id']}")).json().keys() == card.keys()
         assert card["object"] == "model"
         assert card["max_model_len"] == 200
+        assert (card["root"], card["parent"]) == ("tiny", None)
     missing = await get(engine, connect, "/v1/models/gpt")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
