@@ -66,7 +66,7 @@ def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
         return values(defs[field["$ref"].rpartition("/")[2]], defs)
     if "const" in field or "enum" in field:
         return ", ".join(f"`{json.dumps(v)}`" for v in field.get("enum", [field.get("const")]))
-    kind = str(field["type"])
+    kind = str(field.get("type", "anything"))
     if kind == "array":
         of = field["items"].get("type", "object")
         if of == "array":

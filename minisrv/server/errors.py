@@ -33,6 +33,9 @@ NOT_READY_RETRY_AFTER = 2
 MAX_PARAM = 128
 """Characters of a field's name that an error repeats: a client chooses unknown names freely."""
 
+_ALLOWED = "Input should be "
+"""How most of pydantic's messages begin."""
+
 _HTTP_CODES = {
     404: "unknown_url",
     405: "method_not_allowed",
@@ -124,12 +127,12 @@ def _clean(text: str) -> str:
 
 def _validation_error(error: RequestValidationError) -> RequestError:
     """The first of the validation errors, with `param` spelled as OpenAI does: `stop[2]`."""
-    first = error.errors()[0]
-    kind, context = first["type"], first.get("ctx", {})
-    path = list(first["loc"][1:])
+    errors = [_Problem(found, error.body) for found in error.errors()]
+    problem, alternatives = _most_telling(errors)
+    kind, context, path = problem.kind, problem.context, list(problem.path)
     if kind == "json_invalid":
-        reason = context.get("error", "")
-        return RequestError(f"The request body is not valid JSON: {reason} (position {path[0]}).")
+        reason, position = context.get("error", ""), problem.location[0]
+        return RequestError(f"The request body is not valid JSON: {reason} (position {position}).")
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
@@ -141,7 +144,7 @@ def _validation_error(error: RequestValidationError) -> RequestError:
         return RequestError("The request body must be a JSON object.")
     match kind:
         case "refused":
-            message = str(first["msg"])
+            message = problem.message
         case "missing":
             message = f"Missing required parameter: '{param}'."
         case "extra_forbidden":
@@ -149,5 +152,67 @@ def _validation_error(error: RequestValidationError) -> RequestError:
         case "value_error":
             message = f"Invalid '{param}': it {context['error']}."
         case _:
-            message = f"Invalid '{param}': {first['msg']} (got {reprlib.repr(first['input'])})."
+            message = f"Invalid '{param}': {_what_is_wrong(alternatives)} (got {problem.given})."
     return RequestError(message, param=param)
+
+
+class _Problem:
+    """One of pydantic's errors about a request's body.
+
+    location: as pydantic has it. Names of its own are part of it: of a union's members, and of
+        what a validator has made of a value.
+    path: as far as it leads through the body that the client sent.
+    """
+
+    def __init__(self, error: Mapping[str, Any], body: Any) -> None:
+        self.kind: str = error["type"]
+        self.context: Mapping[str, Any] = error.get("ctx", {})
+        # Not the name of a class of ours.
+        is_no_object = self.kind in ("model_type", "model_attributes_type")
+        self.message = f"{_ALLOWED}an object" if is_no_object else str(error["msg"])
+        self.given = reprlib.repr(error["input"])
+        self.location = tuple(error["loc"][1:])
+        self.path = _path_in(body, self.location, missing=self.kind == "missing")
+
+
+def _path_in(body: Any, location: tuple[int | str, ...], *, missing: bool) -> tuple[int | str, ...]:
+    """The parts of a location that lead through `body`; the last one need not be there if it is
+    `missing`."""
+    path = []
+    for number, part in enumerate(location):
+        there = (
+            part in body
+            if isinstance(body, dict)
+            else isinstance(body, list) and isinstance(part, int) and part < len(body)
+        )
+        if there:
+            body = body[part]
+        elif not (missing and number == len(location) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _most_telling(errors: list[_Problem]) -> tuple[_Problem, list[_Problem]]:
+    """The first of the errors, and which of them say what its value may be instead.
+
+    A value that is none of a union's members has an error of each member. The one that is about
+    something inside of the value comes from the member that was meant.
+    """
+    first = errors[0]
+    if len(first.path) == len(first.location):
+        return first, [first]
+    around = [one for one in errors if one.path[: len(first.path)] == first.path]
+    deepest = max(around, key=lambda one: len(one.path))  # the first of them
+    if len(deepest.path) > len(first.path):
+        return deepest, [deepest]
+    return first, around
+
+
+def _what_is_wrong(alternatives: list[_Problem]) -> str:
+    """What a value should be: what one of a union's members wants, in one sentence."""
+    messages = [one.message for one in alternatives]
+    if not all(message.startswith(_ALLOWED) for message in messages):
+        return messages[0]
+    allowed = dict.fromkeys(message.removeprefix(_ALLOWED) for message in messages)
+    return _ALLOWED + ", or ".join(allowed)

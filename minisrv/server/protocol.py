@@ -3,9 +3,9 @@
 A field is in one of four classes:
 
 - supported: declared here, and it does what OpenAI (or vLLM, for its extensions) says it does;
-- metadata (`user`, `metadata`, `store`, ...): checked, then ignored;
+- metadata and hints (`user`, `store`, `service_tier`, ...): ignored, as they change no answer;
 - known but not supported: accepted at the values that ask for nothing, else refused by name;
-- unknown: refused by name.
+- unknown: refused by name, but for those of messages, which clients send back as they got them.
 
 An explicit null equals an absent field. Types are as strict as OpenAI's: nothing is converted,
 except that a float may be written as an integer.
@@ -15,6 +15,7 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
@@ -35,7 +36,7 @@ from minisrv.request import (
     StructuredOutput,
     choice_seed,
 )
-from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
+from minisrv.server.strict import MAX_TEXT, SentBack, ShortText, Strict, Text, refuse
 from minisrv.server.structured import ResponseFormat, StructuredOutputs
 from minisrv.server.tools import MAX_CALLS, MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice
 from minisrv.server.unsupported import (
@@ -43,7 +44,6 @@ from minisrv.server.unsupported import (
     COMPLETION_ONLY,
     EVERYWHERE,
     MESSAGE,
-    STREAM_OPTIONS,
     TOKENIZE,
 )
 
@@ -59,6 +59,7 @@ MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of a completion that does not say; OpenAI's."""
 
+ModelName: TypeAlias = Annotated[ShortText, AfterValidator(lambda name: name or None)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Prompts: TypeAlias = list[str] | list[list[int]]
@@ -81,36 +82,45 @@ Biases: TypeAlias = Annotated[
 class StreamOptions(Strict):
     """What a stream reports besides its text."""
 
-    unsupported = STREAM_OPTIONS
-
     include_usage: bool = False
     """End the stream with a chunk that holds the usage and no choice."""
     continuous_usage_stats: bool = False
-    """Report in every chunk the usage so far, of all choices together."""
+    """Beside include_usage, report in every chunk the usage of its choice so far, as vLLM does."""
+    include_obfuscation: bool = False
+    """Ignored."""
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
     """Token ids, which are strings in JSON, to numbers."""
-    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object that maps token ids to numbers")
+    if len(value) > MAX_LOGIT_BIAS:
         raise ValueError(f"must name at most {MAX_LOGIT_BIAS} tokens, not {len(value)}")
-    if not isinstance(value, dict) or not all(
-        isinstance(name, str)
-        and name.isascii()
-        and name.isdigit()
-        and len(name) <= len(str(MAX_TOKEN_ID))
-        and name == str(int(name))
-        and int(name) <= MAX_TOKEN_ID
-        and type(amount) in (int, float)
-        and -MAX_BIAS <= amount <= MAX_BIAS
-        for name, amount in value.items()
-    ):
-        raise ValueError(
-            f"must map token ids, written as strings, to numbers from -{MAX_BIAS} to {MAX_BIAS}"
-        )
+    for name, amount in value.items():
+        if not _is_token_id(name):
+            raise refuse(
+                name,
+                f"Invalid 'logit_bias': the key {reprlib.repr(name)} must be a token id, which is "
+                "an integer from 0, written as a string.",
+            )
+        if type(amount) not in (int, float) or not -MAX_BIAS <= amount <= MAX_BIAS:
+            raise refuse(
+                name,
+                f"Invalid 'logit_bias': the bias of token {name} must be a number from "
+                f"-{MAX_BIAS} to {MAX_BIAS} (got {reprlib.repr(amount)}).",
+            )
     return {int(name): float(amount) for name, amount in value.items()}
 
 
+def _is_token_id(name: str) -> bool:
+    """Whether it is the one spelling of a token id."""
+    short = name.isascii() and name.isdigit() and len(name) <= len(str(MAX_TOKEN_ID))
+    return short and name == str(int(name)) and int(name) <= MAX_TOKEN_ID
+
+
 def _one_or_more(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
@@ -119,8 +129,8 @@ class GenerationRequest(Strict):
 
     unsupported = EVERYWHERE
 
-    model: ShortText | None = None
-    """The model's name; absent, the served model."""
+    model: ModelName | None = None
+    """The model's name; absent or empty, the served model."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     """Choices for each prompt. With a seed, the first has it and each other one more."""
     max_tokens: TokenCount | None = None
@@ -177,8 +187,8 @@ class GenerationRequest(Strict):
     stream: bool = False
     """Send the answer as it comes, as server-sent events."""
     stream_options: StreamOptions | None = None
-    """include_usage ends the stream with the usage; continuous_usage_stats tells it in each
-    chunk."""
+    """include_usage ends the stream with the usage; beside it continuous_usage_stats tells the
+    usage of a chunk's choice so far in each chunk."""
     return_token_ids: bool = False
     """Report the token ids of prompt and completion."""
     include_graph_steps: bool = False
@@ -199,6 +209,18 @@ class GenerationRequest(Strict):
     """Ignored."""
     prompt_cache_key: ShortText | None = None
     """Ignored: a hint for routing, and there is one engine."""
+    prompt_cache_options: Any = None
+    """Ignored: the prefix cache takes every prompt."""
+    prompt_cache_retention: Any = None
+    """Ignored: the prefix cache keeps what there is room for."""
+    service_tier: Any = None
+    """Ignored: there is one tier."""
+    prediction: Any = None
+    """Ignored: a hint that makes an answer come faster, and no other one."""
+    moderation: Any = None
+    """Ignored: nothing is moderated."""
+    verbosity: Any = None
+    """Ignored: a hint that only models have that were trained for it."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
@@ -237,8 +259,9 @@ class GenerationRequest(Strict):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk of the stream is to hold the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+        """Whether every chunk of the stream is to hold the usage of its choice so far."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
     @property
     def token_limit(self) -> int | None:
@@ -377,14 +400,30 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in asked if count is not None), default=None)
 
 
-class TextPart(Strict):
-    """A part of a message."""
+class TextPart(SentBack):
+    """A part of a message: text, or what an assistant said instead of an answer."""
 
-    type: Literal["text"]
-    text: Text
+    type: Literal["text", "refusal"]
+    text: Text | None = None
+    """With type text."""
+    refusal: Text | None = None
+    """With type refusal."""
+
+    @model_validator(mode="after")
+    def _holds_what_it_is(self) -> TextPart:
+        if getattr(self, self.type) is None:
+            raise refuse(self.type, f'{self.type} is needed in a part of the type "{self.type}".')
+        return self
+
+    @property
+    def told(self) -> str:
+        """The text of either."""
+        return (self.text if self.type == "text" else self.refusal) or ""
 
 
 def _parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -393,10 +432,11 @@ _OF_ROLES = {
     "tool_call_id": "tool",
     "reasoning_content": "assistant",
     "reasoning": "assistant",
+    "refusal": "assistant",
 }
 
 
-class Message(Strict):
+class Message(SentBack):
     """A message of a chat."""
 
     unsupported = MESSAGE
@@ -406,25 +446,31 @@ class Message(Strict):
     content: (
         Annotated[
             list[TextPart],
-            Field(min_length=1, max_length=MAX_PARTS),
+            Field(max_length=MAX_PARTS),
             BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
         ]
         | None
     ) = None
-    """Only an assistant's message with tool calls may have none."""
+    """Only an assistant's message may have none, and only that or a tool's no parts."""
+    name: ShortText | None = None
+    """Who speaks, or which tool; a template may leave it out."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
     """What the assistant called."""
-    tool_call_id: ShortText | None = None
+    tool_call_id: Text | None = None
     """Which call a tool's message answers."""
     reasoning_content: Text | None = None
     """What the assistant thought before; a template may leave it out."""
     reasoning: Text | None = None
     """Another name of reasoning_content."""
+    refusal: Text | None = None
+    """What the assistant said instead of content, and is told as that where there is none."""
 
     @model_validator(mode="after")
     def _fields_suit_the_role(self) -> Message:
-        if self.content is None and not self.tool_calls:
-            raise refuse("content", "content is needed, except beside an assistant's tool_calls.")
+        if self.content is None and self.role != "assistant":
+            raise refuse("content", "content is needed, except in an assistant's message.")
+        if self.content == [] and self.role not in ("assistant", "tool"):
+            raise refuse("content", "content must hold at least one part.")
         for name, role in _OF_ROLES.items():
             if getattr(self, name) and self.role != role:
                 raise refuse(name, f'{name} is only allowed with the role "{role}".')
@@ -436,20 +482,34 @@ class Message(Strict):
         return bool(self.tool_calls) or self.role == "tool"
 
     @property
+    def holds_broken_calls(self) -> bool:
+        """Whether the arguments of a call are no JSON object."""
+        return any(isinstance(call.function.arguments, str) for call in self.tool_calls)
+
+    @property
     def num_characters(self) -> int:
         """How much of it a template may spell."""
-        told = sum(len(part.text) for part in self.content or ())
         called = sum(len(str(call.function.arguments)) for call in self.tool_calls)
-        return told + called + len(self.reasoning_content or self.reasoning or "")
+        return len(self._said) + called + len(self.reasoning_content or self.reasoning or "")
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: parts joined by newlines, as vLLM does."""
+    @property
+    def _said(self) -> str:
+        """Parts joined by newlines, as vLLM does."""
+        return "\n".join(part.told for part in self.content or ()) or self.refusal or ""
+
+    def for_template(self, *, whole_calls: bool = False) -> dict[str, Any]:
+        """The message as chat templates expect it.
+
+        whole_calls: arguments of calls are objects even where they were no JSON.
+        """
         told: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": "\n".join(part.text for part in self.content or ()),
+            "content": self._said,
         }
+        if self.name is not None:
+            told["name"] = self.name
         if self.tool_calls:
-            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+            told["tool_calls"] = [call.for_template(whole=whole_calls) for call in self.tool_calls]
         if self.tool_call_id is not None:
             told["tool_call_id"] = self.tool_call_id
         reasoning = self.reasoning_content or self.reasoning
@@ -463,8 +523,8 @@ class TokenizeRequest(Strict):
 
     unsupported = TOKENIZE
 
-    model: ShortText | None = None
-    """The model's name; absent, the served model."""
+    model: ModelName | None = None
+    """The model's name; absent or empty, the served model."""
     prompt: Annotated[Text, AfterValidator(_text)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
@@ -489,8 +549,8 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """The body of POST /detokenize."""
 
-    model: ShortText | None = None
-    """The model's name; absent, the served model."""
+    model: ModelName | None = None
+    """The model's name; absent or empty, the served model."""
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
 
 

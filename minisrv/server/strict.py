@@ -1,4 +1,5 @@
-"""What every JSON object of a request has in common: strict types, and no field that is ignored.
+"""What every JSON object of a request has in common: strict types, and no field that is ignored,
+but for what clients send back of earlier answers.
 
 Knows: pydantic. Knows no field.
 """
@@ -59,7 +60,8 @@ class Strict(BaseModel):
         for name, field in own["properties"].items():
             if name not in own.get("required", ()):
                 own["properties"][name] = _or_null(field)
-        own["additionalProperties"] = {"type": "null"}
+        if cls.model_config["extra"] == "forbid":
+            own["additionalProperties"] = {"type": "null"}
         for name, neutral in cls.unsupported.items():
             own["properties"][name] = {
                 "enum": [*neutral, None],
@@ -81,3 +83,14 @@ class Strict(BaseModel):
             elif not asks_for_nothing(value, cls.unsupported[name]):
                 raise refuse(name, refusal(name, cls.unsupported[name]))
         return kept
+
+
+class SentBack(Strict):
+    """A JSON object of a chat's history, which clients send back as some server gave it to them.
+
+    Fields that are not known here are ignored: servers add fields to their answers, and clients
+    fields of their own. What holds something that the model would have to see is known, and refused
+    by name.
+    """
+
+    model_config = ConfigDict(extra="ignore")

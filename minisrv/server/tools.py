@@ -10,13 +10,14 @@ import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator
+from pydantic_core import from_json
 
-from minisrv.server.strict import ShortText, Strict, Text
+from minisrv.server.strict import SentBack, Strict, Text
 from minisrv.server.structured import Schema
 
 MAX_TOOLS = 128
-MAX_CALLS = 128
-"""Of one message."""
+MAX_CALLS = 4096
+"""Calls of one message: more than fit into an answer."""
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -69,33 +70,57 @@ class NamedTool(Strict):
 ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
 
 
-def _arguments(value: Any) -> dict[str, Any]:
-    """Arguments as a client sends them back, a JSON object's text."""
+def _arguments(value: Any) -> dict[str, Any] | str:
+    """Arguments as a client sends them back: a JSON object or its text. Text that is none, e.g. of
+    a call that was cut off by `max_tokens`, stays as it is."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a JSON object, or its text")
     try:
-        arguments = json.loads(value) if isinstance(value, str) and value.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError("must be a JSON object, as a string") from error
-    if not isinstance(value, str) or not isinstance(arguments, dict):
-        raise ValueError("must be a JSON object, as a string")
-    return arguments
+        arguments = json.loads(value) if value.strip() else {}
+        json.dumps(arguments, ensure_ascii=False).encode()  # lone surrogates are no text
+    except (ValueError, RecursionError):
+        return value
+    return arguments if isinstance(arguments, dict) else value
 
 
-class CalledFunction(Strict):
+class CalledFunction(SentBack):
     """A function that was called, and how."""
 
-    name: Name
-    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str)]
-    """JSON, as a string."""
+    name: Text
+    """Whatever the model has written."""
+    arguments: Annotated[
+        dict[str, Any] | str,
+        PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any]),
+    ] = Field(default={})
+    """A JSON object as text. What is no JSON is told to the model as it is."""
 
 
-class ToolCall(Strict):
+class ToolCall(SentBack):
     """A call of an earlier answer."""
 
-    id: ShortText
+    id: Text | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it, arguments as an object."""
-        function = {"name": self.function.name, "arguments": self.function.arguments}
-        return {"id": self.id, "type": "function", "function": function}
+    def for_template(self, *, whole: bool) -> dict[str, Any]:
+        """As chat templates expect it, arguments as an object where they are one.
+
+        whole: arguments are an object in any case, of what can be read of them.
+        """
+        arguments = self.function.arguments
+        if whole and isinstance(arguments, str):
+            arguments = _readable(arguments)
+        told: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        function = {"name": self.function.name, "arguments": arguments}
+        return {**told, "type": "function", "function": function}
+
+
+def _readable(arguments: str) -> dict[str, Any]:
+    """What can be read of JSON that was cut off; nothing of what is none."""
+    try:
+        found = from_json(arguments, allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

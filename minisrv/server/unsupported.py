@@ -48,12 +48,7 @@ CHAT_ONLY: dict[str, tuple[object, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_retention": (),
     "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
@@ -75,17 +70,14 @@ TOKENIZE: dict[str, tuple[object, ...]] = {
     "tools": ([],),
 }
 
-STREAM_OPTIONS: dict[str, tuple[object, ...]] = {
-    "include_obfuscation": (False,),
-}
-
 MESSAGE: dict[str, tuple[object, ...]] = {
-    # What OpenAI's client sends back when an answer becomes part of the next request.
-    "annotations": ([],),
+    # Content that a template would never see, and ways to go on with an answer.
+    "attachments": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
-    "refusal": (),
+    "images": ([],),
+    "partial": (False,),
+    "prefix": (False,),
 }
 
 

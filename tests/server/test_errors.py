@@ -62,7 +62,13 @@ async def post(client: httpx.AsyncClient, route: str, **fields: Any) -> httpx.Re
         ({"what": 1}, "what", "Unrecognized request argument supplied: what"),
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"min_tokens": 17, "max_tokens": 16}, "min_tokens", "from 0 to max_tokens, which is 16"),
-        ({"logit_bias": {str(INFO.vocab_size): 1}}, "logit_bias", "from 0 to 399"),
+        ({"logit_bias": {str(INFO.vocab_size): 1}}, "logit_bias", "token id 400; this model's"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "the key 'x' must be a token id"),
+        ({"logit_bias": {"7": 101}}, "logit_bias.7", "the bias of token 7 must be a number from"),
+        ({"logit_bias": [5]}, "logit_bias", "must be an object that maps token ids"),
+        ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 65, "at most 64 characters"),
+        ({"stop": 5}, "stop", "it must be a string or a list of strings"),
+        ({"stream_options": 5}, "stream_options", "Input should be an object (got 5)"),
         ({"best_of": 2}, "best_of", "is not supported by this server; leave it out or send 1."),
         ({"stream_options": {}}, "stream_options", "only allowed when stream is true"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer (got '5')"),
@@ -79,6 +85,54 @@ async def test_a_bad_field_is_named(
     assert error["param"] == param
     assert words in error["message"]
     assert engine.requests == []
+
+
+F = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
+            "tool_choice.type",
+            "Input should be 'function' (got 'allowed_tools')",
+        ),
+        ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required', or an object"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "Missing required"),
+        ({"tool_choice": {**F, "x": 1}}, "tool_choice.x", "Unrecognized request argument"),
+        (
+            {"chat_template_kwargs": {"a": [1]}},
+            "chat_template_kwargs.a",
+            "a valid boolean, or a valid integer, or a valid number, or a valid string (got [1])",
+        ),
+        ({"messages": ["hi"]}, "messages[0]", "Input should be an object (got 'hi')"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "a string or a list of parts",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+            "Input should be 'text' or 'refusal' (got 'image_url')",
+        ),
+    ],
+)
+async def test_a_bad_field_of_a_chat_is_named_as_the_client_wrote_it(
+    connect: Connect, fields: dict[str, Any], param: str, words: str
+) -> None:
+    """Whatever classes, unions and validators stand behind it."""
+    response = await post(connect(outputs([300])), "/v1/chat/completions", tools=[F], **fields)
+    error = error_of(response, 400)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_an_empty_model_is_the_served_one(connect: Connect, route: str) -> None:
+    response = await post(connect(outputs([300])), route, model="")
+    assert response.json()["model"] == "tiny"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from pydantic import ValidationError
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import SamplingParams
 from minisrv.server import unsupported
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from minisrv.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+    StreamOptions,
+)
 
 SILENT = GenerationConfig()
 USER = {"role": "user", "content": "hi"}
@@ -112,11 +118,12 @@ def test_null_is_absent_in_every_optional_field(make: Any) -> None:
     )
     assert make(**dict.fromkeys(optional)) == make()
     options = {"stream": True, "stream_options": {}}
-    inner = dict.fromkeys(("include_usage", *unsupported.STREAM_OPTIONS))
+    inner = dict.fromkeys(StreamOptions.model_fields)
     assert make(**options | {"stream_options": inner}) == make(**options)
     if make is chat:
         part = {"type": "text", "text": "hi"}
-        message = USER | {"content": [part]} | dict.fromkeys(unsupported.MESSAGE)
+        message = dict.fromkeys([*Message.model_fields, *unsupported.MESSAGE])
+        message |= USER | {"content": [part | {"refusal": None}]}
         assert chat(messages=[message]) == chat(messages=[USER])
 
 
@@ -158,12 +165,15 @@ def test_stream_options() -> None:
     assert completion(stream=True, stream_options={"include_usage": True}).include_usage
     assert not completion(stream=True, stream_options={"include_usage": None}).include_usage
     assert refused(chat, stream_options={"include_usage": True}) == "stream_options"
-    options = {"continuous_usage_stats": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
     assert completion(stream=True, stream_options=options).continuous_usage
-    assert not completion(stream=True, stream_options={}).continuous_usage
-    for name in ("include_obfuscation", "what"):
-        options = {"include_usage": True, name: True}
-        assert refused(chat, stream=True, stream_options=options) == f"stream_options.{name}"
+    for usage in (False, None):
+        options["include_usage"] = usage
+        assert not completion(stream=True, stream_options=options).continuous_usage
+    for obfuscated in (True, False):
+        assert chat(stream=True, stream_options={"include_obfuscation": obfuscated})
+    options = {"include_usage": True, "what": True}
+    assert refused(chat, stream=True, stream_options=options) == "stream_options.what"
 
 
 def test_choices_of_all_prompts_are_bounded() -> None:
@@ -189,7 +199,7 @@ def test_the_two_names_of_max_tokens() -> None:
 
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-BROKEN = {"name": "f", "arguments": "{"}
+BROKEN = {"name": "f", "arguments": 1}
 
 
 @pytest.mark.parametrize(
@@ -202,20 +212,32 @@ BROKEN = {"name": "f", "arguments": "{"}
         ({"content": "x"}, "messages.0.role"),
         ({"role": "robot", "content": "x"}, "messages.0.role"),
         ({"role": "tool", "tool_call_id": "c"}, "messages.0.content"),
-        (USER | {"name": "bob"}, "messages.0.name"),
+        (USER | {"name": 1}, "messages.0.name"),
+        (USER | {"images": ["x"]}, "messages.0.images"),
+        (USER | {"attachments": [{}]}, "messages.0.attachments"),
+        ({"role": "assistant", "content": "x", "prefix": True}, "messages.0.prefix"),
+        ({"role": "assistant", "content": "x", "partial": True}, "messages.0.partial"),
+        ({"role": "assistant", "audio": {"id": "a"}}, "messages.0.audio"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages.0.function_call"),
+        (USER | {"refusal": "no"}, "messages.0.refusal"),
+        (USER | {"content": [{"type": "text"}]}, "messages.0.content.0.text"),
+        (USER | {"content": [{"type": "text", "refusal": "a"}]}, "messages.0.content.0.text"),
         (USER | {"tool_calls": [CALL]}, "messages.0.tool_calls"),
         (USER | {"tool_call_id": "c"}, "messages.0.tool_call_id"),
         (USER | {"reasoning_content": "hm"}, "messages.0.reasoning_content"),
-        ({"role": "assistant", "tool_calls": [{}]}, "messages.0.tool_calls.0.id"),
+        ({"role": "assistant", "tool_calls": [{}]}, "messages.0.tool_calls.0.function"),
         (
-            {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f"}}]},
-            "messages.0.tool_calls.0.function.arguments",
+            {"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]},
+            "messages.0.tool_calls.0.type",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"function": {"arguments": "{}"}}]},
+            "messages.0.tool_calls.0.function.name",
         ),
         (
             {"role": "assistant", "tool_calls": [CALL | {"function": BROKEN}]},
             "messages.0.tool_calls.0.function.arguments",
         ),
-        (USER | {"what": 1}, "messages.0.what"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages.0.content.0.type"),
         ("hi", "messages.0"),
     ],
@@ -279,11 +301,69 @@ def test_messages() -> None:
     ]
 
 
-def test_an_answer_can_be_sent_back_as_the_client_holds_it() -> None:
-    """openai-python dumps absent parts of a message as nulls."""
-    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
-    answer |= {"audio": None, "function_call": None, "tool_calls": None}
-    assert chat(messages=[USER, answer, USER])
+@pytest.mark.parametrize(
+    "more",
+    [
+        # openai-python dumps absent parts of a message as nulls.
+        {"refusal": None, "annotations": [], "audio": None, "function_call": None},
+        {"tool_calls": None, "reasoning": None, "reasoning_content": None},
+        {"tool_calls": [], "annotations": [{"type": "url_citation", "url_citation": {}}]},
+        # What other servers and what clients add.
+        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}], "index": 0},
+        {"provider_specific_fields": {"refusal": None}, "id": "msg_1", "citations": None},
+        {"thinking_blocks": [], "cache_control": {"type": "ephemeral"}, "images": []},
+        {"content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+        {"content": [{"type": "text", "text": "x", "annotations": [], "logprobs": []}]},
+        {"content": [{"type": "refusal", "refusal": "x"}]},
+        {"content": None, "refusal": "x"},
+        {"refusal": "x", "content": ""},
+    ],
+)
+def test_an_answer_can_be_sent_back_as_the_client_holds_it(more: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": "x"} | more
+    told = chat(messages=[USER, answer, USER]).messages[1].for_template()
+    assert told == {"role": "assistant", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "nothing", [{}, {"content": None}, {"content": ""}, {"content": []}, {"tool_calls": []}]
+)
+def test_an_answer_may_be_empty(nothing: dict[str, Any]) -> None:
+    answer = {"role": "assistant"} | nothing
+    told = chat(messages=[USER, answer, USER]).messages[1].for_template()
+    assert told == {"role": "assistant", "content": ""}
+
+
+def test_names_of_speakers() -> None:
+    for role in ("system", "developer", "user", "assistant", "tool"):
+        message = {"role": role, "content": "x", "name": "Ada"}
+        assert chat(messages=[message]).messages[0].for_template()["name"] == "Ada"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "whole"),
+    [
+        ('{"a": 1}', {"a": 1}, {"a": 1}),
+        ({"a": 1}, {"a": 1}, {"a": 1}),
+        ("", {}, {}),
+        (None, {}, {}),
+        ('{"city": "Ro', '{"city": "Ro', {"city": "Ro"}),
+        ('{"a": {"b": [1, 2', '{"a": {"b": [1, 2', {"a": {"b": [1, 2]}}),
+        ("{", "{", {}),
+        ("Rome", "Rome", {}),
+        ("[1]", "[1]", {}),
+        ("null", "null", {}),
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}', {}),
+    ],
+)
+def test_arguments_that_are_no_json(arguments: object, told: object, whole: object) -> None:
+    call = CALL | {"function": {"name": "any, of the model's", "arguments": arguments}, "index": 0}
+    answer = {"role": "assistant", "tool_calls": [call | {"id": None}]}
+    [message] = chat(messages=[answer]).messages
+    for whole_calls, expected in ((False, told), (True, whole)):
+        [spelled] = message.for_template(whole_calls=whole_calls)["tool_calls"]
+        assert spelled["function"] == {"name": "any, of the model's", "arguments": expected}
+        assert "id" not in spelled
 
 
 TABLES = [
@@ -315,6 +395,25 @@ def test_what_is_not_supported_is_refused_by_name(make: Any, field: str, value: 
     assert refused(make, **{field: value}) == field
 
 
+HINTS = ("verbosity", "service_tier", "prediction", "moderation")
+HINTS += ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+def test_hints_change_nothing(make: Any) -> None:
+    """To routing, storage and billing: whatever they say, the answer is the same."""
+    config = GenerationConfig()
+    told = {"type": "content", "content": "x"}
+    for value in ("low", "24h", told, {"ttl": 5}, [told], True, 1):
+        hints = {name: value for name in HINTS if name != "prompt_cache_key"}
+        assert make(**hints).sampling_params(config, 9) == make().sampling_params(config, 9)
+
+
+def test_an_empty_name_of_a_model_is_none() -> None:
+    assert chat(model="").model is None
+    assert completion(model="x").model == "x"
+
+
 def test_no_field_is_both_supported_and_not() -> None:
     for model, (_, table) in zip((CompletionRequest, ChatCompletionRequest), TABLES, strict=True):
         assert not set(model.model_fields) & set(table)
@@ -322,7 +421,9 @@ def test_no_field_is_both_supported_and_not() -> None:
 
 def test_every_supported_field_does_something() -> None:
     """Accepted and ignored is a defect, but for what says that it is ignored."""
-    ignored = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
+    ignored = {"user", "metadata", "store", "safety_identifier", *HINTS}
+    for name in ignored:
+        assert (GenerationRequest.model_fields[name].description or "").startswith("Ignored")
     handled = {"model", "stream", "stream_options", "return_token_ids", "include_graph_steps"}
     handled |= {
         "prompt_logprobs",

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from minisrv.request import FinishReason, StructuredOutputKind
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import FakeEngine, outputs, sse
+from tests.server.fake_engine import INFO, FakeEngine, outputs, sse
 from tests.text import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -80,7 +81,8 @@ async def test_a_call_in_a_whole_answer(connect: Connect, tokenizer: Tokenizer) 
         "type": "function",
         "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
     }
-    assert answer["message"] == {"role": "assistant", "content": "Let me see.", "refusal": None}
+    nothing = dict.fromkeys(("refusal", "reasoning", "reasoning_content"))
+    assert answer["message"] == {"role": "assistant", "content": "Let me see."} | nothing
     assert answer["finish_reason"] == "tool_calls"
 
 
@@ -99,7 +101,7 @@ async def test_one_call_if_no_more_are_wanted(connect: Connect, tokenizer: Token
 @pytest.mark.parametrize("usage", [False, True])
 async def test_a_call_in_a_stream(connect: Connect, tokenizer: Tokenizer, usage: bool) -> None:
     chat = Chat(connect, tokenizer, f"Let me see.\n{CALL}")
-    options = {"continuous_usage_stats": True} if usage else {}
+    options = {"include_usage": True, "continuous_usage_stats": True} if usage else {}
     response = await chat.post(stream=True, stream_options=options, logprobs=True)
     chunks = [chunk["choices"][0] for chunk in sse(response.text) if chunk["choices"]]
     deltas = [chunk["delta"] for chunk in chunks]
@@ -119,7 +121,7 @@ async def test_every_token_is_told_beside_calls(connect: Connect, tokenizer: Tok
     chat = Chat(connect, tokenizer, f"Let me see.\n{CALL}")
     response = await chat.post(stream=True, return_token_ids=True)
     chunks = [chunk["choices"][0] for chunk in sse(response.text)]
-    told = [i for chunk in chunks for i in chunk.get("token_ids", ())]
+    told = [i for chunk in chunks for i in chunk["token_ids"] or ()]
     assert told == [*tokenizer.encode(f"Let me see.\n{CALL}"), END]
 
 
@@ -199,6 +201,83 @@ async def test_earlier_calls_reach_the_template(connect: Connect, tokenizer: Tok
     chat = Chat(connect, tokenizer, "It rains.")
     assert (await chat.post(messages=turns)).status_code == 200
     assert chat.prompt.endswith("assistant: Rometool: rainassistant: ")
+
+
+ITEMS = TEMPLATE.replace(
+    "{{ call.function.arguments.city }}",
+    "{% for key, value in call.function.arguments.items() %}{{ key }}={{ value }}{% endfor %}",
+)
+AS_TEXT = TEMPLATE.replace(".arguments.city", ".arguments")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(AS_TEXT, '{"city": "Ro'), (ITEMS, "city=Ro"), (TEMPLATE, "")],
+)
+async def test_a_call_that_was_cut_off_is_accepted_on_later_turns(
+    connect: Connect,
+    make_tokenizer: Callable[[str], Tokenizer],
+    template: str,
+    told: str,
+    stream: bool,
+) -> None:
+    tokenizer = make_tokenizer(template)
+    engine = FakeEngine(outputs(tokenizer.encode(CALL[: CALL.index('me"}')])))
+    body: dict[str, Any] = {"messages": MESSAGES, "tools": [WEATHER], "stream": stream}
+    async with connect(engine, tokenizer=tokenizer) as client:
+        response = await client.post("/v1/chat/completions", json=body)
+        if stream:
+            answer: dict[str, Any] = {"role": "assistant", "content": ""}
+            calls: list[dict[str, Any]] = []
+            for chunk in sse(response.text):
+                for part in chunk["choices"][0]["delta"].get("tool_calls", ()):
+                    if "id" in part:
+                        calls.append(part)
+                    else:
+                        calls[-1]["function"]["arguments"] += part["function"]["arguments"]
+            answer["tool_calls"] = calls
+        else:
+            answer = response.json()["choices"][0]["message"]
+            assert response.json()["choices"][0]["finish_reason"] == "length"
+        [call] = answer["tool_calls"]
+        assert call["function"]["arguments"] == '{"city": "Ro'
+        result = {"role": "tool", "tool_call_id": call["id"], "content": "invalid", "name": "w"}
+        turns = [*MESSAGES, answer, result]
+        again = await client.post("/v1/chat/completions", json=body | {"messages": turns})
+    assert again.status_code == 200, again.text
+    prompt = tokenizer.decode(engine.requests[1].prompt_token_ids)
+    assert prompt.endswith(f"assistant: {told}tool: invalidassistant: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<tool_call>\n",
+        '<tool_call>\n{"name": "weather", "arguments": ',
+        '<tool_call>\n{"name": "weather", "arguments": {',
+        '<tool_call>\n{"name": "not a name!", "arguments": {}}',
+        '<tool_call>\n{"name": "\\ud800", "arguments": {"a": "\\ud800"}}',
+        '<tool_call>\n{"arguments": {"a": "\\ud800"}, "name": "f"}',
+        '<tool_call>\n{"name": "f", "arguments": {a: 1}}',
+        '<tool_call>\n{"name": "f", "arguments": {"a": ' + "[" * 120,
+        "<think>Which city?",
+        "<think>Which city?</think>",
+    ],
+)
+async def test_what_the_server_has_said_is_accepted_on_later_turns(
+    connect: Connect, make_tokenizer: Callable[[str], Tokenizer], text: str
+) -> None:
+    tokenizer = make_tokenizer(ITEMS + "{# <think></think> #}")
+    engine = FakeEngine(outputs([*tokenizer.encode(text), END]))
+    engine.info = msgspec.structs.replace(INFO, max_model_len=2000)
+    body: dict[str, Any] = {"messages": MESSAGES, "tools": [WEATHER]}
+    async with connect(engine, tokenizer=tokenizer) as client:
+        answer = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        turns = [*MESSAGES, answer["message"], *MESSAGES]
+        again = await client.post("/v1/chat/completions", json=body | {"messages": turns})
+    assert again.status_code == 200, again.text
 
 
 async def test_variables_reach_the_template(connect: Connect, tokenizer: Tokenizer) -> None:
