@@ -181,7 +181,8 @@ class GenerationRequest(Strict):
     """Requests with a lower number are admitted earlier, and preempted later when the KV cache is
     full; none is preempted to make room for another (vLLM's extension)."""
     response_format: ResponseFormat | None = None
-    """What the text must be: JSON, or JSON that follows a schema."""
+    """What the text must be: JSON, or JSON that follows a schema, whose objects hold the properties
+    that it declares and, unless it says so, no others."""
     structured_outputs: StructuredOutputs | None = None
     """What the text must be, in one of more ways (vLLM's extension)."""
     stream: bool = False
@@ -571,7 +572,8 @@ class ChatCompletionRequest(GenerationRequest):
     """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
     """none: as if there were no tools; auto, which is meant if there are any: as the model likes;
-    required, or the name of one: it must, and the arguments follow the schema."""
+    required, or the name of one: it must, and the arguments follow the schema as a
+    response_format's text does."""
     parallel_tool_calls: bool = True
     """Allow several calls in one answer; else those behind the first are dropped."""
     chat_template_kwargs: Annotated[

@@ -1,6 +1,9 @@
 """What a request may say of the form of its text: `response_format`, as OpenAI has it, and
 `structured_outputs`, as vLLM does.
 
+An object of a schema that declares properties holds those and no others, whether it is `strict` or
+not, unless it says so itself by `additionalProperties`: as in xgrammar, which vLLM and SGLang use.
+
 Whether a schema or a grammar can be followed is not seen here: it is compiled before the request
 reaches the engine, elsewhere.
 
@@ -48,7 +51,7 @@ class JsonSchema(Strict):
     """Ignored."""
     schema_: Annotated[Schema, Field(alias="schema")]
     strict: bool | None = None
-    """The schema is kept in any case."""
+    """The schema is kept in any case, and objects hold only what it declares."""
 
 
 class ResponseFormat(Strict):

@@ -31,7 +31,8 @@ class Function(Strict):
     parameters: Schema | None = None
     """The JSON schema of its arguments, which are an object; absent, it has none."""
     strict: bool | None = None
-    """Arguments follow the schema where a call is required in any case, and nowhere else."""
+    """Arguments follow the schema where a call is required, as those of a `response_format` do,
+    and nowhere else: with or without this."""
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it."""

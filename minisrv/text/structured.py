@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from minisrv.errors import RequestError
 from minisrv.request import StructuredOutput, StructuredOutputKind
+from minisrv.text.closed_schema import closed
 from minisrv.text.tokenizer import Tokenizer
 
 LIMITS = llguidance.LLParserLimits(
@@ -183,8 +184,14 @@ def literal(text: str) -> str:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """The JSON documents that follow `schema`, in a rule of a Lark grammar."""
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+    """The JSON documents that follow `schema`, in a rule of a Lark grammar. Raises ValueError for
+    one that is nested too deeply."""
+    return f"%json {json.dumps(_for_llguidance(schema))}"
+
+
+def _for_llguidance(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema as llguidance is to take it. Raises ValueError if that is too much."""
+    return {**closed(schema), "x-guidance": _JSON_OPTIONS}
 
 
 def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
@@ -200,7 +207,7 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
                 raise ValueError("it is nested too deeply") from None
             if not isinstance(schema, dict):
                 raise ValueError("a schema is an object")
-            main = {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
+            main = {"json_schema": _for_llguidance(schema)}
         case StructuredOutputKind.REGEX:
             text = llguidance.regex_to_lark(spec.text)
             main = {"lark_grammar": f"start: TEXT\nTEXT: /{text}/"}

@@ -54,12 +54,22 @@ def tool_call_grammar(
         head = f'{{"name": {json.dumps(tool.name)}, "{parser.arguments_name}": '
         # A rule of its own keeps `$ref` within the tool's schema.
         rules.append(f"call_{i}: {literal(head)} arguments_{i} {literal('}')}")
-        rules.append(f"arguments_{i}: {json_rule(_arguments_schema(tool))}")
+        rules.append(f"arguments_{i}: {_arguments_rule(tool)}")
     return StructuredOutput(
         kind=StructuredOutputKind.GRAMMAR,
         text="\n".join(rules),
         param="tools",
     )
+
+
+def _arguments_rule(tool: Tool) -> str:
+    try:
+        return json_rule(_arguments_schema(tool))
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise RequestError(
+            f"tools: the parameters of {tool.name!r} cannot be followed: {reason}.", param="tools"
+        ) from error
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:

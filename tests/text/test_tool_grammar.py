@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -109,11 +110,30 @@ def test_parameters_cannot_change_how_they_are_read(
     assert not follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a"=1}}')
 
 
+def test_arguments_hold_what_is_declared(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
+    city = {"city": {"$ref": "#/$defs/name"}}
+    parameters = {"properties": city, "$defs": {"name": {"enum": ["Rome"]}}}
+    spec = tool_call_grammar(
+        [Tool(name="f", parameters=parameters)], Llama3JsonToolParser, tokenizer, parallel=False
+    )
+    assert follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"city": "Rome"}}')
+    for arguments in ('{"x": 1}', '{"city": "Rome", "x": 1}', '{"city": "Oslo"}'):
+        assert not follow(backend, tokenizer, spec, f'{{"name": "f", "parameters": {arguments}}}')
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
 @pytest.mark.parametrize(
-    "parameters", [{"type": "array"}, {"description": "x" * MAX_GRAMMAR_LENGTH}]
+    "parameters",
+    [{"type": "array"}, {"description": "x" * MAX_GRAMMAR_LENGTH}, nested(500), nested(2000)],
 )
 def test_parameters_that_cannot_be_arguments_are_refused(
-    tokenizer: Tokenizer, parameters: dict[str, str]
+    tokenizer: Tokenizer, parameters: dict[str, Any]
 ) -> None:
     tools = [Tool(name="a", parameters=parameters)]
     with pytest.raises(RequestError) as raised:

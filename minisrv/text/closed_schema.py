@@ -1,0 +1,205 @@
+"""JSON schemas whose objects hold what they declare and nothing else.
+
+JSON Schema lets an object have any property beside those that are declared, and a model that may
+write one now and then does: `{"sum": 17, ": ": 17}`. OpenAI demands `additionalProperties: false`
+of strict schemas; xgrammar (the default of vLLM and SGLang), llama.cpp and guidance take it as said
+of each. So it is here: a schema that declares properties, and leaves open whether there may be
+others, is closed. A schema that says so itself (`additionalProperties`) is kept, and so is one that
+declares nothing.
+
+An object that is put together (allOf, $ref beside other keywords) may have what all of its parts
+declare, as with JSON Schema's `unevaluatedProperties: false`, which llguidance does not know. Each
+alternative of anyOf and oneOf is closed for itself.
+
+Knows: JSON Schema's keywords. Knows nothing of grammars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+MAX_COPIES = 100
+"""Definitions of a schema that may be told apart by the objects that they are parts of."""
+
+_COPY = "closed-definition-"
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("prefixItems",)
+_ONES = ("additionalProperties", "items", "contains")
+_ALTERNATIVES = ("anyOf", "oneOf")
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its objects closed. What is no valid schema stays what it is.
+
+    Raises ValueError if it is nested too deeply, or put together in too many ways.
+    """
+    closer = _Closer(schema)
+    try:
+        result: dict[str, Any] = closer.close(schema, _Declared())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if closer.copies:
+        result["$defs"] = {**result.get("$defs", {}), **dict(closer.copies.values())}
+    return result
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What some parts of a schema say of an object's properties.
+
+    names, patterns: those that are declared, in order. open: any others are allowed expressly.
+    """
+
+    names: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    open: bool = False
+
+    @classmethod
+    def of_all(cls, parts: Iterable[_Declared]) -> _Declared:
+        """What several parts say together."""
+        found = tuple(parts)
+        return cls(
+            tuple(dict.fromkeys(name for part in found for name in part.names)),
+            tuple(dict.fromkeys(pattern for part in found for pattern in part.patterns)),
+            any(part.open for part in found),
+        )
+
+
+class _Closer:
+    """Closes the parts of one schema.
+
+    copies: new definitions with their names, for `$ref`s to what is a part of an object, by
+        pointer and what the other parts declare.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self.copies: dict[object, tuple[str, Any]] = {}
+
+    def close(self, schema: Any, others: _Declared) -> Any:
+        """`schema`, closed. others: what other schemas declare that apply to the same object."""
+        if not isinstance(schema, dict):
+            return schema
+        pieces = self._pieces(schema)
+
+        def beside(key: str, number: int = 0) -> _Declared:
+            """What is declared for the same object by all but one piece."""
+            rest = (said for place, said in pieces.items() if place != (key, number))
+            return _Declared.of_all([others, *rest])
+
+        result: dict[str, Any] = {}
+        for key, value in schema.items():
+            if key in _MAPS and isinstance(value, dict):
+                result[key] = {name: self.close(one, _Declared()) for name, one in value.items()}
+            elif key in _LISTS and isinstance(value, list):
+                result[key] = [self.close(one, _Declared()) for one in value]
+            elif key in _ONES:
+                result[key] = self.close(value, _Declared())
+            elif key == "allOf" and isinstance(value, list):
+                result[key] = [self.close(one, beside(key, i)) for i, one in enumerate(value)]
+            elif key in _ALTERNATIVES and isinstance(value, list):
+                result[key] = [self.close(one, beside(key)) for one in value]
+            elif key == "$ref" and isinstance(value, str):
+                result[key] = self._reference(value, beside(key))
+            else:
+                result[key] = value
+        allowed = _Declared.of_all([*pieces.values(), others])
+        if _leaves_open(schema) and not allowed.open:
+            for key, names in (
+                ("properties", allowed.names),
+                ("patternProperties", allowed.patterns),
+            ):
+                if names:
+                    result[key] = {**result.get(key, {}), **_any_but(names, result.get(key, {}))}
+            result["additionalProperties"] = False
+        return result
+
+    def _pieces(
+        self, schema: dict[str, Any], seen: set[str] | None = None
+    ) -> dict[tuple[str, int], _Declared]:
+        """What the parts of a schema that apply to the same object declare, by keyword and number.
+
+        seen: pointers that have been followed already, and need not be again.
+        """
+        seen = set() if seen is None else seen
+        pieces = {("own", 0): _own(schema)}
+        for number, one in enumerate(_list(schema, "allOf")):
+            pieces["allOf", number] = self._declared(one, seen)
+        for key in _ALTERNATIVES:
+            found = [self._declared(one, seen) for one in _list(schema, key)]
+            pieces[key, 0] = _Declared.of_all(found)
+        pointer = schema.get("$ref")
+        if isinstance(pointer, str) and pointer not in seen:
+            seen.add(pointer)
+            target = self._target(pointer)
+            # What cannot be found may declare anything.
+            said = _Declared(open=True) if target is None else self._declared(target, seen)
+            pieces["$ref", 0] = said
+        return pieces
+
+    def _declared(self, schema: Any, seen: set[str]) -> _Declared:
+        if not isinstance(schema, dict):
+            return _Declared()
+        return _Declared.of_all(self._pieces(schema, seen).values())
+
+    def _reference(self, pointer: str, others: _Declared) -> str:
+        """A pointer to the same schema, closed beside the others."""
+        target = self._target(pointer)
+        if target is None:
+            return pointer
+        if others == _Declared() and (pointer == "#" or pointer.split("/")[1] in _MAPS):
+            return pointer  # it is closed in its own place
+        key = (pointer, frozenset(others.names), frozenset(others.patterns), others.open)
+        if key not in self.copies:
+            if len(self.copies) == MAX_COPIES:
+                raise ValueError("its allOf, anyOf and $ref put objects together in too many ways")
+            name = f"{_COPY}{len(self.copies)}"
+            self.copies[key] = name, None  # it may refer to itself
+            self.copies[key] = name, self.close(target, others)
+        return f"#/$defs/{self.copies[key][0]}"
+
+    def _target(self, pointer: str) -> Any:
+        """The schema that a pointer leads to; None if there is none."""
+        if pointer != "#" and not pointer.startswith("#/"):
+            return None
+        place: Any = self._root
+        for part in pointer.split("/")[1:]:
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(place, dict):
+                place = place.get(name)
+            elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+                place = place[int(name)]
+            else:
+                return None
+        return place
+
+
+def _any_but(names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Schemas of the names that are not known: other parts say what they are."""
+    return {name: True for name in names if name not in known}
+
+
+def _list(schema: dict[str, Any], key: str) -> list[Any]:
+    value = schema.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _own(schema: dict[str, Any]) -> _Declared:
+    """What a schema declares itself; a property that it requires is declared."""
+    names, patterns = schema.get("properties"), schema.get("patternProperties")
+    required = [name for name in _list(schema, "required") if isinstance(name, str)]
+    return _Declared(
+        tuple(dict.fromkeys([*(names if isinstance(names, dict) else ()), *required])),
+        tuple(patterns if isinstance(patterns, dict) else ()),
+        schema.get("additionalProperties", False) is not False,
+    )
+
+
+def _leaves_open(schema: dict[str, Any]) -> bool:
+    """Whether it declares properties, and not whether there may be others."""
+    said = "additionalProperties" in schema or "unevaluatedProperties" in schema
+    declares = any(isinstance(schema.get(key), dict) for key in ("properties", "patternProperties"))
+    return declares and not said
