@@ -31,7 +31,7 @@ FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "n": ({"int"}, [0, -1, 129, 2**31]),
     "max_tokens": ({"int"}, [0, -1, 2**31, 10**30, 1e999]),
     "min_tokens": ({"int"}, [-1, 513, 2**31]),
-    "logit_bias": ({"dict"}, [{"x": 1}, {"5": 101}, {"5": None}, {"4000000": 1}]),
+    "logit_bias": ({"dict"}, [{"4000000": 1}]),
     "presence_penalty": ({"int", "float"}, [-2.1, 2.1, 1e999]),
     "frequency_penalty": ({"int", "float"}, [-2.1, 2.1, float("nan")]),
     "repetition_penalty": ({"int", "float"}, [0, -1, 1000, 1e999]),
@@ -76,7 +76,9 @@ def _option(**options: Any) -> dict[str, Any]:
 
 BOTH = (COMPLETIONS, CHAT)
 INSIDE: list[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]], list[Any], str]] = [
-    (BOTH, lambda bad: {"stop": bad}, ["", "x" * 513], "stop[0]"),
+    (BOTH, lambda bad: {"logit_bias": {"5": bad}}, [101, None, "1", True], "logit_bias.5"),
+    (BOTH, lambda bad: {"logit_bias": {"x": bad}}, [1], "logit_bias.x"),
+    (BOTH, lambda bad: {"stop": bad}, ["", "x" * 513], "stop"),
     (BOTH, lambda bad: {"stop": ["a", bad]}, ["", 1, None, ["a"]], "stop[1]"),
     (
         BOTH,
@@ -142,8 +144,9 @@ INSIDE: list[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]], list[Any], 
     ((CHAT,), lambda bad: _message(content=[bad]), [None, 1, []], "messages[0].content[0]"),
     ((CHAT,), lambda bad: _part(type=bad), [None, 1, "image"], "messages[0].content[0].type"),
     ((CHAT,), lambda bad: _part(text=bad), [None, 1, []], "messages[0].content[0].text"),
-    ((CHAT,), lambda bad: _message(name=bad), [1, "bob"], "messages[0].name"),
-    ((CHAT,), lambda bad: _message(what=bad), [1], "messages[0].what"),
+    ((CHAT,), lambda bad: _message(name=bad), [1, [], "x" * 513], "messages[0].name"),
+    ((CHAT,), lambda bad: _message(audio=bad), [1, {"id": "x"}], "messages[0].audio"),
+    ((CHAT,), lambda bad: _message(images=bad), [["x"]], "messages[0].images"),
     ((CHAT,), lambda bad: _message(role="tool", content=bad), ["x"], "messages"),
     ((CHAT,), lambda bad: _message(tool_call_id=bad), ["c", 1], "messages[0].tool_call_id"),
     ((CHAT,), lambda bad: {"tools": bad}, [1, "x", {}, True], "tools"),
@@ -174,16 +177,12 @@ LONE_SURROGATES = [
     (COMPLETIONS, b'{"prompt": "\\ud800"}', "prompt"),
     (COMPLETIONS, b'{"prompt": ["a", "\\udfff b"]}', "prompt"),
     (COMPLETIONS, b'{"prompt": "\xed\xa0\x80"}', "prompt"),
-    (COMPLETIONS, b'{"prompt": "x", "stop": "\\ud800"}', "stop[0]"),
+    (COMPLETIONS, b'{"prompt": "x", "stop": "\\ud800"}', "stop"),
     (COMPLETIONS, b'{"prompt": "x", "user": "\\ud800"}', "user"),
     (COMPLETIONS, b'{"prompt": "x", "metadata": {"a": "\\udc00"}}', "metadata.a"),
     (COMPLETIONS, b'{"prompt": "x", "\\ud800": 1}', None),
     (CHAT, b'{"messages": [{"role": "\\ud800", "content": "x"}]}', "messages[0].role"),
-    (
-        CHAT,
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        "messages[0].content[0].text",
-    ),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0].content"),
 ]
 
 NO_JSON = [
@@ -301,7 +300,7 @@ def cases() -> Iterator[Case]:
         whole = json.dumps(good | {"seed": 12, "stop": ["é"]}).encode()
         for end in range(1, len(whole), 3):
             yield broken("cut off", path, whole[:end])
-        for name in ("gpt-9", "", "minisrv-default/", "../minisrv-default"):
+        for name in ("gpt-9", "minisrv-default/", "../minisrv-default"):
             yield broken("no such model", path, {"model": name}, **NO_MODEL)
     for paths, fields_of, bad_values, param in INSIDE:
         for path, bad in itertools.product(paths, bad_values):

@@ -1,0 +1,134 @@
+"""Requests as other people's clients send them: all are accepted, and say what they meant to say.
+
+`agents.json` has the bodies that `benchmarks/clients/use_agents.py` recorded of AutoGen's and
+LangChain's agents in two turns with a tool in each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from minisrv.request import FinishReason
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import INFO, FakeEngine, outputs
+from tests.text import tiny_tokenizer
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+AGENTS: dict[str, list[dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("agents.json").read_text()
+)
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}<tool_call>{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %} {{ call.function.name }} {{ call.function.arguments }}"
+    "{% endfor %}]{% endfor %}"
+)
+USER = {"role": "user", "content": "What is the weather in Oslo?"}
+CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "Sunny."}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("clients"))
+    config = directory / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    return Tokenizer.from_directory(directory)
+
+
+async def prompt_of(connect: Connect, tokenizer: Tokenizer, body: dict[str, Any]) -> str:
+    """What the model is told of a request, which must be accepted."""
+    ids = [*tokenizer.encode("Sunny."), 2]
+    engine = FakeEngine(outputs(ids, FinishReason.STOP))
+    engine.info = msgspec.structs.replace(INFO, max_model_len=4000)
+    async with connect(engine, tokenizer=tokenizer, served_model_names=(body["model"],)) as client:
+        response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return tokenizer.decode(engine.requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("agent", "number"),
+    [(agent, i) for agent, bodies in AGENTS.items() for i in range(len(bodies))],
+)
+async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number: int) -> None:
+    body = AGENTS[agent][number]
+    prompt = await prompt_of(connect, tokenizer, body)
+    speaker = {"autogen": "user", "langchain": "Ada"}[agent]
+    assert f"[user {speaker}: {USER['content']}]" in prompt
+    assert ("And in Rome?" in prompt) == (number >= 2)
+    calls = [call for m in body["messages"] for call in m.get("tool_calls") or ()]
+    assert len(calls) == (number + 1) // 2
+    assert prompt.count("]") >= len(body["messages"])
+    assert all(f"weather {json.loads(c['function']['arguments'])}" in prompt for c in calls)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        # LiteLLM, of what Anthropic's and Google's models have said by it
+        {
+            "content": None,
+            "tool_calls": [
+                {
+                    "index": 1,
+                    "function": CALL,
+                    "id": "call_" + "x" * 900,
+                    "type": "function",
+                    "provider_specific_fields": {"thought_signature": "x" * 900},
+                }
+            ],
+            "function_call": None,
+            "provider_specific_fields": {"citations": None, "thinking_blocks": []},
+            "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}],
+            "reasoning_content": "Hm.",
+        },
+        # OpenRouter
+        {
+            "content": "",
+            "refusal": None,
+            "reasoning": "Hm.",
+            "reasoning_details": [{"type": "reasoning.text", "text": "Hm.", "index": 0}],
+            "tool_calls": [{"index": 0, "id": "c", "type": "function", "function": CALL}],
+        },
+        # openai-python's model_dump()
+        {
+            "content": None,
+            "refusal": None,
+            "annotations": [],
+            "audio": None,
+            "function_call": None,
+            "tool_calls": [
+                {"id": "c", "function": {**CALL, "parsed_arguments": None}, "type": "function"}
+            ],
+            "parsed": None,
+        },
+        # Ollama's API has arguments as an object, and no ids
+        {"content": "", "tool_calls": [{"function": {**CALL, "arguments": {"city": "Oslo"}}}]},
+        # Cached by Anthropic's rules
+        {
+            "content": [{"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}],
+            "tool_calls": [{"id": "c", "function": CALL, "cache_control": {"type": "ephemeral"}}],
+        },
+    ],
+)
+async def test_what_other_servers_have_said(
+    connect: Connect, tokenizer: Tokenizer, answer: dict[str, Any]
+) -> None:
+    cached = {"content": [{"type": "text", "text": "Be brief.", "cache_control": {}}]}
+    turns = [{"role": "system", **cached}, USER, {"role": "assistant", **answer}, RESULT]
+    body = {"model": "m", "messages": turns, "tools": [TOOL], "verbosity": "low"}
+    body |= {"service_tier": "flex", "prompt_cache_retention": "24h"}
+    prompt = await prompt_of(connect, tokenizer, body)
+    assert "[system: Be brief.]" in prompt
+    assert "[assistant:  weather {'city': 'Oslo'}][tool: Sunny.]" in prompt
