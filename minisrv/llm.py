@@ -197,8 +197,8 @@ class LLM:
         Raises RequestError too for what the chat template does not know.
         """
         # A moment to import, which prompts without messages need not wait for.
-        from minisrv.server.preparation import check_tools
-        from minisrv.server.protocol import Message as ChatMessage
+        from minisrv.server.messages import Message as ChatMessage
+        from minisrv.server.preparation import check_tools, render_chat
         from minisrv.server.tools import Tool
 
         if messages and isinstance(messages[0], Mapping):
@@ -211,11 +211,8 @@ class LLM:
                 for at, message in enumerate(conversation)
             ]
             check_tools(chat, offered, ChatFormat.of_template(self._tokenizer.chat_template_source))
-            text = self._tokenizer.render_chat(
-                [message.for_template() for message in chat],
-                add_generation_prompt,
-                [tool.for_template() for tool in offered],
-                chat_template_kwargs,
+            text = render_chat(
+                self._tokenizer, chat, add_generation_prompt, offered, chat_template_kwargs
             )
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             prompts.append(_Prompt(ids, text))

@@ -7,12 +7,14 @@ Knows: chat templates' formats, and the fields of tools. Knows nothing of engine
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minisrv.errors import RequestError
 from minisrv.request import StructuredOutput
-from minisrv.server.protocol import ChatCompletionRequest, Message
+from minisrv.server.messages import Message
+from minisrv.server.protocol import ChatCompletionRequest
 from minisrv.server.tools import Function, NamedTool, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.detokenizer import Detokenizer
@@ -87,6 +89,29 @@ def decode_prompt(tokenizer: Tokenizer, ids: list[int], *, locate: bool) -> Echo
     detokenizer = Detokenizer(tokenizer, keep=tokenizer.special_ids, locate=locate)
     text = detokenizer.push(ids, final=True)
     return Echo(text, detokenizer.take_starts(len(ids)))
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    tools: Sequence[Tool] = (),
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt of a chat. Raises what `Tokenizer.render_chat` raises."""
+    told_tools = [tool.for_template() for tool in tools]
+
+    def spell(whole_calls: bool) -> str:
+        told = [message.for_template(whole_calls=whole_calls) for message in messages]
+        return tokenizer.render_chat(told, add_generation_prompt, told_tools, variables)
+
+    try:
+        return spell(whole_calls=False)
+    except RequestError:
+        # Some templates go through the arguments of a call, and have to be given some.
+        if not any(message.holds_broken_calls for message in messages):
+            raise
+        return spell(whole_calls=True)
 
 
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:

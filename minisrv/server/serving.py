@@ -29,6 +29,7 @@ from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
 from minisrv.server.generation import Choice
+from minisrv.server.messages import Message
 from minisrv.server.preparation import (
     AnswerFormat,
     Echo,
@@ -36,6 +37,7 @@ from minisrv.server.preparation import (
     answer_form,
     decode_prompt,
     encode_prompt,
+    render_chat,
     tool_parser,
 )
 from minisrv.server.protocol import (
@@ -44,9 +46,9 @@ from minisrv.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
-    Message,
     TokenizeRequest,
 )
+from minisrv.server.tools import Tool
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
@@ -135,8 +137,7 @@ class Serving:
         """
         if isinstance(request, ChatCompletionRequest):
             tools = request.offered_tools
-            told = [tool.for_template() for tool in tools]
-            text = await self._render(request.messages, True, told, request.chat_template_kwargs)
+            text = await self._render(request.messages, True, tools, request.chat_template_kwargs)
             parser = tool_parser(request, self.chat_format)
             answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
             form = answer_form(request, answer, self.tokenizer)
@@ -204,21 +205,11 @@ class Serving:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
-        tools: Sequence[dict[str, Any]] = (),
+        tools: Sequence[Tool] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        def spell(whole_calls: bool) -> str:
-            told = [message.for_template(whole_calls=whole_calls) for message in messages]
-            return self.tokenizer.render_chat(told, add_generation_prompt, tools, variables)
-
         def render() -> str:
-            try:
-                return spell(whole_calls=False)
-            except RequestError:
-                # Some templates go through the arguments of a call, and have to be given some.
-                if not any(message.holds_broken_calls for message in messages):
-                    raise
-                return spell(whole_calls=True)
+            return render_chat(self.tokenizer, messages, add_generation_prompt, tools, variables)
 
         size = sum(_PER_MESSAGE + message.num_characters for message in messages)
         return await _off_the_loop(render, size + sum(len(str(tool)) for tool in tools))

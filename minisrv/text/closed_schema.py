@@ -24,6 +24,10 @@ from urllib.parse import unquote
 MAX_COPIES = 100
 """Definitions of a schema that may be told apart by the objects that they are parts of."""
 
+MAX_NAMES = 50_000
+"""Properties that the objects of a schema may have, those of all objects together."""
+
+_TOO_MANY = "its allOf, anyOf and $ref put objects together in too many ways"
 _COPY = "closed-definition-"
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("prefixItems",)
@@ -42,7 +46,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if closer.copies:
-        result["$defs"] = {**result.get("$defs", {}), **dict(closer.copies.values())}
+        _add(result, "$defs", dict(closer.copies.values()))
     return result
 
 
@@ -78,6 +82,7 @@ class _Closer:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self.copies: dict[object, tuple[str, Any]] = {}
+        self._num_names = 0
 
     def close(self, schema: Any, others: _Declared) -> Any:
         """`schema`, closed. others: what other schemas declare that apply to the same object."""
@@ -108,14 +113,17 @@ class _Closer:
                 result[key] = value
         allowed = _Declared.of_all([*pieces.values(), others])
         if _leaves_open(schema) and not allowed.open:
-            for key, names in (
-                ("properties", allowed.names),
-                ("patternProperties", allowed.patterns),
-            ):
-                if names:
-                    result[key] = {**result.get(key, {}), **_any_but(names, result.get(key, {}))}
-            result["additionalProperties"] = False
+            self._close_here(result, allowed)
         return result
+
+    def _close_here(self, schema: dict[str, Any], allowed: _Declared) -> None:
+        """What other parts declare may be there: these say what it is."""
+        self._num_names += len(allowed.names) + len(allowed.patterns)
+        if self._num_names > MAX_NAMES:
+            raise ValueError(_TOO_MANY)
+        _add(schema, "properties", dict.fromkeys(allowed.names, True))
+        _add(schema, "patternProperties", dict.fromkeys(allowed.patterns, True))
+        schema["additionalProperties"] = False
 
     def _pieces(
         self, schema: dict[str, Any], seen: set[str] | None = None
@@ -155,7 +163,7 @@ class _Closer:
         key = (pointer, frozenset(others.names), frozenset(others.patterns), others.open)
         if key not in self.copies:
             if len(self.copies) == MAX_COPIES:
-                raise ValueError("its allOf, anyOf and $ref put objects together in too many ways")
+                raise ValueError(_TOO_MANY)
             name = f"{_COPY}{len(self.copies)}"
             self.copies[key] = name, None  # it may refer to itself
             self.copies[key] = name, self.close(target, others)
@@ -177,9 +185,11 @@ class _Closer:
         return place
 
 
-def _any_but(names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Schemas of the names that are not known: other parts say what they are."""
-    return {name: True for name in names if name not in known}
+def _add(schema: dict[str, Any], key: str, more: Mapping[str, Any]) -> None:
+    """Add what is not there to the object under `key`, if it is one."""
+    known = schema.get(key, {})
+    if more and isinstance(known, dict):
+        schema[key] = {**known, **{name: one for name, one in more.items() if name not in known}}
 
 
 def _list(schema: dict[str, Any], key: str) -> list[Any]:

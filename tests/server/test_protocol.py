@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import SamplingParams
 from minisrv.server import unsupported
+from minisrv.server.messages import Message
 from minisrv.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    Message,
     StreamOptions,
 )
 

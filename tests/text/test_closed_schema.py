@@ -196,6 +196,7 @@ def test_a_schema_that_refers_to_itself() -> None:
         {"properties": 1, "required": 2, "allOf": 3, "$ref": 4, "$defs": 5, "items": 6},
         {"properties": {"a": 1}, "allOf": [1, None], "anyOf": {}, "$ref": "#/a/b", "required": [1]},
         {"$ref": "other.json#/x", "properties": {"a": True}},
+        {"patternProperties": {}, "properties": 1, "required": ["a"]},
         {"$ref": "#anchor", "properties": {"a": True}, "$defs": {"x": {"$anchor": "anchor"}}},
     ],
 )
@@ -216,6 +217,8 @@ def test_too_many_ways_and_too_deep() -> None:
     schema = {"$ref": "#/$defs/l0", "$defs": {**definitions, "l30": has("end")}}
     with pytest.raises(ValueError, match="too many ways"):
         closed(schema)
+    with pytest.raises(ValueError, match="too many ways"):
+        closed({"allOf": [has(f"p{i}") for i in range(5000)]})
     deep: dict[str, Any] = {}
     for _ in range(2000):
         deep = {"properties": {"a": deep}}

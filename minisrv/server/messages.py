@@ -1,0 +1,135 @@
+"""The messages of a chat, as clients send them: what a user says now, and what was said before.
+
+Knows: the fields, and what a chat template is told of them. How a template spells it is
+`text.chat_template`'s matter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from minisrv.server.strict import SentBack, ShortText, Text, refuse
+from minisrv.server.tools import MAX_CALLS, ToolCall
+from minisrv.server.unsupported import MESSAGE
+
+MAX_PARTS = 1024
+
+
+class TextPart(SentBack):
+    """A part of a message: text, or what an assistant said instead of an answer."""
+
+    type: Literal["text", "refusal"]
+    text: Text | None = None
+    """With type text."""
+    refusal: Text | None = None
+    """With type refusal."""
+
+    @model_validator(mode="after")
+    def _holds_what_it_is(self) -> TextPart:
+        if getattr(self, self.type) is None:
+            raise refuse(self.type, f'{self.type} is needed in a part of the type "{self.type}".')
+        return self
+
+    @property
+    def told(self) -> str:
+        """The text of either."""
+        return (self.text if self.type == "text" else self.refusal) or ""
+
+
+def _parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a string or a list of parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+_OF_ROLES = {
+    "tool_calls": "assistant",
+    "tool_call_id": "tool",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+    "refusal": "assistant",
+}
+
+
+class Message(SentBack):
+    """A message of a chat."""
+
+    unsupported = MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is another word for `system`."""
+    content: (
+        Annotated[
+            list[TextPart],
+            Field(max_length=MAX_PARTS),
+            BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
+        ]
+        | None
+    ) = None
+    """Only an assistant's message may have none, and only that or a tool's no parts."""
+    name: ShortText | None = None
+    """Who speaks, or which tool; a template may leave it out."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
+    """What the assistant called."""
+    tool_call_id: Text | None = None
+    """Which call a tool's message answers."""
+    reasoning_content: Text | None = None
+    """What the assistant thought before; a template may leave it out."""
+    reasoning: Text | None = None
+    """Another name of reasoning_content."""
+    refusal: Text | None = None
+    """What the assistant said instead of content, and is told as that where there is none."""
+
+    @model_validator(mode="after")
+    def _fields_suit_the_role(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise refuse("content", "content is needed, except in an assistant's message.")
+        if self.content == [] and self.role not in ("assistant", "tool"):
+            raise refuse("content", "content must hold at least one part.")
+        for name, role in _OF_ROLES.items():
+            if getattr(self, name) and self.role != role:
+                raise refuse(name, f'{name} is only allowed with the role "{role}".')
+        return self
+
+    @property
+    def speaks_of_tools(self) -> bool:
+        """Whether only a template that knows tools can spell it."""
+        return bool(self.tool_calls) or self.role == "tool"
+
+    @property
+    def holds_broken_calls(self) -> bool:
+        """Whether the arguments of a call are no JSON object."""
+        return any(isinstance(call.function.arguments, str) for call in self.tool_calls)
+
+    @property
+    def num_characters(self) -> int:
+        """How much of it a template may spell."""
+        called = sum(len(str(call.function.arguments)) for call in self.tool_calls)
+        return len(self._said) + called + len(self.reasoning_content or self.reasoning or "")
+
+    @property
+    def _said(self) -> str:
+        """Parts joined by newlines, as vLLM does."""
+        return "\n".join(part.told for part in self.content or ()) or self.refusal or ""
+
+    def for_template(self, *, whole_calls: bool = False) -> dict[str, Any]:
+        """The message as chat templates expect it.
+
+        whole_calls: arguments of calls are objects even where they were no JSON.
+        """
+        told: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self._said,
+        }
+        if self.name is not None:
+            told["name"] = self.name
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template(whole=whole_calls) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            told["tool_call_id"] = self.tool_call_id
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning is not None:
+            told["reasoning_content"] = reasoning
+        return told
