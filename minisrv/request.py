@@ -224,13 +224,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         given: Any = self.logit_bias
         bias = {} if given is None else given
         msgspec.structs.force_setattr(self, "logit_bias", bias)
-        allowed = f"a number in [-{MAX_BIAS}, {MAX_BIAS}] for each of {MAX_LOGIT_BIAS} ids at most"
+        allowed = f"a map of at most {MAX_LOGIT_BIAS} ids"
         _check(isinstance(bias, dict), "logit_bias", bias, allowed)
         _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", f"[{len(bias)} ids]", allowed)
+        allowed = f"a number in [-{MAX_BIAS}, {MAX_BIAS}]"
         for token_id, amount in bias.items():
             _check_integer("logit_bias", token_id, 0, MAX_TOKENS, "a map of integers from 0")
-            number = _check_number("logit_bias", amount, allowed)
-            _check(-MAX_BIAS <= number <= MAX_BIAS, "logit_bias", number, allowed)
+            param = f"logit_bias.{token_id}"
+            number = _check_number(param, amount, allowed)
+            _check(-MAX_BIAS <= number <= MAX_BIAS, param, number, allowed)
         if self.seed is not None:
             _check_integer("seed", self.seed, SEED_MIN, SEED_MAX, "a signed 64-bit integer")
         for param, count in (

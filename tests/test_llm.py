@@ -162,6 +162,13 @@ def test_parameters_out_of_bounds_are_named(field):
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize("amount", [101, "1", True, float("nan")])
+def test_a_bias_out_of_bounds_names_its_token(amount):
+    with pytest.raises(RequestError, match=r"logit_bias.7=.* a number in \[-100, 100\]") as caught:
+        SamplingParams(logit_bias={5: 1, 7: amount})
+    assert caught.value.param == "logit_bias.7"
+
+
 @pytest.mark.parametrize("part", ["start", "finish"])
 @pytest.mark.parametrize("lag", [False, True])
 def test_an_interrupted_step_ends_the_engine_and_does_not_hang(checkpoint, lag, part, monkeypatch):

@@ -172,24 +172,30 @@ class _Problem:
         self.message = f"{_ALLOWED}an object" if is_no_object else str(error["msg"])
         self.given = reprlib.repr(error["input"])
         self.location = tuple(error["loc"][1:])
-        self.path = _path_in(body, self.location, missing=self.kind == "missing")
+        missing = self.kind == "missing"
+        self.path = _path_in(body, self.location, error["input"], missing=missing)
 
 
-def _path_in(body: Any, location: tuple[int | str, ...], *, missing: bool) -> tuple[int | str, ...]:
-    """The parts of a location that lead through `body`; the last one need not be there if it is
-    `missing`."""
-    path = []
+def _path_in(
+    body: Any, location: tuple[int | str, ...], given: Any, *, missing: bool
+) -> tuple[int | str, ...]:
+    """The parts of a location that lead through `body` to what was `given`; the last one need not
+    be there if it is `missing`."""
+    path: list[int | str] = []
+    values = [body]
     for number, part in enumerate(location):
-        there = (
-            part in body
-            if isinstance(body, dict)
-            else isinstance(body, list) and isinstance(part, int) and part < len(body)
-        )
+        value = values[-1]
+        if isinstance(value, dict):
+            there = part in value
+        else:
+            there = isinstance(value, list) and isinstance(part, int) and part < len(value)
         if there:
-            body = body[part]
-        elif not (missing and number == len(location) - 1):
-            continue
-        path.append(part)
+            path.append(part)
+            values.append(value[part])
+        elif missing and number == len(location) - 1:
+            path.append(part)
+    if not missing and path and values[-2] is given:
+        path.pop()  # the name of a union's member, which the value has a field of
     return tuple(path)
 
 

@@ -220,7 +220,7 @@ class GenerationRequest(Strict):
     moderation: Any = None
     """Ignored: nothing is moderated."""
     verbosity: Any = None
-    """Ignored: a hint that only models have that were trained for it."""
+    """Ignored: a hint to models that were trained for it."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:

@@ -106,6 +106,11 @@ F = {"type": "function", "function": {"name": "f"}}
             "chat_template_kwargs.a",
             "a valid boolean, or a valid integer, or a valid number, or a valid string (got [1])",
         ),
+        (
+            {"chat_template_kwargs": {"a": {"int": 1}}},
+            "chat_template_kwargs.a",
+            "or a valid integer",
+        ),
         ({"messages": ["hi"]}, "messages[0]", "Input should be an object (got 'hi')"),
         (
             {"messages": [{"role": "user", "content": 5}]},
