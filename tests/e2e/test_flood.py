@@ -26,7 +26,7 @@ def body(index: int) -> tuple[str, dict[str, Any]]:
 def tokens(response: httpx.Response) -> list[int]:
     if response.headers["content-type"].startswith("text/event-stream"):
         events = events_of(response.text)
-        return [i for event in events for i in event["choices"][0].get("token_ids", ())]
+        return [i for event in events for i in event["choices"][0]["token_ids"] or ()]
     return list(response.json()["choices"][0]["token_ids"])
 
 
