@@ -28,7 +28,7 @@ from minisrv.checkpoint.location import (
     weight_files,
 )
 from minisrv.config import EngineConfig
-from minisrv.errors import ConfigError, ModelError
+from minisrv.errors import ConfigError, EngineError, ModelError
 from minisrv.model_config import ModelConfig, check_implemented
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,11 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read what `save` has written."""
-        return msgspec.msgpack.decode(path.read_bytes(), type=cls, dec_hook=_path)
+        """Read what `save` has written. Raises EngineError if somebody has touched it."""
+        try:
+            return msgspec.msgpack.decode(path.read_bytes(), type=cls, dec_hook=_path)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise EngineError(f"{path}, the server's own, cannot be read: {error}") from error
 
 
 def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint:

@@ -49,8 +49,8 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             limit=settings.max_requests_per_key,
             **place,
         )
-    checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
     try:
+        checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
         app = create_app(
             client,
             Tokenizer.from_description(checkpoint.tokenizer),

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from minisrv.server.process import CHECKPOINT
 from tests.e2e.server import COMPLETIONS, SMALL, Server, events_of, read_all, request_bytes, until
 from tests.e2e.test_death import DEAD_LINE, assert_dead
 from tests.e2e.test_flood import body, tokens
@@ -206,17 +207,15 @@ def test_a_worker_dies_while_loading(start: Start) -> None:
     assert "Traceback" not in server.log
 
 
-def test_a_worker_that_cannot_be_replaced_ends_the_server(two: Server, tiny: Path) -> None:
+def test_a_worker_that_cannot_be_replaced_ends_the_server(two: Server) -> None:
     """Rather than that workers die one after another; the exit status says it."""
-    (tiny / "tokenizer.json").rename(tiny / "moved")
-    try:
-        with streams_on_both(two) as streams:
-            dead, other = workers_of(two)
-            os.kill(dead, signal.SIGKILL)
-            assert [last_error(one)["code"] for one in streams[other]] == ["not_ready"] * 2
-        assert two.wait() == 1
-    finally:
-        (tiny / "moved").rename(tiny / "tokenizer.json")
+    with streams_on_both(two) as streams:
+        [private] = two.socket_dirs()
+        (private / CHECKPOINT).unlink()
+        dead, other = workers_of(two)
+        os.kill(dead, signal.SIGKILL)
+        assert [last_error(one)["code"] for one in streams[other]] == ["not_ready"] * 2
+    assert two.wait() == 1
     two.assert_nothing_left()
     assert "API worker 0 did not start" in two.log
 
