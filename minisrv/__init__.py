@@ -1,7 +1,8 @@
 """minisrv: a small LLM inference server about one idea, graph-aware batching.
 
 `LLM`, `SamplingParams` and what belongs to them are the Python interface. They are imported on
-first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it.
+first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it. OpenMP
+reads how its threads wait when torch is imported: so that is settled here, before any part does so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from minisrv.threads import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from minisrv.llm import LLM as LLM
@@ -34,6 +37,8 @@ _PLACES = {
     "SamplingParams": "minisrv.request",
     "StructuredOutputsParams": "minisrv.request",
 }
+
+let_waiting_threads_sleep()
 
 
 def __getattr__(name: str) -> Any:

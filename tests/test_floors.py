@@ -27,6 +27,7 @@ FLOORS = {
     "logs": 0,
     "outputs": 1,
     "progress": 1,
+    "threads": 1,
     "processes": 1,
     "environment": 1,
     "graph": 2,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from minisrv import threads
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch, Dispatcher
@@ -133,6 +134,7 @@ class EngineCore:
         clock: StartupClock | None = None,
         check_addresses: bool = False,
     ) -> None:
+        threads.limit()
         self._clock = clock or StartupClock()
         with self._timed("checkpoint"):
             checkpoint = checkpoint or open_checkpoint(config)

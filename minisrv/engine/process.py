@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import zmq
 
-from minisrv import logs
+from minisrv import logs, threads
 from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
@@ -130,15 +129,10 @@ class _EngineServer:
         clock.end("engine process")
         logger.info("importing torch")  # nobody is told by messages before it has been
         # Here, so that workers can connect while torch is imported.
-        import torch
-
         from minisrv.engine.core import EngineCore
 
-        if "OMP_NUM_THREADS" not in os.environ:
-            # One core is left to the API worker: threads of a parallel region that wait for one
-            # which has lost its core cost many times what the last core would bring.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
         clock.end("imports")
+        threads.limit(beside=1)  # the API worker
         self.core = EngineCore(config, self._progress, checkpoint=checkpoint, clock=clock)
         # What is there now stays: a collection that went through all of it would hold a step up.
         gc.collect()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from minisrv import threads
 from minisrv.errors import RequestError
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.closed_schema import closed
@@ -158,7 +158,7 @@ class GrammarBackend:
 
     @functools.cached_property
     def _executor(self) -> llguidance.LLExecutor:
-        return llguidance.LLExecutor(min(MASK_THREADS, max(1, len(os.sched_getaffinity(0)) // 2)))
+        return llguidance.LLExecutor(min(MASK_THREADS, max(1, threads.cores() // 2)))
 
     @functools.cached_property
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:

@@ -1,0 +1,117 @@
+"""How many threads compute, and that those which wait do not keep others from their cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from minisrv import threads
+
+
+def output(program: str, **variables: str) -> str:
+    """What a Python that has none of OpenMP's variables but these prints."""
+    ours = {threads.COUNT, *threads.WAITING}
+    env = {name: value for name, value in os.environ.items() if name not in ours} | variables
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+SHOW = f"""
+import os, minisrv
+print({{name: os.environ[name] for name in {[*threads.WAITING]} if name in os.environ}})
+"""
+
+
+@pytest.mark.parametrize("name", threads.WAITING)
+def test_what_the_user_has_set_of_waiting_stays(name: str):
+    assert eval(output(SHOW, **{name: "7"})) == {name: "7"}
+
+
+WAIT = """
+{imports}
+import time
+threads.limit()
+torch.set_num_threads(2)
+x = torch.ones(1 << 17)
+x.add_(1)
+before = time.process_time()
+for _ in range(20):
+    x.add_(1)
+    time.sleep(0.02)
+print(time.process_time() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["from minisrv import threads; import torch", "import torch; from minisrv import threads"],
+    ids=["minisrv first", "torch first"],
+)
+def test_a_thread_that_waits_takes_no_core(imports: str):
+    """Processor time and not the clock's, so other processes do not change it. One that spins takes
+    0.16 s of it in 20 waits."""
+    assert float(output(WAIT.format(imports=imports))) < 0.05
+
+
+@pytest.fixture
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For torch, on a machine of four cores, and no variable that says so."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv(threads.COUNT, raising=False)
+    monkeypatch.setattr(threads, "cores", lambda: 4)
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("beside", "expected"), [(0, 3), (1, 3), (2, 2), (4, 1)])
+def test_there_are_cores_for_all_and_never_more_threads_than_before(beside: int, expected: int):
+    threads.limit(beside)
+    threads.limit()
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_number_of_the_users_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(threads.COUNT, "3")
+    threads.limit(beside=4)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/", {"": "max 100000"}, 8),
+        ("0::/", {"": "250000 100000"}, 3),
+        ("0::/", {"": "10000 100000"}, 1),
+        ("0::/", {"": "1600000 100000"}, 8),
+        ("0::/a/b", {"a": "200000 100000", "a/b": "max 100000"}, 2),
+        ("0::/a/b", {"a": "400000 100000", "a/b": "50000 50000"}, 1),
+        ("2:cpu:/a\n0::/b", {"b": "300000 100000"}, 3),
+        ("2:cpu:/a", {}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_cores_of_a_container(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str | None,
+    limits: dict[str, str],
+    expected: int,
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path / "all")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    for group, limit in limits.items():
+        (tmp_path / "all" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / group / "cpu.max").write_text(limit + "\n")
+    assert threads.cores() == expected
