@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from minisrv.environment import environment
 from tests.checkpoints import make_checkpoint
 from tests.e2e.server import Server
-from tests.e2e.test_death import die, random_death
+from tests.e2e.test_death import ENGINE_TIMEOUT, die, random_death
 from tests.e2e.test_random_requests import send
 from tests.e2e.test_vanishing_clients import FLAGS, vanish_all
 
@@ -42,8 +43,8 @@ def starting() -> Iterator[Callable[..., Server]]:
     """Starts servers; they end with the block, and say what they logged if it failed."""
     servers: list[Server] = []
 
-    def start(*flags: str) -> Server:
-        servers.append(Server(*flags))
+    def start(*flags: str, **options: str) -> Server:
+        servers.append(Server(*flags, **options))
         return servers[-1]
 
     try:
@@ -57,16 +58,25 @@ def starting() -> Iterator[Callable[..., Server]]:
             server.stop()
 
 
+DEAD_LINE = 1.0
+"""Seconds from an engine's death to the last error."""
+
+
 def deaths(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
-    """The seeds from 0, each with its own flags."""
+    """The seeds from 0, each with its own flags. Raises AssertionError for one that is noticed too
+    late; a hang is looked for four times a second."""
     found = []
     for seed in tqdm(range(count)):
         with starting() as start:
-            found.append(die(start, model, random_death(seed), seed))
+            death = random_death(seed)
+            found.append(die(start, model, death, seed))
+            bound = DEAD_LINE + (ENGINE_TIMEOUT + 0.25) * (death.signum == signal.SIGSTOP)
+            for name in ("last_error_seconds", "unready_seconds"):
+                assert found[-1].get(name, 0.0) < bound, found[-1]
     slowest: dict[str, float] = {}
-    for death in found:
-        seconds = death.get("last_error_seconds", 0.0)
-        slowest[death["signal"]] = max(seconds, slowest.get(death["signal"], 0.0))
+    for ended in found:
+        seconds = ended.get("last_error_seconds", 0.0)
+        slowest[ended["signal"]] = max(seconds, slowest.get(ended["signal"], 0.0))
     return {"slowest_error_seconds": slowest, "deaths": found}
 
 

@@ -145,7 +145,7 @@ def requests(draw: st.DrawFn, index: int) -> tuple[EngineRequest, Told, int]:
 many_requests = st.integers(1, 12).flatmap(lambda n: st.tuples(*map(requests, range(n))))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     drawn=many_requests,
     lag=st.integers(0, 1),

@@ -23,6 +23,8 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import GUARD_SECONDS
+
 SMALL = (
     *("--max-num-seqs", "8"),
     *("--max-num-batched-tokens", "64"),
@@ -36,8 +38,8 @@ CHAT = "/v1/chat/completions"
 _READY = re.compile(r"ready in .* (https?://\S+)/v1")
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
-    """Wait for `condition` to be true and return its value. Raises AssertionError."""
+def until(condition: Callable[[], Any], what: str, seconds: float = GUARD_SECONDS) -> Any:
+    """Wait for `condition` to be true and return its value; behind the guard, AssertionError."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -86,10 +88,11 @@ def read_all(connection: socket.socket) -> bytes:
 class Server:
     """`minisrv serve FLAGS`, in a process group of its own and with its own temporary files."""
 
-    def __init__(self, *flags: str, temporary: str = "tmp") -> None:
+    def __init__(self, *flags: str, temporary: str = "tmp", before: str = "") -> None:
         """Start it; it chooses its port unless the flags name one.
 
         temporary: the name of its directory for temporary files.
+        before: Python for the process that is started, to run before anything else.
         """
         # NOTE: not pytest's directory, whose long names do not fit a socket's path.
         self._directory = TemporaryDirectory(prefix="e2e-")
@@ -97,7 +100,9 @@ class Server:
         self._temporary.mkdir()
         self._log = Path(self._directory.name, "log")
         self._url: str | None = None
-        command = [sys.executable, "-m", "minisrv.cli", "serve", *flags]
+        run = f"{before}\nimport sys; from minisrv.cli import main; sys.exit(main())"
+        program = ["-c", run] if before else ["-m", "minisrv.cli"]
+        command = [sys.executable, *program, "serve", *flags]
         if "--port" in flags:
             self._url = f"http://127.0.0.1:{flags[flags.index('--port') + 1]}"
         else:
@@ -132,7 +137,7 @@ class Server:
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.log}"
             return _READY.search(self.log)
 
-        self._url = until(ready, "ready", 60)[1]
+        self._url = until(ready, "ready")[1]
         assert self.get("/ready").status_code == 200
         return self
 
@@ -174,13 +179,13 @@ class Server:
         """Signal the process that was started, or as a terminal does, all of them."""
         (os.killpg if to_group else os.kill)(self.pid, signum)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = GUARD_SECONDS) -> int:
         """Wait for its end; returns the exit status."""
         return self.process.wait(seconds)
 
     def assert_nothing_left(self) -> None:
         """No process of its group and no socket directory is left, or very soon will be."""
-        until(lambda: not self.group(), "no process left", 10)
+        until(lambda: not self.group(), "no process left")
         assert self.socket_dirs() == []
 
     def stop(self) -> None:

@@ -15,17 +15,16 @@ from typing import Any
 import httpx
 import pytest
 
-from minisrv.server.launcher import LOADING_SECONDS
 from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, until
 from tests.e2e.test_start_and_stop import LONG, error_of, free_port, open_requests
+from tests.waiting import GUARD_SECONDS
 
 Start = Callable[..., Server]
 
 
 RUNNING, QUEUED = 4, 8
-ENGINE_TIMEOUT = 2
-DEAD_LINE = 1.0
-"""Seconds from the engine's death to the last error."""
+ENGINE_TIMEOUT, LOADING_SECONDS = 2, 10
+"""What an engine may be silent; while it loads, two minutes where nobody sets less."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,6 @@ class Death:
     signum: signal.Signals
     moment: str
     flags: tuple[str, ...]
-
-    @property
-    def bound(self) -> float:
-        """Seconds from the signal to the last error. A hang is looked for four times a second."""
-        return DEAD_LINE + (ENGINE_TIMEOUT + 0.25) * (self.signum == signal.SIGSTOP)
 
 
 def random_death(seed: int) -> Death:
@@ -58,7 +52,8 @@ def random_death(seed: int) -> Death:
 
 
 def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
-    """End an engine so, and see all that follows; returns what was measured.
+    """End an engine so, and see all that follows; returns what was measured, with which a busy
+    machine has nothing to do but for the seconds.
 
     seed: of the moment within the moment.
     Raises AssertionError for what should not be.
@@ -66,7 +61,8 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     flags = ("--max-num-seqs", str(RUNNING), "--max-num-batched-tokens", "64", "--port")
     timeout = ("--engine-timeout", str(ENGINE_TIMEOUT))
-    server = start(str(model), *flags, free_port(), *timeout, *death.flags)
+    patience = f"from minisrv.server import launcher; launcher.LOADING_SECONDS = {LOADING_SECONDS}"
+    server = start(str(model), *flags, free_port(), *timeout, *death.flags, before=patience)
     found = {"signal": death.signum.name, "moment": death.moment, "flags": list(death.flags)}
     if death.moment == "loading":
         _die_loading(server, death.signum, rng)
@@ -91,17 +87,16 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     assert done == 0
     assert {error["code"] for error in errors} <= {"engine_dead"}
     slowest = max(ends, default=killed) - killed
-    assert slowest < death.bound, f"{slowest:.3f} s"
-    left = max(0.0, death.bound - (time.monotonic() - killed))
-    until(lambda: server.get("/ready").status_code == 503, "it is noticed", left + 0.1)
+    until(lambda: server.get("/ready").status_code == 503, "it is noticed")
     unready = time.monotonic() - killed
-    until(lambda: engine not in server.group(), "the engine is gone", DEAD_LINE)
+    until(lambda: engine not in server.group(), "the engine is gone")
     assert_dead(server)
     server.send(signal.SIGTERM)
     assert server.wait() == 1
     server.assert_nothing_left()
-    if death.signum == signal.SIGSTOP:
-        assert "the engine has finished no step for 2." in server.log
+    # One that is killed is seen to end, and not only missed.
+    silent = "the engine has finished no step for" in server.log
+    assert silent == (death.signum == signal.SIGSTOP)
     assert "the engine has ended unexpectedly" in server.log
     assert "Traceback" not in server.log
     return {
@@ -148,9 +143,8 @@ def _die_loading(server: Server, signum: signal.Signals, rng: random.Random) -> 
         assert state() == "loading"
         refused = server.post(COMPLETIONS, prompt="x")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
-        assert server.wait(LOADING_SECONDS + 10) == 1
-        silent = f"the engine has shown no sign of life for {LOADING_SECONDS}."
-        assert silent in server.log
+        assert server.wait() == 1
+        assert "the engine has shown no sign of life for 1" in server.log
     else:
         assert server.wait() == 1
     assert "the engine did not start: the engine has ended unexpectedly" in server.log
@@ -223,7 +217,7 @@ def test_the_parent_under_load(start: Start, stopped: tuple[str, ...]) -> None:
     server.send(signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL
     for future in futures:
-        assert isinstance(future.exception(15), httpx.TransportError)
+        assert isinstance(future.exception(GUARD_SECONDS), httpx.TransportError)
     until(lambda: not server.group(), "the engine ends by itself")
     until(lambda: not server.socket_dirs(), "the socket is gone")
 

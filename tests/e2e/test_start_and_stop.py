@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, events_of, until
+from tests.waiting import GUARD_SECONDS
 
 Start = Callable[..., Server]
 
@@ -44,9 +45,9 @@ def open_requests(server: Server, number: int = 12) -> list[Future[httpx.Respons
     return futures
 
 
-def error_of(future: Future[httpx.Response], seconds: float = 15) -> dict[str, Any]:
+def error_of(future: Future[httpx.Response]) -> dict[str, Any]:
     """The error that a request ended with: as the response, or as the last event of a stream."""
-    response = future.result(seconds)
+    response = future.result(GUARD_SECONDS)
     body = events_of(response.text)[-1] if response.status_code == 200 else response.json()
     assert response.status_code in (200, 503)
     return dict(body["error"])
@@ -95,13 +96,13 @@ def test_loading(start: Start) -> None:
 def test_open_requests_may_finish(start: Start, to_group: bool) -> None:
     """A supervisor's SIGTERM reaches the engine too, which must go on until they have."""
     server = start(*SMALL, "--shutdown-timeout", "60").wait_ready()
-    body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True}
+    body = {"prompt": "Once", "max_tokens": 450, "ignore_eos": True}
     futures = server.post_all(COMPLETIONS, ({**body, "stream": i > 0} for i in range(3)))
     until(lambda: server.metrics()["num_requests_running"] == 3, "requests are running")
     server.send(signal.SIGTERM, to_group=to_group)
     assert server.wait() == 0
-    whole, *streamed = (future.result(1) for future in futures)
-    assert whole.json()["usage"]["completion_tokens"] == 150
+    whole, *streamed = (future.result(GUARD_SECONDS) for future in futures)
+    assert whole.json()["usage"]["completion_tokens"] == 450
     for response in streamed:
         events = events_of(response.text)
         assert events[-1]["choices"][0]["finish_reason"] == "length"
@@ -138,7 +139,7 @@ def test_a_second_interrupt_does_not_wait(start: Start) -> None:
     server.send(signal.SIGINT, to_group=True)
     assert server.wait() == 0
     for future in futures:
-        assert future.exception(15) is not None or error_of(future)
+        assert future.exception(GUARD_SECONDS) is not None or error_of(future)
     server.assert_nothing_left()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
     AskStats,
     EngineInfo,
+    EngineMessage,
     EngineStats,
     Hello,
     Ready,
@@ -118,10 +118,10 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
         worker.set(zmq.ROUTING_ID, name.encode())
         worker.connect(address)
         worker.send(encode(Hello()))
-        while server.socket.poll(100):
-            server._receive()
-        while not isinstance(decode_engine_message(worker.recv()), Ready):
-            pass  # for the worker that had the name: it may have asked before zmq knew of its death
+        # Others are for the worker that had the name: it may have asked before zmq knew of its
+        # death.
+        while not isinstance(answer(server, worker), Ready):
+            pass
         return worker
 
     try:
@@ -132,17 +132,25 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
         server.close()
 
 
+def answer(server: _EngineServer, worker: zmq.Socket) -> EngineMessage:
+    """What the worker hears next, while the server reads what it is sent."""
+    while not worker.poll(1):
+        if server.socket.poll(1):
+            server._receive()
+    return decode_engine_message(worker.recv())
+
+
 def turn(
     server: _EngineServer, worker: zmq.Socket, requests: str, aborts: str
 ) -> dict[str, EngineOutput]:
-    """The answer to what a worker submits."""
+    """The answer to what a worker submits, which comes before the one to a question behind it."""
     worker.send(encode(Submit([request(name) for name in requests], list(aborts))))
-    server._receive()
-    if not worker.poll(100):
-        return {}
-    message = decode_engine_message(worker.recv())
-    assert isinstance(message, StepOutputs)
-    return {output.request_id: output for output in message.outputs}
+    worker.send(encode(AskStats()))
+    outputs: list[EngineOutput] = []
+    while not isinstance(message := answer(server, worker), EngineStats):
+        assert isinstance(message, StepOutputs)
+        outputs += message.outputs
+    return {output.request_id: output for output in outputs}
 
 
 def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
@@ -179,8 +187,7 @@ def test_what_a_dead_worker_has_sent_is_too_late_behind_the_next_ones_hello(tmp_
             dead = connect("api-0")
             dead.send(encode(Submit([request("a")], [])))
             dead.send(encode(AskStats()))
-            time.sleep(0.05)  # both are there
-            dead.close(linger=0)
+            dead.close(linger=-1)  # both arrive
             successor = connect("api-0")
             assert server.owners == {}
             assert turn(server, successor, "b", "") == {}
@@ -191,5 +198,4 @@ def test_counters_are_told_when_asked(tmp_path: Path) -> None:
     with engine_server(tmp_path) as (server, connect):
         worker = connect("api-0")
         worker.send(encode(AskStats()))
-        server._receive()
-        assert decode_engine_message(worker.recv()) == EngineStats()
+        assert answer(server, worker) == EngineStats()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from minisrv.request import (
     RequestFailure,
     SamplingParams,
 )
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -77,12 +78,6 @@ def request(name: str) -> EngineRequest:
 
 def token(name: str, token_id: int, finish: FinishReason | None = None) -> EngineOutput:
     return EngineOutput(request_id=name, token_ids=[token_id], finish_reason=finish)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_a_place_is_free_when_the_engine_has_finished(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=ROWS,
     num_kv_heads=st.integers(1, 3),

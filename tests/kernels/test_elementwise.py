@@ -41,7 +41,7 @@ def both_ways(op: Any, *args: Tensor, shape: tuple[int, int], **kwargs: Any) -> 
         yield out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(dtype=DTYPES, scale=st.sampled_from([1e-3, 1.0, 100.0]), **SHAPES)
 def test_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def test_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: 
         torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(dtype=DTYPES, scale=st.sampled_from([0.1, 1.0, 30.0]), **SHAPES)
 def test_silu_and_mul(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -59,7 +59,7 @@ def bits_of(case: Case, rows: slice = slice(None)) -> Tensor:
     return run(case).args["out"][rows].cpu().view(torch.uint8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.one_of(
         st.lists(st.tuples(st.integers(0, 300), st.just(1)), min_size=1, max_size=5),

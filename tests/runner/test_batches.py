@@ -34,7 +34,7 @@ def limits(draw) -> BatchLimits:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     limits=limits(),
     rung=st.integers(1, 96),

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
 from minisrv.checkpoint import GenerationConfig
+from minisrv.server import responses
 from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
 from tests.text import tiny_tokenizer
 
+HOUR = 3600
 GENERATION = GenerationConfig(eos_token_ids=(2,), temperature=0.7, top_k=20)
 
 
@@ -24,6 +28,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def end_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Ends the time of the request that is being answered, which must have a limit of an `HOUR`."""
+    limits: list[asyncio.Timeout] = []
+
+    def timeout(delay: float) -> asyncio.Timeout:
+        assert 0 < delay <= HOUR
+        limits.append(asyncio.timeout(delay))
+        return limits[-1]
+
+    patched = SimpleNamespace(**{**vars(asyncio), "timeout": timeout})
+    monkeypatch.setattr(responses, "asyncio", patched)
+    return lambda: limits[-1].reschedule(asyncio.get_running_loop().time())
 
 
 @pytest.fixture

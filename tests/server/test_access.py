@@ -15,7 +15,9 @@ from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, KeyLimitError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from minisrv.server.auth import OPEN_PATHS, KeyLimit
+from tests.server.conftest import HOUR
 from tests.server.fake_engine import FakeEngine, outputs
+from tests.waiting import until, until_still
 
 pytestmark = pytest.mark.anyio
 
@@ -103,16 +105,14 @@ async def test_a_key_has_so_many_requests_open(connect: Connect, tmp_path: Path)
             return await client.post(COMPLETION[1], json=COMPLETION[2], headers=bearer(key))
 
         open_requests = [asyncio.create_task(ask("first key")) for _ in range(2)]
-        while len(fake.requests) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(fake.requests) == 2)
         refused = await ask("first key")
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "concurrency_limit"
         assert int(refused.headers["retry-after"]) >= 1
         assert "first key" not in refused.text
         other = asyncio.create_task(ask("zweiter"))
-        while len(fake.requests) < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(fake.requests) == 3)
         for task in (*open_requests, other):
             task.cancel()
         await asyncio.gather(*open_requests, other, return_exceptions=True)
@@ -138,14 +138,19 @@ def test_all_workers_count_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("starts", [False, True])
-async def test_a_deadline(connect: Connect, stream: bool, starts: bool) -> None:
+async def test_a_deadline(
+    connect: Connect, end_time: Callable[[], None], stream: bool, starts: bool
+) -> None:
     def script(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
         return forever(request) if starts else iter([asyncio.Event()])
 
     fake = FakeEngine(script)
     body = {"prompt": "x", "stream": stream}
-    async with connect(fake, settings=ServerConfig(request_timeout=1)) as client:
-        answer = await client.post("/v1/completions", json=body)
+    async with connect(fake, settings=ServerConfig(request_timeout=HOUR)) as client:
+        asked = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until_still(lambda: len(fake.requests) + fake.num_messages)
+        end_time()
+        answer = await asked
     if stream and starts:
         assert answer.status_code == 200
         *_, last, done = answer.text.strip().split("\n\n")

@@ -14,7 +14,9 @@ from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import Loading
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from tests.server.conftest import HOUR
 from tests.server.fake_engine import FakeEngine, outputs
+from tests.waiting import until_still
 
 pytestmark = pytest.mark.anyio
 
@@ -86,14 +88,20 @@ async def test_the_lines_of_requests_can_be_turned_off(connect: Connect, lines: 
     assert lines() == []
 
 
-async def test_an_error_in_a_stream(connect: Connect, lines: Any) -> None:
+async def test_an_error_in_a_stream(
+    connect: Connect, end_time: Callable[[], None], lines: Any
+) -> None:
     def script(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
         yield EngineOutput(request_id=request.request_id, token_ids=[65])
         yield asyncio.Event()
 
-    settings = ServerConfig(request_timeout=1)
-    async with connect(FakeEngine(script), settings=settings) as client:
-        await client.post("/v1/completions", json={"prompt": "x", "stream": True})
+    fake = FakeEngine(script)
+    async with connect(fake, settings=ServerConfig(request_timeout=HOUR)) as client:
+        body = {"prompt": "x", "stream": True}
+        asked = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until_still(lambda: len(fake.requests) + fake.num_messages)
+        end_time()
+        await asked
     [(_, fields)] = lines()
     assert (fields["status"], fields["error"]) == (200, "deadline_exceeded")
 

@@ -18,6 +18,7 @@ from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import serve
+from tests.waiting import GUARD_SECONDS, until
 
 pytestmark = pytest.mark.anyio
 
@@ -36,12 +37,6 @@ def stuck_after(tokens: int) -> Callable[[EngineRequest], Iterable[Any]]:
         yield asyncio.Event()
 
     return script
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def send(address: tuple[str, int], route: str, **body: Any) -> asyncio.StreamWriter:
@@ -107,7 +102,7 @@ async def test_the_status_line_waits_for_the_first_output(tokenizer: Tokenizer) 
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.read(1), 0.1)
         go.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(GUARD_SECONDS):
             assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
             received = await reader.readuntil(b'"role":"assistant"')
             received += await reader.readuntil(b'"content":"')

@@ -414,7 +414,8 @@ NAMES = st.sampled_from(
 
 @given(body=st.dictionaries(NAMES, VALUES, max_size=4) | VALUES, route=st.sampled_from([*ROUTES]))
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_no_body_makes_a_500(connect: Connect, route: str, body: Any) -> None:
     async def ask() -> httpx.Response:

@@ -19,6 +19,7 @@ from minisrv.server.http import MAX_HEAD_BYTES
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs
 from tests.server.live_server import serve
+from tests.waiting import GUARD_SECONDS, until
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +36,7 @@ async def answer(address: tuple[str, int], *sent: bytes) -> bytes:
     for piece in sent:
         writer.write(piece)
         await writer.drain()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(GUARD_SECONDS):
         received = await reader.read()
     writer.close()
     return received
@@ -106,7 +107,5 @@ async def test_a_client_that_never_reads_is_cut_off(
             client.connect(address)
             body = b'{"prompt": "hi", "stream": true, "return_token_ids": true}'
             client.sendall(COMPLETIONS + b"content-length: %d\r\n\r\n" % len(body) + body)
-            async with asyncio.timeout(20):
-                while not engine.aborted:
-                    await asyncio.sleep(0.05)
+            await until(lambda: bool(engine.aborted))
     assert engine.admission.num_taken == 0

@@ -15,6 +15,7 @@ from minisrv.errors import EngineDeadError, RequestError
 from minisrv.request import EngineOutput, EngineRequest
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, Script, outputs
+from tests.waiting import GUARD_SECONDS, until
 
 pytestmark = pytest.mark.anyio
 
@@ -39,12 +40,12 @@ class CountingTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self.encoded += 1
-        assert self.go.wait(10)
+        assert self.go.wait(GUARD_SECONDS)
         return self._tokenizer.encode(text, add_special_tokens)
 
     def render_chat(self, *arguments: Any) -> str:
         self.rendered += 1
-        assert self.go.wait(10)
+        assert self.go.wait(GUARD_SECONDS)
         return self._tokenizer.render_chat(*arguments)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,12 +69,6 @@ def until_told(go: asyncio.Event) -> Script:
         yield from outputs([300])(request)
 
     return script
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -17,6 +17,7 @@ from minisrv.server.generation import Delta, coalesce
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs, sse
 from tests.server.live_server import serve
+from tests.waiting import GUARD_SECONDS, until_still
 
 pytestmark = pytest.mark.anyio
 
@@ -65,11 +66,8 @@ async def test_a_reader_that_does_not_gets_the_same_in_fewer_events(
             connection.sendall(head + b"content-length: %d\r\n\r\n" % len(content) + content)
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
-            async with asyncio.timeout(60):
-                seen = -1
-                while seen != engine.num_messages or seen == 0:  # until it is held up
-                    seen = engine.num_messages
-                    await asyncio.sleep(0.2)
+            await until_still(lambda: engine.num_messages)
+            async with asyncio.timeout(GUARD_SECONDS):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
                 received = []
                 while piece := await loop.sock_recv(connection, 1 << 20):

@@ -146,5 +146,5 @@ def test_closing_ends_the_process(validator: GrammarValidator) -> None:
     another.validate(StructuredOutput(kind=Kind.JSON_OBJECT)).result()
     [process] = set(multiprocessing.active_children()) - before
     another.close()
-    process.join(10)
+    process.join(60)
     assert process.exitcode == 0
