@@ -5,7 +5,8 @@ wrong there goes wrong here. Capture runs the code once and records each operati
 it touched. Of these tensors
 - those that existed before (weights, caches, static buffers) keep their address;
 - those that share storage with an argument are views: they cost nothing and are not replayed, nor
-  is what only reserves memory;
+  is what only reserves memory, or what makes of a tensor another view (`t_`, `squeeze_`): a call is
+  recorded with its tensors as they are then;
 - all others are intermediates. They are laid out by liveness in one arena which all graphs of the
   backend share, and each operation writes to the place it was given there.
 What reads memory without an operation (`tolist`, `numpy`) is not seen here; certification finds
@@ -62,7 +63,8 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Node:
-    """One recorded call. `outputs` are the fresh tensors it made, in order."""
+    """One recorded call. `outputs` are the fresh tensors it made, in order; all its tensors are
+    views of its own, which show them as they were then."""
 
     number: int
     op: OpOverload
@@ -85,8 +87,8 @@ class _Storage:
 class _Capture:
     """What has been recorded since the last `finish`.
 
-    internal: storages made during the capture, by identity. The nodes and `reserved` hold the
-        tensors that they belong to, so no identity is given out twice.
+    internal: storages made during the capture, by identity. The nodes and `reserved` hold views
+        of them, so no identity is given out twice.
     """
 
     segments: list[tuple[_Segment, list[_Node]]] = field(default_factory=list)
@@ -185,12 +187,13 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         _refuse(func, args)
         inputs = _tensors((args, kwargs))
-        before = [_geometry(tensor) for tensor in inputs]
+        storages = [tensor.untyped_storage() for tensor in inputs]
+        before = [storage.nbytes() for storage in storages]
         result = func(*args, **kwargs)
-        if [_geometry(tensor) for tensor in inputs] != before:
+        if [storage.nbytes() for storage in storages] != before:
             raise GraphCaptureError(
-                f"{func} changed the shape or the storage of its argument: a graph, whose shapes "
-                "and addresses are fixed, cannot hold it."
+                f"{func} changed the size of its argument's memory: a graph, whose addresses are "
+                "fixed, cannot hold it."
             )
         if any(isinstance(leaf, Tensor) and leaf.is_mkldnn for leaf in _leaves(result)):
             raise GraphCaptureError(
@@ -203,20 +206,21 @@ class _Recorder(TorchDispatchMode):
             nbytes = tensor.untyped_storage().nbytes()
             capture.internal[_identity(tensor)] = _Storage(nbytes, number, number)
         if not is_launch(func, inputs, result):
-            capture.reserved += fresh
+            capture.reserved += _as_they_are(fresh)
             return result
         capture.num_nodes += 1
         for tensor in inputs:
             if storage := capture.internal.get(_identity(tensor)):
                 storage.last_used = number
-        self.nodes.append(_Node(number, func, args, kwargs, fresh))
+        held = _as_they_are((args, kwargs, fresh))
+        self.nodes.append(_Node(number, func, *held))
         return result
 
 
 def is_launch(func: OpOverload, arguments: Any, result: Any) -> bool:
     """Whether a call hands work to the device: it does more than to reserve memory, which a graph
-    has done at capture, or to make views."""
-    if func in _RESERVES:
+    has done at capture, or to make views, a tensor into a view of itself too."""
+    if func in _RESERVES or torch.Tag.inplace_view in func.tags:
         return False
     return func._schema.is_mutable or bool(_fresh_tensors(arguments, result))
 
@@ -259,20 +263,31 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
+def _replace(tree: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
+    """An operation's arguments or results with a stand-in for each tensor that has an address."""
+    if isinstance(tree, Tensor):
+        return tree if tree.is_mkldnn else stand_in(tree)
+    if isinstance(tree, tuple | list):
+        return type(tree)([_replace(branch, stand_in) for branch in tree])
+    if isinstance(tree, dict):
+        return {key: _replace(branch, stand_in) for key, branch in tree.items()}
+    return tree
+
+
+def _as_they_are(tree: Any) -> Any:
+    """With views for the tensors, which stay as they are when a tensor becomes another view or
+    moves to other memory: `t_`, `squeeze_`, `set_`, `data = ...`."""
+    return _replace(tree, Tensor.detach)
+
+
 def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 def _geometry(tensor: Tensor) -> tuple[object, ...]:
-    """What an operation must leave as it is, for the tensor to be bound again by it."""
-    storage = tensor.untyped_storage()
-    return (
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-        storage._cdata,
-        storage.nbytes(),
-    )
+    """What of its memory a tensor sees, and how."""
+    place = (_identity(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return (*place, tensor.dtype)
 
 
 def _lay_out(storages: Iterable[_Storage]) -> int:
@@ -305,19 +320,7 @@ class _Placer:
         self.internal = internal
         self.arena = arena.untyped_storage()
 
-    def all_in(self, tree: Any) -> Any:
-        """An operation's arguments with their tensors placed."""
-        if isinstance(tree, Tensor):
-            return self(tree)
-        if isinstance(tree, tuple | list):
-            return type(tree)([self.all_in(branch) for branch in tree])
-        if isinstance(tree, dict):
-            return {key: self.all_in(branch) for key, branch in tree.items()}
-        return tree
-
     def __call__(self, tensor: Tensor) -> Tensor:
-        if tensor.is_mkldnn:
-            return tensor
         storage = self.internal.get(_identity(tensor))
         if storage is None:
             return tensor
@@ -349,14 +352,14 @@ def _only_feeds(node: _Node, follower: _Node, place: _Placer) -> bool:
     return (
         follower.op is torch.ops.aten.copy_.default
         and len(node.outputs) == 1
-        and follower.args[1] is node.outputs[0]
+        and _geometry(follower.args[1]) == _geometry(node.outputs[0])
         and place.internal[_identity(node.outputs[0])].last_used == follower.number
         and _out_variant(node.op) is None
     )
 
 
 def _bind(node: _Node, place: _Placer, outputs: list[Tensor]) -> _Call:
-    args, kwargs = place.all_in(node.args), place.all_in(node.kwargs)
+    args, kwargs = _replace((node.args, node.kwargs), place)
     if not outputs:
         return DIRECT.get(node.op, node.op), args, kwargs
     found = _out_variant(node.op)

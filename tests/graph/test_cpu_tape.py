@@ -96,7 +96,7 @@ def test_segments_of_one_capture_see_each_others_intermediates():
     pieces = record(backend, first, second)
     kept.clear()
     x.fill_(2)
-    backend.arena.fill_(255)
+    backend.arena[: backend.memory_used()].fill_(255)
     for piece in pieces:
         piece()
     assert torch.equal(out, torch.full((64,), 206.0))
@@ -233,18 +233,120 @@ def test_no_out_variant_loses_an_option():
 
 
 @pytest.mark.parametrize(
-    "run",
+    "compute",
     [
-        lambda x: (x * 2).t_(),
-        lambda x: (x * 2).transpose_(0, 1),
-        lambda x: torch.mul(x, 2, out=torch.empty(0)),
-        lambda x: (x * 2).resize_(16),
+        lambda x, w: x @ w,
+        lambda x, w: w.T @ x,
+        lambda x, w: x @ x,
+        lambda x, w: x @ w.expand(2, 3, 4, 4),
+        lambda x, w: torch.linalg.multi_dot([x, w, w, x]),
+        lambda x, w: torch.einsum("i,ij,j->", x, w, x),
+        lambda x, w: torch.nn.functional.linear(x, w),
+        lambda x, w: torch.nn.functional.scaled_dot_product_attention(x[None], w, w),
     ],
 )
-def test_refuses_what_changes_a_tensor_under_it(run):
+def test_products_with_vectors(compute):
+    """torch reaches them by `unsqueeze` and `squeeze_`."""
+    x, w = torch.rand(4), torch.rand(4, 4)
+    out = torch.zeros_like(compute(x, w))
+    [replay] = record(CPUTapeBackend(), lambda: out.copy_(compute(x, w)))
+    for tensor in (x, w):
+        tensor.copy_(torch.rand_like(tensor))
+    replay()
+    assert torch.equal(out, compute(x, w))
+
+
+BECOMES = {
+    "t_": lambda t, rest: t.squeeze_().t_() if t.ndim < 3 else t,
+    "transpose_": lambda t, rest: t.transpose_(0, -1),
+    "swapaxes_": lambda t, rest: t.swapaxes_(-1, 0),
+    "swapdims_": lambda t, rest: t.swapdims_(0, t.ndim - 1),
+    "unsqueeze_": lambda t, rest: t.unsqueeze_(1),
+    "squeeze_": lambda t, rest: t.squeeze_(),
+    "squeeze_.dim": lambda t, rest: t.squeeze_(0),
+    "squeeze_.dims": lambda t, rest: t.squeeze_((0, 1)[: t.ndim]),
+    "as_strided_": lambda t, rest: t.as_strided_((3, 2), (2, 1), 1),
+    "detach_": lambda t, rest: t.detach_(),
+    "resize_": lambda t, rest: t.resize_(2, 3),
+    "resize_as_": lambda t, rest: t.resize_as_(rest.new_empty(3, 1)),
+    "set_": lambda t, rest: t.set_(rest),
+    "set_.storage": lambda t, rest: t.set_(rest.untyped_storage(), 1, (2, 3), (1, 2)),
+    "data": lambda t, rest: setattr(t, "data", rest),
+    "out": lambda t, rest: torch.add(rest[:1].clone(), 1, out=t.resize_(0)),
+}
+"""What makes a tensor another view, of its own memory or of other memory; each on any tensor."""
+
+
+@settings(max_examples=200)
+@given(steps=st.lists(st.sampled_from([*BECOMES, "read", "write", "look"]), max_size=12))
+def test_a_tensor_may_become_another_view(steps):
+    """What was recorded before sees the tensor as it was, and what comes behind as it is."""
+    x, out = torch.rand(3, 4), torch.zeros(500)
+
+    def program():
+        told = [x.sum()]
+        tensor, rest = x * 2, x + 1
+        views = []
+        for index, step in enumerate(steps):
+            if step == "read":
+                told.append((tensor * (index + 1)).flatten())
+            elif step == "write":
+                tensor.mul_(index + 0.5)
+            elif step == "look":
+                views.append(tensor[..., :1])
+            else:
+                BECOMES[step](tensor, rest)
+        told += [part.flatten() for part in (tensor, rest, *views)]
+        out.zero_()
+        told = torch.cat([part.flatten() for part in told])
+        out[: told.numel()].copy_(told)
+
+    backend = CPUTapeBackend()
+    [replay] = record(backend, program)
+    x.copy_(torch.rand_like(x))
+    backend.arena[: backend.memory_used()].fill_(255)  # NaN
+    replay()
+    replayed = out.clone()
+    program()
+    assert torch.equal(replayed, out)
+
+
+def test_every_operation_that_only_changes_a_view_is_tested():
+    """torch marks them; the rest of its in-place operations compute."""
+    found = set()
+    for full in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = full.partition("::")
+        name, _, overload = name.partition(".")
+        if namespace == "aten" and hasattr(packet := getattr(torch.ops.aten, name), "overloads"):
+            op = getattr(packet, overload or "default", None)
+            if op is not None and torch.Tag.inplace_view in op.tags:
+                found.add(name)
+    assert found == {name.partition(".")[0] for name in BECOMES} - {"data", "out"}
+
+
+def test_a_tensor_from_before_keeps_its_address():
+    """A graph reads what it has read at capture, wherever the tensor is later."""
+    x, out = torch.ones(4), torch.zeros(4)
+    seen = x.view(4)
+    [replay] = record(CPUTapeBackend(), lambda: out.copy_(x * 2))
+    x.data = torch.full((4,), 100.0)
+    seen.fill_(3)
+    replay()
+    assert out.tolist() == [6.0] * 4
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: torch.mul(x, 2, out=torch.empty(0)),
+        lambda x: (x * 2).resize_(16),
+        lambda x: (x * 2).resize_as_(torch.ones(9)),
+    ],
+)
+def test_refuses_what_moves_a_tensor_under_it(run):
     backend = CPUTapeBackend()
     backend.begin()
-    with pytest.raises(GraphCaptureError, match="changed the shape or the storage"):
+    with pytest.raises(GraphCaptureError, match="changed the size of its argument's memory"):
         run(torch.ones(2, 4))
     backend.abandon()
 
