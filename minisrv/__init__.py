@@ -1,8 +1,9 @@
 """minisrv: a small LLM inference server about one idea, graph-aware batching.
 
 `LLM`, `SamplingParams` and what belongs to them are the Python interface. They are imported on
-first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it. OpenMP
-reads how its threads wait when torch is imported: so that is settled here, before any part does so.
+first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it.
+OpenMP reads how its threads wait when torch is imported: so that is settled here, before any part
+does so.
 """
 
 from __future__ import annotations

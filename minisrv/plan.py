@@ -25,8 +25,8 @@ def print_plan(config: EngineConfig) -> None:
     """Print the coverage of `config`, and of a model that it names the context. Raises what `serve`
     would for what the settings and the checkpoint's small files say."""
     dispatcher = Dispatcher(ladders_of(config))
+    model = open_checkpoint(config, weights=False).model
     if config.model is not None:
-        model = open_checkpoint(config, weights=False).model
         Console().print(
             f"{config.model}: {model.architecture}, {model.num_parameters / 1e6:,.1f} million "
             f"parameters in {model.dtype}, context {context_length(config, model)}",

@@ -38,7 +38,7 @@ QUICK = ("bench", "core", "graph", "nn", "runner", "server", "text")
 def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lifts the refusal of mode `full` on a CPU, so that what of it is no GPU's business is tested:
     a tape calls the attention op again, which looks at the lengths of then, wherever they are."""
-    monkeypatch.setattr("minisrv.engine.core.captures_mixed", lambda device: True)
+    monkeypatch.setattr("minisrv.core.ladder.captures_mixed", lambda device: True)
 
 
 def pytest_xdist_auto_num_workers() -> int:

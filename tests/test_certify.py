@@ -190,6 +190,24 @@ def test_every_start_is_tried(run, monkeypatch):
     assert set(seen) == {"CLEAN", "POISONED", "STALE"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--max-model-len", "100000"], "use at most"),
+        (["--kv-cache-memory", "1"], "give at least"),
+        (["--device", "cpu", "--cudagraph-mode", "full"], "full-decode-only"),
+        (["--max-num-seqs", "9", "--cudagraph-capture-sizes", "8"], "add 9"),
+        (["--json", "nowhere/report.json"], "existing directory"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    checkpoint, flags, what, monkeypatch, capsys
+):
+    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    assert cli.main(["certify", "--model", checkpoint, *flags]) == 1
+    assert what in capsys.readouterr().err
+
+
 def process(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """`minisrv certify` in a process of its own, with `code` run before it."""
     command = f"import sys\nfrom minisrv.cli import main\n{code}\nsys.exit(main(sys.argv[1:]))"

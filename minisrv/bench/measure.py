@@ -21,10 +21,11 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import torch
 
+from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.dispatcher import Dispatcher
-from minisrv.core.ladder import Ladders
-from minisrv.engine.core import EngineCore, Progress
+from minisrv.core.ladder import Ladders, ladders_of
+from minisrv.engine.core import EngineCore, Progress, resolve_device
 from minisrv.engine.messages import EngineInfo
 from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
@@ -132,14 +133,21 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
-    """Start an engine and measure it. Raises what `EngineCore` raises, and ConfigError for what
-    cannot be compared or does not fit."""
+    """Start an engine and measure it. Raises what `EngineCore` raises, and before it reads weights
+    ConfigError for what cannot be compared or does not fit."""
     if config.graph_mode is NONE:
         raise ConfigError(
             "bench compares eager steps with graphs, and there are none; leave out "
             "--enforce-eager and --cudagraph-mode none."
         )
-    return Bench(EngineCore(config, progress), settings).run(progress)
+    config = replace(config, device=resolve_device(config).type)
+    course = Course(settings, ladders_of(config))
+
+    def check(context: int, kv_blocks: int | None) -> None:
+        course.check(context, config.block_size, kv_blocks)
+
+    check(context_length(config, open_checkpoint(config, weights=False).model), None)
+    return Bench(EngineCore(config, progress, before_loading=check), settings).run(progress)
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
@@ -170,6 +178,50 @@ def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
         for mode, some in offered.items()
         if mode is NONE or some.decode or some.mixed
     }
+
+
+class Course:
+    """What a measurement runs, and so what it needs.
+
+    batch_sizes: of decode. dispatchers: see `dispatchers`.
+    prompt_length: of a decode request. Half of the steps later the contexts are as long as was
+        asked for.
+    """
+
+    def __init__(self, settings: BenchConfig, ladders: Ladders) -> None:
+        self.settings = settings
+        self.ladders = ladders
+        self.batch_sizes = settings.batch_sizes or _every_rung(ladders)
+        self.dispatchers = dispatchers(ladders)
+        self.steps = len(self.dispatchers) * (1 + 2 * settings.rounds * BLOCK)
+        self.prompt_length = max(1, settings.context - self.steps // 2)
+
+    def check(self, max_model_len: int, block_size: int, kv_blocks: int | None) -> None:
+        """Raise ConfigError if it does not fit an engine.
+
+        max_model_len: tokens that a request may have. kv_blocks: the null block included; None if
+            they are not known yet.
+        """
+        settings, most, largest = self.settings, self.ladders.max_num_seqs, max(self.batch_sizes)
+        if largest > most:
+            raise ConfigError(
+                f"a batch of {largest} is more than max_num_seqs={most}; raise --max-num-seqs, or "
+                "leave it out of --batch-sizes."
+            )
+        # The first requests decode while the last prompts are computed.
+        rest = self.ladders.max_num_batched_tokens - largest + 1
+        prefill = -(-largest * self.prompt_length // rest)
+        longest = self.prompt_length + prefill + self.steps + 2
+        if longest > max_model_len:
+            raise ConfigError(
+                f"--context {settings.context} with --rounds {settings.rounds} takes up to "
+                f"{longest} tokens, and the context is {max_model_len}; lower one of them."
+            )
+        if kv_blocks is not None and (needed := largest * -(-longest // block_size)) >= kv_blocks:
+            raise ConfigError(
+                f"a batch of {largest} takes up to {needed} KV blocks, and there are "
+                f"{kv_blocks - 1}; raise --kv-cache-memory, or lower --context."
+            )
 
 
 class HostClock:
@@ -236,38 +288,15 @@ class Bench:
         self.engine = engine
         self.settings = settings
         self.clock = clock
-        self.batch_sizes = settings.batch_sizes or _every_rung(engine.ladders)
-        self.dispatchers = dispatchers(engine.ladders)
+        course, info = Course(settings, engine.ladders), engine.info
+        course.check(info.max_model_len, info.block_size, info.num_kv_blocks)
+        self.batch_sizes = course.batch_sizes
+        self.prompt_length = course.prompt_length
+        self.dispatchers = course.dispatchers
         self.device = engine.runner.buffers.device
         self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
-        steps = len(self.dispatchers) * (1 + 2 * settings.rounds * BLOCK)
-        # Half of the steps later the contexts are as long as was asked for.
-        self.prompt_length = max(1, settings.context - steps // 2)
-        self._check_fits(steps)
         self._ids = count()
         self._random = random.Random(engine.config.seed)
-
-    def _check_fits(self, steps: int) -> None:
-        info, settings, largest = self.engine.info, self.settings, max(self.batch_sizes)
-        if largest > info.max_num_seqs:
-            raise ConfigError(
-                f"a batch of {largest} is more than max_num_seqs={info.max_num_seqs}; raise "
-                "--max-num-seqs, or leave it out of --batch-sizes."
-            )
-        # The first requests decode while the last prompts are computed.
-        prefill = -(-largest * self.prompt_length // (info.max_num_batched_tokens - largest + 1))
-        longest = self.prompt_length + prefill + steps + 2
-        if longest > info.max_model_len:
-            raise ConfigError(
-                f"--context {settings.context} with --rounds {settings.rounds} takes up to "
-                f"{longest} tokens, and the context is {info.max_model_len}; lower one of them."
-            )
-        pool = self.engine.scheduler.pool
-        if (needed := largest * pool.blocks_for(longest)) > pool.num_free:
-            raise ConfigError(
-                f"a batch of {largest} takes up to {needed} KV blocks, and there are "
-                f"{pool.num_free}; raise --kv-cache-memory, or lower --context."
-            )
 
     def run(self, progress: Progress) -> Report:
         """Measure every size."""

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from minisrv.config import EngineConfig
-from minisrv.errors import CoverageError
+from minisrv.errors import ConfigError, CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
 
 MIXED_TOP = 2048
@@ -128,8 +128,21 @@ def build_ladders(
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
 
+def captures_mixed(device: str) -> bool:
+    """Whether a graph may hold attention for mixed batches: whether its kernels take nothing of
+    their lengths from the host. For "auto" the engine asks again when it knows."""
+    return device != "cpu"
+
+
 def ladders_of(config: EngineConfig) -> Ladders:
-    """The ladders that a configuration serves with. Raises CoverageError for a gap."""
+    """The ladders that a configuration serves with. Raises CoverageError for a gap, and ConfigError
+    for graphs of mixed batches that hold attention, on a device where they cannot."""
+    if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(config.device):
+        raise ConfigError(
+            "cudagraph_mode=full captures mixed batches in one graph, and on "
+            f"device={config.device} the attention kernels take the lengths of a mixed batch from "
+            "the host; use full-and-piecewise (the default here) or full-decode-only, or a GPU."
+        )
     ladders = build_ladders(
         config.graph_mode,
         config.max_num_seqs,

@@ -37,12 +37,10 @@ from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
 from minisrv.errors import ConfigError, EngineDeadError, MinisrvError, RequestError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
-from minisrv.kernels.attention import captures_mixed
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
 from minisrv.machine import no_gpu
 from minisrv.model_config import ModelConfig
-from minisrv.modes import CUDAGraphMode
 from minisrv.nn.loader import load_model
 from minisrv.progress import StartupClock
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
@@ -121,6 +119,8 @@ class EngineCore:
     progress: told about loading and capturing.
     checkpoint: the one that `config` names, where it has been opened already.
     clock: of a start-up that has begun before this; its phases go on here.
+    before_loading: told the context and the KV blocks before weights are read, on a GPU the most
+        that they may be; a ConfigError of its is raised.
     check_addresses: see `CUDAGraphWrapper`; for tests.
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
     """
@@ -132,21 +132,25 @@ class EngineCore:
         *,
         checkpoint: Checkpoint | None = None,
         clock: StartupClock | None = None,
+        before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
         check_addresses: bool = False,
     ) -> None:
         threads.limit()
         self._clock = clock or StartupClock()
-        with self._timed("checkpoint"):
-            checkpoint = checkpoint or open_checkpoint(config)
         with self._timed("device"):
             device = resolve_device(config)
         self.config = config = replace(config, device=device.type)
-        check_mode(config, device)
         self.ladders = ladders_of(config)
-        dtype = resolve_dtype(config, checkpoint.model, device)
+        with self._timed("checkpoint"):
+            checkpoint = checkpoint or open_checkpoint(config)
         told = checkpoint.model
+        dtype = resolve_dtype(config, told, device)
         available = cache_before_loading(config, told, device, dtype)
         context = fit_context(config, told, dtype, context_length(config, told), available)
+        before_loading(
+            context,
+            num_kv_blocks(config, KVCacheShape.of(config, told, context, dtype), available),
+        )
         model_config = told.for_context(context)
         if device.type == "cpu":
             with self._timed("kernels"):
@@ -470,16 +474,6 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.quantization is not None:  # device auto, which has found a GPU
         raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def check_mode(config: EngineConfig, device: torch.device) -> None:
-    """Raise ConfigError for graphs of mixed batches that hold attention where it cannot be held."""
-    if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(device):
-        raise ConfigError(
-            f"cudagraph_mode=full captures mixed batches in one graph, and on device={device} the "
-            "attention kernels take the lengths of a mixed batch from the host; use "
-            "full-and-piecewise (the default here) or full-decode-only, or a GPU."
-        )
 
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

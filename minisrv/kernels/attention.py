@@ -127,12 +127,6 @@ def attention(
             _attend(queries[first:last], results[first:last], k, v)
 
 
-def captures_mixed(device: torch.device) -> bool:
-    """Whether a graph may hold the op for mixed batches: whether nothing of their lengths is taken
-    from the host."""
-    return device.type == "cuda"
-
-
 @cache
 def _by_triton() -> Callable[..., None]:
     """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""

@@ -162,12 +162,21 @@ def test_modes_without_graphs_are_left_out(
         (["--batch-sizes", "5"], "more than max_num_seqs=4"),
         (["--batch-sizes", "0"], "positive"),
         (["--context", "600"], "the context is 512"),
+        (["--max-model-len", "1024"], "use at most 512"),
+        (["--max-model-len", "128", "--context", "128"], "the context is 128"),
+        (["--rounds", "100"], "lower one of them"),
         (["--num-kv-blocks", "10"], "raise --kv-cache-memory"),
+        (["--kv-cache-memory", "100k", "--max-model-len", "256"], "--kv-cache-memory"),
+        (["--kv-cache-memory", "1"], "give at least"),
+        (["--cudagraph-mode", "full"], "full-decode-only"),
+        (["--cudagraph-capture-sizes", "1"], "cudagraph"),
         (["--json", "nowhere/bench.json"], "there is no directory"),
         (["--plot", "bench.txt"], "ends in one of"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(checkpoint, flags, what, capsys):
+def test_what_cannot_be_measured_is_refused(checkpoint, flags, what, capsys, monkeypatch):
+    """Before weights are read."""
+    monkeypatch.setattr("minisrv.engine.core.load_model", None)
     assert run(checkpoint, *flags) == 1
     assert what in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisrv.cli import main
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
@@ -273,6 +274,21 @@ def test_plan_needs_no_device_to_say_what_full_would_capture():
     assert "34 graphs, 10 FULL (decode" in done.stdout
     assert "10 FULL (epilogues) and 14 FULL (mixed)" in " ".join(done.stdout.split())
     assert "PIECEWISE" not in done.stdout
+
+
+@pytest.mark.parametrize("measure", [(), ("--measure",)])
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--max-model-len", "100000"), "use at most 2048"),
+        (("--device", "cpu", "--cudagraph-mode", "full"), "full-decode-only"),
+    ],
+)
+def test_plan_refuses_what_serve_does(flags, what, measure, monkeypatch, capsys):
+    """Before weights are read."""
+    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    assert main(["plan", *measure, *flags]) == 1
+    assert what in capsys.readouterr().err
 
 
 def test_a_measured_plan_says_what_each_graph_costs():

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from minisrv.config import EngineConfig
+from minisrv.core import ladder
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.scheduler import SchedulerOutput
-from minisrv.engine import core
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
 from minisrv.graph.certify import Start
@@ -113,7 +113,7 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         # Else dispatch would depend on what a GPU took for which graph.
         patch.setattr(ModelRunner, "time_graphs", lambda self: {})
         # See conftest.tape_holds_mixed_batches.
-        patch.setattr(core, "captures_mixed", lambda device: True)
+        patch.setattr(ladder, "captures_mixed", lambda device: True)
         if not certified:
             patch.setattr(model_runner, "certify", capture_behind_a_run)
         return EngineCore(EngineConfig(**{**limits, **settings}), check_addresses=True)
