@@ -248,6 +248,9 @@ class Serving:
         _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
         prompts, answer = prepared.prompts, prepared.answer
         keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
+        # What a grammar describes is what the tokens spell, a blank at its start included.
+        form = prepared.form
+        own_text = chat and (form is None or bool(form.reasoning_end))
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
@@ -273,7 +276,7 @@ class Serving:
                 request.stop or self.generation.stop,
                 min_tokens=engine_request.params.min_tokens,
                 include_stop=request.include_stop_str_in_output,
-                prompt_token_ids=() if chat else prompt,
+                prompt_token_ids=() if own_text else prompt,
                 keep=keep,
                 locate=not chat and request.num_logprobs is not None,
             )

@@ -10,6 +10,11 @@ and its memory. They do not bound every compilation, as some schemas (a `multipl
 an intersection of thirty patterns) are built before they are counted, so a grammar comes here
 only after `text.grammar_validator` has seen it compile within a time.
 
+A mask allows every token that goes on with the text, however the tokenizer would spell it. Where
+only one text can follow, llguidance would allow no tokens but those that the tokenizer makes of
+that text. They are of another text where the tokenizer normalises (NFC, lower case, blanks), and
+where the text is spelled as a special token is. A model has learned how to spell, too.
+
 Knows: llguidance and the tokenizer. Knows nothing of logits, requests or the engine's steps.
 """
 
@@ -217,7 +222,8 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             main = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case StructuredOutputKind.GRAMMAR:
             main = {"lark_grammar": spec.text}
-    grammars = [{"name": "main", **main}]
+    # One that sets this option sets it for all.
+    rules = ['%llguidance {"no_forcing": true}', "start: @main"]
     if spec.reasoning_end:
         token_id = tokenizer.token_id(spec.reasoning_end)
         free = (
@@ -230,7 +236,8 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
         if spec.reasoning_start:
             # One that does not reason this time begins with what was asked for.
             reasoning = f"({marker(spec.reasoning_start, tokenizer)} {reasoning})?"
-        grammars.insert(0, {"lark_grammar": f"start: {reasoning} @main\n{free}"})
+        rules[1:] = [f"start: {reasoning} @main", free]
+    grammars = [{"lark_grammar": "\n".join(rules)}, {"name": "main", **main}]
     try:
         return json.dumps({"grammars": grammars})
     except RecursionError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 
 import jsonschema
 import msgspec
@@ -16,8 +17,10 @@ from minisrv.checkpoint import resolve_checkpoint
 from minisrv.errors import RequestError
 from minisrv.request import MAX_CHOICES, MAX_GRAMMAR_LENGTH, StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
+from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
+from tests.text import tiny_tokenizer
 from tests.text.random_schemas import longest, random_schema, recurses
 from tests.text.walks import EOS, allowed, follow, stretch, walk
 
@@ -157,6 +160,107 @@ def test_a_tokenizer_of_bytes_and_pieces(byte_fallback_tokenizer: Tokenizer) -> 
         assert matcher.accept([token_id])
     assert {tokenizer.token_text(i)[0] for i in allowed(backend, matcher) if i != EOS} == {"!"}
     assert EOS in allowed(backend, matcher)
+
+
+def _byte_level(
+    normalizer: tokenizers.normalizers.Normalizer | None = None, **pre: bool
+) -> Tokenizer:
+    raw = tiny_tokenizer.byte_level()
+    if normalizer is not None:
+        raw.normalizer = normalizer
+    if pre:
+        raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(**pre)
+    raw.add_tokens([tokenizers.AddedToken("<tool_call>", special=False)])
+    raw.add_tokens([tokenizers.AddedToken("<|wide|>", special=True, lstrip=True, rstrip=True)])
+    return Tokenizer(raw)
+
+
+def _byte_fallback(normalizer: tokenizers.normalizers.Normalizer) -> Tokenizer:
+    raw = tiny_tokenizer.byte_fallback()
+    raw.normalizer = tokenizers.normalizers.Sequence([normalizer, raw.normalizer])
+    return Tokenizer(raw)
+
+
+SPELLERS: dict[str, Callable[[], Tokenizer]] = {
+    "plain": _byte_level,
+    "NFC": lambda: _byte_level(tokenizers.normalizers.NFC()),
+    "NFKD": lambda: _byte_level(tokenizers.normalizers.NFKD()),
+    "lower case": lambda: _byte_level(tokenizers.normalizers.Lowercase()),
+    "no accents": lambda: _byte_level(tokenizers.normalizers.BertNormalizer()),
+    "strip": lambda: _byte_level(tokenizers.normalizers.Strip()),
+    "other letters": lambda: _byte_level(tokenizers.normalizers.Replace("e", "3")),
+    "a space before": lambda: _byte_level(add_prefix_space=True),
+    "no words": lambda: _byte_level(add_prefix_space=True, use_regex=False),
+    "byte fallback": lambda: _byte_fallback(tokenizers.normalizers.NFC()),
+    "byte fallback, lower case": lambda: _byte_fallback(tokenizers.normalizers.Lowercase()),
+}
+LITERALS = [
+    "<|im_end|>",
+    "say <|im_start|>user, then",
+    "</s>",
+    "<tool_call>",
+    "a <|wide|> b",
+    "two words",
+    "cafe\u0301",
+    "\u212bngstro\u0308m \ufb01",
+    "Hello World",
+    " padded ",
+    "NAÏVE",
+    "😀\t世",
+]
+
+
+@pytest.mark.parametrize("speller", SPELLERS)
+@pytest.mark.parametrize("kind", ["choice", "const", "enum", "name", "regex", "lark", "reasoning"])
+def test_a_literal_is_right_however_the_tokenizer_would_spell_it(speller: str, kind: str) -> None:
+    tokenizer = SPELLERS[speller]()
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size + 20, [EOS])
+    for text in LITERALS:
+        named = {"type": "object", "properties": {text: {"const": text}}, "required": [text]}
+        asked, expected = {
+            "choice": (StructuredOutput(kind=Kind.CHOICE, choices=(text,)), text),
+            "const": (_schema({"const": text}), text),
+            "enum": (_schema({"enum": [text]}), text),
+            "name": (_schema({**named, "additionalProperties": False}), {text: text}),
+            "regex": (StructuredOutput(kind=Kind.REGEX, text=re.escape(text)), text),
+            "lark": (
+                StructuredOutput(kind=Kind.GRAMMAR, text=f"start: {json.dumps(text)}"),
+                text,
+            ),
+            "reasoning": (
+                StructuredOutput(kind=Kind.CHOICE, choices=(text,), reasoning_end="</think>"),
+                text,
+            ),
+        }[kind]
+        for draw in range(2):
+            written = spell(backend, tokenizer, asked, random.Random(draw))
+            if kind in ("const", "enum", "name"):
+                written = json.loads(written)
+            elif kind == "reasoning":
+                written = written.rpartition("</think>")[2].lstrip("\n")
+            assert written == expected
+
+
+def _schema(schema: dict[str, object]) -> StructuredOutput:
+    return StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
+
+
+def spell(
+    backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, rng: random.Random
+) -> str:
+    """A text at random, as a request gets it that goes on with a prompt. Reasoning ends soon."""
+    matcher = backend.compile(spec)
+    detokenizer = Detokenizer(tokenizer, prompt_token_ids=tokenizer.encode("hello"))
+    text = ""
+    end = "</think>" if spec.reasoning_end else ""
+    while (choices := allowed(backend, matcher)) != [EOS]:
+        if end:
+            choices = [i for i in choices if tokenizer.token_text(i)[0] == end[0]]
+            end = end[1:]
+        token_id = rng.choice([i for i in choices if i != EOS])
+        assert matcher.accept([token_id])
+        text += detokenizer.push([token_id])
+    return text + detokenizer.push([], final=True)
 
 
 def test_a_tokenizer_of_words_is_refused(word_tokenizer: Tokenizer) -> None:
