@@ -33,6 +33,7 @@ from minisrv import threads
 from minisrv.errors import RequestError
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.closed_schema import closed
+from minisrv.text.json_schema import parse_schema, restate, restate_lark
 from minisrv.text.tokenizer import Tokenizer
 
 LIMITS = llguidance.LLParserLimits(
@@ -191,28 +192,18 @@ def literal(text: str) -> str:
 def json_rule(schema: dict[str, Any]) -> str:
     """The JSON documents that follow `schema`, in a rule of a Lark grammar. Raises ValueError for
     one that is nested too deeply."""
-    return f"%json {json.dumps(_for_llguidance(schema))}"
-
-
-def _for_llguidance(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as llguidance is to take it. Raises ValueError if that is too much."""
-    return {**closed(schema), "x-guidance": _JSON_OPTIONS}
+    return f"%json {json.dumps({**closed(schema), 'x-guidance': _JSON_OPTIONS})}"
 
 
 def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
-    """llguidance's list of grammars. Raises ValueError if a schema is not valid JSON."""
+    """llguidance's list of grammars. Raises ValueError if a schema cannot be kept."""
     main: dict[str, Any]
     match spec.kind:
         case StructuredOutputKind.JSON_OBJECT:
             main = {"json_schema": {"type": "object", "x-guidance": _JSON_OPTIONS}}
         case StructuredOutputKind.JSON_SCHEMA:
-            try:
-                schema = json.loads(spec.text)
-            except RecursionError:
-                raise ValueError("it is nested too deeply") from None
-            if not isinstance(schema, dict):
-                raise ValueError("a schema is an object")
-            main = {"json_schema": _for_llguidance(schema)}
+            schema = restate(closed(parse_schema(spec.text)))
+            main = {"json_schema": {**schema, "x-guidance": _JSON_OPTIONS}}
         case StructuredOutputKind.REGEX:
             text = llguidance.regex_to_lark(spec.text)
             main = {"lark_grammar": f"start: TEXT\nTEXT: /{text}/"}
@@ -221,7 +212,7 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             choices = " | ".join(map(literal, spec.choices))
             main = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case StructuredOutputKind.GRAMMAR:
-            main = {"lark_grammar": spec.text}
+            main = {"lark_grammar": restate_lark(spec.text)}
     # One that sets this option sets it for all.
     rules = ['%llguidance {"no_forcing": true}', "start: @main"]
     if spec.reasoning_end:

@@ -99,6 +99,8 @@ async def test_what_the_engine_is_told(
         ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"const": 2**64 + 1}}}, "structured_outputs"),
+        ({"structured_outputs": {"json": '{"enum": [1e400]}'}}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},

@@ -1,5 +1,5 @@
-"""JSON schemas drawn at random: nested, bounded, recursive. The same arguments give the
-same schema.
+"""JSON schemas drawn at random: nested, bounded, recursive; and odd ones, whose parts are in each
+other's way. The same arguments give the same schema.
 
 Knows how long an answer may get (`longest`): models are known to go on for as long as they may, so
 every string, array and object has a largest size, and every number has a step, without which its
@@ -171,3 +171,80 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
     if kind == "const":
         return {"const": rng.choice(_WORDS)}
     return {"type": kind}
+
+
+def odd_schema(seed: int) -> dict[str, Any]:
+    """A schema of JSON Schema 2020-12 whose parts may leave nothing of each other: patterns for
+    names that are declared, numbers between bounds that hold none, definitions without an end. Some
+    have no document at all."""
+    rng = random.Random(seed)
+    schema = _odd_object(rng, depth=3)
+    endless = {"type": "object", "properties": {"n": {"$ref": "#/$defs/endless"}}}
+    schema["$defs"] = {
+        "leaf": _odd_leaf(rng),
+        "endless": {**endless, "required": ["n"]},
+        "may end": {"anyOf": [{"$ref": "#/$defs/endless"}, _odd_leaf(rng)]},
+    }
+    return schema
+
+
+def _odd_object(rng: random.Random, depth: int) -> dict[str, Any]:
+    names = rng.sample(["a", "b", "ab", "c1"], rng.randrange(4))
+    patterns = ["^a$", "^(a|b)$", "^a", "b", r"^c\d$", "^c1", "^[a-c]$"]
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {name: _odd(rng, depth - 1) for name in names},
+        "required": [name for name in names if rng.random() < 0.4],
+        "additionalProperties": rng.choice([False, False, _odd_leaf(rng)]),
+    }
+    # Something satisfies each, as forbidden names are refused beside others.
+    values = [{"const": "a"}, {"type": "integer", "maximum": 3}, {"maxLength": 1}, _object(rng, 0)]
+    if rng.random() < 0.7:
+        schema["patternProperties"] = {rng.choice(patterns): rng.choice(values)}
+    if schema["additionalProperties"] is False and rng.random() < 0.4:
+        more = {"patternProperties": {rng.choice(patterns): rng.choice(values)}}
+        return {"allOf": [schema, more]}
+    return schema
+
+
+def _odd(rng: random.Random, depth: int) -> Any:
+    if depth <= 0:
+        return _odd_leaf(rng)
+    match rng.choice(["object", "object", "array", "tuple", "anyOf", "ref", "leaf"]):
+        case "object":
+            return _odd_object(rng, depth)
+        case "array":
+            least = rng.randrange(2)
+            items = _odd(rng, depth - 1)
+            return {"type": "array", "items": items, "minItems": least, "maxItems": 2}
+        case "tuple":
+            items = [_odd(rng, depth - 1) for _ in range(2)]
+            least = rng.randrange(3)
+            return {"type": "array", "prefixItems": items, "items": False, "minItems": least}
+        case "anyOf":
+            return {"anyOf": [_odd(rng, depth - 1) for _ in range(2)]}
+        case "ref":
+            return {"$ref": f"#/$defs/{rng.choice(['leaf', 'endless', 'may end'])}"}
+        case _:
+            return _odd_leaf(rng)
+
+
+def _odd_leaf(rng: random.Random) -> Any:
+    least = rng.randrange(-3, 9)
+    bounds = rng.choice([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")])
+    number = dict(zip(bounds, (least, least + rng.randrange(4)), strict=True))
+    # Steps that are the same as doubles and as decimals, as jsonschema counts in doubles.
+    step = {"multipleOf": rng.choice([1, 5, 7, 0.5, 2.5, 0.75])}
+    string = {"type": "string", "maxLength": rng.randrange(3)}
+    return rng.choice(
+        [
+            {"type": "integer", **number},
+            {"type": ["integer", "null"], **number, **step},
+            {"type": "integer", **number, **step},
+            {"type": "number", **number, **step},
+            {**string, "pattern": rng.choice(["^[ab]*$", "^ab$", "^a{3}$", "^$"])},
+            {"enum": rng.sample(["a", "b", 1, 2.5, None, True], 3), "type": "string"},
+            {"const": rng.choice(["a", 3, None, [], {}])},
+            False,
+        ]
+    )

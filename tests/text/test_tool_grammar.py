@@ -139,3 +139,24 @@ def test_parameters_that_cannot_be_arguments_are_refused(
     with pytest.raises(RequestError) as raised:
         tool_call_grammar(tools, HermesToolParser, tokenizer, parallel=False)
     assert raised.value.param == "tools"
+
+
+def test_parameters_are_kept_or_refused_as_schemas_are(
+    backend: GrammarBackend, tokenizer: Tokenizer
+) -> None:
+    declared = {
+        "properties": {"score": {"const": "</tool_call>"}},
+        "required": ["score"],
+        "patternProperties": {"^score$": {}},
+        "additionalProperties": False,
+    }
+    tools = [Tool(name="f", parameters=declared)]
+    spec = tool_call_grammar(tools, Llama3JsonToolParser, tokenizer, parallel=False)
+    for seed in range(5):
+        call = json.loads(walk(backend, tokenizer, spec, random.Random(seed)))
+        assert call == {"name": "f", "parameters": {"score": "</tool_call>"}}
+    tools = [Tool(name="f", parameters={"properties": {"a": {"const": 2**64 + 1}}})]
+    spec = tool_call_grammar(tools, Llama3JsonToolParser, tokenizer, parallel=False)
+    with pytest.raises(RequestError, match="18446744073709551617 cannot be kept") as raised:
+        backend.compile(spec)
+    assert raised.value.param == "tools"
