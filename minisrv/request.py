@@ -156,7 +156,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
     max_tokens: completion tokens at most; None means up to the context length. 0 ends the request
         when its prompt has been computed.
     min_tokens: completion tokens before which nothing ends the request but max_tokens: no
-        end-of-sequence or stop token is sampled, and no stop string is looked for.
+        end-of-sequence or stop token is sampled, and no stop string is looked for. A structured
+        output that is complete before ends the request all the same (vLLM's rule).
     temperature: 0 is greedy.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.

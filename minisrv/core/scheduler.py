@@ -174,7 +174,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
 
 class ProcessorStart(msgspec.Struct, frozen=True):
     """What changing a request's logits needs to know of it: its tokens so far, all of which are
-    known when it is given a slot, and those that would end it."""
+    known when it is given a slot, and those that do not come before `min_tokens`."""
 
     prompt: list[int]
     output: list[int]
@@ -353,6 +353,7 @@ class Scheduler:
         stop_token_ids = frozenset(params.stop_token_ids).union(
             () if params.ignore_eos else self.eos_token_ids
         )
+        masked = request.structured_output is not None
         state = RequestState(
             request_id=request.request_id,
             prompt=request.prompt_token_ids,
@@ -362,9 +363,11 @@ class Scheduler:
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
             cache_salt=request.cache_salt,
             priority=request.priority,
-            masked=request.structured_output is not None,
+            masked=masked,
             processed=bool(
-                params.has_penalties or params.logit_bias or (params.min_tokens and stop_token_ids)
+                params.has_penalties
+                or params.logit_bias
+                or (params.min_tokens and stop_token_ids and not masked)
             ),
         )
         self._requests[state.request_id] = state
@@ -766,5 +769,7 @@ def _slot_start(request: RequestState) -> SlotStart:
     processors = None
     if request.processed:
         output = list(request.output)  # a copy, as the request goes on
-        processors = ProcessorStart(request.prompt, output, request.stop_token_ids)
+        # Where tokens are masked, the mask sees to `min_tokens`: it knows what else may follow.
+        stops = frozenset[int]() if request.masked else request.stop_token_ids
+        processors = ProcessorStart(request.prompt, output, stops)
     return SlotStart(request.slot, request.params, request.seed, processors)

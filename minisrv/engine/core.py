@@ -295,7 +295,7 @@ class EngineCore:
             held=grammar is not None,
         )
         if grammar is not None:
-            self._grammars.compile(request.request_id, grammar)
+            self._grammars.compile(request.request_id, grammar, request.params)
         self._follows &= had_work
         self._prompt_tokens += len(request.prompt_token_ids)
         self._graph_steps.open(request.request_id)

@@ -5,6 +5,10 @@ the first grammar comes, and not before. The matcher is kept until the request e
 preemptions too, as these change no token. What goes wrong with a grammar is a `MinisrvError` that
 ends its own request.
 
+A request may ask for `min_tokens` as well. No end is allowed before them, but where the grammar
+lets nothing else follow: what was asked for is complete there, and a mask that allows no token
+would leave nothing to sample.
+
 API workers have seen each grammar compile within a time, in a process of its own
 (`text.grammar_validator`): native code cannot be interrupted here.
 
@@ -17,6 +21,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +29,23 @@ from numpy.typing import NDArray
 from minisrv.checkpoint import TokenizerDescription
 from minisrv.core.scheduler import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
-from minisrv.request import StructuredOutput
+from minisrv.request import SamplingParams, StructuredOutput
 from minisrv.text.structured import GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Minimum:
+    """What is left of a request's `min_tokens`.
+
+    tokens: how many. allowed: [bitmask_words] int32, a bit for each column of the logits whose
+        token does not end the request.
+    """
+
+    tokens: int
+    allowed: NDArray[np.int32]
 
 
 class Grammars:
@@ -45,17 +62,34 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._compiling: dict[str, Future[Matcher]] = {}
+        self._compiling: dict[str, Future[tuple[Matcher, _Minimum | None]]] = {}
         self._matchers: dict[str, Matcher] = {}
+        self._minima: dict[str, _Minimum] = {}
 
     @functools.cached_property
     def _backend(self) -> GrammarBackend:
         tokenizer = Tokenizer.from_description(self._tokenizer)
         return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
 
-    def compile(self, request_id: str, spec: StructuredOutput) -> None:
-        """Begin to; `compiled` tells when it is done."""
-        self._compiling[request_id] = self._pool.submit(lambda: self._backend.compile(spec))
+    def compile(self, request_id: str, spec: StructuredOutput, params: SamplingParams) -> None:
+        """Begin to; `compiled` tells when it is done.
+
+        params: the request's, whose stop tokens and end-of-sequence tokens are kept from the first
+            `min_tokens` tokens.
+        """
+
+        def compile() -> tuple[Matcher, _Minimum | None]:
+            matcher = self._backend.compile(spec)
+            return matcher, self._minimum(params) if params.min_tokens else None
+
+        self._compiling[request_id] = self._pool.submit(compile)
+
+    def _minimum(self, params: SamplingParams) -> _Minimum:
+        allowed = np.zeros(32 * self.bitmask_words, np.uint8)
+        allowed[: self._vocab_size] = 1
+        allowed[[*self._eos_token_ids, *params.stop_token_ids]] = 0
+        packed = np.packbits(allowed, bitorder="little").view(np.int32)
+        return _Minimum(params.min_tokens, packed)
 
     @property
     def compiling(self) -> bool:
@@ -74,7 +108,9 @@ class Grammars:
             del self._compiling[request_id]
             error = future.exception()
             if error is None:
-                self._matchers[request_id] = future.result()
+                self._matchers[request_id], minimum = future.result()
+                if minimum is not None:
+                    self._minima[request_id] = minimum
             elif not isinstance(error, MinisrvError):
                 logger.error("a grammar could not be compiled", exc_info=error)
                 error = EngineError("compiling a grammar failed; see the engine's log.")
@@ -83,6 +119,7 @@ class Grammars:
 
     def drop(self, request_id: str) -> None:
         """The request has ended; nothing happens if it has no grammar."""
+        self._minima.pop(request_id, None)
         if self._matchers.pop(request_id, None) is None:
             future = self._compiling.pop(request_id, None)
             if future is not None:
@@ -105,6 +142,11 @@ class Grammars:
         ]
         if matchers:
             self._backend.fill(matchers, bitmask)
+        for index, row in enumerate(rows) if self._minima else ():
+            if row.masked and row.request_id in self._minima:
+                others = bitmask[index] & self._minima[row.request_id].allowed
+                if others.any():
+                    bitmask[index] = others
 
     def accept(self, request_id: str, token_id: int) -> MinisrvError | None:
         """Go on behind a request's token, if it has a grammar; what has gone wrong with that."""
@@ -112,4 +154,9 @@ class Grammars:
         if matcher is None:
             return None
         matcher.accept([token_id])
+        minimum = self._minima.get(request_id)
+        if minimum is not None:
+            minimum.tokens -= 1
+            if not minimum.tokens:
+                del self._minima[request_id]
         return matcher.error

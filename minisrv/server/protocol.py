@@ -135,7 +135,8 @@ class GenerationRequest(Strict):
     max_tokens: TokenCount | None = None
     """Tokens to generate at most."""
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Tokens before which no end-of-sequence or stop token is sampled and no stop string counts."""
+    """Tokens before which no end-of-sequence or stop token is sampled and no stop string counts. A
+    structured output that is complete ends all the same."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -270,6 +270,61 @@ def test_log_probabilities_are_of_the_unmodified_distribution(start) -> None:
     assert masked.logprobs[0].top == free.logprobs[0].top
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
+    start, tokenizer: Tokenizer, mode: str, lag: int
+) -> None:
+    """A mask that keeps the end away where nothing else may follow would leave no token at all."""
+    texts = ("yes", "no")
+    asked = {
+        "choice": StructuredOutput(kind=Kind.CHOICE, choices=texts),
+        "open": StructuredOutput(kind=Kind.REGEX, text="x[a-z ]*"),
+        "bounded": StructuredOutput(kind=Kind.REGEX, text="x[a-z]{0,12}"),
+        "stopped": StructuredOutput(kind=Kind.REGEX, text="x{4}y*"),
+        "thinking": StructuredOutput(kind=Kind.REGEX, text="x*", reasoning_end="x"),
+    }
+    x, y, n = (tokenizer.encode(letter)[0] for letter in "xyn")
+    # What else changes logits takes no token away.
+    against = {"logit_bias": dict.fromkeys([y, n, EOS], -100.0), "repetition_penalty": 2.0}
+    requests = []
+    for number, params in enumerate([{}, against, {"temperature": 0.0, **against}]):
+        for name, spec in asked.items():
+            stop = (x,) if name == "stopped" else ()
+            limits = {"min_tokens": 20, "max_tokens": 60, "stop_token_ids": stop}
+            requests.append(request(f"{name} {number}", spec, **limits, **params))
+    requests.append(request("plain", min_tokens=20, max_tokens=60))
+    found = run(start(mode, lag), *requests)
+    for name, outputs in found.items():
+        ids = tokens(outputs)
+        text = tokenizer.decode(ids)
+        assert outputs[-1].error is None, name
+        match name.split()[0]:
+            case "choice":
+                assert text in texts
+                assert ids[-1] == EOS
+            case "bounded":
+                assert ids[-1] == EOS
+                assert len(ids) > 20 or len(text) == 13
+            case "stopped":
+                # The token is not sampled where another one may be, and ends the text all the same.
+                assert ids[-1] == x or len(ids) > 20
+            case _:
+                assert len(ids) >= 20
+
+
+def test_min_tokens_of_schemas(start, tokenizer: Tokenizer) -> None:
+    """None fails, and all are complete: most of them before 300 tokens."""
+    asked = [request(f"json {i}", schema_of(s), min_tokens=300) for i, s in enumerate(SCHEMAS)]
+    found = run(start("full-and-piecewise", 1), *asked)
+    short = 0
+    for i, schema in enumerate(SCHEMAS):
+        assert found[f"json {i}"][-1].error is None
+        assert kept(schema, found[f"json {i}"], tokenizer)
+        short += len(tokens(found[f"json {i}"])) < 300
+    assert short > 10
+
+
 def test_a_grammar_and_ignore_eos_exclude_each_other() -> None:
     with pytest.raises(RequestError, match="leave one of them out") as raised:
         request("x", StructuredOutput(kind=Kind.JSON_OBJECT), ignore_eos=True)
