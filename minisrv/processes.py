@@ -29,6 +29,8 @@ from minisrv import logs
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """What a child ignores."""
 
+_SAFE_PATH = "PYTHONSAFEPATH"
+
 _PR_SET_PDEATHSIG = 1
 """Of Linux's `prctl`: the signal that the caller gets when the thread that started it ends."""
 
@@ -58,7 +60,7 @@ class ChildProcess:
             target=_run, args=(name, private_dir, target, arguments), name=f"minisrv-{name}"
         )
         try:
-            with _signals_held():
+            with _safe_path(), _signals_held():
                 self._process.start()
         except BaseException:
             self.stop()
@@ -106,6 +108,20 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Python starts here without the working directory in its path, as this process did: it may be
+    a stranger's checkpoint, with a module that is named as one of the standard library is."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_PATH]
+        if before is not None:
+            os.environ[_SAFE_PATH] = before
 
 
 def _run(
