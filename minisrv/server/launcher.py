@@ -61,6 +61,8 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
     then. Raises ConfigError, ModelError for what can be seen before anything is started.
     """
     clock.end("launcher")
+    # Until there is a tree to end in order, SIGTERM interrupts what is being done, as SIGINT does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ladders_of(engine)
     check_driver(engine)
     _check_certificate(server)

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -166,6 +167,20 @@ def test_a_signal_at_any_time(start: Start, signum: signal.Signals, log: str) ->
     server.assert_nothing_left()
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_checkpoint_is_read(
+    start: Start, signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the first time, by a process of its own, which does not outlive the server either."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server = start(*SMALL)
+    until(lambda: len(server.group()) > 1, "transformers is asked")
+    server.send(signum)
+    assert server.wait() == 0
+    server.assert_nothing_left()
+    assert "Traceback" not in server.log
 
 
 def test_the_parts_of_the_start_add_up(server: Server) -> None:
