@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Parrot:
                 raise ContextLengthError("it is too long.")
             case "fail":
                 raise EngineError("the engine is gone.")
+            case "escape":
+                yield Note("\x1b[2Ja server's words")
             case "think":
                 yield ReasoningDelta("hm")
                 yield ContentDelta("so")
@@ -133,6 +136,8 @@ def test_an_answer_does_not_move_the_cursor_of_a_terminal(monkeypatch: Any, caps
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     Terminal(Parrot(), ChatConfig()).answer("\x1b[2Jred\x07")
     assert capsys.readouterr().out == "[2Jred \n"
+    Terminal(Parrot(), ChatConfig()).answer("escape")
+    assert "\x1b[2J" not in capsys.readouterr().err
 
 
 # ---- in this process -----------------------------------------------------------------------------
@@ -165,6 +170,19 @@ def test_a_local_answer_ends_with_the_context_and_says_so(model: LocalModel) -> 
     assert len([piece for piece in pieces if isinstance(piece, ContentDelta) and piece.text]) > 1
     assert isinstance(pieces[-1], Note)
     assert "cut off after" in pieces[-1].text
+
+
+def test_a_local_answer_ends_where_the_checkpoint_says(
+    model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its stop string, which does not count before as many tokens as it wants."""
+    whole = text_of(model.answer(HELLO))
+    for least in (0, 8):
+        told = replace(model._checkpoint.generation, stop=(whole[0],), min_tokens=least)
+        monkeypatch.setattr(model, "_checkpoint", replace(model._checkpoint, generation=told))
+        text = text_of(model.answer(HELLO))
+        assert whole.startswith(text)
+        assert bool(text) is bool(least)
 
 
 def test_a_conversation_that_does_not_fit(model: LocalModel) -> None:
@@ -303,7 +321,10 @@ def test_a_server_is_asked_as_openai_has_it(server: Scripted) -> None:
 def test_a_server_whose_model_has_no_template(server: Scripted) -> None:
     refusal = error("this model has no chat template, so it cannot be used for chat")
     server.answers[CHAT] = (400, refusal)
-    server.answers[COMPLETIONS] = (200, events({"choices": [{"text": " world"}]}))
+    server.answers[COMPLETIONS] = (
+        200,
+        events({"choices": [{"text": " world", "finish_reason": "stop"}]}),
+    )
     model = RemoteModel(server.url + "/v1/", "named", None, ChatConfig())
     assert list(model.answer(HELLO)) == [Note(NO_TEMPLATE), ContentDelta(" world")]
     assert list(model.answer(HELLO)) == [ContentDelta(" world")]
@@ -322,7 +343,11 @@ def test_a_server_whose_model_has_no_template(server: Scripted) -> None:
         (503, error("loading"), EngineError, "503: loading"),
         (502, b"<html>bad gateway", EngineError, "502: <html>bad gateway"),
         (200, events(chunk(content="a"), {"error": {"message": "gone"}}), EngineError, "gone"),
-        (200, b"data: {broken\n\n", EngineError, "the connection broke"),
+        (200, b"data: {broken\n\n", EngineError, "is not OpenAI's API"),
+        (200, events({"choices": [None]}), EngineError, "is not OpenAI's API"),
+        (200, events({"choices": {"0": {}}}), EngineError, "is not OpenAI's API"),
+        (200, events(chunk(content="half"), done=False), EngineError, "the answer has no end"),
+        (200, b"<html>", EngineError, "the answer has no end"),
     ],
 )
 def test_what_a_server_refuses_is_told(
@@ -340,8 +365,9 @@ def test_what_is_no_server_is_told(server: Scripted) -> None:
     server.answers["/v1/models"] = (200, b"<html>")
     with pytest.raises(ConfigError, match="no server with OpenAI's API"):
         RemoteModel(server.url, None, None, ChatConfig())
-    with pytest.raises(ConfigError, match="write http://HOST:PORT/v1"):
-        RemoteModel("localhost:8000", None, None, ChatConfig())
+    for url in ("localhost:8000", "http://", "http://[::1", "http://host:port", "http://host?x=1"):
+        with pytest.raises(ConfigError, match="write http://HOST:PORT/v1"):
+            RemoteModel(url, None, None, ChatConfig())
     with pytest.raises(ConfigError, match="no server answers .* start one with `minisrv serve`"):
         RemoteModel("http://127.0.0.1:1", None, None, ChatConfig())
 
@@ -388,6 +414,13 @@ def test_what_the_command_refuses(run: Chat, arguments: list[str], words: str) -
     status, out, err = run(*arguments)
     assert (status, out) == (1, "")
     assert words in err
+
+
+def test_a_message_on_stdin_that_is_no_text(run: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
+    assert "the message on stdin is no text" in run()[2]
+    monkeypatch.setattr("sys.stdin", None)  # it was closed
+    assert "the message is empty" in run()[2]
 
 
 def test_one_message_to_a_model_in_this_process(checkpoint: Path, capfd: Any) -> None:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
 from minisrv.checkpoint import open_checkpoint
@@ -50,16 +51,20 @@ class LocalModel:
                 yield Note(NO_TEMPLATE)
             prompt = messages[-1]["content"]
             ids = tokenizer.encode(prompt)
-            text = Detokenizer(tokenizer, prompt_token_ids=ids)
+            text = self._text(prompt_token_ids=ids)
             yield from self._generate(ids, text, None, COMPLETION_TOKENS)
             return
         prompt = tokenizer.render_chat(messages)
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         form = ChatFormat.of_template(tokenizer.chat_template_source)
         markers = (tokenizer.token_id(marker) for marker in form.markers(None))
-        stop = self._checkpoint.generation.stop
-        text = Detokenizer(tokenizer, stop, keep=frozenset(i for i in markers if i is not None))
+        text = self._text(keep=frozenset(i for i in markers if i is not None))
         yield from self._generate(ids, text, form.parser(prompt), None)
+
+    def _text(self, **options: Any) -> Detokenizer:
+        """An answer's, which ends where the checkpoint says."""
+        told = self._checkpoint.generation
+        return Detokenizer(self._tokenizer, told.stop, min_tokens=told.min_tokens or 0, **options)
 
     def _generate(
         self, ids: list[int], text: Detokenizer, parser: ChatParser | None, most: int | None
@@ -88,6 +93,8 @@ class LocalModel:
                     if pressed.is_set():
                         raise KeyboardInterrupt
                     for output in self._engine.step():
+                        if output.error is not None:
+                            raise output.error.as_exception()
                         reason, tokens = output.finish_reason, output.token_ids
                         if reason is FinishReason.STOP:
                             tokens = text.without_stop_token(tokens)

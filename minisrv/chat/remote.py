@@ -14,6 +14,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import msgspec
+
 from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
 from minisrv.config import ChatConfig
 from minisrv.errors import (
@@ -31,6 +33,26 @@ _NO_TEMPLATE = re.compile("no chat template|must provide a chat template")
 _TOO_LONG = re.compile("context_length_exceeded|maximum context length")
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    """A completion's, which has no delta."""
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """What matters of an event of a stream."""
+
+    choices: list[_Choice] | None = None
+    error: Any = None
+
+
 class RemoteModel:
     """A model behind a URL.
 
@@ -41,10 +63,7 @@ class RemoteModel:
     """
 
     def __init__(self, url: str, model: str | None, key: str | None, chat: ChatConfig) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"--url {url}: write http://HOST:PORT/v1.")
-        self._url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+        self._url = _api_of(url)
         self._headers = {"content-type": "application/json"}
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
@@ -73,15 +92,17 @@ class RemoteModel:
                 body[name] = value
         reason = None
         for chunk in _events(self._open(path, body)):
-            if error := chunk.get("error"):
-                raise EngineError(f"the server ended the answer: {_message(error)}")
-            for choice in chunk.get("choices") or ():
-                reason = choice.get("finish_reason") or reason
-                delta = choice.get("delta") or {"content": choice.get("text")}
-                if text := delta.get("reasoning_content") or delta.get("reasoning"):
+            if chunk.error:
+                raise EngineError(f"the server ended the answer: {_message(chunk.error)}")
+            for choice in chunk.choices or ():
+                reason = choice.finish_reason or reason
+                delta = choice.delta or _Delta(choice.text)
+                if text := delta.reasoning_content or delta.reasoning:
                     yield ReasoningDelta(text)
-                if text := delta.get("content"):
-                    yield ContentDelta(text)
+                if delta.content:
+                    yield ContentDelta(delta.content)
+        if reason is None:  # a connection may close as if nothing were left to say
+            raise EngineError("the answer has no end: the connection closed before it.")
         if reason == "length":
             yield Note("The answer is cut off: --max-tokens, or the end of the context.")
 
@@ -112,20 +133,37 @@ class RemoteModel:
             raise EngineError(f"the connection broke ({error or type(error).__name__}).") from None
 
 
-def _events(response: Any) -> Iterator[dict[str, Any]]:
-    """The data of server-sent events, as far as it is JSON."""
+def _api_of(url: str) -> str:
+    """The address that paths of the API are put behind. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # e.g. a port that is no number
+        named = False
+    if not named or parts.query or parts.fragment:
+        raise ConfigError(f"--url {url}: write http://HOST:PORT/v1.")
+    return url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+def _events(response: Any) -> Iterator[_Chunk]:
+    """The data of server-sent events, as far as it is JSON objects. Raises EngineError."""
     with response:
         try:
             for line in response:
                 data = line.strip().removeprefix(b"data:").strip()
                 if line.startswith(b"data:") and data.startswith(b"{"):
-                    yield json.loads(data)
-        except (OSError, HTTPException, ValueError) as error:
+                    yield msgspec.json.decode(data, type=_Chunk)
+        except (OSError, HTTPException) as error:
             raise EngineError(f"the connection broke ({error or type(error).__name__}).") from None
+        except msgspec.MsgspecError as error:
+            raise EngineError(f"the server's answer is not OpenAI's API: {error}.") from None
 
 
 def _refusal(response: HTTPError) -> MinisrvError:
-    text = response.read().decode(errors="replace")
+    try:
+        text = response.read().decode(errors="replace")
+    except (OSError, HTTPException):  # the status is what matters
+        text = ""
     try:
         error = json.loads(text)["error"]
     except (ValueError, LookupError, TypeError):

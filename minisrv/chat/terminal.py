@@ -25,12 +25,22 @@ HELP = "/quit or Ctrl-D ends, /clear forgets what was said, Ctrl-C ends an answe
 def single_message(chat: ChatConfig) -> str | None:
     """The only message of a chat: `quick`'s, or all of stdin where that is no terminal. None for a
     conversation. Raises ConfigError if it is empty."""
-    if chat.quick is None and sys.stdin.isatty():
+    if chat.quick is None and sys.stdin is not None and sys.stdin.isatty():
         return None
-    message = sys.stdin.read() if chat.quick is None else chat.quick
+    message = _piped() if chat.quick is None else chat.quick
     if not message.strip():
         raise ConfigError("the message is empty: give one with --quick, or on stdin.")
     return message
+
+
+def _piped() -> str:
+    """All of stdin. Raises ConfigError if it is no text."""
+    if sys.stdin is None:  # closed by whoever started this
+        return ""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the message on stdin is no text: {error}.") from None
 
 
 class Terminal:
@@ -126,7 +136,7 @@ class Terminal:
             self._note(error.message)
 
     def _note(self, text: str) -> None:
-        self._aside.print(text, style="yellow", markup=False)
+        self._aside.print(_printable(text), style="yellow", markup=False)
 
 
 def _printable(text: str) -> str:
