@@ -41,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure()
     try:
         options = _parser().parse_args(arguments)
-        if options.model and options.model_flag:
-            raise ConfigError("the model is named twice; give MODEL or --model MODEL, not both.")
-        options.model = options.model or options.model_flag
+        _name_model(options)
         if getattr(options, "log_format", None):
             os.environ[logs.VARIABLE] = options.log_format
             logs.configure()
@@ -54,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def _name_model(options: argparse.Namespace) -> None:
+    """Take the model from MODEL or --model. Raises ConfigError for both."""
+    if None not in (options.model, options.model_flag):
+        raise ConfigError("the model is named twice; give MODEL or --model MODEL, not both.")
+    if options.model is None:
+        options.model = options.model_flag
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -169,7 +175,9 @@ def engine_config(arguments: Sequence[str]) -> EngineConfig:
     programs that pass them on. Raises ConfigError; exits with 2 for what is no flag."""
     parser = CommandParser(add_help=False)
     add_engine_flags(parser)
-    return _settings(EngineConfig, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    _name_model(options)
+    return _settings(EngineConfig, options)
 
 
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:

@@ -118,6 +118,7 @@ def test_flags_become_settings() -> None:
         dtype="half",
     )
     assert engine_config([]) == EngineConfig()
+    assert engine_config(["--model", "m"]) == EngineConfig(model="m")
 
 
 @pytest.mark.parametrize(

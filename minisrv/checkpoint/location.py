@@ -66,6 +66,14 @@ def resolve_directory(model: str | None, revision: str | None = None) -> Path:
     """The same for a directory of which only some files are wanted, e.g. a tokenizer's."""
     if model is None:
         return _default_model()
+    if not model:
+        raise ModelError("the name is empty; give a directory or a hub id, or leave it out.")
+    try:
+        model.encode()  # it is told in answers and logs
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"the name {model!a} is no UTF-8; rename the directory, or make a link to it."
+        ) from None
     directory = Path(model).expanduser()
     if directory.is_dir():
         if revision is not None:
