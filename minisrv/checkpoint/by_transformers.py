@@ -1,8 +1,9 @@
 """What transformers makes of a checkpoint's small files, as plain data.
 
-Run as a program it answers for one model and one tokenizer, either of which may be left out:
+Run as a program it answers for one model and one tokenizer, either of which may be empty, on a
+file descriptor that it inherits:
 
-    python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY
+    python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY DESCRIPTOR
 
 It keeps torch away then: configurations and tokenizers need none, and importing it would take
 longer than all the rest. No code of a checkpoint is ever run, and nothing is asked of the hub.
@@ -221,11 +222,10 @@ def _is_text(value: Any) -> bool:
 
 
 def main() -> None:
-    """Answer on standard output, as msgpack; whatever else is printed goes to standard error."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    model, tokenizer = (Path(argument) if argument else None for argument in sys.argv[1:])
-    with answers:
+    """Answer as msgpack."""
+    *directories, descriptor = sys.argv[1:]
+    model, tokenizer = (Path(argument) if argument else None for argument in directories)
+    with os.fdopen(int(descriptor), "wb") as answers:
         answers.write(msgspec.msgpack.encode(describe(model, tokenizer)))
 
 

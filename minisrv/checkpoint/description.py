@@ -184,18 +184,42 @@ def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
 def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     # -P: nothing in the working directory, which may be a stranger's checkpoint, is imported.
     command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
-    arguments = [str(directory or "") for directory in (model, tokenizer)]
+    directories = [str(directory or "") for directory in (model, tokenizer)]
     what = f"reading {model or tokenizer} with transformers"
     try:
-        done = subprocess.run(
-            [*command, *arguments], capture_output=True, timeout=TIMEOUT, check=False
-        )
+        # A file of its own: libraries, and what an environment runs at its start, may print.
+        with tempfile.TemporaryFile() as answer:
+            done = subprocess.run(
+                [*command, *directories, str(answer.fileno())],
+                capture_output=True,
+                timeout=TIMEOUT,
+                check=False,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
+                pass_fds=[answer.fileno()],
+            )
+            answer.seek(0)
+            body = answer.read()
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{what} failed: {error}") from error
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
         raise ModelError(f"{what} failed with status {done.returncode}; it said: {said[-1][:400]}")
-    return msgspec.msgpack.decode(done.stdout, type=Descriptions)
+    return msgspec.msgpack.decode(body, type=Descriptions)
+
+
+def _import_path() -> list[str]:
+    """Where that process looks for modules: where this one does, so that both are of one version,
+    but for the working directory, unless minisrv itself lies there."""
+    root = str(Path(errors.__file__).parents[1])
+
+    def is_here(entry: str) -> bool:
+        try:
+            return os.path.samefile(entry or ".", ".")
+        except OSError:
+            return False
+
+    path = [entry for entry in sys.path if entry == root or not is_here(entry)]
+    return path if root in path else [root, *path]
 
 
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
