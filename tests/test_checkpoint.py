@@ -63,10 +63,20 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
         resolve_checkpoint(str(tmp_path), "main")
 
 
-@pytest.mark.parametrize("name", ["/no/such/dir", "./missing", "a/b/c", "../x", "~/nope-nope", ""])
+@pytest.mark.parametrize("name", ["/no/such/dir", "./missing", "a/b/c", "../x", "~/nope-nope"])
 def test_what_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
     with pytest.raises(ModelError, match=r"neither a directory nor a hub id|no config\.json"):
         resolve_checkpoint(name)
+
+
+def test_a_name_is_text(tmp_path: Path) -> None:
+    """An empty one is a variable that was not set: it means neither `.` nor the default model."""
+    with pytest.raises(ModelError, match="the name is empty"):
+        resolve_checkpoint("")
+    directory = tmp_path / "a\udcff"  # a byte that is no UTF-8
+    directory.mkdir()
+    with pytest.raises(ModelError, match=r"a\\udcff' is no UTF-8; rename"):
+        resolve_checkpoint(str(directory))
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
@@ -358,6 +368,9 @@ def test_another_tokenizer_and_another_template(tmp_path: Path) -> None:
     assert checkpoint.tokenizer.backend == describe_tokenizer(tmp_path / "tokenizer").backend
     tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
     assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "Hi!"
+    template.write_text("{% for %}")
+    with pytest.raises(ConfigError, match="--chat-template .* is not valid: Expected an expr"):
+        open_checkpoint(config)
     template.unlink()
     with pytest.raises(ConfigError, match="--chat-template .* cannot be read"):
         open_checkpoint(config)
@@ -424,6 +437,29 @@ def test_code_in_the_working_directory_is_not_run(
     for name in ("msgspec", "transformers", "socket", "json"):
         (directory / f"{name}.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert describe_model(directory).model.architecture == "LlamaForCausalLM"
+
+
+def test_the_process_imports_this_minisrv_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(Path(description.__file__).parents[2])
+    monkeypatch.setattr("sys.path", ["", str(tmp_path), "/elsewhere"])
+    monkeypatch.chdir(tmp_path)
+    assert description._import_path() == [root, "/elsewhere"]
+    monkeypatch.setattr("sys.path", ["/elsewhere", root])
+    monkeypatch.chdir(root)
+    assert description._import_path() == ["/elsewhere", root]
+
+
+def test_what_an_environment_prints_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    (tmp_path / "sitecustomize.py").write_text("print('hello', flush=True)")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "transformers")
     assert describe_model(directory).model.architecture == "LlamaForCausalLM"

@@ -95,8 +95,8 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
 
         tokenizer = stand_in_tokenizer(model.vocab_size)
     if config.chat_template is not None:
-        source = _read_template(config.chat_template)
-        tokenizer = replace(tokenizer, chat_templates={"default": source})
+        templates = {"default": _read_template(config.chat_template)}
+        tokenizer = replace(tokenizer, chat_templates=templates)
     if weights and not dummy:
         fetch_weights(config.model, directory)
         weight_files(directory)
@@ -128,10 +128,17 @@ def _with_end_token(
 
 
 def _read_template(path: Path) -> str:
+    from minisrv.text.chat_template import ChatTemplate  # imports Jinja, which few need here
+
     try:
-        return path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path} cannot be read: {error}.") from error
+    try:
+        ChatTemplate({"default": source}, {})
+    except ModelError as error:
+        raise ConfigError(f"--chat-template {path}: {error.message}") from error
+    return source
 
 
 def _path(kind: type, value: object) -> object:

@@ -53,7 +53,7 @@ class ChatTemplate:
                 name: environment.from_string(source) for name, source in used.items()
             }
         except jinja2.TemplateError as error:
-            raise ModelError(f"the checkpoint's chat template is not valid: {error}") from error
+            raise ModelError(f"the chat template is not valid: {error}.") from error
         self.source = "\n".join(used.values())
         self._special_tokens = dict(special_tokens)
         self._forms: dict[tuple[str, str], set[type]] = {}
