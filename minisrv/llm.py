@@ -149,8 +149,9 @@ class LLM:
         return self._transformers_tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a prompt without `sampling_params` gets: what the checkpoint's
-        generation_config.json says, and for the rest the defaults of `SamplingParams`."""
+        """What a prompt without `sampling_params` gets, as far as the context has room for its
+        tokens: what the checkpoint's generation_config.json says, and for the rest the defaults of
+        `SamplingParams`."""
         return self._defaults
 
     def generate(
@@ -264,6 +265,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Serve `prompts`; their completions continue their text, or have a text of their own."""
         params = _for_each("sampling_params", sampling_params, self._defaults, len(prompts))
+        if sampling_params is None:
+            room = self.engine.info.max_model_len
+            params = [_at_most(self._defaults, room - len(prompt.token_ids)) for prompt in prompts]
         priorities = _for_each("priority", priority, 0, len(prompts))
         results, jobs = [], []
         for prompt, param, order in zip(prompts, params, priorities, strict=True):
@@ -281,9 +285,8 @@ class LLM:
                     priority=order,
                     structured_output=form,
                 )
+                self.engine.check(request)  # all of them before one is served
                 jobs.append(_Job(request, result, self._tokenizer, continues))
-        for job in jobs:
-            self.engine.check(job.request)
         bar = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=None if use_tqdm else True)
         with bar(total=len(jobs), unit="completion", leave=False) as progress:
             self._serve(jobs, progress)
@@ -421,9 +424,20 @@ def _default_params(told: GenerationConfig) -> SamplingParams:
     given = {name: value for name, value in values.items() if name in names and value is not None}
     least = given.pop("min_tokens", 0)
     params = SamplingParams(**given)
-    # What the checkpoint says must not make a prompt wrong that says nothing.
-    most = least if params.max_tokens is None else min(least, params.max_tokens)
-    return msgspec.structs.replace(params, min_tokens=most)
+    if params.max_tokens is not None:
+        least = min(least, params.max_tokens)
+    return msgspec.structs.replace(params, min_tokens=least)
+
+
+def _at_most(defaults: SamplingParams, room: int) -> SamplingParams:
+    """`defaults` for at most `room` tokens: they must not make a prompt wrong that says nothing.
+    One that leaves no room at all is wrong by itself."""
+    most = defaults.max_tokens
+    if room < 1 or most is None or most <= room:
+        return defaults
+    return msgspec.structs.replace(
+        defaults, max_tokens=room, min_tokens=min(defaults.min_tokens, room)
+    )
 
 
 def _validated(model: type[_M], value: object, what: str, index: int) -> _M:

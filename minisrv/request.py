@@ -256,6 +256,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
         for param in ("include_stop_str_in_output", "ignore_eos"):
             _check_boolean(param, getattr(self, param))
+        form: Any = self.structured_outputs
+        ok = isinstance(form, StructuredOutputsParams | None)
+        _check(ok, _FORM, form, "a StructuredOutputsParams")
 
     def for_choice(self, choice: int) -> SamplingParams:
         """What one of the `n` completions asks of the engine. The prompt is scored for the first

@@ -121,6 +121,8 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
     for bad, error in (
         ([[]], RequestError),
         ([[10**6]], RequestError),
+        ([[-1]], RequestError),
+        ([[2**70]], RequestError),
         ([[1] * 200], ContextLengthError),
     ):
         with pytest.raises(error):
@@ -152,6 +154,7 @@ def test_a_bad_request_runs_none_of_its_batch(llm):
         {"stop_token_ids": 5},
         {"logit_bias": [1]},
         {"ignore_eos": 1},
+        {"structured_outputs": {"choice": ["a"]}},
         {"best_of": 2},
     ],
 )
@@ -498,6 +501,11 @@ def test_without_parameters_the_checkpoints_defaults_count(checkpoint, llm, tmp_
     )
     [output] = mine.generate([[5]])
     assert output.outputs[0].token_ids == mine.generate([[5]])[0].outputs[0].token_ids
+    # They need not fit the context of a prompt that says nothing.
+    near = [5] * (LIMITS["max_model_len"] - 3)
+    assert len(mine.generate([near])[0].outputs[0].token_ids) == 3
+    with pytest.raises(ContextLengthError):
+        mine.generate([[*near, 5, 5, 5]])
     path.write_text(json.dumps({**told, "top_p": 7}))
     with pytest.raises(ConfigError, match="generation_config.json: top_p=7"):
         LLM(str(directory), **LIMITS)
