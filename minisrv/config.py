@@ -186,6 +186,9 @@ class ServerConfig:
             raise ConfigError("an API key is not allowed; it must be printable ASCII, not blank.")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile are only allowed together.")
+        if not self.host:
+            # It would be all addresses, and comes of a variable that was not set.
+            raise ConfigError("host is empty; write 0.0.0.0 to listen on all addresses.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
         _at_least("shutdown_timeout", self.shutdown_timeout, 0)

@@ -201,6 +201,7 @@ async def test_origins_that_may(connect: Connect) -> None:
         {"max_requests_per_key": -1, "api_keys": ("a",)},
         {"request_timeout": -1},
         {"engine_timeout": 0},
+        {"host": ""},
         {"ssl_certfile": Path("a")},
         {"ssl_keyfile": Path("a")},
     ],
