@@ -63,6 +63,9 @@ class CommandParser(argparse.ArgumentParser):
         spelled = flag.lower().replace("_", "-")
         if spelled in self.flags:
             return f"{flag} is spelled {spelled} here."
+        switch = "--" + spelled.removeprefix("--no-")
+        if switch in self.flags and self._option_string_actions[switch].nargs == 0:
+            return f"there is no {flag}: {switch} is off unless it is given; leave both out."
         if why := why_not_here(given):
             return f"{flag} is vLLM's, and not here: {why}"
         if others := [name for name, parser in self.commands.items() if spelled in parser.flags]:

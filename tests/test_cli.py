@@ -44,6 +44,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["--max_model_len", "9"], "--max_model_len is spelled --max-model-len here."),
         (["--gpu-mem-util", "0.5"], "did you mean --gpu-memory-utilization?"),
         (["--max-num", "9"], "did you mean --max-num-seqs or --max-num-batched-tokens?"),
+        (["--no-enforce-eager"], "--enforce-eager is off unless it is given; leave both out."),
+        (["--no-port"], "there is no --no-port; did you mean --port?"),
         (["--served"], "did you mean --served-model-name?"),
         (["--max-m", "9"], "did you mean --max-model-len?"),
         (["--measure"], "--measure is a flag of plan, not of this command."),
