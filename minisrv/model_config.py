@@ -163,6 +163,9 @@ class ModelConfig:
                 f"heads of head_dim={head_dim} elements cannot be turned by RoPE, which takes them "
                 "in pairs: head_dim, or hidden_size / num_attention_heads, must be even."
             )
+        rope = _rope(config)
+        if rope.scaling is RopeScaling.DYNAMIC and head_dim == 2:
+            raise ConfigError("heads of head_dim=2 elements leave dynamic RoPE nothing to scale.")
         eps = config.get("rms_norm_eps")
         if not _is_number(eps) or eps < 0:
             raise ConfigError(f"config.json: rms_norm_eps={eps!r} must be a number, 0 at least.")
@@ -179,7 +182,7 @@ class ModelConfig:
             rms_norm_eps=float(eps),
             max_position_embeddings=_positive(config, "max_position_embeddings"),
             dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
-            rope=_rope(config),
+            rope=rope,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=qwen2 or bias,
             output_bias=bias and not qwen2,

@@ -339,6 +339,11 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, ConfigError, "hidden_act='gelu'"),
         ({"hidden_size": 65}, ModelError, "multiple"),
         ({"num_attention_heads": "4"}, ModelError, "num_attention_heads"),
+        (
+            {"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            ConfigError,
+            "head_dim=2 elements leave dynamic RoPE nothing to scale",
+        ),
     ],
 )
 def test_settings_that_cannot_be_served_are_named(
