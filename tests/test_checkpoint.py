@@ -358,7 +358,9 @@ def test_settings_that_cannot_be_served_are_named(
 # ---- other tokenizers and templates --------------------------------------------------------------
 
 
-def test_another_tokenizer_and_another_template(tmp_path: Path) -> None:
+def test_another_tokenizer_and_another_template(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path / "model", config__json=LLAMA)
     save_chatml(tmp_path / "tokenizer")
     template = tmp_path / "template.jinja"
@@ -373,6 +375,10 @@ def test_another_tokenizer_and_another_template(tmp_path: Path) -> None:
     assert checkpoint.tokenizer.backend == describe_tokenizer(tmp_path / "tokenizer").backend
     tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
     assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == "Hi!"
+    assert not caplog.records
+    write(tmp_path / "model", config__json={**LLAMA, "vocab_size": 300})
+    open_checkpoint(config)
+    assert f"ids go up to {tokenizer.vocab_size - 1}, and the model's to 299" in caplog.text
     template.write_text("{% for %}")
     with pytest.raises(ConfigError, match="--chat-template .* is not valid: Expected an expr"):
         open_checkpoint(config)

@@ -166,6 +166,7 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         },
         chat_templates=dict(templates),
         eos_token_id=tokenizer.eos_token_id,
+        highest_id=max(backend.get_vocab(True).values()),
         splits_special_tokens=bool(tokenizer.split_special_tokens),
     )
 

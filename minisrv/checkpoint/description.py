@@ -98,6 +98,7 @@ class TokenizerDescription:
     special_tokens: variables of the chat template, e.g. `bos_token`.
     chat_templates: their sources by name; the usual one is called `default`.
     eos_token_id: the id of its end-of-sequence token, if it has one.
+    highest_id: of any token.
     splits_special_tokens: whether the spelling of a special token in a text is text like any other
         (`split_special_tokens`), which tokenizer.json does not say.
     """
@@ -106,6 +107,7 @@ class TokenizerDescription:
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
     eos_token_id: int | None = None
+    highest_id: int = 0
     splits_special_tokens: bool = False
 
 
@@ -141,9 +143,12 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
+    kept = _kept_directory()
     entries = {
-        "model": model and _entry("model", model, MODEL_FILES),
-        "tokenizer": tokenizer and _entry("tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
+        "model": kept and model and _entry(kept / "model", model, MODEL_FILES),
+        "tokenizer": kept
+        and tokenizer
+        and _entry(kept / "tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
     }
     found = Descriptions(
         model=_kept(entries["model"], ModelDescription),
@@ -227,15 +232,20 @@ def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
         yield from (path for path in directory.glob(pattern) if path.is_file())
 
 
-def _entry(kind: str, directory: Path, patterns: Sequence[str]) -> Path | None:
-    """The file in which a description is kept: its name says the content of the files that it is
-    made from, and the code that makes it. None where nothing can be kept."""
+def _kept_directory() -> Path | None:
+    """Where descriptions are kept. None where nothing can be."""
     try:
         kept = cache_directory() / "checkpoints"
         kept.mkdir(exist_ok=True, mode=0o700)
     except (OSError, RuntimeError) as error:
         logger.warning("what the checkpoint says is read anew at each start: %s", error)
         return None
+    return kept
+
+
+def _entry(kind: Path, directory: Path, patterns: Sequence[str]) -> Path:
+    """The file in which a description is kept: its name says the content of the files that it is
+    made from, and the code that makes it. Raises ModelError if they cannot be read."""
     digest = hashlib.sha256(_code_digest())
     try:
         for path in sorted(set(_matching(directory, patterns))):
@@ -243,7 +253,7 @@ def _entry(kind: str, directory: Path, patterns: Sequence[str]) -> Path | None:
             digest.update(os.fsencode(path.relative_to(directory)) + b"\0" + content)
     except OSError as error:
         raise ModelError(f"{directory} cannot be read: {error}") from error
-    return kept / f"{kind}-{digest.hexdigest()[:32]}"
+    return kind.with_name(f"{kind.name}-{digest.hexdigest()[:32]}")
 
 
 @cache

@@ -97,6 +97,13 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
     if config.chat_template is not None:
         templates = {"default": _read_template(config.chat_template)}
         tokenizer = replace(tokenizer, chat_templates=templates)
+    if tokenizer.highest_id >= model.vocab_size:
+        logger.warning(
+            "the tokenizer's ids go up to %d, and the model's to %d: a prompt with a higher one is "
+            "refused. Do they belong together?",
+            tokenizer.highest_id,
+            model.vocab_size - 1,
+        )
     if weights and not dummy:
         fetch_weights(config.model, directory)
         weight_files(directory)
