@@ -110,9 +110,10 @@ _REASONS: dict[str, str] = {
         ("--hf-config-path --config-format", "config.json lies beside the weights; put it there."),
         ("--download-dir", "set HF_HOME, as for other programs of Hugging Face's."),
         ("--hf-token", "set HF_TOKEN, as for other programs of Hugging Face's."),
-        ("--tokenizer-mode --skip-tokenizer-init --tokenizer-pool-size", "the checkpoint's "
-         "tokenizer.json is used, as it is; leave it out."),
-        ("--tokenizer-revision", "the tokenizer has the model's revision; leave it out."),
+        ("--tokenizer-mode --skip-tokenizer-init --tokenizer-pool-size", "the tokenizer is "
+         "transformers' fast one; leave it out."),
+        ("--tokenizer-revision", "the checkpoint's tokenizer has its --revision, and of a hub id "
+         "that --tokenizer names the main branch is taken; name a directory for another."),
         ("--model-loader-extra-config --ignore-patterns --use-tqdm-on-load", _SAFETENSORS),
         ("--safetensors-load-strategy --pt-load-map-location", _SAFETENSORS),
         ("--generation-config --override-generation-config", _GENERATION_CONFIG),
