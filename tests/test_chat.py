@@ -76,7 +76,8 @@ def converse(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException])
     """A conversation in which the user says `lines`; an exception is a key. It must end itself."""
     left = list(lines)
 
-    def read(prompt: str) -> str:
+    def read(prompt: str = "") -> str:
+        print(prompt, end="")  # as `input` does, to stdout
         line = left.pop(0)
         if isinstance(line, str):
             return line

@@ -104,12 +104,12 @@ class Terminal:
         self._note(f"Chat with {self._model.name}. {HELP}")
         while True:
             try:
-                text = input("> ").strip()
+                text = _read_line().strip()
             except EOFError:
-                print()
+                print(file=sys.stderr)
                 return
             except KeyboardInterrupt:
-                print()
+                print(file=sys.stderr)
                 continue
             match text:
                 case "":
@@ -137,6 +137,14 @@ class Terminal:
 
     def _note(self, text: str) -> None:
         self._aside.print(_printable(text), style="yellow", markup=False)
+
+
+def _read_line() -> str:
+    """A line of the user's. Only a terminal's stdout is asked on, and its line can be edited."""
+    if sys.stdout.isatty():
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def _printable(text: str) -> str:
