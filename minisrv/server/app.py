@@ -35,6 +35,7 @@ from minisrv.server.bodies import (
 )
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
 from minisrv.server.middleware import Edge
+from minisrv.server.pages import add_pages
 from minisrv.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -87,7 +88,13 @@ def create_app(
         key_limit=key_limit,
         request_timeout=settings.request_timeout or None,
     )
-    app = FastAPI(title="minisrv", version=version("minisrv"), redirect_slashes=False)
+    app = FastAPI(
+        title="minisrv",
+        version=version("minisrv"),
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's own pages load scripts from the internet
+        redoc_url=None,
+    )
     app.state.close = serving.close
     app.add_middleware(
         Edge,
@@ -112,6 +119,7 @@ def create_app(
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
     _add_operation_routes(app, client, metrics)
+    add_pages(app, serving, keyed=bool(settings.api_keys))
     if settings.api_keys:
         with_keys(app.openapi())  # which is made once
     return app

@@ -45,6 +45,8 @@ ROUTES = [
     ("GET", "/version", None),
     ("GET", "/openapi.json", None),
     ("GET", "/docs", None),
+    ("GET", "/docs/assets/swagger-ui.css", None),
+    ("GET", "/", None),
 ]
 
 

@@ -1,0 +1,204 @@
+"""Pages for people: `/`, and `/docs`, which needs no internet."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+
+from minisrv.config import ServerConfig
+from minisrv.engine.client import EngineState
+from minisrv.request import FinishReason
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine, outputs
+
+pytestmark = pytest.mark.anyio
+
+Connect = Callable[..., httpx.AsyncClient]
+BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+CURL = {"accept": "*/*"}
+KEYED = {"authorization": "Bearer key"}
+WITHOUT_TEMPLATE = Tokenizer(Backend(WordLevel({"Once": 0, "upon": 1}, unk_token="Once")))
+
+
+def engine() -> FakeEngine:
+    return FakeEngine(outputs([65, 2], FinishReason.STOP))
+
+
+class Page(HTMLParser):
+    """What a browser would load for a page at once (`loaded`), and what it shows."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.links: list[str] = []
+        self.commands: list[str] = []
+        self._tag = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._tag = tag
+        for name, value in attrs:
+            assert not name.startswith("on"), "no scripts in attributes"
+            if tag == "a" and name == "href":
+                self.links.append(value or "")
+            elif name in ("src", "href"):
+                self.loaded.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._tag == "pre":
+            self.commands.append(data)
+
+
+def commands_of(response: httpx.Response) -> list[str]:
+    if response.headers["content-type"].startswith("text/html"):
+        return Page(response.text).commands
+    return [part.strip() for part in response.text.split("\n\n") if part.startswith("    ")]
+
+
+def arguments(command: str) -> list[str]:
+    """What a shell makes of a command, which is not run."""
+    name = command.split()[0]
+    script = f"{name}() {{ printf '%s\\0' \"$@\"; }}\n{command}\n"
+    env = {"MINISRV_API_KEY": "key"}
+    ran = subprocess.run(["/bin/sh", "-c", script], env=env, capture_output=True, check=True)
+    assert not ran.stderr
+    return ran.stdout.decode().split("\0")[:-1]
+
+
+async def test_the_documentation_needs_no_other_host(connect: Connect) -> None:
+    async with connect(engine()) as client:
+        response = await client.get("/docs", headers=BROWSER)
+        assert response.headers["content-type"] == "text/html; charset=utf-8"
+        assert not re.search(r"\bhttps?:|[\"'(]//", response.text)
+        loaded = [url for url in Page(response.text).loaded if not url.startswith("data:")]
+        types = {}
+        for url in [*loaded, *re.findall(r"url: '(.*)'", response.text)]:
+            asset = await client.get(urljoin("/docs", url))
+            assert asset.status_code == 200, url
+            assert asset.content
+            types[url.rpartition(".")[2]] = asset.headers["content-type"].partition(";")[0]
+        assert types == {"css": "text/css", "js": "text/javascript", "json": "application/json"}
+        policy = response.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none';")
+        assert not re.search(r"[*]|:/|\.", policy), "it names no host"
+
+
+async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
+    async with connect(engine()) as client:
+        for path in ("/", "/docs", "/docs/assets/swagger-ui.css"):
+            got, head = await client.get(path), await client.head(path)
+            assert head.status_code == 200
+            for header in ("content-type", "content-length"):
+                assert head.headers[header] == got.headers[header]
+            posted = await client.post(path, json={})
+            assert posted.status_code == 405
+            assert posted.json()["error"]["code"] == "method_not_allowed"
+        for path in ("/docs/assets/no.js", "/docs/assets/", "/docs/assets/..%2f__init__.py"):
+            missing = await client.get(path)
+            assert missing.status_code == 404
+            assert missing.json()["error"]["code"] == "unknown_url"
+
+
+@pytest.mark.parametrize("accept", [BROWSER, CURL, {}, {"accept": "application/json"}])
+async def test_the_root_says_what_is_served(connect: Connect, accept: dict[str, str]) -> None:
+    async with connect(engine()) as client:
+        response = await client.get("/", headers=accept)
+        assert response.status_code == 200
+        kind = "text/html" if accept is BROWSER else "text/plain"
+        assert response.headers["content-type"] == f"{kind}; charset=utf-8"
+        assert response.headers["vary"] == "accept"
+        for text in ("tiny and org/tiny", "ready now", "200 tokens", "minisrv chat --url"):
+            assert text in response.text
+        for path in ("/docs", "/v1/models", "/health", "/ready", "/metrics"):
+            assert path in response.text
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_the_root_loads_nothing_and_runs_nothing(connect: Connect) -> None:
+    async with connect(engine()) as client:
+        response = await client.get("/", headers=BROWSER)
+        page = Page(response.text)
+        assert page.loaded == ["data:,"]
+        assert "<script" not in response.text
+        for link in page.links:
+            assert not urljoin("/", link).startswith("//")
+            assert (await client.get(urljoin("/", link))).status_code == 200
+        policy = response.headers["content-security-policy"]
+        style = re.findall(r"<style>(.*?)</style>", response.text, re.DOTALL)[0]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:;")
+        assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("chats", [False, True])
+@pytest.mark.parametrize("accept", [BROWSER, CURL])
+async def test_its_command_works(
+    connect: Connect, tokenizer: Tokenizer, accept: dict[str, str], chats: bool, keyed: bool
+) -> None:
+    options: dict[str, Any] = {"tokenizer": tokenizer if chats else WITHOUT_TEMPLATE}
+    if keyed:
+        options["settings"] = ServerConfig(api_keys=("key",))
+    async with connect(engine(), **options) as client:
+        response = await client.get("/", headers=accept | (KEYED if keyed else {}))
+        commands = commands_of(response)
+        assert ("minisrv chat --url http://test/v1" in commands) is chats
+        assert ("export MINISRV_API_KEY=KEY" in commands) is keyed
+        (command,) = (one for one in commands if one.startswith("curl "))
+        url, *flags = arguments(command)
+        given = list(zip(flags[::2], flags[1::2], strict=True))
+        headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
+        (data,) = (value for flag, value in given if flag == "-d")
+        answer = await client.post(url, headers=headers, content=data)
+        assert answer.status_code == 200, answer.text
+        assert "messages" in json.loads(data) if chats else "prompt" in json.loads(data)
+
+
+@pytest.mark.parametrize("accept", [BROWSER, CURL])
+async def test_names_and_hosts_are_text(connect: Connect, accept: dict[str, str]) -> None:
+    """A host is what the client says, and a name what the operator likes: neither becomes markup,
+    and neither ends a command for a shell."""
+    name = "<script>alert('é')</script>"
+    async with connect(engine(), served_model_names=(name,)) as client:
+        host = "a$(echo b)`echo c`;exit;'d.example"
+        response = await client.get("/", headers=accept | {"host": host})
+        assert response.status_code == 200
+        if accept is BROWSER:
+            assert "<script" not in response.text
+        else:
+            assert name in response.text
+        ask, chat = commands_of(response)
+        # Starlette may put the server's own address in the place of a host that is none.
+        url, *_, data = arguments(ask)
+        assert url.startswith("http://")
+        assert url.endswith("/v1/chat/completions")
+        assert json.loads(data)["messages"]
+        assert arguments(chat) == ["chat", "--url", url.removesuffix("/chat/completions")]
+
+
+@pytest.mark.parametrize("state", list(EngineState))
+async def test_the_root_answers_in_every_state(connect: Connect, state: EngineState) -> None:
+    fake = engine()
+    fake.state = state
+    if state is EngineState.LOADING:
+        fake.info = None
+    async with connect(fake) as client:
+        response = await client.get("/")
+        assert response.status_code == 200
+        assert f"It is {state.value} now." in response.text
+        assert ("200 tokens" in response.text) is (state is not EngineState.LOADING)
