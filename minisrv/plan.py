@@ -7,6 +7,7 @@ of a model the small files only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from rich.console import Console
@@ -17,8 +18,60 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.model_config import ModelConfig
-from minisrv.modes import CUDAGraphMode
+from minisrv.modes import BatchDescriptor, Epilogue, Reason
 from minisrv.progress import StartupProgress
+
+_WORDS = {
+    "decode": "a batch whose requests have all read their prompts: one token of each",
+    "mixed": "a batch in which some request still reads its prompt (prefill)",
+    "FULL": "one graph runs the batch through the model, attention included",
+    "PIECEWISE": "graphs run the model but for attention, which the host launches between them",
+    "NONE": "no graph: the host launches each operation (eager), and nothing is padded",
+    "runs as": "the size of the graph, which the batch is padded to",
+}
+"""What the table of batches says, in its order."""
+
+REASONS = {
+    Reason.PURE_DECODE: "every request decodes, and a FULL graph holds so many",
+    Reason.HAS_PREFILL: "some request reads its prompt, and a graph holds so many tokens",
+    Reason.CHEAPER: "of the graphs that hold the batch this one was measured to take less time",
+    Reason.NO_FULL_GRAPH: "every request decodes, but the mode has no FULL graphs for that",
+    Reason.NO_MIXED_GRAPH: "some request reads its prompt, and the mode has no graphs for that",
+    Reason.ABOVE_LADDER: "more tokens than the largest graph holds",
+    Reason.GRAPHS_OFF: "--enforce-eager, or the mode none",
+}
+"""Why a batch runs as it does, for those who read the plan."""
+
+_EPILOGUE = (
+    "what follows the model in a step: the output projection (lm_head) and sampling. It is in the "
+    "graph of a decode batch, and a graph of its own behind a mixed batch, and where tokens are "
+    "chosen in another way (log-probabilities, penalties, grammars). Decode has two graphs of each "
+    "size: with it and without"
+)
+
+_ENDS = {
+    Epilogue.TOKENS: "tokens",
+    Epilogue.LOGITS: "logits",
+    Epilogue.HIDDEN: "hidden states",
+}
+"""What a graph leaves behind."""
+
+_MEASURED_WORDS = {
+    "ends at": "tokens: they are sampled, and the next step's inputs are in place. logits: those "
+    "of each request, which are sampled outside of the graph. hidden states: an epilogue follows",
+    "ms": "of a step by this graph, with its epilogue; of an epilogue alone",
+}
+
+_KERNELS = {
+    "gemv": "multiplies one row, without tensor cores",
+    "sliced": "multiplies rows by tensor cores, and the warps of a program share the columns",
+    "tall": "multiplies up to 32 rows by tensor cores",
+    "cuBLAS": "NVIDIA's library does",
+    "8x256": "a program makes 8 outputs, and reads 256 columns of the weight at a time",
+    "ahead": "how many such parts of the weight are on their way",
+    "splits": "how many programs share an output",
+}
+"""What `minisrv.kernels.tiles.describe` says."""
 
 
 def print_plan(config: EngineConfig) -> None:
@@ -49,20 +102,22 @@ def print_measured_plan(config: EngineConfig) -> None:
     finally:
         progress.close()
     _print_coverage(config, engine.dispatcher)
-    table = Table("graph", "size", "epilogue", "ms a step", "MiB")
-    for column in table.columns[3:]:
+    table = Table("batch", "size", "mode", "ends at", "ms", "MiB")
+    for column in table.columns[4:]:
         column.justify = "right"
     graph_bytes = engine.runner.graph_bytes
     for (mode, key), nbytes in graph_bytes.items():
-        kind = "decode" if key.uniform_decode else "mixed"
-        size = _size(key.num_tokens, key.num_tokens, kind if key.forward else "epilogue")
+        kind = _kind(key)
+        size = _size(key.num_tokens, key.num_tokens, _UNITS[kind])
         milliseconds, mib = f"{times[mode, key].median:.3f}", f"{nbytes / 2**20:.1f}"
-        table.add_row(mode.name, size, key.epilogue.name, milliseconds, mib)
+        table.add_row(kind, size, mode.name, _ENDS[key.epilogue], milliseconds, mib)
     console = Console()
     console.print(table)
+    console.print(_legend(_MEASURED_WORDS))
     runner = engine.runner
     if runner.buffers.device.type == "cuda":
         console.print(projections(runner.model.config, runner.model.dtype.itemsize))
+        console.print(_legend(_KERNELS))
     predicted, actual = engine.memory.graphs, sum(graph_bytes.values())
     said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
@@ -99,38 +154,72 @@ def projections(model: ModelConfig, itemsize: int) -> Table:
     """Which kernel multiplies so many rows by each of a model's weights on a GPU."""
     from minisrv.kernels.tiles import RUNGS, describe, tile
 
-    firsts = (1, *(rung + 1 for rung in RUNGS[:-1]))
-    rows = (_size(first, last, "epilogue") for first, last in zip(firsts, RUNGS, strict=True))
-    table = Table("projection", "weight", *rows, f"{RUNGS[-1] + 1} rows and more")
+    table = Table("projection", "weight", "rows", "kernel")
     for name, n, k, gated, add in products(model):
-        tiles = (tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS)
-        table.add_row(name, f"{n}x{k}", *map(describe, tiles), describe(None))
+        weight, first = f"{n}x{k}", 1
+        tiles = [tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS]
+        kernels = [*map(describe, tiles), describe(None)]
+        for index, kernel in enumerate(kernels):
+            last = RUNGS[index] if index < len(RUNGS) else None
+            if kernel in kernels[index + 1 : index + 2]:
+                continue  # the next row says it of these as well
+            rows = f"{first} and more" if last is None else _range(first, last)
+            table.add_row(name, weight, rows, kernel)
+            name, weight, first = "", "", (last or 0) + 1
     return table
 
 
 def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
     ladders = dispatcher.ladders
-    keys = ladders.keys()
-    epilogues = sum(not key.forward for _, key in keys)
-    decode = sum(key.uniform_decode and key.forward for _, key in keys)
-    mixed = "FULL (mixed)" if ladders.mode is CUDAGraphMode.FULL else "PIECEWISE"
-    console = Console()
-    console.print(
-        f"configured mode {config.graph_mode.value}: {len(keys)} graphs, {decode} FULL "
-        f"(decode, to the TOKENS and to the HIDDEN states), {epilogues} FULL (epilogues) and "
-        f"{len(keys) - decode - epilogues} {mixed}"
-    )
-    if config.cudagraph_mode is None and config.device == "auto" and not config.enforce_eager:
-        console.print("(the default on a CPU; on a GPU it is full, which --device cuda shows)")
+    kinds = [_kind(key) for _, key in ladders.keys()]  # noqa: SIM118  (no mapping)
+    modes = {"decode": "FULL", "mixed": ladders.mode.mixed_mode.name, "epilogue": "FULL"}
+    counts = [f"{kind} {kinds.count(kind)} {modes[kind]}" for kind in modes if kind in kinds]
+    default = config.cudagraph_mode is None and config.device == "auto"
+    default = default and not config.enforce_eager
+    said = ", the default on a CPU (that of a GPU: --device cuda)" if default else ""
+    console = Console(highlight=False)
+    console.print(f"Mode {config.graph_mode.value}{said}.")
+    console.print(f"{len(kinds)} graphs{': ' if counts else ''}{', '.join(counts)}.")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
-    for row in dispatcher.coverage():
-        size = _size(row.first, row.last, row.kind)
+    rows = dispatcher.coverage()
+    for row in rows:
+        size = _size(row.first, row.last, _UNITS[row.kind])
         padding = "0" if row.rung is None else str(row.rung - row.first)
         runs_as = "as it is" if row.rung is None else str(row.rung)
         table.add_row(row.kind, size, row.mode.name, runs_as, padding, row.reason.value)
     console.print(table)
+    shown = {"runs as"}.union(*((row.kind, row.mode.name) for row in rows))
+    words = {word: meaning for word, meaning in _WORDS.items() if word in shown}
+    reasons = {row.reason for row in rows}
+    words |= {reason.value: REASONS[reason] for reason in Reason if reason in reasons}
+    if "epilogue" in kinds:
+        words["epilogue"] = _EPILOGUE
+    console.print(_legend(words))
 
 
-def _size(first: int, last: int, kind: str) -> str:
-    unit = {"decode": "request", "mixed": "token", "epilogue": "row"}[kind] + "s" * (last > 1)
-    return f"{last} {unit}" if first == last else f"{first}-{last} {unit}"
+_UNITS = {"decode": "request", "mixed": "token", "epilogue": "request"}
+"""What the sizes of each kind of graph count."""
+
+
+def _kind(key: BatchDescriptor) -> str:
+    if not key.forward:
+        return "epilogue"
+    return "decode" if key.uniform_decode else "mixed"
+
+
+def _size(first: int, last: int, unit: str) -> str:
+    return f"{_range(first, last)} {unit}{'s' * (last > 1)}"
+
+
+def _range(first: int, last: int) -> str:
+    return str(last) if first == last else f"{first}-{last}"
+
+
+def _legend(words: Mapping[str, str]) -> Table:
+    """Words and their meanings, in at most 100 columns."""
+    legend = Table.grid(padding=(0, 2, 0, 0))
+    legend.add_column(no_wrap=True)
+    legend.add_column(max_width=84)
+    for word, meaning in words.items():
+        legend.add_row(word, f"{meaning}.")
+    return legend

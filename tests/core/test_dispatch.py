@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
+from minisrv.plan import REASONS, print_plan
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 limits = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda p: (p[0], p[0] + p[1]))
@@ -271,8 +273,7 @@ def test_plan_prints_the_table():
 def test_plan_needs_no_device_to_say_what_full_would_capture():
     done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
     assert done.returncode == 0, done.stderr
-    assert "34 graphs, 10 FULL (decode" in done.stdout
-    assert "10 FULL (epilogues) and 14 FULL (mixed)" in " ".join(done.stdout.split())
+    assert "\n34 graphs: decode 10 FULL, mixed 14 FULL, epilogue 10 FULL.\n" in done.stdout
     assert "PIECEWISE" not in done.stdout
 
 
@@ -291,11 +292,28 @@ def test_plan_refuses_what_serve_does(flags, what, measure, monkeypatch, capsys)
     assert what in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", list(CUDAGraphMode))
+def test_plan_explains_each_of_its_words_and_no_other(
+    mode: CUDAGraphMode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    print_plan(EngineConfig(cudagraph_mode=mode, max_num_seqs=8, max_num_batched_tokens=4096))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    *_, legend = printed.split("┘\n")
+    explained = {re.split(r"\s{2,}", line)[0] for line in legend.splitlines()} - {""}
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    said = {word for row in rows if row for word in (row[0], row[2], row[5])} | {"runs as"}
+    assert explained == said | ({"epilogue"} if ", epilogue " in printed else set())
+    assert REASONS.keys() == set(Reason)
+
+
 def test_a_measured_plan_says_what_each_graph_costs():
     done = run_plan("--measure", "--max-num-seqs", "2", "--max-num-batched-tokens", "32")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    costs = [line for line in lines if any(f"│ {e.name}" in line for e in Epilogue)]
+    ends = ("│ tokens ", "│ logits ", "│ hidden states ")
+    costs = [line for line in lines if any(end in line for end in ends)]
     assert len(costs) == 14
     for line in costs:
         *_, milliseconds, mebibytes, _ = (cell.strip() for cell in line.split("│"))
