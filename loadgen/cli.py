@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "seconds that a server may take to be ready (default: %(default)g)"
     option("--ready-timeout", type=_seconds, default=900.0, metavar="S", help=text)
     option("--require-identical", action="store_true", help="exit with 1 if answers differ")
-    text = "draw ITL by concurrency to FILE, .svg or .png; needs minisrv[plot]"
+    text = "draw ITL by concurrency to FILE, .svg or .png; needs matplotlib"
     option("--plot", type=_picture, metavar="FILE", help=text)
     _add_options(compare)
     return parser
@@ -410,7 +410,7 @@ def _picture(text: str) -> Path:
     if not text.endswith((".svg", ".png")):
         raise argparse.ArgumentTypeError(f"{text}: neither .svg nor .png")
     if find_spec("matplotlib") is None:
-        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'minisrv[plot]'")
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
     return _file(text)
 
 

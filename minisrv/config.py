@@ -207,7 +207,7 @@ class BenchConfig:
     context: tokens of a request in the middle of the measured steps.
     rounds: how often every mode is measured, twice each time.
     json: a file for everything, raw medians included.
-    plot: a file for a drawing of it; needs matplotlib (the extra `plot`).
+    plot: a file for a drawing of it; needs matplotlib.
     Raises ConfigError.
     """
 

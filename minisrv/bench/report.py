@@ -79,7 +79,7 @@ def check_output(settings: BenchConfig) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ConfigError(
-            "--plot needs matplotlib; install it with: pip install 'minisrv[plot]'."
+            "--plot needs matplotlib; install it with: pip install matplotlib."
         ) from error
     formats = FigureCanvasBase.get_supported_filetypes()
     if settings.plot.suffix.removeprefix(".") not in formats:
