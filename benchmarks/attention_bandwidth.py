@@ -1,6 +1,6 @@
 """How fast the attention of a decode step reads its KV cache, by batch and context.
 
-    python -m benchmarks.attention_bandwidth benchmarks/configs/qwen3-0.6b
+    python -m benchmarks.attention_bandwidth benchmarks/configs/qwen3-0.6b \
         --batch 8,32,64,256 --context 128,1024,8192 --json F --plot F.svg
 
 One graph holds the op of as many layers as it takes to have nothing left in the GPU's caches; a
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.clients.needs import needs
 from benchmarks.layers import Paged, median_us
 from minisrv.bench.measure import copy_bandwidth
 from minisrv.checkpoint import describe_model
@@ -134,8 +135,13 @@ def main() -> None:
     parser.add_argument("--context", default="128,1024,8192")
     parser.add_argument("--most-gib", type=float, default=12, help="of K and V in a layer (12)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and torch finds none")
+    if options.plot is not None:
+        with needs("pip install matplotlib"):
+            import matplotlib  # noqa: F401  (before anything is measured)
     model, copy_gb_s = describe_model(options.model).model, copy_bandwidth(torch.device("cuda"))
     table = Table("batch", "context", "us a layer", "GB/s", "of a copy", "torch, us")
     results = []

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from textwrap import fill
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.needs import needs
 
 VLLM: dict[str, Any] = json.loads(Path(__file__).with_name("vllm_0.26_h100.json").read_text())
 
@@ -89,8 +93,9 @@ def subject(report: dict[str, Any]) -> str:
 
 def save_plot(report: dict[str, Any], model: str, path: Path) -> None:
     """Draw the time of a decode step by batch, both axes logarithmic."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    with needs("pip install matplotlib"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -30,12 +30,15 @@ import msgspec
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.needs import needs
 from minisrv.environment import environment
-from tests.checkpoints import make_checkpoint
-from tests.e2e.server import Server
-from tests.e2e.test_death import ENGINE_TIMEOUT, die, random_death
-from tests.e2e.test_random_requests import send
-from tests.e2e.test_vanishing_clients import FLAGS, vanish_all
+
+with needs("pip install -e '.[test]'"):
+    from tests.checkpoints import make_checkpoint
+    from tests.e2e.server import Server
+    from tests.e2e.test_death import ENGINE_TIMEOUT, die, random_death
+    from tests.e2e.test_random_requests import send
+    from tests.e2e.test_vanishing_clients import FLAGS, vanish_all
 
 
 @contextmanager

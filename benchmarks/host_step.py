@@ -1,6 +1,6 @@
 """What the host does in a step of steady decode: microseconds by batch, beside the step itself.
 
-    python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F
+    python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F \
         --engine-flags "--load-format dummy --async-scheduling"
 
 The time of an engine step less the time in which it waits for tokens. It uses what all versions of

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.needs import needs
 
 
 def levels(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,8 +34,9 @@ def labelled(run: str) -> tuple[str, list[dict[str, Any]]]:
 
 def save_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel for each figure, a color for each label; both axes logarithmic."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator
+    with needs("pip install matplotlib"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 3)

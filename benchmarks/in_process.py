@@ -1,6 +1,6 @@
 """The closed loop of `loadgen run` in process: what the engine gives without the wire.
 
-    python benchmarks/in_process.py MODEL --concurrency 1,64,256 --requests 768 --json F
+    python benchmarks/in_process.py MODEL --concurrency 1,64,256 --requests 768 --json F \
         --engine-flags "--load-format dummy --max-num-seqs 256 --max-model-len 2048"
 
 So many requests are open at any time, each replaced when it ends, with random prompts that share

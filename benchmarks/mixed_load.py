@@ -1,6 +1,6 @@
 """What streams feel when long prompts keep arriving: ITL and TTFT by chunk size and mode.
 
-    python benchmarks/mixed_load.py MODEL --chunks 128,256,512,1024,2048 --json F --plot F
+    python benchmarks/mixed_load.py MODEL --chunks 128,256,512,1024,2048 --json F --plot F.svg \
         --engine-flags "--load-format dummy --max-model-len 4096"
 
 In one process, without HTTP: some streams decode, and prompts arrive one behind another, the next
@@ -29,6 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.needs import needs
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.core import EngineCore
@@ -133,7 +135,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 def save_plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
     """ITL and TTFT over the chunk, a line for each mode."""
-    import matplotlib as mpl  # only for a plot
+    import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -173,8 +175,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--engine-flags", default="", help="as minisrv serve takes them")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(argv)
+    if options.plot is not None:
+        with needs("pip install matplotlib"):
+            import matplotlib  # noqa: F401  (before anything is measured)
     config = engine_config([options.model, *shlex.split(options.engine_flags)])
     load = Load(options.streams, options.prompts, options.prompt_tokens)
     results = []

@@ -168,7 +168,7 @@ async def phase(
         "ended": dict(ended),
         "served_per_s": round(ended["tokens"] / seconds, 2),
         "steps": last - steps,
-        "step_ms": round(1000 * (until - since) / max(last - steps, 1), 3),
+        "step_ms": round(1000 * (until - since) / (last - steps), 3) if last > steps else None,
         "itl_ms": _percentiles(gaps),
         "ttft_ms": _percentiles(first),
     }
@@ -248,7 +248,7 @@ def print_report(report: dict[str, Any]) -> None:
             *map(str, known),
             str(ended.total()),
             str(one["served_per_s"]),
-            f"{one['step_ms']:.2f}",
+            "too short" if one["step_ms"] is None else f"{one['step_ms']:.2f}",
             *(f"{one[key]['p50']:.1f} / {one[key]['p99']:.1f}" for key in ("itl_ms", "ttft_ms")),
         )
     console.print(shown)

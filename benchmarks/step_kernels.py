@@ -1,6 +1,6 @@
 """Which kernels a decode step on a GPU consists of, and what each takes.
 
-    python benchmarks/step_kernels.py benchmarks/configs/qwen3-0.6b --batch 1,8,32 --context 128
+    python benchmarks/step_kernels.py benchmarks/configs/qwen3-0.6b --batch 1,8,32 --context 128 \
         --engine-flags "--load-format dummy --max-num-seqs 32 --max-model-len 2048" --json F
 
 Kernels that are launched programmatically begin before the one in front has ended, so a kernel's
@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--engine-flags", default="")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and torch finds none")
     engine = EngineCore(engine_config([options.model, *shlex.split(options.engine_flags)]))
     bandwidth = copy_bandwidth(engine.runner.buffers.device)
     console = Console()

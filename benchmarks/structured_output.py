@@ -29,8 +29,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
-import jsonschema
 import msgspec
 import numpy as np
 from rich.console import Console
@@ -38,8 +36,14 @@ from rich.table import Table
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.needs import needs
 from minisrv.environment import environment
-from tests.text.random_schemas import random_schema
+
+with needs("pip install -e '.[test]'"):
+    import httpx
+    import jsonschema
+
+    from tests.text.random_schemas import random_schema
 
 STREAMS = 8
 STREAM_TOKENS = 300

@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and torch finds none")
     console, model = Console(), describe_model(options.model).model
     numbers = [int(rows) for rows in options.rows.split(",")]
     jobs = [(r, p, tile) for r in numbers for p in products(model) for tile in candidates(r, p)]

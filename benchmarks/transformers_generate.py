@@ -1,7 +1,7 @@
 """minisrv's engine beside transformers' `generate`: milliseconds of a decode step, in one process.
 
     python benchmarks/transformers_generate.py MODEL --batch 1,16 --threads 1 --json out.json
-    python benchmarks/transformers_generate.py MODEL --engine-flags "--enforce-eager"
+    python benchmarks/transformers_generate.py MODEL --engine-flags=--enforce-eager
 
 The same random prompts, greedy, the end-of-sequence tokens ignored; the same weights, dtype and
 threads; `generate` with its default cache. A round is generate, minisrv, minisrv, generate, so that

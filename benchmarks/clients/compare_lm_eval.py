@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lm_eval_cases
+from needs import needs
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parents[1] / "models" / "minisrv-default"
@@ -102,7 +103,9 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-3, help="nats")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report: dict[str, Any] = {"versions": {name: version(name) for name in PACKAGES}, "runs": {}}
+    with needs("pip install 'lm-eval[api,hf]'"):
+        versions = {name: version(name) for name in PACKAGES}
+    report: dict[str, Any] = {"versions": versions, "runs": {}}
     with TemporaryDirectory() as name:
         folder = Path(name)
         lm_eval_cases.write(folder, args.cases_per_task, args.texts, args.seed)

@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from needs import needs
+
 MODEL = Path(__file__).resolve().parents[2] / "models" / "minisrv-default"
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -74,9 +76,11 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    with needs("pip install guidellm"):
+        versions = {"guidellm": version("guidellm")}
     load = (args.streams, args.requests, args.output_tokens)
     runs = [run(args.url, path, stream, *load) for path in PATHS for stream in (True, False)]
-    report = {"versions": {"guidellm": version("guidellm")}, "runs": runs}
+    report = {"versions": versions, "runs": runs}
     text = json.dumps(report, indent=1) + "\n"
     print(text)
     if args.json:

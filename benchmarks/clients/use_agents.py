@@ -2,11 +2,11 @@
 
     python benchmarks/clients/use_agents.py http://127.0.0.1:8000 --tools [--json out.json]
 
-Runs in an environment with autogen-agentchat, autogen-ext[openai], langchain and langchain-openai,
-against what teach_tools.py makes of the default model, served as minisrv-default. That model has
-not learned to call a tool by itself, so each turn's first request says that it must; all else is
-sent as the agents send it. Every step asserts what it got; a failed one is reported and makes the
-exit status 1. The report has the bodies of the requests, too.
+Runs in an environment with autogen-agentchat, autogen-ext[openai], langchain, langchain-openai and
+langgraph, against what teach_tools.py makes of the default model, served as minisrv-default. That
+model has not learned to call a tool by itself, so each turn's first request says that it must; all
+else is sent as the agents send it. Every step asserts what it got; a failed one is reported and
+makes the exit status 1. The report has the bodies of the requests, too.
 
 Knows: the agents' interfaces. Knows nothing of the server.
 """
@@ -17,18 +17,23 @@ import asyncio
 import json
 from typing import Any, Literal
 
-import httpx
-from autogen_agentchat.agents import AssistantAgent
-from autogen_agentchat.messages import TextMessage, ToolCallExecutionEvent
-from autogen_core.models import CreateResult, ModelFamily
-from autogen_ext.models.openai import OpenAIChatCompletionClient
-from langchain.agents import create_agent
-from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
-from langgraph.checkpoint.memory import InMemorySaver
+from needs import needs
 from steps import Steps, run_program
+
+with needs(
+    "pip install autogen-agentchat 'autogen-ext[openai]' langchain langchain-openai langgraph"
+):
+    import httpx
+    from autogen_agentchat.agents import AssistantAgent
+    from autogen_agentchat.messages import TextMessage, ToolCallExecutionEvent
+    from autogen_core.models import CreateResult, ModelFamily
+    from autogen_ext.models.openai import OpenAIChatCompletionClient
+    from langchain.agents import create_agent
+    from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI
+    from langgraph.checkpoint.memory import InMemorySaver
 
 MODEL = "minisrv-default"
 TURNS = ("What is the weather in Oslo?", "And in Rome?")

@@ -14,11 +14,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Literal
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
-from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel, Field
+from needs import needs
 from steps import Steps, run_program
+
+with needs("pip install langchain-openai"):
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+    from langchain_core.tools import tool
+    from langchain_openai import ChatOpenAI, OpenAI
+    from pydantic import BaseModel, Field
 
 SUM = "What is 17 + 25?"
 

@@ -15,9 +15,12 @@ import asyncio
 import json
 from typing import Any
 
-import litellm
-from pydantic import BaseModel, Field
+from needs import needs
 from steps import Steps, run_program
+
+with needs("pip install litellm"):
+    import litellm
+    from pydantic import BaseModel, Field
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 MODEL = "minisrv-default"

@@ -25,7 +25,10 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
-import aiohttp
+from needs import needs
+
+with needs("pip install aiohttp regex tqdm"):
+    import aiohttp
 
 PATHS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 
@@ -88,7 +91,8 @@ async def run(
 
 async def main_async(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All benchmarks, one after the other, with the first model that the server names."""
-    vllm = load(args.file)
+    with needs("pip install aiohttp regex tqdm"):
+        vllm = load(args.file)
     async with (
         aiohttp.ClientSession() as session,
         session.get(args.url + "/v1/models") as response,
