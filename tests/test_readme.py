@@ -1,8 +1,15 @@
-"""The documentation says what the server does."""
+"""The documentation says what the server does, in lines that fit."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+
 from docs import field_tables
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_tables_of_fields_are_those_of_the_server() -> None:
@@ -10,3 +17,11 @@ def test_the_tables_of_fields_are_those_of_the_server() -> None:
     assert page == field_tables.with_tables(page), (
         "docs/api.md lists other fields than the server accepts: run `python docs/field_tables.py`"
     )
+
+
+@pytest.mark.parametrize("page", ["docs/graphs.md", "benchmarks/README.md"])
+def test_lines_fit(page: str) -> None:
+    """Those of tables, code and pictures may be longer."""
+    prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    long = [line for line in prose.splitlines() if len(line) > 100]
+    assert not [line for line in long if not line.startswith(("|", "!["))]

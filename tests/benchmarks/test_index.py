@@ -44,11 +44,6 @@ def test_every_script_has_a_command() -> None:
     assert ran == {f"benchmarks/{name}" for name in listed}
 
 
-def test_lines_fit() -> None:
-    prose = re.sub(r"^```.*?^```", "", INDEX, flags=re.DOTALL | re.MULTILINE).splitlines()
-    assert not [line for line in prose if len(line) > 100 and not line.startswith("|")]
-
-
 CLIENTS = {
     "use_agents": ("autogen_agentchat", "langgraph"),
     "use_langchain": ("langchain_core", "langchain-openai"),
