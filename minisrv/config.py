@@ -37,10 +37,10 @@ class EngineConfig:
     quantization: int8 keeps the weights of the projections with 8 bits.
     max_model_len: tokens of prompt and completion together; None takes the checkpoint's, or as many
         as the KV cache holds.
-    max_num_seqs: requests in one decode batch; always the top decode rung.
+    max_num_seqs: requests in one decode batch; the largest decode graph is of this size.
     max_num_batched_tokens: token budget of one step.
     block_size: tokens in a block of the KV cache.
-    num_kv_blocks: blocks of the KV cache, the null block included; None sizes it by
+    num_kv_blocks: blocks of the KV cache, of which one is kept free for padding; None sizes it by
         kv_cache_memory.
     kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
         None takes half of the memory that weights leave on a CPU, and on a GPU what
@@ -48,15 +48,16 @@ class EngineConfig:
     gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
     max_waiting: requests the engine queues before it answers 429.
     seed: of the seeds that requests do not give.
-    async_scheduling: schedule a step before the last one's tokens are known (a lag of one); None
-        does so on a GPU, which would wait for the host otherwise, and not on a CPU.
-    enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks.
+    async_scheduling: schedule a step before the last one's tokens are known; None does so on a GPU,
+        which would wait for the host otherwise, and not on a CPU.
+    enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks; on
+        unless it is turned off.
     enforce_eager: no graphs at all, whatever cudagraph_mode says.
     cudagraph_mode: which batches run by which graphs: none, piecewise, full-decode-only,
         full-and-piecewise or full. None is full on a GPU and full-and-piecewise on a CPU, whose
         attention takes the lengths of a mixed batch from the host.
-    cudagraph_capture_sizes: rungs of both ladders; None takes those that `minisrv plan`
-        prints.
+    cudagraph_capture_sizes: sizes to capture graphs for, of requests in decode and of tokens
+        otherwise. None takes those that `minisrv plan` prints.
     simulate_launch_us: microseconds that every launch takes longer than it does, to see on a CPU
         what graphs save where a launch is dear; figures are then labelled simulated. 0 is off.
     Raises ConfigError.
@@ -141,7 +142,8 @@ class EngineConfig:
 class ServerConfig:
     """What the HTTP side needs to know.
 
-    host, port: where it listens; port 0 takes a free one.
+    host: the address on which it listens.
+    port: the port on which it listens; 0 takes a free one.
     served_model_names: names the API answers to, the first one in its answers; empty takes the
         model's own.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
@@ -155,7 +157,8 @@ class ServerConfig:
         command line in the list of processes: a file or the environment is better.
     max_requests_per_key: that one key may have open at once; 0 sets no limit.
     allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
-    ssl_certfile, ssl_keyfile: PEM files, for HTTPS.
+    ssl_certfile: a PEM file with the certificate, for HTTPS.
+    ssl_keyfile: a PEM file with its key.
     disable_log_stats: leave out the lines that tell throughput and queue while there is work.
     disable_uvicorn_access_log: leave out the line of each request.
     Raises ConfigError.

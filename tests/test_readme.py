@@ -10,6 +10,7 @@ import pytest
 from docs import field_tables
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["docs/api.md", "docs/architecture.md", "docs/graphs.md", "docs/load-testing.md"]
 
 
 def test_the_tables_of_fields_are_those_of_the_server() -> None:
@@ -19,7 +20,7 @@ def test_the_tables_of_fields_are_those_of_the_server() -> None:
     )
 
 
-@pytest.mark.parametrize("page", ["docs/graphs.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", *PAGES, "benchmarks/README.md"])
 def test_lines_fit(page: str) -> None:
     """Those of tables, code and pictures may be longer."""
     prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
