@@ -4,6 +4,7 @@ code of it is run."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -59,6 +60,13 @@ VALUES: tuple[Any, ...] = (
     *(None, True, 0, -1, 2.5, 10**12, 10**40, float("nan"), float("inf"), 1e308),
     *("", "x", "\ud800", [], [None], [[]], {}, {"a": 1}, {"5": {"content": "\ud800"}}),
 )
+
+
+@pytest.fixture(autouse=True)
+def quiet_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    """It repeats what it finds wrong, lone surrogates included, and a process that runs tests
+    cannot send a log that holds one to the process that reports them."""
+    caplog.set_level(logging.CRITICAL, "transformers")
 
 
 @pytest.fixture
