@@ -4,8 +4,8 @@ torch and the kernels in C share a pool of OpenMP threads, which begin an operat
 wait for each other at its end. By default a waiting thread spins, for about ten milliseconds. That
 is quick while each thread has a core to itself. Where another process wants a core, a thread that
 spins keeps the one that it waits for from running, and a step takes forty times as long. So here a
-waiting thread spins for microseconds, which bridges the gaps within a step, and then sleeps: a
-machine that is shared costs its share.
+waiting thread spins for a tenth of a millisecond, which bridges the gaps within a step, and then
+sleeps: a machine that is shared costs its share.
 
 Knows: the cores that this process may use, OpenMP's variables, and torch's number of threads. Only
 `limit` needs torch, and imports it. Knows nothing of what is computed.
@@ -13,16 +13,20 @@ Knows: the cores that this process may use, OpenMP's variables, and torch's numb
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
 import threading
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 COUNT = "OMP_NUM_THREADS"
-WAITING = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+WAITING = {"GOMP_SPINCOUNT": "5000", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 """Of GNU's runtime, which torch brings on Linux and for which it decides before the next; of all;
-and of LLVM's and Intel's, whose least time above 0 is a millisecond."""
+and of LLVM's and Intel's, whose least time above 0 is a millisecond. Fewer spins make a step slower
+where nobody else wants the cores, and more where somebody does (docs/results)."""
 
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -57,13 +61,24 @@ def limit(beside: int = 0) -> None:
     beside: other processes of ours that want a core while this one computes. Threads of an
         operation that wait for one which has lost its core cost more than its core would bring.
     """
+    global _spinning
     import torch
 
+    late = _spinning and torch.get_num_threads() > 1
     if COUNT not in os.environ:
-        number = max(1, cores() - beside)
+        # Threads that sleep at once have to be woken within a step: one fewer is quicker then.
+        number = max(1, cores() - beside - late)
         torch.set_num_threads(min(torch.get_num_threads(), number))
-    if _spinning and torch.get_num_threads() > 1:
-        _outnumber_cores()
+    if late:
+        _spinning = False
+        logger.warning(
+            "torch was imported before minisrv, so its threads cannot be told how to wait: %d "
+            "compute, and steps are slower. Import minisrv first, or set GOMP_SPINCOUNT=%s.",
+            torch.get_num_threads(),
+            WAITING["GOMP_SPINCOUNT"],
+        )
+        if torch.get_num_threads() > 1:
+            _outnumber_cores()
 
 
 def _outnumber_cores() -> None:
@@ -71,7 +86,6 @@ def _outnumber_cores() -> None:
     threads than there are cores, those that wait sleep after 100 spins (see GOMP_SPINCOUNT in its
     manual). It counts the pools of all threads, so one more pool, of threads that sleep, will do.
     """
-    global _spinning
     import torch
 
     number, computed = torch.get_num_threads(), threading.Event()
@@ -85,7 +99,6 @@ def _outnumber_cores() -> None:
     threading.Thread(target=own_a_pool, name="minisrv-openmp", daemon=True).start()
     computed.wait()
     torch.set_num_threads(number)  # torch gives the last number set to threads yet to come
-    _spinning = False
 
 
 def _quota() -> float:

@@ -14,12 +14,12 @@ import torch
 from minisrv import threads
 
 
-def output(program: str, **variables: str) -> str:
-    """What a Python that has none of OpenMP's variables but these prints."""
+def completed(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A Python that has none of OpenMP's variables but these."""
     ours = {threads.COUNT, *threads.WAITING}
     env = {name: value for name, value in os.environ.items() if name not in ours} | variables
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True)
 
 
 SHOW = f"""
@@ -28,16 +28,22 @@ print({{name: os.environ[name] for name in {[*threads.WAITING]} if name in os.en
 """
 
 
+def test_waiting_threads_sleep_wherever_minisrv_is_imported():
+    assert eval(completed(SHOW).stdout) == threads.WAITING
+
+
 @pytest.mark.parametrize("name", threads.WAITING)
 def test_what_the_user_has_set_of_waiting_stays(name: str):
-    assert eval(output(SHOW, **{name: "7"})) == {name: "7"}
+    assert eval(completed(SHOW, **{name: "7"}).stdout) == {name: "7"}
 
 
 WAIT = """
 {imports}
 import time
-threads.limit()
 torch.set_num_threads(2)
+threads.cores = lambda: 3
+threads.limit()
+assert torch.get_num_threads() == 2
 x = torch.ones(1 << 17)
 x.add_(1)
 before = time.process_time()
@@ -56,7 +62,16 @@ print(time.process_time() - before)
 def test_a_thread_that_waits_takes_no_core(imports: str):
     """Processor time and not the clock's, so other processes do not change it. One that spins takes
     0.16 s of it in 20 waits."""
-    assert float(output(WAIT.format(imports=imports))) < 0.05
+    assert float(completed(WAIT.format(imports=imports)).stdout) < 0.05
+
+
+def test_where_torch_came_first_a_core_is_left_and_it_is_said():
+    program = "import torch; from minisrv import threads; threads.cores = lambda: 3\n"
+    program += "torch.set_num_threads(3); threads.limit(); threads.limit()\n"
+    program += "print(torch.get_num_threads())"
+    done = completed(program)
+    assert done.stdout == "2\n"
+    assert done.stderr.count("Import minisrv first") == 1
 
 
 @pytest.fixture
