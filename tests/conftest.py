@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported, which some test's imports may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What tests keep is not the user's, and stays for the next run.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xdg")
+
 settings.register_profile(
     "minisrv", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )

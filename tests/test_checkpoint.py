@@ -431,6 +431,17 @@ def test_a_second_start_imports_no_transformers(
     assert asked[2:] == [(directory, directory)]
 
 
+def test_the_oldest_descriptions_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(description, "KEPT", 2)
+    for size in (64, 128, 192):
+        describe_model(write(tmp_path / str(size), config__json={**LLAMA, "hidden_size": size}))
+    kept = tmp_path / "cache" / "minisrv" / "checkpoints"
+    assert len(list(kept.iterdir())) == 2
+
+
 def test_a_process_tells_errors_of_the_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 import msgspec
 
-from minisrv import errors, model_config
+from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import MinisrvError, ModelError
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 120
 """Seconds for transformers to read the small files; it takes one."""
+
+KEPT = 64
+"""Descriptions that are kept at most, the newest."""
 
 MODEL_FILES = (CONFIG, GENERATION_CONFIG)
 TOKENIZER_FILES = (
@@ -259,9 +262,10 @@ def _entry(kind: Path, directory: Path, patterns: Sequence[str]) -> Path:
 @cache
 def _code_digest() -> bytes:
     """What a description depends on besides the files."""
-    sources = [Path(__file__), Path(__file__).with_name("by_transformers.py")]
-    sources.append(Path(model_config.__file__))
-    code = [source.read_bytes() for source in sources]
+    # What is refused, by the last two, is part of a description that is kept.
+    reader = Path(__file__).with_name("by_transformers.py")
+    sources = (__file__, reader, model_config.__file__, request.__file__)
+    code = [Path(source).read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()
 
@@ -287,5 +291,8 @@ def _keep(entry: Path | None, told: ModelDescription | TokenizerDescription) -> 
         with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
         os.replace(file.name, entry)
+        entries = sorted(entry.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in entries[:-KEPT]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("what the checkpoint says could not be kept: %s", error)

@@ -53,16 +53,26 @@ def cache_before_loading(
     config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> int:
     """Bytes that the KV cache may take at most, as far as can be known before weights are read: on
-    a GPU, what graphs and steps take comes off it later."""
+    a GPU, what graphs and steps take comes off it later.
+
+    Raises ConfigError where the weights alone do not fit.
+    """
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory
     itemsize = 1 if config.quantization == "int8" else dtype.itemsize
     weights = model.num_parameters * itemsize
     if device.type == "cuda":
-        return _allowed(config, device) - _used(device) - weights
-    if model.tie_word_embeddings:  # the output projection has a layout of its own
-        weights += model.vocab_size * model.hidden_size * itemsize
-    return int((available_memory() - weights) * CPU_SHARE)
+        available = _allowed(config, device) - _used(device)
+    else:
+        available = available_memory()
+        if model.tie_word_embeddings:  # the output projection has a layout of its own
+            weights += model.vocab_size * model.hidden_size * itemsize
+    if weights >= available:
+        raise ConfigError(
+            f"the weights take {mebibytes(weights)}, and {mebibytes(max(0, available))} of memory "
+            f"are to be had on {device}; serve a smaller model or dtype, or end what else uses it."
+        )
+    return available - weights if device.type == "cuda" else int(CPU_SHARE * (available - weights))
 
 
 def fit_context(

@@ -294,7 +294,12 @@ class GenerationRequest(Strict):
 
         return SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=self._least_tokens(defaults, max_tokens),
+            # The checkpoint's must not make a request wrong that does not speak of it.
+            min_tokens=(
+                min(defaults.min_tokens or 0, max_tokens)
+                if self.min_tokens is None
+                else self.min_tokens
+            ),
             temperature=first(self.temperature, defaults.temperature, 1.0),
             top_p=first(self.top_p, defaults.top_p, 1.0),
             top_k=int(first(self.top_k, defaults.top_k, 0)),
@@ -309,13 +314,6 @@ class GenerationRequest(Strict):
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_scored_logprobs,
         )
-
-    def _least_tokens(self, defaults: GenerationConfig, max_tokens: int) -> int:
-        """The checkpoint's number must not make a request wrong that does not speak of it."""
-        if self.min_tokens is not None:
-            return self.min_tokens
-        given = self.structured_outputs or self.response_format
-        return 0 if given is not None else min(defaults.min_tokens or 0, max_tokens)
 
 
 def _prompts(value: Any) -> Prompts:

@@ -84,6 +84,12 @@ def test_a_cpus_cache_is_half_of_what_weights_leave(monkeypatch):
     assert cache_before_loading(asked, MODEL, torch.device("cpu"), torch.float32) == 77
 
 
+def test_weights_that_do_not_fit_are_refused_as_what_they_are(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 300_000)
+    with pytest.raises(ConfigError, match=r"the weights take 0\.4 MiB, and 0\.3 MiB of memory"):
+        cache_before_loading(CONFIG, MODEL, torch.device("cpu"), torch.float32)
+
+
 def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     """As `minisrv serve Qwen/Qwen3-0.6B` on a CPU, which could not start with defaults."""
     checkpoint = str(make_checkpoint(tmp_path, "llama"))
