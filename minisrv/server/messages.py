@@ -107,21 +107,26 @@ class Message(SentBack):
     def num_characters(self) -> int:
         """How much of it a template may spell."""
         called = sum(len(str(call.function.arguments)) for call in self.tool_calls)
-        return len(self._said) + called + len(self.reasoning_content or self.reasoning or "")
+        said = sum(map(len, self._texts))
+        return said + called + len(self.reasoning_content or self.reasoning or "")
 
     @property
-    def _said(self) -> str:
-        """Parts joined by newlines, as vLLM does."""
-        return "\n".join(part.told for part in self.content or ()) or self.refusal or ""
+    def _texts(self) -> list[str]:
+        """The texts of the parts, which are one or more."""
+        texts = [part.told for part in self.content or ()]
+        return texts if any(texts) else [self.refusal or ""]
 
     def for_template(self, *, whole_calls: bool = False) -> dict[str, Any]:
         """The message as chat templates expect it.
 
         whole_calls: arguments of calls are objects even where they were no JSON.
         """
+        texts = self._texts
+        parts = [{"type": "text", "text": text} for text in texts]
         told: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": self._said,
+            # The template gets of several parts what it takes: see `ChatTemplate`.
+            "content": parts if len(parts) > 1 else texts[0],
         }
         if self.name is not None:
             told["name"] = self.name

@@ -297,7 +297,7 @@ def test_messages() -> None:
     request = chat(messages=[{"role": "developer", "content": "x"}, USER | {"content": parts}])
     assert [message.for_template() for message in request.messages] == [
         {"role": "system", "content": "x"},
-        {"role": "user", "content": "a\nb"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
 
 
