@@ -240,7 +240,7 @@ NO_HTTP = [
 ]
 
 WRONG_PATHS = [
-    *("/", "/v1", "/v1/completion", "/v1/completions/", "/v1/completions/x", "/v1//completions"),
+    *("/v", "/v1", "/v1/completion", "/v1/completions/", "/v1/completions/x", "/v1//completions"),
     *(
         "/V1/completions",
         "/completions",

@@ -172,7 +172,7 @@ def test_bounds(field, values):
     for value in values:
         with pytest.raises(RequestError) as raised:
             SamplingParams(**{field: value})
-        assert raised.value.param == field
+        assert str(raised.value.param).split(".")[0] == field
 
 
 def test_a_bias_for_a_token_that_is_not_there(checkpoint):

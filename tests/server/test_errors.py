@@ -309,7 +309,7 @@ async def test_an_engine_that_is_not_ready(connect: Connect, route: str, state: 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),
