@@ -130,6 +130,8 @@ class Detokenizer:
         if final:
             texts.append(self._shown((), True))
             self._length += len(texts[-1])
+            # What was held back may have come to nothing, as spaces that are stripped.
+            self._starts = [min(start, self._length) for start in self._starts]
         return "".join(texts)
 
     def _shown(self, token_ids: Sequence[int], final: bool) -> str:

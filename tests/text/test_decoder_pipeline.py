@@ -226,7 +226,14 @@ def test_tokens_are_where_their_text_is(decoded: Decoded, chunks: list[list[int]
         own = tokenizer.token_text(number)[0]
         if not first and "\ufffd" not in own and not VOCABULARY[number].startswith("<0x"):
             assert text[start:].startswith(own.rstrip(" "))
-        first = False
+        first &= not own
+
+
+def test_a_token_that_is_stripped_stands_at_the_end() -> None:
+    decoded = NAMED["strip the end"]
+    detokenizer = Detokenizer(decoded.tokenizer, locate=True)
+    text = detokenizer.push([5, 58], final=True)
+    assert all(start <= len(text) for start in detokenizer.take_starts(2))
 
 
 def test_an_emoji_of_tokens_that_are_no_plain_bytes() -> None:
