@@ -16,13 +16,16 @@ bounded by a count and a time, each request by its timeout, and the parent's pat
 import asyncio
 import ctypes
 import multiprocessing
+import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -191,6 +194,25 @@ def _check_not_refused(outcomes: list[Failure | None]) -> None:
         )
 
 
+@contextmanager
+def _safe_path() -> Generator[None]:
+    """Python starts here without the working directory in its path: what lies there may be a
+    stranger's, and be named as a module of the standard library is. Not for servers to compare,
+    whose command is the user's."""
+    name = "PYTHONSAFEPATH"
+    before, path = os.environ.get(name), sys.path
+    here, own = os.getcwd(), str(Path(__file__).parents[1])
+    os.environ[name] = "1"
+    sys.path = [entry for entry in path if entry == own or os.path.abspath(entry) != here]
+    try:
+        yield
+    finally:
+        sys.path = path
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 class _Pool:
     """The worker processes of one run, and the signals that end it."""
 
@@ -199,7 +221,8 @@ class _Pool:
         self._config = legs[0].config
         self._observer = observer
         self._context = multiprocessing.get_context("spawn")
-        self._shared = _Shared(self._context)
+        with _safe_path():  # this starts a process of Python's
+            self._shared = _Shared(self._context)
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._api_key = api_key
@@ -214,7 +237,8 @@ class _Pool:
                 ours, theirs = self._context.Pipe()
                 arguments = (self._config, self._api_key, theirs, self._shared)
                 process = self._context.Process(target=_worker, args=arguments, daemon=True)
-                process.start()
+                with _safe_path():
+                    process.start()
                 theirs.close()
                 self._connections.append(ours)
                 self._processes.append(process)

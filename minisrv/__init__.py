@@ -6,13 +6,16 @@ OpenMP reads how its threads wait when torch is imported: so that is settled her
 does so.
 """
 
-from __future__ import annotations
+# NOTE: nothing is imported before this, not even __future__: it might be found there.
+from minisrv.import_path import leave_working_directory
 
-from importlib import import_module
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+leave_working_directory()
 
-from minisrv.threads import let_waiting_threads_sleep
+from importlib import import_module  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from minisrv.threads import let_waiting_threads_sleep  # noqa: E402
 
 if TYPE_CHECKING:
     from minisrv.llm import LLM as LLM

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from minisrv import logs
+from minisrv.import_path import without_working_directory
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """What a child ignores."""
 
-_SAFE_PATH = "PYTHONSAFEPATH"
+_SAFE_PATH, _PATH = "PYTHONSAFEPATH", "PYTHONPATH"
 
 _PR_SET_PDEATHSIG = 1
 """Of Linux's `prctl`: the signal that the caller gets when the thread that started it ends."""
@@ -60,7 +62,7 @@ class ChildProcess:
             target=_run, args=(name, private_dir, target, arguments), name=f"minisrv-{name}"
         )
         try:
-            with _safe_path(), _signals_held():
+            with safe_path(), _signals_held():
                 self._process.start()
         except BaseException:
             self.stop()
@@ -111,17 +113,27 @@ def _signals_held() -> Iterator[None]:
 
 
 @contextmanager
-def _safe_path() -> Iterator[None]:
-    """Python starts here without the working directory in its path, as this process did: it may be
-    a stranger's checkpoint, with a module that is named as one of the standard library is."""
-    before = os.environ.get(_SAFE_PATH)
+def safe_path() -> Iterator[None]:
+    """Start every Python within this, whether as a spawned process or as a command: it looks for
+    modules where this one does, but not in the working directory (`minisrv.import_path`).
+
+    Sets the environment, and `sys.path`, which a spawned process is handed.
+    """
+    names = {_SAFE_PATH, _PATH}
+    before = {name: os.environ[name] for name in names & os.environ.keys()}
+    path = sys.path
     os.environ[_SAFE_PATH] = "1"
+    if _PATH in before:
+        entries = without_working_directory(before[_PATH].split(os.pathsep))
+        os.environ[_PATH] = os.pathsep.join(entries)
+    sys.path = without_working_directory(path)
     try:
         yield
     finally:
-        del os.environ[_SAFE_PATH]
-        if before is not None:
-            os.environ[_SAFE_PATH] = before
+        sys.path = path
+        for name in names & os.environ.keys():
+            del os.environ[name]
+        os.environ |= before
 
 
 def _run(

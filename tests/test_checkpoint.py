@@ -464,18 +464,6 @@ def test_code_in_the_working_directory_is_not_run(
     assert describe_model(directory).model.architecture == "LlamaForCausalLM"
 
 
-def test_the_process_imports_this_minisrv_wherever_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = str(Path(description.__file__).parents[2])
-    monkeypatch.setattr("sys.path", ["", str(tmp_path), "/elsewhere"])
-    monkeypatch.chdir(tmp_path)
-    assert description._import_path() == [root, "/elsewhere"]
-    monkeypatch.setattr("sys.path", ["/elsewhere", root])
-    monkeypatch.chdir(root)
-    assert description._import_path() == ["/elsewhere", root]
-
-
 def test_what_an_environment_prints_is_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ FLOORS = {
     "config": 0,
     "model_config": 0,
     "cache": 0,
+    "import_path": 0,
     "errors": 0,
     "request": 0,
     "modes": 0,

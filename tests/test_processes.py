@@ -1,26 +1,94 @@
-"""How a child process starts."""
+"""How a child process starts: with nothing of the working directory, which may be a stranger's
+checkpoint, with a module named as one of the standard library."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from minisrv.processes import ChildProcess
+from minisrv import import_path
+from minisrv.import_path import ROOT, without_working_directory
+from minisrv.processes import ChildProcess, safe_path
+from tests.traps import set_traps
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of its own as the working directory."""
+    directory = tmp_path / "here"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+@pytest.mark.parametrize("search", ["", "here", "python path", "empty item"])
 def test_a_child_runs_no_code_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    search: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which may be a stranger's checkpoint, with a module named as one of the standard library."""
-    for name in ("enum", "signal", "struct"):
-        (tmp_path / f"{name}.py").write_text("import os; os._exit(9)")
-    monkeypatch.chdir(tmp_path)
-    before = dict(os.environ)
+    """Also where this process looks there, as `python -m` does, or the environment says so."""
+    traps = set_traps(here, {"enum", "struct", "logging", "encodings", "sitecustomize"})
+    if search == "here":
+        monkeypatch.setattr(sys, "path", [str(here), *sys.path])
+    elif search:
+        place = {"python path": str(here), "empty item": ""}[search]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([place, ROOT]))
+    before, path = dict(os.environ), list(sys.path)
     child = ChildProcess("test", os.getpid, private_dir=tmp_path / "private")
     try:
         assert child.wait() == 0
     finally:
         child.stop()
-    assert dict(os.environ) == before
+    assert traps.sprung() == set()
+    assert (dict(os.environ), sys.path) == (before, path)
+
+
+def test_a_command_started_in_a_safe_path_runs_none_either(here: Path) -> None:
+    traps = set_traps(here, {"json", "decimal"})
+    with safe_path():
+        subprocess.run([sys.executable, "-c", "import json, decimal"], check=True)
+    assert traps.sprung() == set()
+
+
+def test_what_is_left_of_a_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ["", ".", str(here), "../here", "/elsewhere", "../missing"]
+    assert without_working_directory(path) == ["/elsewhere", "../missing"]
+    monkeypatch.chdir(ROOT)
+    assert without_working_directory(["", ROOT, "/elsewhere"]) == [ROOT, "/elsewhere"]
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_the_directory_of_the_users_program_stays(here: Path, package: bool) -> None:
+    """Which uses minisrv, has modules beside it, and may be started where it lies."""
+    name = "app" if package else ""
+    (here / name).mkdir(exist_ok=True)
+    (here / name / "beside.py").touch()
+    (here / name / "main.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        f"import {'app.' if package else ''}beside\n"
+        "from minisrv.processes import ChildProcess\n"
+        "if __name__ == '__main__':\n"
+        "    child = ChildProcess('test', os.getpid, private_dir=Path('private'))\n"
+        "    sys.exit(child.wait())\n"
+    )
+    program = ["-m", "app.main"] if package else ["main.py"]
+    env = os.environ | {"PYTHONPATH": ROOT}
+    subprocess.run([sys.executable, *program], check=True, env=env)
+
+
+def test_only_the_command_changes_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_ours(argv: list[str], started_as: list[str]) -> bool:
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "orig_argv", started_as)
+        return import_path._is_program()
+
+    assert is_ours(["/usr/bin/minisrv", "serve"], ["python", "/usr/bin/minisrv", "serve"])
+    assert is_ours(["-m", "serve", "."], ["python", "-m", "minisrv.cli", "serve", "."])
+    assert is_ours(["-m"], ["python", "-mminisrv.cli"])
+    assert not is_ours(["-m", "minisrv"], ["python", "-m", "app", "minisrv"])
+    assert not is_ours(["-c"], ["python", "-c", "import minisrv"])
+    assert not is_ours([""], ["python"])

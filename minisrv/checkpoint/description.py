@@ -29,6 +29,7 @@ from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import MinisrvError, ModelError
+from minisrv.import_path import ROOT, without_working_directory
 from minisrv.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -190,10 +191,12 @@ def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 
 def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
-    # -P: nothing in the working directory, which may be a stranger's checkpoint, is imported.
     command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
     directories = [str(directory or "") for directory in (model, tokenizer)]
     what = f"reading {model or tokenizer} with transformers"
+    # Where this process looks for modules, so that both are of one version.
+    path = without_working_directory(sys.path)
+    path = path if ROOT in path else [ROOT, *path]
     try:
         # A file of its own: libraries, and what an environment runs at its start, may print.
         with tempfile.TemporaryFile() as answer:
@@ -202,7 +205,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
                 capture_output=True,
                 timeout=TIMEOUT,
                 check=False,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                 pass_fds=[answer.fileno()],
             )
             answer.seek(0)
@@ -213,21 +216,6 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
         raise ModelError(f"{what} failed with status {done.returncode}; it said: {said[-1][:400]}")
     return msgspec.msgpack.decode(body, type=Descriptions)
-
-
-def _import_path() -> list[str]:
-    """Where that process looks for modules: where this one does, so that both are of one version,
-    but for the working directory, unless minisrv itself lies there."""
-    root = str(Path(errors.__file__).parents[1])
-
-    def is_here(entry: str) -> bool:
-        try:
-            return os.path.samefile(entry or ".", ".")
-        except OSError:
-            return False
-
-    path = [entry for entry in sys.path if entry == root or not is_here(entry)]
-    return path if root in path else [root, *path]
 
 
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 
 from minisrv.errors import EngineError, RequestError
+from minisrv.processes import safe_path
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.structured import GrammarBackend, grammar_error
 from minisrv.text.tokenizer import Tokenizer
@@ -101,7 +102,8 @@ class GrammarValidator:
             name="minisrv-grammar-validator",
             daemon=True,
         )
-        process.start()
+        with safe_path():
+            process.start()
         theirs.close()
         # Not an argument: starting a process that dies early would wait for it to read them.
         ours.send_bytes(self._tokenizer.to_json().encode())

@@ -62,7 +62,7 @@ def start() -> Iterator[Callable[..., Server]]:
     """Starts servers, with the arguments of `Server`; they end with the test."""
     servers: list[Server] = []
 
-    def start(*flags: str, **options: str) -> Server:
+    def start(*flags: str, **options: Any) -> Server:
         servers.append(Server(*flags, **options))
         return servers[-1]
 

@@ -88,11 +88,20 @@ def read_all(connection: socket.socket) -> bytes:
 class Server:
     """`minisrv serve FLAGS`, in a process group of its own and with its own temporary files."""
 
-    def __init__(self, *flags: str, temporary: str = "tmp", before: str = "") -> None:
+    def __init__(
+        self,
+        *flags: str,
+        temporary: str = "tmp",
+        before: str = "",
+        program: tuple[str, ...] = ("-m", "minisrv.cli"),
+        directory: Path | None = None,
+    ) -> None:
         """Start it; it chooses its port unless the flags name one.
 
         temporary: the name of its directory for temporary files.
         before: Python for the process that is started, to run before anything else.
+        program: what Python runs where there is nothing to run before.
+        directory: where it is started; None is where the tests are.
         """
         # NOTE: not pytest's directory, whose long names do not fit a socket's path.
         self._directory = TemporaryDirectory(prefix="e2e-")
@@ -101,8 +110,8 @@ class Server:
         self._log = Path(self._directory.name, "log")
         self._url: str | None = None
         run = f"{before}\nimport sys; from minisrv.cli import main; sys.exit(main())"
-        program = ["-c", run] if before else ["-m", "minisrv.cli"]
-        command = [sys.executable, *program, "serve", *flags]
+        started = ("-c", run) if before else program
+        command = [sys.executable, *started, "serve", *flags]
         if "--port" in flags:
             self._url = f"http://127.0.0.1:{flags[flags.index('--port') + 1]}"
         else:
@@ -110,7 +119,7 @@ class Server:
         env = os.environ | {"TMPDIR": str(self._temporary)}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=env, start_new_session=True
+                command, stdout=log, stderr=log, env=env, cwd=directory, start_new_session=True
             )
         self._threads = ThreadPoolExecutor(max_workers=256)
 

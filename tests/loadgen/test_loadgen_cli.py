@@ -28,6 +28,7 @@ from tests.loadgen.scripted_server import (
     honest,
     usage,
 )
+from tests.traps import install_command, set_traps
 
 COMMAND = [sys.executable, "-c", "import sys; from loadgen.cli import main; sys.exit(main())"]
 
@@ -50,6 +51,27 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_nothing_of_the_working_directory_is_imported(tmp_path: Path) -> None:
+    """By the command, by its client processes, or by what Python starts beside them."""
+    here, script = tmp_path / "here", install_command(tmp_path / "bin", "loadgen")
+    here.mkdir()
+    traps = set_traps(here)
+    few = ("--concurrency", "2", "--requests", "4", "--warmup", "0", "--processes", "2")
+    root = str(Path(loadgen.__file__).parents[1])
+    with ScriptedServer() as server:
+        done = subprocess.run(
+            [sys.executable, script, "run", server.url, *few],
+            cwd=here,
+            env=environment(PYTHONPATH=root),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert traps.sprung() == set()
 
 
 def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
