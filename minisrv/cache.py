@@ -1,24 +1,122 @@
-"""The directory in which minisrv keeps what it has computed once: compiled kernels, and what
+"""What minisrv has computed once and trusts when it comes back: compiled kernels, and what
 checkpoints say.
 
-Knows: where it lies, and that nobody else may write to it. Knows nothing of what is kept.
+A file that is kept ends with the SHA-256 of what stands before it, so that one which was cut off,
+or whose pages were lost, is told from a whole one. It is taken only if nobody else could have
+written it. One that is not taken is computed again, and the log says why: a cache never keeps a
+server from starting.
+
+Knows: where the cache lies, and when a file of it is trusted. Knows nothing of what is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import shutil
+import stat
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 
-def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/minisrv`, or `~/.cache/minisrv`; made if it is missing.
+DIGEST_SIZE = hashlib.sha256().digest_size
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def cache_directory(*parts: str) -> Path:
+    """`$XDG_CACHE_HOME/minisrv`, or `~/.cache/minisrv`, or a directory below it; made if it is
+    missing.
 
     Raises OSError if it cannot be made or others may write to it, RuntimeError without a home
     directory.
     """
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisrv"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = directory.stat()
-    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-        raise OSError(f"others may write to {directory}, whose content is trusted.")
+    directory = _user_cache()
+    for part in ("minisrv", *parts):
+        directory /= part
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = directory.stat()
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & _OTHERS_WRITE:
+            raise OSError(f"others may write to {directory}, whose content is trusted.")
+    for parent in directory.resolve().parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise OSError(
+                f"others may put another in the place of {directory}: all may write to {parent}."
+            )
     return directory
+
+
+def kept(path: Path) -> bytes | None:
+    """What `keep` has written to a file of the cache directory. None if there is none or it is not
+    trusted, which the log then tells with the reason."""
+    try:
+        doubt, content = _read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        doubt = "it is a link" if path.is_symlink() else f"it cannot be read ({error.strerror})"
+    else:
+        body, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
+        if not doubt and hashlib.sha256(body).digest() == digest:
+            return body
+        doubt = doubt or "it is damaged: its digest is another"
+    logger.warning("%s is not used, as %s; it is made again.", path, doubt)
+    return None
+
+
+def keep(path: Path, body: bytes) -> None:
+    """Write a file of the cache directory, in the place of whatever is there. Where that fails the
+    log says so."""
+    scratch = None
+    try:
+        # Under another name first, so that nobody reads half of it.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            scratch = Path(file.name)
+            file.write(body + hashlib.sha256(body).digest())
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        scratch.replace(path)
+    except OSError as error:
+        logger.warning("%s could not be kept, and is made again next time: %s", path, error)
+        if scratch is not None:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+
+def _user_cache() -> Path:
+    """As the XDG Base Directory Specification has it, a relative path counts for nothing: it would
+    be in the working directory, which may be a stranger's."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    directory = named if named.is_absolute() else Path.home() / ".cache"
+    if not directory.is_absolute():
+        raise RuntimeError(f"the home directory, {Path.home()}, is no absolute path.")
+    return directory
+
+
+def _read(path: Path) -> tuple[str, bytes]:
+    """Why a file is not trusted, or nothing, and then its content. Raises OSError, for a link
+    too."""
+    # A pipe in its place would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if doubt := _doubt(os.fstat(descriptor)):
+            return doubt, b""
+        with open(descriptor, "rb", closefd=False) as file:
+            return "", file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _doubt(found: os.stat_result) -> str:
+    """Why a file of the cache is not trusted; empty if it is."""
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no regular file"
+    if found.st_uid not in (0, os.getuid()):
+        return f"it belongs to another user ({found.st_uid})"
+    if found.st_mode & _OTHERS_WRITE:
+        return f"others may write to it (its mode is {stat.S_IMODE(found.st_mode):o})"
+    return ""

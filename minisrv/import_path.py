@@ -49,7 +49,7 @@ def _is_program() -> bool:
 def _root_of_main() -> str | None:
     """The directory from which Python has taken the program; None for what was typed."""
     main = sys.modules.get("__main__")
-    place = getattr(main, "__file__", None)
+    place: str | None = getattr(main, "__file__", None)
     if place is None:
         return None
     spec = getattr(main, "__spec__", None)  # of `python -m`

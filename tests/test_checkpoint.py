@@ -32,6 +32,7 @@ from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError
 from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint
+from tests.test_cache import DAMAGE
 from tests.text.tiny_tokenizer import save_chatml
 
 LLAMA: dict[str, Any] = {
@@ -429,6 +430,25 @@ def test_a_second_start_imports_no_transformers(
         entry.write_bytes(entry.read_bytes()[:-1] + b"\0")
     assert open_checkpoint(config).tokenizer == first.tokenizer
     assert asked[2:] == [(directory, directory)]
+
+
+@pytest.mark.parametrize("damage", ["a link", "mode 666", "a directory", "a page of zeros"])
+def test_a_description_that_is_not_trusted_is_read_anew(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the rule for all that is kept, which tests/test_cache.py knows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    first = open_checkpoint(EngineConfig(model=str(directory)))
+    spoil, reason = DAMAGE[damage]
+    for entry in (tmp_path / "cache" / "minisrv" / "checkpoints").iterdir():
+        if entry.name.startswith("tokenizer"):
+            spoil(entry)
+    assert open_checkpoint(EngineConfig(model=str(directory))) == first
+    assert reason in caplog.text
+    caplog.clear()
+    assert open_checkpoint(EngineConfig(model=str(directory))) == first
+    assert "is not used" not in caplog.text
 
 
 def test_the_oldest_descriptions_are_dropped(

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from typing import TypeVar
 import msgspec
 
 from minisrv import errors, model_config, request
-from minisrv.cache import cache_directory
+from minisrv.cache import cache_directory, keep, kept
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import MinisrvError, ModelError
 from minisrv.import_path import ROOT, without_working_directory
@@ -56,7 +57,6 @@ TOKENIZER_FILES = (
 
 _T = TypeVar("_T")
 _PACKAGES = ("transformers", "tokenizers")
-_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
-    kept = _kept_directory()
+    place = _kept_directory()
     entries = {
-        "model": kept and model and _entry(kept / "model", model, MODEL_FILES),
-        "tokenizer": kept
+        "model": place and model and _entry(place / "model", model, MODEL_FILES),
+        "tokenizer": place
         and tokenizer
-        and _entry(kept / "tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
+        and _entry(place / "tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
     }
     found = Descriptions(
         model=_kept(entries["model"], ModelDescription),
@@ -226,12 +226,10 @@ def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
 def _kept_directory() -> Path | None:
     """Where descriptions are kept. None where nothing can be."""
     try:
-        kept = cache_directory() / "checkpoints"
-        kept.mkdir(exist_ok=True, mode=0o700)
+        return cache_directory("checkpoints")
     except (OSError, RuntimeError) as error:
         logger.warning("what the checkpoint says is read anew at each start: %s", error)
         return None
-    return kept
 
 
 def _entry(kind: Path, directory: Path, patterns: Sequence[str]) -> Path:
@@ -259,28 +257,21 @@ def _code_digest() -> bytes:
 
 
 def _kept(entry: Path | None, kind: type[_T]) -> _T | None:
-    """The description in `entry`; None if there is none, or a damaged one."""
+    """The description in `entry`; None if there is none that is trusted."""
+    body = None if entry is None else kept(entry)
+    if body is None:
+        return None
     try:
-        body = entry.read_bytes() if entry is not None else b""
-        digest, body = body[:_DIGEST_SIZE], body[_DIGEST_SIZE:]
-        if hashlib.sha256(body).digest() != digest:
-            return None
         return msgspec.msgpack.decode(body, type=kind)
-    except (OSError, msgspec.MsgspecError):
+    except msgspec.MsgspecError:
         return None
 
 
 def _keep(entry: Path | None, told: ModelDescription | TokenizerDescription) -> None:
     if entry is None:
         return
-    body = msgspec.msgpack.encode(told)
-    try:
-        # Under another name first, so that nobody reads half of it.
-        with tempfile.NamedTemporaryFile(dir=entry.parent, delete=False) as file:
-            file.write(hashlib.sha256(body).digest() + body)
-        os.replace(file.name, entry)
-        entries = sorted(entry.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    keep(entry, msgspec.msgpack.encode(told))
+    with suppress(OSError):  # or another process has dropped them already
+        entries = sorted(entry.parent.iterdir(), key=lambda path: path.lstat().st_mtime)
         for old in entries[:-KEPT]:
             old.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("what the checkpoint says could not be kept: %s", error)

@@ -22,7 +22,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from minisrv.cache import cache_directory
+from minisrv.cache import cache_directory, keep, kept
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 
 TIMEOUT = 60
 """Seconds for a compiler."""
+
+_FORMAT = b"a digest at its end"
+"""How the library is kept."""
 
 LANES = 16
 MAX_HEAD_DIM = 256
@@ -42,8 +45,8 @@ MAX_HEADS = 128
 @lru_cache(maxsize=1)
 def native() -> ctypes.CDLL | None:
     """The compiled kernels; None, with the reason in the log, where they cannot be had."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
+    compiler = _compiler()
+    if compiler is None:
         logger.warning(
             "no C compiler: decode runs by torch's operations, at about half the speed. "
             "Install gcc, or name a compiler in CC."
@@ -53,7 +56,7 @@ def native() -> ctypes.CDLL | None:
         # Its threads are torch's: a second pool would fight the first one for the cores.
         ctypes.CDLL(_openmp_of_torch(), ctypes.RTLD_GLOBAL)
         return _loaded(compiler)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or error
         logger.warning(
             "%s cannot compile the CPU kernels: decode runs by torch's operations, at about half "
@@ -64,49 +67,74 @@ def native() -> ctypes.CDLL | None:
         return None
 
 
-def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library, compiled again if what is kept is damaged. Raises what `_compiled` raises."""
-    library = _compiled(compiler)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:
-        library.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_compiled(compiler)))
+def _compiler() -> list[str] | None:
+    """The words of $CC, or `cc`, the first of them as the path of a program; None if there is none.
 
-
-def _compiled(compiler: list[str]) -> Path:
-    """The shared library for this source, compiler and processor, compiled if it is not kept yet.
-
-    Raises OSError and SubprocessError; RuntimeError without a home directory.
+    It is not looked for in the working directory, which an empty item of PATH stands for.
     """
+    try:
+        name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError:  # a quote that is not closed
+        return None
+    path = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
+    found = shutil.which(name, path=path)
+    return None if found is None else [os.path.abspath(found), *arguments]
+
+
+def _loaded(compiler: list[str]) -> ctypes.CDLL:
+    """The library for this source, compiler and processor, compiled if none is kept that can be
+    loaded. Raises OSError and SubprocessError."""
     flags = [*FLAGS, *_vector_flags()]
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT
-    ).stdout
+    version = _run([*compiler, "--version"]).encode()
     key = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()])
+        b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor(), _FORMAT])
     ).hexdigest()[:16]
-    directory = cache_directory()
-    library = directory / f"cpu-{key}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    try:
+        library = cache_directory() / f"cpu-{key}.so"
+    except (OSError, RuntimeError) as error:
+        logger.warning("the CPU kernels are compiled at each start: %s", error)
+        return _load(_compile(compiler, flags))
+    if (body := kept(library)) is not None:
+        try:
+            return _load(body)
+        except OSError as error:  # as made for another C library, on a home that is shared
+            logger.warning("%s cannot be loaded and is compiled again: %s", library, error)
+    body = _compile(compiler, flags)
+    keep(library, body)
+    return _load(body)
+
+
+def _compile(compiler: list[str], flags: list[str]) -> bytes:
+    """The content of a shared library. Raises OSError and SubprocessError."""
+    with tempfile.TemporaryDirectory(prefix="minisrv-") as scratch:
         made, linked = Path(scratch, "cpu.o"), Path(scratch, "cpu.so")
-        # Linked without -fopenmp: OpenMP's names are found in the library that torch has loaded.
-        for command in (
-            [*compiler, *flags, "-c", str(SOURCE), "-o", str(made)],
-            [*compiler, "-shared", str(made), "-o", str(linked), "-lm"],
-        ):
-            subprocess.run(
-                command,
-                capture_output=True,
-                check=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT,
-            )
-        linked.replace(library)  # another process may have been as fast
-    return library
+        _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(made)])
+        # Without -fopenmp: OpenMP's names are found in the library that torch has loaded.
+        _run([*compiler, "-shared", str(made), "-o", str(linked), "-lm"])
+        return linked.read_bytes()
+
+
+def _run(command: list[str]) -> str:
+    """What it prints. Its working directory is the root, for what it looks for in its own."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        check=True,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT,
+        cwd="/",
+    ).stdout
+
+
+def _load(body: bytes) -> ctypes.CDLL:
+    """The library of this content, from memory: what has been looked at is what is loaded, and no
+    file can be cut off under the process that runs it. Raises OSError."""
+    descriptor = os.memfd_create("minisrv-cpu.so")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(body)
+    # NOTE: it stays open, as the loader takes one path for one library.
+    return ctypes.CDLL(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
 def _vector_flags() -> list[str]:

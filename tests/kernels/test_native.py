@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisrv import cache
+from minisrv.cache import keep
 from minisrv.kernels import native as module
 from minisrv.kernels.attention import _compiled
 from minisrv.kernels.native import native
+from tests.test_cache import DAMAGE
 
 HAS_COMPILER = shutil.which(os.environ.get("CC", "cc")) is not None
 
@@ -82,15 +86,70 @@ def test_a_compiler_that_speaks_latin_1(
     assert "rreur" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def library() -> bytes:
+    """What the compiler makes, once for all tests that are not about compiling."""
+    compiler = module._compiler()
+    assert compiler is not None
+    return module._compile(compiler, [*module.FLAGS, *module._vector_flags()])
+
+
+@pytest.fixture
+def compiled(library: bytes, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """As often as it would have been compiled."""
+    times: list[bytes] = []
+
+    def compile_at_once(compiler: list[str], flags: list[str]) -> bytes:
+        times.append(library)
+        return library
+
+    monkeypatch.setattr(module, "_compile", compile_at_once)
+    return times
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
-def test_a_damaged_library_is_compiled_again(fresh: Path, tmp_path: Path) -> None:
-    """In processes of their own: what is loaded here must not be cut off."""
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_library_that_is_not_trusted_is_compiled_again(
+    damage: str, fresh: Path, compiled: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert native() is not None
+    [kept] = fresh.iterdir()
+    spoil, reason = DAMAGE[damage]
+    spoil(kept)
+    for _ in range(2):  # once is enough
+        native.cache_clear()
+        found = native()
+        assert found is not None
+        assert found["attention_float32"]
+    assert len(compiled) == 2
+    [record] = caplog.records
+    assert reason in record.getMessage()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
+def test_a_library_that_was_cut_off_stops_no_start(fresh: Path) -> None:
+    """A real one, in processes of their own: some of its pages are not there when they are run."""
     program = "import torch; from minisrv.kernels.native import native; assert native()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    [library] = fresh.iterdir()
-    library.write_bytes(b"")
+    [kept] = fresh.iterdir()
+    body = kept.read_bytes()
+    kept.write_bytes(body[: len(body) // 2])
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-    assert library.stat().st_size > 1000
+    assert len(kept.read_bytes()) == len(body)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
+def test_a_library_for_another_machine_is_compiled_again(
+    fresh: Path, compiled: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole, and not to be loaded: a home may be shared by machines with other C libraries."""
+    assert native() is not None
+    [path] = fresh.iterdir()
+    keep(path, b"no library at all")
+    native.cache_clear()
+    assert native() is not None
+    assert len(compiled) == 2
+    assert "cannot be loaded and is compiled again" in caplog.text
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
@@ -99,42 +158,75 @@ def test_a_compiler_with_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch)
     assert native() is not None
 
 
-def test_a_directory_that_cannot_be_written(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+@pytest.mark.parametrize("name", ['cc "', "no-such-compiler", "./no-such-compiler"])
+def test_a_compiler_that_cannot_be(name: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", name)
+    assert native() is None
+
+
+def test_the_working_directory_holds_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv("CC", executable(tmp_path / "any", "#!/bin/sh\nexit 0\n"))
-    with caplog.at_level(logging.WARNING):
-        assert native() is None
-    assert "by torch's operations" in caplog.text
+    """Which an empty item of PATH means, and what a compiler starts is not looked for there."""
+    executable(tmp_path / "cc", "#!/bin/sh\nexit 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f":.:{tmp_path / 'missing'}")
+    monkeypatch.delenv("CC", raising=False)
+    assert module._compiler() is None
+    monkeypatch.setenv("CC", "./cc -O1")  # as it was asked for
+    assert module._compiler() == [str(tmp_path / "cc"), "-O1"]
+    assert module._run(["/bin/pwd"]) == "/\n"
 
 
-def test_a_directory_that_others_may_write_is_not_trusted(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
+@pytest.mark.parametrize("trouble", ["no directory", "not trusted", "no home", "full"])
+def test_without_a_cache_it_is_compiled_at_each_start(
+    trouble: str,
+    fresh: Path,
+    compiled: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    fresh.mkdir()
-    fresh.chmod(0o777)
-    monkeypatch.setenv("CC", executable(tmp_path / "any", "#!/bin/sh\nexit 0\n"))
-    with caplog.at_level(logging.WARNING):
-        assert native() is None
-    assert "others may write" in caplog.text
-
-
-def test_no_home(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """A container may run as a user that no file knows."""
+    """A container may run as a user that no file knows, and on a disk that is read-only or full."""
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(module.Path, "home", nobody)
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if trouble == "no directory":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif trouble == "not trusted":
+        fresh.mkdir()
+        fresh.chmod(0o777)
+    elif trouble == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(module.Path, "home", nobody)
+    else:
+        monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", full)
+    for _ in range(2):
+        native.cache_clear()
+        assert native() is not None
+    assert len(compiled) == 2
+    reasons = {
+        "no directory": "Not a directory",
+        "not trusted": "others may write to",
+        "no home": "home directory",
+        "full": "No space left",
+    }
+    assert reasons[trouble] in caplog.text
+
+
+def test_a_compiler_without_a_place_for_its_files(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CC", executable(tmp_path / "any", "#!/bin/sh\nexit 0\n"))
-    with caplog.at_level(logging.WARNING):
-        assert native() is None
-    assert "home directory" in caplog.text
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "missing"))
+    assert native() is None
+    assert "by torch's operations" in caplog.text
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
