@@ -7,7 +7,7 @@ Knows nothing of torch: dtypes are strings here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from minisrv.errors import ConfigError
@@ -18,8 +18,34 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
-MAX_LAUNCH_US = 10_000
-MAX_API_WORKERS = 64
+
+_WEEK = 7 * 24 * 3600
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_model_len": (2, 1 << 27),
+    "max_num_seqs": (1, 8192),
+    "max_num_batched_tokens": (1, 1 << 20),
+    "block_size": (1, 4096),
+    "num_kv_blocks": (2, 1 << 27),
+    "kv_cache_memory": (1, 1 << 50),
+    "max_waiting": (0, 1 << 20),
+    "seed": (-1 << 63, (1 << 63) - 1),
+    "cudagraph_capture_sizes": (1, 1 << 20),
+    "simulate_launch_us": (0, 10_000),  # a GPU's launch takes about 10
+    "port": (0, 65535),
+    "api_workers": (1, 64),
+    "shutdown_timeout": (0, _WEEK),
+    "engine_timeout": (1, _WEEK),
+    "request_timeout": (0, _WEEK),
+    "max_requests_per_key": (0, 1 << 20),
+    "batch_sizes": (1, 8192),
+    "context": (1, 1 << 27),
+    "rounds": (1, 10_000),
+    "temperature": (0, 2),
+    "max_tokens": (1, 1 << 27),
+}
+"""The least and the most of every number, for any machine and model: what is beyond would be taken
+at its word, and take all memory or all time. What one machine and one model allow is less
+(`engine.memory`)."""
 
 
 @dataclass(frozen=True)
@@ -100,31 +126,25 @@ class EngineConfig:
                     f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
                     "leave dtype out."
                 )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _at_least(name, getattr(self, name), 1)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        _check_numbers(self)
+        if not 0 < _number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be "
                 "in (0, 1]."
             )
-        for name, least in (("max_model_len", 2), ("num_kv_blocks", 2), ("kv_cache_memory", 1)):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), least)
-        _at_least("max_waiting", self.max_waiting, 0)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}, or a full decode batch does not fit a step."
             )
         sizes = self.cudagraph_capture_sizes
-        if sizes is not None and (not sizes or min(sizes) < 1):
+        if sizes is not None and not sizes:
+            raise ConfigError("cudagraph_capture_sizes is empty; name a size, or leave it out.")
+        if sizes is not None and max(sizes) > self.max_num_batched_tokens:
             raise ConfigError(
-                f"cudagraph_capture_sizes={list(sizes)} must be one or more positive integers."
-            )
-        if not 0 <= self.simulate_launch_us <= MAX_LAUNCH_US:
-            raise ConfigError(
-                f"simulate_launch_us={self.simulate_launch_us} is not allowed; it must be in "
-                f"[0, {MAX_LAUNCH_US}] (a GPU's launch takes about 10)."
+                f"cudagraph_capture_sizes name {max(sizes)}, and no step has more than "
+                f"max_num_batched_tokens={self.max_num_batched_tokens} tokens; leave out what is "
+                "larger, or raise that."
             )
 
     @property
@@ -180,9 +200,7 @@ class ServerConfig:
     disable_uvicorn_access_log: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("engine_timeout", self.engine_timeout, 1)
-        _at_least("request_timeout", self.request_timeout, 0)
-        _at_least("max_requests_per_key", self.max_requests_per_key, 0)
+        _check_numbers(self)
         if self.max_requests_per_key and not self.api_keys:
             raise ConfigError("max_requests_per_key counts by API key, and there is none.")
         if not all(key.isprintable() and key.isascii() and key.split() for key in self.api_keys):
@@ -192,14 +210,6 @@ class ServerConfig:
         if not self.host:
             # It would be all addresses, and comes of a variable that was not set.
             raise ConfigError("host is empty; write 0.0.0.0 to listen on all addresses.")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port} is not allowed; it must be in [0, 65535].")
-        _at_least("shutdown_timeout", self.shutdown_timeout, 0)
-        if not 1 <= self.api_workers <= MAX_API_WORKERS:
-            raise ConfigError(
-                f"api_workers={self.api_workers} is not allowed; it must be in "
-                f"[1, {MAX_API_WORKERS}]."
-            )
 
 
 @dataclass(frozen=True)
@@ -221,10 +231,7 @@ class BenchConfig:
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        if any(size < 1 for size in self.batch_sizes):
-            raise ConfigError(f"batch_sizes={list(self.batch_sizes)} must be positive integers.")
-        _at_least("context", self.context, 1)
-        _at_least("rounds", self.rounds, 1)
+        _check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -247,12 +254,7 @@ class ChatConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise ConfigError(
-                f"temperature={self.temperature} is not allowed; it must be in [0, 2]."
-            )
-        if self.max_tokens is not None:
-            _at_least("max_tokens", self.max_tokens, 1)
+        _check_numbers(self)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -260,8 +262,27 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} is not allowed; choose from: {', '.join(allowed)}.")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is not allowed; it must be an integer.")
-    if value < least:
-        raise ConfigError(f"{name}={value} is not allowed; it must be at least {least}.")
+def _check_numbers(settings: object) -> None:
+    """Raise ConfigError for a number of a settings object that is out of its bounds, or is none."""
+    for setting in fields(settings):  # type: ignore[arg-type]
+        if setting.name not in _BOUNDS:
+            continue
+        name, value = setting.name, getattr(settings, setting.name)
+        least, most = _BOUNDS[name]
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is None and setting.default is None:
+                continue
+            if "float" not in setting.type and not _is_whole(one):
+                raise ConfigError(f"{name}={one!r} is not allowed; it must be an integer.")
+            if not least <= _number(name, one) <= most:
+                raise ConfigError(f"{name}={one} is not allowed; it must be in [{least}, {most}].")
+
+
+def _number(name: str, value: object) -> float:
+    if not (isinstance(value, float) or _is_whole(value)):
+        raise ConfigError(f"{name}={value!r} is not allowed; it must be a number.")
+    return value  # type: ignore[return-value]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -219,7 +219,7 @@ def length(text: str) -> int | None:
     """Tokens as for vLLM: 4096, 4k for 4000, 4K for 4096, or auto, which is None."""
     if text == "auto":
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kK]?)", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kK]?)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no length; write 4096, 4K or auto")
     return int(float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]])
@@ -240,7 +240,7 @@ def names(text: str) -> list[str]:
 
 def size(text: str) -> int:
     """Bytes."""
-    match = re.fullmatch(r"(\d+)([kmg]?)(i?b)?", text.lower())
+    match = re.fullmatch(r"(\d{1,18})([kmg]?)(i?b)?", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 2G")
     return int(match[1]) * _UNITS[match[2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ import torch
 
 from minisrv import cli
 from minisrv.cli import engine_config, main
-from minisrv.config import BenchConfig, EngineConfig, ServerConfig
+from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig
 from minisrv.engine.core import dtype_name, resolve_dtype
-from minisrv.flags import field_docs
+from minisrv.errors import ConfigError
+from minisrv.flags import field_docs, flag_name
 from minisrv.vllm_flags import FLAGS, why_not_here
 
 COMMANDS = cli._parser()._subparsers._group_actions[0].choices
@@ -137,3 +139,75 @@ def test_dtypes_have_two_names(name: str, dtype: str) -> None:
     resolved = resolve_dtype(config, model, torch.device("cpu"))
     assert resolved is getattr(torch, dtype)
     assert dtype_name(resolved) == dtype
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+NUMBERS = [
+    (command, kind, setting.name)
+    for command, kind in (
+        ("serve", EngineConfig),
+        ("serve", ServerConfig),
+        ("bench", BenchConfig),
+        ("chat", ChatConfig),
+    )
+    for setting in fields(kind)
+    if {"int", "float"} & set(re.findall(r"\w+", str(setting.type)))
+]
+HUGE = ("1" + 20 * "0", "1" + 40 * "0", "9" * 5000, "1e300", "inf", "Infinity")
+BELOW = ("-1", "-1" + 20 * "0", "-inf", "nan", "-1e300")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """The exit status of a command, and the last line that it says."""
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = int(ended.code)
+    return status, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*arguments: object) -> int:
+        raise AssertionError("it was not refused")
+
+    for place in ("server.launcher.serve", "bench.bench", "chat.terminal.Terminal"):
+        monkeypatch.setattr(f"minisrv.{place}", started)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(("command", "kind", "name"), NUMBERS)
+def test_numbers_out_of_bounds(
+    command: str, kind: type, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every number has a least and a most, and what is beyond is refused at once, by name."""
+    for value in (*HUGE, *BELOW):
+        if (name, value) == ("seed", "-1"):
+            continue
+        status, said = answer(capsys, command, f"{flag_name(name)}={value}")
+        assert status in (1, 2), value
+        assert name in said or flag_name(name) in said, value
+        assert ": error: " in said
+
+
+@pytest.mark.parametrize(("command", "kind", "name"), NUMBERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, -(10**400), "8", True])
+def test_settings_that_are_no_numbers(command: str, kind: type, name: str, value: object) -> None:
+    """As Python's callers may give them."""
+    given = (value,) if str(kind.__dataclass_fields__[name].type).startswith("tuple") else value
+    with pytest.raises(ConfigError, match=name):
+        kind(**{name: given})
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "k", "1" * 16 + "K"])
+def test_a_length_too_long_to_be_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no length" in refused(capsys, "plan", "--max-model-len", text)[-1]
+
+
+def test_a_graph_larger_than_any_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """It took all memory: the first size that holds a full batch is captured."""
+    status, said = answer(capsys, "plan", "--cudagraph-capture-sizes", "1", "999999")
+    assert status == 1
+    assert "cudagraph_capture_sizes name 999999" in said
+    assert "max_num_batched_tokens=512" in said

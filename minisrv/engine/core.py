@@ -29,6 +29,7 @@ from minisrv.engine.memory import (
     KVCacheShape,
     cache_before_loading,
     check_fits,
+    check_sizes,
     fit_context,
     num_kv_blocks,
     plan_memory,
@@ -44,6 +45,7 @@ from minisrv.model_config import ModelConfig
 from minisrv.nn.loader import load_model
 from minisrv.progress import StartupClock
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
+from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.launches import simulate_launches
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
@@ -147,10 +149,13 @@ class EngineCore:
         dtype = resolve_dtype(config, told, device)
         available = cache_before_loading(config, told, device, dtype)
         context = fit_context(config, told, dtype, context_length(config, told), available)
-        before_loading(
-            context,
-            num_kv_blocks(config, KVCacheShape.of(config, told, context, dtype), available),
+        most_blocks = num_kv_blocks(
+            config, KVCacheShape.of(config, told, context, dtype), available
         )
+        if device.type == "cpu":
+            sizes = BufferSizes.of(self.ladders, context, config.block_size)
+            check_sizes(config, told, dtype, sizes, most_blocks)
+        before_loading(context, most_blocks)
         model_config = told.for_context(context)
         if device.type == "cpu":
             with self._timed("kernels"):

@@ -18,6 +18,7 @@ from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError
 from minisrv.machine import available_memory
 from minisrv.model_config import ModelConfig
+from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 CPU_SHARE = 0.5
 """Of the memory that weights leave on a CPU, what the KV cache may take. It is not taken before
 tokens fill it."""
+
+HOST_BYTES_PER_BLOCK = 150
+"""What the scheduler keeps of each block, in Python's objects."""
 
 PROBE_BLOCKS = 4
 """Blocks that each row of a probe may use, besides one full context."""
@@ -59,20 +63,58 @@ def cache_before_loading(
     """
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory
-    itemsize = 1 if config.quantization == "int8" else dtype.itemsize
-    weights = model.num_parameters * itemsize
+    weights = _weights(config, model, device, dtype)
     if device.type == "cuda":
         available = _allowed(config, device) - _used(device)
     else:
         available = available_memory()
-        if model.tie_word_embeddings:  # the output projection has a layout of its own
-            weights += model.vocab_size * model.hidden_size * itemsize
     if weights >= available:
         raise ConfigError(
             f"the weights take {mebibytes(weights)}, and {mebibytes(max(0, available))} of memory "
             f"are to be had on {device}; serve a smaller model or dtype, or end what else uses it."
         )
     return available - weights if device.type == "cuda" else int(CPU_SHARE * (available - weights))
+
+
+def check_sizes(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    sizes: BufferSizes,
+    num_blocks: int,
+) -> None:
+    """Raise ConfigError where what the settings ask for cannot be had on this machine, before any
+    of it is allocated: a CPU's memory is handed out before it is there, and taken until the kernel
+    ends a process. A GPU's allocator says so by itself.
+
+    num_blocks: of the KV cache.
+    """
+    shape = KVCacheShape.of(config, model, sizes.blocks_per_row * sizes.block_size, dtype)
+    graphs = " and --cudagraph-capture-sizes" if config.cudagraph_capture_sizes else ""
+    left = available_memory() - _weights(config, model, torch.device("cpu"), dtype)
+    for nbytes, what, flags in (
+        (
+            sizes.bytes_of_rows(model, dtype.itemsize),
+            f"{sizes.rows} requests in a batch",
+            f"--max-num-seqs{graphs}",
+        ),
+        (
+            sizes.bytes_of_tokens(model, dtype.itemsize),
+            f"{sizes.tokens} tokens in a step",
+            f"--max-num-batched-tokens{graphs}",
+        ),
+        (
+            num_blocks * (shape.per_block + HOST_BYTES_PER_BLOCK),
+            f"{num_blocks} KV blocks",
+            "--num-kv-blocks" if config.num_kv_blocks is not None else "--kv-cache-memory",
+        ),
+    ):
+        if nbytes > left:
+            raise ConfigError(
+                f"{what} take {mebibytes(nbytes)} of memory, and {mebibytes(max(0, left))} are "
+                f"left for them; lower {flags}."
+            )
+        left -= nbytes
 
 
 def fit_context(
@@ -188,6 +230,18 @@ def check_fits(
 def mebibytes(nbytes: int) -> str:
     """For people."""
     return f"{nbytes / 2**20:.1f} MiB"
+
+
+def _weights(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Bytes that the weights will take."""
+    itemsize = 1 if config.quantization == "int8" else dtype.itemsize
+    weights = model.num_parameters * itemsize
+    if device.type == "cpu" and model.tie_word_embeddings:
+        # The output projection has a layout of its own.
+        weights += model.vocab_size * model.hidden_size * itemsize
+    return weights
 
 
 def _allowed(config: EngineConfig, device: torch.device) -> int:

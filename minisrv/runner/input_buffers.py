@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisrv.core.kv_cache import NULL_SLOT
+from minisrv.core.ladder import Ladders
 from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
 from minisrv.kernels import ALL, Write, gather_decode_op, gather_mixed_op, scatter_op, write_values
@@ -41,6 +42,33 @@ class BufferSizes:
     slots: int
     blocks_per_row: int
     block_size: int
+
+    @classmethod
+    def of(cls, ladders: Ladders, max_model_len: int, block_size: int) -> BufferSizes:
+        """For the steps and the graphs of `ladders`."""
+        return cls(
+            rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
+            tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
+            slots=ladders.max_num_seqs + 1,
+            blocks_per_row=-(-max_model_len // block_size),
+            block_size=block_size,
+        )
+
+    def bytes_of_rows(self, model: ModelConfig, itemsize: int) -> int:
+        """Of memory that rows and slots take at least: what is allocated for each here, and logits
+        once more in float32, which sampling makes.
+
+        itemsize: of the model's dtype, in bytes.
+        """
+        per_row = 4 * self.blocks_per_row + model.vocab_size // 8 + model.vocab_size * itemsize
+        per_row += 4 * model.vocab_size
+        return self.rows * per_row + self.slots * 4 * self.blocks_per_row
+
+    def bytes_of_tokens(self, model: ModelConfig, itemsize: int) -> int:
+        """Of memory that tokens take at least: what is allocated for each here, and the widest that
+        the model makes of it, gate and up."""
+        wide = model.qkv_size + model.q_size + model.hidden_size + 2 * model.intermediate_size
+        return self.tokens * (4 * 8 + wide * itemsize)
 
 
 def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -84,13 +84,7 @@ class ModelRunner:
         allowed: AllowedTokens | None = None,
         check_addresses: bool = False,
     ) -> None:
-        sizes = BufferSizes(
-            rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
-            tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
-            slots=ladders.max_num_seqs + 1,
-            blocks_per_row=-(-max_model_len // block_size),
-            block_size=block_size,
-        )
+        sizes = BufferSizes.of(ladders, max_model_len, block_size)
         self.limits = BatchLimits(
             rows=ladders.max_num_seqs,
             tokens=ladders.max_num_batched_tokens,

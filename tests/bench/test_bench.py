@@ -160,7 +160,7 @@ def test_modes_without_graphs_are_left_out(
     [
         (["--enforce-eager"], "leave out --enforce-eager"),
         (["--batch-sizes", "5"], "more than max_num_seqs=4"),
-        (["--batch-sizes", "0"], "positive"),
+        (["--batch-sizes", "0"], "batch_sizes=0 is not allowed"),
         (["--context", "600"], "the context is 512"),
         (["--max-model-len", "1024"], "use at most 512"),
         (["--max-model-len", "128", "--context", "128"], "the context is 128"),

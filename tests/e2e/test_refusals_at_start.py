@@ -92,6 +92,12 @@ def test_capture_sizes_that_leave_a_gap(start: Start) -> None:
     assert_refused(server, "cudagraph_capture_sizes", "add 8 to the sizes")
 
 
+def test_a_graph_that_no_memory_holds(start: Start) -> None:
+    """By arithmetic, before anything is allocated."""
+    server = start(*SMALL, "--cudagraph-capture-sizes", "8", "999999")
+    assert_refused(server, "cudagraph_capture_sizes name 999999", "max_num_batched_tokens=64")
+
+
 def test_full_graphs_on_a_cpu(start: Start) -> None:
     """Seen before torch is imported."""
     server = start(*SMALL, "--device", "cpu", "--cudagraph-mode", "full")

@@ -93,10 +93,35 @@ def test_weights_that_do_not_fit_are_refused_as_what_they_are(monkeypatch):
 def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     """As `minisrv serve Qwen/Qwen3-0.6B` on a CPU, which could not start with defaults."""
     checkpoint = str(make_checkpoint(tmp_path, "llama"))
-    monkeypatch.setattr(memory, "available_memory", lambda: 5 * 10**5)
-    engine = EngineCore(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True))
+    monkeypatch.setattr(memory, "available_memory", lambda: 6 * 10**5)
+    few = {"max_num_seqs": 8, "max_num_batched_tokens": 8}
+    engine = EngineCore(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, **few))
     assert 16 <= engine.info.max_model_len < 512
     assert engine.info.max_model_len == engine.scheduler.pool.capacity
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"max_num_seqs": 8192, "max_num_batched_tokens": 8192}, "8192 requests .*--max-num-seqs"),
+        ({"max_num_batched_tokens": 1 << 20}, "1048576 tokens .*--max-num-batched-tokens"),
+        (
+            {"max_num_batched_tokens": 6000, "cudagraph_capture_sizes": (1, 2, 6000)},
+            "6000 requests in a batch .*--max-num-seqs and --cudagraph-capture-sizes",
+        ),
+        ({"num_kv_blocks": 10**7}, "10000000 KV blocks .*--num-kv-blocks"),
+        ({"kv_cache_memory": 1 << 50, "max_num_seqs": 300}, "KV blocks .*--kv-cache-memory"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_any_of_it_is_taken(
+    flags, words, monkeypatch, tmp_path
+):
+    checkpoint = str(make_checkpoint(tmp_path, "llama", vocab_size=1 << 10))
+    monkeypatch.setattr(memory, "available_memory", lambda: 40 << 20)
+    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    limits = {"max_num_seqs": 4, **flags}
+    with pytest.raises(ConfigError, match=words):
+        EngineCore(EngineConfig(model=checkpoint, device="cpu", **limits))
 
 
 def test_blocks_that_are_asked_for_are_taken_as_they_are():

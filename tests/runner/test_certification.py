@@ -66,7 +66,7 @@ def test_a_cache_too_small_for_a_full_batch_certifies_what_it_holds(checkpoint, 
 
 
 def test_user_sizes_above_the_limits_certify(checkpoint):
-    engine = start(checkpoint, cudagraph_capture_sizes=(4, 64))
+    engine = start(checkpoint, max_num_batched_tokens=64, cudagraph_capture_sizes=(4, 64))
     assert engine.ladders.decode == (4, 64)
     assert engine.ladders.mixed == (4, 64)
 
