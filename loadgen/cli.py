@@ -125,7 +125,10 @@ def _ab(arguments: argparse.Namespace) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     environment = Environment.here()
-    logs = Path(tempfile.mkdtemp(prefix="loadgen-ab-"))
+    try:
+        logs = Path(tempfile.mkdtemp(prefix="loadgen-ab-"))
+    except OSError as error:
+        raise ConfigError(f"no place for the servers' logs: {error}; set TMPDIR to one") from None
     with ExitStack() as stack:
         servers: list[Server] = []
         sides: list[ab.Side] = []

@@ -25,6 +25,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from minisrv.processes import map_shared
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FIRST_TOKEN_BUCKETS = (
@@ -97,12 +99,7 @@ class _Rows:
 
     def __init__(self, path: Path | None, length: int, worker: int, workers: int) -> None:
         size = 8 * length * workers
-        if path is None:
-            numbers = mmap.mmap(-1, size)
-        else:
-            with path.open("ab+") as file:
-                file.truncate(size)
-                numbers = mmap.mmap(file.fileno(), size)
+        numbers = mmap.mmap(-1, size) if path is None else map_shared(path, size)
         everything = memoryview(numbers).cast("d")
         self.rows = [everything[n * length : (n + 1) * length] for n in range(workers)]
         self.own = self.rows[worker]

@@ -10,6 +10,7 @@ Knows: how a process starts and ends, on Linux. Knows nothing of what it does.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from minisrv import logs
+from minisrv.errors import ConfigError
 from minisrv.import_path import without_working_directory
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -89,6 +91,17 @@ class ChildProcess:
         self._process.join()
         return self.exit_status
 
+    def obituary(self) -> str:
+        """How it has ended, for people: waits for its end, and leaves its number to it, by which
+        others may be watching it."""
+        try:
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:  # it has been waited for
+            return how_it_ended(self.exit_status)
+        assert found is not None, "it has been waited for"
+        by_itself = found.si_code == os.CLD_EXITED
+        return how_it_ended(found.si_status if by_itself else -found.si_status)
+
     def stop(self) -> None:
         """End the process at once and wait for it. May be called twice.
 
@@ -98,6 +111,40 @@ class ChildProcess:
         if self._process.pid is not None:
             self._process.kill()
             self._process.join()
+
+
+def how_it_ended(exit_status: int | None) -> str:
+    """An exit status in words."""
+    if exit_status is None or exit_status >= 0:
+        return f"with status {exit_status}"
+    try:
+        name = signal.Signals(-exit_status).name
+    except ValueError:  # one of the real-time signals, which have no names of their own
+        name = f"signal {-exit_status}"
+    return f"by {name} (the kernel's log, dmesg, may tell why: of memory that ran out, or a fault)"
+
+
+def unusable_temporary_directory(error: OSError) -> ConfigError:
+    """What to say where the private directory, or a file in it, cannot be made."""
+    return ConfigError(
+        f"there is no temporary directory that can be used ({error.strerror or error}); set TMPDIR "
+        "to one that can be written to and has some megabytes left."
+    )
+
+
+def map_shared(path: Path, size: int) -> mmap.mmap:
+    """A file of the private directory that several processes map; made, of zeros, by the first.
+
+    size: in bytes.
+    Raises ConfigError where there is no room for it.
+    """
+    try:
+        with path.open("a+b") as file:
+            # Not `truncate`: to write where no room has been set aside would end the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise unusable_temporary_directory(error) from error
 
 
 @contextmanager

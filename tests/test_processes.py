@@ -1,9 +1,11 @@
-"""How a child process starts: with nothing of the working directory, which may be a stranger's
-checkpoint, with a module named as one of the standard library."""
+"""How a child process starts, with nothing of the working directory, which may be a stranger's
+checkpoint, with a module named as one of the standard library; and what is told of its end."""
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from minisrv import import_path
+from minisrv.errors import ConfigError
 from minisrv.import_path import ROOT, without_working_directory
-from minisrv.processes import ChildProcess, safe_path
+from minisrv.processes import ChildProcess, map_shared, safe_path
 from tests.traps import set_traps
 
 
@@ -92,3 +95,48 @@ def test_only_the_command_changes_its_own_path(monkeypatch: pytest.MonkeyPatch) 
     assert not is_ours(["-m", "minisrv"], ["python", "-m", "app", "minisrv"])
     assert not is_ours(["-c"], ["python", "-c", "import minisrv"])
     assert not is_ours([""], ["python"])
+
+
+def end_by(how: int) -> None:
+    """Exit with a status, or for a negative one die of a signal."""
+    if how < 0:
+        signal.raise_signal(-how)
+    os._exit(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (0, "with status 0"),
+        (3, "with status 3"),
+        (-signal.SIGKILL, "by SIGKILL (the kernel's log, dmesg,"),
+        (-signal.SIGBUS, "by SIGBUS (the kernel's log, dmesg,"),
+        (-(signal.SIGRTMIN + 3), f"by signal {signal.SIGRTMIN + 3} ("),
+    ],
+)
+def test_how_a_child_has_ended(how: int, words: str, tmp_path: Path) -> None:
+    """Its number stays its own until it is waited for: others watch it by that."""
+    child = ChildProcess("test", end_by, how, private_dir=tmp_path / "private")
+    assert child.obituary().startswith(words)
+    os.close(os.pidfd_open(child.pid))
+    assert child.wait() == how
+    assert child.obituary().startswith(words)
+
+
+def test_a_shared_file_has_its_room_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write to a mapped file for which there is none left ends a process by SIGBUS."""
+    first, second = (map_shared(tmp_path / "file", 8) for _ in range(2))
+    first[3] = 7
+    assert second[:] == bytes([0, 0, 0, 7, 0, 0, 0, 0])
+    assert (tmp_path / "file").stat().st_blocks > 0
+    with pytest.raises(ConfigError, match="No such file .*; set TMPDIR"):
+        map_shared(tmp_path / "missing" / "file", 8)
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match="No space left .*; set TMPDIR"):
+        map_shared(tmp_path / "another", 8)

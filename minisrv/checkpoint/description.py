@@ -15,7 +15,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -199,7 +198,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     path = path if ROOT in path else [ROOT, *path]
     try:
         # A file of its own: libraries, and what an environment runs at its start, may print.
-        with tempfile.TemporaryFile() as answer:
+        with os.fdopen(os.memfd_create("minisrv-answer"), "r+b") as answer:
             done = subprocess.run(
                 [*command, *directories, str(answer.fileno())],
                 capture_output=True,

@@ -56,6 +56,9 @@ class EngineState(enum.StrEnum):
     DEAD = "dead"
 
 
+LAST_WORDS_SECONDS = 0.05
+"""What the engine said before it ended may take to be read from the socket."""
+
 STATS_SECONDS = 1.0
 """What the engine gets to say its counters; a step may take longer."""
 
@@ -80,9 +83,17 @@ class EngineClient:
     """A connection to an engine. Its methods belong to one event loop.
 
     name: this worker's; one that takes a dead worker's place has the same.
+    obituary_seconds: what the engine's parent gets to say how it has ended (`engine_ended`), which
+        nobody else is told by the kernel.
     """
 
-    def __init__(self, address: str, engine_pid: int, name: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        engine_pid: int,
+        name: str,
+        obituary_seconds: float = LAST_WORDS_SECONDS,
+    ) -> None:
         self.admission = Admission()
         self._address = address
         self._engine_pid = engine_pid
@@ -92,7 +103,9 @@ class EngineClient:
         self._stats = EngineStats()
         self._stats_asked: deque[asyncio.Future[None]] = deque()
         self._loading = Loading("starting")
-        self._death = EngineDeadError("the engine has ended unexpectedly; see its log.")
+        self._obituary_seconds = obituary_seconds
+        self._end: asyncio.TimerHandle | None = None
+        self._death = _unexpected("")
         self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
         self._aborts: list[str] = []
@@ -141,13 +154,24 @@ class EngineClient:
         self._socket.connect(self._address)
         self._loop.add_reader(self._socket.FD, self._read)
         # A process file descriptor becomes readable when the process ends, whoever its parent is.
-        self._pidfd = os.pidfd_open(self._engine_pid)
-        self._loop.add_reader(self._pidfd, self._on_exit)
+        try:
+            self._pidfd = os.pidfd_open(self._engine_pid)
+            self._loop.add_reader(self._pidfd, self._on_exit)
+        except ProcessLookupError:  # it has ended already
+            self._pidfd = -1
+            self._die_in(self._obituary_seconds)
         self._send(Hello())
 
     async def settled(self) -> None:
         """Wait until the engine is ready or dead."""
         await self._settled.wait()
+
+    def engine_ended(self, how: str) -> None:
+        """The engine's parent has seen it end: how, in words that go on from that."""
+        if self._death.message == _unexpected("").message:  # else it has said why itself
+            self._death = _unexpected(f", {how}")
+        self._unwatch()
+        self._die_in(LAST_WORDS_SECONDS)
 
     def drain(self) -> None:
         """Refuse new requests from now on; open ones go on."""
@@ -286,10 +310,17 @@ class EngineClient:
 
     def _on_exit(self) -> None:
         self._unwatch()
-        # The last words may still be in the socket; they are read before this runs.
-        self._loop.call_later(0.05, self._die)
+        self._die_in(self._obituary_seconds)
+
+    def _die_in(self, seconds: float) -> None:
+        """Let what is on its way be heard before."""
+        if self._end is not None:
+            self._end.cancel()
+        self._end = self._loop.call_later(seconds, self._die)
 
     def _die(self) -> None:
+        if self._state is EngineState.DEAD:
+            return
         if self._state is not EngineState.LOADING:  # else it is the caller's to say
             logger.error("every request is refused from now on: %s", self._death.message)
         self._state = EngineState.DEAD
@@ -316,3 +347,7 @@ class EngineClient:
         if isinstance(error, QueueFullError):
             error.retry_after = self.admission.retry_after
         return error
+
+
+def _unexpected(how: str) -> EngineDeadError:
+    return EngineDeadError(f"the engine has ended unexpectedly{how}; see its log.")

@@ -10,13 +10,14 @@ Knows: a file. Knows nothing of what the loop or the work does.
 
 from __future__ import annotations
 
-import mmap
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from minisrv.processes import map_shared
 
 _SIZE = struct.calcsize("d")
 
@@ -25,12 +26,11 @@ class Heartbeat:
     """One end of it. To make either is a beat.
 
     path: of the file; made if it is not there.
+    Raises ConfigError where it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("a+b") as file:
-            file.truncate(_SIZE)
-            self._map = mmap.mmap(file.fileno(), _SIZE)
+        self._map = map_shared(path, _SIZE)
         self._time = memoryview(self._map).cast("d")  # written and read as one
         self.beat()
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from minisrv.errors import AuthenticationError, KeyLimitError
+from minisrv.processes import map_shared
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What supervisors ask, and what tells nothing else."""
@@ -67,9 +67,7 @@ class KeyLimit:
     def __init__(self, path: Path, *, keys: int, limit: int, worker: int, workers: int) -> None:
         self._limit = limit
         size = 4 * keys * workers
-        with path.open("a+b") as file:
-            file.truncate(size)
-            self._map = mmap.mmap(file.fileno(), size)
+        self._map = map_shared(path, size)
         counts = memoryview(self._map).cast("i")
         self._of_all = [counts[key::keys] for key in range(keys)]
         self._own = counts[worker * keys : (worker + 1) * keys]

@@ -30,7 +30,7 @@ from minisrv.engine.messages import EngineInfo, Loading, Ready
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.machine import check_driver
-from minisrv.processes import PARENTS_SIGNALS
+from minisrv.processes import PARENTS_SIGNALS, unusable_temporary_directory
 from minisrv.progress import StartupClock, StartupProgress
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
 
@@ -74,8 +74,11 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
         root = engine.model or checkpoint.directory.name
         names = server.served_model_names or (root,)
         stop = stack.enter_context(_stop_signals())
-        private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
-        checkpoint.save(private_dir / CHECKPOINT)
+        try:
+            private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
+            checkpoint.save(private_dir / CHECKPOINT)
+        except OSError as error:
+            raise unusable_temporary_directory(error) from error
         clock.end("checkpoint")
         process = EngineProcess(
             engine, private_dir / CHECKPOINT, private_dir, log_stats=not server.disable_log_stats
@@ -113,6 +116,8 @@ class _Tree:
         self.workers: list[WorkerProcess] = []
         self.progress = StartupProgress()
         self.announced = False
+        self.engine_ended = False
+        self.hung = False
 
     def watch(self, stop: socket.socket, url: str, clock: StartupClock) -> bool:
         """Watch until a signal comes (True) or the server cannot go on (False)."""
@@ -121,6 +126,8 @@ class _Tree:
             while True:
                 lines = {worker.reports: worker for worker in self.workers}
                 ends = [worker.sentinel for worker in self.workers]
+                if not self.engine_ended:
+                    ends.append(self.engine.sentinel)
                 ready = wait([stop, *lines, *ends], timeout=WATCH_SECONDS)
                 before, last = last, time.monotonic()
                 if last - before < PAUSED_SECONDS:
@@ -128,6 +135,8 @@ class _Tree:
                 if stop in ready:
                     stop.recv(1)
                     return True
+                if not self.engine_ended and self.engine.sentinel in ready:
+                    self._tell_of_engine()
                 for worker in (lines[line] for line in ready if line in lines):
                     if not self._hear(worker, url, clock):
                         return False
@@ -160,7 +169,15 @@ class _Tree:
                 silent,
                 limit,
             )
+        self.hung = True
         self.engine.stop()
+
+    def _tell_of_engine(self) -> None:
+        """Tell the workers how the engine has ended, which the kernel tells its parent alone."""
+        self.engine_ended = True
+        how = "killed as it showed no sign of life" if self.hung else self.engine.obituary()
+        for worker in self.workers:
+            worker.engine_ended(how)
 
     def _hear(self, worker: WorkerProcess, url: str, clock: StartupClock) -> bool:
         """Take a report; whether the server can go on."""
@@ -184,7 +201,7 @@ class _Tree:
 
     def _replace(self, index: int, worker: WorkerProcess) -> bool:
         """Start another worker in the place of one that has died; whether the server can go on."""
-        what = f"API worker {index} (process {worker.pid}) has died, {_how(worker.wait())}"
+        what = f"API worker {index} (process {worker.pid}) has died, {worker.obituary()}"
         if not worker.is_ready or self.engine.exit_status is not None:
             logger.error("%s; the server ends.", what)
             return False
@@ -212,12 +229,6 @@ class _Tree:
         """End those that are left, at once."""
         for worker in self.workers:
             worker.stop()
-
-
-def _how(exit_status: int | None) -> str:
-    if exit_status is not None and exit_status < 0:
-        return f"by {signal.Signals(-exit_status).name}"
-    return f"with status {exit_status}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Knows: processes. Imports nothing of HTTP, which would take half a second before
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -70,6 +71,11 @@ class WorkerProcess(ChildProcess):
             super().__init__(
                 config.name, _main, config, listener, theirs, private_dir=config.private_dir
             )
+
+    def engine_ended(self, how: str) -> None:
+        """Tell it how the engine has ended."""
+        with suppress(OSError):  # it has died as well
+            self.reports.send(how)
 
     def drain(self) -> None:
         """Let it refuse new requests, finish the open ones and end."""

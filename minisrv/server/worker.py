@@ -1,7 +1,7 @@
 """An API worker: one event loop that serves HTTP and talks to the engine.
 
-It tells the launcher how the engine's start comes along and that it is ready itself, and ends when
-the launcher closes the line between them.
+It tells the launcher how the engine's start comes along and that it is ready itself, is told how
+the engine has ended, and ends when the launcher closes the line between them.
 
 Knows: uvicorn, and what an application needs. Knows nothing of other workers, but that they count
 in the same file.
@@ -30,6 +30,10 @@ from minisrv.server.http import BoundedProtocol, bound_writes
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
+OBITUARY_SECONDS = 5
+"""What the launcher gets to say how the engine has ended. It is told at once, but it may be stopped
+or busy, and without its word requests end with less of a reason."""
+
 LAST_WORDS_SECONDS = 2
 """What clients get to read the error that ends their requests when the server shuts down."""
 
@@ -37,19 +41,19 @@ LAST_WORDS_SECONDS = 2
 def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
     """Serve on `listener` until the launcher closes its end of the line."""
     bound_writes(listener)
-    client = EngineClient(config.address, config.engine_pid, config.name)
+    client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}
-    metrics = Metrics(config.private_dir / "metrics", **place)
     key_limit = None
-    if settings.max_requests_per_key:
-        key_limit = KeyLimit(
-            config.private_dir / "open-requests",
-            keys=len(settings.api_keys),
-            limit=settings.max_requests_per_key,
-            **place,
-        )
     try:
+        metrics = Metrics(config.private_dir / "metrics", **place)
+        if settings.max_requests_per_key:
+            key_limit = KeyLimit(
+                config.private_dir / "open-requests",
+                keys=len(settings.api_keys),
+                limit=settings.max_requests_per_key,
+                **place,
+            )
         checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
         app = create_app(
             client,
@@ -116,11 +120,14 @@ async def _serve(
 ) -> None:
     loop = asyncio.get_running_loop()
 
-    def end() -> None:
-        loop.remove_reader(launcher)
-        server.should_exit = True
+    def hear() -> None:
+        try:
+            client.engine_ended(launcher.recv())
+        except (EOFError, OSError):
+            loop.remove_reader(launcher)
+            server.should_exit = True
 
-    loop.add_reader(launcher, end)
+    loop.add_reader(launcher, hear)
     await client.start(lambda *phase: _tell(launcher, Loading(*phase)))
     settled = asyncio.create_task(_report(client, launcher))
     try:

@@ -27,6 +27,13 @@ ENGINE_TIMEOUT, LOADING_SECONDS = 2, 10
 """What an engine may be silent; while it loads, two minutes where nobody sets less."""
 
 
+HOW = {
+    signal.SIGKILL: "by SIGKILL (the kernel's log, dmesg, may tell why: of memory that ran out",
+    signal.SIGSTOP: "killed as it showed no sign of life",
+}
+"""What the log and every client is told of an engine's end."""
+
+
 @dataclass(frozen=True)
 class Death:
     """How an engine ends, and what it was doing.
@@ -86,6 +93,8 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     errors = [error_of(future) for future in futures]
     assert done == 0
     assert {error["code"] for error in errors} <= {"engine_dead"}
+    how = HOW[death.signum]
+    assert all(how in error["message"] for error in errors), errors
     slowest = max(ends, default=killed) - killed
     until(lambda: server.get("/ready").status_code == 503, "it is noticed")
     unready = time.monotonic() - killed
@@ -97,7 +106,7 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     # One that is killed is seen to end, and not only missed.
     silent = "the engine has finished no step for" in server.log
     assert silent == (death.signum == signal.SIGSTOP)
-    assert "the engine has ended unexpectedly" in server.log
+    assert f"the engine has ended unexpectedly, {how}" in server.log
     assert "Traceback" not in server.log
     return {
         **found,
@@ -147,7 +156,8 @@ def _die_loading(server: Server, signum: signal.Signals, rng: random.Random) -> 
         assert "the engine has shown no sign of life for 1" in server.log
     else:
         assert server.wait() == 1
-    assert "the engine did not start: the engine has ended unexpectedly" in server.log
+    told = f"the engine did not start: the engine has ended unexpectedly, {HOW[signum]}"
+    assert told in server.log
     assert "Traceback" not in server.log
     server.assert_nothing_left()
 
@@ -189,7 +199,8 @@ def test_the_engine_while_loading(start: Start, phase: str) -> None:
     until(lambda: phase in server.log, phase)
     os.kill(server.engine_pid(), signal.SIGKILL)
     assert server.wait() == 1
-    assert "the engine did not start: the engine has ended unexpectedly" in server.log
+    how = HOW[signal.SIGKILL]
+    assert f"the engine did not start: the engine has ended unexpectedly, {how}" in server.log
     assert "Traceback" not in server.log
     server.assert_nothing_left()
 

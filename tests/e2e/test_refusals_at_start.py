@@ -116,3 +116,16 @@ def test_a_gpu_where_there_is_no_driver(start: Start) -> None:
 
 def test_a_temporary_directory_too_deep_for_a_socket(start: Start) -> None:
     assert_refused(start(*SMALL, temporary="d" * 100), "set TMPDIR to a shorter directory")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("import tempfile; tempfile.tempdir = '/nowhere/at/all'", "No such file or directory"),
+        # A file may have as little as this; a full disk is not to be had in a test.
+        ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "too large"),
+    ],
+)
+def test_no_temporary_directory_that_can_be_used(start: Start, trouble: str, words: str) -> None:
+    server = start(*SMALL, before=trouble)
+    assert_refused(server, "no temporary directory that can be used", words, "set TMPDIR")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from minisrv.engine.messages import (
     EngineInfo,
     EngineMessage,
     EngineStats,
+    Failed,
     Hello,
     Ready,
     StepOutputs,
@@ -26,7 +28,7 @@ from minisrv.engine.messages import (
     decode_worker_message,
     encode,
 )
-from minisrv.errors import EngineDeadError, QueueFullError
+from minisrv.errors import EngineDeadError, EngineError, QueueFullError
 from minisrv.request import (
     EngineOutput,
     EngineRequest,
@@ -178,3 +180,37 @@ async def test_what_cannot_be_read_ends_every_request(tmp_path: Path) -> None:
         with pytest.raises(EngineDeadError, match="cannot be read"):
             await first
         assert client.state is EngineState.DEAD
+
+
+async def test_the_engines_parent_says_how_it_has_ended(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        first = asyncio.ensure_future(anext(client.generate([request("a")])))
+        await engine.hear()
+        client.engine_ended("by SIGKILL")
+        with pytest.raises(EngineDeadError, match="has ended unexpectedly, by SIGKILL; see its"):
+            await first
+        assert client.state is EngineState.DEAD
+
+
+async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        first = asyncio.ensure_future(anext(client.generate([request("a")])))
+        await engine.hear()
+        await engine.say(Failed(RequestFailure.of(EngineError("it was tired."))))
+        client.engine_ended("with status 1")
+        with pytest.raises(EngineDeadError, match="it was tired"):
+            await first
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_an_engine_that_had_ended_before_anybody_watched(tmp_path: Path, told: bool) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    client = EngineClient(f"ipc://{tmp_path}/engine", gone.pid, "api-0", 1e6 if told else 0.0)
+    await client.start()
+    if told:
+        client.engine_ended("by SIGSEGV")
+    await client.settled()
+    assert client.state is EngineState.DEAD
+    assert ("by SIGSEGV" in client.death.message) is told
+    await client.close()
