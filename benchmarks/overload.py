@@ -34,6 +34,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.memory import processes
 from loadgen.client import find_model, send
 from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
@@ -83,14 +85,7 @@ class Watch:
 
     def sample(self, phase: str) -> None:
         """Note the resident memory of each process of the server."""
-        found: dict[str, float] = {}
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                group = int(status.with_name("stat").read_text().rpartition(")")[2].split()[2])
-                if group == self._server.pid and (said := _memory(status.read_text())):
-                    found[said[0]] = found.get(said[0], 0.0) + said[1]
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has just ended
+        found = {name: one["rss_mib"] for name, one in processes(self._server.pid).items()}
         seconds = round(time.perf_counter() - self._began, 1)
         self.memory.append({"phase": phase, "seconds": seconds, "mib": found})
 
@@ -99,14 +94,6 @@ class Watch:
         while True:
             self.sample(phase)
             await asyncio.sleep(SAMPLE_S)
-
-
-def _memory(status: str) -> tuple[str, float] | None:
-    """Name and MiB of a process."""
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    if "VmRSS" not in fields:
-        return None
-    return fields["Name"].strip(), round(int(fields["VmRSS"].split()[0]) / 1024, 1)
 
 
 Ask = Callable[[], Awaitable[None]]

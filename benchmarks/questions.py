@@ -1,0 +1,288 @@
+"""Requests whose answers are the same in any company: greedy or seeded, with every feature mixed.
+
+Knows: the bodies of completions and chats, how an answer is read, streamed or not, and when two are
+the same. Knows nothing of servers and engines.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, NamedTuple
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+LOGPROB_TOLERANCE = 1e-3
+"""Tokens are the same in every batch of float32; the last bits of their logits are not."""
+
+_WORDS = (
+    *("the", "sea", "a", "house", "by", "red", "wind", "of", "night", "over", "seven", "lanterns"),
+    *("they", "count", "stones", "until", "morning", "with", "rain", "on", "nobody", "quiet"),
+)
+_TOKEN_IDS = (300, 4000)
+"""Ids that are words both in the default model's vocabulary and in larger ones."""
+
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "pets": {"type": "array", "items": {"enum": ["cat", "dog"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "pets"],
+}
+FORMS: tuple[dict[str, Any], ...] = (
+    {"response_format": {"type": "json_object"}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": _PERSON},
+        }
+    },
+    {"structured_outputs": {"json": {"type": "array", "items": {"type": "integer"}}}},
+    {"structured_outputs": {"choice": ["yes", "no", "it depends"]}},
+    {"structured_outputs": {"regex": "[ab]{1,40}"}},
+    {"structured_outputs": {"regex": "(the|a) [a-z]{2,9}( and [a-z]{2,9}){0,3}"}},
+    {"structured_outputs": {"grammar": 'start: item ("," item)*\nitem: /[0-9]{1,3}/'}},
+    {"structured_outputs": {"json": {"enum": ["Rome", "Oslo", 7, None]}}},
+)
+"""What the text of an answer must be: a bounded number of grammars."""
+
+
+def _tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+_TOOLS = [
+    _tool("weather", city={"enum": ["Rome", "Oslo"]}, days={"type": "integer", "maximum": 9}),
+    _tool("clock", zone={"type": "string", "maxLength": 8}),
+]
+
+
+class Question(NamedTuple):
+    """A request, but for whether it is streamed."""
+
+    path: str
+    body: dict[str, Any]
+
+    @property
+    def may_stream(self) -> bool:
+        return "prompt_logprobs" not in self.body
+
+
+class Answer(NamedTuple):
+    """What an answer says, however it came.
+
+    exact: of each choice its text, tool calls, token ids and end, and the usage.
+    logprobs: all log-probabilities that are reported, in one order; of a token's alternatives the
+        largest first.
+    """
+
+    exact: Any
+    logprobs: list[float]
+
+    def same_as(self, other: Answer) -> bool:
+        """Whether nothing differs but the last bits of log-probabilities."""
+        return (
+            self.exact == other.exact
+            and len(self.logprobs) == len(other.logprobs)
+            and all(
+                abs(a - b) <= LOGPROB_TOLERANCE
+                for a, b in zip(self.logprobs, other.logprobs, strict=True)
+            )
+        )
+
+
+class Questions:
+    """Draws questions. They share prefixes: documents of token ids, and the beginnings of chats."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._documents = [self._token_ids(self._random.randint(64, 160)) for _ in range(5)]
+        self._systems = [self._text(self._random.randint(5, 30)) for _ in range(4)]
+
+    def draw(self) -> Question:
+        """The next one. With its prompt it takes less than 1024 tokens, even at one per byte."""
+        rng = self._random
+        body = self._sampling()
+        self._shape(body)
+        chat = rng.random() < 0.4
+        tools = chat and rng.random() < 0.25
+        if not tools and rng.random() < 0.25:
+            body |= rng.choice(FORMS)
+        elif not tools and rng.random() < 0.25:
+            body["ignore_eos"] = True
+        if rng.random() < 0.08:
+            body["prompt_logprobs"] = rng.randrange(3)
+        if chat:
+            body["messages"] = self._messages()
+            if rng.random() < 0.25:
+                body |= {"logprobs": True, "top_logprobs": rng.randrange(4)}
+            if tools:
+                named = {"type": "function", "function": {"name": "clock"}}
+                body |= {"tools": _TOOLS, "tool_choice": rng.choice(["auto", "required", named])}
+            return Question(CHAT, body)
+        body["prompt"] = self._prompt()
+        if rng.random() < 0.25:
+            body["logprobs"] = rng.randrange(5)
+        if rng.random() < 0.1:
+            body["echo"] = True
+        return Question(COMPLETIONS, body)
+
+    def fresh_grammar(self, number: int) -> tuple[Question, str]:
+        """One whose grammar has not been asked for under another number, and a regular expression
+        for the text of its answer."""
+        pattern = f"[a-f]{{1,12}}-{number}-[x-z]{{1,8}}"
+        body = {"prompt": self._text(4), "structured_outputs": {"regex": pattern}}
+        sampling = {"temperature": 1.0, "seed": number, "max_tokens": 80}
+        return Question(COMPLETIONS, body | sampling | {"return_token_ids": True}), pattern
+
+    def endless(self) -> Question:
+        """One that nobody will wait for: long, and drawn without a seed."""
+        limits = {"max_tokens": 200, "ignore_eos": True, "n": self._random.choice((1, 1, 3))}
+        if self._random.random() < 0.3:
+            return Question(CHAT, {"messages": self._messages()} | limits)
+        return Question(COMPLETIONS, {"prompt": self._prompt()} | limits)
+
+    def _sampling(self) -> dict[str, Any]:
+        rng = self._random
+        body: dict[str, Any] = {"temperature": 0}
+        if rng.random() < 0.55:
+            body = {"temperature": rng.choice((0.5, 0.8, 1.0, 1.4)), "seed": rng.randrange(1000)}
+            if rng.random() < 0.4:
+                name, values = rng.choice(
+                    (("top_p", (0.3, 0.9)), ("top_k", (1, 5, 40)), ("min_p", (0.05, 0.3)))
+                )
+                body[name] = rng.choice(values)
+        for name, values in (
+            ("presence_penalty", (0.5, -0.5)),
+            ("frequency_penalty", (0.7, -0.3)),
+            ("repetition_penalty", (1.3, 0.9)),
+        ):
+            if rng.random() < 0.15:
+                body[name] = rng.choice(values)
+        if rng.random() < 0.15:
+            ids = (str(rng.randrange(*_TOKEN_IDS)) for _ in range(rng.randint(1, 5)))
+            body["logit_bias"] = {token_id: rng.choice((-100, -2, 3, 6)) for token_id in ids}
+        return body
+
+    def _shape(self, body: dict[str, Any]) -> None:
+        """How long, how often, until what, and with whom it shares."""
+        rng = self._random
+        body["max_tokens"] = rng.choice((1, 8, 24, 40, 80, 120))
+        body["return_token_ids"] = rng.random() < 0.85
+        if rng.random() < 0.15:
+            body["n"] = rng.randint(2, 4)
+        if rng.random() < 0.15:
+            body["stop"] = rng.sample(["e", "the", " a", "ing", "\n"], rng.randint(1, 2))
+            body["include_stop_str_in_output"] = rng.random() < 0.5
+        if rng.random() < 0.1:
+            body["stop_token_ids"] = [rng.randrange(*_TOKEN_IDS) for _ in range(3)]
+        if rng.random() < 0.1:
+            body["min_tokens"] = rng.randint(0, body["max_tokens"])
+        if rng.random() < 0.2:
+            body["cache_salt"] = rng.choice("abc")
+        if rng.random() < 0.1:
+            body["priority"] = rng.randint(-2, 2)
+
+    def _prompt(self) -> Any:
+        rng = self._random
+        match rng.randrange(5):
+            case 0:
+                return self._text(rng.randint(1, 40))
+            case 1:
+                return [self._text(rng.randint(1, 12)) for _ in range(rng.randint(2, 3))]
+            case 2:
+                return self._token_ids(rng.choice((1, 15, 16, 17, 100)))
+            case _:
+                shared = rng.choice(self._documents)
+                return shared[: rng.randint(20, len(shared))] + self._token_ids(rng.randint(0, 20))
+
+    def _messages(self) -> list[dict[str, str]]:
+        rng = self._random
+        messages = [{"role": "user", "content": self._text(rng.randint(1, 12))}]
+        if rng.random() < 0.6:
+            messages.insert(0, {"role": "system", "content": rng.choice(self._systems)})
+        if rng.random() < 0.3:
+            messages.append({"role": "assistant", "content": self._text(5)})
+            messages.append({"role": "user", "content": self._text(3)})
+        return messages
+
+    def _text(self, words: int) -> str:
+        return " ".join(self._random.choice(_WORDS) for _ in range(words))
+
+    def _token_ids(self, count: int) -> list[int]:
+        return [self._random.randrange(*_TOKEN_IDS) for _ in range(count)]
+
+
+def parse(text: bytes, stream: bool) -> Answer:
+    """An answer with status 200. Raises ValueError for one that is an error or not whole."""
+    if not stream:
+        return _collect([json.loads(text)])
+    data = [line[6:] for line in text.split(b"\n") if line.startswith(b"data: ")]
+    if not data or data.pop().strip() != b"[DONE]":
+        raise ValueError("a stream without its end")
+    return _collect(map(json.loads, data))
+
+
+def _collect(events: Iterable[dict[str, Any]]) -> Answer:
+    choices: dict[int, dict[str, Any]] = {}
+    logprobs: dict[tuple[int, int], list[float]] = {}
+    of_the_prompt: list[float] = []
+    usage: dict[str, Any] = {}
+    for event in events:
+        if "error" in event:
+            raise ValueError(f"an error event: {event['error'].get('message')}")
+        usage = event.get("usage") or usage
+        of_the_prompt += _prompt_logprobs(event)
+        for part in event["choices"]:
+            index = part["index"]
+            whole = choices.setdefault(
+                index, {"text": "", "calls": {}, "token_ids": [], "finish_reason": None}
+            )
+            said = part.get("message") or part.get("delta") or part
+            whole["text"] += said.get("text") or said.get("content") or ""
+            for place, call in enumerate(said.get("tool_calls") or ()):
+                function = whole["calls"].setdefault(call.get("index", place), ["", ""])
+                function[0] += call["function"].get("name") or ""
+                function[1] += call["function"].get("arguments") or ""
+            whole["token_ids"] += part.get("token_ids") or ()
+            whole["finish_reason"] = part.get("finish_reason") or whole["finish_reason"]
+            of_the_prompt += _prompt_logprobs(part)
+            for kind, values in enumerate(_logprobs(part.get("logprobs") or {})):
+                logprobs.setdefault((index, kind), []).extend(values)
+    if not choices or not all(choice["finish_reason"] for choice in choices.values()):
+        raise ValueError("a choice without its end")
+    tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return Answer(
+        exact=[[choices[index] for index in sorted(choices)], tokens],
+        logprobs=of_the_prompt + [value for key in sorted(logprobs) for value in logprobs[key]],
+    )
+
+
+def _logprobs(reported: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Those of an answer's tokens and those of their alternatives, of which completions make two
+    lists."""
+    found = reported.get("token_logprobs") or ()
+    tokens = [value for value in found if value is not None]
+    others = [_ordered((others or {}).values()) for others in reported.get("top_logprobs") or ()]
+    for token in reported.get("content") or ():
+        tokens.append(token["logprob"])
+        others.append(_ordered(other["logprob"] for other in token["top_logprobs"]))
+    return tokens, list(chain.from_iterable(others))
+
+
+def _prompt_logprobs(reported: dict[str, Any]) -> list[float]:
+    """Completions report them in each choice, chats beside their choices."""
+    tokens = reported.get("prompt_logprobs") or ()
+    found = (_ordered(one["logprob"] for one in (token or {}).values()) for token in tokens)
+    return list(chain.from_iterable(found))
+
+
+def _ordered(logprobs: Iterable[float]) -> list[float]:
+    """The largest first, as two that are nearly alike may change places."""
+    return sorted(logprobs, reverse=True)

@@ -1,0 +1,435 @@
+"""One server for hours under everything at once: does anything grow, and does any answer change?
+
+    python benchmarks/soak.py --minutes 120 --json soak.json 'minisrv serve --dtype float32 \\
+        --max-num-seqs 16 --max-num-batched-tokens 128 --max-model-len 1024 --num-kv-blocks 80'
+
+First each question of a pool (benchmarks/questions.py) is asked alone, with a salt of its own, so
+that it shares nothing. Then the load: `--concurrency` clients ask questions of the pool, streamed
+or not, and compare each answer with the lone one; some send grammars that nobody has sent before,
+and some go away, by the number of events they have seen or in the middle of something. Every
+`--rest-every` minutes the load pauses until the server is at rest, with no request and every block
+free, and it is sampled: memory, open files and threads of each of its processes, memory of the GPU.
+Answers of fresh grammars and answers that differed are then asked for again, alone.
+
+A process is *flat* if its memory in the last three samples is within 1% of that in the first three
+behind a quarter of the time (medians). Its memory is what it has written itself (`Anonymous`
+of smaps_rollup, else RssAnon, else VmRSS); the resident set is shown beside it. It may shrink.
+
+Answers are the same in every batch only in float32: give the server `--dtype float32`. The server
+gets a chat template that knows tools, and `--port`. The JSON is written at each sample. The exit
+status is 1 if an answer differed, a request failed, the server did not come to rest, or a process
+is not flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clients.teach_tools import TEMPLATE
+from benchmarks.memory import gpu_mib, processes
+from benchmarks.questions import COMPLETIONS, Answer, Question, Questions, parse
+from loadgen.errors import ServerError
+from loadgen.http import Client, HTTPError
+from loadgen.servers import Server
+from minisrv.environment import environment
+
+PATIENCE_S = 300.0
+"""For an answer under load, a start, and for rest."""
+SETTLE_S = 3.0
+"""From the server's last request to a sample."""
+VANISHING = 0.12
+FRESH_EVERY_S = 5.0
+KEPT_DIFFERENCES = 20
+ASKED_AGAIN = 8
+FLAT = 0.01
+_SERIES = {
+    "running": "num_requests_running",
+    "waiting": "num_requests_waiting",
+    "kv_cache_usage": "kv_cache_usage_perc",
+    "preemptions": "num_preemptions_total",
+    "prompt_tokens": "prompt_tokens_total",
+    "generated_tokens": "generation_tokens_total",
+    "prefix_cache_hits": "prefix_cache_hits_total",
+}
+
+
+# ---- the load ------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A question whose answer is to be seen again when nobody else asks."""
+
+    question: Question
+    answer: Answer
+    differs_from: Answer | None
+    """The lone answer, for an answer that differed."""
+
+
+class Soak:
+    """One server, its questions, and what has come of them so far."""
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self._server = server
+        self._options = options
+        self._questions = Questions(options.seed)
+        self._random = random.Random(options.seed)
+        self._client: Client
+        self._lone: list[tuple[Question, Answer]] = []
+        self._again: deque[Asked] = deque(maxlen=ASKED_AGAIN)
+        self._began = time.monotonic()
+        self._last_fresh = 0.0
+        self._loading = True
+        self.stopped = False
+        self.counts: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.differences: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
+
+    async def run(self) -> None:
+        """All of it. Raises ServerError if the server ends."""
+        with Client(None) as self._client:
+            await self._step_every_size()
+            await self._ask_all_alone()
+        self._began = time.monotonic()
+        await self._sample()
+        while not self.stopped and self._minutes() < self._options.minutes:
+            with Client(None) as self._client:
+                await self._load()
+                await self._rest()
+                await self._ask_again()
+            await self._sample()
+
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._began) / 60
+
+    async def _fetch(self, path: str, method: str = "GET", body: bytes = b"") -> tuple[int, bytes]:
+        text = bytearray()
+
+        def receive(status: int, data: bytes, now_s: float) -> bool:
+            text.extend(data)
+            return True
+
+        url = self._server.url + path
+        head = await asyncio.wait_for(self._client.exchange(method, url, body, receive), PATIENCE_S)
+        return head.status, bytes(text)
+
+    async def _ask(self, question: Question, stream: bool, **fields: Any) -> Answer:
+        """Raises ValueError for any answer but a whole one."""
+        body = question.body | fields | {"stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        status, text = await self._fetch(question.path, "POST", json.dumps(body).encode())
+        if status != 200:
+            raise ValueError(f"status {status}: {text.decode(errors='replace')}")
+        return parse(text, stream)
+
+    async def _step_every_size(self) -> None:
+        """A prompt of each size alone, as one step, with the logits of all its tokens: a CPU's
+        libraries keep something for each size of a product that they have met."""
+        _, text = await self._fetch("/v1/models")
+        length = json.loads(text)["data"][0]["max_model_len"]
+        if length < 1024:
+            raise ServerError(f"the questions need a --max-model-len of 1024, not {length}")
+        for size in range(1, min(self._options.step_tokens, length - 1) + 1):
+            fields = {"echo": True, "logprobs": 1, "max_tokens": 1, "cache_salt": f"size {size}"}
+            await self._ask(Question(COMPLETIONS, {"prompt": [5] * size} | fields), False)
+
+    async def _ask_all_alone(self) -> None:
+        for number in range(self._options.questions):
+            question = self._questions.draw()
+            answer = await self._ask(question, False, cache_salt=f"alone {number}")
+            self._lone.append((question, answer))
+        self._tell("asked alone")
+
+    async def _load(self) -> None:
+        """Until the next rest. A client ends its request before it pauses."""
+        self._loading = True
+        clients = [
+            asyncio.create_task(self._one_client()) for _ in range(self._options.concurrency)
+        ]
+        minutes = min(self._options.rest_every, self._options.minutes - self._minutes())
+        end = time.monotonic() + 60 * minutes
+        told = time.monotonic()
+        while time.monotonic() < end and not self.stopped:
+            await asyncio.wait(clients, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
+            for client in clients:
+                if client.done():
+                    client.result()  # raises
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                self._tell("load")
+        self._loading = False
+        await asyncio.gather(*clients)
+
+    async def _one_client(self) -> None:
+        while self._loading:
+            try:
+                if self._random.random() < VANISHING:
+                    await self._vanish()
+                elif time.monotonic() - self._last_fresh > FRESH_EVERY_S:
+                    self._last_fresh = time.monotonic()
+                    await self._ask_fresh()
+                else:
+                    await self._ask_known()
+            except (ValueError, KeyError, HTTPError, TimeoutError) as error:
+                # Without numbers, so that there are few kinds.
+                kind = re.sub(r"\d+", "N", f"{type(error).__name__}: {error}"[:160])
+                if len(self.errors) > 100:
+                    kind = "other"
+                self.errors[kind] += 1
+                self._server.check()
+                await asyncio.sleep(0.5)
+
+    async def _ask_known(self) -> None:
+        question, lone = self._random.choice(self._lone)
+        stream = question.may_stream and self._random.random() < 0.6
+        answer = await self._ask(question, stream)
+        self.counts["compared"] += 1
+        self.counts["streamed"] += stream
+        if not answer.same_as(lone):
+            self.counts["differing"] += 1
+            if len(self.differences) < KEPT_DIFFERENCES:
+                self.differences.append(_difference(question, stream, lone, answer))
+                self._again.append(Asked(question, answer, lone))
+
+    async def _ask_fresh(self) -> None:
+        self.counts["fresh_grammars"] += 1
+        question, pattern = self._questions.fresh_grammar(self.counts["fresh_grammars"])
+        answer = await self._ask(question, self._random.random() < 0.5)
+        text = answer.exact[0][0]["text"]
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"{pattern} does not match {text}")
+        self._again.append(Asked(question, answer, None))
+
+    async def _vanish(self) -> None:
+        """Go away by the number of reads or after a time, whatever comes first."""
+        self.counts["disconnects"] += 1
+        question = self._questions.endless()
+        reads = self._random.choice((1, 1, 3, 10, 50))
+        body = question.body | {"stream": self._random.random() < 0.7}
+
+        def receive(status: int, data: bytes, now_s: float) -> bool:
+            nonlocal reads
+            reads -= 1
+            return reads > 0
+
+        url = self._server.url + question.path
+        exchange = self._client.exchange("POST", url, json.dumps(body).encode(), receive)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(exchange, self._random.choice((0.001, 0.05, 0.5, 3.0)))
+
+    # ---- at rest -----------------------------------------------------------------------------
+
+    async def _metrics(self) -> dict[str, float]:
+        _, text = await self._fetch("/metrics")
+        pairs = (line.rpartition(" ")[::2] for line in text.decode().splitlines())
+        found = {name.removeprefix("minisrv:"): value for name, value in pairs}
+        return {ours: float(found[name]) for ours, name in _SERIES.items()}
+
+    async def _rest(self) -> None:
+        """Wait until the server has no request and no block in use."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            metrics = await self._metrics()
+            if not (metrics["running"] or metrics["waiting"] or metrics["kv_cache_usage"]):
+                return
+            if time.monotonic() > deadline:
+                self.errors[f"not at rest: {metrics}"] += 1
+                return
+            await asyncio.sleep(0.2)
+
+    async def _ask_again(self) -> None:
+        """What differed, and the last fresh grammars, alone."""
+        for question, answer, lone in self._again:
+            again = await self._ask(question, False, cache_salt=f"again {self._minutes()}")
+            if lone is None:
+                self.counts["fresh_compared"] += 1
+                if not again.same_as(answer):
+                    self.counts["differing"] += 1
+                    if len(self.differences) < KEPT_DIFFERENCES:
+                        self.differences.append(_difference(question, False, again, answer))
+            else:
+                self.counts["differing_asked_again"] += 1
+                self.counts["again_as_alone"] += again.same_as(lone)
+        self._again.clear()
+
+    async def _sample(self) -> None:
+        """Every connection is closed but the one that asks."""
+        await asyncio.sleep(SETTLE_S)
+        with Client(None) as self._client:
+            metrics = await self._metrics()
+        await asyncio.sleep(SETTLE_S)
+        self.samples.append(
+            {
+                "minutes": round(self._minutes(), 2),
+                "processes": processes(self._server.pid),
+                "gpu_mib": gpu_mib(),
+                "metrics": metrics,
+                "counts": dict(self.counts),
+                "errors": self.errors.total(),
+            }
+        )
+        write(self._options, self)
+        self._tell("at rest")
+
+    def _tell(self, what: str) -> None:
+        said = {**self.counts, "errors": self.errors.total()}
+        if self.samples:
+            last = self.samples[-1]
+            said["preemptions"] = int(last["metrics"]["preemptions"])
+            said["own MiB"] = {n: p["own_mib"] for n, p in last["processes"].items()}
+        print(f"{self._minutes():6.1f} min, {what}: {said}", file=sys.stderr, flush=True)
+
+
+def _difference(question: Question, stream: bool, lone: Answer, answer: Answer) -> dict[str, Any]:
+    return {
+        "path": question.path,
+        "body": question.body,
+        "stream": stream,
+        "lone": lone.exact if lone.exact != answer.exact else lone.logprobs,
+        "answer": answer.exact if lone.exact != answer.exact else answer.logprobs,
+    }
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def growth(samples: list[dict[str, Any]], minutes: float) -> dict[str, dict[str, Any]]:
+    """Of each process, and of the GPU: memory behind the first quarter and at the end.
+
+    minutes: of all the load.
+    """
+    later = [sample for sample in samples if sample["minutes"] >= minutes / 4]
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted({name for sample in later for name in sample["processes"]}):
+        there = [sample["processes"][name] for sample in later if name in sample["processes"]]
+        own = [sizes["own_mib"] for sizes in there]
+        rss = [sizes["rss_mib"] for sizes in there]
+        found[name] = _change(own) | {
+            "rss_change": _change(rss)["change"],
+            "files": [there[0]["files"], there[-1]["files"]],
+            "threads": [there[0]["threads"], there[-1]["threads"]],
+        }
+    if later and later[0]["gpu_mib"]:
+        found["GPU"] = _change([sum(sample["gpu_mib"] or ()) for sample in later])
+    return found
+
+
+def _change(mib: list[float]) -> dict[str, Any]:
+    first, last = statistics.median(mib[:3]), statistics.median(mib[-3:])
+    change = last / first - 1
+    return {"first_mib": first, "last_mib": last, "change": change, "flat": change <= FLAT}
+
+
+def report(options: argparse.Namespace, soak: Soak) -> dict[str, Any]:
+    """All that was found so far."""
+    minutes = soak.samples[-1]["minutes"]
+    return {
+        "server": options.server,
+        "minutes": minutes,
+        "finished": minutes >= options.minutes,
+        "counts": dict(soak.counts),
+        "preemptions": soak.samples[-1]["metrics"]["preemptions"],
+        "errors": dict(soak.errors),
+        "memory": growth(soak.samples, minutes),
+        "differences": soak.differences,
+        "samples": soak.samples,
+    }
+
+
+def write(options: argparse.Namespace, soak: Soak) -> None:
+    """Replace the file, if one is wanted, as a whole."""
+    if options.json is None:
+        return
+    whole = {"environment": msgspec.to_builtins(options.environment), **report(options, soak)}
+    part = options.json.with_suffix(".part")
+    part.write_text(json.dumps(whole, indent=1) + "\n")
+    part.replace(options.json)
+
+
+def show(found: dict[str, Any]) -> bool:
+    """Print it; whether all is as it should be."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for name in ("minutes", "counts", "preemptions", "errors"):
+        console.print(f"{name}: {found[name]}", markup=False)
+    table = Table(
+        "process", "MiB behind a quarter", "at the end", "change", "RSS", "files", "threads",
+        "flat within 1%", box=None,
+    )  # fmt: skip
+    for name, one in found["memory"].items():
+        table.add_row(
+            name,
+            f"{one['first_mib']:.2f}",
+            f"{one['last_mib']:.2f}",
+            f"{one['change']:+.2%}",
+            f"{one['rss_change']:+.2%}" if "rss_change" in one else "",
+            " → ".join(map(str, one.get("files", ()))),
+            " → ".join(map(str, one.get("threads", ()))),
+            "reached" if one["flat"] else "NOT REACHED",
+        )
+    console.print(table)
+    flat = all(one["flat"] for one in found["memory"].values())
+    return flat and not found["errors"] and not found["counts"].get("differing")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("server", metavar="COMMAND", help="such as 'minisrv serve'")
+    parser.add_argument("--minutes", type=float, default=120.0, help="of load (120)")
+    parser.add_argument("--rest-every", type=float, default=5.0, metavar="MINUTES", help="(5)")
+    parser.add_argument("--concurrency", type=int, default=16, help="clients at a time (16)")
+    parser.add_argument("--questions", type=int, default=300, help="whose lone answers are known")
+    parser.add_argument(
+        "--step-tokens", type=int, default=512, help="prompts of each size up to it come first"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    options.environment = environment()
+    with TemporaryDirectory(prefix="soak-") as directory:
+        template, log = Path(directory, "template.jinja"), Path(directory, "log")
+        template.write_text(TEMPLATE)
+        command = f"{options.server} --chat-template {shlex.quote(str(template))}"
+        with Server("the server", command, log) as server:
+            server.wait_ready(PATIENCE_S)
+            soak = Soak(server, options)
+
+            def stop(*_: object) -> None:
+                soak.stopped = True
+
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, stop)
+            try:
+                asyncio.run(soak.run())
+                server.check()
+            except ServerError as error:
+                print(error, file=sys.stderr)
+                soak.errors["the server ended, or cannot be asked"] += 1
+    if not soak.samples:
+        return 1
+    write(options, soak)
+    return int(not show(report(options, soak)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
