@@ -34,6 +34,7 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +60,8 @@ SETTLE_S = 3.0
 VANISHING = 0.12
 FRESH_EVERY_S = 5.0
 KEPT_DIFFERENCES = 20
+MOST_KINDS = 100
+"""Of errors."""
 ASKED_AGAIN = 8
 FLAT = 0.01
 _SERIES = {
@@ -70,6 +73,8 @@ _SERIES = {
     "generated_tokens": "generation_tokens_total",
     "prefix_cache_hits": "prefix_cache_hits_total",
 }
+_AT_REST = ("running", "waiting", "kv_cache_usage")
+"""What is 0 then."""
 
 
 # ---- the load ------------------------------------------------------------------------------------
@@ -99,8 +104,10 @@ class Soak:
         self._last_fresh = 0.0
         self._loading = True
         self.stopped = False
+        self.metrics: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.pool: Counter[str] = Counter()
         self.differences: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
 
@@ -114,8 +121,8 @@ class Soak:
         while not self.stopped and self._minutes() < self._options.minutes:
             with Client(None) as self._client:
                 await self._load()
-                await self._rest()
-                await self._ask_again()
+                await self._count(self._rest())
+                await self._count(self._ask_again())
             await self._sample()
 
     def _minutes(self) -> float:
@@ -158,6 +165,7 @@ class Soak:
             question = self._questions.draw()
             answer = await self._ask(question, False, cache_salt=f"alone {number}")
             self._lone.append((question, answer))
+            self.pool.update(question.body.keys())
         self._tell("asked alone")
 
     async def _load(self) -> None:
@@ -182,34 +190,44 @@ class Soak:
 
     async def _one_client(self) -> None:
         while self._loading:
-            try:
-                if self._random.random() < VANISHING:
-                    await self._vanish()
-                elif time.monotonic() - self._last_fresh > FRESH_EVERY_S:
-                    self._last_fresh = time.monotonic()
-                    await self._ask_fresh()
-                else:
-                    await self._ask_known()
-            except (ValueError, KeyError, HTTPError, TimeoutError) as error:
-                # Without numbers, so that there are few kinds.
-                kind = re.sub(r"\d+", "N", f"{type(error).__name__}: {error}"[:160])
-                if len(self.errors) > 100:
-                    kind = "other"
-                self.errors[kind] += 1
-                self._server.check()
-                await asyncio.sleep(0.5)
+            if self._random.random() < VANISHING:
+                await self._count(self._vanish())
+            elif time.monotonic() - self._last_fresh > FRESH_EVERY_S:
+                self._last_fresh = time.monotonic()
+                await self._count(self._ask_fresh())
+            else:
+                await self._count(self._ask_known())
+
+    async def _count(self, asking: Awaitable[None]) -> None:
+        """Wait for it, and count the error if it is one. Raises ServerError if the server ended."""
+        try:
+            await asking
+        except (ValueError, KeyError, HTTPError, TimeoutError) as error:
+            # Without numbers, so that there are few kinds.
+            kind = re.sub(r"\d+", "N", f"{type(error).__name__}: {error}"[:160])
+            self.errors[kind if len(self.errors) < MOST_KINDS else "others"] += 1
+            self._server.check()
+            await asyncio.sleep(0.5)
 
     async def _ask_known(self) -> None:
         question, lone = self._random.choice(self._lone)
         stream = question.may_stream and self._random.random() < 0.6
         answer = await self._ask(question, stream)
-        self.counts["compared"] += 1
         self.counts["streamed"] += stream
-        if not answer.same_as(lone):
-            self.counts["differing"] += 1
-            if len(self.differences) < KEPT_DIFFERENCES:
-                self.differences.append(_difference(question, stream, lone, answer))
-                self._again.append(Asked(question, answer, lone))
+        if not self._compare(question, stream, lone, answer, "compared"):
+            self._again.append(Asked(question, answer, lone))
+
+    def _compare(
+        self, question: Question, stream: bool, lone: Answer, answer: Answer, counted_as: str
+    ) -> bool:
+        """Whether they are the same; the first that are not are kept."""
+        self.counts[counted_as] += 1
+        if same := answer.same_as(lone):
+            return same
+        self.counts["differing"] += 1
+        if len(self.differences) < KEPT_DIFFERENCES:
+            self.differences.append(_difference(question, stream, lone, answer))
+        return same
 
     async def _ask_fresh(self) -> None:
         self.counts["fresh_grammars"] += 1
@@ -224,66 +242,63 @@ class Soak:
         """Go away by the number of reads or after a time, whatever comes first."""
         self.counts["disconnects"] += 1
         question = self._questions.endless()
-        reads = self._random.choice((1, 1, 3, 10, 50))
+        reads, answered = self._random.choice((1, 1, 3, 10, 50)), 200
         body = question.body | {"stream": self._random.random() < 0.7}
 
         def receive(status: int, data: bytes, now_s: float) -> bool:
-            nonlocal reads
-            reads -= 1
+            nonlocal reads, answered
+            reads, answered = reads - 1, status
             return reads > 0
 
         url = self._server.url + question.path
         exchange = self._client.exchange("POST", url, json.dumps(body).encode(), receive)
         with suppress(TimeoutError):
             await asyncio.wait_for(exchange, self._random.choice((0.001, 0.05, 0.5, 3.0)))
+        if answered != 200:
+            raise ValueError(f"status {answered} for {body}")
 
     # ---- at rest -----------------------------------------------------------------------------
 
-    async def _metrics(self) -> dict[str, float]:
+    async def _read_metrics(self) -> None:
         _, text = await self._fetch("/metrics")
         pairs = (line.rpartition(" ")[::2] for line in text.decode().splitlines())
         found = {name.removeprefix("minisrv:"): value for name, value in pairs}
-        return {ours: float(found[name]) for ours, name in _SERIES.items()}
+        self.metrics = {ours: float(found[name]) for ours, name in _SERIES.items()}
 
     async def _rest(self) -> None:
-        """Wait until the server has no request and no block in use."""
+        """Wait until the server has no request and no block in use. Raises TimeoutError."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            metrics = await self._metrics()
-            if not (metrics["running"] or metrics["waiting"] or metrics["kv_cache_usage"]):
+            await self._read_metrics()
+            if not any(self.metrics[name] for name in _AT_REST):
                 return
             if time.monotonic() > deadline:
-                self.errors[f"not at rest: {metrics}"] += 1
-                return
+                raise TimeoutError(f"the server does not come to rest: {self.metrics}")
             await asyncio.sleep(0.2)
 
     async def _ask_again(self) -> None:
         """What differed, and the last fresh grammars, alone."""
-        for question, answer, lone in self._again:
+        while self._again:
+            question, answer, lone = self._again.popleft()
             again = await self._ask(question, False, cache_salt=f"again {self._minutes()}")
             if lone is None:
-                self.counts["fresh_compared"] += 1
-                if not again.same_as(answer):
-                    self.counts["differing"] += 1
-                    if len(self.differences) < KEPT_DIFFERENCES:
-                        self.differences.append(_difference(question, False, again, answer))
+                self._compare(question, False, again, answer, "fresh_compared")
             else:
                 self.counts["differing_asked_again"] += 1
                 self.counts["again_as_alone"] += again.same_as(lone)
-        self._again.clear()
 
     async def _sample(self) -> None:
         """Every connection is closed but the one that asks."""
         await asyncio.sleep(SETTLE_S)
         with Client(None) as self._client:
-            metrics = await self._metrics()
+            await self._count(self._read_metrics())
         await asyncio.sleep(SETTLE_S)
         self.samples.append(
             {
                 "minutes": round(self._minutes(), 2),
                 "processes": processes(self._server.pid),
                 "gpu_mib": gpu_mib(),
-                "metrics": metrics,
+                "metrics": self.metrics,
                 "counts": dict(self.counts),
                 "errors": self.errors.total(),
             }
@@ -295,7 +310,7 @@ class Soak:
         said = {**self.counts, "errors": self.errors.total()}
         if self.samples:
             last = self.samples[-1]
-            said["preemptions"] = int(last["metrics"]["preemptions"])
+            said["preemptions"] = int(self.metrics["preemptions"])
             said["own MiB"] = {n: p["own_mib"] for n, p in last["processes"].items()}
         print(f"{self._minutes():6.1f} min, {what}: {said}", file=sys.stderr, flush=True)
 
@@ -347,8 +362,9 @@ def report(options: argparse.Namespace, soak: Soak) -> dict[str, Any]:
         "server": options.server,
         "minutes": minutes,
         "finished": minutes >= options.minutes,
+        "questions_with": dict(soak.pool),
         "counts": dict(soak.counts),
-        "preemptions": soak.samples[-1]["metrics"]["preemptions"],
+        "preemptions": soak.metrics["preemptions"],
         "errors": dict(soak.errors),
         "memory": growth(soak.samples, minutes),
         "differences": soak.differences,
@@ -422,9 +438,9 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 asyncio.run(soak.run())
                 server.check()
-            except ServerError as error:
-                print(error, file=sys.stderr)
-                soak.errors["the server ended, or cannot be asked"] += 1
+            except (ServerError, HTTPError, TimeoutError, ValueError) as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                soak.errors["the server ended, or could not be asked alone"] += 1
     if not soak.samples:
         return 1
     write(options, soak)
