@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from msgspec.structs import asdict
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -35,6 +35,7 @@ from minisrv.server.bodies import (
 )
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
 from minisrv.server.middleware import Edge
+from minisrv.server.offload import offload
 from minisrv.server.pages import add_pages
 from minisrv.server.protocol import (
     ChatCompletionRequest,
@@ -43,6 +44,7 @@ from minisrv.server.protocol import (
     TokenizeRequest,
 )
 from minisrv.server.replies import ChatReply, CompletionReply
+from minisrv.server.request_body import BodyRoute
 from minisrv.server.responses import GenerationResponse
 from minisrv.server.serving import Serving
 from minisrv.text.tokenizer import Tokenizer
@@ -126,32 +128,42 @@ def create_app(
 
 
 def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
-    @app.post(_COMPLETIONS, response_class=JSON, responses=answered(Completion, streams=True))
+    router = APIRouter(route_class=BodyRoute)
+
+    @router.post(_COMPLETIONS, response_class=JSON, responses=answered(Completion, streams=True))
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
         model = serving.model_name(body.model)
         reply = CompletionReply(body, model, serving.tokenizer)
         return GenerationResponse(serving, body, reply)
 
-    @app.post(_CHAT, response_class=JSON, responses=answered(ChatCompletion, streams=True))
+    @router.post(_CHAT, response_class=JSON, responses=answered(ChatCompletion, streams=True))
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
         model = serving.model_name(body.model)
         return GenerationResponse(serving, body, ChatReply(body, model, serving.tokenizer))
 
+    app.include_router(router)
+
 
 def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
-    @app.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
+    router = APIRouter(route_class=BodyRoute)
+
+    @router.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
     async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
-        return JSON(await serving.tokenize(body))
+        tokens = await serving.tokenize(body)
+        return await offload(lambda: JSON(tokens), body.num_bytes)
 
-    @app.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
+    @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
         serving.model_name(body.model)
-        return JSON(await serving.detokenize(body))
+        prompt = await serving.detokenize(body)
+        return await offload(lambda: JSON(prompt), body.num_bytes)
+
+    app.include_router(router)
 
 
 def _add_model_routes(app: FastAPI, serving: Serving) -> None:

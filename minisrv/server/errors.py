@@ -6,6 +6,7 @@ client's doing is logged and shown without its internals.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import reprlib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -88,15 +89,23 @@ def http_error_response(
     )
 
 
+class _Briefly(reprlib.Repr):
+    """Sorts no names to show the first four."""
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        shown = {name: value[name] for name in itertools.islice(value, self.maxdict)}
+        text = super().repr_dict(shown, level)
+        return text if len(shown) == len(value) or level <= 0 else f"{text[:-1]}, ...}}"
+
+
+_BRIEFLY = _Briefly()
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make `app` answer each of its errors with an error object."""
 
     async def ours(request: Request, error: Exception) -> Response:
         return error_response(error)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_validation_error(error))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -104,12 +113,9 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             what = "Invalid URL" if error.status_code == 404 else "Method not allowed"
             message = f"{what} ({request.method} {request.url.path})"
-        elif error.status_code == 400:  # FastAPI's word for any body that its parser refuses
-            message = "The request body cannot be parsed: it must be JSON in UTF-8."
         return http_error_response(error.status_code, message, error.headers)
 
     app.add_exception_handler(MinisrvError, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
 
 
@@ -125,14 +131,11 @@ def _clean(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _validation_error(error: RequestValidationError) -> RequestError:
-    """The first of the validation errors, with `param` spelled as OpenAI does: `stop[2]`."""
-    errors = [_Problem(found, error.body) for found in error.errors()]
+def validation_error(error: ValidationError, body: Any) -> RequestError:
+    """The first of the errors of a `body`, with `param` spelled as OpenAI does: `stop[2]`."""
+    errors = [_Problem(found, body) for found in error.errors(include_url=False)]
     problem, alternatives = _most_telling(errors)
     kind, context, path = problem.kind, problem.context, list(problem.path)
-    if kind == "json_invalid":
-        reason, position = context.get("error", ""), problem.location[0]
-        return RequestError(f"The request body is not valid JSON: {reason} (position {position}).")
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
@@ -170,8 +173,8 @@ class _Problem:
         # Not the name of a class of ours.
         is_no_object = self.kind in ("model_type", "model_attributes_type")
         self.message = f"{_ALLOWED}an object" if is_no_object else str(error["msg"])
-        self.given = reprlib.repr(error["input"])
-        self.location = tuple(error["loc"][1:])
+        self.given = _BRIEFLY.repr(error["input"])
+        self.location = tuple(error["loc"])
         missing = self.kind == "missing"
         self.path = _path_in(body, self.location, error["input"], missing=missing)
 

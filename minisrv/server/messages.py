@@ -6,7 +6,7 @@ Knows: the fields, and what a chat template is told of them. How a template spel
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -14,6 +14,7 @@ from minisrv.server.strict import SentBack, ShortText, Text, refuse
 from minisrv.server.tools import MAX_CALLS, ToolCall
 from minisrv.server.unsupported import MESSAGE
 
+MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 
 
@@ -63,7 +64,7 @@ class Message(SentBack):
     content: (
         Annotated[
             list[TextPart],
-            Field(max_length=MAX_PARTS),
+            Field(max_length=MAX_PARTS, fail_fast=True),
             BeforeValidator(_parts, json_schema_input_type=Text | list[TextPart]),
         ]
         | None
@@ -71,7 +72,9 @@ class Message(SentBack):
     """Only an assistant's message may have none, and only that or a tool's no parts."""
     name: ShortText | None = None
     """Who speaks, or which tool; a template may leave it out."""
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] = Field(
+        default=[]
+    )
     """What the assistant called."""
     tool_call_id: Text | None = None
     """Which call a tool's message answers."""
@@ -104,13 +107,6 @@ class Message(SentBack):
         return any(isinstance(call.function.arguments, str) for call in self.tool_calls)
 
     @property
-    def num_characters(self) -> int:
-        """How much of it a template may spell."""
-        called = sum(len(str(call.function.arguments)) for call in self.tool_calls)
-        said = sum(map(len, self._texts))
-        return said + called + len(self.reasoning_content or self.reasoning or "")
-
-    @property
     def _texts(self) -> list[str]:
         """The texts of the parts, which are one or more."""
         texts = [part.told for part in self.content or ()]
@@ -138,3 +134,9 @@ class Message(SentBack):
         if reasoning is not None:
             told["reasoning_content"] = reasoning
         return told
+
+
+Messages: TypeAlias = Annotated[
+    list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+"""A chat. Of what is wrong in several messages the first is told, and no more is made."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisrv.errors import RequestError
-from minisrv.request import StructuredOutput
+from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
 from minisrv.server.messages import Message
 from minisrv.server.protocol import ChatCompletionRequest
 from minisrv.server.tools import Function, NamedTool, Tool
@@ -154,6 +154,13 @@ def answer_form(
     form = request.structured_output
     if request.required_tools:
         assert answer.tools is not None
+        length = sum(len(tool.function.parameters or "") for tool in request.required_tools)
+        if length > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"tools: parameters of {length} characters are too long for a call that is "
+                f"required: at most {MAX_GRAMMAR_LENGTH} are allowed.",
+                param="tools",
+            )
         several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
         tools = [_for_grammar(tool.function) for tool in request.required_tools]
         form = tool_call_grammar(tools, answer.tools, tokenizer, parallel=several)

@@ -18,7 +18,13 @@ from __future__ import annotations
 import reprlib
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import (
@@ -36,8 +42,8 @@ from minisrv.request import (
     StructuredOutput,
     choice_seed,
 )
-from minisrv.server.messages import Message
-from minisrv.server.strict import MAX_TEXT, ShortText, Strict, Text, refuse
+from minisrv.server.messages import Messages
+from minisrv.server.strict import MAX_TEXT, RequestBody, ShortText, Strict, Text, at_most, refuse
 from minisrv.server.structured import ResponseFormat, StructuredOutputs
 from minisrv.server.tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
 from minisrv.server.unsupported import (
@@ -50,7 +56,6 @@ from minisrv.server.unsupported import (
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
 """Of one response: prompts times `n`."""
-MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
 MAX_PROMPT_TOKENS = 1 << 22
@@ -123,7 +128,7 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(RequestBody):
     """The fields that completions and chat completions share."""
 
     unsupported = EVERYWHERE
@@ -200,6 +205,7 @@ class GenerationRequest(Strict):
         Annotated[
             dict[Annotated[str, Field(max_length=64)], ShortText],
             Field(max_length=16),
+            at_most(16),
         ]
         | None
     ) = None
@@ -399,7 +405,7 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in asked if count is not None), default=None)
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(RequestBody):
     """The body of POST /tokenize: a prompt, or the messages of a chat."""
 
     unsupported = TOKENIZE
@@ -407,7 +413,7 @@ class TokenizeRequest(Strict):
     model: ModelName | None = None
     """The model's name; absent or empty, the served model."""
     prompt: Annotated[Text, AfterValidator(_text)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     """Let the tokenizer add what it adds around a text. Absent, it does to a prompt, and not to
     messages, whose template spells every token."""
@@ -427,7 +433,7 @@ class TokenizeRequest(Strict):
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(RequestBody):
     """The body of POST /detokenize."""
 
     model: ModelName | None = None
@@ -440,7 +446,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     unsupported = EVERYWHERE | CHAT_ONLY
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     """The chat so far: text, calls of tools and their results, and reasoning."""
     max_completion_tokens: TokenCount | None = None
     """OpenAI's newer name of max_tokens. Absent, the answer may fill the context."""
@@ -448,7 +454,7 @@ class ChatCompletionRequest(GenerationRequest):
     """Report the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report this many alternatives to each token; needs logprobs."""
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
     """none: as if there were no tools; auto, which is meant if there are any: as the model likes;
@@ -459,6 +465,7 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template_kwargs: Annotated[
         dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
         Field(max_length=16),
+        at_most(16),
     ] = Field(default={})
     """Variables of the chat template, e.g. enable_thinking."""
 

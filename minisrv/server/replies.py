@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from minisrv.request import TokenLogprobs
@@ -110,6 +110,17 @@ class Reply(ABC):
         """Keep a delta for `document`."""
         self._count(delta)
         self._deltas[delta.index].append(delta)
+
+    def size_of(self, deltas: Iterable[Delta]) -> int:
+        """About how many numbers and texts are told of prompts with these deltas."""
+        number = sum(len(delta.prompt_logprobs) for delta in deltas)
+        return number * (1 + max(self._num_logprobs, self._prompt_logprobs or 0))
+
+    @property
+    def size(self) -> int:
+        """About how many numbers and texts are in `document`."""
+        told = sum(self._completion_tokens) * (1 + self._num_logprobs)
+        return told + self.size_of(deltas[0] for deltas in self._deltas)
 
     def document(self) -> dict[str, Any]:
         """The body of a response that is not streamed. Comes after the last delta."""

@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Generation, coalesce
+from minisrv.server.generation import Delta, Generation, coalesce
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
+from minisrv.server.offload import offload
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
@@ -78,7 +79,8 @@ class GenerationResponse(Response):
                     if generation.has_ended:
                         break
             generation.check_ended()
-        await JSON(reply.document())(scope, receive, send)
+        whole = await offload(lambda: JSON(reply.document()), reply.size)
+        await whole(scope, receive, send)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -105,7 +107,11 @@ class GenerationResponse(Response):
                 async for outputs in batches:
                     deltas = generation.read(outputs)
                     # An event for each token, but one for all that came while the client took none.
-                    events = b"".join(map(reply.events, coalesce(deltas) if behind else deltas))
+                    told = coalesce(deltas) if behind else deltas
+                    if started:
+                        events = b"".join(map(reply.events, told))
+                    else:
+                        events = await self._first_events(told)
                     if not started:
                         silent.difference_update([delta.index for delta in deltas])
                         early += events
@@ -132,6 +138,11 @@ class GenerationResponse(Response):
             self._told["error"] = getattr(error, "code", None) or "internal_error"
             last = sse.event(error_object(error)) + sse.DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _first_events(self, deltas: list[Delta]) -> bytes:
+        """They may repeat the prompt, with log-probabilities."""
+        reply = self._reply
+        return await offload(lambda: b"".join(map(reply.events, deltas)), reply.size_of(deltas))
 
 
 async def _disconnect(receive: Receive) -> None:

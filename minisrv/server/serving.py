@@ -7,12 +7,13 @@ response bodies.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.engine.client import EngineClient, EngineState
@@ -29,7 +30,7 @@ from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
 from minisrv.server.generation import Choice
-from minisrv.server.messages import Message
+from minisrv.server.offload import offload
 from minisrv.server.preparation import (
     AnswerFormat,
     Echo,
@@ -48,20 +49,10 @@ from minisrv.server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
-from minisrv.server.tools import Tool
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
-
-_T = TypeVar("_T")
-
-_THREAD_ABOVE = 20_000
-"""Characters to tokenise or to render, or tokens to decode, in about 10 ms; more leaves the event
-loop."""
-
-_PER_MESSAGE = 100
-"""Characters that are rendered as fast as a message without any."""
 
 
 @dataclass(frozen=True)
@@ -136,83 +127,90 @@ class Serving:
         `engine_info` raises.
         """
         if isinstance(request, ChatCompletionRequest):
-            tools = request.offered_tools
-            text = await self._render(request.messages, True, tools, request.chat_template_kwargs)
-            parser = tool_parser(request, self.chat_format)
-            answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
-            form = answer_form(request, answer, self.tokenizer)
-            prompts = await self._encode([text], add_special_tokens=False)
-            prepared = Prepared(prompts, form, answer)
+            prepared = await self._prepare_chat(request)
         else:
-            prompts, echoes = await self._prompts(request)
-            prepared = Prepared(prompts, request.structured_output, echoes=echoes)
+            prepared = await self._prepare_completion(request)
         if prepared.form is not None:
             await asyncio.wrap_future(self._validator.validate(prepared.form))
         return prepared
 
-    async def _prompts(
-        self, request: CompletionRequest
-    ) -> tuple[list[list[int]], list[Echo] | None]:
-        """The ids of the prompts, and what is repeated of them."""
-        texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
-        prompts = [prompt for prompt in request.prompt if isinstance(prompt, list)]
-        if not request.echo:
-            return prompts or await self._encode(texts, add_special_tokens=True), None
-        for prompt in prompts:  # before they are looked up
-            _check_vocabulary("prompt", prompt, self.engine_info().vocab_size)
-        locate = request.logprobs is not None
+    async def _prepare_chat(self, request: ChatCompletionRequest) -> Prepared:
+        vocab_size = self.engine_info().vocab_size
 
-        def repeat() -> tuple[list[list[int]], list[Echo]]:
-            if prompts:
-                echoes = [decode_prompt(self.tokenizer, ids, locate=locate) for ids in prompts]
-                return prompts, echoes
-            encoded = [encode_prompt(self.tokenizer, text, locate=locate) for text in texts]
-            return [ids for ids, _ in encoded], [echo for _, echo in encoded]
+        def prepare() -> Prepared:
+            tools = request.offered_tools
+            text = render_chat(
+                self.tokenizer, request.messages, True, tools, request.chat_template_kwargs
+            )
+            parser = tool_parser(request, self.chat_format)
+            answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+            form = answer_form(request, answer, self.tokenizer)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            _check_prompt("messages", ids, vocab_size)
+            return Prepared([ids], form, answer)
 
-        return await _off_the_loop(repeat, sum(map(len, request.prompt)))
+        # A small schema may put objects together in a great many ways.
+        return await offload(prepare, math.inf if request.required_tools else request.num_bytes)
+
+    async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
+        vocab_size = self.engine_info().vocab_size
+        repeats, locate = request.echo, request.logprobs is not None
+
+        def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
+            """The ids of a prompt, and what is repeated of it."""
+            if isinstance(prompt, list):
+                _check_prompt("prompt", prompt, vocab_size)  # before its ids are looked up
+                echo = decode_prompt(self.tokenizer, prompt, locate=locate) if repeats else None
+                return prompt, echo
+            if repeats:
+                ids, echo = encode_prompt(self.tokenizer, prompt, locate=locate)
+            else:
+                ids, echo = self.tokenizer.encode(prompt), None
+            _check_prompt("prompt", ids, vocab_size)
+            return ids, echo
+
+        def prepare() -> Prepared:
+            made = [make(prompt) for prompt in request.prompt]
+            return Prepared(
+                [ids for ids, _ in made],
+                request.structured_output,
+                echoes=[echo for _, echo in made if echo is not None] if repeats else None,
+            )
+
+        return await offload(prepare, request.num_bytes)
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """The body of the answer. Raises RequestError, and what `engine_info` raises."""
         info = self.engine_info()
-        if request.messages is None:
-            assert request.prompt is not None
+
+        def tokenize() -> dict[str, Any]:
             text, special = request.prompt, True
-        else:
-            text = await self._render(request.messages, request.add_generation_prompt)
-            special = False
-        if request.add_special_tokens is not None:
-            special = request.add_special_tokens
-        [ids] = await self._encode([text], add_special_tokens=special)
-        return {
-            "count": len(ids),
-            "max_model_len": info.max_model_len,
-            "tokens": ids,
-            "token_strs": self.tokenizer.spell(ids) if request.return_token_strs else None,
-        }
+            if request.messages is not None:
+                text = render_chat(self.tokenizer, request.messages, request.add_generation_prompt)
+                special = False
+            assert text is not None
+            if request.add_special_tokens is not None:
+                special = request.add_special_tokens
+            ids = self.tokenizer.encode(text, special)
+            return {
+                "count": len(ids),
+                "max_model_len": info.max_model_len,
+                "tokens": ids,
+                "token_strs": self.tokenizer.spell(ids) if request.return_token_strs else None,
+            }
+
+        return await offload(tokenize, request.num_bytes)
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """The body of the answer; special tokens are spelled. Raises RequestError, and what
         `engine_info` raises."""
-        ids = request.tokens
-        _check_vocabulary("tokens", ids, self.engine_info().vocab_size)
+        vocab_size = self.engine_info().vocab_size
 
-        def decode() -> str:
-            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        def detokenize() -> dict[str, Any]:
+            _check_vocabulary("tokens", request.tokens, vocab_size)
+            return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
-        return {"prompt": await _off_the_loop(decode, len(ids))}
-
-    async def _render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Tool] = (),
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        def render() -> str:
-            return render_chat(self.tokenizer, messages, add_generation_prompt, tools, variables)
-
-        size = sum(_PER_MESSAGE + message.num_characters for message in messages)
-        return await _off_the_loop(render, size + sum(len(str(tool)) for tool in tools))
+        return await offload(detokenize, request.num_bytes)
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -243,7 +241,6 @@ class Serving:
         """
         info = self.engine_info()
         chat = isinstance(request, ChatCompletionRequest)
-        what = "messages" if chat else "prompt"
         _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
         _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
         prompts, answer = prepared.prompts, prepared.answer
@@ -255,11 +252,6 @@ class Serving:
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
             prompt = prompts[number]
-            if not prompt:
-                raise RequestError(
-                    f"The {what} came out empty: send at least one token of text.", param=what
-                )
-            _check_vocabulary(what, prompt, info.vocab_size)
             limit = _token_limit(
                 request, len(prompt), info.max_model_len, self.generation.max_tokens
             )
@@ -292,28 +284,17 @@ class Serving:
             choices.append(choice)
         return choices
 
-    async def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
-
-        return await _off_the_loop(encode, sum(map(len, texts)))
-
-
-async def _off_the_loop(work: Callable[[], _T], size: int) -> _T:
-    """What `work` gives, which is done in a thread if its size is above `_THREAD_ABOVE`. Threads
-    are bounded in number (asyncio's own), and so more of such work waits."""
-    if size <= _THREAD_ABOVE:
-        return work()
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    finally:
-        # A thread cannot be cancelled: until it is done, the request counts.
-        await asyncio.wait((task,))
-
 
 def _choice_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
+
+
+def _check_prompt(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if not token_ids:
+        raise RequestError(
+            f"The {param} came out empty: send at least one token of text.", param=param
+        )
+    _check_vocabulary(param, token_ids, vocab_size)
 
 
 def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -7,11 +7,19 @@ Knows: pydantic. Knows no field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
 from minisrv.server.unsupported import asks_for_nothing, refusal
 
@@ -25,6 +33,18 @@ Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT)]
 def refuse(field: str, message: str) -> PydanticCustomError:
     """A validation error of the model that `field` belongs to."""
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a longer object before it looks at members, each of which may be wrong."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            limits = {"field_type": "Object", "max_length": count, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", limits)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _or_null(field: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +68,12 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
     )
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    _names: ClassVar[frozenset[str]]
+    """Of the fields, as clients write them."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        cls._names = frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -71,18 +97,41 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+    def _keep_what_is_asked_for(cls, data: Any) -> Any:
+        """Drop what asks for nothing, refuse what is not supported, and keep of unknown fields the
+        first: pydantic makes an error of each."""
         if not isinstance(data, dict):
             return data
         kept = {}
+        knows_all = True
         for name, value in data.items():
             if value is None:
                 continue
-            if name not in cls.unsupported:
+            if name in cls._names:
                 kept[name] = value
-            elif not asks_for_nothing(value, cls.unsupported[name]):
-                raise refuse(name, refusal(name, cls.unsupported[name]))
+            elif name in cls.unsupported:
+                if not asks_for_nothing(value, cls.unsupported[name]):
+                    raise refuse(name, refusal(name, cls.unsupported[name]))
+            elif knows_all:
+                knows_all = False
+                kept[name] = value
         return kept
+
+
+class RequestBody(Strict):
+    """The body of a request."""
+
+    _num_bytes: int = PrivateAttr(default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """How large it was, as it was sent; 0 for one that was not."""
+        return self._num_bytes
+
+    def sent_in(self, num_bytes: int) -> Self:
+        """This body, which was sent in so many bytes."""
+        self._num_bytes = num_bytes
+        return self
 
 
 class SentBack(Strict):

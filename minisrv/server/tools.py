@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import from_json
 
+from minisrv.server.allowance import Allowance
 from minisrv.server.strict import SentBack, Strict, Text
 from minisrv.server.structured import Schema
 
@@ -71,13 +72,17 @@ class NamedTool(Strict):
 ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
 
 
-def _arguments(value: Any) -> dict[str, Any] | str:
+def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
     """Arguments as a client sends them back: a JSON object or its text. Text that is none, e.g. of
-    a call that was cut off by `max_tokens`, stays as it is."""
+    a call that was cut off by `max_tokens`, stays as it is.
+
+    Its values count as those of the request do: see `Allowance`."""
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
         raise ValueError("must be a JSON object, or its text")
+    allowance = info.context or Allowance()
+    allowance.take(value.encode(errors="replace"))
     try:
         arguments = json.loads(value) if value.strip() else {}
         json.dumps(arguments, ensure_ascii=False).encode()  # lone surrogates are no text

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -34,6 +35,9 @@ OBITUARY_SECONDS = 5
 """What the launcher gets to say how the engine has ended. It is told at once, but it may be stopped
 or busy, and without its word requests end with less of a reason."""
 
+SWITCH_SECONDS = 0.0005
+"""A tenth of Python's own, which a request for /health would wait several times."""
+
 LAST_WORDS_SECONDS = 2
 """What clients get to read the error that ends their requests when the server shuts down."""
 
@@ -41,6 +45,11 @@ LAST_WORDS_SECONDS = 2
 def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
     """Serve on `listener` until the launcher closes its end of the line."""
     bound_writes(listener)
+    # What a thread that reads or renders a large body keeps the event loop waiting for, each time
+    # that the loop wants to go on.
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # To read an integer takes the square of its length. Requests have none of so many digits.
+    sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
     client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}

@@ -6,6 +6,7 @@ Knows: how a parser's model spells calls, and JSON schemas. Knows nothing of mas
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,8 +79,8 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     schema = {"type": "object", **tool.parameters}
     if schema["type"] != "object":
         raise RequestError(
-            f"tools: the parameters of {tool.name!r} have the type {schema['type']!r}; the "
-            "arguments of a function are an object.",
+            f"tools: the parameters of {tool.name!r} have the type {reprlib.repr(schema['type'])}; "
+            "the arguments of a function are an object.",
             param="tools",
         )
     return schema

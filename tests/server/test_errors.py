@@ -190,7 +190,7 @@ async def test_bodies_that_make_no_sense(connect: Connect, route: str, content: 
     async with connect(outputs([300])) as client:
         response = await client.post(route, content=content, headers=JSON)
     error = error_of(response, 400)
-    if b'"\\ud800": 1' in content:
+    if b'"\\ud800": 1' in content and route == "/v1/completions":
         assert error["message"] == "A name in the request body is not valid Unicode."
 
 
