@@ -118,7 +118,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids of no token count as empty."""
         if self.pipeline is None:
-            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            # The batch call releases the GIL.
+            [text] = self._backend.decode_batch(
+                [list(token_ids)], skip_special_tokens=skip_special_tokens
+            )
+            return text
         skipped = self.special_ids if skip_special_tokens else frozenset()
         shown = [token_id for token_id in token_ids if token_id not in skipped]
         return self.pipeline.decoder(streams=False).push(shown, final=True)
