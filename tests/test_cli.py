@@ -192,7 +192,11 @@ def test_numbers_out_of_bounds(
 
 
 @pytest.mark.parametrize(("command", "kind", "name"), NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, -(10**400), "8", True])
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), 10**400, -(10**400), "8", True],
+    ids=["nan", "inf", "huge", "low", "text", "bool"],
+)
 def test_settings_that_are_no_numbers(command: str, kind: type, name: str, value: object) -> None:
     """As Python's callers may give them."""
     given = (value,) if str(kind.__dataclass_fields__[name].type).startswith("tuple") else value
@@ -200,7 +204,7 @@ def test_settings_that_are_no_numbers(command: str, kind: type, name: str, value
         kind(**{name: given})
 
 
-@pytest.mark.parametrize("text", ["9" * 400 + "k", "1" * 16 + "K"])
+@pytest.mark.parametrize("text", ["9" * 400 + "k", "1" * 16 + "K"], ids=["400", "16"])
 def test_a_length_too_long_to_be_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no length" in refused(capsys, "plan", "--max-model-len", text)[-1]
 

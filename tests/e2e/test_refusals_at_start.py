@@ -125,6 +125,7 @@ def test_a_temporary_directory_too_deep_for_a_socket(start: Start) -> None:
         # A file may have as little as this; a full disk is not to be had in a test.
         ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "too large"),
     ],
+    ids=["missing", "full"],
 )
 def test_no_temporary_directory_that_can_be_used(start: Start, trouble: str, words: str) -> None:
     server = start(*SMALL, before=trouble)
