@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         return status
     except MinisrvError as error:
-        print(f"minisrv: error: {error.message}", file=sys.stderr)
+        if logs.is_json():
+            logger.error("%s", error.message)
+        else:
+            print(f"minisrv: error: {error.message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
@@ -63,6 +66,7 @@ def _name_model(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    logs.take_stderr()
     options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
     engine, server = _settings(EngineConfig, options), _settings(ServerConfig, options)
     _announce(engine)

@@ -10,6 +10,7 @@ Knows: how a process starts and ends, on Linux. Knows nothing of what it does.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import multiprocessing
 import os
@@ -29,6 +30,8 @@ from typing import Any
 from minisrv import logs
 from minisrv.errors import ConfigError
 from minisrv.import_path import without_working_directory
+
+logger = logging.getLogger(__name__)
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """What a child ignores."""
@@ -188,6 +191,7 @@ def _run(
 ) -> None:
     Path("/proc/self/comm").write_text(f"minisrv-{name}")
     logs.configure(name)
+    logs.take_stderr()
     for ignored in PARENTS_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
@@ -195,7 +199,11 @@ def _run(
     # does nothing to one that runs. The thread sees a parent that died before this.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGCONT))
     threading.Thread(target=_end_with_parent, args=(private_dir,), daemon=True).start()
-    target(*arguments)
+    try:
+        target(*arguments)
+    except Exception:  # as a line like all others; multiprocessing would print it
+        logger.exception("the process has failed")
+        sys.exit(1)
 
 
 def _end_with_parent(private_dir: Path) -> None:

@@ -26,6 +26,7 @@ FLOORS = {
     "checkpoint": 1,
     "machine": 1,
     "logs": 0,
+    "log_writer": 0,
     "outputs": 1,
     "progress": 1,
     "threads": 1,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import zmq
 
-from minisrv import logs, threads
+from minisrv import threads
 from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
@@ -94,8 +94,7 @@ def _main(
     try:
         with server.heartbeat.beating(IDLE_MS / 1000):
             server.load(config, Checkpoint.load(checkpoint), clock)
-        with logs.in_background():
-            server.run(log_stats=log_stats)
+        server.run(log_stats=log_stats)
     except MinisrvError as error:
         if not server.fail(error):
             logger.error("%s", error.message)

@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 
 import uvicorn
 
-from minisrv import logs
 from minisrv.checkpoint import Checkpoint
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import Loading, Ready
@@ -85,6 +84,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         http=BoundedProtocol,
         ws="none",
         lifespan="off",
+        log_config=None,  # its lines are the process's
         log_level="warning",
         access_log=False,
         ssl_certfile=settings.ssl_certfile,
@@ -92,7 +92,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
     )
     server = _Server(http, client, settings.shutdown_timeout)
-    with logs.in_background(), asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, listener, launcher))
     app.state.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import httpx
 import pytest
 import trustme
 
-from tests.e2e.server import SMALL, Server, until
+from tests.e2e.server import SMALL, Server
 
 Start = Callable[..., Server]
 
@@ -75,20 +74,3 @@ def test_an_empty_variable_lets_nobody_in(
     server = start(str(tiny))
     assert server.wait() == 1
     assert "MINISRV_API_KEY is set and empty" in server.log
-
-
-def test_logs_of_every_process_as_json(start: Start, tiny: Path) -> None:
-    server = start(str(tiny), *SMALL, "--log-format", "json", "--port", "0")
-    until(lambda: "ready in" in server.log, "ready")
-    url = json.loads(server.log.splitlines()[-1])["message"].partition("http://")[2]
-    with httpx.Client(base_url=f"http://{url.partition('/v1')[0]}", trust_env=False) as client:
-        headers = {"x-request-id": "mine-7"}
-        body = {"prompt": "my diary", "max_tokens": 3, "ignore_eos": True}
-        assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
-    until(lambda: "/v1/completions" in server.log, "a line")
-    lines = [json.loads(line) for line in server.log.splitlines()]
-    assert {line["process"] for line in lines} >= {"launcher", "api-0"}
-    [line] = [line for line in lines if line["logger"] == "minisrv.access"]
-    assert (line["request_id"], line["status"]) == ("mine-7", 200)
-    assert line["completion_tokens"] == 3
-    assert "diary" not in server.log
