@@ -30,7 +30,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +40,7 @@ from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import PromptKind, RequestRecord, RunConfig
 from loadgen.servers import Server
+from loadgen.stats import Distribution, itl_samples_ms
 from minisrv.environment import environment
 
 SETTLE_S = 3.0
@@ -126,15 +126,15 @@ async def phase(
 ) -> dict[str, Any]:
     """Run a phase and say what came of it."""
     ended: Counter[str] = Counter()
-    gaps: list[float] = []
-    first: list[float] = []
+    gaps: list[tuple[float, float]] = []
+    first: list[tuple[float, float]] = []
 
     async def one() -> None:
         record = await ask()
         ended[outcome(record)] += 1
         if record.failure is None:
-            gaps.extend(np.diff(record.chunk_times_s))
-            first.append(record.ttft_s or 0.0)
+            gaps.extend(itl_samples_ms(record))
+            first.append((1e3 * (record.ttft_s or 0.0), 1.0))
 
     sampler = asyncio.create_task(watch.sample_on(name))
     began = time.perf_counter()
@@ -161,9 +161,9 @@ async def phase(
     }
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    values = np.percentile(seconds, (50, 90, 99)) if seconds else (0.0, 0.0, 0.0)
-    return {f"p{p}": round(1000 * v, 2) for p, v in zip((50, 90, 99), values, strict=True)}
+def _percentiles(samples_ms: list[tuple[float, float]]) -> dict[str, float]:
+    found = Distribution.of(samples_ms)
+    return {p: round(getattr(found, p), 2) if found else 0.0 for p in ("p50", "p90", "p99")}
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 Knows the chunks of OpenAI's completions and chat completions, and the page on which a server says
 that its times are simulated. Does not know how bytes travel (http), how many requests run beside
-it, nor what is computed from its record. The three judgements everything else rests on are made
-here: which chunks carry tokens, how many tokens there were (usage, never the chunks if usage is
-there), and whether the request succeeded.
+it, nor what is computed from its record. The judgements everything else rests on are made here:
+which chunks carry tokens and how many, how many tokens there were (usage, never the chunks if
+usage is there), and whether the request succeeded.
 
 A token need not have text: a special token has none, and of a character whose bytes are spread
 over tokens only the last one has. A chunk carries tokens if it has text or token ids. One with
@@ -95,6 +95,7 @@ class CompletionStream:
         self._empty_times_s: list[float] = []
         """Arrival of chunks of which only usage tells whether they are tokens."""
         self._contents: list[str] = []
+        self._id_counts: list[int] = []
         self._token_ids: list[int] = []
         self._finish_reason: str | None = None
         self._failure: Failure | None = None
@@ -120,6 +121,7 @@ class CompletionStream:
             if content or token_ids:
                 self._times_s.append(now_s)
                 self._contents.append(content)
+                self._id_counts.append(len(token_ids))
                 self._token_ids += token_ids
             elif choice.may_be_a_token:
                 self._empty_times_s.append(now_s)
@@ -140,6 +142,24 @@ class CompletionStream:
             if unseen in (0, 1):
                 return sorted(self._times_s + self._empty_times_s)
         return self._times_s
+
+    @property
+    def chunk_tokens(self) -> list[float]:
+        """How many tokens each of these chunks brought.
+
+        Its ids tell. Without them each is taken to have brought one, and what usage counts beyond
+        that is shared out by length of text: for equal chunks that is exact.
+        """
+        chunks = len(self.chunk_times_s)
+        if chunks > len(self._times_s):  # each token had a chunk, with text or without
+            return [1.0] * chunks
+        if all(self._id_counts):
+            return list(map(float, self._id_counts))
+        tokens = chunks if self.completion_tokens is None else self.completion_tokens
+        least = min(1.0, tokens / chunks)
+        letters = sum(map(len, self._contents))
+        each = (tokens - least * chunks) / letters if letters else 0.0
+        return [least + each * len(content) for content in self._contents]
 
     @property
     def answer(self) -> Answer:
@@ -201,6 +221,7 @@ async def send(
         start_s=start_s,
         end_s=end_s,
         chunk_times_s=tuple(stream.chunk_times_s),
+        chunk_tokens=tuple(stream.chunk_tokens),
         prompt_tokens=stream.prompt_tokens,
         cached_tokens=stream.cached_tokens,
         completion_tokens=stream.completion_tokens,

@@ -163,6 +163,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     """The instant `[DONE]` was read, or the failure was known."""
     chunk_times_s: tuple[float, ...]
     """Arrival of each chunk that carried tokens. Chunks of one read share its instant."""
+    chunk_tokens: tuple[float, ...]
+    """How many tokens each of them brought; no whole number where that is estimated."""
     prompt_tokens: int | None
     completion_tokens: int | None
     """Both from the server's usage; None where it sent none."""
@@ -174,10 +176,15 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     @property
     def tokens(self) -> int:
-        """Output tokens: what usage says, else the number of chunks with tokens."""
+        """Output tokens: what usage says, else what the chunks brought."""
         if self.completion_tokens is None:
-            return len(self.chunk_times_s)
+            return round(sum(self.chunk_tokens))
         return self.completion_tokens
+
+    @property
+    def later_tokens(self) -> float:
+        """Output tokens that came after the first chunk, which may have brought several."""
+        return self.tokens - sum(self.chunk_tokens[:1])
 
     @property
     def e2e_s(self) -> float:

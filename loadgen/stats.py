@@ -20,13 +20,16 @@ LAG_CPU_SHARE = 0.3
 
 FORMULAS = {
     "TTFT": "first chunk with tokens - send start; chunks that carry only a role do not count",
-    "ITL": "gap between neighbouring chunks with tokens, divided by the tokens it stands for: "
-    "k = (n - 1) / (chunks - 1) of its request, and weighted by k. TTFT is no part of it; "
-    "chunks of one read share its time",
+    "ITL": "gap between neighbouring chunks with tokens / k, the tokens that the later one brought; "
+    "it counts k times. TTFT, and what the first chunk brought, are no part of it; chunks of one "
+    "read share its time",
+    "k": "token ids of a chunk; without ids one for each chunk, and what usage counts beyond that "
+    "shared out between the chunks by the length of their text",
     "ITL jitter": "p99 / p50 of ITL",
-    "TPOT": "(E2E - TTFT) / (n - 1), for each request with n > 1",
+    "TPOT": "(E2E - TTFT) / tokens after the first chunk, for each request that has any: / (n - 1) "
+    "where each token has a chunk",
     "E2E": "[DONE] - send start",
-    "n": "output tokens, from the server's usage; without usage, chunks with tokens",
+    "n": "output tokens, from the server's usage; without usage, token ids or chunks with tokens",
     "chunk with tokens": "one with text or token ids; one without either, too, where usage shows "
     "that each token had a chunk. A server need not send a chunk for a token without text",
     "cached": "prompt tokens that the server says it found in its prefix cache / prompt tokens; - "
@@ -96,21 +99,23 @@ def percentiles(ordered: Sequence[tuple[float, float]], ranks: Sequence[float]) 
 def itl_samples_ms(record: RequestRecord) -> list[tuple[float, float]]:
     """(ITL in ms, tokens it stands for) of each gap between chunks with content.
 
-    A chunk is not a token: the n - 1 tokens after the first are spread evenly over the gaps, so
-    the weighted mean stays (last chunk - first chunk) / (n - 1) whatever the chunking.
+    A chunk is not a token: a gap stands for the tokens of the chunk that ends it, each of which
+    took an equal part of it. So the weighted mean is (last chunk - first chunk) / (tokens after the
+    first chunk) whatever the chunking.
     """
-    times = record.chunk_times_s
-    if len(times) < 2 or record.tokens < 2:
-        return []
-    per_gap = (record.tokens - 1) / (len(times) - 1)
-    return [((late - early) * 1e3 / per_gap, per_gap) for early, late in pairwise(times)]
+    gaps = pairwise(record.chunk_times_s)
+    return [
+        ((late - early) * 1e3 / tokens, tokens)
+        for (early, late), tokens in zip(gaps, record.chunk_tokens[1:], strict=True)
+        if tokens > 0
+    ]
 
 
 def tpot_ms(record: RequestRecord) -> float | None:
-    """Milliseconds per output token after the first; None below two tokens."""
-    if record.ttft_s is None or record.tokens < 2:
+    """Milliseconds per output token after the first chunk; None if it brought all."""
+    if record.ttft_s is None or record.later_tokens <= 0:
         return None
-    return (record.e2e_s - record.ttft_s) * 1e3 / (record.tokens - 1)
+    return (record.e2e_s - record.ttft_s) * 1e3 / record.later_tokens
 
 
 class LevelSummary(msgspec.Struct, frozen=True):

@@ -46,11 +46,11 @@ def test_every_request_ends_in_tokens_a_429_or_a_deadline(tmp_path, monkeypatch,
     ],
 )
 def test_how_a_request_may_end(failure, expected):
-    record = RequestRecord(0, 0.0, 1.0, (), None, None, failure)
+    record = RequestRecord(0, 0.0, 1.0, (), (), None, None, failure)
     assert overload.outcome(record) == expected
 
 
 def test_any_other_end_is_told():
     lost = Failure(FailureKind.BROKEN_STREAM, "the stream ended before [DONE]")
-    record = RequestRecord(0, 0.0, 1.0, (), None, None, lost)
+    record = RequestRecord(0, 0.0, 1.0, (), (), None, None, lost)
     assert "ended before" in overload.outcome(record)

@@ -309,7 +309,7 @@ def test_first_difference() -> None:
 
 
 def result(requests: int, stopped_by: StoppedBy = StoppedBy.REQUESTS) -> LevelResult:
-    records = [RequestRecord(index, 0.0, 1.0, (), None, 3, None) for index in range(requests)]
+    records = [RequestRecord(index, 0.0, 1.0, (), (), None, 3, None) for index in range(requests)]
     return LevelResult(2, stopped_by, records, [], [])
 
 

@@ -12,6 +12,7 @@ from loadgen.errors import ServerError
 from loadgen.http import Client
 from loadgen.prompts import endpoint, request_body
 from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
+from loadgen.stats import Distribution, itl_samples_ms, tpot_ms
 from tests.loadgen.scripted_server import (
     DONE,
     DROP,
@@ -142,6 +143,81 @@ def test_a_chunk_without_text_is_a_token_where_each_token_has_a_chunk(
     parts: list[bytes], times: list[float]
 ) -> None:
     assert stream(parts).chunk_times_s == times
+
+
+MS_A_TOKEN = 10.0
+
+
+def paced(parts: Sequence[bytes], tokens: Sequence[int]) -> tuple[RequestRecord, Distribution]:
+    """The record of a stream whose i-th part comes when its tokens are made, and its ITL."""
+    state, now_s = CompletionStream(), 0.0
+    for part, brought in zip(parts, tokens, strict=True):
+        now_s += brought * MS_A_TOKEN / 1e3
+        state.feed(part, now_s)
+    record = RequestRecord(
+        index=0,
+        start_s=0.0,
+        end_s=now_s,
+        chunk_times_s=tuple(state.chunk_times_s),
+        chunk_tokens=tuple(state.chunk_tokens),
+        prompt_tokens=state.prompt_tokens,
+        completion_tokens=state.completion_tokens,
+        failure=None,
+    )
+    itl = Distribution.of(itl_samples_ms(record))
+    assert itl is not None
+    return record, itl
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 10])
+@pytest.mark.parametrize("role", [False, True])
+def test_chunks_of_several_tokens_are_as_slow_as_their_tokens(per_chunk: int, role: bool) -> None:
+    """The first brings as many as the others, and is no part of the time that is divided. What
+    carries no token, a role before it, the finish reason and usage behind it, changes nothing."""
+    total = 100
+    parts = answer(total, per_chunk)
+    assert all(isinstance(part, bytes) for part in parts)
+    counts = [per_chunk] * (total // per_chunk) + [0] * 3
+    if role:
+        parts, counts = [delta(role="assistant", content=""), *parts], [0, *counts]
+    record, itl = paced([part for part in parts if isinstance(part, bytes)], counts)
+    for value in (itl.mean, itl.min, itl.p50, itl.p99, itl.max, tpot_ms(record)):
+        assert value == pytest.approx(MS_A_TOKEN)
+    assert record.tokens == total
+
+
+RAGGED = [7, 1, 1, 4, 10, 2, 1, 5]
+
+
+@pytest.mark.parametrize("usage_too", [True, False])
+def test_ids_tell_how_many_tokens_each_chunk_has_brought(usage_too: bool) -> None:
+    """The last has no text, as that of an end token has none."""
+    parts = [with_ids(*range(count), text="a long word") for count in RAGGED]
+    parts.append(with_ids(3, finish="length"))
+    if usage_too:
+        parts.append(usage(sum(RAGGED) + 1))
+    record, itl = paced(parts, [*RAGGED, 1, 0][: len(parts)])
+    assert record.tokens == sum(RAGGED) + 1
+    assert record.chunk_tokens == (*RAGGED, 1)
+    for value in (itl.mean, itl.min, itl.max, tpot_ms(record)):
+        assert value == pytest.approx(MS_A_TOKEN)
+
+
+@pytest.mark.parametrize("first", [1, 10])
+def test_without_ids_text_tells_about(first: int) -> None:
+    """As where drafts are verified: first a token from the prompt, then several at a time."""
+    counts = [first, *RAGGED]
+    parts = [chunk("word " * count) for count in counts]
+    record, itl = paced([*parts, usage(sum(counts))], [*counts, 0])
+    assert sum(record.chunk_tokens) == pytest.approx(sum(counts))
+    assert itl.mean == pytest.approx(MS_A_TOKEN, rel=0.05)
+    assert tpot_ms(record) == pytest.approx(MS_A_TOKEN, rel=0.05)
+
+
+def test_more_chunks_than_tokens() -> None:
+    """A server that sends letters: each is a part of a token."""
+    state = stream([chunk("a")] * 8 + [usage(2)])
+    assert state.chunk_tokens == [0.25] * 8
 
 
 def test_an_answer_without_any_text_is_no_failure_and_cannot_be_timed() -> None:

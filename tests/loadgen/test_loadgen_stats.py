@@ -28,12 +28,15 @@ def record(
     tokens: int | None,
     failure: Failure | None = None,
     cached: int | None = None,
+    chunks: tuple[float, ...] | None = None,
 ) -> RequestRecord:
+    """chunks: the tokens of each; one each if not given."""
     return RequestRecord(
         index=0,
         start_s=start,
         end_s=end,
         chunk_times_s=times,
+        chunk_tokens=(1.0,) * len(times) if chunks is None else chunks,
         prompt_tokens=5,
         completion_tokens=tokens,
         failure=failure,
@@ -87,17 +90,19 @@ def test_itl_jitter() -> None:
 
 
 def test_a_chunk_is_not_a_token() -> None:
-    """7 tokens in 3 chunks: each gap stands for 3 tokens, and the weighted mean is exact."""
-    packed = record(0.0, (1.0, 1.6, 2.5), 2.5, 7)
-    assert itl_samples_ms(packed) == [(pytest.approx(200.0), 3.0), (pytest.approx(300.0), 3.0)]
-    assert tpot_ms(packed) == pytest.approx(250.0)
+    """A gap stands for the tokens of the chunk behind it; those of the first came before any."""
+    packed = record(0.0, (1.0, 1.6, 2.5), 3.0, 12, chunks=(4.0, 2.0, 6.0))
+    assert itl_samples_ms(packed) == [(pytest.approx(300.0), 2.0), (pytest.approx(150.0), 6.0)]
+    assert tpot_ms(packed) == pytest.approx(250.0)  # (3.0 - 1.0) / 8
     itl = Distribution.of(itl_samples_ms(packed))
     assert itl is not None
-    assert itl.mean == pytest.approx(250.0)
+    assert itl.mean == pytest.approx(187.5)  # (2.5 - 1.0) / 8
+    assert itl.p50 == pytest.approx(150.0)  # of eight tokens six
 
 
-def test_one_token_has_neither_itl_nor_tpot() -> None:
-    single = record(0.0, (1.0,), 1.1, 1)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_came_in_one_chunk_has_neither_itl_nor_tpot(tokens: int) -> None:
+    single = record(0.0, (1.0,), 1.1, tokens, chunks=(float(tokens),))
     assert itl_samples_ms(single) == []
     assert tpot_ms(single) is None
 
