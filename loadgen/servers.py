@@ -1,14 +1,14 @@
 """A server as a child process: started on a free port, waited for, watched, and always ended.
 
-Knows command lines, process groups, and the pages that tell a server's state: /ready and /health.
-Does not know what is asked of it, nor what it is compared with.
+Knows command lines, and the pages that tell a server's state: /ready and /health. What ends a
+server, whatever becomes of this process, is `supervisor`. Does not know what is asked of it, nor
+what it is compared with.
 """
 
-import os
 import shlex
-import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
@@ -23,6 +23,8 @@ _HOST = "127.0.0.1"
 _POLL_S = 0.05
 _PAGE_TIMEOUT_S = 5.0
 _STOP_S = 30.0  # from SIGTERM to SIGKILL
+_SPARE_S = 5.0
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _TAIL_BYTES = 3000
 
 
@@ -53,23 +55,36 @@ class Server:
     @property
     def pid(self) -> int:
         """Its first process, whose number is that of its process group too."""
-        return self._process.pid
+        return self._pid
 
     def __enter__(self) -> Self:
         """Start it. Raises ConfigError if there is no such program."""
-        self._started_s = clock()
+        supervisor = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(_STOP_S)]
+        self._line, theirs = socket.socketpair()
+        with self.log.open("wb") as log, theirs:
+            self._process = subprocess.Popen(
+                supervisor + self.command,
+                stdin=theirs.fileno(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
-            with self.log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise ConfigError(f"cannot start {shlex.join(self.command)}: {error}") from None
+            self._started_s, self._pid = self._hear_start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
+
+    def _hear_start(self) -> tuple[float, int]:
+        """When the command was started, and its process. Raises ConfigError."""
+        said = self._line.recv(1024).decode()
+        try:
+            started, pid = said.split()
+            return float(started), int(pid)
+        except ValueError:
+            reason = said or f"its supervisor has ended{self._tail()}"
+            raise ConfigError(f"cannot start {shlex.join(self.command)}: {reason}") from None
 
     def __exit__(
         self,
@@ -78,12 +93,11 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self._process.terminate()
+            self._line.close()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_S)
-        finally:  # also if a second Ctrl-C ends the wait; and for what outlived its parent
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(_STOP_S + _SPARE_S)
+        finally:  # also if a second Ctrl-C ends the wait
+            self._process.terminate()
             self._process.wait()
 
     def wait_ready(self, patience_s: float) -> float:

@@ -20,8 +20,8 @@ LAG_CPU_SHARE = 0.3
 
 FORMULAS = {
     "TTFT": "first chunk with tokens - send start; chunks that carry only a role do not count",
-    "ITL": "gap between neighbouring chunks with tokens / k, the tokens that the later one brought; "
-    "it counts k times. TTFT, and what the first chunk brought, are no part of it; chunks of one "
+    "ITL": "gap between neighbouring chunks with tokens / k, the tokens of the later one, and "
+    "counted k times. TTFT, and what the first chunk brought, are no part of it; chunks of one "
     "read share its time",
     "k": "token ids of a chunk; without ids one for each chunk, and what usage counts beyond that "
     "shared out between the chunks by the length of their text",

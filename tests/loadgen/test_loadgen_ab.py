@@ -4,16 +4,19 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
+import loadgen
 from loadgen.ab import FORMULAS, Level, Spread, first_difference, pairs
 from loadgen.records import Answer, LevelResult, RequestRecord, StoppedBy
 from tests.checkpoints import make_checkpoint
@@ -24,6 +27,7 @@ HEEDS_SIGNALS = (
     "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGHUP)]; "
 )
 """Who runs the tests, in the background or under nohup, may ignore them, and so would a child."""
+SUPERVISOR = Path(loadgen.__file__).with_name("supervisor.py")
 SERVE = Path(__file__).with_name("serve.py")
 QUICK = (
     *("--concurrency", "2", "--rounds", "1", "--requests", "3", "--warmup", "1"),
@@ -240,6 +244,70 @@ def test_no_server_outlives_an_interrupt(bench: Bench, sent: signal.Signals, pha
     assert "Traceback" not in stderr
     assert "interrupted" in stderr
     until(lambda: bench.alive() == [], "what was killed has ended")
+
+
+@pytest.mark.parametrize("phase", ["starting", "measuring"])
+def test_nothing_outlives_a_kill(bench: Bench, phase: str) -> None:
+    """Neither a server, which a shell may have started, nor what it has started, nor a client."""
+    options = "--never-ready" if phase == "starting" else "--hang-at 3"
+    process = bench.start("", options, "--processes", "2")
+    if phase == "starting":
+        until(lambda: len(bench.alive()) == 4, "both are started")
+    else:
+        until(lambda: [name for name, _ in bench.requests].count("b") > 3, "B hangs")
+    offspring = descendants(process.pid)
+    process.kill()
+    process.communicate(timeout=60)
+    try:
+        assert offspring >= set(bench.alive())
+        until(lambda: all(state(str(pid)) in "ZX" for pid in offspring), "all have ended")
+    finally:
+        for pid in offspring:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that it has started, and those that these have."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return set(map(int, children)).union(*(descendants(int(child)) for child in children))
+
+
+@pytest.mark.parametrize(
+    ("signs", "status"), [(["end"], 3), (["end", "term"], -9), (["term"], 3), (["term"] * 2, -9)]
+)
+def test_a_supervisor_ends_its_command_in_order_and_then_at_once(
+    signs: list[str], status: int, tmp_path: Path
+) -> None:
+    """The command ends with 3 when it is told to; if another sign is to come, it does not end. It
+    leaves a process behind, as the command of a shell does."""
+    deaf = len(signs) > 1
+    script = (
+        f"trap '{'touch told' if deaf else 'exit 3'}' TERM; sleep 1000 & echo $! > left;"
+        " touch up; while :; do sleep 0.01; done"
+    )
+    ours, theirs = socket.socketpair()
+    supervisor = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(SUPERVISOR), "60", "sh", "-c", script],
+        stdin=theirs.fileno(),
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    theirs.close()
+    started, pid = ours.recv(1024).split()
+    assert float(started) < time.perf_counter()
+    assert os.getpgid(int(pid)) == int(pid)
+    until((tmp_path / "up").exists, "it runs")
+    for sign in signs:
+        if sign == "end":
+            ours.close()
+        else:
+            supervisor.terminate()
+        if deaf:
+            until((tmp_path / "told").exists, "it has been told")
+    assert supervisor.wait(60) == status
+    until(lambda: state((tmp_path / "left").read_text().strip()) in "ZX", "nothing is left")
+    ours.close()
 
 
 def test_simulated_launches_are_written_on_everything(bench: Bench, tmp_path: Path) -> None:

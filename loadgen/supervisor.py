@@ -1,0 +1,101 @@
+"""Runs a command that ends when whoever asked for it ends, even by SIGKILL.
+
+    python -I -S loadgen/supervisor.py SECONDS COMMAND ...
+
+Its standard input is a socket whose other end only that process has. It says there when the command
+was started, by `records.clock`, and its process id, or why it could not be; and that the other end
+is closed is the sign. The command then gets SIGTERM and so many seconds; behind them, SIGKILL.
+SIGTERM, SIGINT and SIGHUP to this process are signs as well, and the second sign is SIGKILL at
+once. When the command has ended, whatever is left of its process group is killed. The exit status
+is the command's, or the same signal.
+
+Knows: signals and one child. Imports little, and of the standard library alone, as it is started
+before each server.
+"""
+
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+
+_LINE = 0
+_SIGNS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_HEEDED = _SIGNS | {signal.SIGCHLD}
+
+
+def main() -> None:
+    """Run the command line."""
+    patience_s, *command = sys.argv[1:]
+    told, teller = os.pipe()
+    os.set_blocking(teller, False)
+    # NOTE: held until there is a child to be ended, or one of them would leave it behind.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _HEEDED)
+    try:
+        child = os.posix_spawnp(
+            command[0],
+            command,
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, _LINE, os.devnull, os.O_RDONLY, 0)],
+            setpgroup=0,
+            setsigmask=held,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them
+        )
+    except OSError as error:
+        _say(str(error))
+        sys.exit(1)
+    _say(f"{time.perf_counter()} {child}")
+    signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+    for number in _HEEDED:
+        signal.signal(number, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, held - _HEEDED)
+    status = _watch(child, told, float(patience_s))
+    if status < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def _watch(child: int, told: int, patience_s: float) -> int:
+    """Wait for the child's end, and see to it; returns its exit status, negative for a signal."""
+    signs = 0
+    deadline_s: float | None = None
+    lines = [told, _LINE]
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            _kill_group(child)
+            return os.waitstatus_to_exitcode(status)
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        ready, _, _ = select.select(lines, [], [], left_s)
+        found = not ready  # its time is up
+        if told in ready:
+            found |= any(number in _SIGNS for number in os.read(told, 1024))
+        if _LINE in ready:
+            lines.remove(_LINE)  # closed, as nobody writes to it
+            found = True
+        signs += found
+        if found and signs == 1:
+            os.kill(child, signal.SIGTERM)
+            deadline_s = time.monotonic() + patience_s
+        elif found:
+            _kill_group(child)
+            deadline_s = None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody is there any more, which `_watch` sees as well
+        os.write(_LINE, text.encode())
+
+
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # on macOS, if only zombies are left
+        os.killpg(leader, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
