@@ -14,6 +14,7 @@ import logging
 import mmap
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -48,6 +49,15 @@ def process_began() -> float:
     began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     # Some sandboxes count from another boot than their clock does.
     return time.monotonic() - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and those that it starts, have as many descriptors as the system allows.
+
+    The soft limit is low for the sake of programs that use `select`; a connection is a descriptor.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class ChildProcess:

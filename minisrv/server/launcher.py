@@ -30,7 +30,11 @@ from minisrv.engine.messages import EngineInfo, Loading, Ready
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.machine import check_driver
-from minisrv.processes import PARENTS_SIGNALS, unusable_temporary_directory
+from minisrv.processes import (
+    PARENTS_SIGNALS,
+    raise_descriptor_limit,
+    unusable_temporary_directory,
+)
 from minisrv.progress import StartupClock, StartupProgress
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
 
@@ -63,6 +67,7 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
     clock.end("launcher")
     # Until there is a tree to end in order, SIGTERM interrupts what is being done, as SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    raise_descriptor_limit()
     ladders_of(engine)
     check_driver(engine)
     _check_certificate(server)
