@@ -42,7 +42,10 @@ _HTTP_CODES = {
     405: "method_not_allowed",
     413: "request_too_large",
     415: "unsupported_media_type",
+    503: "too_many_bodies",
 }
+
+_HTTP_TYPES = {503: "service_unavailable"}
 
 
 class JSON(JSONResponse):
@@ -83,7 +86,7 @@ def http_error_response(
     status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> JSON:
     """The response of an error that HTTP has a status for and the exception tree does not."""
-    kind = "invalid_request_error" if status < 500 else "internal_error"
+    kind = _HTTP_TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
     return JSON(
         _object(message, kind, None, _HTTP_CODES.get(status)), status_code=status, headers=headers
     )

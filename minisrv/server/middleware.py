@@ -11,7 +11,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,6 +33,17 @@ _NOT_READY = 503
 CLIENT_CLOSED_REQUEST = 499
 """How a client that went away is counted; nginx's number."""
 
+MAX_UNREAD_BYTES = 64 << 20
+"""Of all bodies of a worker that are received or parsed at the moment: sixteen of the largest."""
+
+SMALL_BODY_BYTES = 64 << 10
+"""Of each body, which do not count: large ones that never end leave room for most requests."""
+
+FULL_RETRY_AFTER = 2
+"""Seconds after which a client may send a body again for which there was no room."""
+
+_NO_ROOM = "Too many large request bodies arrive at the moment; try again later."
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -41,10 +53,11 @@ class Edge:
     A request without a key that it needs is refused. `scope["key"]` is the number of its key, or
     None. Every response carries `x-request-id`: the client's, where it is short and plain, or a new
     one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
-    one of `json_paths` that is not plain JSON with 415. An unexpected exception is logged and
-    answered with 500. Each request is a line in the log when it has ended, with what the response
-    has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every request,
-    `failed` the status of every API response from 400 on.
+    one of `json_paths` that is not plain JSON with 415, and a large body for which MAX_UNREAD_BYTES
+    leave no room with 503. An unexpected exception is logged and answered with 500. Each request is
+    a line in the log when it has ended, with what the response has put into `scope["told"]`, unless
+    `access_log` is off. `arrived` is told of every request, `failed` the status of every API
+    response from 400 on.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class Edge:
         self._arrived = arrived
         self._failed = failed
         self._access_log = access_log
+        self._unread_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +107,8 @@ class Edge:
                 await refusal(scope, receive, send_with_id)
                 return
             try:
-                await self._app(scope, self._limited(receive), send_with_id)
+                with self._limited(receive) as limited:
+                    await self._app(scope, limited, send_with_id)
             except Exception as error:
                 if status:
                     raise  # too late for a status: the server closes the connection
@@ -126,19 +141,38 @@ class Edge:
             )
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that counts the body, for clients that do not declare its length."""
-        received = 0
+    @contextmanager
+    def _limited(self, receive: Receive) -> Iterator[Receive]:
+        """`receive` that counts the body, whose length may not be declared. It counts among the
+        unread ones until the application asks what comes behind it, or has ended."""
+        size = counted = 0
+        whole = False
+
+        def count(number: int) -> None:
+            nonlocal counted
+            self._unread_bytes += number - counted
+            counted = number
 
         async def limited() -> Message:
-            nonlocal received
+            nonlocal size, whole
+            if whole:
+                count(0)
+                return await receive()
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            size += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if size > self._max_body_bytes:
                 raise HTTPException(413, self._too_large())
+            count(max(0, size - SMALL_BODY_BYTES))
+            if counted and self._unread_bytes > MAX_UNREAD_BYTES:
+                count(0)
+                raise HTTPException(503, _NO_ROOM, {"retry-after": str(FULL_RETRY_AFTER)})
             return message
 
-        return limited
+        try:
+            yield limited
+        finally:
+            count(0)
 
     def _too_large(self) -> str:
         return f"The request body must have at most {self._max_body_bytes} bytes."
