@@ -26,7 +26,8 @@ from minisrv.errors import MinisrvError
 from minisrv.metrics import Metrics
 from minisrv.server.app import create_app
 from minisrv.server.auth import KeyLimit
-from minisrv.server.http import BoundedProtocol, bound_writes
+from minisrv.server.http import BoundedProtocol
+from minisrv.server.listening import HttpServer
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
@@ -43,7 +44,6 @@ LAST_WORDS_SECONDS = 2
 
 def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
     """Serve on `listener` until the launcher closes its end of the line."""
-    bound_writes(listener)
     # What a thread that reads or renders a large body keeps the event loop waiting for, each time
     # that the loop wants to go on.
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -91,18 +91,20 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         ssl_keyfile=settings.ssl_keyfile,
         timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
     )
-    server = _Server(http, client, settings.shutdown_timeout)
+    server = _Server(http, listener, client, settings.shutdown_timeout)
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
-        runner.run(_serve(config, client, server, listener, launcher))
+        runner.run(_serve(config, client, server, launcher))
     app.state.close()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, telling the engine's client when the end begins and when time is up."""
+class _Server(HttpServer):
+    """Tells the engine's client when the end begins and when time is up."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient, seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, client: EngineClient, seconds: float
+    ) -> None:
         """seconds: what open requests get to finish."""
-        super().__init__(config)
+        super().__init__(config, listener)
         self.client = client
         self.seconds = seconds
 
@@ -124,7 +126,6 @@ async def _serve(
     config: WorkerConfig,
     client: EngineClient,
     server: _Server,
-    listener: socket.socket,
     launcher: Connection,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -142,7 +143,7 @@ async def _serve(
     try:
         if config.engine_is_ready:
             await client.settled()  # it has to say so, before this worker may
-        await server.serve([listener])
+        await server.serve()
     finally:
         settled.cancel()
         await client.close()

@@ -1,0 +1,103 @@
+"""uvicorn's server with an accept loop of its own, which knows how much room there is.
+
+The event loop's own has none of it: out of descriptors it accepts nobody for a while, or closes
+whoever comes, and it shows a connection only when its TLS handshake is over.
+
+Knows: uvicorn's server and listening sockets. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import uvicorn
+
+from minisrv.server.connections import Connections
+from minisrv.server.http import BoundedProtocol
+
+logger = logging.getLogger("minisrv.server")
+
+STALLED_SECONDS = 30
+"""After which a client that reads nothing of what was sent to it, or has vanished from the network,
+loses its connection. Until then a stream holds what was generated for it, at most a context."""
+
+BACKLOG = 2048
+"""Connections that the kernel holds until they are accepted."""
+
+ACCEPT_AGAIN_SECONDS = 1
+"""After which a worker that had no room, or no descriptor or memory of the system, looks again."""
+
+_TICKS_A_SECOND = 10
+"""Of uvicorn."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, serving one socket that listens, within bounds."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.connections = Connections()
+        self._listener = listener
+        self._again: asyncio.TimerHandle | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept from now on."""
+        await super().startup(sockets=[])
+        # Inherited by what it accepts.
+        self._listener.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000
+        )
+        self._listener.setblocking(False)
+        self._listener.listen(BACKLOG)
+        self._resume()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nobody any more, and end as uvicorn does."""
+        self._pause()
+        self._listener.close()
+        await super().shutdown(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at the connections once a second."""
+        if counter % _TICKS_A_SECOND == 0:
+            self.connections.sweep()
+        return await super().on_tick(counter)
+
+    def _resume(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _pause(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._listener)
+        if self._again is not None:
+            self._again.cancel()
+
+    def _accept(self) -> None:
+        """Accept one connection: the next one's turn is behind everything else that is ready."""
+        loop = asyncio.get_running_loop()
+        client = None
+        if self.connections.make_room():
+            try:
+                client, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                logger.error("a connection cannot be accepted: %s", error.strerror)
+        if client is None:
+            self._pause()
+            self._again = loop.call_later(ACCEPT_AGAIN_SECONDS, self._resume)
+            return
+        protocol = BoundedProtocol(self.config, self.server_state, {}, self.connections)
+        self.connections.wait_for_head(protocol)
+        protocol.opening = loop.create_task(
+            loop.connect_accepted_socket(lambda: protocol, client, ssl=self.config.ssl)
+        )
+
+        def opened(opening: asyncio.Task[Any]) -> None:
+            if opening.cancelled() or opening.exception() is not None:
+                self.connections.closed(protocol)
+                client.close()
+
+        protocol.opening.add_done_callback(opened)
