@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.server import CHAT, COMPLETIONS, Server, read_all, request_bytes, until
+from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, read_all, request_bytes, until
 
 JSON = {"content-type": "application/json"}
 
@@ -117,3 +121,40 @@ def test_a_reader_that_stops_reading(server: Server) -> None:
         received = read_all(connection).decode()
     assert received.count('"finish_reason":"length"') == 6
     assert received.count("data: [DONE]") == 1
+
+
+FILES = 320
+"""More than the server needs for itself, and fewer than there are clients."""
+
+
+def test_more_connections_than_files(start: Callable[..., Server]) -> None:
+    """Silent ones, half heads, half bodies: somebody else is still served, at no great cost."""
+    limits = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {FILES}))"
+    server = start(*SMALL, before=limits).wait_ready()
+    for pid in server.group():
+        (files,) = re.findall(r"Max open files +(\d+)", Path(f"/proc/{pid}/limits").read_text())
+        assert files == str(FILES)
+    memory = resident_bytes(server.worker_pid())
+    body = request_bytes(COMPLETIONS, b" " * (4 << 20))[: 1 << 20]
+    kinds = [b"", b"POST /v1/completions HTTP/1.1\r\nhos", body[:4096], body]
+    connections = []
+    try:
+        for index in range(FILES):
+            connections.append(server.connect())
+            with suppress(ConnectionError):  # it has given way, or there was no room for its body
+                connections[-1].sendall(kinds[index % len(kinds)])
+        for path in ("/health", "/ready", "/metrics", "/v1/models"):
+            assert server.get(path).status_code == 200
+        assert server.complete("x", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert resident_bytes(server.worker_pid()) - memory < 160 << 20
+    finally:
+        for connection in connections:
+            connection.close()
+    until(lambda: server.metrics()["num_requests_running"] == 0, "all are gone")
+    assert "Traceback" not in server.log
+    assert "cannot be accepted" not in server.log
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

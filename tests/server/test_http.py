@@ -13,7 +13,7 @@ import pytest
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import EngineOutput, EngineRequest
-from minisrv.server import http
+from minisrv.server import listening, middleware
 from minisrv.server.app import create_app
 from minisrv.server.http import MAX_HEAD_BYTES
 from minisrv.text.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ async def test_a_client_that_never_reads_is_cut_off(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its connection, and what was generated for it, would stay for ever."""
-    monkeypatch.setattr(http, "STALLED_SECONDS", 1)
+    monkeypatch.setattr(listening, "STALLED_SECONDS", 1)
 
     def script(request: EngineRequest) -> Iterable[Any]:
         while True:
@@ -109,3 +109,43 @@ async def test_a_client_that_never_reads_is_cut_off(
             client.sendall(COMPLETIONS + b"content-length: %d\r\n\r\n" % len(body) + body)
             await until(lambda: bool(engine.aborted))
     assert engine.admission.num_taken == 0
+
+
+async def test_large_bodies_that_never_end_leave_room(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For small ones at any time, and for large ones when they are gone. One that has been parsed
+    takes none, while its request runs."""
+    monkeypatch.setattr(middleware, "MAX_UNREAD_BYTES", 500_000)
+    go = asyncio.Event()
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        yield go
+        yield from outputs([300])(request)
+
+    engine = FakeEngine(script)
+    body = b'{"prompt": "hi"' + b" " * 400_000 + b"}"
+    large = COMPLETIONS + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    async with serve(app_of(engine, tokenizer)) as address:
+        running = [asyncio.create_task(answer(address, large))]
+        await until(lambda: len(engine.requests) == 1)
+        clients = [await asyncio.open_connection(*address) for _ in range(2)]
+        for _, writer in clients:
+            writer.write(large[:-50_000])
+        parts = [asyncio.create_task(reader.read()) for reader, _ in clients]
+        async with asyncio.timeout(GUARD_SECONDS):
+            (refused,), _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        head, _, content = refused.result().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 2" in head
+        error = json.loads(content)["error"]
+        assert (error["type"], error["code"]) == ("service_unavailable", "too_many_bodies")
+        running.append(asyncio.create_task(answer(address, COMPLETIONS, BODY)))
+        await until(lambda: len(engine.requests) == 2)
+        for _, writer in clients:
+            writer.close()
+        go.set()
+        async with asyncio.timeout(GUARD_SECONDS):
+            while not (await answer(address, large)).startswith(b"HTTP/1.1 200 "):
+                pass  # the server has not noticed yet that they are gone
+        assert {(await answered)[:13] for answered in running} == {b"HTTP/1.1 200 "}
