@@ -64,13 +64,15 @@ class ChildProcess:
     """The parent's handle of a process that runs `target(*arguments)`."""
 
     def __init__(
-        self, name: str, target: Callable[..., None], *arguments: Any, private_dir: Path
+        self, name: str, target: Callable[..., None], *arguments: Any, private_dir: Path | None
     ) -> None:
         """Start the process at once.
 
         name: in logs, and behind `minisrv-` what `ps` and `top` call it, of which the kernel keeps
             15 characters.
-        private_dir: the parent's own directory, which the child removes if the parent dies.
+        private_dir: the parent's own directory, which the child removes if the parent dies. None
+            for a child that has none to remove, and no thread, so that it may fork: the kernel
+            kills it, stopped or not, when the thread ends that starts it here.
         """
         context = multiprocessing.get_context("spawn")
         self._process: BaseProcess = context.Process(
@@ -197,7 +199,7 @@ def safe_path() -> Iterator[None]:
 
 
 def _run(
-    name: str, private_dir: Path, target: Callable[..., None], arguments: tuple[Any, ...]
+    name: str, private_dir: Path | None, target: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     Path("/proc/self/comm").write_text(f"minisrv-{name}")
     logs.configure(name)
@@ -205,10 +207,17 @@ def _run(
     for ignored in PARENTS_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
-    # Not SIGKILL: every child would die of it, and none be left to remove the directory. SIGCONT
-    # does nothing to one that runs. The thread sees a parent that died before this.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGCONT))
-    threading.Thread(target=_end_with_parent, args=(private_dir,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if private_dir is None:
+        assert parent.pid is not None
+        die_with(parent.pid)
+    else:
+        # Not SIGKILL: every child would die of it, and none be left to remove the directory.
+        # SIGCONT does nothing to one that runs. The thread sees a parent that died before this.
+        _signal_at_parents_death(signal.SIGCONT)
+        ends = (parent, private_dir)
+        threading.Thread(target=_end_with_parent, args=ends, daemon=True).start()
     try:
         target(*arguments)
     except Exception:  # as a line like all others; multiprocessing would print it
@@ -216,9 +225,21 @@ def _run(
         sys.exit(1)
 
 
-def _end_with_parent(private_dir: Path) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process, stopped or not, when the thread ends that started it.
+
+    parent: its process id; if that has died already, this process ends here.
+    """
+    _signal_at_parents_death(signal.SIGKILL)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGKILL)
+
+
+def _signal_at_parents_death(signum: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signum))
+
+
+def _end_with_parent(parent: BaseProcess, private_dir: Path) -> None:
     wait([parent.sentinel])
     shutil.rmtree(private_dir, ignore_errors=True)
     # Not sys.exit: the main thread may be deep in its work, and nobody is left to hear of it.
