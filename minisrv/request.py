@@ -298,6 +298,9 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_start: text, e.g. `<think>`, with which reasoning begins if there is any. Without one
         there is some.
     param: the field of the request that asked for it, for errors.
+    lowered: an API worker has made of it what llguidance takes, and `text` is that: reasoning is
+        part of it, and choices are.
+    seconds: of processor time that compiling it has taken there.
 
     Raises RequestError, naming `param`, if a size is out of bounds.
     """
@@ -308,8 +311,12 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_end: str = ""
     reasoning_start: str = ""
     param: str = "response_format"
+    lowered: bool = False
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.lowered:
+            return
         if self.kind is StructuredOutputKind.CHOICE:
             fits = 1 <= len(self.choices) <= MAX_CHOICES and all(self.choices)
             what = f"a choice of {len(self.choices)} texts"

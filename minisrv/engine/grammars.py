@@ -1,16 +1,21 @@
 """The grammars of an engine's requests: compiled while they wait, followed token by token.
 
 A grammar is compiled in a thread, so that no step is held up; the tokenizer is loaded there when
-the first grammar comes, and not before. The matcher is kept until the request ends, through
-preemptions too, as these change no token. What goes wrong with a grammar is a `MinisrvError` that
-ends its own request.
+the first grammar comes, and not before. Cheap grammars have a thread of their own, so that none
+waits behind one that takes almost a second, and the other thread takes what the step loop leaves of
+the processors. A grammar that several requests have, or that came lately, is compiled once and
+copied, which takes microseconds. The matcher is kept until the request ends, through preemptions
+too, as these change no token. What goes wrong with a grammar is a `MinisrvError` that ends its own
+request.
 
 A request may ask for `min_tokens` as well. No end is allowed before them, but where the grammar
 lets nothing else follow: what was asked for is complete there, and a mask that allows no token
 would leave nothing to sample.
 
 API workers have seen each grammar compile within a time, in a process of its own
-(`text.grammar_validator`): native code cannot be interrupted here.
+(`text.grammar_validator`): native code cannot be interrupted here. They say how long it took, and
+send it in llguidance's words: what is left to do here releases the GIL, where Python code beside
+the step loop would make each of its operations wait.
 
 Knows: the matchers, by request id. Knows nothing of logits, or of how a step runs.
 """
@@ -18,22 +23,40 @@ Knows: the matchers, by request id. Knows nothing of logits, or of how a step ru
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Sequence
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from queue import PriorityQueue
+from typing import TypeVar
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from minisrv.checkpoint import TokenizerDescription
 from minisrv.core.scheduler import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import SamplingParams, StructuredOutput
-from minisrv.text.structured import GrammarBackend, Matcher
+from minisrv.text.structured import CHEAP_SECONDS, GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+KEPT_SECONDS = 2.0
+"""Processor time of the compiled grammars that are kept for others, together. It bounds their
+memory as well: those that compile longest grow by 80 MiB a second."""
+_LEAST_SECONDS = KEPT_SECONDS / 256
+"""What each of them counts at least."""
+_NICE = 10
+"""Of the thread for costly grammars."""
 
 
 @dataclass
@@ -61,13 +84,22 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._cheap = _ShortestFirst("cheap-grammar")
+        self._costly = _ShortestFirst("costly-grammar", nice=_NICE)
+        self._kept = _Kept()
         self._compiling: dict[str, Future[tuple[Matcher, _Minimum | None]]] = {}
         self._matchers: dict[str, Matcher] = {}
         self._minima: dict[str, _Minimum] = {}
 
-    @functools.cached_property
+        self._loading = threading.Lock()
+
+    @property
     def _backend(self) -> GrammarBackend:
+        with self._loading:
+            return self._loaded
+
+    @functools.cached_property
+    def _loaded(self) -> GrammarBackend:
         tokenizer = Tokenizer.from_description(self._tokenizer)
         return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
 
@@ -79,10 +111,19 @@ class Grammars:
         """
 
         def compile() -> tuple[Matcher, _Minimum | None]:
-            matcher = self._backend.compile(spec)
-            return matcher, self._minimum(params) if params.min_tokens else None
+            matcher = self._kept.get(spec)
+            if matcher is None:
+                began = time.thread_time()
+                matcher = self._backend.compile(spec)
+                # The first mask makes what later ones find made: a tenth of a second, of some.
+                matcher.fill(np.zeros(self.bitmask_words, np.int32))
+                self._kept.add(spec, matcher, time.thread_time() - began)
+            minimum = self._minimum(params) if params.min_tokens else None
+            return matcher.copy(spec), minimum
 
-        self._compiling[request_id] = self._pool.submit(compile)
+        is_costly = spec.seconds > CHEAP_SECONDS and self._kept.get(spec) is None
+        thread = self._costly if is_costly else self._cheap
+        self._compiling[request_id] = thread.submit(spec.seconds, compile)
 
     def _minimum(self, params: SamplingParams) -> _Minimum:
         allowed = np.zeros(32 * self.bitmask_words, np.uint8)
@@ -160,3 +201,71 @@ class Grammars:
             if not minimum.tokens:
                 del self._minima[request_id]
         return matcher.error
+
+
+class _ShortestFirst:
+    """A thread that does what takes least of what waits, and of the same the oldest. Many short
+    ones cannot hold longer ones up for good: to try a grammar takes an API worker longer than to
+    compile it here."""
+
+    def __init__(self, name: str, *, nice: int = 0) -> None:
+        """nice: what is added to the thread's niceness."""
+
+        def be_nice() -> None:
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)
+
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=be_nice)
+        self._waiting: PriorityQueue[tuple[float, int, Callable[[], None]]] = PriorityQueue()
+        self._count = itertools.count()
+
+    def submit(self, seconds: float, work: Callable[[], _T]) -> Future[_T]:
+        """Queue `work`, which takes about so long."""
+        future: Future[_T] = Future()
+
+        def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except BaseException as error:  # a panic of Rust's is no Exception
+                future.set_exception(error)
+
+        self._waiting.put((seconds, next(self._count), do))
+        self._pool.submit(self._do_shortest)
+        return future
+
+    def _do_shortest(self) -> None:
+        _, _, do = self._waiting.get_nowait()  # there is one for each call
+        do()
+
+
+class _Kept:
+    """Compiled grammars at their start, by what they say, however long it took elsewhere. Methods
+    may be called by any thread."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[StructuredOutput, tuple[Matcher, float]] = OrderedDict()
+        self._seconds = 0.0
+        self._lock = threading.Lock()
+
+    def get(self, spec: StructuredOutput) -> Matcher | None:
+        """One to copy."""
+        key = replace(spec, seconds=0.0)
+        with self._lock:
+            if key not in self._found:
+                return None
+            self._found.move_to_end(key)
+            return self._found[key][0]
+
+    def add(self, spec: StructuredOutput, matcher: Matcher, seconds: float) -> None:
+        """Keep one that took so much processor time. Those that were asked for longest ago make
+        room for it."""
+        key, seconds = replace(spec, seconds=0.0), max(seconds, _LEAST_SECONDS)
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = matcher, seconds
+                self._seconds += seconds
+            while self._seconds > KEPT_SECONDS:
+                _, (_, seconds) = self._found.popitem(last=False)
+                self._seconds -= seconds

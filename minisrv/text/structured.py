@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import llguidance
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -50,6 +52,11 @@ LIMITS = llguidance.LLParserLimits(
     # Errors quote the grammar otherwise.
     verbose_errors=False,
 )
+
+CHEAP_SECONDS = 0.05
+"""Processor time within which nearly every grammar of an honest client compiles: most take a few
+milliseconds, 1,000 properties or 4,000 enum values 30. Those that take longer never stand in the
+way of one that does not."""
 
 MASK_THREADS = 4
 """A mask takes some 10 us, so eight rows are as fast by one, and threads that look for work take
@@ -107,6 +114,10 @@ class Matcher:
             return None
         return grammar_error(self._spec, "cannot be followed further", self._matcher.get_error())
 
+    def copy(self, spec: StructuredOutput) -> Matcher:
+        """Another at the same place, for a request that says the same in `spec`."""
+        return Matcher(self._matcher.deep_copy(), spec)
+
 
 class GrammarBackend:
     """Compiles grammars for one model, and fills their masks.
@@ -121,27 +132,36 @@ class GrammarBackend:
         # llguidance wants a bit for it.
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = list(eos_token_ids)
+        self._loading = threading.Lock()
 
     @property
     def bitmask_words(self) -> int:
         """Words of int32 in a row of the bitmask; at least as many bits as logits."""
         return (self._vocab_size + 31) // 32
 
-    def compile(self, spec: StructuredOutput) -> Matcher:
-        """A matcher at its start. Raises RequestError if there is none. For one thread at a time;
-        releases the GIL while llguidance works."""
+    def lower(self, spec: StructuredOutput) -> StructuredOutput:
+        """The same in llguidance's words. All of it is Python, a tenth of a second for large
+        schemas, so no process that has something else to do should: steps would wait for the GIL.
+        Raises RequestError if a schema cannot be kept."""
         try:
-            tokenizer = self._llguidance_tokenizer
+            text = _llguidance_grammar(spec, self._tokenizer)
+        except ValueError as error:
+            raise grammar_error(spec, "is not valid", str(error)) from error
+        return msgspec.structs.replace(spec, text=text, choices=(), lowered=True)
+
+    def compile(self, spec: StructuredOutput) -> Matcher:
+        """A matcher at its start; `lower` comes first where nobody has done it. Raises RequestError
+        if there is none. Releases the GIL while llguidance works."""
+        lowered = spec if spec.lowered else self.lower(spec)
+        try:
+            with self._loading:
+                tokenizer = self._llguidance_tokenizer
         except ValueError as error:
             raise RequestError(
                 f"{spec.param}: this model's tokenizer does not allow structured output: {error}",
                 param=spec.param,
             ) from error
-        try:
-            grammar = _llguidance_grammar(spec, self._tokenizer)
-        except ValueError as error:
-            raise grammar_error(spec, "is not valid", str(error)) from error
-        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        matcher = llguidance.LLMatcher(tokenizer, lowered.text, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise grammar_error(spec, "cannot be compiled", matcher.get_error())
         return Matcher(matcher, spec)

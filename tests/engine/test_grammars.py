@@ -4,6 +4,8 @@ random model likes to say, and nobody else's tokens change."""
 from __future__ import annotations
 
 import json
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from minisrv.text.structured import Matcher
 from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint
 from tests.text.random_schemas import random_schema, recurses
+from tests.waiting import GUARD_SECONDS, wait_until
 
 MODES = ("none", "piecewise", "full-and-piecewise", "full")
 TOKENS = 400
@@ -323,6 +326,118 @@ def test_min_tokens_of_schemas(start, tokenizer: Tokenizer) -> None:
         assert kept(schema, found[f"json {i}"], tokenizer)
         short += len(tokens(found[f"json {i}"])) < 300
     assert short > 10
+
+
+class Compiling:
+    """Compiles what `engine` is asked for when it is let, and notes the order."""
+
+    def __init__(self, engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order: list[str] = []
+        self.holds: dict[str, threading.Event] = {}
+        self._real = engine._grammars._backend.compile
+        monkeypatch.setattr(engine._grammars._backend, "compile", self._compile)
+
+    def hold(self, text: str) -> threading.Event:
+        """Until the event is set, this one is being compiled."""
+        return self.holds.setdefault(text, threading.Event())
+
+    def _compile(self, spec: StructuredOutput) -> Matcher:
+        self.order.append(spec.text)
+        if spec.text in self.holds:
+            assert self.holds[spec.text].wait(GUARD_SECONDS)
+        return self._real(spec)
+
+
+def took(text: str, seconds: float) -> StructuredOutput:
+    """A regular expression that an API worker needed so long for."""
+    return StructuredOutput(kind=Kind.REGEX, text=text, seconds=seconds)
+
+
+def test_a_cheap_grammar_waits_for_no_costly_one(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start()
+    compiling = Compiling(engine, monkeypatch)
+    let = [compiling.hold(f"a{{{number}}}") for number in range(1, 4)]
+    for number in range(1, 4):
+        engine.add(request(f"costly {number}", took(f"a{{{number}}}", 0.9)))
+    engine.add(request("cheap", took("b", 0.001)))
+    ended = []
+    while "cheap" not in ended:
+        ended += [o.request_id for o in engine.step() if o.finish_reason is not None]
+    assert ended == ["cheap"]
+    for event in let:
+        event.set()
+    run(engine)
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_what_takes_least_is_compiled_first(
+    start, monkeypatch: pytest.MonkeyPatch, scale: int
+) -> None:
+    engine = start()
+    compiling = Compiling(engine, monkeypatch)
+    first = compiling.hold("first")
+    engine.add(request("0", took("first", 0.004 * scale)))
+    wait_until(lambda: compiling.order == ["first"])
+    for text, seconds in {"c": 0.003, "a": 0.001, "b": 0.002, "d": 0.003}.items():
+        engine.add(request(text, took(text, seconds * scale)))
+    first.set()
+    run(engine)
+    assert compiling.order == ["first", "a", "b", "c", "d"]
+
+
+def test_the_same_grammar_is_compiled_once(start, tokenizer, monkeypatch) -> None:
+    """Whichever worker it comes from, and however long that took; each request is in its own place
+    of it."""
+    engine = start()
+    compiling = Compiling(engine, monkeypatch)
+    asked = [request("x" * n, took("(ab|c){3}", 0.001 * n), seed=n) for n in range(1, 9)]
+    texts = {tokenizer.decode(tokens(found)[:-1]) for found in run(engine, *asked).values()}
+    assert len(texts) > 1
+    assert all(re.fullmatch("(ab|c){3}", text) for text in texts)
+    assert len(compiling.order) == 1
+    costly = request("costly", took("(ab|c){3}", 0.9))
+    compiling.hold("other")  # the thread for costly ones is busy
+    engine.add(request("other", took("other", 0.9)))
+    engine.add(costly)
+    while not any(output.request_id == "costly" for output in engine.step()):
+        pass
+    compiling.hold("other").set()
+    run(engine)
+
+
+def test_as_many_are_kept_as_there_is_room_for(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisrv.engine.grammars.KEPT_SECONDS", 2.5)
+    monkeypatch.setattr("minisrv.engine.grammars._LEAST_SECONDS", 1)
+    engine = start()
+    compiling = Compiling(engine, monkeypatch)
+    for number, text in enumerate("abacab"):
+        run(engine, request(str(number), took(text, 0.001)))
+    assert compiling.order == ["a", "b", "c", "b"], "the one that was asked for longest ago goes"
+
+
+def test_a_panic_ends_its_own_request(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As Rust's, which is no Exception."""
+
+    def compile(spec: StructuredOutput) -> Matcher:
+        raise Panic
+
+    engine = start()
+    monkeypatch.setattr(engine._grammars._backend, "compile", compile)
+    [end] = run(engine, request("x", took("a", 0.001)))["x"]
+    assert end.error is not None
+    assert end.error.status == 500
+
+
+def test_what_a_worker_has_lowered_is_taken_as_it_is(
+    start, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To lower is Python's work, for which steps would wait."""
+    engine = start()
+    lowered = engine._grammars._backend.lower(schema_of({"enum": ["a", "b"]}))
+    monkeypatch.delattr("minisrv.text.structured.GrammarBackend.lower")
+    found = run(engine, request("x", lowered))["x"]
+    assert tokenizer.decode(tokens(found)[:-1]) in ('"a"', '"b"')
 
 
 def test_a_grammar_and_ignore_eos_exclude_each_other() -> None:
