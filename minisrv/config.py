@@ -37,6 +37,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "engine_timeout": (1, _WEEK),
     "request_timeout": (0, _WEEK),
     "max_requests_per_key": (0, 1 << 20),
+    "max_grammar_seconds_per_key": (0, 1 << 20),
     "batch_sizes": (1, 8192),
     "context": (1, 1 << 27),
     "rounds": (1, 10_000),
@@ -176,6 +177,8 @@ class ServerConfig:
     api_keys: what clients must send, one of them; none lets everybody in. Others see those of a
         command line in the list of processes: a file or the environment is better.
     max_requests_per_key: that one key may have open at once; 0 sets no limit.
+    max_grammar_seconds_per_key: processor time that new grammars of one API key may take in a
+        minute, in each API worker; those that it has seen before cost nothing. 0 sets no limit.
     allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
     ssl_certfile: a PEM file with the certificate, for HTTPS.
     ssl_keyfile: a PEM file with its key.
@@ -193,6 +196,7 @@ class ServerConfig:
     request_timeout: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_requests_per_key: int = 0
+    max_grammar_seconds_per_key: int = 30
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None

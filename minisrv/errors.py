@@ -14,9 +14,11 @@
     |  |- ModelNotFoundError
     |  |- AuthenticationError
     |  `- QueueFullError      not a fault of the request: try again later
-    |     `- KeyLimitError    its key has too many open
+    |     |- KeyLimitError    its key has too many open
+    |     `- GrammarBudgetError  its key has had too many grammars compiled
     `- EngineError            ours; the client may retry
        |- DeadlineError       the request took longer than it may
+       |- GrammarUnavailableError  nobody could find out whether its grammar compiles
        |- EngineNotReadyError loading or draining
        `- EngineDeadError     the engine process is gone
 
@@ -124,8 +126,8 @@ class QueueFullError(RequestError):
     type = "rate_limit_error"
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(message, param=param)
         self.retry_after = retry_after
 
 
@@ -133,6 +135,12 @@ class KeyLimitError(QueueFullError):
     """The request's API key has as many requests open as one may."""
 
     code = "concurrency_limit"
+
+
+class GrammarBudgetError(QueueFullError):
+    """New grammars of the request's API key have taken as much processor time as a key may use."""
+
+    code = "grammar_limit"
 
 
 class EngineError(MinisrvError):
@@ -147,6 +155,14 @@ class DeadlineError(EngineError):
     http_status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
+
+
+class GrammarUnavailableError(EngineError):
+    """The process that tries grammars has failed, or had no time for this one."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "grammar_not_tried"
 
 
 class EngineNotReadyError(EngineError):

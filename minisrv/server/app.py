@@ -88,6 +88,7 @@ def create_app(
         metrics,
         root=root or served_model_names[0],
         key_limit=key_limit,
+        grammar_seconds_per_key=settings.max_grammar_seconds_per_key,
         request_timeout=settings.request_timeout or None,
     )
     app = FastAPI(

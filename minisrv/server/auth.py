@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from minisrv.errors import AuthenticationError, KeyLimitError
 from minisrv.processes import map_shared
@@ -53,6 +54,17 @@ class ApiKeys:
                 "'Authorization: Bearer KEY'."
             )
         return found[0]
+
+
+def owner(scope: Mapping[str, Any]) -> int | str:
+    """Who takes turns with others: the number of a request's key, or without one its address.
+
+    scope: ASGI's, with the `key` that `ApiKeys.check` has found.
+    """
+    if scope["key"] is not None:
+        return int(scope["key"])
+    host, _ = scope.get("client") or ("", 0)
+    return str(host)
 
 
 class KeyLimit:

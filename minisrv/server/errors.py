@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from minisrv.errors import (
     AuthenticationError,
     EngineNotReadyError,
+    GrammarUnavailableError,
     MinisrvError,
     QueueFullError,
     RequestError,
@@ -29,7 +30,8 @@ from minisrv.errors import (
 logger = logging.getLogger("minisrv.server")
 
 NOT_READY_RETRY_AFTER = 2
-"""Seconds after which a client may ask again while the engine loads or drains."""
+"""Seconds after which a client may ask again while the engine loads or drains, or where its grammar
+could not be tried."""
 
 MAX_PARAM = 128
 """Characters of a field's name that an error repeats: a client chooses unknown names freely."""
@@ -75,7 +77,7 @@ def error_response(error: Exception) -> JSON:
     headers = {}
     if isinstance(error, QueueFullError):
         headers["retry-after"] = str(error.retry_after)
-    elif isinstance(error, EngineNotReadyError):
+    elif isinstance(error, EngineNotReadyError | GrammarUnavailableError):
         headers["retry-after"] = str(NOT_READY_RETRY_AFTER)
     elif isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"

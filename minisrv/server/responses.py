@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisrv.errors import DeadlineError
 from minisrv.server import sse
+from minisrv.server.auth import owner
 from minisrv.server.errors import JSON, error_object, error_status
 from minisrv.server.generation import Delta, Generation, coalesce
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
@@ -64,7 +65,7 @@ class GenerationResponse(Response):
         request, reply = self._request, self._reply
         with self._serving.places(request, reply.id, scope["key"]):
             async with self._in_time():
-                prepared = await self._serving.prepare(request)
+                prepared = await self._serving.prepare(request, owner(scope))
             choices = self._serving.choices(request, prepared, reply.id, self._arrival)
             generation = Generation(choices)
             reply.begin(prepared)

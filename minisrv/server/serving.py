@@ -6,12 +6,11 @@ response bodies.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +69,8 @@ class Serving:
     root: str
     """The checkpoint that the names stand for, as whoever started the server calls it."""
     key_limit: KeyLimit | None = None
+    grammar_seconds_per_key: float = 0.0
+    """Processor time in a minute for trying a key's new grammars; 0 for any."""
     request_timeout: float | None = None
     """Seconds from a request's arrival to its end; None for any."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -120,19 +121,23 @@ class Serving:
         with counted, self.client.admission.places(ids, limit, param):
             yield
 
-    async def prepare(self, request: CompletionRequest | ChatCompletionRequest) -> Prepared:
+    async def prepare(
+        self, request: CompletionRequest | ChatCompletionRequest, owner: int | str
+    ) -> Prepared:
         """Make the prompts, and find out whether what the answer must be can be followed.
 
+        owner: of the request, see `auth.owner`.
+
         Raises RequestError if the model or a grammar cannot do what is asked, and what
-        `engine_info` raises.
+        `engine_info` and `GrammarValidator.validate` raise.
         """
         if isinstance(request, ChatCompletionRequest):
             prepared = await self._prepare_chat(request)
         else:
             prepared = await self._prepare_completion(request)
-        if prepared.form is not None:
-            await asyncio.wrap_future(self._validator.validate(prepared.form))
-        return prepared
+        if prepared.form is None:
+            return prepared
+        return replace(prepared, form=await self._validator.validate(prepared.form, owner))
 
     async def _prepare_chat(self, request: ChatCompletionRequest) -> Prepared:
         vocab_size = self.engine_info().vocab_size
@@ -221,7 +226,12 @@ class Serving:
     def _validator(self) -> GrammarValidator:
         # Not before the first grammar, when the engine is known.
         end = list(self.generation.eos_token_ids)
-        return GrammarValidator(self.tokenizer, self.engine_info().vocab_size, end)
+        return GrammarValidator(
+            self.tokenizer,
+            self.engine_info().vocab_size,
+            end,
+            seconds_per_key=self.grammar_seconds_per_key,
+        )
 
     def close(self) -> None:
         """End what has been started for the requests."""

@@ -2,171 +2,412 @@
 
 Compiling is native code that cannot be interrupted, and a few lines can keep it busy for hours or
 fill the memory (vLLM's issues 17313 and 54003, CVE-2025-48944). So an API worker has a process that
-compiles every grammar before the engine sees it. That process has loaded the tokenizer and forks
-for each grammar: the child has a second of processor time and a bound on its memory, which the
-kernel enforces, and ends whatever happens to it. What passes has compiled, and has been followed
-for a few tokens, which is where grammars with too many alternatives fail. It is remembered, as most
-clients send the same few grammars again and again, and what a child costs, 12 ms where vocabularies
-are large, is more than a prompt takes.
+compiles every grammar before the engine sees it, in a forked process for each, within bounds that
+the kernel enforces (`text.grammar_trials`). What passes has compiled, and has been followed for a
+few tokens, which is where grammars with too many alternatives fail. What a grammar came to is
+remembered, as most clients send the same few again and again, and what a trial costs, 12 ms where
+vocabularies are large, is more than a prompt takes.
 
-Knows: processes and their limits. Knows nothing of what a grammar says.
+Every grammar is tried in the fast lane first, which gives it `CHEAP_SECONDS` of processor time.
+Nearly all need less. One that needs more is ended, and tried again in the slow lane, with
+`CPU_SECONDS`. Lanes have places of their own, and in each of them owners take turns. So a grammar's
+first trial begins after `CHEAP_SECONDS` of processor time of each other owner at most, for itself
+and for each grammar that its own owner has sent before it, divided by the fast lane's places,
+whatever others have sent.
+
+The process may be killed, stopped or hang, as any may. It says that it lives once a second while
+there is work; after `SILENT_SECONDS` without a word it is killed and another takes its place. What
+was being tried is tried once more, and fails then with an error of ours.
+
+Knows: whose turn it is, what is remembered, and the process. Knows nothing of what a grammar says.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import multiprocessing
-import os
-import resource
+import logging
+import math
 import signal
-import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Hashable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import msgspec
-import numpy as np
-import tokenizers
 
-from minisrv.errors import EngineError, RequestError
-from minisrv.processes import safe_path
-from minisrv.request import StructuredOutput, StructuredOutputKind
-from minisrv.text.structured import GrammarBackend, grammar_error
+from minisrv import threads
+from minisrv.errors import (
+    GrammarBudgetError,
+    GrammarUnavailableError,
+    MinisrvError,
+    RequestError,
+)
+from minisrv.processes import ChildProcess
+from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
+from minisrv.text import grammar_trials
+from minisrv.text.fairness import FairQueue, TokenBucket
+from minisrv.text.grammar_trials import (
+    BEAT_SECONDS,
+    HEAD_BYTES,
+    Outcome,
+    Trial,
+    decode_report,
+    encode,
+    frame,
+    frame_length,
+)
+from minisrv.text.structured import CHEAP_SECONDS, grammar_error
 from minisrv.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 CPU_SECONDS = 1.0
 """Processor time of one grammar. 3,000 properties or 10,000 enum values take a tenth."""
-_WALL_SECONDS = 10 * CPU_SECONDS
+WALL_SECONDS = 30.0
 """Where the processor is that busy, or something waits that should not."""
-_MEMORY_BYTES = 2 << 30
-"""Private memory of the child, the tokenizer included."""
-_REHEARSED_TOKENS = 16
-_REMEMBERED = 4096
-"""Grammars that have passed, by their digest."""
+SILENT_SECONDS = 5 * BEAT_SECONDS
+LOADING_SECONDS = 60.0
+"""What the process gets to load the tokenizer: a second or two where nothing else runs."""
+BUDGET_PERIOD = 60.0
+"""Seconds in which an API key may use its budget."""
+MAX_FAST, MAX_SLOW = 8, 2
+"""Most places of the two lanes; fewer where there are fewer cores."""
+_SLOW_NICE = 10
+"""Slow trials take what others leave of the processors."""
+_TRIALS = 2
+"""Of a grammar in one lane, where the process dies."""
+_MAX_LOWERED = 4 * MAX_GRAMMAR_LENGTH
+"""Characters of a grammar in llguidance's words, of which each choice's message holds a copy."""
+_REMEMBERED, _REMEMBERED_CHARACTERS = 4096, 64 << 20
+"""Grammars that have passed, and as many that have not, and the length of either together."""
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode_spec = msgspec.msgpack.Decoder(StructuredOutput).decode
-_decode_verdict = msgspec.msgpack.Decoder(str).decode
+_T = TypeVar("_T")
 
 
 class GrammarValidator:
     """An API worker's handle of its validating process, which starts with the first grammar.
 
-    Arguments as for GrammarBackend.
+    Methods are for one event loop, in the main thread: the process ends with the thread that has
+    started it.
+
+    tokenizer, vocab_size, eos_token_ids: as for GrammarBackend.
+    seconds_per_key: processor time that new grammars of one API key may take in `BUDGET_PERIOD`;
+        0 sets no limit.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: list[int],
+        *,
+        seconds_per_key: float = 0.0,
+    ) -> None:
         self._tokenizer = tokenizer
         self._arguments = (vocab_size, eos_token_ids)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar-validator")
-        self._connection: Connection | None = None
-        self._passed: dict[bytes, None] = {}  # the oldest first
+        self._seconds_per_key = seconds_per_key
+        self._budgets: dict[int, TokenBucket] = {}
+        self._passed: _Remembered[StructuredOutput] = _Remembered()
+        self._refused: _Remembered[str] = _Remembered()
+        cores = threads.cores()
+        self._fast = _Lane(CHEAP_SECONDS, nice=0, places=min(MAX_FAST, max(2, cores)))
+        self._slow = _Lane(CPU_SECONDS, nice=_SLOW_NICE, places=min(MAX_SLOW, max(1, cores // 2)))
+        self._pending: dict[bytes, _Grammar] = {}
+        self._running: dict[int, _Grammar] = {}
+        self._number = 0
+        self._process: ChildProcess | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._watch: asyncio.Timeout | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
-    def validate(self, spec: StructuredOutput) -> Future[None]:
-        """One grammar after the other; one that has passed before waits for no other. Raises,
-        through the future, RequestError for a grammar that cannot be compiled within the budget,
-        EngineError if the process has been killed."""
-        body = _encode(spec)
-        digest = hashlib.sha256(body).digest()
-        if digest in self._passed:
-            known: Future[None] = Future()
-            known.set_result(None)
-            return known
-        return self._pool.submit(self._validate, spec, body, digest)
+    async def validate(self, spec: StructuredOutput, owner: int | str) -> StructuredOutput:
+        """The grammar in llguidance's words, as the engine takes it. One that is known waits for
+        no other, and costs nothing; one that is being tried is not tried a second time.
+
+        owner: who takes turns with others: the number of the request's API key, which has a budget,
+            or anything else that tells clients apart.
+
+        Raises RequestError for a grammar that cannot be compiled within the bounds,
+        GrammarBudgetError if the key has used up its time, GrammarUnavailableError if the process
+        has failed.
+        """
+        digest = hashlib.sha256(encode(spec)).digest()
+        if passed := self._passed.get(digest):
+            return passed
+        if refusal := self._refused.get(digest):
+            raise RequestError(refusal, param=spec.param)
+        grammar = self._pending.get(digest)
+        if grammar is None:
+            grammar = self._pending[digest] = _Grammar(spec, digest, self._fast)
+        if owner not in grammar.owners:
+            # Whoever else asks for it does not wait for what its first owner has sent before it.
+            grammar.owners.add(owner)
+            grammar.lane.waiting.push(owner, grammar)
+        if self._life is None:
+            self._life = asyncio.create_task(self._live())
+        grammar.askers += 1
+        try:
+            self._begin()
+            verdict = await asyncio.shield(grammar.verdict)
+        finally:
+            grammar.askers -= 1
+            if not grammar.askers and not grammar.is_running:
+                self._forget(grammar)
+        if isinstance(verdict, MinisrvError):
+            raise verdict
+        return verdict
 
     def close(self) -> None:
-        """Drop what has not been validated yet and end the process."""
-        self._pool.shutdown(cancel_futures=True)
-        if self._connection is not None:
-            self._connection.close()
+        """End the process, whatever it does; nobody must wait for a grammar any more."""
+        if self._life is not None:
+            self._life.cancel()
+        if self._process is not None:
+            self._process.stop()
 
-    def _validate(self, spec: StructuredOutput, body: bytes, digest: bytes) -> None:
-        try:
-            if self._connection is None:
-                self._connection = self._start()
-            self._connection.send_bytes(body)
-            verdict = _decode_verdict(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            self._connection = None  # a new one for the next grammar
-            raise EngineError("the process that validates grammars has ended.") from error
-        if verdict:
-            raise RequestError(verdict, param=spec.param)
-        if len(self._passed) == _REMEMBERED:
-            del self._passed[next(iter(self._passed))]
-        self._passed[digest] = None
+    # ---- lanes and budgets --------------------------------------------------------------------
 
-    def _start(self) -> Connection:
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=_serve,
-            args=(theirs, *self._arguments),
-            name="minisrv-grammar-validator",
-            daemon=True,
-        )
-        with safe_path():
-            process.start()
-        theirs.close()
-        # Not an argument: starting a process that dies early would wait for it to read them.
-        ours.send_bytes(self._tokenizer.to_json().encode())
-        return ours
-
-
-def _serve(connection: Connection, vocab_size: int, eos_token_ids: list[int]) -> None:
-    """Answer each grammar with one message: what is wrong with it, or nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's; its end closes the connection
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(connection.recv_bytes().decode()))
-    backend = GrammarBackend(tokenizer, vocab_size, eos_token_ids)
-    # Loads the tokenizer, which the children share.
-    _try(backend, StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT), eos_token_ids)
-    while True:
-        try:
-            spec = _decode_spec(connection.recv_bytes())
-        except EOFError:
+    def _begin(self) -> None:
+        """Fill the places that are free with those whose turn it is."""
+        if self._writer is None:
             return
-        child = os.fork()  # no thread of this process holds a lock
-        if child == 0:
-            status = 1
-            try:
-                _limit(CPU_SECONDS, _WALL_SECONDS, _MEMORY_BYTES)
-                verdict = _try(backend, spec, eos_token_ids)
-                # A child that is killed has sent nothing, so that there is one message always.
-                _limit(0, 0, resource.RLIM_INFINITY)
-                connection.send_bytes(_encode(verdict))
-                status = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        if status:
-            connection.send_bytes(_encode(_died(spec, status)))
+        for lane in (self._fast, self._slow):
+            while lane.waiting and lane.taken < lane.places:
+                owner, grammar = lane.waiting.pop()
+                # It may have had its turn under another owner, and nobody may wait for it any more.
+                waits = grammar.askers and not (grammar.is_running or grammar.is_over)
+                if waits and grammar.lane is lane and not self._is_overdrawn(owner, grammar):
+                    self._try(grammar, owner)
+
+    def _try(self, grammar: _Grammar, owner: Hashable) -> None:
+        lane = grammar.lane
+        lane.taken += 1
+        if not self._running:
+            self._expect_a_word(SILENT_SECONDS)
+        self._number += 1
+        self._running[self._number] = grammar
+        grammar.is_running, grammar.charged, grammar.trials = True, owner, grammar.trials + 1
+        trial = Trial(self._number, grammar.spec, lane.cpu_seconds, WALL_SECONDS, lane.nice)
+        assert self._writer is not None
+        self._writer.write(frame(encode(trial)))
+
+    def _is_overdrawn(self, owner: Hashable, grammar: _Grammar) -> bool:
+        """Whether the owner may have no more tried for now, which ends the grammar if no other
+        owner waits for it."""
+        budget = self._budget(owner)
+        if budget is None or budget.left(now := time.monotonic()) > 0:
+            return False
+        grammar.owners.discard(owner)
+        if not grammar.owners:
+            seconds = math.ceil(budget.seconds_until(CPU_SECONDS, now))
+            self._end(
+                grammar,
+                GrammarBudgetError(
+                    f"{grammar.spec.param}: new grammars of this API key have taken "
+                    f"{self._seconds_per_key:g} s of processor time within {BUDGET_PERIOD:g} s, "
+                    "which is what a key may use; use those that you have used before, send "
+                    f"smaller ones, or try again in {seconds} s.",
+                    param=grammar.spec.param,
+                    retry_after=seconds,
+                ),
+            )
+        return True
+
+    def _budget(self, owner: Hashable) -> TokenBucket | None:
+        if not isinstance(owner, int) or not self._seconds_per_key:
+            return None
+        if owner not in self._budgets:
+            self._budgets[owner] = TokenBucket(self._seconds_per_key, BUDGET_PERIOD)
+        return self._budgets[owner]
+
+    # ---- what comes of a trial ----------------------------------------------------------------
+
+    def _stopped(self, number: int) -> _Grammar:
+        grammar = self._running.pop(number)
+        grammar.lane.taken -= 1
+        grammar.is_running = False
+        return grammar
+
+    def _take(self, outcome: Outcome) -> None:
+        grammar = self._stopped(outcome.number)
+        spec = grammar.spec
+        if budget := self._budget(grammar.charged):
+            budget.take(outcome.seconds, time.monotonic())
+        out_of_time = outcome.killed_by == signal.SIGPROF
+        if out_of_time and grammar.lane is self._fast:
+            self._queue_again(grammar, self._slow)
+        elif outcome.late:
+            self._end(grammar, _unavailable(spec, "the server is too busy to compile it"))
+        elif outcome.killed_by == signal.SIGKILL:
+            self._end(grammar, _unavailable(spec, "what tried it was killed"))
+        elif outcome.killed_by or outcome.failure:
+            if outcome.failure:
+                logger.error("trying a grammar failed: %s", outcome.failure)
+            # Otherwise it has aborted where it got no memory.
+            too_long = f"takes more than {CPU_SECONDS:g} s of processor time"
+            self._refuse(grammar, f"compiling it {too_long if out_of_time else 'fails'}")
+        elif outcome.problem:
+            self._refused.add(grammar.digest, outcome.problem, len(outcome.problem))
+            self._end(grammar, RequestError(outcome.problem, param=spec.param))
+        elif len(outcome.lowered) > _MAX_LOWERED:
+            self._refuse(grammar, f"it comes to more than {_MAX_LOWERED} characters")
+        else:
+            passed = msgspec.structs.replace(
+                spec, text=outcome.lowered, choices=(), lowered=True, seconds=outcome.seconds
+            )
+            self._passed.add(grammar.digest, passed, len(passed.text))
+            self._end(grammar, passed)
+
+    def _refuse(self, grammar: _Grammar, why: str) -> None:
+        error = grammar_error(grammar.spec, "is too complex", f"{why}; make it smaller")
+        self._refused.add(grammar.digest, error.message, len(error.message))
+        self._end(grammar, error)
+
+    def _queue_again(self, grammar: _Grammar, lane: _Lane) -> None:
+        if not grammar.askers:
+            self._forget(grammar)
+            return
+        if lane is not grammar.lane:
+            grammar.lane, grammar.trials = lane, 0
+        for owner in grammar.owners:
+            lane.waiting.push(owner, grammar)
+
+    def _end(self, grammar: _Grammar, verdict: StructuredOutput | MinisrvError) -> None:
+        self._forget(grammar)
+        grammar.verdict.set_result(verdict)
+
+    def _forget(self, grammar: _Grammar) -> None:
+        if self._pending.get(grammar.digest) is grammar:
+            del self._pending[grammar.digest]
+
+    # ---- the process --------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        """One life of the process. Another begins behind it if somebody waits."""
+        why = "has ended"
+        try:
+            await self._run_process()
+        except TimeoutError:
+            why = "has stopped or hangs, and is killed"
+        except (OSError, EOFError):
+            pass
+        except Exception:
+            logger.exception("talking to the process that tries grammars failed")
+        finally:
+            is_loaded = self._writer is not None
+            self._writer = self._watch = self._life = None
+            if self._process is not None:
+                self._process.stop()
+        logger.error("the process that tries grammars %s", why)
+        self._go_on_without(is_loaded=is_loaded)
+
+    async def _run_process(self) -> None:
+        """Raises TimeoutError for one that hangs, EOFError or OSError when it has ended."""
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        with theirs, closing(writer):
+            self._process = ChildProcess(
+                "grammars", grammar_trials.serve, theirs, *self._arguments, private_dir=None
+            )
+            theirs.close()
+            async with asyncio.timeout(LOADING_SECONDS) as self._watch:
+                text = await asyncio.to_thread(self._tokenizer.to_json)
+                writer.write(frame(text.encode()))
+                while True:
+                    head = await reader.readexactly(HEAD_BYTES)
+                    report = decode_report(await reader.readexactly(frame_length(head)))
+                    self._writer = writer  # it has loaded the tokenizer, if it says something
+                    if isinstance(report, Outcome):
+                        self._take(report)
+                    self._begin()
+                    self._expect_a_word(SILENT_SECONDS if self._running else None)
+
+    def _expect_a_word(self, seconds: float | None) -> None:
+        """Of the process, within so many seconds; None if it has nothing to do."""
+        if self._watch is not None:
+            now = asyncio.get_running_loop().time()
+            self._watch.reschedule(None if seconds is None else now + seconds)
+
+    def _go_on_without(self, *, is_loaded: bool) -> None:
+        """Try what was being tried with another process, once. Where that does not even start,
+        nobody waits for the next."""
+        for number in [*self._running]:
+            grammar = self._stopped(number)
+            if grammar.trials < _TRIALS:
+                self._queue_again(grammar, grammar.lane)
+            else:
+                self._end(grammar, _unavailable(grammar.spec, "trying to compile it failed"))
+        if not is_loaded:
+            for grammar in [*self._pending.values()]:
+                self._end(grammar, _unavailable(grammar.spec, "nothing can be compiled"))
+        if self._pending:
+            self._life = asyncio.create_task(self._live())
 
 
-def _limit(cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
-    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, resource.RLIM_INFINITY))
+@dataclass
+class _Lane:
+    """Places in which grammars are tried, each with so much processor time."""
+
+    cpu_seconds: float
+    nice: int
+    places: int
+    taken: int = 0
+    waiting: FairQueue[_Grammar] = field(default_factory=FairQueue)
 
 
-def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> str:
-    """What is wrong with the grammar, or nothing."""
-    try:
-        # What may come before it would be all that is rehearsed.
-        matcher = backend.compile(msgspec.structs.replace(spec, reasoning_end=""))
-    except RequestError as error:
-        return error.message
-    row = np.zeros(backend.bitmask_words, np.int32)
-    for _ in range(_REHEARSED_TOKENS):
-        matcher.fill(row)
-        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
-        texts = [token_id for token_id in allowed.tolist() if token_id not in eos_token_ids]
-        if not texts or not matcher.accept(texts[:1]):
-            break
-    return matcher.error.message if matcher.error else ""
+@dataclass(eq=False)
+class _Grammar:
+    """A grammar that somebody waits for.
+
+    owners: all who have asked for it, in whose queues of the lane it stands.
+    askers: requests that wait.
+    trials: how often the lane has begun with it. charged: whose turn the last was.
+    """
+
+    spec: StructuredOutput
+    digest: bytes
+    lane: _Lane
+    owners: set[Hashable] = field(default_factory=set)
+    askers: int = 0
+    trials: int = 0
+    is_running: bool = False
+    charged: Hashable = None
+    verdict: asyncio.Future[StructuredOutput | MinisrvError] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    @property
+    def is_over(self) -> bool:
+        return self.verdict.done()
 
 
-def _died(spec: StructuredOutput, status: int) -> str:
-    killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    too_long = killed_by in (signal.SIGPROF, signal.SIGALRM)
-    # Otherwise it has aborted where it got no memory.
-    why = f"takes more than {CPU_SECONDS:g} s of processor time" if too_long else "fails"
-    return grammar_error(spec, "is too complex", f"compiling it {why}; make it smaller").message
+class _Remembered(Generic[_T]):
+    """What has been found out, by digest. The one that was asked for longest ago makes room."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[bytes, tuple[_T, int]] = OrderedDict()
+        self._characters = 0
+
+    def get(self, digest: bytes) -> _T | None:
+        if digest not in self._found:
+            return None
+        self._found.move_to_end(digest)
+        return self._found[digest][0]
+
+    def add(self, digest: bytes, found: _T, characters: int) -> None:
+        self._found[digest] = (found, characters)
+        self._characters += characters
+        while len(self._found) > _REMEMBERED or self._characters > _REMEMBERED_CHARACTERS:
+            _, (_, characters) = self._found.popitem(last=False)
+            self._characters -= characters
+
+
+def _unavailable(spec: StructuredOutput, why: str) -> GrammarUnavailableError:
+    return GrammarUnavailableError(
+        f"{spec.param}: whether this grammar can be compiled is not known, as {why}; try again "
+        "later.",
+        param=spec.param,
+    )

@@ -20,6 +20,7 @@ from minisrv.errors import (
     ContextLengthError,
     EngineDeadError,
     EngineNotReadyError,
+    GrammarUnavailableError,
     GraphError,
     QueueFullError,
     RequestError,
@@ -236,6 +237,7 @@ async def test_unknown_model(connect: Connect, route: str) -> None:
         (RequestError("no", param="seed"), 400, None, None),
         (EngineDeadError("gone"), 503, "engine_dead", None),
         (EngineNotReadyError("draining"), 503, "not_ready", "2"),
+        (GrammarUnavailableError("unknown"), 503, "grammar_not_tried", "2"),
     ],
 )
 async def test_a_refusal_of_the_engine_is_never_a_200(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from minisrv.config import ServerConfig
 from minisrv.request import MAX_GRAMMAR_LENGTH, FinishReason, StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
 from minisrv.text.chat_template import ChatTemplate
+from minisrv.text.fairness import TokenBucket
+from minisrv.text.grammar_validator import GrammarValidator
+from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import FakeEngine, outputs
+from tests.server.conftest import GENERATION
+from tests.server.fake_engine import INFO, FakeEngine, outputs
 from tests.text import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +61,12 @@ def engine() -> FakeEngine:
     ],
 )
 async def test_what_the_engine_is_told(
-    connect: Connect, path: str, field: str, value: object, expected: Any
+    connect: Connect,
+    tokenizer: Tokenizer,
+    path: str,
+    field: str,
+    value: object,
+    expected: Any,
 ) -> None:
     if isinstance(expected, tuple):
         kind, text = expected
@@ -63,7 +75,70 @@ async def test_what_the_engine_is_told(
     async with connect(fake) as client:
         answer = await client.post(path, json=PATHS[path] | {field: value})
     assert answer.status_code == 200
-    assert fake.requests[0].structured_output == expected
+    told = fake.requests[0].structured_output
+    assert told == (expected and in_llguidances_words(expected, told.seconds, tokenizer))
+
+
+def in_llguidances_words(
+    spec: StructuredOutput, seconds: float, tokenizer: Tokenizer
+) -> StructuredOutput:
+    backend = GrammarBackend(tokenizer, INFO.vocab_size, GENERATION.eos_token_ids)
+    return msgspec.structs.replace(backend.lower(spec), seconds=seconds)
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """Whose turn it was, of each grammar that has been tried."""
+    owners: list[int | str] = []
+    real = GrammarValidator._try
+
+    def count(self: GrammarValidator, grammar: Any, owner: int | str) -> None:
+        owners.append(owner)
+        real(self, grammar, owner)
+
+    monkeypatch.setattr(GrammarValidator, "_try", count)
+    return owners
+
+
+async def test_all_choices_have_one_grammar(connect: Connect, trials: list[int | str]) -> None:
+    fake = engine()
+    body = {"prompt": ["x", "y"], "n": 3, "response_format": {"type": "json_object"}}
+    async with connect(fake) as client:
+        answers = await asyncio.gather(
+            *(client.post("/v1/completions", json=body) for _ in range(2))
+        )
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert len(fake.requests) == 12
+    assert len({request.structured_output for request in fake.requests}) == 1
+    assert len(trials) == 1
+
+
+async def test_keys_and_addresses_take_turns_and_keys_have_a_budget(
+    connect: Connect, trials: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(name: str) -> dict[str, Any]:
+        return {"prompt": "x", "structured_outputs": {"choice": [name]}}
+
+    settings = ServerConfig(api_keys=("a", "b"), max_grammar_seconds_per_key=1)
+    async with connect(engine(), settings=settings) as client:
+        for key in ("a", "b"):
+            header = {"authorization": f"Bearer {key}"}
+            answer = await client.post("/v1/completions", json=body(key), headers=header)
+            assert answer.status_code == 200
+        # As if all of it were used up.
+        monkeypatch.setattr(TokenBucket, "left", lambda self, now: -1.0)
+        refused = await client.post("/v1/completions", json=body("new"), headers=header)
+        known = await client.post("/v1/completions", json=body("a"), headers=header)
+    error = refused.json()["error"]
+    assert refused.status_code == 429
+    assert (error["type"], error["code"]) == ("rate_limit_error", "grammar_limit")
+    assert error["param"] == "structured_outputs"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert known.status_code == 200
+    async with connect(engine()) as client:
+        answer = await client.post("/v1/completions", json=body("new"))
+        assert answer.status_code == 200, "nobody is charged where there are no keys"
+    assert trials == [0, 1, "127.0.0.1"]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,37 +1,117 @@
-"""Grammars that would stop an engine are refused by a process that survives them."""
+"""Grammars that would stop an engine are refused by a process that survives them, and hold up
+nobody else's."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
-from typing import Any
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
 
 from minisrv.checkpoint import resolve_checkpoint
-from minisrv.errors import EngineError, RequestError
+from minisrv.errors import (
+    GrammarBudgetError,
+    GrammarUnavailableError,
+    MinisrvError,
+    RequestError,
+)
 from minisrv.request import StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
 from minisrv.text import grammar_validator
 from minisrv.text.grammar_validator import GrammarValidator
+from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.text.random_schemas import random_schema
+from tests.waiting import until, wait_until
+
+_T = TypeVar("_T")
+
+ROOT = Path(__file__).parents[2]
+VOCAB_SIZE, EOS = 4096, 2
+OBJECT = StructuredOutput(kind=Kind.JSON_OBJECT)
 
 
 @pytest.fixture(scope="module")
-def validator() -> Iterator[GrammarValidator]:
-    validator = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
-    yield validator
-    validator.close()
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(resolve_checkpoint(None))
+
+
+class Asked:
+    """A validator, and the loop that it lives in."""
+
+    def __init__(self, runner: asyncio.Runner, tokenizer: Tokenizer, **options: Any) -> None:
+        self.validator = GrammarValidator(tokenizer, VOCAB_SIZE, [EOS], **options)
+        self._runner = runner
+
+    def run(self, work: Callable[[GrammarValidator], Awaitable[_T]]) -> _T:
+        async def awaited() -> _T:
+            return await work(self.validator)
+
+        return self._runner.run(awaited())
+
+    def __call__(self, spec: StructuredOutput, owner: int | str = "one") -> StructuredOutput:
+        """The verdict on one. Raises what it raises."""
+        return self.run(lambda validator: validator.validate(spec, owner))
+
+    @property
+    def pid(self) -> int:
+        assert self.validator._process is not None
+        return self.validator._process.pid
+
+    @property
+    def trials(self) -> int:
+        """So far."""
+        return self.validator._number
+
+
+@pytest.fixture(scope="module")
+def ask(runner: asyncio.Runner, tokenizer: Tokenizer) -> Iterator[Asked]:
+    """One that many tests share."""
+    asked = Asked(runner, tokenizer)
+    yield asked
+    asked.validator.close()
+
+
+@pytest.fixture
+def new(runner: asyncio.Runner, tokenizer: Tokenizer) -> Iterator[Callable[..., Asked]]:
+    """Makes one that has no process yet."""
+    made: list[Asked] = []
+
+    def make(**options: Any) -> Asked:
+        made.append(Asked(runner, tokenizer, **options))
+        return made[-1]
+
+    yield make
+    for asked in made:
+        asked.validator.close()
 
 
 def schema(document: dict[str, Any]) -> StructuredOutput:
     return StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(document))
+
+
+def hostile(number: int = 0) -> StructuredOutput:
+    """One of those that compile for minutes."""
+    return schema({"type": "integer", "multipleOf": 1_000_003 + number})
+
+
+def named(name: str) -> StructuredOutput:
+    """One that compiles at once."""
+    return schema({"const": name})
 
 
 def properties(number: int, **more: Any) -> dict[str, Any]:
@@ -57,8 +137,15 @@ def properties(number: int, **more: Any) -> dict[str, Any]:
         StructuredOutput(kind=Kind.REGEX, text="a{1000000}"),
     ],
 )
-def test_what_can_be_compiled_passes(validator: GrammarValidator, spec: StructuredOutput) -> None:
-    validator.validate(spec).result()
+def test_what_can_be_compiled_passes(
+    ask: Asked, tokenizer: Tokenizer, spec: StructuredOutput
+) -> None:
+    passed = ask(spec)
+    assert passed.lowered
+    assert (passed.kind, passed.param) == (spec.kind, spec.param)
+    assert passed.seconds > 0
+    lowered = GrammarBackend(tokenizer, VOCAB_SIZE, [EOS]).lower(spec)
+    assert msgspec.structs.replace(passed, seconds=0.0) == lowered, "the engine has nothing to add"
 
 
 def patterns(number: int) -> dict[str, Any]:
@@ -84,67 +171,314 @@ def patterns(number: int) -> dict[str, Any]:
     ],
 )
 def test_what_would_stop_an_engine_is_refused(
-    validator: GrammarValidator, spec: StructuredOutput, reason: str
+    ask: Asked, spec: StructuredOutput, reason: str
 ) -> None:
     with pytest.raises(RequestError, match=reason) as raised:
-        validator.validate(spec).result()
+        ask(spec)
     assert raised.value.param == "response_format"
-    validator.validate(StructuredOutput(kind=Kind.JSON_OBJECT)).result()
+    ask(OBJECT)
+    trials = ask.trials
+    with pytest.raises(RequestError, match=reason):
+        ask(spec)
+    assert ask.trials == trials, "it costs once"
 
 
-def test_many_at_once(validator: GrammarValidator) -> None:
-    good, bad = StructuredOutput(kind=Kind.JSON_OBJECT), schema({"type": 1})
-    futures = [validator.validate(spec) for spec in [good, bad] * 10]
-    assert [future.exception() is None for future in futures] == [True, False] * 10
+async def verdicts(
+    validator: GrammarValidator, asked: Sequence[tuple[StructuredOutput, int | str]]
+) -> list[StructuredOutput | MinisrvError]:
+    """Of grammars that are asked for in this order."""
+    work = (validator.validate(spec, owner) for spec, owner in asked)
+    found = await asyncio.gather(*work, return_exceptions=True)
+    assert all(isinstance(one, StructuredOutput | MinisrvError) for one in found)
+    return found
 
 
-def kill(process: BaseProcess) -> None:
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+def passed(found: Sequence[object]) -> list[bool]:
+    return [isinstance(one, StructuredOutput) for one in found]
 
 
-def test_a_killed_process_is_replaced(validator: GrammarValidator) -> None:
-    first, another = (schema({"const": name}) for name in ("first", "another"))
-    validator.validate(first).result()
-    [process] = multiprocessing.active_children()
-    kill(process)
-    with pytest.raises(EngineError):
-        validator.validate(another).result()
-    validator.validate(another).result()
+def test_many_at_once(ask: Asked) -> None:
+    trials = ask.trials
+    good, bad = named("at once"), schema({"const": "at once", "type": 1})
+    found = ask.run(lambda validator: verdicts(validator, [(good, "one"), (bad, "one")] * 10))
+    assert passed(found) == [True, False] * 10
+    assert ask.trials == trials + 2, "the same is tried once"
 
 
-def test_what_has_passed_is_not_tried_again(validator: GrammarValidator) -> None:
-    good, bad = schema({"const": "good"}), schema({"const": "bad", "type": 1})
-    validator.validate(good).result()
-    hostile = validator.validate(schema({"type": "integer", "multipleOf": 1_000_003}))
-    assert validator.validate(good).done()
-    assert not hostile.done(), "nobody waits behind it"
+def test_cheap_ones_wait_for_no_costly_one(new: Callable[..., Asked]) -> None:
+    """Neither those of another owner nor those of the same, who has sent the costly ones first."""
+    asked = new()
+    asked.validator._slow.cpu_seconds = 3600  # none of them ends while this test lasts
+
+    async def work(validator: GrammarValidator) -> list[bool]:
+        costly = [
+            asyncio.create_task(validator.validate(hostile(number), "one")) for number in range(12)
+        ]
+        await asyncio.sleep(0)  # they are there first
+        cheap = [(named("mine"), "one"), (named("another's"), "another")]
+        found = await verdicts(validator, cheap)
+        assert not any(task.done() for task in costly)
+        for task in costly:
+            task.cancel()
+        await asyncio.gather(*costly, return_exceptions=True)
+        return passed(found)
+
+    assert asked.run(work) == [True, True]
+
+
+@pytest.mark.parametrize("lane", ["_fast", "_slow"])
+def test_owners_take_turns(new: Callable[..., Asked], lane: str) -> None:
+    asked = new()
+    validator = asked.validator
+    validator._fast.places = validator._slow.places = 1
+    # More than the least that a timer can give.
+    validator._fast.cpu_seconds = 3600 if lane == "_fast" else 1e-6
+    order: list[str] = []
+
+    async def one(name: str) -> None:
+        number = 20_011 + int(name, base=16)
+        await validator.validate(schema({"type": "integer", "multipleOf": number}), owner=name[0])
+        order.append(name)
+
+    async def work(validator: GrammarValidator) -> None:
+        await asyncio.gather(*map(one, ("a0", "a1", "a2", "b0", "b1", "c0")))
+
+    asked.run(work)
+    assert order == ["a0", "b0", "c0", "a1", "b1", "a2"]
+    assert (asked.trials == 6) == (lane == "_fast")
+
+
+def test_who_asks_for_the_same_does_not_wait_in_anothers_queue(new: Callable[..., Asked]) -> None:
+    asked = new()
+    validator = asked.validator
+    validator._fast.places = 1
+    order: list[str] = []
+
+    async def one(name: str, owner: str) -> None:
+        await validator.validate(named(f"same {name}"), owner)
+        order.append(owner + name)
+
+    async def work(validator: GrammarValidator) -> None:
+        mine = [one(str(number), "a") for number in range(4)]
+        await asyncio.gather(*mine, one("3", "b"))
+
+    asked.run(work)
+    assert order.index("b3") < order.index("a1")
+    assert asked.trials == 4
+
+
+def test_a_grammar_that_nobody_waits_for_is_not_tried(new: Callable[..., Asked]) -> None:
+    asked = new()
+    asked.validator._fast.places = 1
+
+    async def work(validator: GrammarValidator) -> None:
+        kept = asyncio.create_task(validator.validate(named("kept"), "one"))
+        gone = [
+            asyncio.create_task(validator.validate(named(f"gone {number}"), "one"))
+            for number in range(3)
+        ]
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        await kept
+        await validator.validate(named("next"), "one")
+
+    asked.run(work)
+    assert asked.trials == 2
+    assert not asked.validator._pending
+
+
+def test_a_key_has_a_budget(new: Callable[..., Asked]) -> None:
+    asked = new(seconds_per_key=1e-6)
+    asked(named("first"), 0)
     for _ in range(2):
-        with pytest.raises(RequestError):
-            validator.validate(bad).result()
-    [process] = multiprocessing.active_children()
-    kill(process)
-    validator.validate(good).result()
-    with pytest.raises(EngineError):
-        validator.validate(msgspec.structs.replace(good, reasoning_end="</think>")).result()
+        with pytest.raises(GrammarBudgetError, match="API key") as raised:
+            asked(named("second"), 0)
+        assert raised.value.param == "response_format"
+        assert raised.value.retry_after >= 1
+    asked(named("first"), 0)
+    asked(named("second"), 1)
+    asked(named("second"), 0)
+    for number in range(2):
+        asked(named(f"address {number}"), "127.0.0.1")
 
 
-def test_as_many_are_remembered_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_validator, "_REMEMBERED", 2)
-    specs = [schema({"const": f"one of three: {number}"}) for number in range(3)]
-    another = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
-    for spec in specs:
-        another.validate(spec).result()
-    assert [another.validate(spec).done() for spec in reversed(specs)] == [True, True, False]
-    another.close()
+def test_a_budget_counts_what_is_queued_when_its_turn_comes(new: Callable[..., Asked]) -> None:
+    asked = new(seconds_per_key=1e-6)
+    asked.validator._fast.places = 1
+    many = [(named(f"many {number}"), 0) for number in range(4)]
+    found = asked.run(lambda validator: verdicts(validator, [*many, (many[3][0], 1)]))
+    assert passed(found) == [True, False, False, True, True], "the last is another key's as well"
+    assert asked.trials == 2
 
 
-def test_closing_ends_the_process(validator: GrammarValidator) -> None:
-    another = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
-    before = set(multiprocessing.active_children())
-    another.validate(StructuredOutput(kind=Kind.JSON_OBJECT)).result()
-    [process] = set(multiprocessing.active_children()) - before
-    another.close()
-    process.join(60)
-    assert process.exitcode == 0
+def kill(asked: Asked) -> None:
+    os.kill(asked.pid, signal.SIGKILL)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_a_killed_process_is_replaced(ask: Asked) -> None:
+    ask(named("before"))
+    kill(ask)
+    ask(named("behind"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_was_tried_is_tried_again_once(new: Callable[..., Asked], times: int) -> None:
+    asked = new()
+    asked.validator._slow.cpu_seconds = 3600
+
+    async def kill_beside(validator: GrammarValidator) -> None:
+        task = asyncio.create_task(validator.validate(hostile(), "one"))
+        killed: list[int] = []
+        for _ in range(times):
+            await until(lambda: validator._slow.taken == 1 and asked.pid not in killed)
+            killed.append(asked.pid)
+            kill(asked)
+        await until(lambda: task.done() or (asked.pid not in killed and validator._slow.taken == 1))
+        if times == 1:
+            assert not task.done()
+            task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError if times == 1 else GrammarUnavailableError):
+        asked.run(kill_beside)
+    asked(named("behind all this"))
+
+
+def test_a_stopped_process_is_replaced(
+    new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_validator, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(grammar_validator, "_TRIALS", 100)  # a busy machine is silent, too
+    asked = new()
+    asked(named("before"))
+    stopped = asked.pid
+    os.kill(stopped, signal.SIGSTOP)
+    asked(named("behind"))
+    assert is_gone(stopped)
+
+
+def test_closing_ends_a_stopped_process(new: Callable[..., Asked]) -> None:
+    asked = new()
+    asked(OBJECT)
+    pid = asked.pid
+    os.kill(pid, signal.SIGSTOP)
+    asked.validator.close()
+    assert is_gone(pid)
+
+
+def test_a_trial_that_gets_no_time_is_ended_and_not_held_against_the_grammar(
+    new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = new()
+    asked(OBJECT)
+    monkeypatch.setattr(grammar_validator, "WALL_SECONDS", 0.0)
+    asked.validator._fast.cpu_seconds = 3600
+    with pytest.raises(GrammarUnavailableError, match="busy"):
+        asked(hostile())
+    monkeypatch.undo()
+    asked.validator._fast.cpu_seconds = 1e-6
+    asked.validator._slow.cpu_seconds = 1e-6
+    with pytest.raises(RequestError, match="processor time"):
+        asked(hostile())
+
+
+def test_a_process_that_does_not_start_keeps_nobody_waiting(
+    new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = new()
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "to_json", lambda self: "no tokenizer")
+        with pytest.raises(GrammarUnavailableError):
+            asked(OBJECT)
+    asked(OBJECT)
+
+
+def test_it_has_no_thread_when_it_forks(ask: Asked) -> None:
+    ask(OBJECT)
+    assert len([*Path(f"/proc/{ask.pid}/task").iterdir()]) == 1
+
+
+def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
+    good = named("good")
+    ask(good)
+    trials = ask.trials
+
+    async def work(validator: GrammarValidator) -> None:
+        costly = asyncio.create_task(validator.validate(hostile(77), "one"))
+        await until(lambda: bool(validator._running))
+        coroutine = validator.validate(good, "one")
+        with pytest.raises(StopIteration):
+            coroutine.send(None)  # at once
+        costly.cancel()
+
+    ask.run(work)
+    assert ask.trials == trials + 1
+    ask(msgspec.structs.replace(good, reasoning_end="</think>"))
+    assert ask.trials > trials + 1
+
+
+@pytest.mark.parametrize("limit", ["_REMEMBERED", "_REMEMBERED_CHARACTERS"])
+def test_as_many_are_remembered_as_there_is_room_for(
+    ask: Asked, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    specs = [named(f"one of three: {number}, {limit}") for number in range(3)]
+    room = 2 if limit == "_REMEMBERED" else 2 * len(ask(specs[0]).text)
+    monkeypatch.setattr(grammar_validator, limit, room)
+    for spec in (*specs[:2], specs[0], specs[2]):
+        ask(spec)
+    trials = ask.trials
+    for spec in (specs[0], specs[2]):
+        ask(spec)
+    assert ask.trials == trials
+    ask(specs[1])
+    assert ask.trials == trials + 1, "it was asked for longest ago"
+
+
+PARENT = """
+import asyncio, os, sys
+from minisrv.checkpoint import resolve_checkpoint
+from minisrv.text.grammar_validator import GrammarValidator
+from minisrv.text.tokenizer import Tokenizer
+from tests.text.test_grammar_validator import hostile
+
+async def main():
+    validator = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
+    validator._slow.cpu_seconds = 3600
+    trial = asyncio.create_task(validator.validate(hostile(), "one"))
+    while not validator._slow.taken:
+        await asyncio.sleep(0.01)
+    print(validator._process.pid, flush=True)
+    await trial
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_stopped_processes_do_not_outlive_the_server(tmp_path: Path) -> None:
+    """Neither the one that forks nor the one that tries."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        wait_until(lambda: bool(children.read_text()))
+        pids = [pid, *map(int, children.read_text().split())]
+        for each in pids:
+            os.kill(each, signal.SIGSTOP)
+        parent.kill()
+    for each in pids:
+        wait_until(lambda each=each: is_gone(each))

@@ -1,0 +1,278 @@
+"""The process that tries grammars, for an API worker: it forks for each of them.
+
+It has loaded the tokenizer, which the forked processes share, and has no thread of its own, so that
+a fork finds every lock open. Each forked process tries one grammar, within bounds that the kernel
+enforces: processor time, and private memory. It ends whatever happens to it, as does everything
+here with the parent, stopped or not. Many run at a time; this process waits for all of them at
+once, so it is never busy, and says so every `BEAT_SECONDS` while there are any.
+
+Knows: processes, their limits, and the socket. Knows nothing of whose turn it is, nor of what a
+grammar says. Is imported before what would start threads, and so imports little itself.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from minisrv.errors import RequestError
+from minisrv.processes import die_with
+from minisrv.request import StructuredOutput, StructuredOutputKind
+
+if TYPE_CHECKING:
+    from minisrv.text.structured import GrammarBackend
+
+BEAT_SECONDS = 1.0
+
+MEMORY_BYTES = 2 << 30
+"""Private memory of a forked process, the tokenizer included."""
+_REHEARSED_TOKENS = 16
+_READ_BYTES = 1 << 16
+_FIRST_TO_GO = 1000
+"""Of the kernel's score for who is killed where memory is out: before anything else."""
+
+_LENGTH = struct.Struct("!I")
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """Worker to process: try this.
+
+    cpu_seconds, wall_seconds: what it may take. nice: what is added to its niceness.
+    """
+
+    number: int
+    spec: StructuredOutput
+    cpu_seconds: float
+    wall_seconds: float
+    nice: int
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Process to worker: it lives. The first says that the tokenizer is loaded."""
+
+
+class Outcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Process to worker: a trial has ended.
+
+    seconds: of processor time that it took.
+    lowered: the grammar in llguidance's words.
+    problem: what is wrong with it; nothing if it may be used.
+    killed_by: the signal that ended it, which says nothing then.
+    late: it had no processor for its time, and was killed for that.
+    failure: what went wrong here that should not.
+    """
+
+    number: int
+    seconds: float
+    lowered: str = ""
+    problem: str = ""
+    killed_by: int = 0
+    late: bool = False
+    failure: str = ""
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """What a forked process says before it ends."""
+
+    lowered: str = ""
+    problem: str = ""
+    failure: str = ""
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_report = msgspec.msgpack.Decoder(Beat | Outcome).decode
+_decode_trial = msgspec.msgpack.Decoder(Trial).decode
+_decode_said = msgspec.msgpack.Decoder(_Said).decode
+
+
+def frame(body: bytes) -> bytes:
+    """A message as it goes over the socket, in either direction."""
+    return _LENGTH.pack(len(body)) + body
+
+
+def frame_length(head: bytes) -> int:
+    """Bytes of the message behind the four bytes of its head."""
+    return int(_LENGTH.unpack(head)[0])
+
+
+HEAD_BYTES = _LENGTH.size
+
+
+def serve(connection: socket.socket, vocab_size: int, eos_token_ids: list[int]) -> None:
+    """Try what comes until the worker closes its end. The first message is a tokenizer.json."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads
+    import tokenizers
+
+    from minisrv.text.structured import GrammarBackend
+    from minisrv.text.tokenizer import Tokenizer
+
+    first = _receive(connection)
+    if first is None:
+        return
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(first.decode()))
+    backend = GrammarBackend(tokenizer, vocab_size, eos_token_ids)
+    # Loads what the forked processes share.
+    _try(backend, StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT), eos_token_ids)
+    _Trials(connection, backend, eos_token_ids).run()
+
+
+@dataclass
+class _Child:
+    """A forked process. deadline: by `time.monotonic`. said: what it has written so far."""
+
+    pid: int
+    number: int
+    deadline: float
+    late: bool = False
+    said: bytes = b""
+
+
+class _Trials:
+    """The loop. `connection` is the worker's."""
+
+    def __init__(
+        self, connection: socket.socket, backend: GrammarBackend, eos_token_ids: list[int]
+    ) -> None:
+        self._connection = connection
+        self._backend = backend
+        self._eos_token_ids = eos_token_ids
+        self._children: dict[int, _Child] = {}  # by the end of a pipe, which closes with them
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(connection, selectors.EVENT_READ)
+        self._said_at = 0.0
+
+    def run(self) -> None:
+        """Until the worker's end is closed. Forked processes that are left end with this one."""
+        self._say(Beat())
+        while True:
+            for key, _ in self._selector.select(BEAT_SECONDS if self._children else None):
+                if key.fileobj is not self._connection:
+                    self._read(key.fd)
+                    continue
+                body = _receive(self._connection)
+                if body is None:
+                    return
+                self._start(_decode_trial(body))
+            self._kill_late()
+            if self._children and time.monotonic() - self._said_at >= BEAT_SECONDS:
+                self._say(Beat())
+
+    def _say(self, report: Beat | Outcome) -> None:
+        self._connection.sendall(frame(encode(report)))
+        self._said_at = time.monotonic()
+
+    def _start(self, trial: Trial) -> None:
+        read, write = os.pipe()
+        this = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(read)
+                die_with(this)
+                self._be_tried(trial, write)
+            finally:
+                os._exit(1)
+        os.close(write)
+        self._children[read] = _Child(pid, trial.number, time.monotonic() + trial.wall_seconds)
+        self._selector.register(read, selectors.EVENT_READ)
+
+    def _be_tried(self, trial: Trial, write: int) -> None:
+        """In the forked process, to its end."""
+        os.nice(trial.nice)
+        Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what ends here is nobody's to read
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)
+        try:
+            said = _try(self._backend, trial.spec, self._eos_token_ids)
+        except MemoryError:
+            os.abort()  # as llguidance does
+        except BaseException:  # a panic of Rust's is no Exception
+            said = _Said(failure=traceback.format_exc())
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        left = encode(said)
+        while left:
+            left = left[os.write(write, left) :]
+        os._exit(0)  # closes the pipe, last of all: who waits for that waits for nothing more
+
+    def _read(self, pipe: int) -> None:
+        child = self._children[pipe]
+        if piece := os.read(pipe, _READ_BYTES):
+            child.said += piece
+            return
+        self._selector.unregister(pipe)
+        os.close(pipe)
+        del self._children[pipe]
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = usage.ru_utime + usage.ru_stime
+        outcome = Outcome(number=child.number, seconds=seconds, late=child.late)
+        if os.WIFSIGNALED(status):
+            outcome = msgspec.structs.replace(outcome, killed_by=os.WTERMSIG(status))
+        elif status == 0:
+            said = msgspec.structs.asdict(_decode_said(child.said))
+            outcome = msgspec.structs.replace(outcome, **said)
+        else:
+            outcome = msgspec.structs.replace(outcome, failure=f"it ended with status {status}")
+        self._say(outcome)
+
+    def _kill_late(self) -> None:
+        now = time.monotonic()
+        for child in self._children.values():
+            if child.deadline <= now and not child.late:
+                child.late = True
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def _receive(connection: socket.socket) -> bytes | None:
+    """A message; None if the other end is closed."""
+    head = _receive_exactly(connection, HEAD_BYTES)
+    return head and _receive_exactly(connection, frame_length(head))
+
+
+def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
+    body = bytearray()
+    while len(body) < length:
+        try:
+            piece = connection.recv(length - len(body))
+        except ConnectionResetError:
+            return None
+        if not piece:
+            return None
+        body += piece
+    return bytes(body)
+
+
+def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> _Said:
+    """Compile, and go on for a few tokens, which is where grammars with too many alternatives
+    fail."""
+    import numpy as np
+
+    try:
+        lowered = backend.lower(spec)
+        # What may come before it would be all that is rehearsed.
+        bare = msgspec.structs.replace(spec, reasoning_end="") if spec.reasoning_end else lowered
+        matcher = backend.compile(bare)
+    except RequestError as error:
+        return _Said(problem=error.message)
+    row = np.zeros(backend.bitmask_words, np.int32)
+    for _ in range(_REHEARSED_TOKENS):
+        matcher.fill(row)
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+        texts = [token_id for token_id in allowed.tolist() if token_id not in eos_token_ids]
+        if not texts or not matcher.accept(texts[:1]):
+            break
+    if matcher.error is not None:
+        return _Said(problem=matcher.error.message)
+    return _Said(lowered=lowered.text)
