@@ -13,8 +13,10 @@ first to its last token over its tokens less one, as an event may hold several. 
 for at once, and the last of them to begin says what a grammar adds to the TTFT. *Hostile*: streams
 follow each other for as long as grammars that are known to hurt (large, deep, ambiguous,
 `multipleOf`) are sent, one behind the other and then several at once; reported is the longest that
-a stream waited for a token, and the same for as long without them. The server needs
-8 slots, so that nobody queues.
+a stream waited for a token, and the same for as long without them. *Crowd*: twelve grammars at
+once that take almost the second that one may (which number does is found first), or more, or that
+are Python's work to read; then, behind them, a small new one each tenth of a second: how long does
+it take, and what happens to a stream's ITL? The server needs 8 slots, so that nobody queues.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ with needs("pip install -e '.[test]'"):
 STREAMS = 8
 STREAM_TOKENS = 300
 HOSTILE_AT_ONCE = 4
+CROWD = 12
 HOSTILE_TOKENS = 64
 ATTEMPTS = 4
 PROMPT = "Tell me about it:\n"
@@ -254,6 +257,63 @@ async def bear_hostile(client: Client) -> dict[str, Any]:
     return found
 
 
+def _multiple(number: int) -> dict[str, Any]:
+    return form_of({"type": "integer", "multipleOf": number})
+
+
+def _bounds(number: int) -> dict[str, Any]:
+    return form_of({"anyOf": [{"minimum": number + n} for n in range(2000)]})
+
+
+async def meet_crowd(client: Client) -> dict[str, Any]:
+    """For each kind of crowd: how long each of its grammars and each small one beside them took
+    (s), and the ITL in ms of a stream beside it: its mean, and the longest wait for a token."""
+    costly = 1_000_003
+    while costly > 10_000:  # the first that is served takes more than half of a second
+        body = {"prompt": PROMPT, "max_tokens": 1, "response_format": _multiple(costly)}
+        if (await client.http.post("/v1/completions", json=body)).is_success:
+            break
+        costly = costly * 2 // 3
+    kinds = {
+        "refused": lambda n: _multiple(1_000_003 + n),
+        "almost": lambda n: _multiple(costly - 2 * n),
+        "python": lambda n: _bounds(10_000 * n),
+    }
+
+    async def ask(**fields: Any) -> float:
+        began = time.perf_counter()
+        body = {"prompt": PROMPT, "max_tokens": 1, **fields}
+        await client.http.post("/v1/completions", json=body)
+        return time.perf_counter() - began
+
+    found: dict[str, Any] = {}
+    for kind, form in kinds.items():
+        streams: list[Stream] = []
+        small: list[float] = []
+        over = asyncio.Event()
+
+        async def follow(streams: list[Stream] = streams, over: asyncio.Event = over) -> None:
+            while not over.is_set():
+                streams.append(await client.stream(seed=0, ignore_eos=True))
+
+        follower = asyncio.create_task(follow())
+        await asyncio.sleep(0.5)
+        crowd = [asyncio.create_task(ask(response_format=form(n + 1))) for n in range(CROWD)]
+        await asyncio.sleep(0.05)
+        while not small or not all(task.done() for task in crowd):
+            small.append(await ask(structured_outputs={"choice": [f"at {time.time()}"]}))
+            await asyncio.sleep(0.1)
+        over.set()
+        await follower
+        found[kind] = {
+            "crowd_s": [task.result() for task in crowd],
+            "small_s": small,
+            "itl_ms": float(np.mean([stream.itl for stream in streams])),
+            "longest_wait_ms": max(stream.longest_wait for stream in streams),
+        }
+    return found
+
+
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "least": min(values), "most": max(values)}
 
@@ -265,6 +325,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
             "schemas": await check_schemas(client, options.schemas, options.max_tokens),
             "itl": await measure_itl(client, options.rounds),
             "hostile": await bear_hostile(client),
+            "crowd": await meet_crowd(client),
         }
 
 
@@ -300,6 +361,14 @@ def main(argv: list[str] | None = None) -> None:
                 f"  {outcome['status']} in {outcome['seconds']:.2f} s",
                 f"{outcome['asked'][:48]}: {outcome['outcome'][:60]}",
             )
+    for kind, crowd in found["crowd"].items():
+        table.add_row(
+            f"beside {CROWD}: {kind}",
+            f"a small grammar takes {1e3 * np.median(crowd['small_s']):.0f} ms (median), the "
+            f"first {1e3 * crowd['small_s'][0]:.0f}, the longest {1e3 * max(crowd['small_s']):.0f};"
+            f" ITL {crowd['itl_ms']:.2f} ms, longest wait {crowd['longest_wait_ms']:.0f}; all "
+            f"{CROWD} took {max(crowd['crowd_s']):.1f} s",
+        )
     Console(highlight=False, soft_wrap=True).print(table)
     if options.json is not None:
         report = {

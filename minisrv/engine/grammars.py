@@ -55,7 +55,7 @@ KEPT_SECONDS = 2.0
 memory as well: those that compile longest grow by 80 MiB a second."""
 _LEAST_SECONDS = KEPT_SECONDS / 256
 """What each of them counts at least."""
-_NICE = 10
+_NICE = 5
 """Of the thread for costly grammars."""
 
 

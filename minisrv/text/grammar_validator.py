@@ -76,7 +76,7 @@ BUDGET_PERIOD = 60.0
 """Seconds in which an API key may use its budget."""
 MAX_FAST, MAX_SLOW = 8, 2
 """Most places of the two lanes; fewer where there are fewer cores."""
-_SLOW_NICE = 10
+_SLOW_NICE = 5
 """Slow trials take what others leave of the processors."""
 _TRIALS = 2
 """Of a grammar in one lane, where the process dies."""
