@@ -66,9 +66,9 @@ def _name_model(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    logs.take_stderr()
     options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
     engine, server = _settings(EngineConfig, options), _settings(ServerConfig, options)
+    logs.take_stderr()
     _announce(engine)
     from minisrv.processes import process_began
     from minisrv.progress import StartupClock
