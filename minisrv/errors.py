@@ -29,6 +29,7 @@ Knows: HTTP status numbers and OpenAI's error `type` and `code` words. Knows not
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -50,6 +51,16 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     found = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {found[0]}?" if found else f"there are: {', '.join(names)}."
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 100
+
+
+def shown(value: object) -> str:
+    """The repr of what somebody else has written, as a message has it: cut where it is long, and of
+    what is nested deep, or holds much, the first parts only."""
+    return _repr.repr(value)
 
 
 class ConfigError(MinisrvError):

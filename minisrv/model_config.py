@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from minisrv.errors import ConfigError, UnknownArchitectureError
+from minisrv.errors import ConfigError, UnknownArchitectureError, shown
 
 
 class RopeScaling(enum.StrEnum):
@@ -168,7 +168,9 @@ class ModelConfig:
             raise ConfigError("heads of head_dim=2 elements leave dynamic RoPE nothing to scale.")
         eps = config.get("rms_norm_eps")
         if not _is_number(eps) or eps < 0:
-            raise ConfigError(f"config.json: rms_norm_eps={eps!r} must be a number, 0 at least.")
+            raise ConfigError(
+                f"config.json: rms_norm_eps={shown(eps)} must be a number, 0 at least."
+            )
         bias = bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
@@ -205,8 +207,9 @@ _OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weight
 _MAX_NUMBER = 1e18
 """No other setting is larger; what is computed of several stays a number."""
 
-_LISTED = {"num_hidden_layers": 100_000, "num_labels": 100_000}
-"""Numbers of which transformers makes lists when it reads them, and what is too many."""
+_LISTED = {"num_hidden_layers": 10_000, "num_labels": 100_000}
+"""Numbers of which transformers makes lists when it reads them, or we make modules, and what is too
+many."""
 
 _MAX_INTEGER = 2**31 - 1
 """No dimension of a model is larger; what counts bytes by it fits 64 bits."""
@@ -220,32 +223,34 @@ def check_implemented(config: Mapping[str, Any]) -> None:
     architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
         raise UnknownArchitectureError(
-            f"architecture {architecture!r} is not implemented; "
+            f"architecture {shown(architecture)} is not implemented; "
             f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
         )
     kind = config.get("model_type")
     if kind != ARCHITECTURES[architecture]:
         raise ConfigError(
-            f"config.json: model_type={kind!r} does not go with architecture {architecture}, whose "
-            f"model_type is {ARCHITECTURES[architecture]!r}."
+            f"config.json: model_type={shown(kind)} does not go with architecture {architecture}, "
+            f"whose model_type is {ARCHITECTURES[architecture]!r}."
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act={config['hidden_act']!r} is not implemented; silu is.")
+        raise ConfigError(f"hidden_act={shown(config['hidden_act'])} is not implemented; silu is.")
     if config.get("quantization_config"):
         raise ConfigError("quantized checkpoints are not implemented; load the original one.")
     for name, most in _LISTED.items():
         if isinstance(value := config.get(name), int) and value > most:
-            raise ConfigError(f"config.json: {name}={value!r} must be {most} at most.")
+            raise ConfigError(f"config.json: {name}={shown(value)} must be {most} at most.")
     for name, neutral in _OF_ANY_MODEL.items():
         if (value := config.get(name)) is not None and value != neutral:
-            raise ConfigError(f"config.json: {name}={value!r} is not implemented; leave it out.")
+            raise ConfigError(
+                f"config.json: {name}={shown(value)} is not implemented; leave it out."
+            )
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
-        raise ConfigError(f"config.json: layer_types={kinds!r} must be a list.")
+        raise ConfigError(f"config.json: layer_types={shown(kinds)} must be a list.")
     sliding = [kind for kind in kinds if kind != "full_attention"]
     if sliding:
         raise ConfigError(
-            f"layers of the kind {sliding[0]!r} are not implemented; only full attention is "
+            f"layers of the kind {shown(sliding[0])} are not implemented; only full attention is "
             "(use_sliding_window and layer_types in config.json)."
         )
 
@@ -253,7 +258,8 @@ def check_implemented(config: Mapping[str, Any]) -> None:
 def _architecture(config: Mapping[str, Any]) -> str:
     """The first that is named; some write it without a list."""
     names = config.get("architectures") or [None]
-    return str(names[0] if isinstance(names, list | tuple) else names)
+    name = names[0] if isinstance(names, list | tuple) else names
+    return name if isinstance(name, str) else shown(name)
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -262,7 +268,7 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_INTEGER:
         raise ConfigError(
-            f"config.json: {key}={value!r} must be a positive integer, {_MAX_INTEGER} at most."
+            f"config.json: {key}={shown(value)} must be a positive integer, {_MAX_INTEGER} at most."
         )
     return value
 
@@ -290,7 +296,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     kind = settings.get("rope_type", "default")
     if kind not in tuple(RopeScaling):
         raise ConfigError(
-            f"rope_type={kind!r} is not implemented; implemented are: {', '.join(RopeScaling)}."
+            f"rope_type={shown(kind)} is not implemented; "
+            f"implemented are: {', '.join(RopeScaling)}."
         )
     scaling = RopeScaling(kind)
     if (settings.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -302,7 +309,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         value = default if value is None else value
         if value is None or not _is_number(value) or value <= 0:
             raise ConfigError(
-                f"config.json: {name}={value!r} must be a positive number for rope_type={kind!r}."
+                f"config.json: {name}={shown(value)} must be a positive number for "
+                f"rope_type={kind}."
             )
         return float(value)
 

@@ -233,7 +233,7 @@ def test_weight_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     assert weight_files(tmp_path) == (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     (tmp_path / "a.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"files that are not there: a\.safetensors"):
+    with pytest.raises(ModelError, match=r"files that are not there: 'a\.safetensors'"):
         weight_files(tmp_path)
 
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minisrv.checkpoint import describe_model, open_checkpoint, weight_files
+from minisrv.checkpoint import by_transformers, describe_model, open_checkpoint, weight_files
 from minisrv.config import EngineConfig
-from minisrv.errors import MinisrvError
+from minisrv.errors import MinisrvError, ModelError, RequestError
 from minisrv.nn.rope import inverse_frequencies
+from minisrv.text import chat_template
+from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import write_files
 from tests.text.tiny_tokenizer import byte_level, save
 
@@ -191,8 +195,219 @@ def test_a_process_without_torch_reads_the_same(checkpoint: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from minisrv.checkpoint import by_transformers\n"
-        "print(by_transformers.describe_model(Path(sys.argv[1])))"
+        "by_transformers.bound()\n"
+        "try: bytes(by_transformers.description.MEMORY_BYTES)\n"
+        "except MemoryError: print(by_transformers.describe_model(Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(told)
+
+
+def test_a_process_that_takes_too_long_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = checkpoint / "python"
+    script.write_text("#!/bin/sh\nkill -XCPU $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(ModelError, match="took more than 60 s of processor time"):
+        describe_model(checkpoint)
+
+
+SECRET = "a secret"
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, checkpoint: Path) -> Path:
+    """Files beside the checkpoint, each as good as its own."""
+    directory = tmp_path / "secrets"
+    shutil.copytree(checkpoint, directory)
+    write_files(
+        directory,
+        chat_template__jinja=SECRET,
+        added_tokens__json={},
+        tool_use__jinja=SECRET,
+        **{"tokenizer__4__0__json": (checkpoint / "tokenizer.json").read_text()},
+    )
+    return directory
+
+
+@pytest.mark.parametrize("way", ["absolute", "relative", "by a folder"])
+def test_a_small_file_that_leads_outside_is_refused(
+    way: str, checkpoint: Path, secrets: Path
+) -> None:
+    place = {"absolute": str(secrets), "relative": "../secrets", "by a folder": "folder"}[way]
+    if way == "by a folder":
+        (checkpoint / "folder").symlink_to(secrets)
+    names = ("config", "generation_config", "tokenizer", "tokenizer_config", "added_tokens")
+    for name in (*(f"{name}.json" for name in names), "chat_template.jinja"):
+        path, kept = checkpoint / name, checkpoint / "kept"
+        (secrets / name).touch()
+        if path.exists():
+            path.rename(kept)
+        path.symlink_to(f"{place}/{name}")
+        with pytest.raises(
+            ModelError, match=rf"{name} leads to .*outside of the checkpoint.* copy"
+        ):
+            open_checkpoint(EngineConfig(model=str(checkpoint)))
+        path.unlink()
+        if kept.exists():
+            kept.rename(path)
+    (checkpoint / "additional_chat_templates").symlink_to(place)
+    assert not opens(checkpoint)
+    (checkpoint / "additional_chat_templates").unlink()
+    # Only its name says so, until somebody reads it.
+    (checkpoint / "merges.txt").symlink_to(f"{place}/chat_template.jinja")
+    assert not opens(checkpoint)
+
+
+def test_links_that_people_make_are_followed(checkpoint: Path, tmp_path: Path) -> None:
+    """To weights that several checkpoints share, within the directory, and those of the hub's
+    cache; the directory itself may be one."""
+    (checkpoint / "model.safetensors").rename(tmp_path / "weights")
+    (checkpoint / "model.safetensors").symlink_to(tmp_path / "weights")
+    (checkpoint / "config.json").rename(checkpoint / "config-v1.json")
+    (checkpoint / "config.json").symlink_to("config-v1.json")
+    assert opens(checkpoint)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(checkpoint.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert opens(snapshot)
+    (tmp_path / "current").symlink_to(snapshot)
+    assert opens(tmp_path / "current")
+    (blobs / "0").unlink()
+    (blobs / "0").symlink_to(tmp_path / "weights")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    assert not opens(snapshot)
+
+
+@pytest.mark.parametrize("setting", ["vocab", "merges", "gguf_file", "fast_tokenizer_files", "x"])
+def test_a_file_that_is_named_must_be_in_the_checkpoint(
+    setting: str, checkpoint: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(secrets)
+    name = "tokenizer.4.0.json"
+    for named in (str(secrets / name), f"../secrets/{name}", f"./{name}", [f"../secrets/{name}"]):
+        write_files(checkpoint, tokenizer_config__json={setting: named})
+        with pytest.raises(ModelError, match=f"{setting} names .*, a file outside"):
+            open_checkpoint(EngineConfig(model=str(checkpoint)))
+    (checkpoint / "inner").symlink_to(secrets / name)
+    write_files(checkpoint, tokenizer_config__json={setting: {"a": "inner"}})
+    assert not opens(checkpoint)
+    # Where its author had it, once.
+    write_files(checkpoint, tokenizer_config__json={"name_or_path": "/home/author/tokenizer.json"})
+    assert opens(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_a_file_that_is_too_large_is_not_read(name: str, checkpoint: Path) -> None:
+    with (checkpoint / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ModelError, match="has 1099511627776 bytes"):
+        open_checkpoint(EngineConfig(model=str(checkpoint)))
+
+
+@pytest.mark.parametrize("value", ["y" * 1_000_000, [[[[[["z" * 900]]]]]] * 900, 10**400])
+def test_a_message_quotes_a_part(value: Any, checkpoint: Path) -> None:
+    for field in ("architectures", "model_type", "layer_types", "vocab_size", "rope_parameters"):
+        told = {"rope_type": value} if field == "rope_parameters" else value
+        write_files(checkpoint, config__json={**CONFIG, field: told})
+        with pytest.raises(MinisrvError) as caught:
+            open_checkpoint(EngineConfig(model=str(checkpoint)))
+        assert len(caught.value.message) < 1000
+
+
+def test_a_token_id_that_is_too_high(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary up to it would be gone through, id by id."""
+    monkeypatch.setattr(by_transformers, "_MAX_TOKEN_ID", 100)
+    with pytest.raises(ModelError, match="a token with the id 341; 100 is the most"):
+        open_checkpoint(EngineConfig(model=str(checkpoint)))
+
+
+DEEP_TEMPLATES = {
+    "syntax": "{% if %}",
+    "nested": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "sums": "{{ " + "1+" * 3000 + "1 }}",
+}
+
+
+@pytest.mark.parametrize("template", DEEP_TEMPLATES.values(), ids=DEEP_TEMPLATES)
+def test_a_template_that_is_none_is_told_before_anything_is_started(
+    template: str, checkpoint: Path
+) -> None:
+    write_files(checkpoint, chat_template__jinja=template)
+    config = EngineConfig(model=str(checkpoint))
+    for _ in range(2):  # the second time from what has been kept
+        with pytest.raises(ModelError, match="chat template is not valid: .*--chat-template"):
+            open_checkpoint(config)
+    other = write_files(checkpoint, other="{{ messages }}") / "other"
+    opened = open_checkpoint(replace(config, chat_template=other))
+    assert opened.tokenizer.chat_templates == {"default": "{{ messages }}"}
+
+
+TWICE = "{% set l = [1] %}" + "{% set l = [l, l] %}" * 40
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "a recursive loop": TWICE
+    + "{% for x in l recursive %}{{ loop(x) if x is iterable }}{% endfor %}",
+    "a macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "a test": "{{ range(99999)|select('in', range(99999)|list)|list }}",
+    "a filter": "{{ range(99999)|map('float')|list|length }}" * 60,
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end(
+    template: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused at the start, or where it spares short messages, when it does not end."""
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.02)
+    write_files(checkpoint, chat_template__jinja=template)
+    with pytest.raises(ModelError, match=r"takes more than 0\.02 s .*--chat-template"):
+        open_checkpoint(EngineConfig(model=str(checkpoint)))
+    spares = "{% if messages[0].content == 'go' %}" + template
+    write_files(checkpoint, chat_template__jinja=spares + "{% endif %}{{ messages[0].content }}")
+    opened = open_checkpoint(EngineConfig(model=str(checkpoint)))
+    tokenizer = Tokenizer.from_description(opened.tokenizer)
+    with pytest.raises(RequestError, match=r"takes more than 0\.02 s of processor time"):
+        tokenizer.render_chat([{"role": "user", "content": "go"}])
+    assert tokenizer.render_chat([{"role": "user", "content": "stay"}]) == "stay"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'a' * 10**9 }}", "too large"),
+        ("{{ 10**9 * [1] }}", "too large"),
+        ("{{ 7 ** (10**8) }}", "too large"),
+        ("{% include '/etc/hostname' %}", "TypeError"),
+        ("{% import '../x' as y %}", "TypeError"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{{ raise_exception('x' * 100000) }}", "x{300}"),
+    ],
+)
+def test_what_a_template_may_not_do(template: str, reason: str) -> None:
+    made = chat_template.ChatTemplate({"default": template}, {})
+    made.try_out()
+    with pytest.raises(RequestError, match=reason) as caught:
+        made.render([{"role": "user", "content": "x"}], True)
+    assert len(caught.value.message) < 1000
+
+
+def test_a_template_that_takes_too_much_memory() -> None:
+    spares = "{% if messages[0].content == 'go' %}{{ 'a'|center(10**17) }}{% endif %}"
+    made = chat_template.ChatTemplate({"default": spares}, {})
+    made.try_out()
+    with pytest.raises(RequestError, match="takes more memory"):
+        made.render([{"role": "user", "content": "go"}], True)
+    with pytest.raises(ModelError, match="takes more memory"):
+        chat_template.ChatTemplate({"default": "{{ 'a'|center(10**17) }}"}, {}).try_out()

@@ -14,8 +14,11 @@ Knows: transformers' classes. Knows nothing of caches or of how a description is
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +36,9 @@ from minisrv.checkpoint.description import (
     ModelDescription,
     TokenizerDescription,
 )
+from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
-from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError
+from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shown
 from minisrv.model_config import ModelConfig
 from minisrv.request import SamplingParams
 
@@ -51,8 +55,16 @@ _ASKABLE = {
 }
 """Numbers of a generation config that a request can ask for, and their names there."""
 
+_NAMING_FILES = (CONFIG, "tokenizer_config.json", "special_tokens_map.json")
+"""Those that say what a tokenizer is made with; transformers takes some settings for paths."""
+
+_MAX_TOKEN_ID = 10_000_000
+"""The `tokenizers` library goes through all ids up to the highest when it writes a vocabulary."""
+
 _MAX_REASON = 400
 """Characters of an error of transformers."""
+
+_TEXT = " ".join(["A text to try a tokenizer with: naïve, 你好, 🎉 123", "a" * 64])
 
 _WHOLE = frozenset({"top_k", "max_new_tokens", "min_new_tokens"})
 
@@ -104,6 +116,7 @@ def describe_model(directory: Path) -> ModelDescription:
         config.standardize_rope_params()
         return config
 
+    check_names(directory / CONFIG)
     config = _by_transformers(directory / CONFIG, read_config)
     model = ModelConfig.from_hf(config.to_dict())
     path = directory / GENERATION_CONFIG
@@ -131,6 +144,9 @@ def describe_model(directory: Path) -> ModelDescription:
 
 def describe_tokenizer(directory: Path) -> TokenizerDescription:
     """Raises ModelError."""
+    for name in _NAMING_FILES:
+        if (path := directory / name).is_file():
+            check_names(path)
     tokenizer = _by_transformers(
         directory,
         lambda: AutoTokenizer.from_pretrained(
@@ -150,6 +166,12 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
             f"{directory}: no vocabulary was found for {type(tokenizer).__name__}; are files such "
             "as tokenizer.json missing?"
         )
+    highest = max(backend.get_vocab(True).values())
+    if highest > _MAX_TOKEN_ID:
+        raise ModelError(
+            f"{directory}: the tokenizer has a token with the id {highest}; {_MAX_TOKEN_ID} is the "
+            "most."
+        )
     templates = tokenizer.chat_template or {}
     if isinstance(templates, str):
         templates = {"default": templates}
@@ -157,7 +179,7 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         raise ModelError(
             f"{directory}: chat_template must be a string or a list of named templates."
         )
-    return TokenizerDescription(
+    described = TokenizerDescription(
         backend=backend.to_str(),
         special_tokens={
             name: str(token)
@@ -166,9 +188,29 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         },
         chat_templates=dict(templates),
         eos_token_id=tokenizer.eos_token_id,
-        highest_id=max(backend.get_vocab(True).values()),
+        highest_id=highest,
         splits_special_tokens=bool(tokenizer.split_special_tokens),
     )
+    return replace(described, chat_template_fault=_try_out(described))
+
+
+def _try_out(described: TokenizerDescription) -> str:
+    """Use the tokenizer for a text, here where processor time and memory are bounded. Returns what
+    is wrong with the chat templates, which others may replace. Raises ModelError."""
+    # As late as an API worker: text/ imports this package.
+    from minisrv.text.chat_template import ChatTemplate
+    from minisrv.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_description(replace(described, chat_templates={}))
+    with suppress(RequestError):  # it has no tokens for some texts, perhaps
+        tokenizer.decode(tokenizer.encode(_TEXT))
+    if "default" not in described.chat_templates:
+        return ""
+    try:
+        ChatTemplate(described.chat_templates, described.special_tokens).try_out()
+    except ModelError as error:
+        return error.message
+    return ""
 
 
 def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
@@ -187,7 +229,7 @@ def _generation(
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(
-            f"{path.parent}: eos_token_id={eos!r} must be an integer or a list of them."
+            f"{path.parent}: eos_token_id={shown(eos)} must be an integer or a list of them."
         )
     numbers: dict[str, Any] = {}
     for name, ours in _ASKABLE.items():
@@ -195,14 +237,16 @@ def _generation(
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{path}: {name}={value!r} must be a number.")
+            raise ConfigError(f"{path}: {name}={shown(value)} must be a number.")
         numbers[ours] = value
         if name in _WHOLE and isinstance(value, float) and value.is_integer():
             numbers[ours] = int(value)
     stop = said.get("stop_strings") or ()
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(map(_is_text, strings)):
-        raise ConfigError(f"{path}: stop_strings={stop!r} must be strings, none of them empty.")
+        raise ConfigError(
+            f"{path}: stop_strings={shown(stop)} must be strings, none of them empty."
+        )
     try:
         asked = SamplingParams(**{"max_tokens": None, **numbers}, stop=tuple(strings))
     except RequestError as error:
@@ -222,8 +266,20 @@ def _is_text(value: Any) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def bound() -> None:
+    """Let the kernel end this process where the files make it take too much."""
+    for kind, most in (
+        (resource.RLIMIT_CPU, description.PROCESSOR_SECONDS),
+        (resource.RLIMIT_DATA, description.MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, description.OUTPUT_BYTES),
+    ):
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+
+
 def main() -> None:
     """Answer as msgpack."""
+    bound()
     *directories, descriptor = sys.argv[1:]
     model, tokenizer = (Path(argument) if argument else None for argument in directories)
     with os.fdopen(int(descriptor), "wb") as answers:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +28,7 @@ import msgspec
 
 from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory, keep, kept
+from minisrv.checkpoint.files import matching_files
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import MinisrvError, ModelError
 from minisrv.import_path import ROOT, without_working_directory
@@ -36,6 +38,12 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 120
 """Seconds for transformers to read the small files; it takes one."""
+PROCESSOR_SECONDS = 60
+"""The same, of processor time. A vocabulary of 262,000 takes 3.5; one to be converted more."""
+MEMORY_BYTES = 4 << 30
+"""Private memory of the process that reads them. That vocabulary takes an eighth of it."""
+OUTPUT_BYTES = 1 << 28
+"""Of its answer, and of what it prints. That vocabulary makes a fiftieth of it."""
 
 KEPT = 64
 """Descriptions that are kept at most, the newest."""
@@ -53,9 +61,13 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """What a tokenizer is read from, beside config.json, which may name its class."""
+_OTHERS = ("*.json", "*.txt", "*.bpe", "*.spm", "*.tiktoken")
+"""What tokenizers of models that are not implemented are read from; looked at, not listed."""
 
 _T = TypeVar("_T")
 _PACKAGES = ("transformers", "tokenizers")
+_LAST_WORDS = 1 << 16
+"""Bytes at the end of what the process printed that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class TokenizerDescription:
     backend: the text of a tokenizer.json that holds all of it, special tokens included.
     special_tokens: variables of the chat template, e.g. `bos_token`.
     chat_templates: their sources by name; the usual one is called `default`.
+    chat_template_fault: why they cannot be used; empty if they can.
     eos_token_id: the id of its end-of-sequence token, if it has one.
     highest_id: of any token.
     splits_special_tokens: whether the spelling of a special token in a text is text like any other
@@ -109,6 +122,7 @@ class TokenizerDescription:
     backend: str
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
+    chat_template_fault: str = ""
     eos_token_id: int | None = None
     highest_id: int = 0
     splits_special_tokens: bool = False
@@ -147,12 +161,17 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
     place = _kept_directory()
-    entries = {
-        "model": place and model and _entry(place / "model", model, MODEL_FILES),
-        "tokenizer": place
-        and tokenizer
-        and _entry(place / "tokenizer", tokenizer, (CONFIG, *TOKENIZER_FILES)),
+    asked = {
+        "model": (model, MODEL_FILES),
+        "tokenizer": (tokenizer, (CONFIG, *TOKENIZER_FILES)),
     }
+    entries: dict[str, Path | None] = {}
+    for name, (directory, patterns) in asked.items():
+        entries[name] = None
+        if directory is not None:
+            matching_files(directory, _OTHERS)
+            files = matching_files(directory, patterns)
+            entries[name] = place and _entry(place / name, directory, files)
     found = Descriptions(
         model=_kept(entries["model"], ModelDescription),
         tokenizer=_kept(entries["tokenizer"], TokenizerDescription),
@@ -169,7 +188,7 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether there is any file that a tokenizer could be read from."""
-    return any(True for _ in _matching(directory, TOKENIZER_FILES))
+    return bool(matching_files(directory, TOKENIZER_FILES))
 
 
 def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
@@ -198,10 +217,14 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     path = path if ROOT in path else [ROOT, *path]
     try:
         # A file of its own: libraries, and what an environment runs at its start, may print.
-        with os.fdopen(os.memfd_create("minisrv-answer"), "r+b") as answer:
+        with (
+            os.fdopen(os.memfd_create("minisrv-answer"), "r+b") as answer,
+            os.fdopen(os.memfd_create("minisrv-printed"), "r+b") as printed,
+        ):
             done = subprocess.run(
                 [*command, *directories, str(answer.fileno())],
-                capture_output=True,
+                stdout=subprocess.DEVNULL,
+                stderr=printed,
                 timeout=TIMEOUT,
                 check=False,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
@@ -209,17 +232,18 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
             )
             answer.seek(0)
             body = answer.read()
+            printed.seek(max(0, os.fstat(printed.fileno()).st_size - _LAST_WORDS))
+            said = printed.read().decode(errors="replace").strip().splitlines() or ["nothing"]
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{what} failed: {error}") from error
+    if done.returncode == -signal.SIGXCPU:
+        raise ModelError(f"{what} took more than {PROCESSOR_SECONDS} s of processor time.")
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise ModelError(f"{what} failed with status {done.returncode}; it said: {said[-1][:400]}")
+        raise ModelError(
+            f"{what} failed with status {done.returncode}; it said: {said[-1][:400]} (It may take "
+            f"{MEMORY_BYTES >> 30} GiB of memory.)"
+        )
     return msgspec.msgpack.decode(body, type=Descriptions)
-
-
-def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    for pattern in patterns:
-        yield from (path for path in directory.glob(pattern) if path.is_file())
 
 
 def _kept_directory() -> Path | None:
@@ -231,13 +255,14 @@ def _kept_directory() -> Path | None:
         return None
 
 
-def _entry(kind: Path, directory: Path, patterns: Sequence[str]) -> Path:
+def _entry(kind: Path, directory: Path, files: Sequence[Path]) -> Path:
     """The file in which a description is kept: its name says the content of the files that it is
     made from, and the code that makes it. Raises ModelError if they cannot be read."""
     digest = hashlib.sha256(_code_digest())
     try:
-        for path in sorted(set(_matching(directory, patterns))):
-            content = hashlib.sha256(path.read_bytes()).digest()
+        for path in files:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
             digest.update(os.fsencode(path.relative_to(directory)) + b"\0" + content)
     except OSError as error:
         raise ModelError(f"{directory} cannot be read: {error}") from error
@@ -247,9 +272,10 @@ def _entry(kind: Path, directory: Path, patterns: Sequence[str]) -> Path:
 @cache
 def _code_digest() -> bytes:
     """What a description depends on besides the files."""
-    # What is refused, by the last two, is part of a description that is kept.
+    # What is refused, by the last three, is part of a description that is kept.
     reader = Path(__file__).with_name("by_transformers.py")
-    sources = (__file__, reader, model_config.__file__, request.__file__)
+    template = Path(__file__).parents[1] / "text" / "chat_template.py"  # imports Jinja
+    sources = (__file__, reader, template, model_config.__file__, request.__file__)
     code = [Path(source).read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()

@@ -8,13 +8,13 @@ Knows nothing of torch, nor what the files say.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minisrv.errors import ModelError
+from minisrv.checkpoint.files import read_json
+from minisrv.errors import ModelError, shown
 
 DEFAULT_MODEL = "minisrv-default"
 CONFIG = "config.json"
@@ -119,7 +119,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     if index.exists():
         files = _indexed_files(index)
         if missing := [name for name in files if not (directory / name).is_file()]:
-            raise ModelError(f"{index} names files that are not there: {', '.join(missing[:8])}.")
+            told = ", ".join(map(shown, missing[:8]))
+            raise ModelError(f"{index} names files that are not there: {told}.")
         return tuple(directory / name for name in files)
     pickled = sorted(
         path.name for pattern in ("*.bin", "*.pt*") for path in directory.glob(pattern)
@@ -131,26 +132,19 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises ModelError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return value
-
-
 def _indexed_files(index: Path) -> list[str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index}: weight_map is missing or empty.")
-    files = sorted({str(name) for name in names.values()})
+    if odd := [name for name in names.values() if not isinstance(name, str)]:
+        raise ModelError(f"{index}: weight_map must hold names of files, not {shown(odd[0])}.")
+    files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise ModelError(f"{index} names files outside of the checkpoint: {outside[0]!r}.")
+        raise ModelError(f"{index} names files outside of the checkpoint: {shown(outside[0])}.")
     if others := [name for name in files if not name.endswith(".safetensors")]:
-        raise ModelError(f"{index} names {others[0]!r}; weights are read from safetensors only.")
+        raise ModelError(
+            f"{index} names {shown(others[0])}; weights are read from safetensors only."
+        )
     return files
 
 

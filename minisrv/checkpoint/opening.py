@@ -18,11 +18,11 @@ from minisrv.checkpoint.description import (
     describe,
     has_tokenizer,
 )
+from minisrv.checkpoint.files import read_json
 from minisrv.checkpoint.location import (
     CONFIG,
     GENERATION_CONFIG,
     fetch_weights,
-    read_json,
     resolve_checkpoint,
     resolve_directory,
     weight_files,
@@ -96,7 +96,11 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
         tokenizer = stand_in_tokenizer(model.vocab_size)
     if config.chat_template is not None:
         templates = {"default": _read_template(config.chat_template)}
-        tokenizer = replace(tokenizer, chat_templates=templates)
+        tokenizer = replace(tokenizer, chat_templates=templates, chat_template_fault="")
+    if tokenizer.chat_template_fault:
+        raise ModelError(
+            f"{place}: {tokenizer.chat_template_fault} Give another one with --chat-template."
+        )
     if tokenizer.highest_id >= model.vocab_size:
         logger.warning(
             "the tokenizer's ids go up to %d, and the model's to %d: a prompt with a higher one is "

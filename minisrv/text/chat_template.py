@@ -2,15 +2,26 @@
 
 The environment is the one of Hugging Face transformers (`utils/chat_template_utils.py`), so that
 a template renders here as it did in training. Templates come with the checkpoint, never with a
-request; they run in Jinja's immutable sandbox all the same.
+request; they run in Jinja's immutable sandbox all the same, which keeps them from files and from
+Python's inner parts.
+
+A checkpoint is a stranger's, and so is its template: it may loop for ever. Each rendering has
+`RENDER_SECONDS` of its thread's processor time. That is looked at in each round of a loop, at each
+call, filter and test, so that only a single operation of Python's can take longer; those that
+compute large numbers or repeat are refused. Nothing here bounds memory: whoever renders does, an
+API worker and the process that describes a checkpoint by a limit of their own.
 
 Knows: Jinja and what templates expect of it. Knows nothing of token ids.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -22,16 +33,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minisrv.errors import ModelError, RequestError
 
+RENDER_SECONDS = 2.0
+"""Of processor time. Messages of four megabytes take a hundredth of it."""
+
+MAX_CHARACTERS = 1 << 26
+"""Of a prompt; a request's body has four million bytes."""
+
+_MAX_REPEATED = 1 << 22
+"""Items of a sequence that is repeated, and what a template may compute has as many bits."""
+
+_MAX_REASON = 400
+"""Characters of a template's own error."""
+
+_ROLES = ("user", "system", "assistant", "tool")
+
+_TICK = "_tick"
+"""The name of a filter that templates are given."""
+
 _PROBE, _MARK = "a text to find again", "a mark"
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called, the usual name first."""
-
-_FAILURES = (
-    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    RecursionError,
-)
-"""How a template that computes with what it is given fails, in Python's own terms."""
 
 
 class ChatTemplate:
@@ -46,17 +68,30 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         assert "default" in sources, "the tokenizer sees to it"
-        environment = _environment()
+        environment = _Environment()
         used = {name: sources[name] for name in ("default", "tool_use") if name in sources}
         try:
             self._templates = {
                 name: environment.from_string(source) for name, source in used.items()
             }
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template is not valid: {error}.") from error
+        except Exception as error:  # Python compiles what Jinja makes of it, and fails in its terms
+            reason = _reason(error)
+            raise ModelError(f"the chat template is not valid: {reason}.") from error
         self.source = "\n".join(used.values())
         self._special_tokens = dict(special_tokens)
         self._forms: dict[tuple[str, str], set[type]] = {}
+
+    def try_out(self) -> None:
+        """Raise ModelError if it takes too long, or too much memory, for a short message of some
+        role. One that refuses a message, or fails on it, may take others."""
+        for name in self._templates:
+            for role in _ROLES:
+                try:
+                    self._find_forms(name, role)
+                except RequestError as error:
+                    raise ModelError(
+                        f"the chat template cannot be used: {error.message}"
+                    ) from error
 
     def render(
         self,
@@ -89,16 +124,34 @@ class ChatTemplate:
                 param="chat_template_kwargs",
             )
         try:
-            text = self._templates[name].render({**(variables or {}), **own})
+            text = self._run(name, {**(variables or {}), **own})
             text.encode()  # JSON may spell a lone surrogate, which is no text
             return text
-        except jinja2.TemplateError as error:
-            reason = error.message or type(error).__name__
-        except _FAILURES as error:
-            reason = f"{type(error).__name__}: {error}"
-        raise RequestError(
-            f"the model's chat template does not accept these messages: {reason}", param="messages"
-        )
+        except RequestError:
+            raise
+        except Exception as error:  # a program's, which may fail in any way
+            raise RequestError(
+                f"the model's chat template does not accept these messages: {_reason(error)}",
+                param="messages",
+            ) from error
+
+    def _run(self, name: str, variables: Mapping[str, Any]) -> str:
+        """Raises RequestError where it takes too long or makes too much, and whatever else."""
+        with _bounded():
+            try:
+                text = self._templates[name].render(variables)
+            except MemoryError as error:
+                raise RequestError(
+                    "the model's chat template takes more memory than there is for these messages.",
+                    param="messages",
+                ) from error
+        if len(text) > MAX_CHARACTERS:
+            raise RequestError(
+                f"the model's chat template makes a prompt of {len(text)} characters of these "
+                f"messages; {MAX_CHARACTERS} are the most.",
+                param="messages",
+            )
+        return text
 
     def _variables(
         self,
@@ -153,8 +206,10 @@ class ChatTemplate:
             others = [{**each, "content": ""} if each is question else each for each in chat]
             filled = [{"content": content, **each} for each in others]
             try:
-                text = self._templates[name].render(self._variables(filled, False, ()))
-            except (jinja2.TemplateError, *_FAILURES):
+                text = self._run(name, self._variables(filled, False, ()))
+            except RequestError:
+                raise
+            except Exception:  # as in `render`
                 continue
             if _PROBE in text and _MARK not in text:
                 forms.add(type(content))
@@ -171,14 +226,121 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+class _Clock(threading.local):
+    """The rendering that goes on in this thread.
+
+    began: what its processor time was. look_at: of the monotonic clock, when to look at it again,
+        which is a system call.
+    """
+
+    began = 0.0
+    look_at = float("inf")
+
+
+_clock = _Clock()
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raise RequestError in `_tick` when it has taken too long."""
+    _clock.began = time.thread_time()
+    _clock.look_at = time.monotonic() + RENDER_SECONDS
+    try:
+        yield
+    finally:
+        _clock.look_at = float("inf")
+
+
+def _tick() -> None:
+    """Called wherever a template could go on for long."""
+    now = time.monotonic()
+    if now < _clock.look_at:
+        return
+    left = RENDER_SECONDS - (time.thread_time() - _clock.began)
+    if left <= 0:
+        raise RequestError(
+            f"the model's chat template takes more than {RENDER_SECONDS:g} s of processor time for "
+            "these messages; send fewer, or have the server given another template.",
+            param="messages",
+        )
+    _clock.look_at = now + left
+
+
+def _ticking(function: Any) -> Callable[..., Any]:
+    @functools.wraps(function)  # with the marks by which Jinja knows what to pass it
+    def ticks(*arguments: Any, **named: Any) -> Any:
+        _tick()
+        return function(*arguments, **named)
+
+    return ticks
+
+
+@jinja2.pass_context  # so that Jinja does not compute it when compiling
+def _tick_filter(context: jinja2.runtime.Context, value: None) -> None:
+    _tick()
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, whose templates come by `_tick` in each round, call, filter and test."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+        self.filters = {name: _ticking(each) for name, each in self.filters.items()}
+        self.tests = {name: _ticking(each) for name, each in self.tests.items()}
+        self.filters[_TICK] = _tick_filter
+
+    def _generate(self, source: jinja2.nodes.Template, *arguments: Any, **named: Any) -> str:
+        """Jinja's hook between parsing and compiling."""
+        for loop in source.find_all(jinja2.nodes.For):
+            nothing = jinja2.nodes.Const(None)
+            tick = jinja2.nodes.Filter(nothing, _TICK, [], [], None, None)
+            loop.body.insert(0, jinja2.nodes.ExprStmt(tick))
+        source.set_environment(self)
+        return super()._generate(source, *arguments, **named)
+
+    def call(self, *arguments: Any, **named: Any) -> Any:
+        """A template's call of anything, macros, blocks and recursive loops included."""
+        _tick()
+        return super().call(*arguments, **named)
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        """An operation of `intercepted_binops`: none of a few characters takes for ever."""
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**":
+            size = left.bit_length() * right if numbers else 0
+        elif numbers:
+            size = left.bit_length() + right.bit_length()
+        else:
+            size = max(
+                (
+                    len(one) * other
+                    for one, other in ((left, right), (right, left))
+                    if isinstance(other, int) and isinstance(one, str | bytes | list | tuple)
+                ),
+                default=0,
+            )
+        if size > _MAX_REPEATED:
+            raise jinja2.TemplateRuntimeError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _reason(error: Exception) -> str:
+    """What a template failed at: in Jinja's words, or in Python's own terms."""
+    if isinstance(error, jinja2.TemplateError):
+        said = str(error) if isinstance(error, jinja2.TemplateSyntaxError) else error.message
+        reason = said or type(error).__name__
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return reason[:_MAX_REASON]
 
 
 def _raise_exception(message: str) -> NoReturn:

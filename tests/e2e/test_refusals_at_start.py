@@ -58,6 +58,14 @@ def test_missing_weights(start: Start, checkpoint: Path) -> None:
     assert_refused(server, "did not start", "11 missing", f"model.layers.{layers}.")
 
 
+def test_a_chat_template_that_is_none(start: Start, checkpoint: Path) -> None:
+    """Seen before anything is started, and not by a worker when the engine has loaded."""
+    (checkpoint / "chat_template.jinja").write_text("{% if %}")
+    server = start(*SMALL, str(checkpoint))
+    assert_refused(server, "chat template is not valid", "--chat-template")
+    assert "importing torch" not in server.log
+
+
 def test_no_checkpoint(start: Start, tmp_path: Path) -> None:
     assert_refused(start(*SMALL, str(tmp_path)), "has no config.json")
 

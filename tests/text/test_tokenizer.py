@@ -190,7 +190,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
             with_template(tmp_path, template)
     for text in ("[]", "{"):
         (tmp_path / "tokenizer_config.json").write_text(text)
-        with pytest.raises(ModelError, match="cannot be read"):
+        with pytest.raises(ModelError, match="cannot be read|must hold a JSON object"):
             Tokenizer.from_directory(tmp_path)
 
 

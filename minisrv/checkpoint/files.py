@@ -1,0 +1,125 @@
+"""Which files of a checkpoint are read: regular ones of a bounded size that lie in its directory.
+
+A checkpoint is a stranger's. An archive may hold links to files of whoever unpacks it, and a file
+may name others by their paths; a chat template that is a link to a password file would put it into
+every prompt. So:
+
+- a small file (JSON, a tokenizer's, a chat template) that is a link must lead to a place in the
+  directory, or in a snapshot of the hub's cache to the `blobs` of the same repository, where its
+  links lead;
+- weights may be links to regular files anywhere, as many people share them so between directories:
+  they are read as numbers or refused, and never quoted;
+- what a file names is in the directory, whatever the setting is called.
+
+What is no regular file (a pipe, a device, a link to nothing) counts as missing.
+The directory itself may be a link. Somebody who can change it while it is read is trusted.
+
+Knows: directories, links and sizes. Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minisrv.errors import ModelError
+
+MAX_JSON_BYTES = 16 << 20
+"""Of a file that is read as JSON here. The index of a thousand shards has a few."""
+MAX_BYTES = 256 << 20
+"""Of any small file. The largest tokenizer.json in use has 35 MB."""
+
+_NAMING = ("file", "vocab", "merges")
+"""Parts of the names of settings that transformers takes for paths, relative ones too."""
+
+
+def matching_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    """The small files in `directory` that fit one of the patterns, in order. Raises ModelError for
+    one that may not be read."""
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    for path in found:
+        check_file(path, directory)
+    return sorted(found)
+
+
+def check_file(path: Path, directory: Path, most: int = MAX_BYTES) -> None:
+    """Raise ModelError if the small file may not be read.
+
+    most: bytes.
+    """
+    if not _is_inside(path, directory):
+        raise ModelError(
+            f"{path} leads to {path.resolve()}, outside of the checkpoint; only weights may be "
+            "links to other places. Put a copy of the file in its place, if it is what you want."
+        )
+    if (size := path.stat().st_size) > most:
+        raise ModelError(f"{path} has {size} bytes; {most} are the most for such a file.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises ModelError."""
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path} is missing, or no regular file.")
+        check_file(path, path.parent, MAX_JSON_BYTES)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return value
+
+
+def check_names(path: Path) -> None:
+    """Raise ModelError if a JSON file names a file that is outside of its directory.
+
+    Which settings are paths is for their readers to know, and there are many. So any string counts
+    that is the path of a file as seen from the directory or, where it looks like a path or its
+    setting's name does, from the working directory. A path to nothing is harmless: some tools note
+    where a file once was.
+    """
+    directory = path.parent
+    for name, text in _strings(read_json(path)):
+        bases = [directory]
+        if os.sep in text or any(part in name for part in _NAMING):
+            bases.append(Path.cwd())
+        for base in bases:
+            named = base / text
+            try:
+                is_outside = named.is_file() and not _is_inside(named, directory)
+            except (OSError, ValueError):  # too long, say: no path
+                continue
+            if is_outside:
+                raise ModelError(
+                    f"{path}: {name} names {named}, a file outside of the checkpoint; leave it "
+                    "out, or put a copy of the file beside it."
+                )
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether `path`, all links followed, is in the directory or where the hub's cache has what a
+    snapshot's links lead to (`models--org--name/{snapshots/COMMIT,blobs}`)."""
+    try:
+        real, root = path.resolve(), directory.resolve()
+    except RuntimeError:  # links that lead to each other
+        return False
+    repository = root.parent.parent
+    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    places = (root, repository / "blobs") if is_snapshot else (root,)
+    return any(real.is_relative_to(place) for place in places)
+
+
+def _strings(value: Any) -> Iterator[tuple[str, str]]:
+    """The strings in a JSON document, with the name of the setting that each belongs to."""
+    todo: list[tuple[str, Any]] = [("", value)]
+    while todo:
+        name, part = todo.pop()
+        if isinstance(part, str):
+            yield name, part
+        elif isinstance(part, dict):
+            todo += [(name or key, inner) for key, inner in part.items()]
+        elif isinstance(part, list):
+            todo += [(name, inner) for inner in part]
