@@ -9,6 +9,7 @@ Knows nothing of the model's structure: the model names its destinations.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,9 @@ Progress = Callable[[int, int], None]
 
 MAX_NAMES = 8
 """Weights that an error names of each kind."""
+
+MAX_CHARACTERS = 200
+"""Of a weight and what is wrong with it, in an error."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -59,6 +63,7 @@ def load_model(
         return model.eval()
     assert directory is not None, "only dummy weights need no checkpoint"
     files = weight_files(directory)
+    _check_size(config, directory, files)
     if config.tie_word_embeddings:
         ends = _ends(files)
         if len(ends) == 2 and not torch.equal(*ends.values()):
@@ -74,6 +79,22 @@ def load_model(
         destinations[HEAD] = destinations.pop(EMBEDDING)
     _load(destinations, files, progress)
     return model.eval()
+
+
+def _check_size(config: ModelConfig, directory: Path, files: Sequence[Path]) -> None:
+    """Refuse a config that describes much more than there is before memory is taken for it."""
+    tensors = parameters = 0
+    for path in files:
+        with _opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118  (no mapping)
+                tensors += 1
+                parameters += math.prod(shard.get_slice(name).get_shape())
+    if config.num_parameters > 2 * parameters or config.num_layers > tensors:
+        raise WeightsError(
+            f"config.json describes a model of {config.num_layers} layers and "
+            f"{config.num_parameters} parameters, and the weights in {directory} hold {parameters} "
+            f"in {tensors} tensors: do they belong together, and are they complete?"
+        )
 
 
 def _make(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Decoder:
@@ -150,7 +171,8 @@ class _Problems:
         self.found: dict[str, list[str]] = {}
 
     def note(self, kind: str, weight: str) -> None:
-        self.found.setdefault(kind, []).append(weight)
+        told = weight if len(weight) <= MAX_CHARACTERS else f"{weight[:MAX_CHARACTERS]}..."
+        self.found.setdefault(kind, []).append(told)
 
     def raise_if_any(self, directory: Path) -> None:
         if not self.found:

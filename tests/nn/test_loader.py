@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,19 @@ def edit(directory: Path, change: Callable[[Weights], None]) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def read_header(directory: Path) -> tuple[dict[str, dict[str, object]], bytes]:
+    """What the header of the weights says, and what follows it."""
+    body = (directory / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(body[:8], "little")
+    return json.loads(body[8:end]), body[end:]
+
+
+def write_header(directory: Path, header: bytes, data: bytes, length: int | None = None) -> None:
+    size = len(header) if length is None else length
+    body = size.to_bytes(8, "little") + header + data
+    (directory / "model.safetensors").write_bytes(body)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -117,10 +131,66 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_list_of_names_is_bounded(tmp_path: Path) -> None:
-    edit(make_checkpoint(tmp_path), lambda w: [w.pop(n) for n in list(w)[:-1]] and None)
+    edit(
+        make_checkpoint(tmp_path),
+        lambda w: [w.pop(n) for n in list(w) if "layers.1." in n] and None,
+    )
     with pytest.raises(WeightsError, match=r"missing: .* and \d+ more\.") as caught:
         load(tmp_path)
     assert len(str(caught.value)) < 1000
+
+
+def test_what_is_told_of_a_weight_is_bounded(tmp_path: Path) -> None:
+    change = {K_PROJ: torch.ones([1] * 60), "x" * 100_000: torch.ones(1)}
+    edit(make_checkpoint(tmp_path), lambda w: w.update(change))
+    header, data = read_header(tmp_path)
+    header[K_PROJ]["shape"] = [1] * 10_000
+    write_header(tmp_path, json.dumps(header).encode(), data)
+    with pytest.raises(WeightsError, match=r"1 misshapen: .* 1 unexpected: x+\.\.\.") as caught:
+        load(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"hidden_size": 2**31 - 1},
+        {"vocab_size": 10**9},
+        {"num_layers": 10_000},
+        {"head_dim": 2**30},
+    ],
+)
+def test_nothing_is_made_for_a_config_that_describes_much_more(
+    described: dict[str, int], tmp_path: Path
+) -> None:
+    model = describe_model(make_checkpoint(tmp_path)).model
+    with pytest.raises(WeightsError, match="do they belong together"):
+        load_model(replace(model, **described), tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**63, 2**64 - 1, 10**8, 1 << 40])
+def test_headers_of_any_length(length: int, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    write_header(tmp_path, *(json.dumps(part).encode() for part in ({}, {})), length=length)
+    with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"shape": [2**63, 2]}, {"shape": [-1]}, {"shape": None}, {"dtype": "X"}, {"dtype": 1}),
+        *({"data_offsets": [0, 2**64 - 1]}, {"data_offsets": [8, 0]}, {"data_offsets": [1, 9]}),
+        *({"dtype": "F8_E4M3"}, {"dtype": "F4"}, {"dtype": "C64"}, {"shape": [], "dtype": "BOOL"}),
+    ],
+)
+@pytest.mark.parametrize("name", [K_PROJ, "model.embed_tokens.weight"])
+def test_headers_that_say_anything(name: str, change: dict[str, object], tmp_path: Path) -> None:
+    header, data = read_header(make_checkpoint(tmp_path, "llama-tied"))
+    header[name] |= change
+    write_header(tmp_path, json.dumps(header).encode(), data)
+    with pytest.raises(WeightsError):
+        load(tmp_path)
 
 
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
