@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ or busy, and without its word requests end with less of a reason."""
 SWITCH_SECONDS = 0.0005
 """A tenth of Python's own, which a request for /health would wait several times."""
 
+MEMORY_BYTES = 4 << 30
+"""Private memory of a worker, which takes a fiftieth of it."""
+
 LAST_WORDS_SECONDS = 2
 """What clients get to read the error that ends their requests when the server shuts down."""
 
@@ -49,6 +53,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     sys.setswitchinterval(SWITCH_SECONDS)
     # To read an integer takes the square of its length. Requests have none of so many digits.
     sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
+    _bound_memory()
     client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}
@@ -95,6 +100,14 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, launcher))
     app.state.close()
+
+
+def _bound_memory() -> None:
+    """Let an allocation fail that would take the machine's memory: a chat template is a stranger's
+    program, and can ask for as much as it likes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 class _Server(HttpServer):

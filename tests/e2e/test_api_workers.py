@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from minisrv.server.process import CHECKPOINT
+from minisrv.server.worker import MEMORY_BYTES
 from tests.e2e.server import COMPLETIONS, SMALL, Server, events_of, read_all, request_bytes, until
 from tests.e2e.test_death import assert_dead
 from tests.e2e.test_flood import body, tokens
@@ -41,6 +43,12 @@ def workers_of(server: Server) -> list[int]:
 
 def running(server: Server) -> float:
     return server.metrics()["num_requests_running"]
+
+
+def test_the_memory_of_a_worker_is_bounded(server: Server) -> None:
+    """A chat template may ask for as much as it likes."""
+    limits = Path(f"/proc/{server.worker_pid()}/limits").read_text()
+    assert re.search(rf"Max data size +{MEMORY_BYTES} ", limits)
 
 
 @contextmanager
