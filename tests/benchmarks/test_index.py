@@ -16,7 +16,10 @@ from benchmarks.clients.needs import needs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 INDEX = (FOLDER / "README.md").read_text()
-SHARED = {"layers.py", "memory.py", "questions.py", "steps.py", "needs.py"}
+SHARED = {
+    *("layers.py", "memory.py", "questions.py", "hostile_cases.py"),
+    *("steps.py", "needs.py"),
+}
 SCRIPTS = [
     path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("clients/*.py")) if path.name not in SHARED
 ]
