@@ -42,8 +42,8 @@ from minisrv.config import EngineConfig
 from minisrv.environment import environment
 from minisrv.errors import MinisrvError, RequestError
 
-SECONDS = 75
-"""Processor time of a case: a description has a minute, and few cases take a second."""
+SECONDS = 45
+"""Processor time of a case: a description has 30, and few cases take one."""
 MEMORY = 5 << 30
 """Private bytes of a case's process: a description has 4 GiB."""
 WALL_SECONDS = 4 * SECONDS

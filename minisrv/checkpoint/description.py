@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 120
 """Seconds for transformers to read the small files; it takes one."""
-PROCESSOR_SECONDS = 60
+PROCESSOR_SECONDS = 30
 """The same, of processor time. A vocabulary of 262,000 takes 3.5; one to be converted more."""
 MEMORY_BYTES = 4 << 30
 """Private memory of the process that reads them. That vocabulary takes an eighth of it."""
