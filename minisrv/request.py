@@ -341,7 +341,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine. It has one completion.
 
     cache_salt: only requests with the same one share entries of the prefix cache.
-    priority: those with a lower number are admitted earlier, and preempted later.
+    priority: those with a lower number are admitted earlier, and preempted later; the scheduler
+        sees to it that others do not wait for ever.
     structured_output: what its text must be.
 
     Raises RequestError for a structured output that never ends.

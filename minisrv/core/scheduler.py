@@ -13,7 +13,12 @@ Policy, by priority, and first come first served among equals:
   token at least is, because its result is the next token, and it goes to a block of its own;
 - when no block is free the last of those that run is preempted, the newest of the least important:
   its blocks are freed and its tokens are computed again later, or found. So the first always
-  advances, and with it the whole queue. No request is preempted to make room for another.
+  advances, and with it the whole queue. No request is preempted to make room for another;
+- nobody waits for ever: when more important requests have been admitted before others, or others
+  preempted for them, `PASSES` times, the oldest that waits gets a turn. From then on it is before
+  all that have had none, waiting and running, and is preempted only for those whose turn came
+  earlier. So of those that come later than a request at most `PASSES` are admitted before it for
+  each that was there when it came, and `PASSES` more.
 
 In steady decode, which is most of the time, the next step is the last one with every request a
 token further: a `DecodeRun` hands it out and looks at no request but those that need a block.
@@ -27,16 +32,21 @@ written. A block that is shared or can be found is never written.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import msgspec
 
 from minisrv.core.kv_cache import BlockPool, FreeList, hash_block
 from minisrv.errors import ContextLengthError, QueueFullError
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
+
+PASSES = 8
+"""How often more important requests go before others until the oldest that waits gets a turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +58,8 @@ class RequestState:
     prefill_target: tokens to be in the cache before the request decodes; what was known of it
         when it was admitted.
     max_total: prompt and completion tokens together at which it stops by length.
+    priority: lower numbers are before higher ones; -inf since its turn has come.
+    number: of its place among all in the order in which they came to wait first.
     processed: its logits are changed before its tokens are sampled.
     last_step: the last step that names its slot and blocks.
     block_hashes: of its first full blocks, as far as they have been needed.
@@ -68,7 +80,8 @@ class RequestState:
     stop_token_ids: frozenset[int]
     max_total: int
     cache_salt: str | None = None
-    priority: int = 0
+    priority: float = 0
+    number: int = 0
     masked: bool = False
     processed: bool = False
     output: list[int] = field(default_factory=list)
@@ -330,6 +343,8 @@ class Scheduler:
         self._requests: dict[str, RequestState] = {}
         self._in_flight: deque[SchedulerOutput] = deque()
         self._next_step = 0
+        self._num_queued = 0
+        self._num_passes = 0
         self._run: DecodeRun | None = None
 
     # ---- requests ----------------------------------------------------------------------------
@@ -374,11 +389,16 @@ class Scheduler:
         if held:
             self.held[state.request_id] = state
         else:
-            _queue(self.waiting, state)
+            self._wait(state)
 
     def release(self, request_id: str) -> None:
         """A request that was held, and has not ended, may join a step."""
-        _queue(self.waiting, self.held.pop(request_id))
+        self._wait(self.held.pop(request_id))
+
+    def _wait(self, request: RequestState) -> None:
+        self._num_queued += 1
+        request.number = self._num_queued
+        _queue(self.waiting, request)
 
     @property
     def has_room(self) -> bool:
@@ -511,6 +531,8 @@ class Scheduler:
 
     def _admit(self, step: _StepBuilder) -> None:
         while self.waiting and step.budget and self.slots.num_free:
+            if self._num_passes >= PASSES:
+                self._give_turn()
             request = self.waiting[0]
             target = request.total
             found = self._find_prefix(request)
@@ -524,6 +546,7 @@ class Scheduler:
             ):
                 return
             self.waiting.popleft()
+            self._num_passes += bool(self.waiting) and request.priority < self.waiting[-1].priority
             _queue(self.running, request)
             request.slot = self.slots.take()
             request.prefill_target = target
@@ -533,6 +556,16 @@ class Scheduler:
                 self._block(request)
             step.new_blocks += [(request.slot, i, b) for i, b in enumerate(request.blocks)]
             step.add(request)
+
+    def _give_turn(self) -> None:
+        """Put the oldest that waits and has had no turn before all that have had none."""
+        self._num_passes = 0
+        others = [request for request in self.waiting if request.priority > -math.inf]
+        if others:
+            oldest = min(others, key=attrgetter("number"))
+            self.waiting.remove(oldest)
+            oldest.priority = -math.inf
+            _queue(self.waiting, oldest)
 
     def _find_prefix(self, request: RequestState) -> list[int]:
         """The cached blocks of its beginning, which do not reach its last token."""
@@ -570,6 +603,7 @@ class Scheduler:
 
     def _preempt(self, request: RequestState) -> None:
         assert not self._named_in_flight(request), "a step in flight writes its blocks"
+        self._num_passes += self.running[0].priority < request.priority
         self.running.remove(request)
         self._release(request)
         _queue(self.waiting, request, first=True)

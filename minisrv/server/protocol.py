@@ -184,7 +184,8 @@ class GenerationRequest(RequestBody):
     the time of an answer what has been asked before."""
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     """Requests with a lower number are admitted earlier, and preempted later when the KV cache is
-    full; none is preempted to make room for another (vLLM's extension)."""
+    full; none is preempted to make room for another (vLLM's extension). Nobody waits for ever: of
+    eight that are admitted before others one is the oldest, whatever its number."""
     response_format: ResponseFormat | None = None
     """What the text must be: JSON, or JSON that follows a schema, whose objects hold the properties
     that it declares and, unless it says so, no others."""
