@@ -176,9 +176,12 @@ class ServerConfig:
     request_timeout: seconds from a request's arrival to its end; 0 sets no limit.
     api_keys: what clients must send, one of them; none lets everybody in. Others see those of a
         command line in the list of processes: a file or the environment is better.
-    max_requests_per_key: that one key may have open at once; 0 sets no limit.
+    max_requests_per_key: that one key may have open at once, each choice of a request counted as
+        one, and a call of /tokenize or /detokenize too; 0 sets no limit.
     max_grammar_seconds_per_key: processor time that new grammars of one API key may take in a
         minute, in each API worker; those that it has seen before cost nothing. 0 sets no limit.
+    share_prefix_cache: let keys find what other keys have had computed. Each then sees, from the
+        time of an answer and from cached_tokens, whether another's prompt began as its own.
     allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
     ssl_certfile: a PEM file with the certificate, for HTTPS.
     ssl_keyfile: a PEM file with its key.
@@ -197,6 +200,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_requests_per_key: int = 0
     max_grammar_seconds_per_key: int = 30
+    share_prefix_cache: bool = False
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None

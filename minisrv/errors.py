@@ -143,7 +143,7 @@ class QueueFullError(RequestError):
 
 
 class KeyLimitError(QueueFullError):
-    """The request's API key has as many requests open as one may."""
+    """The request's API key would have more choices open than one may."""
 
     code = "concurrency_limit"
 

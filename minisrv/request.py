@@ -340,7 +340,9 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine. It has one completion.
 
-    cache_salt: only requests with the same one share entries of the prefix cache.
+    cache_key, cache_salt: only requests with the same two share entries of the prefix cache. The
+        first is the number of the client's API key, where keys are kept apart; the second is what
+        the client says.
     priority: those with a lower number are admitted earlier, and preempted later; the scheduler
         sees to it that others do not wait for ever.
     structured_output: what its text must be.
@@ -351,6 +353,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    cache_key: int | None = None
     cache_salt: str | None = None
     priority: int = 0
     structured_output: StructuredOutput | None = None

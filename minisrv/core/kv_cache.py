@@ -19,7 +19,12 @@ NULL_SLOT = 0
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def hash_block(salt: str | None, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
+Salt = tuple[int | None, str | None]
+"""Whose a block is: the number of an API key, where they are kept apart, and the client's own word.
+Two values and not one text, so that no word of one key's is another key's salt."""
+
+
+def hash_block(salt: Salt, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
     """The name of a full block: SHA-256 over the salt, the block before it (None for the first)
     and its tokens. What it keeps depends on every token before it, and so does its name.
 

@@ -41,7 +41,7 @@ from operator import attrgetter
 
 import msgspec
 
-from minisrv.core.kv_cache import BlockPool, FreeList, hash_block
+from minisrv.core.kv_cache import BlockPool, FreeList, Salt, hash_block
 from minisrv.errors import ContextLengthError, QueueFullError
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
 
@@ -79,7 +79,7 @@ class RequestState:
     seed: int
     stop_token_ids: frozenset[int]
     max_total: int
-    cache_salt: str | None = None
+    cache_salt: Salt = (None, None)
     priority: float = 0
     number: int = 0
     masked: bool = False
@@ -376,7 +376,7 @@ class Scheduler:
             seed=seed,
             stop_token_ids=stop_token_ids,
             max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
-            cache_salt=request.cache_salt,
+            cache_salt=(request.cache_key, request.cache_salt),
             priority=request.priority,
             masked=masked,
             processed=bool(

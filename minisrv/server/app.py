@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from msgspec.structs import asdict
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -75,7 +75,7 @@ def create_app(
     root: the checkpoint, as whoever started the server calls it; empty for the first of the names.
     metrics: what the worker counts in; None for one that is alone.
     settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
-    key_limit: how many requests a key may have open; None for any number.
+    key_limit: how much a key may have open; None for anything.
 
     Whoever has served it calls its `state.close()`.
     """
@@ -89,6 +89,7 @@ def create_app(
         root=root or served_model_names[0],
         key_limit=key_limit,
         grammar_seconds_per_key=settings.max_grammar_seconds_per_key,
+        share_prefix_cache=settings.share_prefix_cache,
         request_timeout=settings.request_timeout or None,
     )
     app = FastAPI(
@@ -151,17 +152,17 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
     router = APIRouter(route_class=BodyRoute)
 
     @router.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """The token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
-        tokens = await serving.tokenize(body)
+        tokens = await serving.tokenize(body, request.scope["key"])
         return await offload(lambda: JSON(tokens), body.num_bytes)
 
     @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of token ids, special tokens included."""
         serving.model_name(body.model)
-        prompt = await serving.detokenize(body)
+        prompt = await serving.detokenize(body, request.scope["key"])
         return await offload(lambda: JSON(prompt), body.num_bytes)
 
     app.include_router(router)

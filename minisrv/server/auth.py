@@ -1,4 +1,4 @@
-"""Who may ask, and how many requests of theirs may be open at once.
+"""Who may ask, and how much of theirs may be open at once.
 
 Every path needs a key, where there are any, but those of `OPEN_PATHS`. What a client sends is
 compared by its digest, all of them every time, so that the time tells nothing; the path is that of
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minisrv.errors import AuthenticationError, KeyLimitError
+from minisrv.errors import AuthenticationError, KeyLimitError, RequestError
 from minisrv.processes import map_shared
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -68,10 +68,11 @@ def owner(scope: Mapping[str, Any]) -> int | str:
 
 
 class KeyLimit:
-    """How many requests each key has open, in a mapped file that all API workers count in.
+    """How much each key has open, in a mapped file that all API workers count in: of a generation
+    every choice, as each takes a place in the engine, and of any other work 1.
 
-    Each worker writes to its own numbers only and reads all, so that two may let one request too
-    many in if they do it in the same instant.
+    Each worker writes to its own numbers only and reads all. It writes before it reads, so that of
+    two that come in the same instant both may be refused, but never both let in.
 
     limit: of each key.
     """
@@ -87,16 +88,31 @@ class KeyLimit:
             self._own[key] = 0  # a dead worker may have left something
 
     @contextmanager
-    def place(self, key: int) -> Iterator[None]:
-        """Count a request while it is open. Raises KeyLimitError."""
-        taken = sum(self._of_all[key])
-        if taken >= self._limit:
-            raise KeyLimitError(
-                f"This API key has {taken} requests open, and {self._limit} are allowed; wait for "
-                "one to end."
+    def places(
+        self, key: int, number: int = 1, *, param: str | None = None, retry_after: int = 1
+    ) -> Iterator[None]:
+        """Count a request of so many choices while it is open.
+
+        param: the field that asks for so many, for the error to name.
+        retry_after: seconds, for a refusal.
+        Raises RequestError for more than one key may ever have, KeyLimitError for more than it may
+        have beside what is open.
+        """
+        if number > self._limit:
+            raise RequestError(
+                f"{param} asks for {number} choices at once, and one API key may have "
+                f"{self._limit} open; send several requests, one behind another.",
+                param=param,
             )
-        self._own[key] += 1
+        self._own[key] += number
         try:
+            taken = sum(self._of_all[key]) - number
+            if taken + number > self._limit:
+                raise KeyLimitError(
+                    f"This API key has {taken} choices open of {self._limit} that it may have, and "
+                    f"this request asks for {number}; try again when others have ended.",
+                    retry_after=retry_after,
+                )
             yield
         finally:
-            self._own[key] -= 1
+            self._own[key] -= number

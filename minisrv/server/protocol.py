@@ -180,8 +180,8 @@ class GenerationRequest(RequestBody):
     """Report the log-probability of each prompt token but the first and of this many alternatives.
     Not in a stream."""
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
-    """Share cached prefixes only with requests that send the same salt. Others cannot tell from
-    the time of an answer what has been asked before."""
+    """Share cached prefixes only with requests that send the same salt, and have the same API key.
+    Others cannot tell from the time of an answer what has been asked before."""
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     """Requests with a lower number are admitted earlier, and preempted later when the KV cache is
     full; none is preempted to make room for another (vLLM's extension). Nobody waits for ever: of

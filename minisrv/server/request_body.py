@@ -44,8 +44,9 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="request-body")
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint has one parameter, `body`, a `RequestBody`, and answers with a
-    response. FastAPI describes it, and would parse and validate on the event loop."""
+    """A route whose endpoint has one parameter, `body`, a `RequestBody`, or a second one,
+    `request`, and answers with a response. FastAPI describes it, and would parse and validate on
+    the event loop."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and return the memory that a large one took."""
@@ -58,7 +59,8 @@ class BodyRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """What answers a request."""
         endpoint = self.endpoint
-        model = inspect.signature(endpoint, eval_str=True).parameters["body"].annotation
+        parameters = inspect.signature(endpoint, eval_str=True).parameters
+        model, wants_request = parameters["body"].annotation, "request" in parameters
 
         async def handle(request: Request) -> Response:
             try:
@@ -66,7 +68,9 @@ class BodyRoute(APIRoute):
                 request.scope[_NUM_BYTES] = len(data)
             except ClientDisconnect:
                 return http_error_response(CLIENT_CLOSED_REQUEST, "The client has gone away.")
-            response: Response = await endpoint(await _read(model, data))
+            body = await _read(model, data)
+            arguments = (body, request) if wants_request else (body,)
+            response: Response = await endpoint(*arguments)
             return response
 
         return handle

@@ -66,7 +66,9 @@ class GenerationResponse(Response):
         with self._serving.places(request, reply.id, scope["key"]):
             async with self._in_time():
                 prepared = await self._serving.prepare(request, owner(scope))
-            choices = self._serving.choices(request, prepared, reply.id, self._arrival)
+            choices = self._serving.choices(
+                request, prepared, reply.id, scope["key"], self._arrival
+            )
             generation = Generation(choices)
             reply.begin(prepared)
             if request.stream:

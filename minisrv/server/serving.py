@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -71,6 +71,8 @@ class Serving:
     key_limit: KeyLimit | None = None
     grammar_seconds_per_key: float = 0.0
     """Processor time in a minute for trying a key's new grammars; 0 for any."""
+    share_prefix_cache: bool = False
+    """Whether requests with different API keys share cached prefixes."""
     request_timeout: float | None = None
     """Seconds from a request's arrival to its end; None for any."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -110,16 +112,26 @@ class Serving:
         request_id: str,
         key: int | None,
     ) -> Iterator[None]:
-        """A place for every choice, from before its prompt is tokenised, and one among those of its
-        key. Raises what `KeyLimit.place`, `Admission.places` and `engine_info` raise."""
+        """A place for every choice, from before its prompt is tokenised, also among those of its
+        key. Raises what `KeyLimit.places`, `Admission.places` and `engine_info` raise."""
         info = self.engine_info()
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
         ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
         param = "n" if request.n > 1 else "prompt"
         limit = info.max_num_seqs + info.max_waiting
-        counted = nullcontext() if key is None or not self.key_limit else self.key_limit.place(key)
-        with counted, self.client.admission.places(ids, limit, param):
+        with (
+            self._places_of_key(key, len(ids), param),
+            self.client.admission.places(ids, limit, param),
+        ):
             yield
+
+    def _places_of_key(
+        self, key: int | None, number: int = 1, param: str | None = None
+    ) -> AbstractContextManager[None]:
+        if key is None or self.key_limit is None:
+            return nullcontext()
+        retry_after = self.client.admission.retry_after
+        return self.key_limit.places(key, number, param=param, retry_after=retry_after)
 
     async def prepare(
         self, request: CompletionRequest | ChatCompletionRequest, owner: int | str
@@ -184,8 +196,9 @@ class Serving:
 
         return await offload(prepare, request.num_bytes)
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
-        """The body of the answer. Raises RequestError, and what `engine_info` raises."""
+    async def tokenize(self, request: TokenizeRequest, key: int | None) -> dict[str, Any]:
+        """The body of the answer, which counts among what its key has open. Raises RequestError,
+        and what `engine_info` raises."""
         info = self.engine_info()
 
         def tokenize() -> dict[str, Any]:
@@ -204,18 +217,20 @@ class Serving:
                 "token_strs": self.tokenizer.spell(ids) if request.return_token_strs else None,
             }
 
-        return await offload(tokenize, request.num_bytes)
+        with self._places_of_key(key):
+            return await offload(tokenize, request.num_bytes)
 
-    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
-        """The body of the answer; special tokens are spelled. Raises RequestError, and what
-        `engine_info` raises."""
+    async def detokenize(self, request: DetokenizeRequest, key: int | None) -> dict[str, Any]:
+        """The body of the answer, which counts as `tokenize`'s does; special tokens are spelled.
+        Raises RequestError, and what `engine_info` raises."""
         vocab_size = self.engine_info().vocab_size
 
         def detokenize() -> dict[str, Any]:
             _check_vocabulary("tokens", request.tokens, vocab_size)
             return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
-        return await offload(detokenize, request.num_bytes)
+        with self._places_of_key(key):
+            return await offload(detokenize, request.num_bytes)
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -243,10 +258,12 @@ class Serving:
         request: CompletionRequest | ChatCompletionRequest,
         prepared: Prepared,
         request_id: str,
+        key: int | None,
         arrival: float,
     ) -> list[Choice]:
         """The choices of each prompt, one prompt behind the other, none of them started.
 
+        key: the number of the client's API key.
         Raises RequestError, ContextLengthError and what `engine_info` raises.
         """
         info = self.engine_info()
@@ -269,6 +286,7 @@ class Serving:
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
+                cache_key=None if self.share_prefix_cache else key,
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 structured_output=prepared.form,

@@ -4,6 +4,7 @@ every interleaving is shown in test_scheduler.py."""
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
@@ -82,16 +83,22 @@ TestPool = Pool.TestCase
 
 def test_what_a_hash_depends_on():
     hashes = [
-        hash_block(None, None, [1, 23]),
-        hash_block(None, None, [12, 3]),
-        hash_block(None, None, [1, 2, 3]),
-        hash_block("", None, [1, 23]),
-        hash_block("a", None, [1, 23]),
-        hash_block(None, b"a", [1, 23]),
-        hash_block("a", b"", [1, 23]),
+        hash_block((None, None), None, [1, 23]),
+        hash_block((None, None), None, [12, 3]),
+        hash_block((None, None), None, [1, 2, 3]),
+        hash_block((None, ""), None, [1, 23]),
+        hash_block((None, "a"), None, [1, 23]),
+        hash_block((None, "1"), None, [1, 23]),
+        hash_block((1, None), None, [1, 23]),
+        hash_block((1, "1"), None, [1, 23]),
+        hash_block((11, None), None, [1, 23]),
+        hash_block((None, "11"), None, [1, 23]),
+        hash_block((None, None), b"a", [1, 23]),
+        hash_block((None, "a"), b"", [1, 23]),
     ]
     assert len(set(hashes)) == len(hashes)
-    assert hash_block("a", hashes[0], [5]) == hash_block("a", hashes[0], [5])
+    salt = (1, "a")
+    assert hash_block(salt, hashes[0], [5]) == hash_block((1, "a"), hashes[0], [5])
     assert all(len(name) == 32 for name in hashes)
 
 
@@ -107,11 +114,9 @@ class Run:
             BlockPool(blocks, BLOCK), max_num_batched_tokens=budget, **settings
         )
 
-    def add(self, name: str, prompt: list[int], most: int = 3, salt: str | None = None) -> None:
+    def add(self, name: str, prompt: list[int], most: int = 3, **others: Any) -> None:
         params = SamplingParams(max_tokens=most)
-        request = EngineRequest(
-            request_id=name, prompt_token_ids=prompt, params=params, cache_salt=salt
-        )
+        request = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, **others)
         self.scheduler.add(request, seed=0)
 
     def schedule(self) -> SchedulerOutput:
@@ -206,12 +211,15 @@ def test_a_running_request_shares_its_blocks():
     assert run.scheduler.pool.num_used == 0
 
 
-def test_salts_keep_requests_apart():
+def test_keys_and_salts_keep_requests_apart():
     run = Run()
-    starts = [run.start(f"{i}", TEXT[:9], salt=salt) for i, salt in enumerate([None, "x", "y"])]
-    assert starts == [0, 0, 0]
-    starts = [run.start(f"{i}", TEXT[:9], salt=salt) for i, salt in enumerate([None, "x", "y"])]
-    assert starts == [8, 8, 8]
+    salts = [(None, None), (None, "x"), (None, "y"), (0, None), (1, None), (1, "x"), (1, "0")]
+    for times, start in enumerate((0, 8)):
+        starts = [
+            run.start(f"{times} {key} {salt}", TEXT[:9], cache_key=key, cache_salt=salt)
+            for key, salt in salts
+        ]
+        assert starts == [start] * len(salts)
 
 
 def test_nothing_is_found_or_hashed_when_it_is_off(monkeypatch):

@@ -42,6 +42,13 @@ def test_https_and_keys(
             answer = client.post("/v1/completions", json=body, headers=headers)
             assert answer.status_code == 200, answer.text
         assert client.post("/v1/completions", json=body).status_code == 401
+        body = {"prompt": [5] * 40, "max_tokens": 1}
+        cached = []
+        for key in ("from-flag", "from-file", "from-flag"):
+            headers = {"authorization": f"Bearer {key}"}
+            usage = client.post("/v1/completions", json=body, headers=headers).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert cached == [0, 0, 32], "a key finds what it has asked itself, and nothing else"
         assert client.get("/metrics").status_code == 401
     for pid in server.group() - {server.pid}:
         assert b"from-" not in Path(f"/proc/{pid}/cmdline").read_bytes()

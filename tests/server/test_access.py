@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from minisrv.config import ServerConfig
-from minisrv.errors import ConfigError, KeyLimitError
+from minisrv.errors import ConfigError, KeyLimitError, RequestError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from minisrv.server.auth import OPEN_PATHS, KeyLimit
 from tests.server.conftest import HOUR
@@ -122,20 +122,94 @@ async def test_a_key_has_so_many_requests_open(connect: Connect, tmp_path: Path)
         assert (await ask("first key")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "x", "n": 4}),
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 2}),
+        ("/v1/completions", {"prompt": [[5], [6], [7], [8]]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 4}),
+    ],
+)
+async def test_every_choice_counts(
+    connect: Connect, tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    """Each takes a place in the engine, so a few requests of many choices would take all of it."""
+    fake = FakeEngine(forever)
+    limit = KeyLimit(tmp_path / "open", keys=2, limit=6, worker=0, workers=1)
+    options: dict[str, Any] = {"settings": KEYS, "key_limit": limit}
+    async with connect(fake, **options) as client:
+
+        async def ask(path: str, body: dict[str, Any], key: str = "first key") -> httpx.Response:
+            return await client.post(path, json=body, headers=bearer(key))
+
+        held = [asyncio.create_task(ask(path, body))]
+        await until(lambda: len(fake.requests) == 4)
+        refused = await ask(path, body)
+        assert refused.status_code == 429
+        assert "4 choices open of 6" in refused.json()["error"]["message"]
+        assert "retry-after" in refused.headers
+        never = await ask("/v1/completions", {"prompt": "x", "n": 7})
+        assert never.status_code == 400, "it would be refused for ever"
+        assert never.json()["error"]["param"] == "n"
+        assert "7" in never.json()["error"]["message"]
+        assert "6" in never.json()["error"]["message"]
+        held.append(asyncio.create_task(ask("/v1/completions", {"prompt": "x", "n": 2})))
+        await until(lambda: len(fake.requests) == 6)
+        for route, more in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/tokenize", {"prompt": "x"}),
+            ("/detokenize", {"tokens": [5]}),
+        ):
+            assert (await ask(route, more)).status_code == 429, route
+            assert route == "/v1/completions" or (await ask(route, more, "zweiter")).is_success
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        fake.script = outputs([65, 2], FinishReason.STOP)
+        assert (await ask("/v1/completions", {"prompt": "x", "n": 6})).status_code == 200
+        assert (await ask("/tokenize", {"prompt": "x"})).status_code == 200
+
+
 def test_all_workers_count_together(tmp_path: Path) -> None:
     def worker(index: int) -> KeyLimit:
-        return KeyLimit(tmp_path / "open", keys=2, limit=2, worker=index, workers=3)
+        return KeyLimit(tmp_path / "open", keys=2, limit=4, worker=index, workers=3)
 
     workers = [worker(index) for index in range(3)]
-    with workers[0].place(1), workers[2].place(1), pytest.raises(KeyLimitError):
-        workers[1].place(1).__enter__()
-    with workers[1].place(1), workers[1].place(0):
-        pass
-    place = workers[0].place(0)
+    with workers[0].places(1, 3), workers[2].places(1):
+        with pytest.raises(KeyLimitError):
+            workers[1].places(1).__enter__()
+        with pytest.raises(RequestError, match="n asks for 5 choices"):
+            workers[1].places(1, 5, param="n").__enter__()
+    with workers[1].places(1, 4), workers[1].places(0):
+        pass  # and what was refused is not counted
+    place = workers[0].places(0, 3)
     place.__enter__()  # and it dies
     worker(0)
-    with workers[1].place(0), workers[2].place(0):
+    with workers[1].places(0, 4):
         pass
+
+
+async def test_each_key_has_a_prefix_cache_of_its_own(connect: Connect) -> None:
+    """Whatever salt a client sends beside it."""
+
+    async def salts(settings: ServerConfig, *asked: tuple[str, str | None]) -> list[Any]:
+        fake = engine()
+        async with connect(fake, settings=settings) as client:
+            for key, salt in asked:
+                body = {"prompt": "x", "cache_salt": salt}
+                answer = await client.post("/v1/completions", json=body, headers=bearer(key))
+                assert answer.status_code == 200
+        return [(request.cache_key, request.cache_salt) for request in fake.requests]
+
+    every = [(key, salt) for key in KEYS.api_keys for salt in (None, "x", "0", "1")]
+    found = await salts(KEYS, *every)
+    assert len(set(found)) == len(every)
+    assert found == await salts(KEYS, *every), "in any worker, and in one that takes its place"
+    assert not any(key in str(found) for key in KEYS.api_keys)
+    shared = ServerConfig(api_keys=KEYS.api_keys, share_prefix_cache=True)
+    assert await salts(shared, *every) == [(None, salt) for _, salt in every]
+    assert await salts(ServerConfig(), ("any", None), ("any", "x")) == [(None, None), (None, "x")]
 
 
 @pytest.mark.parametrize("stream", [False, True])
