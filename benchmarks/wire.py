@@ -116,7 +116,7 @@ def read_streams(port: int, streams: int, tokens: int, path: str, told: Connecti
         prompt = {"messages": [{"role": "user", "content": "Go on."}]}
     body = {**prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     sent = f"{head}connection: close\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
     mark, tails = b"data: {", dict[Any, bytes]()
     found = selectors.DefaultSelector()

@@ -7,6 +7,7 @@ Knows nothing of torch: dtypes are strings here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -47,6 +48,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 """The least and the most of every number, for any machine and model: what is beyond would be taken
 at its word, and take all memory or all time. What one machine and one model allow is less
 (`engine.memory`)."""
+
+_HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+|(\[)?(?:[0-9A-Fa-f.]*:){2,}[0-9A-Fa-f.]*(?(1)\])")
+"""Any, a name or an IPv4 address, an IPv6 address with or without brackets."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,10 @@ class ServerConfig:
         minute, in each API worker; those that it has seen before cost nothing. 0 sets no limit.
     share_prefix_cache: let keys find what other keys have had computed. Each then sees, from the
         time of an answer and from cached_tokens, whether another's prompt began as its own.
+    allowed_hosts: names besides localhost and loopback addresses that clients may call the server
+        by, at any port; "*" is any. Without it any name will do, but for a server on a loopback
+        address that asks for no key: there a web page could ask by a name of its own, which it
+        lets mean this machine.
     allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
     ssl_certfile: a PEM file with the certificate, for HTTPS.
     ssl_keyfile: a PEM file with its key.
@@ -201,6 +209,7 @@ class ServerConfig:
     max_requests_per_key: int = 0
     max_grammar_seconds_per_key: int = 30
     share_prefix_cache: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
@@ -213,6 +222,12 @@ class ServerConfig:
             raise ConfigError("max_requests_per_key counts by API key, and there is none.")
         if not all(key.isprintable() and key.isascii() and key.split() for key in self.api_keys):
             raise ConfigError("an API key is not allowed; it must be printable ASCII, not blank.")
+        for name in self.allowed_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"allowed_hosts={name!r} is not allowed; write a name such as "
+                    "models.example.org, without scheme and port, an IP address, or * for any."
+                )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile are only allowed together.")
         if not self.host:

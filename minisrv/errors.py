@@ -13,6 +13,7 @@
     |  |- ContextLengthError
     |  |- ModelNotFoundError
     |  |- AuthenticationError
+    |  |- MisdirectedError    it asks for a host that this server is not
     |  `- QueueFullError      not a fault of the request: try again later
     |     |- KeyLimitError    its key has too many open
     |     `- GrammarBudgetError  its key has had too many grammars compiled
@@ -128,6 +129,13 @@ class AuthenticationError(RequestError):
     http_status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class MisdirectedError(RequestError):
+    """The request's Host is no name that the server answers to."""
+
+    http_status = 421
+    code = "host_not_allowed"
 
 
 class QueueFullError(RequestError):

@@ -192,6 +192,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.group("access")
     flags.add_as("api_keys", "--api-key", metavar="KEY")
     flags.add("max_requests_per_key", "max_grammar_seconds_per_key", "share_prefix_cache")
+    flags.add_as("allowed_hosts", metavar="NAME")
     flags.add_as("allowed_origins", metavar="ORIGIN")
     flags.add("ssl_certfile", "ssl_keyfile")
     flags.group("log")

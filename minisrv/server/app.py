@@ -34,6 +34,7 @@ from minisrv.server.bodies import (
     with_keys,
 )
 from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
+from minisrv.server.hosts import HostNames
 from minisrv.server.middleware import Edge
 from minisrv.server.offload import offload
 from minisrv.server.pages import add_pages
@@ -66,6 +67,7 @@ def create_app(
     metrics: Metrics | None = None,
     settings: ServerConfig | None = None,
     key_limit: KeyLimit | None = None,
+    hosts: HostNames | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> FastAPI:
     """The ASGI application of one API worker.
@@ -76,6 +78,7 @@ def create_app(
     metrics: what the worker counts in; None for one that is alone.
     settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
     key_limit: how much a key may have open; None for anything.
+    hosts: the names that it answers to; None for any.
 
     Whoever has served it calls its `state.close()`.
     """
@@ -102,6 +105,7 @@ def create_app(
     app.state.close = serving.close
     app.add_middleware(
         Edge,
+        hosts=hosts or HostNames(),
         keys=ApiKeys(settings.api_keys),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset({_COMPLETIONS, _CHAT, _TOKENIZE, _DETOKENIZE}),

@@ -253,8 +253,8 @@ _ERRORS: Responses = {
     "4XX": {
         "model": Error,
         "description": "400 the request is at fault, 401 it holds no key that is accepted, 404 no "
-        "such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, 429 too many "
-        "requests (see the header retry-after), 431",
+        "such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, 421 another host, "
+        "429 too many requests (see the header retry-after), 431",
     },
     "5XX": {
         "model": Error,

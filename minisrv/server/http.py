@@ -10,6 +10,7 @@ parsed.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
@@ -40,6 +41,9 @@ _STATUS_LINE_BEGINS = b"HTTP/1.1 "
 
 _CHUNK_BEGINS = b"0"
 """As the size of any chunk may, the last one's included."""
+
+_ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#]*)")
+"""A request's target that names a host, as for a proxy, and which."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -158,6 +162,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._fault = self._fault_of_head()
         if self._fault is not None:
             raise ValueError(self._fault)
+        # NOTE: what the request line names goes before what Host says (RFC 9112, 3.2.2).
+        if authority := _ABSOLUTE_FORM.match(self.url):
+            self.headers[:] = [
+                (name, authority[1] if name == b"host" else value) for name, value in self.headers
+            ]
         super().on_headers_complete()
         self.cycle.transport = _Wire(self.transport, self._end)  # type: ignore[assignment]
         self._in_body = True

@@ -1,4 +1,4 @@
-"""The edge of the application: keys, request ids, limits on bodies, the last resort for errors.
+"""The edge of the application: hosts, keys, request ids, limits on bodies, what becomes of errors.
 
 Pure ASGI: it passes `receive` on, so that what lies inside sees a client that goes away.
 
@@ -18,10 +18,11 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minisrv.errors import AuthenticationError
+from minisrv.errors import RequestError
 from minisrv.logs import REQUEST_ID
 from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
+from minisrv.server.hosts import HostNames
 
 access = logging.getLogger("minisrv.access")
 
@@ -50,20 +51,21 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class Edge:
     """Outermost middleware.
 
-    A request without a key that it needs is refused. `scope["key"]` is the number of its key, or
-    None. Every response carries `x-request-id`: the client's, where it is short and plain, or a new
-    one. A body of more than `max_body_bytes` is answered with 413, declared or not; a POST to
-    one of `json_paths` that is not plain JSON with 415, and a large body for which MAX_UNREAD_BYTES
-    leave no room with 503. An unexpected exception is logged and answered with 500. Each request is
-    a line in the log when it has ended, with what the response has put into `scope["told"]`, unless
-    `access_log` is off. `arrived` is told of every request, `failed` the status of every API
-    response from 400 on.
+    A request for another host, or without a key that it needs, is refused. `scope["key"]` is the
+    number of its key, or None. Every response carries `x-request-id`: the client's, where it is
+    short and plain, or a new one. A body of more than `max_body_bytes` is answered with 413,
+    declared or not; a POST to one of `json_paths` that is not plain JSON with 415, and a large body
+    for which MAX_UNREAD_BYTES leave no room with 503. An unexpected exception is logged and
+    answered with 500. Each request is a line in the log when it has ended, with what the response
+    has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every request,
+    `failed` the status of every API response from 400 on.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
+        hosts: HostNames,
         keys: ApiKeys,
         max_body_bytes: int,
         json_paths: frozenset[str],
@@ -72,6 +74,7 @@ class Edge:
         access_log: bool = True,
     ) -> None:
         self._app = app
+        self._hosts = hosts
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._json_paths = json_paths
@@ -120,8 +123,9 @@ class Edge:
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """What the headers alone are reason enough to refuse."""
         try:
+            self._hosts.check(scope["http_version"], headers.getlist("host"))
             scope["key"] = self._keys.check(scope["path"], headers.get("authorization", ""))
-        except AuthenticationError as error:
+        except RequestError as error:
             return error_response(error)
         length = headers.get("content-length", "")
         # Python reads no integers of thousands of digits; 18 are too many bytes already.

@@ -27,6 +27,7 @@ from minisrv.errors import MinisrvError
 from minisrv.metrics import Metrics
 from minisrv.server.app import create_app
 from minisrv.server.auth import KeyLimit
+from minisrv.server.hosts import HostNames
 from minisrv.server.http import BoundedProtocol
 from minisrv.server.listening import HttpServer
 from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
@@ -77,6 +78,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             metrics=metrics,
             settings=settings,
             key_limit=key_limit,
+            hosts=HostNames.of(settings, listener.getsockname()[0]),
         )
     except MinisrvError as error:
         _tell(launcher, f"API worker {config.index} did not start: {error.message}")

@@ -74,7 +74,12 @@ def request_bytes(
     kind: its content type; None declares none.
     """
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"{method} {path} HTTP/1.1", "host: x", *headers, f"content-length: {len(content)}"]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "host: localhost",
+        *headers,
+        f"content-length: {len(content)}",
+    ]
     if kind is not None:
         lines.append(f"content-type: {kind}")
     return "\r\n".join((*lines, "\r\n")).encode() + content

@@ -73,6 +73,14 @@ def test_what_is_refused_at_start(start: Start, tiny: Path, flags: list[str], wo
     assert "Traceback" not in server.log
 
 
+def test_no_other_name_than_the_machines_own(server: Server) -> None:
+    """It listens on a loopback address and asks for no key."""
+    port = server.url.rpartition(":")[2]
+    for host, status in ((f"localhost:{port}", 200), (f"evil.example:{port}", 421)):
+        answer = httpx.get(server.url + "/v1/models", headers={"host": host}, trust_env=False)
+        assert answer.status_code == status
+
+
 def test_an_empty_variable_lets_nobody_in(
     start: Start, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,14 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError, KeyLimitError, RequestError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from minisrv.server.app import create_app
 from minisrv.server.auth import OPEN_PATHS, KeyLimit
-from tests.server.conftest import HOUR
+from minisrv.server.hosts import HostNames
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.conftest import GENERATION, HOUR
 from tests.server.fake_engine import FakeEngine, outputs
-from tests.waiting import until, until_still
+from tests.server.live_server import serve
+from tests.waiting import GUARD_SECONDS, until, until_still
 
 pytestmark = pytest.mark.anyio
 
@@ -267,9 +271,159 @@ async def test_origins_that_may(connect: Connect) -> None:
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_no_page_may_ask_without_asking_before(connect: Connect, kind: str | None) -> None:
+    """What a browser sends for any page at once, a POST of plain text, is refused; what a page of
+    another origin gets, it cannot read."""
+    fake = engine()
+    async with connect(fake) as client:
+        headers = {"origin": "https://a.example"} | ({"content-type": kind} if kind else {})
+        for method, path, body in ROUTES:
+            content = None if body is None else json.dumps(body)
+            answer = await client.request(method, path, content=content, headers=headers)
+            assert answer.status_code == (415 if method == "POST" else 200), path
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert not fake.requests
+
+
+LOOPBACK_NAMES = (
+    "localhost",
+    "LOCALHOST:8000",
+    "localhost.:1",
+    "models.localhost:80",
+    "127.0.0.1",
+    "127.0.0.1:8000",
+    "127.8.9.1",
+    "[::1]:8000",
+    "[0:0::1]",
+)
+OTHER_NAMES = (
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "notlocalhost",
+    "127.0.0.1.evil.example",
+    "evil.example:127.0.0.1",
+    "localhost@evil.example",
+    "evil.example@localhost",
+    "localhost evil.example",
+    "localhost,evil.example",
+    "203.0.113.5",
+    "[2001:db8::1]:8000",
+    "[localhost]",
+    "::1",
+    ":8000",
+    "",
+)
+
+
+async def statuses(connect: Connect, settings: ServerConfig, address: str, *hosts: str) -> set[int]:
+    """What one path answers to these, and each path to the first of them."""
+    names = HostNames.of(settings, address)
+    key = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
+    async with connect(engine(), settings=settings, hosts=names) as client:
+        answers = [await client.get("/ready", headers={"host": host} | key) for host in hosts]
+        answers += [
+            await client.request(method, path, json=body, headers={"host": hosts[0]} | key)
+            for method, path, body in (*ROUTES, ("GET", "/health", None))
+        ]
+        return {answer.status_code for answer in answers}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.3.4.5", "::1"])
+async def test_a_page_that_lets_its_own_name_mean_this_machine_gets_nothing(
+    connect: Connect, address: str
+) -> None:
+    """DNS rebinding: only the Host tells such a page from one of this machine."""
+    settings = ServerConfig()
+    assert await statuses(connect, settings, address, *LOOPBACK_NAMES) == {200}
+    assert await statuses(connect, settings, address, *OTHER_NAMES) == {421}
+
+
+async def test_a_host_that_is_refused_is_told_what_to_do(connect: Connect) -> None:
+    names = HostNames.of(ServerConfig(), "127.0.0.1")
+    async with connect(engine(), hosts=names) as client:
+        answer = await client.get("/v1/models", headers={"host": "models.example.org"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (421, "host_not_allowed")
+        assert "'models.example.org'" in error["message"]
+        assert "--allowed-hosts" in error["message"]
+        assert answer.headers["x-request-id"]
+        long = await client.get("/v1/models", headers={"host": "a" * 10_000})
+        assert len(long.content) < 1000
+
+
+async def test_other_servers_are_called_by_any_name(connect: Connect) -> None:
+    """One with keys, or one that other machines reach: nobody here knows its names."""
+    for settings, address in (
+        (KEYS, "127.0.0.1"),
+        (ServerConfig(), "0.0.0.0"),
+        (ServerConfig(), "192.0.2.1"),
+        (ServerConfig(), "::"),
+        (ServerConfig(allowed_hosts=("*",)), "127.0.0.1"),
+        (ServerConfig(allowed_hosts=("a.example", "*")), "0.0.0.0"),
+    ):
+        assert await statuses(connect, settings, address, *LOOPBACK_NAMES, *OTHER_NAMES) == {200}
+
+
+@pytest.mark.parametrize("keys", [(), KEYS.api_keys])
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
+async def test_allowed_hosts_are_answered_to_beside_those_of_the_machine(
+    connect: Connect, address: str, keys: tuple[str, ...]
+) -> None:
+    allowed = ("Models.example.org", "model_server", "192.0.2.7", "2001:db8::2", "[2001:db8::3]")
+    settings = ServerConfig(allowed_hosts=allowed, api_keys=keys)
+    names = ("models.example.org:8000", "MODELS.example.org.", "model_server", "192.0.2.7:1")
+    names += ("[2001:db8::2]:8000", "[2001:DB8::3]", *LOOPBACK_NAMES)
+    assert await statuses(connect, settings, address, *names) == {200}
+    others = (*OTHER_NAMES, "x.models.example.org", "models.example.org.evil.example")
+    assert await statuses(connect, settings, address, *others) == {421}
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /ready HTTP/1.1\r\nHost: localhost\r\n", 200),
+        (b"GET /ready HTTP/1.1\r\n", 400),
+        (b"GET /ready HTTP/1.0\r\n", 200),
+        (b"GET /ready HTTP/1.0\r\nHost: evil.example\r\n", 421),
+        (b"GET /ready HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
+        (b"GET /ready HTTP/1.1\r\nHost: localhost\r\nhost: evil.example\r\n", 400),
+        (b"GET /ready HTTP/1.0\r\nHost: localhost\r\nhost: evil.example\r\n", 400),
+        (b"GET http://localhost:8000/ready HTTP/1.1\r\nHost: localhost:8000\r\n", 200),
+        (b"GET http://evil.example/ready HTTP/1.1\r\nHost: localhost\r\n", 421),
+        (b"GET HTTP://localhost@evil.example/ready HTTP/1.1\r\nHost: localhost\r\n", 421),
+        (b"GET http://localhost/ready HTTP/1.1\r\nHost: evil.example\r\n", 200),
+        (b"GET http://localhost/ready HTTP/1.1\r\n", 400),
+    ],
+)
+async def test_hosts_as_they_are_sent(tokenizer: Tokenizer, head: bytes, status: int) -> None:
+    """What the request line names goes before Host, and HTTP/1.1 has one of these."""
+    app = create_app(
+        engine(),
+        tokenizer,
+        served_model_names=("x",),
+        generation=GENERATION,
+        hosts=HostNames.of(ServerConfig(), "127.0.0.1"),
+    )
+    async with serve(app) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(head + b"Connection: close\r\n\r\n")
+        async with asyncio.timeout(GUARD_SECONDS):
+            answer = await reader.read()
+        writer.close()
+    assert int(answer.split()[1]) == status
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        {"allowed_hosts": ("",)},
+        {"allowed_hosts": ("https://a.example",)},
+        {"allowed_hosts": ("a.example:8000",)},
+        {"allowed_hosts": ("cafe:8000",)},
+        {"allowed_hosts": ("*.example",)},
+        {"allowed_hosts": ("[::1",)},
         {"api_keys": ("",)},
         {"api_keys": ("a\nb",)},
         {"api_keys": ("ü",)},

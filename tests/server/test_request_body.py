@@ -369,9 +369,10 @@ async def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
     ]
     scope = {
         "type": "http",
+        "http_version": "1.1",
         "method": "POST",
         "path": "/v1/completions",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
         "query_string": b"",
     }
     sent: list[Any] = []
