@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
