@@ -134,6 +134,11 @@ class Server:
         return self.process.pid
 
     @property
+    def sockets(self) -> list[Path]:
+        """Those that its processes speak over."""
+        return [path for path in self._temporary.rglob("*") if path.is_socket()]
+
+    @property
     def log(self) -> str:
         """What all its processes have printed so far."""
         return self._log.read_text(errors="replace")

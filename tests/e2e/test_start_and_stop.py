@@ -206,3 +206,10 @@ def test_port_zero_takes_a_free_port(server: Server) -> None:
     port = int(server.url.rpartition(":")[2])
     assert port > 0
     assert server.get("/version").status_code == 200
+
+
+def test_only_the_user_may_reach_the_sockets(server: Server) -> None:
+    """Whoever could write to one would speak as an API worker."""
+    directories = {path.parent for path in server.sockets}
+    assert directories
+    assert not [path for path in directories if path.stat().st_mode & 0o077]
