@@ -11,10 +11,12 @@ import httpx
 import msgspec
 import pytest
 
-from minisrv.request import FinishReason, StructuredOutputKind
+from minisrv.request import FinishReason
+from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs, sse
 from tests.text import tiny_tokenizer
+from tests.text.walks import follow
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +34,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PAR
 TIME = {"type": "function", "function": {"name": "time"}}
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+TIME_CALL = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 END = 2  # <|im_end|>
 
 
@@ -148,9 +151,12 @@ async def test_a_call_that_is_forced(
     assert response.status_code == 200, response.text
     form = chat.engine.requests[0].structured_output
     assert form is not None
-    assert form.kind is StructuredOutputKind.GRAMMAR
-    assert [name for name in ("weather", "time") if f'\\"{name}\\"' in form.text] == names
-    assert ("call)*" in form.text) == many
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [END])
+    calls = {"weather": CALL, "time": TIME_CALL}
+    followed = [name for name, call in calls.items() if follow(backend, tokenizer, form, call)]
+    assert followed == names
+    assert follow(backend, tokenizer, form, f"{TIME_CALL}\n{TIME_CALL}") == many
+    assert not follow(backend, tokenizer, form, "It is noon.")
     assert response.json()["choices"][0]["message"]["tool_calls"]
 
 
