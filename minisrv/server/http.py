@@ -99,6 +99,9 @@ class BoundedProtocol(HttpToolsProtocol):
             _disconnect(self._running)
         self._connections.closed(self)
         super().connection_lost(exc)
+        # NOTE: uvicorn leaves it where the client has reset the connection, and all that this holds
+        # would stay until then.
+        self._unset_keepalive_if_required()
 
     # ---- reading ------------------------------------------------------------------------------
 
@@ -240,7 +243,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write_eof()
             self.flow.resume_reading()
             self._connections.wait_for_head(self)
-            self.loop.call_later(LINGER_SECONDS, self.timeout_keep_alive_handler)
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                LINGER_SECONDS, self.timeout_keep_alive_handler
+            )
         else:
             self.transport.close()
 

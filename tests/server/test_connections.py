@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import socket
+import struct
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minisrv.server import listening
+from minisrv.server import http, listening
 from minisrv.server.connections import (
     BODY_BYTES_PER_SECOND,
     BODY_SECONDS,
     HEAD_SECONDS,
     Connections,
 )
+from minisrv.server.http import BoundedProtocol
 from tests.server.live_server import serve_with_connections
 from tests.waiting import GUARD_SECONDS, until
 
@@ -205,6 +209,36 @@ async def test_who_waits_for_an_answer_gets_it_however_long_it_takes() -> None:
         async with asyncio.timeout(GUARD_SECONDS):
             assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200 ")
         writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"no HTTP\r\n\r\n"])
+@pytest.mark.parametrize("reset", [False, True])
+async def test_nothing_holds_a_connection_that_is_closed(
+    sent: bytes, reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the time that a kept connection has nor that of one that lingers."""
+    opened: list[weakref.ref[BoundedProtocol]] = []
+
+    class Protocol(BoundedProtocol):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened.append(weakref.ref(self))
+
+    monkeypatch.setattr(listening, "BoundedProtocol", Protocol)
+    monkeypatch.setattr(http, "LINGER_SECONDS", 10 * GUARD_SECONDS)
+    settings = {"timeout_keep_alive": 10 * GUARD_SECONDS}
+    async with serve_with_connections(Recorder(), **settings) as (address, _):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(sent)
+        async with asyncio.timeout(GUARD_SECONDS):
+            await reader.readuntil(b"\r\n\r\n")
+        assert opened[0]() is not None
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            client = writer.get_extra_info("socket")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+        await until(lambda: gc.collect() >= 0 and opened[0]() is None)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nho", POST + b"x"])
