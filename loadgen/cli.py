@@ -61,16 +61,36 @@ _SEEDS = 2**32
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    _open_standard_descriptors()
     arguments = _parser().parse_args(argv)
     try:
         _settle(arguments)
         return _run(arguments) if arguments.command == "run" else _ab(arguments)
     except LoadgenError as error:
-        print(f"loadgen: {error}", file=sys.stderr)
+        _say(str(error))
         return EXIT_UNUSABLE
     except KeyboardInterrupt:
-        print("loadgen: interrupted; what was measured until then is shown", file=sys.stderr)
+        _say("interrupted; what was measured until then is shown")
         return EXIT_INTERRUPTED
+
+
+def _open_standard_descriptors() -> None:
+    """Let no connection or file get the number of one that is closed, and with it what is printed,
+    here or in a client process."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
+
+
+def _say(text: str) -> None:
+    """Tell how it goes, beside the results. A run does not end because nobody reads that."""
+    try:
+        print(f"loadgen: {text}", file=sys.stderr, flush=True)
+    except OSError:  # Python would try again when it ends, and make that the exit status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _settle(arguments: argparse.Namespace) -> None:
@@ -159,16 +179,16 @@ def _ab(arguments: argparse.Namespace) -> int:
     if stopped is not None:
         raise stopped
     if arguments.require_identical and any(x.answers != x.same_answers for x in levels):
-        print("loadgen: answers differ, so the exit status is 1", file=sys.stderr)
+        _say("answers differ, so the exit status is 1")
         return EXIT_FAILED_REQUESTS
     return _status([run for level in levels for pair in level.pairs for run in (pair.a, pair.b)])
 
 
 def _ready_side(arguments: argparse.Namespace, server: Server) -> ab.Side:
     """Wait for a server that was started, and say what it is to be asked."""
-    print(f"loadgen: starting {server.name}; its log is {server.log}", file=sys.stderr)
+    _say(f"starting {server.name}; its log is {server.log}")
     ready_s = server.wait_ready(arguments.ready_timeout)
-    print(f"loadgen: {server.name} is ready after {ready_s:.1f} s", file=sys.stderr)
+    _say(f"{server.name} is ready after {ready_s:.1f} s")
     config = _config(arguments, normalize_url(server.url), server.name)
     config = replace(
         config,
@@ -209,7 +229,7 @@ def _compare(
 
 def _status(runs: Sequence[LevelSummary]) -> int:
     if any(run.any_failed for run in runs):
-        print("loadgen: requests failed, so the exit status is 1", file=sys.stderr)
+        _say("requests failed, so the exit status is 1")
         return EXIT_FAILED_REQUESTS
     return EXIT_OK
 

@@ -5,6 +5,7 @@ server, whatever becomes of this process, is `supervisor`. Does not know what is
 what it is compared with.
 """
 
+import os
 import shlex
 import socket
 import subprocess
@@ -58,10 +59,14 @@ class Server:
         return self._pid
 
     def __enter__(self) -> Self:
-        """Start it. Raises ConfigError if there is no such program."""
+        """Start it. Raises ConfigError if there is no such program, or no place for its log."""
         supervisor = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(_STOP_S)]
+        try:
+            log = self.log.open("wb")
+        except OSError as error:
+            raise ConfigError(f"cannot write the log of {self.name}: {error}") from None
         self._line, theirs = socket.socketpair()
-        with self.log.open("wb") as log, theirs:
+        with log, theirs:
             self._process = subprocess.Popen(
                 supervisor + self.command,
                 stdin=theirs.fileno(),
@@ -137,5 +142,10 @@ class Server:
             connection.close()
 
     def _tail(self) -> str:
-        end = self.log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").rstrip()
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                end = log.read().decode(errors="replace").rstrip()
+        except OSError as error:  # long runs outlive what is cleared of temporary directories
+            return f"; {self.log} cannot be read: {error.strerror}"
         return f"; {self.log} ends with:\n{end}" if end else f"; {self.log} is empty"

@@ -18,7 +18,9 @@ import pytest
 
 import loadgen
 from loadgen.ab import FORMULAS, Level, Spread, first_difference, pairs
+from loadgen.errors import ConfigError, ServerError
 from loadgen.records import Answer, LevelResult, RequestRecord, StoppedBy
+from loadgen.servers import Server
 from tests.checkpoints import make_checkpoint
 
 MAIN = "import sys; from loadgen.cli import main; sys.exit(main())"
@@ -95,6 +97,34 @@ def until(condition: Callable[[], object], what: str) -> None:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
+
+
+def test_a_stderr_that_nobody_reads_ends_nothing(bench: Bench) -> None:
+    process = bench.start("", "")
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout is not None
+    stdout = process.stdout.read()
+    assert process.wait(120) == 0, stdout
+    assert "TTFT" in stdout
+
+
+def test_a_server_whose_log_is_gone(tmp_path: Path) -> None:
+    """Directories for temporary files are cleared while long runs go on."""
+    log = tmp_path / "a.log"
+    command = shlex.join([sys.executable, "-c", "import sys; sys.exit(3)"])
+    with Server("a", command, log) as server:
+        log.unlink()
+        with pytest.raises(
+            ServerError, match=r"a ended with status 3; \S+ cannot be read: No such"
+        ):
+            server.wait_ready(60)
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    server = Server("a", "true", tmp_path / "nowhere" / "a.log")
+    with pytest.raises(ConfigError, match="cannot write the log of a: .*No such file"):
+        server.__enter__()
 
 
 def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +115,24 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
         rows = [dict(zip(report["raw_fields"], row, strict=True)) for row in level["raw"]["rows"]]
         assert sorted(row["index"] for row in rows) == list(range(10))
         assert {row["failure"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_a_stderr_that_is_closed_ends_nothing(closed: str) -> None:
+    """Nor does a connection get its number, and with it what is printed."""
+    few = ("--concurrency", "2", "--requests", "4", "--warmup", "0", "--processes", "1")
+    with ScriptedServer() as server:
+        command = shlex.join([*COMMAND, "run", server.url, *few])
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {closed}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=environment(),
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout
+    assert "TTFT" in done.stdout
 
 
 def test_that_many_requests_are_really_in_flight(tmp_path: Path) -> None:
