@@ -41,6 +41,7 @@ from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.environment import environment
 from minisrv.errors import MinisrvError, RequestError
+from minisrv.processes import bound_resource
 
 SECONDS = 45
 """Processor time of a case: a description has 30, and few cases take one."""
@@ -104,8 +105,8 @@ def _processor_seconds() -> float:
 
 def bound() -> None:
     """Let the kernel end this process where it takes too much."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    bound_resource(resource.RLIMIT_CPU, SECONDS)
+    bound_resource(resource.RLIMIT_DATA, MEMORY)
 
 
 def forked(directory: Path, log: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -57,7 +57,19 @@ def raise_descriptor_limit() -> None:
     The soft limit is low for the sake of programs that use `select`; a connection is a descriptor.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(ValueError):  # of a hard limit above what the kernel has been set to since
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def bound_resource(kind: int, most: int) -> None:
+    """Let this process, and those that it starts, take no more of a resource than that. A limit
+    that is lower already stays.
+
+    kind: one of `resource.RLIMIT_*`.
+    """
+    soft, hard = resource.getrlimit(kind)
+    limits = (limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(kind, (min(limits), hard))
 
 
 class ChildProcess:

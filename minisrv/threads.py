@@ -46,6 +46,13 @@ def let_waiting_threads_sleep() -> None:
         os.environ.update(WAITING)
 
 
+def without_blas() -> None:
+    """Have numpy's BLAS start no threads in this process and those that it starts, which multiply
+    no matrices. To be called before numpy is imported. There would be one a core, each of which
+    takes 40 MiB of the memory that such a process may have."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+
 def cores() -> int:
     """Cores that this process may use: those it is tied to, or fewer where its control group is
     given less time than they have."""

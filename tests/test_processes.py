@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,13 @@ import pytest
 from minisrv import import_path
 from minisrv.errors import ConfigError
 from minisrv.import_path import ROOT, without_working_directory
-from minisrv.processes import ChildProcess, map_shared, safe_path
+from minisrv.processes import (
+    ChildProcess,
+    bound_resource,
+    map_shared,
+    raise_descriptor_limit,
+    safe_path,
+)
 from tests.traps import set_traps
 
 
@@ -47,6 +54,38 @@ def test_a_child_runs_no_code_of_the_working_directory(
         child.stop()
     assert traps.sprung() == set()
     assert (dict(os.environ), sys.path) == (before, path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "most", "bounded"),
+    [
+        ((-1, -1), 1000, (1000, -1)),
+        ((-1, 500), 1000, (500, 500)),
+        ((300, 500), 1000, (300, 500)),
+        ((2000, 3000), 1000, (1000, 3000)),
+        ((0, -1), 1000, (0, -1)),
+    ],
+)
+def test_a_resource_is_bounded_below_what_is_set(
+    limits: tuple[int, int], most: int, bounded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", found.__setitem__)
+    bound_resource(resource.RLIMIT_DATA, most)
+    assert found == {resource.RLIMIT_DATA: bounded}
+
+
+def test_a_hard_limit_on_descriptors_that_cannot_be_set_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be above /proc/sys/fs/nr_open, which was lowered since."""
+
+    def refuse(kind: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    raise_descriptor_limit()
 
 
 def test_a_command_started_in_a_safe_path_runs_none_either(here: Path) -> None:

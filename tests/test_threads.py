@@ -22,6 +22,12 @@ def completed(program: str, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True)
 
 
+def test_numpy_starts_no_threads_where_it_multiplies_nothing() -> None:
+    count = "import numpy, os; print(len(os.listdir('/proc/self/task')))"
+    program = f"from minisrv import threads; threads.without_blas(); {count}"
+    assert completed(program).stdout == "1\n"
+
+
 SHOW = f"""
 import os, minisrv
 print({{name: os.environ[name] for name in {[*threads.WAITING]} if name in os.environ}})

@@ -23,7 +23,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minisrv import threads
+
 if __name__ == "__main__":
+    threads.without_blas()
     sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails from here on
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -40,6 +43,7 @@ from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shown
 from minisrv.model_config import ModelConfig
+from minisrv.processes import bound_resource
 from minisrv.request import SamplingParams
 
 _T = TypeVar("_T")
@@ -273,8 +277,7 @@ def bound() -> None:
         (resource.RLIMIT_DATA, description.MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, description.OUTPUT_BYTES),
     ):
-        _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+        bound_resource(kind, most)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from minisrv import threads
 from minisrv.config import ServerConfig
 from minisrv.engine.messages import Loading, Ready
 from minisrv.processes import ChildProcess
@@ -89,6 +90,7 @@ class WorkerProcess(ChildProcess):
 
 
 def _main(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
+    threads.without_blas()
     from minisrv.server.worker import run_worker
 
     run_worker(config, listener, launcher)

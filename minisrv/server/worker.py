@@ -25,6 +25,7 @@ from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import Loading, Ready
 from minisrv.errors import MinisrvError
 from minisrv.metrics import Metrics
+from minisrv.processes import bound_resource
 from minisrv.server.app import create_app
 from minisrv.server.auth import KeyLimit
 from minisrv.server.hosts import HostNames
@@ -41,7 +42,9 @@ SWITCH_SECONDS = 0.0005
 """A tenth of Python's own, which a request for /health would wait several times."""
 
 MEMORY_BYTES = 4 << 30
-"""Private memory of a worker, which takes a fiftieth of it."""
+"""Private memory of a worker, which takes a fiftieth of it. The kernel counts what may be written,
+touched or not: the whole stack of each thread, 8 MiB, of which there are some forty, and one of 2
+MiB for each core in the tokenizer's library; of the C library's arenas what is in use."""
 
 LAST_WORDS_SECONDS = 2
 """What clients get to read the error that ends their requests when the server shuts down."""
@@ -54,7 +57,9 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     sys.setswitchinterval(SWITCH_SECONDS)
     # To read an integer takes the square of its length. Requests have none of so many digits.
     sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
-    _bound_memory()
+    # So that an allocation fails that would take the machine's memory: a chat template is a
+    # stranger's program, and can ask for as much as it likes.
+    bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
     client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}
@@ -102,14 +107,6 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, launcher))
     app.state.close()
-
-
-def _bound_memory() -> None:
-    """Let an allocation fail that would take the machine's memory: a chat template is a stranger's
-    program, and can ask for as much as it likes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 class _Server(HttpServer):

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from minisrv import threads
 from minisrv.errors import RequestError
-from minisrv.processes import die_with
+from minisrv.processes import bound_resource, die_with
 from minisrv.request import StructuredOutput, StructuredOutputKind
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ HEAD_BYTES = _LENGTH.size
 
 def serve(connection: socket.socket, vocab_size: int, eos_token_ids: list[int]) -> None:
     """Try what comes until the worker closes its end. The first message is a tokenizer.json."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads
+    threads.without_blas()
     import tokenizers
 
     from minisrv.text.structured import GrammarBackend
@@ -192,8 +193,8 @@ class _Trials:
         os.nice(trial.nice)
         Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what ends here is nobody's to read
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.RLIM_INFINITY))
+        bound_resource(resource.RLIMIT_CORE, 0)
+        bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)
         try:
             said = _try(self._backend, trial.spec, self._eos_token_ids)
