@@ -192,6 +192,11 @@ class EngineNotReadyError(EngineError):
     code = "not_ready"
 
 
+def time_is_over() -> EngineNotReadyError:
+    """What requests get that are still open when the server has no more time for them."""
+    return EngineNotReadyError("The server is shutting down; send the request again later.")
+
+
 class EngineDeadError(EngineError):
     """The engine process has ended; no request can be served until a restart."""
 

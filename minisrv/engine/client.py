@@ -41,6 +41,7 @@ from minisrv.errors import (
     EngineNotReadyError,
     MinisrvError,
     QueueFullError,
+    time_is_over,
 )
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
@@ -180,7 +181,7 @@ class EngineClient:
 
     def end_open(self) -> None:
         """End every open request with an error: the time to finish is over."""
-        self._end_all(EngineNotReadyError("the server is shutting down."))
+        self._end_all(time_is_over())
 
     async def stats(self) -> EngineStats:
         """The engine's counters as they are now; as they were when it last told, if it is loading,

@@ -80,7 +80,7 @@ def create_app(
     key_limit: how much a key may have open; None for anything.
     hosts: the names that it answers to; None for any.
 
-    Whoever has served it calls its `state.close()`.
+    Whoever serves it calls its `state.close()` when there is no more time for requests.
     """
     metrics, settings = metrics or Metrics(), settings or ServerConfig()
     serving = Serving(

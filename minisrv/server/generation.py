@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from minisrv.engine.client import EngineClient
-from minisrv.errors import EngineError, EngineNotReadyError
+from minisrv.errors import EngineError, time_is_over
 from minisrv.metrics import Metrics
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from minisrv.text.detokenizer import Detokenizer
@@ -133,7 +133,7 @@ class Choice:
     def _read(self, output: EngineOutput) -> Delta:
         reason = output.finish_reason
         if reason is FinishReason.ABORT:
-            raise EngineNotReadyError("The server is shutting down and dropped this request.")
+            raise time_is_over()
         shown = output.token_ids
         if reason is FinishReason.STOP:
             shown = self._detokenizer.without_stop_token(shown)

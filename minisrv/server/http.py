@@ -20,8 +20,9 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from minisrv.errors import time_is_over
 from minisrv.server.connections import Connections
-from minisrv.server.errors import http_error_response
+from minisrv.server.errors import JSON, error_response, http_error_response
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request without its body; one read of the socket may come on top."""
@@ -115,12 +116,10 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             fault = self._fault or "Invalid HTTP request received."
             self.logger.warning("%s", fault)
-            self._refuse(HTTPStatus.BAD_REQUEST, fault)
+            self._refuse(http_error_response(400, fault))
         if self._head_bytes > MAX_HEAD_BYTES and self._last_answer is None:
-            self._refuse(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"The request's line and headers must have at most {MAX_HEAD_BYTES} bytes.",
-            )
+            fault = f"The request's line and headers must have at most {MAX_HEAD_BYTES} bytes."
+            self._refuse(http_error_response(431, fault))
 
     def _parse(self, data: bytes) -> None:
         """Raises HttpParserError."""
@@ -259,9 +258,10 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._connections.wait_for_head(self)
 
-    def _refuse(self, status: HTTPStatus, message: str) -> None:
+    def _refuse(self, response: JSON) -> None:
         """Answer what cannot be read, behind the answers to what came before it, and close."""
-        response = http_error_response(status, message, {"connection": "close"})
+        response.headers["connection"] = "close"
+        status = HTTPStatus(response.status_code)
         lines = [b"HTTP/1.1 %d %s" % (status, status.phrase.encode())]
         lines += [name + b": " + value for name, value in response.raw_headers]
         self._last_answer = b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
@@ -324,9 +324,14 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self.transport.get_write_buffer_size():
             self._connections.wait_for_head(self)  # it reads, and the kernel sees to that
         elif not self._ended and (self._in_body or self._head_bytes):
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The request did not arrive in time.")
+            self._refuse(http_error_response(408, "The request did not arrive in time."))
         else:
             self.transport.close()
+
+    def give_up(self) -> None:
+        """Wait for no body any more: the server has no time left to answer."""
+        if self._in_body and not self._ended:
+            self._refuse(error_response(time_is_over()))
 
     def body_bytes(self) -> int | None:
         """How much of a body has come; None if it is not read at the moment."""

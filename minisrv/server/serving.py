@@ -249,7 +249,7 @@ class Serving:
         )
 
     def close(self) -> None:
-        """End what has been started for the requests."""
+        """End what has been started for the requests, and the waiting for it."""
         if "_validator" in self.__dict__:
             self._validator.close()
 

@@ -14,9 +14,10 @@ import gc
 import resource
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from typing import cast
 
 import uvicorn
 
@@ -101,23 +102,30 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         access_log=False,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS,
+        # Behind our own, as it fails requests instead of ending them.
+        timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS + 1,
     )
-    server = _Server(http, listener, client, settings.shutdown_timeout)
+    server = _Server(http, listener, client, app.state.close, settings.shutdown_timeout)
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, launcher))
     app.state.close()
 
 
 class _Server(HttpServer):
-    """Tells the engine's client when the end begins and when time is up."""
+    """Tells everybody when the end begins and when time is up."""
 
     def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, client: EngineClient, seconds: float
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        client: EngineClient,
+        close: Callable[[], None],
+        seconds: float,
     ) -> None:
-        """seconds: what open requests get to finish."""
+        """close: of the application. seconds: what open requests get to finish."""
         super().__init__(config, listener)
         self.client = client
+        self.close = close
         self.seconds = seconds
 
     @contextmanager
@@ -126,12 +134,31 @@ class _Server(HttpServer):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, let open ones finish, end with an error those that do not."""
+        """Refuse new requests, let open ones finish, end with an error those that do not, and cut
+        off who does not read it."""
         self.client.drain()
-        # NOTE: before uvicorn's own timeout, which cuts connections in the middle of a message.
-        late = asyncio.get_running_loop().call_later(self.seconds, self.client.end_open)
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(self.seconds, self._end_open),
+            loop.call_later(self.seconds + LAST_WORDS_SECONDS, self._abort_open),
+        ]
         await super().shutdown(sockets)
-        late.cancel()
+        for timer in timers:
+            timer.cancel()
+
+    def _end_open(self) -> None:
+        """Whatever a request waits for: the engine, a grammar, or the rest of its own body."""
+        self.client.end_open()
+        self.close()
+        for connection in self._open():
+            connection.give_up()
+
+    def _abort_open(self) -> None:
+        for connection in self._open():
+            connection.abort()
+
+    def _open(self) -> list[BoundedProtocol]:
+        return cast(list[BoundedProtocol], [*self.server_state.connections])
 
 
 async def _serve(

@@ -45,6 +45,7 @@ from minisrv.errors import (
     GrammarUnavailableError,
     MinisrvError,
     RequestError,
+    time_is_over,
 )
 from minisrv.processes import ChildProcess
 from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
@@ -123,6 +124,7 @@ class GrammarValidator:
         self._life: asyncio.Task[None] | None = None
         self._watch: asyncio.Timeout | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._is_closed = False
 
     async def validate(self, spec: StructuredOutput, owner: int | str) -> StructuredOutput:
         """The grammar in llguidance's words, as the engine takes it. One that is known waits for
@@ -133,8 +135,10 @@ class GrammarValidator:
 
         Raises RequestError for a grammar that cannot be compiled within the bounds,
         GrammarBudgetError if the key has used up its time, GrammarUnavailableError if the process
-        has failed.
+        has failed, EngineNotReadyError behind `close`.
         """
+        if self._is_closed:
+            raise time_is_over()
         digest = hashlib.sha256(encode(spec)).digest()
         if passed := self._passed.get(digest):
             return passed
@@ -162,11 +166,14 @@ class GrammarValidator:
         return verdict
 
     def close(self) -> None:
-        """End the process, whatever it does; nobody must wait for a grammar any more."""
+        """End the process, whatever it does, and the waiting for it. May be called twice."""
+        self._is_closed = True
         if self._life is not None:
             self._life.cancel()
         if self._process is not None:
             self._process.stop()
+        for grammar in [*self._pending.values()]:
+            self._end(grammar, time_is_over())
 
     # ---- lanes and budgets --------------------------------------------------------------------
 

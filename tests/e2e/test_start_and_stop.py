@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import socket
@@ -14,7 +16,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server import CHAT, COMPLETIONS, SMALL, Server, events_of, until
+from tests.e2e.server import (
+    CHAT,
+    COMPLETIONS,
+    SMALL,
+    Server,
+    events_of,
+    read_all,
+    request_bytes,
+    until,
+)
 from tests.waiting import GUARD_SECONDS
 
 Start = Callable[..., Server]
@@ -130,6 +141,35 @@ def test_the_time_to_finish_is_bounded(
     assert {error_of(future)["code"] for future in futures} == {"not_ready"}
     server.assert_nothing_left()
     assert "Traceback" not in server.log
+
+
+def test_whatever_a_request_waits_for_it_ends_with_an_error(start: Start, tiny: Path) -> None:
+    """The rest of its own body, here behind a 100 Continue; a grammar that nobody tries at the
+    moment. Who reads no answer is cut off, and fails nobody."""
+    server = start(str(tiny), *SMALL, "--shutdown-timeout", "1").wait_ready()
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "integer"}}}
+    long = {"prompt": ["x"] * 6, "max_tokens": 500, "ignore_eos": True, "logprobs": 20}
+    with (
+        server.connect() as body,
+        server.connect() as grammar,
+        server.connect(buffer=4096) as reader,
+    ):
+        grammar.sendall(request_bytes(COMPLETIONS, {"prompt": "x", "response_format": form}))
+        for pid in until(lambda: server.named("minisrv-grammar"), "grammars are tried"):
+            os.kill(pid, signal.SIGSTOP)
+        reader.sendall(request_bytes(COMPLETIONS, {**long, "stream": True}))
+        until(lambda: server.metrics()["generation_tokens_total"] == 6 * 500, "it is answered")
+        body.sendall(request_bytes(COMPLETIONS, long, "expect: 100-continue")[:-5])
+        assert body.recv(1 << 16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        server.send(signal.SIGTERM)
+        for connection in (body, grammar):
+            head, _, told = read_all(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert json.loads(told)["error"]["code"] == "not_ready"
+        assert server.wait() == 0
+    server.assert_nothing_left()
+    assert "Traceback" not in server.log
+    assert "ERROR" not in server.log
 
 
 def test_a_second_interrupt_does_not_wait(start: Start) -> None:
