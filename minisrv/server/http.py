@@ -155,8 +155,15 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._replays_head:
-            super().on_header(name, value)
+        if self._replays_head:
+            return
+        if not self._in_body:
+            super().on_header(name, value.rstrip(b" \t"))  # llhttp strips on the left only
+        elif name.lower() == b"connection":
+            # llhttp heeds it, and would read nothing more while the answer promises that we do.
+            self._fault = "A trailer must not hold 'connection'."
+            raise ValueError(self._fault)
+        # Others are ignored: whoever has looked at the head has not seen them.
 
     def on_headers_complete(self) -> None:
         if self._replays_head:
@@ -165,10 +172,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._fault is not None:
             raise ValueError(self._fault)
         # NOTE: what the request line names goes before what Host says (RFC 9112, 3.2.2).
-        if authority := _ABSOLUTE_FORM.match(self.url):
+        if absolute := _ABSOLUTE_FORM.match(self.url):
             self.headers[:] = [
-                (name, authority[1] if name == b"host" else value) for name, value in self.headers
+                (name, absolute[1] if name == b"host" else value) for name, value in self.headers
             ]
+            path = self.url[absolute.end() :]
+            self.url = path if path.startswith(b"/") else b"/" + path
         super().on_headers_complete()
         self.cycle.transport = _Wire(self.transport, self._end)  # type: ignore[assignment]
         self._in_body = True

@@ -384,6 +384,7 @@ async def test_allowed_hosts_are_answered_to_beside_those_of_the_machine(
     ("head", "status"),
     [
         (b"GET /ready HTTP/1.1\r\nHost: localhost\r\n", 200),
+        (b"GET /ready HTTP/1.1\r\nHost: localhost \t\r\n", 200),
         (b"GET /ready HTTP/1.1\r\n", 400),
         (b"GET /ready HTTP/1.0\r\n", 200),
         (b"GET /ready HTTP/1.0\r\nHost: evil.example\r\n", 421),
@@ -395,6 +396,9 @@ async def test_allowed_hosts_are_answered_to_beside_those_of_the_machine(
         (b"GET HTTP://localhost@evil.example/ready HTTP/1.1\r\nHost: localhost\r\n", 421),
         (b"GET http://localhost/ready HTTP/1.1\r\nHost: evil.example\r\n", 200),
         (b"GET http://localhost/ready HTTP/1.1\r\n", 400),
+        (b"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n", 200),
+        (b"GET http://localhost?a HTTP/1.1\r\nHost: localhost\r\n", 200),
+        (b"GET http://evil.example HTTP/1.1\r\nHost: localhost\r\n", 421),
     ],
 )
 async def test_hosts_as_they_are_sent(tokenizer: Tokenizer, head: bytes, status: int) -> None:

@@ -155,6 +155,9 @@ REFUSED: dict[str, bytes] = {
     "a bare LF behind an extension": post(CODING) + b"5;a\nhello\r\n0\r\n\r\n",
     "a bare CR in an extension": post(CODING) + b"5;a\rb\r\nhello\r\n0\r\n\r\n",
     "a bare LF behind a chunk": post(CODING) + b"5\r\nhello\n0\r\n\r\n",
+    "a connection header in the trailer": (
+        post(CODING) + b"5\r\nhello\r\n0\r\nConnection: close\r\n\r\n"
+    ),
     "a length in the trailer": post(CODING) + b"5\r\nhello\r\n0\r\ncontent-length: 5\r\n\r\n",
     "a tunnel": b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n",
     "a tunnel to a path": b"CONNECT /a HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello",
@@ -176,11 +179,38 @@ async def test_what_is_odd_but_clear_is_read() -> None:
         "an extension": post(CODING) + b"5;a=b\r\nhello\r\n0\r\n\r\n",
         "zeros before a size": post(CODING) + b"0005\r\nhello\r\n000\r\n\r\n",
         "a trailer": post(CODING) + b"5\r\nhello\r\n0\r\na: b\r\n\r\n",
+        "blanks behind a coding": post(CODING + b"  ") + HELLO,
+        "blanks behind a length": post(LENGTH + b" \t") + b"hello",
         "empty lines before": b"\r\n\r\n" + post(LENGTH) + b"hello",
     }
     async with serve(echo) as address:
         for name, request in clear.items():
             assert await answers(address, request + NEXT) == A_NEXT, name
+
+
+async def test_a_trailer_adds_nothing_to_the_head() -> None:
+    """A proxy in front may let it through, and has looked at the head alone."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await echo(scope, receive, send)
+        seen.append(list(scope["headers"]))
+
+    head = [b"a: b", CODING, b"c: d \t"]
+    trailer = b"5\r\nhello\r\n0\r\nHost: y\r\nauthorization: z\r\nexpect: 100-continue\r\n\r\n"
+    async with serve(app) as address:
+        for upgrade in ((), ANY):
+            request = post(*head, *upgrade) + trailer
+            for sent in ([request + NEXT], [request[:-30], request[-30:] + NEXT]):
+                assert await answers(address, *sent) == A_NEXT
+                *_, found, _ = seen
+                assert found[:4] == [
+                    (b"host", b"x"),
+                    (b"a", b"b"),
+                    (b"transfer-encoding", b"chunked"),
+                    (b"c", b"d"),
+                ]
+                assert len(found) == 4 + len(upgrade)
 
 
 async def test_requests_before_one_that_cannot_be_read_are_answered() -> None:
