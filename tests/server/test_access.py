@@ -147,8 +147,15 @@ async def test_every_choice_counts(
         async def ask(path: str, body: dict[str, Any], key: str = "first key") -> httpx.Response:
             return await client.post(path, json=body, headers=bearer(key))
 
-        held = [asyncio.create_task(ask(path, body))]
-        await until(lambda: len(fake.requests) == 4)
+        async def hold(path: str, body: dict[str, Any], requests: int) -> asyncio.Task[Any]:
+            """Ask for what never ends; whatever is admitted after it is answered at once."""
+            fake.script = forever
+            task = asyncio.create_task(ask(path, body))
+            await until(lambda: len(fake.requests) == requests)
+            fake.script = outputs([65, 2], FinishReason.STOP)
+            return task
+
+        held = [await hold(path, body, 4)]
         refused = await ask(path, body)
         assert refused.status_code == 429
         assert "4 choices open of 6" in refused.json()["error"]["message"]
@@ -158,8 +165,7 @@ async def test_every_choice_counts(
         assert never.json()["error"]["param"] == "n"
         assert "7" in never.json()["error"]["message"]
         assert "6" in never.json()["error"]["message"]
-        held.append(asyncio.create_task(ask("/v1/completions", {"prompt": "x", "n": 2})))
-        await until(lambda: len(fake.requests) == 6)
+        held.append(await hold("/v1/completions", {"prompt": "x", "n": 2}, 6))
         for route, more in (
             ("/v1/completions", {"prompt": "x"}),
             ("/tokenize", {"prompt": "x"}),
@@ -170,7 +176,6 @@ async def test_every_choice_counts(
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-        fake.script = outputs([65, 2], FinishReason.STOP)
         assert (await ask("/v1/completions", {"prompt": "x", "n": 6})).status_code == 200
         assert (await ask("/tokenize", {"prompt": "x"})).status_code == 200
 
