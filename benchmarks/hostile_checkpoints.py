@@ -32,6 +32,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -244,7 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     found = {"seconds": round(time.monotonic() - began), **found}
     print(json.dumps(found, indent=1))
     if options.json is not None:
-        told = {"environment": environment(), "count": options.count, "seed": options.seed, **found}
+        where = msgspec.to_builtins(environment())
+        told = {"environment": where, "count": options.count, "seed": options.seed, **found}
         options.json.write_text(json.dumps(told, indent=1) + "\n")
     sys.exit(1 if found["faults"] else 0)
 
