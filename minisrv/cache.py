@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 
+MAX_BYTES = 1 << 29
+"""Of a file that is read: twice what a description of a checkpoint may have."""
+
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -115,6 +118,8 @@ def _doubt(found: os.stat_result) -> str:
     """Why a file of the cache is not trusted; empty if it is."""
     if not stat.S_ISREG(found.st_mode):
         return "it is no regular file"
+    if found.st_size > MAX_BYTES:
+        return f"it has {found.st_size} bytes, and {MAX_BYTES} are the most"
     if found.st_uid not in (0, os.getuid()):
         return f"it belongs to another user ({found.st_uid})"
     if found.st_mode & _OTHERS_WRITE:

@@ -42,6 +42,11 @@ def by_directory(path: Path) -> None:
     (path / "more").touch()
 
 
+def by_size(path: Path) -> None:
+    """A damaged file system may say anything; what is read must fit into memory."""
+    os.truncate(path, 1 << 40)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (rewrite(lambda body: b""), "damaged"),
     "cut off": (rewrite(lambda body: body[: len(body) // 2]), "damaged"),
@@ -53,6 +58,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link": (by_link, "it is a link"),
     "a link to nothing": (lambda path: path.unlink() or path.symlink_to("nothing"), "it is a link"),
     "a pipe": (by_pipe, "no regular file"),
+    "a terabyte": (by_size, "it has 1099511627776 bytes"),
     "a directory": (by_directory, "no regular file"),
     "mode 666": (lambda path: path.chmod(0o666), "others may write to it (its mode is 666)"),
     "mode 660": (lambda path: path.chmod(0o660), "others may write to it (its mode is 660)"),
