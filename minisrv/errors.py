@@ -20,6 +20,7 @@
     `- EngineError            ours; the client may retry
        |- DeadlineError       the request took longer than it may
        |- GrammarUnavailableError  nobody could find out whether its grammar compiles
+       |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
        `- EngineDeadError     the engine process is gone
 
@@ -30,8 +31,10 @@ Knows: HTTP status numbers and OpenAI's error `type` and `code` words. Knows not
 from __future__ import annotations
 
 import difflib
+import itertools
 import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MinisrvError(Exception):
@@ -40,6 +43,8 @@ class MinisrvError(Exception):
     http_status = 500
     type = "internal_error"
     code: str | None = None
+    retry_after: int | None = None
+    """Seconds after which a client may ask the same again; None if nothing will have changed."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -54,14 +59,36 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"there are: {', '.join(names)}."
 
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 100
+MAX_SHOWN = 128
+"""Characters of what somebody else has written that a message repeats."""
+
+
+class _Repr(reprlib.Repr):
+    """Sorts no more names than the few that it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = MAX_SHOWN
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        first = {name: value[name] for name in itertools.islice(value, self.maxdict)}
+        text = super().repr_dict(first, level)
+        return text if len(first) == len(value) or level <= 0 else f"{text[:-1]}, ...}}"
+
+
+_repr = _Repr()
 
 
 def shown(value: object) -> str:
     """The repr of what somebody else has written, as a message has it: cut where it is long, and of
     what is nested deep, or holds much, the first parts only."""
-    return _repr.repr(value)
+    return shortened(_repr.repr(value), 2 * MAX_SHOWN)
+
+
+def shortened(text: str, most: int = MAX_SHOWN) -> str:
+    """The beginning of a text that somebody else has written, where a message has it as it is."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class ConfigError(MinisrvError):
@@ -139,11 +166,12 @@ class MisdirectedError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """Too many requests are waiting; `retry_after` is in seconds."""
+    """Too many requests are waiting."""
 
     http_status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after: int
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
         super().__init__(message, param=param)
@@ -182,6 +210,16 @@ class GrammarUnavailableError(EngineError):
     http_status = 503
     type = "service_unavailable"
     code = "grammar_not_tried"
+    retry_after = 2
+
+
+class BodiesFullError(EngineError):
+    """A request's body is large, and so many are being received that there is no room for it."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "too_many_bodies"
+    retry_after = 2
 
 
 class EngineNotReadyError(EngineError):
@@ -190,6 +228,7 @@ class EngineNotReadyError(EngineError):
     http_status = 503
     type = "service_unavailable"
     code = "not_ready"
+    retry_after = 2
 
 
 def time_is_over() -> EngineNotReadyError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from minisrv.errors import MinisrvError, RequestError, nearest
+from minisrv.errors import MinisrvError, RequestError, nearest, shown
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
@@ -47,7 +47,9 @@ class FinishReason(enum.StrEnum):
 
 def _check(ok: bool, param: str, value: object, allowed: str) -> None:
     if not ok:
-        raise RequestError(f"{param}={value!r} is not allowed: it must be {allowed}.", param=param)
+        raise RequestError(
+            f"{param}={shown(value)} is not allowed: it must be {allowed}.", param=param
+        )
 
 
 def _check_integer(param: str, value: object, least: int, most: int, allowed: str) -> None:

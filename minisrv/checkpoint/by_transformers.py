@@ -41,7 +41,7 @@ from minisrv.checkpoint.description import (
 )
 from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
-from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shown
+from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shortened, shown
 from minisrv.model_config import ModelConfig
 from minisrv.processes import bound_resource
 from minisrv.request import SamplingParams
@@ -222,7 +222,7 @@ def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
     except Exception as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        reason = shortened(" ".join(str(error).split()), _MAX_REASON) or type(error).__name__
         raise ModelError(f"{path} cannot be read by transformers: {reason}") from error
 
 

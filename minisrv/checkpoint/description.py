@@ -30,7 +30,7 @@ from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory, keep, kept
 from minisrv.checkpoint.files import matching_files
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
-from minisrv.errors import MinisrvError, ModelError
+from minisrv.errors import MinisrvError, ModelError, shortened
 from minisrv.import_path import ROOT, without_working_directory
 from minisrv.model_config import ModelConfig
 
@@ -239,8 +239,9 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     if done.returncode == -signal.SIGXCPU:
         raise ModelError(f"{what} took more than {PROCESSOR_SECONDS} s of processor time.")
     if done.returncode != 0:
+        last = shortened(said[-1], 400)
         raise ModelError(
-            f"{what} failed with status {done.returncode}; it said: {said[-1][:400]} (It may take "
+            f"{what} failed with status {done.returncode}; it said: {last} (It may take "
             f"{MEMORY_BYTES >> 30} GiB of memory.)"
         )
     return msgspec.msgpack.decode(body, type=Descriptions)

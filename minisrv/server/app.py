@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from minisrv.checkpoint import GenerationConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
+from minisrv.errors import EngineNotReadyError
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.auth import ApiKeys, KeyLimit
 from minisrv.server.bodies import (
@@ -33,7 +34,7 @@ from minisrv.server.bodies import (
     told,
     with_keys,
 )
-from minisrv.server.errors import JSON, NOT_READY_RETRY_AFTER, install_error_handlers
+from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.hosts import HostNames
 from minisrv.server.middleware import Edge
 from minisrv.server.offload import offload
@@ -210,7 +211,11 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
         state = client.state
         if state is EngineState.READY:
             return JSON({"state": state})
-        headers = {} if state is EngineState.DEAD else {"retry-after": str(NOT_READY_RETRY_AFTER)}
+        headers = (
+            {}
+            if state is EngineState.DEAD
+            else {"retry-after": str(EngineNotReadyError.retry_after)}
+        )
         loading = asdict(client.loading) if state is EngineState.LOADING else None
         return JSON({"state": state, "loading": loading}, status_code=503, headers=headers)
 

@@ -6,9 +6,7 @@ client's doing is logged and shown without its internals.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,21 +18,13 @@ from starlette.responses import JSONResponse, Response
 
 from minisrv.errors import (
     AuthenticationError,
-    EngineNotReadyError,
-    GrammarUnavailableError,
     MinisrvError,
-    QueueFullError,
     RequestError,
+    shortened,
+    shown,
 )
 
 logger = logging.getLogger("minisrv.server")
-
-NOT_READY_RETRY_AFTER = 2
-"""Seconds after which a client may ask again while the engine loads or drains, or where its grammar
-could not be tried."""
-
-MAX_PARAM = 128
-"""Characters of a field's name that an error repeats: a client chooses unknown names freely."""
 
 _ALLOWED = "Input should be "
 """How most of pydantic's messages begin."""
@@ -44,10 +34,7 @@ _HTTP_CODES = {
     405: "method_not_allowed",
     413: "request_too_large",
     415: "unsupported_media_type",
-    503: "too_many_bodies",
 }
-
-_HTTP_TYPES = {503: "service_unavailable"}
 
 
 class JSON(JSONResponse):
@@ -75,11 +62,9 @@ def error_status(error: Exception) -> int:
 def error_response(error: Exception) -> JSON:
     """The response that `error` becomes if nothing was sent yet."""
     headers = {}
-    if isinstance(error, QueueFullError):
+    if isinstance(error, MinisrvError) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    elif isinstance(error, EngineNotReadyError | GrammarUnavailableError):
-        headers["retry-after"] = str(NOT_READY_RETRY_AFTER)
-    elif isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
     return JSON(error_object(error), status_code=error_status(error), headers=headers)
 
@@ -88,22 +73,10 @@ def http_error_response(
     status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> JSON:
     """The response of an error that HTTP has a status for and the exception tree does not."""
-    kind = _HTTP_TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
+    kind = "invalid_request_error" if status < 500 else "internal_error"
     return JSON(
         _object(message, kind, None, _HTTP_CODES.get(status)), status_code=status, headers=headers
     )
-
-
-class _Briefly(reprlib.Repr):
-    """Sorts no names to show the first four."""
-
-    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
-        shown = {name: value[name] for name in itertools.islice(value, self.maxdict)}
-        text = super().repr_dict(shown, level)
-        return text if len(shown) == len(value) or level <= 0 else f"{text[:-1]}, ...}}"
-
-
-_BRIEFLY = _Briefly()
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -144,8 +117,7 @@ def validation_error(error: ValidationError, body: Any) -> RequestError:
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-    if len(param) > MAX_PARAM:
-        param = param[:MAX_PARAM] + "..."
+    param = shortened(param)  # a client chooses unknown names freely
     if not param:
         if kind == "string_unicode":
             return RequestError("A name in the request body is not valid Unicode.")
@@ -178,7 +150,7 @@ class _Problem:
         # Not the name of a class of ours.
         is_no_object = self.kind in ("model_type", "model_attributes_type")
         self.message = f"{_ALLOWED}an object" if is_no_object else str(error["msg"])
-        self.given = _BRIEFLY.repr(error["input"])
+        self.given = shown(error["input"])
         self.location = tuple(error["loc"])
         missing = self.kind == "missing"
         self.path = _path_in(body, self.location, error["input"], missing=missing)

@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 
 from minisrv.config import ServerConfig
-from minisrv.errors import MisdirectedError, RequestError
+from minisrv.errors import MisdirectedError, RequestError, shown
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+?)\.?(?::\d*)?")
-_SHOWN = 128
-"""Characters of a name that an error repeats."""
 
 
 class HostNames:
@@ -55,11 +53,10 @@ class HostNames:
         found = _HOST.fullmatch(hosts[0].lower())
         name = found[1] if found else ""
         if name not in self._names and not _is_loopback(name):
-            shown = hosts[0][:_SHOWN]
             raise MisdirectedError(
-                f"This server does not answer to the Host '{shown}', but to localhost and what "
-                "--allowed-hosts names, so that no web page reaches it by a name of its own. Ask "
-                "for one of these, or start the server with --allowed-hosts and this name."
+                f"This server does not answer to the Host {shown(hosts[0])}, but to localhost and "
+                "what --allowed-hosts names, so that no web page reaches it by a name of its own. "
+                "Ask for one of these, or start the server with --allowed-hosts and this name."
             )
 
 

@@ -18,7 +18,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minisrv.errors import RequestError
+from minisrv.errors import BodiesFullError, RequestError, shortened
 from minisrv.logs import REQUEST_ID
 from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
@@ -39,11 +39,6 @@ MAX_UNREAD_BYTES = 64 << 20
 
 SMALL_BODY_BYTES = 64 << 10
 """Of each body, which do not count: large ones that never end leave room for most requests."""
-
-FULL_RETRY_AFTER = 2
-"""Seconds after which a client may send a body again for which there was no room."""
-
-_NO_ROOM = "Too many large request bodies arrive at the moment; try again later."
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -170,7 +165,9 @@ class Edge:
             count(max(0, size - SMALL_BODY_BYTES))
             if counted and self._unread_bytes > MAX_UNREAD_BYTES:
                 count(0)
-                raise HTTPException(503, _NO_ROOM, {"retry-after": str(FULL_RETRY_AFTER)})
+                raise BodiesFullError(
+                    "Too many large request bodies arrive at the moment; try again later."
+                )
             return message
 
         try:
@@ -189,5 +186,5 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):
         return
     fields = {"status": status, "ms": round(1e3 * seconds, 1), **told}
-    path = scope["path"].encode("unicode_escape").decode()[:128]
+    path = shortened(scope["path"].encode("unicode_escape").decode())
     access.info("%s %s", scope["method"], path, extra={"fields": fields})

@@ -15,7 +15,6 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-import reprlib
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import (
@@ -27,6 +26,7 @@ from pydantic import (
 )
 
 from minisrv.checkpoint import GenerationConfig
+from minisrv.errors import shown
 from minisrv.request import (
     MAX_BIAS,
     MAX_LOGIT_BIAS,
@@ -104,14 +104,14 @@ def _logit_bias(value: Any) -> dict[int, float]:
         if not _is_token_id(name):
             raise refuse(
                 name,
-                f"Invalid 'logit_bias': the key {reprlib.repr(name)} must be a token id, which is "
+                f"Invalid 'logit_bias': the key {shown(name)} must be a token id, which is "
                 "an integer from 0, written as a string.",
             )
         if type(amount) not in (int, float) or not -MAX_BIAS <= amount <= MAX_BIAS:
             raise refuse(
                 name,
                 f"Invalid 'logit_bias': the bias of token {name} must be a number from "
-                f"-{MAX_BIAS} to {MAX_BIAS} (got {reprlib.repr(amount)}).",
+                f"-{MAX_BIAS} to {MAX_BIAS} (got {shown(amount)}).",
             )
     return {int(name): float(amount) for name, amount in value.items()}
 

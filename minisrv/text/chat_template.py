@@ -31,7 +31,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisrv.errors import ModelError, RequestError
+from minisrv.errors import ModelError, RequestError, shortened
 
 RENDER_SECONDS = 2.0
 """Of processor time. Messages of four megabytes take a hundredth of it."""
@@ -340,7 +340,7 @@ def _reason(error: Exception) -> str:
         reason = said or type(error).__name__
     else:
         reason = f"{type(error).__name__}: {error}"
-    return reason[:_MAX_REASON]
+    return shortened(reason, _MAX_REASON)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -17,6 +17,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from minisrv.errors import shortened
+
 _HELD = 2**53
 """A double holds every integer up to here."""
 _INT64 = 2**63
@@ -162,5 +164,4 @@ def plain(number: int | float | Decimal) -> int | float:
 
 
 def _short(number: Decimal) -> str:
-    text = str(number)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return shortened(str(number), 40)

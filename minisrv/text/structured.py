@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv import threads
-from minisrv.errors import RequestError
+from minisrv.errors import RequestError, shortened
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.closed_schema import closed
 from minisrv.text.json_schema import parse_schema, restate, restate_lark
@@ -263,8 +263,5 @@ def grammar_error(spec: StructuredOutput, problem: str, reason: str) -> RequestE
     reason = " ".join(reason.removesuffix("<non-verbose/>").split()).rstrip(".")
     if reason.startswith("NoExtension"):  # the bare name of a reason to stop
         reason = "no text satisfies it"
-    if len(reason) > _MAX_REASON:
-        reason = reason[:_MAX_REASON] + "..."
-    return RequestError(
-        f"{spec.param}: the {_WHAT[spec.kind]} {problem}: {reason}.", param=spec.param
-    )
+    why = shortened(reason, _MAX_REASON)
+    return RequestError(f"{spec.param}: the {_WHAT[spec.kind]} {problem}: {why}.", param=spec.param)

@@ -6,13 +6,12 @@ Knows: how a parser's model spells calls, and JSON schemas. Knows nothing of mas
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from minisrv.errors import RequestError
+from minisrv.errors import RequestError, shown
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.structured import json_rule, literal, marker
 from minisrv.text.tokenizer import Tokenizer
@@ -79,7 +78,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     schema = {"type": "object", **tool.parameters}
     if schema["type"] != "object":
         raise RequestError(
-            f"tools: the parameters of {tool.name!r} have the type {reprlib.repr(schema['type'])}; "
+            f"tools: the parameters of {tool.name!r} have the type {shown(schema['type'])}; "
             "the arguments of a function are an object.",
             param="tools",
         )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minisrv.checkpoint import GenerationConfig
 from minisrv.engine.client import EngineState
 from minisrv.errors import (
+    BodiesFullError,
     ConfigError,
     ContextLengthError,
     EngineDeadError,
@@ -237,6 +238,7 @@ async def test_unknown_model(connect: Connect, route: str) -> None:
         (RequestError("no", param="seed"), 400, None, None),
         (EngineDeadError("gone"), 503, "engine_dead", None),
         (EngineNotReadyError("draining"), 503, "not_ready", "2"),
+        (BodiesFullError("no room"), 503, "too_many_bodies", "2"),
         (GrammarUnavailableError("unknown"), 503, "grammar_not_tried", "2"),
     ],
 )

@@ -50,6 +50,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_directory(resolve_checkpoint(None))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """A busy machine takes a process for no other than it is; tests of times set their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LOADING_SECONDS", "SILENT_SECONDS", "WALL_SECONDS"):
+            patch.setattr(grammar_validator, name, 3600.0)
+        yield
+
+
 class Asked:
     """A validator, and the loop that it lives in."""
 
@@ -446,9 +455,13 @@ def test_as_many_are_remembered_as_there_is_room_for(
 PARENT = """
 import asyncio, os, sys
 from minisrv.checkpoint import resolve_checkpoint
+from minisrv.text import grammar_validator
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
 from tests.text.test_grammar_validator import hostile
+
+grammar_validator.LOADING_SECONDS = 3600.0
+grammar_validator.SILENT_SECONDS = grammar_validator.WALL_SECONDS = 3600.0
 
 async def main():
     validator = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])

@@ -1,0 +1,46 @@
+"""What messages of errors repeat of what somebody else has written: little, whatever it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minisrv.errors import MAX_SHOWN, RequestError, shortened, shown
+from minisrv.request import SamplingParams
+
+NESTED: Any = None
+for _ in range(500):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 10**6,
+        10**4000,
+        NESTED,
+        [["y" * 10**5] * 1000] * 1000,
+        {str(i): i for i in range(10**5)},
+    ],
+)
+def test_a_value_is_shown_briefly(value: Any) -> None:
+    assert len(shown(value)) < 10 * MAX_SHOWN
+    assert "..." in shown(value)
+
+
+def test_a_value_that_is_short_is_shown_whole() -> None:
+    value = {"b": [1, 2.5, None], "a": "x" * (MAX_SHOWN - 2)}
+    assert shown(value) == repr(value), "names in their own order"
+
+
+def test_a_text_is_shown_to_its_limit() -> None:
+    assert shortened("x" * MAX_SHOWN) == "x" * MAX_SHOWN
+    assert shortened("x" * (MAX_SHOWN + 1)) == "x" * MAX_SHOWN + "..."
+    assert shortened("abc", 2) == "ab..."
+
+
+def test_a_parameter_of_any_length_makes_a_short_message() -> None:
+    with pytest.raises(RequestError) as raised:
+        SamplingParams(temperature="x" * 10**6)  # type: ignore[arg-type]
+    assert len(raised.value.message) < 10 * MAX_SHOWN
