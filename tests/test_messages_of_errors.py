@@ -25,13 +25,13 @@ for _ in range(500):
     ],
 )
 def test_a_value_is_shown_briefly(value: Any) -> None:
-    assert len(shown(value)) < 10 * MAX_SHOWN
+    assert len(shown(value)) <= 2 * MAX_SHOWN + len("...")
     assert "..." in shown(value)
 
 
 def test_a_value_that_is_short_is_shown_whole() -> None:
-    value = {"b": [1, 2.5, None], "a": "x" * (MAX_SHOWN - 2)}
-    assert shown(value) == repr(value), "names in their own order"
+    value = {"a": "x" * (MAX_SHOWN - 2), "b": [1, 2.5, None]}
+    assert shown(value) == repr(value)
 
 
 def test_a_text_is_shown_to_its_limit() -> None:
