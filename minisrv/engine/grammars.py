@@ -28,7 +28,6 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from minisrv.checkpoint import TokenizerDescription
 from minisrv.core.scheduler import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import SamplingParams, StructuredOutput
+from minisrv.text.recently_used import RecentlyUsed
 from minisrv.text.structured import CHEAP_SECONDS, GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
 
@@ -53,8 +53,8 @@ _T = TypeVar("_T")
 KEPT_SECONDS = 2.0
 """Processor time of the compiled grammars that are kept for others, together. It bounds their
 memory as well: those that compile longest grow by 80 MiB a second."""
-_LEAST_SECONDS = KEPT_SECONDS / 256
-"""What each of them counts at least."""
+KEPT_GRAMMARS = 256
+"""Most of them."""
 _NICE = 5
 """Of the thread for costly grammars."""
 
@@ -86,7 +86,9 @@ class Grammars:
         self._eos_token_ids = eos_token_ids
         self._cheap = _ShortestFirst("cheap-grammar")
         self._costly = _ShortestFirst("costly-grammar", nice=_NICE)
-        self._kept = _Kept()
+        self._kept: RecentlyUsed[StructuredOutput, Matcher] = RecentlyUsed(
+            KEPT_SECONDS, least=KEPT_SECONDS / KEPT_GRAMMARS
+        )
         self._compiling: dict[str, Future[tuple[Matcher, _Minimum | None]]] = {}
         self._matchers: dict[str, Matcher] = {}
         self._minima: dict[str, _Minimum] = {}
@@ -110,18 +112,20 @@ class Grammars:
             `min_tokens` tokens.
         """
 
+        key = replace(spec, seconds=0.0)  # however long it took elsewhere
+
         def compile() -> tuple[Matcher, _Minimum | None]:
-            matcher = self._kept.get(spec)
+            matcher = self._kept.get(key)
             if matcher is None:
                 began = time.thread_time()
                 matcher = self._backend.compile(spec)
                 # The first mask makes what later ones find made: a tenth of a second, of some.
                 matcher.fill(np.zeros(self.bitmask_words, np.int32))
-                self._kept.add(spec, matcher, time.thread_time() - began)
+                self._kept.add(key, matcher, time.thread_time() - began)
             minimum = self._minimum(params) if params.min_tokens else None
             return matcher.copy(spec), minimum
 
-        is_costly = spec.seconds > CHEAP_SECONDS and self._kept.get(spec) is None
+        is_costly = spec.seconds > CHEAP_SECONDS and self._kept.get(key) is None
         thread = self._costly if is_costly else self._cheap
         self._compiling[request_id] = thread.submit(spec.seconds, compile)
 
@@ -238,34 +242,3 @@ class _ShortestFirst:
     def _do_shortest(self) -> None:
         _, _, do = self._waiting.get_nowait()  # there is one for each call
         do()
-
-
-class _Kept:
-    """Compiled grammars at their start, by what they say, however long it took elsewhere. Methods
-    may be called by any thread."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[StructuredOutput, tuple[Matcher, float]] = OrderedDict()
-        self._seconds = 0.0
-        self._lock = threading.Lock()
-
-    def get(self, spec: StructuredOutput) -> Matcher | None:
-        """One to copy."""
-        key = replace(spec, seconds=0.0)
-        with self._lock:
-            if key not in self._found:
-                return None
-            self._found.move_to_end(key)
-            return self._found[key][0]
-
-    def add(self, spec: StructuredOutput, matcher: Matcher, seconds: float) -> None:
-        """Keep one that took so much processor time. Those that were asked for longest ago make
-        room for it."""
-        key, seconds = replace(spec, seconds=0.0), max(seconds, _LEAST_SECONDS)
-        with self._lock:
-            if key not in self._found:
-                self._found[key] = matcher, seconds
-                self._seconds += seconds
-            while self._seconds > KEPT_SECONDS:
-                _, (_, seconds) = self._found.popitem(last=False)
-                self._seconds -= seconds

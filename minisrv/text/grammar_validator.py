@@ -31,11 +31,9 @@ import math
 import signal
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import msgspec
 
@@ -61,6 +59,7 @@ from minisrv.text.grammar_trials import (
     frame,
     frame_length,
 )
+from minisrv.text.recently_used import RecentlyUsed
 from minisrv.text.structured import CHEAP_SECONDS, grammar_error
 from minisrv.text.tokenizer import Tokenizer
 
@@ -84,9 +83,7 @@ _TRIALS = 2
 _MAX_LOWERED = 4 * MAX_GRAMMAR_LENGTH
 """Characters of a grammar in llguidance's words, of which each choice's message holds a copy."""
 _REMEMBERED, _REMEMBERED_CHARACTERS = 4096, 64 << 20
-"""Grammars that have passed, and as many that have not, and the length of either together."""
-
-_T = TypeVar("_T")
+"""Grammars that have passed, and as many that have not, at most; and what either may have."""
 
 
 class GrammarValidator:
@@ -112,8 +109,9 @@ class GrammarValidator:
         self._arguments = (vocab_size, eos_token_ids)
         self._seconds_per_key = seconds_per_key
         self._budgets: dict[int, TokenBucket] = {}
-        self._passed: _Remembered[StructuredOutput] = _Remembered()
-        self._refused: _Remembered[str] = _Remembered()
+        room, least = _REMEMBERED_CHARACTERS, _REMEMBERED_CHARACTERS / _REMEMBERED
+        self._passed: RecentlyUsed[bytes, StructuredOutput] = RecentlyUsed(room, least)
+        self._refused: RecentlyUsed[bytes, str] = RecentlyUsed(room, least)
         cores = threads.cores()
         self._fast = _Lane(CHEAP_SECONDS, nice=0, places=min(MAX_FAST, max(2, cores)))
         self._slow = _Lane(CPU_SECONDS, nice=_SLOW_NICE, places=min(MAX_SLOW, max(1, cores // 2)))
@@ -389,27 +387,6 @@ class _Grammar:
     @property
     def is_over(self) -> bool:
         return self.verdict.done()
-
-
-class _Remembered(Generic[_T]):
-    """What has been found out, by digest. The one that was asked for longest ago makes room."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[bytes, tuple[_T, int]] = OrderedDict()
-        self._characters = 0
-
-    def get(self, digest: bytes) -> _T | None:
-        if digest not in self._found:
-            return None
-        self._found.move_to_end(digest)
-        return self._found[digest][0]
-
-    def add(self, digest: bytes, found: _T, characters: int) -> None:
-        self._found[digest] = (found, characters)
-        self._characters += characters
-        while len(self._found) > _REMEMBERED or self._characters > _REMEMBERED_CHARACTERS:
-            _, (_, characters) = self._found.popitem(last=False)
-            self._characters -= characters
 
 
 def _unavailable(spec: StructuredOutput, why: str) -> GrammarUnavailableError:

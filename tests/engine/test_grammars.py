@@ -407,8 +407,8 @@ def test_the_same_grammar_is_compiled_once(start, tokenizer, monkeypatch) -> Non
 
 
 def test_as_many_are_kept_as_there_is_room_for(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisrv.engine.grammars.KEPT_SECONDS", 2.5)
-    monkeypatch.setattr("minisrv.engine.grammars._LEAST_SECONDS", 1)
+    monkeypatch.setattr("minisrv.engine.grammars.KEPT_SECONDS", 100)
+    monkeypatch.setattr("minisrv.engine.grammars.KEPT_GRAMMARS", 2)
     engine = start()
     compiling = Compiling(engine, monkeypatch)
     for number, text in enumerate("abacab"):

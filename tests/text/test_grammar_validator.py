@@ -437,11 +437,12 @@ def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
 
 @pytest.mark.parametrize("limit", ["_REMEMBERED", "_REMEMBERED_CHARACTERS"])
 def test_as_many_are_remembered_as_there_is_room_for(
-    ask: Asked, monkeypatch: pytest.MonkeyPatch, limit: str
+    ask: Asked, new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     specs = [named(f"one of three: {number}, {limit}") for number in range(3)]
     room = 2 if limit == "_REMEMBERED" else 2 * len(ask(specs[0]).text)
     monkeypatch.setattr(grammar_validator, limit, room)
+    ask = new()
     for spec in (*specs[:2], specs[0], specs[2]):
         ask(spec)
     trials = ask.trials

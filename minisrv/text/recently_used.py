@@ -1,0 +1,53 @@
+"""What is kept as long as there is room for it.
+
+Knows: keys, weights, and what was asked for when. Knows nothing of what is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
+_T = TypeVar("_T")
+
+
+class RecentlyUsed(Generic[_Key, _T]):
+    """A memory in which those that were asked for longest ago make room for others. Methods may be
+    called by any thread.
+
+    room: what all that is kept may weigh together.
+    least: what each weighs at least, so that room / least is the most of them.
+    """
+
+    def __init__(self, room: float, least: float) -> None:
+        self._room = room
+        self._least = least
+        self._found: OrderedDict[_Key, tuple[_T, float]] = OrderedDict()
+        self._weight = 0.0
+        self._lock = threading.Lock()
+
+    def get(self, key: _Key) -> _T | None:
+        """What is kept, which has been asked for now."""
+        with self._lock:
+            if key not in self._found:
+                return None
+            self._found.move_to_end(key)
+            return self._found[key][0]
+
+    def add(self, key: _Key, value: _T, weight: float) -> None:
+        """Keep a value, in the place of the key's last. One that weighs more than there is room
+        for is not kept, and moves nothing else out."""
+        weight = max(weight, self._least)
+        with self._lock:
+            if key in self._found:
+                self._weight -= self._found.pop(key)[1]
+            if weight > self._room:
+                return
+            self._found[key] = value, weight
+            self._weight += weight
+            while self._weight > self._room:
+                _, (_, gone) = self._found.popitem(last=False)
+                self._weight -= gone
