@@ -4,6 +4,7 @@ without torch."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,17 @@ def test_imports_point_down(path: Path):
 def test_every_module_has_a_floor():
     parts = {path.relative_to(ROOT / "minisrv").with_suffix("").parts[0] for path in MODULES}
     assert parts == set(FLOORS)
+
+
+def test_the_table_of_the_house_names_every_part():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    told = {
+        name.strip("/"): int(floor)
+        for floor, parts in rows
+        for name in re.findall("`(.+?)`", parts)
+    }
+    assert told == {part: floor for part, floor in FLOORS.items() if part != "__init__"}
 
 
 @pytest.mark.parametrize("part", ["config", "errors", "request", "modes", "core", "text"])

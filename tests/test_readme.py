@@ -6,8 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from docs import field_tables
+from minisrv import request
+from minisrv.config import EngineConfig, ServerConfig
+from minisrv.core import scheduler
+from minisrv.server import allowance, app, connections, http, listening, middleware, protocol
+from minisrv.text import chat_template, grammar_trials, grammar_validator
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -21,6 +27,45 @@ def test_the_tables_of_fields_are_those_of_the_server() -> None:
     assert page == field_tables.with_tables(page), (
         "docs/api.md lists other fields than the server accepts: run `python docs/field_tables.py`"
     )
+
+
+def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
+    """Each with its row, its flag and what that is by default."""
+    engine, server = EngineConfig(), ServerConfig()
+    text = (ROOT / "docs" / "api.md").read_text()
+    section = text.partition("## What a request may take")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"^\| (.+?) \| (.+?) \|", section, flags=re.MULTILINE))
+    bounds = {
+        "request line": f"{http.MAX_HEAD_BYTES:,} bytes",
+        "requests on a connection": f"{http.MAX_PIPELINED}",
+        "a body": f"{app.DEFAULT_MAX_BODY_BYTES:,} bytes",
+        "large bodies": f"{middleware.MAX_UNREAD_BYTES:,} bytes",
+        "objects, lists and members": f"{allowance.MAX_MEMBERS:,}",
+        "values in it": f"{allowance.MAX_ELEMENTS:,}",
+        "a head": f"{connections.HEAD_SECONDS} s",
+        "a connection that is silent": f"{uvicorn.Config(app).timeout_keep_alive} s",
+        "a body, from": f"{connections.BODY_SECONDS} s, and a second for each "
+        f"{connections.BODY_BYTES_PER_SECOND:,} bytes of it",
+        "a client that takes nothing": f"{listening.STALLED_SECONDS} s",
+        "connections of each": f"{connections.MAX_WAITING:,}, or",
+        "choices for each prompt": f"{protocol.MAX_CHOICES}",
+        "choices that run": f"{engine.max_num_seqs}",
+        "choices that wait": f"{engine.max_waiting:,}",
+        "a schema": f"{request.MAX_GRAMMAR_LENGTH:,} characters",
+        "a grammar": f"{grammar_validator.CPU_SECONDS:g} s of processor time, "
+        f"{grammar_trials.MEMORY_BYTES >> 30} GiB",
+        "all new grammars": f"{server.max_grammar_seconds_per_key} s of processor time",
+        "the chat template": f"{chat_template.RENDER_SECONDS:g} s of processor time, "
+        f"{chat_template.MAX_CHARACTERS:,} characters",
+        "requests of a lower": f"{scheduler.PASSES} for each that was there, and "
+        f"{scheduler.PASSES}",
+    }
+    for what, bound in bounds.items():
+        rows = [told[row] for row in told if row.startswith(what)]
+        assert any(row.startswith(bound) for row in rows), f"{what}: {bound}, not {rows}"
+    assert (server.max_requests_per_key, server.request_timeout) == (0, 0), "any"
+    spelled = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", section)}
+    assert spelled <= {*vars(engine), *vars(server)}
 
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES, "benchmarks/README.md"])
