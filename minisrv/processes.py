@@ -188,7 +188,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Start every Python within this, whether as a spawned process or as a command: it looks for
+    """Spawn processes within this: they, and what multiprocessing starts beside them, look for
     modules where this one does, but not in the working directory (`minisrv.import_path`).
 
     Sets the environment, and `sys.path`, which a spawned process is handed.

@@ -106,7 +106,9 @@ class EngineClient:
         self._loading = Loading("starting")
         self._obituary_seconds = obituary_seconds
         self._end: asyncio.TimerHandle | None = None
-        self._death = _unexpected("")
+        self._reason: EngineDeadError | None = None
+        """Why it is dead, where that is known before its parent says how."""
+        self._how = ""
         self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
         self._aborts: list[str] = []
@@ -137,7 +139,9 @@ class EngineClient:
     @property
     def death(self) -> EngineDeadError:
         """Why the engine is dead, once it is."""
-        return self._death
+        if self._reason is not None:
+            return self._reason
+        return EngineDeadError(f"the engine has ended unexpectedly{self._how}; see its log.")
 
     async def start(
         self, on_loading: Callable[[str, int, int], None] = lambda phase, done, total: None
@@ -169,8 +173,7 @@ class EngineClient:
 
     def engine_ended(self, how: str) -> None:
         """The engine's parent has seen it end: how, in words that go on from that."""
-        if self._death.message == _unexpected("").message:  # else it has said why itself
-            self._death = _unexpected(f", {how}")
+        self._how = f", {how}"
         self._unwatch()
         self._die_in(LAST_WORDS_SECONDS)
 
@@ -212,7 +215,7 @@ class EngineClient:
         refuses one of the requests.
         """
         if self._state is EngineState.DEAD:
-            raise self._death
+            raise self.death
         if self._state is not EngineState.READY:
             raise EngineNotReadyError(f"the server is {self._state}; try again later.")
         box = _Mailbox()
@@ -275,7 +278,7 @@ class EngineClient:
             # Nobody would hear of the engine any more.
             self._loop.remove_reader(self._socket.FD)
             logger.exception("cannot read from the engine")
-            self._death = EngineDeadError("the engine's answers cannot be read; see the log.")
+            self._reason = EngineDeadError("the engine's answers cannot be read; see the log.")
             self._die()
 
     def _take(self, message: EngineMessage) -> None:
@@ -297,7 +300,7 @@ class EngineClient:
                     self._state = EngineState.READY
                 self._settled.set()
             case Failed(failure):
-                self._death = EngineDeadError(failure.message)
+                self._reason = EngineDeadError(failure.message)
 
     def _dispatch(self, output: EngineOutput) -> None:
         box = self._open.get(output.request_id)
@@ -323,9 +326,9 @@ class EngineClient:
         if self._state is EngineState.DEAD:
             return
         if self._state is not EngineState.LOADING:  # else it is the caller's to say
-            logger.error("every request is refused from now on: %s", self._death.message)
+            logger.error("every request is refused from now on: %s", self.death.message)
         self._state = EngineState.DEAD
-        self._end_all(self._death)
+        self._end_all(self.death)
         self._settled.set()
 
     def _unwatch(self) -> None:
@@ -348,7 +351,3 @@ class EngineClient:
         if isinstance(error, QueueFullError):
             error.retry_after = self.admission.retry_after
         return error
-
-
-def _unexpected(how: str) -> EngineDeadError:
-    return EngineDeadError(f"the engine has ended unexpectedly{how}; see its log.")

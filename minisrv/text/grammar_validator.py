@@ -297,8 +297,10 @@ class GrammarValidator:
             await self._run_process()
         except TimeoutError:
             why = "has stopped or hangs, and is killed"
-        except (OSError, EOFError):
+        except (EOFError, ConnectionError):
             pass
+        except OSError as error:  # out of descriptors, or of processes
+            why = f"cannot be started or talked to ({error.strerror or error})"
         except Exception:
             logger.exception("talking to the process that tries grammars failed")
         finally:

@@ -192,14 +192,19 @@ async def test_the_engines_parent_says_how_it_has_ended(tmp_path: Path) -> None:
         assert client.state is EngineState.DEAD
 
 
-async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", ["it was tired.", "the engine has ended unexpectedly; see its log."]
+)
+async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str) -> None:
+    """Also where it is what would have been said for it."""
     async with connected(tmp_path) as (engine, client):
         first = asyncio.ensure_future(anext(client.generate([request("a")])))
         await engine.hear()
-        await engine.say(Failed(RequestFailure.of(EngineError("it was tired."))))
+        await engine.say(Failed(RequestFailure.of(EngineError(words))))
         client.engine_ended("with status 1")
-        with pytest.raises(EngineDeadError, match="it was tired"):
+        with pytest.raises(EngineDeadError) as raised:
             await first
+        assert raised.value.message == words
 
 
 @pytest.mark.parametrize("told", [False, True])

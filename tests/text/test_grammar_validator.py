@@ -4,6 +4,7 @@ nobody else's."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -373,6 +374,21 @@ def test_a_stopped_process_is_replaced(
     os.kill(stopped, signal.SIGSTOP)
     asked(named("behind"))
     assert is_gone(stopped)
+
+
+def test_why_no_process_can_be_had_is_logged(
+    new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    asked = new()
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_validator.socket, "socketpair", fail)
+        with pytest.raises(GrammarUnavailableError):
+            asked(OBJECT)
+    assert "cannot be started or talked to (Too many open files)" in caplog.text
+    asked(OBJECT)
 
 
 def test_closing_ends_a_stopped_process(new: Callable[..., Asked]) -> None:
