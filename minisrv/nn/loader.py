@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisrv.checkpoint import weight_files
-from minisrv.errors import WeightsError
+from minisrv.errors import WeightsError, shortened
 from minisrv.model_config import ModelConfig
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.registry import model_class
@@ -171,8 +171,7 @@ class _Problems:
         self.found: dict[str, list[str]] = {}
 
     def note(self, kind: str, weight: str) -> None:
-        told = weight if len(weight) <= MAX_CHARACTERS else f"{weight[:MAX_CHARACTERS]}..."
-        self.found.setdefault(kind, []).append(told)
+        self.found.setdefault(kind, []).append(shortened(weight, MAX_CHARACTERS))
 
     def raise_if_any(self, directory: Path) -> None:
         if not self.found:
