@@ -6,6 +6,7 @@ nothing else of the engine.
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -68,6 +69,7 @@ def create_app(
     metrics: Metrics | None = None,
     settings: ServerConfig | None = None,
     key_limit: KeyLimit | None = None,
+    max_open: int = sys.maxsize,
     hosts: HostNames | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> FastAPI:
@@ -79,6 +81,7 @@ def create_app(
     metrics: what the worker counts in; None for one that is alone.
     settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
     key_limit: how much a key may have open; None for anything.
+    max_open: choices at once of all keys, where the engine would take more.
     hosts: the names that it answers to; None for any.
 
     Whoever serves it calls its `state.close()` when there is no more time for requests.
@@ -92,6 +95,7 @@ def create_app(
         metrics,
         root=root or served_model_names[0],
         key_limit=key_limit,
+        max_open=max_open,
         grammar_seconds_per_key=settings.max_grammar_seconds_per_key,
         share_prefix_cache=settings.share_prefix_cache,
         request_timeout=settings.request_timeout or None,

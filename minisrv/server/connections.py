@@ -35,6 +35,10 @@ RESERVED_DESCRIPTORS = 128
 """For what is no client's connection: the engine's sockets, files, and sockets that are closing."""
 
 
+RESERVED_CONNECTIONS = 32
+"""For requests that are answered at once, as supervisors ask them."""
+
+
 class Connection(Protocol):
     """What can be asked of a connection."""
 
@@ -69,6 +73,11 @@ class Connections:
         self._watched: dict[int, Connection] = {}
         self._files: dict[Connection, int] = {}
         """The other way round."""
+
+    @property
+    def most_lasting(self) -> int:
+        """How many may wait for the server as long as it takes to generate."""
+        return max(1, self.limit - RESERVED_CONNECTIONS)
 
     def wait_for_head(self, connection: Connection) -> None:
         """A connection, perhaps a new one, waits for its client to ask."""

@@ -37,9 +37,11 @@ _TICKS_A_SECOND = 10
 class HttpServer(uvicorn.Server):
     """uvicorn, serving one socket that listens, within bounds."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, connections: Connections
+    ) -> None:
         super().__init__(config)
-        self.connections = Connections()
+        self.connections = connections
         self._listener = listener
         self._again: asyncio.TimerHandle | None = None
 

@@ -7,6 +7,7 @@ response bodies.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -69,6 +70,8 @@ class Serving:
     root: str
     """The checkpoint that the names stand for, as whoever started the server calls it."""
     key_limit: KeyLimit | None = None
+    max_open: int = sys.maxsize
+    """Choices at once, where the engine would take more."""
     grammar_seconds_per_key: float = 0.0
     """Processor time in a minute for trying a key's new grammars; 0 for any."""
     share_prefix_cache: bool = False
@@ -118,7 +121,7 @@ class Serving:
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
         ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
         param = "n" if request.n > 1 else "prompt"
-        limit = info.max_num_seqs + info.max_waiting
+        limit = min(info.max_num_seqs + info.max_waiting, self.max_open)
         with (
             self._places_of_key(key, len(ids), param),
             self.client.admission.places(ids, limit, param),

@@ -29,6 +29,7 @@ from minisrv.metrics import Metrics
 from minisrv.processes import bound_resource
 from minisrv.server.app import create_app
 from minisrv.server.auth import KeyLimit
+from minisrv.server.connections import Connections
 from minisrv.server.hosts import HostNames
 from minisrv.server.http import BoundedProtocol
 from minisrv.server.listening import HttpServer
@@ -64,6 +65,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}
+    connections = Connections()
     key_limit = None
     try:
         metrics = Metrics(config.private_dir / "metrics", **place)
@@ -84,6 +86,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             metrics=metrics,
             settings=settings,
             key_limit=key_limit,
+            max_open=connections.most_lasting,
             hosts=HostNames.of(settings, listener.getsockname()[0]),
         )
     except MinisrvError as error:
@@ -105,7 +108,9 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         # Behind our own, as it fails requests instead of ending them.
         timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS + 1,
     )
-    server = _Server(http, listener, client, app.state.close, settings.shutdown_timeout)
+    server = _Server(
+        http, listener, connections, client, app.state.close, settings.shutdown_timeout
+    )
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, launcher))
     app.state.close()
@@ -118,12 +123,13 @@ class _Server(HttpServer):
         self,
         config: uvicorn.Config,
         listener: socket.socket,
+        connections: Connections,
         client: EngineClient,
         close: Callable[[], None],
         seconds: float,
     ) -> None:
         """close: of the application. seconds: what open requests get to finish."""
-        super().__init__(config, listener)
+        super().__init__(config, listener, connections)
         self.client = client
         self.close = close
         self.seconds = seconds

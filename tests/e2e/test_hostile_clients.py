@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -153,6 +155,25 @@ def test_more_connections_than_files(start: Callable[..., Server]) -> None:
     until(lambda: server.metrics()["num_requests_running"] == 0, "all are gone")
     assert "Traceback" not in server.log
     assert "cannot be accepted" not in server.log
+
+
+def test_more_requests_than_files(start: Callable[..., Server], tiny: Path) -> None:
+    """Of those that wait for the engine no more are let in than leave room for supervisors."""
+    limits = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {FILES}))"
+    flags = ("--engine-timeout", "600", "--max-waiting", str(2 * FILES))
+    server = start(str(tiny), *SMALL, *flags, before=limits).wait_ready()
+    request = request_bytes(COMPLETIONS, {"prompt": "x", "max_tokens": 2}, "connection: close")
+    with ExitStack() as stack:
+        os.kill(server.engine_pid(), signal.SIGSTOP)
+        connections = [stack.enter_context(server.connect()) for _ in range(FILES)]
+        for connection in connections:
+            connection.sendall(request)
+        for path in ("/health", "/ready", "/metrics", "/v1/models"):
+            assert server.get(path).status_code == 200
+        os.kill(server.engine_pid(), signal.SIGCONT)
+        statuses = Counter(read_all(connection).split()[1] for connection in connections)
+    assert statuses.keys() == {b"200", b"429"}
+    assert statuses[b"200"] > FILES // 4
 
 
 def resident_bytes(pid: int) -> int:

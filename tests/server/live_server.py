@@ -41,7 +41,7 @@ async def serve_with_connections(
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        server = HttpServer(config, listener)
+        server = HttpServer(config, listener, Connections())
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
