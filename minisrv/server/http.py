@@ -235,6 +235,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._running = self.pipeline[-1][0]
         super().on_response_complete()
+        # NOTE: a sweep ends a connection that is silent. uvicorn's timer would end it as well where
+        # the next request has come, but was not read yet as the worker was held up.
+        self._unset_keepalive_if_required()
         if not self._answers and (self._sends_no_more or self._last_answer is not None):
             self._end()
         else:

@@ -183,6 +183,21 @@ async def test_who_does_not_go_on_is_told_and_closed(sent: bytes, status: int | 
         await until(lambda: app.lost == app.begun - 1)
 
 
+async def test_a_connection_is_kept_for_sweeps_and_not_for_seconds() -> None:
+    """Or a request that came while the worker was held up would be lost."""
+    async with serve_with_connections(Recorder(), timeout_keep_alive=0) as (address, connections):
+        reader, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(GUARD_SECONDS):
+            for _ in range(3):
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200 ")
+                sweep(connections, HEAD_SECONDS // 2)
+                await asyncio.sleep(0.05)
+            sweep(connections, HEAD_SECONDS)
+            assert await reader.read() == b""
+        writer.close()
+
+
 async def test_a_slow_line_brings_a_large_body() -> None:
     """Four megabytes at one megabit a second."""
     async with serve_with_connections(Recorder()) as (address, connections):
