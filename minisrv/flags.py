@@ -120,7 +120,7 @@ class SettingsFlags:
 
     def help(self, name: str) -> str:
         """What the class's docstring says of a field, as a command line has it."""
-        field, text = self._fields[name], self._docs[name].rstrip(".")
+        field, text = self._fields[name], self._docs.get(name, "").rstrip(".")
         # Docstrings speak of fields, and of None for a field that is not given.
         text = re.sub(r"(?<=\. )None\b", "The default", text)
         text = re.sub(r"\bNone\b", "the default", text)
@@ -135,10 +135,11 @@ class SettingsFlags:
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
-    """What a class's docstring says of its fields, in paragraphs such as `name, name: text`."""
+    """What a class's docstring says of its fields, in paragraphs such as `name, name: text`.
+    Nothing under `python -OO`, which drops docstrings."""
     docs: dict[str, str] = {}
     names: list[str] = []
-    for line in inspect.getdoc(kind).splitlines():  # type: ignore[union-attr]
+    for line in (inspect.getdoc(kind) or "").splitlines():
         if found := re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line):
             names = found[1].split(", ")
             docs |= dict.fromkeys(names, found[2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -95,6 +97,14 @@ def test_reasons_name_flags_that_exist() -> None:
         words = str(why_not_here(flag)).replace(";", " ").replace(",", " ").split()
         named = {word.rstrip(".:") for word in words if word.startswith("--")}
         assert named <= ours, flag
+
+
+def test_docstrings_may_be_dropped() -> None:
+    """PYTHONOPTIMIZE=2 is set in some containers: the help of flags is shorter then."""
+    command = [sys.executable, "-OO", "-m", "minisrv.cli", "plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--max-num-seqs" in done.stdout
 
 
 @pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, BenchConfig])
