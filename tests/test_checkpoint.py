@@ -70,6 +70,22 @@ def test_what_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
         resolve_checkpoint(name)
 
 
+def test_what_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x" * 5000, str(tmp_path / ("x" * 5000))):
+        with pytest.raises(ModelError, match="cannot be read: .*File name too long"):
+            open_checkpoint(EngineConfig(model=name))
+    with pytest.raises(ModelError, match="'~no-such-user/x': there is no such user"):
+        open_checkpoint(EngineConfig(model="~no-such-user/x"))
+
+    def refuse(directory: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(directory))
+
+    write(tmp_path, config__json=LLAMA)
+    monkeypatch.setattr("minisrv.checkpoint.files.os.scandir", refuse)
+    with pytest.raises(ModelError, match=f"Permission denied: '{tmp_path}'"):
+        open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
 def test_a_name_is_text(tmp_path: Path) -> None:
     """An empty one is a variable that was not set: it means neither `.` nor the default model."""
     with pytest.raises(ModelError, match="the name is empty"):
@@ -479,6 +495,18 @@ def test_code_in_the_working_directory_is_not_run(
     for name in ("msgspec", "transformers", "socket", "json"):
         (directory / f"{name}.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(directory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert describe_model(directory).model.architecture == "LlamaForCausalLM"
+
+
+def test_the_working_directory_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another version was put in its place, and its server is started again."""
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delitem(sys.modules, "transformers")
     assert describe_model(directory).model.architecture == "LlamaForCausalLM"

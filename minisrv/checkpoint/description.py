@@ -210,10 +210,10 @@ def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
-    directories = [str(directory or "") for directory in (model, tokenizer)]
+    directories = [os.path.abspath(path) if path else "" for path in (model, tokenizer)]
     what = f"reading {model or tokenizer} with transformers"
     # Where this process looks for modules, so that both are of one version.
-    path = without_working_directory(sys.path)
+    path = [os.path.abspath(entry) for entry in without_working_directory(sys.path)]
     path = path if ROOT in path else [ROOT, *path]
     try:
         # A file of its own: libraries, and what an environment runs at its start, may print.
@@ -228,6 +228,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
                 timeout=TIMEOUT,
                 check=False,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+                cwd="/",  # where nothing of a stranger's is, and which nobody removes
                 pass_fds=[answer.fileno()],
             )
             answer.seek(0)

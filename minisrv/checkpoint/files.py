@@ -38,7 +38,8 @@ _NAMING = ("file", "vocab", "merges")
 
 def matching_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
     """The small files in `directory` that fit one of the patterns, in order. Raises ModelError for
-    one that may not be read."""
+    one that may not be read, OSError for a directory that may not be listed."""
+    os.scandir(directory).close()  # to `glob` it would be empty
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     for path in found:
         check_file(path, directory)

@@ -74,7 +74,10 @@ def resolve_directory(model: str | None, revision: str | None = None) -> Path:
         raise ModelError(
             f"the name {model!a} is no UTF-8; rename the directory, or make a link to it."
         ) from None
-    directory = Path(model).expanduser()
+    try:
+        directory = Path(model).expanduser()
+    except RuntimeError:
+        raise ModelError(f"{model!r}: there is no such user's home directory.") from None
     if directory.is_dir():
         if revision is not None:
             raise ModelError(

@@ -67,6 +67,15 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
     Raises ModelError, ConfigError and UnknownArchitectureError for what cannot be served, before
     any weights are fetched.
     """
+    try:
+        return _opened(config, weights)
+    except OSError as error:  # what any look at a file may meet: no permission, a disk that fails
+        raise ModelError(
+            f"the checkpoint or its tokenizer cannot be read: {error}; may this user read it?"
+        ) from error
+
+
+def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
     dummy = config.load_format == "dummy"
     directory = resolve_checkpoint(config.model, config.revision)
     check_implemented(read_json(directory / CONFIG))
