@@ -48,12 +48,13 @@ class Edge:
 
     A request for another host, or without a key that it needs, is refused. `scope["key"]` is the
     number of its key, or None. Every response carries `x-request-id`: the client's, where it is
-    short and plain, or a new one. A body of more than `max_body_bytes` is answered with 413,
-    declared or not; a POST to one of `json_paths` that is not plain JSON with 415, and a large body
-    for which MAX_UNREAD_BYTES leave no room with 503. An unexpected exception is logged and
-    answered with 500. Each request is a line in the log when it has ended, with what the response
-    has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every request,
-    `failed` the status of every API response from 400 on.
+    short and plain, or a new one. A connection on which a client waits for leave to send its body
+    is closed behind the answer that comes instead. A body of more than `max_body_bytes` is answered
+    with 413, declared or not; a POST to one of `json_paths` that is not plain JSON with 415, and a
+    large body for which MAX_UNREAD_BYTES leave no room with 503. An unexpected exception is logged
+    and answered with 500. Each request is a line in the log when it has ended, with what the
+    response has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every
+    request, `failed` the status of every API response from 400 on.
     """
 
     def __init__(
@@ -88,14 +89,24 @@ class Edge:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         REQUEST_ID.set(request_id)
+        # Without its 100 the client may leave the body out, and we would take for it what follows.
+        holds_back = "expect" in headers
         began = time.perf_counter()
         status = 0
+
+        async def receive_body() -> Message:
+            nonlocal holds_back
+            holds_back = False
+            return await receive()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = request_id
+                if holds_back:
+                    answer_headers["connection"] = "close"
                 if message["status"] >= 400 and scope["path"].startswith("/v1/"):
                     self._failed(message["status"])
             await send(message)
@@ -105,7 +116,7 @@ class Edge:
                 await refusal(scope, receive, send_with_id)
                 return
             try:
-                with self._limited(receive) as limited:
+                with self._limited(receive_body) as limited:
                     await self._app(scope, limited, send_with_id)
             except Exception as error:
                 if status:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -67,6 +68,35 @@ async def test_heads(tokenizer: Tokenizer, sent: list[bytes], status: int) -> No
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
         assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("head", "statuses"),
+    [
+        (COMPLETIONS, [b"100", b"200", b"200"]),
+        (COMPLETIONS.replace(b"application/json", b"text/plain"), [b"415"]),
+        (COMPLETIONS.replace(b"/v1/completions", b"/"), [b"405"]),
+        (COMPLETIONS.replace(b"/v1/completions", b"/nothing"), [b"404"]),
+        (COMPLETIONS.replace(b"host: x", b"host: x\r\nhost: y"), [b"400"]),
+    ],
+)
+async def test_a_body_that_was_not_asked_for_may_be_left_out(
+    tokenizer: Tokenizer, head: bytes, statuses: list[bytes]
+) -> None:
+    """Whoever waits for leave to send it gets an answer instead, and may go on with another
+    request, which must not be read as the body."""
+    request = head + b"expect: 100-continue\r\n" + BODY.replace(b"connection: close\r\n", b"")
+    async with serve(app_of(FakeEngine(outputs([300])), tokenizer)) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(request[:-16])
+        async with asyncio.timeout(GUARD_SECONDS):
+            received = await reader.readuntil(b"\r\n\r\n")
+            if received == b"HTTP/1.1 100 Continue\r\n\r\n":
+                writer.write(request[-16:])
+            writer.write(COMPLETIONS + BODY)
+            received += await reader.read()
+        writer.close()
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == statuses
 
 
 @pytest.mark.parametrize("more", [b"0\r\n" + b"a: b\r\n" * 200_000, b"1;" + b"x" * (1 << 20)])
