@@ -23,6 +23,7 @@ from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from minisrv.server.serving import Serving
 
@@ -92,6 +93,14 @@ _DOCS_HEADERS = _HEADERS | {
 }
 
 
+class _Assets(StaticFiles):
+    """Files, each as a whole: what is wrong with a range starlette would tell in plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [header for header in scope["headers"] if header[0] != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
 def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
     """Add `/` and `/docs`, which must be free.
 
@@ -124,7 +133,7 @@ def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
 
     app.add_route("/", root, include_in_schema=False)
     app.add_route("/docs", docs, include_in_schema=False)
-    app.mount(f"/{_ASSETS}", StaticFiles(packages=[("fastapi_offline", "static")]))
+    app.mount(f"/{_ASSETS}", _Assets(packages=[("fastapi_offline", "static")]))
 
 
 def _summary(serving: Serving) -> str:

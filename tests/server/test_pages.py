@@ -114,6 +114,15 @@ async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
             assert missing.json()["error"]["code"] == "unknown_url"
 
 
+async def test_a_file_comes_as_a_whole(connect: Connect) -> None:
+    async with connect(engine()) as client:
+        path = "/docs/assets/swagger-ui.css"
+        whole = await client.get(path)
+        for part in ("bytes=0-1", "bytes=5-1", "bytes=999999999-", "lines=1", "bytes=0-0,2-2", "x"):
+            got = await client.get(path, headers={"range": part})
+            assert (got.status_code, got.content) == (200, whole.content), part
+
+
 @pytest.mark.parametrize("accept", [BROWSER, CURL, {}, {"accept": "application/json"}])
 async def test_the_root_says_what_is_served(connect: Connect, accept: dict[str, str]) -> None:
     async with connect(engine()) as client:
