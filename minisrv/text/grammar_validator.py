@@ -33,6 +33,7 @@ import socket
 import time
 from collections.abc import Hashable
 from contextlib import closing
+from contextvars import Context
 from dataclasses import dataclass, field
 
 import msgspec
@@ -150,7 +151,8 @@ class GrammarValidator:
             grammar.owners.add(owner)
             grammar.lane.waiting.push(owner, grammar)
         if self._life is None:
-            self._life = asyncio.create_task(self._live())
+            # What it logs is not of the request that happens to be the first.
+            self._life = asyncio.create_task(self._live(), context=Context())
         grammar.askers += 1
         try:
             self._begin()

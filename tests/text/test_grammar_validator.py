@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from minisrv.errors import (
     MinisrvError,
     RequestError,
 )
+from minisrv.logs import REQUEST_ID
 from minisrv.request import StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
 from minisrv.text import grammar_validator
@@ -338,6 +340,26 @@ def test_a_killed_process_is_replaced(ask: Asked) -> None:
     ask(named("before"))
     kill(ask)
     ask(named("behind"))
+
+
+def test_what_is_logged_of_the_process_names_no_request(new: Callable[..., Asked]) -> None:
+    asked = new()
+    found: list[str] = []
+    log = logging.Handler()
+    log.emit = lambda record: found.append(REQUEST_ID.get())  # type: ignore[method-assign]
+
+    async def ask_for(validator: GrammarValidator, name: str) -> None:
+        REQUEST_ID.set(name)
+        await validator.validate(named(name), "one")
+
+    grammar_validator.logger.addHandler(log)
+    try:
+        asked.run(lambda validator: ask_for(validator, "first"))
+        kill(asked)
+        asked.run(lambda validator: ask_for(validator, "second"))
+    finally:
+        grammar_validator.logger.removeHandler(log)
+    assert found == [""]
 
 
 @pytest.mark.parametrize("times", [1, 2])
