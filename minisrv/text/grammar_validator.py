@@ -71,6 +71,8 @@ CPU_SECONDS = 1.0
 WALL_SECONDS = 30.0
 """Where the processor is that busy, or something waits that should not."""
 SILENT_SECONDS = 5 * BEAT_SECONDS
+_LOOKS = 10
+"""As often it is looked whether the process has said something before it is taken for silent."""
 LOADING_SECONDS = 60.0
 """What the process gets to load the tokenizer: a second or two where nothing else runs."""
 BUDGET_PERIOD = 60.0
@@ -122,6 +124,7 @@ class GrammarValidator:
         self._process: ChildProcess | None = None
         self._life: asyncio.Task[None] | None = None
         self._watch: asyncio.Timeout | None = None
+        self._silence: asyncio.TimerHandle | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._is_closed = False
 
@@ -308,6 +311,7 @@ class GrammarValidator:
         finally:
             is_loaded = self._writer is not None
             self._writer = self._watch = self._life = None
+            self._expect_a_word(None)
             if self._process is not None:
                 self._process.stop()
         logger.error("the process that tries grammars %s", why)
@@ -322,7 +326,8 @@ class GrammarValidator:
                 "grammars", grammar_trials.serve, theirs, *self._arguments, private_dir=None
             )
             theirs.close()
-            async with asyncio.timeout(LOADING_SECONDS) as self._watch:
+            async with asyncio.timeout(None) as self._watch:
+                self._expect_a_word(LOADING_SECONDS)
                 text = await asyncio.to_thread(self._tokenizer.to_json)
                 writer.write(frame(text.encode()))
                 while True:
@@ -336,9 +341,20 @@ class GrammarValidator:
 
     def _expect_a_word(self, seconds: float | None) -> None:
         """Of the process, within so many seconds; None if it has nothing to do."""
-        if self._watch is not None:
-            now = asyncio.get_running_loop().time()
-            self._watch.reschedule(None if seconds is None else now + seconds)
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+        if seconds is not None:
+            self._be_patient(seconds / _LOOKS, _LOOKS)
+
+    def _be_patient(self, seconds: float, looks: int) -> None:
+        """Wait so long for a word, and as often. Between two looks what has come is read: it is not
+        the process that was silent where this worker was held up."""
+        loop = asyncio.get_running_loop()
+        if looks:
+            self._silence = loop.call_later(seconds, self._be_patient, seconds, looks - 1)
+        elif self._watch is not None:
+            self._watch.reschedule(loop.time())
 
     def _go_on_without(self, *, is_loaded: bool) -> None:
         """Try what was being tried with another process, once. Where that does not even start,

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from minisrv.logs import REQUEST_ID
 from minisrv.request import StructuredOutput
 from minisrv.request import StructuredOutputKind as Kind
 from minisrv.text import grammar_validator
+from minisrv.text.grammar_trials import BEAT_SECONDS
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
@@ -411,6 +413,26 @@ def test_why_no_process_can_be_had_is_logged(
             asked(OBJECT)
     assert "cannot be started or talked to (Too many open files)" in caplog.text
     asked(OBJECT)
+
+
+def test_a_process_is_not_silent_where_nobody_listened(
+    new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the worker was stopped, or had no processor."""
+    monkeypatch.setattr(grammar_validator, "SILENT_SECONDS", 3 * BEAT_SECONDS)
+    asked = new()
+    asked.validator._slow.cpu_seconds = 3600
+
+    async def hold_up(validator: GrammarValidator) -> None:
+        task = asyncio.create_task(validator.validate(hostile(), "one"))
+        await until(lambda: validator._slow.taken == 1)
+        before = asked.pid
+        time.sleep(4 * BEAT_SECONDS)
+        await validator.validate(named("behind"), "two")
+        assert asked.pid == before
+        task.cancel()
+
+    asked.run(hold_up)
 
 
 def test_closing_ends_a_stopped_process(new: Callable[..., Asked]) -> None:
