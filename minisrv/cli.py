@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minisrv import __version__, logs
-from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig
+from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
 from minisrv.errors import ConfigError, GraphError, MinisrvError
 from minisrv.flags import (
     CommandParser,
@@ -91,10 +91,7 @@ def _more_keys(file: Path | None) -> list[str]:
             raise ConfigError(f"{API_KEY_VARIABLE} is set and empty; give it a key, or unset it.")
         keys.append(key)
     if file is not None:
-        try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {file} cannot be read: {error}.") from error
+        lines = read_text("--api-key-file", file).splitlines()
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ConfigError(f"--api-key-file {file} holds no key; put one in each line.")

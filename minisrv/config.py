@@ -49,6 +49,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 at its word, and take all memory or all time. What one machine and one model allow is less
 (`engine.memory`)."""
 
+_MAX_CHARACTERS = 1 << 22
+"""Of a file that a setting names."""
+
 _HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+|(\[)?(?:[0-9A-Fa-f.]*:){2,}[0-9A-Fa-f.]*(?(1)\])")
 """Any, a name or an IPv4 address, an IPv6 address with or without brackets."""
 
@@ -278,6 +281,21 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+
+
+def read_text(flag: str, path: Path) -> str:
+    """The text of a file that a flag names, which may be a pipe. Raises ConfigError, also for one
+    that is longer than any such file, or has no end."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error}.") from error
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(
+            f"{flag} {path} cannot be read: it has more than {_MAX_CHARACTERS} characters."
+        )
+    return text
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

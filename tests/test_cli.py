@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from minisrv import cli
 from minisrv.cli import engine_config, main
-from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig
+from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
 from minisrv.engine.core import dtype_name, resolve_dtype
 from minisrv.errors import ConfigError
 from minisrv.flags import field_docs, flag_name
@@ -225,3 +228,16 @@ def test_a_graph_larger_than_any_step(capsys: pytest.CaptureFixture[str]) -> Non
     assert status == 1
     assert "cudagraph_capture_sizes name 999999" in said
     assert "max_num_batched_tokens=512" in said
+
+
+def test_a_file_that_a_flag_names_is_read_within_bounds(tmp_path: Path) -> None:
+    pipe, keys = tmp_path / "pipe", "first\nsecond\n"
+    os.mkfifo(pipe)  # as the shell's <(...) is one
+    thread = threading.Thread(target=pipe.write_text, args=(keys,))
+    thread.start()
+    assert read_text("--api-key-file", pipe) == keys
+    thread.join()
+    with pytest.raises(ConfigError, match="--api-key-file /dev/zero cannot be read: it has more"):
+        read_text("--api-key-file", Path("/dev/zero"))
+    with pytest.raises(ConfigError, match="/nowhere cannot be read: .*No such file"):
+        read_text("--chat-template", Path("/nowhere"))

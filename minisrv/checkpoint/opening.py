@@ -27,7 +27,7 @@ from minisrv.checkpoint.location import (
     resolve_directory,
     weight_files,
 )
-from minisrv.config import EngineConfig
+from minisrv.config import EngineConfig, read_text
 from minisrv.errors import ConfigError, EngineError, ModelError
 from minisrv.model_config import ModelConfig, check_implemented
 
@@ -150,10 +150,7 @@ def _with_end_token(
 def _read_template(path: Path) -> str:
     from minisrv.text.chat_template import ChatTemplate  # imports Jinja, which few need here
 
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {path} cannot be read: {error}.") from error
+    source = read_text("--chat-template", path)
     try:
         ChatTemplate({"default": source}, {})
     except ModelError as error:
