@@ -389,6 +389,8 @@ def test_a_template_that_does_not_end(
         ("{{ 'a' * 10**9 }}", "too large"),
         ("{{ 10**9 * [1] }}", "too large"),
         ("{{ 7 ** (10**8) }}", "too large"),
+        ("{{ range(9)|slice(10**9)|list }}", "number of slices is too large"),
+        ("{{ lipsum(n=10**9) }}", "'lipsum' is undefined"),
         ("{% include '/etc/hostname' %}", "TypeError"),
         ("{% import '../x' as y %}", "TypeError"),
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
