@@ -148,6 +148,8 @@ def how_it_ended(exit_status: int | None) -> str:
         name = signal.Signals(-exit_status).name
     except ValueError:  # one of the real-time signals, which have no names of their own
         name = f"signal {-exit_status}"
+    if name == "SIGPROF":  # its own timer's
+        return "by SIGPROF, as one operation would not end"
     return f"by {name} (the kernel's log, dmesg, may tell why: of memory that ran out, or a fault)"
 
 

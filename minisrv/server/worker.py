@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +44,11 @@ or busy, and without its word requests end with less of a reason."""
 
 SWITCH_SECONDS = 0.0005
 """A tenth of Python's own, which a request for /health would wait several times."""
+
+TURN_SECONDS = 20
+TURN_SECONDS_OF_A_PROCESSOR = 4
+"""Processor time of the process within which its event loop has a turn, or the kernel ends it; and
+more of it for each processor, on all of which threads may tokenise meanwhile."""
 
 MEMORY_BYTES = 4 << 30
 """Private memory of a worker, which takes a fiftieth of it. The kernel counts what may be written,
@@ -185,13 +192,29 @@ async def _serve(
     loop.add_reader(launcher, hear)
     await client.start(lambda *phase: _tell(launcher, Loading(*phase)))
     settled = asyncio.create_task(_report(client, launcher))
+    life = asyncio.create_task(show_life())
     try:
         if config.engine_is_ready:
             await client.settled()  # it has to say so, before this worker may
         await server.serve()
     finally:
         settled.cancel()
+        life.cancel()
         await client.close()
+
+
+async def show_life() -> None:
+    """Let the kernel end this process, by SIGPROF, once its event loop has no more turns. A single
+    operation of Python's in a stranger's chat template, as to compare lists that hold each other a
+    billion times, may go on for ever and let no other thread run. Time in which the process is
+    stopped or waits for a processor does not count."""
+    seconds = TURN_SECONDS + TURN_SECONDS_OF_A_PROCESSOR * len(os.sched_getaffinity(0))
+    try:
+        while True:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            await asyncio.sleep(1)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 async def _report(client: EngineClient, launcher: Connection) -> None:
