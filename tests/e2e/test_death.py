@@ -215,8 +215,14 @@ STOPPED = pytest.mark.parametrize(
 
 def stop(server: Server, names: tuple[str, ...]) -> None:
     """Stop its processes of these names."""
+
+    def only_one(name: str) -> set[int]:
+        """What it starts, as a compiler, is called so too until it is another program."""
+        found = server.named(name)
+        return found if len(found) == 1 else set()
+
     for name in names:
-        (pid,) = until(lambda name=name: server.named(name), f"{name} is there")
+        (pid,) = until(lambda name=name: only_one(name), f"{name} is there")
         os.kill(pid, signal.SIGSTOP)
 
 
