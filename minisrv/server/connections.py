@@ -2,7 +2,8 @@
 is closed to make room.
 
 From the end of a request to the end of its answer a connection waits for the server, and nothing
-here ends it. Otherwise it waits for its client: for a TLS handshake and a head, or for a body.
+here ends it. Otherwise it waits for its client: for a TLS handshake and a head, for a body, or to
+read what was sent to it.
 
 Knows: descriptors and the order of things. Knows nothing of HTTP.
 """
@@ -57,8 +58,8 @@ class Connections:
     """Every open connection of a worker.
 
     limit: how many may be open. Beyond it, and beyond MAX_WAITING of those that wait for their
-        clients, the one that has waited longest is closed; one that sends a body, only if no other
-        waits.
+        clients, the one that has waited longest is closed; one that sends a body, only if none
+        waits for a head, and one that does not read its answer, only if no other waits.
     Time is counted in sweeps, one a second: no client is late while the worker was held up.
     """
 
@@ -69,6 +70,7 @@ class Connections:
         # With the sweep at which the wait began, oldest first.
         self._heads: OrderedDict[Connection, int] = OrderedDict()
         self._bodies: OrderedDict[Connection, int] = OrderedDict()
+        self._readers: OrderedDict[Connection, int] = OrderedDict()
         self._now = 0
         self._resets = select.epoll()
         self._watched: dict[int, Connection] = {}
@@ -91,10 +93,20 @@ class Connections:
         self.wait_for_nothing(connection)
         self._bodies[connection] = self._now
 
+    def wait_for_reader(self, connection: Connection) -> None:
+        """It waits until its client has read some of an answer; the kernel sees to how long."""
+        self.wait_for_nothing(connection)
+        self._readers[connection] = self._now
+
     def wait_for_nothing(self, connection: Connection) -> None:
         """It does not wait for its client."""
-        self._heads.pop(connection, None)
-        self._bodies.pop(connection, None)
+        for line in self._lines:
+            line.pop(connection, None)
+
+    @property
+    def _lines(self) -> tuple[OrderedDict[Connection, int], ...]:
+        """Those that wait for their clients, in the order in which they give way."""
+        return self._heads, self._bodies, self._readers
 
     def closed(self, connection: Connection) -> None:
         """Forget it."""
@@ -106,10 +118,10 @@ class Connections:
 
     def make_room(self) -> bool:
         """Whether one more may be opened, if need be in the place of another."""
-        waiting = len(self._heads) + len(self._bodies)
+        waiting = sum(map(len, self._lines))
         if len(self._open) < self.limit and waiting < MAX_WAITING:
             return True
-        for line in (self._heads, self._bodies):
+        for line in self._lines:
             if line:
                 oldest = next(iter(line))
                 self.closed(oldest)

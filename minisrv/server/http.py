@@ -265,10 +265,23 @@ class BoundedProtocol(HttpToolsProtocol):
         """Tell whom the connection waits for."""
         if self._in_body and self._running is self.cycle:
             self._connections.wait_for_body(self)
+        elif self._answers and self.flow.write_paused:
+            self._connections.wait_for_reader(self)
         elif self._answers:
             self._connections.wait_for_nothing(self)
         else:
             self._connections.wait_for_head(self)
+
+    def pause_writing(self) -> None:
+        """The client does not read what was sent."""
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        """It has read some of it."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._wait()
 
     def _refuse(self, response: JSON) -> None:
         """Answer what cannot be read, behind the answers to what came before it, and close."""

@@ -13,6 +13,7 @@ import socket
 import struct
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,14 @@ def test_who_waits_for_the_server_has_any_time_and_keeps_its_place() -> None:
 
 def test_who_has_waited_longest_gives_way_and_bodies_last() -> None:
     connections = Connections(limit=4)
-    body, first, second, running = found = [Fake() for _ in range(4)]
+    body, first, reader, running = found = [Fake() for _ in range(4)]
     for connection in found:
         assert connections.make_room()
         connections.wait_for_head(connection)
     connections.wait_for_body(body)
+    connections.wait_for_reader(reader)
     connections.wait_for_nothing(running)
-    for victim in (first, second, body):
+    for victim in (first, body, reader):
         assert connections.make_room()
         assert victim.end == "aborted"
         newcomer = Fake()
@@ -281,6 +283,29 @@ async def test_as_many_connections_as_somebody_likes_leave_room(sent: bytes) -> 
         for _, client in clients:
             client.close()
         writer.close()
+
+
+async def test_who_does_not_read_gives_way() -> None:
+    """An answer that is written as slowly as somebody likes is no reason to shut others out."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        large = scope["path"] == "/large"
+        await Response(b"x" * (16 << 20 if large else 1))(scope, receive, send)
+
+    async with serve_with_connections(app) as (address, connections):
+        connections.limit = 8
+        with ExitStack() as stack:
+            for _ in range(8):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(client, address)
+                client.send(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+            await until(lambda: len(connections._readers) == 8)
+            async with httpx.AsyncClient(trust_env=False) as http:
+                for _ in range(3):
+                    url = f"http://{address[0]}:{address[1]}/health"
+                    assert (await http.get(url, timeout=GUARD_SECONDS)).status_code == 200
 
 
 async def test_connections_in_their_handshake_count(tmp_path: Path) -> None:
