@@ -13,17 +13,18 @@ import base64
 import hashlib
 import json
 import shlex
+from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
+from mimetypes import guess_type
 from textwrap import indent
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.openapi.docs import get_swagger_ui_html
 from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from minisrv.server.serving import Serving
 
@@ -93,12 +94,11 @@ _DOCS_HEADERS = _HEADERS | {
 }
 
 
-class _Assets(StaticFiles):
-    """Files, each as a whole: what is wrong with a range starlette would tell in plain text."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [header for header in scope["headers"] if header[0] != b"range"]
-        await super().__call__({**scope, "headers": headers}, receive, send)
+@cache
+def _files() -> dict[str, bytes]:
+    """Swagger UI, 3 MB: a file that is open for as long as a client likes would be a descriptor."""
+    found = files("fastapi_offline") / "static"
+    return {entry.name: entry.read_bytes() for entry in found.iterdir() if entry.is_file()}
 
 
 def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
@@ -131,9 +131,15 @@ def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
         page.headers.update(_DOCS_HEADERS)
         return page
 
+    async def asset(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _files():
+            raise HTTPException(404)
+        return Response(_files()[name], media_type=guess_type(name)[0], headers=_HEADERS)
+
     app.add_route("/", root, include_in_schema=False)
     app.add_route("/docs", docs, include_in_schema=False)
-    app.mount(f"/{_ASSETS}", _Assets(packages=[("fastapi_offline", "static")]))
+    app.add_route(f"/{_ASSETS}/{{name}}", asset, include_in_schema=False)
 
 
 def _summary(serving: Serving) -> str:

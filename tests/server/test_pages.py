@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -17,11 +21,14 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
+from minisrv.checkpoint import GenerationConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineState
 from minisrv.request import FinishReason
+from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs
+from tests.server.live_server import serve
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +119,24 @@ async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
             missing = await client.get(path)
             assert missing.status_code == 404
             assert missing.json()["error"]["code"] == "unknown_url"
+
+
+async def test_who_reads_slowly_holds_no_file(tokenizer: Tokenizer) -> None:
+    """They would be as many descriptors more than connections are counted for."""
+    app = create_app(engine(), tokenizer, served_model_names=("x",), generation=GenerationConfig())
+    path = "/docs/assets/swagger-ui-bundle.js"
+    async with serve(app) as address:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, address)
+            await loop.sock_sendall(client, f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            assert (await loop.sock_recv(client, 12)).endswith(b" 200")
+            opened = [
+                os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.exists()
+            ]
+    assert not any(file.endswith(".js") for file in opened)
 
 
 async def test_a_file_comes_as_a_whole(connect: Connect) -> None:
