@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from docs import field_tables
 from minisrv import request
@@ -43,7 +42,6 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
         "objects, lists and members": f"{allowance.MAX_MEMBERS:,}",
         "values in it": f"{allowance.MAX_ELEMENTS:,}",
         "a head": f"{connections.HEAD_SECONDS} s",
-        "a connection that is silent": f"{uvicorn.Config(app).timeout_keep_alive} s",
         "a body, from": f"{connections.BODY_SECONDS} s, and a second for each "
         f"{connections.BODY_BYTES_PER_SECOND:,} bytes of it",
         "a client that takes nothing": f"{listening.STALLED_SECONDS} s",
