@@ -538,6 +538,10 @@ if __name__ == "__main__":
 """
 
 
+def numbers(path: Path) -> list[int]:
+    return [*map(int, path.read_text().split())]
+
+
 def test_stopped_processes_do_not_outlive_the_server(tmp_path: Path) -> None:
     """Neither the one that forks nor the one that tries."""
     script = tmp_path / "parent.py"
@@ -549,8 +553,14 @@ def test_stopped_processes_do_not_outlive_the_server(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         children = Path(f"/proc/{pid}/task/{pid}/children")
-        wait_until(lambda: bool(children.read_text()))
-        pids = [pid, *map(int, children.read_text().split())]
+
+        def tries() -> list[int]:
+            """Children that have asked the kernel to end with their parent, which comes before."""
+            scores = {each: Path(f"/proc/{each}/oom_score_adj") for each in numbers(children)}
+            return [each for each, score in scores.items() if score.read_text() == "1000\n"]
+
+        wait_until(lambda: bool(tries()))
+        pids = [pid, *tries()]
         for each in pids:
             os.kill(each, signal.SIGSTOP)
         parent.kill()
