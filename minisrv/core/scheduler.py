@@ -36,278 +36,31 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import MutableSequence, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
-import msgspec
-
-from minisrv.core.kv_cache import BlockPool, FreeList, Salt, hash_block
+from minisrv.core.decode_run import DecodeRun
+from minisrv.core.kv_cache import BlockPool, FreeList
+from minisrv.core.request_state import RequestState
+from minisrv.core.step import (
+    ProcessorStart,
+    ScheduledRow,
+    SchedulerOutput,
+    SlotStart,
+    TokenEvent,
+)
 from minisrv.errors import ContextLengthError, QueueFullError
-from minisrv.request import EngineRequest, FinishReason, SamplingParams
+from minisrv.request import EngineRequest, FinishReason
 
 PASSES = 8
 """How often more important requests go before others until the oldest that waits gets a turn."""
 
 
-@dataclass(slots=True, eq=False)
-class RequestState:
-    """One request inside the scheduler.
+class _InFlight(NamedTuple):
+    """A step that has not retired, and the run that it is of."""
 
-    num_scheduled: tokens whose cache entries are written once every scheduled step has run.
-    num_in_flight: tokens sampled by scheduled steps that have not been reported yet.
-    prefill_target: tokens to be in the cache before the request decodes; what was known of it
-        when it was admitted.
-    max_total: prompt and completion tokens together at which it stops by length.
-    priority: lower numbers are before higher ones; -inf since its turn has come.
-    number: of its place among all in the order in which they came to wait first.
-    processed: its logits are changed before its tokens are sampled.
-    last_step: the last step that names its slot and blocks.
-    block_hashes: of its first full blocks, as far as they have been needed.
-    num_published: blocks from the first that are in the prefix cache, or were found there.
-    num_cached_tokens: prompt tokens found there when it was first admitted; None before.
-    masked: its next token is one of some that follow from all its tokens.
-    num_scored: prompt tokens behind the first whose log-probabilities scheduled steps report.
-    ended: it has its finish reason; what steps in flight sample for it is dropped.
-
-    Of a member of the current `DecodeRun`, num_scheduled, num_in_flight and last_step are what they
-    were when the run began, until `Scheduler._settle`.
-    """
-
-    request_id: str
-    prompt: list[int]
-    params: SamplingParams
-    seed: int
-    stop_token_ids: frozenset[int]
-    max_total: int
-    cache_salt: Salt = (None, None)
-    priority: float = 0
-    number: int = 0
-    masked: bool = False
-    processed: bool = False
-    output: list[int] = field(default_factory=list)
-    slot: int = 0
-    blocks: list[int] = field(default_factory=list)
-    num_scheduled: int = 0
-    num_in_flight: int = 0
-    prefill_target: int = 0
-    last_step: int = -1
-    block_hashes: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    num_cached_tokens: int | None = None
-    num_scored: int = 0
-    ended: bool = False
-
-    @property
-    def total(self) -> int:
-        """Tokens so far, those in flight included."""
-        return len(self.prompt) + len(self.output) + self.num_in_flight
-
-    @property
-    def decoding(self) -> bool:
-        """Whether the prefill is behind it. This state, not the shape of a step, is what makes a
-        batch pure decode."""
-        return self.num_scheduled >= self.prefill_target
-
-    @property
-    def num_skippable(self) -> int:
-        """Tokens from the first that need not be computed if they are cached: of the last the
-        result is the next token, and of others the next one's log-probability may be due."""
-        unscored = self.params.prompt_logprobs is not None and (
-            self.num_scored < len(self.prompt) - 1
-        )
-        return self.num_scored if unscored else self.total - 1
-
-    def score(self, start: int, stop: int) -> PromptScore | None:
-        """What a row of tokens `start` to `stop` is to report of the prompt; then it is scored."""
-        num_top = self.params.prompt_logprobs
-        if num_top is None:
-            return None
-        first, last = max(start, self.num_scored), min(stop, len(self.prompt) - 1)
-        if first >= last:
-            return None
-        self.num_scored = last
-        return PromptScore(first - start, self.prompt[first + 1 : last + 1], num_top)
-
-    def tokens(self, start: int, stop: int) -> list[int]:
-        """The ids of known tokens `start` to `stop`, prompt and output counted through."""
-        behind = len(self.prompt)
-        return self.prompt[start:stop] + self.output[max(0, start - behind) : max(0, stop - behind)]
-
-    def hashes(self, count: int, block_size: int) -> list[bytes]:
-        """The hashes of its first `count` blocks, whose tokens are known; each is computed once."""
-        known = self.block_hashes
-        while len(known) < count:
-            start = len(known) * block_size
-            parent = known[-1] if known else None
-            ids = self.tokens(start, start + block_size)
-            known.append(hash_block(self.cache_salt, parent, ids))
-        return known[:count]
-
-
-class PromptScore(msgspec.Struct, frozen=True):
-    """Prompt tokens whose log-probabilities a row is to report.
-
-    offset: of the row's token behind which the first of them stands.
-    token_ids: themselves, one behind the other. The last may be the first of the next chunk.
-    num_top: how many alternatives to report beside each.
-    """
-
-    offset: int
-    token_ids: list[int]
-    num_top: int
-
-
-class ScheduledRow(msgspec.Struct, frozen=True):
-    """One request's part of a step.
-
-    start: position of its first token.
-    num_tokens: tokens it computes.
-    token_ids: their ids, for prefill. Empty for decode: the device has sampled it already, and
-        under lag the host does not know it yet.
-    samples: whether the step's token for this row is the request's next; a prefill chunk that
-        does not reach the end samples for nothing.
-    logprobs: how many alternatives to report beside the sampled token; None for no report.
-    masked: it samples one of some tokens, which follow from all tokens of the request before.
-    processed: its logits are changed before its token is sampled.
-    score: what it is to report of the prompt.
-    """
-
-    request_id: str
-    slot: int
-    start: int
-    num_tokens: int
-    token_ids: list[int]
-    decoding: bool
-    samples: bool
-    logprobs: int | None
-    masked: bool = False
-    processed: bool = False
-    score: PromptScore | None = None
-
-
-class ProcessorStart(msgspec.Struct, frozen=True):
-    """What changing a request's logits needs to know of it: its tokens so far, all of which are
-    known when it is given a slot, and those that do not come before `min_tokens`."""
-
-    prompt: list[int]
-    output: list[int]
-    stop_token_ids: frozenset[int]
-
-
-class SlotStart(msgspec.Struct, frozen=True):
-    """A slot changed hands: its sampling state is to be written before the step.
-
-    processors: None for a request whose logits stay as they are.
-    """
-
-    slot: int
-    params: SamplingParams
-    seed: int
-    processors: ProcessorStart | None = None
-
-
-@dataclass(slots=True, eq=False)
-class DecodeRun:
-    """Steps that decode the same requests, one behind another.
-
-    A step moves each of them on by one token, so what has happened to all of them is one number,
-    the run's age. By the phase of a request, its position within a block when the run began, it is
-    known which of them fill a block at which age and which need another.
-
-    requests: in the order of the rows.
-    phases: indices of requests by position within a block at age 0.
-    oldest_age: at which some request has all its tokens scheduled.
-    age: of the last step; the first one has 0.
-    retired: steps of the run that have retired while it was the current one.
-    """
-
-    rows: list[ScheduledRow]
-    requests: list[RequestState]
-    phases: list[list[int]]
-    oldest_age: int
-    needs_logits: bool
-    masked: bool
-    age: int = 0
-    retired: int = 0
-
-    @classmethod
-    def begin(
-        cls, rows: list[ScheduledRow], requests: list[RequestState], block_size: int
-    ) -> DecodeRun:
-        """With a step that has been scheduled and has these decode rows."""
-        phases: list[list[int]] = [[] for _ in range(block_size)]
-        for index, row in enumerate(rows):
-            phases[row.start % block_size].append(index)
-        oldest = min(request.max_total - request.total for request in requests)
-        return cls(rows, requests, phases, oldest, _need_logits(rows), _masked(rows))
-
-    def beginning_a_block(self, age: int) -> list[int]:
-        """Indices of the requests whose token of that step is the first of a block."""
-        return self.phases[-age % len(self.phases)]
-
-    def filling_a_block(self, age: int) -> list[int]:
-        """Indices of the requests whose token of that step is the last of a block."""
-        return self.phases[(-age - 1) % len(self.phases)]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step. Decode rows come first.
-
-    first_rows: its rows, or if it continues a run, those of the run's first step.
-    new_slots: slots whose state must be written before the step.
-    freed_slots: those with `processors` that nobody has had since some step before it, or that
-        change hands with it.
-    new_blocks: (slot, index in its block table, block) to be written before the step.
-    needs_logits: some request has its logits read or changed outside the graph.
-    masked: some row is: what it may sample follows from its last token, on the host.
-    run, age: of a step of a run. Above age 0 it has the requests of the step before it, in the
-        same order.
-    """
-
-    step_id: int
-    first_rows: list[ScheduledRow]
-    new_slots: list[SlotStart]
-    new_blocks: list[tuple[int, int, int]]
-    num_decodes: int
-    num_tokens: int
-    freed_slots: list[int] = field(default_factory=list)
-    needs_logits: bool = False
-    masked: bool = False
-    run: DecodeRun | None = None
-    age: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        """How many requests take part."""
-        return len(self.first_rows)
-
-    @property
-    def rows(self) -> list[ScheduledRow]:
-        """Its rows. Those of a run are made when asked for, which is seldom."""
-        if not self.age:
-            return self.first_rows
-        return [msgspec.structs.replace(row, start=row.start + self.age) for row in self.first_rows]
-
-    @property
-    def uniform_decode(self) -> bool:
-        """Whether every request of the step is decoding."""
-        return self.num_decodes == len(self.first_rows)
-
-
-class TokenEvent(msgspec.Struct, frozen=True, gc=False):
-    """What a step added to one request. `token` is None for an abort, for a request that asked for
-    no token, and where there is nothing but a report of the prompt.
-
-    row: index of the step's row it comes from; None for an abort.
-    num_cached_tokens: with the request's first token, how much of its prompt was not computed.
-    """
-
-    request_id: str
-    token: int | None
-    finish_reason: FinishReason | None
-    row: int | None = None
-    num_cached_tokens: int = 0
+    step: SchedulerOutput
+    run: DecodeRun | None
 
 
 class Scheduler:
@@ -341,7 +94,7 @@ class Scheduler:
         self._retiring: list[RequestState] = []
         self._freed_slots: list[int] = []
         self._requests: dict[str, RequestState] = {}
-        self._in_flight: deque[SchedulerOutput] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._next_step = 0
         self._num_queued = 0
         self._num_passes = 0
@@ -449,7 +202,7 @@ class Scheduler:
         output = self._continue_run() or self._schedule_anew()
         if output is not None:
             self._next_step += 1
-            self._in_flight.append(output)
+            self._in_flight.append(_InFlight(output, self._run))
         return output
 
     def _continue_run(self) -> SchedulerOutput | None:
@@ -457,28 +210,14 @@ class Scheduler:
         run = self._run
         if run is None or run.age == run.oldest_age or (self.waiting and self.slots.num_free):
             return None
-        age = run.age + 1
-        needing = run.beginning_a_block(age)
+        needing = run.beginning_a_block(run.age + 1)
         if len(needing) > self.pool.num_free:
             return None
-        run.age = age
         new_blocks = []
         for index in needing:
             request = run.requests[index]
             new_blocks.append((request.slot, len(request.blocks), self._block(request)))
-        rows = len(run.rows)
-        return SchedulerOutput(
-            step_id=self._next_step,
-            first_rows=run.rows,
-            new_slots=[],
-            new_blocks=new_blocks,
-            num_decodes=rows,
-            num_tokens=rows,
-            needs_logits=run.needs_logits,
-            masked=run.masked,
-            run=run,
-            age=age,
-        )
+        return run.advance(self._next_step, new_blocks)
 
     def _schedule_anew(self) -> SchedulerOutput | None:
         self._settle()
@@ -489,11 +228,11 @@ class Scheduler:
                 step.add(request)
         # Never one that was preempted just now: what it freed is less than it needs.
         self._admit(step)
-        if not step.prefills and len(step.decodes) == len(self.running) > 0:
-            self._run = DecodeRun.begin(step.decodes, [*self.running], self.pool.block_size)
-        output = step.build(self._run, self._freed_slots)
+        output = step.build(self._freed_slots)
         if output is not None:
             self._freed_slots = []
+            if output.num_decodes == output.num_rows == len(self.running):
+                self._run = DecodeRun.begin(output, [*self.running], self.pool.block_size)
         return output
 
     def _settle(self) -> None:
@@ -527,7 +266,7 @@ class Scheduler:
         return held
 
     def _named_in_flight(self, request: RequestState) -> bool:
-        return bool(self._in_flight) and request.last_step >= self._in_flight[0].step_id
+        return bool(self._in_flight) and request.last_step >= self._in_flight[0].step.step_id
 
     def _admit(self, step: _StepBuilder) -> None:
         while self.waiting and step.budget and self.slots.num_free:
@@ -614,13 +353,13 @@ class Scheduler:
 
         tokens: the sampled token of every row, in the rows' order.
         """
-        step = self._in_flight.popleft()
+        step, run = self._in_flight.popleft()
         assert step.step_id == step_id, "steps retire in the order they were scheduled"
         assert len(tokens) == step.num_rows
-        if step.run is None:
+        if run is None:
             events = self._retire_rows(step, tokens)
         else:
-            events = self._retire_decodes(step, step.run, tokens)
+            events = self._retire_decodes(step, run, tokens)
         retired = [r for r in self._retiring if r.last_step <= step_id]
         if retired:
             self._retiring = [r for r in self._retiring if r.last_step > step_id]
@@ -655,9 +394,10 @@ class Scheduler:
     def _retire_decodes(
         self, step: SchedulerOutput, run: DecodeRun, tokens: Sequence[int]
     ) -> list[TokenEvent]:
-        for index in run.filling_a_block(step.age):
+        for index in run.filling_a_block(step.advance):
             if not run.requests[index].ended:
-                self._publish(run.requests[index], run.rows[index].start + step.age + 1)
+                start = step.batch_rows[index].start + step.advance
+                self._publish(run.requests[index], start + 1)
         if run is self._run:
             run.retired += 1
         else:
@@ -760,22 +500,24 @@ class _StepBuilder:
         request.last_step = self.step_id
         self.budget -= count
 
-    def build(self, run: DecodeRun | None, freed_slots: list[int]) -> SchedulerOutput | None:
-        """The step, or None if no request was added. run: that it begins."""
-        rows = self.decodes + self.prefills if self.prefills else self.decodes  # a run's own
+    def build(self, freed_slots: list[int]) -> SchedulerOutput | None:
+        """The step, with which a batch begins; None if no request was added."""
+        rows = self.decodes + self.prefills
         if not rows:
             return None
         return SchedulerOutput(
             step_id=self.step_id,
-            first_rows=rows,
+            batch_id=self.step_id,
+            batch_rows=rows,
             new_slots=self.new_slots,
             new_blocks=self.new_blocks,
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
             freed_slots=freed_slots,
-            needs_logits=_need_logits(rows),
-            masked=_masked(rows),
-            run=run,
+            needs_logits=any(
+                row.logprobs is not None or row.processed or row.score is not None for row in rows
+            ),
+            masked=any(row.masked for row in rows),
         )
 
 
@@ -789,14 +531,6 @@ def _queue(
         return
     place = bisect_left if first else bisect_right
     queue.insert(place(queue, request.priority, key=lambda each: each.priority), request)
-
-
-def _need_logits(rows: list[ScheduledRow]) -> bool:
-    return any(row.logprobs is not None or row.processed or row.score is not None for row in rows)
-
-
-def _masked(rows: list[ScheduledRow]) -> bool:
-    return any(row.masked for row in rows)
 
 
 def _slot_start(request: RequestState) -> SlotStart:

@@ -23,7 +23,8 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch, Dispatcher
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
-from minisrv.core.scheduler import ScheduledRow, Scheduler, SchedulerOutput, TokenEvent
+from minisrv.core.scheduler import Scheduler
+from minisrv.core.step import ScheduledRow, SchedulerOutput, TokenEvent
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import (
     KVCacheShape,
@@ -81,12 +82,13 @@ class _InFlight:
 class _GraphSteps:
     """What the steps of each open request ran as, counted by "MODE/reason".
 
-    Steps that go on with the rows of the one before are counted once, for all of the rows, and
-    written to each request when the rows change or somebody asks.
+    Steps of one batch are counted once, for all of its rows, and written to each request when
+    another batch comes or somebody asks.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, dict[str, int]] = {}
+        self._batch_id: int | None = None
         self._rows: list[ScheduledRow] = []
         self._pending: dict[str, int] = {}
 
@@ -94,11 +96,11 @@ class _GraphSteps:
         """A request is there, and has had no step."""
         self._counts[request_id] = {}
 
-    def count(self, rows: list[ScheduledRow], key: str) -> None:
-        """A step of `rows` was launched."""
-        if rows is not self._rows:
+    def count(self, step: SchedulerOutput, key: str) -> None:
+        """A step was launched."""
+        if step.batch_id != self._batch_id:
             self._write()
-            self._rows = rows
+            self._batch_id, self._rows = step.batch_id, step.batch_rows
         self._pending[key] = self._pending.get(key, 0) + 1
 
     def close(self, request_id: str) -> dict[str, int]:
@@ -422,7 +424,7 @@ class EngineCore:
         counts[1] += output.num_tokens
         counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
         self._prefill_tokens += output.num_tokens - output.num_decodes
-        self._graph_steps.count(output.first_rows, f"{mode}/{reason}")
+        self._graph_steps.count(output, f"{mode}/{reason}")
 
     def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
         logprobs, prompt_logprobs = None, []

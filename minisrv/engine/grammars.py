@@ -39,7 +39,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from minisrv.checkpoint import TokenizerDescription
-from minisrv.core.scheduler import ScheduledRow
+from minisrv.core.step import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import SamplingParams, StructuredOutput
 from minisrv.text.recently_used import RecentlyUsed

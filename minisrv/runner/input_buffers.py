@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.ladder import Ladders
-from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.graph.forward_context import AttentionMetadata
 from minisrv.kernels import ALL, Write, gather_decode_op, gather_mixed_op, scatter_op, write_values
 from minisrv.model_config import ModelConfig
@@ -193,7 +193,7 @@ class InputBuffers:
         # A decode row is one token, so this never changes.
         self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
-        self._given: tuple[list[ScheduledRow], BatchDescriptor, int] | None = None
+        self._given: tuple[int, BatchDescriptor, int] | None = None
 
     def fill(
         self, output: SchedulerOutput, descriptor: BatchDescriptor, epilogue_rows: int
@@ -204,21 +204,21 @@ class InputBuffers:
         epilogue_rows: of the padded epilogue behind the hidden states; 0 if none follows.
 
         A uniform decode step is given by its slots alone: the step gathers the rest itself
-        (`gather_decode`), because under lag only the device knows the last tokens. One that goes on
-        with the slots of the step before it is given already.
+        (`gather_decode`), because under lag only the device knows the last tokens. One of the same
+        batch as the step before it is given already.
         """
         upload, given = Upload(), self._given
         tokens, num_rows = descriptor.num_tokens, output.num_rows
         rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
         self.state.apply(output, upload)
-        self._given = (output.first_rows, descriptor, epilogue_rows)
-        if not (output.age and given == self._given):
+        self._given = (output.batch_id, descriptor, epilogue_rows)
+        if not (output.advance and given == self._given):
             slots = np.full(max(rows, epilogue_rows), NULL_SLOT, np.int64)
-            slots[:num_rows] = [row.slot for row in output.first_rows]
+            slots[:num_rows] = [row.slot for row in output.batch_rows]
             upload.add(self.slots, slots)
             if epilogue_rows:
                 indices = np.zeros(epilogue_rows, np.int64)
-                lengths = [row.num_tokens for row in output.first_rows]
+                lengths = [row.num_tokens for row in output.batch_rows]
                 indices[:num_rows] = np.cumsum(lengths, dtype=np.int64) - 1
                 upload.add(self.logits_indices, indices)
         if descriptor.uniform_decode:

@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisrv.core.dispatcher import Dispatch
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.wrapper import CapturedGraph
 from minisrv.modes import Part

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.core.scheduler import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.core.step import ProcessorStart, SchedulerOutput, SlotStart
 from minisrv.runner.input_buffers import to_device
 from minisrv.runner.logprobs import LOGITS_AT_ONCE
 
@@ -53,7 +53,9 @@ class LogitsProcessors:
         self._device = device
         self._table_of: dict[int, int] = {}
         self._free: list[int] = []
-        self._rows: tuple[list[ScheduledRow], _Rows | None] = ([], None)
+        self._rows: _Rows | None = None
+        self._batch_id: int | None = None
+        """The batch that these rows are of."""
         self.counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self.added_ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
         self.added = torch.zeros(0, 0, dtype=torch.float32, device=device)
@@ -109,14 +111,13 @@ class LogitsProcessors:
             self.factors = _grown(self.factors, rows + more, self.factors.shape[1])
             self._free += range(rows, rows + more)
 
-    def process(self, rows: list[ScheduledRow], logits: Tensor, positions: Tensor) -> Tensor:
+    def process(self, step: SchedulerOutput, logits: Tensor, positions: Tensor) -> Tensor:
         """The logits to sample from.
 
-        rows: of the step; of one of a run, its first step's.
         logits: [R, vocab] any float type; not changed. positions: [R] int32, of the tokens to be
             sampled. Returns [R, vocab], `logits` itself if no row asks for a change.
         """
-        found = self._of(rows)
+        found = self._of(step)
         if found is None:
             return logits
         processed = logits.to(torch.float32, copy=True)
@@ -139,27 +140,29 @@ class LogitsProcessors:
         changed: Tensor = values - frequency * counts - presence * (counts > 0)
         return changed
 
-    def count(self, rows: list[ScheduledRow], tokens: Tensor) -> None:
-        """Take note of what a step has sampled. rows: as of `process`. tokens: [R] int64."""
-        found = self._of(rows)
+    def count(self, step: SchedulerOutput, tokens: Tensor) -> None:
+        """Take note of what a step has sampled. tokens: [R] int64."""
+        found = self._of(step)
         if found is not None:
             at = found.table * self.counts.shape[1] + tokens[found.at]
             self.counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
 
-    def _of(self, rows: list[ScheduledRow]) -> _Rows | None:
-        """A run's steps share their rows, whose slots nobody else gets meanwhile."""
-        if rows is not self._rows[0]:
+    def _of(self, step: SchedulerOutput) -> _Rows | None:
+        """The rows of a batch are the same in each of its steps, and nobody else gets their slots
+        meanwhile."""
+        if step.batch_id != self._batch_id:
             table_of = self._table_of
             found = [
                 (at, table_of[row.slot])
-                for at, row in enumerate(rows)
+                for at, row in enumerate(step.batch_rows)
                 if row.samples and row.slot in table_of
             ]
-            sent = None
+            self._rows = None
             if found:
-                sent = _Rows(*to_device(np.array(found, np.int64).T.copy(), self._device).unbind())
-            self._rows = (rows, sent)
-        return self._rows[1]
+                sent = to_device(np.array(found, np.int64).T.copy(), self._device)
+                self._rows = _Rows(*sent.unbind())
+            self._batch_id = step.batch_id
+        return self._rows
 
 
 def _grown(table: Tensor, rows: int, width: int) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.core.scheduler import ScheduledRow
+from minisrv.core.step import ScheduledRow
 from minisrv.request import TokenLogprobs
 from minisrv.runner.input_buffers import to_device
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minisrv.core.dispatcher import Dispatch, StepTime
 from minisrv.core.ladder import Ladders
-from minisrv.core.scheduler import ScheduledRow, SchedulerOutput
+from minisrv.core.step import ScheduledRow, SchedulerOutput, unscheduled_id
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
 from minisrv.graph.certify import Start, certify
@@ -151,7 +151,7 @@ class ModelRunner:
         if dispatch.epilogue is not None:
             if output.masked:
                 assert self.allowed is not None, "made for masked rows"
-                self.masks.send(output.first_rows, self.allowed)
+                self.masks.send(output.batch_rows, self.allowed)
             with set_forward_context(ForwardContext(*dispatch.epilogue, attn=None)):
                 logprobs = self.launch(Part.EPILOGUE, output, dispatch)
         return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
@@ -170,30 +170,30 @@ class ModelRunner:
 
     def _sample_logits(self, output: SchedulerOutput) -> LogprobReport | None:
         """From logits to tokens, with what is done to logits on the way and said of them."""
-        buffers, rows, step = self.buffers, output.num_rows, output.first_rows
+        buffers, rows = self.buffers, output.num_rows
         logits, tokens = buffers.logits[:rows], buffers.tokens[:rows]
-        chosen = self.processors.process(step, logits, buffers.next_positions(rows))
+        chosen = self.processors.process(output, logits, buffers.next_positions(rows))
         if output.masked:
             if chosen is logits:  # which the report is about
                 chosen = logits.clone()
             apply_bitmask_op(chosen, buffers.bitmask[:rows])
         self._sample(chosen)
-        self.processors.count(step, tokens)
+        self.processors.count(output, tokens)
         buffers.scatter(rows)
-        return self._report(step, logits, tokens)
+        return self._report(output.batch_rows, logits, tokens)
 
     def _report(
-        self, step: list[ScheduledRow], logits: Tensor, tokens: Tensor
+        self, rows: list[ScheduledRow], logits: Tensor, tokens: Tensor
     ) -> LogprobReport | None:
         """What the rows want to know, which the host waits for; None if they want nothing."""
-        sampled = [row.logprobs for row in step]
-        scores = any(row.score is not None for row in step)
+        sampled = [row.logprobs for row in rows]
+        scores = any(row.score is not None for row in rows)
         if not scores and not any(count is not None for count in sampled):
             return None
-        prompt: list[list[TokenLogprobs]] = [[] for _ in step]
+        prompt: list[list[TokenLogprobs]] = [[] for _ in rows]
         if scores:
             hidden, compute = self.buffers.hidden, self.model.compute_logits
-            prompt = score_prompts(step, hidden, compute, self.vocab_size)
+            prompt = score_prompts(rows, hidden, compute, self.vocab_size)
         return LogprobReport(report_logprobs(logits, tokens, sampled), prompt)
 
     @property
@@ -325,7 +325,8 @@ class ModelRunner:
         """Record one graph, on padding alone."""
         if not descriptor.forward:
             self.buffers.hidden.zero_()
-        nobody = SchedulerOutput(-1, [], [], [], num_decodes=0, num_tokens=0)
+        unscheduled = unscheduled_id()
+        nobody = SchedulerOutput(unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0)
         epilogue_rows = 0 if descriptor.forward else descriptor.num_tokens
         attn = self.buffers.fill(nobody, descriptor, epilogue_rows)
         context = ForwardContext(mode, descriptor, attn if descriptor.forward else None)

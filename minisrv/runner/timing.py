@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from minisrv.core.dispatcher import Dispatch
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.modes import Part
 from minisrv.runner.logprobs import LogprobReport
 

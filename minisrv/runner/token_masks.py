@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.core.scheduler import ScheduledRow
+from minisrv.core.step import ScheduledRow
 from minisrv.kernels import ALL
 
 

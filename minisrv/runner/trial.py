@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT
-from minisrv.core.scheduler import ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.core.step import ScheduledRow, SchedulerOutput, SlotStart, unscheduled_id
 from minisrv.graph.certify import Start
 from minisrv.kernels import ALL
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
@@ -258,9 +258,11 @@ def _step(
                 logprobs=None,
             )
         )
+    unscheduled = unscheduled_id()
     return SchedulerOutput(
-        step_id=-1,
-        first_rows=rows,
+        step_id=unscheduled,
+        batch_id=unscheduled,
+        batch_rows=rows,
         new_slots=new_slots,
         new_blocks=new_blocks,
         num_decodes=sum(row.decoding for row in batch),

@@ -6,10 +6,12 @@ import random
 from collections import Counter, deque
 from typing import Any
 
+import msgspec
 import pytest
 
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.scheduler import Scheduler, SchedulerOutput
+from minisrv.core.scheduler import Scheduler
+from minisrv.core.step import SchedulerOutput
 from minisrv.engine.core import _GraphSteps
 from minisrv.request import EngineRequest, SamplingParams
 
@@ -107,9 +109,11 @@ class Both:
         assert step_of(step) == step_of(expected)
         if step is None:
             return False
-        self.continued += step.age > 0
+        sent = msgspec.msgpack.encode(step)
+        assert msgspec.msgpack.decode(sent, type=SchedulerOutput) == step, "a step is plain data"
+        self.continued += step.advance > 0
         key = self.draw.choice(("FULL/fits", "FULL/cheaper"))
-        self.counted.count(step.first_rows, key)
+        self.counted.count(step, key)
         for row in step.rows:
             if row.request_id in self.ran:
                 self.ran[row.request_id][key] += 1

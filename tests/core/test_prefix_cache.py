@@ -10,9 +10,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from minisrv.core import scheduler as scheduler_module
+from minisrv.core import request_state
 from minisrv.core.kv_cache import BlockPool, hash_block
-from minisrv.core.scheduler import Scheduler, SchedulerOutput, TokenEvent
+from minisrv.core.scheduler import Scheduler
+from minisrv.core.step import SchedulerOutput, TokenEvent
 from minisrv.request import EngineRequest, SamplingParams
 
 BLOCK = 4
@@ -223,7 +224,7 @@ def test_keys_and_salts_keep_requests_apart():
 
 
 def test_nothing_is_found_or_hashed_when_it_is_off(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "hash_block", None)
+    monkeypatch.setattr(request_state, "hash_block", None)
     run = Run(enable_prefix_caching=False)
     assert [run.start("a", TEXT[:9]), run.start("b", TEXT[:9])] == [0, 0]
     assert run.scheduler.prefix_cache_queries == run.scheduler.prefix_cache_hits == 0
@@ -303,7 +304,7 @@ def test_a_block_is_hashed_once(monkeypatch):
         calls[tuple(token_ids)] += 1
         return hash_block(salt, parent, token_ids)
 
-    monkeypatch.setattr(scheduler_module, "hash_block", counts)
+    monkeypatch.setattr(request_state, "hash_block", counts)
     run = Run(max_num_seqs=1)
     run.add("a", TEXT[:21], most=20)
     run.add("b", TEXT[20:40], most=1)

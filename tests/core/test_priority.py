@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.scheduler import PASSES, Scheduler, SchedulerOutput
+from minisrv.core.scheduler import PASSES, Scheduler
+from minisrv.core.step import SchedulerOutput
 from minisrv.request import EngineRequest, SamplingParams
 
 BLOCK = 4

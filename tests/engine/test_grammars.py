@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minisrv.config import EngineConfig
-from minisrv.core.scheduler import ScheduledRow
+from minisrv.core.step import ScheduledRow
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.kernels import ALL, apply_bitmask

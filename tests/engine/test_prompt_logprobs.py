@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
-from minisrv.core.scheduler import RequestState, Scheduler
+from minisrv.core.request_state import RequestState
+from minisrv.core.scheduler import Scheduler
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs

@@ -19,7 +19,7 @@ from torch import Tensor
 from minisrv.config import EngineConfig
 from minisrv.core import ladder
 from minisrv.core.dispatcher import Dispatch
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
 from minisrv.graph.certify import Start

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
-from minisrv.core.scheduler import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.core.step import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.kernels.sampling import scores
@@ -144,17 +144,17 @@ def test_tables_grow_and_rows_are_used_again():
     freed: list[int] = []
     for slot in range(1, 9):
         start = SlotStart(slot, params, 0, ProcessorStart([1], [4, 4, slot + 10], frozenset()))
-        rows = [row(slot)]
-        processors.start(SchedulerOutput(0, rows, [start], [], 1, 1, freed_slots=freed))
-        processors.count(rows, torch.tensor([5]))
-        found = processors.process(rows, logits, torch.tensor([9]))
+        step = SchedulerOutput(slot, slot, [row(slot)], [start], [], 1, 1, freed_slots=freed)
+        processors.start(step)
+        processors.count(step, torch.tensor([5]))
+        found = processors.process(step, logits, torch.tensor([9]))
         expected = torch.zeros(VOCAB_SIZE)
         expected[4], expected[5], expected[slot + 10] = -2, -1, -1
         assert torch.equal(found[0], expected)
         freed = [slot]
     assert len(processors.counts) == 1
     assert not logits.any(), "log-probabilities are of the logits as they were"
-    unfinished = [row(8, samples=False)]
+    unfinished = SchedulerOutput(9, 9, [row(8, samples=False)], [], [], 0, 1)
     assert processors.process(unfinished, logits, torch.tensor([9])) is logits
 
 

@@ -14,7 +14,7 @@ import torch
 
 from minisrv.core.kv_cache import FreeList
 from minisrv.core.ladder import decode_descriptor
-from minisrv.core.scheduler import SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
