@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minisrv.cli import engine_config
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
@@ -93,7 +94,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     sizes = [int(size) for size in options.batch.split(",")]
-    engine = EngineCore(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    engine = EngineCore(
+        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    )
     results = [measure(engine, size, options.context, options.steps) for size in sizes]
     table = Table("batch", "step us", "host us", box=None)
     for found in results:

@@ -67,14 +67,14 @@ def open_and_use(directory: Path) -> str:
         checkpoint = open_checkpoint(config)
         checkpoint.save(directory / "saved")
         # Not before, as in a launcher.
-        from minisrv.engine.core import EngineCore
+        from minisrv.engine.builder import build_engine
         from minisrv.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
         with suppress(RequestError):  # the answer to that request
             tokenizer.decode(tokenizer.encode(CHAT[0]["content"]))
             tokenizer.apply_chat_template(CHAT)
-        EngineCore(config, checkpoint=checkpoint)
+        build_engine(config, checkpoint=checkpoint)
     except MinisrvError as error:
         return type(error).__name__ if len(error.message) < MAX_MESSAGE else "RAISED a long message"
     return "opened"
@@ -166,7 +166,7 @@ def run(root: Path, seeds: range, ways: list[str]) -> dict[str, Any]:
         from tests.checkpoints import make_checkpoint
     # Before forking; not before a launcher, whose process this file runs too.
     import minisrv.checkpoint.by_transformers
-    import minisrv.engine.core
+    import minisrv.engine.builder
     import minisrv.text.tokenizer  # noqa: F401
 
     good = make_checkpoint(root / "good", num_hidden_layers=1)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minisrv.cli import engine_config
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
@@ -89,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--engine-flags", default="", help="as minisrv serve takes them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
-    engine = EngineCore(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    engine = EngineCore(
+        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    )
     draw = random.Random(0)
     lengths = {"input_tokens": options.input_tokens, "output_tokens": options.output_tokens}
     results = []

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clients.needs import needs
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.environment import environment
 from minisrv.modes import CUDAGraphMode
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     for chunk in map(int, options.chunks.split(",")):
         for mode in options.modes.split(","):
             print(f"{mode}, {chunk} tokens in a step", file=sys.stderr, flush=True)
-            engine = EngineCore(configure(config, mode, chunk))
+            engine = EngineCore(build_engine(configure(config, mode, chunk)))
             run(engine, replace(load, prompts=2))  # kernels of these shapes are loaded
             results.append({"mode": mode, "chunk": chunk, **run(engine, load)})
             device = engine.info.device

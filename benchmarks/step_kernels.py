@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minisrv.bench.measure import copy_bandwidth
 from minisrv.cli import engine_config
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
@@ -158,7 +159,9 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU, and torch finds none")
-    engine = EngineCore(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    engine = EngineCore(
+        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+    )
     bandwidth = copy_bandwidth(engine.runner.buffers.device)
     console = Console()
     batches = []

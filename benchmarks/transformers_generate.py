@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from minisrv.checkpoint import resolve_checkpoint
 from minisrv.cli import engine_config
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
@@ -146,7 +147,7 @@ def main() -> None:
             *shlex.split(options.engine_flags),
         ]
     )
-    engine = EngineCore(config)
+    engine = EngineCore(build_engine(config))
     ours = with_minisrv(engine)
     theirs = with_transformers(directory, getattr(torch, options.dtype))
 

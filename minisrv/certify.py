@@ -21,7 +21,7 @@ from rich.table import Table
 from minisrv import __version__
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
-from minisrv.engine.core import EngineCore
+from minisrv.engine.builder import build_engine
 from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph.certify import certify
 from minisrv.modes import BatchDescriptor
@@ -80,7 +80,7 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
         raise ConfigError(f"--json {json_path}: not a file in an existing directory.")
     progress = StartupProgress()
     try:
-        runner = EngineCore(config, progress, check_addresses=True).runner
+        runner = build_engine(config, progress, check_addresses=True).runner
         start = time.perf_counter()
         graphs = sweep(runner, lambda done, total: progress("certifying graphs", done, total))
         seconds = time.perf_counter() - start

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from minisrv.checkpoint import GenerationConfig, TokenizerDescription, open_checkpoint
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError, RequestError, nearest
 from minisrv.modes import CUDAGraphMode
@@ -140,7 +141,7 @@ class LLM:
         self._described = checkpoint.tokenizer
         self._defaults = _default_params(checkpoint.generation)
         progress = StartupProgress()
-        self.engine = EngineCore(config, progress, checkpoint=checkpoint)
+        self.engine = EngineCore(build_engine(config, progress, checkpoint=checkpoint))
         progress.close()
         self._count = 0
 

@@ -92,12 +92,12 @@ def print_plan(config: EngineConfig) -> None:
 def print_measured_plan(config: EngineConfig) -> None:
     """Start the engine, print the coverage that it serves with and what each graph costs. Raises
     the start-up branches of `minisrv.errors`."""
-    from minisrv.engine.core import EngineCore
+    from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes
 
     progress = StartupProgress()
     try:
-        engine = EngineCore(config, progress)
+        engine = build_engine(config, progress)
         times = engine.times or engine.runner.time_graphs()
     finally:
         progress.close()

@@ -203,7 +203,7 @@ def test_every_start_is_tried(run, monkeypatch):
 def test_what_does_not_fit_is_refused_before_weights_are_read(
     checkpoint, flags, what, monkeypatch, capsys
 ):
-    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     assert cli.main(["certify", "--model", checkpoint, *flags]) == 1
     assert what in capsys.readouterr().err
 

@@ -17,7 +17,8 @@ import torch
 from minisrv import cli
 from minisrv.cli import engine_config, main
 from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
-from minisrv.engine.core import dtype_name, resolve_dtype
+from minisrv.engine.builder import dtype_name, resolve_dtype
+from minisrv.engine.platforms import CPUPlatform
 from minisrv.errors import ConfigError
 from minisrv.flags import field_docs, flag_name
 from minisrv.vllm_flags import FLAGS, why_not_here
@@ -149,7 +150,7 @@ def test_a_context_is_given_as_for_vllm(text: str, tokens: int | None) -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("half", "float16"), ("float", "float32")])
 def test_dtypes_have_two_names(name: str, dtype: str) -> None:
     config, model = EngineConfig(dtype=name), SimpleNamespace(dtype="bfloat16")
-    resolved = resolve_dtype(config, model, torch.device("cpu"))
+    resolved = resolve_dtype(config, model, CPUPlatform())
     assert resolved is getattr(torch, dtype)
     assert dtype_name(resolved) == dtype
 

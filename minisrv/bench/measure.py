@@ -25,8 +25,10 @@ from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import Ladders, ladders_of
-from minisrv.engine.core import EngineCore, Progress, resolve_device
+from minisrv.engine.builder import build_engine
+from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import EngineInfo
+from minisrv.engine.platforms import Progress, platform_of
 from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
@@ -133,21 +135,22 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
-    """Start an engine and measure it. Raises what `EngineCore` raises, and before it reads weights
-    ConfigError for what cannot be compared or does not fit."""
+    """Start an engine and measure it. Raises what `build_engine` raises, and before it reads
+    weights ConfigError for what cannot be compared or does not fit."""
     if config.graph_mode is NONE:
         raise ConfigError(
             "bench compares eager steps with graphs, and there are none; leave out "
             "--enforce-eager and --cudagraph-mode none."
         )
-    config = replace(config, device=resolve_device(config).type)
+    config = replace(config, device=platform_of(config).device.type)
     course = Course(settings, ladders_of(config))
 
     def check(context: int, kv_blocks: int | None) -> None:
         course.check(context, config.block_size, kv_blocks)
 
     check(context_length(config, open_checkpoint(config, weights=False).model), None)
-    return Bench(EngineCore(config, progress, before_loading=check), settings).run(progress)
+    engine = EngineCore(build_engine(config, progress, before_loading=check))
+    return Bench(engine, settings).run(progress)
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
@@ -288,7 +291,7 @@ class Bench:
         self.engine = engine
         self.settings = settings
         self.clock = clock
-        course, info = Course(settings, engine.ladders), engine.info
+        course, info = Course(settings, engine.dispatcher.ladders), engine.info
         course.check(info.max_model_len, info.block_size, info.num_kv_blocks)
         self.batch_sizes = course.batch_sizes
         self.prompt_length = course.prompt_length

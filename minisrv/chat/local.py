@@ -14,6 +14,7 @@ from typing import Any
 from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
 from minisrv.checkpoint import open_checkpoint
 from minisrv.config import ChatConfig, EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ContextLengthError
 from minisrv.progress import StartupProgress
@@ -38,7 +39,7 @@ class LocalModel:
         self._tokenizer = Tokenizer.from_description(self._checkpoint.tokenizer)
         progress = StartupProgress()
         try:
-            self._engine = EngineCore(config, progress, checkpoint=self._checkpoint)
+            self._engine = EngineCore(build_engine(config, progress, checkpoint=self._checkpoint))
         finally:
             progress.close()
         self._count = 0

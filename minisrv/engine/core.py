@@ -1,64 +1,23 @@
 """The step loop without a process around it: requests in, tokens out.
 
-Knows: how a checkpoint becomes a running engine, and the order of a step (schedule, dispatch, run,
-update) at a lag of zero or one. Counts every step by mode and reason, and by request.
-Knows nothing of sockets, text or HTTP.
+Knows: the order of a step (schedule, dispatch, run, update) at a lag of zero or one. Counts every
+step by mode and reason, and by request. Knows nothing of how its parts are made, nor of sockets,
+text or HTTP.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import deque
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-import torch
-
-from minisrv import threads
-from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
-from minisrv.config import EngineConfig
-from minisrv.core.dispatcher import Dispatch, Dispatcher
-from minisrv.core.kv_cache import BlockPool
-from minisrv.core.ladder import ladders_of
-from minisrv.core.scheduler import Scheduler
+from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput, TokenEvent
-from minisrv.engine.grammars import Grammars
-from minisrv.engine.memory import (
-    KVCacheShape,
-    cache_before_loading,
-    check_fits,
-    check_sizes,
-    fit_context,
-    num_kv_blocks,
-    plan_memory,
-)
-from minisrv.engine.messages import EngineInfo, EngineStats, StepCount
-from minisrv.errors import ConfigError, EngineDeadError, MinisrvError, RequestError
-from minisrv.graph.cpu_tape import CPUTapeBackend
-from minisrv.graph.cuda import CUDABackend
-from minisrv.kernels.linear import multiplies_bfloat16
-from minisrv.kernels.native import native
-from minisrv.machine import no_gpu
-from minisrv.model_config import ModelConfig
-from minisrv.nn.loader import load_model
-from minisrv.progress import StartupClock
+from minisrv.engine.builder import EngineParts
+from minisrv.engine.messages import EngineStats, StepCount
+from minisrv.errors import EngineDeadError, MinisrvError, RequestError
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
-from minisrv.runner.input_buffers import BufferSizes
-from minisrv.runner.launches import simulate_launches
-from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase of the start-up, how much of it is done, and of how much."""
-
 
 GRAMMAR_SECONDS = 0.01
 """What a step that has nothing to run waits for a grammar, before it looks for requests again."""
@@ -118,138 +77,20 @@ class _GraphSteps:
 
 
 class EngineCore:
-    """An engine, ready when constructed.
+    """An engine, made of the parts of `builder.build_engine`."""
 
-    progress: told about loading and capturing.
-    checkpoint: the one that `config` names, where it has been opened already.
-    clock: of a start-up that has begun before this; its phases go on here.
-    before_loading: told the context and the KV blocks before weights are read, on a GPU the most
-        that they may be; a ConfigError of its is raised.
-    check_addresses: see `CUDAGraphWrapper`; for tests.
-    Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        progress: Progress = lambda phase, done, total: None,
-        *,
-        checkpoint: Checkpoint | None = None,
-        clock: StartupClock | None = None,
-        before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
-        check_addresses: bool = False,
-    ) -> None:
-        threads.limit()
-        self._clock = clock or StartupClock()
-        with self._timed("device"):
-            device = resolve_device(config)
-        self.config = config = replace(config, device=device.type)
-        self.ladders = ladders_of(config)
-        with self._timed("checkpoint"):
-            checkpoint = checkpoint or open_checkpoint(config)
-        told = checkpoint.model
-        dtype = resolve_dtype(config, told, device)
-        available = cache_before_loading(config, told, device, dtype)
-        context = fit_context(config, told, dtype, context_length(config, told), available)
-        most_blocks = num_kv_blocks(
-            config, KVCacheShape.of(config, told, context, dtype), available
-        )
-        if device.type == "cpu":
-            sizes = BufferSizes.of(self.ladders, context, config.block_size)
-            check_sizes(config, told, dtype, sizes, most_blocks)
-        before_loading(context, most_blocks)
-        model_config = told.for_context(context)
-        if device.type == "cpu":
-            with self._timed("kernels"):
-                progress("compiling kernels", 0, 1)
-                native()
-                progress("compiling kernels", 1, 1)
-        with self._timed("weights"):
-            model = load_model(
-                model_config,
-                checkpoint.directory,
-                dtype=dtype,
-                device=device,
-                load_format=config.load_format,
-                seed=config.seed,
-                progress=lambda done, total: progress("loading weights", done, total),
-            )
-            model.prepare(int8=config.quantization == "int8")
-
-        with self._timed("tokenizer"):
-            self._grammars = Grammars(
-                checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
-            )
-
-        def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
-            return ModelRunner(
-                model,
-                model_config,
-                self.ladders,
-                CPUTapeBackend() if device.type == "cpu" else CUDABackend(device),
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                max_model_len=context,
-                dtype=dtype,
-                device=device,
-                allowed=self._grammars,
-                check_addresses=check_addresses,
-            )
-
-        shape = KVCacheShape.of(config, model_config, context, dtype)
-        with self._timed("memory"):
-            self.memory = plan_memory(config, shape, device, make_runner, available)
-            context = fit_context(config, model_config, dtype, context, self.memory.cache)
-            shape = KVCacheShape.of(config, model_config, context, dtype)
-            num_blocks = num_kv_blocks(config, shape, self.memory.cache)
-            self.runner = make_runner(num_blocks, context)
-        if not self.ladders.keys():
-            logger.info("no graphs are captured: every step runs eagerly")
-        with self._timed("graphs"):
-            self.runner.capture_graphs(
-                lambda done, total: progress("capturing graphs", done, total)
-            )
-            # A CPU's times differ by more than a choice between two graphs could save.
-            self.times = self.runner.time_graphs() if device.type == "cuda" else {}
-            check_fits(config, self.memory, shape, self.runner)
-        if config.simulate_launch_us:
-            logger.warning(
-                "SIMULATED: every launch takes %g us longer; no time is the machine's own",
-                config.simulate_launch_us,
-            )
-            simulate_launches(self.runner, config.simulate_launch_us)
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, config.block_size),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=context,
-            max_waiting=config.max_waiting,
-            eos_token_ids=checkpoint.generation.eos_token_ids,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
-        self.dispatcher = Dispatcher(self.ladders, self.times)
-        self.info = EngineInfo(
-            # A cache smaller than the context is the limit that requests meet.
-            max_model_len=min(context, self.scheduler.pool.capacity),
-            vocab_size=model_config.vocab_size,
-            num_kv_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_waiting=config.max_waiting,
-            dtype=dtype_name(dtype),
-            device=str(device),
-            cudagraph_mode=self.ladders.mode.value,
-            graphs=len(self.runner.graph_bytes),
-            startup_seconds=self._clock.seconds,
-            simulated_launch_us=config.simulate_launch_us,
-        )
+    def __init__(self, parts: EngineParts) -> None:
+        self.config = parts.config
+        self.scheduler = parts.scheduler
+        self.dispatcher = parts.dispatcher
+        self.runner = parts.runner
+        self.info = parts.info
+        self._grammars = parts.grammars
+        self._lag = parts.lag
         self._broken = False
-        ahead = config.async_scheduling
-        self._lag = int(device.type == "cuda" if ahead is None else ahead)
         self._follows = False
         self._in_flight: deque[_InFlight] = deque()
-        self._seeds = random.Random(config.seed)
+        self._seeds = random.Random(parts.config.seed)
         self._steps: dict[tuple[str, str], list[int]] = {}
         self._graph_steps = _GraphSteps()
         self._gpu_busy_ms = 0.0
@@ -257,19 +98,6 @@ class EngineCore:
         self._prompt_tokens = 0
         self._prefill_tokens = 0
         self._generated_tokens = 0
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """A phase of the start-up: all that has happened since the one before it."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"the GPU's memory was full at start-up ({phase}): {error} Serve a smaller model "
-                "or dtype, lower --kv-cache-memory or --gpu-memory-utilization, lower "
-                "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU."
-            ) from error
-        self._clock.end(phase)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -465,43 +293,3 @@ class EngineCore:
             gpu_idle_ms=self._gpu_idle_ms,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
         )
-
-
-# ---- settings resolved against the model and the machine ---------------------------------------
-
-
-def resolve_device(config: EngineConfig) -> torch.device:
-    """`auto` is the current GPU where there is one. Raises ConfigError where a GPU is wanted and
-    there is none."""
-    there = torch.cuda.is_available()
-    if config.device == "cuda" and not there:
-        raise no_gpu("torch sees no GPU here")
-    if config.device == "cpu" or not there:
-        return torch.device("cpu")
-    if config.quantization is not None:  # device auto, which has found a GPU
-        raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def resolve_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The serving dtype. On a GPU `auto` keeps half precision as it is and rounds all else to
-    bfloat16. On a CPU it keeps bfloat16 where the CPU multiplies it natively, as it is half as many
-    bytes to read, and widens all else to float32."""
-    name, why = config.dtype, "as asked for"
-    if config.quantization == "int8":
-        name, why = "bfloat16", "the activations of int8 weights"
-    elif name == "auto" and device.type == "cuda":
-        half = model.dtype in ("bfloat16", "float16")
-        name, why = model.dtype if half else "bfloat16", "half precision, as GPUs like it"
-    elif name == "auto" and model.dtype == "bfloat16" and multiplies_bfloat16():
-        name, why = "bfloat16", "which this CPU multiplies natively"
-    elif name == "auto":
-        name, why = "float32", "the fastest here that loses nothing"
-    dtype: torch.dtype = getattr(torch, name)
-    logger.info("weights are %s, served in %s: %s", model.dtype, dtype_name(dtype), why)
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """E.g. "float16", which may have been asked for as "half"."""
-    return str(dtype).removeprefix("torch.")

@@ -128,11 +128,14 @@ class _EngineServer:
         clock.end("engine process")
         logger.info("importing torch")  # nobody is told by messages before it has been
         # Here, so that workers can connect while torch is imported.
+        from minisrv.engine.builder import build_engine
         from minisrv.engine.core import EngineCore
 
         clock.end("imports")
         threads.limit(beside=1)  # the API worker
-        self.core = EngineCore(config, self._progress, checkpoint=checkpoint, clock=clock)
+        self.core = EngineCore(
+            build_engine(config, self._progress, checkpoint=checkpoint, clock=clock)
+        )
         # What is there now stays: a collection that went through all of it would hold a step up.
         gc.collect()
         gc.freeze()

@@ -11,6 +11,8 @@ from matplotlib import rc_context
 from minisrv.bench.measure import BLOCK, Bench
 from minisrv.cli import main
 from minisrv.config import BenchConfig, EngineConfig
+from minisrv.core.ladder import ladders_of
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from tests.checkpoints import make_checkpoint
 
@@ -38,7 +40,9 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint) -> EngineCore:
-    return EngineCore(EngineConfig(model=checkpoint, max_num_seqs=4, max_num_batched_tokens=24))
+    return EngineCore(
+        build_engine(EngineConfig(model=checkpoint, max_num_seqs=4, max_num_batched_tokens=24))
+    )
 
 
 class Clock:
@@ -90,7 +94,7 @@ def test_contexts_are_as_asked_for_in_the_middle_and_nothing_is_left(engine):
     assert first == pytest.approx(40 - steps / 2, abs=3)
     assert not engine.has_work
     assert engine.scheduler.pool.num_used == 0
-    assert engine.dispatcher.ladders == engine.ladders
+    assert engine.dispatcher.ladders == ladders_of(engine.config)
 
 
 def run(checkpoint: str, *flags: str) -> int:
@@ -176,7 +180,7 @@ def test_modes_without_graphs_are_left_out(
 )
 def test_what_cannot_be_measured_is_refused(checkpoint, flags, what, capsys, monkeypatch):
     """Before weights are read."""
-    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     assert run(checkpoint, *flags) == 1
     assert what in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ from benchmarks import (
 )
 from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
@@ -28,7 +29,9 @@ def test_the_15m_llama_is_what_it_says_and_loads(tmp_path):
     model = make_llama_15m.make(tmp_path)
     assert sum(weight.numel() for weight in model.parameters()) == 15_735_168
     prompt = Tokenizer.from_directory(tmp_path).encode("Once upon a time")
-    engine = EngineCore(EngineConfig(model=str(tmp_path), enforce_eager=True, max_num_seqs=1))
+    engine = EngineCore(
+        build_engine(EngineConfig(model=str(tmp_path), enforce_eager=True, max_num_seqs=1))
+    )
     params = SamplingParams(max_tokens=1, temperature=0.0)
     engine.add(EngineRequest(request_id="a", prompt_token_ids=prompt, params=params))
     [output] = engine.step()
@@ -46,7 +49,9 @@ def test_a_dummy_has_text_for_every_token(tmp_path):
     assert "" not in texts
     assert len(set(texts[256:])) == size - 256
     assert tokenizer.decode(tokenizer.encode("été, 1 2")) == "été, 1 2"
-    engine = EngineCore(EngineConfig(model=str(dummy), load_format="dummy", enforce_eager=True))
+    engine = EngineCore(
+        build_engine(EngineConfig(model=str(dummy), load_format="dummy", enforce_eager=True))
+    )
     assert engine.info.vocab_size == size
 
 

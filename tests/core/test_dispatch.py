@@ -287,7 +287,7 @@ def test_plan_needs_no_device_to_say_what_full_would_capture():
 )
 def test_plan_refuses_what_serve_does(flags, what, measure, monkeypatch, capsys):
     """Before weights are read."""
-    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     assert main(["plan", *measure, *flags]) == 1
     assert what in capsys.readouterr().err
 

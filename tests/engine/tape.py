@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.kernels.sampling import scores
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
@@ -91,7 +92,7 @@ class Played:
 
 def play(tape: list[Entry], config: EngineConfig) -> Played:
     """Run the tape to its end and check that nothing is left behind."""
-    engine = EngineCore(config, check_addresses=True)
+    engine = EngineCore(build_engine(config, check_addresses=True))
     tokens: dict[str, list[int]] = {entry.request.request_id: [] for entry in tape}
     reasons: dict[str, FinishReason] = {}
     leaves = {entry.request.request_id: entry.abort_after for entry in tape}

@@ -16,6 +16,7 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.core.step import ScheduledRow
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.kernels import ALL, apply_bitmask
@@ -69,7 +70,7 @@ def start(checkpoint: Path, tape_holds_mixed_batches: None) -> Any:
             async_scheduling=bool(lag),
             **{**limits, **settings},
         )
-        return EngineCore(config, check_addresses=True)
+        return EngineCore(build_engine(config, check_addresses=True))
 
     return make
 
@@ -454,7 +455,9 @@ def test_a_model_without_an_end_is_told_why(checkpoint: Path, tmp_path: Path) ->
         config = json.loads((checkpoint / name).read_text())
         config |= {"eos_token_id": None, "eos_token": None}
         (tmp_path / name).write_text(json.dumps(config))
-    engine = EngineCore(EngineConfig(model=str(tmp_path), device="cpu", enforce_eager=True))
+    engine = EngineCore(
+        build_engine(EngineConfig(model=str(tmp_path), device="cpu", enforce_eager=True))
+    )
     [end] = run(engine, request("x", StructuredOutput(kind=Kind.JSON_OBJECT)))["x"]
     assert end.error is not None
     assert "does not allow structured output" in end.error.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.results import DeviceTime, StepResult
@@ -23,7 +24,7 @@ def test_an_engine_without_requests_does_not_idle(tmp_path, monkeypatch, lag):
         max_num_batched_tokens=8,
         async_scheduling=lag,
     )
-    engine = EngineCore(config)
+    engine = EngineCore(build_engine(config))
 
     def run(name: str, *, steps: int, most: int) -> float:
         before = engine.stats().gpu_idle_ms

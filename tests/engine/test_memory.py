@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from minisrv.config import EngineConfig
-from minisrv.engine import memory
-from minisrv.engine.core import EngineCore
-from minisrv.engine.memory import (
-    KVCacheShape,
-    MemoryPlan,
-    cache_before_loading,
-    check_fits,
-    fit_context,
-    num_kv_blocks,
-)
+from minisrv.engine.builder import build_engine
+from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
+from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu
 from minisrv.errors import ConfigError
 from minisrv.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint
@@ -73,29 +66,29 @@ def test_a_context_that_is_asked_for_fits_or_is_refused():
 
 
 def test_a_cpus_cache_is_half_of_what_weights_leave(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(cpu, "available_memory", lambda: 10**9)
     for tied, copies in ((False, 2), (True, 2)):
         model = replace(MODEL, tie_word_embeddings=tied)
         layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96
         weights = 2 * layer + copies * 384 * 64
-        found = cache_before_loading(CONFIG, model, torch.device("cpu"), torch.float32)
+        found = CPUPlatform().cache_before_loading(CONFIG, model, torch.float32)
         assert found == (10**9 - 4 * weights) // 2
     asked = replace(CONFIG, kv_cache_memory=77)
-    assert cache_before_loading(asked, MODEL, torch.device("cpu"), torch.float32) == 77
+    assert CPUPlatform().cache_before_loading(asked, MODEL, torch.float32) == 77
 
 
 def test_weights_that_do_not_fit_are_refused_as_what_they_are(monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 300_000)
+    monkeypatch.setattr(cpu, "available_memory", lambda: 300_000)
     with pytest.raises(ConfigError, match=r"the weights take 0\.4 MiB, and 0\.3 MiB of memory"):
-        cache_before_loading(CONFIG, MODEL, torch.device("cpu"), torch.float32)
+        CPUPlatform().cache_before_loading(CONFIG, MODEL, torch.float32)
 
 
 def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     """As `minisrv serve Qwen/Qwen3-0.6B` on a CPU, which could not start with defaults."""
     checkpoint = str(make_checkpoint(tmp_path, "llama"))
-    monkeypatch.setattr(memory, "available_memory", lambda: 6 * 10**5)
+    monkeypatch.setattr(cpu, "available_memory", lambda: 6 * 10**5)
     few = {"max_num_seqs": 8, "max_num_batched_tokens": 8}
-    engine = EngineCore(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, **few))
+    engine = build_engine(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, **few))
     assert 16 <= engine.info.max_model_len < 512
     assert engine.info.max_model_len == engine.scheduler.pool.capacity
 
@@ -117,30 +110,46 @@ def test_what_no_memory_holds_is_refused_before_any_of_it_is_taken(
     flags, words, monkeypatch, tmp_path
 ):
     checkpoint = str(make_checkpoint(tmp_path, "llama", vocab_size=1 << 10))
-    monkeypatch.setattr(memory, "available_memory", lambda: 40 << 20)
-    monkeypatch.setattr("minisrv.engine.core.load_model", None)
+    monkeypatch.setattr(cpu, "available_memory", lambda: 40 << 20)
+    monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     limits = {"max_num_seqs": 4, **flags}
     with pytest.raises(ConfigError, match=words):
-        EngineCore(EngineConfig(model=checkpoint, device="cpu", **limits))
+        build_engine(EngineConfig(model=checkpoint, device="cpu", **limits))
 
 
 def test_blocks_that_are_asked_for_are_taken_as_they_are():
     assert num_kv_blocks(replace(CONFIG, num_kv_blocks=7), SHAPE, 0) == 7
 
 
-def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(monkeypatch, tmp_path):
+class Gpu(CUDAPlatform):
+    """One that says how much of it is used."""
+
+    def __init__(self, used: int, allowed: int) -> None:
+        super().__init__(torch.device("cuda"))
+        self._used = used
+        self._allowed = allowed
+
+    def allowed_bytes(self, config: EngineConfig) -> int:
+        return self._allowed
+
+    def used_bytes(self) -> int:
+        return self._used
+
+    def release(self) -> None:
+        pass
+
+
+def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(tmp_path):
     checkpoint = str(make_checkpoint(tmp_path, "llama"))
     config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
-    runner = EngineCore(config).runner
+    runner = build_engine(config).runner
     shape = KVCacheShape(per_block=1 << 20, per_row=1)
     plan = MemoryPlan(cache=1 << 30, graphs=5 << 20)
-    for name, value in (("_release", None), ("_used", 900 << 20), ("_allowed", 890 << 20)):
-        monkeypatch.setattr(memory, name, lambda *args, value=value: value)
+    gpu = Gpu(used=900 << 20, allowed=890 << 20)
     with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
-        check_fits(config, plan, shape, runner)
-    check_fits(config, MemoryPlan(cache=1 << 30), shape, runner)
-    monkeypatch.setattr(memory, "_allowed", lambda *args: 900 << 20)
-    check_fits(config, plan, shape, runner)
+        gpu.check_plan(config, plan, shape, runner)
+    gpu.check_plan(config, MemoryPlan(cache=1 << 30), shape, runner)
+    Gpu(used=900 << 20, allowed=900 << 20).check_plan(config, plan, shape, runner)
 
 
 @pytest.mark.gpu
@@ -150,7 +159,7 @@ def test_what_the_probe_says_is_enough_and_little_more(share):
     config = EngineConfig(
         device="cuda", gpu_memory_utilization=share, max_num_seqs=512, max_num_batched_tokens=2048
     )
-    engine = EngineCore(config)
+    engine = build_engine(config)
     actual = sum(engine.runner.graph_bytes.values())
     assert engine.memory.graphs is not None
     assert actual <= engine.memory.graphs <= 2 * actual + (64 << 20)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from minisrv.config import EngineConfig
 from minisrv.core.request_state import RequestState
 from minisrv.core.scheduler import Scheduler
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
@@ -46,7 +47,7 @@ def start(checkpoint: str, mode: str = "none", lag: bool = False, **settings) ->
         async_scheduling=lag,
         **limits | settings,
     )
-    return EngineCore(config, check_addresses=True)
+    return EngineCore(build_engine(config, check_addresses=True))
 
 
 def ask(engine: EngineCore, name: str, prompt: list[int], **params) -> None:

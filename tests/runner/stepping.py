@@ -20,6 +20,7 @@ from minisrv.config import EngineConfig
 from minisrv.core import ladder
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
 from minisrv.graph.certify import Start
@@ -116,7 +117,9 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         patch.setattr(ladder, "captures_mixed", lambda device: True)
         if not certified:
             patch.setattr(model_runner, "certify", capture_behind_a_run)
-        return EngineCore(EngineConfig(**{**limits, **settings}), check_addresses=True)
+        return EngineCore(
+            build_engine(EngineConfig(**{**limits, **settings}), check_addresses=True)
+        )
 
 
 def capture_behind_a_run(trial: StepTrial, capture: Callable[[], None]) -> None:

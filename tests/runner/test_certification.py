@@ -12,7 +12,8 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import build_ladders
-from minisrv.engine import core
+from minisrv.engine import builder
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph import cpu_tape
@@ -35,15 +36,17 @@ def checkpoint(tmp_path_factory) -> str:
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, "device": "cpu"}
     return EngineCore(
-        EngineConfig(
-            model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **{**limits, **settings}
-        ),
-        check_addresses=True,
+        build_engine(
+            EngineConfig(
+                model=checkpoint, cudagraph_mode=CUDAGraphMode(mode), **{**limits, **settings}
+            ),
+            check_addresses=True,
+        )
     )
 
 
 def test_full_is_refused_on_a_cpu_before_anything_is_loaded(checkpoint, monkeypatch):
-    monkeypatch.setattr(core, "load_model", None)
+    monkeypatch.setattr(builder, "load_model", None)
     with pytest.raises(
         ConfigError, match="cudagraph_mode=full .* device=cpu .* full-and-piecewise"
     ):
@@ -53,7 +56,7 @@ def test_full_is_refused_on_a_cpu_before_anything_is_loaded(checkpoint, monkeypa
 @pytest.mark.parametrize("mode", ["piecewise", "full-decode-only", "full", "full-and-piecewise"])
 def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
-    assert engine.info.graphs == len(engine.ladders.keys()) > 0
+    assert engine.info.graphs == len(engine.dispatcher.ladders.keys()) > 0
     runner = engine.runner
     assert not runner.state.block_table.any()
     assert not runner.state.last_token.any()
@@ -67,8 +70,8 @@ def test_a_cache_too_small_for_a_full_batch_certifies_what_it_holds(checkpoint, 
 
 def test_user_sizes_above_the_limits_certify(checkpoint):
     engine = start(checkpoint, max_num_batched_tokens=64, cudagraph_capture_sizes=(4, 64))
-    assert engine.ladders.decode == (4, 64)
-    assert engine.ladders.mixed == (4, 64)
+    assert engine.dispatcher.ladders.decode == (4, 64)
+    assert engine.dispatcher.ladders.mixed == (4, 64)
 
 
 def test_a_context_that_ends_within_a_block(checkpoint):

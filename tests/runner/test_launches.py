@@ -12,6 +12,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import core
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError
 from minisrv.graph.wrapper import CapturedGraph
@@ -40,7 +41,7 @@ def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> Engi
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4}
     limits["device"] = "cpu"  # a GPU's kernels are others, and so are their numbers
     settings = {**limits, "cudagraph_mode": CUDAGraphMode(mode), **settings}
-    return EngineCore(EngineConfig(model=checkpoint, **settings))
+    return EngineCore(build_engine(EngineConfig(model=checkpoint, **settings)))
 
 
 def add(engine: EngineCore, name: str, **params) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
 from minisrv.core.step import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.kernels.sampling import scores
@@ -107,7 +108,7 @@ def test_every_mode_and_lag_gives_the_reference_s_tokens(
         block_size=4,
         num_kv_blocks=40,
     )
-    engine = EngineCore(config, check_addresses=True)
+    engine = EngineCore(build_engine(config, check_addresses=True))
     tokens: dict[str, list[int]] = {}
     for request in requests():
         engine.add(request)
@@ -177,7 +178,9 @@ def test_bounds(field, values):
 
 def test_a_bias_for_a_token_that_is_not_there(checkpoint):
     engine = EngineCore(
-        EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, max_num_seqs=2)
+        build_engine(
+            EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, max_num_seqs=2)
+        )
     )
     params = SamplingParams(logit_bias={VOCAB_SIZE: 1.0})
     with pytest.raises(RequestError, match="not in the vocabulary") as raised:

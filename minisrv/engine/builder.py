@@ -1,0 +1,221 @@
+"""How settings and a checkpoint become the parts of an engine.
+
+Knows: the order of a start-up (device, checkpoint, kernels, weights, memory, graphs), and what each
+part is given. Knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from minisrv import threads
+from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
+from minisrv.config import EngineConfig
+from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import Ladders, ladders_of
+from minisrv.core.scheduler import Scheduler
+from minisrv.engine.grammars import Grammars
+from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
+from minisrv.engine.messages import EngineInfo
+from minisrv.engine.platforms import Platform, Progress, platform_of
+from minisrv.errors import ConfigError
+from minisrv.model_config import ModelConfig
+from minisrv.modes import GraphKey
+from minisrv.nn.loader import load_model
+from minisrv.progress import StartupClock
+from minisrv.runner.input_buffers import BufferSizes
+from minisrv.runner.launches import simulate_launches
+from minisrv.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is made of.
+
+    config: the settings, with the device that was found.
+    lag: steps that are launched ahead of the one whose tokens are read.
+    info: what others are told of the engine.
+    memory: what was planned for the KV cache.
+    times: of a step by each graph, where the platform has them measured.
+    """
+
+    config: EngineConfig
+    platform: Platform
+    ladders: Ladders
+    scheduler: Scheduler
+    dispatcher: Dispatcher
+    runner: ModelRunner
+    grammars: Grammars
+    lag: int
+    info: EngineInfo
+    memory: MemoryPlan
+    times: Mapping[GraphKey, StepTime]
+
+
+def build_engine(
+    config: EngineConfig,
+    progress: Progress = lambda phase, done, total: None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    clock: StartupClock | None = None,
+    before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
+    check_addresses: bool = False,
+) -> EngineParts:
+    """Load a model, capture its graphs and certify them.
+
+    progress: told about loading and capturing.
+    checkpoint: the one that `config` names, where it has been opened already.
+    clock: of a start-up that has begun before this; its phases go on here.
+    before_loading: told the context and the KV blocks before weights are read, on a GPU the most
+        that they may be; a ConfigError of its is raised.
+    check_addresses: see `CUDAGraphWrapper`; for tests.
+    Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
+    """
+    threads.limit()
+    clock = clock or StartupClock()
+    with _timed(clock, "device"):
+        platform = platform_of(config)
+    device = platform.device
+    config = replace(config, device=device.type)
+    ladders = ladders_of(config)
+    with _timed(clock, "checkpoint"):
+        checkpoint = checkpoint or open_checkpoint(config)
+    told = checkpoint.model
+    dtype = resolve_dtype(config, told, platform)
+    available = platform.cache_before_loading(config, told, dtype)
+    context = fit_context(config, told, dtype, context_length(config, told), available)
+    shape = KVCacheShape.of(config, told, context, dtype)
+    most_blocks = num_kv_blocks(config, shape, available)
+    sizes = BufferSizes.of(ladders, context, config.block_size)
+    platform.check_sizes(config, told, dtype, sizes, most_blocks)
+    before_loading(context, most_blocks)
+    model_config = told.for_context(context)
+    if platform.prepare_kernels(progress):
+        clock.end("kernels")
+    with _timed(clock, "weights"):
+        model = load_model(
+            model_config,
+            checkpoint.directory,
+            dtype=dtype,
+            device=device,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=lambda done, total: progress("loading weights", done, total),
+        )
+        model.prepare(int8=config.quantization == "int8")
+    with _timed(clock, "tokenizer"):
+        grammars = Grammars(
+            checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
+        )
+
+    def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
+        return ModelRunner(
+            model,
+            model_config,
+            ladders,
+            platform.make_backend(),
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_model_len=context,
+            dtype=dtype,
+            device=device,
+            allowed=grammars,
+            check_addresses=check_addresses,
+        )
+
+    with _timed(clock, "memory"):
+        memory = platform.plan_memory(config, shape, make_runner, available)
+        context = fit_context(config, model_config, dtype, context, memory.cache)
+        shape = KVCacheShape.of(config, model_config, context, dtype)
+        num_blocks = num_kv_blocks(config, shape, memory.cache)
+        runner = make_runner(num_blocks, context)
+    if not ladders.keys():
+        logger.info("no graphs are captured: every step runs eagerly")
+    with _timed(clock, "graphs"):
+        runner.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
+        times = runner.time_graphs() if platform.times_graphs else {}
+        platform.check_plan(config, memory, shape, runner)
+    if config.simulate_launch_us:
+        logger.warning(
+            "SIMULATED: every launch takes %g us longer; no time is the machine's own",
+            config.simulate_launch_us,
+        )
+        simulate_launches(runner, config.simulate_launch_us)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, config.block_size),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=context,
+        max_waiting=config.max_waiting,
+        eos_token_ids=checkpoint.generation.eos_token_ids,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    info = EngineInfo(
+        # A cache smaller than the context is the limit that requests meet.
+        max_model_len=min(context, scheduler.pool.capacity),
+        vocab_size=model_config.vocab_size,
+        num_kv_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_waiting=config.max_waiting,
+        dtype=dtype_name(dtype),
+        device=str(device),
+        cudagraph_mode=ladders.mode.value,
+        graphs=len(runner.graph_bytes),
+        startup_seconds=clock.seconds,
+        simulated_launch_us=config.simulate_launch_us,
+    )
+    ahead = config.async_scheduling
+    return EngineParts(
+        config=config,
+        platform=platform,
+        ladders=ladders,
+        scheduler=scheduler,
+        dispatcher=Dispatcher(ladders, times),
+        runner=runner,
+        grammars=grammars,
+        lag=platform.default_lag if ahead is None else int(ahead),
+        info=info,
+        memory=memory,
+        times=times,
+    )
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig, platform: Platform) -> torch.dtype:
+    """The dtype that a model is served in, which the log says with the reason."""
+    name, why = config.dtype, "as asked for"
+    if config.quantization == "int8":
+        name, why = "bfloat16", "the activations of int8 weights"
+    elif name == "auto":
+        name, why = platform.choose_dtype(model.dtype)
+    dtype: torch.dtype = getattr(torch, name)
+    logger.info("weights are %s, served in %s: %s", model.dtype, dtype_name(dtype), why)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """E.g. "float16", which may have been asked for as "half"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _timed(clock: StartupClock, phase: str) -> Iterator[None]:
+    """A phase of the start-up: all that has happened since the one before it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU's memory was full at start-up ({phase}): {error} Serve a smaller model "
+            "or dtype, lower --kv-cache-memory or --gpu-memory-utilization, lower "
+            "--max-num-batched-tokens or --max-num-seqs, or end what else uses the GPU."
+        ) from error
+    clock.end(phase)

@@ -1,0 +1,27 @@
+"""The devices that an engine runs on: one class for each kind, and the choice between them."""
+
+from __future__ import annotations
+
+import torch
+
+from minisrv.config import EngineConfig
+from minisrv.engine.platforms.base import Platform, Progress
+from minisrv.engine.platforms.cpu import CPUPlatform
+from minisrv.engine.platforms.cuda import CUDAPlatform
+from minisrv.errors import ConfigError
+from minisrv.machine import no_gpu
+
+__all__ = ["CPUPlatform", "CUDAPlatform", "Platform", "Progress", "platform_of"]
+
+
+def platform_of(config: EngineConfig) -> Platform:
+    """The one that a configuration asks for; `auto` is the current GPU where there is one. Raises
+    ConfigError where a GPU is wanted and there is none."""
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise no_gpu("torch sees no GPU here")
+    if config.device == "cpu" or not there:
+        return CPUPlatform()
+    if config.quantization is not None:  # device auto, which has found a GPU
+        raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
+    return CUDAPlatform(torch.device("cuda", torch.cuda.current_device()))
