@@ -404,35 +404,29 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """An error of the tree of `minisrv.errors`, as it crosses the socket."""
+    """An error of the tree of `minisrv.errors`, as it crosses the socket.
 
-    status: int
-    type: str
+    kind: the name of its class.
+    """
+
+    kind: str
     message: str
     param: str | None = None
-    code: str | None = None
 
     @classmethod
     def of(cls, error: MinisrvError) -> RequestFailure:
         """What is sent of `error`."""
-        return cls(
-            status=error.http_status,
-            type=error.type,
-            message=error.message,
-            param=error.param,
-            code=error.code,
-        )
+        return cls(kind=type(error).__name__, message=error.message, param=error.param)
 
     def as_exception(self) -> MinisrvError:
-        """The error of the tree again: of the branch that has its status and code."""
-        kind: type[MinisrvError] = RequestError
-        for branch in _branches(MinisrvError):
-            if (branch.http_status, branch.code) == (self.status, self.code):
-                kind = branch
-        error = kind(self.message)
+        """The same error again."""
+        error = _KINDS[self.kind](self.message)
         error.param = self.param
         return error
 
 
 def _branches(kind: type[MinisrvError]) -> list[type[MinisrvError]]:
     return [kind, *(leaf for branch in kind.__subclasses__() for leaf in _branches(branch))]
+
+
+_KINDS = {kind.__name__: kind for kind in _branches(MinisrvError)}

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq.asyncio
 
+from minisrv import errors
 from minisrv.engine import client as client_module
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import (
@@ -28,7 +30,7 @@ from minisrv.engine.messages import (
     decode_worker_message,
     encode,
 )
-from minisrv.errors import EngineDeadError, EngineError, QueueFullError
+from minisrv.errors import EngineDeadError, EngineError, MinisrvError, QueueFullError
 from minisrv.request import (
     EngineOutput,
     EngineRequest,
@@ -113,6 +115,23 @@ async def test_the_requests_of_a_response_are_read_together_and_end_together(
         with pytest.raises(QueueFullError, match="full") as raised:
             await anext(outputs)
         assert raised.value.retry_after == client.admission.retry_after
+
+
+def test_an_error_is_the_same_behind_the_socket() -> None:
+    """None of them is taken for another that has its status and code."""
+    kinds = {
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, MinisrvError)
+    }
+    assert len(kinds) > 15
+    for kind in kinds:
+        error = kind("what was wrong")
+        error.param = "prompt"
+        sent = msgspec.msgpack.encode(RequestFailure.of(error))
+        found = msgspec.msgpack.decode(sent, type=RequestFailure).as_exception()
+        assert type(found) is kind
+        assert (found.message, found.param) == (error.message, error.param)
 
 
 async def test_an_iteration_that_ends_early_aborts_what_is_open(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, lag: int)
     assert tokens(found["text"]) == tokens(alone["text"])
     [end] = found["broken"]
     assert end.error is not None
-    assert (end.error.status, end.error.param) == (400, "response_format")
+    assert (end.error.kind, end.error.param) == ("RequestError", "response_format")
     assert "unclosed group" in end.error.message
 
 
@@ -428,7 +428,7 @@ def test_a_panic_ends_its_own_request(start, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine._grammars._backend, "compile", compile)
     [end] = run(engine, request("x", took("a", 0.001)))["x"]
     assert end.error is not None
-    assert end.error.status == 500
+    assert end.error.kind == "EngineError"
 
 
 def test_what_a_worker_has_lowered_is_taken_as_it_is(
