@@ -1,7 +1,7 @@
-"""Steady decode: the same requests, a token further with each step.
+"""Steady decode: consecutive steps of the same requests, each one token further.
 
-Knows: at which step which of the requests fills a block. Knows nothing of queues, nor of when a run
-ends.
+Knows: which requests fill a block at which step. Knows nothing of queues, nor of when a run of such
+steps ends.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from minisrv.core.step import SchedulerOutput
 
 @dataclass(slots=True, eq=False)
 class DecodeRun:
-    """Steps of one batch of decode rows, one behind another.
+    """Consecutive steps of one batch in which every row decodes.
 
-    A step moves each request on by one token, so what has happened to all of them is one number,
-    the run's age. By the phase of a request, its position within a block when the run began, it is
-    known which of them fill a block at which age and which need another.
+    Every step advances each request by one token, so a single number, the run's age, says how far
+    all of them are. The phase of a request is its position within a block when the run began. From
+    it follows at which age the request fills a block and at which it needs another.
 
-    first: the step with which it began.
-    requests: in the order of the rows.
-    phases: indices of requests by position within a block at age 0.
-    oldest_age: at which some request has all its tokens scheduled.
-    age: of the last step; the first one has 0.
-    retired: steps of the run that have retired while it was the current one.
+    first: the step with which the run began.
+    requests: the requests, in the order of the rows.
+    phases: the indices of the requests, grouped by position within a block at age 0.
+    oldest_age: the age at which the first of the requests has all its tokens scheduled.
+    age: the age of the last step; the first step has age 0.
+    retired: the number of steps of the run that were retired while the run was the current one.
     """
 
     first: SchedulerOutput
@@ -39,7 +39,8 @@ class DecodeRun:
     def begin(
         cls, first: SchedulerOutput, requests: list[RequestState], block_size: int
     ) -> DecodeRun:
-        """Begin with a step that has been scheduled and has a decode row for each request."""
+        """Return a run that begins with `first`, a scheduled step that has a decode row for each
+        request."""
         phases: list[list[int]] = [[] for _ in range(block_size)]
         for index, row in enumerate(first.batch_rows):
             phases[row.start % block_size].append(index)
@@ -47,7 +48,7 @@ class DecodeRun:
         return cls(first, requests, phases, oldest)
 
     def advance(self, step_id: int, new_blocks: list[tuple[int, int, int]]) -> SchedulerOutput:
-        """Grow older by one, and return the step that does it."""
+        """Increase the age by one and return the step of that age."""
         self.age += 1
         first = self.first
         return SchedulerOutput(
@@ -64,9 +65,11 @@ class DecodeRun:
         )
 
     def beginning_a_block(self, age: int) -> list[int]:
-        """Indices of the requests whose token of that step is the first of a block."""
+        """Return the indices of the requests whose token in the step of that age is the first of a
+        block."""
         return self.phases[-age % len(self.phases)]
 
     def filling_a_block(self, age: int) -> list[int]:
-        """Indices of the requests whose token of that step is the last of a block."""
+        """Return the indices of the requests whose token in the step of that age is the last of a
+        block."""
         return self.phases[(-age - 1) % len(self.phases)]

@@ -1,9 +1,10 @@
 """Dispatch: from a described batch to the graph that runs it, as a pure function.
 
-Knows: the ladders, and how long each graph took where graphs have been timed. For every batch it
-gives the runtime mode, the padded key and the reason, and it can list the whole of that function
-before a model is loaded. Knows nothing of graphs, so it cannot depend on what happens to be
-captured: every key of the ladders is captured, and tests prove that no other is given here.
+Knows: the ladders (the captured sizes), and how long each graph takes if graphs have been timed.
+For every batch it returns the runtime mode, the padded key and the reason, and it can list all its
+answers before a model is loaded. Knows nothing of the captured graphs themselves, so an answer
+cannot depend on what happens to be captured: every key of the ladders is captured, and tests prove
+that no other key is returned.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from minisrv.core.ladder import Ladders, decode_descriptor, rung_of
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Reason
 
 MARGIN = 0.05
-"""By this share of its time a graph must be cheaper than the one whose turn it is: below that it
-is the measurement that differs. Its median is compared with the other's least, because what
-disturbs a measurement makes it longer."""
+"""Share of its time by which another graph must be cheaper than the one that the static order
+chooses; a smaller difference is noise of the measurement. The other graph's median is compared with
+the chosen graph's minimum, because a disturbance makes a measurement longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Milliseconds of a step, measured several times."""
+    """The duration of a step in milliseconds, from several measurements."""
 
     least: float
     median: float
@@ -31,9 +32,13 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How one step runs. NONE never pads.
+    """The graph that runs one step. A step in mode NONE is never padded.
 
-    epilogue: what follows a step that ends at the hidden states; None if it does not.
+    mode: the runtime mode.
+    descriptor: the padded shape.
+    reason: the reason for the mode.
+    epilogue: the key of the epilogue that follows a step which ends at the hidden states; None if
+        the step does not end there.
     """
 
     mode: CUDAGraphMode
@@ -43,14 +48,18 @@ class Dispatch:
 
 
 class Dispatcher:
-    """The order is static: a graph for pure decode, one for any batch, NONE; of each kind the
-    smallest rung that holds the batch. Another graph that holds it takes its place where it has
-    been measured to be cheaper."""
+    """Chooses the graph for a batch.
+
+    The static order is a graph for pure decode, a graph for any batch, then NONE; of each kind the
+    smallest captured size that holds the batch. Another graph that holds the batch replaces that
+    choice if it was measured to be cheaper.
+    """
 
     def __init__(
         self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
     ) -> None:
-        """times: of a step by each graph of the ladders, or nothing."""
+        """times: the duration of a step by each graph of the ladders; empty if graphs were not
+        timed."""
         self.ladders = ladders
         keys = [key for key in ladders.keys() if times and key[1].forward]  # noqa: SIM118
         self._cheaper = {
@@ -66,12 +75,14 @@ class Dispatcher:
         needs_logits: bool = False,
         masked: bool = False,
     ) -> Dispatch:
-        """Choose for a batch of `num_tokens` tokens of `num_reqs` requests.
+        """Choose the graph for a batch of `num_tokens` tokens of `num_reqs` requests.
 
-        uniform_decode: every request is in its decode phase, because its state says so: a
-            prefill chunk of one token looks the same and is not.
-        needs_logits: some request has its logits read or changed outside the graph.
-        masked: what some request may sample is found out while the model runs.
+        uniform_decode: whether every request is in its decode phase. The caller takes it from the
+            state of the requests: a prefill chunk of one token has the same shape and does not
+            count.
+        needs_logits: whether the logits of some request are read or changed outside the graph.
+        masked: whether a grammar restricts the next token of some request; the restriction becomes
+            known while the model runs.
         """
         apart = needs_logits or masked
         found = self._first(num_tokens, num_reqs, uniform_decode, apart)
@@ -84,7 +95,10 @@ class Dispatcher:
         return replace(found, epilogue=epilogue)
 
     def _first(self, num_tokens: int, num_reqs: int, uniform_decode: bool, apart: bool) -> Dispatch:
-        """By the static order. apart: the epilogue may not be in the step's graph."""
+        """Choose by the static order.
+
+        apart: whether the epilogue has to be launched separately from the graph of the step.
+        """
         ladders = self.ladders
         if uniform_decode and (rung := rung_of(ladders.decode, num_reqs)):
             epilogue = Epilogue.HIDDEN if apart else Epilogue.TOKENS
@@ -103,7 +117,8 @@ class Dispatcher:
         return Dispatch(CUDAGraphMode.NONE, BatchDescriptor(num_tokens), reason)
 
     def coverage(self) -> list[CoverageRow]:
-        """The dispatch of every batch size up to the limits, equal neighbours merged."""
+        """Return the dispatch of every batch size up to the limits, with equal neighbours
+        merged."""
         ladders = self.ladders
         rows: list[CoverageRow] = []
         for size in range(1, ladders.max_num_seqs + 1):
@@ -115,8 +130,10 @@ class Dispatcher:
 
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
-    """Batches of `first` to `last` requests (decode) or tokens (mixed) run alike.
+    """Batch sizes from `first` to `last` that run alike.
 
+    kind: "decode", where sizes are numbers of requests, or "mixed", where they are numbers of
+        tokens.
     rung: the padded size, None where the batch runs unpadded.
     """
 
@@ -140,8 +157,12 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
 
 
 def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, StepTime]) -> GraphKey:
-    """`key`, or the cheapest graph that holds whatever it holds, if the margin is kept. Those for
-    mixed batches hold any batch, those for decode any decode batch of their own epilogue."""
+    """Return the cheapest graph that holds every batch which `key` holds, if it is cheaper by the
+    margin; otherwise `key` itself.
+
+    Graphs for mixed batches hold any batch. Graphs for decode hold only decode batches with their
+    own epilogue.
+    """
     size, epilogue = key[1].num_tokens, key[1].epilogue
     admissible = [
         (mode, other)

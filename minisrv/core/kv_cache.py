@@ -1,4 +1,4 @@
-"""Blocks of the KV cache and slots of request state, as numbers.
+"""Allocation of KV cache blocks and of slots for request state, as plain numbers.
 
 Knows: which numbers are free, how many requests hold a block, and which blocks can be found by the
 tokens that they keep (the prefix cache). Block 0 and slot 0 are the null ones: they belong to
@@ -20,24 +20,27 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 Salt = tuple[int | None, str | None]
-"""Whose a block is: the number of an API key, where they are kept apart, and the client's own word.
-Two values and not one text, so that no word of one key's is another key's salt."""
+"""Owner of a block in the prefix cache: the number of the client's API key, where keys do not
+share, and the salt that the client chose. These are two values and not one text, so that no salt of
+one key's client can equal the salt of another key."""
 
 
 def hash_block(salt: Salt, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: SHA-256 over the salt, the block before it (None for the first)
-    and its tokens. What it keeps depends on every token before it, and so does its name.
+    """Return the hash that identifies a full block: SHA-256 over the salt, the hash of the block
+    before it (None for the first block) and its token ids. The entries of a block depend on every
+    token before it, and so does its hash.
 
-    SHA-256, because a collision would show one client the prompt of another.
+    It is SHA-256 because a collision would show one client the prompt of another.
     """
     return sha256(_encode((salt, parent, token_ids))).digest()
 
 
 class FreeList:
-    """Numbers 1 to `total - 1`, handed out first in, first out.
+    """The numbers 1 to `total - 1`, handed out first in, first out.
 
-    First in, first out because a number that rests longest is the likeliest to show a use after
-    free, and (for blocks) because the least recently used is what the prefix cache evicts.
+    The order is first in, first out because the number that has been free longest is the likeliest
+    to reveal a use after free, and because, for blocks, the prefix cache is to evict the least
+    recently used one.
     """
 
     def __init__(self, total: int) -> None:
@@ -47,20 +50,20 @@ class FreeList:
 
     @property
     def num_free(self) -> int:
-        """Numbers that can be taken now."""
+        """Number of free numbers."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Numbers handed out, the null one not counted."""
+        """Number of numbers handed out, without the null one."""
         return self.total - 1 - len(self._free)
 
     def take(self) -> int:
-        """A free number. Asking when none is free is the caller's mistake."""
+        """Return a free number and mark it as used. The caller must make sure that one is free."""
         return self._free.popitem(last=False)[0]
 
     def give_back(self, number: int) -> None:
-        """Return a number that `take` gave out."""
+        """Mark a number that `take` handed out as free again."""
         assert number > 0, "the null number was never handed out"
         assert number not in self._free, f"{number} is free already"
         self._free[number] = None
@@ -69,8 +72,9 @@ class FreeList:
 class BlockPool(FreeList):
     """The blocks of the KV cache, each of `block_size` tokens, and the prefix cache over them.
 
-    A full block that was published is found by its hash and may have several holders. It stays
-    findable when nobody holds it any more, until `take` hands it out anew.
+    A full block that has entered the prefix cache (`publish`) is found by its hash and may be held
+    by several requests. It can still be found when nobody holds it any more, until `take` hands it
+    out again.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -81,16 +85,17 @@ class BlockPool(FreeList):
         self._block_of: dict[bytes, int] = {}
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens of one request fill or begin."""
+        """Return the number of blocks that `num_tokens` tokens of one request need."""
         return -(-num_tokens // self.block_size)
 
     @property
     def capacity(self) -> int:
-        """Tokens that one request alone could keep in the cache."""
+        """Number of tokens that one request alone could keep in the cache."""
         return (self.total - 1) * self.block_size
 
     def take(self) -> int:
-        """A block to write, held by the caller alone; what it kept is found no more."""
+        """Return a free block to write to, held by the caller alone. If it was in the prefix cache,
+        it is removed from there."""
         block = super().take()
         if block in self._hash_of:
             del self._block_of[self._hash_of.pop(block)]
@@ -98,9 +103,9 @@ class BlockPool(FreeList):
         return block
 
     def publish(self, block: int, block_hash: bytes) -> None:
-        """Make a full block findable. Its holder writes it no more.
+        """Enter a full block into the prefix cache. Its holder must not write to it any more.
 
-        Of blocks that keep the same, the first stays the one that is found.
+        If several blocks have the same hash, the first one stays the one that is found.
         """
         assert self._holders[block] == 1, "only a block found before may have other holders"
         if block_hash not in self._block_of:
@@ -108,7 +113,8 @@ class BlockPool(FreeList):
             self._hash_of[block] = block_hash
 
     def find(self, block_hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest prefix that is cached. They can be evicted until `hold`."""
+        """Return the cached blocks of the longest prefix of `block_hashes`. They can be evicted
+        until the caller calls `hold`."""
         blocks = []
         for block_hash in block_hashes:
             block = self._block_of.get(block_hash)
@@ -118,28 +124,29 @@ class BlockPool(FreeList):
         return blocks
 
     def is_held(self, block: int) -> bool:
-        """Whether somebody holds it, so that another holder takes nothing from what is free."""
+        """Whether somebody holds the block, so that one more holder does not reduce the free
+        blocks."""
         return self._holders[block] > 0
 
     def hold(self, block: int) -> None:
-        """Become one more holder of a block that `find` gave."""
+        """Become one more holder of a block that `find` returned."""
         if not self._holders[block]:
             del self._free[block]
         self._holders[block] += 1
 
     def give_back(self, block: int) -> None:
-        """Hold a block no more; it is free when nobody does."""
+        """Release a block; it becomes free when nobody holds it any more."""
         assert self._holders[block], f"nobody holds {block}"
         self._holders[block] -= 1
         if not self._holders[block]:
             super().give_back(block)
 
     def check_integrity(self, tables: Iterable[tuple[Sequence[int], Sequence[bytes]]]) -> None:
-        """Assert that the counts are those of the holders, and that nothing is found that is not
-        finished. For tests.
+        """Assert that the counts match the holders, and that only full blocks can be found. For
+        tests.
 
-        tables: of every holder its blocks, and the hashes of the first of them, which it will not
-            write again.
+        tables: for every holder its blocks, and the hashes of the first of these blocks, to which
+            it will not write again.
         """
         holders: Counter[int] = Counter()
         for blocks, hashes in tables:

@@ -1,8 +1,8 @@
-"""The ladders of captured sizes, and what they leave uncovered.
+"""The ladders of captured sizes, and the check that they leave no gap.
 
-Knows: which padded sizes get a graph. Rungs of decode and of epilogues count requests,
-mixed rungs count tokens.
-Knows nothing of batches in flight (the dispatcher's), of tensors, or of what a graph costs.
+Knows: which padded sizes get a graph. Each captured size is a rung. The rungs of decode graphs and
+of epilogues count requests, and the rungs of graphs for mixed batches count tokens. Knows nothing
+of batches in flight (see the dispatcher), of tensors, or of what a graph costs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from minisrv.errors import ConfigError, CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
 
 MIXED_TOP = 2048
-"""No default rung of the mixed ladder is higher. On an H100 an eager step of Qwen3-0.6B takes 1.8
-times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048 (docs/results): above there
-is little to win, and a graph's memory grows with its tokens."""
+"""Largest default rung of the mixed ladder, in tokens. On an H100 an eager step of Qwen3-0.6B takes
+1.8 times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048 (docs/results): above
+that there is little to win, and the memory of a graph grows with its tokens."""
 
 
 @dataclass(frozen=True)
 class Ladders:
-    """The rungs of one server, ascending. An empty ladder means its mode is not captured.
+    """The captured sizes (rungs) of one server, ascending. If a ladder is empty, no graph of its
+    kind is captured.
 
-    decode: padded numbers of requests with a FULL graph for pure decode.
-    mixed: padded numbers of tokens with graphs for any batch, PIECEWISE or FULL as the mode says.
-    epilogues: padded numbers of requests with a FULL graph of what follows the hidden states.
+    decode: the padded numbers of requests with a FULL graph for pure decode.
+    mixed: the padded numbers of tokens with graphs for any batch, PIECEWISE or FULL as the mode
+        says.
+    epilogues: the padded numbers of requests with a FULL graph of everything that follows the
+        hidden states.
     """
 
     mode: CUDAGraphMode
@@ -37,8 +40,9 @@ class Ladders:
     max_num_batched_tokens: int
 
     def keys(self) -> list[GraphKey]:
-        """Every graph to capture, largest first of each kind: the first capture sizes the memory
-        that the smaller ones share. Epilogues come before the steps that they end."""
+        """Return the key of every graph to capture, the largest of each kind first: the first
+        capture determines the size of the memory that the smaller ones share. Epilogues come before
+        the steps that they complete."""
         epilogues = [
             (CUDAGraphMode.FULL, epilogue_descriptor(num_reqs, epilogue))
             for num_reqs in self.epilogues
@@ -53,29 +57,32 @@ class Ladders:
         return epilogues[::-1] + mixed[::-1] + decode[::-1]
 
     def rungs_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
-        """The ladder that a graph belongs to."""
+        """Return the ladder to which the graph of `descriptor` belongs."""
         if not descriptor.forward:
             return self.epilogues
         return self.decode if descriptor.uniform_decode else self.mixed
 
     def epilogue_key(self, num_reqs: int, *, needs_logits: bool) -> GraphKey:
-        """What follows the hidden states of a step of so many requests; NONE, unpadded, where no
-        rung holds them."""
+        """Return the key of the epilogue of a step of `num_reqs` requests. Its mode is NONE,
+        unpadded, if no rung holds them."""
         rung = rung_of(self.epilogues, num_reqs)
         mode = CUDAGraphMode.NONE if rung is None else CUDAGraphMode.FULL
         epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
         return mode, epilogue_descriptor(rung or num_reqs, epilogue)
 
     def mixed_key(self, num_tokens: int) -> GraphKey:
-        """The graph of a mixed rung. One that holds attention holds rows: as many as a batch of so
-        many tokens can have."""
+        """Return the key of the graph of a mixed rung.
+
+        A FULL graph contains attention and so has a number of rows: as many as a batch of
+        `num_tokens` tokens can have.
+        """
         mode = self.mode.mixed_mode
         num_reqs = min(num_tokens, self.max_num_seqs) if mode is CUDAGraphMode.FULL else None
         return mode, BatchDescriptor(num_tokens, num_reqs)
 
     def check_coverage(self) -> None:
-        """Raise CoverageError unless every decode batch has the kind of graph that the
-        configured mode promises it."""
+        """Raise CoverageError unless every decode batch has the kind of graph that the configured
+        mode promises."""
         promised = self.mode.decode_mode
         if promised is CUDAGraphMode.NONE:
             return
@@ -90,17 +97,17 @@ class Ladders:
 
 
 def decode_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
-    """The key of a pure decode batch: one token a request."""
+    """Return the key of a pure decode batch, with one token per request."""
     return BatchDescriptor(num_reqs, num_reqs, uniform_decode=True, epilogue=epilogue)
 
 
 def epilogue_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
-    """The key of what follows the hidden states: one of them a request."""
+    """Return the key of an epilogue, which takes one hidden state per request."""
     return replace(decode_descriptor(num_reqs, epilogue), forward=False)
 
 
 def rung_of(ladder: tuple[int, ...], size: int) -> int | None:
-    """The smallest rung that holds `size`; None above the top."""
+    """Return the smallest rung that holds `size`, or None if `size` is above the largest."""
     index = bisect_left(ladder, size)
     return ladder[index] if index < len(ladder) else None
 
@@ -111,10 +118,11 @@ def build_ladders(
     max_num_batched_tokens: int,
     sizes: tuple[int, ...] | None = None,
 ) -> Ladders:
-    """The ladders of `mode`: the user's `sizes` as they are given, or the default ones.
+    """Return the ladders of `mode`, from the user's `sizes` or the default ones.
 
-    A default ladder holds its exact top. Of the user's sizes only those are left out that no
-    batch could ever reach (`plan` shows what is captured).
+    The last rung of a default ladder is exactly the largest size that a batch can have (for mixed
+    batches at most `MIXED_TOP`). Of the user's sizes only those are left out that no batch could
+    ever reach (`plan` shows what is captured).
     """
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
@@ -129,14 +137,17 @@ def build_ladders(
 
 
 def captures_mixed(device: str) -> bool:
-    """Whether a graph may hold attention for mixed batches: whether its kernels take nothing of
-    their lengths from the host. For "auto" the engine asks again when it knows."""
+    """Whether a graph may contain the attention of mixed batches, which requires attention kernels
+    that read no lengths on the host. For "auto" the engine asks again when the device is known."""
     return device != "cpu"
 
 
 def ladders_of(config: EngineConfig) -> Ladders:
-    """The ladders that a configuration serves with. Raises CoverageError for a gap, and ConfigError
-    for graphs of mixed batches that hold attention, on a device where they cannot."""
+    """Return the ladders with which a configuration is served.
+
+    Raises CoverageError for a gap, and ConfigError if graphs are to contain the attention of mixed
+    batches on a device where they cannot.
+    """
     if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(config.device):
         raise ConfigError(
             "cudagraph_mode=full captures mixed batches in one graph, and on "
@@ -154,26 +165,27 @@ def ladders_of(config: EngineConfig) -> Ladders:
 
 
 def _default_decode(top: int) -> tuple[int, ...]:
-    """1, 2, 4, then steps of 8 up to 64, of 16 up to 256, of 32 above."""
+    """Return 1, 2, 4, then steps of 8 up to 64, of 16 up to 256 and of 32 above, up to `top`."""
     rungs = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
     return (*(rung for rung in rungs if rung < top), top)
 
 
 def _default_epilogues(top: int) -> tuple[int, ...]:
-    """Powers of two: beside the weights of lm_head, which any number of rows reads once, and the
-    step before it, a row of padding costs little."""
+    """Return the powers of two below `top`, then `top`. Larger gaps are good enough here: the step
+    before the epilogue and the weights of lm_head, which are read once for any number of rows, cost
+    much more than a row of padding."""
     rungs = [1 << bits for bits in range(top.bit_length())]
     return (*(rung for rung in rungs if rung < top), top)
 
 
 def _default_mixed(top: int) -> tuple[int, ...]:
-    """Powers of two, from 32 on with the half steps between them."""
+    """Return the powers of two up to `top`, from 32 on with the sizes halfway between them."""
     rungs = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
     return (*(rung for rung in rungs if rung < top), top)
 
 
 def _reachable(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Ascending, without repeats, up to the first size that holds `most`."""
+    """Return the sizes ascending and without repeats, up to the first one that holds `most`."""
     rungs = sorted(set(sizes))
     below = [rung for rung in rungs if rung < most]
     return (*below, *rungs[len(below) : len(below) + 1])

@@ -1,6 +1,6 @@
-"""One request as the scheduler has it: its tokens, its place in the cache, and how far it is.
+"""The state of one request in the scheduler: its tokens, its blocks and slot, and its progress.
 
-Knows: counts of tokens, those in flight included. Knows nothing of other requests nor of steps.
+Knows: numbers of tokens, including those in flight. Knows nothing of other requests nor of steps.
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ from minisrv.request import SamplingParams
 class RequestState:
     """One request inside the scheduler.
 
-    num_scheduled: tokens whose cache entries are written once every scheduled step has run.
-    num_in_flight: tokens sampled by scheduled steps that have not been reported yet.
-    prefill_target: tokens to be in the cache before the request decodes; what was known of it
-        when it was admitted.
-    max_total: prompt and completion tokens together at which it stops by length.
-    priority: lower numbers are before higher ones; -inf since its turn has come.
-    number: of its place among all in the order in which they came to wait first.
-    processed: its logits are changed before its tokens are sampled.
-    last_step: the last step that names its slot and blocks.
-    block_hashes: of its first full blocks, as far as they have been needed.
-    num_published: blocks from the first that are in the prefix cache, or were found there.
-    num_cached_tokens: prompt tokens found there when it was first admitted; None before.
-    masked: its next token is one of some that follow from all its tokens.
-    num_scored: prompt tokens behind the first whose log-probabilities scheduled steps report.
-    ended: it has its finish reason; what steps in flight sample for it is dropped.
+    max_total: the number of prompt and completion tokens together at which it stops by length.
+    priority: lower numbers come before higher ones; -inf once the scheduler has given the request a
+        turn because it waited long.
+    number: the position of the request in the order in which all requests first joined the waiting
+        queue.
+    masked: whether a grammar restricts its next token, which then depends on all its tokens so far.
+    processed: whether its logits are changed before its tokens are sampled.
+    num_scheduled: the number of tokens whose cache entries are written once every scheduled step
+        has run.
+    num_in_flight: the number of tokens sampled by scheduled steps that have not been reported yet.
+    prefill_target: the number of tokens that must be in the cache before the request decodes; all
+        its tokens that were known when it was admitted.
+    last_step: the id of the last step that uses its slot and blocks.
+    block_hashes: the hashes of its first full blocks, as far as they have been needed.
+    num_published: the number of blocks, counted from the first, that are in the prefix cache
+        because the request entered them or found them there.
+    num_cached_tokens: the number of prompt tokens found in the prefix cache when the request was
+        first admitted; None before that.
+    num_scored: the number of prompt tokens after the first whose log-probabilities are reported by
+        scheduled steps.
+    ended: whether it has its finish reason; tokens that steps in flight sample for it are dropped.
 
-    Of a member of the current `DecodeRun`, num_scheduled, num_in_flight and last_step are what they
-    were when the run began, until `Scheduler._settle`.
+    While the request is a member of the current `DecodeRun`, num_scheduled, num_in_flight and
+    last_step keep the values from the beginning of the run, until `Scheduler._settle`.
     """
 
     request_id: str
@@ -62,26 +68,29 @@ class RequestState:
 
     @property
     def total(self) -> int:
-        """Tokens so far, those in flight included."""
+        """Number of tokens so far, including those in flight."""
         return len(self.prompt) + len(self.output) + self.num_in_flight
 
     @property
     def decoding(self) -> bool:
-        """Whether the prefill is behind it. This state, not the shape of a step, is what makes a
-        batch pure decode."""
+        """Whether its prefill is complete. This state, and not the shape of a step, decides whether
+        a batch is pure decode."""
         return self.num_scheduled >= self.prefill_target
 
     @property
     def num_skippable(self) -> int:
-        """Tokens from the first that need not be computed if they are cached: of the last the
-        result is the next token, and of others the next one's log-probability may be due."""
+        """Number of tokens, counted from the first, that need not be computed if they are cached.
+        The last token is always computed, because its result is the next token; where
+        log-probabilities of the prompt are still due, so is every token from which one of them
+        follows."""
         unscored = self.params.prompt_logprobs is not None and (
             self.num_scored < len(self.prompt) - 1
         )
         return self.num_scored if unscored else self.total - 1
 
     def score(self, start: int, stop: int) -> PromptScore | None:
-        """What a row of tokens `start` to `stop` is to report of the prompt; then it is scored."""
+        """Return the prompt tokens that a row of tokens `start` to `stop` has to report, or None,
+        and count them as scored."""
         num_top = self.params.prompt_logprobs
         if num_top is None:
             return None
@@ -92,12 +101,14 @@ class RequestState:
         return PromptScore(first - start, self.prompt[first + 1 : last + 1], num_top)
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """The ids of known tokens `start` to `stop`, prompt and output counted through."""
+        """Return the ids of the known tokens `start` to `stop`; positions count the prompt, then
+        the output."""
         behind = len(self.prompt)
         return self.prompt[start:stop] + self.output[max(0, start - behind) : max(0, stop - behind)]
 
     def hashes(self, count: int, block_size: int) -> list[bytes]:
-        """The hashes of its first `count` blocks, whose tokens are known; each is computed once."""
+        """Return the hashes of its first `count` blocks, whose tokens must be known. Each hash is
+        computed once."""
         known = self.block_hashes
         while len(known) < count:
             start = len(known) * block_size

@@ -1,33 +1,36 @@
-"""Continuous batching: who runs in the next step, and with how many tokens.
+"""Continuous batching: which requests run in the next step, and with how many tokens.
 
 Knows: requests, their tokens, slots and blocks, what the prefix cache has of them, and which steps
 are in flight. It hands out steps (`schedule`) and takes their sampled tokens back (`update`), at
-once or one step late: a *lag* of one lets the host prepare step N+1 while step N runs. Knows
+once or one step late: with a *lag* of one, the host prepares step N+1 while step N runs. Knows
 nothing of tensors, of graphs, of text or of sockets.
 
 Policy, by priority, and first come first served among equals:
-- every decoding request gets one token; what is left of the token budget goes to prefill, in
-  chunks, the oldest first; then to waiting requests;
+- every decoding request gets one token; the rest of the token budget goes to prefill, in chunks,
+  the oldest request first; then to waiting requests;
 - a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
-  filled its last one. What the prefix cache has of its beginning is shared, not computed; one
-  token at least is, because its result is the next token, and it goes to a block of its own;
-- when no block is free the last of those that run is preempted, the newest of the least important:
-  its blocks are freed and its tokens are computed again later, or found. So the first always
-  advances, and with it the whole queue. No request is preempted to make room for another;
-- nobody waits for ever: when more important requests have been admitted before others, or others
-  preempted for them, `PASSES` times, the oldest that waits gets a turn. From then on it is before
-  all that have had none, waiting and running, and is preempted only for those whose turn came
-  earlier. So of those that come later than a request at most `PASSES` are admitted before it for
-  each that was there when it came, and `PASSES` more.
+  filled its last one. Blocks of its beginning that the prefix cache has are shared, not computed;
+  at least one token is computed, because its result is the next token, and its cache entry goes to
+  a block that the request does not share;
+- when no block is free, the last of the running requests is preempted, which is the newest among
+  the least important: its blocks are freed, and its tokens are later computed again or found in
+  the prefix cache. So the first request always advances, and with it the whole queue. No request
+  is preempted to make room for a waiting one;
+- no request waits for ever: when more important requests have been admitted before others, or
+  others have been preempted for them, `PASSES` times, the oldest waiting request gets a turn. From
+  then on it comes before all requests that have had no turn, waiting and running, and is preempted
+  only for requests whose turn came earlier. So at most `PASSES` requests that come later are
+  admitted before a request for each request that was there when it came, and `PASSES` more.
 
-In steady decode, which is most of the time, the next step is the last one with every request a
-token further: a `DecodeRun` hands it out and looks at no request but those that need a block.
+In steady decode, which is most of the time, the next step is the previous one with every request
+one token further: a `DecodeRun` hands it out and looks only at requests that need a block.
 
-What holds under lag: slots and blocks are free again only when the last step that names them has
-retired; a request that a step in flight names is not preempted; a stop by length is foreseen, a
-stop by token is seen one step late and what was sampled after it is dropped; a full block enters
-the prefix cache when the step that filled it retires, so its tokens are known and its entries
-written. A block that is shared or can be found is never written.
+Invariants while steps are launched ahead (lag): slots and blocks become free only when the last
+step that uses them has retired; a request that a step in flight uses is not preempted; a stop by
+length is known in advance, while a stop by token is seen one step late, and whatever was sampled
+after it is dropped; a full block enters the prefix cache when the step that filled it retires, so
+its tokens are known and its entries are written. A block that is shared or can be found in the
+prefix cache is never written.
 """
 
 from __future__ import annotations
@@ -53,19 +56,30 @@ from minisrv.errors import ContextLengthError, QueueFullError
 from minisrv.request import EngineRequest, FinishReason
 
 PASSES = 8
-"""How often more important requests go before others until the oldest that waits gets a turn."""
+"""Number of times that more important requests go before others until the oldest waiting request
+gets a turn."""
 
 
 class _InFlight(NamedTuple):
-    """A step that has not retired, and the run that it is of."""
+    """A step that has not retired, and the run of decode steps that it belongs to, if any."""
 
     step: SchedulerOutput
     run: DecodeRun | None
 
 
 class Scheduler:
-    """See the module's docstring. Calls come from one thread: `schedule` gives a step, `update`
-    retires the oldest one that has not been retired."""
+    """The scheduler; the docstring of the module states its policy.
+
+    All calls come from one thread. `schedule` returns a step, and `update` retires the oldest step
+    that has not been retired.
+
+    pool: the blocks of the KV cache.
+    max_num_seqs: the maximum number of running requests.
+    max_num_batched_tokens: the maximum number of tokens in a step.
+    max_model_len: the maximum number of tokens of a request, prompt and completion together.
+    max_waiting: the maximum number of requests beyond `max_num_seqs`.
+    eos_token_ids: the end-of-sequence tokens of the model.
+    """
 
     def __init__(
         self,
@@ -105,11 +119,13 @@ class Scheduler:
     def add(self, request: EngineRequest, seed: int, *, held: bool = False) -> None:
         """Queue a request.
 
-        held: it counts as one that waits, but is behind others until it is released.
+        seed: the seed of its sampling noise. The caller draws it if the request has none; it stays
+            the same through preemptions.
+        held: whether the request is held back (until its grammar is compiled). It counts as
+            waiting, but cannot run until `release` is called.
 
-        seed: of its sampling noise; drawn by the caller where the request names none, and kept
-            through preemptions.
-        Raises ContextLengthError for what can never fit, QueueFullError when too many wait.
+        Raises ContextLengthError for a request that can never fit, QueueFullError when too many
+        wait.
         """
         assert request.request_id not in self._requests, "request ids are unique"
         if not self.has_room:
@@ -145,7 +161,7 @@ class Scheduler:
             self._wait(state)
 
     def release(self, request_id: str) -> None:
-        """A request that was held, and has not ended, may join a step."""
+        """Let a request that was held back, and has not ended, join the waiting queue."""
         self._wait(self.held.pop(request_id))
 
     def _wait(self, request: RequestState) -> None:
@@ -155,12 +171,14 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """Whether another request may queue: those with a free slot ahead of them do not count,
-        nor does a slot that is free once a step in flight has retired."""
+        """Whether another request may be queued. Waiting requests for which a slot is free do not
+        count against `max_waiting`, and a slot counts as free as soon as its request has ended,
+        even if a step in flight still uses it."""
         return len(self._requests) < self.max_waiting + self.slots.total - 1
 
     def check(self, prompt_len: int, max_tokens: int | None) -> int:
-        """The number of tokens, prompt and completion, at which such a request stops by length.
+        """Return the number of tokens, prompt and completion together, at which such a request
+        stops by length.
 
         Raises ContextLengthError if it can never fit the context or the whole cache.
         """
@@ -177,8 +195,11 @@ class Scheduler:
         return limit if max_tokens is None else wanted
 
     def abort(self, request_id: str) -> TokenEvent | None:
-        """Drop a request; None if it has ended already. What its steps in flight sample is
-        dropped, and its slot and blocks are free when they have retired."""
+        """Drop a request and return the event of its end, or None if it has ended already.
+
+        Tokens that its steps in flight sample are dropped, and its slot and blocks become free when
+        these steps have retired.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -192,13 +213,13 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request has not ended yet."""
+        """Whether there is a request that has not ended."""
         return bool(self._requests)
 
     # ---- steps -------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput | None:
-        """The next step, or None if nothing can run before a step in flight is retired."""
+        """Return the next step, or None if nothing can run before a step in flight is retired."""
         output = self._continue_run() or self._schedule_anew()
         if output is not None:
             self._next_step += 1
@@ -206,7 +227,9 @@ class Scheduler:
         return output
 
     def _continue_run(self) -> SchedulerOutput | None:
-        """The run's next step, unless something else has to be thought of."""
+        """Return the next step of the current run of decode steps, or None if there is no run or
+        the next step cannot be the same batch: a request is at its maximum length, a waiting
+        request could be admitted, or blocks are missing."""
         run = self._run
         if run is None or run.age == run.oldest_age or (self.waiting and self.slots.num_free):
             return None
@@ -226,7 +249,8 @@ class Scheduler:
         for request in self.running:
             if not request.decoding and request is not held and step.budget:
                 step.add(request)
-        # Never one that was preempted just now: what it freed is less than it needs.
+        # The request admitted here is never one that was preempted in this step: what that one
+        # freed is less than it needs.
         self._admit(step)
         output = step.build(self._freed_slots)
         if output is not None:
@@ -236,7 +260,8 @@ class Scheduler:
         return output
 
     def _settle(self) -> None:
-        """End the run: what is true of all its requests is written to each."""
+        """End the current run: write the progress that its requests have in common to each of
+        them."""
         run, self._run = self._run, None
         if run is not None:
             for request in run.requests:
@@ -245,7 +270,12 @@ class Scheduler:
                 request.last_step += run.age
 
     def _schedule_decodes(self, step: _StepBuilder) -> RequestState | None:
-        """Returns the request that sits this step out so that it may be preempted in the next."""
+        """Add a decode row for every decoding request that gets a block for its next token, and
+        preempt the newest requests where no block is free.
+
+        Returns the request that does not take part in this step so that it can be preempted in the
+        next one, or None.
+        """
         held: RequestState | None = None
         for request in list(self.running):
             if not request.slot or not request.decoding or request is held:
@@ -275,11 +305,11 @@ class Scheduler:
             request = self.waiting[0]
             target = request.total
             found = self._find_prefix(request)
-            # A block that nobody holds is free, also one that was found: all but those that
-            # others hold are taken from what is free.
+            # A found block that nobody holds is itself free. So the number of free blocks falls by
+            # all blocks but those that others already hold.
             needed = self.pool.blocks_for(target) - sum(map(self.pool.is_held, found))
-            # NOTE: one block for each running request stays free, or the newcomer would be
-            # preempted as soon as they grow.
+            # NOTE: one block for each running request stays free. Otherwise the new request would
+            # be preempted as soon as they grow.
             if needed + len(self.running) > self.pool.num_free and (
                 self.running or needed > self.pool.num_free
             ):
@@ -297,7 +327,8 @@ class Scheduler:
             step.add(request)
 
     def _give_turn(self) -> None:
-        """Put the oldest that waits and has had no turn before all that have had none."""
+        """Put the oldest waiting request that has had no turn before all requests that have had
+        none."""
         self._num_passes = 0
         others = [request for request in self.waiting if request.priority > -math.inf]
         if others:
@@ -307,15 +338,16 @@ class Scheduler:
             _queue(self.waiting, oldest)
 
     def _find_prefix(self, request: RequestState) -> list[int]:
-        """The cached blocks of its beginning, which do not reach its last token."""
+        """Return the cached blocks of the beginning of the request. They never include its last
+        token."""
         if not self.enable_prefix_caching:
             return []
         size = self.pool.block_size
         return self.pool.find(request.hashes(request.num_skippable // size, size))
 
     def _share(self, request: RequestState, found: list[int]) -> None:
-        """Begin the request with the blocks of `_find_prefix`. Before it takes others: they may
-        be free themselves."""
+        """Give the request the blocks that `_find_prefix` returned. This must be done before other
+        blocks are taken for it, because found blocks may themselves be free."""
         for block in found:
             self.pool.hold(block)
         request.blocks = found
@@ -327,7 +359,7 @@ class Scheduler:
             self.prefix_cache_hits += request.num_scheduled
 
     def _publish(self, request: RequestState, num_written: int) -> None:
-        """Enter into the prefix cache what the first `num_written` tokens fill."""
+        """Enter the blocks that the first `num_written` tokens fill into the prefix cache."""
         count = num_written // self.pool.block_size
         if self.enable_prefix_caching and count > request.num_published:
             hashes = request.hashes(count, self.pool.block_size)
@@ -349,9 +381,9 @@ class Scheduler:
         self.num_preemptions += 1
 
     def update(self, step_id: int, tokens: Sequence[int]) -> list[TokenEvent]:
-        """Retire the oldest step in flight.
+        """Retire the oldest step in flight and return what it added to its requests.
 
-        tokens: the sampled token of every row, in the rows' order.
+        tokens: the sampled token of every row, in the order of the rows.
         """
         step, run = self._in_flight.popleft()
         assert step.step_id == step_id, "steps retire in the order they were scheduled"
@@ -374,12 +406,12 @@ class Scheduler:
             if request is None:
                 continue  # it has ended
             self._publish(request, row.start + row.num_tokens)
-            if not row.samples:  # a chunk in the middle of a prompt
+            if not row.samples:  # a prefill chunk that does not reach the end of the prompt
                 if row.score is not None:
                     events.append(TokenEvent(request.request_id, None, None, index))
                 continue
             request.num_in_flight -= 1
-            if request.max_total == len(request.prompt):  # and no token is wanted
+            if request.max_total == len(request.prompt):  # the request asked for no token
                 self._end(request)
                 cached = request.num_cached_tokens or 0
                 reason = FinishReason.LENGTH
@@ -412,7 +444,8 @@ class Scheduler:
         return events
 
     def _end_if_due(self, request: RequestState, token: int) -> FinishReason | None:
-        """Why the request ends with this token, if it does; then it has."""
+        """End the request if it ends with this token; return the reason, or None if it does not
+        end."""
         if token in request.stop_token_ids:
             reason = FinishReason.STOP
         elif len(request.prompt) + len(request.output) >= request.max_total:
@@ -423,7 +456,7 @@ class Scheduler:
         return reason
 
     def _end(self, request: RequestState) -> None:
-        """It has run, and runs no more."""
+        """End a request that is running."""
         self._settle()
         self.running.remove(request)
         self._finish(request)
@@ -437,7 +470,8 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: RequestState) -> None:
-        # The last one first: it is evicted first, and behind a missing block nothing is found.
+        # The last block first, so that it is evicted first: without a block, those after it are not
+        # found.
         for block in reversed(request.blocks):
             self.pool.give_back(block)
         request.blocks = []
@@ -448,8 +482,9 @@ class Scheduler:
             request.slot = 0
 
     def check_integrity(self) -> None:
-        """Assert that every slot is held once or free, and every block as often as the pool
-        counts; that a request writes no block which is shared or can be found. For tests."""
+        """Assert that every slot is held once or free, that every block is held as often as the
+        pool counts, and that no request writes to a block which is shared or can be found. For
+        tests."""
         holders = [*self.running, *self._retiring]
         self.pool.check_integrity((r.blocks, r.block_hashes[: r.num_published]) for r in holders)
         slots = [request.slot for request in holders]
@@ -465,7 +500,8 @@ class Scheduler:
 
 
 class _StepBuilder:
-    """Collects one step's rows, decode before prefill, within the token budget."""
+    """Collects the rows of one step within the token budget; decode rows come before prefill
+    rows."""
 
     def __init__(self, step_id: int, budget: int) -> None:
         self.step_id = step_id
@@ -476,7 +512,7 @@ class _StepBuilder:
         self.new_blocks: list[tuple[int, int, int]] = []
 
     def add(self, request: RequestState) -> None:
-        """Give `request` its decode token, or as much of its prefill as the budget allows."""
+        """Add the decode token of `request`, or as much of its prefill as the budget allows."""
         start = request.num_scheduled
         decoding = request.decoding
         count = 1 if decoding else min(self.budget, request.prefill_target - start)
@@ -501,7 +537,7 @@ class _StepBuilder:
         self.budget -= count
 
     def build(self, freed_slots: list[int]) -> SchedulerOutput | None:
-        """The step, with which a batch begins; None if no request was added."""
+        """Return the step, which is the first of a new batch; None if no request was added."""
         rows = self.decodes + self.prefills
         if not rows:
             return None
@@ -524,8 +560,8 @@ class _StepBuilder:
 def _queue(
     queue: MutableSequence[RequestState], request: RequestState, *, first: bool = False
 ) -> None:
-    """Put a request behind those of its priority, or `first` in front of them. Lower numbers come
-    earlier."""
+    """Insert a request into a queue after those of its own priority, or before them if `first`.
+    Lower numbers come earlier."""
     if not first and (not queue or queue[-1].priority <= request.priority):
         queue.append(request)
         return
@@ -536,8 +572,9 @@ def _queue(
 def _slot_start(request: RequestState) -> SlotStart:
     processors = None
     if request.processed:
-        output = list(request.output)  # a copy, as the request goes on
-        # Where tokens are masked, the mask sees to `min_tokens`: it knows what else may follow.
+        output = list(request.output)  # a copy, because the output of the request grows
+        # For a request with a grammar, the mask implements `min_tokens`: it knows whether any other
+        # token may follow.
         stops = frozenset[int]() if request.masked else request.stop_token_ids
         processors = ProcessorStart(request.prompt, output, stops)
     return SlotStart(request.slot, request.params, request.seed, processors)

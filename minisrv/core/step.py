@@ -1,7 +1,7 @@
-"""A step as the scheduler hands it out, and what comes back from it: plain data.
+"""A step as the scheduler hands it out, and the events that come back from it: plain data.
 
-Nothing here refers to a request, a queue or a tensor, so a step could go to another process as it
-is. Knows: the shape of a step. Knows nothing of who makes it or runs it.
+Nothing here refers to a request object, a queue or a tensor, so a step could be sent to another
+process as it is. Knows: the shape of a step. Knows nothing of who makes it or runs it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from minisrv.request import FinishReason, SamplingParams
 
 
 class PromptScore(msgspec.Struct, frozen=True):
-    """Prompt tokens whose log-probabilities a row is to report.
+    """The prompt tokens whose log-probabilities a row has to report.
 
-    offset: of the row's token behind which the first of them stands.
-    token_ids: themselves, one behind the other. The last may be the first of the next chunk.
-    num_top: how many alternatives to report beside each.
+    offset: the index, within the row, of the token that stands before the first of them.
+    token_ids: their ids, which are consecutive in the prompt. The last may be the first token of
+        the next chunk.
+    num_top: the number of alternatives to report for each.
     """
 
     offset: int
@@ -29,16 +30,17 @@ class PromptScore(msgspec.Struct, frozen=True):
 class ScheduledRow(msgspec.Struct, frozen=True):
     """One request's part of a step.
 
-    start: position of its first token.
-    num_tokens: tokens it computes.
-    token_ids: their ids, for prefill. Empty for decode: the device has sampled it already, and
-        under lag the host does not know it yet.
-    samples: whether the step's token for this row is the request's next; a prefill chunk that
-        does not reach the end samples for nothing.
-    logprobs: how many alternatives to report beside the sampled token; None for no report.
-    masked: it samples one of some tokens, which follow from all tokens of the request before.
-    processed: its logits are changed before its token is sampled.
-    score: what it is to report of the prompt.
+    start: the position of its first token.
+    num_tokens: the number of tokens that it computes.
+    token_ids: their ids, for prefill. Empty for decode: the token is already on the device, and the
+        host does not know it yet if the step is launched ahead.
+    samples: whether the token that the step samples for this row is the request's next token. For a
+        prefill chunk that does not reach the end of the prompt it is not, and is ignored.
+    logprobs: the number of alternatives to report besides the sampled token; None for no report.
+    masked: whether a grammar restricts the sampled token, depending on all earlier tokens of the
+        request.
+    processed: whether its logits are changed before its token is sampled.
+    score: the prompt tokens whose log-probabilities it has to report.
     """
 
     request_id: str
@@ -55,8 +57,11 @@ class ScheduledRow(msgspec.Struct, frozen=True):
 
 
 class ProcessorStart(msgspec.Struct, frozen=True):
-    """What changing a request's logits needs to know of it: its tokens so far, all of which are
-    known when it is given a slot, and those that do not come before `min_tokens`."""
+    """The data needed to change the logits of a request.
+
+    prompt, output: its tokens so far, all of which are known when it is given a slot.
+    stop_token_ids: the tokens that must not be sampled before `min_tokens`.
+    """
 
     prompt: list[int]
     output: list[int]
@@ -64,9 +69,9 @@ class ProcessorStart(msgspec.Struct, frozen=True):
 
 
 class SlotStart(msgspec.Struct, frozen=True):
-    """A slot changed hands: its sampling state is to be written before the step.
+    """A slot that has a new request. Its sampling state must be written before the step.
 
-    processors: None for a request whose logits stay as they are.
+    processors: the data for changing the request's logits; None if they are not changed.
     """
 
     slot: int
@@ -78,19 +83,21 @@ class SlotStart(msgspec.Struct, frozen=True):
 class SchedulerOutput(msgspec.Struct, frozen=True):
     """One step. Decode rows come first.
 
-    A batch is a list of rows. The steps of one batch have the same requests in the same order, and
-    in each of them every request is further than in the one before.
+    A batch is a list of rows. All steps of one batch have the same requests in the same order, and
+    each step is further in every request than the step before.
 
-    batch_id: names the batch: steps with the same one differ in how far they are, and in nothing
-        else that `batch_rows` says.
-    batch_rows: the rows as they are in the batch's first step.
-    advance: tokens by which every row is further than in the batch's first step; 0 in that one.
-    new_slots: slots whose state must be written before the step.
-    freed_slots: those with `processors` that nobody has had since some step before it, or that
-        change hands with it.
-    new_blocks: (slot, index in its block table, block) to be written before the step.
-    needs_logits: some request has its logits read or changed outside the graph.
-    masked: some row is: what it may sample follows from its last token, on the host.
+    batch_id: the id of the batch. Steps with the same one differ in their progress only, and in
+        nothing else that `batch_rows` says.
+    batch_rows: the rows as they are in the first step of the batch.
+    advance: the number of tokens by which every row is further than in the first step of the batch;
+        0 in that step.
+    new_slots: the slots whose state must be written before the step.
+    freed_slots: the slots with `processors` that have become free since the last such list; this
+        step may already use them for other requests.
+    new_blocks: (slot, index in its block table, block) entries to be written before the step.
+    needs_logits: whether the logits of some request are read or changed outside the graph.
+    masked: whether a grammar restricts some row, whose allowed tokens the host finds out from the
+        request's last token.
     """
 
     step_id: int
@@ -107,12 +114,13 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
 
     @property
     def num_rows(self) -> int:
-        """How many requests take part."""
+        """Number of requests that take part."""
         return len(self.batch_rows)
 
     @property
     def rows(self) -> list[ScheduledRow]:
-        """The rows as they are in this step. They are made when asked for, which is seldom."""
+        """The rows as they are in this step. They are made whenever they are asked for, which is
+        rare."""
         if not self.advance:
             return self.batch_rows
         return [
@@ -129,17 +137,19 @@ _unscheduled = count(-1, -1)
 
 
 def unscheduled_id() -> int:
-    """A step or batch id that nothing else has, for a step that no scheduler has made, such as the
-    one a graph is captured or tried on."""
+    """Return a step or batch id that no other step has, for a step that does not come from a
+    scheduler, such as one on which a graph is captured or tested."""
     return next(_unscheduled)
 
 
 class TokenEvent(msgspec.Struct, frozen=True, gc=False):
-    """What a step added to one request. `token` is None for an abort, for a request that asked for
-    no token, and where there is nothing but a report of the prompt.
+    """The result of a step for one request.
 
-    row: index of the step's row it comes from; None for an abort.
-    num_cached_tokens: with the request's first token, how much of its prompt was not computed.
+    token: the sampled token. None for an abort, for a request that asked for no token, and where
+        the event only reports log-probabilities of the prompt.
+    row: the index of the request's row in the step; None for an abort.
+    num_cached_tokens: the number of prompt tokens that were not computed because they were cached;
+        sent with the first token of the request.
     """
 
     request_id: str
