@@ -1,7 +1,7 @@
-"""The words that scheduler, dispatcher and graphs share: modes, keys, reasons.
+"""The terms that scheduler, dispatcher and graphs share: modes, graph keys and reasons.
 
-Knows: which runtime modes exist, what identifies a captured graph, and every reason for
-which a step can run in a mode. Knows nothing of tensors, requests or models.
+Knows: which runtime modes exist, what identifies a captured graph, and every reason for which a
+step can run in a mode. Knows nothing of tensors, requests or models.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from minisrv.errors import ConfigError
 
 
 class CUDAGraphMode(enum.Enum):
-    """How a step runs, or (the last two as well) how a server is configured to run its steps.
+    """The mode in which a step runs, or in which a server is configured to run its steps.
 
-    The names and meanings are vLLM's. A *runtime* mode is NONE, PIECEWISE or FULL; the
-    *configured* mode is any of the five.
+    The names and meanings are vLLM's. A *runtime* mode is NONE, PIECEWISE or FULL; the *configured*
+    mode is any of the five.
     """
 
     NONE = "none"
@@ -27,9 +27,9 @@ class CUDAGraphMode(enum.Enum):
 
     @classmethod
     def parse(cls, text: str) -> CUDAGraphMode:
-        """The mode of that name, in vLLM's spelling (FULL_AND_PIECEWISE) or with hyphens.
+        """Return the mode named by `text`, in vLLM's spelling (FULL_AND_PIECEWISE) or with hyphens.
 
-        Raises ConfigError.
+        Raises ConfigError if there is no such mode.
         """
         try:
             return cls(text.lower().replace("_", "-"))
@@ -39,24 +39,24 @@ class CUDAGraphMode(enum.Enum):
 
     @property
     def decode_mode(self) -> CUDAGraphMode:
-        """The best runtime mode this configured mode offers a pure decode batch."""
+        """The best runtime mode that this configured mode offers to a pure decode batch."""
         return self if self in (self.NONE, self.PIECEWISE) else CUDAGraphMode.FULL
 
     @property
     def mixed_mode(self) -> CUDAGraphMode:
-        """The best runtime mode this configured mode offers a batch that holds prefill."""
+        """The best runtime mode that this configured mode offers to a batch that holds prefill."""
         if self in (self.PIECEWISE, self.FULL_AND_PIECEWISE):
             return CUDAGraphMode.PIECEWISE
         return CUDAGraphMode.FULL if self is self.FULL else CUDAGraphMode.NONE
 
 
 class Epilogue(enum.Enum):
-    """What a step's graph leaves behind.
+    """The last result that the graph of a step computes.
 
-    HIDDEN: hidden states of every token. What follows depends on rows only, and is a graph of its
-        own: row gather, lm_head and what comes behind it.
+    HIDDEN: the hidden states of every token. The rest (the gather of the rows that sample, lm_head
+        and sampling) depends on the number of requests only, and is a graph of its own.
     LOGITS: one row of logits per request; sampling follows outside the graph.
-    TOKENS: sampled tokens, and the requests' next inputs scattered to their slots.
+    TOKENS: the sampled tokens; the next inputs of the requests are scattered to their slots too.
     """
 
     HIDDEN = "hidden"
@@ -66,12 +66,16 @@ class Epilogue(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class BatchDescriptor:
-    """The key of a captured graph, and the padded shape of a step.
+    """The key of a captured graph, which is also the padded shape of a step.
 
-    `num_reqs` is None where the graph does not depend on it: pieces of a PIECEWISE capture
-    see tokens only. A FULL graph holds attention, which sees rows.
-    `forward` is False where the model is not in it: the epilogue of a step that has ended at the
-    hidden states, which takes one of them for each request.
+    num_tokens: the number of tokens, padding included.
+    num_reqs: the number of requests, padding included. It is None where the graph does not depend
+        on it: the pieces of a PIECEWISE capture see only tokens. A FULL graph contains attention,
+        which works on the rows of requests.
+    uniform_decode: whether the graph is for pure decode batches, with one token per request.
+    epilogue: the last result that the graph computes.
+    forward: False for the graph of an epilogue, which does not run the model: it follows a step
+        that has stopped at the hidden states, and takes one hidden state of each request.
     """
 
     num_tokens: int
@@ -82,34 +86,35 @@ class BatchDescriptor:
 
 
 class Part(enum.Enum):
-    """Of what a step launches."""
+    """One of the two parts in which a step may be launched."""
 
     FORWARD = "forward"
-    """The step's graph: all of it, or up to the hidden states."""
+    """The graph of the step: all of the step, or everything up to the hidden states."""
     EPILOGUE = "epilogue"
-    """What follows hidden states."""
+    """Everything that follows the hidden states."""
 
 
 GraphKey = tuple[CUDAGraphMode, BatchDescriptor]
-"""A captured graph: its runtime mode and its descriptor."""
+"""The identity of a captured graph: its runtime mode and its descriptor."""
 
 
 class Reason(enum.StrEnum):
-    """Why a step ran in the mode it ran in. Every step is counted by (mode, reason)."""
+    """The reason for which a step ran in its mode. Every step is counted by (mode, reason)."""
 
     PURE_DECODE = "pure_decode"
-    """FULL: every request of the batch is decoding and a decode rung holds them."""
+    """FULL: every request of the batch is decoding, and a captured decode size holds them."""
     HAS_PREFILL = "has_prefill"
-    """PIECEWISE, or FULL where the configured mode is `full`: the batch holds prefill tokens and a
-    mixed rung holds it."""
+    """PIECEWISE, or FULL where the configured mode is `full`: the batch holds prefill tokens, and a
+    captured size for mixed batches holds it."""
     CHEAPER = "cheaper"
-    """FULL or PIECEWISE: not the smallest graph that holds the batch, but one that was measured to
-    take less time."""
+    """FULL or PIECEWISE: the graph is not the smallest one that holds the batch, but one that was
+    measured to take less time."""
     NO_FULL_GRAPH = "no_full_graph"
     """PIECEWISE for a pure decode batch: the configured mode captures no FULL graphs."""
     NO_MIXED_GRAPH = "no_mixed_graph"
-    """NONE: the batch holds prefill, for which the configured mode captures nothing."""
+    """NONE: the batch holds prefill, for which the configured mode captures no graph."""
     ABOVE_LADDER = "above_ladder"
-    """NONE: more tokens than the top mixed rung; a launch costs little beside such a step."""
+    """NONE: the batch has more tokens than the largest captured size for mixed batches. The cost of
+    launches is small beside such a step."""
     GRAPHS_OFF = "graphs_off"
-    """NONE: `--enforce-eager`, or the configured mode is `none`."""
+    """NONE: `--enforce-eager` was given, or the configured mode is `none`."""

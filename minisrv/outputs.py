@@ -1,6 +1,6 @@
-"""What `LLM` gives back: prompts and their completions. The names are vLLM's.
+"""The results that `LLM` returns: prompts and their completions. The names are vLLM's.
 
-Knows: finish reasons and log-probabilities. Does not know how they come about.
+Knows: finish reasons and log-probabilities. Knows nothing of how they are computed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from minisrv.request import FinishReason, TokenLogprobs
 
 @dataclass
 class CompletionOutput:
-    """One completion. `text` ends before a stop string, or behind it if that is asked for;
-    `token_ids` holds every sampled token.
+    """One completion of a prompt.
 
-    cumulative_logprob: the sum over `token_ids`; None if log-probabilities were not asked for.
-    stop_reason: the stop string or the one of `stop_token_ids` that ended it; None for any other
-        end.
-    graph_steps: the steps it took part in, counted by "MODE/reason".
+    index: the number of the completion among those of its prompt, from 0.
+    text: the text. It ends before the stop string, or after it if the request asks for that.
+    token_ids: every sampled token.
+    cumulative_logprob: the sum of the log-probabilities of `token_ids`; None if log-probabilities
+        were not requested.
+    logprobs: the log-probabilities at each sampled token; None if they were not requested.
+    finish_reason: the reason why the completion ended; None while it has not.
+    stop_reason: the stop string or the member of `stop_token_ids` that ended the completion; None
+        if anything else ended it.
+    graph_steps: the number of steps in which the request took part, by "MODE/reason".
     """
 
     index: int = 0
@@ -31,18 +36,21 @@ class CompletionOutput:
     graph_steps: dict[str, int] = field(default_factory=dict)
 
     def finished(self) -> bool:
-        """Whether it has ended."""
+        """Whether the completion has ended."""
         return self.finish_reason is not None
 
 
 @dataclass
 class RequestOutput:
-    """A prompt and what came of it.
+    """A prompt and its completions.
 
-    prompt: its text, for a chat what the template has made; None for token ids alone.
-    outputs: its `n` completions.
-    num_cached_tokens: tokens of the prompt that were found in the prefix cache, by the first.
-    prompt_logprobs: of each prompt token, None for the first; None if they were not asked for.
+    prompt: the text of the prompt; for a chat the text that the chat template made. None if the
+        prompt was given as token ids.
+    outputs: the `n` completions of the prompt.
+    num_cached_tokens: the number of prompt tokens that the first completion found in the prefix
+        cache.
+    prompt_logprobs: the log-probabilities at each prompt token, with None for the first token; None
+        if they were not requested.
     """
 
     request_id: str
@@ -54,5 +62,5 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether all of its completions have ended."""
+        """Whether all completions have ended."""
         return all(output.finished() for output in self.outputs)

@@ -1,8 +1,8 @@
-"""What a request asks for, and what comes back of it, token by token.
+"""The request that the engine receives and the outputs that it sends back, token by token.
 
 Knows: the sampling parameters and their bounds, the finish reasons, and the typed records that
-cross the socket between API worker and engine. Knows nothing of text, HTTP or tensors: prompts
-are token ids here, and stop strings are the API worker's to find.
+cross the socket between API worker and engine. Knows nothing of text, HTTP or tensors: prompts are
+token ids here, and the API worker looks for stop strings.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ MAX_TOP_K = 2**31 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
-"""Token ids; OpenAI's."""
+"""Maximum number of token ids in `logit_bias`; OpenAI's limit."""
 MAX_BIAS = 100
 MAX_PENALTY = 2
-"""Of frequency and presence penalty, either sign."""
+"""Maximum absolute value of the frequency penalty and of the presence penalty."""
 MIN_REPETITION, MAX_REPETITION = 0.01, 100
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 MAX_N = 16_384
-"""Completions of one prompt; vLLM's."""
+"""Maximum number of completions of one prompt; vLLM's limit."""
 MAX_GRAMMAR_LENGTH = 1 << 16
-"""Characters of a schema, a regex or a grammar, or of all choices together."""
+"""Maximum number of characters of a schema, of a regular expression, of a grammar, or of all
+choices together."""
 MAX_CHOICES = 1024
 
 
 class FinishReason(enum.StrEnum):
-    """Why a request ended. STOP and LENGTH go on the wire under OpenAI's names."""
+    """The reason why a request ended. The API reports STOP and LENGTH under OpenAI's names."""
 
     STOP = "stop"
     """An end-of-sequence or stop token was sampled, or a stop string was found."""
     LENGTH = "length"
     """`max_tokens` or the context length was reached."""
     ABORT = "abort"
-    """The client went away, or asked for the request to be dropped."""
+    """The client disconnected, or asked for the request to be aborted."""
 
 
 def _check(ok: bool, param: str, value: object, allowed: str) -> None:
@@ -58,7 +59,7 @@ def _check_integer(param: str, value: object, least: int, most: int, allowed: st
 
 
 def _check_number(param: str, value: object, allowed: str) -> float:
-    """`value`, if it is a finite number."""
+    """Return `value` if it is a finite number; raise RequestError if not."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     _check(ok, param, value, allowed)
     assert isinstance(value, int | float)
@@ -70,22 +71,27 @@ def _check_boolean(param: str, value: object) -> None:
 
 
 def _several(param: str, value: object, allowed: str) -> tuple[Any, ...]:
-    """`value`, if it is a list or a tuple; nothing for None."""
+    """Return a list or a tuple as a tuple, and None as an empty one; raise RequestError for any
+    other value."""
     _check(value is None or isinstance(value, list | tuple), param, value, allowed)
     return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
-    """The seed of one of the choices of a prompt: with a seed, the first has it and each other one
-    more, as in vLLM, so that choices differ and come out the same again. Behind the last signed
-    64-bit integer comes the first."""
+    """Return the seed of completion number `choice` of a prompt.
+
+    With a seed, the first completion gets that seed and each further one a seed that is greater by
+    one, as in vLLM, so that completions differ and can be reproduced. The number after the last
+    signed 64-bit integer is the first one. Without a seed the result is None.
+    """
     return None if seed is None else (seed + choice - SEED_MIN) % 2**64 + SEED_MIN
 
 
 class _NamesParameters(type(msgspec.Struct)):  # type: ignore[misc]
-    """Makes a parameter that does not exist an error of the tree, with the nearest that does."""
+    """Metaclass that raises RequestError for an unknown parameter and names the nearest known
+    one."""
 
-    if not TYPE_CHECKING:  # a type checker reads the fields
+    if not TYPE_CHECKING:  # a type checker is to see the fields instead
 
         def __call__(cls, *values: Any, **parameters: Any) -> Any:
             for name in parameters:
@@ -103,15 +109,16 @@ _FORM = "structured_outputs"
 class StructuredOutputsParams(
     msgspec.Struct, frozen=True, kw_only=True, metaclass=_NamesParameters
 ):
-    """What the text of a completion must be: exactly one of these. The names are vLLM's.
+    """The form that the text of a completion must have: exactly one field is set. The names are
+    vLLM's.
 
-    json: JSON that follows this schema, an object or its text.
-    regex: what this regular expression (Rust's syntax) matches from end to end.
+    json: JSON that follows this schema, given as an object or as text.
+    regex: text that this regular expression (Rust's syntax) matches from end to end.
     choice: one of these texts.
-    grammar: what this grammar (Lark, in llguidance's dialect) describes.
+    grammar: text that this grammar (Lark, in llguidance's dialect) describes.
     json_object: true for any JSON object.
 
-    Raises RequestError if it is not exactly one, or not of its type.
+    Raises RequestError if not exactly one field is set, or if a field has the wrong type.
     """
 
     json: str | dict[str, Any] | None = None
@@ -133,7 +140,11 @@ class StructuredOutputsParams(
         _check(ok, _FORM, texts, "made of texts")
 
     def as_spec(self) -> StructuredOutput:
-        """For the engine. Raises RequestError for a schema that is none, or is too large."""
+        """Return the form as the engine takes it.
+
+        Raises RequestError for a JSON schema that cannot be written as JSON and for a form whose
+        size is out of bounds.
+        """
         kinds = StructuredOutputKind
         try:
             schema = self.json if isinstance(self.json, str | None) else json.dumps(self.json)
@@ -152,35 +163,40 @@ class StructuredOutputsParams(
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_NamesParameters):
-    """How to choose tokens and when to stop. Field names and meanings are vLLM's and OpenAI's.
+    """Parameters of how tokens are chosen and when to stop. Names and meanings are vLLM's and
+    OpenAI's.
 
-    n: completions of a prompt, for `LLM`, which makes a request of each; a request has one.
-    max_tokens: completion tokens at most; None means up to the context length. 0 ends the request
-        when its prompt has been computed.
-    min_tokens: completion tokens before which nothing ends the request but max_tokens: no
+    n: the number of completions of a prompt. `LLM` makes a request of each; a request has one.
+    max_tokens: the maximum number of completion tokens; None means up to the context length. 0 ends
+        the request when its prompt has been computed.
+    min_tokens: the number of completion tokens before which only max_tokens ends the request: no
         end-of-sequence or stop token is sampled, and no stop string is looked for. A structured
-        output that is complete before ends the request all the same (vLLM's rule).
-    temperature: 0 is greedy.
+        output that is complete earlier ends the request all the same, as in vLLM.
+    temperature: the sampling temperature; 0 is greedy.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
     min_p: keep tokens whose probability is at least min_p times the highest.
-    seed: fixes the sampling noise; None draws one when the request is admitted.
-    stop: end the text before the first of these; one string may stand alone.
-    stop_token_ids: end the request when one is sampled (the token stays in the output ids).
-    include_stop_str_in_output: let the text hold the stop string, or the text of the stop token,
-        that it ends at.
-    ignore_eos: go on past the model's end-of-sequence tokens (for measurements).
-    logit_bias: what is added to the logits of tokens, by token id.
-    presence_penalty, frequency_penalty: what is taken from the logit of a token that is in the
-        completion, once, and for each time.
-    repetition_penalty: what the logit of a token in prompt or completion is divided by if it is
-        positive, and multiplied with if not.
-    logprobs: report the sampled token's log-probability and this many alternatives (None: off).
-    prompt_logprobs: the same of every prompt token but the first. The whole prompt is computed
-        then, whatever of it is cached.
-    structured_outputs: what the text must be, for `LLM`; a request says it beside its parameters.
+    seed: determines the sampling noise; with None a seed is drawn when the request is admitted.
+    stop: the text ends before the first of these strings; a single string may be given without a
+        list.
+    stop_token_ids: the request ends when one of these is sampled (it stays in the output ids).
+    include_stop_str_in_output: keep the stop string, or the text of the stop token, at which the
+        text ends.
+    ignore_eos: continue after the model's end-of-sequence tokens (for measurements).
+    logit_bias: the number that is added to the logit of a token, by token id.
+    presence_penalty, frequency_penalty: the numbers that are subtracted from the logit of each
+        token that the completion already has: the first one once, the second one for each
+        occurrence.
+    repetition_penalty: the number by which the logit of a token in the prompt or the completion is
+        divided if it is positive, and multiplied if it is not.
+    logprobs: report the log-probability of the sampled token and this many alternatives (None: no
+        report).
+    prompt_logprobs: report the same for every prompt token except the first. The whole prompt is
+        computed in this case, even if some of it is in the prefix cache.
+    structured_outputs: the form that the text must have, for `LLM`. A request to the engine carries
+        the form beside its parameters.
 
-    Raises RequestError, naming the field, for a value out of bounds and for a name that is none.
+    Raises RequestError, which names the field, for a value out of bounds and for an unknown name.
     """
 
     n: int = 1
@@ -245,7 +261,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
             if count is not None:
                 allowed = f"an integer in [0, {MAX_LOGPROBS}]"
                 _check_integer(param, count, 0, MAX_LOGPROBS, allowed)
-        # One string is one stop string, not a sequence of characters.
+        # A string is one stop string, not a sequence of characters.
         alone = isinstance(self.stop, str)
         stop = (self.stop,) if alone else _several("stop", self.stop, "a string or a list of them")
         msgspec.structs.force_setattr(self, "stop", stop)
@@ -263,8 +279,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         _check(ok, _FORM, form, "a StructuredOutputsParams")
 
     def for_choice(self, choice: int) -> SamplingParams:
-        """What one of the `n` completions asks of the engine. The prompt is scored for the first
-        alone."""
+        """Return the parameters of the request that the engine gets for completion number `choice`.
+
+        Only the request of the first completion reports log-probabilities of the prompt.
+        """
         return msgspec.structs.replace(
             self,
             n=1,
@@ -275,12 +293,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
 
     @property
     def has_penalties(self) -> bool:
-        """Whether what is sampled depends on which tokens have been there."""
+        """Whether sampling depends on the tokens that the request already has."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 class StructuredOutputKind(enum.StrEnum):
-    """What describes a structured output; vLLM's names."""
+    """The kind of description of a structured output; the names are vLLM's."""
 
     JSON_OBJECT = "json_object"
     JSON_SCHEMA = "json_schema"
@@ -290,19 +308,19 @@ class StructuredOutputKind(enum.StrEnum):
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What the text of a completion must be.
+    """The form that the text of a completion must have.
 
     text: the JSON schema, the regular expression (Rust's syntax, matched from end to end) or the
-        grammar (Lark, in llguidance's dialect); nothing for the other kinds.
+        grammar (Lark, in llguidance's dialect); empty for the other kinds.
     choices: the texts to choose from, for CHOICE.
-    reasoning_end: text, e.g. `</think>`, behind which the structured output begins. Before it
-        anything goes; without one it begins with the first token.
-    reasoning_start: text, e.g. `<think>`, with which reasoning begins if there is any. Without one
-        there is some.
-    param: the field of the request that asked for it, for errors.
-    lowered: an API worker has made of it what llguidance takes, and `text` is that: reasoning is
-        part of it, and choices are.
-    seconds: of processor time that compiling it has taken there.
+    reasoning_end: the text, e.g. `</think>`, after which the structured output begins; before it
+        any text is allowed. If it is empty, the structured output begins with the first token.
+    reasoning_start: the text, e.g. `<think>`, with which optional reasoning begins. If it is empty,
+        the completion always begins with reasoning.
+    param: the field of the HTTP request that asked for the form; errors name it.
+    lowered: whether an API worker has already translated the form for llguidance, so that `text` is
+        the translation, which includes the reasoning and the choices.
+    seconds: the processor time that compiling the form took in the API worker, in seconds.
 
     Raises RequestError, naming `param`, if a size is out of bounds.
     """
@@ -342,14 +360,14 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine. It has one completion.
 
-    cache_key, cache_salt: only requests with the same two share entries of the prefix cache. The
-        first is the number of the client's API key, where keys are kept apart; the second is what
-        the client says.
-    priority: those with a lower number are admitted earlier, and preempted later; the scheduler
-        sees to it that others do not wait for ever.
-    structured_output: what its text must be.
+    cache_key, cache_salt: requests share entries of the prefix cache only if both values are equal.
+        The first is the number of the client's API key, where keys do not share; the second is
+        chosen by the client.
+    priority: requests with a lower number are admitted earlier and preempted later. The scheduler
+        makes sure that no other request waits for ever.
+    structured_output: the form that the text must have.
 
-    Raises RequestError for a structured output that never ends.
+    Raises RequestError for a structured output together with `ignore_eos`, which would never end.
     """
 
     request_id: str
@@ -381,30 +399,32 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
     """The most likely (token id, logprob) pairs, best first."""
     rank: int
-    """The token's place among all, from 1."""
+    """The rank of the token among all tokens of the vocabulary, from 1."""
 
 
 class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step (or an abort, or a refusal) adds to one request.
+    """The output that one step (or an abort, or a refusal) adds to one request.
 
-    Exactly one output of a request carries `finish_reason` or `error`; nothing follows it.
+    Exactly one output of a request carries `finish_reason` or `error`, and it is the last one.
     """
 
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] = []
-    """Of prompt tokens, from the second on: all have come when the first token comes."""
+    """Log-probabilities of prompt tokens, beginning with the second; all of them have been sent
+    when the first sampled token is sent."""
     finish_reason: FinishReason | None = None
     error: RequestFailure | None = None
     graph_steps: dict[str, int] | None = None
-    """With the last output: the request's steps counted by "MODE/reason"."""
+    """The number of steps of the request by "MODE/reason", sent with the last output."""
     num_cached_tokens: int = 0
-    """With the first token: prompt tokens that were found in the prefix cache."""
+    """The number of prompt tokens that were found in the prefix cache, sent with the first
+    token."""
 
 
 class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """An error of the tree of `minisrv.errors`, as it crosses the socket.
+    """An exception of `minisrv.errors` as it crosses the socket.
 
     kind: the name of its class.
     """
@@ -415,11 +435,11 @@ class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, error: MinisrvError) -> RequestFailure:
-        """What is sent of `error`."""
+        """Return the record that is sent for `error`."""
         return cls(kind=type(error).__name__, message=error.message, param=error.param)
 
     def as_exception(self) -> MinisrvError:
-        """The same error again."""
+        """Return the exception that the record was made from."""
         error = _KINDS[self.kind](self.message)
         error.param = self.param
         return error
