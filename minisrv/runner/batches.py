@@ -1,9 +1,9 @@
-"""The batches that graphs are certified on, as rows of tokens.
+"""The batches on which graphs are certified, as rows of tokens.
 
 Knows: what a scheduler can put into one step, and the shapes that have broken graphs elsewhere:
-rows of one token, lengths around block edges and at the context's end, chunks behind a history,
-prefill that looks like decode. Start-up takes one batch a graph, `minisrv certify` all of them.
-Knows nothing of tensors: `runner.trial` gives a batch its slots, blocks and values.
+rows of one token, lengths around block edges and at the end of the context, prefill chunks after a
+history, prefill that looks like decode. Start-up uses one batch for each graph, `minisrv certify`
+all of them. Knows nothing of tensors: `runner.trial` gives a batch its slots, blocks and values.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from itertools import chain, cycle, islice
 from minisrv.modes import BatchDescriptor
 
 SMALL_RUNG = 8
-"""Up to here a rung is certified with every batch size that it holds."""
+"""Largest padded size whose graph is certified with every batch size that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What one step can hold.
+    """The limits of one step.
 
-    rows: requests. tokens: of all rows together. context: tokens of one request, those in the
-    cache included. blocks: of the cache, without the null block.
+    rows: the maximum number of requests.
+    tokens: the maximum number of tokens of all rows together.
+    context: the maximum number of tokens of one request, including those in the cache.
+    blocks: the number of blocks in the cache, without the null block.
+    block_size: the number of tokens in a block.
     """
 
     rows: int
@@ -35,8 +38,11 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """`num_tokens` tokens behind `start` that are in the cache. One token is prefill or decode:
-    the shape does not tell."""
+    """A row of `num_tokens` tokens that follow `start` tokens in the cache.
+
+    decoding: whether the row is a decode. The shape does not tell: a row of one token may be
+        prefill too.
+    """
 
     start: int
     num_tokens: int
@@ -44,11 +50,12 @@ class BatchRow:
 
 
 Batch = tuple[BatchRow, ...]
-"""Decode rows come first."""
+"""The rows of one step. Decode rows come first."""
 
 
 def describe(batch: Batch) -> str:
-    """For people: lengths of decode rows, history+tokens of the others."""
+    """Return the batch as text for people: the lengths of decode rows, and history+tokens of the
+    others."""
     decodes = [str(row.start + 1) for row in batch if row.decoding]
     prefills = [f"{row.start}+{row.num_tokens}" for row in batch if not row.decoding]
     parts = (("decode at length", decodes), ("prefill", prefills))
@@ -64,9 +71,12 @@ def _listed(rows: list[str], most: int = 6) -> str:
 
 
 def short_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
-    """One row (decode) or token (mixed) short of the padded size, so that there is padding,
-    unless the size is one; a row short too where the graph pads rows of a mixed batch. Lengths lie
-    around block edges."""
+    """Return a batch that leaves padding in the graph.
+
+    It is one row (decode) or one token (mixed) smaller than the padded size, unless that is one.
+    Where the graph also pads the rows of a mixed batch, it is one row short too. Lengths lie around
+    block edges.
+    """
     size = max(1, min(key.num_tokens - 1, _most(key, limits)))
     if key.uniform_decode:
         return _fitted(_decodes(islice(cycle(_edges(limits)), size)), limits)
@@ -76,18 +86,21 @@ def short_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
 
 
 def full_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
-    """As many tokens and rows as the graph holds: what it leaves behind is a smaller batch's stale
-    tail."""
+    """Return a batch with as many tokens and rows as the graph holds. The values that it leaves in
+    the buffers are the stale values that a smaller batch finds behind its own."""
     size = min(key.num_tokens, _most(key, limits))
     rows = next(_decode_batches(size, limits)) if key.uniform_decode else _spread(size, limits)
     return _fitted(rows, limits)
 
 
 def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list[Batch]:
-    """Everything that a graph is certified on: each composition, at every size of a small rung, at
-    one of a larger rung's smallest, largest and next to largest in turn, and the full batch.
+    """Return every batch on which a graph is certified: the full batch, and further each
+    composition. A small padded size gets each composition at every batch size. A larger one gets
+    each composition at one of three sizes, in turn: the smallest, the next to largest and the
+    largest.
 
-    below: the next smaller rung; its batches never come here. 0 if there is none.
+    below: the next smaller captured size, whose batches never run in this graph. 0 if there is
+        none.
     """
     least, top = below + 1, min(key.num_tokens, _most(key, limits))
     small = top <= SMALL_RUNG
@@ -106,14 +119,15 @@ def _most(key: BatchDescriptor, limits: BatchLimits) -> int:
 
 
 def _edges(limits: BatchLimits) -> list[int]:
-    """Lengths at which a row begins, fills and overflows a block."""
+    """Return the lengths at which a row begins, fills or overflows a block."""
     size = limits.block_size
     lengths = (1, 2, size - 1, size, size + 1, 2 * size, 2 * size + 1)
     return sorted({length for length in lengths if 1 <= length <= limits.context})
 
 
 def _lengths(limits: BatchLimits) -> list[int]:
-    """The longest and the shortest beside each other, then the rest of the edges."""
+    """Return the lengths to try: the longest and the shortest one next to each other, then the rest
+    of the edges."""
     context = limits.context
     return list(dict.fromkeys((context, 1, context - 1, *_edges(limits))))
 
@@ -123,8 +137,8 @@ def _decodes(lengths: Iterable[int]) -> list[BatchRow]:
 
 
 def _decode_batches(count: int, limits: BatchLimits) -> Iterator[list[BatchRow]]:
-    """`count` decodes. Every length comes once, in as many batches as that takes, among short
-    rows; then all rows are as short as can be; then the longest comes last."""
+    """Yield batches of `count` decode rows. First every length comes once, in as many batches as
+    that takes, among short rows; then all rows have length 1; then the longest row comes last."""
     lengths = _lengths(limits)
     for first in range(0, len(lengths), count):
         some = lengths[first : first + count]
@@ -134,13 +148,14 @@ def _decode_batches(count: int, limits: BatchLimits) -> Iterator[list[BatchRow]]
 
 
 def _mixed_batches(tokens: int, limits: BatchLimits) -> Iterator[list[BatchRow]]:
-    """`tokens` tokens of prefill, with decodes before it and without."""
+    """Yield batches of `tokens` tokens of prefill, with and without decode rows before it."""
     lengths, context = _lengths(limits), limits.context
     rows = min(tokens, limits.rows)
     decodes = islice(chain(lengths[:3], cycle(_edges(limits))), rows - 1)
     yield [*_decodes(decodes), BatchRow(0, tokens - rows + 1)]
     yield [*[BatchRow(0, 1)] * (rows - 1), BatchRow(0, tokens - rows + 1)]
-    # One-token chunks behind a history at every edge, and a chunk that ends where the context does.
+    # Chunks of one token after a history at every edge, and a chunk that ends where the context
+    # does.
     tails = [BatchRow(length - 1, 1) for length in lengths[: rows // 2]]
     chunk = min(tokens - len(tails), context)
     yield [BatchRow(context - chunk, chunk), *tails]
@@ -152,7 +167,8 @@ def _mixed_batches(tokens: int, limits: BatchLimits) -> Iterator[list[BatchRow]]
 
 
 def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
-    """Two decodes, then prefill: each row half of what is left, every other behind a history."""
+    """Return two decode rows, then prefill rows: each takes half of the remaining tokens, and every
+    other one follows a history."""
     lengths, context = cycle(_edges(limits)), limits.context
     decodes = min(2, limits.rows - 1) if tokens > 2 else 0
     rows = _decodes(islice(lengths, decodes))
@@ -166,15 +182,16 @@ def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
 
 
 def _spread(tokens: int, limits: BatchLimits) -> list[BatchRow]:
-    """Prefill in as many rows as there may be, all about as long, behind histories."""
+    """Return prefill in as many rows as the limits allow, of about the same length, after
+    histories."""
     lengths, context, rows = cycle(_edges(limits)), limits.context, min(tokens, limits.rows)
     counts = [min(context, (tokens + row) // rows) for row in range(rows)]
     return [BatchRow(min(next(lengths), context - count), count) for count in counts]
 
 
 def _fitted(rows: list[BatchRow], limits: BatchLimits) -> Batch:
-    """`rows` as far as slots and blocks go. A row too long for the blocks that the others leave
-    loses history, then tokens."""
+    """Return `rows` cut to the available slots and blocks. A row that is too long for the blocks
+    that the others leave loses history first, then tokens."""
     rows = rows[: min(limits.rows, limits.blocks)]
     left, fitted = limits.blocks, []
     for others, row in zip(reversed(range(len(rows))), rows, strict=True):

@@ -1,13 +1,14 @@
 """The static buffers of a step, the per-slot state, and the one place that fills them.
 
-Knows: addresses. Every tensor that a graph reads or writes beside weights and cache lives here,
-allocated once at its largest. `SlotState` outlives steps: a request owns a slot, and what its next
-step needs (last token, position, block table, sampling parameters) is written there, by the host
-when the request starts and by the step itself from then on. `InputBuffers` holds one step.
-Knows nothing of graphs or of the model.
+Knows: addresses. Every tensor that a graph reads or writes besides weights and cache lives here,
+allocated once at its largest size. `SlotState` outlives steps: a request owns a slot, and the
+inputs of its next step (last token, position, block table, sampling parameters) are written there,
+by the host when the request starts and by the step itself from then on. `InputBuffers` holds one
+step. Knows nothing of graphs or of the model.
 
-A padding row is slot 0, whose state is token 0, position 0, block table 0: an ordinary row of a
-decode step, an empty one of any other. An epilogue may have more of them than the step before it.
+A padding row uses slot 0, whose state is token 0, position 0 and block table 0. In a decode step it
+is computed like any other row, in any other step it is empty. An epilogue may have more padding
+rows than the step before it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from minisrv.modes import BatchDescriptor
 
 @dataclass(frozen=True)
 class BufferSizes:
-    """How large the static buffers are.
+    """The sizes of the static buffers.
 
-    rows, tokens: of the largest padded step. slots: the null slot included.
-    blocks_per_row: width of the block table.
+    rows: the number of rows of the largest padded step.
+    tokens: the number of tokens of the largest padded step.
+    slots: the number of slots, including the null slot.
+    blocks_per_row: the width of the block table, in blocks.
+    block_size: the number of tokens in a block.
     """
 
     rows: int
@@ -45,7 +49,7 @@ class BufferSizes:
 
     @classmethod
     def of(cls, ladders: Ladders, max_model_len: int, block_size: int) -> BufferSizes:
-        """For the steps and the graphs of `ladders`."""
+        """Return the sizes that the steps and the graphs of `ladders` need."""
         return cls(
             rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
             tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
@@ -55,27 +59,28 @@ class BufferSizes:
         )
 
     def bytes_of_rows(self, model: ModelConfig, itemsize: int) -> int:
-        """Of memory that rows and slots take at least: what is allocated for each here, and logits
-        once more in float32, which sampling makes.
+        """Return the minimum number of bytes that rows and slots take: the buffers that are
+        allocated for them here, and logits once more in float32, which sampling makes.
 
-        itemsize: of the model's dtype, in bytes.
+        itemsize: the size of an element of the model's dtype, in bytes.
         """
         per_row = 4 * self.blocks_per_row + model.vocab_size // 8 + model.vocab_size * itemsize
         per_row += 4 * model.vocab_size
         return self.rows * per_row + self.slots * 4 * self.blocks_per_row
 
     def bytes_of_tokens(self, model: ModelConfig, itemsize: int) -> int:
-        """Of memory that tokens take at least: what is allocated for each here, and the widest that
-        the model makes of it, gate and up."""
+        """Return the minimum number of bytes that tokens take: the buffers that are allocated for
+        them here, and the widest activation in the model, gate and up."""
         wide = model.qkv_size + model.q_size + model.hidden_size + 2 * model.intermediate_size
         return self.tokens * (4 * 8 + wide * itemsize)
 
 
 def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
-    """A copy of the host's values there, behind what has been launched; nobody waits for it.
+    """Return a copy of the values on the device. The copy is ordered after the work launched so
+    far, and the host does not wait for it.
 
-    To a GPU it goes by pinned memory of torch's host allocator, which gives none out again before
-    the copy from it is done: the host may be a step ahead.
+    A copy to a GPU goes through pinned memory of torch's host allocator, which does not reuse the
+    memory before the copy from it has finished, as the host may be a step ahead.
     """
     tensor = torch.from_numpy(values)
     if device.type == "cpu":
@@ -84,8 +89,8 @@ def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 class Upload:
-    """The host's values of one step, on their way to the device: one copy, and one launch that
-    writes each to its place (`kernels.slots.write_values`)."""
+    """The host's values of one step on their way to the device: one copy, and one launch that
+    writes each value to its place (`kernels.slots.write_values`)."""
 
     def __init__(self) -> None:
         self._writes: list[Write] = []
@@ -96,25 +101,27 @@ class Upload:
         values: NDArray[np.int64] | NDArray[np.float64],
         at: NDArray[np.int64] | None = None,
     ) -> None:
-        """Of one step no two values go to one place.
+        """Add values to write. In one step no two values may go to the same place.
 
-        target: contiguous; int64 or int32 for integers, float32 for floats.
-        at: where each goes in the flattened target; None: to its beginning, in order.
+        target: a contiguous tensor; int64 or int32 for integers, float32 for floats.
+        at: the index of each value in the flattened target; with None the values go to its
+            beginning, in order.
         """
         self._writes.append(Write(target, values, at))
 
     def send(self, device: torch.device) -> None:
-        """Copy and write them; without any nothing is launched."""
+        """Copy and write the values; if there are none, launch nothing."""
         if self._writes:
             write_values(self._writes, lambda packed: to_device(packed, device))
 
 
 class SlotState:
-    """What a request's next step reads, by slot. S slots, slot 0 is the null slot.
+    """The inputs of a request's next step, by slot. There are S slots; slot 0 is the null slot.
 
     last_token, next_position: [S] int64, the input of the next decode step.
     block_table: [S, blocks_per_row] int32; entries beyond a request's blocks are stale.
-    temperature, top_p, min_p: [S] float32; top_k, seed: [S] int64.
+    temperature, top_p, min_p: [S] float32, sampling parameters.
+    top_k, seed: [S] int64, sampling parameters.
     """
 
     def __init__(self, sizes: BufferSizes, device: torch.device) -> None:
@@ -131,7 +138,7 @@ class SlotState:
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def apply(self, output: SchedulerOutput, upload: Upload) -> None:
-        """Write what the scheduler says of slots that change hands and of new blocks."""
+        """Write the state of slots that have a new request, and new entries of block tables."""
         if new := output.new_slots:
             slots = np.array([start.slot for start in new], np.int64)
             floats = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new]
@@ -147,16 +154,22 @@ class SlotState:
 
 
 class InputBuffers:
-    """One step's arguments and results at fixed addresses. R rows, T tokens at most.
+    """The arguments and results of one step at fixed addresses, for at most R rows and T tokens.
 
-    slots: [R] int64. input_ids, positions, slot_mapping: [T] int64. token_rows: [T] int64, the row
-        of a token. block_table: [R, blocks_per_row] int32. seq_lens: [R] int32.
-        query_start_loc: [R + 1] int32.
-    qkv, attn_out: [T, ...] model dtype, argument and result of the attention op of every layer.
-    hidden: [T, hidden] model dtype. logits: [R, vocab] model dtype. tokens: [R] int64.
-    logits_indices: [R] int64, which of the hidden states a row samples from.
-    bitmask: [R, vocab / 32] int32, which tokens it may sample, as `kernels.apply_bitmask_op` takes
-        it; between steps all.
+    slots: [R] int64, the slot of each row.
+    input_ids, positions, slot_mapping: [T] int64.
+    token_rows: [T] int64, the row that each token belongs to.
+    block_table: [R, blocks_per_row] int32.
+    seq_lens: [R] int32.
+    query_start_loc: [R + 1] int32.
+    qkv, attn_out: [T, ...] in the model's dtype, the argument and the result of the attention op of
+        every layer.
+    hidden: [T, hidden] in the model's dtype.
+    logits: [R, vocab] in the model's dtype.
+    tokens: [R] int64, the sampled tokens.
+    logits_indices: [R] int64, the index of the hidden state that each row samples from.
+    bitmask: [R, vocab / 32] int32, the tokens that each row may sample, as
+        `kernels.apply_bitmask_op` takes them; between steps it allows all tokens.
     """
 
     def __init__(
@@ -198,14 +211,16 @@ class InputBuffers:
     def fill(
         self, output: SchedulerOutput, descriptor: BatchDescriptor, epilogue_rows: int
     ) -> AttentionMetadata:
-        """Write a step into the state and the buffers, padded to the descriptor, and describe it to
-        attention.
+        """Write a step into the state and the buffers, padded to the descriptor, and return its
+        description for attention.
 
-        epilogue_rows: of the padded epilogue behind the hidden states; 0 if none follows.
+        epilogue_rows: the padded number of rows of the epilogue that follows the hidden states; 0
+            if none follows.
 
-        A uniform decode step is given by its slots alone: the step gathers the rest itself
-        (`gather_decode`), because under lag only the device knows the last tokens. One of the same
-        batch as the step before it is given already.
+        For a uniform decode step only the slots, and the indices for its epilogue, are written: the
+        step itself gathers the rest (`gather_decode`), because only the device knows the last
+        tokens when the step is launched ahead. A step of the same batch as the step before it needs
+        neither.
         """
         upload, given = Upload(), self._given
         tokens, num_rows = descriptor.num_tokens, output.num_rows
@@ -228,12 +243,16 @@ class InputBuffers:
                 self._decode_metadata[descriptor] = metadata
             return self._decode_metadata[descriptor]
         self._fill_tokens(output, tokens, rows, upload)
-        # A row that is not padding has a token at least. What is captured does for any batch.
+        # A row that is not padding has at least one token. A capture must be valid for any batch.
         one_each = descriptor.num_reqs is None and tokens == rows
         return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
     def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int, upload: Upload) -> None:
-        """padded: tokens of the padded step. rows: those of padding, which are empty, included."""
+        """Write the tokens of a step that is not uniform decode.
+
+        padded: the number of tokens of the padded step.
+        rows: the number of rows, including those of padding, which are empty.
+        """
         step, total, decodes = output.rows, output.num_tokens, output.num_decodes
         lengths, starts = np.zeros((2, rows), np.int64)
         lengths[: len(step)] = [row.num_tokens for row in step]
@@ -267,7 +286,7 @@ class InputBuffers:
         )
 
     def gather_decode(self, rows: int) -> None:
-        """Gather the inputs of `rows` decode rows by slot. Runs inside the FULL graph."""
+        """Gather the inputs of `rows` decode rows by slot. This runs inside the FULL graph."""
         state = self.state
         gather_decode_op(
             self.slots[:rows],
@@ -283,9 +302,8 @@ class InputBuffers:
         )
 
     def scatter(self, rows: int) -> None:
-        """Make the sampled tokens and the next positions the input of each row's next step.
-        Runs inside the FULL graph.
-        """
+        """Write the sampled tokens and the next positions as the input of each row's next step.
+        This runs inside the FULL graph."""
         state = self.state
         scatter_op(
             self.slots[:rows],
@@ -296,7 +314,7 @@ class InputBuffers:
         )
 
     def next_positions(self, rows: int) -> Tensor:
-        """[rows] int32, the position of the token that each row samples."""
+        """Return [rows] int32, the position of the token that each row samples."""
         return self.seq_lens[:rows]
 
     def _metadata(

@@ -1,13 +1,13 @@
-"""Launches: how often a step makes the host hand work to the device, and what if that were dear.
+"""Launches, the times a step hands work from the host to the device: counted, or made to cost time.
 
 A launch is
 - an operation that runs outside of a graph, unless it only makes a view or reserves memory;
-- a piece of a graph, and what runs between two pieces.
-So a FULL step is one launch, whatever it holds. Filling the static buffers and reading the result
-are copies that every mode has; they are not counted.
+- a piece of a graph, and whatever runs between two pieces, which counts as one launch.
+So a FULL step is one launch, whatever it contains. Filling the static buffers and reading the
+result are copies that every mode has; they are not counted.
 
-Knows: the runner's `launch` and its wrappers, in whose place it puts itself. A runner that nobody
-counts or slows down runs none of this.
+Knows: the runner's `launch` and its wrappers, which it replaces by its own versions. A runner that
+nobody counts or slows down runs none of this.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from minisrv.runner.model_runner import Launch, ModelRunner
 
 @contextmanager
 def count_launches(runner: ModelRunner) -> Iterator[LaunchCounter]:
-    """Count what the steps that `runner` executes in the block launch. It makes them slow."""
+    """Count the launches of the steps that `runner` executes in the block. Counting makes them
+    slow."""
     launch, counter = runner.launch, LaunchCounter(runner)
 
     def counted(part: Part, output: SchedulerOutput, dispatch: Dispatch) -> Any:
@@ -47,7 +48,7 @@ def count_launches(runner: ModelRunner) -> Iterator[LaunchCounter]:
 
 
 def busy_wait(microseconds: float) -> None:
-    """Wait as a host does that is busy launching; a sleep is too coarse."""
+    """Keep the host busy for that time, as launching does; a sleep is not precise enough."""
     end = time.perf_counter_ns() + microseconds * 1000
     while time.perf_counter_ns() < end:
         pass
@@ -56,12 +57,13 @@ def busy_wait(microseconds: float) -> None:
 def simulate_launches(
     runner: ModelRunner, microseconds: float, wait: Callable[[float], None] = busy_wait
 ) -> None:
-    """Make every step that `runner` executes from now on longer by so much for each launch.
+    """Make every step that `runner` executes from now on longer by `microseconds` for each launch.
 
-    Each part of a step waits once, for all its launches: to step in at each operation takes several
-    microseconds itself, for views too. How many there are depends on nothing but the key below
-    (what depends on more could not be captured), and is counted when a key comes first.
-    wait: takes microseconds.
+    Each part of a step waits once, for all its launches: intercepting each operation takes several
+    microseconds itself, for views too. The number of launches depends only on the key below (a step
+    whose number depended on more could not be captured), and is counted when a key is seen first.
+
+    wait: the function that waits; it takes microseconds.
     """
     launch: Launch = runner.launch
     counter = LaunchCounter(runner)
@@ -91,7 +93,7 @@ def simulate_launches(
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts launches while it is entered. Counters nest."""
+    """Counts launches while it is entered. Counters can be nested."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -123,7 +125,7 @@ class LaunchCounter(TorchDispatchMode):
     def _replay(self, replay: Callable[[CapturedGraph], None], graph: CapturedGraph) -> None:
         before = self.count
         replay(graph)
-        # Whatever operations the replay has shown meanwhile.
+        # Operations that the replay itself has dispatched are not counted.
         self.count = before + len(graph.walk)
 
     def __torch_dispatch__(

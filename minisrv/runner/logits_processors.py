@@ -1,15 +1,15 @@
-"""What changes logits between lm_head and the sampler: logit bias, min_tokens, penalties.
+"""The changes to logits between lm_head and the sampler: logit bias, min_tokens and penalties.
 
-Knows: which slots ask for it, and of each, in a row of device tables, the tokens that get something
-added and how often the request has had each token. The counts follow the sampled tokens on the
-device, so that a step which is launched before the last one's tokens are known finds them; for a
-request that starts, or comes back from a preemption, they are made anew of what is known then.
-Knows nothing of graphs: it runs behind those that end at the logits, the same in every mode.
+Knows: which slots ask for such changes, and, in a row of device tables for each of them, the tokens
+whose logits are increased or decreased and how often the request has had each token. The counts are
+updated from the sampled tokens on the device, so that a step which is launched before the last
+step's tokens are known finds them. For a request that starts, or resumes after a preemption, they
+are computed from the tokens known then. Knows nothing of graphs: it runs after those that end at
+the logits, in the same way in every mode.
 
-The semantics are vLLM's, in its order: what is added (logit bias, and -inf to tokens that would end
+The semantics are vLLM's, in its order: additions (logit bias, and -inf for tokens that would end
 the request too early), the repetition penalty (over prompt and output), the frequency and the
-presence penalty (over the output). Log-probabilities are of the logits before, which stay as
-they are.
+presence penalty (over the output). Log-probabilities are computed from the unchanged logits.
 """
 
 from __future__ import annotations
@@ -25,27 +25,34 @@ from minisrv.runner.input_buffers import to_device
 from minisrv.runner.logprobs import LOGITS_AT_ONCE
 
 _IN_PROMPT = 1 << 30
-"""In a count, beside it: the token is in the prompt."""
+"""Bit in a count, besides the number itself: the token is in the prompt."""
 
 _FOREVER = 2**62
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a step whose logits are changed. at: [N] int64, which rows. table: [N] int64, the row
-    of the tables that each has."""
+    """The rows of a step whose logits are changed.
+
+    at: [N] int64, the indices of the rows in the step.
+    table: [N] int64, the row of the tables that belongs to each.
+    """
 
     at: Tensor
     table: Tensor
 
 
 class LogitsProcessors:
-    """Of `vocab_size` logits each. P rows of tables, as many as were wanted at once so far.
+    """Changes logits, `vocab_size` in each row. The tables have P rows; P doubles whenever more are
+    needed at once.
 
-    counts: [P, vocab] int32, how often each token is in the output, and whether in the prompt. It
-        is what this costs: 600 KB a row with 152k tokens, 156 MB if 256 requests ask at once.
-    added_ids: [P, E] int64, added: [P, E] float32, until: [P, E] int64: tokens to whose logits is
-        added, what, and the position up to which; shorter lists end with zeros.
+    counts: [P, vocab] int32, how often each token is in the output, and a bit for whether it is in
+        the prompt. This table is the main cost: 600 KB a row with 152k tokens, 156 MB if 256
+        requests ask at once.
+    added_ids: [P, E] int64, the tokens whose logits are changed by addition; shorter lists end with
+        zeros, as in the next two.
+    added: [P, E] float32, the number that is added to the logit of each.
+    until: [P, E] int64, the position from which on it is not added any more.
     factors: [P, 3] float32: repetition, frequency and presence penalty.
     """
 
@@ -55,7 +62,7 @@ class LogitsProcessors:
         self._free: list[int] = []
         self._rows: _Rows | None = None
         self._batch_id: int | None = None
-        """The batch that these rows are of."""
+        """Id of the batch to which `_rows` belong."""
         self.counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self.added_ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
         self.added = torch.zeros(0, 0, dtype=torch.float32, device=device)
@@ -63,7 +70,8 @@ class LogitsProcessors:
         self.factors = torch.zeros(0, 3, dtype=torch.float32, device=device)
 
     def start(self, output: SchedulerOutput) -> None:
-        """Take note of slots that change hands with a step; comes before it."""
+        """Register the slots that get a new request with a step, and forget those that were freed.
+        This must be called before the step."""
         for slot in output.freed_slots:
             self._free.append(self._table_of.pop(slot))
         for start in output.new_slots:
@@ -78,7 +86,7 @@ class LogitsProcessors:
         entries += [(i, -np.inf, first_stop) for i in stops]
         self._reserve(len(entries))
         table = self._table_of[start.slot] = self._free.pop()
-        # -inf is no integer: what is added goes by its bits.
+        # -inf is not an integer, so the added numbers are sent as their bits.
         packed = np.zeros((3, self.added.shape[1]), np.int64)
         if entries:
             ids, added, until = zip(*entries, strict=True)
@@ -98,7 +106,7 @@ class LogitsProcessors:
             counts.scatter_add_(0, sampled, torch.ones_like(sampled, dtype=torch.int32))
 
     def _reserve(self, entries: int) -> None:
-        """Make room for one more row, and in all rows for so many entries."""
+        """Make room for one more row, and for that many entries in all rows."""
         rows, width = self.added.shape
         more = 0 if self._free else max(rows, 1)
         if more or entries > width:
@@ -112,10 +120,12 @@ class LogitsProcessors:
             self._free += range(rows, rows + more)
 
     def process(self, step: SchedulerOutput, logits: Tensor, positions: Tensor) -> Tensor:
-        """The logits to sample from.
+        """Return the logits to sample from.
 
-        logits: [R, vocab] any float type; not changed. positions: [R] int32, of the tokens to be
-            sampled. Returns [R, vocab], `logits` itself if no row asks for a change.
+        logits: [R, vocab] of any float type; not changed.
+        positions: [R] int32, the positions of the tokens to be sampled.
+
+        Returns [R, vocab]: `logits` itself if no row asks for a change.
         """
         found = self._of(step)
         if found is None:
@@ -128,7 +138,12 @@ class LogitsProcessors:
         return processed
 
     def _changed(self, values: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-        """values: [N, vocab] float32, used up. table: [N] int64, positions: [N] int32."""
+        """Return the changed logits of some rows, [N, vocab] float32.
+
+        values: [N, vocab] float32; they are overwritten.
+        table: [N] int64, the row of the tables that belongs to each.
+        positions: [N] int32, the positions of the tokens to be sampled.
+        """
         applies = positions[:, None] < self.until[table]
         added = self.added[table].masked_fill(~applies, 0.0)
         values.scatter_add_(1, self.added_ids[table], added)
@@ -141,15 +156,19 @@ class LogitsProcessors:
         return changed
 
     def count(self, step: SchedulerOutput, tokens: Tensor) -> None:
-        """Take note of what a step has sampled. tokens: [R] int64."""
+        """Add the tokens that a step has sampled to the counts.
+
+        tokens: [R] int64, the sampled tokens.
+        """
         found = self._of(step)
         if found is not None:
             at = found.table * self.counts.shape[1] + tokens[found.at]
             self.counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
 
     def _of(self, step: SchedulerOutput) -> _Rows | None:
-        """The rows of a batch are the same in each of its steps, and nobody else gets their slots
-        meanwhile."""
+        """Return the rows of the step whose logits are changed, or None. They are looked up once
+        for a batch: its rows are the same in each of its steps, and no other request gets their
+        slots meanwhile."""
         if step.batch_id != self._batch_id:
             table_of = self._table_of
             found = [
@@ -166,7 +185,7 @@ class LogitsProcessors:
 
 
 def _grown(table: Tensor, rows: int, width: int) -> Tensor:
-    """A table of that size which begins with this one; zeros elsewhere."""
+    """Return a table of that size which begins with this one and is zero elsewhere."""
     grown = table.new_zeros(rows, width)
     grown[: table.shape[0], : table.shape[1]] = table
     return grown

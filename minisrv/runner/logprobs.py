@@ -1,8 +1,8 @@
-"""Log-probabilities of sampled tokens, and of prompts, for the requests that ask.
+"""Log-probabilities of sampled tokens, and of prompt tokens, for the requests that ask for them.
 
-Of the unmodified distribution: before bias, penalties, temperature and filters, as the OpenAI API
-and vLLM report. Knows: logits and hidden states. Knows nothing of which prompt tokens are due: the
-scheduler says so of each row.
+They are those of the unmodified distribution, before bias, penalties, temperature and filters, as
+the OpenAI API and vLLM report them. Knows: logits and hidden states. Knows nothing of which prompt
+tokens are due: the scheduler tells this for each row.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from minisrv.request import TokenLogprobs
 from minisrv.runner.input_buffers import to_device
 
 LOGITS_AT_ONCE = 1 << 24
-"""Logits that are worked on at a time where there may be many. It bounds the memory for what is
-computed on the way, which on a GPU is found beside the cache."""
+"""Maximum number of logits that are processed at a time where there may be many. It bounds the
+memory for intermediate results, which on a GPU must be available besides the cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobReport:
-    """What a step reports, by row. sampled: None for a row that wants none. prompt: of the prompt
-    tokens that the row is to score, one behind the other."""
+    """The log-probabilities that a step reports, by row.
+
+    sampled: the report on the sampled token; None for a row that asks for none.
+    prompt: the reports on the consecutive prompt tokens that the row has to score.
+    """
 
     sampled: list[TokenLogprobs | None]
     prompt: list[list[TokenLogprobs]]
@@ -36,9 +39,12 @@ class LogprobReport:
 def report_logprobs(
     logits: Tensor, token_ids: Tensor, wanted: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """For each row that wants any, its token's log-probability and the best alternatives.
+    """Return for each row that asks for it the log-probability of its token and the best
+    alternatives, and None for the others.
 
-    logits: [R, V]. token_ids: [R]. wanted: by row, the number of alternatives or None.
+    logits: [R, V], the logits of the rows.
+    token_ids: [R], the sampled tokens.
+    wanted: the number of alternatives for each row, or None.
     """
     report: list[TokenLogprobs | None] = [None] * len(wanted)
     rows = [row for row, count in enumerate(wanted) if count is not None]
@@ -55,9 +61,10 @@ def score_prompts(
     compute_logits: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> list[list[TokenLogprobs]]:
-    """For each row, the log-probabilities of the prompt tokens that it is to score.
+    """Return for each row the log-probabilities of the prompt tokens that it has to score.
 
-    hidden: [T, hidden], of the tokens of all rows. compute_logits: [N, hidden] to [N, vocab_size].
+    hidden: [T, hidden], the hidden states of the tokens of all rows.
+    compute_logits: a function from [N, hidden] to [N, vocab_size].
     """
     places: list[int] = []
     targets: list[int] = []
@@ -81,7 +88,12 @@ def score_prompts(
 
 
 def _report(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Of N tokens. logits: [N, V]. token_ids: [N] int64. counts: alternatives of each."""
+    """Return the log-probabilities of N tokens.
+
+    logits: [N, V], the logits at their positions.
+    token_ids: [N] int64, the tokens.
+    counts: the number of alternatives to report for each.
+    """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     most = min(max(counts), logits.shape[1])
     best, ids = (tensor.tolist() for tensor in logprobs.topk(most, dim=-1))

@@ -1,4 +1,4 @@
-"""One step on the device: fill, forward, epilogue.
+"""Runs one step on the device: fill, forward, epilogue.
 
 Knows: the model, the cache, the buffers and the graph wrappers, and how a dispatched step goes
 through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
@@ -10,11 +10,12 @@ through them. Knows nothing of waiting requests, of finish reasons, or of how th
     epilogue, TOKENS: [ rows -> lm_head -> masks -> sample -> scatter ]
     epilogue, LOGITS: [ rows -> lm_head ] -> processors -> masks -> sample -> scatter
 
-What brackets hold is one wrapper each, and the FULL ones around the model hold the PIECEWISE one.
-Each passes through when the context's mode is not its own, so an eager run takes the same code.
+("apart" is a decode step whose epilogue must not be in its graph.) Each pair of brackets is one
+wrapper, and the FULL wrappers around the model contain the PIECEWISE one. A wrapper passes through
+when the context's mode is not its own, so an eager run takes the same code.
 
-A step is launched in two parts, as the epilogue of a step with masks is launched when these are
-known, which the model need not wait for.
+A step is launched in two parts, because the epilogue of a step with masks can be launched only when
+the masks are known, and the model need not wait for them.
 """
 
 from __future__ import annotations
@@ -49,24 +50,27 @@ from minisrv.runner.token_masks import AllowedTokens, TokenMasks
 from minisrv.runner.trial import GREEDY, StepTrial
 
 Launch = Callable[[Part, SchedulerOutput, Dispatch], LogprobReport | None]
-"""What a part of a step launches once its buffers are filled; see `ModelRunner._launch`."""
+"""Function that launches a part of a step once its buffers are filled; see
+`ModelRunner._launch`."""
 
 DRIVER_BYTES = 2 << 20
-"""CUDA's driver takes memory for graphs in pieces of this size, several graphs to a piece."""
+"""Number of bytes in which CUDA's driver allocates memory for graphs; several graphs share a
+piece."""
 
 TIMED_REPLAYS = 5
 
 CaptureProgress = Callable[[int, int], None]
-"""Called with the number of graphs captured so far, and of all."""
+"""Function that is called with the number of graphs captured so far and the number of all."""
 
 
 class ModelRunner:
-    """Runs steps. All methods belong to one thread.
+    """Runs steps. All methods must be called from one thread.
 
-    allowed: who knows what masked rows may sample; None if there will be none.
-    graph_bytes: what the capture of each graph took; one that finds room in what others share takes
-        none.
-    launch: what a step launches; `runner.launches` puts itself there to count.
+    allowed: knows which tokens may be sampled by rows that a grammar restricts; None if there will
+        be no such rows.
+    graph_bytes: the number of bytes that the capture of each graph took; 0 for a graph that fits
+        into memory which other graphs share.
+    launch: the function that launches a part of a step; `runner.launches` replaces it to count.
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class ModelRunner:
         self.processors = LogitsProcessors(config.vocab_size, device)
         self.masks = TokenMasks(self.buffers.bitmask)
         self.results = ResultRing(sizes.rows, device)
-        # Not zeroed: nothing reads an entry that has not been written, which certification shows.
+        # The cache is not zeroed: no entry is read before it has been written, as certification
+        # shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         try:
             self.kv_caches = [
@@ -129,13 +134,14 @@ class ModelRunner:
         self.graph_bytes: dict[GraphKey, int] = {}
 
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
-        """Launch a scheduled step as dispatched."""
+        """Launch a scheduled step as it was dispatched, and return its result."""
         self.start(output, dispatch)
         return self.finish(output, dispatch)
 
     @torch.no_grad()
     def start(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
-        """Launch the step's first part. Its `finish` comes before anything else is started."""
+        """Launch the first part of a step. Its `finish` must be called before another step is
+        started."""
         epilogue_rows = dispatch.epilogue[1].num_tokens if dispatch.epilogue else 0
         attn = self.buffers.fill(output, dispatch.descriptor, epilogue_rows)
         self.processors.start(output)
@@ -145,8 +151,8 @@ class ModelRunner:
 
     @torch.no_grad()
     def finish(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
-        """Launch the rest of a step that has been started. If it has masked rows, the tokens of all
-        steps before are on the host."""
+        """Launch the rest of a step that has been started, and return its result. If a grammar
+        restricts some of its rows, the tokens of all earlier steps must be on the host."""
         logprobs = None
         if dispatch.epilogue is not None:
             if output.masked:
@@ -159,7 +165,7 @@ class ModelRunner:
     def _launch(
         self, part: Part, output: SchedulerOutput, dispatch: Dispatch
     ) -> LogprobReport | None:
-        """Run what lies between the filled buffers and the sampled tokens."""
+        """Launch one part of what lies between the filled buffers and the sampled tokens."""
         if part is Part.EPILOGUE:
             self.epilogue_step()
             ended = get_forward_context().descriptor.epilogue is Epilogue.TOKENS
@@ -169,12 +175,13 @@ class ModelRunner:
         return None
 
     def _sample_logits(self, output: SchedulerOutput) -> LogprobReport | None:
-        """From logits to tokens, with what is done to logits on the way and said of them."""
+        """Sample tokens from the logits, after the changes that are made to them, and return the
+        report on them."""
         buffers, rows = self.buffers, output.num_rows
         logits, tokens = buffers.logits[:rows], buffers.tokens[:rows]
         chosen = self.processors.process(output, logits, buffers.next_positions(rows))
         if output.masked:
-            if chosen is logits:  # which the report is about
+            if chosen is logits:  # the report needs the unchanged logits
                 chosen = logits.clone()
             apply_bitmask_op(chosen, buffers.bitmask[:rows])
         self._sample(chosen)
@@ -185,7 +192,8 @@ class ModelRunner:
     def _report(
         self, rows: list[ScheduledRow], logits: Tensor, tokens: Tensor
     ) -> LogprobReport | None:
-        """What the rows want to know, which the host waits for; None if they want nothing."""
+        """Return the log-probabilities that the rows ask for, for which the host waits; None if
+        they ask for none."""
         sampled = [row.logprobs for row in rows]
         scores = any(row.score is not None for row in rows)
         if not scores and not any(count is not None for count in sampled):
@@ -198,21 +206,22 @@ class ModelRunner:
 
     @property
     def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:
-        """All that may replay."""
+        """All wrappers that may replay a graph."""
         return self.model_step, self.mixed_step, self.decode_step, self.epilogue_step
 
     def wrapper_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
-        """The one that holds the graph of that key."""
+        """Return the wrapper that holds the graph of that key."""
         return self.model_step if mode is CUDAGraphMode.PIECEWISE else self.step_of(descriptor)
 
     def step_of(self, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
-        """The outermost one that a step goes through, in whatever mode."""
+        """Return the outermost wrapper that a step goes through, whatever its mode."""
         if not descriptor.forward:
             return self.epilogue_step
         return self.decode_step if descriptor.uniform_decode else self.mixed_step
 
     def _inputs(self, descriptor: BatchDescriptor) -> tuple[Tensor, ...]:
-        """Arguments of the wrapper: decode steps and epilogues gather their own."""
+        """Return the arguments of the wrapper; decode steps and epilogues gather their own
+        inputs."""
         tokens, buffers = descriptor.num_tokens, self.buffers
         if descriptor.uniform_decode:
             return ()
@@ -261,13 +270,15 @@ class ModelRunner:
         """Capture and certify every graph of the ladders.
 
         The cache must be empty: certification runs on real slots and blocks and clears them.
+
         Raises GraphCaptureError, CertificationError.
         """
         keys = self.ladders.keys()
         if not keys:
             return
-        # A collection in the middle of a capture would free what the capture does not expect, and
-        # looking at every object between two graphs takes longer than capturing one (vLLM#21146).
+        # A garbage collection in the middle of a capture would free objects that the capture does
+        # not expect to be freed, and scanning every object between two graphs takes longer than
+        # capturing one (vLLM#21146).
         gc.collect()
         gc.freeze()
         try:
@@ -279,10 +290,10 @@ class ModelRunner:
         on_progress(len(keys), len(keys))
 
     def time_graphs(self) -> dict[GraphKey, StepTime]:
-        """Time a step by every graph, its epilogue included, and epilogues alone, on a greedy batch
-        that leaves it little padding. The cache must be empty."""
+        """Return the duration of a step by every graph, including its epilogue, and of epilogues
+        alone, on a greedy batch that leaves little padding. The cache must be empty."""
         times = {}
-        for mode, key in self.ladders.keys():  # noqa: SIM118  (no mapping)
+        for mode, key in self.ladders.keys():  # noqa: SIM118  (not a mapping)
             batch = short_batch(key, self.limits)
             trial = StepTrial(self, mode, key, batch, params=[GREEDY])
             found = [trial.time_replay() for _ in range(TIMED_REPLAYS)]
@@ -291,10 +302,12 @@ class ModelRunner:
         return times
 
     def probe(self) -> int:
-        """Run the largest step eagerly, and capture and certify the two largest graphs of each
-        kind: what serving will need is taken then, but for the small graphs. Returns the bytes that
-        all graphs will take: what the largest one does, and for each other what the second does,
-        or what the driver takes at a time.
+        """Return the number of bytes that all graphs will take, after a trial that takes all the
+        memory that serving will need except for the smaller graphs.
+
+        The trial runs the largest step eagerly, and captures and certifies the two largest graphs
+        of each kind. The prediction is the size of the largest graph, and for each other graph the
+        size of the second or of one piece of the driver's memory, whichever is larger.
         """
         largest = BatchDescriptor(self.limits.tokens)
         trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
@@ -322,7 +335,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """Record one graph, on padding alone."""
+        """Capture one graph, on a batch of padding only."""
         if not descriptor.forward:
             self.buffers.hidden.zero_()
         unscheduled = unscheduled_id()

@@ -1,7 +1,7 @@
-"""What a step gives back, and how it reaches the host without anybody waiting.
+"""The result of a step, which reaches the host without making anybody wait.
 
-Knows: the ring of pinned places that sampled tokens return to, and the events that tell when a
-step began and was done on the device. Knows nothing of what a step computes.
+Knows: the ring of pinned memory into which sampled tokens are copied, and the events that tell when
+a step began and ended on the device. Knows nothing of what a step computes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from torch import Tensor
 from minisrv.runner.logprobs import LogprobReport
 
 PLACES = 4
-"""Of the ring: with one step ahead two are in use, and the events of the one before are read."""
+"""Number of places in the ring. With one step launched ahead two are in use, and the events of the
+step before them are still read."""
 
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Milliseconds of a GPU. busy: of a step, from its launch on, with a wait for masks between its
-    parts. idle: between the end of the step before it and its launch, copies of its inputs
-    included; None for the first step."""
+    """The time of a step on a GPU, in milliseconds.
+
+    busy: the time from its launch to its end, including a wait for grammar masks between its parts.
+    idle: the time from the end of the step before it to its launch, including copies of its inputs;
+        None for the first step.
+    """
 
     busy: float
     idle: float | None
@@ -29,12 +33,14 @@ class DeviceTime:
 
 @dataclass(slots=True, eq=False)
 class StepResult:
-    """A step that has been launched. Its values are copies: later steps do not change them.
+    """The result of a step that has been launched. Its values are copies, which later steps do not
+    change.
 
-    token_ids: [R] int64 on the host, there once `tokens` has returned.
-    logprobs: None if no row asked for any.
-    done: None where the host does the work itself. began: when it was launched. before: when the
-        step before it was done.
+    token_ids: [R] int64 on the host, valid once `tokens` has returned.
+    logprobs: the log-probabilities; None if no row asked for any.
+    done: the event at the end of the step; None where the host does the work itself.
+    began: the event at the launch of the step.
+    before: the event at the end of the step before it.
     """
 
     token_ids: Tensor
@@ -45,7 +51,7 @@ class StepResult:
     _ids: list[int] | None = field(default=None, repr=False)
 
     def tokens(self) -> list[int]:
-        """The sampled token of every row; waits for the step."""
+        """Return the sampled token of every row, after waiting for the step."""
         if self._ids is None:
             if self.done is not None:
                 self.done.synchronize()
@@ -54,8 +60,11 @@ class StepResult:
         return self._ids
 
     def device_time(self) -> DeviceTime | None:
-        """How long the GPU took, None on a CPU. Asked for behind `tokens`, when no more than one
-        other step has been launched: the ring's events are used again."""
+        """Return the time that the GPU took, or None on a CPU.
+
+        It must be called after `tokens`, and before more than one other step has been launched: the
+        events of the ring are reused.
+        """
         if self.began is None or self.done is None:
             return None
         idle = None if self.before is None else self.before.elapsed_time(self.began)
@@ -63,7 +72,7 @@ class StepResult:
 
 
 class _Place:
-    """One of the ring: pinned memory for the tokens of a step, and its two events."""
+    """One place in the ring: pinned memory for the tokens of a step, and its two events."""
 
     def __init__(self, rows: int) -> None:
         self.host = torch.empty(rows, dtype=torch.int64, pin_memory=True)
@@ -72,24 +81,25 @@ class _Place:
 
 
 class ResultRing:
-    """Where the results of `rows` at most go, each to the next place. On a CPU there is no ring, as
-    there nothing is on its way."""
+    """The ring into which results of at most `rows` rows go, each to the next place. On a CPU there
+    is no ring, because results are complete at once."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._places = [_Place(rows) for _ in range(PLACES)] if device.type == "cuda" else []
         self._step = -1
 
     def begin(self) -> None:
-        """The next step is launched behind what has been launched."""
+        """Begin the next step, which is launched after everything launched so far."""
         self._step += 1
         if self._places:
             place = self._places[self._step % PLACES]
             if place.result is not None:
-                place.result.tokens()  # read by now, or it would be lost
+                place.result.tokens()  # it has been read by now, or it would be lost
             place.began.record()
 
     def end(self, tokens: Tensor, logprobs: LogprobReport | None) -> StepResult:
-        """The step has been launched; its `tokens` are on their way."""
+        """Return the result of the step, which has been launched; its `tokens` may still be on
+        their way."""
         if not self._places:
             return StepResult(tokens.clone(), logprobs)
         place, before = (self._places[step % PLACES] for step in (self._step, self._step - 1))

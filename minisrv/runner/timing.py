@@ -1,6 +1,7 @@
-"""How long what a step launches takes.
+"""Measures how long the work that a step launches takes.
 
-Knows: the runner's `launch`, in whose place it puts itself for a block, and each device's clock.
+Knows: the runner's `launch`, which it replaces for the duration of a block, and each device's
+clock.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 
 
 class LaunchTimer:
-    """Times the step that `runner` executes in the block, from its filled buffers on: on a GPU by
-    events, from when it is launched to when the GPU has done it, with the gaps in which the GPU
-    waits for the host; on a CPU by the clock."""
+    """Times the step that `runner` executes in the block, beginning when its buffers are filled.
+
+    On a GPU it uses events and measures from the launch of the step to its end on the GPU,
+    including gaps in which the GPU waits for the host. On a CPU it uses the clock.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -62,7 +65,7 @@ class LaunchTimer:
 
     @property
     def ms(self) -> float:
-        """Milliseconds; on a GPU it waits for the step."""
+        """Duration in milliseconds; on a GPU it waits for the step."""
         if self._events is None:
             return 1000 * self._seconds
         self._events[1].synchronize()

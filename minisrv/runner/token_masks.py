@@ -1,11 +1,12 @@
-"""Masks between lm_head and sampler: of the tokens that a row may sample, all others are dropped.
+"""Masks between lm_head and the sampler: all tokens but those that a row may sample are dropped.
 
-The mask comes from the host, as one bit a token, and is made while a GPU runs the model: it goes to
-the device in one copy behind the model, in front of the epilogue, in whose graph it is applied.
+A mask comes from the host, as one bit for each token, and is made while a GPU runs the model. One
+copy, after the model and before the epilogue, brings it to the device; the graph of the epilogue
+applies it.
 
-Knows: bits, and where they lie. Knows nothing of grammars: who fills the bits says what is allowed,
-and that the tokens before are known by then is the step loop's care. A step without masked rows
-runs nothing of this: its bitmask allows all.
+Knows: bits, and where they lie. Knows nothing of grammars: whoever fills the bits decides what is
+allowed, and the step loop makes sure that the earlier tokens are known by then. A step without rows
+that a grammar restricts runs nothing of this: its bitmask allows all tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from minisrv.kernels import ALL
 
 
 class AllowedTokens(Protocol):
-    """Who knows what rows may sample."""
+    """Something that knows which tokens rows may sample."""
 
     @property
     def bitmask_words(self) -> int:
-        """Words of int32 in a row of the bitmask; at least as many bits as logits."""
+        """Number of int32 words in a row of the bitmask, which has at least as many bits as there
+        are logits."""
 
     def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
-        """Write the rows of `bitmask` that belong to masked rows: bit `i % 32` of word `i // 32`
-        says whether token `i` may come next; one at least may."""
+        """Write the rows of `bitmask` that belong to rows restricted by a grammar: bit `i % 32` of
+        word `i // 32` says whether token `i` may come next. At least one token must be allowed."""
 
 
 class TokenMasks:
@@ -46,8 +48,8 @@ class TokenMasks:
         self._host = torch.empty(bitmask.shape, dtype=torch.int32, pin_memory=gpu)
 
     def send(self, rows: Sequence[ScheduledRow], allowed: AllowedTokens) -> None:
-        """Write the masks of a step's rows. The tokens of all steps before are on the host, so that
-        no copy from here is on its way any more."""
+        """Write the masks of a step's rows. The tokens of all earlier steps must be on the host, so
+        that no earlier copy from the pinned buffer is still under way."""
         found = np.full((len(rows), allowed.bitmask_words), ALL, np.int32)
         allowed.fill(rows, found)
         host = self._host[: len(rows)]

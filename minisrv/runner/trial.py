@@ -1,8 +1,8 @@
 """A batch on which a graph is certified.
 
-Knows: how to make a step by hand of a batch's rows, what poison is, and what the step must and must
-not change. It is the `Trial` that `graph.certify` runs.
-Knows nothing of which batches are worth a trial: `runner.batches` does.
+Knows: how to make a step by hand from the rows of a batch, which values poison the buffers, and
+what the step must and must not change. It is the `Trial` that `graph.certify` runs. Knows nothing
+of which batches are worth a trial: `runner.batches` does.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ PARAMS = (
     SamplingParams(temperature=0.8, top_p=0.9),
     SamplingParams(temperature=1.3, top_k=20, min_p=0.02),
 )
-"""Of the rows, in turn."""
+"""Sampling parameters of the rows, in turn."""
 
 
 class StepTrial:
-    """One step at a descriptor's padded shape, on real slots and blocks of an empty cache. Of an
-    epilogue, hidden states and masks are made by hand. One that a step ends with runs as it does in
-    service: by its graph where the step runs by graph.
+    """One step at the padded shape of a descriptor, on real slots and blocks of an empty cache.
 
-    Blocks beyond those of the batch are watched: whoever writes there is found out.
+    For an epilogue, hidden states and masks are made by hand. An epilogue at the end of a step runs
+    as it does in service: by its graph if the step runs by a graph.
+
+    Blocks other than those of the batch are watched, so that any write to them is found.
 
     before: the trial of a full batch in the same graph, which `Start.STALE` replays first; without
-        one there is no such start.
-    params: of the rows, in turn.
+        one, that start is left out.
+    params: the sampling parameters of the rows, in turn.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class StepTrial:
         self.mode = mode
         self.descriptor = descriptor
         self.before = before
-        # The batch is all that chance depends on, so a trial can be repeated.
+        # All random choices depend on the batch only, so a trial can be repeated.
         draw = random.Random(repr(batch))
         self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw, params)
         used, last = len(self.output.new_blocks), runner.limits.blocks
@@ -85,7 +86,8 @@ class StepTrial:
         outside = ~written
         outside[NULL_BLOCK] = False  # padding writes there
         self.outside, self.outside_entries = outside, self._entries(outside)
-        # Made where they are used: a host needs longer for the cache's values than for the rest.
+        # The values are made on the device that uses them: on the host those of the cache alone
+        # would take longer than everything else.
         generator = torch.Generator(device).manual_seed(draw.getrandbits(63))
         shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
         cache = torch.rand(shape, generator=generator, device=device) - 0.5
@@ -99,7 +101,7 @@ class StepTrial:
         )
         hidden = (len(self.slots), runner.buffers.hidden.shape[1])
         self.hidden = torch.rand(hidden, generator=generator, device=device) - 0.5
-        # About half of the tokens, of every other row.
+        # The masks allow about half of the tokens in every other row, and all in the rest.
         masks = (len(self.slots), runner.buffers.bitmask.shape[1])
         self.masks = torch.randint(
             -(2**31), 2**31, masks, generator=generator, dtype=torch.int32, device=device
@@ -107,8 +109,12 @@ class StepTrial:
         self.masks[::2] = ALL
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
-        """[watched, block_size] bool: cache positions of tokens `starts` to `ends` by slot. The
-        batch has the first blocks, so its blocks' numbers are their places among the watched."""
+        """Return [watched, block_size] bool, which marks the cache positions of tokens `starts` to
+        `ends` by slot.
+
+        The batch has the first blocks, so the number of one of its blocks is also its index among
+        the watched ones.
+        """
         size = self.runner.limits.block_size
         found = torch.zeros(len(self.watched), size, dtype=torch.bool)
         for slot, index, block in self.output.new_blocks:
@@ -117,7 +123,8 @@ class StepTrial:
         return found.to(self.watched.device)
 
     def _entries(self, positions: Tensor) -> Tensor:
-        """Places in a cache of all blocks' entries of what [watched, block_size] marks."""
+        """Return the indices, in a cache with all blocks, of the entries that `positions` [watched,
+        block_size] marks."""
         block, offset = positions.nonzero().unbind(dim=1)
         return self.watched[block] * self.runner.limits.block_size + offset
 
@@ -159,7 +166,8 @@ class StepTrial:
             buffer.fill_(NAN if poison else 0.0)
         buffers.bitmask.fill_(ALL)
         buffers.logits_indices.fill_(buffers.sizes.tokens - 1 if poison else 0)
-        # Where there is padding the last slot is nobody's: a stale row writes to a watched block.
+        # Where there is padding the last slot belongs to nobody, so a stale row writes to a watched
+        # block.
         buffers.slots.fill_(buffers.sizes.slots - 1 if poison else NULL_SLOT)
         for name in ("input_ids", "positions", "slot_mapping", "block_table"):
             getattr(buffers, name).fill_(1 if poison else 0)
@@ -175,13 +183,14 @@ class StepTrial:
             epilogue = mode, self.descriptor
         elif self.descriptor.epilogue is Epilogue.HIDDEN:
             behind, key = self.runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
-            there = key in self.runner.epilogue_step.graphs  # the probe captures some alone
+            # the probe captures some graphs without their epilogue
+            there = key in self.runner.epilogue_step.graphs
             epilogue = behind if graph and there else CUDAGraphMode.NONE, key
         dispatch = Dispatch(mode, self.descriptor, Reason.PURE_DECODE, epilogue)
         self.runner.execute(self.output, dispatch)
 
     def time_replay(self) -> float:
-        """Milliseconds of a replay on a clean batch."""
+        """Return the duration of a replay on a clean batch, in milliseconds."""
         self.reset(Start.CLEAN)
         with LaunchTimer(self.runner) as timer:
             self.run(graph=True)
@@ -191,7 +200,8 @@ class StepTrial:
         """See `graph.certify.Trial`."""
         buffers, state = self.runner.buffers, self.runner.state
         rows, tokens = len(self.output.rows), self.output.num_tokens
-        logits = rows if self.descriptor.epilogue is Epilogue.LOGITS else 0  # else not written
+        # otherwise they are not written
+        logits = rows if self.descriptor.epilogue is Epilogue.LOGITS else 0
         return {
             "hidden states": buffers.hidden[:tokens].clone(),
             "logits": buffers.logits[:logits].clone(),
@@ -206,20 +216,20 @@ class StepTrial:
     def touched(self) -> list[str]:
         """See `graph.certify.Trial`."""
         expected = self.initial_cache[self.outside].nan_to_num()
-        changed: dict[str, Tensor] = {}  # compared on the device, which is waited for once
+        changed: dict[str, Tensor] = {}  # compared on the device, with one wait at the end
         for layer, cache in enumerate(self.runner.kv_caches):
             found = cache.flatten(0, 1).index_select(0, self.outside_entries).nan_to_num()
             changed[f"cache entries of layer {layer} outside of the step"] = found != expected
         for name, tensor in vars(self.runner.state).items():
             before = self.initial_state[name]
-            if name in ("last_token", "next_position"):  # the step writes those of its own slots
+            if name in ("last_token", "next_position"):  # the step writes these for its own slots
                 before, tensor = (t.index_fill(0, self.slots, 0) for t in (before, tensor))
             changed[f"{name} of a slot"] = before != tensor
         flags = torch.stack([difference.any() for difference in changed.values()]).tolist()
         return [what for what, flag in zip(changed, flags, strict=True) if flag]
 
     def clear(self) -> None:
-        """Leave state and buffers as a new server has them, and no poison in the cache."""
+        """Leave the state and the buffers as in a new server, with no poison in the cache."""
         self.reset(Start.CLEAN)
         self.runner.state.last_token.zero_()
         self.runner.state.next_position.zero_()
@@ -234,7 +244,8 @@ def _step(
     draw: random.Random,
     params: Sequence[SamplingParams],
 ) -> SchedulerOutput:
-    """A step of the batch's rows: slots in order, the first blocks in any order."""
+    """Return a step with the rows of the batch: slots are assigned in order, and the first blocks
+    in random order."""
     needed = [-(-(row.start + row.num_tokens) // block_size) for row in batch]
     blocks = draw.sample(range(1, 1 + sum(needed)), sum(needed))
     rows: list[ScheduledRow] = []
