@@ -1,7 +1,8 @@
-"""What a graph backend has to do, and no more.
+"""The interface of a graph backend.
 
-A capture is one or several *segments*: whatever runs between `begin` and `end` is recorded. The
-segments of one capture see each other's intermediates; so does their memory.
+A capture consists of one or several *segments*: everything that runs between `begin` and `end` is
+recorded. The segments of one capture see each other's intermediate tensors, and share memory for
+them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ Replay = Callable[[], None]
 
 
 class GraphBackend(Protocol):
-    """Records segments and gives back functions that replay them at the same addresses."""
+    """Records segments and returns functions that replay them at the same addresses."""
 
     def begin(self) -> None:
-        """Start to record a segment; the first one since `finish` starts a capture."""
+        """Start to record a segment; the first one after `finish` starts a capture."""
 
     def end(self) -> Replay:
-        """Stop recording. The function may be called once `finish` has been."""
+        """Stop recording and return a function that replays the segment. It may be called once
+        `finish` has been called."""
 
     def finish(self) -> None:
-        """The capture is complete: lay out its memory, which later captures may share."""
+        """Complete the capture: lay out its memory, which later captures may share."""
 
     def abandon(self) -> None:
-        """An error ended the capture: stop recording and forget it."""
+        """Stop recording and forget the capture, which an error has ended."""
 
     def memory_used(self) -> int:
-        """Bytes in use where graphs take theirs; the growth behind a capture is its own."""
+        """Return the number of bytes in use where graphs allocate their memory. Its growth during a
+        capture is what the new graph takes."""

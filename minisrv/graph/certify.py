@@ -1,11 +1,11 @@
-"""A graph enters service after it has passed.
+"""Certification: a graph enters service only after it has reproduced an eager run.
 
 Knows: the order of the runs and what is compared. The reference is an eager run at the same padded
-shape with the same kernels; before a capture it is the warm-up too. The graph is then replayed from
-several starts: as clean as the reference, with poisoned padding, behind a full batch. Real rows,
-the cache entries of live requests and their state must come out bit-equal, and nothing else may
-have been touched.
-Knows nothing of how a step is filled or of what its results mean: a `Trial` does.
+shape with the same kernels; before a capture it is also the warm-up. The graph is then replayed
+from several initial states: as clean as the reference, with poisoned padding, and after a full
+batch. Real rows, the cache entries of live requests and their state must be equal bit for bit, and
+nothing else may have been changed. Knows nothing of how a step is filled or of what its results
+mean: a `Trial` does.
 """
 
 from __future__ import annotations
@@ -21,47 +21,52 @@ from minisrv.errors import CertificationError
 
 
 class Start(enum.Enum):
-    """What a run finds in the buffers, the cache and the state beside the batch itself."""
+    """The initial contents of the buffers, the cache and the state besides the batch itself."""
 
     CLEAN = "on a clean batch"
     """Zeros, and finite values in the cache."""
     POISONED = "with poisoned padding"
-    """NaN and stale values, wherever no real row may depend on them."""
+    """NaN and stale values wherever no real row may depend on them."""
     STALE = "behind a full batch"
-    """What the same graph leaves when it has been replayed on as much as it holds."""
+    """The values that the same graph leaves behind when it has been replayed on as much as it
+    holds."""
 
 
 class Trial(Protocol):
-    """One batch, shaped so that a graph's padding has something to spoil."""
+    """One batch, with a shape that leaves padding in the graph, whose values could spoil the
+    results."""
 
     name: str
     starts: Sequence[Start]
-    """Where replays begin."""
+    """The initial states from which the graph is replayed."""
 
     def reset(self, start: Start) -> None:
-        """Put the batch, the cache and the buffers in their initial state. To be behind a full
-        batch is to replay one."""
+        """Put the batch, the cache and the buffers into their initial state. For `Start.STALE` this
+        replays a full batch."""
 
     def run(self, *, graph: bool) -> None:
         """Run the step at the padded shape, eagerly or by replaying the graph."""
 
     def observe(self) -> dict[str, Tensor]:
-        """Copies of what a real row's step leaves behind, by name. Nothing in it may depend on
-        the poison."""
+        """Return copies of the values that the step of a real row computes, by name. None of them
+        may depend on the poison."""
 
     def touched(self) -> list[str]:
-        """What the last run changed and had no business to, in words."""
+        """Return descriptions of everything that the last run changed although it must not."""
 
 
 def certify(
     trial: Trial, capture: Callable[[], None] | None = None, *, tolerance: float = 0.0
 ) -> float:
-    """Raise CertificationError unless the trial's graph does what the eager run does. Returns the
-    largest absolute difference of any value.
+    """Compare the trial's graph with the eager run, and return the largest absolute difference of
+    any value.
 
-    capture: captures the graph, behind the eager run; it may leave anything in buffers and in the
-        null block. None: the graph is there.
-    tolerance: largest difference allowed; 0 asks for equal bits.
+    capture: captures the graph, after the eager run; it may leave any values in the buffers and in
+        the null block. None if the graph has been captured already.
+    tolerance: the largest difference allowed; 0 requires equal bits.
+
+    Raises CertificationError for a larger difference, for a run that changes what it must not, for
+    values of the eager run that are not finite, and for a replay that fails.
     """
     trial.reset(Start.CLEAN)
     trial.run(graph=False)

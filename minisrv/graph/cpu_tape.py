@@ -1,17 +1,18 @@
-"""The CPU's graph backend: a tape of ATen operations, replayed without the model's Python.
+"""The CPU's graph backend: a tape of ATen operations, replayed without the model's Python code.
 
-It keeps the two promises of a CUDA graph, fixed shapes and fixed addresses, so that what would go
-wrong there goes wrong here. Capture runs the code once and records each operation with the tensors
-it touched. Of these tensors
+It keeps the two promises of a CUDA graph, fixed shapes and fixed addresses, so that whatever would
+go wrong with one goes wrong here too. Capture runs the code once and records each operation with
+the tensors that it used. Of these tensors
 - those that existed before (weights, caches, static buffers) keep their address;
-- those that share storage with an argument are views: they cost nothing and are not replayed, nor
-  is what only reserves memory, or what makes of a tensor another view (`t_`, `squeeze_`): a call is
-  recorded with its tensors as they are then;
+- those that share storage with an argument are views: they cost nothing and are not replayed.
+  Operations that only reserve memory are not replayed either, nor are those that turn a tensor into
+  another view of its memory (`t_`, `squeeze_`): a call is recorded with its tensors as they are at
+  that time;
 - all others are intermediates. They are laid out by liveness in one arena which all graphs of the
-  backend share, and each operation writes to the place it was given there.
-What reads memory without an operation (`tolist`, `numpy`) is not seen here; certification finds
-what was frozen so. An ATen operation costs about 1 us on a CPU, so the tape is an instrument of
-exactness more than of speed. Knows nothing of models, batches or modes.
+  backend share, and each operation writes to the place that it was given there.
+Code that reads memory without an operation (`tolist`, `numpy`) is not seen here; certification
+finds values that were frozen in this way. An ATen operation costs about 1 us on a CPU, so the
+purpose of the tape is exactness more than speed. Knows nothing of models, batches or modes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from minisrv.graph.backend import Replay
 from minisrv.kernels import DIRECT
 
 ALIGNMENT = 64
-"""Bytes. torch's allocator gives the same, so kernels take the same paths as in eager runs."""
+"""Alignment of intermediates in bytes. It is the same as that of torch's allocator, so kernels take
+the same paths as in eager runs."""
 
 ARENA_BYTES = 256 << 20
-"""The arena's least size. It is address space: a page takes memory when it is first written."""
+"""Minimum size of the arena in bytes. This is address space: a page takes memory only when it is
+first written."""
 
 _RESERVES = {
     torch.ops.aten.empty.memory_format,
@@ -63,8 +66,13 @@ _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Node:
-    """One recorded call. `outputs` are the fresh tensors it made, in order; all its tensors are
-    views of its own, which show them as they were then."""
+    """One recorded call.
+
+    number: its number, counted through the whole capture.
+    outputs: the new tensors that it made, in order.
+
+    All its tensors are views of its own, which keep the geometry that the tensors had at the call.
+    """
 
     number: int
     op: OpOverload
@@ -75,7 +83,7 @@ class _Node:
 
 @dataclass(slots=True)
 class _Storage:
-    """An intermediate's life, in node numbers counted through the whole capture."""
+    """The lifetime of an intermediate, in node numbers counted through the whole capture."""
 
     nbytes: int
     born: int
@@ -85,10 +93,10 @@ class _Storage:
 
 @dataclass(slots=True)
 class _Capture:
-    """What has been recorded since the last `finish`.
+    """Everything recorded since the last `finish`.
 
-    internal: storages made during the capture, by identity. The nodes and `reserved` hold views
-        of them, so no identity is given out twice.
+    internal: the storages made during the capture, by identity. The nodes and `reserved` hold views
+        of them, so no identity is used twice.
     """
 
     segments: list[tuple[_Segment, list[_Node]]] = field(default_factory=list)
@@ -98,7 +106,7 @@ class _Capture:
 
 
 class _Segment:
-    """A stretch of tape. Its calls are bound to addresses when the capture is finished."""
+    """A recorded segment. Its calls are bound to addresses when the capture is finished."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -109,7 +117,7 @@ class _Segment:
 
 
 class CPUTapeBackend:
-    """A `GraphBackend` for the CPU. See the module's docstring."""
+    """A `GraphBackend` for the CPU; the docstring of the module describes it."""
 
     def __init__(self) -> None:
         self.arena = torch.empty(0, dtype=torch.uint8)
@@ -118,13 +126,13 @@ class CPUTapeBackend:
         self._recorder: _Recorder | None = None
 
     def begin(self) -> None:
-        """Start to record a segment."""
+        """See `GraphBackend`."""
         assert self._recorder is None, "segments do not nest"
         self._recorder = _Recorder(self._capture)
         self._recorder.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> Replay:
-        """Stop recording; the segment can be replayed after `finish`."""
+        """See `GraphBackend`."""
         recorder = self._stop()
         segment = _Segment()
         self._capture.segments.append((segment, recorder.nodes))
@@ -133,8 +141,8 @@ class CPUTapeBackend:
     def finish(self) -> None:
         """Give every intermediate its place in the arena and bind the recorded calls to it.
 
-        An arena that is too small is replaced by a larger one for this and later graphs; earlier
-        graphs keep theirs.
+        An arena that is too small is replaced by a larger one for this graph and later ones;
+        earlier graphs keep theirs.
         """
         capture, self._capture = self._capture, _Capture()
         size = _lay_out(capture.internal.values())
@@ -146,13 +154,13 @@ class CPUTapeBackend:
             segment.calls = _bind_all(nodes, place)
 
     def abandon(self) -> None:
-        """Forget the capture that an error has ended."""
+        """See `GraphBackend`."""
         if self._recorder is not None:
             self._stop()
         self._capture = _Capture()
 
     def memory_used(self) -> int:
-        """Bytes of the arena that some graph uses."""
+        """Return the number of bytes of the arena that some graph uses."""
         return self._extent
 
     def _stop(self) -> _Recorder:
@@ -164,12 +172,12 @@ class CPUTapeBackend:
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs every operation and notes it."""
+    """Runs every operation and records it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would import its compiler (a second) to keep it out of this class; nothing here is
-        # ever compiled.
+        # Otherwise torch would import its compiler, which takes a second, to exclude this class
+        # from compilation; nothing here is ever compiled.
         return False
 
     def __init__(self, capture: _Capture) -> None:
@@ -218,15 +226,16 @@ class _Recorder(TorchDispatchMode):
 
 
 def is_launch(func: OpOverload, arguments: Any, result: Any) -> bool:
-    """Whether a call hands work to the device: it does more than to reserve memory, which a graph
-    has done at capture, or to make views, a tensor into a view of itself too."""
+    """Whether a call hands work to the device. Calls do not that only reserve memory, which a graph
+    has done at capture, or only make views, including those that turn a tensor into another view of
+    its own memory."""
     if func in _RESERVES or torch.Tag.inplace_view in func.tags:
         return False
     return func._schema.is_mutable or bool(_fresh_tensors(arguments, result))
 
 
 def _fresh_tensors(arguments: Any, result: Any) -> list[Tensor]:
-    """The tensors of a call's `result` that share storage with none of its `arguments`."""
+    """Return the tensors of a call's `result` that share storage with none of its `arguments`."""
     known = {_identity(tensor) for tensor in _tensors(arguments)}
     return [tensor for tensor in _tensors(result) if _identity(tensor) not in known]
 
@@ -246,14 +255,14 @@ def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors with an address. One in a library's own layout is opaque, a constant like a
-    number."""
+    """Return the tensors that have an address. A tensor in a library's own layout is opaque and is
+    treated as a constant, like a number."""
     return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
-    """What an operation's arguments or results consist of. torch's pytree does more, and takes a
-    third of the time of a capture."""
+    """Yield the leaves of an operation's arguments or results. torch's pytree does more, and would
+    take a third of the time of a capture."""
     if isinstance(tree, tuple | list):
         for branch in tree:
             yield from _leaves(branch)
@@ -264,7 +273,8 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 
 def _replace(tree: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
-    """An operation's arguments or results with a stand-in for each tensor that has an address."""
+    """Return an operation's arguments or results with each tensor that has an address replaced by
+    `stand_in` of it."""
     if isinstance(tree, Tensor):
         return tree if tree.is_mkldnn else stand_in(tree)
     if isinstance(tree, tuple | list):
@@ -275,8 +285,8 @@ def _replace(tree: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _as_they_are(tree: Any) -> Any:
-    """With views for the tensors, which stay as they are when a tensor becomes another view or
-    moves to other memory: `t_`, `squeeze_`, `set_`, `data = ...`."""
+    """Return `tree` with a view in place of each tensor. The views stay as they are when a tensor
+    becomes another view or moves to other memory: `t_`, `squeeze_`, `set_`, `data = ...`."""
     return _replace(tree, Tensor.detach)
 
 
@@ -285,19 +295,20 @@ def _identity(tensor: Tensor) -> int:
 
 
 def _geometry(tensor: Tensor) -> tuple[object, ...]:
-    """What of its memory a tensor sees, and how."""
+    """Return which part of its memory a tensor covers, and in which layout and dtype."""
     place = (_identity(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
     return (*place, tensor.dtype)
 
 
 def _lay_out(storages: Iterable[_Storage]) -> int:
-    """Give each storage the first gap that is free while it lives; returns the bytes needed.
+    """Give each storage the first gap that is free during its lifetime, and return the number of
+    bytes needed.
 
-    A result never shares bytes with an argument of the call that makes it: its life begins before
-    theirs ends.
+    A result never shares bytes with an argument of the call that makes it, because its lifetime
+    begins before theirs ends.
     """
     top = 0
-    live: list[_Storage] = []  # by offset
+    live: list[_Storage] = []  # sorted by offset
     for storage in sorted(storages, key=lambda s: s.born):
         live = [other for other in live if other.last_used >= storage.born]
         size = -(-storage.nbytes // ALIGNMENT) * ALIGNMENT
@@ -314,7 +325,7 @@ def _lay_out(storages: Iterable[_Storage]) -> int:
 
 
 class _Placer:
-    """Maps a tensor of the capture to the tensor that the replay uses in its stead."""
+    """Maps a tensor of the capture to the tensor that the replay uses in its place."""
 
     def __init__(self, internal: dict[int, _Storage], arena: Tensor) -> None:
         self.internal = internal
@@ -330,8 +341,8 @@ class _Placer:
 
 
 def _bind_all(nodes: list[_Node], place: _Placer) -> list[_Call]:
-    """The calls of a segment. A result that can be written nowhere by its operation, and is only
-    copied to somewhere else then, goes there at once."""
+    """Return the calls of a segment. If an operation cannot write its result to a given place, and
+    the result is only copied somewhere else afterwards, it is copied there directly."""
     calls: list[_Call] = []
     merged: _Node | None = None
     for node, follower in pairwise((*nodes, None)):
@@ -347,8 +358,8 @@ def _bind_all(nodes: list[_Node], place: _Placer) -> list[_Call]:
 
 
 def _only_feeds(node: _Node, follower: _Node, place: _Placer) -> bool:
-    """Whether `follower` copies the one result of `node`, which has no out variant, and nothing
-    reads that result later."""
+    """Whether `follower` copies the only result of `node`, `node` has no out variant, and nothing
+    reads the result later."""
     return (
         follower.op is torch.ops.aten.copy_.default
         and len(node.outputs) == 1
@@ -366,7 +377,7 @@ def _bind(node: _Node, place: _Placer, outputs: list[Tensor]) -> _Call:
     if found is None:
         return _compute_and_copy, (node.op, outputs, args, kwargs), {}
     variant, names = found
-    # Factories name the dtype and the place that `out` has already.
+    # Factories are given the dtype and the place that `out` already has.
     kwargs = {key: value for key, value in kwargs.items() if key in _argument_names(variant)}
     return variant, args, {**kwargs, **dict(zip(names, outputs, strict=True))}
 
@@ -380,10 +391,11 @@ def _compute_and_copy(
 
 @cache
 def _out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
-    """The overload of `op` that writes to tensors it is given, and those arguments' names.
+    """Return the overload of `op` that writes to given tensors, and the names of those arguments;
+    None if there is none.
 
-    It must compute the same: have the same positional arguments, know every option that `op` has
-    (but for those that `out` settles), and ask for none that `op` lacks.
+    It must compute the same: it has the same positional arguments, accepts every option that `op`
+    has (except those that `out` determines), and requires none that `op` lacks.
     """
     schema = op._schema
     if any(str(result.type) != "Tensor" for result in schema.returns):

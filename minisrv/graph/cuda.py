@@ -1,10 +1,10 @@
-"""CUDA's graph backend.
+"""The graph backend for CUDA.
 
-Knows: on which stream a capture runs, and in whose memory. Everything an engine does runs on one
-stream of its own, not the default one, so that a capture needs no change of streams: what was
-warmed up there (library handles, workspaces) is what is recorded. All graphs share one private
-pool; intermediates of one graph lie where another's do, as only one runs at a time.
-Knows nothing of models, batches or modes.
+Knows: on which stream a capture runs, and in whose memory. Everything that an engine does runs on
+one stream of its own, not the default one, so that a capture needs no change of streams: whatever
+was warmed up there (library handles, workspaces) is what is recorded. All graphs share one private
+pool, and the intermediates of one graph lie where another's do, because only one graph runs at a
+time. Knows nothing of models, batches or modes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from minisrv.graph.backend import Replay
 
 @cache
 def engine_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that engines of this process run on."""
+    """Return the stream on which engines of this process run."""
     return torch.cuda.Stream(device)
 
 
 class CUDABackend:
-    """A `GraphBackend` for CUDA; makes the engine's stream the current one of this thread."""
+    """A `GraphBackend` for CUDA. It makes the engine's stream the current one of this thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = engine_stream(device)
@@ -34,15 +34,15 @@ class CUDABackend:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self) -> None:
-        """Start to record a segment."""
+        """See `GraphBackend`."""
         assert self._graph is None, "segments do not nest"
         graph = torch.cuda.CUDAGraph()
-        # Other threads may call CUDA; only this one's calls are recorded.
+        # Other threads may call CUDA; only the calls of this thread are recorded.
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         self._graph = graph
 
     def end(self) -> Replay:
-        """Stop recording. Raises GraphCaptureError for what CUDA could not record."""
+        """See `GraphBackend`. Raises GraphCaptureError for work that CUDA could not record."""
         graph, self._graph = self._graph, None
         assert graph is not None, "no segment is being recorded"
         try:
@@ -52,16 +52,17 @@ class CUDABackend:
         return graph.replay
 
     def finish(self) -> None:
-        """Nothing is left to do: intermediates got their places while they were recorded."""
+        """Do nothing: intermediates were given their places while they were recorded."""
 
     def memory_used(self) -> int:
-        """Bytes of the GPU that anybody uses: a graph takes the driver's memory too."""
+        """Return the number of bytes of the GPU that any process uses: a graph takes memory of the
+        driver too."""
         free, total = torch.cuda.mem_get_info(self.stream.device)
         return total - free
 
     def abandon(self) -> None:
-        """Forget the capture that an error has ended."""
+        """See `GraphBackend`."""
         if self._graph is not None:
-            with suppress(RuntimeError):  # the error that ended it is on its way already
+            with suppress(RuntimeError):  # the error that ended it is being raised already
                 self._graph.capture_end()
             self._graph = None

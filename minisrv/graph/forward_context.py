@@ -1,9 +1,9 @@
-"""The forward context: what one step says to whatever runs below it.
+"""The forward context: the description of a step for the code that runs below it.
 
 It carries the runtime mode and the batch descriptor to the graph wrappers, and the attention
-arguments to the attention layer. Only those two read it; the decoder in between does not, so
-that one definition runs eagerly, under capture and (through replay) not at all.
-Knows nothing of requests or of how a step was scheduled.
+arguments to the attention layer. Only those two read it; the decoder in between does not, so the
+same definition of the model runs eagerly and under capture, and not at all during a replay. Knows
+nothing of requests or of how a step was scheduled.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Arguments of the attention op that change by step. Tensors are views of static buffers.
+    """Arguments of the attention op that change with each step. Tensors are views of static
+    buffers.
 
-    R rows (requests), T tokens of the padded step. Tokens beyond `query_start_loc[R]` belong to no
-    request, and the op zero-fills their output. Where a graph holds attention too, rows are padded
-    as well: those of a mixed batch are empty.
+    There are R rows (requests) and T tokens in the padded step. Tokens beyond `query_start_loc[R]`
+    belong to no request, and the op zero-fills their output. Where a graph contains attention too,
+    rows are padded as well; the padding rows of a mixed batch are empty.
 
-    qkv: [T, qkv_size] model dtype; the op's argument buffer, shared by all layers.
-    out: [T, q_size] model dtype; the op's result buffer, shared by all layers.
-    slot_mapping: [T] int64, the cache position (block * block_size + offset) each token writes.
+    qkv: [T, qkv_size] in the model's dtype; the argument buffer of the op, shared by all layers.
+    out: [T, q_size] in the model's dtype; the result buffer of the op, shared by all layers.
+    slot_mapping: [T] int64, the cache position (block * block_size + offset) that each token
+        writes.
     block_table: [R, max_blocks] int32, padded with the null block 0.
-    seq_lens: [R] int32, tokens in the cache once the step has written its own.
-    query_start_loc: [R + 1] int32, monotone; the step's tokens of row r are
-        query_start_loc[r] to query_start_loc[r + 1].
-    max_query_len: no row has more tokens; 1 only where every row has one and T is R. A number, so
-        that a graph which holds attention keeps that of its capture.
+    seq_lens: [R] int32, the number of tokens in the cache once the step has written its own.
+    query_start_loc: [R + 1] int32, monotone; the step's tokens of row r are query_start_loc[r] to
+        query_start_loc[r + 1].
+    max_query_len: an upper bound of the number of tokens in a row; 1 only where every row has one
+        token and T is R. It is a Python number, so that a graph which contains attention keeps the
+        value from its capture.
     """
 
     qkv: Tensor
@@ -50,8 +53,8 @@ class AttentionMetadata:
 class ForwardContext:
     """The mode, key and attention arguments of a step, or of its epilogue, which has no attention.
 
-    break_at: set while pieces are captured. The attention layer hands it what must run between
-    two pieces instead of running it.
+    break_at: set while the pieces of a PIECEWISE graph are captured. Instead of running the
+        attention op, the attention layer passes this function what must run between two pieces.
     """
 
     mode: CUDAGraphMode
@@ -61,7 +64,8 @@ class ForwardContext:
 
     @property
     def attention(self) -> AttentionMetadata:
-        """`attn`, for the layer that is in every step and in no epilogue."""
+        """The value of `attn`, for the attention layer, which runs in every step and in no
+        epilogue."""
         assert self.attn is not None, "an epilogue has no attention"
         return self.attn
 
@@ -70,7 +74,8 @@ _current: ContextVar[ForwardContext | None] = ContextVar("forward_context", defa
 
 
 def get_forward_context() -> ForwardContext:
-    """The context of the step that is running. Outside of one it is our own mistake to ask."""
+    """Return the context of the step that is running. It is a programming error to call this
+    outside of one."""
     context = _current.get()
     assert context is not None, "no forward context is set"
     return context
@@ -78,7 +83,7 @@ def get_forward_context() -> ForwardContext:
 
 @contextmanager
 def set_forward_context(context: ForwardContext) -> Iterator[None]:
-    """Make `context` current for the block; nests, and restores the outer one."""
+    """Make `context` current for the block. Calls can be nested; the outer context is restored."""
     token = _current.set(context)
     try:
         yield

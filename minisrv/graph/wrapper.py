@@ -1,13 +1,14 @@
 """The wrapper that replays a graph where the forward context says so.
 
-Knows: for which runtime mode it stands, and the graphs it has captured by descriptor. It trusts
-the context: choosing is the dispatcher's work. Whoever is not meant passes through, so wrappers
-nest: a FULL one around a step or the model, the PIECEWISE one around the model inside it.
-Knows nothing of how a backend records, nor what the runnable computes.
+Knows: the runtime mode that it stands for, and the graphs that it has captured, by descriptor. It
+trusts the context: choosing a graph is the dispatcher's work. A wrapper whose mode is not the
+context's passes through, so wrappers can be nested: a FULL one around a step or the model, the
+PIECEWISE one around the model inside it. Knows nothing of how a backend records, nor of what the
+runnable computes.
 
-A capture is ended at every attention op and begun again behind it (PIECEWISE), or holds it (FULL).
-A runnable returns nothing: it reads static buffers and leaves its results in static buffers, so
-that no result lies in memory which another graph reuses.
+A capture is ended at every attention op and begun again after it (PIECEWISE), or contains it
+(FULL). A runnable returns nothing: it reads static buffers and leaves its results in static
+buffers, so that no result lies in memory which another graph reuses.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """What a replay walks: pieces, and between them what is not captured.
+    """A captured graph: its pieces, and what runs between them without being captured.
 
-    frozen: the address of every tensor that the capture was given, and numbers that it holds; a
+    walk: the functions that a replay calls, in order.
+    frozen: the address of every tensor that the capture was given, and the numbers that it holds; a
         replay is valid for these only.
-    nbytes: that the capture took; one that finds room in what others share takes none.
+    nbytes: the number of bytes that the capture took; 0 if it fits into memory that other graphs
+        share.
     """
 
     walk: tuple[Replay, ...]
@@ -37,22 +40,23 @@ class CapturedGraph:
     nbytes: int
 
     def replay(self) -> None:
-        """Run it."""
+        """Run the graph."""
         for run in self.walk:
             run()
 
     @property
     def num_pieces(self) -> int:
-        """Captured segments: 1 for FULL, one more than attention layers for PIECEWISE."""
+        """Number of captured segments: 1 for FULL, the number of attention layers plus 1 for
+        PIECEWISE."""
         return (len(self.walk) + 1) // 2
 
 
 class CUDAGraphWrapper:
-    """Runs `runnable`, by graph where the context's mode is `mode`. The name is vLLM's.
+    """Runs `runnable`, by a graph where the context's mode is `mode`. The name is vLLM's.
 
-    check_addresses: compare what is frozen with the capture's before each replay; for tests, and
-        for whoever suspects a tensor that should be static.
-    replay: how a captured graph is replayed; who counts launches puts itself there.
+    check_addresses: whether to compare the addresses and numbers with those of the capture before
+        each replay; for tests, and for finding a tensor that is not static but should be.
+    replay: the function that replays a captured graph; code that counts launches replaces it.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class CUDAGraphWrapper:
         self.replay: Callable[[CapturedGraph], None] = CapturedGraph.replay
 
     def __call__(self, *args: Tensor) -> None:
-        """Replay, or pass through. Raises GraphError for a key that was never captured."""
+        """Replay the graph of the context's descriptor, or pass through. Raises GraphError for a
+        key that was never captured."""
         context = get_forward_context()
         if context.mode is not self.mode:
             self.runnable(*args)
@@ -84,9 +89,9 @@ class CUDAGraphWrapper:
         self.replay(graph)
 
     def capture(self, *args: Tensor) -> None:
-        """Record one run of the runnable for the context's descriptor.
+        """Capture one run of the runnable for the context's descriptor.
 
-        Raises GraphCaptureError if the runnable does what a graph cannot hold.
+        Raises GraphCaptureError if the runnable does something that a graph cannot hold.
         """
         context = get_forward_context()
         backend = self.backend
@@ -117,9 +122,9 @@ class CUDAGraphWrapper:
         )
 
     def _frozen(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
-        """Where the arguments and the attention metadata lie, and the numbers among the metadata if
-        the graph holds attention. An empty tensor lies nowhere: while pieces are captured, on
-        padding alone, there are no rows."""
+        """Return the addresses of the arguments and of the attention metadata, and the numbers
+        among the metadata if the graph contains attention. An empty tensor has no address: while
+        pieces are captured, on padding only, there are no rows."""
         given: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
         if context.attn is not None:
             given |= {f"attn.{f.name}": getattr(context.attn, f.name) for f in fields(context.attn)}
