@@ -1,1 +1,1 @@
-"""Decoders: their layers, and how weights get into them."""
+"""Decoders: their layers, and the loading of their weights."""

@@ -1,8 +1,8 @@
 """The attention layer: projections around the attention op. It alone reads the forward context.
 
 The QKV projection writes the context's static `qkv` and the output projection reads its static
-`out`, so that a graph captured up to the op meets the one captured behind it there.
-Knows nothing of what else the step or the graph holds.
+`out`, so that these buffers connect the graph captured up to the op with the one captured after it.
+Knows nothing of what else the step or the graph contains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minisrv.nn.layers import Destination, Projection, RMSNorm
 
 
 class Attention(nn.Module):
-    """One layer's attention.
+    """The attention of one layer.
 
     kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim], bound by `Decoder.bind_kv_cache`.
     """
@@ -40,16 +40,16 @@ class Attention(nn.Module):
         self.kv_cache: Tensor | None = None
 
     def add_to(self, residual: Tensor, norm: RMSNorm, positions: Tensor, cos_sin: Tensor) -> None:
-        """residual [T, hidden] += attention of norm(residual).
+        """Add the attention of norm(residual) to residual [T, hidden], in place.
 
-        positions: [T] int64, the static tensor, as the op may run at replay.
+        positions: [T] int64; it must be the static tensor, because the op may run at replay.
         """
         context = get_forward_context()
         attn = context.attention
         self.qkv.write_to(attn.qkv, residual, norm)
         if context.break_at is None:
             self._attend(attn, positions, cos_sin)
-        else:  # the replay's, as rows change
+        else:  # it uses the context of the replay, because the rows change
             context.break_at(
                 lambda: self._attend(get_forward_context().attention, positions, cos_sin)
             )
@@ -77,7 +77,8 @@ class Attention(nn.Module):
         )
 
     def destinations(self) -> Iterator[Destination]:
-        """Four checkpoint projections, and two norms if there are any."""
+        """Yield the destinations of four checkpoint projections, and of two norms if there are
+        any."""
         yield from self.qkv.destinations()
         yield from self.o.destinations()
         if self.q_norm is not None and self.k_norm is not None:

@@ -1,7 +1,7 @@
-"""The decoder: Llama, Qwen2 and Qwen3 are one definition that a ModelConfig tells apart.
+"""The decoder: one definition for Llama, Qwen2 and Qwen3, which a ModelConfig distinguishes.
 
-Knows: how layers follow each other, and the names that a checkpoint gives their weights.
-Knows nothing of requests, batches or graphs; what differs by step reaches the attention layers
+Knows: how layers follow each other, and the names that a checkpoint gives their weights. Knows
+nothing of requests, batches or graphs; whatever differs by step reaches the attention layers
 through the forward context, past this module.
 """
 
@@ -20,7 +20,8 @@ from minisrv.nn.rope import cos_sin_table
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each normed before and added to the residual stream behind."""
+    """Attention and MLP. The input of each is normed, and its output is added to the residual
+    stream."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -36,7 +37,8 @@ class DecoderLayer(nn.Module):
         self.mlp.add_to(residual, self.post_norm)
 
     def destinations(self) -> Iterator[Destination]:
-        """Names as in every supported architecture."""
+        """Yield the layer's destinations; their names are the same in every supported
+        architecture."""
         yield from _below("input_layernorm", self.input_norm.destinations())
         yield from _below("self_attn", self.attention.destinations())
         yield from _below("post_attention_layernorm", self.post_norm.destinations())
@@ -44,7 +46,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Its parameters are uninitialised; `nn.loader` makes it whole."""
+    """A decoder-only transformer. Its parameters are uninitialised; `nn.loader` fills them, and
+    `prepare` makes it ready to run."""
 
     cos_sin: Tensor
 
@@ -64,16 +67,18 @@ class Decoder(nn.Module):
             )
         self.head: Callable[[Tensor], Tensor]
         self.bytes_read = sum(parameter.nbytes for parameter in self.parameters())
-        """Of weights, by a decode step: all but an embedding that is no output projection too."""
+        """Number of bytes of weights that a decode step reads: all weights except an embedding that
+        is not the output projection too."""
         if self.lm_head is not None:
             self.bytes_read -= self.embed.weight.nbytes
         table = torch.empty(config.max_position_embeddings, 2 * config.head_dim, dtype=dtype)
         self.register_buffer("cos_sin", table, persistent=False)
 
     def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
-        """[T] int64, [T] int64 -> out [T, hidden], the final norm included.
+        """Run the model: input_ids [T] int64 and positions [T] int64 give out [T, hidden], after
+        the final norm.
 
-        Runs within a forward context, whose attention arguments are those of these T tokens.
+        It runs within a forward context, whose attention arguments are those of these T tokens.
         """
         residual: Tensor = self.embed(input_ids)
         for layer in self.layers:
@@ -81,26 +86,28 @@ class Decoder(nn.Module):
         self.norm.write_to(out, residual)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab], in the serving dtype."""
+        """Return the logits [R, vocab] of the hidden states [R, hidden], in the dtype of
+        serving."""
         return self.head(hidden)
 
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
-        """Give each layer its [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+        """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
         assert len(kv_caches) == len(self.layers), "one KV cache a layer"
         for layer, kv_cache in zip(self.attention_layers(), kv_caches, strict=True):
             layer.kv_cache = kv_cache
 
     def attention_layers(self) -> Iterator[Attention]:
-        """In the order they run."""
+        """Yield the attention layers in the order in which they run."""
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             yield layer.attention
 
     def prepare(self, *, int8: bool = False) -> None:
-        """Make a model whose weights are filled ready to run: compute what no checkpoint holds, and
-        lay the projections out for the machine.
+        """Make a model whose weights are filled ready to run: compute tensors that no checkpoint
+        holds, and lay the projections out for the machine.
 
-        int8: keep the weights of the projections with 8 bits, the output projection included.
+        int8: whether to keep the weights of the projections, the output projection included, with 8
+            bits.
         """
         config = self.config
         rope = (config.rope, config.head_dim, config.max_position_embeddings, self.dtype)
@@ -108,11 +115,12 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.prepare(int8=int8)
-        # Tied embeddings are laid out a second time: a gather needs plain rows.
+        # Tied embeddings are laid out a second time, because a gather needs plain rows.
         self.head = self.lm_head or lay_out(self.embed.weight, None, int8=int8)
 
     def destinations(self) -> Iterator[Destination]:
-        """Every checkpoint name, and the view that it fills; together all parameters, once."""
+        """Yield every checkpoint name and the view that it fills; together they fill every
+        parameter once."""
         yield from _below("model.embed_tokens", self.embed.destinations())
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)

@@ -1,8 +1,8 @@
 """The layers that every decoder is made of.
 
-Each keeps its weights as the machine likes them and says where a checkpoint's tensors go
-(`destinations`); merged weights are filled part by part.
-Knows nothing of the forward context, of files, or of how layers are put together.
+Each layer keeps its weights in the layout that suits the machine and says where a checkpoint's
+tensors go (`destinations`); merged weights are filled part by part. Knows nothing of the forward
+context, of files, or of how layers are put together.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from minisrv.kernels.elementwise import rms_norm_op, take_rows_op
 from minisrv.kernels.linear import Linear, Norm, lay_out
 
 Destination = tuple[str, Tensor]
-"""A checkpoint's name below the layer's prefix, and the view of a parameter which it fills."""
+"""A checkpoint's name without the layer's prefix, and the view of a parameter that it fills."""
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter on the default device; nothing here is ever trained."""
+    """Return an uninitialised parameter on the default device. No parameter is ever trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
 class Projection(nn.Module):
-    """y = x W^T + b, for one or several checkpoint projections merged side by side.
+    """The projection y = x W^T + b, for one or several checkpoint projections merged side by side.
 
-    parts: output width of each checkpoint projection, by its name; one alone may be named "".
+    parts: the output width of each checkpoint projection, by its name; a single one may be named
+        "".
     weight: [out, in] until `prepare`, which lays it out for the machine and drops it.
     """
 
@@ -42,32 +43,35 @@ class Projection(nn.Module):
         self.linear: Linear
 
     def prepare(self, *, int8: bool) -> None:
-        """Lay the filled weight out, with 8 bits if asked for. The projection works from here on.
+        """Lay the filled weight out, with 8 bits if asked for. The projection can be used from here
+        on.
 
-        Raises nothing; may be called once.
+        It raises nothing, and may be called only once.
         """
         assert self.weight is not None, "prepared already"
         self.linear = lay_out(self.weight, self.bias, int8=int8)
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out]."""
+        """Return the projection [T, out] of x [T, in]."""
         return self.linear(x)
 
     def write_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
-        """out [T, out] = norm(x) W^T + b."""
+        """Write norm(x) W^T + b to out [T, out]."""
         self.linear.write_to(out, x, norm.as_kernels_take_it())
 
     def write_gated_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
-        """out [T, out / 2] = silu(gate) * up, the halves of norm(x) W^T + b."""
+        """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
+        b."""
         self.linear.write_gated_to(out, x, norm.as_kernels_take_it())
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual [T, out] += x W^T + b, in place."""
+        """Add x W^T + b to residual [T, out], in place."""
         self.linear.add_to(residual, x)
 
     def destinations(self) -> Iterator[Destination]:
-        """A checkpoint stores each weight as [out, in]."""
+        """Yield the name and the view of each merged weight, which a checkpoint stores as [out,
+        in], and of its bias."""
         assert self.weight is not None, "the weight has been laid out and dropped"
         begin = 0
         for name, width in self.parts.items():
@@ -79,7 +83,7 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Divide each row by its root mean square, then scale by a weight."""
+    """Divides each row by its root mean square, then scales it by a weight."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -87,38 +91,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
-        """out = norm(x), both [T, size]."""
+        """Write norm(x) to out; both are [T, size]."""
         rms_norm_op(x, self.weight, out, eps=self.eps)
 
     def as_kernels_take_it(self) -> Norm:
-        """For a product that norms its rows itself."""
+        """Return the norm as data, for a kernel that norms the rows of its argument itself."""
         return Norm(self.weight, self.eps)
 
     def destinations(self) -> Iterator[Destination]:
-        """One weight."""
+        """Yield the one weight."""
         yield "weight", self.weight
 
 
 class Embedding(nn.Module):
-    """Rows of a table."""
+    """A table of which rows are looked up."""
 
     def __init__(self, num_embeddings: int, size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = parameter(num_embeddings, size, dtype=dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, size]."""
+        """Return the rows [T, size] of ids [T] int64."""
         out = self.weight.new_empty(len(ids), self.weight.shape[1])
         take_rows_op(self.weight, ids, out)
         return out
 
     def destinations(self) -> Iterator[Destination]:
-        """One weight."""
+        """Yield the one weight."""
         yield "weight", self.weight
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up merged."""
+    """The MLP down(silu(gate(x)) * up(x)), with gate and up merged."""
 
     def __init__(self, hidden: int, intermediate: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -128,12 +132,12 @@ class GatedMLP(nn.Module):
         self.down = Projection(intermediate, {"down_proj": hidden}, bias=bias, dtype=dtype)
 
     def add_to(self, residual: Tensor, norm: RMSNorm) -> None:
-        """residual [T, hidden] += MLP(norm(residual))."""
+        """Add MLP(norm(residual)) to residual [T, hidden], in place."""
         gated = residual.new_empty(len(residual), self.intermediate)
         self.gate_up.write_gated_to(gated, residual, norm)
         self.down.add_to(residual, gated)
 
     def destinations(self) -> Iterator[Destination]:
-        """Three checkpoint projections."""
+        """Yield the destinations of three checkpoint projections."""
         yield from self.gate_up.destinations()
         yield from self.down.destinations()

@@ -1,9 +1,9 @@
-"""From safetensors to a model on its device, strictly.
+"""Loads a model from safetensors onto its device, strictly.
 
-Every weight of the checkpoint is used once and every parameter filled once, or the model is not
-loaded. Shards are read lazily, tensor by tensor, straight into their place; what the checkpoint
-has in another dtype is converted on the way.
-Knows nothing of the model's structure: the model names its destinations.
+Every weight of the checkpoint is used once and every parameter is filled once, or the model is not
+loaded. Shards are read lazily, tensor by tensor, directly into their place; tensors that the
+checkpoint has in another dtype are converted on the way. Knows nothing of the model's structure:
+the model names its destinations.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from minisrv.nn.registry import model_class
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with (weights loaded, weights to load)."""
+"""Function that is called with the number of weights loaded and the number of weights to load."""
 
 MAX_NAMES = 8
-"""Weights that an error names of each kind."""
+"""Maximum number of weights of each kind that an error names."""
 
 MAX_CHARACTERS = 200
-"""Of a weight and what is wrong with it, in an error."""
+"""Maximum number of characters that an error spends on a weight and what is wrong with it."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -52,9 +52,13 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The model of `config` in `dtype` with its weights; `Decoder.prepare` makes it ready to run.
+    """Return the model of `config` in `dtype` with its weights; `Decoder.prepare` makes it ready to
+    run.
 
-    directory: the checkpoint; not read for load_format "dummy", which draws weights by `seed`.
+    directory: the checkpoint. It is not read for load_format "dummy", which draws random weights.
+    seed: the seed of random weights.
+    progress: is called as weights are loaded.
+
     Raises WeightsError, ModelError, UnknownArchitectureError.
     """
     if load_format == "dummy":
@@ -75,14 +79,15 @@ def load_model(
             config = replace(config, tie_word_embeddings=False)
     model = _make(config, dtype, device)
     destinations = dict(model.destinations())
-    if config.tie_word_embeddings and [*ends] == [HEAD]:  # the one name that it was saved under
+    if config.tie_word_embeddings and [*ends] == [HEAD]:  # the only name that it was saved under
         destinations[HEAD] = destinations.pop(EMBEDDING)
     _load(destinations, files, progress)
     return model.eval()
 
 
 def _check_size(config: ModelConfig, directory: Path, files: Sequence[Path]) -> None:
-    """Refuse a config that describes much more than there is before memory is taken for it."""
+    """Raise WeightsError for a config that describes a much larger model than the files hold,
+    before memory is allocated for it."""
     tensors = parameters = 0
     for path in files:
         with _opened(path) as shard:
@@ -103,8 +108,8 @@ def _make(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -
 
 
 def _ends(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The embedding and the output projection, as far as the files hold them, by name; mapped, so
-    that nothing is read before it is looked at."""
+    """Return the embedding and the output projection by name, as far as the files hold them. They
+    are mapped, so nothing is read before it is used."""
     found: dict[str, Tensor] = {}
     for path in files:
         with _opened(path) as shard:
@@ -138,7 +143,8 @@ def _load(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Raises WeightsError where it, or a tensor of it, cannot be read."""
+    """Open a safetensors file. Raises WeightsError where the file, or a tensor in it, cannot be
+    read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as shard:
             yield shard
@@ -158,14 +164,14 @@ def _fill(name: str, destination: Tensor, shard: Any, problems: _Problems) -> No
 
 
 def _is_harmless(name: str) -> bool:
-    """Extras that older tools write: what rope computes, and the head of a model whose embeddings
-    are tied (for any other, it is a destination and never comes here).
-    """
+    """Whether a weight is one of the extras that older tools write: the frequencies that RoPE
+    computes, and the output projection of a model with tied embeddings (for any other model it is a
+    destination and never comes here)."""
     return name == HEAD or name.endswith(".rotary_emb.inv_freq")
 
 
 class _Problems:
-    """What is wrong with a checkpoint's weights, by kind."""
+    """The problems found in a checkpoint's weights, by kind."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = {}
@@ -188,7 +194,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _draw(model: Decoder, seed: int) -> None:
-    """Random weights that keep activations near unit size: the same for the same seed and dtype."""
+    """Fill the model with random weights that keep activations near unit size; they are the same
+    for the same seed and dtype."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for name, tensor in model.destinations():

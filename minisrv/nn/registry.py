@@ -1,4 +1,7 @@
-"""Which class implements an architecture. Knows names only."""
+"""The class that implements each architecture.
+
+Knows names only.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ _CLASSES: dict[str, type[Decoder]] = dict.fromkeys(ARCHITECTURES, Decoder)
 
 
 def model_class(config: ModelConfig) -> type[Decoder]:
-    """The class for `config.architecture`. Raises UnknownArchitectureError."""
+    """Return the class for `config.architecture`. Raises UnknownArchitectureError."""
     try:
         return _CLASSES[config.architecture]
     except KeyError:

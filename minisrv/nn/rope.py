@@ -14,7 +14,7 @@ from minisrv.model_config import RopeConfig, RopeScaling
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """[head_dim / 2] float32: radians per position of each rotated pair."""
+    """Return [head_dim / 2] float32, the radians per position of each rotated pair."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     match rope.scaling:
@@ -31,11 +31,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 def cos_sin_table(
     rope: RopeConfig, head_dim: int, max_positions: int, dtype: torch.dtype
 ) -> Tensor:
-    """[max_positions, 2 * head_dim]: for each element of a head the cosine of its angle, then the
-    sine, negative for the first half: x turned is x * cos + (x with its halves swapped) * sin.
+    """Return [max_positions, 2 * head_dim]: for each element of a head the cosine of its angle,
+    then the sine, negative for the first half. The rotation of x is x * cos + (x with its halves
+    swapped) * sin.
 
-    Computed in float32 and rounded to the serving dtype, as transformers does at each use. Pair i
-    of a head is its elements i and i + head_dim / 2.
+    The table is computed in float32 and rounded to the dtype of serving, as transformers does at
+    each use. Pair i of a head consists of its elements i and i + head_dim / 2.
     """
     positions = torch.arange(max_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
@@ -44,7 +45,8 @@ def cos_sin_table(
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Long waves are stretched by `factor`, short ones kept, those between blended."""
+    """Return frequencies with long waves stretched by `factor`, short ones kept and those between
+    blended."""
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
@@ -52,8 +54,9 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> Tensor:
-    """YaRN (arXiv:2309.00071): pairs that turn often within the original context are kept, those
-    that turn seldom stretched by `factor`, those between blended along a ramp."""
+    """Return frequencies by YaRN (arXiv:2309.00071): pairs that turn often within the original
+    context are kept, those that turn rarely are stretched by `factor`, and those between are
+    blended along a ramp."""
 
     def pair_that_turns(rotations: float) -> float:
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -64,7 +67,7 @@ def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     if first == last:
-        last += 0.001  # as transformers does: a step rather than a division by zero
+        last += 0.001  # as transformers does, for a step rather than a division by zero
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - first) / (last - first)
     stretched = ramp.clamp(0.0, 1.0)
     return frequencies / rope.factor * stretched + frequencies * (1 - stretched)
