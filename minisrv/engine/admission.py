@@ -1,12 +1,13 @@
-"""Places for requests, taken before anything is spent on them.
+"""Admission: requests take places in the queue before any work is spent on them.
 
-To tokenise a prompt and then hear that the queue is full would waste, in the busiest moment, what
-is scarcest then. So an API worker counts for itself: a request holds its place from before it is
-tokenised until the worker has seen it end. The engine counts those of them that it knows of, by
-the same rule (`Scheduler.has_room`), so a worker alone refuses nothing that the engine is sure to
-take. Of other workers' requests a worker knows nothing: there the engine refuses the rest.
+To tokenise a prompt and only then find the queue full would waste processor time when it is
+scarcest. So an API worker counts for itself: a request holds its place from before it is tokenised
+until the worker has seen it end. The engine counts those requests that it knows of, by the same
+rule (`Scheduler.has_room`), so a worker that is alone refuses nothing that the engine is sure to
+accept. A worker knows nothing of other workers' requests: where these fill the queue, the engine
+refuses the rest.
 
-Knows: ids and how long they stay. Knows nothing of engines, text or HTTP.
+Knows: request ids and how long requests stay. Knows nothing of engines, text or HTTP.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from minisrv.errors import QueueFullError, RequestError
 
 MAX_RETRY_AFTER = 60
-"""Seconds. OpenAI's client heeds no longer wait than this."""
+"""Maximum of `Retry-After` in seconds; OpenAI's client ignores longer waits."""
 
 _WEIGHT = 1 / 16
-"""Of the newest stay in the mean."""
+"""Weight of the newest stay in the moving average."""
 
 
 class Admission:
@@ -34,26 +35,27 @@ class Admission:
 
     @property
     def num_taken(self) -> int:
-        """Places that are taken now."""
+        """Number of places that are taken now."""
         return len(self._since)
 
     @property
     def retry_after(self) -> int:
-        """Seconds after which those who hold the places now will have left, if they stay as long
-        as others did of late."""
+        """Number of seconds after which the requests that hold the places now will have left, if
+        they stay as long as others did recently."""
         return min(max(1, math.ceil(self._mean_stay)), MAX_RETRY_AFTER)
 
     @contextmanager
     def places(
         self, request_ids: Sequence[str], limit: int, param: str = "prompt"
     ) -> Iterator[None]:
-        """A place for each of `request_ids`, all or none. At the end those go back that are still
-        held.
+        """Hold a place for each of `request_ids` during the block, for all or none. At its end the
+        places that are still held are released.
 
-        limit: places in all.
-        param: the field that asks for so many, for the error to name.
-        Raises RequestError for more than there could ever be, QueueFullError for more than are
-        free.
+        limit: the number of places in all.
+        param: the field of the request that asks for so many places; errors name it.
+
+        Raises RequestError for more places than there could ever be, QueueFullError for more than
+        are free.
         """
         number = len(request_ids)
         if number > limit:
@@ -76,7 +78,7 @@ class Admission:
                 self.leave(request_id)
 
     def leave(self, request_id: str) -> None:
-        """Give a place back; nothing happens if that has been done."""
+        """Release a place; nothing happens if it has been released already."""
         since = self._since.pop(request_id, None)
         if since is not None:
             self._mean_stay += _WEIGHT * (time.monotonic() - since - self._mean_stay)

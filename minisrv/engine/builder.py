@@ -1,7 +1,7 @@
-"""How settings and a checkpoint become the parts of an engine.
+"""Builds the parts of an engine from settings and a checkpoint.
 
-Knows: the order of a start-up (device, checkpoint, kernels, weights, memory, graphs), and what each
-part is given. Knows nothing of steps.
+Knows: the order of a start-up (device, checkpoint, kernels, weights, memory, graphs), and the
+arguments of each part. Knows nothing of steps.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What an engine is made of.
+    """The parts of an engine.
 
     config: the settings, with the device that was found.
-    lag: steps that are launched ahead of the one whose tokens are read.
-    info: what others are told of the engine.
-    memory: what was planned for the KV cache.
-    times: of a step by each graph, where the platform has them measured.
+    lag: the number of steps that are launched ahead of the one whose tokens are read.
+    info: the description of the engine for others.
+    memory: the plan for the KV cache.
+    times: the duration of a step by each graph, if the platform has graphs timed.
     """
 
     config: EngineConfig
@@ -71,12 +71,13 @@ def build_engine(
 ) -> EngineParts:
     """Load a model, capture its graphs and certify them.
 
-    progress: told about loading and capturing.
-    checkpoint: the one that `config` names, where it has been opened already.
-    clock: of a start-up that has begun before this; its phases go on here.
-    before_loading: told the context and the KV blocks before weights are read, on a GPU the most
-        that they may be; a ConfigError of its is raised.
+    progress: is called during loading and capturing.
+    checkpoint: the checkpoint that `config` names, if it has been opened already.
+    clock: the clock of a start-up that began before this call and continues here.
+    before_loading: is called with the context length and the number of KV blocks before weights are
+        read; on a GPU these are upper bounds. A ConfigError that it raises is passed on.
     check_addresses: see `CUDAGraphWrapper`; for tests.
+
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
     """
     threads.limit()
@@ -159,7 +160,7 @@ def build_engine(
         enable_prefix_caching=config.enable_prefix_caching,
     )
     info = EngineInfo(
-        # A cache smaller than the context is the limit that requests meet.
+        # If the cache is smaller than the context, it is the limit for requests.
         max_model_len=min(context, scheduler.pool.capacity),
         vocab_size=model_config.vocab_size,
         num_kv_blocks=num_blocks,
@@ -191,7 +192,7 @@ def build_engine(
 
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig, platform: Platform) -> torch.dtype:
-    """The dtype that a model is served in, which the log says with the reason."""
+    """Return the dtype in which a model is served, and log it with the reason."""
     name, why = config.dtype, "as asked for"
     if config.quantization == "int8":
         name, why = "bfloat16", "the activations of int8 weights"
@@ -203,13 +204,14 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig, platform: Platform) 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """E.g. "float16", which may have been asked for as "half"."""
+    """Return the name of a dtype, e.g. "float16", which may have been asked for as "half"."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def _timed(clock: StartupClock, phase: str) -> Iterator[None]:
-    """A phase of the start-up: all that has happened since the one before it."""
+    """Time a phase of the start-up, which includes everything since the phase before it. Raises
+    ConfigError where the GPU's memory is full."""
     try:
         yield
     except torch.OutOfMemoryError as error:

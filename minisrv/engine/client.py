@@ -1,12 +1,12 @@
 """The API worker's side of the engine: asynchronous generators of outputs.
 
 Knows: the socket, the engine's state, and which of its own requests are open. Every open request
-ends in exactly one finish reason or error, also when the engine dies: its process id is watched, so
-that its death is seen at once and not by a timeout. Knows nothing of HTTP or text, and imports no
-torch.
+ends with exactly one finish reason or error, even when the engine dies: the end of its process is
+watched, so that it is noticed at once and not by a timeout. Knows nothing of HTTP or text, and
+imports no torch.
 
-A step's outputs come in one message and wake each response they are for once. That is the path of
-every token: nothing on it logs, waits or makes a task.
+A step's outputs come in one message, which wakes each response that they are for once. Every token
+takes this path, so nothing on it logs, waits or makes a task.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class EngineState(enum.StrEnum):
 
 
 LAST_WORDS_SECONDS = 0.05
-"""What the engine said before it ended may take to be read from the socket."""
+"""Number of seconds for reading messages that the engine sent before it ended."""
 
 STATS_SECONDS = 1.0
-"""What the engine gets to say its counters; a step may take longer."""
+"""Number of seconds to wait for the engine's counters; a step may take longer."""
 
 
 class _Mailbox:
-    """What has come for the requests of one response and has not been read."""
+    """The outputs for the requests of one response that have not been read."""
 
     __slots__ = ("error", "outputs", "waiter")
 
@@ -75,17 +75,19 @@ class _Mailbox:
         self.waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Let the reader go on, if it waits."""
+        """Wake the reader if it waits."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
 
 class EngineClient:
-    """A connection to an engine. Its methods belong to one event loop.
+    """A connection to an engine. Its methods must be called from one event loop.
 
-    name: this worker's; one that takes a dead worker's place has the same.
-    obituary_seconds: what the engine's parent gets to say how it has ended (`engine_ended`), which
-        nobody else is told by the kernel.
+    address: the address of the engine's socket.
+    engine_pid: the process id of the engine.
+    name: the name of this worker; a worker that replaces a dead one has the same name.
+    obituary_seconds: the number of seconds to wait for the engine's parent to say how the engine
+        ended (`engine_ended`); the kernel tells this to nobody else.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class EngineClient:
         self._obituary_seconds = obituary_seconds
         self._end: asyncio.TimerHandle | None = None
         self._reason: EngineDeadError | None = None
-        """Why it is dead, where that is known before its parent says how."""
+        """The reason why the engine is dead, if it is known before the parent says how it ended."""
         self._how = ""
         self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
@@ -118,27 +120,27 @@ class EngineClient:
 
     @property
     def state(self) -> EngineState:
-        """The engine's state as this worker knows it."""
+        """The state of the engine as far as this worker knows."""
         return self._state
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the engine serves with; None until it is ready."""
+        """The settings that the engine serves with; None until it is ready."""
         return self._info
 
     @property
     def num_messages(self) -> int:
-        """Messages read so far. That it has changed says that time has passed in the event loop."""
+        """Number of messages read so far. A change shows that the event loop has advanced."""
         return self._num_messages
 
     @property
     def loading(self) -> Loading:
-        """How far the engine's start-up is."""
+        """The progress of the engine's start-up."""
         return self._loading
 
     @property
     def death(self) -> EngineDeadError:
-        """Why the engine is dead, once it is."""
+        """The reason why the engine is dead, once it is."""
         if self._reason is not None:
             return self._reason
         return EngineDeadError(f"the engine has ended unexpectedly{self._how}; see its log.")
@@ -148,7 +150,7 @@ class EngineClient:
     ) -> None:
         """Connect, and watch the engine. Call it once, in the loop that uses the client.
 
-        on_loading: told the start-up's phase, how much of it is done, and of how much.
+        on_loading: is called with the phase of the start-up, how much of it is done, and the total.
         """
         self._on_loading = on_loading
         self._loop = asyncio.get_running_loop()
@@ -172,23 +174,26 @@ class EngineClient:
         await self._settled.wait()
 
     def engine_ended(self, how: str) -> None:
-        """The engine's parent has seen it end: how, in words that go on from that."""
+        """Register that the engine's parent has seen it end.
+
+        how: how it ended, in words that can follow "the engine has ended unexpectedly" and a comma.
+        """
         self._how = f", {how}"
         self._unwatch()
         self._die_in(LAST_WORDS_SECONDS)
 
     def drain(self) -> None:
-        """Refuse new requests from now on; open ones go on."""
+        """Refuse new requests from now on; open ones continue."""
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
 
     def end_open(self) -> None:
-        """End every open request with an error: the time to finish is over."""
+        """End every open request with an error, because the time to finish is over."""
         self._end_all(time_is_over())
 
     async def stats(self) -> EngineStats:
-        """The engine's counters as they are now; as they were when it last told, if it is loading,
-        dead or in the middle of a long step."""
+        """Return the engine's current counters. If it is loading, dead or in the middle of a long
+        step, return its last known ones."""
         if self._info is not None and self._state is not EngineState.DEAD:
             told = self._loop.create_future()
             self._stats_asked.append(told)  # answers come in the order of the questions
@@ -197,7 +202,8 @@ class EngineClient:
         return self._stats
 
     async def close(self) -> None:
-        """Stop watching and disconnect; what is still open ends with an error."""
+        """Stop watching the engine and disconnect; requests that are still open end with an
+        error."""
         self._unwatch()
         self._loop.remove_reader(self._socket.FD)
         self.end_open()
@@ -207,11 +213,12 @@ class EngineClient:
     async def generate(
         self, requests: Sequence[EngineRequest]
     ) -> AsyncGenerator[list[EngineOutput]]:
-        """Submit requests and yield what has come of them since the last time; the last output of
-        each carries its finish reason.
+        """Submit requests and yield their outputs since the last time; the last output of each
+        request carries its finish reason.
 
-        Ending the iteration early aborts in the engine what has not ended.
-        Raises EngineNotReadyError, EngineDeadError; RequestError (or a branch of it) if the engine
+        If the iteration is ended early, the requests that have not ended are aborted in the engine.
+
+        Raises EngineNotReadyError, EngineDeadError; RequestError (or a subclass) if the engine
         refuses one of the requests.
         """
         if self._state is EngineState.DEAD:
@@ -245,14 +252,14 @@ class EngineClient:
                 self.admission.leave(request.request_id)
 
     def abort(self, request_id: str) -> None:
-        """Ask the engine to drop a request; nothing happens if it has ended. Its last output is the
-        engine's answer."""
+        """Ask the engine to abort a request; nothing happens if it has ended. The engine answers
+        with the request's last output."""
         if request_id in self._open:
             self._aborts.append(request_id)
             self._flush_soon()
 
     def _flush_soon(self) -> None:
-        # One message for all that this turn of the event loop brings.
+        # One message carries everything that is submitted in one turn of the event loop.
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -265,7 +272,7 @@ class EngineClient:
 
     def _send(self, message: WorkerMessage) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)
-        # The socket's descriptor tells of changes only, and sending takes note of them.
+        # The socket's file descriptor signals only changes of state, and sending may consume one.
         self._loop.call_soon(self._read)
 
     def _read(self) -> None:
@@ -275,7 +282,7 @@ class EngineClient:
             while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 self._take(decode_engine_message(self._socket.recv(zmq.NOBLOCK)))
         except Exception:
-            # Nobody would hear of the engine any more.
+            # Otherwise nobody would hear from the engine any more.
             self._loop.remove_reader(self._socket.FD)
             logger.exception("cannot read from the engine")
             self._reason = EngineDeadError("the engine's answers cannot be read; see the log.")
@@ -289,7 +296,7 @@ class EngineClient:
                     self._dispatch(output)
             case EngineStats():
                 self._stats = message
-                if self._stats_asked:  # else those who waited have been told that time is up
+                if self._stats_asked:  # otherwise the wait of those who asked has timed out
                     self._stats_asked.popleft().set_result(None)
             case Loading():
                 self._loading = message
@@ -305,7 +312,7 @@ class EngineClient:
     def _dispatch(self, output: EngineOutput) -> None:
         box = self._open.get(output.request_id)
         if box is None:
-            return  # aborted here, and the engine did not know yet
+            return  # aborted here before the engine knew
         if output.finish_reason is not None or output.error is not None:
             del self._open[output.request_id]
             self.admission.leave(output.request_id)
@@ -317,7 +324,8 @@ class EngineClient:
         self._die_in(self._obituary_seconds)
 
     def _die_in(self, seconds: float) -> None:
-        """Let what is on its way be heard before."""
+        """Declare the engine dead after so many seconds, in which messages on their way can still
+        be read."""
         if self._end is not None:
             self._end.cancel()
         self._end = self._loop.call_later(seconds, self._die)
@@ -325,7 +333,7 @@ class EngineClient:
     def _die(self) -> None:
         if self._state is EngineState.DEAD:
             return
-        if self._state is not EngineState.LOADING:  # else it is the caller's to say
+        if self._state is not EngineState.LOADING:  # while loading, the caller reports it
             logger.error("every request is refused from now on: %s", self.death.message)
         self._state = EngineState.DEAD
         self._end_all(self.death)
@@ -346,7 +354,7 @@ class EngineClient:
             self._stats_asked.popleft().set_result(None)
 
     def _as_exception(self, failure: RequestFailure) -> MinisrvError:
-        """The error of the tree that the engine sent."""
+        """Return the exception that the engine sent."""
         error = failure.as_exception()
         if isinstance(error, QueueFullError):
             error.retry_after = self.admission.retry_after

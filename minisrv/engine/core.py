@@ -1,8 +1,8 @@
 """The step loop without a process around it: requests in, tokens out.
 
-Knows: the order of a step (schedule, dispatch, run, update) at a lag of zero or one. Counts every
-step by mode and reason, and by request. Knows nothing of how its parts are made, nor of sockets,
-text or HTTP.
+Knows: the order of a step (schedule, dispatch, run, update) with no or one step launched ahead.
+Counts every step by mode and reason, and by request. Knows nothing of how its parts are made, nor
+of sockets, text or HTTP.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.results import StepResult
 
 GRAMMAR_SECONDS = 0.01
-"""What a step that has nothing to run waits for a grammar, before it looks for requests again."""
+"""Number of seconds for which a step that has nothing to run waits for a grammar to be compiled,
+before it looks for requests again."""
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A launched step and what is needed to retire it.
+    """A launched step and the data needed to retire it.
 
     result: None while its epilogue has not been launched.
-    follows: requests had work since the step before it, so that the time between the two is time in
-        which the device waited for the host.
+    follows: whether there has been work ever since the step before it, so that the time between the
+        two is time in which the device waited for the host.
     """
 
     output: SchedulerOutput
@@ -39,10 +40,10 @@ class _InFlight:
 
 
 class _GraphSteps:
-    """What the steps of each open request ran as, counted by "MODE/reason".
+    """The modes in which the steps of each open request ran, counted by "MODE/reason".
 
-    Steps of one batch are counted once, for all of its rows, and written to each request when
-    another batch comes or somebody asks.
+    The steps of one batch are counted once, for all of its rows, and written to each request when
+    another batch comes or a request ends.
     """
 
     def __init__(self) -> None:
@@ -52,18 +53,19 @@ class _GraphSteps:
         self._pending: dict[str, int] = {}
 
     def open(self, request_id: str) -> None:
-        """A request is there, and has had no step."""
+        """Register a request that has had no step."""
         self._counts[request_id] = {}
 
     def count(self, step: SchedulerOutput, key: str) -> None:
-        """A step was launched."""
+        """Count a step that was launched."""
         if step.batch_id != self._batch_id:
             self._write()
             self._batch_id, self._rows = step.batch_id, step.batch_rows
         self._pending[key] = self._pending.get(key, 0) + 1
 
     def close(self, request_id: str) -> dict[str, int]:
-        """A request has ended: its steps. Of one that is still in flight its token is dropped."""
+        """Return the counts of a request that has ended, and forget it. They include a step that is
+        still in flight, whose token is dropped."""
         self._write()
         return self._counts.pop(request_id)
 
@@ -71,13 +73,13 @@ class _GraphSteps:
         for key, steps in self._pending.items():
             for row in self._rows:
                 counts = self._counts.get(row.request_id)
-                if counts is not None:  # None: it has ended
+                if counts is not None:  # None if it has ended
                     counts[key] = counts.get(key, 0) + steps
         self._pending = {}
 
 
 class EngineCore:
-    """An engine, made of the parts of `builder.build_engine`."""
+    """An engine, made of the parts that `builder.build_engine` returns."""
 
     def __init__(self, parts: EngineParts) -> None:
         self.config = parts.config
@@ -120,7 +122,8 @@ class EngineCore:
         self.scheduler.check(len(ids), params.max_tokens)
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request, or raise what `check` raises, or QueueFullError, and queue nothing."""
+        """Queue a request. Raises what `check` raises, or QueueFullError, and then queues
+        nothing."""
         self.check(request)
         seed, grammar = request.params.seed, request.structured_output
         had_work = self.scheduler.has_work
@@ -137,11 +140,11 @@ class EngineCore:
 
     @property
     def has_room(self) -> bool:
-        """Whether `add` would not find the queue full."""
+        """Whether `add` would find room in the queue."""
         return self.scheduler.has_room
 
     def abort(self, request_id: str) -> EngineOutput | None:
-        """Drop a request; None if it has ended already."""
+        """Abort a request and return its last output; None if it has ended already."""
         event = self.scheduler.abort(request_id)
         return None if event is None else self._output(event, None)
 
@@ -153,10 +156,11 @@ class EngineCore:
     # ---- steps -------------------------------------------------------------------------------
 
     def step(self) -> list[EngineOutput]:
-        """Launch what the lag allows, retire the oldest step in flight, and say what it added.
+        """Launch as many steps as may be in flight, retire the oldest one, and return what it
+        added.
 
-        Whatever interrupts a step, Ctrl-C too, leaves requests, device and host out of step: the
-        engine refuses to go on then (EngineDeadError).
+        Any interruption of a step, Ctrl-C included, leaves requests, device and host inconsistent:
+        the engine refuses to continue after it (EngineDeadError).
         """
         if self._broken:
             raise EngineDeadError("a step was interrupted; make a new engine.")
@@ -195,13 +199,14 @@ class EngineCore:
 
     @property
     def _masks_pending(self) -> bool:
-        """Whether the youngest step waits with its epilogue: what a row of it may sample follows
-        from a token that a step before it samples. Its model runs meanwhile; only steps that
-        contain such a row wait."""
+        """Whether the epilogue of the youngest step has to wait, because the tokens that a grammar
+        allows in one of its rows depend on a token that an earlier step samples. Its model runs
+        meanwhile; only steps that contain such a row wait."""
         return bool(self._in_flight) and self._in_flight[-1].result is None
 
     def _release_compiled(self) -> list[EngineOutput]:
-        """Let those go on whose grammars are compiled; returns what ends those whose are not."""
+        """Let requests run whose grammars have been compiled, and return the last outputs of those
+        whose grammars could not be."""
         failed = []
         for request_id, error in self._grammars.compiled():
             if error is None:
@@ -211,7 +216,8 @@ class EngineCore:
         return failed
 
     def _follow_grammars(self, events: list[TokenEvent]) -> dict[str, MinisrvError]:
-        """Whose grammar cannot be followed any further, and why."""
+        """Advance the grammars by the sampled tokens, and return the errors of those that failed,
+        by request."""
         errors = {}
         for event in events:
             if event.token is not None:
@@ -221,7 +227,8 @@ class EngineCore:
         return errors
 
     def _fail(self, request_id: str, error: MinisrvError) -> EngineOutput:
-        """End a request with an error, whether or not it has ended otherwise in this step."""
+        """End a request with an error, whether or not it has ended in this step for another
+        reason."""
         self.abort(request_id)
         return EngineOutput(request_id=request_id, error=RequestFailure.of(error))
 
@@ -242,7 +249,7 @@ class EngineCore:
         self._in_flight.append(step)
 
     def _finish(self, step: _InFlight) -> None:
-        """Launch what has not been launched of a step."""
+        """Launch the part of a step that has not been launched."""
         step.result = self.runner.finish(step.output, step.dispatch)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
@@ -276,7 +283,7 @@ class EngineCore:
         )
 
     def stats(self) -> EngineStats:
-        """A snapshot of the counters."""
+        """Return a snapshot of the counters."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),

@@ -1,21 +1,21 @@
-"""The grammars of an engine's requests: compiled while they wait, followed token by token.
+"""The grammars of an engine's requests: compiled while the requests wait, followed token by token.
 
-A grammar is compiled in a thread, so that no step is held up; the tokenizer is loaded there when
+A grammar is compiled in a thread, so that no step is delayed; the tokenizer is loaded there when
 the first grammar comes, and not before. Cheap grammars have a thread of their own, so that none
-waits behind one that takes almost a second, and the other thread takes what the step loop leaves of
-the processors. A grammar that several requests have, or that came lately, is compiled once and
-copied, which takes microseconds. The matcher is kept until the request ends, through preemptions
-too, as these change no token. What goes wrong with a grammar is a `MinisrvError` that ends its own
-request.
+waits behind one that takes almost a second; the other thread has a lower priority and takes the
+processor time that the step loop leaves. A grammar that several requests have, or that came
+recently, is compiled once and copied, which takes microseconds. The matcher is kept until the
+request ends, through preemptions too, as these change no token. A failure of a grammar is a
+`MinisrvError` that ends only its own request.
 
-A request may ask for `min_tokens` as well. No end is allowed before them, but where the grammar
-lets nothing else follow: what was asked for is complete there, and a mask that allows no token
+A request may ask for `min_tokens` as well. Before that many tokens no end is allowed, except where
+the grammar lets nothing else follow: the output is complete there, and a mask that allows no token
 would leave nothing to sample.
 
-API workers have seen each grammar compile within a time, in a process of its own
-(`text.grammar_validator`): native code cannot be interrupted here. They say how long it took, and
-send it in llguidance's words: what is left to do here releases the GIL, where Python code beside
-the step loop would make each of its operations wait.
+API workers have already seen each grammar compile within a time limit, in a separate process
+(`text.grammar_validator`), because native code cannot be interrupted here. They report how long it
+took, and send the grammar in llguidance's own format: the work that is left to do here releases the
+GIL, whereas Python code would delay each operation of the step loop.
 
 Knows: the matchers, by request id. Knows nothing of logits, or of how a step runs.
 """
@@ -51,20 +51,22 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 KEPT_SECONDS = 2.0
-"""Processor time of the compiled grammars that are kept for others, together. It bounds their
-memory as well: those that compile longest grow by 80 MiB a second."""
+"""Maximum processor time, in seconds, that compiling the grammars which are kept for other requests
+took together. It bounds their memory as well: those that compile longest grow by 80 MiB a
+second."""
 KEPT_GRAMMARS = 256
-"""Most of them."""
+"""Maximum number of grammars that are kept."""
 _NICE = 5
-"""Of the thread for costly grammars."""
+"""Niceness that is added to the thread for costly grammars."""
 
 
 @dataclass
 class _Minimum:
-    """What is left of a request's `min_tokens`.
+    """The remaining minimum length of a request (`min_tokens`).
 
-    tokens: how many. allowed: [bitmask_words] int32, a bit for each column of the logits whose
-        token does not end the request.
+    tokens: the number of tokens that are left.
+    allowed: [bitmask_words] int32, a bit for each column of the logits whose token does not end the
+        request.
     """
 
     tokens: int
@@ -72,10 +74,12 @@ class _Minimum:
 
 
 class Grammars:
-    """Of one engine. Methods are for one thread.
+    """The grammars of one engine. The methods must be called from one thread.
 
-    tokenizer: of the checkpoint; made into one when the first grammar comes.
-    vocab_size: columns of the logits. eos_token_ids: tokens that end a text.
+    tokenizer: the description of the checkpoint's tokenizer; it is loaded when the first grammar
+        comes.
+    vocab_size: the number of columns of the logits.
+    eos_token_ids: the tokens that end a text.
     """
 
     def __init__(
@@ -106,20 +110,21 @@ class Grammars:
         return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
 
     def compile(self, request_id: str, spec: StructuredOutput, params: SamplingParams) -> None:
-        """Begin to; `compiled` tells when it is done.
+        """Begin to compile a grammar; `compiled` reports when it is done.
 
-        params: the request's, whose stop tokens and end-of-sequence tokens are kept from the first
-            `min_tokens` tokens.
+        params: the parameters of the request; its stop tokens and the end-of-sequence tokens are
+            not allowed among the first `min_tokens` tokens.
         """
 
-        key = replace(spec, seconds=0.0)  # however long it took elsewhere
+        key = replace(spec, seconds=0.0)  # the time that it took elsewhere does not matter
 
         def compile() -> tuple[Matcher, _Minimum | None]:
             matcher = self._kept.get(key)
             if matcher is None:
                 began = time.thread_time()
                 matcher = self._backend.compile(spec)
-                # The first mask makes what later ones find made: a tenth of a second, of some.
+                # The first mask computes data that later ones reuse; for some grammars it takes a
+                # tenth of a second.
                 matcher.fill(np.zeros(self.bitmask_words, np.int32))
                 self._kept.add(key, matcher, time.thread_time() - began)
             minimum = self._minimum(params) if params.min_tokens else None
@@ -142,11 +147,12 @@ class Grammars:
         return bool(self._compiling)
 
     def wait(self, seconds: float) -> None:
-        """Until a grammar is compiled, or the time is over."""
+        """Wait until a grammar is compiled, or the time is over."""
         wait(self._compiling.values(), timeout=seconds, return_when=FIRST_COMPLETED)
 
     def compiled(self) -> list[tuple[str, MinisrvError | None]]:
-        """The requests whose grammars have been compiled since the last call, or could not be."""
+        """Return the requests whose grammars have been compiled, or could not be, since the last
+        call."""
         done = [(name, future) for name, future in self._compiling.items() if future.done()]
         found: list[tuple[str, MinisrvError | None]] = []
         for request_id, future in done:
@@ -163,7 +169,7 @@ class Grammars:
         return found
 
     def drop(self, request_id: str) -> None:
-        """The request has ended; nothing happens if it has no grammar."""
+        """Forget a request that has ended; nothing happens if it has no grammar."""
         self._minima.pop(request_id, None)
         if self._matchers.pop(request_id, None) is None:
             future = self._compiling.pop(request_id, None)
@@ -178,8 +184,9 @@ class Grammars:
         return self._backend.bitmask_words
 
     def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
-        """See `AllowedTokens`. A grammar that fails here allows the end only; `accept` tells. The
-        row of a request that has ended meanwhile stays as it is: nobody gets its token."""
+        """See `AllowedTokens`. A grammar that fails here allows only the end; `accept` reports the
+        error. The row of a request that has ended meanwhile stays as it is, because its token is
+        dropped."""
         matchers = [
             (self._matchers[row.request_id], index)
             for index, row in enumerate(rows)
@@ -194,7 +201,8 @@ class Grammars:
                     bitmask[index] = others
 
     def accept(self, request_id: str, token_id: int) -> MinisrvError | None:
-        """Go on behind a request's token, if it has a grammar; what has gone wrong with that."""
+        """Advance the grammar of a request, if it has one, by a token; return its error if it has
+        failed."""
         matcher = self._matchers.get(request_id)
         if matcher is None:
             return None
@@ -208,12 +216,15 @@ class Grammars:
 
 
 class _ShortestFirst:
-    """A thread that does what takes least of what waits, and of the same the oldest. Many short
-    ones cannot hold longer ones up for good: to try a grammar takes an API worker longer than to
-    compile it here."""
+    """A thread that does the shortest of the waiting work first, and the oldest of equally short
+    work.
+
+    Many short grammars cannot delay longer ones for ever: an API worker takes longer to try a
+    grammar than this thread takes to compile it.
+    """
 
     def __init__(self, name: str, *, nice: int = 0) -> None:
-        """nice: what is added to the thread's niceness."""
+        """nice: the number that is added to the thread's niceness."""
 
         def be_nice() -> None:
             thread = threading.get_native_id()
@@ -224,7 +235,7 @@ class _ShortestFirst:
         self._count = itertools.count()
 
     def submit(self, seconds: float, work: Callable[[], _T]) -> Future[_T]:
-        """Queue `work`, which takes about so long."""
+        """Queue `work`, which takes about so many seconds."""
         future: Future[_T] = Future()
 
         def do() -> None:
@@ -232,7 +243,7 @@ class _ShortestFirst:
                 return
             try:
                 future.set_result(work())
-            except BaseException as error:  # a panic of Rust's is no Exception
+            except BaseException as error:  # a panic in Rust is not an Exception
                 future.set_exception(error)
 
         self._waiting.put((seconds, next(self._count), do))
@@ -240,5 +251,5 @@ class _ShortestFirst:
         return future
 
     def _do_shortest(self) -> None:
-        _, _, do = self._waiting.get_nowait()  # there is one for each call
+        _, _, do = self._waiting.get_nowait()  # each call has one item
         do()

@@ -1,9 +1,9 @@
-"""A sign of life that costs nothing: the time at which a loop last came round, in a mapped file.
+"""A heartbeat that costs nothing: the time of a loop's last iteration, in a mapped file.
 
-A process that hangs, is stopped, or waits for a device that hangs keeps its sockets open and takes
-messages; only that nothing more is done tells. The loop writes one number each time round, and who
-watches reads it whenever it likes. Work that has no loop leaves that to a thread, which tells less:
-that the process runs, and that nothing holds the interpreter.
+A process that hangs, is stopped, or waits for a device that hangs keeps its sockets open and
+accepts messages; the only sign is that nothing more is done. The loop writes one number in each
+iteration, and whoever watches it reads the number at any time. For work that has no loop a thread
+writes it, which shows less: that the process runs, and that nothing holds the interpreter.
 
 Knows: a file. Knows nothing of what the loop or the work does.
 """
@@ -23,24 +23,25 @@ _SIZE = struct.calcsize("d")
 
 
 class Heartbeat:
-    """One end of it. To make either is a beat.
+    """One end of a heartbeat, the writer's or the reader's. Creating either one is a beat.
 
-    path: of the file; made if it is not there.
-    Raises ConfigError where it cannot be made.
+    path: the file; it is created if it does not exist.
+
+    Raises ConfigError if the file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
         self._map = map_shared(path, _SIZE)
-        self._time = memoryview(self._map).cast("d")  # written and read as one
+        self._time = memoryview(self._map).cast("d")  # written and read as one unit
         self.beat()
 
     def beat(self) -> None:
-        """The loop has come round."""
-        self._time[0] = time.monotonic()  # the machine's, the same for every process
+        """Record that the loop has begun another iteration."""
+        self._time[0] = time.monotonic()  # the clock is the same for every process
 
     @contextmanager
     def beating(self, seconds: float) -> Iterator[None]:
-        """Let a thread beat so often, whatever the caller does meanwhile."""
+        """Let a thread beat at this interval, in seconds, whatever the caller does meanwhile."""
         over = threading.Event()
 
         def beat() -> None:
@@ -57,5 +58,5 @@ class Heartbeat:
 
     @property
     def age(self) -> float:
-        """Seconds since the last beat."""
+        """Number of seconds since the last beat."""
         return max(0.0, time.monotonic() - self._time[0])

@@ -1,6 +1,6 @@
-"""How large the KV cache is, once it is known how much memory it may take.
+"""The size of the KV cache, computed from the memory that it may take.
 
-Knows: blocks, contexts and bytes. Knows nothing of devices, which say how much there is
+Knows: blocks, contexts and bytes. Knows nothing of devices, which say how much memory there is
 (`platforms`), nor of requests.
 """
 
@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """Bytes and blocks that contexts take.
+    """The sizes of blocks and contexts in the KV cache.
 
-    per_block: bytes of a block in all layers. per_row: blocks of one full context.
+    per_block: the number of bytes of a block in all layers.
+    per_row: the number of blocks of one full context.
     """
 
     per_block: int
@@ -32,7 +33,7 @@ class KVCacheShape:
     def of(
         cls, config: EngineConfig, model: ModelConfig, max_model_len: int, dtype: torch.dtype
     ) -> KVCacheShape:
-        """For a model served with `config`."""
+        """Return the sizes for a model served with `config`."""
         entry = 2 * model.kv_size * dtype.itemsize * model.num_layers
         return cls(config.block_size * entry, -(-max_model_len // config.block_size))
 
@@ -40,15 +41,15 @@ class KVCacheShape:
 def fit_context(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, context: int, available: int
 ) -> int:
-    """The tokens that a request may have in a cache of `available` bytes: `context`, or fewer where
-    no setting asks for it (vLLM's `--max-model-len auto`), which is said in the log.
+    """Return the number of tokens that a request may have with a cache of `available` bytes:
+    `context`, or less if no setting asks for it (vLLM's `--max-model-len auto`), which is logged.
 
-    Raises ConfigError where a setting asks for more, or nothing fits.
+    Raises ConfigError if a setting asks for more, or nothing fits.
     """
     if config.num_kv_blocks is not None:
         return context
     shape = KVCacheShape.of(config, model, context, dtype)
-    blocks = available // shape.per_block - 1  # one is the null block
+    blocks = available // shape.per_block - 1  # one block is the null block
     if blocks >= shape.per_row:
         return context
     if config.max_model_len is not None or blocks < 1:
@@ -71,8 +72,9 @@ def fit_context(
 
 
 def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> int:
-    """Blocks of the KV cache, the null block included: as many as fit `available` bytes, and no
-    more than every slot can use. `fit_context` has seen to it that one context fits."""
+    """Return the number of blocks in the KV cache, including the null block: as many as fit into
+    `available` bytes, and no more than all slots together can use. `fit_context` has checked that
+    one context fits."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     return min(available // shape.per_block, 1 + config.max_num_seqs * shape.per_row)
@@ -80,13 +82,17 @@ def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """cache: bytes that the KV cache may take. graphs: bytes that a probe says graphs will take;
-    None where nothing depends on it."""
+    """The planned use of memory.
+
+    cache: the number of bytes that the KV cache may take.
+    graphs: the number of bytes that graphs will take according to a probe; None if nothing depends
+        on it.
+    """
 
     cache: int
     graphs: int | None = None
 
 
 def mebibytes(nbytes: int) -> str:
-    """For people."""
+    """Return the number of bytes as text for people."""
     return f"{nbytes / 2**20:.1f} MiB"

@@ -1,7 +1,8 @@
-"""What crosses the socket between API workers and the engine: typed msgpack, no pickle.
+"""The messages between API workers and the engine: typed msgpack, no pickle.
 
-Knows: the two unions of messages and their codec. A worker sends what one turn of its event
-loop collected, the engine sends each worker one message a step. Knows nothing of sockets.
+Knows: the two unions of messages and their codec. A worker sends everything that one turn of its
+event loop collected in one message, and the engine sends each worker one message a step. Knows
+nothing of sockets.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Worker to engine, its first message: the engine answers with its state."""
+    """Worker to engine: the first message, which the engine answers with its state."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Worker to engine: new requests and aborted ones."""
+    """Worker to engine: new requests, and the ids of requests to abort."""
 
     requests: list[EngineRequest] = []
     aborts: list[str] = []
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=True):
-    """Worker to engine: what are the counters? Asked for a scrape, so that steps need not tell."""
+    """Worker to engine: a request for the counters. They are sent when a scrape asks for them, so
+    that steps need not send them."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker, while it starts: what it is doing and how far it is."""
+    """Engine to worker, during start-up: the current phase and how much of it is done."""
 
     phase: str
     done: int = 0
@@ -35,7 +37,7 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What a ready engine serves with, after every default has been resolved."""
+    """The settings that a ready engine serves with, after every default has been resolved."""
 
     max_model_len: int
     vocab_size: int
@@ -50,23 +52,24 @@ class EngineInfo(msgspec.Struct, frozen=True):
     graphs: int
     startup_seconds: dict[str, float]
     simulated_launch_us: float = 0.0
-    """Other than 0: no time measured on this engine is the machine's own."""
+    """Simulated time of each launch in microseconds. If it is not 0, times measured on this engine
+    are not those of the machine."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: every graph is captured and certified, requests may come."""
+    """Engine to worker: every graph is captured and certified, and requests may be sent."""
 
     info: EngineInfo
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: it cannot go on and ends its process after this."""
+    """Engine to worker: the engine cannot continue; its process ends after this message."""
 
     failure: RequestFailure
 
 
 class StepCount(msgspec.Struct, frozen=True, array_like=True):
-    """Steps that ran in one mode for one reason, since the start."""
+    """The number of steps that ran in one mode for one reason, since the start."""
 
     mode: str
     reason: str
@@ -76,12 +79,13 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker, when asked: a snapshot of its counters; counts are since the start.
+    """Engine to worker, when asked: a snapshot of its counters, which count from the start.
 
-    prefill_tokens: of prompts, as far as steps have computed them: not what was found in the prefix
-        cache, and again what was computed again.
-    gpu_busy_ms, gpu_idle_ms: in which a GPU ran steps, and waited for the next one while there was
-        work; both 0 on a CPU. What a step with grammars waits for its masks counts as running.
+    prefill_tokens: the number of prompt tokens that steps have computed. Tokens found in the prefix
+        cache do not count, and tokens that were computed again count again.
+    gpu_busy_ms, gpu_idle_ms: the milliseconds in which a GPU ran steps, and waited for the next one
+        while there was work; both 0 on a CPU. The wait of a step with grammars for its masks counts
+        as busy.
     """
 
     running: int = 0
@@ -100,7 +104,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: what one step added to the worker's requests."""
+    """Engine to worker: the outputs that one step added to the worker's requests."""
 
     outputs: list[EngineOutput]
 

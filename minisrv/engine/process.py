@@ -1,13 +1,14 @@
-"""The engine as a process of its own: a socket around `EngineCore`.
+"""The engine as a separate process: a socket around `EngineCore`.
 
-Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when
-the parent stops it. Workers are whoever says hello on the socket; each gets one message a step with
-what the step added to its requests, and the counters when it asks. A worker that says hello again
-is another process in the place of one that has died, whose requests are dropped. Whoever started it
-can see that it lives: once it serves, its loop comes round every half a second or every step; while
-it loads, which is no loop, a thread beats as often. So a load that waits for ever for a disk or a
-device looks like a slow one, and only a process that is stopped or holds the interpreter does not.
-Knows nothing of HTTP or text.
+Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when the
+parent stops it. A worker is any process that says hello on the socket. Each worker gets one message
+a step with what the step added to its requests, and the counters when it asks. A worker that says
+hello again is a new process in place of one that has died, whose requests are dropped.
+
+The parent can see that the engine is alive: once it serves, its loop comes round every half second
+or every step; while it loads, which is no loop, a thread beats as often. So a load that waits for
+ever for a disk or a device looks like a slow one; only a process that is stopped, or that holds the
+interpreter, does not. Knows nothing of HTTP or text.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from minisrv.request import EngineOutput, RequestFailure
 logger = logging.getLogger(__name__)
 
 IDLE_MS = 500
-"""How long the loop waits for a message at most, and the thread that beats while it loads."""
+"""Maximum time in milliseconds for which the loop waits for a message, and the interval of the
+thread that beats during loading."""
 
 
 class EngineProcess(ChildProcess):
@@ -59,9 +61,10 @@ class EngineProcess(ChildProcess):
         """Start the process at once.
 
         checkpoint: the file in which a `Checkpoint` has been saved.
-        private_dir: where its socket will be.
-        log_stats: let it log throughput and queue while there is work.
-        Raises ConfigError if its path is too long for a socket.
+        private_dir: the directory for its socket.
+        log_stats: whether it logs throughput and queue while there is work.
+
+        Raises ConfigError if the path of the socket is too long.
         """
         path = private_dir / "engine"
         if len(bytes(path)) > zmq.IPC_PATH_MAX_LEN:
@@ -77,7 +80,8 @@ class EngineProcess(ChildProcess):
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago it last showed that it lives; at first, how long ago it was started."""
+        """Number of seconds since it last showed that it is alive; at first, since it was
+        started."""
         return self._heartbeat.age
 
 
@@ -114,29 +118,30 @@ class _EngineServer:
         self.heartbeat = heartbeat
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
-        self.socket.linger = 1000  # milliseconds for the last words
-        # A worker that takes a dead one's place has its name.
+        self.socket.linger = 1000  # milliseconds for the last messages
+        # A worker that replaces a dead one has its name.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self.socket.set_hwm(0)  # what is in flight is bounded by admission, not by the socket
+        self.socket.set_hwm(0)  # admission, not the socket, bounds what is in flight
         self.socket.bind(address)
         self.workers: set[bytes] = set()
         self.owners: dict[str, bytes] = {}
         self.state: EngineMessage = Loading("starting")
 
     def load(self, config: EngineConfig, checkpoint: Checkpoint, clock: StartupClock) -> None:
-        """Make the engine, telling whoever asks how far it is."""
+        """Make the engine, and report the progress to every worker."""
         clock.end("engine process")
-        logger.info("importing torch")  # nobody is told by messages before it has been
-        # Here, so that workers can connect while torch is imported.
+        logger.info("importing torch")  # no message reports progress before torch is imported
+        # The imports are here so that workers can connect while torch is imported.
         from minisrv.engine.builder import build_engine
         from minisrv.engine.core import EngineCore
 
         clock.end("imports")
-        threads.limit(beside=1)  # the API worker
+        threads.limit(beside=1)  # for the API worker
         self.core = EngineCore(
             build_engine(config, self._progress, checkpoint=checkpoint, clock=clock)
         )
-        # What is there now stays: a collection that went through all of it would hold a step up.
+        # Objects that exist now stay: a garbage collection that went through all of them would
+        # delay a step.
         gc.collect()
         gc.freeze()
         self.state = Ready(self.core.info)
@@ -172,8 +177,9 @@ class _EngineServer:
         worker, body = self.socket.recv_multipart()
         message = decode_worker_message(body)
         if worker not in self.workers and not isinstance(message, Hello):
-            # Sent by a worker that has died, and read when another has its name, so under one that
-            # zmq makes up: nobody would read the answer, nor abort the request.
+            # A worker that has died sent this message, and it is read when another worker has its
+            # name, so it comes under a name that zmq made up: nobody would read the answer or abort
+            # the request.
             return
         match message:
             case Submit():
@@ -187,14 +193,14 @@ class _EngineServer:
                 self._send(worker, self.state)
 
     def _drop_requests_of(self, worker: bytes) -> None:
-        """Abort what a dead worker of this name has left open."""
+        """Abort the requests that a dead worker of this name has left open."""
         left = [request_id for request_id, owner in self.owners.items() if owner == worker]
         for request_id in left:
             self.core.abort(request_id)
             del self.owners[request_id]
 
     def _submit(self, worker: bytes, message: Submit) -> None:
-        outputs = self._abort(message.aborts)  # first, as this makes room
+        outputs = self._abort(message.aborts)  # first, because this makes room
         for request in message.requests:
             self.owners[request.request_id] = worker
             try:
@@ -205,18 +211,18 @@ class _EngineServer:
                 outputs.append(
                     EngineOutput(request_id=request.request_id, error=RequestFailure.of(error))
                 )
-        outputs += self._abort(message.aborts)  # those that came with their requests
+        outputs += self._abort(message.aborts)  # those that were submitted in the same message
         self._deliver(outputs)
 
     def _abort(self, request_ids: list[str]) -> list[EngineOutput]:
-        """The last outputs of those that have not ended."""
+        """Abort requests, and return the last outputs of those that had not ended."""
         if not isinstance(self.state, Ready):
             return []
         ended = (self.core.abort(request_id) for request_id in request_ids)
         return [output for output in ended if output is not None]
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
-        """Send each worker what is its own."""
+        """Send each worker its own outputs."""
         by_worker: defaultdict[bytes, list[EngineOutput]] = defaultdict(list)
         for output in outputs:
             ended = output.finish_reason is not None or output.error is not None
@@ -226,7 +232,8 @@ class _EngineServer:
             self._send(worker, StepOutputs(added))
 
     def fail(self, error: MinisrvError) -> bool:
-        """Tell every worker why the engine ends; whether there is one to log it."""
+        """Tell every worker why the engine ends, and return whether there is one, which then logs
+        it."""
         while self.socket.poll(0):
             worker, _ = self.socket.recv_multipart()
             self.workers.add(worker)
@@ -235,6 +242,6 @@ class _EngineServer:
         return bool(self.workers)
 
     def close(self) -> None:
-        """Close the socket once what was sent has left."""
+        """Close the socket once the messages have been sent."""
         self.socket.close()
         self.context.term()

@@ -1,7 +1,7 @@
-"""Lines in the log that tell what an engine does, every few seconds while it does something.
+"""Log lines about the engine's throughput and queue, every few seconds while it is working.
 
-The form is vLLM's, with the share of each graph mode in the steps. Rates are of the time since the
-line before, so what has been counted meanwhile is told once; an engine that rests says nothing.
+The format is vLLM's, with the share of each graph mode in the steps. Rates refer to the time since
+the previous line, so everything is reported once; an idle engine logs nothing.
 
 Knows: the engine's counters. Knows nothing of where they come from.
 """
@@ -18,13 +18,14 @@ from minisrv.engine.messages import EngineStats
 logger = logging.getLogger("minisrv.stats")
 
 SECONDS = 10.0
-"""Between two lines; vLLM's."""
+"""Number of seconds between two lines, as in vLLM."""
 
 
 class StatsLog:
-    """Call `tick` often.
+    """Logs lines whenever they are due; call `tick` often.
 
-    stats: takes a snapshot of the counters. clock: seconds.
+    stats: takes a snapshot of the counters.
+    clock: returns the time in seconds.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class StatsLog:
         self._told = clock()
 
     def tick(self) -> None:
-        """Log a line if it is time for one and there is something to tell."""
+        """Log a line if it is time for one and there is something to report."""
         now = self._clock()
         seconds = now - self._told
         if seconds < SECONDS:
@@ -80,7 +81,8 @@ def _log(before: EngineStats, stats: EngineStats, seconds: float) -> None:
 
 
 def _shares(before: EngineStats, stats: EngineStats) -> dict[str, float]:
-    """Percent of the steps since `before` by runtime mode, those without steps left out."""
+    """Return the percentage of each runtime mode in the steps since `before`, without modes that
+    had none."""
     steps: Counter[str] = Counter()
     for snapshot, sign in ((stats, 1), (before, -1)):
         for count in snapshot.steps:

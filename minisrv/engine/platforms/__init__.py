@@ -15,13 +15,15 @@ __all__ = ["CPUPlatform", "CUDAPlatform", "Platform", "Progress", "platform_of"]
 
 
 def platform_of(config: EngineConfig) -> Platform:
-    """The one that a configuration asks for; `auto` is the current GPU where there is one. Raises
-    ConfigError where a GPU is wanted and there is none."""
+    """Return the platform that a configuration asks for; `auto` is the current GPU if there is one.
+
+    Raises ConfigError if a GPU is required and there is none, and for quantization on a GPU.
+    """
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
         raise no_gpu("torch sees no GPU here")
     if config.device == "cpu" or not there:
         return CPUPlatform()
-    if config.quantization is not None:  # device auto, which has found a GPU
+    if config.quantization is not None:  # the device is auto, which has found a GPU
         raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return CUDAPlatform(torch.device("cuda", torch.cuda.current_device()))

@@ -1,6 +1,7 @@
-"""What an engine asks of the device that it runs on.
+"""The interface between an engine and the device that it runs on.
 
-Knows: the questions. Knows nothing of the answers, which `cpu` and `cuda` have.
+Knows: the questions that an engine asks. Knows nothing of the answers, which are in `cpu` and
+`cuda`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
 
 Progress = Callable[[str, int, int], None]
-"""Called with a phase of the start-up, how much of it is done, and of how much."""
+"""Function that is called with a phase of the start-up, how much of it is done, and the total."""
 
 
 class Platform(ABC):
-    """One kind of device, and the one of it that an engine has.
+    """One kind of device, and the device of this kind that an engine uses.
 
-    default_lag: steps that are launched ahead of the one whose tokens are read, unless
-        `async_scheduling` says otherwise.
-    times_graphs: whether graphs are timed at the start, and a batch runs by the one that took the
-        least time.
+    default_lag: the number of steps that are launched ahead of the one whose tokens are read,
+        unless `async_scheduling` says otherwise.
+    times_graphs: whether graphs are timed at start-up, so that a cheaper graph can replace the one
+        that a batch would otherwise use.
     """
 
     default_lag: int
@@ -39,41 +40,45 @@ class Platform(ABC):
 
     @abstractmethod
     def make_backend(self) -> GraphBackend:
-        """What records and replays graphs."""
+        """Return the backend that records and replays graphs."""
 
     @abstractmethod
     def prepare_kernels(self, progress: Progress) -> bool:
-        """Whether kernels were made ready before weights are loaded; False where each is compiled
-        when it first runs."""
+        """Prepare kernels before weights are loaded and return True; return False if each kernel is
+        compiled when it first runs."""
 
     @abstractmethod
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
-        """What `--dtype auto` serves a checkpoint of that dtype in, and why, for the log."""
+        """Return the dtype in which `--dtype auto` serves a checkpoint of that dtype, and the
+        reason, for the log."""
 
     # ---- memory ------------------------------------------------------------------------------
 
     @abstractmethod
     def available_bytes(self, config: EngineConfig) -> int:
-        """Memory that weights and KV cache may take together, before either is there."""
+        """Return the number of bytes that weights and KV cache may take together, before either is
+        allocated."""
 
     @abstractmethod
     def cache_share(self, available: int) -> int:
-        """What of `available` bytes, which the weights leave, the KV cache may take."""
+        """Return how many of the `available` bytes, which the weights leave, the KV cache may
+        take."""
 
     def weight_bytes(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-        """Bytes that the weights will take."""
+        """Return the number of bytes that the weights will take."""
         return model.num_parameters * self.weight_itemsize(config, dtype)
 
     def weight_itemsize(self, config: EngineConfig, dtype: torch.dtype) -> int:
-        """Bytes of a parameter."""
+        """Return the number of bytes of a parameter."""
         return 1 if config.quantization == "int8" else dtype.itemsize
 
     def cache_before_loading(
         self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype
     ) -> int:
-        """Bytes that the KV cache may take at most, as far as can be known before weights are read.
+        """Return the maximum number of bytes that the KV cache may take, as far as it can be known
+        before weights are read.
 
-        Raises ConfigError where the weights alone do not fit.
+        Raises ConfigError if the weights alone do not fit.
         """
         if config.kv_cache_memory is not None:
             return config.kv_cache_memory
@@ -95,10 +100,10 @@ class Platform(ABC):
         sizes: BufferSizes,
         num_blocks: int,
     ) -> None:
-        """Raise ConfigError where what the settings ask for cannot be had on this machine, before
-        any of it is allocated.
+        """Raise ConfigError if this machine cannot provide what the settings ask for, before any of
+        it is allocated.
 
-        num_blocks: of the KV cache.
+        num_blocks: the number of blocks in the KV cache.
         """
 
     @abstractmethod
@@ -109,14 +114,15 @@ class Platform(ABC):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
     ) -> MemoryPlan:
-        """How large the KV cache may be, now that the weights are loaded.
+        """Return how large the KV cache may be, now that the weights are loaded.
 
-        make_runner: makes a runner on the loaded model for so many blocks.
-        before_loading: what `cache_before_loading` said.
+        make_runner: makes a runner with the loaded model and that many blocks.
+        before_loading: the result of `cache_before_loading`.
         """
 
     @abstractmethod
     def check_plan(
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
     ) -> None:
-        """Raise ConfigError if more memory is used than may be. Comes when graphs are captured."""
+        """Raise ConfigError if more memory is used than allowed. It is called when graphs have been
+        captured."""

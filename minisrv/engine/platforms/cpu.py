@@ -1,4 +1,4 @@
-"""A CPU: graphs are tapes, memory is handed out before it is there, and kernels are C.
+"""A CPU: graphs are tapes, memory is committed only when it is written, and kernels are C.
 
 Knows: how much memory the machine has. Knows nothing of how many threads compute.
 """
@@ -22,18 +22,18 @@ from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
 
 CPU_SHARE = 0.5
-"""Of the memory that weights leave, what the KV cache may take. It is not taken before tokens fill
-it."""
+"""Share of the memory left by the weights that the KV cache may take. The memory is not used before
+tokens fill it."""
 
 HOST_BYTES_PER_BLOCK = 150
-"""What the scheduler keeps of each block, in Python's objects."""
+"""Number of bytes that the scheduler keeps for each block, in Python objects."""
 
 
 class CPUPlatform(Platform):
     """See `Platform`."""
 
     default_lag = 0
-    times_graphs = False  # times differ by more than a choice between two graphs could save
+    times_graphs = False  # measured times vary by more than a choice between two graphs could save
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -43,29 +43,30 @@ class CPUPlatform(Platform):
         return CPUTapeBackend()
 
     def prepare_kernels(self, progress: Progress) -> bool:
-        """Compile the C kernels, or find them in the cache."""
+        """Compile the C kernels, or find them in the cache, and return True."""
         progress("compiling kernels", 0, 1)
         native()
         progress("compiling kernels", 1, 1)
         return True
 
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
-        """bfloat16 as it is where the CPU multiplies it natively, as it is half as many bytes to
-        read; all else widened to float32."""
+        """See `Platform`. bfloat16 is served as it is if the CPU multiplies it natively, because it
+        is half as many bytes to read; everything else is widened to float32."""
         if checkpoint_dtype == "bfloat16" and multiplies_bfloat16():
             return checkpoint_dtype, "which this CPU multiplies natively"
         return "float32", "the fastest here that loses nothing"
 
     def available_bytes(self, config: EngineConfig) -> int:
-        """What the machine, or its container, has left."""
+        """Return the memory that the machine, or its container, has left."""
         return available_memory()
 
     def cache_share(self, available: int) -> int:
-        """See `CPU_SHARE`."""
+        """See `Platform`. The share is `CPU_SHARE`."""
         return int(CPU_SHARE * available)
 
     def weight_bytes(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-        """The output projection has a layout of its own, also where it is tied."""
+        """See `Platform`. The output projection has a layout of its own, even if it is tied to the
+        embedding."""
         parameters = model.num_parameters
         if model.tie_word_embeddings:
             parameters += model.vocab_size * model.hidden_size
@@ -79,8 +80,8 @@ class CPUPlatform(Platform):
         sizes: BufferSizes,
         num_blocks: int,
     ) -> None:
-        """A CPU's memory is handed out before it is there, and taken until the kernel ends a
-        process: so everything is counted first."""
+        """See `Platform`. A CPU's allocator hands out more memory than there is, and the process is
+        killed when it is used up, so everything is added up first."""
         shape = KVCacheShape.of(config, model, sizes.blocks_per_row * sizes.block_size, dtype)
         graphs = " and --cudagraph-capture-sizes" if config.cudagraph_capture_sizes else ""
         left = available_memory() - self.weight_bytes(config, model, dtype)
@@ -115,10 +116,11 @@ class CPUPlatform(Platform):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
     ) -> MemoryPlan:
-        """Nothing has changed: memory is taken when it is written."""
+        """See `Platform`. The plan has not changed, because memory is only used when it is
+        written."""
         return MemoryPlan(before_loading)
 
     def check_plan(
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
     ) -> None:
-        """Nothing depends on what graphs have taken."""
+        """Do nothing: no limit depends on what graphs have taken."""

@@ -1,5 +1,7 @@
-"""A GPU: graphs are CUDA's, and its memory is shared out by what a probe has measured, as graphs
-freeze the cache's addresses, so that it must be allocated, once, before they are captured.
+"""A GPU: graphs are CUDA graphs, and memory is divided according to a probe.
+
+Graphs freeze the addresses of the KV cache, so it must be allocated once, before they are captured;
+the probe measures how much memory they need besides it.
 
 Knows: CUDA's memory. Knows nothing of requests.
 """
@@ -24,7 +26,7 @@ from minisrv.runner.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 PROBE_BLOCKS = 4
-"""Blocks that each row of a probe may use, besides one full context."""
+"""Number of blocks that each row of a probe may use, besides one full context."""
 
 
 class CUDAPlatform(Platform):
@@ -38,20 +40,22 @@ class CUDAPlatform(Platform):
         return CUDABackend(self.device)
 
     def prepare_kernels(self, progress: Progress) -> bool:
-        """Triton compiles each when it is first launched."""
+        """See `Platform`. Triton compiles each kernel when it is first launched."""
         return False
 
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
-        """Half precision as it is, and all else rounded to bfloat16."""
+        """See `Platform`. Half precision is served as it is, and everything else is rounded to
+        bfloat16."""
         half = checkpoint_dtype in ("bfloat16", "float16")
         return checkpoint_dtype if half else "bfloat16", "half precision, as GPUs like it"
 
     def available_bytes(self, config: EngineConfig) -> int:
-        """What `gpu_memory_utilization` allows, less what anybody uses."""
+        """Return the memory that `gpu_memory_utilization` allows, minus what any process uses."""
         return self.allowed_bytes(config) - self.used_bytes()
 
     def cache_share(self, available: int) -> int:
-        """All of it: what graphs and steps take comes off it later, by a probe."""
+        """See `Platform`. The share is all of it; a probe later subtracts what graphs and steps
+        take."""
         return available
 
     def check_sizes(
@@ -62,7 +66,7 @@ class CUDAPlatform(Platform):
         sizes: BufferSizes,
         num_blocks: int,
     ) -> None:
-        """A GPU's allocator says so by itself."""
+        """Do nothing: a GPU's allocator itself raises an error."""
 
     def plan_memory(
         self,
@@ -71,9 +75,9 @@ class CUDAPlatform(Platform):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
     ) -> MemoryPlan:
-        """Without `kv_cache_memory` the cache gets its share of the memory
-        (`gpu_memory_utilization`), less what is used, less what graphs and the largest steps take
-        by a probe, which is gone when this returns."""
+        """See `Platform`. Without `kv_cache_memory` and `num_kv_blocks`, the cache gets what
+        `gpu_memory_utilization` allows, minus what is used, minus what graphs and the largest steps
+        take according to a probe. The probe's memory is released before this returns."""
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
@@ -84,7 +88,8 @@ class CUDAPlatform(Platform):
         runner = make_runner(blocks)
         graphs = runner.probe()
         captured = sum(runner.graph_bytes.values())
-        # What torch has kept of the largest steps is counted: they will come again.
+        # The memory that torch has kept from the largest steps counts as theirs: such steps will
+        # come again.
         steps = self.used_bytes() - used - blocks * shape.per_block - captured
         del runner
         self.release()
@@ -100,7 +105,8 @@ class CUDAPlatform(Platform):
     def check_plan(
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
     ) -> None:
-        """What was planned may have turned out larger than `gpu_memory_utilization` allows."""
+        """See `Platform`. The planned memory may have turned out larger than
+        `gpu_memory_utilization` allows."""
         if plan.graphs is None:
             return
         self.release()
@@ -117,18 +123,18 @@ class CUDAPlatform(Platform):
             )
 
     def allowed_bytes(self, config: EngineConfig) -> int:
-        """Bytes of the GPU that `gpu_memory_utilization` allows."""
+        """Return the number of bytes of the GPU that `gpu_memory_utilization` allows."""
         _, total = torch.cuda.mem_get_info(self.device)
         return int(total * config.gpu_memory_utilization)
 
     def used_bytes(self) -> int:
-        """Bytes of the GPU that anybody uses."""
+        """Return the number of bytes of the GPU that any process uses."""
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
     def release(self) -> None:
-        """Give back what torch keeps and nobody uses."""
+        """Release the memory that torch keeps and nobody uses."""
         gc.collect()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
