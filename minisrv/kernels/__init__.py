@@ -1,8 +1,8 @@
 """Kernels: custom ops and the plain functions under them.
 
-A dispatch mode, a graph's recorder or a compiler sees one op (`torch.ops.minisrv.*`). What replays
-a recorded op calls the plain function instead, as the way through the dispatcher costs more than a
-small ATen op does.
+A dispatch mode, a graph's recorder or a compiler sees one op (`torch.ops.minisrv.*`). Code that
+replays a recorded op calls the plain function instead, because going through the dispatcher costs
+more than a small ATen op.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The attention op: q/k-norm, rotation, cache write and paged attention in one.
 
-It takes packed q, k, v as the projection leaves them and tensors only, so that a graph may break
-at it. This is the CPU's version; CUDA's is `triton_attention.py`. Rows of one query, where there is
-nothing to multiply but to read K and V, belong to `cpu.c`; rows of several are matrix products and
-belong to torch, as all of it does, row by row, where there is no compiler.
-Knows: the layout of the paged cache, and how a step's tokens belong to its rows (requests).
-Knows nothing of requests, graphs or the forward context.
+It takes q, k and v packed as the projection leaves them, and tensors only, so that a graph may
+break at it. This is the version for CPUs; the version for CUDA is `triton_attention.py`. Rows of
+one query, where the work is to read K and V rather than to multiply, are done by `cpu.c`. Rows of
+several queries are matrix products and are done by torch, which does everything, row by row, if
+there is no compiler. Knows: the layout of the paged cache, and how a step's tokens belong to its
+rows (requests). Knows nothing of requests, graphs or the forward context.
 
-Whatever the cache holds beyond a row's length, NaN included, is never read for a real row: masking
-it would not do, as 0 * NaN is NaN.
+Cache entries beyond a row's length, which may be NaN, are never read for a real row: masking them
+would not be enough, because 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -56,23 +56,26 @@ def attention(
 ) -> None:
     """Causal attention of T tokens in R rows over a paged cache; writes `kv_cache` and `out`.
 
-    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], before norm and rotation; left as it is.
+    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], before norm and rotation; not changed.
     positions: [T] int64.
     kv_cache: [num_blocks, block_size, 2 (k, v), num_kv_heads, head_dim].
-    slot_mapping: [T] int64; every token writes, also those of padding (to the null block), and all
-        write before any reads.
+    slot_mapping: [T] int64; every token writes its entry, those of padding too (to the null block),
+        and all of them write before any reads.
     block_table: [R, max_blocks] int32.
-    seq_lens: [R] int32, each row's tokens in the cache, those of this step included.
+    seq_lens: [R] int32, the number of tokens of each row in the cache, including those of this
+        step.
     query_start_loc: [R + 1] int32, monotone; a row's tokens are the last of its sequence. A row may
-        be empty, and is not looked at then.
+        be empty, and is skipped then.
     out: [T, num_heads * head_dim]; zero beyond query_start_loc[R].
-    max_query_len: no row has more tokens. 1 says that every row has its one token and that there
-        are no others. It is what CUDA's kernels are chosen by, as their lengths are on the device;
-        here they are at hand, and it is not read.
-    cos_sin: [max_positions, 2 * head_dim], of `nn.rope`.
+    max_query_len: an upper bound of the number of tokens in a row. 1 means that every row has
+        exactly one token and that there are no other tokens. The kernels for CUDA are chosen by it,
+        because their lengths are on the device; here the lengths are at hand, and it is not read.
+    cos_sin: [max_positions, 2 * head_dim], the table of `nn.rope`.
     q_norm, k_norm: [head_dim] RMSNorm weights, both or neither.
-    Floating point tensors have one dtype, the arithmetic is float32's. Grouped queries share their
-    key head without copies of it: query head h uses key head h // (num_heads // num_kv_heads).
+
+    All floating point tensors have the same dtype, and the arithmetic is float32. Grouped queries
+    share their key head without copies of it: query head h uses key head h // (num_heads //
+    num_kv_heads).
     """
     tokens, group = qkv.shape[0], num_heads // num_kv_heads
     queries = torch.empty(tokens, num_kv_heads, group, head_dim, dtype=torch.float32)
@@ -129,7 +132,8 @@ def attention(
 
 @cache
 def _by_triton() -> Callable[..., None]:
-    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    """Return the version for CUDA. It is imported late because Triton may be missing where there is
+    no GPU, and takes long to import."""
     from minisrv.kernels.triton_attention import attention
 
     return attention
@@ -143,17 +147,18 @@ torch.library.impl(
 torch.library.register_fake("minisrv::attention", lambda *args, **kwargs: None)
 
 attention_op = torch.ops.minisrv.attention.default
-"""What a layer calls, so that whoever records or traces operations sees one."""
+"""The op that a layer calls, so that code which records or traces operations sees one."""
 
 
 _ARGUMENTS = Struct("20qd")
-"""`struct attention` of `cpu.c`: twelve addresses, eight numbers, eps."""
+"""Layout of `struct attention` in `cpu.c`: twelve addresses, eight numbers, eps."""
 
 
 @cache
 def _compiled(dtype: torch.dtype, group: int, head_dim: int) -> Callable[[bytes], int] | None:
-    """The function of `cpu.c` for these, if there is one. It takes packed `_ARGUMENTS`, and returns
-    how many rows have several queries and are left to the caller."""
+    """Return the function of `cpu.c` for this dtype and these sizes, or None if there is none. The
+    function takes packed `_ARGUMENTS`, and returns the number of rows that have several queries,
+    which are left to the caller."""
     library = native()
     fits = (
         head_dim % LANES == 0
@@ -169,24 +174,24 @@ def _compiled(dtype: torch.dtype, group: int, head_dim: int) -> Callable[[bytes]
 
 
 def _norm(heads: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm of each of `heads` [T, n, head_dim] float32."""
+    """Return the RMSNorm of each of `heads` [T, n, head_dim] float32."""
     return heads if weight is None else torch.rms_norm(heads, weight.shape, weight.float(), eps)
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
-    """Turn each of `heads` [T, n, head_dim] by its token's angles [T, 2 * head_dim]."""
+    """Rotate each of `heads` [T, n, head_dim] by its token's angles [T, 2 * head_dim]."""
     cos, sin = angles[:, None].chunk(2, dim=-1)
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def _attend(queries: Tensor, results: Tensor, k: Tensor, v: Tensor) -> None:
-    """One row: the last n queries of a sequence, [n, num_kv_heads, group, head_dim] float32 and
-    scaled, against its k and v [num_kv_heads, length, head_dim] float32."""
+    """Compute one row: the last n queries of a sequence, [n, num_kv_heads, group, head_dim] float32
+    and scaled, against its k and v [num_kv_heads, length, head_dim] float32."""
     n, length, group = queries.shape[0], k.shape[1], queries.shape[2]
     mask = None
     if 1 < n < length:
         mask = torch.ones(n, length, dtype=torch.bool).tril_(length - n)
-    # The group takes the batch's place: one copy of k and v serves all of it.
+    # The group takes the place of the batch: one copy of k and v serves all of it.
     value = scaled_dot_product_attention(
         queries.permute(2, 1, 0, 3),
         k.expand(group, -1, -1, -1),

@@ -1,9 +1,8 @@
-"""RMSNorm, SwiGLU's product, and rows of a table: one op each, which is the one launch that a fused
-kernel takes.
+"""RMSNorm, SwiGLU's product, and rows of a table.
 
-All write to `out`, so that a graph gives them an address. This is the CPU's version: `cpu.c`, or
-torch's operations where there is no compiler. Arithmetic is float32's in any dtype.
-Knows nothing of layers.
+Each is one op, so that a fused kernel needs one launch. All of them write to `out`, so that a graph
+gives them an address. This is the version for CPUs: `cpu.c`, or torch's operations if there is no
+compiler. The arithmetic is float32 for any dtype. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from minisrv.kernels.native import native
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang and Sennrich 2019).
+    """Compute out = x / sqrt(mean(x^2) + eps) * weight, row by row (Zhang and Sennrich 2019).
 
-    x, out: [T, size], contiguous. weight: [size]. One dtype.
+    x, out: [T, size], contiguous.
+    weight: [size], of the same dtype as x and out.
     """
     rows, size = x.shape
     kernel = _compiled("rms_norm", x.dtype)
@@ -35,9 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
-    """out = silu(gate) * up (Shazeer 2020).
+    """Compute out = silu(gate) * up (Shazeer 2020).
 
-    gate_up: [T, 2 * size], gate beside up, contiguous. out: [T, size], contiguous. One dtype.
+    gate_up: [T, 2 * size], gate beside up, contiguous.
+    out: [T, size], contiguous, of the same dtype.
     """
     rows, size = out.shape
     kernel = _compiled("silu_and_mul", out.dtype)
@@ -49,7 +50,8 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
 
 
 def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
-    """out [R, size] = table [N, size] at `rows` [R] int64; contiguous, of one dtype."""
+    """Copy the rows at `rows` [R] int64 of table [N, size] to out [R, size]; both are contiguous
+    and of the same dtype."""
     torch.index_select(table, 0, rows, out=out)
 
 
@@ -65,7 +67,8 @@ for _name, _schema in (
 
 @cache
 def _by_triton(name: str) -> Callable[..., None]:
-    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    """Return the version for CUDA. It is imported late because Triton may be missing where there is
+    no GPU, and takes long to import."""
     from minisrv.kernels import triton_elementwise
 
     return cast(Callable[..., None], getattr(triton_elementwise, name))
@@ -86,8 +89,8 @@ _Kernel = Callable[[int, int, int, int, int, int, float], None]
 
 @cache
 def _compiled(name: str, dtype: torch.dtype) -> _Kernel | None:
-    """The function of `cpu.c` for a dtype, if there is one: (x, weight, out: addresses, rows, size,
-    threads, eps)."""
+    """Return the function of `cpu.c` for a dtype, or None if there is none. Its arguments are x,
+    weight and out (addresses), rows, size, threads and eps."""
     library = native()
     if library is None or dtype not in (torch.float32, torch.bfloat16):
         return None

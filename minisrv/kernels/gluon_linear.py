@@ -1,15 +1,17 @@
-"""The product of two rows to some dozens and a weight on tensor cores, in Gluon, Triton's language
-with layouts: one of `kernels.triton_linear`'s three.
+"""The product of a few dozen rows or less with a weight on tensor cores, in Gluon.
 
-In Triton shared memory lies between a weight and a tensor core, and where programs share an
-output's columns, so that all SMs have work, their shares meet by way of the second-level cache.
-Here a thread loads the 16 bytes of a row that it multiplies into the registers that the instruction
-takes: columns may be summed in any order, as long as x has the same. A program's weight, or as much
-as there are registers for, is on its way while the kernels before it run; when x is there, what is
-left is one load of it, the product, and one sum over the warps.
+Gluon is Triton's language with explicit layouts. This is one of the three kernels of
+`kernels.triton_linear`; it is for two rows or more.
+
+In Triton a weight goes through shared memory to a tensor core, and where several programs share the
+columns of an output, so that all SMs have work, they exchange their partial sums through the L2
+cache. Here a thread loads the 16 bytes of a row that it multiplies into the registers that the
+instruction takes: columns may be summed in any order, as long as x has the same order. A program's
+weight, or as much of it as there are registers for, is loaded while the kernels before it run; when
+x is available, what remains is one load of x, the product, and one sum over the warps.
 
 In a step of Qwen3-0.6B at batch 8 on an H100 a layer's four products take 12.9 us, where a copy
-moves their 31.5 MB in 10.6; by Triton's kernels they took 21.6.
+moves their 31.5 MB in 10.6; with Triton's kernels they took 21.6.
 """
 
 from __future__ import annotations
@@ -42,14 +44,17 @@ def sliced(
     AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """BLOCK_N outputs of ROWS rows, for `triton_linear.multiply`. Of SLICES * BLOCK_K columns each
-    warp multiplies its own BLOCK_K, AHEAD such parts of the weight are on their way at a time, and
-    the warps' products are added up: no program waits for another."""
+    """Compute BLOCK_N outputs of ROWS rows, for `triton_linear.multiply`.
+
+    In each part of SLICES * BLOCK_K columns every warp multiplies its own BLOCK_K. AHEAD such parts
+    of the weight are being loaded at a time. In the end the products of the warps are added up, so
+    no program waits for another.
+    """
     lead(PDL)
     product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLICES, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, product, 8)
     right: gl.constexpr = gl.DotOperandLayout(1, product, 8)
-    # A thread has an output's products of all warps; and rows of `out` lie along threads.
+    # A thread holds one output's products of all warps, and rows of `out` lie along threads.
     sums: gl.constexpr = gl.BlockedLayout([SLICES, 1, 1], [1, 16, 2], [1, 1, SLICES], [0, 1, 2])
     flat: gl.constexpr = gl.SliceLayout(0, sums)
 

@@ -1,15 +1,16 @@
-"""Linear kernels: x W^T + b, with the weight laid out for the machine, and what a kernel may do on
-the way: norm x before, gate or add the product behind.
+"""Linear kernels: x W^T + b, with the weight laid out for the machine.
 
-Knows: which layouts a machine multiplies fast. `lay_out` is the one place that chooses; what it
-gives is the same for eager steps and for graphs, as it depends on shapes and dtypes only. Knows
+A kernel may also norm x before the product, and gate the result or add it to a tensor.
+
+Knows: which layouts a machine multiplies fast. `lay_out` is the one place that chooses. Its result
+is the same for eager steps and for graphs, because it depends on shapes and dtypes only. Knows
 nothing of layers, checkpoints or batches.
 
 On a CPU a small batch is bound by reading the weights, and only a blocked layout reads them at the
 speed of the memory. 384 x 1024, one thread of a Zen 5 core, torch 2.13, us for 1 / 4 / 16 / 64
 rows: float32 by `F.linear` 107 / 138 / 228 / 580, by [in, out] `mm` 63 / 133 / 232 / 569, in
-oneDNN's layout 48 / 54 / 92 / 248; bfloat16 by `F.linear` 66 / 62 / 84 / 165, in oneDNN's layout
-27 / 28 / 50 / 130; int8 weights 13 / 26 / 100 / 390.
+oneDNN's layout 48 / 54 / 92 / 248; bfloat16 by `F.linear` 66 / 62 / 84 / 165, in oneDNN's layout 27
+/ 28 / 50 / 130; int8 weights 13 / 26 / 100 / 390.
 """
 
 from __future__ import annotations
@@ -26,48 +27,55 @@ from minisrv.kernels import tiles
 from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
 
 INT8_ROWS = 4
-"""Up to so many rows the int8 weights are multiplied as they are. That kernel reads half of what
-bfloat16 needs and takes its time for each row; above, bfloat16 is faster."""
+"""Maximum number of rows for which the int8 weights are multiplied as they are. That kernel reads
+half of what bfloat16 needs, and its time grows with each row; above this bfloat16 is faster."""
 
 TENSOR_CORES = (8, 0)
-"""The first GPUs that multiply bfloat16, as kernels for few rows do."""
+"""Compute capability from which on GPUs multiply bfloat16 on tensor cores, as the kernels for few
+rows do."""
 
 INT8_STEP = 16
-"""`_weight_int8pack_mm` reads beyond its arguments unless the input width is a multiple of this."""
+"""Unit of the input width: `_weight_int8pack_mm` reads beyond its arguments unless the width is a
+multiple of it."""
 
 
 class Norm(NamedTuple):
-    """The RMSNorm of a row before it is multiplied. weight: [in]."""
+    """The RMSNorm of a row before it is multiplied.
+
+    weight: [in], the weight of the norm.
+    eps: the number that is added to the mean square.
+    """
 
     weight: Tensor
     eps: float
 
 
 class Linear(Protocol):
-    """A weight [out, in] and a bias, laid out once; rows do not influence each other."""
+    """A weight [out, in] and a bias, laid out once. Rows do not influence each other."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] -> [T, out], a new tensor."""
+        """Return the product [T, out] of x [T, in], as a new tensor."""
 
     def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        """out [T, out] = norm(x) W^T + b."""
+        """Write norm(x) W^T + b to out [T, out]."""
 
     def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        """out [T, out / 2] = silu(gate) * up, which are the halves of norm(x) W^T + b."""
+        """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
+        b."""
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual [T, out] += x W^T + b, in place."""
+        """Add x W^T + b to residual [T, out], in place."""
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
-    """[T, in] -> [T, in], a new tensor."""
+    """Return the normed x, [T, in], as a new tensor."""
     out = torch.empty_like(x)
     rms_norm_op(x, norm.weight, out, eps=norm.eps)
     return out
 
 
 class _Apart(ABC):
-    """Norm, product and gate are one op each."""
+    """A linear kernel for which norm, product and gate are one op each."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -81,10 +89,11 @@ class _Apart(ABC):
 
 
 class MatmulLinear(_Apart):
-    """`addmm` and `mm` on a plain weight: runs everywhere."""
+    """A linear kernel of `addmm` and `mm` on a plain weight, which runs everywhere."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        # A CPU multiplies float32 faster by rows of [in, out]; all else goes by rows of [out, in].
+        # A CPU multiplies float32 faster by rows of [in, out]; everything else uses rows of [out,
+        # in].
         turned = weight.dtype == torch.float32 and weight.device.type == "cpu"
         self.weight = weight.t().contiguous() if turned else weight.t()
         self.bias = bias
@@ -107,8 +116,8 @@ class MatmulLinear(_Apart):
 
 
 class CUDALinear(MatmulLinear):
-    """cuBLAS for batches, and for few rows, of which a product is bound by reading the weight,
-    kernels that norm and gate in passing. `kernels.tiles` knows which."""
+    """A linear kernel for CUDA: cuBLAS for batches; for few rows, whose product is bound by reading
+    the weight, kernels that also norm and gate. `kernels.tiles` decides between them."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._is_for_few(x):
@@ -153,7 +162,8 @@ class CUDALinear(MatmulLinear):
 
 
 class OneDNNLinear(_Apart):
-    """oneDNN on a weight in the blocked layout that it likes best: an opaque tensor."""
+    """A linear kernel of oneDNN, on a weight in the blocked layout that oneDNN prefers: an opaque
+    tensor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -169,14 +179,15 @@ class OneDNNLinear(_Apart):
 
 
 class Int8Linear(_Apart):
-    """Weights of 8 bits with a scale for each output channel, symmetric; activations untouched.
+    """A linear kernel with weights of 8 bits and a scale for each output channel, symmetric;
+    activations are not quantised.
 
-    Few rows use the 8-bit weights; more use the same values in the layout that is fastest for
+    Few rows use the 8-bit weights; more rows use the same values in the layout that is fastest for
     them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        # Rounded before it divides, so that a scale in bfloat16 costs no accuracy.
+        # The scale is rounded before it divides, so that a scale in bfloat16 costs no accuracy.
         scale = (weight.abs().amax(dim=1).float() / 127).clamp_min(1e-30).to(weight.dtype)
         wide = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
         self.weight = wide.to(torch.int8)
@@ -200,7 +211,8 @@ class Int8Linear(_Apart):
 
 @cache
 def _by_triton() -> Callable[..., None]:
-    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    """Return the version for CUDA. It is imported late because Triton may be missing where there is
+    no GPU, and takes long to import."""
     from minisrv.kernels.triton_linear import few_rows
 
     return few_rows
@@ -217,17 +229,20 @@ torch.library.impl(
 torch.library.register_fake("minisrv::few_rows", lambda *args, **kwargs: None)
 
 few_rows_op = torch.ops.minisrv.few_rows.default
-"""out [T, out] = x [T, in] weight^T + bias, for few T, for which `tiles.tile` has one; sums are
-float32's.
+"""The op that computes out [T, out] = x [T, in] weight^T + bias for few rows T, for which
+`tiles.tile` has a tile; sums are float32.
 
-weight: [out, in], with `gated`, which has a norm, [2 * out, in]: out is then silu of the first half
-times the second. norm: [in], of the RMSNorm that x goes through before, with `eps`. add: to what
-`out` holds.
-All contiguous and of one dtype."""
+weight: [out, in]. With `gated`, which requires a norm, it is [2 * out, in], and out is silu of the
+    first half times the second.
+norm: [in], the weight of the RMSNorm, with `eps`, that is applied to x before.
+add: whether the result is added to what `out` holds.
+
+All tensors are contiguous and of the same dtype.
+"""
 
 
 def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
-    """The fastest kernel for a weight [out, in]. The weight may be dropped afterwards."""
+    """Return the fastest kernel for a weight [out, in]. The weight may be dropped afterwards."""
     return Int8Linear(weight, bias) if int8 else _dense(weight, bias)
 
 
@@ -246,7 +261,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for `dtype` on this machine, instead of an emulation."""
+    """Whether oneDNN has native kernels for `dtype` on this machine, and not an emulation."""
     if not torch.backends.mkldnn.is_available():
         return False
     ops = torch.ops.mkldnn

@@ -3,9 +3,9 @@
 Knows: how to compile and load them, and how their arguments are laid out. Knows nothing of what
 they are for; where there is no compiler, torch's operations do the same.
 
-An operation of torch costs about 1 us before it computes anything and passes its result through
+An operation of torch costs about 1 us before it computes anything, and passes its result through
 memory. A layer's attention would be twenty of them; in C it is one, which reads K and V where they
-lie. Compilers are what Triton and torch.compile ask for as well.
+lie. Triton and torch.compile need a compiler as well.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
 TIMEOUT = 60
-"""Seconds for a compiler."""
+"""Timeout of a compiler run in seconds."""
 
 _FORMAT = b"a digest at its end"
-"""How the library is kept."""
+"""Version of the format in which the library is kept; it is part of the key."""
 
 LANES = 16
 MAX_HEAD_DIM = 256
 MAX_QUERY = 8192
 MAX_HEADS = 128
-"""As in `cpu.c`."""
+"""Maximum number of heads. This and the three constants above are the same as in `cpu.c`."""
 
 
 @lru_cache(maxsize=1)
 def native() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with the reason in the log, where they cannot be had."""
+    """Return the compiled kernels; None, with the reason in the log, if they cannot be compiled."""
     compiler = _compiler()
     if compiler is None:
         logger.warning(
@@ -53,7 +53,8 @@ def native() -> ctypes.CDLL | None:
         )
         return None
     try:
-        # Its threads are torch's: a second pool would fight the first one for the cores.
+        # The library's threads must be torch's: a second pool would compete with the first one for
+        # the cores.
         ctypes.CDLL(_openmp_of_torch(), ctypes.RTLD_GLOBAL)
         return _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
@@ -68,9 +69,10 @@ def native() -> ctypes.CDLL | None:
 
 
 def _compiler() -> list[str] | None:
-    """The words of $CC, or `cc`, the first of them as the path of a program; None if there is none.
+    """Return the words of $CC, or `cc`, with the first word as the path of a program; None if there
+    is no such program.
 
-    It is not looked for in the working directory, which an empty item of PATH stands for.
+    The program is not looked for in the working directory, which an empty item of PATH stands for.
     """
     try:
         name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
@@ -82,7 +84,7 @@ def _compiler() -> list[str] | None:
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
-    """The library for this source, compiler and processor, compiled if none is kept that can be
+    """Return the library for this source, compiler and processor; compile it if no kept one can be
     loaded. Raises OSError and SubprocessError."""
     flags = [*FLAGS, *_vector_flags()]
     version = _run([*compiler, "--version"]).encode()
@@ -97,7 +99,7 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     if (body := kept(library)) is not None:
         try:
             return _load(body)
-        except OSError as error:  # as made for another C library, on a home that is shared
+        except OSError as error:  # e.g. made for another C library, on a shared home
             logger.warning("%s cannot be loaded and is compiled again: %s", library, error)
     body = _compile(compiler, flags)
     keep(library, body)
@@ -105,17 +107,19 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], flags: list[str]) -> bytes:
-    """The content of a shared library. Raises OSError and SubprocessError."""
+    """Compile the kernels and return the content of a shared library. Raises OSError and
+    SubprocessError."""
     with tempfile.TemporaryDirectory(prefix="minisrv-") as scratch:
         made, linked = Path(scratch, "cpu.o"), Path(scratch, "cpu.so")
         _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(made)])
-        # Without -fopenmp: OpenMP's names are found in the library that torch has loaded.
+        # Linked without -fopenmp: OpenMP's symbols are found in the library that torch has loaded.
         _run([*compiler, "-shared", str(made), "-o", str(linked), "-lm"])
         return linked.read_bytes()
 
 
 def _run(command: list[str]) -> str:
-    """What it prints. Its working directory is the root, for what it looks for in its own."""
+    """Run a command and return what it prints. Its working directory is the root directory, so that
+    it finds no files in the current one."""
     return subprocess.run(
         command,
         capture_output=True,
@@ -128,12 +132,12 @@ def _run(command: list[str]) -> str:
 
 
 def _load(body: bytes) -> ctypes.CDLL:
-    """The library of this content, from memory: what has been looked at is what is loaded, and no
-    file can be cut off under the process that runs it. Raises OSError."""
+    """Load the library from memory: the content that was checked is what is loaded, and no file can
+    be truncated under the process that runs it. Raises OSError."""
     descriptor = os.memfd_create("minisrv-cpu.so")
     with open(descriptor, "wb", closefd=False) as file:
         file.write(body)
-    # NOTE: it stays open, as the loader takes one path for one library.
+    # NOTE: the descriptor stays open, because the loader takes one path for one library.
     return ctypes.CDLL(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
@@ -142,7 +146,8 @@ def _vector_flags() -> list[str]:
 
 
 def _processor() -> bytes:
-    """What decides which instructions `-march=native` may use."""
+    """Return the description of the processor, which decides which instructions `-march=native` may
+    use."""
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     return b"\n".join(
         sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))})
@@ -150,7 +155,8 @@ def _processor() -> bytes:
 
 
 def _openmp_of_torch() -> str:
-    """The path of the OpenMP runtime that this process has loaded. Raises OSError without one."""
+    """Return the path of the OpenMP runtime that this process has loaded. Raises OSError if there
+    is none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[5:]
         if path and Path(path[0]).name.startswith(("libgomp", "libomp", "libiomp")):

@@ -1,12 +1,14 @@
 """The sampling ops: from rows of logits to one token each, the same token wherever the row runs.
 
-Knows: bitmasks of allowed tokens, greedy, temperature, top-k, top-p, min-p, and the noise. Takes
-tensors only: per-slot parameters and the slots of the rows. Knows nothing of requests or of graphs.
+Knows: bitmasks of allowed tokens, greedy sampling, temperature, top-k, top-p, min-p, and the noise.
+Takes tensors only: per-slot parameters and the slots of the rows. Knows nothing of requests or of
+graphs.
 
-Noise is by counter, not by generator: the Gumbel noise of a token depends on (seed, position,
-token id) through a short integer hash, so a sampled token does not depend on the batch, on the
-padding, on the mode, or on a preemption before it. Sampling is `argmax(logits / temperature +
-noise)` over the tokens that the filters keep (Gumbel-max: exact sampling from the softmax).
+The noise comes from a counter and not from a generator: the Gumbel noise of a token depends on
+(seed, position, token id) through a short integer hash. So a sampled token does not depend on the
+batch, on the padding, on the mode, or on a preemption before it. Sampling is `argmax(logits /
+temperature + noise)` over the tokens that the filters keep (Gumbel-max: exact sampling from the
+softmax).
 """
 
 from __future__ import annotations
@@ -19,19 +21,20 @@ import torch
 from torch import Tensor
 
 ALL = -1
-"""A word of a bitmask that allows every token."""
+"""Word of a bitmask that allows every token."""
 
 MIN_TEMPERATURE = 1e-5
-"""Below it a row is greedy, as in vLLM: dividing by less overflows float32 before it matters."""
+"""Temperature below which a row is greedy, as in vLLM: a division by less would overflow
+float32."""
 
 _MASK = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection on 32 bits, held in int64.
+    """Apply a bijection on 32 bits, held in int64.
 
-    Shifts and multipliers are a low-bias set of Chris Wellons' hash prospector with both
-    multipliers below 2**31, so that no product leaves int64.
+    The shifts and multipliers are a low-bias set of Chris Wellons' hash prospector in which both
+    multipliers are below 2**31, so that no product exceeds int64.
     """
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _MASK
@@ -41,34 +44,36 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [R, vocab_size] float32.
+    """Return standard Gumbel noise [R, vocab_size] float32.
 
-    seeds: [R] int64, all 64 bits count. positions: [R] integers, index of the token to be sampled.
+    seeds: [R] int64, of which all 64 bits count.
+    positions: [R] integers, the index of the token to be sampled.
     """
     key = _mix(seeds & _MASK)
     key = _mix(key ^ ((seeds >> 32) & _MASK))
     key = _mix(key ^ positions)[:, None]
     token = torch.arange(vocab_size, dtype=torch.int64, device=seeds.device)
-    # Two rounds, so that the rows of two positions are not permutations of each other.
+    # There are two rounds, so that the rows of two positions are not permutations of each other.
     bits = _mix(_mix((key + token * 0x9E3779B1) & _MASK) ^ key)
-    # 23 bits and a half: exact in float32, and never 0 or 1.
+    # The number is 23 bits and a half: exact in float32, and never 0 or 1.
     uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 
 def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """`logits` [R, V] with -inf for what top-k, then top-p (over what is left, renormalised),
-    then min-p drop. The most likely token always stays."""
+    """Return `logits` [R, V] with -inf for tokens that are dropped by top-k, then by top-p (over
+    the remaining tokens, renormalised), then by min-p. The most likely token is always kept."""
     if bool(((top_k > 0) | (top_p < 1)).any()):
         ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         keep = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
         probs = torch.softmax(ordered.masked_fill(~keep, -torch.inf), dim=-1)
         before = probs.cumsum(dim=-1) - probs
-        # 1 keeps all, also where the sum of what lies before has been rounded up to 1.
+        # A top_p of 1 keeps all tokens, even if the sum of the probabilities before one was rounded
+        # up to 1.
         keep &= (before < top_p[:, None]) | (rank == 0) | (top_p[:, None] >= 1)
         logits = logits.masked_fill(~keep.gather(1, order.argsort(dim=-1)), -torch.inf)
-    # p >= min_p * p_max, in logarithms; log(0) = -inf keeps all.
+    # The condition is p >= min_p * p_max, in logarithms; log(0) = -inf keeps all tokens.
     floor = logits.amax(dim=-1) + torch.log(min_p)
     return logits.masked_fill(logits < floor[:, None], -torch.inf)
 
@@ -83,9 +88,11 @@ def scores(
     min_p: Tensor,
     seed: Tensor,
 ) -> Tensor:
-    """[R, V] float32 whose argmax is the sampled token: what the filters keep, plus noise.
+    """Return [R, V] float32 whose argmax is the sampled token: the logits that the filters keep,
+    plus noise.
 
-    logits: [R, V]. All others: [R], see `sample`; a greedy row's scores are its logits.
+    logits: [R, V]. All other arguments are [R], see `sample`; the scores of a greedy row are its
+        logits.
     """
     greedy = temperature < MIN_TEMPERATURE
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -107,15 +114,17 @@ def sample(
 ) -> None:
     """Write one token for each row to `out`.
 
-    logits: [R, V] any float type. slots: [R] int64. positions: [R] integers, index of the token to
-        be sampled. out: [R] int64.
-    temperature, top_p, min_p [S] float32, top_k, seed [S] int64: by slot; a
-        temperature below MIN_TEMPERATURE is greedy.
+    logits: [R, V] of any float type.
+    slots: [R] int64, the slot of each row.
+    positions: [R] integers, the index of the token to be sampled.
+    temperature, top_p, min_p: [S] float32, by slot; a temperature below MIN_TEMPERATURE is greedy.
+    top_k, seed: [S] int64, by slot.
+    out: [R] int64.
 
-    A kernel, like attention: it may look at its arguments' values, so greedy rows pay for an
-    argmax only.
+    This is a kernel, like attention: it may read the values of its arguments, so greedy rows cost
+    only an argmax.
     """
-    # Several times as fast as on shorter types, conversion included.
+    # float32 is several times as fast as shorter types, including the conversion.
     torch.argmax(logits.float(), dim=-1, out=out)
     rows = (temperature[slots] >= MIN_TEMPERATURE).nonzero().squeeze(1)
     if rows.numel():
@@ -133,16 +142,19 @@ def sample(
 
 
 def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
-    """Set to -inf, in place, the logits of the tokens that are not allowed, and allow all again.
+    """Set the logits of the tokens that are not allowed to -inf, in place, and reset the bitmask to
+    allow all.
 
-    logits: [R, V] any float type. bitmask: [R, ceil(V / 32)] int32: bit `i % 32` of word `i // 32`
-        says whether token `i` is allowed. It is ALL when this is done, as most steps' is.
+    logits: [R, V] of any float type.
+    bitmask: [R, ceil(V / 32)] int32: bit `i % 32` of word `i // 32` says whether token `i` is
+        allowed. Afterwards it is ALL, as it is in most steps.
 
-    A kernel too: rows that allow everything cost no more than a look at their bits.
+    This is a kernel too: for rows that allow everything only the bits are read.
     """
     rows = (bitmask != ALL).any(dim=1).nonzero().squeeze(1)
     if rows.numel():
-        # As bytes, bits are as large as the mask: little-endian, so a row's bits are in order.
+        # As bytes, the bits take as much memory as the mask: little-endian, so the bits of a row
+        # are in order.
         bits = bitmask[rows].view(torch.uint8)
         place = torch.arange(8, dtype=torch.uint8, device=bits.device)
         dropped = ((bits[:, :, None] >> place) & 1 == 0).flatten(1)[:, : logits.shape[1]]
@@ -162,7 +174,8 @@ torch.library.impl("minisrv::apply_bitmask", "cpu", apply_bitmask)
 
 @cache
 def _by_triton(name: str) -> Callable[..., None]:
-    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    """Return the version for CUDA. It is imported late because Triton may be missing where there is
+    no GPU, and takes long to import."""
     from minisrv.kernels import triton_sampling
 
     return cast(Callable[..., None], getattr(triton_sampling, name))
@@ -176,5 +189,5 @@ torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
 torch.library.register_fake("minisrv::apply_bitmask", lambda *args: None)
 
 sample_op = torch.ops.minisrv.sample.default
-"""What the runner calls, so that whoever records operations sees one."""
+"""The op that the runner calls, so that code which records operations sees one."""
 apply_bitmask_op = torch.ops.minisrv.apply_bitmask.default

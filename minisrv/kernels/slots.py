@@ -1,11 +1,11 @@
-"""A step's bookkeeping: what the host sends is written, what goes in is gathered by slot, what
-comes out is scattered.
+"""A step's bookkeeping: writes the host's values, gathers inputs by slot, and scatters results.
 
-A request owns a slot, a row of persistent tensors, so that the device finds a step's inputs without
-the host. Each of these is one launch on CUDA, as a step waits for them: torch's operations, some
-twenty, took a slow host 0.7 ms in front of a prompt's first step. Knows nothing of requests.
+A request owns a slot, a row of persistent tensors, so that the device finds the inputs of a step
+without the host. Each function is one launch on CUDA, because a step waits for it: torch's
+operations, about twenty of them, took a slow host 0.7 ms before the first step of a prompt. Knows
+nothing of requests.
 
-Slot 0, the null slot, belongs to padding: whatever is scattered to it, it stays as it is, 0.
+Slot 0, the null slot, belongs to padding: whatever is scattered to it, it remains 0.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ def gather_decode(
     *,
     block_size: int,
 ) -> None:
-    """The inputs of R rows with one token each.
+    """Gather the inputs of R rows with one token each.
 
-    slots: [R] int64. last_token, next_position: [S] int64 and slot_blocks: [S, width] int32, by
-        slot.
-    Written: input_ids, positions [R] int64; seq_lens [R] int32, the position's token included;
-        slot_mapping [R] int64, where the cache keeps the token; block_table [R, width] int32.
+    slots: [R] int64, the slot of each row.
+    last_token, next_position: [S] int64, by slot.
+    slot_blocks: [S, width] int32, block tables by slot.
+    input_ids, positions: [R] int64, written.
+    seq_lens: [R] int32, written: the length including the token at the position.
+    slot_mapping: [R] int64, written: where the cache keeps the token.
+    block_table: [R, width] int32, written.
     """
     torch.index_select(last_token, 0, slots, out=input_ids)
     torch.index_select(next_position, 0, slots, out=positions)
@@ -64,14 +67,17 @@ def gather_mixed(
     num_tokens: int,
     block_size: int,
 ) -> None:
-    """What of the inputs of R rows with T tokens lies by slot.
+    """Gather those inputs of R rows with T tokens that are stored by slot.
 
-    slots: [R] int64. last_token: [S] int64, slot_blocks: [S, width] int32, by slot.
-    positions, token_rows: [T] int64, a token's position and row. seq_lens: [R] int32, tokens in the
-        cache once the step has written its own.
-    Written: input_ids [T] int64 of the first num_decodes tokens, which are the first rows';
-        slot_mapping [T] int64, where the cache keeps a token, 0 from num_tokens on; block_table
-        [R, width] int32, as much of it as seq_lens says at least.
+    slots: [R] int64, the slot of each row.
+    last_token: [S] int64, by slot.
+    slot_blocks: [S, width] int32, block tables by slot.
+    positions, token_rows: [T] int64, the position and the row of each token.
+    seq_lens: [R] int32, the number of tokens in the cache once the step has written its own.
+    input_ids: [T] int64; the first num_decodes tokens, which are those of the first rows, are
+        written.
+    slot_mapping: [T] int64, written: where the cache keeps a token, 0 from num_tokens on.
+    block_table: [R, width] int32; at least as much of it is written as seq_lens says.
     """
     torch.index_select(last_token, 0, slots[:num_decodes], out=input_ids[:num_decodes])
     torch.index_select(slot_blocks, 0, slots, out=block_table)
@@ -82,9 +88,10 @@ def gather_mixed(
 
 
 class Write(NamedTuple):
-    """Values for a contiguous tensor: int64 for one of int64 or int32, float64 for float32.
+    """Values for a contiguous tensor: int64 values for an int64 or int32 tensor, float64 values for
+    a float32 tensor.
 
-    at: the place of each in the flattened tensor; None: from its beginning on.
+    at: the index of each value in the flattened tensor; with None the values go to its beginning.
     """
 
     target: Tensor
@@ -93,9 +100,9 @@ class Write(NamedTuple):
 
 
 def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]], Tensor]) -> None:
-    """Write what a step has new. No two values go to one place.
+    """Write the new values of a step. No two values may go to the same place.
 
-    to_device: copies an array to where the targets are.
+    to_device: a function that copies an array to the device of the targets.
     """
     if writes[0].target.is_cuda:
         _by_triton("write_values")(writes, to_device)
@@ -111,9 +118,10 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
 def scatter(
     slots: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
 ) -> None:
-    """Make R sampled tokens, and where they stand, the next inputs of their slots.
+    """Write R sampled tokens and their positions as the next inputs of their slots.
 
-    slots, tokens: [R] int64. seq_lens: [R] int32, which is the new tokens' position.
+    slots, tokens: [R] int64.
+    seq_lens: [R] int32, which is the position of the new tokens.
     last_token, next_position: [S] int64, written.
     """
     last_token.index_copy_(0, slots, tokens)
@@ -124,7 +132,8 @@ def scatter(
 
 @cache
 def _by_triton(name: str) -> Callable[..., None]:
-    """CUDA's version. Where there is no GPU there may be no Triton, and it takes long to import."""
+    """Return the version for CUDA. It is imported late because Triton may be missing where there is
+    no GPU, and takes long to import."""
     from minisrv.kernels import triton_slots
 
     return cast(Callable[..., None], getattr(triton_slots, name))

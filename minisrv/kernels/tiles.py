@@ -1,11 +1,11 @@
-"""How the programs of a GPU share the product of a few rows and a weight.
+"""Chooses how the programs of a GPU share the product of a few rows and a weight.
 
-`tile` is the one place that chooses, by shapes alone: a share that was chosen by timing at each
-start would add up in another order from start to start, and a server should round tomorrow as it
-does today. The rules are what did best, or within a few percent of it, on the projections of three
-models, and MEASURED has the shapes that no rule fits; both are for an H100, whose programs have 132
-SMs to fill. `benchmarks/tiles.py` measures a model's on any card, and prints lines for MEASURED.
-Knows neither Triton nor torch.
+`tile` is the one place that chooses, by shapes alone: a choice that was timed at each start-up
+would make sums add up in another order from one start to the next, and a server should round in the
+same way every day. The rules are what was fastest, or within a few percent of it, on the
+projections of three models, and MEASURED has the shapes that no rule fits; both are for an H100,
+which has 132 SMs to fill. `benchmarks/tiles.py` measures a model's shapes on any card, and prints
+lines for MEASURED. Knows neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ SMS = 132
 
 
 class GemvTile(NamedTuple):
-    """One row, without tensor cores. outputs: of a program. depth: how much of each row of the
-    weight it reads at once."""
+    """A tile for one row, without tensor cores.
+
+    outputs: the number of outputs of a program.
+    depth: the number of elements of each row of the weight that it reads at once.
+    warps: the number of warps of a program.
+    """
 
     outputs: int
     depth: int
@@ -26,8 +30,13 @@ class GemvTile(NamedTuple):
 
 
 class SlicedTile(NamedTuple):
-    """Rows of 16 bits. outputs: of a program, whose warps share the columns, SLICE of them each at
-    a time. ahead: how many such parts of the weight are on their way."""
+    """A tile for rows of 16-bit elements.
+
+    outputs: the number of outputs of a program, whose warps share the columns, each taking SLICE of
+        them at a time.
+    warps: the number of warps of a program.
+    ahead: the number of such parts of the weight that are being loaded at a time.
+    """
 
     outputs: int
     warps: int
@@ -35,8 +44,14 @@ class SlicedTile(NamedTuple):
 
 
 class TallTile(NamedTuple):
-    """Up to 32 rows. outputs: of a program. depth: columns of the weight in a stage. splits:
-    programs that share an output."""
+    """A tile for up to 32 rows.
+
+    outputs: the number of outputs of a program.
+    depth: the number of columns of the weight in a stage.
+    warps: the number of warps of a program.
+    stages: the number of stages of the software pipeline.
+    splits: the number of programs that share an output.
+    """
 
     outputs: int
     depth: int
@@ -48,25 +63,29 @@ class TallTile(NamedTuple):
 Tile = GemvTile | SlicedTile | TallTile
 
 RUNGS = (1, 8, 16, 32, 64)
-"""Rows from one to the next have the same tiles; behind the last one are cuBLAS's."""
+"""Numbers of rows at which tiles change: products with more rows than one of these, and at most as
+many as the next, have the same tile. Beyond the last one cuBLAS does them."""
 
 MAX_SUMS = 128
-"""Of a thread that multiplies without tensor cores, in registers."""
+"""Maximum number of sums that a thread keeps in registers when it multiplies without tensor
+cores."""
 
 SLICE = 64
-"""Columns of 16 bits that a warp multiplies at once: a line of the cache."""
+"""Number of 16-bit columns that a warp multiplies at once: one line of the cache."""
 
 SLICED_ROWS = 32
-"""Of a program of `SlicedTile`: two that read the weight for so many rows each are faster than one
-for twice as many, whose sums leave no registers for the weight."""
+"""Maximum number of rows of a program of `SlicedTile`. Two programs that read the weight for this
+many rows each are faster than one for twice as many, whose sums leave no registers for the
+weight."""
 
 IN_FLIGHT = 256
-"""Registers of a thread for what is on its way. That is all it has; what comes first is used while
-the rest comes."""
+"""Number of registers of a thread for data that is being loaded. These are all that it has; data
+that has arrived is used while the rest is still being loaded."""
 
 LARGEST_SLICED = {16: 1 << 23, 32: 1 << 23, 64: 1 << 22}
-"""Elements of a weight, by rung. Each program reads all of x, and the more rows, the more of that
-there is; of a large weight others read less."""
+"""Maximum number of elements of a weight for `SlicedTile`, by the entry of `RUNGS`. Each program
+reads all of x, which grows with the number of rows; for a large weight the other kernels read
+less."""
 
 MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (1, 1024, 3072, False, True): GemvTile(8, 2048, 8),
@@ -75,13 +94,14 @@ MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (16, 6144, 1024, True, False): SlicedTile(16, 4, 3),
     (32, 6144, 1024, True, False): SlicedTile(16, 4, 3),
 }
-"""For up to so many rows, of a weight [out, in] of 16 bits, gated, added."""
+"""The tile for up to that many rows and a weight [out, in] of 16-bit elements, by (rows, out, in,
+gated, added)."""
 
 
 @cache
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
-    """For `rows` times a weight [n, k], gated or added to what is there: see `kernels.linear`.
-    None: cuBLAS does it."""
+    """Return the tile for the product of `rows` rows with a weight [n, k], gated or added to a
+    tensor (see `kernels.linear`). None means that cuBLAS does it."""
     if not 0 < rows <= RUNGS[-1]:
         return None
     rung = next(rung for rung in RUNGS if rows <= rung)
@@ -96,14 +116,14 @@ def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) ->
 
 
 def part_registers(outputs: int, rows: int, gated: bool) -> int:
-    """Registers of a thread for a part of what `SlicedTile` multiplies: of the weight, of x, whose
-    rows are padded, and of the norm."""
+    """Return the number of registers of a thread for one part of what `SlicedTile` multiplies: for
+    the weight, for x, whose rows are padded, and for the norm."""
     padded = min(SLICED_ROWS, max(8, _power_of_2(2 * rows - 1)))
     return (1 + gated) * outputs + padded + 8
 
 
 def describe(found: Tile | None) -> str:
-    """For `minisrv plan`."""
+    """Return the tile as text for `minisrv plan`."""
     if found is None:
         return "cuBLAS"
     depth = SLICE * found.warps if isinstance(found, SlicedTile) else found.depth
@@ -117,8 +137,8 @@ def describe(found: Tile | None) -> str:
 
 
 def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
-    """A thread has as many sums as MAX_SUMS at most."""
-    width = _power_of_2(2 * k - 1)  # that holds k
+    """Choose a tile in which a thread has at most MAX_SUMS sums."""
+    width = _power_of_2(2 * k - 1)  # the smallest one that holds k
     if add:
         depth = min(4096, width)
         return GemvTile(4, depth, min(8, max(1, depth // 256)))
@@ -129,8 +149,9 @@ def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
 
 
 def _sliced(rows: int, outputs: int, k: int, gated: bool) -> SlicedTile:
-    """Outputs of a program so many that x is not read more often than need be, and so few that
-    about half of the SMs have one. All parts ahead if there is room for them."""
+    """Choose so many outputs of a program that x is not read more often than necessary, and so few
+    that about half of the SMs have a program. All parts are loaded ahead if there is room for
+    them."""
     warps = min(8, _power_of_2(max(1, 2 * k // SLICE - 1)))
     width = 64 if k <= (512 if gated else 1024) else 16 if gated and k > 2048 else 32
     while width > 16 and outputs < 64 * width:
@@ -140,15 +161,15 @@ def _sliced(rows: int, outputs: int, k: int, gated: bool) -> SlicedTile:
 
 
 def _tall(outputs: int, k: int, itemsize: int, gated: bool) -> TallTile:
-    """As many splits as there is room for beside each other, of a tile at least."""
+    """Choose as many splits as can run beside each other, each of at least one tile."""
     wide, narrow = (256, 128) if itemsize == 2 else (64, 32)
     parts = -(-outputs // 64)
-    if parts > SMS:  # more than one behind the other
+    if parts > SMS:  # more than one program has to run after another
         return TallTile(128, narrow, 8, 3, 1) if gated else TallTile(32, narrow, 4, 3, 1)
     splits = min(8, _power_of_2(max(1, 128 // parts)), _power_of_2(max(1, k // wide)))
     return TallTile(64, wide, 4, 2 if gated else 3, splits)
 
 
 def _power_of_2(number: int) -> int:
-    """The largest one that is not larger."""
+    """Return the largest power of 2 that is not larger than `number`."""
     return 1 << (number.bit_length() - 1)

@@ -1,23 +1,24 @@
 """The attention op on CUDA, in Triton.
 
-A batch with one token a row (`max_query_len` 1) is one launch: each program takes a row's key head
-and a share of its history, norms and turns the queries, writes the new entry to the cache and
-attends (FlashDecoding, Dao et al. 2023); where a row has several shares, the program that ends last
-puts them together. Any other batch is two: one prepares the tokens (q/k-norm, rotation, cache
-write), one attends in tiles of queries (FlashAttention-2, Dao 2023); a tile finds its row on the
-device, as vLLM's unified Triton attention does.
+A batch with one token in each row (`max_query_len` 1) is one launch: each program takes a key head
+of a row and a share of its history, norms and rotates the queries, writes the new entry to the
+cache and attends (FlashDecoding, Dao et al. 2023). Where a row has several shares, the program that
+ends last combines them. Any other batch is two launches: one prepares the tokens (q/k-norm,
+rotation, cache write), one attends in tiles of queries (FlashAttention-2, Dao 2023); a tile finds
+its row on the device, as in vLLM's unified Triton attention.
 
 A decode batch must read K and V once: batch * context * 2 * num_kv_heads * head_dim elements a
-layer. On an H100 it does so at 90% of a copy's speed and more from 32 requests with 1,024 tokens on
-(heads of 128; of 64: 84%); a single request takes 3.9 us a layer, whose bytes would take 0.2.
+layer. On an H100 it does so at 90% of a copy's speed or more, from 32 requests with 1,024 tokens on
+(heads of 128; of 64: 84%). A single request takes 3.9 us a layer, where its bytes alone would take
+0.2.
 
-Knows: what `kernels.attention` says of arguments and layouts. Grids, allocations and the number of
-splits follow from shapes and `max_query_len` alone, and lengths are read on the device, of the rows
-too: a graph captured on some rows replays on any others, empty ones among them, and the host waits
-for nothing.
+Knows: the arguments and layouts of `kernels.attention`. Grids, allocations and the number of splits
+follow from shapes and `max_query_len` alone, and all lengths, those of rows too, are read on the
+device. So a graph captured on some rows replays on any others, even empty ones, and the host never
+waits.
 
-What the cache holds beyond a row's length is not loaded, nor is a stale entry of the block table
-followed. A program works for one row, so nothing in a row, NaN included, reaches another.
+Cache entries beyond a row's length are not loaded, and stale entries of the block table are not
+followed. A program works for one row, so no value in a row, NaN included, reaches another.
 
 This module imports Triton; `kernels.attention` imports it when the op first meets a CUDA tensor.
 """
@@ -36,9 +37,14 @@ from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
 
 
 class DecodeShape(NamedTuple):
-    """How `_decode` divides its work. tile_bytes: of K, and of V, that a program takes at once; it
-    has all of its first tile in flight while the kernel before runs. warp_keys: of those that a
-    warp takes, at most. programs_per_sm: rows are split into so many, where there are few."""
+    """The division of the work of `_decode`.
+
+    tile_bytes: the number of bytes of K, and of V, that a program takes at once; it loads all of
+        its first tile while the kernel before it runs.
+    warp_keys: the maximum number of the tile's keys that a warp takes.
+    programs_per_sm: the number of programs for each SM that rows are split into, where there are
+        few rows.
+    """
 
     tile_bytes: int
     warp_keys: int
@@ -47,39 +53,42 @@ class DecodeShape(NamedTuple):
 
 TILE_BYTES = 16 * 1024
 MAX_TILE = 128
-"""Prompts take K and V in tiles of 16 KiB each: 64 keys of 128 bfloat16."""
+"""Number of bytes of K, and of V, in a tile for prompts, and the maximum number of its keys: 16 KiB
+are 64 keys of 128 bfloat16."""
 
 MAX_KEYS = 256
-"""Of a decode step's tile, however small a head is."""
+"""Maximum number of keys in a tile of a decode step, however small a head is."""
 
 WARP_BYTES = {2: 8 * 1024, 4: 4 * 1024}
-"""Of a decode step's tile, what a warp has registers for, by the size of its type: float32 is
-multiplied without tensor cores."""
+"""Number of bytes of a decode step's tile that a warp has registers for, by the size of an element:
+float32 is multiplied without tensor cores."""
 
 WARP_SUMS = 2048
-"""Of its queries' outputs."""
+"""Number of output elements of a decode step's queries that a warp has registers for."""
 
 MAX_QUERIES = {2: 64, 4: 16}
-"""Rows of a tile of queries by the size of their type: what a warp group's tensor cores multiply at
-once; float32, which they do not, runs out of registers beyond 16."""
+"""Number of rows in a tile of queries, by the size of an element: the number that the tensor cores
+of a warp group multiply at once; float32, which they do not multiply, runs out of registers beyond
+16."""
 
 PREFILL = {"num_warps": 4, "num_stages": 3}
-"""A tile waits for its blocks of the table: one stage is the table's, one K's and V's, one the
-product's. It takes 80 KiB of an SM's 228, as its tensor cores read their tile from there while the
-next one comes."""
+"""Launch options of `_attend`. A tile waits for its blocks of the block table: one stage is for the
+table, one for K and V, one for the product. A program takes 80 KiB of an SM's 228 KiB of shared
+memory, because its tensor cores read their tile from there while the next one is loaded."""
 
 DECODE_FEW = DecodeShape(32 * 1024, warp_keys=32, programs_per_sm=2)
 DECODE_MANY = DecodeShape(8 * 1024, warp_keys=64, programs_per_sm=8)
-"""With programs for half of the SMs or fewer, time is latency: a tile is large, so that a context
-of 128 is one. More of them fill each other's gaps, and a program that is one warp waits for no
-other."""
+"""Shapes for few and for many programs. With programs for half of the SMs or fewer, time is
+latency: a tile is large, so that a context of 128 tokens is one. With more programs, each fills the
+gaps of the others, and a program of one warp does not wait for another warp."""
 
 MIN_SHARE = 128
 MAX_SPLITS = 64
-"""Rows are split until all SMs are full; a share of fewer keys than MIN_SHARE is not worth it."""
+"""Minimum number of keys in a share, below which a split is not worth it, and maximum number of
+splits of a row. Rows are split until all SMs are full."""
 
 COMBINED = 2048
-"""Elements of shares that a warp puts together at once."""
+"""Number of elements of shares that a warp combines at once."""
 
 
 def attention(
@@ -101,11 +110,13 @@ def attention(
     num_kv_heads: int,
     head_dim: int,
 ) -> None:
-    """`kernels.attention.attention` of CUDA tensors: contiguous, but for rows of `block_table`.
+    """Compute `kernels.attention.attention` for CUDA tensors, which are contiguous except for the
+    rows of `block_table`.
 
-    float32, bfloat16 and float16; products have the tensors' dtype (float32 is not shortened to
-    TF32), sums, norms, rotation and softmax are float32. Where every row has one token, a slot that
-    a row writes is read by no other row, as slots of one step belong to one row or to padding.
+    The dtypes are float32, bfloat16 and float16. Products have the tensors' dtype (float32 is not
+    shortened to TF32); sums, norms, rotation and softmax are float32. Where every row has one
+    token, a cache slot that a row writes is read by no other row, because the slots of one step
+    belong to one row or to padding.
     """
     tokens, rows = qkv.shape[0], seq_lens.shape[0]
     block_size, table_width = kv_cache.shape[1], block_table.shape[1]
@@ -119,7 +130,7 @@ def attention(
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
     }
-    # tl.dot multiplies 16 rows at least.
+    # tl.dot multiplies at least 16 rows.
     block_g = max(16, triton.next_power_of_2(group))
 
     if max_query_len == 1:
@@ -216,15 +227,15 @@ def attention(
 
 
 def decode_shape(programs: int, multiprocessors: int) -> DecodeShape:
-    """For rows times key heads `programs`."""
+    """Return the shape for `programs`, the number of rows times key heads."""
     return DECODE_FEW if 2 * programs <= multiprocessors else DECODE_MANY
 
 
 def num_splits(programs: int, most: int, wanted: int) -> int:
-    """Into how many shares each row's history is split, a power of two, `most` at most, for
-    `wanted` programs.
+    """Return the number of shares into which each row's history is split to get `wanted` programs;
+    it is a power of two and at most `most`.
 
-    Of shapes alone, so that capture and replay agree.
+    It depends on shapes alone, so that capture and replay agree.
     """
     splits = max(1, min(wanted // programs, most, MAX_SPLITS))
     return 1 << (splits.bit_length() - 1)
@@ -232,10 +243,10 @@ def num_splits(programs: int, most: int, wanted: int) -> int:
 
 @triton.jit
 def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
-    """What turns a head, float32 [1, BLOCK_D]: each element's own factor, and its partner's; with
-    the RMSNorm's weights in them, if there are any.
+    """Return what rotates a head, float32 [1, BLOCK_D]: the factor of each element, and the factor
+    of its partner, including the weights of the RMSNorm if there are any.
 
-    angles: pointer to the token's row of `cos_sin`.
+    angles: the pointer to the token's row of `cos_sin`.
     """
     there = d < HEAD_DIM
     own = tl.load(angles + d, there, other=0.0).to(tl.float32)
@@ -249,9 +260,10 @@ def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
-    """[N, BLOCK_D] float32, twice: the elements of `heads`, and what each of them turns with.
+    """Return [N, BLOCK_D] float32, twice: the elements of `heads`, and the partners that they are
+    rotated with.
 
-    heads: pointers to their first elements.
+    heads: the pointers to the first elements of the heads.
     """
     swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
     x = tl.load(heads + d, mask, other=0.0).to(tl.float32)
@@ -261,8 +273,8 @@ def _with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _turned(x, y, own, partner, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[N, BLOCK_D] float32: the heads of `_with_partners`, normed if they are to be, turned by what
-    `_turn_of` gives."""
+    """Return [N, BLOCK_D] float32: the heads of `_with_partners`, normed if NORM, and rotated by
+    the factors of `_turn_of`."""
     turned = x * own + y * partner
     if NORM:
         turned *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
@@ -280,9 +292,11 @@ def _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS: tl.constexpr, HEAD
 
 @triton.jit
 def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Where the keys from `start` on are, int64 [TILE]; of no meaning from `end` on.
+    """Return the cache positions of the keys from `start` on, int64 [TILE]; they are meaningless
+    from `end` on.
 
-    table: pointer to the row's blocks. end: how many keys may be loaded.
+    table: the pointer to the row's blocks.
+    end: the number of keys that may be loaded.
     """
     keys = start + tl.arange(0, TILE)
     block = tl.load(table + keys // BLOCK_SIZE, keys < end, other=0).to(tl.int64)
@@ -301,8 +315,8 @@ def _load(
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """k and v [TILE, BLOCK_D] of the keys from `start` on, which are in `slots`; zero from `end`
-    on."""
+    """Return k and v [TILE, BLOCK_D] of the keys from `start` on, whose cache positions are
+    `slots`; they are zero from `end` on."""
     inside = start + tl.arange(0, TILE) < end
     entry = kv_cache + (slots * 2 * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + d
     mask = inside[:, None] & (d < HEAD_DIM)
@@ -313,11 +327,13 @@ def _load(
 
 @triton.jit
 def _take(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr):
-    """Take a tile into an online softmax (Milakov and Gimelshein 2018): acc [M, BLOCK_D], peak and
-    total [M], float32, as they become.
+    """Add a tile to an online softmax (Milakov and Gimelshein 2018), and return the new acc [M,
+    BLOCK_D], peak and total [M], float32.
 
-    q: [M, BLOCK_D]. k, v: [TILE, BLOCK_D], keys from `start` on, of which those before `end` are
-    there. last: the last key that each query sees, [M, 1] or one for all. scale: to base 2.
+    q: [M, BLOCK_D].
+    k, v: [TILE, BLOCK_D], the keys and values from `start` on, of which those before `end` exist.
+    last: the last key that each query sees, [M, 1] or one for all.
+    scale: the scale of scores, for softmax to base 2.
     """
     keys = start + tl.arange(0, TILE)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -333,7 +349,7 @@ def _take(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr
 
 @triton.jit
 def _share(history, splits, TILE: tl.constexpr):
-    """How many keys each split of a row takes: whole tiles, one at least."""
+    """Return the number of keys that each split of a row takes: whole tiles, at least one."""
     return tl.maximum(tl.cdiv(tl.cdiv(history, splits), TILE), 1) * TILE
 
 
@@ -367,13 +383,14 @@ def _decode(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row, key head and split. The row's new token is split 0's, which has it in registers: no
-    program reads an entry that this launch writes.
+    """Compute one row, key head and split. The row's new token belongs to split 0, which has it in
+    registers: no program reads an entry that this launch writes.
 
-    partial: [rows, num_heads, splits, head_dim] float32, products before they are divided; sums:
-    [rows, num_heads, splits, 2] float32, the highest score and the sum of weights; arrived: int32,
-    zero before and after. All None where rows are not split. A split beyond the row's history
-    writes nothing.
+    partial: [rows, num_heads, splits, head_dim] float32, the products before they are divided.
+    sums: [rows, num_heads, splits, 2] float32, the highest score and the sum of weights.
+    arrived: int32 counters, zero before and after.
+
+    These three are None where rows are not split. A split beyond the row's history writes nothing.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -395,13 +412,15 @@ def _decode(
     normed: tl.constexpr = q_norm is not None
     q_own, q_partner = _turn_of(angles, q_norm, d, HEAD_DIM)
     k_own, k_partner = _turn_of(angles, k_norm, d, HEAD_DIM)
-    # Written by earlier steps, as lengths and table were by a kernel that has ended: between that
-    # one and this one there is one that follows, the layer before's attention or the embedding.
+    # These entries were written by earlier steps, and the lengths and the table by a kernel that
+    # has ended: between it and this one there is a kernel that calls `follow`, the attention of the
+    # layer before or the embedding.
     slots = _slots(table, begin, end, BLOCK_SIZE, TILE)
     keys, values = _load(kv_cache, slots, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
     slots = _slots(table, begin + TILE, end, BLOCK_SIZE, TILE)
     follow(PDL)
-    # All loads before anything waits for one of them: each takes as long as a small kernel.
+    # All loads are issued before anything waits for one of them: each takes as long as a small
+    # kernel.
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
     own_key = (d < HEAD_DIM) & (split == 0)
@@ -441,7 +460,7 @@ def _decode(
             tl.store(partial + place[:, None] * HEAD_DIM + d, acc, mask)
             tl.store(sums + place * 2, peak, member < GROUP)
             tl.store(sums + place * 2 + 1, total, member < GROUP)
-            tl.debug_barrier()  # all of this program's stores lie before its arrival
+            tl.debug_barrier()  # all stores of this program come before its arrival
             arrival = arrived + row * NUM_KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
                 tl.store(arrival, 0)
@@ -475,8 +494,8 @@ def _combine(
     BLOCK_S: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """`count` of a row's query heads from `first` on: what their splits have found, in one. Past
-    the first-level cache, as other programs have written it."""
+    """Combine the results of the splits for `count` of a row's query heads from `first` on. They
+    are loaded past the L1 cache, because other programs have written them."""
     query = tl.arange(0, QUERIES)[:, None, None]
     split = tl.arange(0, BLOCK_S)[None, :, None]
     d = tl.arange(0, BLOCK_D)[None, None, :]
@@ -514,8 +533,8 @@ def _prepare(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """One token and key head: its entry to the cache, its queries to `queries`
-    [T, num_heads, head_dim], in the model's dtype; zeros to `out` if it is padding."""
+    """Prepare one token and key head: write its entry to the cache and its queries to `queries` [T,
+    num_heads, head_dim], in the model's dtype; write zeros to `out` if it is padding."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -561,10 +580,12 @@ def _attend(
     BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One key head and tile: BLOCK_Q tokens of a row, the head's group of queries for each.
+    """Compute one key head and tile: BLOCK_Q tokens of a row, and for each the head's group of
+    queries.
 
-    Row r's tiles begin at query_start_loc[r] // BLOCK_Q + r. That leaves it as many as it needs, or
-    one more, which has no token; and the grid can be told from the numbers of tokens and rows.
+    Row r's tiles begin at query_start_loc[r] // BLOCK_Q + r. So a row has as many tiles as it
+    needs, or one more, which has no token, and the grid follows from the numbers of tokens and
+    rows.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)

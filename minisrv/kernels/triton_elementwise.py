@@ -1,6 +1,8 @@
-"""RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton: `kernels.elementwise` imports
-this when it first meets a CUDA tensor. A program takes a row, or a part of one; arithmetic is
-float32's. `finish` is what kernels of products do elementwise on the way.
+"""RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton.
+
+`kernels.elementwise` imports this when it first meets a CUDA tensor. A program takes a row, or a
+part of one; the arithmetic is float32. `finish` is the elementwise work that the kernels of
+products do besides.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from torch import Tensor
 from minisrv.kernels.triton_launch import follow, lead, pdl, wait
 
 PART = 1024
-"""Elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
+"""Number of elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-    """As `kernels.elementwise.rms_norm`."""
+    """See `kernels.elementwise.rms_norm`."""
     rows, size = x.shape
     block = triton.next_power_of_2(size)
     _rms_norm[(rows,)](
@@ -25,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
-    """As `kernels.elementwise.silu_and_mul`."""
+    """See `kernels.elementwise.silu_and_mul`."""
     rows, size = out.shape
     _silu_and_mul[(rows, triton.cdiv(size, PART))](
         gate_up, out, size, BLOCK=PART, num_warps=4, **pdl()
@@ -33,7 +35,7 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
 
 
 def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
-    """As `kernels.elementwise.take_rows`."""
+    """See `kernels.elementwise.take_rows`."""
     size = table.shape[1]
     _take_rows[(len(rows), triton.cdiv(size, PART))](
         table, rows, out, size, BLOCK=PART, num_warps=4, **pdl()
@@ -42,17 +44,22 @@ def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x), float32."""
+    """Return x * sigmoid(x), float32."""
     return x / (1 + tl.exp(-x))
 
 
 @triton.jit
 def finish(y, z, scale, first, second, before):
-    """What a layer does behind a product, float32: the scale of the row's norm, the bias, the gate,
-    the sum with what was there.
+    """Do the work of a layer that follows a product, in float32: the scale of the row's norm, the
+    bias, the gate, and the sum with a tensor.
 
-    z: the gated product's second half, y being its first. first, second: the biases of y and z.
-    before: what is added to. Each is None where there is none, and all go with y by broadcasting.
+    y: the product.
+    z: the second half of the gated product, of which y is the first.
+    scale: the scale of the row's norm.
+    first, second: the biases of y and z.
+    before: the values to which the result is added.
+
+    Each is None if it does not apply, and all broadcast with y.
     """
     if scale is not None:
         y *= scale

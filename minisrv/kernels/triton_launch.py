@@ -1,16 +1,18 @@
-"""What Triton kernels share beside their mathematics: how they follow each other, and how the
-programs of one find out which of them is last.
+"""Functions that Triton kernels share: how kernels follow each other on the device.
 
-Programmatic dependent launch (PDL): a kernel may begin as soon as every program of the one before
-it has allowed that (`lead`) or ended; its own `wait` returns when that one has ended. As each
-kernel waits, all kernels further back have ended by then too. Before its wait a kernel may read
-what no kernel writes, weights, and it writes nothing.
+It also has the counters by which the programs of one kernel find out which of them is last.
 
-A kernel that reads weights leads before it waits, so that the weights of the kernels behind it are
-on their way as well, of as many as the GPU has room for. Any other one `follow`s: it leads behind
-its wait. So when a kernel begins, everything in front of the last one that follows has ended, and
-it may read that before its wait too. A kernel that is launched without PDL begins when the one
-before it has ended, as ever.
+Programmatic dependent launch (PDL): a kernel may begin as soon as every program of the kernel
+before it has allowed that (`lead`) or ended; its own `wait` returns when that kernel has ended. As
+each kernel waits, all earlier kernels have ended by then too. Before its wait a kernel may read
+only data that no kernel writes, such as weights, and it writes nothing.
+
+A kernel that reads weights calls `lead` before it waits, so that the weights of the kernels after
+it are loaded meanwhile as well, for as many kernels as the GPU has room for. Every other kernel
+calls `follow`: it allows the next kernel to begin only after its own wait. So when a kernel begins,
+everything before the last kernel that called `follow` has ended, and it may read the results of
+that before its wait too. A kernel that is launched without PDL begins when the one before it has
+ended, as usual.
 
 Knows: whether PDL is on. Knows no kernel.
 """
@@ -28,27 +30,29 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ARRIVALS = 1 << 16
-"""Groups of programs in one launch."""
+"""Maximum number of groups of programs in one launch."""
 
 
 @cache
 def enabled() -> bool:
-    """On GPUs that have it (compute capability 9.0), unless MINISRV_PDL is 0."""
+    """Whether PDL is on, as on GPUs that have it (compute capability 9.0 or higher) unless
+    MINISRV_PDL is 0."""
     if os.environ.get("MINISRV_PDL") == "0" or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def pdl() -> dict[str, Any]:
-    """Arguments of a launch: the kernel's PDL, and the launch attribute."""
+    """Return the arguments of a launch: the kernel's PDL, and the launch attribute."""
     on = enabled()
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 @cache
 def arrivals(device: torch.device) -> Tensor:
-    """[MAX_ARRIVALS] int32 counters, all zero. Programs that share a result count themselves in
-    one; the last one sets it back. Kernels of one stream may all use them, one behind another."""
+    """Return [MAX_ARRIVALS] int32 counters, all zero. Programs that share a result count themselves
+    in one of them, and the last program sets it back to zero. Kernels of one stream may all use
+    them, one after another."""
     return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
@@ -68,12 +72,12 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def follow(PDL: tl.constexpr):
-    """Wait, then lead."""
+    """Wait, then allow the next kernel to begin."""
     wait(PDL)
     lead(PDL)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
+    """Return the number of SMs of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,19 +1,22 @@
-"""The product of a few rows and a weight on CUDA, in Triton, and what lies beside it in a layer:
+"""The product of a few rows and a weight on CUDA, in Triton.
+
+The kernels also do the work that lies beside a product in a layer: norm, bias, gate and residual.
 `kernels.linear` imports this for its first small batch.
 
-Such a product is bound by reading the weight, in * out * itemsize bytes of it, and cuBLAS, made for
-tiles, reads a small one at half of the memory's speed. Here many programs read a few rows of the
-weight each. Whoever reads x anyway norms it: as y = (x * g) W^T / rms(x), the row's scale is known
-when its products are. A gate's output and its partner belong to one program.
+Such a product is bound by reading the weight, in * out * itemsize bytes, and cuBLAS, which is made
+for tiles, reads a small weight at half of the memory's speed. Here many programs read a few rows of
+the weight each. A program that reads x also norms it: as y = (x * g) W^T / rms(x), the row's scale
+is known when its products are. The output of a gate and its partner belong to one program.
 
-Three kernels, chosen by `kernels.tiles`. `_gemv`: one row; products are float32's, of a program's
-whole rows. `gluon_linear.sliced`: each warp has tensor cores multiply its slice of the columns.
-`_tall`: up to 32 rows and a large weight, or float32; tensor cores multiply tile after tile of the
-columns, which several programs may share.
+There are three kernels, chosen by `kernels.tiles`. `_gemv` is for one row; products are float32,
+and each program takes whole rows of the weight. In `gluon_linear.sliced` each warp multiplies its
+slice of the columns on tensor cores. `_tall` is for up to 32 rows and a large weight, or for
+float32; tensor cores multiply tile after tile of the columns, which several programs may share.
 
-The first part of the weight, of short rows all of it, is on its way while the kernels before this
-one run (`triton_launch`). In a step of Qwen3-0.6B at batch 1 on an H100 a layer's four products
-take 12.6 us, where a copy moves their 31.5 MB in 10.6, and the output projection's 311 MB take 97.
+The first part of the weight, or all of it if its rows are short, is loaded while the kernels before
+this one run (`triton_launch`). In a step of Qwen3-0.6B at batch 1 on an H100 a layer's four
+products take 12.6 us, where a copy moves their 31.5 MB in 10.6, and the output projection's 311 MB
+take 97.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def few_rows(
     gated: bool,
     add: bool,
 ) -> None:
-    """As `kernels.linear.few_rows_op`."""
+    """See `kernels.linear.few_rows_op`."""
     n, k = weight.shape
     tile = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
     assert tile is not None, "a product that is not cuBLAS's"
@@ -59,7 +62,7 @@ def multiply(
     add: bool,
     tile: Tile,
 ) -> None:
-    """`few_rows` by the kernel of `tile`."""
+    """Compute `few_rows` with the kernel of `tile`."""
     assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     (rows, k), n = x.shape, out.shape[1]
     operands, parts = (x, weight, bias, norm, out), triton.cdiv(n, tile.outputs)
@@ -120,7 +123,7 @@ def _gemv(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs of one row."""
+    """Compute BLOCK_N outputs of one row."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = output < n
     inside = there[:, None]
@@ -190,8 +193,8 @@ def _multiply(
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Take the columns `at` of x, and w and u of the weight, into the products y and z and the sums
-    of squares."""
+    """Add the columns `at` of x, multiplied with w and u of the weight, to the products y and z,
+    and their squares to the sums of squares."""
     row = tl.arange(0, ROWS)[:, None]
     value = tl.load(x + row * K + at, (row < rows) & (at < last), other=0.0)
     if norm is not None:
@@ -227,9 +230,9 @@ def _tall(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs of all rows, from a share of the columns where they are split. The last
-    program of those that share adds the shares up in their order, so that sums do not depend on
-    which was last."""
+    """Compute BLOCK_N outputs of all rows, from a share of the columns if they are split. The last
+    of the programs that share adds the shares up in a fixed order, so that sums do not depend on
+    which program was last."""
     lead(PDL)
     part = tl.program_id(0)
     split = tl.program_id(1)

@@ -1,15 +1,17 @@
-"""Sampling on CUDA, in Triton: `kernels.sampling` imports this module when it first meets a CUDA
-tensor.
+"""Sampling on CUDA, in Triton.
 
-Five launches, whatever the rows ask for: a histogram of the logits is cleared, then counted; then
-come what the filters of each row keep, the best score of each part of the vocabulary, and the best
-of all. A row that is greedy or has no filters leaves the first three at once. Nothing is sorted and
-the host waits for nothing: the cuts of top-k and top-p are found by bisection on keys that order as
-the logits do (as in radix selection), ties in the order of tokens.
+`kernels.sampling` imports this module when it first meets a CUDA tensor.
 
-A logit of 16 bits is its own key, so a row is no more than 65,536 keys and how often each occurs,
-which all of the GPU counts; each step of the bisection then looks at half of what the last one did.
-Logits of 32 bits, which only tests and checks use, are bisected token by token.
+There are five launches, whatever the rows ask for: a histogram of the logits is cleared, then
+filled; then the kernels find which tokens the filters of each row keep, the best score in each part
+of the vocabulary, and the best of all. A row that is greedy or has no filters leaves the first
+three at once. Nothing is sorted and the host never waits: the cuts of top-k and top-p are found by
+bisection on keys that have the same order as the logits (as in radix selection), with ties in the
+order of tokens.
+
+A logit of 16 bits is its own key, so a row is no more than 65,536 keys and the number of times each
+occurs, which the whole GPU counts; each step of the bisection then reads half of what the step
+before read. Logits of 32 bits, which only tests and checks use, are bisected token by token.
 
 Noise and filters are those of `kernels.sampling`, so the token is the same, except where rounding
 decides: `log` and `exp` may differ in their last bit, and masses are summed in fixed point here.
@@ -26,17 +28,18 @@ from minisrv.kernels.sampling import ALL, MIN_TEMPERATURE
 from minisrv.kernels.triton_launch import follow, pdl
 
 BLOCK = 1024
-"""Tokens of the vocabulary that a program takes at once."""
+"""Number of tokens of the vocabulary that a program takes at once."""
 
 PROGRAMS = 1024
-"""Beyond about so many, one takes several blocks of a row: a batch of one still occupies the whole
-GPU, and a large one is not thousands of programs."""
+"""Approximate number of programs beyond which a program takes several blocks of a row: a batch of
+one still occupies the whole GPU, and a large batch does not become thousands of programs."""
 
 MOST_BLOCKS = 8
 
 FILTER_BLOCK = 4096
 MASS_BITS = 32
-"""A token's mass, e^(score - best), in units of 2^-32: sums do not depend on their order."""
+"""Number of fraction bits of a token's mass, e^(score - best), in fixed point (units of 2^-32), so
+that sums do not depend on their order."""
 
 
 def sample(
@@ -50,7 +53,7 @@ def sample(
     seed: Tensor,
     out: Tensor,
 ) -> None:
-    """As `kernels.sampling.sample`."""
+    """See `kernels.sampling.sample`."""
     rows, vocab = logits.shape
     blocks = blocks_of(rows, vocab)
     parts = triton.cdiv(vocab, blocks * BLOCK)
@@ -115,13 +118,14 @@ def sample(
 
 
 def blocks_of(rows: int, vocab: int) -> int:
-    """How many blocks of a row a program takes, a power of two."""
+    """Return the number of blocks of a row that a program takes, a power of two."""
     wanted: int = triton.next_power_of_2(max(1, rows * vocab // (BLOCK * PROGRAMS)))
     return min(MOST_BLOCKS, wanted)
 
 
 def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
-    """As `kernels.sampling.apply_bitmask`; one launch, which reads the bits and no logit."""
+    """See `kernels.sampling.apply_bitmask`. It is one launch, which reads the bits and no
+    logits."""
     rows, vocab = logits.shape
     part = BLOCK * blocks_of(rows, vocab)
     _apply_bitmask[(rows, triton.cdiv(vocab, part))](
@@ -147,14 +151,14 @@ def _apply_bitmask(
     WORDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A part of a row's tokens: WORDS words of 32."""
+    """Mask a part of a row's tokens: WORDS words of 32 tokens."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     there = at * 32 < VOCAB
     source = bitmask + row * words_stride + at
     word = tl.load(source, there, other=EVERY)
-    tl.debug_barrier()  # each warp has its own copy of the words, and one of them allows all again
+    tl.debug_barrier()  # each warp has its own copy of the words, and one of them resets them
     bit = tl.arange(0, 32)
     token = at[:, None] * 32 + bit[None, :]
     dropped = ((word[:, None] >> bit[None, :]) & 1) == 0
@@ -173,8 +177,9 @@ def _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB: tl.constexpr, GRE
 
 @triton.jit
 def _key(logit, heat, BINS: tl.constexpr):
-    """int64 that orders as the scores do, logits over the temperature; the zeros are one. It is
-    below BINS for logits of 16 bits, which need no temperature for it, and below 2^32 otherwise."""
+    """Return an int64 key with the same order as the scores, which are the logits over the
+    temperature; both zeros have the same key. The key is below BINS for logits of 16 bits, which
+    need no temperature for it, and below 2^32 otherwise."""
     if BINS:
         zero = (logit.to(tl.float32) + 0.0).to(logit.dtype)
         bits = zero.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
@@ -187,7 +192,7 @@ def _key(logit, heat, BINS: tl.constexpr):
 
 @triton.jit
 def _score_of(key, heat, logits, BINS: tl.constexpr):
-    """The float32 score that has this key."""
+    """Return the float32 score that has this key."""
     if BINS:
         bits = tl.where(key >= 0x8000, key - 0x8000, 0xFFFF - key)
         logit = bits.to(tl.uint16).to(logits.dtype.element_ty, bitcast=True)
@@ -211,7 +216,7 @@ def _clear(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """No token has been counted."""
+    """Clear a part of a row's histogram."""
     follow(PDL)
     if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
@@ -263,7 +268,8 @@ def _above(
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many tokens, or what mass, int64, have keys above `least`; of bins, up to `most`."""
+    """Return the number, or with WEIGH the mass, of the tokens with keys above `least`, int64; with
+    BINS only keys up to `most` count."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int64)
     if BINS:
@@ -295,7 +301,7 @@ def _tied(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many tokens have this key, int64."""
+    """Return the number of tokens that have this key, int64."""
     if BINS:
         times = tl.load(counts + key).to(tl.int64)
     else:
@@ -324,9 +330,10 @@ def _cut(
     MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The least key from `low` to `high` with less than `wanted` above it. There is nothing above
-    `high`."""
-    beyond = tl.full([], 0, tl.int64)  # above `high`, where only what is below it is looked at
+    """Return the least key from `low` to `high` with less than `wanted` (a number of tokens, or
+    with WEIGH a mass) above it. There must be nothing above `high`."""
+    # The number or mass above `high`: with BINS only the keys up to `high` are read.
+    beyond = tl.full([], 0, tl.int64)
     while low < high:
         middle = (low + high) // 2
         more = beyond + _above(
@@ -359,8 +366,8 @@ def _filter(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """What a row keeps: keys above cut[row, 0], of those equal to it the tokens up to
-    cut[row, 1], and of all no score below floor[row]."""
+    """Find the tokens that a row keeps: those with keys above cut[row, 0], of those with that key
+    the tokens up to cut[row, 1], and of all these none with a score below floor[row]."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     tl.store(cut + row * 2, -1)
@@ -397,10 +404,10 @@ def _filter(
 
     low = tl.full([], 0, tl.int64)
     ties = VOCAB + 0 * k
-    if (k > 0) & (k < VOCAB):  # the k-th key from above, and how many of its ties are kept
+    if (k > 0) & (k < VOCAB):  # find the k-th key from above, and how many of its ties are kept
         low = _cut(source, counts, heat, peak, low, top, k, False, BINS, VOCAB, MASS, BLOCK)
         ties = k - _above(source, counts, heat, peak, low, top, False, BINS, VOCAB, MASS, BLOCK)
-    if p < 1:  # of the mass that top-k leaves
+    if p < 1:  # a share of the mass that top-k leaves
         bottom = low
         each = (tl.exp(_score_of(low, heat, logits, BINS) - peak) * MASS).to(tl.int64)
         kept = tl.minimum(ties, _tied(source, counts, heat, low, BINS, VOCAB, BLOCK))
@@ -415,7 +422,7 @@ def _filter(
         ties = tl.maximum(ties, 1)
     tl.store(cut + row * 2, low)
     if ties < _tied(source, counts, heat, low, BINS, VOCAB, BLOCK):
-        # The last that is kept, in the order of tokens.
+        # Find the last tied token that is kept, in the order of tokens.
         seen = tl.full([], 0, tl.int64)
         last = tl.full([], -1, tl.int64)
         for begin in range(0, VOCAB, BLOCK):
@@ -431,7 +438,7 @@ def _filter(
 
 @triton.jit
 def _mix(x):
-    """As in `kernels.sampling`, on uint32."""
+    """See `_mix` of `kernels.sampling`; this one works on uint32."""
     x ^= x >> 16
     x *= 0x21F0AAAD
     x ^= x >> 15
@@ -458,7 +465,7 @@ def _score(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The best score of a part of a row's tokens, and the first token that has it."""
+    """Find the best score in a part of a row's tokens, and the first token that has it."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -486,7 +493,7 @@ def _score(
             bits = _mix(_mix(hashed + at.to(tl.uint32) * 0x9E3779B1) ^ hashed)
             uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
             score = tl.where(kept & there, score - tl.log(-tl.log(uniform)), float("-inf"))
-        # NaN is the greatest, as for torch.argmax.
+        # NaN counts as the greatest score, as in torch.argmax.
         rank = tl.where(score != score, float("inf"), score)
         better = there & ((rank > highest) | (block == 0))
         highest = tl.where(better, rank, highest)
@@ -499,7 +506,7 @@ def _score(
 
 @triton.jit(do_not_specialize=["parts"])
 def _choose(best, found, out, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The first of a row's best tokens."""
+    """Find the first of a row's best tokens."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)

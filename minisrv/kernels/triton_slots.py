@@ -1,5 +1,6 @@
-"""A step's bookkeeping on CUDA, in Triton, one launch each. `kernels.slots` imports this when it
-first meets a CUDA tensor.
+"""A step's bookkeeping on CUDA, in Triton, with one launch for each function.
+
+`kernels.slots` imports this when it first meets a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from minisrv.kernels.slots import Write
 from minisrv.kernels.triton_launch import follow, pdl
 
 WIDTH = 1024
-"""Entries of a block table that a program copies at once."""
+"""Number of entries of a block table that a program copies at once."""
 
 
 def gather_decode(
@@ -33,7 +34,8 @@ def gather_decode(
     *,
     block_size: int,
 ) -> None:
-    """As `kernels.slots.gather_decode`; of a block table as much as the row has filled."""
+    """See `kernels.slots.gather_decode`. Only that part of a block table is copied which the row
+    has filled."""
     _gather[(len(slots),)](
         slots,
         last_token,
@@ -53,10 +55,10 @@ def gather_decode(
 
 
 TOKENS = 256
-"""Tokens, or values to be written, of one program."""
+"""Number of tokens, or of values to be written, that one program handles."""
 
 FIELDS = 5
-"""What `_write` is told of each write: address, kind, places, values, number."""
+"""Number of fields that describe each write to `_write`: address, kind, places, values, number."""
 
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}
 
@@ -76,7 +78,8 @@ def gather_mixed(
     num_tokens: int,
     block_size: int,
 ) -> None:
-    """As `kernels.slots.gather_mixed`; of a block table as much as the row has filled."""
+    """See `kernels.slots.gather_mixed`. Only that part of a block table is copied which the row has
+    filled."""
     rows, padded = len(slots), len(positions)
     _gather_mixed[(rows + triton.cdiv(padded, TOKENS),)](
         slots,
@@ -101,12 +104,12 @@ def gather_mixed(
 
 
 def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]], Tensor]) -> None:
-    """As `kernels.slots.write_values`. What is written where goes with the values, so that all of
-    it is one copy and one launch."""
+    """See `kernels.slots.write_values`. The description of the writes is sent with the values, so
+    that everything is one copy and one launch."""
     table = np.empty((len(writes), FIELDS), np.int64)
     parts, end, most = [table.ravel()], table.size, 0
     for line, (target, values, at) in zip(table, writes, strict=True):
-        places = 0  # where the table is: in order
+        places = 0  # the index of the table, which stands for "in order"
         if at is not None:
             places, end = end, end + len(at)
             parts.append(at)
@@ -121,7 +124,7 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
 def scatter(
     slots: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
 ) -> None:
-    """As `kernels.slots.scatter`."""
+    """See `kernels.slots.scatter`."""
     rows = len(slots)
     block = triton.next_power_of_2(rows)
     _scatter[(1,)](slots, tokens, seq_lens, last_token, next_position, rows, BLOCK=block, **pdl())
@@ -182,7 +185,8 @@ def _gather_mixed(
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The first programs have a row's block table each, the others some tokens."""
+    """Copy block tables and find the inputs of tokens: the first programs copy the block table of
+    one row each, the others handle some tokens each."""
     program = tl.program_id(0)
     if program < rows:
         row = program.to(tl.int64)
@@ -206,7 +210,7 @@ def _gather_mixed(
 
 @triton.jit
 def _write(packed, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Some values of one write."""
+    """Write some values of one write."""
     line = packed + tl.program_id(0) * FIELDS
     address = tl.load(line)
     kind = tl.load(line + 1)
