@@ -1,1 +1,2 @@
-"""The HTTP face: OpenAI's completions and chat completions over the engine client."""
+"""The HTTP side of minisrv: OpenAI's completions and chat completions, served through the engine
+client."""

@@ -1,8 +1,9 @@
-"""How many values the JSON of one request may hold, counted before anything is made of it.
+"""Limits on how many values the JSON of one request may hold, counted before it is parsed.
 
-A text or a number is read in nanoseconds, and is as long as its bytes. An object, a list and a
-member of an object take a hundred bytes or more of memory for the two or three that they may have
-in a body, and each is looked at in Python later. So there are two limits.
+A string or a number is read in nanoseconds, and takes about as much memory as it has bytes. An
+object, a list and a member of an object each take a hundred bytes of memory or more for the two or
+three bytes that they may have in a body, and Python code looks at each of them later. So there are
+two limits.
 
 Knows: where JSON has commas, colons and brackets. Knows nothing of requests.
 """
@@ -12,31 +13,37 @@ from __future__ import annotations
 import numpy as np
 
 MAX_MEMBERS = 150_000
-"""Members of objects, and objects and lists themselves, in one request. A hundred tools of twenty
-kilobytes are 50,000, and 4,096 short messages 12,000. So many are parsed in 30 ms."""
+"""Maximum number of objects, lists and members of objects together in one request. A hundred tools
+of twenty kilobytes have 50,000, and 4,096 short messages have 12,000. This many are parsed in 30
+ms."""
 MAX_ELEMENTS = 800_000
-"""Elements of lists beyond the first, and members beyond the first, in one request. Four megabytes
-have room for 700,000 token ids of five digits."""
+"""Maximum number of list elements beyond the first and object members beyond the first in one
+request, which is the number of its commas. Four megabytes have room for 700,000 token ids of five
+digits."""
 
 _EXACT_ABOVE = 4096
-"""Of what is counted wherever it stands, inside of texts too, as texts of code and of JSON have
-many. Above that, what stands in texts is left out."""
+"""Number of values up to which the count may include what stands inside strings, which is faster.
+Strings of code and of JSON hold many of the characters that are counted, so above this number the
+insides of strings are left out."""
 
 
 class TooManyValuesError(ValueError):
-    """The message says what is wrong with "it", and what is allowed."""
+    """Raised if a request holds too many values. The message is the predicate of a sentence ("is
+    too much: ..."), which says what is allowed; whoever catches it puts the subject in front."""
 
 
 class Allowance:
-    """What is left of both limits for one request: for its body, and for JSON in texts of it."""
+    """The remainder of both limits for one request, which its body and any JSON inside its strings
+    use up together."""
 
     def __init__(self) -> None:
         self._members = MAX_MEMBERS
         self._elements = MAX_ELEMENTS
 
     def take(self, data: bytes) -> None:
-        """Count what would be made of a JSON text; of one that is broken, at least what would be
-        made up to there. Raises TooManyValuesError if it is more than is left."""
+        """Count the values of a JSON text, and take them from what is left. For a text that is not
+        valid JSON, the count is at least what would be parsed before the error. Raises
+        TooManyValuesError if the text holds more than is left."""
         members, elements = _count(data)
         if members + elements > _EXACT_ABOVE:
             members, elements = _count(_outside_of_texts(data))
@@ -61,8 +68,9 @@ def _count(data: bytes) -> tuple[int, int]:
 
 
 def _outside_of_texts(data: bytes) -> bytes:
-    """JSON without its texts, and without the quotes that close them."""
-    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")  # quotes that are left begin or end one
+    """Return JSON without its strings and the quotes that open them; the quotes that close them
+    stay."""
+    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")  # each quote left opens or closes one
     characters = np.frombuffer(plain, np.uint8)
     inside = np.bitwise_xor.accumulate(characters == ord('"'))
     return characters[~inside].tobytes()

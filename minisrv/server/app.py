@@ -1,7 +1,7 @@
-"""The application: routes, and what they answer besides generations.
+"""The FastAPI application: its routes, and the answers of those that do not generate text.
 
-Knows: FastAPI. An application is made from an engine client that may still be loading; it needs
-nothing else of the engine.
+Knows: FastAPI. An application is made from an engine client whose engine may still be loading; it
+needs nothing else of the engine.
 """
 
 from __future__ import annotations
@@ -73,18 +73,21 @@ def create_app(
     hosts: HostNames | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The ASGI application of one API worker.
+    """Return the ASGI application of one API worker.
 
-    served_model_names: what `model` may be; answers to requests without one carry the first.
+    served_model_names: the values that `model` may have; responses to requests without a model
+        carry the first.
     generation: the checkpoint's sampling defaults.
-    root: the checkpoint, as whoever started the server calls it; empty for the first of the names.
-    metrics: what the worker counts in; None for one that is alone.
-    settings: who may ask, and how long a request may take; None for anybody, as long as it takes.
-    key_limit: how much a key may have open; None for anything.
-    max_open: choices at once of all keys, where the engine would take more.
-    hosts: the names that it answers to; None for any.
+    root: the checkpoint as the operator named it; if empty, the first of the served names.
+    metrics: the counters of this worker; None makes new ones, for a worker that is alone.
+    settings: the server's settings, such as API keys and timeouts; None takes the defaults, which
+        ask for no key and set no time limit.
+    key_limit: limits what each API key may have open; None sets no limit.
+    max_open: maximum number of open choices of all keys together, where the engine would take more.
+    hosts: the host names that the server answers to; None for any.
 
-    Whoever serves it calls its `state.close()` when there is no more time for requests.
+    Whoever serves the application calls its `state.close()` when there is no more time for
+    requests.
     """
     metrics, settings = metrics or Metrics(), settings or ServerConfig()
     serving = Serving(
@@ -119,7 +122,7 @@ def create_app(
         access_log=not settings.disable_uvicorn_access_log,
     )
     if settings.allowed_origins:
-        # Outside the edge: what a browser asks before it may ask comes without a key.
+        # Outside the edge: a browser's preflight request comes without an API key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
@@ -134,7 +137,7 @@ def create_app(
     _add_operation_routes(app, client, metrics)
     add_pages(app, serving, keyed=bool(settings.api_keys))
     if settings.api_keys:
-        with_keys(app.openapi())  # which is made once
+        with_keys(app.openapi())  # FastAPI makes this document once and keeps it
     return app
 
 
@@ -162,14 +165,14 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
 
     @router.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """The token ids of a prompt or a chat, as a generation would see them."""
+        """Return the token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
         tokens = await serving.tokenize(body, request.scope["key"])
         return await offload(lambda: JSON(tokens), body.num_bytes)
 
     @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-        """The text of token ids, special tokens included."""
+        """Return the text of token ids, special tokens included."""
         serving.model_name(body.model)
         prompt = await serving.detokenize(body, request.scope["key"])
         return await offload(lambda: JSON(prompt), body.num_bytes)
@@ -192,26 +195,27 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/v1/models", response_class=JSON, responses=answered(ModelCards))
     async def models() -> Response:
-        """The names under which the model is served."""
+        """List the names under which the model is served."""
         data = [card(name) for name in serving.served_model_names]
         return JSON({"object": "list", "data": data})
 
     @app.get("/v1/models/{model_id:path}", response_class=JSON, responses=answered(ModelCard))
     async def model(model_id: str) -> Response:
-        """One of the names; 404 for any other."""
+        """Describe the model under one of its names; 404 for any other name."""
         return JSON(card(serving.model_name(model_id)))
 
 
 def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
     @app.get("/health", response_class=JSON, responses=told(Health))
     async def health() -> Response:
-        """200 as long as the engine lives, loading and draining included; else 503."""
+        """Answer 200 as long as the engine process lives, also while it loads or drains; else
+        503."""
         state = client.state
         return JSON({"state": state}, status_code=503 if state is EngineState.DEAD else 200)
 
     @app.get("/ready", response_class=JSON, responses=told(Readiness))
     async def ready() -> Response:
-        """200 if requests are welcome; else 503, with the progress while loading."""
+        """Answer 200 if the engine takes requests; else 503, with the progress while it loads."""
         state = client.state
         if state is EngineState.READY:
             return JSON({"state": state})
@@ -225,12 +229,12 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
 
     @app.get("/version", response_class=JSON, responses=answered(Version))
     async def show_version() -> Response:
-        """The version of minisrv."""
+        """Return the version of minisrv."""
         return JSON({"version": app.version})
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
-        """Prometheus metrics."""
+        """Return the metrics in Prometheus' text format."""
         text = metrics.render(
             await client.stats(),
             client.state.value,

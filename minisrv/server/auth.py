@@ -1,8 +1,8 @@
-"""Who may ask, and how much of theirs may be open at once.
+"""API keys: who may send requests, and how much each key may have open at once.
 
-Every path needs a key, where there are any, but those of `OPEN_PATHS`. What a client sends is
-compared by its digest, all of them every time, so that the time tells nothing; the path is that of
-the request line, whatever headers say.
+If any keys are configured, every path but `OPEN_PATHS` needs one. The digest of what a client sends
+is compared with the digests of all keys every time, so that the time of a check reveals nothing.
+The path that is checked is that of the request line, whatever the headers say.
 
 Knows: keys. Knows nothing of what is asked for.
 """
@@ -20,7 +20,7 @@ from minisrv.errors import AuthenticationError, KeyLimitError, RequestError
 from minisrv.processes import map_shared
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What supervisors ask, and what tells nothing else."""
+"""Paths that need no API key: health checks ask for them, and they reveal nothing else."""
 
 _SCHEME = "bearer "
 
@@ -30,7 +30,7 @@ def _digest(key: str) -> bytes:
 
 
 class ApiKeys:
-    """The keys that are accepted; without any, everybody is."""
+    """The API keys that are accepted; if there are none, every request is accepted."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -39,7 +39,7 @@ class ApiKeys:
         return len(self._digests)
 
     def check(self, path: str, authorization: str) -> int | None:
-        """The number of the key that a request comes with; None if it needs none.
+        """Return the index of the API key that a request carries; None if the request needs none.
 
         Raises AuthenticationError.
         """
@@ -57,9 +57,10 @@ class ApiKeys:
 
 
 def owner(scope: Mapping[str, Any]) -> int | str:
-    """Who takes turns with others: the number of a request's key, or without one its address.
+    """Return whom a request belongs to where clients take turns: the index of its API key, or the
+    client's address if it has none.
 
-    scope: ASGI's, with the `key` that `ApiKeys.check` has found.
+    scope: the ASGI scope, with the `key` that `ApiKeys.check` has found.
     """
     if scope["key"] is not None:
         return int(scope["key"])
@@ -68,13 +69,15 @@ def owner(scope: Mapping[str, Any]) -> int | str:
 
 
 class KeyLimit:
-    """How much each key has open, in a mapped file that all API workers count in: of a generation
-    every choice, as each takes a place in the engine, and of any other work 1.
+    """Counts and limits what each API key has open, in a memory-mapped file that all API workers
+    share. A generation counts once for each choice, as each takes a place in the engine; any other
+    request counts once.
 
-    Each worker writes to its own numbers only and reads all. It writes before it reads, so that of
-    two that come in the same instant both may be refused, but never both let in.
+    Each worker writes only its own counters and reads those of all. It writes before it reads, so
+    that two requests that arrive at the same instant may both be refused, but are never both let in
+    above the limit.
 
-    limit: of each key.
+    limit: maximum number that each key may have open.
     """
 
     def __init__(self, path: Path, *, keys: int, limit: int, worker: int, workers: int) -> None:
@@ -85,18 +88,18 @@ class KeyLimit:
         self._of_all = [counts[key::keys] for key in range(keys)]
         self._own = counts[worker * keys : (worker + 1) * keys]
         for key in range(keys):
-            self._own[key] = 0  # a dead worker may have left something
+            self._own[key] = 0  # a worker that died may have left its counts here
 
     @contextmanager
     def places(
         self, key: int, number: int = 1, *, param: str | None = None, retry_after: int = 1
     ) -> Iterator[None]:
-        """Count a request of so many choices while it is open.
+        """Count `number` choices of a request for as long as it is open.
 
-        param: the field that asks for so many, for the error to name.
-        retry_after: seconds, for a refusal.
-        Raises RequestError for more than one key may ever have, KeyLimitError for more than it may
-        have beside what is open.
+        param: the field that asks for this many, for the error to name.
+        retry_after: seconds after which a refused client should try again.
+        Raises RequestError if `number` is more than one key may ever have open, KeyLimitError if it
+        is more than fits beside what the key has open now.
         """
         if number > self._limit:
             raise RequestError(

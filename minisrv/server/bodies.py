@@ -1,9 +1,9 @@
-"""What responses look like, for the OpenAPI document.
+"""The response bodies, as models for the OpenAPI document.
 
-Nothing is made from these models: `replies` writes the bodies, for speed. Tests hold what is
-answered against them, so that no field is missing in either.
+No response is made from these models: `replies` writes the bodies, for speed. Tests validate real
+responses against them, so that no field is missing on either side.
 
-Knows: the shapes on the wire. Knows nothing of how they come about.
+Knows: the JSON shapes of responses. Knows nothing of how they come about.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Body(BaseModel):
 
 
 class ErrorInfo(Body):
-    """What was wrong, what is allowed, what to do."""
+    """An error: what was wrong, what is allowed, and what to do."""
 
     message: str
     type: str
@@ -34,20 +34,21 @@ class ErrorInfo(Body):
 
 
 class Error(Body):
-    """The body of every response from 400 on, and of an event that ends a stream early."""
+    """The body of every response with a status from 400 on, and of an event that ends a stream
+    early."""
 
     error: ErrorInfo
 
 
 class CachedTokens(Body):
-    """A part of the prompt's tokens."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int
     """Found in the prefix cache, and so not computed."""
 
 
 class Usage(Body):
-    """Of all choices together."""
+    """The token counts of all choices together."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -56,7 +57,7 @@ class Usage(Body):
 
 
 class PromptLogprob(Body):
-    """Of one token at a place of the prompt."""
+    """The log-probability of one token at a position of the prompt."""
 
     logprob: float
     rank: int
@@ -64,11 +65,12 @@ class PromptLogprob(Body):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""By token id, for each token of the prompt; the first has none."""
+"""For each token of the prompt, log-probabilities by token id; null for the first token."""
 
 
 class Choice(Body):
-    """What completions and chats have in common. Most is there if it was asked for."""
+    """The fields that choices of completions and chats share. Most are set only if they were asked
+    for."""
 
     index: int
     finish_reason: str
@@ -79,7 +81,7 @@ class Choice(Body):
 
 
 class TextLogprobs(Body):
-    """Of each token of a completion."""
+    """Log-probabilities of the tokens of a completion, as parallel lists."""
 
     tokens: list[str]
     """`bytes:\\xe2` is a token that is no text by itself, `token_id:123` one that the tokenizer
@@ -93,7 +95,7 @@ class TextLogprobs(Body):
 
 
 class TextChoice(Choice):
-    """A completion."""
+    """One choice of a completion."""
 
     text: str
     logprobs: TextLogprobs | None
@@ -104,7 +106,8 @@ class TextChoice(Choice):
 
 
 class Completion(Body):
-    """Of POST /v1/completions. A stream has chunks of this shape, in which usage may be absent."""
+    """The response to POST /v1/completions. A stream has chunks of this shape, in which usage may
+    be absent."""
 
     id: str
     object: Literal["text_completion"]
@@ -123,20 +126,20 @@ class TopLogprob(Body):
 
 
 class TokenLogprob(TopLogprob):
-    """Of a token of an answer, and of its alternatives."""
+    """The log-probability of a token of an answer, and those of its alternatives."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Body):
-    """Of each token of an answer."""
+    """Log-probabilities of the tokens of an answer."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
 class CalledFunction(Body):
-    """What the model calls."""
+    """The function that the model calls, and its arguments."""
 
     name: str
     arguments: str
@@ -164,15 +167,15 @@ class Answer(Body):
 
 
 class ChatChoice(Choice):
-    """An answer."""
+    """One choice of a chat: an answer."""
 
     message: Answer
     logprobs: ChatLogprobs | None
 
 
 class ChatCompletion(Body):
-    """Of POST /v1/chat/completions. A stream has `chat.completion.chunk` objects instead, whose
-    choices hold a delta of the message."""
+    """The response to POST /v1/chat/completions. A stream has `chat.completion.chunk` objects
+    instead, whose choices hold a delta of the message."""
 
     id: str
     object: Literal["chat.completion"]
@@ -187,7 +190,7 @@ class ChatCompletion(Body):
 
 
 class Tokens(Body):
-    """Of POST /tokenize."""
+    """The response to POST /tokenize."""
 
     count: int
     max_model_len: int
@@ -197,13 +200,13 @@ class Tokens(Body):
 
 
 class DetokenizedPrompt(Body):
-    """Of POST /detokenize."""
+    """The response to POST /detokenize."""
 
     prompt: str
 
 
 class ModelCard(Body):
-    """One name of the model."""
+    """The model under one of its names."""
 
     id: str
     object: Literal["model"]
@@ -217,20 +220,20 @@ class ModelCard(Body):
 
 
 class ModelCards(Body):
-    """All names of the model."""
+    """The model under all of its names."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class Health(Body):
-    """Of GET /health."""
+    """The response to GET /health."""
 
     state: Literal["loading", "ready", "draining", "dead"]
 
 
 class Progress(Body):
-    """How far the start is."""
+    """Progress of the engine's start-up."""
 
     phase: str
     done: int
@@ -238,13 +241,13 @@ class Progress(Body):
 
 
 class Readiness(Health):
-    """Of GET /ready."""
+    """The response to GET /ready."""
 
     loading: Progress | None = None
 
 
 class Version(Body):
-    """Of GET /version."""
+    """The response to GET /version."""
 
     version: str
 
@@ -265,7 +268,7 @@ _ERRORS: Responses = {
 
 _STREAM = {
     "text/event-stream": {
-        # Of each event.
+        # The schema describes each event.
         "schema": {
             "type": "object",
             "properties": {
@@ -278,18 +281,19 @@ _STREAM = {
 
 
 def answered(body: type[Body], *, streams: bool = False) -> Responses:
-    """The responses of a route: `body`, perhaps as a stream, or an error."""
+    """Return the responses of a route for OpenAPI: `body`, perhaps also as a stream, or an
+    error."""
     whole: dict[str, Any] = {"model": body, "description": "Done"}
     return {200: whole | ({"content": _STREAM} if streams else {}), **_ERRORS}
 
 
 def told(body: type[Body]) -> Responses:
-    """The responses of a probe: `body` in any case."""
+    """Return the responses of a health check for OpenAPI: `body` with either status."""
     return {200: {"model": body, "description": "Yes"}, 503: {"model": body, "description": "No"}}
 
 
 def with_keys(document: dict[str, Any]) -> dict[str, Any]:
-    """The document of a server that asks for API keys."""
+    """Add API keys to the OpenAPI document of a server that asks for them, and return it."""
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"key": []}]
     for path in OPEN_PATHS:

@@ -1,11 +1,11 @@
-"""The connections of a worker: how many are open, how long each may wait for its client, and which
-is closed to make room.
+"""The connections of an API worker: how many are open, how long each may wait for its client, and
+which one is closed to make room.
 
-From the end of a request to the end of its answer a connection waits for the server, and nothing
-here ends it. Otherwise it waits for its client: for a TLS handshake and a head, for a body, or to
-read what was sent to it.
+From the end of a request to the end of its response, a connection waits for the server, and nothing
+here ends it. At other times it waits for its client: for a TLS handshake and the head of a request,
+for a body, or for it to read what was sent.
 
-Knows: descriptors and the order of things. Knows nothing of HTTP.
+Knows: file descriptors and the order of events. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -18,56 +18,61 @@ from collections import OrderedDict
 from typing import Protocol
 
 HEAD_SECONDS = 30
-"""From the opening of a connection or the end of an answer to the end of the next head, a TLS
-handshake included. Longer than most clients keep a connection that is idle, or they would send a
-request while it is closed: httpx 5 s, aiohttp 15 s.
-"""
+"""Seconds from the opening of a connection, or the end of a response on it, to the end of the next
+request's head, a TLS handshake included. This is longer than most clients keep an idle connection
+(httpx 5 s, aiohttp 15 s), as they would otherwise send a request while it is closed."""
 
 BODY_SECONDS = 30
-"""What any body may take from the end of its head."""
+"""Seconds from the end of its head that any body may take."""
 
 BODY_BYTES_PER_SECOND = 32 << 10
-"""What must come of a longer one on the average: a quarter of what a line with 1 Mbit/s brings."""
+"""Rate at which larger bodies must arrive: each byte received extends the time limit accordingly.
+It is a quarter of what a line with 1 Mbit/s brings."""
 
 MAX_WAITING = 8192
-"""Connections of a worker that wait for their clients, which take memory and nothing else bounds.
-Those that wait for the worker are no more than the requests that the engine runs and queues."""
+"""Maximum number of a worker's connections that wait for their clients; they take memory, and
+nothing else bounds them. Those that wait for the worker are no more than the requests that the
+engine runs and queues."""
 
 RESERVED_DESCRIPTORS = 128
-"""For what is no client's connection: the engine's sockets, files, and sockets that are closing."""
+"""File descriptors kept free for what is no client's connection: the engine's sockets, files, and
+sockets that are closing."""
 
 
 RESERVED_CONNECTIONS = 32
-"""For requests that are answered at once, as supervisors ask them."""
+"""Connections kept free for requests that are answered at once, such as those of health checks."""
 
 
 class Connection(Protocol):
-    """What can be asked of a connection."""
+    """The operations that a connection offers."""
 
     def abort(self) -> None:
-        """Close it at once, whatever it does."""
+        """Close the connection at once, whatever it does."""
 
     def time_out(self) -> None:
-        """End it, as its client took too long."""
+        """End the connection, as its client took too long."""
 
     def body_bytes(self) -> int | None:
-        """How much of a body has come; None if it is not read at the moment."""
+        """Return how many bytes of the body have arrived; None if no body is read at the moment."""
 
 
 class Connections:
-    """Every open connection of a worker.
+    """Keeps track of every open connection of a worker.
 
-    limit: how many may be open. Beyond it, and beyond MAX_WAITING of those that wait for their
-        clients, the one that has waited longest is closed; one that sends a body, only if none
-        waits for a head, and one that does not read its answer, only if no other waits.
-    Time is counted in sweeps, one a second: no client is late while the worker was held up.
+    limit: how many may be open. Above it, or above MAX_WAITING connections that wait for their
+        clients, the connection that has waited longest is closed; one that sends a body is closed
+        only if none waits for the head of a request, and one that does not read its response only
+        if no other waits.
+
+    Time is counted in sweeps, of which there is one a second: no client counts as late because the
+    worker was held up.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        """limit: None takes what the limit on descriptors leaves."""
+        """Set the limit; None takes what the limit on file descriptors leaves."""
         self.limit = _limit() if limit is None else limit
         self._open: set[Connection] = set()
-        # With the sweep at which the wait began, oldest first.
+        # Each with the number of the sweep at which its wait began, oldest first.
         self._heads: OrderedDict[Connection, int] = OrderedDict()
         self._bodies: OrderedDict[Connection, int] = OrderedDict()
         self._readers: OrderedDict[Connection, int] = OrderedDict()
@@ -75,41 +80,43 @@ class Connections:
         self._resets = select.epoll()
         self._watched: dict[int, Connection] = {}
         self._files: dict[Connection, int] = {}
-        """The other way round."""
+        """The file descriptor of each watched connection: the inverse of `_watched`."""
 
     @property
     def most_lasting(self) -> int:
-        """How many may wait for the server as long as it takes to generate."""
+        """Maximum number of connections that may wait for the server for as long as a generation
+        takes."""
         return max(1, self.limit - RESERVED_CONNECTIONS)
 
     def wait_for_head(self, connection: Connection) -> None:
-        """A connection, perhaps a new one, waits for its client to ask."""
+        """Note that a connection, which may be new, waits for the head of a request."""
         self.wait_for_nothing(connection)
         self._open.add(connection)
         self._heads[connection] = self._now
 
     def wait_for_body(self, connection: Connection) -> None:
-        """It waits for the rest of a request."""
+        """Note that a connection waits for the rest of a request."""
         self.wait_for_nothing(connection)
         self._bodies[connection] = self._now
 
     def wait_for_reader(self, connection: Connection) -> None:
-        """It waits until its client has read some of an answer; the kernel sees to how long."""
+        """Note that a connection waits until its client has read some of a response; the kernel's
+        timeout bounds how long."""
         self.wait_for_nothing(connection)
         self._readers[connection] = self._now
 
     def wait_for_nothing(self, connection: Connection) -> None:
-        """It does not wait for its client."""
+        """Note that a connection does not wait for its client."""
         for line in self._lines:
             line.pop(connection, None)
 
     @property
     def _lines(self) -> tuple[OrderedDict[Connection, int], ...]:
-        """Those that wait for their clients, in the order in which they give way."""
+        """The connections that wait for their clients, in the order in which they give way."""
         return self._heads, self._bodies, self._readers
 
     def closed(self, connection: Connection) -> None:
-        """Forget it."""
+        """Forget a connection that was closed."""
         self.wait_for_nothing(connection)
         self._open.discard(connection)
         file = self._files.pop(connection, None)
@@ -117,7 +124,7 @@ class Connections:
             del self._watched[file]
 
     def make_room(self) -> bool:
-        """Whether one more may be opened, if need be in the place of another."""
+        """Whether one more connection may be opened; if need be, another is closed to make room."""
         waiting = sum(map(len, self._lines))
         if len(self._open) < self.limit and waiting < MAX_WAITING:
             return True
@@ -130,12 +137,12 @@ class Connections:
         return False
 
     def sweep(self) -> None:
-        """End the connections whose clients took too long. To be called once a second."""
+        """End the connections whose clients took too long. Must be called once a second."""
         self._now += 1
         late = []
         for connection, since in self._heads.items():
             if self._now - since <= HEAD_SECONDS:
-                break  # nor are those behind it
+                break  # those behind it began to wait later, so they are not late either
             late.append(connection)
         for connection, since in self._bodies.items():
             received = connection.body_bytes()
@@ -147,11 +154,11 @@ class Connections:
             connection.time_out()
 
     def abort_if_reset(self, file: int, connection: Connection) -> None:
-        """Watch a socket of which all is read that its client will send: the event loop looks at it
-        no more, and would not see it reset."""
+        """Watch a socket on which the client has closed its sending side, so that all it sends has
+        been read: the event loop no longer polls it and would not see a reset."""
         if not self._watched:
             asyncio.get_running_loop().add_reader(self._resets.fileno(), self._abort_reset)
-        self._resets.register(file, 0)  # errors are always told
+        self._resets.register(file, 0)  # with no events asked for, epoll still reports errors
         self._watched[file] = connection
         self._files[connection] = file
 

@@ -1,7 +1,7 @@
-"""Every error as OpenAI's error object: `{"error": {message, type, param, code}}`.
+"""Turns every error into OpenAI's error object: `{"error": {message, type, param, code}}`.
 
-Knows: the exception tree, FastAPI's own errors and how each looks on the wire. What is not the
-client's doing is logged and shown without its internals.
+Knows: the exception tree, FastAPI's own errors and how each looks in a response. An error that the
+client did not cause is logged, and shown without its internals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minisrv.errors import (
 logger = logging.getLogger("minisrv.server")
 
 _ALLOWED = "Input should be "
-"""How most of pydantic's messages begin."""
+"""The beginning of most of pydantic's messages."""
 
 _HTTP_CODES = {
     404: "unknown_url",
@@ -47,7 +47,7 @@ class JSON(JSONResponse):
 
 
 def error_object(error: Exception) -> dict[str, Any]:
-    """The wire form of `error`; logs what is not the client's doing."""
+    """Return `error` as OpenAI's error object; log it if the client did not cause it."""
     if isinstance(error, MinisrvError) and error.http_status != 500:
         return _object(error.message, error.type, error.param, error.code)
     logger.error("a request failed", exc_info=error)
@@ -55,12 +55,12 @@ def error_object(error: Exception) -> dict[str, Any]:
 
 
 def error_status(error: Exception) -> int:
-    """The HTTP status of `error`."""
+    """Return the HTTP status of `error`."""
     return error.http_status if isinstance(error, MinisrvError) else 500
 
 
 def error_response(error: Exception) -> JSON:
-    """The response that `error` becomes if nothing was sent yet."""
+    """Return the response to a request that failed with `error` before anything was sent."""
     headers = {}
     if isinstance(error, MinisrvError) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
@@ -72,7 +72,8 @@ def error_response(error: Exception) -> JSON:
 def http_error_response(
     status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> JSON:
-    """The response of an error that HTTP has a status for and the exception tree does not."""
+    """Return the response to an error that has an HTTP status but no class in the exception
+    tree."""
     kind = "invalid_request_error" if status < 500 else "internal_error"
     return JSON(
         _object(message, kind, None, _HTTP_CODES.get(status)), status_code=status, headers=headers
@@ -105,19 +106,20 @@ def _object(
 
 
 def _clean(text: str) -> str:
-    """Text that can be encoded: what a client sent may hold lone surrogates."""
+    """Return a text that can be encoded: what a client sent may hold lone surrogates."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def validation_error(error: ValidationError, body: Any) -> RequestError:
-    """The first of the errors of a `body`, with `param` spelled as OpenAI does: `stop[2]`."""
+    """Return the most telling error of a `body` as a RequestError, with `param` spelled as OpenAI
+    does: `stop[2]`."""
     errors = [_Problem(found, body) for found in error.errors(include_url=False)]
     problem, alternatives = _most_telling(errors)
     kind, context, path = problem.kind, problem.context, list(problem.path)
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-    param = shortened(param)  # a client chooses unknown names freely
+    param = shortened(param)  # clients choose unknown names freely, so they may be long
     if not param:
         if kind == "string_unicode":
             return RequestError("A name in the request body is not valid Unicode.")
@@ -139,15 +141,15 @@ def validation_error(error: ValidationError, body: Any) -> RequestError:
 class _Problem:
     """One of pydantic's errors about a request's body.
 
-    location: as pydantic has it. Names of its own are part of it: of a union's members, and of
-        what a validator has made of a value.
-    path: as far as it leads through the body that the client sent.
+    location: the place of the error as pydantic gives it. It contains names that are pydantic's
+        own: of a union's members, and of what a validator has made of a value.
+    path: the location as far as it leads through the body that the client sent.
     """
 
     def __init__(self, error: Mapping[str, Any], body: Any) -> None:
         self.kind: str = error["type"]
         self.context: Mapping[str, Any] = error.get("ctx", {})
-        # Not the name of a class of ours.
+        # pydantic's message would name one of this package's classes.
         is_no_object = self.kind in ("model_type", "model_attributes_type")
         self.message = f"{_ALLOWED}an object" if is_no_object else str(error["msg"])
         self.given = shown(error["input"])
@@ -159,8 +161,8 @@ class _Problem:
 def _path_in(
     body: Any, location: tuple[int | str, ...], given: Any, *, missing: bool
 ) -> tuple[int | str, ...]:
-    """The parts of a location that lead through `body` to what was `given`; the last one need not
-    be there if it is `missing`."""
+    """Return the parts of a location that lead through `body` to the `given` value; the last part
+    need not exist in the body if the value is `missing`."""
     path: list[int | str] = []
     values = [body]
     for number, part in enumerate(location):
@@ -175,28 +177,28 @@ def _path_in(
         elif missing and number == len(location) - 1:
             path.append(part)
     if not missing and path and values[-2] is given:
-        path.pop()  # the name of a union's member, which the value has a field of
+        path.pop()  # it was the name of a union's member, and the value has a field of that name
     return tuple(path)
 
 
 def _most_telling(errors: list[_Problem]) -> tuple[_Problem, list[_Problem]]:
-    """The first of the errors, and which of them say what its value may be instead.
+    """Return the most telling of the errors, and all errors that say what its value may be instead.
 
-    A value that is none of a union's members has an error of each member. The one that is about
-    something inside of the value comes from the member that was meant.
+    A value that matches none of a union's members has an error for each member. An error about
+    something inside the value comes from the member that the client meant, so it is chosen.
     """
     first = errors[0]
     if len(first.path) == len(first.location):
         return first, [first]
     around = [one for one in errors if one.path[: len(first.path)] == first.path]
-    deepest = max(around, key=lambda one: len(one.path))  # the first of them
+    deepest = max(around, key=lambda one: len(one.path))  # the first of the deepest
     if len(deepest.path) > len(first.path):
         return deepest, [deepest]
     return first, around
 
 
 def _what_is_wrong(alternatives: list[_Problem]) -> str:
-    """What a value should be: what one of a union's members wants, in one sentence."""
+    """Say in one sentence what a value should be, joining what each of a union's members wants."""
     messages = [one.message for one in alternatives]
     if not all(message.startswith(_ALLOWED) for message in messages):
         return messages[0]

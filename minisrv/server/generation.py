@@ -1,10 +1,10 @@
-"""The choices of one response, side by side.
+"""The choices of one response, read side by side.
 
-A choice is one request of the engine: its tokens become text here, stop strings are found here,
-and what it needed is measured here.
+A choice is one request of the engine: here its tokens become text, its stop strings are found, and
+its latencies are measured.
 
-Knows: outputs and the detokenizer, and the engine client where a stop string aborts. Knows nothing
-of JSON or HTTP.
+Knows: outputs and the detokenizer, and the engine client where a stop string aborts a request.
+Knows nothing of JSON or HTTP.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from minisrv.text.detokenizer import Detokenizer
 
 @dataclass(slots=True)
 class Delta:
-    """What one output of the engine adds to one choice.
+    """The part of one choice that one output of the engine adds.
 
-    token_ids: every token, the one that ended the choice included; it counts in the usage.
-    logprobs: of all of them, so that a client which asks for one token and takes the last entry
-        off, as lm-eval does, never loses an entry of the prompt.
-    text_starts: where in the text each of these begins, or would if no stop string had cut it; for
-        completions.
-    num_cached_tokens: prompt tokens found in the prefix cache, with the first token only.
-    finish_reason: OpenAI's word, with the last delta only.
-    prompt_logprobs: of all prompt tokens but the first, with the first delta, if asked for.
+    token_ids: every new token, including the one that ended the choice, which counts in the usage.
+    logprobs: those of all new tokens, so that a client that asks for one token and drops the last
+        entry, as lm-eval does, never loses an entry of the prompt.
+    text_starts: the index in the text at which each of these tokens begins, or would begin if no
+        stop string had cut the text; for completions.
+    num_cached_tokens: prompt tokens found in the prefix cache; set with the first token only.
+    finish_reason: OpenAI's word for it; set in the last delta only.
+    prompt_logprobs: those of all prompt tokens but the first; set in the first delta, if asked for.
     """
 
     index: int
@@ -45,7 +45,7 @@ class Delta:
     text_starts: Sequence[int] = ()
 
     def extend(self, later: Delta) -> None:
-        """Add what came after this one."""
+        """Append a later delta of the same choice to this one."""
         self.text += later.text
         self.token_ids = self.token_ids + later.token_ids
         if later.logprobs is not None:
@@ -57,7 +57,7 @@ class Delta:
 
 
 def coalesce(deltas: Iterable[Delta]) -> list[Delta]:
-    """One delta for each choice that has any."""
+    """Merge deltas into one for each choice that has any."""
     by_choice: dict[int, Delta] = {}
     for delta in deltas:
         if delta.index in by_choice:
@@ -68,9 +68,11 @@ def coalesce(deltas: Iterable[Delta]) -> list[Delta]:
 
 
 class Choice:
-    """One choice: `index` is its place in the response, `arrival` the request's (perf_counter).
+    """One choice of a response.
 
-    report_steps: the last delta carries `graph_steps`. Then a choice that ends at a stop string
+    index: the choice's place in the response.
+    arrival: when the request arrived, by `time.perf_counter`.
+    report_steps: the last delta carries `graph_steps`. A choice that ends at a stop string then
         waits for the engine's answer to the abort, which carries them.
     """
 
@@ -95,18 +97,19 @@ class Choice:
         self._last_output: float | None = None
         self._report_steps = report_steps
         self._prompt_logprobs: list[TokenLogprobs] = []
-        """What has come of them before the first token."""
+        """Prompt logprobs that have come before the first token."""
         self._stopped: Delta | None = None
-        """The last delta, while it waits for its steps."""
+        """The last delta, while it waits for its `graph_steps`."""
 
     def read(self, output: EngineOutput, now: float) -> Delta | None:
-        """What an output adds, if anything; the last delta, and no other, has a finish reason.
+        """Return what an output adds to the choice, or None if nothing; the last delta, and no
+        other, has a finish reason.
 
-        now: when it came, as `arrival`.
+        now: when the output came, by `time.perf_counter`.
         Raises EngineNotReadyError if the engine dropped the request.
         """
         if self.ended:
-            return None  # a stop string was found, and the engine did not know yet
+            return None  # a stop string was found, and the engine had not handled the abort yet
         if output.prompt_logprobs:
             self._prompt_logprobs += output.prompt_logprobs
         if not output.token_ids and output.finish_reason is None:
@@ -166,7 +169,7 @@ class Choice:
 class Generation:
     """The choices of one response, read together.
 
-    requests: what to submit.
+    requests: the requests to submit to the engine.
     """
 
     def __init__(self, choices: Sequence[Choice]) -> None:
@@ -180,7 +183,7 @@ class Generation:
         return self._running == 0
 
     def read(self, outputs: Iterable[EngineOutput]) -> list[Delta]:
-        """What the outputs that have come by now add. Raises what `Choice.read` raises."""
+        """Return the deltas of a batch of outputs. Raises what `Choice.read` raises."""
         now = time.perf_counter()
         deltas = []
         for output in outputs:
@@ -192,6 +195,6 @@ class Generation:
         return deltas
 
     def check_ended(self) -> None:
-        """Raises EngineError if the engine gave a request up."""
+        """Raise EngineError if the engine ended a request without a finish reason."""
         if not self.has_ended:
             raise EngineError("the engine ended a request without a finish reason.")

@@ -1,12 +1,13 @@
-"""Which names a server answers to: those that a request's `Host` may have.
+"""The host names that a server answers to: the values that a request's `Host` header may have.
 
-A web page can let its own name mean 127.0.0.1 as soon as a browser has loaded it (DNS rebinding).
-To the browser a server there is then the page's own: scripts may ask it anything and read what it
-says. All that gives them away is the name. So a server that listens on a loopback address and asks
-for no key answers to this machine's names alone. One that asks for keys, or that other machines
-reach, has other names, which nobody here knows: it answers to any, unless it is told which.
+A web page can make its own host name resolve to 127.0.0.1 as soon as a browser has loaded the page
+(DNS rebinding). To the browser, a server at that address then has the page's origin: scripts may
+send it any request and read its responses. Only the `Host` header gives them away. So a server that
+listens on a loopback address and asks for no API key answers to this machine's names alone. A
+server that asks for keys, or that other machines reach, has other names, which cannot be known
+here: it answers to any name unless it is told which.
 
-Knows: names, as headers have them. Knows nothing of paths, keys or sockets.
+Knows: names as headers have them. Knows nothing of paths, keys or sockets.
 """
 
 from __future__ import annotations
@@ -23,26 +24,29 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+?)\.?(?::\d*)?")
 
 
 class HostNames:
-    """The names that are answered to, at any port."""
+    """The host names that a server answers to, at any port."""
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
-        """names: besides those of this machine; None for any name at all."""
+        """Set the names.
+
+        names: names to answer to besides those of this machine; None for any name at all.
+        """
         given = () if names is None else (_spelled(name) for name in names)
         self._any = names is None
         self._names = _LOOPBACK.union(given)
 
     @classmethod
     def of(cls, settings: ServerConfig, address: str) -> HostNames:
-        """Those of a server that listens on an IP address."""
+        """Return the host names of a server that listens on an IP address."""
         names = settings.allowed_hosts
         local = not settings.api_keys and ip_address(address).is_loopback
         return cls(None if "*" in names or not (names or local) else names)
 
     def check(self, http_version: str, hosts: Sequence[str]) -> None:
-        """Look at all the `Host` headers of a request.
+        """Check all the `Host` headers of a request.
 
-        Raises RequestError for another number of them than one (HTTP/1.0 may have none, as no
-        browser's has), MisdirectedError for a name that is not answered to.
+        Raises RequestError unless there is exactly one (an HTTP/1.0 request may have none, as no
+        browser sends one), MisdirectedError for a name that the server does not answer to.
         """
         if len(hosts) != 1:
             if not hosts and http_version == "1.0":
@@ -61,13 +65,13 @@ class HostNames:
 
 
 def _spelled(name: str) -> str:
-    """A name as `Host` has it: an IPv6 address stands in brackets."""
+    """Return a name as it stands in `Host`: an IPv6 address is in brackets."""
     name = name.lower().removesuffix(".")
     return f"[{name}]" if ":" in name and not name.startswith("[") else name
 
 
 def _is_loopback(name: str) -> bool:
-    if name.endswith(".localhost"):  # nobody can own it (RFC 6761)
+    if name.endswith(".localhost"):  # nobody can own such a name (RFC 6761)
         return True
     try:
         return ip_address(name.strip("[]")).is_loopback

@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol with bounds of its own, and with errors in OpenAI's shape.
 
-The application never sees what is refused here: a head that does not end, bytes that are no HTTP or
-that two readers could understand in two ways, a client that takes too long.
+The application never sees what is refused here: a request head that does not end, bytes that are
+not HTTP or that two readers could understand in two ways, a client that takes too long.
 
 Knows: uvicorn's protocol class and the framing of requests. Knows nothing of requests that can be
 parsed.
@@ -25,61 +25,66 @@ from minisrv.server.connections import Connections
 from minisrv.server.errors import JSON, error_response, http_error_response
 
 MAX_HEAD_BYTES = 64 << 10
-"""Of a request without its body; one read of the socket may come on top."""
+"""Maximum number of bytes of a request without its body; up to one read of the socket may come on
+top."""
 
 MAX_PIPELINED = 32
-"""Requests behind the one that is answered. Each costs as much as any other to parse, and a read
-of the socket may hold thousands."""
+"""Maximum number of pipelined requests that wait behind the one being answered. Each costs as much
+to parse as any other, and one read of the socket may hold thousands."""
 
 LINGER_SECONDS = 10
-"""For which what a client still sends is read and dropped when its last answer is written. A socket
-that is closed with something unread is reset, and a client may lose the answer by that."""
+"""Seconds for which data that a client still sends is read and dropped after its last response is
+written. A socket that is closed while it has unread data is reset, which may make the client lose
+the response."""
 
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
 
 _STATUS_LINE_BEGINS = b"HTTP/1.1 "
-"""As every answer does."""
+"""The first bytes of every response."""
 
 _CHUNK_BEGINS = b"0"
-"""As the size of any chunk may, the last one's included."""
+"""A leading zero of a chunk's size, which any chunk may have, the last one included."""
 
 _ABSOLUTE_FORM = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#@]*@)?([^/?#]*)")
-"""A request's target that names a host, as for a proxy, and which."""
+"""Matches a request target in absolute form, which names a host as for a proxy, and captures the
+host."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """The server's side of one connection."""
 
     opening: asyncio.Task[Any]
-    """Ends when there is a transport."""
+    """The task that opens the connection; it ends when there is a transport."""
 
     _head_bytes = 0
-    """Received since the last piece of a body or end of a request: a head, or trailers."""
+    """Bytes received since the last piece of a body or the end of a request: those of a head or of
+    trailers."""
 
     _body_bytes = 0
-    """Received of the request that was read last."""
+    """Bytes of the body received for the request that was read last."""
 
     _in_body = False
-    """The head of the request that was read last is complete, and its body is not."""
+    """Whether the head of the request that was read last is complete and its body is not."""
 
     _running: RequestResponseCycle | None = None
-    """Whose response is under way. uvicorn's `cycle` is the request that was read last."""
+    """The request whose response is under way. uvicorn's `cycle` is the request that was read
+    last."""
 
     _sends_no_more = False
-    """The client has closed its sending side."""
+    """Whether the client has closed its sending side."""
 
     _fault: str | None = None
-    """Why the head that is read is refused."""
+    """Why the head that is being read is refused."""
 
     _last_answer: bytes | None = None
-    """To what cannot be read. It is sent when all before it is answered; nothing is read behind it.
-    """
+    """The response to input that cannot be read. It is sent when all requests before it are
+    answered; nothing behind it is read."""
 
     _ended = False
-    """The last answer is sent."""
+    """Whether the last response is sent."""
 
     _replays_head = False
-    """The parser is told of a head that it has read before."""
+    """Whether the parser is being fed a head that was read before."""
 
     def __init__(
         self,
@@ -89,19 +94,21 @@ class BoundedProtocol(HttpToolsProtocol):
         connections: Connections,
     ) -> None:
         self._pieces: list[bytes] = []
-        # A body may come in chunks of a byte each, of which a read holds tens of thousands.
+        # The parser only collects the pieces of a body: it may come in chunks of one byte each, of
+        # which one read holds tens of thousands.
         self.on_body = self._pieces.append  # type: ignore[assignment, method-assign]
         super().__init__(config, server_state, app_state)
         self._connections = connections
 
     def connection_lost(self, exc: Exception | None) -> None:
-        # NOTE: uvicorn tells the request that was read last, and the one that runs went on.
+        # NOTE: uvicorn tells only the request that was read last that the client is gone; the one
+        # that is running would go on.
         if self._running is not None:
             _disconnect(self._running)
         self._connections.closed(self)
         super().connection_lost(exc)
-        # NOTE: uvicorn leaves it where the client has reset the connection, and all that this holds
-        # would stay until then.
+        # NOTE: uvicorn leaves its keep-alive timer in place if the client has reset the connection,
+        # and all that this object holds would stay in memory until the timer fires.
         self._unset_keepalive_if_required()
 
     # ---- reading ------------------------------------------------------------------------------
@@ -122,26 +129,26 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(http_error_response(431, fault))
 
     def _parse(self, data: bytes) -> None:
-        """Raises HttpParserError."""
+        """Feed data to the parser. Raises HttpParserError."""
         while data:
             try:
                 self.parser.feed_data(data)
                 self._take_pieces()
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # What is behind the head is for llhttp no HTTP any more. No upgrade is supported,
-                # so that it is the body (RFC 9110, 7.8).
+                # For llhttp, what follows the head is not HTTP any more. As no upgrade is
+                # supported, it is the request's body (RFC 9110, 7.8).
                 data = data[upgrade.args[0] :]
                 self._read_on()
 
     def _read_on(self) -> None:
-        """Let another parser read what follows the head that was read last."""
+        """Let a new parser read what follows the head that was read last."""
         framing = [header for header in self.headers if header[0] in (_LENGTH, _CODING)]
         if not self.cycle.keep_alive:
             framing.append((b"connection", b"close"))
         lines = [b"POST / HTTP/1.1", *(b": ".join(header) for header in framing), b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn does the same
         self._replays_head = True
         self.parser.feed_data(b"\r\n".join(lines))
         self._replays_head = False
@@ -160,10 +167,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._in_body:
             super().on_header(name, value.rstrip(b" \t"))  # llhttp strips on the left only
         elif name.lower() == b"connection":
-            # llhttp heeds it, and would read nothing more while the answer promises that we do.
+            # llhttp obeys this header, and would read nothing more although the response promises
+            # that the connection is kept.
             self._fault = "A trailer must not hold 'connection'."
             raise ValueError(self._fault)
-        # Others are ignored: whoever has looked at the head has not seen them.
+        # Other trailers are ignored: code that looked at the head has not seen them.
 
     def on_headers_complete(self) -> None:
         if self._replays_head:
@@ -171,7 +179,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._fault = self._fault_of_head()
         if self._fault is not None:
             raise ValueError(self._fault)
-        # NOTE: what the request line names goes before what Host says (RFC 9112, 3.2.2).
+        # NOTE: the host in the request line takes precedence over the Host header (RFC 9112,
+        # 3.2.2).
         if absolute := _ABSOLUTE_FORM.match(self.url):
             self.headers[:] = [
                 (name, absolute[1] if name == b"host" else value) for name, value in self.headers
@@ -187,8 +196,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._connections.wait_for_body(self)
 
     def _fault_of_head(self) -> str | None:
-        """Why a head is refused: mostly as another reader, such as a proxy, may have understood it
-        in another way."""
+        """Return why a head is refused, or None; mostly because another reader, such as a proxy,
+        may have understood it in another way."""
         lengths = [value for name, value in self.headers if name == _LENGTH]
         codings = [value.lower() for name, value in self.headers if name == _CODING]
         version = self.parser.get_http_version()
@@ -205,7 +214,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return None
 
     def _take_pieces(self) -> None:
-        """Hand on what has come of a body."""
+        """Pass the collected pieces of a body on to the application."""
         if self._pieces:
             body = b"".join(self._pieces)
             self._pieces.clear()
@@ -215,7 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # llhttp takes the end of the head for it
+            return  # llhttp reports the end of a head with Upgrade as the end of the request
         self._take_pieces()
         self._head_bytes = 0
         self._in_body = False
@@ -226,7 +235,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _answers(self) -> bool:
-        """A response is under way."""
+        """Whether a response is under way."""
         return self._running is not None and not self._running.response_complete
 
     def on_response_complete(self) -> None:
@@ -235,8 +244,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._running = self.pipeline[-1][0]
         super().on_response_complete()
-        # NOTE: a sweep ends a connection that is silent. uvicorn's timer would end it as well where
-        # the next request has come, but was not read yet as the worker was held up.
+        # NOTE: `Connections.sweep` ends silent connections. uvicorn's timer would also end a
+        # connection whose next request has arrived but was not read yet because the worker was held
+        # up.
         self._unset_keepalive_if_required()
         if not self._answers and (self._sends_no_more or self._last_answer is not None):
             self._end()
@@ -244,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wait()
 
     def _end(self) -> None:
-        """Close the connection behind the last answer."""
+        """Send the last response, if there is one, and close the connection behind it."""
         if self._ended:
             return
         self._ended = True
@@ -262,7 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _wait(self) -> None:
-        """Tell whom the connection waits for."""
+        """Tell `Connections` what the connection waits for."""
         if self._in_body and self._running is self.cycle:
             self._connections.wait_for_body(self)
         elif self._answers and self.flow.write_paused:
@@ -284,19 +294,20 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wait()
 
     def _refuse(self, response: JSON) -> None:
-        """Answer what cannot be read, behind the answers to what came before it, and close."""
+        """Answer input that cannot be read, after the responses to the requests before it, and
+        close the connection."""
         response.headers["connection"] = "close"
         status = HTTPStatus(response.status_code)
         lines = [b"HTTP/1.1 %d %s" % (status, status.phrase.encode())]
         lines += [name + b": " + value for name, value in response.raw_headers]
         self._last_answer = b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
         if self._in_body and not self._withdraw():
-            self._last_answer = b""  # that request has its answer
+            self._last_answer = b""  # the response to that request has begun already
         if not self._answers:
             self._end()
 
     def _withdraw(self) -> bool:
-        """Take back the request whose body is read; whether no answer to it had begun."""
+        """Drop the request whose body is being read; return whether no response to it had begun."""
         self._in_body = False
         if self.cycle is not self._running:
             self.pipeline.popleft()
@@ -310,10 +321,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays open: a client may close its sending side and go on reading.
 
-        One that is gone has sent the same. The first bytes of what comes next in any case tell
-        them apart: the system of a client that is gone answers them with a reset.
+        A client that is gone has sent the same end-of-file. The first bytes of the coming response
+        tell the two apart, as they would be the same for any response: the operating system of a
+        client that is gone answers them with a reset.
         """
-        if self._ended or self.scheme == "https":  # where asyncio ends both directions together
+        if self._ended or self.scheme == "https":  # asyncio closes both directions of TLS
             return False
         if self._in_body and self.cycle is not self._running:
             self._withdraw()
@@ -332,7 +344,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _is_open(self) -> bool:
-        """The TLS handshake is over, if there is one, and the connection is not closed."""
+        """Whether the TLS handshake, if there is one, is over and the connection is not closed."""
         return self in self.connections
 
     def abort(self) -> None:
@@ -347,24 +359,24 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._is_open:
             self.opening.cancel()
         elif self.transport.get_write_buffer_size():
-            self._connections.wait_for_head(self)  # it reads, and the kernel sees to that
+            self._connections.wait_for_head(self)  # data is unsent: TCP_USER_TIMEOUT covers it
         elif not self._ended and (self._in_body or self._head_bytes):
             self._refuse(http_error_response(408, "The request did not arrive in time."))
         else:
             self.transport.close()
 
     def give_up(self) -> None:
-        """Wait for no body any more: the server has no time left to answer."""
+        """Stop waiting for a body: the server has no time left to answer."""
         if self._in_body and not self._ended:
             self._refuse(error_response(time_is_over()))
 
     def body_bytes(self) -> int | None:
-        """How much of a body has come; None if it is not read at the moment."""
+        """Return how many bytes of the body have arrived; None if no body is read at the moment."""
         return None if self.flow.read_paused else self._body_bytes
 
 
 class _Wire:
-    """Where a response goes: its transport, with another way to close."""
+    """The transport that a response is written to, with another way to close it."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write: Callable[[bytes], None] = transport.write
@@ -372,7 +384,8 @@ class _Wire:
         self.close = close
 
     def begin(self, first: bytes) -> None:
-        """Send the first bytes of what is written next."""
+        """Send the first bytes of the next write in advance; that write then sends only the
+        rest."""
         write = self.write
 
         def rest(data: bytes) -> None:

@@ -1,13 +1,15 @@
-"""`minisrv serve`: the processes, from start to end.
+"""`minisrv serve`: starts, watches and ends the server's processes.
 
-Knows: which process starts which, and how all of them end. This process starts the engine, then the
-API workers, which import their parts and open the port while the engine loads: `/health` answers
-soon, `/ready` when the engine is. It then only watches. A worker that dies is replaced; one that
-dies before it was ready ends the server. SIGTERM and SIGINT stop admission, give open requests
-`shutdown_timeout` seconds, and end the tree; a second SIGINT ends it at once. An engine that shows
-no sign of life for `engine_timeout` seconds is killed, while it loads after `LOADING_SECONDS` at
-the earliest: the workers see it die and end its requests, or tell that it did not start.
-Knows nothing of requests, and imports neither torch nor anything of HTTP.
+This process starts the engine, then the API workers, which import their modules and open the port
+while the engine loads: `/health` answers soon, `/ready` once the engine is ready. After that it
+only watches. A worker that dies is replaced; one that dies before it was ready ends the server.
+SIGTERM and SIGINT stop admission, give open requests `shutdown_timeout` seconds, and end all
+processes; a second SIGINT ends them at once. An engine that shows no sign of life for
+`engine_timeout` seconds (while it loads, for at least `LOADING_SECONDS`) is killed: the workers see
+it die and end its requests, or report that it did not start.
+
+Knows: which process starts which, and how all of them end. Knows nothing of requests, and imports
+neither torch nor anything of HTTP.
 """
 
 from __future__ import annotations
@@ -41,31 +43,32 @@ from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProce
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
-"""How often the engine's sign of life is looked at."""
+"""Seconds between two looks at the engine's sign of life."""
 
 PAUSED_SECONDS = 2
-"""If the last look was longer ago, it was this process that did not run, as when a terminal or a
-container stops it, and the engine with it: that may need a moment too."""
+"""If the last look was more seconds ago than this, this process itself did not run, as when a
+terminal or a container stops it. The engine was then stopped with it and may need a moment too."""
 
 LOADING_SECONDS = 120
-"""What an engine that loads may be silent at least. Its sign of life is then a thread's, which
-native code holds up that keeps the interpreter: to load libraries, to begin with a device, to
-compile. On a CPU the longest was 0.6 s; a cold network disk or a GPU's driver may take much more.
-"""
+"""Minimum number of seconds that a loading engine may be silent. While it loads, its sign of life
+comes from a thread, which is held up by native code that keeps the GIL: loading libraries,
+initialising a device, compiling. On a CPU the longest silence was 0.6 s; a cold network disk or a
+GPU's driver may take much more."""
 
 STUCK_SECONDS = 5
-"""What workers get to end, beyond the time of their open requests."""
+"""Seconds that workers get to end, beyond the time of their open requests."""
 
 
 def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> int:
-    """Serve until told to stop; returns the exit status.
+    """Serve until a signal comes; return the exit status: 0 after SIGTERM or SIGINT, 1 if the
+    server could not start or go on, or the engine had died by then.
 
-    clock: of the start-up, which has begun.
-    0 after SIGTERM or SIGINT; 1 if the server could not start or go on, or the engine had died by
-    then. Raises ConfigError, ModelError for what can be seen before anything is started.
+    clock: measures the start-up, which has begun already.
+    Raises ConfigError or ModelError for what can be seen to be wrong before anything is started.
     """
     clock.end("launcher")
-    # Until there is a tree to end in order, SIGTERM interrupts what is being done, as SIGINT does.
+    # Until there are child processes to end in order, SIGTERM interrupts the current work, as
+    # SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise_descriptor_limit()
     ladders_of(engine)
@@ -112,10 +115,13 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
 
 
 class _Tree:
-    """The engine and the API workers, from the first report to the last exit status."""
+    """The engine and the API workers, from their first report to their last exit status."""
 
     def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
-        """engine_timeout: seconds that the engine may show no sign of life."""
+        """Take an engine process that has been started; the workers are added later.
+
+        engine_timeout: seconds that the engine may show no sign of life.
+        """
         self.engine = engine
         self.engine_timeout = engine_timeout
         self.workers: list[WorkerProcess] = []
@@ -125,7 +131,7 @@ class _Tree:
         self.hung = False
 
     def watch(self, stop: socket.socket, url: str, clock: StartupClock) -> bool:
-        """Watch until a signal comes (True) or the server cannot go on (False)."""
+        """Watch until a signal comes (returns True) or the server cannot go on (False)."""
         try:
             last = time.monotonic()
             while True:
@@ -178,18 +184,19 @@ class _Tree:
         self.engine.stop()
 
     def _tell_of_engine(self) -> None:
-        """Tell the workers how the engine has ended, which the kernel tells its parent alone."""
+        """Tell the workers how the engine has ended; the kernel tells that only to its parent, this
+        process."""
         self.engine_ended = True
         how = "killed as it showed no sign of life" if self.hung else self.engine.obituary()
         for worker in self.workers:
             worker.engine_ended(how)
 
     def _hear(self, worker: WorkerProcess, url: str, clock: StartupClock) -> bool:
-        """Take a report; whether the server can go on."""
+        """Receive a report of a worker; return whether the server can go on."""
         try:
             report: Report = worker.reports.recv()
         except (EOFError, ConnectionResetError):
-            return True  # it has died, which its sentinel tells
+            return True  # the worker has died, which `watch` sees by its sentinel
         match report:
             case Loading(phase, done, total) if worker is self.workers[0] and not self.announced:
                 self.progress(phase, done, total)
@@ -205,7 +212,8 @@ class _Tree:
         return True
 
     def _replace(self, index: int, worker: WorkerProcess) -> bool:
-        """Start another worker in the place of one that has died; whether the server can go on."""
+        """Start a new worker in the place of one that has died; return whether the server can go
+        on."""
         what = f"API worker {index} (process {worker.pid}) has died, {worker.obituary()}"
         if not worker.is_ready or self.engine.exit_status is not None:
             logger.error("%s; the server ends.", what)
@@ -215,9 +223,9 @@ class _Tree:
         return True
 
     def drain(self, stop: socket.socket, seconds: float) -> bool:
-        """Let the workers finish and end; whether all did in order. Another SIGINT ends the wait:
-        somebody is waiting. Another SIGTERM does not, as some programs send it to a process and
-        then to its group."""
+        """Let the workers finish and end; return whether all ended in order. Another SIGINT ends
+        the wait, as somebody is waiting. Another SIGTERM does not, as some programs send it first
+        to a process and then to its group."""
         for worker in self.workers:
             worker.drain()
         deadline = time.monotonic() + seconds
@@ -231,14 +239,15 @@ class _Tree:
         return all(worker.exit_status == 0 for worker in self.workers)
 
     def stop_workers(self) -> None:
-        """End those that are left, at once."""
+        """End the workers that are left, at once."""
         for worker in self.workers:
             worker.stop()
 
 
 @contextmanager
 def _stop_signals() -> Iterator[socket.socket]:
-    """A socket with a byte for each SIGTERM or SIGINT that has come: its number."""
+    """Yield a socket that receives a byte for each SIGTERM or SIGINT that comes: the signal's
+    number."""
     told, teller = socket.socketpair()
     with told, teller:
         teller.setblocking(False)
@@ -249,17 +258,20 @@ def _stop_signals() -> Iterator[socket.socket]:
             yield told
         finally:
             for signum in PARENTS_SIGNALS:
-                signal.signal(signum, signal.SIG_IGN)  # nothing is left that could end earlier
+                signal.signal(signum, signal.SIG_IGN)  # there is nothing left to interrupt
             signal.set_wakeup_fd(-1)
 
 
 def listen(server: ServerConfig) -> list[socket.socket]:
-    """A socket for each worker, on one port, over which the kernel spreads connections.
+    """Return a listening socket for each worker, all on one port, so that the kernel spreads
+    connections over them.
 
-    One socket that all accept from would leave most of a burst to the worker that wakes first.
+    With one socket that all workers accept from, most of a burst would go to the worker that wakes
+    up first.
     """
     listeners = [_bind(server, server.port)]
-    # NOTE: not before the first has the port to itself, or a second server would share it.
+    # NOTE: SO_REUSEPORT is set only after the first socket has the port to itself; otherwise a
+    # second server could share the port.
     for listener in listeners if server.api_workers > 1 else ():
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     port = listeners[0].getsockname()[1]
@@ -274,7 +286,8 @@ def _bind(server: ServerConfig, port: int, *options: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, option, 1)
     try:
         listener.bind((server.host, port))
-        # At once: of two servers that only bind to a port, neither would see the other.
+        # Listen at once: of two servers that have only bound to a port, neither would notice the
+        # other.
         listener.listen()
     except OSError as error:
         listener.close()
@@ -291,11 +304,11 @@ def _place(listener: socket.socket) -> str:
 
 
 def _check_certificate(server: ServerConfig) -> None:
-    """Raises ConfigError before any worker would."""
+    """Raise ConfigError if the certificate cannot be used, before any worker would fail on it."""
     if server.ssl_certfile is None or server.ssl_keyfile is None:
         return
     try:
-        # An empty password, as otherwise a key that needs one would be asked for here.
+        # An empty password is given, as OpenSSL would otherwise prompt for one if the key needs it.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, password="")
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

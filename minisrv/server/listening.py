@@ -1,7 +1,9 @@
-"""uvicorn's server with an accept loop of its own, which knows how much room there is.
+"""uvicorn's server with an accept loop of its own, which accepts only as many connections as there
+is room for.
 
-The event loop's own has none of it: out of descriptors it accepts nobody for a while, or closes
-whoever comes, and it shows a connection only when its TLS handshake is over.
+The event loop's own accept loop does not do that: when file descriptors run out, it accepts no
+connections for a while, or closes those that come, and it hands a connection over only when its TLS
+handshake is complete.
 
 Knows: uvicorn's server and listening sockets. Knows nothing of requests.
 """
@@ -21,21 +23,23 @@ from minisrv.server.http import BoundedProtocol
 logger = logging.getLogger("minisrv.server")
 
 STALLED_SECONDS = 30
-"""After which a client that reads nothing of what was sent to it, or has vanished from the network,
-loses its connection. Until then a stream holds what was generated for it, at most a context."""
+"""Seconds after which a client that reads nothing of what was sent to it, or has vanished from the
+network, loses its connection. Until then a stream keeps the output generated for it in memory,
+which is at most a context's worth."""
 
 BACKLOG = 2048
-"""Connections that the kernel holds until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 
 ACCEPT_AGAIN_SECONDS = 1
-"""After which a worker that had no room, or no descriptor or memory of the system, looks again."""
+"""Seconds after which a worker tries to accept again if it had no room, or the system had no file
+descriptor or memory left."""
 
 _TICKS_A_SECOND = 10
-"""Of uvicorn."""
+"""Calls of `on_tick` that uvicorn makes a second."""
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, serving one socket that listens, within bounds."""
+    """uvicorn's server, serving one listening socket, within bounds."""
 
     def __init__(
         self, config: uvicorn.Config, listener: socket.socket, connections: Connections
@@ -46,9 +50,9 @@ class HttpServer(uvicorn.Server):
         self._again: asyncio.TimerHandle | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept from now on."""
+        """Start to accept connections."""
         await super().startup(sockets=[])
-        # Inherited by what it accepts.
+        # The accepted sockets inherit this option.
         self._listener.setsockopt(
             socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000
         )
@@ -57,13 +61,13 @@ class HttpServer(uvicorn.Server):
         self._resume()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nobody any more, and end as uvicorn does."""
+        """Stop accepting connections, and shut down as uvicorn does."""
         self._pause()
         self._listener.close()
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Look at the connections once a second."""
+        """Check the connections once a second."""
         if counter % _TICKS_A_SECOND == 0:
             self.connections.sweep()
         return await super().on_tick(counter)
@@ -77,7 +81,8 @@ class HttpServer(uvicorn.Server):
             self._again.cancel()
 
     def _accept(self) -> None:
-        """Accept one connection: the next one's turn is behind everything else that is ready."""
+        """Accept one connection. The next one is accepted after everything else that is ready in
+        the event loop has run."""
         loop = asyncio.get_running_loop()
         client = None
         if self.connections.make_room():

@@ -1,9 +1,9 @@
-"""Log-probabilities in the two shapes OpenAI has for them.
+"""Log-probabilities in the two shapes that OpenAI has for them.
 
-Every entry of the engine's is told, those too whose text is another's, or that have none: an id of
-the model that is no token's is spelled `token_id:123`, as vLLM spells ids. So is, where entries are
-found by text, all but the first of those with the same text; the sampled token is always found
-under its own.
+Every entry of the engine is reported, even if its token has the same text as another one or no text
+at all: an id of the model's vocabulary that the tokenizer does not know is spelled `token_id:123`,
+as vLLM spells ids. Where entries are keyed by text, so are all but the first of those with the same
+text; the sampled token is always found under its own text.
 
 Knows: the tokenizer's spelling of single tokens. Knows nothing of sampling.
 """
@@ -22,7 +22,8 @@ from minisrv.text.tokenizer import Tokenizer
 def chat_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], num_top: int
 ) -> dict[str, Any]:
-    """`choices[].logprobs` of a chat: a list of tokens, each with its `num_top` best rivals."""
+    """Return `choices[].logprobs` of a chat: a list of tokens, each with its `num_top` most likely
+    alternatives."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text, piece = _text(tokenizer, token_id)
@@ -42,8 +43,9 @@ def chat_logprobs(
 def prompt_logprobs(
     tokenizer: Tokenizer, scored: Sequence[TokenLogprobs], num_top: int
 ) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs`, vLLM's: an entry for each prompt token, none for the first, of which
-    nothing is known; in it the token itself and its `num_top` best rivals, by id."""
+    """Return vLLM's field `prompt_logprobs`: an entry for each prompt token, null for the first,
+    which has no log-probability. An entry holds the token itself and its `num_top` most likely
+    alternatives, by token id."""
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         text, _ = _text(tokenizer, token_id)
@@ -58,30 +60,31 @@ def prompt_logprobs(
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of a completion, whose offsets run on from chunk to chunk.
+    """Writes `choices[].logprobs` of a completion, whose text offsets run on from chunk to chunk.
 
-    Every offset is an index into the choice's own text. A token whose text may be cut off with a
-    stop string, with some that came before it, waits until that is known.
+    Every offset is an index into the choice's own text. A token whose text may yet be cut off by a
+    stop string, together with some that came before it, is held back until that is known.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
         self._begin = 0
-        """Where the completion begins, behind a prompt that is repeated."""
+        """Index at which the completion begins, behind a prompt that is echoed."""
         self._length = 0
-        """Characters of the text so far."""
+        """Number of characters of the text so far."""
         self._waiting: deque[tuple[TokenLogprobs, int]] = deque()
 
     def chunk(
         self, logprobs: Iterable[TokenLogprobs], starts: Iterable[int], text: str, last: bool
     ) -> dict[str, list[Any]]:
-        """Four lists, one item per token.
+        """Return the four lists for some tokens, one item per token.
 
         `top_logprobs` holds the sampled token too: at most `num_top` + 1 entries.
 
-        starts: see `Delta.text_starts`.
-        text: what is told with them. last: no text follows.
+        starts: where each token begins; see `Delta.text_starts`.
+        text: the text that is sent together with these tokens.
+        last: whether no text follows.
         """
         self._length += len(text)
         self._waiting += zip(logprobs, (self._begin + start for start in starts), strict=True)
@@ -94,10 +97,10 @@ class CompletionLogprobs:
     def prompt(
         self, echo: Echo, token_ids: Sequence[int], scored: Sequence[TokenLogprobs]
     ) -> dict[str, list[Any]]:
-        """The same of a prompt that the text begins with; nulls for its first token, of which
-        nothing is known. Comes before any chunk.
+        """Return the four lists for an echoed prompt, with nulls for its first token, which has no
+        log-probability. Must be called before any `chunk`.
 
-        scored: all tokens but the first.
+        scored: the logprobs of all prompt tokens but the first.
         """
         lists = self._lists()
         for token_id, start, position in zip(token_ids, echo.starts, (None, *scored), strict=True):
@@ -131,7 +134,8 @@ class CompletionLogprobs:
         lists["top_logprobs"].append(best | {name: position.logprob})
 
     def _name(self, token_id: int) -> str:
-        """The token as text, or as OpenAI writes one that is not text by itself."""
+        """Return the token as text, or as OpenAI spells a token that is not valid text by
+        itself."""
         text, piece = _text(self._tokenizer, token_id)
         if piece is None or text.encode() == piece:
             return text
@@ -139,7 +143,8 @@ class CompletionLogprobs:
 
 
 def _text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes | None]:
-    """A token as text and as bytes; an id of no token has a name only."""
+    """Return a token as text and as bytes; an id that the tokenizer does not know has a name and no
+    bytes."""
     if not tokenizer.has_token(token_id):
         return _by_id(token_id), None
     return tokenizer.token_text(token_id)

@@ -1,7 +1,7 @@
-"""The messages of a chat, as clients send them: what a user says now, and what was said before.
+"""The messages of a chat, as clients send them: those of earlier turns and what the user says now.
 
-Knows: the fields, and what a chat template is told of them. How a template spells it is
-`text.chat_template`'s matter.
+Knows: the fields, and what a chat template is given of them. How a template spells them is the
+matter of `text.chat_template`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TextPart(SentBack):
 
     @property
     def told(self) -> str:
-        """The text of either."""
+        """The text, whichever of the two fields holds it."""
         return (self.text if self.type == "text" else self.refusal) or ""
 
 
@@ -98,30 +98,30 @@ class Message(SentBack):
 
     @property
     def speaks_of_tools(self) -> bool:
-        """Whether only a template that knows tools can spell it."""
+        """Whether the message can only be rendered by a template that knows tools."""
         return bool(self.tool_calls) or self.role == "tool"
 
     @property
     def holds_broken_calls(self) -> bool:
-        """Whether the arguments of a call are no JSON object."""
+        """Whether the arguments of any call are not a JSON object."""
         return any(isinstance(call.function.arguments, str) for call in self.tool_calls)
 
     @property
     def _texts(self) -> list[str]:
-        """The texts of the parts, which are one or more."""
+        """The texts of the parts, always one or more."""
         texts = [part.told for part in self.content or ()]
         return texts if any(texts) else [self.refusal or ""]
 
     def for_template(self, *, whole_calls: bool = False) -> dict[str, Any]:
-        """The message as chat templates expect it.
+        """Return the message as chat templates expect it.
 
-        whole_calls: arguments of calls are objects even where they were no JSON.
+        whole_calls: give the arguments of calls as objects even where they were not valid JSON.
         """
         texts = self._texts
         parts = [{"type": "text", "text": text} for text in texts]
         told: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            # The template gets of several parts what it takes: see `ChatTemplate`.
+            # Either is converted to what the template takes: see `ChatTemplate`.
             "content": parts if len(parts) > 1 else texts[0],
         }
         if self.name is not None:
@@ -139,4 +139,5 @@ class Message(SentBack):
 Messages: TypeAlias = Annotated[
     list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
 ]
-"""A chat. Of what is wrong in several messages the first is told, and no more is made."""
+"""The messages of a chat. If several are invalid, validation stops at the first and reports it
+alone."""

@@ -1,6 +1,7 @@
-"""The edge of the application: hosts, keys, request ids, limits on bodies, what becomes of errors.
+"""The outermost middleware: hosts, API keys, request ids, limits on bodies, and what becomes of
+errors.
 
-Pure ASGI: it passes `receive` on, so that what lies inside sees a client that goes away.
+It is pure ASGI and passes `receive` on, so that the application sees when a client disconnects.
 
 Knows: HTTP headers, keys and bytes. Knows nothing of what the requests ask for.
 """
@@ -27,34 +28,37 @@ from minisrv.server.hosts import HostNames
 access = logging.getLogger("minisrv.access")
 
 _POLLED = OPEN_PATHS | {"/metrics"}
-"""Asked again and again by machines: a line only for what is no answer to the question."""
+"""Paths that machines poll: they are logged only if the response is an unexpected error."""
 _NOT_READY = 503
-"""An answer of theirs like any other."""
+"""A status that the polled paths use as a regular answer."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""How a client that went away is counted; nginx's number."""
+"""The status by which a client that disconnected is counted; nginx uses this number."""
 
 MAX_UNREAD_BYTES = 64 << 20
-"""Of all bodies of a worker that are received or parsed at the moment: sixteen of the largest."""
+"""Maximum number of bytes of all bodies that a worker is receiving or parsing at a time: sixteen
+bodies of the largest size."""
 
 SMALL_BODY_BYTES = 64 << 10
-"""Of each body, which do not count: large ones that never end leave room for most requests."""
+"""Bytes of each body that do not count towards MAX_UNREAD_BYTES, so that large bodies which never
+end leave room for most requests."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Edge:
-    """Outermost middleware.
+    """The outermost middleware.
 
-    A request for another host, or without a key that it needs, is refused. `scope["key"]` is the
-    number of its key, or None. Every response carries `x-request-id`: the client's, where it is
-    short and plain, or a new one. A connection on which a client waits for leave to send its body
-    is closed behind the answer that comes instead. A body of more than `max_body_bytes` is answered
-    with 413, declared or not; a POST to one of `json_paths` that is not plain JSON with 415, and a
-    large body for which MAX_UNREAD_BYTES leave no room with 503. An unexpected exception is logged
-    and answered with 500. Each request is a line in the log when it has ended, with what the
-    response has put into `scope["told"]`, unless `access_log` is off. `arrived` is told of every
-    request, `failed` the status of every API response from 400 on.
+    A request for another host, or without a key that it needs, is refused. `scope["key"]` is set to
+    the index of the request's API key, or None. Every response carries `x-request-id`: the client's
+    own, if it is short and plain, or a new one. If a client waits for `100 Continue` before it
+    sends its body and gets the final response instead, the connection is closed after that
+    response. A body of more than `max_body_bytes` is answered with 413, whether its length was
+    declared or not; a POST to one of `json_paths` that is not plain JSON with 415; and a large body
+    that exceeds MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500.
+    Each request is logged as one line when it has ended, with the fields that the response has put
+    into `scope["told"]`, unless `access_log` is off. `arrived` is called for every request, and
+    `failed` with the status of every response from 400 on under `/v1/`.
     """
 
     def __init__(
@@ -89,7 +93,8 @@ class Edge:
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         REQUEST_ID.set(request_id)
-        # Without its 100 the client may leave the body out, and we would take for it what follows.
+        # If the client got no 100, it may leave the body out, and the next request would be read as
+        # the body.
         holds_back = "expect" in headers
         began = time.perf_counter()
         status = 0
@@ -120,21 +125,23 @@ class Edge:
                     await self._app(scope, limited, send_with_id)
             except Exception as error:
                 if status:
-                    raise  # too late for a status: the server closes the connection
+                    raise  # the status has been sent: the server closes the connection
                 await error_response(error)(scope, receive, send_with_id)
         finally:
             if self._access_log:
                 _log(scope, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
-        """What the headers alone are reason enough to refuse."""
+        """Return the response to a request that its headers alone are reason enough to refuse, or
+        None."""
         try:
             self._hosts.check(scope["http_version"], headers.getlist("host"))
             scope["key"] = self._keys.check(scope["path"], headers.get("authorization", ""))
         except RequestError as error:
             return error_response(error)
         length = headers.get("content-length", "")
-        # Python reads no integers of thousands of digits; 18 are too many bytes already.
+        # Python refuses to parse integers of thousands of digits; 18 digits are too many bytes
+        # already.
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_body_bytes):
             return http_error_response(413, self._too_large())
         if scope["method"] != "POST" or scope["path"] not in self._json_paths:
@@ -153,8 +160,9 @@ class Edge:
 
     @contextmanager
     def _limited(self, receive: Receive) -> Iterator[Receive]:
-        """`receive` that counts the body, whose length may not be declared. It counts among the
-        unread ones until the application asks what comes behind it, or has ended."""
+        """Yield a `receive` that counts the bytes of the body, whose length may not be declared.
+        The body counts as unread until the application asks for the message after it, or has
+        ended."""
         size = counted = 0
         whole = False
 
@@ -191,7 +199,8 @@ class Edge:
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    """One line for a request that has ended. The path as it was sent: it may hold anything."""
+    """Log one line for a request that has ended. The path is logged as it was sent, with special
+    characters escaped, as it may hold anything."""
     told = scope.get("told", {})
     status = told.pop("status", None) or status or CLIENT_CLOSED_REQUEST
     if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):

@@ -1,4 +1,4 @@
-"""Work that is too long for the event loop, done in a thread.
+"""Runs work that takes too long for the event loop in a thread.
 
 Knows: asyncio. Knows nothing of what is done.
 """
@@ -12,19 +12,20 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 LARGE = 8 << 10
-"""Of work by its size: bytes of a body to read, to render and to tokenise, characters of text, or
-tokens. Less than that takes some milliseconds at most, and most takes far less."""
+"""Size above which work is done in a thread: bytes of a body to read, render and tokenise,
+characters of text, or tokens. Less than this takes some milliseconds at most, and mostly far
+less."""
 
 
 async def offload(work: Callable[[], _T], size: float) -> _T:
-    """What `work` gives, which is done in a thread if its size is above `LARGE`; an infinite one
-    is where it cannot be told. Threads are bounded in number (asyncio's own), and so more of such
-    work waits."""
+    """Return what `work` returns. It is done in a thread if its size is above `LARGE`; an infinite
+    size is for work whose size cannot be told. The number of threads is bounded (asyncio's default
+    executor), so further work of this kind waits."""
     if size <= LARGE:
         return work()
     task = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(task)
     finally:
-        # A thread cannot be cancelled: until it is done, the request counts.
+        # A thread cannot be cancelled: the request counts as open until it is done.
         await asyncio.wait((task,))

@@ -1,8 +1,9 @@
 """Pages for people: `/` says what is served, and `/docs` shows the OpenAPI document.
 
-Neither loads anything from another host, and their content security policies forbid it. Links are
-relative, so that the pages work behind a proxy that adds a prefix. They are no part of the API:
-the OpenAPI document leaves them out. Where there are keys, they need one as every other path does.
+Neither page loads anything from another host, and their content security policies forbid it. Links
+are relative, so that the pages work behind a proxy that adds a prefix. The pages are no part of the
+API and are left out of the OpenAPI document. If the server asks for API keys, these pages need one
+as every other path does.
 
 Knows: HTML, and what a newcomer would type. Knows nothing of generations.
 """
@@ -29,7 +30,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from minisrv.server.serving import Serving
 
 _ASSETS = "docs/assets"
-"""Where the files of Swagger UI lie, relative to `/docs`."""
+"""Relative URL of Swagger UI's files, as the page `/docs` refers to them."""
 
 _LINKS = [
     ("docs", "the API, to read and to try in a browser"),
@@ -79,14 +80,14 @@ def _style_hash() -> str:
 
 
 _ROOT_HEADERS = _HEADERS | {
-    "cache-control": "no-store",  # its sentences are those of this moment
+    "cache-control": "no-store",  # its text describes the state of this moment
     "content-security-policy": (
         f"default-src 'none'; style-src 'sha256-{_style_hash()}'; img-src data:; {_LOCKED}"
     ),
     "vary": "accept",
 }
 _DOCS_HEADERS = _HEADERS | {
-    # FastAPI's page starts Swagger UI by a script that is part of it.
+    # FastAPI's page starts Swagger UI by an inline script.
     "content-security-policy": (
         "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
         f"script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; {_LOCKED}"
@@ -96,13 +97,14 @@ _DOCS_HEADERS = _HEADERS | {
 
 @cache
 def _files() -> dict[str, bytes]:
-    """Swagger UI, 3 MB: a file that is open for as long as a client likes would be a descriptor."""
+    """Return the files of Swagger UI, 3 MB, by name. They are kept in memory, because a file would
+    take a descriptor for as long as a client reads it."""
     found = files("fastapi_offline") / "static"
     return {entry.name: entry.read_bytes() for entry in found.iterdir() if entry.is_file()}
 
 
 def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
-    """Add `/` and `/docs`, which must be free.
+    """Add the routes `/` and `/docs`, which must not exist yet.
 
     keyed: whether requests need an API key.
     """
@@ -125,7 +127,7 @@ def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
             swagger_js_url=f"{_ASSETS}/swagger-ui-bundle.js",
             swagger_css_url=f"{_ASSETS}/swagger-ui.css",
             swagger_favicon_url="data:,",
-            # By default the document is sent to a validator on the internet.
+            # By default Swagger UI sends the document to a validator on the internet.
             swagger_ui_parameters={"validatorUrl": None},
         )
         page.headers.update(_DOCS_HEADERS)
@@ -143,16 +145,16 @@ def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
 
 
 def _summary(serving: Serving) -> str:
-    """What is served, and whether it can be asked now."""
+    """Return a sentence that says what is served, and whether requests are taken now."""
     client, names = serving.client, " and ".join(serving.served_model_names)
     context = f" Its context is {client.info.max_model_len} tokens." if client.info else ""
     return f"minisrv {version('minisrv')} serves {names}. It is {client.state.value} now.{context}"
 
 
 def _lines(serving: Serving, base_url: str, keyed: bool) -> list[tuple[str, str]]:
-    """Commands for a shell, each behind a sentence that introduces it.
+    """Return shell commands, each as a pair of a sentence that introduces it and the command.
 
-    base_url: of the server, as the client calls it, with a slash at its end.
+    base_url: the server's URL as the client calls it, with a slash at its end.
     """
     lines = []
     if keyed:
@@ -170,7 +172,7 @@ def _lines(serving: Serving, base_url: str, keyed: bool) -> list[tuple[str, str]
 
 
 def _curl(url: str, body: dict[str, Any], keyed: bool) -> str:
-    # Quoted, as the host is what the client says it is.
+    # The URL is quoted, as its host is whatever the client sent.
     arguments = [shlex.quote(url), "-H 'Content-Type: application/json'"]
     if keyed:
         arguments.append('-H "Authorization: Bearer $MINISRV_API_KEY"')

@@ -1,5 +1,5 @@
-"""What a request comes to before it reaches the engine: prompts, the form of the answer, and how a
-chat's answer is read.
+"""Prepares a request before it reaches the engine: its prompts, the form that the answer must have,
+and how a chat's answer is parsed.
 
 Knows: chat templates' formats, and the fields of tools. Knows nothing of engines or HTTP.
 """
@@ -26,11 +26,11 @@ from minisrv.text.tool_parsers import ToolParser
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How the answer to one chat is read.
+    """The settings for parsing the answer to one chat.
 
-    prompt: the text that the template has made.
-    tools: finds tool calls; None if none are looked for.
-    parallel: calls behind the first count.
+    prompt: the text that the chat template has rendered.
+    tools: the parser class that finds tool calls; None if none are looked for.
+    parallel: whether calls after the first are kept.
     """
 
     format: ChatFormat
@@ -39,21 +39,21 @@ class AnswerFormat:
     parallel: bool
 
     def parser(self) -> ChatParser | None:
-        """A new one for a choice; None if all of the answer is content."""
+        """Return a new parser for one choice; None if all of the answer is content."""
         return self.format.parser(self.prompt, tools=self.tools, parallel=self.parallel)
 
     def kept_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Special tokens that are text to the parser."""
+        """Return the special tokens whose text the parser needs to see."""
         ids = (tokenizer.token_id(marker) for marker in self.format.markers(self.tools))
         return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt as the text of a completion begins with it.
+    """A prompt as it stands at the beginning of a completion's text.
 
-    starts: where in the text each token begins; of use for log-probabilities only, and nothing
-        without them.
+    starts: the index in the text at which each token begins; needed for log-probabilities only, and
+        empty without them.
     """
 
     text: str
@@ -64,10 +64,10 @@ class Echo:
 class Prepared:
     """A request that is ready for the engine.
 
-    prompts: token ids; each has the request's `n` choices.
-    form: what the text of every choice must be.
-    answer: None for a completion, whose text is all there is.
-    echoes: what is repeated of each prompt; None if nothing is.
+    prompts: the token ids of each prompt; each prompt has the request's `n` choices.
+    form: the form that the text of every choice must have; None for any text.
+    answer: how the answer is parsed; None for a completion, whose text is not parsed.
+    echoes: the echo of each prompt; None if prompts are not echoed.
     """
 
     prompts: list[list[int]]
@@ -77,7 +77,10 @@ class Prepared:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, locate: bool) -> tuple[list[int], Echo]:
-    """The ids of a prompt, and its echo. locate: with the starts of its tokens."""
+    """Return the token ids of a prompt, and its echo.
+
+    locate: whether the echo holds where its tokens begin.
+    """
     if locate:
         ids, starts = tokenizer.encode_with_starts(text)
         return ids, Echo(text, starts)
@@ -85,7 +88,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, locate: bool) -> tuple[lis
 
 
 def decode_prompt(tokenizer: Tokenizer, ids: list[int], *, locate: bool) -> Echo:
-    """The echo of a prompt that came as ids: special tokens are spelled in it."""
+    """Return the echo of a prompt that was sent as token ids; special tokens are spelled out in
+    it."""
     detokenizer = Detokenizer(tokenizer, keep=tokenizer.special_ids, locate=locate)
     text = detokenizer.push(ids, final=True)
     return Echo(text, detokenizer.take_starts(len(ids)))
@@ -98,7 +102,7 @@ def render_chat(
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt of a chat. Raises what `Tokenizer.render_chat` raises."""
+    """Render a chat as the text of a prompt. Raises what `Tokenizer.render_chat` raises."""
     told_tools = [tool.for_template() for tool in tools]
 
     def spell(whole_calls: bool) -> str:
@@ -108,14 +112,15 @@ def render_chat(
     try:
         return spell(whole_calls=False)
     except RequestError:
-        # Some templates go through the arguments of a call, and have to be given some.
+        # Some templates iterate over the arguments of a call and fail if they are not an object.
         if not any(message.holds_broken_calls for message in messages):
             raise
         return spell(whole_calls=True)
 
 
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:
-    """Raise RequestError if the chat template would leave out calls, their results or tools."""
+    """Raise RequestError if the chat template would leave out tool calls, their results or
+    tools."""
     if any(message.speaks_of_tools for message in messages) and not format.spells_calls:
         raise RequestError(
             "messages holds tool calls or their results, which this model's chat template does not "
@@ -131,8 +136,8 @@ def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: Chat
 
 
 def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[ToolParser] | None:
-    """Who finds the answer's tool calls; None if there are no tools. Raises RequestError for what
-    the model has not learned."""
+    """Return the parser that finds the answer's tool calls; None if there are no tools. Raises
+    RequestError if the model has not learned what is asked for."""
     check_tools(request.messages, request.offered_tools, format)
     if not request.offered_tools:
         return None
@@ -150,7 +155,8 @@ def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[Tool
 def answer_form(
     request: ChatCompletionRequest, answer: AnswerFormat, tokenizer: Tokenizer
 ) -> StructuredOutput | None:
-    """What the answer must be, behind its reasoning. Raises RequestError for what is too large."""
+    """Return the form that the answer must have behind its reasoning, or None for any text. Raises
+    RequestError for a form that is too large."""
     form = request.structured_output
     if request.required_tools:
         assert answer.tools is not None

@@ -1,8 +1,8 @@
-"""The API worker as a process: how the launcher starts one, hears of it and lets it end.
+"""The API worker as a process: how the launcher starts one, receives its reports and lets it end.
 
-Each worker listens on a socket of its own, all of them on one port: the kernel spreads connections
-over them. The launcher keeps the sockets open too, so that a connection waits while a dead worker
-is replaced.
+Each worker listens on a socket of its own, and all of these are bound to one port: the kernel
+spreads connections over them. The launcher keeps the sockets open too, so that connections wait
+while a dead worker is replaced.
 
 Knows: processes. Imports nothing of HTTP, which would take half a second before the engine starts.
 """
@@ -22,22 +22,28 @@ from minisrv.engine.messages import Loading, Ready
 from minisrv.processes import ChildProcess
 
 CHECKPOINT = "checkpoint"
-"""The file in the server's private directory that says what is served, for all processes."""
+"""Name of the file in the server's private directory that describes the checkpoint that is served,
+for all processes."""
 
 Report = Loading | Ready | str
-"""What a worker tells the launcher: what the engine told it, or why it cannot serve."""
+"""A worker's report to the launcher: the engine's progress, that it is ready, or a message that
+says why it cannot serve."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What an API worker is started with.
+    """The arguments that an API worker is started with.
 
-    index: its number, out of `number` workers.
-    address, engine_pid: of the engine.
-    private_dir: the server's own, where workers share their metrics, and CHECKPOINT lies.
-    root: the checkpoint as the server was told of it, which served_model_names stand for.
-    settings: the server's.
-    engine_is_ready: or else it is starting as well, and the worker answers that it does.
+    index: the worker's number, from 0.
+    number: how many workers there are.
+    address: the address of the engine's socket.
+    engine_pid: the process id of the engine.
+    private_dir: the server's private directory, where workers share their metrics and CHECKPOINT
+        lies.
+    root: the checkpoint as the operator named it, which served_model_names stand for.
+    settings: the settings of the server.
+    engine_is_ready: whether the engine is ready; if not, it is starting too, and the worker answers
+        that it is loading.
     """
 
     index: int
@@ -52,14 +58,15 @@ class WorkerConfig:
 
     @property
     def name(self) -> str:
-        """Of the process, and on the engine's socket."""
+        """Name of the process, which also identifies the worker to the engine."""
         return f"api-{self.index}"
 
 
 class WorkerProcess(ChildProcess):
     """The launcher's handle of an API worker.
 
-    is_ready: it has said so. reports: its end of the line, readable if there is something to take.
+    is_ready: whether the worker has reported that it is ready.
+    reports: the launcher's end of the pipe between them; it is readable if there is a report.
     """
 
     def __init__(self, config: WorkerConfig, listener: socket.socket) -> None:
@@ -74,16 +81,16 @@ class WorkerProcess(ChildProcess):
             )
 
     def engine_ended(self, how: str) -> None:
-        """Tell it how the engine has ended."""
-        with suppress(OSError):  # it has died as well
+        """Tell the worker how the engine has ended."""
+        with suppress(OSError):  # the worker has died as well
             self.reports.send(how)
 
     def drain(self) -> None:
-        """Let it refuse new requests, finish the open ones and end."""
+        """Let the worker refuse new requests, finish the open ones and end."""
         self.reports.close()
 
     def successor(self) -> WorkerProcess:
-        """Another process in the place of this one, which has ended."""
+        """Start another worker process in the place of this one, which has ended."""
         self.stop()
         self.reports.close()
         return WorkerProcess(replace(self.config, engine_is_ready=True), self.listener)

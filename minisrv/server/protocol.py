@@ -1,11 +1,13 @@
-"""What a request body may say: every field typed and bounded, everything else refused by name.
+"""The request bodies: every field is typed and bounded, and everything else is refused by name.
 
 A field is in one of four classes:
 
 - supported: declared here, and it does what OpenAI (or vLLM, for its extensions) says it does;
-- metadata and hints (`user`, `store`, `service_tier`, ...): ignored, as they change no answer;
-- known but not supported: accepted at the values that ask for nothing, else refused by name;
-- unknown: refused by name, but for those of messages, which clients send back as they got them.
+- metadata and hints (`user`, `store`, `service_tier`, ...): ignored, as they do not change the
+  answer;
+- known but not supported: accepted at the values that ask for nothing, and otherwise refused by
+  name;
+- unknown: refused by name, except in messages, which clients send back as they got them.
 
 An explicit null equals an absent field. Types are as strict as OpenAI's: nothing is converted,
 except that a float may be written as an integer.
@@ -55,13 +57,13 @@ from minisrv.server.unsupported import (
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
-"""Of one response: prompts times `n`."""
+"""Maximum number of choices of one response: prompts times `n`."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
 MAX_PROMPT_TOKENS = 1 << 22
 MAX_TOKEN_ID = 2**31 - 1
 DEFAULT_COMPLETION_TOKENS = 16
-"""`max_tokens` of a completion that does not say; OpenAI's."""
+"""`max_tokens` of a completion request that does not set it; OpenAI's default."""
 
 ModelName: TypeAlias = Annotated[ShortText, AfterValidator(lambda name: name or None)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -95,7 +97,8 @@ class StreamOptions(Strict):
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
-    """Token ids, which are strings in JSON, to numbers."""
+    """Convert the token ids of `logit_bias`, which are strings in JSON, to integers, and check each
+    entry."""
     if not isinstance(value, dict):
         raise ValueError("must be an object that maps token ids to numbers")
     if len(value) > MAX_LOGIT_BIAS:
@@ -117,7 +120,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 def _is_token_id(name: str) -> bool:
-    """Whether it is the one spelling of a token id."""
+    """Whether the text is a token id in its one valid spelling: decimal, without leading zeros."""
     short = name.isascii() and name.isdigit() and len(name) <= len(str(MAX_TOKEN_ID))
     return short and name == str(int(name)) and int(name) <= MAX_TOKEN_ID
 
@@ -255,45 +258,48 @@ class GenerationRequest(RequestBody):
 
     @property
     def structured_output(self) -> StructuredOutput | None:
-        """What the text must be; None if it may be anything. Raises RequestError for what is too
-        large."""
+        """The structured output that the text must follow; None if it may be anything. Raises
+        RequestError for one that is too large."""
         given = self.structured_outputs or self.response_format
         return None if given is None else given.as_spec()
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream is to end with a usage chunk."""
+        """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk of the stream is to hold the usage of its choice so far."""
+        """Whether every chunk of the stream holds the usage of its choice so far."""
         options = self.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
 
     @property
     def token_limit(self) -> int | None:
-        """Tokens to generate at most, as the client asked; None if it did not."""
+        """Maximum number of tokens to generate, as the client set it; None if it did not."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives to report for each token; None reports no log-probabilities at all."""
+        """Number of alternatives to report for each token; None reports no log-probabilities at
+        all."""
         return None
 
     @property
     def num_scored_logprobs(self) -> int | None:
-        """The same for each token of the prompt, for whatever asks for them."""
+        """Number of alternatives to report for each prompt token, in whatever field of the
+        response; None reports none."""
         return self.prompt_logprobs
 
     def sampling_params(
         self, defaults: GenerationConfig, max_tokens: int, *, choice: int = 0
     ) -> SamplingParams:
-        """The engine's parameters: the request's, else the checkpoint's, else OpenAI's.
+        """Return the engine's sampling parameters: each is the request's, else the checkpoint's,
+        else OpenAI's default.
 
-        choice: which of the `n` of its prompt; see `choice_seed`.
+        choice: which of the `n` choices of its prompt this is; see `choice_seed`.
 
-        Stop strings stay out: they are found in the text, not by the engine.
+        Stop strings are not part of them: they are found in the text, not by the engine.
         """
 
         def first(*candidates: float | None) -> float:
@@ -301,7 +307,7 @@ class GenerationRequest(RequestBody):
 
         return SamplingParams(
             max_tokens=max_tokens,
-            # The checkpoint's must not make a request wrong that does not speak of it.
+            # The checkpoint's default must not make a request invalid that does not set min_tokens.
             min_tokens=(
                 min(defaults.min_tokens or 0, max_tokens)
                 if self.min_tokens is None
@@ -324,7 +330,8 @@ class GenerationRequest(RequestBody):
 
 
 def _prompts(value: Any) -> Prompts:
-    """All four spellings of `prompt` as a list of texts or a list of lists of token ids."""
+    """Convert each of the four forms of `prompt` to a list of texts or a list of lists of token
+    ids."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list) and value:
@@ -503,12 +510,12 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """What the model is told of, and may call."""
+        """The tools that the model is told of, and may call."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def required_tools(self) -> list[Tool]:
-        """Those of which one must be called; none if none need be."""
+        """The tools of which one must be called; empty if none need be."""
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             return [tool for tool in self.tools if tool.function.name == name]

@@ -1,9 +1,9 @@
-"""Deltas to OpenAI's response bodies: completions and chat, streamed and not.
+"""Turns deltas into OpenAI's response bodies: completions and chat, streamed or not.
 
 A reply is made for one response and fed every delta once, either through `events` (streamed) or
 through `add` and then `document` (not streamed).
 
-Knows: the shapes on the wire. Knows nothing of how deltas come about.
+Knows: the JSON shapes of responses. Knows nothing of how deltas come about.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minisrv.text.tokenizer import Tokenizer
 
 
 class Reply(ABC):
-    """What completions and chat completions share: identity, usage, extensions."""
+    """Common part of the responses of completions and chat completions: id, usage, extensions."""
 
     id_prefix: ClassVar[str]
     object_name: ClassVar[str]
@@ -51,23 +51,26 @@ class Reply(ABC):
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
         self._text_is_all = not (self._return_token_ids or self._continuous_usage)
-        """Whether a delta in the middle has nothing to tell but its text and logprobs, and the text
-        is told as it is."""
+        """Whether a delta that is neither the first nor the last of its choice has nothing to
+        report but its text and logprobs, with the text passed on unchanged."""
         self._tail: dict[str, Any] = {"usage": None} if self._include_usage else {}
         self._chunk_head = self._head(self.chunk_name)
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
         self._prompts: Sequence[list[int]] = ()
         self._deltas: list[list[Delta]] = []
         self._plain: dict[int, tuple[bytes, bytes]] = {}
-        """What is around the text of an event that tells nothing else, of each choice begun."""
+        """The bytes before and behind the text in an event that reports nothing else, for each
+        choice that has begun."""
         self._first: float | None = None
-        """When the first delta came."""
+        """When the first delta came, by `time.perf_counter`; None before that."""
         self._completion_tokens: list[int] = []
         self._cached_tokens: list[int] = []
-        """Of each choice; all choices of a prompt have found the same in the cache."""
+        """Prompt tokens of each choice found in the prefix cache; all choices of a prompt found the
+        same."""
 
     def begin(self, prepared: Prepared) -> None:
-        """Set the prompts, each of the next `n` choices. Comes before any delta."""
+        """Set the prompts, each of which belongs to the next `n` choices. Must be called before any
+        delta."""
         self._prompts = prepared.prompts
         number = len(self._prompts) * self._choices_per_prompt
         self._deltas = [[] for _ in range(number)]
@@ -75,11 +78,11 @@ class Reply(ABC):
         self._cached_tokens = [0] * number
 
     def _prompt_of(self, index: int) -> list[int]:
-        """The prompt of a choice."""
+        """Return the prompt of a choice."""
         return self._prompts[index // self._choices_per_prompt]
 
     def events(self, delta: Delta) -> bytes:
-        """The events of a delta; none if there is nothing to tell."""
+        """Return the events of a delta as bytes; empty if there is nothing to report."""
         self._count(delta)
         plain = self._plain.get(delta.index)
         if plain is None:
@@ -92,7 +95,10 @@ class Reply(ABC):
         return self._events(delta, first, tells)
 
     def told(self, arrival: float) -> dict[str, Any]:
-        """What a log may say of it: numbers. arrival: of the request, as `time.perf_counter`."""
+        """Return the numbers that the access log may hold about this response.
+
+        arrival: when the request arrived, by `time.perf_counter`.
+        """
         first = {} if self._first is None else {"first_ms": round(1e3 * (self._first - arrival), 1)}
         return {
             **first,
@@ -101,7 +107,7 @@ class Reply(ABC):
         }
 
     def last_events(self) -> bytes:
-        """What ends a stream."""
+        """Return the events that end a stream."""
         if not self._include_usage:
             return sse.DONE
         return sse.event({**self._chunk_head, "choices": [], "usage": self._usage()}) + sse.DONE
@@ -112,18 +118,19 @@ class Reply(ABC):
         self._deltas[delta.index].append(delta)
 
     def size_of(self, deltas: Iterable[Delta]) -> int:
-        """About how many numbers and texts are told of prompts with these deltas."""
+        """Return about how many numbers and texts are reported of the prompts with these deltas."""
         number = sum(len(delta.prompt_logprobs) for delta in deltas)
         return number * (1 + max(self._num_logprobs, self._prompt_logprobs or 0))
 
     @property
     def size(self) -> int:
-        """About how many numbers and texts are in `document`."""
+        """Approximate number of numbers and texts in `document`."""
         told = sum(self._completion_tokens) * (1 + self._num_logprobs)
         return told + self.size_of(deltas[0] for deltas in self._deltas)
 
     def document(self) -> dict[str, Any]:
-        """The body of a response that is not streamed. Comes after the last delta."""
+        """Return the body of a response that is not streamed. Must be called after the last
+        delta."""
         return {
             **self._head(self.object_name),
             "choices": [self._whole(index) for index in range(len(self._deltas))],
@@ -141,18 +148,18 @@ class Reply(ABC):
         return choice
 
     def _if_asked(self, token_ids: Sequence[int]) -> Sequence[int] | None:
-        """Token ids, if they were asked for; else null, as vLLM has it."""
+        """Return the token ids if they were asked for; else null, as in vLLM."""
         return token_ids if self._return_token_ids else None
 
     def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None] | None:
-        """The field `prompt_logprobs`: null if it was not asked for, as vLLM has it."""
+        """Return the field `prompt_logprobs`: null if it was not asked for, as in vLLM."""
         if self._prompt_logprobs is None:
             return None
         return prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
 
     @abstractmethod
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """A whole choice, but for the fields that every choice has."""
+        """Return a whole choice, without the fields that every choice has."""
 
     @abstractmethod
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
@@ -160,10 +167,11 @@ class Reply(ABC):
 
     @abstractmethod
     def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
-        """The events of a delta; `first` of its choice, and whether it `tells` of tokens."""
+        """Return the events of a delta. `first`: it is the first of its choice; `tells`: it has
+        text, logprobs or token ids to report."""
 
     def _chunk(self, choice: dict[str, Any], *, extra: dict[str, Any] | None = None) -> bytes:
-        """The event of a choice, with `extra` fields beside it."""
+        """Return the event of a choice, with `extra` fields beside the list of choices."""
         if not extra and not self._continuous_usage:
             return self._chunks.encode(choice)
         tail = self._tail
@@ -181,7 +189,7 @@ class Reply(ABC):
         self._cached_tokens[delta.index] += delta.num_cached_tokens
 
     def _usage(self) -> dict[str, Any]:
-        """Of all choices; a prompt counts once."""
+        """Return the usage of all choices; a prompt counts once."""
         return _usage(
             sum(map(len, self._prompts)),
             sum(self._completion_tokens),
@@ -189,7 +197,7 @@ class Reply(ABC):
         )
 
     def _usage_of(self, index: int) -> dict[str, Any]:
-        """Of one choice so far, as vLLM tells it in each chunk."""
+        """Return the usage of one choice so far, as vLLM reports it in each chunk."""
         prompt = len(self._prompt_of(index))
         return _usage(prompt, self._completion_tokens[index], self._cached_tokens[index])
 
@@ -204,7 +212,7 @@ def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 class CompletionReply(Reply):
-    """`text_completion`: the choices of all prompts."""
+    """A `text_completion`: the choices of all prompts."""
 
     id_prefix = "cmpl"
     object_name = chunk_name = "text_completion"
@@ -256,8 +264,8 @@ class CompletionReply(Reply):
     def _shown(
         self, deltas: Sequence[Delta], echoes: bool
     ) -> tuple[str, dict[str, list[Any]] | None]:
-        """Text and `logprobs` of what deltas add to a choice; `echoes` says whether the prompt
-        comes first."""
+        """Return the text and `logprobs` that deltas add to a choice; `echoes` says whether the
+        prompt comes first."""
         index = deltas[0].index
         text = "".join([delta.text for delta in deltas])
         echo = None
@@ -280,7 +288,7 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """`chat.completion`: the choices of one conversation."""
+    """A `chat.completion`: the choices of one conversation."""
 
     id_prefix = "chatcmpl"
     object_name = "chat.completion"
@@ -291,7 +299,7 @@ class ChatReply(Reply):
         assert prepared.answer is not None
         self._parsers = [prepared.answer.parser() for _ in self._deltas]
         self._called = [False] * len(self._deltas)
-        """Whether a choice has called a tool."""
+        """Whether each choice has called a tool."""
         self._text_is_all &= not any(self._parsers)
 
     def document(self) -> dict[str, Any]:
@@ -311,7 +319,7 @@ class ChatReply(Reply):
         if parser is not None:
             found = _read(parser, delta)
             self._called[delta.index] |= any(isinstance(part, ToolCallStart) for part in found)
-            # What was held back has tokens to tell of all the same.
+            # Even if the parser holds the text back, its tokens may have to be reported.
             parts = [_delta(part) for part in found] or [{}] * (
                 tells and bool(delta.logprobs or self._return_token_ids)
             )
@@ -330,7 +338,8 @@ class ChatReply(Reply):
         return events
 
     def _begin_answer(self, delta: Delta) -> bytes:
-        """The chunk that tells the role, which comes before the first token of the answer."""
+        """Return the chunk that holds the role, which comes before the first token of the
+        answer."""
         choice = _chat_choice(delta.index, {"role": "assistant", "content": ""})
         extra: dict[str, Any] = {"prompt_token_ids": self._if_asked(self._prompts[0])}
         if self._continuous_usage:
@@ -370,18 +379,19 @@ class ChatReply(Reply):
 
 
 def _read(parser: ChatParser, delta: Delta) -> list[ChatDelta]:
-    """What a delta adds to an answer."""
+    """Return what a delta adds to an answer."""
     found = parser.feed(delta.text)
     return found if delta.finish_reason is None else [*found, *parser.finish()]
 
 
 def _finish_reason(last: Delta, called: bool) -> str | None:
-    """An answer that ends by itself and calls tools ends for them, as OpenAI has it."""
+    """Return the finish reason: `tool_calls` if an answer ended by itself and called tools, as
+    OpenAI has it."""
     return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason
 
 
 def _delta(part: ChatDelta) -> dict[str, Any]:
-    """The `delta` of a chunk, as OpenAI's client puts it together."""
+    """Return the `delta` field of a chunk, in the form that OpenAI's client assembles."""
     match part:
         case ContentDelta(text):
             return {"content": text}
@@ -396,11 +406,12 @@ def _delta(part: ChatDelta) -> dict[str, Any]:
 
 
 def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    """The choice of a chunk with nothing but a delta in it."""
+    """Return the choice of a chunk with nothing but a delta in it."""
     choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
     return {**choice, "token_ids": None}
 
 
 def _reasoning(text: str | None) -> dict[str, str | None]:
-    """Under the name that DeepSeek's API gave it, and vLLM's newer one: clients look for either."""
+    """Return the fields of the reasoning: under the name of DeepSeek's API and vLLM's newer one, as
+    clients look for either."""
     return {"reasoning_content": text, "reasoning": text}

@@ -1,10 +1,11 @@
-"""A request's body: from bytes to a validated model, within bounds, and beside the event loop.
+"""Reads a request's body: from bytes to a validated model, within bounds, and beside the event
+loop.
 
-What a body costs depends on how many values it holds more than on how many bytes: four megabytes of
-text are read in a millisecond, of `{},` in half a second and half a gigabyte. So values are counted
-before anything is made of them. A body that is not small is counted, parsed and validated in a
-thread, one body at a time: the interpreter lets one thread run anyway, and what it needs for one
-call into C, during which it lets no other, is bounded by the counts.
+What a body costs depends more on how many values it holds than on how many bytes: four megabytes of
+text are read in a millisecond, but four megabytes of `{},` take half a second and half a gigabyte.
+So values are counted before the body is parsed. A body that is not small is counted, parsed and
+validated in a thread, one body at a time: the GIL lets only one thread run anyway, and the time of
+a single call into C, during which no other thread runs, is bounded by the counts.
 
 Knows: JSON, pydantic's validation and FastAPI's routes. Knows no field.
 """
@@ -36,20 +37,21 @@ from minisrv.server.strict import RequestBody
 _Body = TypeVar("_Body", bound=RequestBody)
 
 _NUM_BYTES = "minisrv.num_bytes"
-"""In the scope of a request: of its body."""
+"""Key in the ASGI scope under which the body's size in bytes is kept."""
 _GIVE_BACK_ABOVE = 256 << 10
-"""Bytes of a body behind which it is worth some milliseconds to give freed memory back."""
+"""Size of a body in bytes above which it is worth some milliseconds to return freed memory to the
+system."""
 
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="request-body")
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint has one parameter, `body`, a `RequestBody`, or a second one,
-    `request`, and answers with a response. FastAPI describes it, and would parse and validate on
-    the event loop."""
+    """A route whose endpoint takes `body`, a `RequestBody`, and optionally `request`, and returns a
+    response. The body is parsed by this module; FastAPI describes it in the OpenAPI document, but
+    would parse and validate it on the event loop."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and return the memory that a large one took."""
+        """Answer a request, and return the memory that a large body took to the system."""
         try:
             await super().handle(scope, receive, send)
         finally:
@@ -57,7 +59,7 @@ class BodyRoute(APIRoute):
                 _THREAD.submit(give_memory_back)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """Return the function that answers a request."""
         endpoint = self.endpoint
         parameters = inspect.signature(endpoint, eval_str=True).parameters
         model, wants_request = parameters["body"].annotation, "request" in parameters
@@ -77,7 +79,7 @@ class BodyRoute(APIRoute):
 
 
 async def _read(model: type[_Body], data: bytes) -> _Body:
-    """The body that `data` is. Raises RequestError."""
+    """Return the body that `data` holds. Raises RequestError."""
     if len(data) <= LARGE:
         found = read_body(model, data)
     else:
@@ -88,14 +90,14 @@ async def _read(model: type[_Body], data: bytes) -> _Body:
 
 
 def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
-    """The body that `data` is, or what is wrong with it.
+    """Return the body that `data` holds, or the error if it is invalid.
 
-    The error is returned, as one that is raised would hold on to the values of all frames that it
-    comes through.
+    The error is returned and not raised, as a raised one would keep alive the values of all frames
+    that it passes through.
     """
     allowance = Allowance()
     try:
-        # A lone surrogate is refused with the name of its field.
+        # Lone surrogates pass here and are refused later, with the name of their field.
         text = str(data, "utf-8-sig", "surrogatepass")
         allowance.take(data)
         body = model.model_validate(value := json.loads(text), context=allowance)
@@ -110,6 +112,6 @@ def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
         return validation_error(error, value)
     except TooManyValuesError as error:
         return RequestError(f"The request body {error}.")
-    except ValueError:  # Python's own limit
+    except ValueError:  # Python limits the digits of an integer
         return RequestError("The request body holds an integer of too many digits.")
     return body.sent_in(len(data))

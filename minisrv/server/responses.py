@@ -1,10 +1,11 @@
-"""The HTTP response of a generation: runs it, streamed or not, while the client is there.
+"""The HTTP response of a generation: runs it, streamed or not, as long as the client is connected.
 
 Everything that can take long (tokenising, queueing, prefill, decode) happens inside the response
-and races the client's disconnect, which cancels it and so aborts it in the engine. The status
-line waits for the first output of every choice: a refusal is never a 200.
+and races the client's disconnect, which cancels it and so aborts it in the engine. The status line
+is sent only after the first output of every choice, so that a refused request never gets a 200.
 
-Knows: ASGI. The meaning of a request is `serving`'s, the shape of a body `replies`'.
+Knows: ASGI. The meaning of a request is the matter of `serving`, and the shape of a body that of
+`replies`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from minisrv.server.serving import Serving
 
 
 class GenerationResponse(Response):
-    """Answers `request` in the shape of `reply`."""
+    """Answers `request` with a body made by `reply`."""
 
     def __init__(
         self, serving: Serving, request: CompletionRequest | ChatCompletionRequest, reply: Reply
@@ -42,7 +43,7 @@ class GenerationResponse(Response):
         self._reply = reply
         self._arrival = time.perf_counter()
         self._told: dict[str, Any] = {}
-        """What the log says of it."""
+        """Fields of this request's line in the access log."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._answer(scope, receive, send))
@@ -87,7 +88,7 @@ class GenerationResponse(Response):
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Raises DeadlineError when the request's time is over."""
+        """Raise DeadlineError when the request's time is over."""
         seconds = self._serving.request_timeout
         left = None if seconds is None else seconds - (time.perf_counter() - self._arrival)
         try:
@@ -102,14 +103,15 @@ class GenerationResponse(Response):
     async def _stream(self, generation: Generation, send: Send) -> None:
         reply, client = self._reply, self._serving.client
         silent = set(range(len(generation.requests)))
-        early = b""  # events of choices that were faster than the slowest first output
+        early = b""  # events of choices that came before another choice's first output
         started = behind = False
         try:
             batches = client.generate(generation.requests)
             async with self._in_time(), aclosing(batches):
                 async for outputs in batches:
                     deltas = generation.read(outputs)
-                    # An event for each token, but one for all that came while the client took none.
+                    # Each token gets an event, but tokens that came while a send waited for the
+                    # client share one.
                     told = coalesce(deltas) if behind else deltas
                     if started:
                         events = b"".join(map(reply.events, told))
@@ -143,12 +145,13 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _first_events(self, deltas: list[Delta]) -> bytes:
-        """They may repeat the prompt, with log-probabilities."""
+        """Return the events of the first deltas; they may hold the echoed prompt with its
+        log-probabilities, so that large ones are made in a thread."""
         reply = self._reply
         return await offload(lambda: b"".join(map(reply.events, deltas)), reply.size_of(deltas))
 
 
 async def _disconnect(receive: Receive) -> None:
-    """Returns when the client goes away; the body has been read before."""
+    """Return when the client disconnects; the body must have been read before."""
     while (await receive())["type"] != "http.disconnect":
         pass

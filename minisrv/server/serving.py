@@ -1,4 +1,4 @@
-"""From a validated body to the engine's requests: the model's name, tokens, limits.
+"""Turns validated bodies into the engine's requests: the model's name, tokens, limits.
 
 Knows: the tokenizer, the engine client and the limits of the model. Knows nothing of HTTP or of
 response bodies.
@@ -57,7 +57,7 @@ from minisrv.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Serving:
-    """What every generation needs, made once for the application.
+    """The state that every generation needs, made once for the application.
 
     Raises ConfigError if the checkpoint's sampling defaults are out of bounds.
     """
@@ -68,18 +68,20 @@ class Serving:
     generation: GenerationConfig
     metrics: Metrics
     root: str
-    """The checkpoint that the names stand for, as whoever started the server calls it."""
+    """The checkpoint that the served names stand for, as the operator named it."""
     key_limit: KeyLimit | None = None
     max_open: int = sys.maxsize
-    """Choices at once, where the engine would take more."""
+    """Maximum number of open choices, where the engine would take more."""
     grammar_seconds_per_key: float = 0.0
-    """Processor time in a minute for trying a key's new grammars; 0 for any."""
+    """Seconds of processor time a minute that may be spent on trying new grammars of one API key; 0
+    sets no limit."""
     share_prefix_cache: bool = False
     """Whether requests with different API keys share cached prefixes."""
     request_timeout: float | None = None
-    """Seconds from a request's arrival to its end; None for any."""
+    """Seconds from a request's arrival to its end; None sets no limit."""
     created: int = field(default_factory=lambda: int(time.time()))
-    """Unix time in seconds."""
+    """Unix time in seconds at which this object was made, which is the `created` field of
+    models."""
 
     def __post_init__(self) -> None:
         try:
@@ -88,7 +90,7 @@ class Serving:
             raise ConfigError(f"generation_config.json: {error.message}") from error
 
     def model_name(self, asked: str | None) -> str:
-        """The name to answer under. Raises ModelNotFoundError."""
+        """Return the model's name for the response. Raises ModelNotFoundError."""
         if asked is None:
             return self.served_model_names[0]
         if asked not in self.served_model_names:
@@ -100,7 +102,8 @@ class Serving:
         return asked
 
     def engine_info(self) -> EngineInfo:
-        """The ready engine's limits. Raises EngineNotReadyError, EngineDeadError."""
+        """Return the limits of the engine, which must be ready. Raises EngineNotReadyError,
+        EngineDeadError."""
         state, info = self.client.state, self.client.info
         if state is EngineState.DEAD:
             raise EngineDeadError("The engine has died; the server must be restarted.")
@@ -115,8 +118,9 @@ class Serving:
         request_id: str,
         key: int | None,
     ) -> Iterator[None]:
-        """A place for every choice, from before its prompt is tokenised, also among those of its
-        key. Raises what `KeyLimit.places`, `Admission.places` and `engine_info` raise."""
+        """Hold a place for every choice while the request is open, from before its prompt is
+        tokenised, both in the engine and among those of its API key. Raises what `KeyLimit.places`,
+        `Admission.places` and `engine_info` raise."""
         info = self.engine_info()
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
         ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
@@ -139,9 +143,10 @@ class Serving:
     async def prepare(
         self, request: CompletionRequest | ChatCompletionRequest, owner: int | str
     ) -> Prepared:
-        """Make the prompts, and find out whether what the answer must be can be followed.
+        """Make the token ids of the prompts, and validate the grammar that the answer must follow,
+        if there is one.
 
-        owner: of the request, see `auth.owner`.
+        owner: whom the request belongs to; see `auth.owner`.
 
         Raises RequestError if the model or a grammar cannot do what is asked, and what
         `engine_info` and `GrammarValidator.validate` raise.
@@ -169,7 +174,8 @@ class Serving:
             _check_prompt("messages", ids, vocab_size)
             return Prepared([ids], form, answer)
 
-        # A small schema may put objects together in a great many ways.
+        # Required tools always run in a thread: even a small schema may combine objects in a great
+        # many ways.
         return await offload(prepare, math.inf if request.required_tools else request.num_bytes)
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
@@ -177,7 +183,7 @@ class Serving:
         repeats, locate = request.echo, request.logprobs is not None
 
         def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
-            """The ids of a prompt, and what is repeated of it."""
+            """Return the token ids of a prompt, and its echo if it is echoed."""
             if isinstance(prompt, list):
                 _check_prompt("prompt", prompt, vocab_size)  # before its ids are looked up
                 echo = decode_prompt(self.tokenizer, prompt, locate=locate) if repeats else None
@@ -200,8 +206,8 @@ class Serving:
         return await offload(prepare, request.num_bytes)
 
     async def tokenize(self, request: TokenizeRequest, key: int | None) -> dict[str, Any]:
-        """The body of the answer, which counts among what its key has open. Raises RequestError,
-        and what `engine_info` raises."""
+        """Return the body of the response. The request counts among those that its API key has
+        open. Raises RequestError, and what `engine_info` raises."""
         info = self.engine_info()
 
         def tokenize() -> dict[str, Any]:
@@ -224,8 +230,8 @@ class Serving:
             return await offload(tokenize, request.num_bytes)
 
     async def detokenize(self, request: DetokenizeRequest, key: int | None) -> dict[str, Any]:
-        """The body of the answer, which counts as `tokenize`'s does; special tokens are spelled.
-        Raises RequestError, and what `engine_info` raises."""
+        """Return the body of the response, with special tokens spelled out. The request counts like
+        one of `tokenize`. Raises RequestError, and what `engine_info` raises."""
         vocab_size = self.engine_info().vocab_size
 
         def detokenize() -> dict[str, Any]:
@@ -237,12 +243,12 @@ class Serving:
 
     @cached_property
     def chat_format(self) -> ChatFormat:
-        """How the model spells what its chat template asks for."""
+        """The spelling of reasoning and tool calls that the model's chat template shows."""
         return ChatFormat.of_template(self.tokenizer.chat_template_source)
 
     @cached_property
     def _validator(self) -> GrammarValidator:
-        # Not before the first grammar, when the engine is known.
+        # Made with the first grammar, when the engine's limits are known.
         end = list(self.generation.eos_token_ids)
         return GrammarValidator(
             self.tokenizer,
@@ -252,7 +258,7 @@ class Serving:
         )
 
     def close(self) -> None:
-        """End what has been started for the requests, and the waiting for it."""
+        """End the process that tries grammars, and the requests that wait for it."""
         if "_validator" in self.__dict__:
             self._validator.close()
 
@@ -264,9 +270,9 @@ class Serving:
         key: int | None,
         arrival: float,
     ) -> list[Choice]:
-        """The choices of each prompt, one prompt behind the other, none of them started.
+        """Return the choices of all prompts, one prompt after the other; none of them is started.
 
-        key: the number of the client's API key.
+        key: the index of the client's API key.
         Raises RequestError, ContextLengthError and what `engine_info` raises.
         """
         info = self.engine_info()
@@ -275,7 +281,8 @@ class Serving:
         _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
         prompts, answer = prepared.prompts, prepared.answer
         keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
-        # What a grammar describes is what the tokens spell, a blank at its start included.
+        # A grammar describes exactly the text that the tokens spell, including a space at its
+        # start.
         form = prepared.form
         own_text = chat and (form is None or bool(form.reasoning_end))
         choices = []
@@ -340,12 +347,12 @@ def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> 
 def _token_limit(
     request: GenerationRequest, num_prompt: int, max_model_len: int, default: int | None
 ) -> int:
-    """Tokens to generate at most.
+    """Return the maximum number of tokens to generate.
 
-    default: the checkpoint's for requests that do not say; OpenAI's where it is None.
+    default: the checkpoint's limit for requests that set none; OpenAI's default where it is None.
 
-    A limit that the client asks for must fit the context beside the prompt; a default one is cut
-    to what fits. Raises ContextLengthError, in OpenAI's words.
+    A limit that the client sets must fit into the context beside the prompt; a default is cut to
+    what fits. Raises ContextLengthError, in OpenAI's words.
     """
     chat = isinstance(request, ChatCompletionRequest)
     what = "messages" if chat else "prompt"

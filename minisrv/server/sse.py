@@ -1,6 +1,6 @@
-"""Server-sent events, as OpenAI frames them.
+"""Server-sent events, framed as OpenAI does.
 
-Knows: bytes. A chunk of a stream repeats everything but its choice, so the rest is encoded once.
+Knows: bytes. All chunks of a stream are equal but for their choice, so the rest is encoded once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 encode_text: Callable[[str], bytes] = _encode
-"""A text as JSON."""
+"""Encodes a text as JSON."""
 
 
 def event(data: Any) -> bytes:
-    """One event with `data` as JSON."""
+    """Return one event with `data` as JSON."""
     return b"data: " + _encode(data) + b"\n\n"
 
 
 class ChunkEncoder:
-    """Events that differ in their one choice only.
+    """Encodes events that differ in their one choice only.
 
-    head: the fields before `choices`; tail: those behind it.
+    head: the fields before `choices`.
+    tail: the fields behind `choices`.
     """
 
     def __init__(self, head: dict[str, Any], tail: dict[str, Any]) -> None:
@@ -41,11 +42,11 @@ class ChunkEncoder:
         self._after = b"]" + self._after
 
     def encode(self, choice: dict[str, Any]) -> bytes:
-        """The event with this choice."""
+        """Return the event with this choice."""
         return self._before + _encode(choice) + self._after
 
     def around_text(self, choice: dict[str, Any], key: str) -> tuple[bytes, bytes]:
-        """What is before and behind the text, encoded as JSON, in events with this choice, of which
-        only `key`, empty here, changes. The key occurs once."""
+        """Return the bytes before and behind the JSON-encoded text in events with this choice, of
+        which only the value of `key`, empty here, changes. The key must occur once."""
         before, _, after = self.encode(choice).partition(b'"%b":""' % key.encode())
         return before + b'"%b":' % key.encode(), after

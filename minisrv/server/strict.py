@@ -1,5 +1,5 @@
-"""What every JSON object of a request has in common: strict types, and no field that is ignored,
-but for what clients send back of earlier answers.
+"""The base classes of every JSON object in a request: strict types, and no field that is ignored,
+except in objects of earlier answers that clients send back.
 
 Knows: pydantic. Knows no field.
 """
@@ -24,19 +24,20 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 from minisrv.server.unsupported import asks_for_nothing, refusal
 
 MAX_TEXT = 1 << 24
-"""Characters of one text; the limit on the body's bytes bites first."""
+"""Maximum number of characters of one text; the limit on the body's bytes is reached first."""
 
 ShortText: TypeAlias = Annotated[str, Field(max_length=512)]
 Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
 def refuse(field: str, message: str) -> PydanticCustomError:
-    """A validation error of the model that `field` belongs to."""
+    """Return a validation error of the model that `field` belongs to."""
     return PydanticCustomError("refused", "{message}", {"message": message, "field": field})
 
 
 def at_most(count: int) -> BeforeValidator:
-    """Refuses a longer object before it looks at members, each of which may be wrong."""
+    """Return a validator that refuses an object of more than `count` members before any member is
+    validated, as each of them may be wrong."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > count:
@@ -48,7 +49,7 @@ def at_most(count: int) -> BeforeValidator:
 
 
 def _or_null(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a field that may be null, too."""
+    """Return the JSON schema of a field that may also be null."""
     about = {"title", "description", "default"}
     values = {name: value for name, value in field.items() if name not in about}
     either = values.pop("anyOf", None) if values.keys() == {"anyOf"} else [values]
@@ -58,7 +59,7 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
 
 
 class Strict(BaseModel):
-    """A JSON object: strict types, no unknown fields, null equals absent."""
+    """A JSON object with strict types and no unknown fields, in which null equals absent."""
 
     model_config = ConfigDict(
         strict=True,
@@ -69,7 +70,7 @@ class Strict(BaseModel):
     )
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     _names: ClassVar[frozenset[str]]
-    """Of the fields, as clients write them."""
+    """Names of the fields, as clients write them."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -79,8 +80,8 @@ class Strict(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """What is accepted: null where a field may be absent, under any name, and of fields that
-        are not supported what asks for nothing."""
+        """Return the JSON schema of what is accepted: null where a field may be absent, under any
+        name, and for fields that are not supported the values that ask for nothing."""
         schema = handler(core_schema)
         own = handler.resolve_ref_schema(schema)
         for name, field in own["properties"].items():
@@ -98,8 +99,8 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keep_what_is_asked_for(cls, data: Any) -> Any:
-        """Drop what asks for nothing, refuse what is not supported, and keep of unknown fields the
-        first: pydantic makes an error of each."""
+        """Drop fields that ask for nothing, refuse fields that are not supported, and of unknown
+        fields keep only the first, as pydantic would make an error of each."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -125,11 +126,11 @@ class RequestBody(Strict):
 
     @property
     def num_bytes(self) -> int:
-        """How large it was, as it was sent; 0 for one that was not."""
+        """Size of the body in bytes, as it was sent; 0 if it did not come from a client."""
         return self._num_bytes
 
     def sent_in(self, num_bytes: int) -> Self:
-        """This body, which was sent in so many bytes."""
+        """Set the size of the body in bytes, as it was sent, and return the body."""
         self._num_bytes = num_bytes
         return self
 
@@ -137,9 +138,8 @@ class RequestBody(Strict):
 class SentBack(Strict):
     """A JSON object of a chat's history, which clients send back as some server gave it to them.
 
-    Fields that are not known here are ignored: servers add fields to their answers, and clients
-    fields of their own. What holds something that the model would have to see is known, and refused
-    by name.
+    Unknown fields are ignored: servers add fields to their answers, and clients add fields of their
+    own. Fields that hold something that the model would have to see are known, and refused by name.
     """
 
     model_config = ConfigDict(extra="ignore")

@@ -1,11 +1,12 @@
-"""What a request may say of the form of its text: `response_format`, as OpenAI has it, and
-`structured_outputs`, as vLLM does.
+"""The fields by which a request asks for a structured output: `response_format`, as OpenAI has it,
+and `structured_outputs`, as vLLM has it.
 
 An object of a schema that declares properties holds those and no others, whether it is `strict` or
-not, unless it says so itself by `additionalProperties`: as in xgrammar, which vLLM and SGLang use.
+not, unless the schema sets `additionalProperties` itself: as in xgrammar, which vLLM and SGLang
+use.
 
-Whether a schema or a grammar can be followed is not seen here: it is compiled before the request
-reaches the engine, elsewhere.
+Whether a schema or a grammar can be followed is not checked here: it is compiled elsewhere before
+the request reaches the engine.
 
 Knows: the fields and their bounds. Knows nothing of tokens.
 """
@@ -22,7 +23,7 @@ from minisrv.server.strict import Strict, Text, refuse
 
 
 def _schema(value: Any) -> str:
-    """A JSON schema, as an object, as its text."""
+    """Return a JSON schema that was sent as an object as JSON text."""
     if not isinstance(value, dict):
         raise ValueError("must be a JSON schema, which is an object")
     try:
@@ -70,7 +71,8 @@ class ResponseFormat(Strict):
         return self
 
     def as_spec(self) -> StructuredOutput | None:
-        """None for any text. Raises RequestError for a schema that is too large."""
+        """Return what the engine is asked for; None for any text. Raises RequestError for a schema
+        that is too large."""
         if self.type == "text":
             return None
         text = "" if self.json_schema is None else self.json_schema.schema_
@@ -101,7 +103,7 @@ class StructuredOutputs(Strict):
         return self
 
     def as_spec(self) -> StructuredOutput:
-        """Raises RequestError for what is too large."""
+        """Return what the engine is asked for. Raises RequestError for what is too large."""
         kinds = StructuredOutputKind
         if self.choice is not None:
             choices = tuple(self.choice)

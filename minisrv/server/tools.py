@@ -1,7 +1,7 @@
-"""What a chat request may say of tools: those the model may call, which it must, and the calls and
-results of earlier turns. OpenAI's fields, as far as functions go.
+"""The fields of a chat request about tools: those that the model may call, which it must call, and
+the calls and results of earlier turns. They are OpenAI's fields, as far as functions go.
 
-Knows: the fields and their bounds. How a model spells a call is `text.tool_parsers`' matter.
+Knows: the fields and their bounds. How a model spells a call is the matter of `text.tool_parsers`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minisrv.server.structured import Schema
 
 MAX_TOOLS = 128
 MAX_CALLS = 4096
-"""Calls of one message: more than fit into an answer."""
+"""Maximum number of calls in one message: more than fit into an answer."""
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -36,7 +36,7 @@ class Function(Strict):
     and nowhere else: with or without this."""
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """Return the function as chat templates expect it."""
         told: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             told["description"] = self.description
@@ -52,7 +52,7 @@ class Tool(Strict):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """Return the tool as chat templates expect it."""
         return {"type": "function", "function": self.function.for_template()}
 
 
@@ -73,10 +73,11 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
 
 
 def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
-    """Arguments as a client sends them back: a JSON object or its text. Text that is none, e.g. of
-    a call that was cut off by `max_tokens`, stays as it is.
+    """Return the arguments of a call, which clients send back as a JSON object or its text. Text
+    that is not a JSON object, such as that of a call cut off by `max_tokens`, stays as it is.
 
-    Its values count as those of the request do: see `Allowance`."""
+    Values inside the text count towards the limits of the request: see `Allowance`.
+    """
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
@@ -85,7 +86,7 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
     allowance.take(value.encode(errors="replace"))
     try:
         arguments = json.loads(value) if value.strip() else {}
-        json.dumps(arguments, ensure_ascii=False).encode()  # lone surrogates are no text
+        json.dumps(arguments, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except (ValueError, RecursionError):
         return value
     return arguments if isinstance(arguments, dict) else value
@@ -111,9 +112,10 @@ class ToolCall(SentBack):
     function: CalledFunction
 
     def for_template(self, *, whole: bool) -> dict[str, Any]:
-        """As chat templates expect it, arguments as an object where they are one.
+        """Return the call as chat templates expect it, with the arguments as an object if they are
+        one.
 
-        whole: arguments are an object in any case, of what can be read of them.
+        whole: give the arguments as an object in any case, of what can be parsed of them.
         """
         arguments = self.function.arguments
         if whole and isinstance(arguments, str):
@@ -124,7 +126,8 @@ class ToolCall(SentBack):
 
 
 def _readable(arguments: str) -> dict[str, Any]:
-    """What can be read of JSON that was cut off; nothing of what is none."""
+    """Return what can be parsed of a JSON object that was cut off; an empty object for anything
+    else."""
     try:
         found = from_json(arguments, allow_partial="trailing-strings")
     except ValueError:

@@ -1,10 +1,10 @@
-"""Fields of OpenAI's and vLLM's APIs that are known here and not supported.
+"""The fields of OpenAI's and vLLM's APIs that are known here and not supported.
 
-Each maps to the values that ask for nothing: clients send those without thinking, so they are
-accepted. Any other value is refused by name, because ignoring it would give another answer than
-the client asked for. A field with no such value is refused whenever it is there.
+Each maps to the values that ask for nothing, which are accepted, as clients send them without
+thinking. Any other value is refused by name, because ignoring it would give another answer than the
+client asked for. A field with no such value is refused whenever it is present.
 
-Knows: names and neutral values. When a field becomes supported, its line here goes away.
+Knows: names and neutral values. When a field becomes supported, its line here is removed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ TOKENIZE: dict[str, tuple[object, ...]] = {
 }
 
 MESSAGE: dict[str, tuple[object, ...]] = {
-    # Content that a template would never see, and ways to go on with an answer.
+    # Content that a template would never see, and ways to continue an answer.
     "attachments": ([],),
     "audio": (),
     "function_call": (),
@@ -82,7 +82,7 @@ MESSAGE: dict[str, tuple[object, ...]] = {
 
 
 def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Whether `value` is one of the neutral ones; true is not 1 here, but 1.0 is."""
+    """Whether `value` is one of the neutral values; true does not equal 1 here, but 1.0 does."""
     return any(
         isinstance(value, bool) == isinstance(candidate, bool) and value == candidate
         for candidate in neutral
@@ -90,7 +90,7 @@ def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
 
 
 def refusal(name: str, neutral: tuple[object, ...]) -> str:
-    """What to tell a client that asked for an unsupported field."""
+    """Return the message for a client that asked for an unsupported field."""
     allowed = " or ".join(json.dumps(value) for value in neutral)
     return f"{name} is not supported by this server; leave it out" + (
         f" or send {allowed}." if allowed else "."

@@ -1,10 +1,10 @@
 """An API worker: one event loop that serves HTTP and talks to the engine.
 
-It tells the launcher how the engine's start comes along and that it is ready itself, is told how
-the engine has ended, and ends when the launcher closes the line between them.
+It reports to the launcher the progress of the engine's start and that it is ready itself, is told
+by it how the engine has ended, and ends when the launcher closes the pipe between them.
 
-Knows: uvicorn, and what an application needs. Knows nothing of other workers, but that they count
-in the same file.
+Knows: uvicorn, and what an application needs. Knows nothing of other workers, except that they
+count in the same files.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
 OBITUARY_SECONDS = 5
-"""What the launcher gets to say how the engine has ended. It is told at once, but it may be stopped
-or busy, and without its word requests end with less of a reason."""
+"""Seconds that the launcher gets to report how the engine has ended. It is notified at once, but it
+may be stopped or busy, and without its report requests end with a less precise reason."""
 
 SWITCH_SECONDS = 0.0005
-"""A tenth of Python's own, which a request for /health would wait several times."""
+"""Interval in seconds at which a thread must give up the GIL: a tenth of Python's default, which a
+request for /health would have to wait several times."""
 
 TURN_SECONDS = 20
 TURN_SECONDS_OF_A_PROCESSOR = 4
@@ -51,22 +52,25 @@ TURN_SECONDS_OF_A_PROCESSOR = 4
 more of it for each processor, on all of which threads may tokenise meanwhile."""
 
 MEMORY_BYTES = 4 << 30
-"""Private memory of a worker, which takes a fiftieth of it. The kernel counts what may be written,
-touched or not: the whole stack of each thread, 8 MiB, of which there are some forty, and one of 2
-MiB for each core in the tokenizer's library; of the C library's arenas what is in use."""
+"""Maximum number of bytes of a worker's private memory, of which it normally takes a fiftieth. The
+kernel counts all writable memory, touched or not: the whole stack of each thread (8 MiB for each of
+some forty threads, and 2 MiB for one per core in the tokenizer's library); of the C library's
+arenas only what is in use."""
 
 LAST_WORDS_SECONDS = 2
-"""What clients get to read the error that ends their requests when the server shuts down."""
+"""Seconds that clients get to read the error that ends their requests when the server shuts
+down."""
 
 
 def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
-    """Serve on `listener` until the launcher closes its end of the line."""
-    # What a thread that reads or renders a large body keeps the event loop waiting for, each time
+    """Serve on `listener` until the launcher closes its end of the pipe."""
+    # A thread that parses or renders a large body makes the event loop wait this long, each time
     # that the loop wants to go on.
     sys.setswitchinterval(SWITCH_SECONDS)
-    # To read an integer takes the square of its length. Requests have none of so many digits.
+    # The time to parse an integer grows with the square of its length; no request needs more
+    # digits.
     sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
-    # So that an allocation fails that would take the machine's memory: a chat template is a
+    # This makes an allocation fail that would exhaust the machine's memory: a chat template is a
     # stranger's program, and can ask for as much as it likes.
     bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
     client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
@@ -99,7 +103,8 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     except MinisrvError as error:
         _tell(launcher, f"API worker {config.index} did not start: {error.message}")
         return
-    # What is there now stays: a collection that went through all of it would hold every stream up.
+    # Objects that exist now stay for good: a garbage collection that went through all of them would
+    # stall every stream.
     gc.collect()
     gc.freeze()
     http = uvicorn.Config(
@@ -107,12 +112,13 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
         http=BoundedProtocol,
         ws="none",
         lifespan="off",
-        log_config=None,  # its lines are the process's
+        log_config=None,  # the process has configured logging
         log_level="warning",
         access_log=False,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        # Behind our own, as it fails requests instead of ending them.
+        # Later than our own time limit: uvicorn cancels requests, while ours ends them with an
+        # error.
         timeout_graceful_shutdown=settings.shutdown_timeout + LAST_WORDS_SECONDS + 1,
     )
     server = _Server(
@@ -124,7 +130,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
 
 
 class _Server(HttpServer):
-    """Tells everybody when the end begins and when time is up."""
+    """Tells the engine client and the connections when the shutdown begins and when time is up."""
 
     def __init__(
         self,
@@ -135,7 +141,11 @@ class _Server(HttpServer):
         close: Callable[[], None],
         seconds: float,
     ) -> None:
-        """close: of the application. seconds: what open requests get to finish."""
+        """Wrap uvicorn's server.
+
+        close: the application's `state.close`.
+        seconds: seconds that open requests get to finish.
+        """
         super().__init__(config, listener, connections)
         self.client = client
         self.close = close
@@ -143,12 +153,12 @@ class _Server(HttpServer):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the launcher's."""
+        """Leave signals alone: the launcher handles them."""
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, let open ones finish, end with an error those that do not, and cut
-        off who does not read it."""
+        """Refuse new requests, let open ones finish, end those that do not finish with an error,
+        and close the connections of clients that do not read it."""
         self.client.drain()
         loop = asyncio.get_running_loop()
         timers = [
@@ -160,7 +170,8 @@ class _Server(HttpServer):
             timer.cancel()
 
     def _end_open(self) -> None:
-        """Whatever a request waits for: the engine, a grammar, or the rest of its own body."""
+        """End the open requests, whatever they wait for: the engine, a grammar, or the rest of
+        their own body."""
         self.client.end_open()
         self.close()
         for connection in self._open():
@@ -195,7 +206,7 @@ async def _serve(
     life = asyncio.create_task(show_life())
     try:
         if config.engine_is_ready:
-            await client.settled()  # it has to say so, before this worker may
+            await client.settled()  # the engine must confirm it before this worker serves
         await server.serve()
     finally:
         settled.cancel()
@@ -218,7 +229,7 @@ async def show_life() -> None:
 
 
 async def _report(client: EngineClient, launcher: Connection) -> None:
-    """Tell the launcher what has come of the engine's start."""
+    """Tell the launcher the outcome of the engine's start."""
     await client.settled()
     if client.state is EngineState.DEAD:
         _tell(launcher, f"the engine did not start: {client.death.message}")
@@ -227,5 +238,5 @@ async def _report(client: EngineClient, launcher: Connection) -> None:
 
 
 def _tell(launcher: Connection, report: Report) -> None:
-    with suppress(BrokenPipeError):  # it wants this worker to end
+    with suppress(BrokenPipeError):  # the launcher wants this worker to end
         launcher.send(report)
