@@ -1,2 +1,2 @@
-"""Text to token ids and back: tokenizer, chat template, incremental detokenizer, stop strings;
-grammars that text must follow, and the tool calls and reasoning found in it."""
+"""Text to token ids and back: tokenizer, chat template, incremental detokenizer, stop strings; and
+grammars that text must follow, and the parsing of tool calls and reasoning in it."""

@@ -1,4 +1,4 @@
-"""What a chat model's text turns into, piece by piece: content, reasoning, tool calls.
+"""The pieces into which a chat model's text is parsed as it comes: content, reasoning, tool calls.
 
 Knows: the kinds of pieces. Knows nothing of how a model spells them, or of OpenAI's JSON.
 """
@@ -10,26 +10,26 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 BLANK = " \t\r\n"
-"""Characters around markers that belong to the markers."""
+"""Characters that count as part of a marker where they stand around it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentDelta:
-    """More of the answer."""
+    """A piece of the answer's text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what comes before the answer."""
+    """A piece of the reasoning, which comes before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
-    """A tool call begins. `index` counts the answer's calls from 0; `id` is unique."""
+    """The beginning of a tool call. `index` counts the answer's calls from 0; `id` is unique."""
 
     index: int
     id: str
@@ -38,7 +38,8 @@ class ToolCallStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """More of the arguments of call `index`: JSON as the model writes it, which may be broken."""
+    """A piece of the arguments of call `index`: JSON as the model writes it, which may be
+    broken."""
 
     index: int
     text: str
@@ -49,7 +50,7 @@ ChatDelta: TypeAlias = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallA
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A whole call; `arguments` is JSON, unless the model broke it or was cut short."""
+    """A whole tool call; `arguments` is JSON, unless the model broke it or was cut short."""
 
     id: str
     name: str
@@ -66,7 +67,7 @@ class ChatMessage:
 
 
 def assemble(deltas: Iterable[ChatDelta]) -> ChatMessage:
-    """The message that the deltas tell of."""
+    """Assemble deltas into a whole message."""
     message = ChatMessage()
     calls = message.tool_calls
     for delta in deltas:

@@ -1,7 +1,7 @@
-"""How a checkpoint's chat model spells reasoning and tool calls, read off its chat template.
+"""Detects how a checkpoint's chat model spells reasoning and tool calls, from its chat template.
 
-A template spells earlier calls and reasoning of a chat as the model has learned to write them, so
-its text holds the markers. What it does not hold, the model has not learned.
+A template spells the calls and reasoning of earlier turns as the model has learned to write them,
+so its text holds the markers. Markers that it does not hold, the model has not learned.
 
 Knows: which markers belong to which parser. Knows nothing of requests.
 """
@@ -25,10 +25,10 @@ from minisrv.text.tool_parsers import HermesToolParser, Llama3JsonToolParser, To
 
 
 class ChatParser:
-    """One answer: reasoning first, then content and tool calls.
+    """Parses one answer: reasoning first, then content and tool calls.
 
-    Without a parser for either, its markers are content.
-    parallel: calls behind the first count; else they are dropped.
+    The markers of reasoning or of tool calls are content if there is no parser for them.
+    parallel: whether calls after the first are kept; if not, they are dropped.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class ChatParser:
         self._parallel = parallel
 
     def feed(self, text: str) -> list[ChatDelta]:
-        """Add text; returns what has become certain."""
+        """Add text; return what has become certain."""
         if self._reasoning is None:
             return self._answer([ContentDelta(text)] if text else [])
         return self._answer(self._reasoning.feed(text))
 
     def finish(self) -> list[ChatDelta]:
-        """The text ends here: returns what was held back."""
+        """End the text; return what was held back."""
         deltas = self._answer([] if self._reasoning is None else self._reasoning.finish())
         return deltas if self._tools is None else deltas + self._wanted(self._tools.finish())
 
@@ -66,14 +66,14 @@ class ChatParser:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a template says of its model.
+    """The chat format of a model, as its chat template shows it.
 
-    tool_parser: finds its tool calls; None if it has not learned to make any, or not in a way
-        that is known here.
-    reasons: does it reason before it answers?
-    knows_tools: are the tools part of its prompt?
-    spells_calls: are earlier calls of a chat part of it?
-    why: why it is this tool parser, or none.
+    tool_parser: the parser that finds the model's tool calls; None if the model has not learned to
+        make any, or not in a way that is known here.
+    reasons: whether the model reasons before it answers.
+    knows_tools: whether the template writes tools into the prompt.
+    spells_calls: whether the template writes the calls of earlier turns into the prompt.
+    why: the reason for this tool parser, or for none.
     """
 
     tool_parser: type[ToolParser] | None
@@ -91,29 +91,29 @@ class ChatFormat:
 
     @property
     def forced_parser(self) -> type[ToolParser]:
-        """How calls are spelled that a grammar forces: as the model has learned it, or if it has
-        not, in the way that is most common."""
+        """The parser whose spelling a grammar forces on required calls: the one that the model has
+        learned, or else the most common one."""
         return self.tool_parser or HermesToolParser
 
     def behind_reasoning(self, spec: StructuredOutput, prompt: str) -> StructuredOutput:
-        """What the answer to `prompt` must be if it is to be `spec` behind the reasoning, if there
-        is any."""
+        """Return the structured output for an answer to `prompt` that must follow `spec`, possibly
+        behind reasoning."""
         if not self._reasons_behind(prompt):
             return spec
         start = "" if _inside_reasoning(prompt) else REASONING_START
         return replace(spec, reasoning_start=start, reasoning_end=REASONING_END)
 
     def _reasons_behind(self, prompt: str) -> bool:
-        """Whether the answer may begin with reasoning: the prompt may have ended it already."""
+        """Whether the answer may begin with reasoning: a prompt may have ended it already."""
         return self.reasons and not prompt.rstrip(BLANK).endswith(REASONING_END)
 
     def parser(
         self, prompt: str, *, tools: type[ToolParser] | None = None, parallel: bool = True
     ) -> ChatParser | None:
-        """A parser for the answer to `prompt`, the text that the template has made, or its end;
-        None if all of the answer is content.
+        """Return a parser for the answer to `prompt`, the text that the template has rendered, or
+        its end; None if all of the answer is content.
 
-        tools: finds tool calls, if these are looked for.
+        tools: the parser that finds tool calls, if these are looked for.
         parallel: as in ChatParser.
         """
         reasoning = None
@@ -124,7 +124,8 @@ class ChatFormat:
         return ChatParser(reasoning, None if tools is None else tools(), parallel=parallel)
 
     def markers(self, tools: type[ToolParser] | None) -> list[str]:
-        """What the parsers look for, as far as a tokenizer may have a token for it."""
+        """Return the markers that the parsers look for, for which a tokenizer may have special
+        tokens."""
         reasoning = [REASONING_START, REASONING_END] if self.reasons else []
         return reasoning + ([*tools.opening, *tools.closing] if tools else [])
 
@@ -134,7 +135,7 @@ def _inside_reasoning(prompt: str) -> bool:
 
 
 def _tool_parser(template: str) -> tuple[type[ToolParser] | None, str]:
-    """The candidates in order, most telling first, and why it is this one."""
+    """Choose the parser by the first marker found, most telling first; return it and the reason."""
     if "<function=" in template:
         return None, "the chat template has <function=, calls in XML, which are not supported"
     if "<tool_call>" in template:

@@ -1,15 +1,16 @@
-"""Chat templates: a Jinja program of the checkpoint that spells messages as a prompt.
+"""Chat templates: Jinja programs of the checkpoint that render messages as a prompt.
 
-The environment is the one of Hugging Face transformers (`utils/chat_template_utils.py`), so that
+The Jinja environment is that of Hugging Face transformers (`utils/chat_template_utils.py`), so that
 a template renders here as it did in training. Templates come with the checkpoint, never with a
-request; they run in Jinja's immutable sandbox all the same, which keeps them from files and from
-Python's inner parts.
+request; they still run in Jinja's immutable sandbox, which keeps them from files and from Python's
+internals.
 
-A checkpoint is a stranger's, and so is its template: it may loop for ever. Each rendering has
-`RENDER_SECONDS` of its thread's processor time. That is looked at in each round of a loop, at each
-call, filter and test, so that only a single operation of Python's can take longer; those that
-compute large numbers or repeat are refused. Nothing here bounds memory: whoever renders does, an
-API worker and the process that describes a checkpoint by a limit of their own.
+A checkpoint comes from a stranger, and so does its template, which may loop for ever. Each
+rendering may take `RENDER_SECONDS` of its thread's processor time. This is checked in each round of
+a loop and at each call, filter and test, so that only a single operation of Python's can take
+longer; operations that compute large numbers or long repetitions are refused. Memory is not bounded
+here, but by a limit on the process that renders: an API worker, or the process that describes a
+checkpoint.
 
 Knows: Jinja and what templates expect of it. Knows nothing of token ids.
 """
@@ -35,35 +36,38 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minisrv.errors import ModelError, RequestError, shortened
 
 RENDER_SECONDS = 2.0
-"""Of processor time. Messages of four megabytes take a hundredth of it."""
+"""Seconds of processor time that one rendering may take. Messages of four megabytes take a
+hundredth of it."""
 
 MAX_CHARACTERS = 1 << 26
-"""Of a prompt; a request's body has four million bytes."""
+"""Maximum number of characters of a rendered prompt; a request's body has four million bytes."""
 
 _MAX_REPEATED = 1 << 22
-"""Items of a sequence that is repeated, and what a template may compute has as many bits."""
+"""Maximum number of items of a repeated sequence, and of bits of a number that a template
+computes."""
 
 _MAX_REASON = 400
-"""Characters of a template's own error."""
+"""Maximum number of characters of a template's own error that are passed on."""
 
 _ROLES = ("user", "system", "assistant", "tool")
 
 _TICK = "_tick"
-"""The name of a filter that templates are given."""
+"""Name of the internal filter that checks the time limit."""
 
 _PROBE, _MARK = "a text to find again", "a mark"
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""What a message's reasoning is called, the usual name first."""
+"""Names of the field that holds a message's reasoning, the usual one first."""
 
 
 class ChatTemplate:
-    """A checkpoint's template, or several of which each has its use.
+    """A checkpoint's chat template, or several of which each has its own use.
 
-    sources: by name, as transformers has them: `default`, and perhaps `tool_use`, which goes before
-        it where there are tools.
+    sources: the templates by name, as transformers has them: `default`, and perhaps `tool_use`,
+        which is preferred if there are tools.
     special_tokens: variables of the templates, e.g. `bos_token`.
-    source: the text of all of them, which also tells how the model spells tool calls and reasoning.
+    source: the text of all templates in use, which also shows how the model spells tool calls and
+        reasoning.
     Raises ModelError if a source is not valid Jinja.
     """
 
@@ -75,7 +79,7 @@ class ChatTemplate:
             self._templates = {
                 name: environment.from_string(source) for name, source in used.items()
             }
-        except Exception as error:  # Python compiles what Jinja makes of it, and fails in its terms
+        except Exception as error:  # Python compiles Jinja's output, and raises errors of its own
             reason = _reason(error)
             raise ModelError(f"the chat template is not valid: {reason}.") from error
         self.source = "\n".join(used.values())
@@ -83,8 +87,9 @@ class ChatTemplate:
         self._forms: dict[tuple[str, str], set[type]] = {}
 
     def try_out(self) -> None:
-        """Raise ModelError if it takes too long, or too much memory, for a short message of some
-        role. One that refuses a message, or fails on it, may take others."""
+        """Raise ModelError if a template takes too long, or too much memory, for a short message of
+        some role. A template that refuses a message, or fails on it, is accepted, as it may accept
+        others."""
         for name in self._templates:
             for role in _ROLES:
                 try:
@@ -101,14 +106,15 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for these messages, special tokens spelled out.
+        """Return the prompt for these messages, with special tokens spelled out.
 
-        messages: the content of each is a string or a list of text parts; the template gets of the
-            two what it takes. What is None counts as absent, as templates expect.
-        tools: what the model may call, as OpenAI's API spells it.
-        variables: what else the template may ask for.
+        messages: the content of each is a string or a list of text parts, and is converted to
+            whichever of the two the template takes. A field that is None counts as absent, as
+            templates expect.
+        tools: the tools that the model may call, as OpenAI's API spells them.
+        variables: further variables of the template.
         Raises RequestError if the template refuses the messages or fails on them, or if a variable
-        would take the place of one of its own.
+        would replace one of the template's own.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         own = self._variables(
@@ -126,18 +132,19 @@ class ChatTemplate:
             )
         try:
             text = self._run(name, {**(variables or {}), **own})
-            text.encode()  # JSON may spell a lone surrogate, which is no text
+            text.encode()  # JSON may hold a lone surrogate, which cannot be encoded
             return text
         except RequestError:
             raise
-        except Exception as error:  # a program's, which may fail in any way
+        except Exception as error:  # a template is a program, which may fail in any way
             raise RequestError(
                 f"the model's chat template does not accept these messages: {_reason(error)}",
                 param="messages",
             ) from error
 
     def _run(self, name: str, variables: Mapping[str, Any]) -> str:
-        """Raises RequestError where it takes too long or makes too much, and whatever else."""
+        """Render a template. Raises RequestError if it takes too long or produces too much, and
+        whatever else the template raises."""
         with _bounded():
             try:
                 text = self._templates[name].render(variables)
@@ -162,7 +169,7 @@ class ChatTemplate:
     ) -> dict[str, Any]:
         return {
             "messages": messages,
-            # Templates ask for either.
+            # None suits templates that test for an empty list as well as those that test for none.
             "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -170,9 +177,10 @@ class ChatTemplate:
         }
 
     def _with_content(self, name: str, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message without what is None, its reasoning under each name that templates know, as
-        transformers does, and its content in a form that the template takes: as it is, or parts
-        made of it, or the texts of its parts joined by newlines, as vLLM does."""
+        """Return the message without fields that are None, with its reasoning under each name that
+        templates know, as in transformers, and with its content in a form that the template takes:
+        unchanged, or as a list with one part, or as the texts of its parts joined by newlines, as
+        in vLLM."""
         told = {key: value for key, value in message.items() if value is not None}
         if reasoning := [told[key] for key in _REASONING if key in told]:
             told = {"thinking": reasoning[0], **told, "reasoning_content": reasoning[0]}
@@ -187,9 +195,9 @@ class ChatTemplate:
         return told
 
     def _find_forms(self, name: str, role: str) -> set[type]:
-        """Which of strings and lists of parts come out where they are the content of this role's
-        messages, parts without all else that is in them. Some templates loop over parts and would
-        render a string as nothing, without an error."""
+        """Find which content types, string or list of parts, the template renders for messages of
+        this role; for parts, only their text and nothing else of them may be rendered. Some
+        templates loop over parts and would render a string as nothing, without an error."""
         forms: set[type] = set()
         question: dict[str, Any] = {"role": "user", "content": _PROBE}
         call = {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "000000000"}
@@ -218,7 +226,8 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; here it marks nothing."""
+    """The tag `{% generation %}`, which marks the assistant's words for training; here it does
+    nothing."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's declaration)
 
@@ -228,10 +237,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Clock(threading.local):
-    """The rendering that goes on in this thread.
+    """The time limit of the rendering that runs in this thread.
 
-    began: what its processor time was. look_at: of the monotonic clock, when to look at it again,
-        which is a system call.
+    began: the thread's processor time in seconds when the rendering began.
+    look_at: when to check the processor time again, which is a system call, by `time.monotonic`.
     """
 
     began = 0.0
@@ -243,7 +252,7 @@ _clock = _Clock()
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Raise RequestError in `_tick` when it has taken too long."""
+    """Let `_tick` raise RequestError within this context once it has taken too long."""
     _clock.began = time.thread_time()
     _clock.look_at = time.monotonic() + RENDER_SECONDS
     try:
@@ -253,7 +262,7 @@ def _bounded() -> Iterator[None]:
 
 
 def _tick() -> None:
-    """Called wherever a template could go on for long."""
+    """Check the time limit; called wherever a template could run for long."""
     now = time.monotonic()
     if now < _clock.look_at:
         return
@@ -268,7 +277,7 @@ def _tick() -> None:
 
 
 def _ticking(function: Any) -> Callable[..., Any]:
-    @functools.wraps(function)  # with the marks by which Jinja knows what to pass it
+    @functools.wraps(function)  # keeps the attributes by which Jinja knows what to pass
     def ticks(*arguments: Any, **named: Any) -> Any:
         _tick()
         return function(*arguments, **named)
@@ -276,13 +285,14 @@ def _ticking(function: Any) -> Callable[..., Any]:
     return ticks
 
 
-@jinja2.pass_context  # so that Jinja does not compute it when compiling
+@jinja2.pass_context  # so that Jinja does not evaluate it at compile time
 def _tick_filter(context: jinja2.runtime.Context, value: None) -> None:
     _tick()
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, whose templates come by `_tick` in each round, call, filter and test."""
+    """The sandbox, in which templates call `_tick` in each round of a loop, call, filter and
+    test."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -300,7 +310,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters[_TICK] = _tick_filter
 
     def _generate(self, source: jinja2.nodes.Template, *arguments: Any, **named: Any) -> str:
-        """Jinja's hook between parsing and compiling."""
+        """Insert a tick into each loop; Jinja calls this between parsing and compiling."""
         for loop in source.find_all(jinja2.nodes.For):
             nothing = jinja2.nodes.Const(None)
             tick = jinja2.nodes.Filter(nothing, _TICK, [], [], None, None)
@@ -309,14 +319,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super()._generate(source, *arguments, **named)
 
     def call(self, *arguments: Any, **named: Any) -> Any:
-        """A template's call of anything, macros, blocks and recursive loops included."""
+        """Call anything that a template calls, macros, blocks and recursive loops included."""
         _tick()
         return super().call(*arguments, **named)
 
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
-        """An operation of `intercepted_binops`: none of a few characters takes for ever."""
+        """Compute an operation of `intercepted_binops`, unless its result would be so large that it
+        takes very long."""
         numbers = isinstance(left, int) and isinstance(right, int)
         if operator == "**":
             size = left.bit_length() * right if numbers else 0
@@ -337,7 +348,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _reason(error: Exception) -> str:
-    """What a template failed at: in Jinja's words, or in Python's own terms."""
+    """Return the reason for which a template failed: in Jinja's words, or in Python's own terms."""
     if isinstance(error, jinja2.TemplateError):
         said = str(error) if isinstance(error, jinja2.TemplateSyntaxError) else error.message
         reason = said or type(error).__name__
@@ -368,7 +379,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes characters for HTML."""
+    """Return plain JSON: Jinja's own filter escapes characters for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,15 +1,15 @@
-"""JSON schemas whose objects hold what they declare and nothing else.
+"""Closes JSON schemas: their objects may hold the properties that they declare and no others.
 
 JSON Schema lets an object have any property beside those that are declared, and a model that may
-write one now and then does: `{"sum": 17, ": ": 17}`. OpenAI demands `additionalProperties: false`
-of strict schemas; xgrammar (the default of vLLM and SGLang), llama.cpp and guidance take it as said
-of each. So it is here: a schema that declares properties, and leaves open whether there may be
-others, is closed. A schema that says so itself (`additionalProperties`) is kept, and so is one that
+write others now and then does: `{"sum": 17, ": ": 17}`. OpenAI demands `additionalProperties:
+false` of strict schemas; xgrammar (the default of vLLM and SGLang), llama.cpp and guidance assume
+it for each. So it is here: a schema that declares properties and does not say whether there may be
+others is closed. A schema that does say so (`additionalProperties`) is kept, and so is one that
 declares nothing.
 
-An object that is put together (allOf, $ref beside other keywords) may have what all of its parts
+An object that is composed (allOf, $ref beside other keywords) may have what all of its parts
 declare, as with JSON Schema's `unevaluatedProperties: false`, which llguidance does not know. Each
-alternative of anyOf and oneOf is closed for itself.
+alternative of anyOf and oneOf is closed by itself.
 
 Knows: JSON Schema's keywords. Knows nothing of grammars.
 """
@@ -22,10 +22,11 @@ from typing import Any
 from urllib.parse import unquote
 
 MAX_COPIES = 100
-"""Definitions of a schema that may be told apart by the objects that they are parts of."""
+"""Maximum number of copies of definitions, which are made where a definition is part of several
+composed objects."""
 
 MAX_NAMES = 50_000
-"""Properties that the objects of a schema may have, those of all objects together."""
+"""Maximum number of properties that all objects of a schema may have together."""
 
 _TOO_MANY = "its allOf, anyOf and $ref put objects together in too many ways"
 _COPY = "closed-definition-"
@@ -36,9 +37,9 @@ _ALTERNATIVES = ("anyOf", "oneOf")
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with its objects closed. What is no valid schema stays what it is.
+    """Return the schema with its objects closed. What is not a valid schema stays as it is.
 
-    Raises ValueError if it is nested too deeply, or put together in too many ways.
+    Raises ValueError if it is nested too deeply, or composed in too many ways.
     """
     closer = _Closer(schema)
     try:
@@ -52,9 +53,11 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Declared:
-    """What some parts of a schema say of an object's properties.
+    """The properties of an object that some parts of a schema declare.
 
-    names, patterns: those that are declared, in order. open: any others are allowed expressly.
+    names: the names that are declared, in order.
+    patterns: the patterns for names that are declared, in order.
+    open: whether any other properties are allowed expressly.
     """
 
     names: tuple[str, ...] = ()
@@ -63,7 +66,7 @@ class _Declared:
 
     @classmethod
     def of_all(cls, parts: Iterable[_Declared]) -> _Declared:
-        """What several parts say together."""
+        """Combine the declarations of several parts."""
         found = tuple(parts)
         return cls(
             tuple(dict.fromkeys(name for part in found for name in part.names)),
@@ -75,8 +78,8 @@ class _Declared:
 class _Closer:
     """Closes the parts of one schema.
 
-    copies: new definitions with their names, for `$ref`s to what is a part of an object, by
-        pointer and what the other parts declare.
+    copies: new definitions with their names, for each `$ref` to a schema that is part of a composed
+        object; by pointer and what the other parts declare.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -85,13 +88,16 @@ class _Closer:
         self._num_names = 0
 
     def close(self, schema: Any, others: _Declared) -> Any:
-        """`schema`, closed. others: what other schemas declare that apply to the same object."""
+        """Return `schema`, closed.
+
+        others: what other schemas that apply to the same object declare.
+        """
         if not isinstance(schema, dict):
             return schema
         pieces = self._pieces(schema)
 
         def beside(key: str, number: int = 0) -> _Declared:
-            """What is declared for the same object by all but one piece."""
+            """Return what is declared for the same object by all pieces but one."""
             rest = (said for place, said in pieces.items() if place != (key, number))
             return _Declared.of_all([others, *rest])
 
@@ -117,7 +123,8 @@ class _Closer:
         return result
 
     def _close_here(self, schema: dict[str, Any], allowed: _Declared) -> None:
-        """What other parts declare may be there: these say what it is."""
+        """Close this schema, and allow in it what other parts declare; those parts describe the
+        values."""
         self._num_names += len(allowed.names) + len(allowed.patterns)
         if self._num_names > MAX_NAMES:
             raise ValueError(_TOO_MANY)
@@ -128,9 +135,10 @@ class _Closer:
     def _pieces(
         self, schema: dict[str, Any], seen: set[str] | None = None
     ) -> dict[tuple[str, int], _Declared]:
-        """What the parts of a schema that apply to the same object declare, by keyword and number.
+        """Return what the parts of a schema that apply to the same object declare, by keyword and
+        number.
 
-        seen: pointers that have been followed already, and need not be again.
+        seen: pointers that have been followed already, and need not be followed again.
         """
         seen = set() if seen is None else seen
         pieces = {("own", 0): _own(schema)}
@@ -143,7 +151,7 @@ class _Closer:
         if isinstance(pointer, str) and pointer not in seen:
             seen.add(pointer)
             target = self._target(pointer)
-            # What cannot be found may declare anything.
+            # A schema that cannot be found may declare anything.
             said = _Declared(open=True) if target is None else self._declared(target, seen)
             pieces["$ref", 0] = said
         return pieces
@@ -154,23 +162,23 @@ class _Closer:
         return _Declared.of_all(self._pieces(schema, seen).values())
 
     def _reference(self, pointer: str, others: _Declared) -> str:
-        """A pointer to the same schema, closed beside the others."""
+        """Return a pointer to the same schema, closed beside the others."""
         target = self._target(pointer)
         if target is None:
             return pointer
         if others == _Declared() and (pointer == "#" or pointer.split("/")[1] in _MAPS):
-            return pointer  # it is closed in its own place
+            return pointer  # it is closed where it stands
         key = (pointer, frozenset(others.names), frozenset(others.patterns), others.open)
         if key not in self.copies:
             if len(self.copies) == MAX_COPIES:
                 raise ValueError(_TOO_MANY)
             name = f"{_COPY}{len(self.copies)}"
-            self.copies[key] = name, None  # it may refer to itself
+            self.copies[key] = name, None  # reserves the name, as it may refer to itself
             self.copies[key] = name, self.close(target, others)
         return f"#/$defs/{self.copies[key][0]}"
 
     def _target(self, pointer: str) -> Any:
-        """The schema that a pointer leads to; None if there is none."""
+        """Return the schema that a pointer leads to; None if there is none."""
         if pointer != "#" and not pointer.startswith("#/"):
             return None
         place: Any = self._root
@@ -186,7 +194,7 @@ class _Closer:
 
 
 def _add(schema: dict[str, Any], key: str, more: Mapping[str, Any]) -> None:
-    """Add what is not there to the object under `key`, if it is one."""
+    """Add the entries that are missing to the object under `key`, if it is one."""
     known = schema.get(key, {})
     if more and isinstance(known, dict):
         schema[key] = {**known, **{name: one for name, one in more.items() if name not in known}}
@@ -198,7 +206,7 @@ def _list(schema: dict[str, Any], key: str) -> list[Any]:
 
 
 def _own(schema: dict[str, Any]) -> _Declared:
-    """What a schema declares itself; a property that it requires is declared."""
+    """Return what a schema itself declares; a property that it requires counts as declared."""
     names, patterns = schema.get("properties"), schema.get("patternProperties")
     required = [name for name in _list(schema, "required") if isinstance(name, str)]
     return _Declared(
@@ -209,7 +217,7 @@ def _own(schema: dict[str, Any]) -> _Declared:
 
 
 def _leaves_open(schema: dict[str, Any]) -> bool:
-    """Whether it declares properties, and not whether there may be others."""
+    """Whether a schema declares properties, and does not say whether there may be others."""
     said = "additionalProperties" in schema or "unevaluatedProperties" in schema
     declares = any(isinstance(schema.get(key), dict) for key in ("properties", "patternProperties"))
     return declares and not said

@@ -1,17 +1,17 @@
-"""The decoder of a `tokenizer.json`, followed token by token.
+"""The decoder of a `tokenizer.json`, applied token by token.
 
-`tokenizers` decodes all tokens at once, and what it makes of one may depend on later ones. Here
-every step of the decoder takes the pieces that the step before it let through, lets through what
-no later token can change, and gives the rest when that is settled or the text ends. A token costs
-what its own text costs, however long the text has become.
+`tokenizers` decodes all tokens at once, and how it decodes one may depend on later ones. Here every
+step of the decoder takes the pieces that the step before it has passed on, passes on what no later
+token can change, and passes on the rest when that is settled or the text ends. A token costs what
+its own text costs, however long the text has become.
 
-The pieces put together are what `tokenizers` makes of all tokens at once, but for one thing: where
-bytes are no UTF-8, it gives up the whole run of byte tokens, and so an answer of nothing but bytes
-could not be told before its end. A stream gives up the invalid bytes only.
+The pieces put together equal what `tokenizers` makes of all tokens at once, with one exception:
+where bytes are not UTF-8, `tokenizers` replaces the whole run of byte tokens, so an answer of
+nothing but bytes could not be streamed before its end. A stream replaces the invalid bytes only.
 
-A step that has to see all of a text, such as a regular expression behind Fuse, holds it all back.
-`tokenizers.DecodeStream` is not used: it raises where a text changes behind its end, and loses
-what it holds when a stream ends.
+A step that has to see all of a text, such as a regular expression behind Fuse, holds all of it
+back. `tokenizers.DecodeStream` is not used: it raises an error where later tokens change text that
+it has returned, and loses the text that it holds back when a stream ends.
 
 Knows: the decoder section of a `tokenizer.json`. Does not know which tokens are to be skipped.
 """
@@ -29,31 +29,32 @@ import tokenizers
 from minisrv.text.token_bytes import byte_of_token, bytes_of_characters, decoder_steps, utf8_decoder
 
 _CACHED_PIECES = 1 << 16
-"""Pieces that a step remembers what becomes of: a vocabulary's worth."""
+"""Maximum number of pieces for which a step caches the result: a vocabulary's worth."""
 
 
 class _State(Protocol):
-    """What one text needs of a step."""
+    """The state of one step for one text."""
 
     @property
     def held(self) -> int:
-        """Characters that are held back, as far as it can be told; half of one counts."""
+        """Number of characters that are held back, as far as it can be told; part of a character
+        counts."""
 
     def push(self, pieces: Iterable[str]) -> list[str]:
-        """Add pieces; returns those that are settled."""
+        """Add pieces; return those that are settled."""
 
     def flush(self) -> list[str]:
-        """The text ends here: returns what was held back."""
+        """End the text; return what was held back."""
 
 
 @dataclass(frozen=True)
 class _Step:
     """A step of the decoder.
 
-    start: makes its state for a text; `streams` says whether characters may come before their run
-        of bytes has ended.
-    inside: what the step makes of a piece that is not the first and not the last, by itself; bytes
-        where the piece stands for some.
+    start: makes the step's state for a text; its argument `streams` says whether characters may be
+        returned before their run of bytes has ended.
+    inside: returns what the step makes by itself of a piece that is neither the first nor the last;
+        bytes if the piece stands for some.
     """
 
     start: Callable[[bool], _State]
@@ -68,13 +69,16 @@ class DecoderPipeline:
         self._steps = _compile(decoder_steps(backend))
 
     def decoder(self, *, streams: bool = True) -> PipelineDecoder:
-        """A decoder for a new text. streams: see the module; without it invalid bytes count as
-        `tokenizers` has it, and characters wait for their run of bytes."""
+        """Return a decoder for a new text.
+
+        streams: whether characters may be returned before their run of byte tokens has ended; see
+            the module. If not, invalid bytes are replaced as `tokenizers` does.
+        """
         return PipelineDecoder(self._id_to_token, [step.start(streams) for step in self._steps])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds inside a text, or most likely adds, as UTF-8; nothing if the id is no
-        token's."""
+        """Return what a token adds inside a text, or most likely adds, as UTF-8; nothing if the id
+        is not a token's."""
         piece = self._id_to_token(token_id)
         if piece is None:
             return b""
@@ -88,7 +92,7 @@ class DecoderPipeline:
 
 
 class PipelineDecoder:
-    """The text of some tokens."""
+    """Decodes the tokens of one text."""
 
     def __init__(self, id_to_token: Callable[[int], str | None], states: list[_State]) -> None:
         self._id_to_token = id_to_token
@@ -96,11 +100,12 @@ class PipelineDecoder:
 
     @property
     def held(self) -> int:
-        """Characters that are held back, as far as it can be told; half of one counts."""
+        """Number of characters that are held back, as far as it can be told; part of a character
+        counts."""
         return sum(state.held for state in self._states)
 
     def push(self, token_ids: Iterable[int], final: bool) -> str:
-        """Add tokens; returns the text that is settled, which is all of it if none follow."""
+        """Add tokens; return the text that is settled, which is all of it if `final`."""
         tokens = map(self._id_to_token, token_ids)
         pieces = [token for token in tokens if token is not None]
         for state in self._states:
@@ -115,7 +120,7 @@ def _compile(decoder: Sequence[dict[str, Any]] | None) -> list[_Step]:
         return [_each(lambda token: token, lambda token: " " + token)]
     steps = []
     one_text = False
-    """Whether the pieces are parts of one text, so that their borders mean nothing."""
+    """Whether the pieces are parts of one text, so that the borders between them mean nothing."""
     for number, step in enumerate(decoder):
         borders = decoder[number + 1 :] and decoder[number + 1]["type"] != "Fuse"
         match step:
@@ -145,7 +150,7 @@ def _compile(decoder: Sequence[dict[str, Any]] | None) -> list[_Step]:
 
 
 def _library(step: dict[str, Any]) -> Callable[[list[str]], str]:
-    """What `tokenizers` makes of pieces in this step."""
+    """Return the function by which `tokenizers` decodes pieces in this step."""
     model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps({"model": model, "decoder": step}))
     decode: Callable[[list[str]], str] = tokenizer.decoder.decode
@@ -153,19 +158,21 @@ def _library(step: dict[str, Any]) -> Callable[[list[str]], str]:
 
 
 def _each(first: Callable[[str], str], other: Callable[[str], str]) -> _Step:
-    """A step that takes each piece by itself, but for the `first` of the text."""
+    """Return a step that decodes each piece by itself, with `first` for the first piece of the
+    text."""
     cached = lru_cache(_CACHED_PIECES)(other)
     return _Step(lambda _: _Each(first, cached), cached)
 
 
 def _each_by_library(step: dict[str, Any]) -> _Step:
     decode = _library(step)
-    before = len(decode([""]))  # a regular expression may find something in nothing
+    before = len(decode([""]))  # a regular expression may match the empty string
     return _each(lambda piece: decode([piece]), lambda piece: decode(["", piece])[before:])
 
 
 def _strip_each(content: str, start: int, stop: int) -> _Step:
-    """Not the library's, which panics where there is less to strip than it may."""
+    """Strip each piece. The library's own step is not used, as it panics where there is less to
+    strip than it may."""
 
     def strip(piece: str) -> str:
         state = _StripText(content, start, stop)
@@ -193,7 +200,7 @@ class _Each:
 
 
 def _distinct(decode: Callable[[list[str]], str]) -> _Step:
-    """CTC: a piece that is the same as the one before it does not count, nor does an empty one."""
+    """CTC: a piece that equals the one before it is dropped, and so is an empty one."""
 
     @lru_cache(_CACHED_PIECES)
     def clean(piece: str) -> str:
@@ -222,11 +229,12 @@ class _Distinct:
 
 
 def _all_but_last(decode: Callable[[list[str]], str], borders: bool) -> _Step:
-    """BPEDecoder: the end of a word is a space, but not in the last piece."""
+    """BPEDecoder: the end of a word becomes a space, but not in the last piece."""
 
     @lru_cache(_CACHED_PIECES)
     def forms(piece: str) -> tuple[str | None, tuple[str, str] | None]:
-        """What of the piece is certain, and what follows if it is not the last and if it is."""
+        """Return the part of the piece that is certain, and what follows it if the piece is not the
+        last and if it is."""
         inside, last = decode([piece, ""]), decode([piece])
         if inside == last:
             return inside, None
@@ -271,7 +279,8 @@ def _byte_runs(borders: bool) -> _Step:
 
 
 class _Runs:
-    """ByteFallback: a run of byte tokens is one piece, or none of it is text."""
+    """ByteFallback: a run of byte tokens becomes one piece, or replacement characters if it is not
+    UTF-8."""
 
     def __init__(self) -> None:
         self._run = bytearray()
@@ -285,7 +294,7 @@ class _Runs:
                 found += [*self.flush(), piece]
             else:
                 self._run += byte
-                self.held += byte[0] & 0xC0 != 0x80  # a character begins with any other byte
+                self.held += byte[0] & 0xC0 != 0x80  # all but continuation bytes begin one
         return found
 
     def flush(self) -> list[str]:
@@ -299,7 +308,7 @@ class _Runs:
 
 
 class _StreamedRuns:
-    """The same, of which characters come when they are whole."""
+    """ByteFallback for a stream: each character is passed on when it is complete."""
 
     def __init__(self) -> None:
         self._utf8 = utf8_decoder(errors="replace")
@@ -342,7 +351,7 @@ def _replace(old: str, new: str) -> _Step:
 
 
 class _Replace:
-    """Replace behind Fuse: what is replaced may lie across the pieces."""
+    """Replace behind Fuse, where the string to replace may lie across pieces."""
 
     def __init__(self, old: str, new: str) -> None:
         self._old, self._new = old, new
@@ -368,13 +377,14 @@ def _strip_text(content: str, start: int, stop: int) -> _Step:
 
 
 class _StripText:
-    """Strip of a whole text: at most `start` times `content` from its start, and `stop` times from
+    """Strip a whole text: up to `start` times `content` from its start, and up to `stop` times from
     its end."""
 
     def __init__(self, content: str, start: int, stop: int) -> None:
         self._content, self._start, self._stop = content, start, stop
         self.held = 0
-        """How often `content` stands at the end, as far as it may have to go."""
+        """Number of times that `content` stands at the end of the text so far, up to `stop`; these
+        are held back, as they may have to be stripped."""
 
     def push(self, pieces: Iterable[str]) -> list[str]:
         text = "".join(pieces)
@@ -396,7 +406,7 @@ def _whole(decode: Callable[[list[str]], str], one_text: bool) -> _Step:
 
 
 class _Whole:
-    """A step that can be taken only when all of the text is there."""
+    """A step that can be applied only when all of the text is there."""
 
     def __init__(self, decode: Callable[[list[str]], str], one_text: bool) -> None:
         self._decode = decode

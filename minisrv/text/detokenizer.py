@@ -1,9 +1,9 @@
-"""From one request's token ids to its text, as they come, up to its first stop string.
+"""The incremental detokenizer: one request's token ids to its text, up to the first stop string.
 
-The pieces put together equal the text of all ids at once: nothing is emitted before it is
-certain. A character whose bytes are split over tokens is held back until it is whole; bytes that
-cannot become a character turn into U+FFFD, as `tokenizers` does, and decoding goes on behind
-them. Special tokens have no text.
+The pieces put together equal the text of all ids at once: nothing is returned before it is certain.
+A character whose bytes are split over tokens is held back until it is complete; bytes that cannot
+become a character turn into U+FFFD, as in `tokenizers`, and decoding goes on behind them. Special
+tokens have no text.
 
 A chat answer starts a text of its own. A completion continues its prompt: where the tokenizer
 strips a space from the start of a text (SentencePiece), the space is kept there, and a character
@@ -22,18 +22,19 @@ from minisrv.text.token_bytes import TokenBytes, utf8_decoder
 from minisrv.text.tokenizer import Tokenizer
 
 _CONTEXT = 8
-"""Tokens of a prompt that may decide the text of the next."""
+"""Number of tokens at the end of a prompt that may affect the text of the next token."""
 
 
 class Detokenizer:
-    """The text of one request.
+    """Decodes the text of one request.
 
-    stop: the text ends before the first of these; empty strings are not allowed.
-    min_tokens: tokens in whose text a stop string does not count.
-    include_stop: it ends behind that one instead, and a stop token's text is part of it.
-    prompt_token_ids: the prompt that the text continues, or nothing for a text of its own.
-    keep: special tokens that are text all the same, as markers are to who looks for them.
-    locate: note where in the text each token begins, for `take_starts`.
+    stop: stop strings; the text ends before the first of these. Empty strings are not allowed.
+    min_tokens: number of first tokens in whose text a stop string does not count.
+    include_stop: the text ends behind the stop string instead, and a stop token's text is part of
+        it.
+    prompt_token_ids: the prompt that the text continues; empty for a text of its own.
+    keep: special tokens that are decoded as text all the same, such as markers that a parser needs.
+    locate: record where in the text each token begins, for `take_starts`.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Detokenizer:
         self._special = tokenizer.special_ids - keep
         self._decoder = _decoder(tokenizer)
         self._told = ""
-        """Text that is the prompt's, and that the decoder may still give, as it holds it back."""
+        """Text of the prompt that the decoder has held back and may still return; it is not part of
+        the completion."""
         prompt = [i for i in prompt_token_ids[-_CONTEXT:] if i not in self._special]
         if prompt:
             self._decoder.push(prompt, False)
@@ -64,7 +66,8 @@ class Detokenizer:
         self._starts: list[int] = []
         self._last_start = 0
         self._length = 0
-        """Characters so far, of the text that a stop string may cut; counted to locate tokens."""
+        """Number of characters of the text so far, before any cut at a stop string; counted to
+        locate tokens."""
 
     @property
     def stopped(self) -> bool:
@@ -77,11 +80,11 @@ class Detokenizer:
         return self._matcher.found if self._matcher is not None and self.stopped else None
 
     def without_stop_token(self, token_ids: list[int]) -> list[int]:
-        """Of tokens that end with the stop token, those whose text is wanted."""
+        """Return the tokens whose text is wanted, of tokens that end with the stop token."""
         return token_ids if self._include_stop else token_ids[:-1]
 
     def push(self, token_ids: Sequence[int], final: bool = False) -> str:
-        """Add tokens; returns the text that has become certain.
+        """Add tokens; return the text that has become certain.
 
         final: no tokens follow, so nothing is held back.
         """
@@ -101,12 +104,12 @@ class Detokenizer:
         return text + matcher.flush() if final else text
 
     def take_starts(self, count: int) -> list[int]:
-        """Where in the text each of the last `count` tokens begins; those that were not pushed, or
-        came behind a stop string, stand where the text is by now. A stop string cuts the text, so
-        that an index may lie behind its end.
+        """Return where in the text each of the last `count` tokens begins. Tokens that were not
+        pushed, or came after a stop string, are placed at the end of the text so far. A stop string
+        cuts the text, so an index may lie behind its end.
 
-        Tokens that make a character together begin where it does, and a token without text begins
-        where the next one may. Nothing without `locate`.
+        Tokens that make up a character together begin where it does, and a token without text
+        begins where the next one may. Returns nothing unless `locate` is set.
         """
         if self._tokenizer is None:
             return []
@@ -121,7 +124,7 @@ class Detokenizer:
             before = self._length
             text = self._shown([token_id], False)
             self._length += len(text)
-            # Text of this token may be held back, and text of others come with it.
+            # Text of this token may be held back, and text of earlier tokens come with it.
             end = self._length + max(0, self._decoder.held - len(self._told))
             own = len(self._tokenizer.token_text(token_id)[0])
             self._last_start = max(self._last_start, before, end - own)
@@ -130,18 +133,18 @@ class Detokenizer:
         if final:
             texts.append(self._shown((), True))
             self._length += len(texts[-1])
-            # What was held back may have come to nothing, as spaces that are stripped.
+            # Text that was held back may have been dropped, such as spaces that are stripped.
             self._starts = [min(start, self._length) for start in self._starts]
         return "".join(texts)
 
     def _shown(self, token_ids: Sequence[int], final: bool) -> str:
-        """The text of tokens, without special tokens and the prompt's text."""
+        """Return the text of tokens, without special tokens and the prompt's text."""
         special = self._special
         text = self._decoder.push([i for i in token_ids if i not in special], final)
         if self._told and text:
             length = min(len(self._told), len(text))
             if text[:length] != self._told[:length]:
-                self._told = ""  # it has become something else: a character, of its first bytes
+                self._told = ""  # the bytes at the prompt's end now begin a character
             else:
                 self._told, text = self._told[length:], text[length:]
         return text
@@ -150,7 +153,8 @@ class Detokenizer:
 class _Decoder(Protocol):
     @property
     def held(self) -> int:
-        """Characters that are held back, as far as it can be told; half of one counts."""
+        """Number of characters that are held back, as far as it can be told; part of a character
+        counts."""
 
     def push(self, token_ids: Sequence[int], final: bool) -> str: ...
 
@@ -163,7 +167,7 @@ def _decoder(tokenizer: Tokenizer) -> _Decoder:
 
 
 class _ByteDecoder:
-    """Tokens are bytes: UTF-8 decides what is certain."""
+    """Decodes tokens that are plain bytes, by UTF-8."""
 
     def __init__(self, pieces: TokenBytes) -> None:
         self._pieces = pieces

@@ -1,7 +1,7 @@
-"""Whose turn it is, and how much somebody may still use.
+"""Fair turns among owners, and budgets that refill over time.
 
-Knows: owners, as anything that can be a key of a dict, and numbers. Knows nothing of what is waited
-for, of clocks, or of processes.
+Knows: owners, which are anything that can be a key of a dict, and numbers. Knows nothing of what is
+waited for, of clocks, or of processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _T = TypeVar("_T")
 
 
 class FairQueue(Generic[_T]):
-    """Items that wait, the owners taking turns.
+    """A queue of items in which owners take turns (round robin).
 
-    An item waits for those of its own owner that came before it, and with each of these, and with
-    itself, for one of each other owner at most.
+    Before an item come those that its own owner has queued before it; before each of these, and
+    before the item itself, comes at most one item of each other owner.
     """
 
     def __init__(self) -> None:
-        self._owners: OrderedDict[Hashable, deque[_T]] = OrderedDict()  # whose turn it is first
+        self._owners: OrderedDict[Hashable, deque[_T]] = OrderedDict()  # next owner first
 
     def __bool__(self) -> bool:
         return bool(self._owners)
@@ -31,7 +31,7 @@ class FairQueue(Generic[_T]):
         self._owners.setdefault(owner, deque()).append(item)
 
     def pop(self) -> tuple[Hashable, _T]:
-        """The next item, and whose it is; it must not be empty."""
+        """Remove and return the next item with its owner; the queue must not be empty."""
         owner, items = self._owners.popitem(last=False)
         item = items.popleft()
         if items:
@@ -40,10 +40,10 @@ class FairQueue(Generic[_T]):
 
 
 class TokenBucket:
-    """What somebody may use: `capacity` at once, and as much again in `period` seconds.
+    """A budget: `capacity` may be used at once, and as much again is refilled in `period` seconds.
 
-    It may be overdrawn, as what something costs is known behind it; then there is nothing until
-    that is made up for.
+    It may be overdrawn, as the cost of something is known only after it; then nothing may be used
+    until that is made up for.
     """
 
     def __init__(self, capacity: float, period: float) -> None:
@@ -53,15 +53,18 @@ class TokenBucket:
         self._seen: float | None = None
 
     def take(self, amount: float, now: float) -> None:
-        """Use so much. now: in seconds, never less than before."""
+        """Use an amount.
+
+        now: the time in seconds, never less than in an earlier call.
+        """
         self._left = self.left(now) - amount
         self._seen = now
 
     def left(self, now: float) -> float:
-        """What may be used now; not above 0 if nothing may."""
+        """Return what may be used now; not above 0 if nothing may."""
         since = 0.0 if self._seen is None else now - self._seen
         return min(self._capacity, self._left + since * self._rate)
 
     def seconds_until(self, amount: float, now: float) -> float:
-        """How long it takes until so much is left."""
+        """Return the seconds until this amount is left."""
         return max(0.0, (amount - self.left(now)) / self._rate)

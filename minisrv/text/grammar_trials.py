@@ -1,13 +1,15 @@
-"""The process that tries grammars, for an API worker: it forks for each of them.
+"""The process that tries grammars for an API worker: it forks a process for each of them.
 
-It has loaded the tokenizer, which the forked processes share, and has no thread of its own, so that
-a fork finds every lock open. Each forked process tries one grammar, within bounds that the kernel
-enforces: processor time, and private memory. It ends whatever happens to it, as does everything
-here with the parent, stopped or not. Many run at a time; this process waits for all of them at
-once, so it is never busy, and says so every `BEAT_SECONDS` while there are any.
+It has loaded the tokenizer, which the forked processes share, and has no threads, so that no lock
+is held when it forks. Each forked process tries one grammar, within limits that the kernel
+enforces: processor time, and private memory. It is ended in any case, and so is every process here
+when its parent ends, even if it is stopped. Many trials run at a time; this process waits for all
+of them at once, so it is never busy, and sends a sign of life every `BEAT_SECONDS` while there are
+any.
 
 Knows: processes, their limits, and the socket. Knows nothing of whose turn it is, nor of what a
-grammar says. Is imported before what would start threads, and so imports little itself.
+grammar says. It must be imported before anything that would start threads, and so imports little
+itself.
 """
 
 from __future__ import annotations
@@ -37,19 +39,21 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 1.0
 
 MEMORY_BYTES = 2 << 30
-"""Private memory of a forked process, the tokenizer included."""
+"""Maximum number of bytes of private memory of a forked process, the tokenizer included."""
 _REHEARSED_TOKENS = 16
 _READ_BYTES = 1 << 16
 _FIRST_TO_GO = 1000
-"""Of the kernel's score for who is killed where memory is out: before anything else."""
+"""The `oom_score_adj` that makes the kernel kill a process before any other when memory runs
+out."""
 
 _LENGTH = struct.Struct("!I")
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """Worker to process: try this.
+    """Message from the worker to this process: try a grammar.
 
-    cpu_seconds, wall_seconds: what it may take. nice: what is added to its niceness.
+    cpu_seconds, wall_seconds: processor time and wall-clock time that the trial may take.
+    nice: what is added to the niceness of the trial's process.
     """
 
     number: int
@@ -60,18 +64,19 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """Process to worker: it lives. The first says that the tokenizer is loaded."""
+    """Message from this process to the worker: a sign of life. The first one says that the
+    tokenizer is loaded."""
 
 
 class Outcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Process to worker: a trial has ended.
+    """Message from this process to the worker: a trial has ended.
 
-    seconds: of processor time that it took.
-    lowered: the grammar in llguidance's words.
-    problem: what is wrong with it; nothing if it may be used.
-    killed_by: the signal that ended it, which says nothing then.
-    late: it had no processor for its time, and was killed for that.
-    failure: what went wrong here that should not.
+    seconds: processor time that the trial took.
+    lowered: the grammar in llguidance's format.
+    problem: what is wrong with the grammar; empty if it may be used.
+    killed_by: the signal that ended the trial, which has no result then; 0 if none did.
+    late: the trial had not ended when its wall-clock time was over, and was killed for that.
+    failure: an internal error of the trial, which should not happen.
     """
 
     number: int
@@ -84,7 +89,7 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class _Said(msgspec.Struct, frozen=True):
-    """What a forked process says before it ends."""
+    """The result that a forked process writes before it ends."""
 
     lowered: str = ""
     problem: str = ""
@@ -98,12 +103,12 @@ _decode_said = msgspec.msgpack.Decoder(_Said).decode
 
 
 def frame(body: bytes) -> bytes:
-    """A message as it goes over the socket, in either direction."""
+    """Return a message as it is sent over the socket, in either direction."""
     return _LENGTH.pack(len(body)) + body
 
 
 def frame_length(head: bytes) -> int:
-    """Bytes of the message behind the four bytes of its head."""
+    """Return the length in bytes of a message from the four bytes in front of it."""
     return int(_LENGTH.unpack(head)[0])
 
 
@@ -111,7 +116,8 @@ HEAD_BYTES = _LENGTH.size
 
 
 def serve(connection: socket.socket, vocab_size: int, eos_token_ids: list[int]) -> None:
-    """Try what comes until the worker closes its end. The first message is a tokenizer.json."""
+    """Try the grammars that are sent until the worker closes its end of the socket. The first
+    message is a tokenizer.json."""
     threads.without_blas()
     import tokenizers
 
@@ -123,14 +129,19 @@ def serve(connection: socket.socket, vocab_size: int, eos_token_ids: list[int]) 
         return
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(first.decode()))
     backend = GrammarBackend(tokenizer, vocab_size, eos_token_ids)
-    # Loads what the forked processes share.
+    # A first trial loads what the forked processes then share.
     _try(backend, StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT), eos_token_ids)
     _Trials(connection, backend, eos_token_ids).run()
 
 
 @dataclass
 class _Child:
-    """A forked process. deadline: by `time.monotonic`. said: what it has written so far."""
+    """A forked process that tries a grammar.
+
+    deadline: when it must have ended, by `time.monotonic`.
+    late: whether it was killed because its deadline was over.
+    said: the bytes of its result that it has written so far.
+    """
 
     pid: int
     number: int
@@ -140,7 +151,10 @@ class _Child:
 
 
 class _Trials:
-    """The loop. `connection` is the worker's."""
+    """The loop that runs trials.
+
+    connection: the socket to the worker.
+    """
 
     def __init__(
         self, connection: socket.socket, backend: GrammarBackend, eos_token_ids: list[int]
@@ -148,13 +162,14 @@ class _Trials:
         self._connection = connection
         self._backend = backend
         self._eos_token_ids = eos_token_ids
-        self._children: dict[int, _Child] = {}  # by the end of a pipe, which closes with them
+        self._children: dict[int, _Child] = {}  # by the read end of the pipe that it writes to
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ)
         self._said_at = 0.0
 
     def run(self) -> None:
-        """Until the worker's end is closed. Forked processes that are left end with this one."""
+        """Run until the worker closes its end of the socket. Forked processes that are left end
+        with this one."""
         self._say(Beat())
         while True:
             for key, _ in self._selector.select(BEAT_SECONDS if self._children else None):
@@ -189,24 +204,24 @@ class _Trials:
         self._selector.register(read, selectors.EVENT_READ)
 
     def _be_tried(self, trial: Trial, write: int) -> None:
-        """In the forked process, to its end."""
+        """Try the grammar in the forked process; does not return."""
         os.nice(trial.nice)
         Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what ends here is nobody's to read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads messages of crashes here
         bound_resource(resource.RLIMIT_CORE, 0)
         bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)
         try:
             said = _try(self._backend, trial.spec, self._eos_token_ids)
         except MemoryError:
-            os.abort()  # as llguidance does
-        except BaseException:  # a panic of Rust's is no Exception
+            os.abort()  # llguidance aborts too
+        except BaseException:  # a panic in Rust is not an Exception
             said = _Said(failure=traceback.format_exc())
         signal.setitimer(signal.ITIMER_PROF, 0)
         left = encode(said)
         while left:
             left = left[os.write(write, left) :]
-        os._exit(0)  # closes the pipe, last of all: who waits for that waits for nothing more
+        os._exit(0)  # closes the pipe last: its reader has nothing more to wait for
 
     def _read(self, pipe: int) -> None:
         child = self._children[pipe]
@@ -237,7 +252,7 @@ class _Trials:
 
 
 def _receive(connection: socket.socket) -> bytes | None:
-    """A message; None if the other end is closed."""
+    """Receive a message; return None if the other end is closed."""
     head = _receive_exactly(connection, HEAD_BYTES)
     return head and _receive_exactly(connection, frame_length(head))
 
@@ -256,13 +271,14 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
 
 
 def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> _Said:
-    """Compile, and go on for a few tokens, which is where grammars with too many alternatives
-    fail."""
+    """Compile a grammar, and follow it for a few tokens, which is where grammars with too many
+    alternatives fail."""
     import numpy as np
 
     try:
         lowered = backend.lower(spec)
-        # What may come before it would be all that is rehearsed.
+        # Reasoning that may come before the answer is left out, as it would be all that is
+        # followed.
         bare = msgspec.structs.replace(spec, reasoning_end="") if spec.reasoning_end else lowered
         matcher = backend.compile(bare)
     except RequestError as error:

@@ -1,25 +1,25 @@
-"""Whether a grammar can be compiled at all, found out where it can do no harm.
+"""Finds out whether a grammar can be compiled at all, where that can do no harm.
 
 Compiling is native code that cannot be interrupted, and a few lines can keep it busy for hours or
 fill the memory (vLLM's issues 17313 and 54003, CVE-2025-48944). So an API worker has a process that
-compiles every grammar before the engine sees it, in a forked process for each, within bounds that
-the kernel enforces (`text.grammar_trials`). What passes has compiled, and has been followed for a
-few tokens, which is where grammars with too many alternatives fail. What a grammar came to is
-remembered, as most clients send the same few again and again, and what a trial costs, 12 ms where
-vocabularies are large, is more than a prompt takes.
+compiles every grammar before the engine sees it, each in a forked process, within limits that the
+kernel enforces (`text.grammar_trials`). A grammar that passes has compiled, and has been followed
+for a few tokens, which is where grammars with too many alternatives fail. The outcome for each
+grammar is cached, as most clients send the same few again and again, and a trial, which takes 12 ms
+for large vocabularies, costs more than tokenising a prompt.
 
 Every grammar is tried in the fast lane first, which gives it `CHEAP_SECONDS` of processor time.
-Nearly all need less. One that needs more is ended, and tried again in the slow lane, with
-`CPU_SECONDS`. Lanes have places of their own, and in each of them owners take turns. So a grammar's
-first trial begins after `CHEAP_SECONDS` of processor time of each other owner at most, for itself
-and for each grammar that its own owner has sent before it, divided by the fast lane's places,
-whatever others have sent.
+Nearly all need less. A grammar that needs more is killed, and tried again in the slow lane, with
+`CPU_SECONDS`. Each lane has places of its own, and within a lane owners take turns. So a grammar's
+first trial waits for at most `CHEAP_SECONDS` of processor time of each other owner, for itself and
+for each grammar that its own owner has sent before it, divided by the number of the fast lane's
+places, whatever others have sent.
 
-The process may be killed, stopped or hang, as any may. It says that it lives once a second while
-there is work; after `SILENT_SECONDS` without a word it is killed and another takes its place. What
-was being tried is tried once more, and fails then with an error of ours.
+The process may be killed, stopped or hang, as any may. It sends a sign of life once a second while
+there is work; after `SILENT_SECONDS` without one it is killed and another takes its place. Grammars
+that were being tried are tried once more, and then fail with an error of ours.
 
-Knows: whose turn it is, what is remembered, and the process. Knows nothing of what a grammar says.
+Knows: whose turn it is, what is cached, and the process. Knows nothing of what a grammar says.
 """
 
 from __future__ import annotations
@@ -67,37 +67,44 @@ from minisrv.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 CPU_SECONDS = 1.0
-"""Processor time of one grammar. 3,000 properties or 10,000 enum values take a tenth."""
+"""Seconds of processor time that one grammar may take. 3,000 properties or 10,000 enum values take
+a tenth of it."""
 WALL_SECONDS = 30.0
-"""Where the processor is that busy, or something waits that should not."""
+"""Seconds of wall-clock time that one trial may take; it is reached only if the processors are very
+busy, or if something waits that should not."""
 SILENT_SECONDS = 5 * BEAT_SECONDS
 _LOOKS = 10
-"""As often it is looked whether the process has said something before it is taken for silent."""
+"""Number of checks for a sign of life within the time limit, before the process is considered
+silent."""
 LOADING_SECONDS = 60.0
-"""What the process gets to load the tokenizer: a second or two where nothing else runs."""
+"""Seconds that the process gets to load the tokenizer, which takes a second or two on an idle
+machine."""
 BUDGET_PERIOD = 60.0
-"""Seconds in which an API key may use its budget."""
+"""Period in seconds over which the budget of an API key is refilled."""
 MAX_FAST, MAX_SLOW = 8, 2
-"""Most places of the two lanes; fewer where there are fewer cores."""
+"""Maximum number of trials at a time in each lane; fewer on machines with few cores."""
 _SLOW_NICE = 5
-"""Slow trials take what others leave of the processors."""
+"""Niceness of slow trials, which use the processor time that others leave."""
 _TRIALS = 2
-"""Of a grammar in one lane, where the process dies."""
+"""Maximum number of trials of a grammar in one lane, if the process dies."""
 _MAX_LOWERED = 4 * MAX_GRAMMAR_LENGTH
-"""Characters of a grammar in llguidance's words, of which each choice's message holds a copy."""
+"""Maximum number of characters of a grammar in llguidance's format, of which the message for each
+choice holds a copy."""
 _REMEMBERED, _REMEMBERED_CHARACTERS = 4096, 64 << 20
-"""Grammars that have passed, and as many that have not, at most; and what either may have."""
+"""Maximum numbers of grammars, and of their characters together, in the cache of those that have
+passed; the cache of those that have not passed has the same limits."""
 
 
 class GrammarValidator:
-    """An API worker's handle of its validating process, which starts with the first grammar.
+    """An API worker's handle of the process that tries its grammars, which starts with the first
+    grammar.
 
     Methods are for one event loop, in the main thread: the process ends with the thread that has
     started it.
 
     tokenizer, vocab_size, eos_token_ids: as for GrammarBackend.
-    seconds_per_key: processor time that new grammars of one API key may take in `BUDGET_PERIOD`;
-        0 sets no limit.
+    seconds_per_key: seconds of processor time that new grammars of one API key may take in
+        `BUDGET_PERIOD`; 0 sets no limit.
     """
 
     def __init__(
@@ -129,15 +136,15 @@ class GrammarValidator:
         self._is_closed = False
 
     async def validate(self, spec: StructuredOutput, owner: int | str) -> StructuredOutput:
-        """The grammar in llguidance's words, as the engine takes it. One that is known waits for
-        no other, and costs nothing; one that is being tried is not tried a second time.
+        """Return the grammar in llguidance's format, as the engine takes it. A grammar in the cache
+        does not wait and costs nothing; one that is being tried already is not tried a second time.
 
-        owner: who takes turns with others: the number of the request's API key, which has a budget,
-            or anything else that tells clients apart.
+        owner: whom the request belongs to where clients take turns: the index of its API key, which
+            has a budget, or anything else that tells clients apart.
 
-        Raises RequestError for a grammar that cannot be compiled within the bounds,
-        GrammarBudgetError if the key has used up its time, GrammarUnavailableError if the process
-        has failed, EngineNotReadyError behind `close`.
+        Raises RequestError for a grammar that cannot be compiled within the limits,
+        GrammarBudgetError if the API key has used up its time, GrammarUnavailableError if the
+        process has failed, EngineNotReadyError after `close`.
         """
         if self._is_closed:
             raise time_is_over()
@@ -150,11 +157,12 @@ class GrammarValidator:
         if grammar is None:
             grammar = self._pending[digest] = _Grammar(spec, digest, self._fast)
         if owner not in grammar.owners:
-            # Whoever else asks for it does not wait for what its first owner has sent before it.
+            # A second owner of a grammar does not wait for what its first owner has sent before it.
             grammar.owners.add(owner)
             grammar.lane.waiting.push(owner, grammar)
         if self._life is None:
-            # What it logs is not of the request that happens to be the first.
+            # An empty context, so that its log lines do not carry the id of the request that
+            # happens to be first.
             self._life = asyncio.create_task(self._live(), context=Context())
         grammar.askers += 1
         try:
@@ -169,7 +177,8 @@ class GrammarValidator:
         return verdict
 
     def close(self) -> None:
-        """End the process, whatever it does, and the waiting for it. May be called twice."""
+        """End the process, whatever it does, and the requests that wait for it. May be called
+        twice."""
         self._is_closed = True
         if self._life is not None:
             self._life.cancel()
@@ -181,13 +190,14 @@ class GrammarValidator:
     # ---- lanes and budgets --------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Fill the places that are free with those whose turn it is."""
+        """Start trials in the places that are free, for those whose turn it is."""
         if self._writer is None:
             return
         for lane in (self._fast, self._slow):
             while lane.waiting and lane.taken < lane.places:
                 owner, grammar = lane.waiting.pop()
-                # It may have had its turn under another owner, and nobody may wait for it any more.
+                # The grammar may have been tried in another owner's turn, or nobody may wait for it
+                # any more.
                 waits = grammar.askers and not (grammar.is_running or grammar.is_over)
                 if waits and grammar.lane is lane and not self._is_overdrawn(owner, grammar):
                     self._try(grammar, owner)
@@ -205,8 +215,8 @@ class GrammarValidator:
         self._writer.write(frame(encode(trial)))
 
     def _is_overdrawn(self, owner: Hashable, grammar: _Grammar) -> bool:
-        """Whether the owner may have no more tried for now, which ends the grammar if no other
-        owner waits for it."""
+        """Whether the owner has used up its budget for now. If so, the grammar is refused unless
+        another owner waits for it."""
         budget = self._budget(owner)
         if budget is None or budget.left(now := time.monotonic()) > 0:
             return False
@@ -256,7 +266,7 @@ class GrammarValidator:
         elif outcome.killed_by or outcome.failure:
             if outcome.failure:
                 logger.error("trying a grammar failed: %s", outcome.failure)
-            # Otherwise it has aborted where it got no memory.
+            # Other signals mean that it aborted because it got no memory.
             too_long = f"takes more than {CPU_SECONDS:g} s of processor time"
             self._refuse(grammar, f"compiling it {too_long if out_of_time else 'fails'}")
         elif outcome.problem:
@@ -296,7 +306,7 @@ class GrammarValidator:
     # ---- the process --------------------------------------------------------------------------
 
     async def _live(self) -> None:
-        """One life of the process. Another begins behind it if somebody waits."""
+        """Run the process until it ends. Another one is started afterwards if somebody waits."""
         why = "has ended"
         try:
             await self._run_process()
@@ -304,7 +314,7 @@ class GrammarValidator:
             why = "has stopped or hangs, and is killed"
         except (EOFError, ConnectionError):
             pass
-        except OSError as error:  # out of descriptors, or of processes
+        except OSError as error:  # out of file descriptors or processes
             why = f"cannot be started or talked to ({error.strerror or error})"
         except Exception:
             logger.exception("talking to the process that tries grammars failed")
@@ -318,7 +328,8 @@ class GrammarValidator:
         self._go_on_without(is_loaded=is_loaded)
 
     async def _run_process(self) -> None:
-        """Raises TimeoutError for one that hangs, EOFError or OSError when it has ended."""
+        """Start the process, and handle its messages. Raises TimeoutError if it hangs, EOFError or
+        OSError when it has ended."""
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         with theirs, closing(writer):
@@ -333,14 +344,15 @@ class GrammarValidator:
                 while True:
                     head = await reader.readexactly(HEAD_BYTES)
                     report = decode_report(await reader.readexactly(frame_length(head)))
-                    self._writer = writer  # it has loaded the tokenizer, if it says something
+                    self._writer = writer  # its first message says that it has loaded the tokenizer
                     if isinstance(report, Outcome):
                         self._take(report)
                     self._begin()
                     self._expect_a_word(SILENT_SECONDS if self._running else None)
 
     def _expect_a_word(self, seconds: float | None) -> None:
-        """Of the process, within so many seconds; None if it has nothing to do."""
+        """Expect a message of the process within this many seconds; None if it has nothing to
+        do."""
         if self._silence is not None:
             self._silence.cancel()
             self._silence = None
@@ -348,8 +360,8 @@ class GrammarValidator:
             self._be_patient(seconds / _LOOKS, _LOOKS)
 
     def _be_patient(self, seconds: float, looks: int) -> None:
-        """Wait so long for a word, and as often. Between two looks what has come is read: it is not
-        the process that was silent where this worker was held up."""
+        """Wait this many seconds for a message, `looks` times. Messages that have arrived are read
+        between two waits: if this worker was held up, the process is not taken for silent."""
         loop = asyncio.get_running_loop()
         if looks:
             self._silence = loop.call_later(seconds, self._be_patient, seconds, looks - 1)
@@ -357,8 +369,8 @@ class GrammarValidator:
             self._watch.reschedule(loop.time())
 
     def _go_on_without(self, *, is_loaded: bool) -> None:
-        """Try what was being tried with another process, once. Where that does not even start,
-        nobody waits for the next."""
+        """Try the grammars that were being tried once more, in another process. If the process did
+        not even load, refuse all that wait."""
         for number in [*self._running]:
             grammar = self._stopped(number)
             if grammar.trials < _TRIALS:
@@ -374,7 +386,14 @@ class GrammarValidator:
 
 @dataclass
 class _Lane:
-    """Places in which grammars are tried, each with so much processor time."""
+    """The places in which grammars are tried, each trial with this much processor time.
+
+    cpu_seconds: seconds of processor time of each trial.
+    nice: what is added to the niceness of each trial.
+    places: maximum number of trials at a time.
+    taken: number of trials that are running.
+    waiting: the grammars whose turn is to come.
+    """
 
     cpu_seconds: float
     nice: int
@@ -385,11 +404,12 @@ class _Lane:
 
 @dataclass(eq=False)
 class _Grammar:
-    """A grammar that somebody waits for.
+    """A grammar that requests wait for.
 
-    owners: all who have asked for it, in whose queues of the lane it stands.
-    askers: requests that wait.
-    trials: how often the lane has begun with it. charged: whose turn the last was.
+    owners: all owners that have asked for it, in whose queues of the lane it stands.
+    askers: number of requests that wait for it.
+    trials: number of trials that the lane has started for it.
+    charged: the owner in whose turn the last trial started, whose budget pays for it.
     """
 
     spec: StructuredOutput

@@ -1,8 +1,8 @@
-"""The numbers of a JSON schema, as llguidance has to be told them.
+"""Rewrites the numbers of a JSON schema so that llguidance keeps their meaning.
 
-llguidance reads numbers as doubles, and integers from those as 64 bits. A `const` that would come
-out as another number is refused. A bound moves inwards to the next number that is kept: what is
-within it is within what was asked for.
+llguidance reads numbers as doubles, and converts those to 64-bit integers where they are integers.
+A `const` that would become another number is refused. A bound moves inwards to the next number that
+is kept exactly: what is within it is within the bound that was asked for.
 
 Knows: JSON Schema's keywords for numbers, and how llguidance reads and prints them.
 """
@@ -20,18 +20,19 @@ from typing import Any
 from minisrv.errors import shortened
 
 _HELD = 2**53
-"""A double holds every integer up to here."""
+"""Number up to which a double represents every integer exactly."""
 _INT64 = 2**63
-"""llguidance counts integers in 64 bits."""
+"""Bound of llguidance's integers, which have 64 bits."""
 
 _UPPER = ("maximum", "exclusiveMaximum")
 _LOWER = ("minimum", "exclusiveMinimum")
 EXACT = ("const", "enum", "multipleOf")
-"""Keywords whose numbers, however deep, are kept as they are or refused."""
+"""Keywords whose numbers, at any depth, are kept exactly or refused."""
 
 
 def restate_numbers(schema: dict[str, Any]) -> None:
-    """Change the numbers of a schema, of none that it holds, to what llguidance has to be told.
+    """Change the numbers of a schema, but not those of schemas inside it, to what llguidance has to
+    be given.
 
     Raises ValueError for a number that cannot be kept.
     """
@@ -49,11 +50,11 @@ def restate_numbers(schema: dict[str, Any]) -> None:
 
 
 def _bound(key: str, bound: Decimal, integers: bool) -> int | float:
-    """The outermost number within a bound that llguidance keeps.
+    """Return the outermost number within a bound that llguidance keeps exactly.
 
-    integers: some of what is bounded is counted in 64 bits.
+    integers: whether integers, which llguidance counts in 64 bits, are among what is bounded.
 
-    Raises ValueError if no integer is within it.
+    Raises ValueError if no integer, or no number that a double holds, is within it.
     """
     upper = key in _UPPER
     if integers:
@@ -61,8 +62,7 @@ def _bound(key: str, bound: Decimal, integers: bool) -> int | float:
             raise ValueError(
                 f"{key}: {_short(bound)} leaves no integer, as they reach from -2**63 to 2**63"
             )
-        # llguidance cuts off an upper bound that is higher than it counts, and fails at a lower
-        # one that is lower.
+        # llguidance clips an upper bound above its range, but fails on a lower bound below it.
         bound = max(bound, Decimal(1 - _INT64))
     inwards = -math.inf if upper else math.inf
     double = _nearest(bound)
@@ -76,17 +76,23 @@ def _bound(key: str, bound: Decimal, integers: bool) -> int | float:
 
 
 def _factor(factor: Decimal, integers: bool) -> int | float:
-    """Of `multipleOf`. integers: the multiples are integers. Raises ValueError."""
+    """Return the value for `multipleOf` that llguidance has to be given.
+
+    integers: whether the multiples must be integers.
+
+    Raises ValueError for a number that is not above 0, or cannot be kept exactly.
+    """
     if factor <= 0:
         raise ValueError(f"multipleOf: {_short(factor)} is not allowed: it must be above 0")
     exact = _exact("multipleOf", factor)
-    # Integers are multiples of 1 as well, which llguidance forgets where it looks for a multiple
+    # Integers are multiples of 1 as well, which llguidance ignores where it looks for a multiple
     # within the bounds.
     return _exact("multipleOf", Fraction(factor).numerator) if integers else exact
 
 
 def _exact(key: str, number: int | float | Decimal) -> int | float:
-    """Raises ValueError for a number that would come out as another one."""
+    """Return the number to write for one that must be kept exactly. Raises ValueError for a number
+    that would become another one."""
     exact = _decimal(number)
     double = _nearest(exact)
     told = _told(double)
@@ -103,13 +109,14 @@ def _exact(key: str, number: int | float | Decimal) -> int | float:
 
 
 def _readings(double: float) -> tuple[Decimal, Decimal]:
-    """A double as llguidance prints it, and as it counts with it where it is an integer."""
+    """Return the values that llguidance uses for a double: as it prints it, and as it computes with
+    it if it is an integer."""
     printed = _decimal(double)
     return printed, Decimal(double) if double.is_integer() else printed
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number of JSON."""
+    """Whether a value is a number of JSON."""
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
@@ -122,7 +129,8 @@ def _map_numbers(value: Any, change: Callable[[Any], int | float]) -> Any:
 
 
 def _decimal(number: int | float | Decimal) -> Decimal:
-    """As it is written; a double as the shortest text that makes it. Raises ValueError for NaN."""
+    """Return a number as it was written; a double as the shortest text that makes it. Raises
+    ValueError for NaN."""
     exact = Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
     if exact.is_nan():
         raise ValueError("NaN is no number of JSON")
@@ -130,14 +138,15 @@ def _decimal(number: int | float | Decimal) -> Decimal:
 
 
 def _nearest(number: int | float | Decimal) -> float:
-    """The nearest double that is finite."""
+    """Return the nearest finite double."""
     most = Decimal(sys.float_info.max)
     return float(min(max(_decimal(number), most.copy_negate()), most))
 
 
 def _told(double: float) -> int | float | None:
-    """What is to be written so that llguidance reads this double. Its reader (serde_json's) is off
-    by a step now and then, so that it may be one of the next; None if it is none of them."""
+    """Return the number to write so that llguidance reads this double. Its reader (serde_json's) is
+    sometimes off by one step, so the result may be a neighbouring double; None if none of them is
+    read as this one."""
     if double.is_integer() and abs(double) < _INT64:
         return int(double)
     up, down = math.nextafter(double, math.inf), math.nextafter(double, -math.inf)
@@ -145,8 +154,8 @@ def _told(double: float) -> int | float | None:
 
 
 def _as_read(double: float) -> float:
-    """What serde_json makes of a double in its shortest form: its digits as a double, times a power
-    of ten."""
+    """Return what serde_json reads for a double that is written in its shortest form: its digits as
+    a double, times a power of ten."""
     negative, digits, exponent = _decimal(double).as_tuple()
     assert isinstance(exponent, int)
     value = float(int("".join(map(str, digits))))
@@ -158,7 +167,8 @@ def _as_read(double: float) -> float:
 
 
 def plain(number: int | float | Decimal) -> int | float:
-    """As JSON can have it, nearly. Integers that a double holds are integers."""
+    """Return a number as JSON can hold it, perhaps rounded. Integers that a double represents
+    exactly become integers."""
     double = _nearest(number)
     return int(double) if double.is_integer() and abs(double) <= _HELD else double
 

@@ -1,15 +1,16 @@
-"""A JSON schema in words that llguidance keeps: what it would round, or could not finish, is said
-otherwise, or refused by name.
+"""Rewrites a JSON schema so that llguidance keeps its meaning: what llguidance would round, or
+could not finish, is expressed otherwise, or refused by name.
 
-Three things of a schema would come out wrong, or end in the middle, if llguidance read them as they
-are written:
+Three things of a schema would come out wrong, or end in the middle of a text, if llguidance read
+them as they are written:
 
 - Numbers are rounded (`text.json_numbers`).
-- A pattern for names is offered although declared properties have taken all names that it matches:
-  a comma is allowed, and then nothing. A pattern that matches no name but such as the schema
-  declares somewhere is said as properties of these names. Every other pattern has a name left.
-- A definition that cannot do without itself has no document that ends. Where it may be left out, it
-  is. Where it may not, no text satisfies the schema.
+- A pattern for property names is offered even if declared properties have used up all names that it
+  matches: a comma is allowed, and then nothing can follow. A pattern that matches only names which
+  the schema declares somewhere is expressed as properties of these names. Any other pattern always
+  has a name left.
+- A definition that requires itself has no document that ends. Where it may be left out, it is.
+  Where it may not, no text satisfies the schema.
 
 Knows: JSON Schema's keywords, and how llguidance reads them. Knows nothing of tokens or masks.
 """
@@ -31,21 +32,22 @@ import numpy as np
 from minisrv.text.json_numbers import EXACT, is_number, plain, restate_numbers
 
 Schema: TypeAlias = Any
-"""An object of keywords, or a boolean; or something else, which llguidance refuses."""
+"""A schema: an object of keywords, a boolean, or anything else, which llguidance refuses."""
 
 _MAX_NAME_BYTES = 100
-"""Of a name that is looked for, in JSON."""
+"""Maximum number of bytes, in JSON, of a property name that is searched for."""
 _MAX_TRIED_BYTES = 5000
-"""Of all names of a pattern; a tenth of a second."""
+"""Maximum number of bytes that are tried for all names of one pattern, which takes a tenth of a
+second."""
 _PATTERN_LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=50_000, step_lexer_fuel=10_000, verbose_errors=False
 )
 
 _ANNOTATIONS = ("default", "example", "examples")
-"""Keywords that hold anything, and ask for nothing."""
+"""Keywords that may hold any value, and restrict nothing."""
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
-"""Keywords that hold schemas by name. Others hold a schema or a list of them, if they hold objects:
-those that are unknown may do so for a `$ref`."""
+"""Keywords that hold schemas by name. Other keywords that hold objects hold a schema or a list of
+schemas; unknown keywords may do so for a `$ref`."""
 
 
 _LARK = re.compile(
@@ -61,8 +63,8 @@ _decode = json.JSONDecoder(parse_float=Decimal).raw_decode
 
 
 def parse_schema(text: str) -> dict[str, Any]:
-    """A schema with its numbers as they are written: those with a fraction or an exponent are
-    Decimal. Raises ValueError for what is no schema."""
+    """Parse a schema, keeping its numbers as they are written: those with a fraction or an exponent
+    become Decimal. Raises ValueError for text that is not a schema."""
     text = text.strip(" \t\r\n")
     schema, end = _parse(text, 0)
     if end != len(text):
@@ -73,7 +75,7 @@ def parse_schema(text: str) -> dict[str, Any]:
 
 
 def _parse(text: str, start: int) -> tuple[Any, int]:
-    """The JSON from `start` on, and its end."""
+    """Parse the JSON that begins at `start`; return it and its end."""
     try:
         return _decode(text, start)
     except RecursionError:
@@ -83,11 +85,12 @@ def _parse(text: str, start: int) -> tuple[Any, int]:
 
 
 def restate(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema as llguidance keeps it; see the module. It can be written as JSON.
+    """Return a schema in the form that llguidance keeps; see the module. The result can be written
+    as JSON.
 
-    schema: as `parse_schema` gives it. Not changed.
+    schema: as `parse_schema` returns it; it is not changed.
 
-    Raises ValueError for a number that cannot be kept, and where no text satisfies the schema.
+    Raises ValueError for a number that cannot be kept, and if no text satisfies the schema.
     """
     try:
         declared = frozenset(name for part in _parts(schema) for name in _declared(part))
@@ -116,8 +119,8 @@ def restate(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def restate_lark(text: str) -> str:
-    """A grammar in Lark whose schemas, each behind a `%json`, are restated. Raises ValueError as
-    `parse_schema` and `restate` do."""
+    """Return a grammar in Lark with its schemas, each of which follows a `%json`, rewritten by
+    `restate`. Raises ValueError as `parse_schema` and `restate` do."""
     pieces = []
     done = 0
     at = _LARK.search(text)
@@ -133,7 +136,8 @@ def restate_lark(text: str) -> str:
 
 
 def _map_schemas(schema: Schema, change: Callable[[dict[str, Any]], Schema]) -> Schema:
-    """A schema with all that it holds changed, the inner ones first; without annotations."""
+    """Return a schema with `change` applied to all schemas that it holds, the inner ones first, and
+    without annotations."""
     if isinstance(schema, list):
         return [_map_schemas(part, change) for part in schema]
     if not isinstance(schema, dict):
@@ -148,7 +152,7 @@ def _map_schemas(schema: Schema, change: Callable[[dict[str, Any]], Schema]) -> 
 
 
 def _parts(schema: Schema) -> Iterator[dict[str, Any]]:
-    """A schema and all that it holds, in no order."""
+    """Yield a schema and all schemas that it holds, in no particular order."""
     left = [schema]
     while left:
         part = left.pop()
@@ -167,17 +171,18 @@ def _parts(schema: Schema) -> Iterator[dict[str, Any]]:
 
 
 def _declared(schema: dict[str, Any]) -> list[str]:
-    """The names of properties that a schema knows."""
+    """Return the names of properties that a schema declares or requires."""
     properties = schema.get("properties")
     names = list(properties) if isinstance(properties, dict) else []
     return names + [name for name in _listed(schema, "required") if isinstance(name, str)]
 
 
 def _restate_patterns(schema: dict[str, Any], declared: frozenset[str]) -> None:
-    """Say patterns whose names are all declared, here or elsewhere, as properties.
+    """Express patterns whose names are all declared, here or elsewhere in the schema, as
+    properties.
 
-    Where members are counted, llguidance wants every property to be required: there a pattern
-    stays if one of its names is not declared here.
+    If the number of properties is limited, llguidance wants every property to be required: a
+    pattern then stays if one of its names is not declared here.
     """
     patterns = schema.get("patternProperties")
     properties = schema.get("properties", {})
@@ -198,8 +203,8 @@ def _restate_patterns(schema: dict[str, Any], declared: frozenset[str]) -> None:
 
 
 def _check_forbidden_names(schema: dict[str, Any]) -> None:
-    """Raise ValueError where names of a pattern are forbidden and others are not. llguidance would
-    find out when such a name is written, and let it go on for ever."""
+    """Raise ValueError if names of a pattern are forbidden and other names are not. llguidance
+    would notice only when such a name has been written, and then let it go on for ever."""
     patterns = schema.get("patternProperties")
     if schema.get("additionalProperties") is False or not isinstance(patterns, dict):
         return
@@ -212,15 +217,17 @@ def _check_forbidden_names(schema: dict[str, Any]) -> None:
 
 
 def _names_within(pattern: str, names: frozenset[str]) -> set[str] | None:
-    """The names that a regular expression of `patternProperties` matches, as llguidance reads it.
-    None if it matches any but `names`, or cannot be read, or is too much to be looked at."""
+    """Return the names that a regular expression of `patternProperties` matches, as llguidance
+    reads it. None if it matches any name outside of `names`, or cannot be read, or takes too long
+    to examine."""
     grammar = {"grammars": [{"json_schema": {"type": "string", "pattern": pattern}}]}
     text = json.dumps(grammar)
     matcher = llguidance.LLMatcher(_bytes(), text, log_level=0, limits=_PATTERN_LIMITS)
     found: set[str] = set()
     name = bytearray()
     left = [_next_bytes(matcher)]
-    """Behind each byte of `name`, and before the first, the bytes that are still to be tried."""
+    """For the start and for each byte of `name`: the bytes that may follow and are still to be
+    tried."""
     tried = 0
     while left and not matcher.is_error():
         if not left[-1]:
@@ -233,7 +240,7 @@ def _names_within(pattern: str, names: frozenset[str]) -> set[str] | None:
         name.append(left[-1].pop())
         matcher.consume_token(name[-1])
         left.append([])
-        if matcher.is_accepting():  # behind the quotation mark
+        if matcher.is_accepting():  # the closing quotation mark was read
             found.add(json.loads(name))
         elif len(name) < _MAX_NAME_BYTES:
             left[-1] = _next_bytes(matcher)
@@ -246,12 +253,12 @@ def _names_within(pattern: str, names: frozenset[str]) -> set[str] | None:
 
 @functools.cache
 def _bytes() -> llguidance.LLTokenizer:
-    """A tokenizer whose tokens are the 256 bytes, and a few special ones."""
+    """Return a tokenizer whose tokens are the 256 bytes and a few special ones."""
     return llguidance.LLTokenizer("byte")
 
 
 def _next_bytes(matcher: llguidance.LLMatcher) -> list[int]:
-    """The bytes that may come next, the end of a string last."""
+    """Return the bytes that may come next, the quotation mark that ends a string last."""
     row = np.zeros((_bytes().vocab_size + 31) // 32, np.int32)
     matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
     found = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
@@ -262,7 +269,8 @@ def _next_bytes(matcher: llguidance.LLMatcher) -> list[int]:
 
 
 class _Finite:
-    """Whether some document that ends satisfies a schema, as far as its references decide that."""
+    """Tells whether some finite document satisfies a schema, as far as its references decide
+    that."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._finite: set[str] = set()
@@ -274,9 +282,10 @@ class _Finite:
             try:
                 self._targets[reference] = _target(root, reference)
             except (LookupError, TypeError, ValueError):
-                continue  # llguidance says that there is none
-        # Of what is known to end, more follows, until no more does. Both directions, as
-        # definitions mostly refer to those behind them or to those before them.
+                continue  # llguidance reports that it does not exist
+        # Repeat until no more references are found to be finite, as each may make others finite.
+        # Passes alternate in direction, as definitions mostly refer to those behind them or to
+        # those before them.
         left = [*self._targets]
         while left:
             still = []
@@ -291,11 +300,11 @@ class _Finite:
 
     @property
     def all(self) -> bool:
-        """Whether everything that is referred to may end."""
+        """Whether every schema that is referred to has a finite document."""
         return self._finite == self._targets.keys()
 
     def ends(self, schema: dict[str, Any]) -> bool:
-        """Whether it refers to nothing that has no end."""
+        """Whether a schema does not refer to one without a finite document."""
         reference = schema.get("$ref")
         return not isinstance(reference, str) or (
             reference in self._finite or reference not in self._targets
@@ -303,7 +312,7 @@ class _Finite:
 
     def __call__(self, schema: Schema) -> bool:
         if not isinstance(schema, dict):
-            return True  # or satisfied by nothing, which llguidance finds
+            return True  # or no document satisfies it, which llguidance finds
         if not self.ends(schema):
             return False
         if "const" in schema or "enum" in schema:
@@ -340,8 +349,8 @@ def _listed(schema: dict[str, Any], key: str) -> list[Any]:
 
 
 def _target(root: dict[str, Any], reference: str) -> Schema:
-    """What a JSON pointer in a fragment (RFC 6901) points to. Raises LookupError, TypeError or
-    ValueError if it points to nothing."""
+    """Return what a JSON pointer in a fragment (RFC 6901) points to. Raises LookupError, TypeError
+    or ValueError if it points to nothing."""
     _, *steps = unquote(reference[1:]).split("/")
     if reference != "#" and not reference.startswith("#/"):
         raise LookupError(reference)  # an anchor

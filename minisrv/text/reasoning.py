@@ -1,7 +1,7 @@
-"""Telling reasoning from answer: `<think>...</think>`, as Qwen3 and DeepSeek write it.
+"""Separates reasoning from the answer: `<think>...</think>`, as Qwen3 and DeepSeek write it.
 
-Reasoning comes first or not at all; the markers later in the answer are its text. Blanks around
-the markers belong to them. The result does not depend on how the text is cut into pieces.
+Reasoning comes first or not at all; markers later in the answer are part of its text. White space
+around the markers belongs to them. The result does not depend on how the text is cut into pieces.
 
 Knows: the two markers. Knows nothing of tool calls.
 """
@@ -18,9 +18,10 @@ REASONING_END = "</think>"
 
 
 class ReasoningParser:
-    """Splits one answer.
+    """Splits one answer into reasoning and content.
 
-    starts_inside: the prompt ends with the start marker, so the text begins as reasoning.
+    starts_inside: whether the prompt ends with the start marker, so that the text begins as
+        reasoning.
     """
 
     def __init__(self, *, starts_inside: bool) -> None:
@@ -31,11 +32,11 @@ class ReasoningParser:
         )
 
     def feed(self, text: str) -> list[ChatDelta]:
-        """Add text; returns what has become certain."""
+        """Add text; return what has become certain."""
         return self._state(text) if text else []
 
     def finish(self) -> list[ChatDelta]:
-        """The text ends here: returns what was held back."""
+        """End the text; return what was held back."""
         held, self._held = self._held, ""
         if self._state == self._at_start:
             return [ContentDelta(held)] if held else []

@@ -1,4 +1,4 @@
-"""What is kept as long as there is room for it.
+"""A cache that evicts the least recently used entries when their total weight exceeds a limit.
 
 Knows: keys, weights, and what was asked for when. Knows nothing of what is kept.
 """
@@ -15,11 +15,11 @@ _T = TypeVar("_T")
 
 
 class RecentlyUsed(Generic[_Key, _T]):
-    """A memory in which those that were asked for longest ago make room for others. Methods may be
-    called by any thread.
+    """A least-recently-used cache. Methods may be called by any thread.
 
-    room: what all that is kept may weigh together.
-    least: what each weighs at least, so that room / least is the most of them.
+    room: maximum total weight of the entries.
+    least: minimum weight that each entry counts with, so that there are at most room / least
+        entries.
     """
 
     def __init__(self, room: float, least: float) -> None:
@@ -30,7 +30,7 @@ class RecentlyUsed(Generic[_Key, _T]):
         self._lock = threading.Lock()
 
     def get(self, key: _Key) -> _T | None:
-        """What is kept, which has been asked for now."""
+        """Return the value of a key and mark it as used now; None if there is none."""
         with self._lock:
             if key not in self._found:
                 return None
@@ -38,8 +38,8 @@ class RecentlyUsed(Generic[_Key, _T]):
             return self._found[key][0]
 
     def add(self, key: _Key, value: _T, weight: float) -> None:
-        """Keep a value, in the place of the key's last. One that weighs more than there is room
-        for is not kept, and moves nothing else out."""
+        """Keep a value, replacing the key's last one. A value that weighs more than the limit is
+        not kept, and evicts nothing else."""
         weight = max(weight, self._least)
         with self._lock:
             if key in self._found:

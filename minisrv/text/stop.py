@@ -1,8 +1,10 @@
-"""Finding stop strings in text that arrives in pieces.
+"""Finds stop strings in text that arrives in pieces.
 
-Knows: characters. Knows nothing of tokens. The result does not depend on how the text is cut
-into pieces: a text ends at the first character that completes a stop string, and is cut where
-the longest stop string completed there begins, or behind it.
+The result does not depend on how the text is cut into pieces: a text ends at the first character
+that completes a stop string, and is cut where the longest stop string completed there begins, or
+behind it.
+
+Knows: characters. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from collections.abc import Sequence
 class StopMatcher:
     """Lets text through up to the first stop string, which it holds back.
 
-    What is held back is the longest suffix of the text that begins a stop string, and no more.
-    Costs a few operations per character and stop string (Knuth-Morris-Pratt).
+    Only the longest suffix of the text that begins a stop string is held back. This costs a few
+    operations per character and stop string (Knuth-Morris-Pratt).
 
-    include_stop: let the stop string through too.
+    include_stop: whether the stop string is let through too.
     found: once stopped, the stop string.
-    rest: once stopped, what the text that completed the stop string went on with.
+    rest: once stopped, the text behind the stop string in the piece that completed it.
     """
 
     def __init__(self, stop: Sequence[str], *, include_stop: bool = False) -> None:
@@ -31,7 +33,7 @@ class StopMatcher:
         self.rest = ""
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
-        """Add text; returns what is certain not to belong to a stop string.
+        """Add text; return what is certain not to belong to a stop string.
 
         may_stop: whether a stop string that this text completes counts.
         """
@@ -49,12 +51,13 @@ class StopMatcher:
         return text[:safe]
 
     def flush(self) -> str:
-        """The text ends here: returns what was held back."""
+        """End the text; return what was held back."""
         held, self._held = self._held, ""
         return held
 
     def _step(self, char: str) -> int:
-        """Advance every pattern by a character; returns the length of the longest complete one."""
+        """Advance every pattern by a character; return the length of the longest complete one, or
+        0."""
         complete = 0
         for i, (pattern, failure) in enumerate(self._stop):
             matched = self._matched[i]
@@ -70,7 +73,7 @@ class StopMatcher:
 
 
 def _failure_table(pattern: str) -> list[int]:
-    """For each prefix, the length of its longest proper prefix that is also its suffix."""
+    """Return for each prefix the length of its longest proper prefix that is also its suffix."""
     table = [0] * len(pattern)
     length = 0
     for i in range(1, len(pattern)):

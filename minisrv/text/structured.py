@@ -1,19 +1,20 @@
 """Structured output: which tokens may come next, so that the text becomes what was asked for.
 
 A `StructuredOutput` is compiled to a matcher (llguidance: an Earley parser over lexemes that are
-regular expressions by derivatives). The matcher follows one request's tokens and says, as one bit
-a token, which may come next. End-of-sequence is allowed where the grammar may end, and is all
-that is allowed where it must. A matcher fails alone: its `error` ends its own request.
+regular expressions by derivatives). The matcher follows one request's tokens and says, with one bit
+for each token, which may come next. End-of-sequence is allowed where the grammar may end, and is
+all that is allowed where it must end. A matcher fails by itself: its `error` ends its own request
+only.
 
-Two budgets bound what a grammar may cost. `LIMITS` bounds a mask, the size of a compiled grammar
-and its memory. They do not bound every compilation, as some schemas (a `multipleOf` of a million,
-an intersection of thirty patterns) are built before they are counted, so a grammar comes here
-only after `text.grammar_validator` has seen it compile within a time.
+Two budgets bound what a grammar may cost. `LIMITS` bounds the time of a mask, and the size and
+memory of a compiled grammar. It does not bound every compilation, as some schemas (a `multipleOf`
+of a million, an intersection of thirty patterns) are built before they are counted, so a grammar
+gets here only after `text.grammar_validator` has seen it compile within a time limit.
 
-A mask allows every token that goes on with the text, however the tokenizer would spell it. Where
-only one text can follow, llguidance would allow no tokens but those that the tokenizer makes of
-that text. They are of another text where the tokenizer normalises (NFC, lower case, blanks), and
-where the text is spelled as a special token is. A model has learned how to spell, too.
+A mask allows every token that continues the text, however the tokenizer would tokenise it. Where
+only one text can follow, llguidance would by default allow only the tokens that the tokenizer makes
+of that text. These spell another text if the tokenizer normalises (NFC, lower case, spaces), or if
+the text is spelled like a special token. Besides, the model has learned a tokenisation of its own.
 
 Knows: llguidance and the tokenizer. Knows nothing of logits, requests or the engine's steps.
 """
@@ -41,38 +42,39 @@ from minisrv.text.tokenizer import Tokenizer
 LIMITS = llguidance.LLParserLimits(
     # 10,000 enum values fit; a regex has about as many derivatives at most.
     initial_lexer_fuel=300_000,
-    # A mask: under 30 ms for an ambiguous grammar and 150,000 tokens, where the defaults take
-    # 300. 1,000 items are 250 optional properties.
+    # A mask takes under 30 ms for an ambiguous grammar and 150,000 tokens, where llguidance's
+    # defaults take 300 ms. 1,000 items suffice for 250 optional properties.
     step_lexer_fuel=50_000,
     step_max_items=5_000,
     max_items_in_row=1_000,
-    # A matcher's memory: one to two KiB each.
+    # These bound a matcher's memory: one to two KiB for each state or symbol.
     max_lexer_states=20_000,
     max_grammar_size=100_000,
-    # Errors quote the grammar otherwise.
+    # Otherwise error messages quote the grammar.
     verbose_errors=False,
 )
 
 CHEAP_SECONDS = 0.05
-"""Processor time within which nearly every grammar of an honest client compiles: most take a few
-milliseconds, 1,000 properties or 4,000 enum values 30. Those that take longer never stand in the
-way of one that does not."""
+"""Seconds of processor time within which nearly every grammar of an honest client compiles: most
+take a few milliseconds; 1,000 properties or 4,000 enum values take 30 ms. Grammars that take longer
+never delay one that does not."""
 
 MASK_THREADS = 4
-"""A mask takes some 10 us, so eight rows are as fast by one, and threads that look for work take
-processors from those who send tokens. Several are for many rows, and for grammars that are hard."""
+"""Maximum number of threads that fill masks. A mask takes some 10 us, so eight rows are as fast in
+one thread, and threads that look for work take processor time from those that send tokens. Several
+threads are of use for many rows, and for hard grammars."""
 
 _JSON_OPTIONS: dict[str, Any] = {
     "item_separator": ",",
     "key_separator": ":",
-    # One blank where one may be, as Outlines has it: models are known to write blanks for ever
-    # where they may, and indentation is nothing that a client would miss.
+    # At most one space where white space may be, as in Outlines: models are known to write white
+    # space for ever where they may, and no client would miss the indentation.
     "whitespace_pattern": r"\x20",
-    # A keyword that cannot be kept is an error, not ignored.
+    # A keyword that is not supported is an error, and not ignored.
     "lenient": False,
     "coerce_one_of": False,
 }
-"""All of llguidance's options that a schema could set for itself."""
+"""All options of llguidance that a schema could otherwise set for itself."""
 
 _WHAT = {
     StructuredOutputKind.JSON_OBJECT: "JSON object",
@@ -82,67 +84,73 @@ _WHAT = {
     StructuredOutputKind.GRAMMAR: "grammar",
 }
 _MAX_REASON = 300
-"""Characters of llguidance's messages that are passed on: some quote what they are about."""
+"""Maximum number of characters of llguidance's messages that are passed on: some quote the
+grammar."""
 
 
 class Matcher:
-    """One request's place in its grammar. Methods are for one thread at a time."""
+    """One request's position in its grammar. Methods are for one thread at a time."""
 
     def __init__(self, matcher: llguidance.LLMatcher, spec: StructuredOutput) -> None:
         self._matcher = matcher
         self._spec = spec
 
     def fill(self, row: npt.NDArray[np.int32]) -> None:
-        """Write the tokens that may come next: bit `i % 32` of word `i // 32` is token `i`.
+        """Write the mask of tokens that may come next: bit `i % 32` of word `i // 32` is token `i`.
 
-        row: contiguous int32 of `GrammarBackend.bitmask_words`. Releases the GIL meanwhile. A
-        matcher that fails here (`error`) or has failed allows end-of-sequence only.
+        row: contiguous int32 of `GrammarBackend.bitmask_words` words. The GIL is released
+            meanwhile. A matcher that fails here (`error`) or has failed allows end-of-sequence
+            only.
         """
         assert row.dtype == np.int32
         assert row.flags.c_contiguous
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
 
     def accept(self, token_ids: Sequence[int]) -> bool:
-        """Go on behind these tokens, the end-of-sequence token included; False is an `error`."""
-        # Not consume_tokens, which takes no end-of-sequence where nothing else can follow.
+        """Advance behind these tokens, the end-of-sequence token included; return False if that is
+        an `error`."""
+        # consume_tokens is not used, as it does not accept end-of-sequence where nothing else can
+        # follow.
         return all(map(self._matcher.consume_token, token_ids))
 
     @property
     def error(self) -> RequestError | None:
-        """Why the matcher cannot go on; it stays so."""
+        """The error for which the matcher cannot go on, or None; an error stays."""
         if not self._matcher.is_error():
             return None
         return grammar_error(self._spec, "cannot be followed further", self._matcher.get_error())
 
     def copy(self, spec: StructuredOutput) -> Matcher:
-        """Another at the same place, for a request that says the same in `spec`."""
+        """Return another matcher at the same position, for a request with the same grammar in
+        `spec`."""
         return Matcher(self._matcher.deep_copy(), spec)
 
 
 class GrammarBackend:
     """Compiles grammars for one model, and fills their masks.
 
-    vocab_size: columns of the model's logits.
+    vocab_size: number of columns of the model's logits.
     eos_token_ids: tokens that end a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # A tokenizer may know a token that the model has no column for: never sampled, but
-        # llguidance wants a bit for it.
+        # A tokenizer may know a token for which the model has no column: it is never sampled, but
+        # llguidance needs a bit for it.
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = list(eos_token_ids)
         self._loading = threading.Lock()
 
     @property
     def bitmask_words(self) -> int:
-        """Words of int32 in a row of the bitmask; at least as many bits as logits."""
+        """Number of int32 words in a row of the bitmask, which has at least as many bits as there
+        are logits."""
         return (self._vocab_size + 31) // 32
 
     def lower(self, spec: StructuredOutput) -> StructuredOutput:
-        """The same in llguidance's words. All of it is Python, a tenth of a second for large
-        schemas, so no process that has something else to do should: steps would wait for the GIL.
-        Raises RequestError if a schema cannot be kept."""
+        """Return the structured output in llguidance's format. This is all done in Python and takes
+        a tenth of a second for large schemas, so a process that has other work should not do it:
+        its steps would wait for the GIL. Raises RequestError if a schema cannot be kept."""
         try:
             text = _llguidance_grammar(spec, self._tokenizer)
         except ValueError as error:
@@ -150,8 +158,9 @@ class GrammarBackend:
         return msgspec.structs.replace(spec, text=text, choices=(), lowered=True)
 
     def compile(self, spec: StructuredOutput) -> Matcher:
-        """A matcher at its start; `lower` comes first where nobody has done it. Raises RequestError
-        if there is none. Releases the GIL while llguidance works."""
+        """Compile a grammar to a matcher at its start; `lower` is called first unless that has been
+        done. Raises RequestError if the grammar cannot be compiled. Releases the GIL while
+        llguidance works."""
         lowered = spec if spec.lowered else self.lower(spec)
         try:
             with self._loading:
@@ -167,10 +176,10 @@ class GrammarBackend:
         return Matcher(matcher, spec)
 
     def fill(self, matchers: Sequence[tuple[Matcher, int]], bitmask: npt.NDArray[np.int32]) -> None:
-        """`Matcher.fill` for a batch, on several processors: each matcher with its row.
+        """Do `Matcher.fill` for a batch in several threads: each matcher fills its row.
 
-        bitmask: contiguous int32 [rows, bitmask_words]; other rows stay as they are. A matcher
-        must not come twice. Releases the GIL meanwhile.
+        bitmask: contiguous int32 [rows, bitmask_words]; other rows stay as they are. A matcher must
+            not come twice. The GIL is released meanwhile.
         """
         assert bitmask.dtype == np.int32
         assert bitmask.flags.c_contiguous
@@ -188,35 +197,36 @@ class GrammarBackend:
 
     @functools.cached_property
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:
-        # A second for a large vocabulary, so not before it is needed.
+        # This takes a second for a large vocabulary, so it is made when it is first needed.
         return llguidance.LLTokenizer(
             self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
         )
 
 
 def marker(text: str, tokenizer: Tokenizer) -> str:
-    """`text` in a rule of a Lark grammar, as the model writes it.
+    """Return `text` for a rule of a Lark grammar, as the model writes it.
 
-    Where it is a token of its own, that token: llguidance does not count the spelling of a token
-    like `<tool_call>` as text.
+    If it is a token of its own, the result is that token: llguidance does not count the spelling of
+    a token like `<tool_call>` as text.
     """
     token_id = tokenizer.token_id(text)
     return literal(text) if token_id is None else f"<[{token_id}]>"
 
 
 def literal(text: str) -> str:
-    """`text` as a string of a Lark grammar."""
-    return json.dumps(text).replace("\x7f", "\\u007f")  # the one that JSON allows and Lark not
+    """Return `text` as a string of a Lark grammar."""
+    return json.dumps(text).replace("\x7f", "\\u007f")  # JSON allows DEL, Lark does not
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """The JSON documents that follow `schema`, in a rule of a Lark grammar. Raises ValueError for
-    one that is nested too deeply."""
+    """Return the expression for a rule of a Lark grammar that matches the JSON documents that
+    follow `schema`. Raises ValueError for a schema that is nested too deeply."""
     return f"%json {json.dumps({**closed(schema), 'x-guidance': _JSON_OPTIONS})}"
 
 
 def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
-    """llguidance's list of grammars. Raises ValueError if a schema cannot be kept."""
+    """Return llguidance's list of grammars as JSON. Raises ValueError if a schema cannot be
+    kept."""
     main: dict[str, Any]
     match spec.kind:
         case StructuredOutputKind.JSON_OBJECT:
@@ -228,12 +238,12 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             text = llguidance.regex_to_lark(spec.text)
             main = {"lark_grammar": f"start: TEXT\nTEXT: /{text}/"}
         case StructuredOutputKind.CHOICE:
-            # A terminal: as a rule, every choice would be an item of the parser.
+            # A terminal is used, as in a rule every choice would be an item of the parser.
             choices = " | ".join(map(literal, spec.choices))
             main = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case StructuredOutputKind.GRAMMAR:
             main = {"lark_grammar": restate_lark(spec.text)}
-    # One that sets this option sets it for all.
+    # If one grammar of the list sets this option, it holds for all.
     rules = ['%llguidance {"no_forcing": true}', "start: @main"]
     if spec.reasoning_end:
         token_id = tokenizer.token_id(spec.reasoning_end)
@@ -242,10 +252,10 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             if token_id is None
             else f"free: /(?s:.*)/ <[{token_id}]>"
         )
-        # Models leave a blank line behind their reasoning.
+        # Models write up to two line breaks behind their reasoning.
         reasoning = "free /\\n{0,2}/"
         if spec.reasoning_start:
-            # One that does not reason this time begins with what was asked for.
+            # The answer of a model that does not reason this time begins with what was asked for.
             reasoning = f"({marker(spec.reasoning_start, tokenizer)} {reasoning})?"
         rules[1:] = [f"start: {reasoning} @main", free]
     grammars = [{"lark_grammar": "\n".join(rules)}, {"name": "main", **main}]
@@ -256,12 +266,12 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
 
 
 def grammar_error(spec: StructuredOutput, problem: str, reason: str) -> RequestError:
-    """What is wrong with a grammar, in the words of the request's field.
+    """Return the error for a grammar, which names the request's field.
 
-    reason: why, e.g. llguidance's message.
+    reason: why the problem arises, e.g. llguidance's message.
     """
     reason = " ".join(reason.removesuffix("<non-verbose/>").split()).rstrip(".")
-    if reason.startswith("NoExtension"):  # the bare name of a reason to stop
+    if reason.startswith("NoExtension"):  # llguidance gives only the name of the reason
         reason = "no text satisfies it"
     why = shortened(reason, _MAX_REASON)
     return RequestError(f"{spec.param}: the {_WHAT[spec.kind]} {problem}: {why}.", param=spec.param)

@@ -1,14 +1,14 @@
-"""The bytes behind each token id, for the tokenizers where every token is a string of bytes.
+"""The bytes behind each token id, for tokenizers in which every token is a string of bytes.
 
 Two families cover the supported checkpoints:
 
 - byte-level BPE (GPT-2, Llama 3, Qwen): each character of a token stands for one byte;
 - SentencePiece with byte fallback (Llama 2, Gemma): `▁` stands for a space, `<0xE2>` for a byte.
 
-For these, the text of a sequence is the concatenated bytes read as UTF-8, so that it can be
-decoded incrementally and exactly. For byte-level BPE it equals `tokenizers`' own decode for any
-sequence of ids. For byte fallback it does wherever the bytes are valid; where they are not,
-`tokenizers` gives up the whole run of byte tokens and this gives up the invalid bytes only.
+For these, the text of a sequence is the concatenated bytes read as UTF-8, so that it can be decoded
+incrementally and exactly. For byte-level BPE it equals `tokenizers`' own decoding for any sequence
+of ids. For byte fallback it does so if the bytes are valid; if they are not, `tokenizers` replaces
+the whole run of byte tokens and this module replaces the invalid bytes only.
 
 Knows: the decoder section of a `tokenizer.json`. Does not know which tokens are to be skipped.
 """
@@ -30,7 +30,8 @@ _SPACE_MARK = "▁"
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table of one printable character per byte (`bytes_to_unicode`), inverted."""
+    """Return the inverse of GPT-2's table of one printable character per byte
+    (`bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -42,9 +43,9 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 class TokenBytes(dict[int, bytes]):
-    """A mapping from token id to its bytes, filled as it is asked; unknown ids have none.
+    """A mapping from token id to its bytes, filled on demand; unknown ids have no bytes.
 
-    strip_start: leading spaces that decoding removes from the start of a text.
+    strip_start: maximum number of leading spaces that decoding removes from the start of a text.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TokenBytes(dict[int, bytes]):
 
     @classmethod
     def recognise(cls, backend: tokenizers.Tokenizer) -> TokenBytes | None:
-        """The mapping for this tokenizer, or None where its tokens are not plain bytes."""
+        """Return the mapping for this tokenizer, or None if its tokens are not plain bytes."""
         steps = decoder_steps(backend) or []
         kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:
@@ -77,8 +78,8 @@ class TokenBytes(dict[int, bytes]):
 
 
 def decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]] | None:
-    """The steps of the decoder, one behind the other, as `tokenizer.json` has them; None if there
-    is no decoder."""
+    """Return the steps of the decoder as a flat list, each as `tokenizer.json` has it; None if
+    there is no decoder."""
     decoder = json.loads(backend.to_str())["decoder"]
     return None if decoder is None else list(_flat(decoder))
 
@@ -92,15 +93,15 @@ def _flat(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def bytes_of_characters(token: str) -> bytes:
-    """The bytes behind a token of byte-level BPE."""
+    """Return the bytes behind a token of byte-level BPE."""
     try:
         return bytes([_BYTE_LEVEL[char] for char in token])
-    except KeyError:  # an added token, spelled as it is
+    except KeyError:  # an added token is spelled as plain text
         return token.encode()
 
 
 def byte_of_token(token: str) -> bytes | None:
-    """The byte that a token of byte fallback stands for, or None."""
+    """Return the byte that a token of byte fallback stands for, or None if it is another token."""
     match = _BYTE_TOKEN.fullmatch(token)
     return match and bytes.fromhex(match[1])
 

@@ -1,10 +1,10 @@
 """The tokenizer of a checkpoint: text to ids, messages to ids, ids to text.
 
-Knows: the `tokenizers` library, and the chat template. What a checkpoint's files mean is told to it
-(`TokenizerDescription`). Knows nothing of requests being generated: incremental decoding is the
-detokenizer's.
-
 All methods may be called from several threads.
+
+Knows: the `tokenizers` library, and the chat template. What a checkpoint's files mean is given to
+it as a `TokenizerDescription`. Knows nothing of requests that are being generated: incremental
+decoding is done by the detokenizer.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None
     ) -> None:
-        # A tokenizer.json may carry its training's truncation and padding.
+        # A tokenizer.json may contain the truncation and padding of its training.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._chat_template = chat_template
         self.token_bytes = TokenBytes.recognise(backend)
         self.pipeline = DecoderPipeline(backend) if self.token_bytes is None else None
-        """The decoder, where tokens are not plain bytes."""
+        """The decoder, for tokenizers whose tokens are not plain bytes; otherwise None."""
         self.special_ids = frozenset(
             token_id
             for token_id, token in backend.get_added_tokens_decoder().items()
@@ -44,7 +44,7 @@ class Tokenizer:
 
     @classmethod
     def from_description(cls, told: TokenizerDescription) -> Tokenizer:
-        """The tokenizer that a checkpoint describes. Raises ModelError."""
+        """Make the tokenizer that a checkpoint describes. Raises ModelError."""
         try:
             backend = tokenizers.Tokenizer.from_str(told.backend)
         except Exception as error:  # `tokenizers` raises nothing more precise
@@ -56,7 +56,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face checkpoint. Raises ModelError."""
+        """Make the tokenizer of a Hugging Face checkpoint. Raises ModelError."""
         return cls.from_description(describe_tokenizer(Path(directory)))
 
     @property
@@ -66,7 +66,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` can work."""
+        """Whether there is a chat template, so that chats can be rendered."""
         return self._chat_template is not None
 
     @property
@@ -75,19 +75,19 @@ class Tokenizer:
         return "" if self._chat_template is None else self._chat_template.source
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json` that makes the same tokenizer."""
+        """Return the content of a `tokenizer.json` that makes the same tokenizer."""
         return self._backend.to_str()
 
     def token_id(self, token: str) -> int | None:
-        """The id of the token that is spelled so, or None. Markers such as `<tool_call>` are
+        """Return the id of the token with this spelling, or None. Markers such as `<tool_call>` are
         tokens of their own in some vocabularies and plain text in others."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Special tokens spelled in it are recognised, unless the checkpoint
-        wants them split like other text.
+        """Return the token ids of `text`. Special tokens spelled in it are recognised, unless the
+        checkpoint wants them split like other text.
 
-        add_special_tokens: let the tokenizer add what it adds around a text, e.g. BOS.
+        add_special_tokens: let the tokenizer add the tokens that it puts around a text, e.g. BOS.
         Raises RequestError if the tokenizer has no token for some of the text.
         """
         try:
@@ -98,15 +98,16 @@ class Tokenizer:
         return found[0].ids
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of `text` with what the tokenizer adds around it, and for each the index in
-        `text` at which its part begins; what is not in the text begins where it stands. Tokens that
-        share a character all begin with it."""
+        """Return the token ids of `text`, with the tokens that the tokenizer puts around a text,
+        and for each the index in `text` at which its part begins. A token that has no part in
+        `text` begins at the end of the part before it. Tokens that share a character all begin with
+        it."""
         [encoding] = self._backend.encode_batch([text])
         starts = []
         last = end = 0
         for start, stop in encoding.offsets:
             if start == stop:
-                start = end  # an added token, or all of it was left out
+                start = end  # a token that was put around the text, or whose text was all left out
             # Some tokenizers leave the spaces in front of a token out of its span.
             while start > end and text[start - 1].isspace():
                 start -= 1
@@ -116,7 +117,7 @@ class Tokenizer:
         return encoding.ids, starts
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`; ids of no token count as empty."""
+        """Return the text of `token_ids`; ids that are not a token's count as empty."""
         if self.pipeline is None:
             # The batch call releases the GIL.
             [text] = self._backend.decode_batch(
@@ -128,7 +129,8 @@ class Tokenizer:
         return self.pipeline.decoder(streams=False).push(shown, final=True)
 
     def spell(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens as the vocabulary spells them; ids of no token count as empty."""
+        """Return the tokens as the vocabulary spells them; ids that are not a token's give an empty
+        string."""
         return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def has_token(self, token_id: int) -> bool:
@@ -136,8 +138,8 @@ class Tokenizer:
         return self._backend.id_to_token(token_id) is not None
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
-        """What one token adds inside a text, as text (U+FFFD for what is not UTF-8 by itself) and
-        as bytes; a special token is spelled."""
+        """Return what one token adds inside a text, as text (with U+FFFD for bytes that are not
+        UTF-8 by themselves) and as bytes; a special token is spelled out."""
         if self.pipeline is not None:
             special = token_id in self.special_ids
             [spelling] = self.spell([token_id]) if special else [""]
@@ -154,10 +156,10 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a chat: encode it with `add_special_tokens=False`.
+        """Return the prompt text of a chat, which is to be encoded with `add_special_tokens=False`.
 
-        tools: what the model may call, as OpenAI's API spells it.
-        variables: what else the template may ask for.
+        tools: the tools that the model may call, as OpenAI's API spells them.
+        variables: further variables of the template.
         Raises RequestError if there is no template, or it does not accept what it is given.
         """
         if self._chat_template is None:
@@ -171,7 +173,8 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """The ids of a chat. The template spells every special token; none is added after it.
+        """Return the token ids of a chat. The template spells every special token; no others are
+        added.
 
         Raises RequestError like `render_chat`.
         """

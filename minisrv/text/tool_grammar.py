@@ -1,4 +1,4 @@
-"""The grammar of an answer that must be tool calls, spelled as the model has learned it.
+"""The grammar of an answer that must be tool calls, spelled as the model has learned them.
 
 Knows: how a parser's model spells calls, and JSON schemas. Knows nothing of masks.
 """
@@ -21,7 +21,8 @@ from minisrv.text.tool_parsers import ToolParser
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """A function that a model may call.
 
-    parameters: the JSON schema of its arguments, an object's; None for a function without any.
+    parameters: the JSON schema of its arguments, which are an object; None for a function without
+        arguments.
     """
 
     name: str
@@ -35,10 +36,10 @@ def tool_call_grammar(
     *,
     parallel: bool,
 ) -> StructuredOutput:
-    """What forces a call of one of `tools`: all of them for `tool_choice: "required"`, the one
-    that it names otherwise.
+    """Return the structured output that forces a call of one of `tools`: these are all of the
+    request's tools for `tool_choice: "required"`, and otherwise the one that it names.
 
-    parallel: more than one call is allowed.
+    parallel: whether more than one call is allowed.
 
     Raises RequestError, naming `tools`, if they are too large, or have parameters that are not an
     object's.

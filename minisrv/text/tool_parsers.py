@@ -1,11 +1,12 @@
-"""Tool calls in a model's text, found as it comes.
+"""Finds tool calls in a model's text as it arrives.
 
-Models spell a call as a JSON object with a name and arguments. As soon as the arguments begin it
-is certain to be a call, and the arguments are passed on as they are written, broken or not, which
-is what OpenAI's clients are told to expect. What looks like a call and is none (no object, no
-name, no arguments) is content, markers included. Blanks around calls belong to them. The result
-does not depend on how the text is cut into pieces, and no part of a marker is content before it is
-certain to be none. Brackets are counted; no regular expression sees what a model writes.
+Models spell a call as a JSON object with a name and arguments. As soon as the arguments begin it is
+certain to be a call, and the arguments are passed on as they are written, broken or not, which is
+what OpenAI's clients are told to expect. Text that looks like a call and is none (no object, no
+name, no arguments) is content, markers included. White space around calls belongs to them. The
+result does not depend on how the text is cut into pieces, and no part of a marker is returned as
+content before it is certain to be none. Brackets are counted; no regular expression is applied to
+what a model writes.
 
 Knows: how models spell calls. Knows nothing of which tools there are.
 """
@@ -30,27 +31,27 @@ from minisrv.text.stop import StopMatcher
 
 _ARGUMENTS = ("arguments", "parameters")
 _OUTSIDE_STRINGS = frozenset('{}[]:,"+-.0123456789eEtrufalsn' + BLANK)
-"""Characters of JSON outside its strings."""
+"""Characters that may stand in JSON outside its strings."""
 
 
 class _Part(enum.Enum):
-    """Where in a call's object the text is."""
+    """The part of a call's object that the text has reached."""
 
     HEADER = enum.auto()
-    """Nothing is nested yet, so it may become a call."""
+    """Nothing is nested yet, so the object may become a call."""
     ARGUMENTS = enum.auto()
-    """It is a call, and these are its arguments."""
+    """The object is a call, and its arguments are being read."""
     TAIL = enum.auto()
-    """The arguments are complete, the object is not."""
+    """The arguments are complete, and the object is not."""
     OTHER = enum.auto()
-    """Something else is nested: whether it is a call is seen when it is complete."""
+    """Another value is nested: whether the object is a call is decided when it is complete."""
 
 
 class ToolParser(ABC):
     """Finds the tool calls of one answer.
 
-    The class attributes say how a model spells calls: markers and text around each and between
-    them, and the name of the arguments.
+    The class attributes say how a model spells calls: the markers and text around each call and
+    between calls, and the name of the arguments.
     """
 
     opening: ClassVar[tuple[str, ...]] = ()
@@ -62,35 +63,38 @@ class ToolParser(ABC):
         self._deltas: list[ChatDelta] = []
         self._num_calls = 0
         self._held = ""
-        """What is content if no call comes of it, but for the object itself."""
+        """Text before the object that becomes content if no call comes of it; the object itself is
+        kept in `_object`."""
         self._object: list[str] = []
         self._state: Callable[[str], str] = self._begin
-        """Takes text, returns what it leaves for the next state."""
+        """The current state: a method that takes text and returns what it leaves for the next
+        state."""
 
     def feed(self, text: str) -> list[ChatDelta]:
-        """Add text; returns what has become certain."""
+        """Add text; return what has become certain."""
         while text:
             text = self._state(text)
         deltas, self._deltas = self._deltas, []
         return deltas
 
     def finish(self) -> list[ChatDelta]:
-        """The text ends here: returns what was held back. A call that is cut short stays one."""
+        """End the text; return what was held back. A call that is cut short stays a call."""
         self._end()
         deltas, self._deltas = self._deltas, []
         return deltas
 
     @abstractmethod
     def _begin(self, text: str) -> str:
-        """The state at the start."""
+        """Read text in the state at the start; return what is left of it."""
 
     @abstractmethod
     def _after_call(self, text: str) -> str:
-        """The state behind a call."""
+        """Read text in the state behind a call; return what is left of it."""
 
     @abstractmethod
     def _no_call(self, text: str) -> str:
-        """The state behind what turned out to be no call."""
+        """Read text in the state behind an object that turned out to be no call; return what is
+        left of it."""
 
     def _end(self) -> None:
         self._release()
@@ -100,13 +104,14 @@ class ToolParser(ABC):
             self._deltas.append(ContentDelta(text))
 
     def _release(self) -> None:
-        """No call comes of what is held."""
+        """Add the text that is held back, and the object, to the content, as no call comes of
+        them."""
         self._content(self._held + "".join(self._object))
         self._held = ""
         self._object = []
 
     def _start_object(self, text: str) -> str:
-        """The state in front of an object's `{`, which `text` begins with."""
+        """Enter the state that reads an object, with whose `{` the text begins; return the text."""
         self._part = _Part.HEADER
         self._depth = 0
         self._in_string = self._escaped = False
@@ -149,7 +154,8 @@ class ToolParser(ABC):
         return ""
 
     def _start_nested(self, bracket: str) -> None:
-        """The object's first nested value begins: if it is a call's arguments, say so."""
+        """Begin the object's first nested value; if it holds the arguments of a call, report the
+        call."""
         header = _loads("".join(self._object) + "null}") if bracket == "{" else None
         name = header and header.get("name")
         if header and isinstance(name, str) and list(header)[-1] in _ARGUMENTS:
@@ -185,7 +191,7 @@ class ToolParser(ABC):
         self._held = ""
         self._object = []
         call_id = f"call_{uuid.uuid4().hex[:24]}"
-        # JSON can spell a lone surrogate, which is no text that could be sent.
+        # JSON can hold a lone surrogate, which cannot be sent.
         name = name.encode(errors="replace").decode()
         self._deltas.append(ToolCallStart(self._num_calls, call_id, name))
         self._num_calls += 1
@@ -196,7 +202,8 @@ class ToolParser(ABC):
 
 
 class HermesToolParser(ToolParser):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, anywhere: Hermes, Qwen."""
+    """Parser for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` anywhere in the text,
+    which Hermes and Qwen write."""
 
     opening = ("<tool_call>", "\n")
     closing = ("\n", "</tool_call>")
@@ -256,13 +263,14 @@ class HermesToolParser(ToolParser):
 
     def _end(self) -> None:
         if self._state == self._after_call:
-            self._held = ""  # the start of the end marker
+            self._held = ""  # drop the beginning of the end marker
         self._release()
         self._content(self._marker.flush())
 
 
 class Llama3JsonToolParser(ToolParser):
-    """`{"name": ..., "parameters": {...}}` and nothing else, several separated by `;`: Llama 3.
+    """Parser for a text of nothing but `{"name": ..., "parameters": {...}}`, several of which are
+    separated by `;`, as Llama 3 writes.
 
     `<|python_tag|>` may come first. It is a special token and so mostly no part of the text.
     """
@@ -301,12 +309,12 @@ class Llama3JsonToolParser(ToolParser):
 
     def _end(self) -> None:
         if self._state == self._after_call:
-            self._held = ""  # a separator
+            self._held = ""  # drop a separator
         self._release()
 
 
 def _dumps(value: dict[str, Any]) -> str:
-    """JSON as readable as it can be sent: lone surrogates stay escaped."""
+    """Return JSON as readable as it can be sent: lone surrogates stay escaped."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
@@ -316,7 +324,7 @@ def _dumps(value: dict[str, Any]) -> str:
 
 
 def _loads(text: str) -> dict[str, Any] | None:
-    """The JSON object, or None if it is none."""
+    """Return the JSON object, or None if the text is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
