@@ -51,7 +51,7 @@ class BodyRoute(APIRoute):
     would parse and validate it on the event loop."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and return the memory that a large body took to the system."""
+        """Answer a request, and then give the memory that a large body took back to the system."""
         try:
             await super().handle(scope, receive, send)
         finally:
