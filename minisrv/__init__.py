@@ -1,12 +1,13 @@
 """minisrv: a small LLM inference server about one idea, graph-aware batching.
 
-`LLM`, `SamplingParams` and what belongs to them are the Python interface. They are imported on
-first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without it.
-OpenMP reads how its threads wait when torch is imported: so that is settled here, before any part
-does so.
+`LLM`, `SamplingParams` and the other names in `__all__` are the Python interface. They are imported
+on first use, so that the parts that need no torch (`minisrv plan`, the API workers) start without
+it. OpenMP reads how its threads wait when torch is imported, so the environment variables for that
+are set here, before any part imports torch.
 """
 
-# NOTE: nothing is imported before this, not even __future__: it might be found there.
+# NOTE: nothing is imported before this call, not even __future__: an import might find a module in
+# the working directory.
 from minisrv.import_path import leave_working_directory
 
 leave_working_directory()

@@ -1,12 +1,13 @@
-"""What minisrv has computed once and trusts when it comes back: compiled kernels, and what
-checkpoints say.
+"""The cache on disk of results that are computed once: compiled kernels, and descriptions of
+checkpoints.
 
-A file that is kept ends with the SHA-256 of what stands before it, so that one which was cut off,
-or whose pages were lost, is told from a whole one. It is taken only if nobody else could have
-written it. One that is not taken is computed again, and the log says why: a cache never keeps a
+Each cached file ends with the SHA-256 of the content before it, so that a file that was cut off, or
+whose pages were lost, is told from a whole one. A file is used only if no other user could have
+written it. One that is not used is computed again, and the log says why: the cache never keeps a
 server from starting.
 
-Knows: where the cache lies, and when a file of it is trusted. Knows nothing of what is kept.
+Knows: where the cache lies, and when one of its files is trusted. Knows nothing of the content of
+the files.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ logger = logging.getLogger(__name__)
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 MAX_BYTES = 1 << 29
-"""Of a file that is read: twice what a description of a checkpoint may have."""
+"""Maximum size in bytes of a file that is read: twice that of a description of a checkpoint."""
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_directory(*parts: str) -> Path:
-    """`$XDG_CACHE_HOME/minisrv`, or `~/.cache/minisrv`, or a directory below it; made if it is
-    missing.
+    """Return `$XDG_CACHE_HOME/minisrv`, or else `~/.cache/minisrv`, or a directory below it; make
+    it if it is missing.
 
-    Raises OSError if it cannot be made or others may write to it, RuntimeError without a home
+    parts: the names of the directories that lead from there to the one that is wanted.
+    Raises OSError if it cannot be made or other users may write to it, RuntimeError without a home
     directory.
     """
     directory = _user_cache()
@@ -54,8 +56,8 @@ def cache_directory(*parts: str) -> Path:
 
 
 def kept(path: Path) -> bytes | None:
-    """What `keep` has written to a file of the cache directory. None if there is none or it is not
-    trusted, which the log then tells with the reason."""
+    """Return what `keep` has written to a file of the cache directory. None if there is no such
+    file, or if it is not trusted; the log then gives the reason."""
     try:
         doubt, content = _read(path)
     except FileNotFoundError:
@@ -72,11 +74,11 @@ def kept(path: Path) -> bytes | None:
 
 
 def keep(path: Path, body: bytes) -> None:
-    """Write a file of the cache directory, in the place of whatever is there. Where that fails the
-    log says so."""
+    """Write a file of the cache directory, and replace whatever is there. If that fails, a warning
+    is logged and nothing is raised."""
     scratch = None
     try:
-        # Under another name first, so that nobody reads half of it.
+        # It is written under another name first, so that nobody reads half of it.
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             scratch = Path(file.name)
             file.write(body + hashlib.sha256(body).digest())
@@ -91,8 +93,9 @@ def keep(path: Path, body: bytes) -> None:
 
 
 def _user_cache() -> Path:
-    """As the XDG Base Directory Specification has it, a relative path counts for nothing: it would
-    be in the working directory, which may be a stranger's."""
+    """Return the user's cache directory. A relative path in XDG_CACHE_HOME is ignored, as the XDG
+    Base Directory Specification demands: it would lie in the working directory, which may belong to
+    somebody who is not trusted. Raises RuntimeError without an absolute home directory."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     directory = named if named.is_absolute() else Path.home() / ".cache"
     if not directory.is_absolute():
@@ -101,9 +104,9 @@ def _user_cache() -> Path:
 
 
 def _read(path: Path) -> tuple[str, bytes]:
-    """Why a file is not trusted, or nothing, and then its content. Raises OSError, for a link
-    too."""
-    # A pipe in its place would be waited for.
+    """Return the reason why a file is not trusted, which is empty if it is, and its content, which
+    is empty if it is not. Raises OSError if it cannot be opened or read, or is a symbolic link."""
+    # O_NONBLOCK: to open a pipe in the file's place would otherwise wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if doubt := _doubt(os.fstat(descriptor)):
@@ -115,7 +118,7 @@ def _read(path: Path) -> tuple[str, bytes]:
 
 
 def _doubt(found: os.stat_result) -> str:
-    """Why a file of the cache is not trusted; empty if it is."""
+    """Return the reason why a file of the cache is not trusted; empty if it is."""
     if not stat.S_ISREG(found.st_mode):
         return "it is no regular file"
     if found.st_size > MAX_BYTES:

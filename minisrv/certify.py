@@ -1,8 +1,10 @@
-"""`minisrv certify`: every graph of a configuration on every batch that tells something.
+"""`minisrv certify`: compares every captured graph with eager runs, on every kind of batch.
 
-Knows: how to start the engine that would serve, which trials a graph gets, and how the outcome is
-shown and kept. What a trial is and what it compares is what start-up certification uses too; a
-failure here is noted and the sweep goes on.
+The trials are those of the certification at start-up (`graph.certify`, `runner.trial`), on more
+batches; a failure is noted here, and the sweep goes on.
+
+Knows: how to start the engine that would serve, which trials each graph gets, and how the outcome
+is printed and saved.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from minisrv.runner.trial import StepTrial
 
 @dataclass(frozen=True)
 class Failure:
-    """A batch on which a graph is wrong. difference: see `CertificationError`."""
+    """A batch on which a graph gave wrong results.
+
+    batch: a description of the batch.
+    difference: see `CertificationError`.
+    problem: the message of the error.
+    """
 
     batch: str
     difference: float
@@ -42,7 +49,7 @@ class Failure:
 
 @dataclass
 class GraphReport:
-    """What the trials of one graph gave."""
+    """The outcome of all trials of one graph."""
 
     graph: str
     trials: int = 0
@@ -52,7 +59,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The JSON file. A difference that is no number (NaN) is null there."""
+    """The content of the JSON file. A difference that is not a number (NaN) is null there."""
 
     minisrv: str
     torch: str
@@ -64,11 +71,11 @@ class Report:
 
 
 def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
-    """Start the engine, sweep its graphs, print the report; returns the exit status: 1 if a graph
-    failed.
+    """Start the engine, certify all its graphs, and print the report. Returns the exit status: 1 if
+    a graph failed, or else 0.
 
-    json_path: where the report is written too.
-    Raises the start-up branches of `minisrv.errors`, and ConfigError if there are no graphs or
+    json_path: a file to which the report is written too, or None.
+    Raises the errors of start-up (see `minisrv.errors`), and ConfigError if there are no graphs or
     the file cannot be written.
     """
     if not ladders_of(config).keys():
@@ -106,9 +113,9 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
 
 
 def sweep(runner: ModelRunner, progress: Callable[[int, int], None]) -> list[GraphReport]:
-    """Certify every graph on `sweep_batches`. The cache must be empty.
+    """Certify every graph on the batches of `sweep_batches`. The KV cache must be empty.
 
-    progress: told the trials done so far, and of how many.
+    progress: called with the number of trials done so far and the number of all trials.
     """
     keys = runner.ladders.keys()
     plan = [(mode, key, _batches(runner, key)) for mode, key in keys]

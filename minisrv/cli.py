@@ -1,9 +1,10 @@
-"""The `minisrv` command: flags to settings, errors to exit status.
+"""The `minisrv` command: turns flags into settings, and errors into the exit status.
 
-Knows: the commands. Flags have vLLM's names where vLLM has them (`flags`). Imports what a command
-needs when the command runs, so that `minisrv plan` needs no torch.
-Exit status: 0 done or stopped by a signal, 1 it cannot be served (a wrong setting, a bad
-checkpoint, an engine that has died), 2 the command line cannot be parsed.
+Knows: the commands. Flags have vLLM's names where vLLM has them (`flags`). The modules that a
+command needs are imported when it runs, so that `minisrv plan` needs no torch.
+The exit status is 0 if the command is done or was stopped by a signal, 1 if the model cannot be
+served (a wrong setting, a bad checkpoint, an engine that has died), and 2 if the command line
+cannot be parsed.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from minisrv.flags import (
 if TYPE_CHECKING:
     from minisrv.chat import Model
 
-logger = logging.getLogger("minisrv")  # also where this module is the program
+logger = logging.getLogger("minisrv")  # the name also where this module runs as __main__
 _T = TypeVar("_T")
 API_KEY_VARIABLE = "MINISRV_API_KEY"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     logs.configure()
     try:
         options = _parser().parse_args(arguments)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _name_model(options: argparse.Namespace) -> None:
-    """Take the model from MODEL or --model. Raises ConfigError for both."""
+    """Set `options.model` from MODEL or --model. Raises ConfigError if both are given."""
     if None not in (options.model, options.model_flag):
         raise ConfigError("the model is named twice; give MODEL or --model MODEL, not both.")
     if options.model is None:
@@ -78,16 +79,17 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _announce(config: EngineConfig) -> None:
-    """The first line, before anything that takes long is imported."""
+    """Log the first line, before any import that takes long."""
     model = config.model or "the default model"
     logger.info("minisrv %s: %s, device %s", __version__, model, config.device)
 
 
 def _more_keys(file: Path | None) -> list[str]:
-    """Keys that are not on the command line. Raises ConfigError."""
+    """Return the API keys that are not on the command line: those of the environment variable and
+    of `file`. Raises ConfigError if one of the two holds no key or cannot be read."""
     keys = []
     if (key := os.environ.get(API_KEY_VARIABLE)) is not None:
-        if not key.strip():  # or a secret that was not filled in would let everybody in
+        if not key.strip():  # without this, a secret that was not filled in would let everybody in
             raise ConfigError(f"{API_KEY_VARIABLE} is set and empty; give it a key, or unset it.")
         keys.append(key)
     if file is not None:
@@ -144,7 +146,7 @@ def _chat(options: argparse.Namespace) -> int:
         terminal = Terminal(model, chat)
         terminal.converse() if message is None else terminal.answer(message)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the answer has had enough
+    except BrokenPipeError:  # the process that reads the answer has closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -155,7 +157,7 @@ def _model_of_chat(chat: ChatConfig, options: argparse.Namespace) -> Model:
 
         return RemoteModel(chat.url, options.model, os.environ.get(API_KEY_VARIABLE), chat)
     if options.max_num_seqs is None:
-        options.max_num_seqs = 1  # and so few graphs
+        options.max_num_seqs = 1  # so that few graphs are captured
     config = _settings(EngineConfig, options)
     _announce(config)
     from minisrv.chat.local import LocalModel
@@ -172,8 +174,9 @@ def _refuse_engine_flags(options: argparse.Namespace) -> None:
 
 
 def engine_config(arguments: Sequence[str]) -> EngineConfig:
-    """The settings that `minisrv serve` would take from these engine flags, MODEL included. For
-    programs that pass them on. Raises ConfigError; exits with 2 for what is no flag."""
+    """Return the settings that `minisrv serve` would have with these engine flags, MODEL included.
+    For programs that pass such flags on. Raises ConfigError; exits with status 2 for a flag that
+    does not exist."""
     parser = CommandParser(add_help=False)
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
@@ -182,7 +185,8 @@ def engine_config(arguments: Sequence[str]) -> EngineConfig:
 
 
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
-    """The settings of `kind` that were given; its own defaults stand for the rest."""
+    """Return an instance of the settings class `kind` with the flags that were given; the other
+    fields have the defaults of the class."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: v for k, v in vars(options).items() if k in names and v is not None})
 

@@ -1,6 +1,6 @@
-"""Where a result comes from: what every file of figures carries (docs/results/README.md).
+"""The environment of a measurement, which every file of results carries (docs/results/README.md).
 
-Imports torch only to ask what it computes with, when asked.
+torch is imported only when `environment` is called, to read its threads and instruction set.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ PACKAGES = ("minisrv", "torch", "numpy")
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """A command, the machine it ran on, and the versions.
+    """A command, the machine on which it ran, and the versions of packages.
 
-    gpu: the current one and its CUDA version, None without one.
-    cpus: what this process may use. memory_gib: of the whole machine. capability: the vector
-    instructions that torch's kernels use. threads: torch's, inside an operation.
-    load: processes that wanted a core in the minute before; much above 0 is a shared machine.
+    gpu: name of the current GPU, and the CUDA version; None without a GPU.
+    cpus: number of CPUs that this process may use.
+    memory_gib: memory of the whole machine in GiB.
+    capability: the vector instructions that torch's CPU kernels use.
+    threads: number of threads with which torch computes one operation.
+    load: average number of processes that wanted a core in the minute before (the load average);
+        a value much above 0 means that the machine was shared.
     """
 
     command: str
@@ -42,9 +45,9 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 def environment(*packages: str) -> Environment:
-    """This process, on this machine, now.
+    """Return the environment of this process on this machine, at this moment.
 
-    packages: whose versions matter too.
+    packages: names of packages whose versions are included beside `PACKAGES`.
     """
     import torch
 

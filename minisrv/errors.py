@@ -1,30 +1,30 @@
-"""The one exception tree, and how each branch looks on the wire.
+"""The one tree of exceptions, and the HTTP status and error body fields of each branch.
 
     MinisrvError
     |- ConfigError            a setting is wrong: the process exits 1 and prints the message
-    |  `- CoverageError       a ladder leaves a decode batch without its graph
+    |  `- CoverageError       the capture sizes leave a decode batch without a graph
     |- ModelError             a checkpoint cannot be served
     |  |- UnknownArchitectureError
     |  `- WeightsError        missing, unexpected or misshapen weights
     |- GraphError             a graph cannot be used
     |  |- GraphCaptureError   the captured code did what a graph cannot hold
     |  `- CertificationError  a captured graph differs from eager
-    |- RequestError           the client's fault; ends that request only
+    |- RequestError           the client is at fault; ends that request only
     |  |- ContextLengthError
     |  |- ModelNotFoundError
     |  |- AuthenticationError
     |  |- MisdirectedError    it asks for a host that this server is not
     |  `- QueueFullError      not a fault of the request: try again later
-    |     |- KeyLimitError    its key has too many open
-    |     `- GrammarBudgetError  its key has had too many grammars compiled
-    `- EngineError            ours; the client may retry
+    |     |- KeyLimitError    its API key has too many choices open
+    |     `- GrammarBudgetError  its API key has had too many grammars compiled
+    `- EngineError            the server is at fault; the client may retry
        |- DeadlineError       the request took longer than it may
-       |- GrammarUnavailableError  nobody could find out whether its grammar compiles
+       |- GrammarUnavailableError  it could not be found out whether its grammar compiles
        |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
        `- EngineDeadError     the engine process is gone
 
-Every message says what was wrong, what is allowed and, where something can be done, what to do.
+Every message says what was wrong, what is allowed and, where there is a remedy, what to do.
 Knows: HTTP status numbers and OpenAI's error `type` and `code` words. Knows nothing of FastAPI.
 """
 
@@ -38,13 +38,14 @@ from typing import Any
 
 
 class MinisrvError(Exception):
-    """Base of everything minisrv raises on purpose."""
+    """Base class of every exception that minisrv raises on purpose."""
 
     http_status = 500
     type = "internal_error"
     code: str | None = None
     retry_after: int | None = None
-    """Seconds after which a client may ask the same again; None if nothing will have changed."""
+    """Seconds after which a client may send the same request again (the Retry-After header); None
+    if nothing will have changed by then."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -53,18 +54,19 @@ class MinisrvError(Exception):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """What to tell about a name that does not exist: the one that is most like it, or all."""
+    """Return the hint for a name that does not exist: the allowed name that is most like it, or a
+    list of all."""
     names = sorted(allowed)
     found = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {found[0]}?" if found else f"there are: {', '.join(names)}."
 
 
 MAX_SHOWN = 128
-"""Characters of what somebody else has written that a message repeats."""
+"""Maximum number of characters that a message repeats of a text that somebody else has written."""
 
 
 class _Repr(reprlib.Repr):
-    """Sorts no more names than the few that it shows."""
+    """A `reprlib.Repr` that sorts no more keys of a dict than the few that it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,13 +83,17 @@ _repr = _Repr()
 
 
 def shown(value: object) -> str:
-    """The repr of what somebody else has written, as a message has it: cut where it is long, and of
-    what is nested deep, or holds much, the first parts only."""
+    """Return the repr, for a message, of a value that somebody else has written: cut if it is long,
+    and with the first parts only of a value that is deeply nested or holds much."""
     return shortened(_repr.repr(value), 2 * MAX_SHOWN)
 
 
 def shortened(text: str, most: int = MAX_SHOWN) -> str:
-    """The beginning of a text that somebody else has written, where a message has it as it is."""
+    """Return the beginning of a text that somebody else has written, for a message that repeats it
+    without quotes.
+
+    most: the number of characters above which the text is cut.
+    """
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -104,7 +110,7 @@ class ModelError(MinisrvError):
 
 
 class UnknownArchitectureError(ModelError):
-    """The checkpoint's `architectures` names none that is implemented."""
+    """The `architectures` of the checkpoint's config.json name none that is implemented."""
 
 
 class WeightsError(ModelError):
@@ -122,7 +128,7 @@ class GraphCaptureError(GraphError):
 class CertificationError(GraphError):
     """A captured graph gave other results than the eager run of the same padded shape.
 
-    difference: the largest absolute one found; 0 where something else was wrong.
+    difference: the largest absolute difference that was found; 0 if something else was wrong.
     """
 
     def __init__(self, message: str, *, difference: float = 0.0) -> None:
@@ -131,14 +137,14 @@ class CertificationError(GraphError):
 
 
 class RequestError(MinisrvError):
-    """The request is at fault; `param` names the field."""
+    """The request is at fault; `param` names the field of its body."""
 
     http_status = 400
     type = "invalid_request_error"
 
 
 class ContextLengthError(RequestError):
-    """Prompt and completion do not fit the model's context, or the whole KV cache."""
+    """Prompt and completion together do not fit the model's context, or the whole KV cache."""
 
     code = "context_length_exceeded"
 
@@ -151,7 +157,7 @@ class ModelNotFoundError(RequestError):
 
 
 class AuthenticationError(RequestError):
-    """The request comes without an API key that is accepted."""
+    """The request has no API key, or none that is accepted."""
 
     http_status = 401
     type = "authentication_error"
@@ -159,7 +165,7 @@ class AuthenticationError(RequestError):
 
 
 class MisdirectedError(RequestError):
-    """The request's Host is no name that the server answers to."""
+    """The request's Host header is not a name that the server answers to."""
 
     http_status = 421
     code = "host_not_allowed"
@@ -179,25 +185,26 @@ class QueueFullError(RequestError):
 
 
 class KeyLimitError(QueueFullError):
-    """The request's API key would have more choices open than one may."""
+    """With this request its API key would have more choices open than one key may have."""
 
     code = "concurrency_limit"
 
 
 class GrammarBudgetError(QueueFullError):
-    """New grammars of the request's API key have taken as much processor time as a key may use."""
+    """The compilation of new grammars for the request's API key has taken all of the processor time
+    that one key may use."""
 
     code = "grammar_limit"
 
 
 class EngineError(MinisrvError):
-    """Something of ours failed."""
+    """The server failed; the request is not at fault."""
 
     http_status = 500
 
 
 class DeadlineError(EngineError):
-    """The request has not ended within the time that the server gives."""
+    """The request has not ended within the time that the server allows."""
 
     http_status = 504
     type = "timeout_error"
@@ -205,7 +212,7 @@ class DeadlineError(EngineError):
 
 
 class GrammarUnavailableError(EngineError):
-    """The process that tries grammars has failed, or had no time for this one."""
+    """The process that tries to compile grammars has failed, or had no time for this one."""
 
     http_status = 503
     type = "service_unavailable"
@@ -232,7 +239,8 @@ class EngineNotReadyError(EngineError):
 
 
 def time_is_over() -> EngineNotReadyError:
-    """What requests get that are still open when the server has no more time for them."""
+    """Return the error for requests that are still open when a shutdown has no more time for
+    them."""
     return EngineNotReadyError("The server is shutting down; send the request again later.")
 
 

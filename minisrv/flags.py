@@ -1,7 +1,7 @@
-"""Command-line flags made from settings, and what is said of a flag that does not exist.
+"""Command-line flags that are made from settings classes, and hints for flags that do not exist.
 
-A flag is a field of a settings class: its name, type and default are the field's, and its help is
-what the class's docstring says of it, so that each is told in one place.
+Each flag stands for a field of a settings class: it has the field's name, type and default, and its
+help is the text on that field in the docstring of the class, so that each is told in one place.
 
 Knows: argparse, and how settings classes are documented. Knows nothing of what a command does.
 """
@@ -30,22 +30,27 @@ _TYPES: dict[str, dict[str, Any]] = {
     "tuple[str, ...]": {"nargs": "+", "type": lambda text: (text,)},
     "tuple[int, ...]": {"nargs": "+", "type": lambda text: sizes(text), "metavar": "N"},
 }
-"""What argparse does for a field's type."""
+"""Arguments of `add_argument` by the annotated type of a field."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser. An argument that it does not know ends it with its own usage and a hint,
-    also where another parser hands arguments on to it. A flag is spelled out."""
+    """The argument parser of a command.
+
+    An unknown argument ends the program with the usage of this command and a hint, also where a
+    parent parser hands the arguments on to it. Flags cannot be abbreviated.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.commands: Mapping[str, CommandParser] = {}
-        """All commands of the program, this one included, to say whose flag it is."""
+        """All commands of the program by name, this one included, so that a hint can name the
+        command that has a flag."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As `ArgumentParser`'s, but nothing is left unknown."""
+        """Do as `ArgumentParser.parse_known_args`, but end the program for an unknown argument; so
+        the second item of the result is empty."""
         found, unknown = super().parse_known_args(args, namespace)
         if flags := [text for text in unknown if re.match(r"--?[A-Za-z]", text)]:
             self.error("\n  ".join(self._hint(flag) for flag in flags))
@@ -55,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """The long names of its flags."""
+        """The long names of the parser's flags, such as `--model`."""
         return [name for name in self._option_string_actions if name.startswith("--")]
 
     def _hint(self, given: str) -> str:
@@ -79,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
 class SettingsFlags:
     """Adds flags for the fields of a settings class to a parser, group by group.
 
-    A flag that is not given stays None: the default is the class's own.
+    A flag that is not given stays None; the class fills in its own default.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, kind: type[Any]) -> None:
@@ -89,20 +94,21 @@ class SettingsFlags:
         self._group: argparse._ArgumentGroup
 
     def group(self, title: str) -> argparse._ArgumentGroup:
-        """Let what is added from here on stand under a title."""
+        """Begin a titled group in the help, for the flags that are added from here on."""
         self._group = self._parser.add_argument_group(title)
         return self._group
 
     def add(self, *names: str) -> None:
-        """Add flags that need nothing but what their fields say."""
+        """Add the flags of fields whose declarations say all that argparse needs."""
         for name in names:
             self.add_as(name)
 
     def add_as(self, name: str, *flags: str, **options: Any) -> None:
         """Add the flag of a field.
 
-        flags: its own names, where they are not the field's.
-        options: for argparse, in place of what follows from the field's type.
+        name: the name of the field.
+        flags: the names of the flag, if it is not named after the field.
+        options: arguments of `add_argument`, in place of those that follow from the field's type.
         """
         field = self._fields[name]
         annotation = str(field.type).removesuffix(" | None")
@@ -119,9 +125,10 @@ class SettingsFlags:
         )
 
     def help(self, name: str) -> str:
-        """What the class's docstring says of a field, as a command line has it."""
+        """Return the help of a flag: the text on the field in the class's docstring, in the words
+        of a command line."""
         field, text = self._fields[name], self._docs.get(name, "").rstrip(".")
-        # Docstrings speak of fields, and of None for a field that is not given.
+        # Docstrings name fields, and call a field that is not given None; the help names flags.
         text = re.sub(r"(?<=\. )None\b", "The default", text)
         text = re.sub(r"\bNone\b", "the default", text)
         text = re.sub(
@@ -135,8 +142,8 @@ class SettingsFlags:
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
-    """What a class's docstring says of its fields, in paragraphs such as `name, name: text`.
-    Nothing under `python -OO`, which drops docstrings."""
+    """Return the texts on the fields in a class's docstring, by name, which it holds in paragraphs
+    such as `name, name: text`. Empty under `python -OO`, which drops docstrings."""
     docs: dict[str, str] = {}
     names: list[str] = []
     for line in (inspect.getdoc(kind) or "").splitlines():
@@ -151,7 +158,7 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
 
 
 def flag_name(name: str) -> str:
-    """The flag of a field."""
+    """Return the name of the flag for the field `name`."""
     return "--" + name.replace("_", "-")
 
 
@@ -159,10 +166,10 @@ def flag_name(name: str) -> str:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and the flags of EngineConfig."""
+    """Add MODEL and the flags for the fields of EngineConfig."""
     flags = SettingsFlags(parser, EngineConfig)
     group = flags.group("model")
-    # vLLM takes the model as an argument or as a flag; so it is here.
+    # As in vLLM, the model may be an argument or a flag.
     group.add_argument("model", nargs="?", metavar="MODEL", help=flags.help("model"))
     group.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     flags.add("revision", "tokenizer", "chat_template")
@@ -184,7 +191,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ServerConfig."""
+    """Add the flags for the fields of ServerConfig."""
     flags = SettingsFlags(parser, ServerConfig)
     flags.group("HTTP")
     flags.add("host", "port")
@@ -200,11 +207,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("disable_log_stats", "disable_uvicorn_access_log")
 
 
-# ---- what values are -----------------------------------------------------------------------------
+# ---- how values are parsed -----------------------------------------------------------------------
 
 
 class _Flatten(argparse.Action):
-    """Values of several words, each of which may be several: one tuple."""
+    """Stores the values of a flag that takes several words, each of which may stand for several
+    values, as one tuple."""
 
     def __call__(
         self,
@@ -218,7 +226,7 @@ class _Flatten(argparse.Action):
 
 
 def length(text: str) -> int | None:
-    """Tokens as for vLLM: 4096, 4k for 4000, 4K for 4096, or auto, which is None."""
+    """Parse a number of tokens as vLLM does: 4096, 4k for 4000, 4K for 4096; None for auto."""
     if text == "auto":
         return None
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)([kK]?)", text)
@@ -228,7 +236,7 @@ def length(text: str) -> int | None:
 
 
 def sizes(text: str) -> list[int]:
-    """Integers separated by commas."""
+    """Parse integers that are separated by commas."""
     try:
         return [int(size) for size in text.split(",") if size]
     except ValueError:
@@ -236,12 +244,12 @@ def sizes(text: str) -> list[int]:
 
 
 def names(text: str) -> list[str]:
-    """Words separated by commas."""
+    """Parse words that are separated by commas."""
     return [name for name in text.split(",") if name]
 
 
 def size(text: str) -> int:
-    """Bytes."""
+    """Parse a number of bytes, such as 500M or 2G; the units are powers of 1024."""
     match = re.fullmatch(r"(\d{1,18})([kmg]?)(i?b)?", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 2G")

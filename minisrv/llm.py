@@ -1,8 +1,9 @@
-"""`LLM`: the engine in this process, for scripts and notebooks.
+"""`LLM`: offline inference with the engine in this process, for scripts and notebooks.
 
-Knows: how a list of prompts becomes requests and comes back as texts, in order. It runs the same
-`EngineCore` that a server's engine process runs, and reads chats as the server does. The names are
-vLLM's.
+It runs the same `EngineCore` that a server's engine process runs, and reads chats as the server
+does. The names are vLLM's.
+
+Knows: how a list of prompts becomes requests, and how their outputs become texts in the same order.
 Knows nothing of sockets or HTTP.
 """
 
@@ -43,14 +44,23 @@ if TYPE_CHECKING:
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text. cache_salt: only prompts with the same one share cached prefixes."""
+    """A prompt as text.
+
+    prompt: the text.
+    cache_salt: only prompts with the same salt share entries of the prefix cache.
+    """
 
     prompt: str
     cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids; a text beside them is reported, and nothing else."""
+    """A prompt as token ids.
+
+    prompt_token_ids: the token ids.
+    prompt: the text for them, which is only copied to the `RequestOutput`.
+    cache_salt: only prompts with the same salt share entries of the prefix cache.
+    """
 
     prompt_token_ids: Sequence[int]
     prompt: NotRequired[str]
@@ -58,23 +68,28 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
-"""Text, token ids, or a dict that holds either."""
+"""One prompt: a text, token ids, or a dict that holds either."""
 Message = dict[str, Any]
-"""One message of a chat, as the server takes it: `role`, `content` and so on."""
+"""One message of a chat as the server's API has it: `role`, `content` and so on."""
 Params = SamplingParams | Sequence[SamplingParams] | None
-"""For all prompts, or one for each; None takes the checkpoint's defaults."""
+"""Sampling parameters: one for all prompts, one for each, or None for the checkpoint's defaults."""
 Bar = bool | Callable[..., "tqdm[Any]"]
-"""Whether to show progress in a terminal, or what makes the bar, with tqdm's arguments."""
+"""Whether to show a progress bar in a terminal, or a function with tqdm's arguments that makes the
+bar."""
 
 
 class LLM:
-    """A model, loaded, captured and certified when the constructor returns.
+    """A model for offline inference.
 
-    model: directory, hub id, or None for the default model.
+    When the constructor returns, the weights are loaded, and the graphs are captured and certified.
 
-    All other options are fields of `EngineConfig`, whose documentation says what each does;
-    `cudagraph_mode` and `chat_template` may be given as text, `cudagraph_capture_sizes` as a list.
-    Raises the start-up branches of `minisrv.errors`; ConfigError for an option that does not exist.
+    model: directory of a checkpoint, Hugging Face hub id, or None for the default model.
+
+    All other options are fields of `EngineConfig`, whose documentation describes each;
+    `cudagraph_mode` and `chat_template` may be given as strings, `cudagraph_capture_sizes` as a
+    list.
+    Raises ConfigError, ModelError or GraphError (see `minisrv.errors`) if the model cannot be
+    served; ConfigError also for an option that does not exist.
     """
 
     def __init__(
@@ -146,13 +161,17 @@ class LLM:
         self._count = 0
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the checkpoint as transformers has it, for use beside the engine."""
+        """Return the tokenizer of the checkpoint as a tokenizer of transformers, for use beside the
+        engine."""
         return self._transformers_tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a prompt without `sampling_params` gets, as far as the context has room for its
-        tokens: what the checkpoint's generation_config.json says, and for the rest the defaults of
-        `SamplingParams`."""
+        """Return the sampling parameters of prompts for which none are given: those of the
+        checkpoint's generation_config.json, and for the rest the defaults of `SamplingParams`.
+
+        `generate` and `chat` lower `max_tokens` and `min_tokens` for a prompt to the room that it
+        leaves in the context.
+        """
         return self._defaults
 
     def generate(
@@ -163,13 +182,17 @@ class LLM:
         use_tqdm: Bar = True,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Complete `prompts`, one or many; the answers come in their order.
+        """Complete one prompt or many; the outputs come in the order of the prompts.
 
-        sampling_params: for all prompts, or one for each; None takes
+        prompts: one prompt, or a sequence of prompts.
+        sampling_params: one `SamplingParams` for all prompts, or one for each; None takes
             `get_default_sampling_params()`.
-        use_tqdm: show progress if there is a terminal; or what makes the bar, as `tqdm.tqdm` does.
-        priority: one for all prompts or for each; lower numbers are admitted earlier.
-        Raises RequestError (or a branch of it) if one cannot be served: none is then.
+        use_tqdm: whether to show a progress bar if stderr is a terminal; or a function that makes
+            the bar, as `tqdm.tqdm` does.
+        priority: one number for all prompts, or one for each; requests with lower numbers are
+            admitted earlier.
+        Raises RequestError (or a subclass of it) if one of the prompts cannot be served; then none
+        is.
         """
         given = _as_list(prompts)
         return self._run(
@@ -190,15 +213,19 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several; see `generate`. Messages and tools are what
-        /v1/chat/completions takes.
+        """Answer one conversation or several; the outputs come in the order of the conversations.
 
-        add_generation_prompt: end the prompt with what begins an answer.
-        tools: what the model is told that it may call; its calls are part of the text.
+        messages: the messages of one conversation, or a sequence of conversations. Messages are the
+            same as those of /v1/chat/completions.
+        sampling_params, use_tqdm: see `generate`.
+        add_generation_prompt: whether the prompt ends with the tokens that begin an answer.
+        tools: the tools that the model may call, as in /v1/chat/completions; calls of them are part
+            of the text of an output.
         chat_template_kwargs: variables of the chat template, e.g. `enable_thinking`.
-        Raises RequestError too for what the chat template does not know.
+        Raises RequestError as `generate` does, and also for messages or tools that are malformed or
+        that the chat template does not support.
         """
-        # A moment to import, which prompts without messages need not wait for.
+        # These imports take a moment, which a call of `generate` alone need not wait for.
         from minisrv.server.messages import Message as ChatMessage
         from minisrv.server.preparation import check_tools, render_chat
         from minisrv.server.tools import Tool
@@ -225,7 +252,7 @@ class LLM:
         return _for_transformers(self._described)
 
     def _prompt(self, given: object, index: int) -> _Prompt:
-        """What `prompts[index]` says. Raises RequestError."""
+        """Parse and tokenize `prompts[index]`, which is `given`. Raises RequestError."""
         where = f"prompts[{index}]"
         text: object = None
         ids: object = given
@@ -264,7 +291,11 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         continues: bool,
     ) -> list[RequestOutput]:
-        """Serve `prompts`; their completions continue their text, or have a text of their own."""
+        """Serve `prompts` and return their outputs in order. Nothing is served if one is refused.
+
+        continues: whether completions continue the text of their prompts, as in `generate`, or
+            begin a text of their own, as the answers of a chat do.
+        """
         params = _for_each("sampling_params", sampling_params, self._defaults, len(prompts))
         if sampling_params is None:
             room = self.engine.info.max_model_len
@@ -286,7 +317,7 @@ class LLM:
                     priority=order,
                     structured_output=form,
                 )
-                self.engine.check(request)  # all of them before one is served
+                self.engine.check(request)  # all requests are checked before one is served
                 jobs.append(_Job(request, result, self._tokenizer, continues))
         bar = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=None if use_tqdm else True)
         with bar(total=len(jobs), unit="completion", leave=False) as progress:
@@ -294,8 +325,9 @@ class LLM:
         return results
 
     def _serve(self, jobs: list[_Job], progress: tqdm[Any]) -> None:
-        """Step until all have ended. Raises RequestError for a structured output that cannot be
-        kept; nothing is left in the engine then."""
+        """Run steps until all jobs have ended. Raises the error that ended one of the requests,
+        e.g. RequestError for a structured output whose grammar cannot be used; no request is left
+        in the engine then."""
         jobs_by_id = {job.request.request_id: job for job in jobs}
         waiting = jobs[::-1]
         try:
@@ -315,7 +347,10 @@ class LLM:
 
 @dataclass
 class _Prompt:
-    """text: of which the ids are; None if that is not known."""
+    """A tokenized prompt.
+
+    text: the text that was tokenized; None if it is not known.
+    """
 
     token_ids: list[int]
     text: str | None = None
@@ -323,7 +358,11 @@ class _Prompt:
 
 
 class _Job:
-    """One completion on its way: a request of the engine, and what it adds to a result."""
+    """One completion that is being generated: a request to the engine, and the collection of its
+    outputs in a `RequestOutput`.
+
+    continues: see `LLM._run`.
+    """
 
     def __init__(
         self, request: EngineRequest, result: RequestOutput, tokenizer: Tokenizer, continues: bool
@@ -351,8 +390,9 @@ class _Job:
         return self._text.stopped
 
     def take(self, output: EngineOutput) -> None:
-        """Add an output. Behind a stop string the engine's answer to the abort is the last. Raises
-        the error that ended the request, if one did."""
+        """Add an output of the engine to the completion. After a stop string was found, the last
+        output is the one that `EngineCore.abort` returns. Raises the error that ended the request,
+        if one did."""
         if output.error is not None:
             raise output.error.as_exception()
         completion, reason = self.completion, output.finish_reason
@@ -384,7 +424,7 @@ class _Job:
 
 
 def _as_list(prompts: object) -> list[object]:
-    """One prompt or many as many."""
+    """Return `prompts` as a list, which holds one prompt if one was given."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Iterable):
@@ -394,7 +434,13 @@ def _as_list(prompts: object) -> list[object]:
 
 
 def _for_each(name: str, given: _T | Sequence[_T] | None, default: _T, count: int) -> list[_T]:
-    """One for each of `count` prompts, of one for all, one for each, or none."""
+    """Return a list with one value for each of `count` prompts.
+
+    name: the name of the argument, for messages.
+    given: one value for all prompts, a sequence with one for each, or None.
+    default: the value for every prompt if None is given.
+    Raises RequestError.
+    """
     kind = type(default)
     if given is None or isinstance(given, kind):
         return [default if given is None else given] * count
@@ -409,7 +455,7 @@ def _for_each(name: str, given: _T | Sequence[_T] | None, default: _T, count: in
 
 
 def _for_transformers(told: TokenizerDescription) -> PreTrainedTokenizerBase:
-    from transformers import PreTrainedTokenizerFast  # takes seconds
+    from transformers import PreTrainedTokenizerFast  # this import takes seconds
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(told.backend),
@@ -419,7 +465,7 @@ def _for_transformers(told: TokenizerDescription) -> PreTrainedTokenizerBase:
 
 
 def _default_params(told: GenerationConfig) -> SamplingParams:
-    """The checkpoint's sampling defaults, whose bounds were checked when it was read."""
+    """Return the checkpoint's sampling defaults, whose bounds were checked when it was read."""
     values = {option.name: getattr(told, option.name) for option in fields(told)}
     names = SamplingParams.__struct_fields__
     given = {name: value for name, value in values.items() if name in names and value is not None}
@@ -431,8 +477,9 @@ def _default_params(told: GenerationConfig) -> SamplingParams:
 
 
 def _at_most(defaults: SamplingParams, room: int) -> SamplingParams:
-    """`defaults` for at most `room` tokens: they must not make a prompt wrong that says nothing.
-    One that leaves no room at all is wrong by itself."""
+    """Return `defaults` with `max_tokens` and `min_tokens` lowered to `room` tokens, so that
+    defaults do not get a prompt refused for which no parameters were given. A prompt that leaves no
+    room at all keeps them, and is refused."""
     most = defaults.max_tokens
     if room < 1 or most is None or most <= room:
         return defaults
@@ -442,7 +489,10 @@ def _at_most(defaults: SamplingParams, room: int) -> SamplingParams:
 
 
 def _validated(model: type[_M], value: object, what: str, index: int) -> _M:
-    """A message or a tool, as the server reads it. Raises RequestError."""
+    """Return a message or a tool as the server's model of it. Raises RequestError.
+
+    what, index: the name of the list that holds `value`, and its index there, for messages.
+    """
     from pydantic import ValidationError
 
     try:

@@ -1,12 +1,12 @@
-"""The way to stderr: a bounded queue, and a thread that writes what is in it.
+"""Writes log lines to stderr through a bounded queue and a thread that empties it.
 
-Nobody waits for whoever reads stderr, be it a pipe, a terminal or a disk. What does not fit into
-the queue is dropped and counted, and as soon as something can be written again a line tells how
-much is missing, at the place where it is missing. The thread holds no lock while it writes, and is
-a daemon, so that a process can end whatever its stderr does.
+No code that logs ever waits for stderr to be read, be it a pipe, a terminal or a disk. Text that
+does not fit into the queue is dropped and counted, and as soon as something can be written again a
+line says how many are missing, at the place where they are missing. The thread holds no lock while
+it writes, and is a daemon, so that the process can end even if its stderr blocks.
 
-Knows: file descriptors, threads, and what happens to both in a fork. Knows nothing of how a line
-looks.
+Knows: file descriptors, threads, and what happens to both in a fork. Knows nothing of the format of
+a line.
 """
 
 from __future__ import annotations
@@ -21,43 +21,46 @@ from collections.abc import Callable
 from contextlib import suppress
 
 CAPACITY = 256 << 10
-"""Bytes that wait at most, in a process: about two thousand lines."""
+"""Maximum number of bytes that wait in the queue of a process: about two thousand lines."""
 
 
 class LogWriter:
-    """Writes text to a file descriptor, in the order in which it came."""
+    """Writes texts to a file descriptor, in the order in which they were put."""
 
     def __init__(self, fd: int, notice: Callable[[int], str], capacity: int = CAPACITY) -> None:
-        """The thread starts with the first text.
+        """Make a writer, whose thread starts with the first text.
 
-        notice: what to write where so many texts are missing.
-        capacity: bytes that may wait.
+        fd: the file descriptor to which texts are written.
+        notice: returns the text to write in the place of the given number of missing texts.
+        capacity: maximum number of bytes that may wait.
         """
         self._fd = fd
         self._notice = notice
         self._capacity = capacity
         self._torn = False
-        """The last write has failed within a text."""
+        """Whether the last write failed in the middle of a text."""
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew in a process that has been forked: it has no thread, the lock may be held by
-        one that it does not have, and what waits is the parent's to write."""
-        # Reentrant: a collection of garbage may log while a text is being added.
+        """Begin anew in a process that has been forked: it does not have the thread, the lock may
+        be held by a thread that it does not have, and the parent writes the texts that wait."""
+        # The lock is reentrant, as a garbage collection may log while a text is being added.
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[bytes] = deque()
         self._size = 0
         self._dropped = 0
         self._retry = False
-        """Something has come since a write has failed."""
+        """Whether a text was put since the notice of missing texts was last tried to be written;
+        only then is it tried again."""
         self._writing = False
         self._thread: threading.Thread | None = None
 
     def put(self, text: str) -> None:
-        """Have the text written, or count it. Never waits for the descriptor."""
+        """Queue the text to be written, or count it as missing. Never waits for the descriptor."""
         data = text.encode(errors="backslashreplace")
         with self._changed:
-            # Once something is missing all is, until the queue is empty: so it is one gap.
+            # After one dropped text all are dropped until the queue is empty, so that the missing
+            # ones are together in one gap.
             if self._dropped or self._size + len(data) > self._capacity:
                 self._dropped += 1
             else:
@@ -69,7 +72,7 @@ class LogWriter:
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything has been written or dropped, but no longer than that."""
+        """Wait until everything has been written or dropped, for at most that many seconds."""
         deadline = time.monotonic() + seconds
         with suppress(KeyboardInterrupt), self._changed:
             while (self._writing or self._has_work()) and time.monotonic() < deadline:
@@ -77,10 +80,10 @@ class LogWriter:
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
-        # Signals are for the main thread, which would not wake for one that came here.
+        # The main thread handles signals, and would not wake for one that this thread received.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            # Without room for a thread the text waits, and the next one tries again.
+            # If the system has no room for a thread, the text waits and the next put tries again.
             with suppress(RuntimeError):
                 thread.start()
                 self._thread = thread
@@ -104,14 +107,16 @@ class LogWriter:
                     self._dropped += count
 
     def _take(self) -> tuple[bytes, int]:
-        """What is to be written next, and how many texts are missing without it."""
+        """Return the bytes to write next, and how many texts are missing if they are not
+        written."""
         if not self._waiting:
             count, self._dropped, self._retry = self._dropped, 0, False
             return self._notice(count).encode(), count
         taken = [self._waiting.popleft()]
         size = len(taken[0])
-        # Several at once, as after each write a busy thread may keep the interpreter for 5 ms; no
-        # more than what the kernel writes to a pipe without another process's lines in between.
+        # Several texts are written at once, as after each write a busy thread may hold the
+        # interpreter lock for 5 ms; but no more than the kernel writes to a pipe atomically, with
+        # no lines of another process in between.
         while self._waiting and size + len(self._waiting[0]) <= select.PIPE_BUF:
             taken.append(self._waiting.popleft())
             size += len(taken[-1])
@@ -119,15 +124,15 @@ class LogWriter:
         return b"".join(taken), len(taken)
 
     def _write(self, data: bytes) -> bool:
-        """Write all of it, however long that takes; False if it cannot be written: nobody will
-        ever read, or the disk is full."""
+        """Write all of `data`, however long that takes. Returns False if it cannot be written, as
+        the reader has closed its end or the disk is full."""
         rest = memoryview(b"\n" + data if self._torn else data)
         begun = False
         while rest:
             try:
                 rest = rest[os.write(self._fd, rest) :]
                 begun = True
-            except BlockingIOError:  # another process that has the same file has made it so
+            except BlockingIOError:  # another process with the same file has made it non-blocking
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll()

@@ -1,14 +1,15 @@
-"""How log lines look and which way they go, in every process: text, or JSON with a field for
-everything, to stderr through `log_writer`, for which nobody waits.
+"""The format of log lines, as text or as JSON, and their way to stderr, in every process.
 
-A line that is written while a request is served carries the request's id. Prompts and answers are
-in none. A record may come with values: those of `extra={"fields": {...}}` are part of every line,
-and those of `extra={"said": {...}}`, which the message holds already, of JSON alone. A line is made
-where it is logged, and holds on to nothing.
+Lines are written by `log_writer`, so that no code that logs waits for stderr. A line that is logged
+while a request is served carries the request's id. No line holds a prompt or an answer. A record
+may come with values: those of `extra={"fields": {...}}` are part of every line, and those of
+`extra={"said": {...}}`, which the message already holds, of JSON lines alone. A line is formatted
+where it is logged, so no logged object is kept alive.
 
-A process that serves has its stderr to itself (`take_stderr`): warnings, tracebacks of threads and
-what a library prints are lines like all others. What native code writes goes to the descriptor
-itself, past all this: a message of zmq or torch's C++, a panic of Rust's before the process dies.
+A process that serves takes over its stderr (`take_stderr`): warnings, tracebacks of threads and
+text that a library prints become lines like all others. Text that native code writes goes past this
+to the descriptor itself: a message of zmq or of torch's C++, or a panic of Rust code before the
+process dies.
 
 Knows: logging. Knows nothing of what is logged.
 """
@@ -29,15 +30,15 @@ from typing import Any
 from minisrv.log_writer import LogWriter
 
 VARIABLE = "MINISRV_LOG_FORMAT"
-"""An environment variable, as child processes inherit it."""
+"""Name of the environment variable that holds the format; child processes inherit it."""
 
 FORMATS = ("text", "json")
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Of the request that is being served."""
+"""The id of the request that is being served; empty outside of requests."""
 
 LAST_SECONDS = 1.0
-"""What a process that ends gives whoever reads its last lines."""
+"""Seconds that a process waits at its end for its last lines to be written."""
 
 _STDERR = 2
 
@@ -45,16 +46,16 @@ logger = logging.getLogger(__name__)
 
 
 def is_json() -> bool:
-    """Whether every line is an object."""
+    """Whether every log line is a JSON object."""
     return os.environ.get(VARIABLE) == "json"
 
 
 def configure(process: str = "") -> None:
-    """Log to stderr from here on, in the format that `VARIABLE` names; of other packages only what
-    is wrong, as some of them tell of each HTTP request. The process has a thread for it, and gives
-    it `LAST_SECONDS` at its end.
+    """Log to stderr from here on, in the format that the environment variable `VARIABLE` names. Of
+    other packages only warnings and errors are logged, as some of them log each HTTP request. The
+    process has a thread that writes, and waits for it at its end for up to `LAST_SECONDS`.
 
-    process: its name, in every line.
+    process: the name of the process, which every line holds.
     """
     _open_standard_descriptors()
     global _formatter
@@ -69,7 +70,7 @@ def configure(process: str = "") -> None:
 
 
 def take_stderr() -> None:
-    """Let whatever else Python writes to stderr go the same way, after `configure`."""
+    """Make log lines of whatever else Python writes to stderr. To be called after `configure`."""
     sys.stderr = _Stderr()
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
@@ -78,20 +79,20 @@ def take_stderr() -> None:
 
 
 def flush() -> None:
-    """Wait until what has been logged is written, for `LAST_SECONDS` at most."""
+    """Wait until the lines logged so far are written, for `LAST_SECONDS` at most."""
     _writer.flush(LAST_SECONDS)
 
 
 def _open_standard_descriptors() -> None:
-    """Let no other file get the number of one that is closed, and with it what is logged, here or
-    in a child process."""
+    """Open /dev/null for each of the descriptors 0 to 2 that is closed. Otherwise another file
+    would get its number, and with it the log lines of this process or of a child."""
     for fd in range(_STDERR + 1):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
     if sys.stderr is None:
-        sys.stderr = open(_STDERR, "w", closefd=False)  # noqa: SIM115 (print would take stdout)
+        sys.stderr = open(_STDERR, "w", closefd=False)  # noqa: SIM115 (print would use stdout)
 
 
 def _end() -> None:
@@ -101,7 +102,7 @@ def _end() -> None:
 
 
 def _tell_of_dropped(count: int) -> str:
-    """The line that stands for `count` others."""
+    """Return the line that stands in the place of `count` missing ones."""
     message = "%d lines of the log are missing here, as nobody read it or it could not be written"
     extra = {"said": {"dropped": count}}
     record = logger.makeRecord(
@@ -111,7 +112,7 @@ def _tell_of_dropped(count: int) -> str:
 
 
 _formatter = logging.Formatter()
-"""What `configure` has chosen."""
+"""The formatter that `configure` has chosen."""
 
 _writer = LogWriter(_STDERR, _tell_of_dropped)
 os.register_at_fork(after_in_child=_writer.reset)
@@ -126,11 +127,11 @@ class _Handler(logging.Handler):
 
 
 class _Stderr(io.TextIOBase):
-    """What is printed to stderr: text as it is, or of JSON an object for each line."""
+    """Replaces `sys.stderr`: writes text as it is, or in JSON format an object for each line."""
 
     def __init__(self) -> None:
-        # A line that has not ended is its thread's: so threads do not mix theirs, without a lock
-        # that might be held when the process forks.
+        # Each thread keeps its own line that has not ended, so that threads do not mix their lines;
+        # a lock for that might be held when the process forks.
         self._line = threading.local()
 
     def write(self, text: str) -> int:
@@ -139,7 +140,7 @@ class _Stderr(io.TextIOBase):
         for line in lines:
             self._put(line + "\n")
         self._line.begun = begun
-        if "\r" in begun:  # bars are drawn with it, and a terminal's stream lets it go as well
+        if "\r" in begun:  # progress bars use it, and a terminal's stream flushes for it as well
             self.flush()
         return len(text)
 
@@ -148,7 +149,7 @@ class _Stderr(io.TextIOBase):
             self.end_line()
 
     def end_line(self) -> None:
-        """Let go of a line that has no end."""
+        """Write the line that this thread has begun, though it has no end."""
         if line := self._take_line():
             self._put(line)
 
@@ -167,13 +168,13 @@ class _Stderr(io.TextIOBase):
         return True
 
     def isatty(self) -> bool:
-        return os.isatty(_STDERR) and not is_json()  # so no bar is drawn between objects
+        return os.isatty(_STDERR) and not is_json()  # no progress bar between JSON objects
 
     def fileno(self) -> int:
         return _STDERR
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # typeshed has a variable
+    def encoding(self) -> str:  # type: ignore[override]  # typeshed declares a variable
         return "utf-8"
 
 
@@ -197,7 +198,8 @@ def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
 
 
 class _Record(logging.LogRecord):
-    """Takes the request's id where it is logged, which is not where it is written."""
+    """A record that takes the request's id where it is logged, as the thread that writes it has
+    none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -205,7 +207,7 @@ class _Record(logging.LogRecord):
 
 
 class _Text(logging.Formatter):
-    """A line for people. `fields` beside the message follow it as name=value."""
+    """Formats a line of text for people; the record's `fields` follow the message as name=value."""
 
     def __init__(self, process: str) -> None:
         name = f" {process}:" if process else ""
@@ -220,7 +222,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """An object in a line."""
+    """Formats a record as a JSON object in one line."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -248,5 +250,5 @@ def _request_id(record: logging.LogRecord) -> str:
 
 
 def _values(record: logging.LogRecord, name: str) -> dict[str, Any]:
-    """What was passed as `extra={name: ...}`."""
+    """Return the values that were passed as `extra={name: ...}`."""
     return dict(getattr(record, name, {}))

@@ -1,7 +1,7 @@
-"""What can be known of this machine without torch: its memory, and whether there is a driver for
-GPUs.
+"""What can be found out about this machine without torch: its free memory, and whether there is a
+CUDA driver.
 
-Knows: Linux. Knows nothing of what the memory is for.
+Knows: Linux. Knows nothing of what the memory is used for.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: of the machine, and of its container's limit."""
+    """Return the number of bytes that this process could still take: the available memory of the
+    machine, or less where the limit of its container is closer."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = next(line for line in lines if line.startswith("MemAvailable:"))
     available = int(found.split()[1]) << 10
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
-        # Pages of files that were read count as used, and give way.
+        # Cached pages of files count as used, but the kernel drops them where memory is needed.
         stat = (_CGROUP / "memory.stat").read_text().splitlines()
         used -= next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
     except (OSError, ValueError, StopIteration):  # no limit, or another kind of container
@@ -32,16 +33,16 @@ def available_memory() -> int:
 
 
 def give_memory_back() -> None:
-    """Return to the system what is free in the middle of the C library's heaps, of all threads.
-    It keeps that otherwise. Nothing happens where the library is not glibc."""
+    """Return the free memory inside the heaps of the C library, those of all threads, to the
+    system; the library would keep it. Does nothing where the library is not glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def check_driver(config: EngineConfig) -> None:
-    """Raise ConfigError where a GPU is asked for and the driver's library is not even there, which
-    can be seen before torch is imported."""
+    """Raise ConfigError if a GPU is asked for and the library of the CUDA driver is missing, which
+    can be found out before torch is imported."""
     if config.device != "cuda":
         return
     try:
@@ -51,7 +52,10 @@ def check_driver(config: EngineConfig) -> None:
 
 
 def no_gpu(why: str) -> ConfigError:
-    """What to say where a GPU is asked for and cannot be had."""
+    """Return the error for a configuration that asks for a GPU where none can be used.
+
+    why: the reason, for the message.
+    """
     return ConfigError(
         f"device=cuda, and {why}; install torch with CUDA, look at the driver (nvidia-smi), or use "
         "--device cpu."

@@ -1,11 +1,11 @@
-"""What Prometheus scrapes: the engine's counters, and what the API workers see of their requests.
+"""The Prometheus metrics: the engine's counters, and the API workers' counts of their requests.
 
-Every worker counts in a row of its own of one file that all of them map, so any of them answers a
-scrape with the sum of all, and a worker that takes a dead one's place counts on from where that
-was. To count is to add to a number in memory: no lock, as a row has one writer, and no message.
+Every API worker counts in its own row of one file that all of them map, so that any of them answers
+a scrape with the sum over all, and a worker that replaces a dead one counts on in its row. To count
+is to add to a number in memory: there is no lock, as each row has one writer, and no message.
 
-Knows: prometheus-client and the names of the series, which follow vLLM's where vLLM has the
-same. It is given the engine's snapshot for a scrape, and knows nothing of where that comes from.
+Knows: prometheus-client and the names of the series, which are vLLM's where vLLM has the same. For
+a scrape it is given a snapshot of the engine's counters. Knows nothing of where that comes from.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _REQUEST_BUCKETS = (
 
 
 class StepCountLike(Protocol):
-    """Steps that ran in one mode for one reason, since the start."""
+    """The number of steps that ran in one mode for one reason since the start, and of their real
+    and padding tokens."""
 
     @property
     def mode(self) -> str: ...
@@ -59,7 +60,7 @@ class StepCountLike(Protocol):
 
 
 class StatsLike(Protocol):
-    """A snapshot of the engine's counters; counts are since the start."""
+    """A snapshot of the engine's state and counters; the counters begin at the start."""
 
     @property
     def running(self) -> int: ...
@@ -92,9 +93,13 @@ _STATUSES = range(400, 600)
 
 
 class _Rows:
-    """Numbers, in a row for each worker; all start at zero.
+    """A row of numbers for each worker; all numbers start at zero.
 
-    path: a file that the workers share, made by the first; None keeps them in this process.
+    path: a file that all workers map, which the first one makes; None keeps the numbers in this
+        process.
+    length: the numbers in a row.
+    worker: the index of this worker, which writes to the row `own`.
+    workers: the number of workers.
     """
 
     def __init__(self, path: Path | None, length: int, worker: int, workers: int) -> None:
@@ -105,12 +110,16 @@ class _Rows:
         self.own = self.rows[worker]
 
     def total(self, place: int) -> float:
-        """The sum over all workers."""
+        """Return the sum over all workers of the number at index `place`."""
         return sum(row[place] for row in self.rows)
 
 
 class _Histogram:
-    """Counts by bucket and then their sum, from `place` of a row on."""
+    """A histogram in a row: the counts by bucket, and behind them the sum of what was observed.
+
+    place: the index in the row at which it begins.
+    bounds: the upper bounds of the buckets in seconds; one more bucket has no bound.
+    """
 
     def __init__(self, rows: _Rows, place: int, bounds: Sequence[float]) -> None:
         self._rows, self._place, self._bounds = rows, place, bounds
@@ -134,10 +143,11 @@ class _Histogram:
 
 
 class Metrics:
-    """All series of a server, as one API worker counts and shows them.
+    """All metrics of a server, as one API worker counts and renders them.
 
-    path: the file in which the `workers` count, of which this one is number `worker`; None for one
-        that is alone.
+    path: the file in which all workers count; None for a worker that is alone.
+    worker: the index of this worker.
+    workers: the number of workers.
     """
 
     def __init__(self, path: Path | None = None, *, worker: int = 0, workers: int = 1) -> None:
@@ -151,30 +161,35 @@ class Metrics:
             _Histogram(self._rows, *pair) for pair in zip(places, bounds, strict=True)
         )
         self.first_token = self._first_token.observe
-        """A choice had its first output, so many seconds after its request arrived."""
+        """Count the first output of a choice; the argument is the time since the arrival of its
+        request in seconds."""
         self.gap = self._gap.observe
-        """A choice had another token, so many seconds after the one before."""
+        """Count another token of a choice; the argument is the time since the one before in
+        seconds."""
 
     def arrived(self) -> None:
-        """A request arrived, for whatever path."""
+        """Count an HTTP request, whatever its path."""
         self._rows.own[0] += 1
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A choice ended with a finish reason, this long after its request arrived."""
+        """Count a choice that ended with the finish reason `reason`, so many seconds after its
+        request arrived."""
         self._rows.own[1 + _REASONS.index(reason)] += 1
         self._request.observe(seconds)
 
     def failed(self, status: int) -> None:
-        """A request ended with an error."""
+        """Count a request that ended with an error, by its HTTP status."""
         self._rows.own[1 + len(_REASONS) + _STATUSES.index(status)] += 1
 
     def render(
         self, stats: StatsLike, state: str, states: Sequence[str], simulated_launch_us: float
     ) -> bytes:
-        """Everything in Prometheus' text format (CONTENT_TYPE).
+        """Return all metrics in Prometheus' text format (CONTENT_TYPE).
 
-        stats, state: the engine's counters and its state, one of `states`.
-        simulated_launch_us: what it adds to every launch.
+        stats: the engine's counters.
+        state: the state of the engine, one of `states`.
+        states: the names of all states of an engine.
+        simulated_launch_us: microseconds that the engine adds to every launch.
         """
         engine = _engine_families(stats, state, states, simulated_launch_us)
         registry = CollectorRegistry()
@@ -222,7 +237,7 @@ class Metrics:
 
 
 class _Families(Collector):
-    """What `generate_latest` takes."""
+    """A collector of the given metric families, as `generate_latest` wants them in a registry."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._found = families

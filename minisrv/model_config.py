@@ -1,7 +1,9 @@
-"""The shape of a decoder, as plain data.
+"""The shape of a decoder model, as plain data.
 
-Knows: the architectures that are implemented, and which settings of theirs are. Reads a
-configuration as transformers resolves it, with every default filled in, never a raw config.json.
+It is made from a configuration as transformers resolves it, with every default filled in, and never
+from a raw config.json.
+
+Knows: the architectures that are implemented, and which of their settings are.
 Knows nothing of torch, files or serving.
 """
 
@@ -17,7 +19,8 @@ from minisrv.errors import ConfigError, UnknownArchitectureError, shown
 
 
 class RopeScaling(enum.StrEnum):
-    """How rotary frequencies are stretched; names as in a checkpoint's `rope_type`."""
+    """The ways to scale the frequencies of rotary embeddings; the values are those of `rope_type`
+    in a checkpoint."""
 
     DEFAULT = "default"
     LINEAR = "linear"
@@ -28,13 +31,16 @@ class RopeScaling(enum.StrEnum):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; names as in a checkpoint. Fields behind `factor` matter for some
-    scalings only.
+    """Settings of the rotary position embedding (RoPE), named as in a checkpoint. Those below
+    `factor` are used by some kinds of scaling only.
 
-    factor: how many times longer the context becomes.
-    low_freq_factor, high_freq_factor: llama3's.
-    beta_fast, beta_slow, truncate, attention_factor: YaRN's; the last one scales cosines and sines.
-    original_max_position_embeddings: the context that the model was trained with before.
+    theta: the base of the frequencies (`rope_theta`).
+    factor: how many times longer scaling makes the context.
+    original_max_position_embeddings: the context in tokens with which the model was trained before
+        scaling.
+    low_freq_factor, high_freq_factor: settings of the llama3 scaling.
+    beta_fast, beta_slow, truncate, attention_factor: settings of YaRN; the last one multiplies
+        cosines and sines.
     """
 
     theta: float = 10000.0
@@ -51,9 +57,9 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder.
+    """The shape of a decoder model.
 
-    The booleans are what tells the supported architectures apart; the decoder in `nn` is
+    The boolean fields are all in which the supported architectures differ; the decoder in `nn` is
     defined once and reads them.
     """
 
@@ -77,23 +83,23 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
-        """Width of the query heads together."""
+        """Width of all query heads together."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of the key heads together; the value heads have the same."""
+        """Width of all key heads together, which is also that of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def qkv_size(self) -> int:
-        """Width of the packed q, k, v that the attention op takes."""
+        """Width of the packed q, k and v that the attention op takes."""
         return self.q_size + 2 * self.kv_size
 
     @property
     def num_parameters(self) -> int:
-        """Of the weights that a checkpoint holds, biases and norms left out: they are too small to
-        matter where memory is planned."""
+        """Number of parameters in the weights of a checkpoint, without biases and norms, which are
+        too small to matter where memory is planned."""
         attention = self.hidden_size * (self.qkv_size + self.q_size)
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         embeddings = 1 if self.tie_word_embeddings else 2
@@ -101,10 +107,10 @@ class ModelConfig:
 
     @property
     def default_context(self) -> int:
-        """The tokens that a request may have unless a setting says otherwise.
+        """Maximum number of tokens of a request if `max_model_len` is not set.
 
-        YaRN reaches `factor` times its original context, as its checkpoints often leave
-        max_position_embeddings as it was before (vLLM's reading too).
+        With YaRN it is `factor` times the original context, as such checkpoints often leave
+        max_position_embeddings as it was before scaling; vLLM reads them in the same way.
         """
         rope = self.rope
         if rope.scaling is RopeScaling.YARN:
@@ -113,22 +119,23 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """The tokens that a request may have if a setting asks for as many. Dynamic scaling
-        stretches its frequencies for what is asked for, up to `factor` times."""
+        """Largest value of `max_model_len` that the model allows, in tokens. With dynamic scaling
+        that is `factor` times max_position_embeddings, as frequencies are scaled for the context
+        that is asked for."""
         if self.rope.scaling is RopeScaling.DYNAMIC:
             return self._reached(self.max_position_embeddings)
         return self.default_context
 
     def _reached(self, context: float) -> int:
-        """`factor` times a context, and never less than the model has without."""
+        """Return `factor` times a context in tokens, but at least max_position_embeddings."""
         stretched = int(min(self.rope.factor * context, _MAX_INTEGER))
         return max(self.max_position_embeddings, stretched)
 
     def for_context(self, context: int) -> ModelConfig:
-        """The same model with positions for `context` tokens, `longest_context` at most.
+        """Return the same model with positions for `context` tokens, at most `longest_context`.
 
-        Dynamic scaling (NTK-aware) takes the frequencies that transformers takes for a text of that
-        length, for all texts: keys in a cache cannot be turned again when a text grows.
+        With dynamic (NTK-aware) scaling all texts get the frequencies that transformers uses for a
+        text of that length, because keys in the KV cache cannot be rotated again when a text grows.
         """
         assert 0 < context <= self.longest_context, "checked where it was asked for"
         rope, stretch = self.rope, context / self.max_position_embeddings
@@ -140,10 +147,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Read a configuration of transformers (`to_dict()`).
+        """Make the shape from a configuration of transformers (its `to_dict()`).
 
-        Raises UnknownArchitectureError, ConfigError (a setting that would change the
-        computation and is not implemented).
+        Raises UnknownArchitectureError, and ConfigError for a value that is not allowed or a
+        setting that would change the computation and is not implemented.
         """
         check_implemented(config)
         architecture = _architecture(config)
@@ -198,25 +205,27 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Those that are implemented, and the `model_type` that transformers has for each."""
+"""The architectures that are implemented, and the `model_type` of each in transformers."""
 
 
 _OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}
-"""Settings that transformers takes for any architecture, at the values that change nothing."""
+"""Settings that transformers accepts for any architecture, with the values that change nothing."""
 
 _MAX_NUMBER = 1e18
-"""No other setting is larger; what is computed of several stays a number."""
+"""Largest absolute value of a setting that is not a dimension; below it results that are computed
+from several settings stay finite."""
 
 _LISTED = {"num_hidden_layers": 10_000, "num_labels": 100_000}
-"""Numbers of which transformers makes lists when it reads them, or we make modules, and what is too
-many."""
+"""Maximum values of settings that are counts, for which transformers makes lists of that length
+when it reads them, or minisrv makes that many modules."""
 
 _MAX_INTEGER = 2**31 - 1
-"""No dimension of a model is larger; what counts bytes by it fits 64 bits."""
+"""Largest dimension of a model; numbers of bytes that are computed from dimensions fit 64 bits."""
 
 
 def check_implemented(config: Mapping[str, Any]) -> None:
-    """Refuse what no default could change, be `config` raw or resolved.
+    """Refuse a configuration for settings that are wrong whatever the defaults are, so that
+    `config` may be a raw config.json or one that transformers has resolved.
 
     Raises UnknownArchitectureError, ConfigError.
     """
@@ -256,14 +265,15 @@ def check_implemented(config: Mapping[str, Any]) -> None:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """The first that is named; some write it without a list."""
+    """Return the first of `architectures`, which some checkpoints write without a list."""
     names = config.get("architectures") or [None]
     name = names[0] if isinstance(names, list | tuple) else names
     return name if isinstance(name, str) else shown(name)
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A null counts as absent."""
+    """Return a positive integer of the configuration, or `default` if it is absent or null. Raises
+    ConfigError."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_INTEGER:
@@ -274,7 +284,8 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is one to compute with: JSON may spell NaN, Infinity, and integers of any size."""
+    """Whether `value` is a number that can be computed with: Python's JSON reader accepts NaN,
+    Infinity, and integers of any size."""
     return (
         isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
     )
@@ -285,7 +296,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     kinds = config.get("layer_types") or ()
     nested = [key for key, value in settings.items() if isinstance(value, dict) or key in kinds]
     if nested:
-        # All layers are of one kind, and nothing says which of two ways of settings would win.
+        # All layers are of one kind. Where settings for kinds of layers and settings for all stand
+        # side by side, nothing says which of them would win.
         told = settings.get("full_attention")
         if not kinds or not isinstance(told, dict) or len(nested) < len(settings):
             raise ConfigError(
@@ -304,7 +316,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         raise ConfigError("partial_rotary_factor other than 1.0 is not implemented.")
 
     def number(name: str, default: float | None = None) -> float:
-        """A null counts as absent."""
+        """Return a positive number of the RoPE settings, or `default` if it is absent or null.
+        Raises ConfigError."""
         value = settings.get(name)
         value = default if value is None else value
         if value is None or not _is_number(value) or value <= 0:
@@ -339,7 +352,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
             if rope.theta == 1.0:
                 raise ConfigError("config.json: rope_theta=1.0 leaves YaRN nothing to scale.")
             factor = number("factor", longest / original)
-            # As transformers reads them, 0 counts as absent.
+            # A value of 0 counts as absent, as in transformers.
             weights = [number(name, 1.0) for name in _MSCALES if settings.get(name)]
             return replace(
                 rope,
@@ -357,8 +370,9 @@ _MSCALES = ("mscale", "mscale_all_dim")
 
 
 def _yarn_attention_factor(factor: float, mscales: Sequence[float]) -> float:
-    """What YaRN scales cosines and sines by where a checkpoint does not say (the paper's section
-    3.4; the quotient, where it gives both weights, is DeepSeek's)."""
+    """Return the factor by which YaRN multiplies cosines and sines if the checkpoint has no
+    `attention_factor` (section 3.4 of the paper; the quotient, for a checkpoint with both
+    `_MSCALES`, is DeepSeek's)."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -1,8 +1,9 @@
-"""`minisrv plan`: which batch runs by which graph, as a table.
+"""`minisrv plan`: prints a table of the graph by which each batch runs.
 
-Knows: the dispatcher's coverage, what graphs have cost where an engine has captured them, by which
-kernels a GPU multiplies, and how tables are printed. Without `--measure` it needs no torch, and
-of a model the small files only.
+Without `--measure` it needs no torch, and only the small files of a model.
+
+Knows: the coverage of the dispatcher, the measured time and memory of each graph where an engine
+has captured them, the kernels by which a GPU multiplies, and how tables are printed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _WORDS = {
     "NONE": "no graph: the host launches each operation (eager), and nothing is padded",
     "runs as": "the size of the graph, which the batch is padded to",
 }
-"""What the table of batches says, in its order."""
+"""Explanations of the words in the table of batches, in the order in which they are printed."""
 
 REASONS = {
     Reason.PURE_DECODE: "every request decodes, and a FULL graph holds so many",
@@ -40,7 +41,7 @@ REASONS = {
     Reason.ABOVE_LADDER: "more tokens than the largest graph holds",
     Reason.GRAPHS_OFF: "--enforce-eager, or the mode none",
 }
-"""Why a batch runs as it does, for those who read the plan."""
+"""Explanations, for the readers of the plan, of the reasons why a batch runs as it does."""
 
 _EPILOGUE = (
     "what follows the model in a step: the output projection (lm_head) and sampling. It is in the "
@@ -54,7 +55,7 @@ _ENDS = {
     Epilogue.LOGITS: "logits",
     Epilogue.HIDDEN: "hidden states",
 }
-"""What a graph leaves behind."""
+"""Names, in the table, of the outputs at which a graph ends."""
 
 _MEASURED_WORDS = {
     "ends at": "tokens: they are sampled, and the next step's inputs are in place. logits: those "
@@ -71,12 +72,13 @@ _KERNELS = {
     "ahead": "how many such parts of the weight are on their way",
     "splits": "how many programs share an output",
 }
-"""What `minisrv.kernels.tiles.describe` says."""
+"""Explanations of the words in the descriptions of `minisrv.kernels.tiles.describe`."""
 
 
 def print_plan(config: EngineConfig) -> None:
-    """Print the coverage of `config`, and of a model that it names the context. Raises what `serve`
-    would for what the settings and the checkpoint's small files say."""
+    """Print which batches of `config` run by which graphs, and, if it names a model, the model's
+    size and context. Raises the errors that `serve` would raise for the settings and for the small
+    files of the checkpoint."""
     dispatcher = Dispatcher(ladders_of(config))
     model = open_checkpoint(config, weights=False).model
     if config.model is not None:
@@ -90,8 +92,8 @@ def print_plan(config: EngineConfig) -> None:
 
 
 def print_measured_plan(config: EngineConfig) -> None:
-    """Start the engine, print the coverage that it serves with and what each graph costs. Raises
-    the start-up branches of `minisrv.errors`."""
+    """Start the engine, and print the coverage with which it serves and the time and memory of each
+    graph. Raises the errors of start-up (see `minisrv.errors`)."""
     from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes
 
@@ -129,7 +131,8 @@ def print_measured_plan(config: EngineConfig) -> None:
 
 
 class Product(NamedTuple):
-    """A projection's weight [n, k], and what becomes of the product: see `kernels.linear`."""
+    """A projection: the shape [n, k] of its weight, and whether its result is gated or added to
+    the residual (see `kernels.linear`)."""
 
     name: str
     n: int
@@ -139,7 +142,7 @@ class Product(NamedTuple):
 
 
 def products(model: ModelConfig) -> list[Product]:
-    """A layer's, and the output projection's."""
+    """Return the projections of a layer, and the output projection."""
     hidden, intermediate = model.hidden_size, model.intermediate_size
     return [
         Product("qkv", model.qkv_size, hidden, False, False),
@@ -151,7 +154,11 @@ def products(model: ModelConfig) -> list[Product]:
 
 
 def projections(model: ModelConfig, itemsize: int) -> Table:
-    """Which kernel multiplies so many rows by each of a model's weights on a GPU."""
+    """Return a table of the kernels that multiply by each weight of a model on a GPU, by the number
+    of rows.
+
+    itemsize: bytes of an element of the weights.
+    """
     from minisrv.kernels.tiles import RUNGS, describe, tile
 
     table = Table("projection", "weight", "rows", "kernel")
@@ -162,7 +169,7 @@ def projections(model: ModelConfig, itemsize: int) -> Table:
         for index, kernel in enumerate(kernels):
             last = RUNGS[index] if index < len(RUNGS) else None
             if kernel in kernels[index + 1 : index + 2]:
-                continue  # the next row says it of these as well
+                continue  # the next row of the table covers these rows as well
             rows = f"{first} and more" if last is None else _range(first, last)
             table.add_row(name, weight, rows, kernel)
             name, weight, first = "", "", (last or 0) + 1
@@ -198,7 +205,7 @@ def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
 
 
 _UNITS = {"decode": "request", "mixed": "token", "epilogue": "request"}
-"""What the sizes of each kind of graph count."""
+"""The unit of the sizes of each kind of graph."""
 
 
 def _kind(key: BatchDescriptor) -> str:
@@ -216,7 +223,7 @@ def _range(first: int, last: int) -> str:
 
 
 def _legend(words: Mapping[str, str]) -> Table:
-    """Words and their meanings, in at most 100 columns."""
+    """Return a table of words and their meanings, at most 100 columns wide."""
     legend = Table.grid(padding=(0, 2, 0, 0))
     legend.add_column(no_wrap=True)
     legend.add_column(max_width=84)

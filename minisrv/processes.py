@@ -1,8 +1,9 @@
-"""Child processes: named, deaf to SIGINT and SIGTERM, and never left behind.
+"""Child processes that have a name, ignore SIGINT and SIGTERM, and never outlive their parent.
 
-Terminals and supervisors send those signals to a whole group, and only the parent knows what is to
-end and when: a child ends by itself, or when the parent says so, or with the parent. A child that
-is stopped could not: the kernel lets it go on when its parent dies.
+Terminals and supervisors send those signals to a whole process group, and only the parent knows
+which process is to end and when: a child ends by itself, or when the parent stops it, or when the
+parent dies. A child that is suspended (SIGSTOP) could not see that its parent died, so the kernel
+then resumes or kills it.
 
 Knows: how a process starts and ends, on Linux. Knows nothing of what it does.
 """
@@ -35,37 +36,42 @@ from minisrv.import_path import without_working_directory
 logger = logging.getLogger(__name__)
 
 PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-"""What a child ignores."""
+"""Signals that are meant for the parent, and that a child ignores."""
 
 _SAFE_PATH, _PATH = "PYTHONSAFEPATH", "PYTHONPATH"
 
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's `prctl`: the signal that the caller gets when the thread that started it ends."""
+"""Option of Linux's `prctl` that sets the signal which the calling process gets when the thread
+that started it ends."""
 
 
 def process_began() -> float:
-    """When this process was made, by `time.monotonic`, to 10 ms."""
+    """Return the time at which this process was created, on the clock of `time.monotonic`, in
+    seconds with a resolution of 10 ms."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    # Some sandboxes count from another boot than their clock does.
+    # In some sandboxes the start time counts from another boot than the clock does.
     return time.monotonic() - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process, and those that it starts, have as many descriptors as the system allows.
+    """Raise the soft limit of file descriptors of this process, and of those that it starts, to the
+    hard limit.
 
-    The soft limit is low for the sake of programs that use `select`; a connection is a descriptor.
+    The soft limit is low for the sake of programs that use `select`; each connection takes a
+    descriptor.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # of a hard limit above what the kernel has been set to since
+    with suppress(ValueError):  # raised if the kernel's maximum was set below the hard limit since
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def bound_resource(kind: int, most: int) -> None:
-    """Let this process, and those that it starts, take no more of a resource than that. A limit
-    that is lower already stays.
+    """Limit a resource of this process and of those that it starts. A limit that is lower already
+    stays.
 
     kind: one of `resource.RLIMIT_*`.
+    most: the soft limit, in the unit of that kind.
     """
     soft, hard = resource.getrlimit(kind)
     limits = (limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY)
@@ -73,18 +79,19 @@ def bound_resource(kind: int, most: int) -> None:
 
 
 class ChildProcess:
-    """The parent's handle of a process that runs `target(*arguments)`."""
+    """The parent's handle for a child process that runs `target(*arguments)`."""
 
     def __init__(
         self, name: str, target: Callable[..., None], *arguments: Any, private_dir: Path | None
     ) -> None:
         """Start the process at once.
 
-        name: in logs, and behind `minisrv-` what `ps` and `top` call it, of which the kernel keeps
-            15 characters.
+        name: its name in logs; `ps` and `top` show `minisrv-` and this name, of which together the
+            kernel keeps 15 characters.
         private_dir: the parent's own directory, which the child removes if the parent dies. None
-            for a child that has none to remove, and no thread, so that it may fork: the kernel
-            kills it, stopped or not, when the thread ends that starts it here.
+            for a child that has none to remove: it then has no thread that watches the parent, so
+            that it may fork, and the kernel kills it, suspended or not, when the thread ends that
+            makes this object.
         """
         context = multiprocessing.get_context("spawn")
         self._process: BaseProcess = context.Process(
@@ -105,35 +112,38 @@ class ChildProcess:
 
     @property
     def sentinel(self) -> int:
-        """What `multiprocessing.connection.wait` finds ready once the process has ended."""
+        """The handle that `multiprocessing.connection.wait` finds ready once the process has
+        ended."""
         return self._process.sentinel
 
     @property
     def exit_status(self) -> int | None:
-        """As in `multiprocessing`: negative for a signal, None for a process that has not ended."""
+        """The exit status as in `multiprocessing`: the negative number of the signal that ended the
+        process, or None if it has not ended."""
         return self._process.exitcode
 
     def wait(self) -> int | None:
-        """Wait for its end, of which the sentinel tells a moment too early; the exit status."""
+        """Wait until the process has ended, and return its exit status. The sentinel is ready a
+        moment before the status can be read."""
         self._process.join()
         return self.exit_status
 
     def obituary(self) -> str:
-        """How it has ended, for people: waits for its end, and leaves its number to it, by which
-        others may be watching it."""
+        """Wait until the process has ended, and return in words how it ended. It is not reaped, so
+        that its process id, by which others may watch it, is not reused."""
         try:
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        except ChildProcessError:  # it has been waited for
+        except ChildProcessError:  # the process has been reaped
             return how_it_ended(self.exit_status)
         assert found is not None, "it has been waited for"
         by_itself = found.si_code == os.CLD_EXITED
         return how_it_ended(found.si_status if by_itself else -found.si_status)
 
     def stop(self) -> None:
-        """End the process at once and wait for it. May be called twice.
+        """End the process at once and wait for its end. May be called twice.
 
-        By SIGKILL: no child keeps anything that outlives it, and none may be where a signal
-        handler could run.
+        It is ended by SIGKILL: no child holds anything that must be cleaned up, and a child may be
+        in native code, where no handler of a signal could run.
         """
         if self._process.pid is not None:
             self._process.kill()
@@ -141,12 +151,12 @@ class ChildProcess:
 
 
 def how_it_ended(exit_status: int | None) -> str:
-    """An exit status in words."""
+    """Return in words how a process with this exit status ended."""
     if exit_status is None or exit_status >= 0:
         return f"with status {exit_status}"
     try:
         name = signal.Signals(-exit_status).name
-    except ValueError:  # one of the real-time signals, which have no names of their own
+    except ValueError:  # a real-time signal, which has no name of its own
         name = f"signal {-exit_status}"
     if name == "SIGPROF":  # its own timer's
         return "by SIGPROF, as one operation would not end"
@@ -154,7 +164,7 @@ def how_it_ended(exit_status: int | None) -> str:
 
 
 def unusable_temporary_directory(error: OSError) -> ConfigError:
-    """What to say where the private directory, or a file in it, cannot be made."""
+    """Return the error to raise if the private directory, or a file in it, cannot be made."""
     return ConfigError(
         f"there is no temporary directory that can be used ({error.strerror or error}); set TMPDIR "
         "to one that can be written to and has some megabytes left."
@@ -162,14 +172,16 @@ def unusable_temporary_directory(error: OSError) -> ConfigError:
 
 
 def map_shared(path: Path, size: int) -> mmap.mmap:
-    """A file of the private directory that several processes map; made, of zeros, by the first.
+    """Map a file of the private directory that several processes share; the first one makes it,
+    filled with zeros.
 
-    size: in bytes.
-    Raises ConfigError where there is no room for it.
+    size: bytes of the file.
+    Raises ConfigError if there is no room for it.
     """
     try:
         with path.open("a+b") as file:
-            # Not `truncate`: to write where no room has been set aside would end the process.
+            # Not `truncate`, which reserves no room on the disk: if a write to the mapping then
+            # found none, a signal would end the process.
             os.posix_fallocate(file.fileno(), 0, size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
@@ -178,9 +190,10 @@ def map_shared(path: Path, size: int) -> mmap.mmap:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """What a process started here inherits blocked, until it has said what to do with it. The
-    caller gets at the end what came meanwhile."""
-    resource_tracker.ensure_running()  # first, as its own start ends by unblocking them
+    """Block `PARENTS_SIGNALS` within this context: a process that is started here inherits them
+    blocked, until it ignores them. The caller receives at the end the signals that came
+    meanwhile."""
+    resource_tracker.ensure_running()  # first, because its start unblocks these signals at its end
     held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
     try:
         yield
@@ -190,10 +203,11 @@ def _signals_held() -> Iterator[None]:
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """Spawn processes within this: they, and what multiprocessing starts beside them, look for
-    modules where this one does, but not in the working directory (`minisrv.import_path`).
+    """Keep the working directory out of the module path of processes that are spawned within this
+    context: they, and the processes that multiprocessing starts beside them, look for modules where
+    this process does, but not there (see `minisrv.import_path`).
 
-    Sets the environment, and `sys.path`, which a spawned process is handed.
+    Sets the environment, and `sys.path`, which multiprocessing hands to a spawned process.
     """
     names = {_SAFE_PATH, _PATH}
     before = {name: os.environ[name] for name in names & os.environ.keys()}
@@ -227,22 +241,23 @@ def _run(
         assert parent.pid is not None
         die_with(parent.pid)
     else:
-        # Not SIGKILL: every child would die of it, and none be left to remove the directory.
-        # SIGCONT does nothing to one that runs. The thread sees a parent that died before this.
+        # Not SIGKILL: it would kill every child, and leave none to remove the directory. SIGCONT
+        # resumes a suspended child and does nothing to a running one. If the parent died before
+        # this call, the thread sees that.
         _signal_at_parents_death(signal.SIGCONT)
         ends = (parent, private_dir)
         threading.Thread(target=_end_with_parent, args=ends, daemon=True).start()
     try:
         target(*arguments)
-    except Exception:  # as a line like all others; multiprocessing would print it
+    except Exception:  # logged as a line like all others; multiprocessing would print a traceback
         logger.exception("the process has failed")
         sys.exit(1)
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process, stopped or not, when the thread ends that started it.
+    """Have the kernel kill this process, suspended or not, when the thread ends that started it.
 
-    parent: its process id; if that has died already, this process ends here.
+    parent: the id of the parent process; if it has died already, this process ends here.
     """
     _signal_at_parents_death(signal.SIGKILL)
     if os.getppid() != parent:
@@ -256,5 +271,6 @@ def _signal_at_parents_death(signum: signal.Signals) -> None:
 def _end_with_parent(parent: BaseProcess, private_dir: Path) -> None:
     wait([parent.sentinel])
     shutil.rmtree(private_dir, ignore_errors=True)
-    # Not sys.exit: the main thread may be deep in its work, and nobody is left to hear of it.
+    # Not sys.exit, which would end this thread only; the main thread may be busy, and no parent is
+    # left that would read an exit status.
     signal.raise_signal(signal.SIGKILL)

@@ -1,6 +1,8 @@
-"""How far a start-up is, for whoever waits for it, and how long its phases have taken.
+"""The progress of a start-up, and the time that each of its phases has taken.
 
-A bar on a terminal, a line for each phase elsewhere. Knows nothing of what is being done.
+Progress is a bar on a terminal, and a log line for each phase elsewhere.
+
+Knows: clocks, bars and logging. Knows nothing of what is being done in a phase.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class StartupClock:
-    """Seconds of a start-up by phase, in the order of the phases.
+    """Measures the seconds of each phase of a start-up, in the order of the phases.
 
-    A phase is all that has passed since the one before it ended: phases add up to the whole, and no
-    time is without a name.
+    A phase is all the time since the end of the one before it, so that the phases add up to the
+    whole and no time belongs to none.
 
-    began: when the first phase began, by `time.monotonic`, which is the machine's, the same for
-        every process; None for now.
+    began: the time at which the first phase began, on the clock of `time.monotonic`, which is the
+        same for all processes of the machine; None for now.
     """
 
     def __init__(self, began: float | None = None) -> None:
@@ -31,13 +33,16 @@ class StartupClock:
         self.seconds: dict[str, float] = {}
 
     def end(self, phase: str) -> None:
-        """End a phase. One that has been there before gets longer."""
+        """End a phase. If the name has been used before, the time is added to it."""
         now = time.monotonic()
         self._add(phase, now - self._last)
         self._last = now
 
     def include(self, seconds: Mapping[str, float]) -> None:
-        """Take phases that another process has gone through since the last one here ended."""
+        """Add phases that another process has gone through since the last phase here ended.
+
+        seconds: the length of each phase by its name.
+        """
         for phase, length in seconds.items():
             self._add(phase, length)
             self._last += length
@@ -47,7 +52,8 @@ class StartupClock:
 
 
 class StartupProgress:
-    """Call it with a phase, how much of it is done, and of how much."""
+    """Shows the progress of a start-up. Calls have the name of the phase, the number of its parts
+    that are done, and the number of all."""
 
     def __init__(self) -> None:
         self._phase = ""
@@ -65,7 +71,7 @@ class StartupProgress:
             self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,7 +1,7 @@
-"""Flags of `vllm serve` that minisrv does not have: why not, and what to use instead.
+"""Flags of `vllm serve` that minisrv does not have, with the reason and what to use instead.
 
-A command line that worked with vLLM is often tried here first. The names are those of vLLM's engine
-and server arguments, older ones included. A flag that minisrv has is in no list here.
+Users often try a command line here that worked with vLLM. The names are those of vLLM's engine and
+server arguments, older ones included. No flag that minisrv has is listed here.
 
 Knows: names and reasons. Knows nothing of argparse, nor which flags minisrv has.
 """
@@ -152,15 +152,15 @@ _FAMILIES = (
     ("--spec-decoding-", _SPECULATIVE),
     ("--mamba-", "models with state spaces are not supported; leave it out."),
 )
-"""Flags that begin alike."""
+"""Beginnings of names that whole families of flags share, and the reason for each family."""
 
 
 def why_not_here(flag: str) -> str | None:
-    """Why minisrv lacks a flag of vLLM's, as a sentence behind its name; None for one that is none
-    of vLLM's.
+    """Return the reason why minisrv lacks a flag of vLLM, as text that follows the flag's name in a
+    message; None for a flag that vLLM does not have.
 
-    flag: as it was typed, e.g. `--tensor_parallel_size`, `-O3`, `--no-enable-chunked-prefill`,
-        `--compilation-config.level`.
+    flag: the flag as it was typed, e.g. `--tensor_parallel_size`, `-O3`,
+        `--no-enable-chunked-prefill`, `--compilation-config.level`.
     """
     name = re.sub(r"^(-O)\d+$", r"\1", flag.partition("=")[0].partition(".")[0].replace("_", "-"))
     for spelling in (name, "--" + name.removeprefix("--no-")):
@@ -170,4 +170,4 @@ def why_not_here(flag: str) -> str | None:
 
 
 FLAGS = frozenset(_REASONS)
-"""Those of vLLM's that are known by name, and not by how they begin."""
+"""The flags of vLLM that are listed by their whole names, and not by how they begin."""
