@@ -131,8 +131,8 @@ def print_measured_plan(config: EngineConfig) -> None:
 
 
 class Product(NamedTuple):
-    """A projection: the shape [n, k] of its weight, and whether its result is gated or added to
-    the residual (see `kernels.linear`)."""
+    """A projection: the shape [n, k] of its weight, and whether its result is gated, or added to
+    what its output holds (see `few_rows_op` in `kernels.linear`)."""
 
     name: str
     n: int

@@ -1,5 +1,5 @@
-"""Checkpoints: where they lie (`location`), what they say (`description`, which `by_transformers`
-reads), and whether they can be served (`opening`)."""
+"""Checkpoints: `location` finds them, `description` returns the content of their small files, which
+`by_transformers` reads, and `opening` checks whether they can be served."""
 
 from minisrv.checkpoint.description import (
     GenerationConfig,

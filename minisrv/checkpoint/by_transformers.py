@@ -1,12 +1,13 @@
-"""What transformers makes of a checkpoint's small files, as plain data.
+"""Reads the small files of a checkpoint with transformers, and returns their content as plain data.
 
-Run as a program it answers for one model and one tokenizer, either of which may be empty, on a
-file descriptor that it inherits:
+Run as a program it reads those of one model and one tokenizer, either of which may be empty, and
+writes the answer to a file descriptor that it inherits:
 
     python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY DESCRIPTOR
 
-It keeps torch away then: configurations and tokenizers need none, and importing it would take
-longer than all the rest. No code of a checkpoint is ever run, and nothing is asked of the hub.
+As a program it prevents an import of torch: configurations and tokenizers do not need it, and the
+import would take longer than all the rest. No code of a checkpoint is ever run, and the hub is
+never asked.
 
 Knows: transformers' classes. Knows nothing of caches or of how a description is used.
 """
@@ -27,7 +28,7 @@ from minisrv import threads
 
 if __name__ == "__main__":
     threads.without_blas()
-    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails from here on
+    sys.modules["torch"] = None  # type: ignore[assignment]  # every import of torch fails now
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import msgspec
@@ -57,16 +58,17 @@ _ASKABLE = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
 }
-"""Numbers of a generation config that a request can ask for, and their names there."""
+"""The numbers of a generation config that a request can set too, and their names in a request."""
 
 _NAMING_FILES = (CONFIG, "tokenizer_config.json", "special_tokens_map.json")
-"""Those that say what a tokenizer is made with; transformers takes some settings for paths."""
+"""Files that name the parts of a tokenizer; transformers takes some of their settings for paths."""
 
 _MAX_TOKEN_ID = 10_000_000
-"""The `tokenizers` library goes through all ids up to the highest when it writes a vocabulary."""
+"""Largest token id of a tokenizer that is accepted. The `tokenizers` library goes through all ids
+up to the highest when it writes a vocabulary."""
 
 _MAX_REASON = 400
-"""Characters of an error of transformers."""
+"""Maximum number of characters that a message repeats of an error of transformers."""
 
 _TEXT = " ".join(["A text to try a tokenizer with: naïve, 你好, 🎉 123", "a" * 64])
 
@@ -94,11 +96,15 @@ _NEUTRAL: dict[str, Any] = {
     "token_healing": False,
     "watermarking_config": None,
 }
-"""Other settings that change what transformers generates, at the values that change nothing."""
+"""Other settings that change what transformers generates, with the values that change nothing."""
 
 
 def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
-    """What the files say, or the error that reading them raised."""
+    """Return the descriptions of a model and a tokenizer, or the error that reading their files
+    raised.
+
+    model, tokenizer: the directories, either of which may be None.
+    """
     try:
         return Descriptions(
             model=None if model is None else describe_model(model),
@@ -109,14 +115,15 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 
 def describe_model(directory: Path) -> ModelDescription:
-    """The shape of the model, and how it likes to generate. Raises ModelError, ConfigError and
-    UnknownArchitectureError."""
+    """Return the shape of the model in `directory`, and its defaults for generation. Raises
+    ModelError, ConfigError and UnknownArchitectureError."""
 
     def read_config() -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
-        # As its models do: what stands outside of the RoPE settings may have its say in them.
+        # The models of transformers do the same: settings outside of rope_parameters may change
+        # those in it.
         config.standardize_rope_params()
         return config
 
@@ -125,7 +132,7 @@ def describe_model(directory: Path) -> ModelDescription:
     model = ModelConfig.from_hf(config.to_dict())
     path = directory / GENERATION_CONFIG
     if not path.is_file():
-        path = directory / CONFIG  # where old checkpoints say it
+        path = directory / CONFIG  # old checkpoints have these settings there
     said = _by_transformers(
         path,
         lambda: GenerationConfig.from_pretrained(
@@ -147,7 +154,7 @@ def describe_model(directory: Path) -> ModelDescription:
 
 
 def describe_tokenizer(directory: Path) -> TokenizerDescription:
-    """Raises ModelError."""
+    """Return the description of the tokenizer in `directory`. Raises ModelError."""
     for name in _NAMING_FILES:
         if (path := directory / name).is_file():
             check_names(path)
@@ -165,7 +172,8 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
         )
     special = set(tokenizer.all_special_tokens)
     if not any(word.strip("▁") for word in backend.get_vocab(False) if word not in special):
-        # It makes one of special tokens only where the files of a vocabulary are missing.
+        # If the files of the vocabulary are missing, transformers makes a tokenizer that has
+        # special tokens only.
         raise ModelError(
             f"{directory}: no vocabulary was found for {type(tokenizer).__name__}; are files such "
             "as tokenizer.json missing?"
@@ -199,14 +207,17 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
 
 
 def _try_out(described: TokenizerDescription) -> str:
-    """Use the tokenizer for a text, here where processor time and memory are bounded. Returns what
-    is wrong with the chat templates, which others may replace. Raises ModelError."""
-    # As late as an API worker: text/ imports this package.
+    """Use the tokenizer for a text, in this process, whose processor time and memory are bounded.
+
+    Returns what is wrong with the chat templates, which is no error as the user may replace them;
+    empty if nothing is. Raises ModelError.
+    """
+    # Not imported at the top, because the package text imports this package.
     from minisrv.text.chat_template import ChatTemplate
     from minisrv.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_description(replace(described, chat_templates={}))
-    with suppress(RequestError):  # it has no tokens for some texts, perhaps
+    with suppress(RequestError):  # raised if the tokenizer has no tokens for a text
         tokenizer.decode(tokenizer.encode(_TEXT))
     if "default" not in described.chat_templates:
         return ""
@@ -218,7 +229,11 @@ def _try_out(described: TokenizerDescription) -> str:
 
 
 def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
-    """What `read` gives. Raises ModelError: transformers' errors have no base of their own."""
+    """Return what `read` returns, and raise ModelError for whatever it raises, because the errors
+    of transformers have no base class of their own.
+
+    path: the file or directory that is read, for the message.
+    """
     try:
         return read()
     except Exception as error:
@@ -229,7 +244,14 @@ def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
 def _generation(
     path: Path, said: Mapping[str, Any], eos: Any, vocab_size: int
 ) -> description.GenerationConfig:
-    """What `said` asks for, within the bounds of what a request may ask for. Raises ConfigError."""
+    """Return the defaults for generation, which must be within the bounds for a request.
+
+    path: the file that holds them, for messages.
+    said: the generation config of transformers.
+    eos: its end-of-sequence token or tokens, or those of config.json.
+    vocab_size: the size of the model's vocabulary.
+    Raises ConfigError.
+    """
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(
@@ -256,7 +278,8 @@ def _generation(
     except RequestError as error:
         raise ConfigError(f"{path}: {error}") from error
     return description.GenerationConfig(
-        # A token that the model does not have cannot come: some write -1 for none.
+        # A token that the model does not have cannot be sampled; some checkpoints write -1 for
+        # none.
         eos_token_ids=tuple(token_id for token_id in ids if 0 <= token_id < vocab_size),
         stop=tuple(strings),
         **{ours: getattr(asked, ours) for ours in numbers},
@@ -264,14 +287,15 @@ def _generation(
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string, not empty, of characters: JSON may spell a lone surrogate."""
+    """Whether `value` is a non-empty string of valid Unicode; JSON can hold lone surrogates."""
     if not isinstance(value, str) or not value:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def bound() -> None:
-    """Let the kernel end this process where the files make it take too much."""
+    """Let the kernel end this process if the files make it use too much processor time, memory or
+    output."""
     for kind, most in (
         (resource.RLIMIT_CPU, description.PROCESSOR_SECONDS),
         (resource.RLIMIT_DATA, description.MEMORY_BYTES),
@@ -281,7 +305,7 @@ def bound() -> None:
 
 
 def main() -> None:
-    """Answer as msgpack."""
+    """Read the files that the command line names, and write the answer as msgpack."""
     bound()
     *directories, descriptor = sys.argv[1:]
     model, tokenizer = (Path(argument) if argument else None for argument in directories)

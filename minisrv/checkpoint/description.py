@@ -1,11 +1,13 @@
-"""A checkpoint as plain data: the model's shape, how it likes to generate, its tokenizer.
+"""A checkpoint as plain data: the model's shape, its defaults for generation, and its tokenizer.
 
-The meaning of the files is transformers' to say (`minisrv.checkpoint.by_transformers`). That
-library is asked in a process of its own, because importing it takes longer than an API worker's
-start. What it says is kept in the cache by the content of the files and the versions of the
-libraries, so that a second start does not import it. Nothing here imports it or torch.
+The files are interpreted by transformers (`minisrv.checkpoint.by_transformers`), which runs in a
+process of its own, because importing it takes longer than the start of an API worker. Its answers
+are stored in the cache by the content of the files and the versions of the libraries, so that a
+second start does not import it. Nothing here imports transformers or torch, unless the process has
+imported transformers already.
 
-Knows: which files decide, the cache, and the process. Knows nothing of the files' meaning.
+Knows: which files a description depends on, the cache, and the process. Knows nothing of the
+meaning of the files.
 """
 
 from __future__ import annotations
@@ -37,16 +39,20 @@ from minisrv.model_config import ModelConfig
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 120
-"""Seconds for transformers to read the small files; it takes one."""
+"""Maximum number of seconds in which transformers must have read the small files; it usually takes
+one."""
 PROCESSOR_SECONDS = 30
-"""The same, of processor time. A vocabulary of 262,000 takes 3.5; one to be converted more."""
+"""Maximum processor time of that in seconds. A vocabulary of 262,000 tokens takes 3.5 s, and one
+that has to be converted takes more."""
 MEMORY_BYTES = 4 << 30
-"""Private memory of the process that reads them. That vocabulary takes an eighth of it."""
+"""Maximum private memory, in bytes, of the process that reads the files. That vocabulary takes an
+eighth of it."""
 OUTPUT_BYTES = 1 << 28
-"""Of its answer, and of what it prints. That vocabulary makes a fiftieth of it."""
+"""Maximum size, in bytes, of the answer of that process, and of what it prints. The answer for that
+vocabulary is a fiftieth of it."""
 
 KEPT = 64
-"""Descriptions that are kept at most, the newest."""
+"""Maximum number of descriptions that stay in the cache; the oldest are deleted."""
 
 MODEL_FILES = (CONFIG, GENERATION_CONFIG)
 TOKENIZER_FILES = (
@@ -60,25 +66,30 @@ TOKENIZER_FILES = (
     "*.jinja",
     "additional_chat_templates/*",
 )
-"""What a tokenizer is read from, beside config.json, which may name its class."""
+"""Patterns of the files from which a tokenizer is read, beside config.json, which may name its
+class."""
 _OTHERS = ("*.json", "*.txt", "*.bpe", "*.spm", "*.tiktoken")
-"""What tokenizers of models that are not implemented are read from; looked at, not listed."""
+"""Patterns of files from which tokenizers of models that are not implemented are read. They are
+checked too, as transformers may open them, but do not count for the cache."""
 
 _T = TypeVar("_T")
 _PACKAGES = ("transformers", "tokenizers")
 _LAST_WORDS = 1 << 16
-"""Bytes at the end of what the process printed that are looked at."""
+"""Number of bytes, at the end of what the process printed, in which its last line is looked for."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a checkpoint says about generation; None or empty where it is silent.
+    """The defaults for generation in a checkpoint; None or empty where it has none.
 
-    eos_token_ids: any of them ends a sequence: those of generation_config.json, or else of
-        config.json, and the tokenizer's.
-    max_tokens, min_tokens, stop: its `max_new_tokens`, `min_new_tokens` and `stop_strings`.
+    eos_token_ids: the tokens that end a sequence: those of generation_config.json, or else of
+        config.json, and that of the tokenizer.
+    max_tokens, min_tokens, stop: `max_new_tokens`, `min_new_tokens` and `stop_strings` of the
+        checkpoint.
+    temperature, top_p, top_k, min_p, repetition_penalty: the settings of the same names.
 
-    `do_sample` is left out, as in vLLM: where neither says a temperature, it is OpenAI's.
+    `do_sample` is ignored, as in vLLM: if neither the checkpoint nor a request has a temperature,
+    it is OpenAI's default.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -94,10 +105,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What config.json and generation_config.json say.
+    """The content of config.json and generation_config.json.
 
-    unused: settings of generation_config.json that would change what transformers generates, and
-        that no request can ask for here.
+    unused: names of settings of generation_config.json that would change what transformers
+        generates, and that minisrv does not implement.
     """
 
     model: ModelConfig
@@ -107,16 +118,17 @@ class ModelDescription:
 
 @dataclass(frozen=True)
 class TokenizerDescription:
-    """What the files of a tokenizer say.
+    """The content of the files of a tokenizer.
 
-    backend: the text of a tokenizer.json that holds all of it, special tokens included.
-    special_tokens: variables of the chat template, e.g. `bos_token`.
-    chat_templates: their sources by name; the usual one is called `default`.
-    chat_template_fault: why they cannot be used; empty if they can.
-    eos_token_id: the id of its end-of-sequence token, if it has one.
-    highest_id: of any token.
-    splits_special_tokens: whether the spelling of a special token in a text is text like any other
-        (`split_special_tokens`), which tokenizer.json does not say.
+    backend: the text of a tokenizer.json that holds the whole tokenizer, special tokens included.
+    special_tokens: special tokens by the name of their variable in the chat template, e.g.
+        `bos_token`.
+    chat_templates: sources of the chat templates by name; the usual one is called `default`.
+    chat_template_fault: the reason why they cannot be used; empty if they can.
+    eos_token_id: the id of the end-of-sequence token, if there is one.
+    highest_id: the highest id of any token.
+    splits_special_tokens: whether a special token that is spelled out in a text is tokenized like
+        any other text (`split_special_tokens`); a tokenizer.json does not hold this.
     """
 
     backend: str
@@ -129,9 +141,9 @@ class TokenizerDescription:
 
 
 class Descriptions(msgspec.Struct):
-    """What was asked for, or why it could not be had.
+    """The descriptions that were asked for, or the error that prevented them.
 
-    error: the name of a class of `minisrv.errors`, and the message.
+    error: the name of a class in `minisrv.errors`, and the message.
     """
 
     model: ModelDescription | None = None
@@ -140,7 +152,7 @@ class Descriptions(msgspec.Struct):
 
 
 def describe_model(directory: Path) -> ModelDescription:
-    """What the model's files in `directory` say. Raises ModelError, ConfigError and
+    """Return the description of the model in `directory`. Raises ModelError, ConfigError and
     UnknownArchitectureError."""
     found = describe(directory, None).model
     assert found is not None, "it was asked for"
@@ -148,16 +160,17 @@ def describe_model(directory: Path) -> ModelDescription:
 
 
 def describe_tokenizer(directory: Path) -> TokenizerDescription:
-    """What the tokenizer's files in `directory` say. Raises ModelError."""
+    """Return the description of the tokenizer in `directory`. Raises ModelError."""
     found = describe(None, directory).tokenizer
     assert found is not None, "it was asked for"
     return found
 
 
 def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
-    """What the files in two directories say, of which either may be None. What is not kept yet is
-    read by one process for both.
+    """Return the descriptions of a model and of a tokenizer. Those that are not in the cache are
+    read by one process together.
 
+    model, tokenizer: the directories, either of which may be None.
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
     place = _kept_directory()
@@ -187,12 +200,13 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there is any file that a tokenizer could be read from."""
+    """Whether `directory` has any file from which a tokenizer could be read."""
     return bool(matching_files(directory, TOKENIZER_FILES))
 
 
 def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
-    """Ask transformers, in this process if it has imported that library anyway."""
+    """Read the descriptions with transformers: in this process if it has imported that library
+    already, or else in a new one. Raises the error that the answer names, or ModelError."""
     if model is None and tokenizer is None:
         return Descriptions()
     if "transformers" in sys.modules:
@@ -212,11 +226,12 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
     directories = [os.path.abspath(path) if path else "" for path in (model, tokenizer)]
     what = f"reading {model or tokenizer} with transformers"
-    # Where this process looks for modules, so that both are of one version.
+    # The child looks for modules where this process does, so that both run the same versions.
     path = [os.path.abspath(entry) for entry in without_working_directory(sys.path)]
     path = path if ROOT in path else [ROOT, *path]
     try:
-        # A file of its own: libraries, and what an environment runs at its start, may print.
+        # The answer goes to a file of its own, because libraries, and code that an environment runs
+        # at the start of Python, may print to stdout.
         with (
             os.fdopen(os.memfd_create("minisrv-answer"), "r+b") as answer,
             os.fdopen(os.memfd_create("minisrv-printed"), "r+b") as printed,
@@ -228,7 +243,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
                 timeout=TIMEOUT,
                 check=False,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-                cwd="/",  # where nothing of a stranger's is, and which nobody removes
+                cwd="/",  # holds no files of somebody who is not trusted, and is never removed
                 pass_fds=[answer.fileno()],
             )
             answer.seek(0)
@@ -249,7 +264,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
 
 
 def _kept_directory() -> Path | None:
-    """Where descriptions are kept. None where nothing can be."""
+    """Return the directory of cached descriptions. None if there can be no cache."""
     try:
         return cache_directory("checkpoints")
     except (OSError, RuntimeError) as error:
@@ -258,8 +273,14 @@ def _kept_directory() -> Path | None:
 
 
 def _entry(kind: Path, directory: Path, files: Sequence[Path]) -> Path:
-    """The file in which a description is kept: its name says the content of the files that it is
-    made from, and the code that makes it. Raises ModelError if they cannot be read."""
+    """Return the path of a cached description. Its name is a digest of the files from which the
+    description is made and of the code that makes it.
+
+    kind: the directory of cached descriptions, and `model` or `tokenizer`.
+    directory: the directory of the checkpoint.
+    files: the files there on which the description depends.
+    Raises ModelError if they cannot be read.
+    """
     digest = hashlib.sha256(_code_digest())
     try:
         for path in files:
@@ -273,8 +294,9 @@ def _entry(kind: Path, directory: Path, files: Sequence[Path]) -> Path:
 
 @cache
 def _code_digest() -> bytes:
-    """What a description depends on besides the files."""
-    # What is refused, by the last three, is part of a description that is kept.
+    """Return a digest of all that a description depends on besides the files: the source of the
+    code that makes it, and the versions of the libraries."""
+    # The last three modules refuse settings, and what they accept is part of a cached description.
     reader = Path(__file__).with_name("by_transformers.py")
     template = Path(__file__).parents[1] / "text" / "chat_template.py"  # imports Jinja
     sources = (__file__, reader, template, model_config.__file__, request.__file__)
@@ -284,7 +306,7 @@ def _code_digest() -> bytes:
 
 
 def _kept(entry: Path | None, kind: type[_T]) -> _T | None:
-    """The description in `entry`; None if there is none that is trusted."""
+    """Return the cached description in the file `entry`; None if there is none that is trusted."""
     body = None if entry is None else kept(entry)
     if body is None:
         return None
@@ -298,7 +320,7 @@ def _keep(entry: Path | None, told: ModelDescription | TokenizerDescription) -> 
     if entry is None:
         return
     keep(entry, msgspec.msgpack.encode(told))
-    with suppress(OSError):  # or another process has dropped them already
+    with suppress(OSError):  # another process may have deleted the same files
         entries = sorted(entry.parent.iterdir(), key=lambda path: path.lstat().st_mtime)
         for old in entries[:-KEPT]:
             old.unlink(missing_ok=True)

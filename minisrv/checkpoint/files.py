@@ -1,18 +1,18 @@
-"""Which files of a checkpoint are read: regular ones of a bounded size that lie in its directory.
+"""Checks which files of a checkpoint may be read: regular files of a bounded size in its directory.
 
-A checkpoint is a stranger's. An archive may hold links to files of whoever unpacks it, and a file
-may name others by their paths; a chat template that is a link to a password file would put it into
-every prompt. So:
+The author of a checkpoint is not trusted. An archive may hold symbolic links to files of the user
+who unpacks it, and a file may name others by their paths; a chat template that is a link to a
+password file would put it into every prompt. So:
 
 - a small file (JSON, a tokenizer's, a chat template) that is a link must lead to a place in the
-  directory, or in a snapshot of the hub's cache to the `blobs` of the same repository, where its
-  links lead;
-- weights may be links to regular files anywhere, as many people share them so between directories:
-  they are read as numbers or refused, and never quoted;
-- what a file names is in the directory, whatever the setting is called.
+  directory, or, in a snapshot of the hub's cache, to the `blobs` of the same repository, where the
+  links of snapshots lead;
+- weights may be links to regular files anywhere, as many people share weights between directories
+  in this way: they are read as numbers or refused, and never quoted;
+- a file that another file names must be in the directory, whatever the setting is called.
 
-What is no regular file (a pipe, a device, a link to nothing) counts as missing.
-The directory itself may be a link. Somebody who can change it while it is read is trusted.
+Anything that is not a regular file (a pipe, a device, a dangling link) counts as missing.
+The directory itself may be a link. A user who can change it while it is read is trusted.
 
 Knows: directories, links and sizes. Knows nothing of what the files mean.
 """
@@ -28,18 +28,19 @@ from typing import Any
 from minisrv.errors import ModelError
 
 MAX_JSON_BYTES = 16 << 20
-"""Of a file that is read as JSON here. The index of a thousand shards has a few."""
+"""Maximum size in bytes of a file that is read as JSON here. The index of a thousand shards has a
+few MB."""
 MAX_BYTES = 256 << 20
-"""Of any small file. The largest tokenizer.json in use has 35 MB."""
+"""Maximum size in bytes of any small file. The largest tokenizer.json in use has 35 MB."""
 
 _NAMING = ("file", "vocab", "merges")
-"""Parts of the names of settings that transformers takes for paths, relative ones too."""
+"""Parts of the names of settings whose values transformers takes for paths, relative ones too."""
 
 
 def matching_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
-    """The small files in `directory` that fit one of the patterns, in order. Raises ModelError for
-    one that may not be read, OSError for a directory that may not be listed."""
-    os.scandir(directory).close()  # to `glob` it would be empty
+    """Return the small files in `directory` that match one of the patterns, in sorted order. Raises
+    ModelError for a file that may not be read, OSError for a directory that cannot be listed."""
+    os.scandir(directory).close()  # raises; `glob` would take the directory for an empty one
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     for path in found:
         check_file(path, directory)
@@ -47,9 +48,9 @@ def matching_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def check_file(path: Path, directory: Path, most: int = MAX_BYTES) -> None:
-    """Raise ModelError if the small file may not be read.
+    """Raise ModelError if the small file `path` of a checkpoint may not be read.
 
-    most: bytes.
+    most: maximum size in bytes.
     """
     if not _is_inside(path, directory):
         raise ModelError(
@@ -61,7 +62,7 @@ def check_file(path: Path, directory: Path, most: int = MAX_BYTES) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises ModelError."""
+    """Return the JSON object in a file of a checkpoint. Raises ModelError."""
     try:
         if not path.is_file():
             raise ModelError(f"{path} is missing, or no regular file.")
@@ -77,10 +78,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_names(path: Path) -> None:
     """Raise ModelError if a JSON file names a file that is outside of its directory.
 
-    Which settings are paths is for their readers to know, and there are many. So any string counts
-    that is the path of a file as seen from the directory or, where it looks like a path or its
-    setting's name does, from the working directory. A path to nothing is harmless: some tools note
-    where a file once was.
+    Only the libraries that read the many settings know which of them are paths. So any string
+    counts that is the path of an existing file relative to the directory or, if the string or the
+    name of its setting looks like that of a path, relative to the working directory. A path to
+    nothing is harmless: some tools note where a file once was.
     """
     directory = path.parent
     for name, text in _strings(read_json(path)):
@@ -91,7 +92,7 @@ def check_names(path: Path) -> None:
             named = base / text
             try:
                 is_outside = named.is_file() and not _is_inside(named, directory)
-            except (OSError, ValueError):  # too long, say: no path
+            except (OSError, ValueError):  # the string is no path, e.g. as it is too long
                 continue
             if is_outside:
                 raise ModelError(
@@ -101,8 +102,9 @@ def check_names(path: Path) -> None:
 
 
 def _is_inside(path: Path, directory: Path) -> bool:
-    """Whether `path`, all links followed, is in the directory or where the hub's cache has what a
-    snapshot's links lead to (`models--org--name/{snapshots/COMMIT,blobs}`)."""
+    """Whether `path`, with all links followed, lies in the directory, or in the directory of the
+    hub's cache to which the links of a snapshot lead
+    (`models--org--name/{snapshots/COMMIT,blobs}`)."""
     try:
         real, root = path.resolve(), directory.resolve()
     except RuntimeError:  # links that lead to each other
@@ -114,7 +116,8 @@ def _is_inside(path: Path, directory: Path) -> bool:
 
 
 def _strings(value: Any) -> Iterator[tuple[str, str]]:
-    """The strings in a JSON document, with the name of the setting that each belongs to."""
+    """Yield the strings in a JSON document, each with the name of the setting that it belongs to:
+    (name, string)."""
     todo: list[tuple[str, Any]] = [("", value)]
     while todo:
         name, part = todo.pop()

@@ -1,9 +1,11 @@
-"""Where a checkpoint lies: the default model's two places, directories, and hub ids.
+"""Finds the directory of a checkpoint: of the default model, of a directory, or of a hub id.
 
-Knows: the names of the files in a Hugging Face checkpoint, and how they are fetched: the small ones
-first, so that what they say can be refused before gigabytes are on their way. Only safetensors are
-weights; no code of a checkpoint is ever fetched.
-Knows nothing of torch, nor what the files say.
+Files of the hub are fetched, the small ones first, so that a model can be refused for what they say
+before gigabytes are fetched. Weights are read from safetensors only, and no code of a checkpoint is
+ever fetched.
+
+Knows: the names of the files in a Hugging Face checkpoint, and how they are fetched.
+Knows nothing of torch, nor of the content of the files.
 """
 
 from __future__ import annotations
@@ -37,15 +39,16 @@ SMALL_FILES = (
     "*.jinja",
     WEIGHTS_INDEX,
 )
-"""All but the weights that are fetched from the hub."""
+"""Patterns of the files, other than weights, that are fetched from the hub."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def resolve_checkpoint(model: str | None, revision: str | None = None) -> Path:
-    """The directory of the checkpoint that `model` names: a directory, or a hub id, whose small
-    files are fetched into the hub's cache; None names the default model.
+    """Return the directory of a checkpoint.
 
+    model: a directory, or a hub id, whose small files are fetched into the hub's cache; None is the
+        default model.
     revision: a branch, tag or commit of the hub's repository; None takes its main branch.
     Raises ModelError.
     """
@@ -63,13 +66,14 @@ def resolve_checkpoint(model: str | None, revision: str | None = None) -> Path:
 
 
 def resolve_directory(model: str | None, revision: str | None = None) -> Path:
-    """The same for a directory of which only some files are wanted, e.g. a tokenizer's."""
+    """Do the same as `resolve_checkpoint` for a directory that need not hold a config.json, e.g.
+    that of a tokenizer."""
     if model is None:
         return _default_model()
     if not model:
         raise ModelError("the name is empty; give a directory or a hub id, or leave it out.")
     try:
-        model.encode()  # it is told in answers and logs
+        model.encode()  # answers and logs contain the name
     except UnicodeEncodeError:
         raise ModelError(
             f"the name {model!a} is no UTF-8; rename the directory, or make a link to it."
@@ -98,21 +102,21 @@ def resolve_directory(model: str | None, revision: str | None = None) -> Path:
 
 
 def fetch_weights(model: str | None, directory: Path) -> None:
-    """Fetch the weights beside the small files in `directory`, if `model` is a hub id; not again
-    what is there. Raises ModelError."""
+    """Fetch the weights to the small files in `directory`, if `model` is a hub id. Files that are
+    there already are not fetched again. Raises ModelError."""
     if model is None or Path(model).expanduser().is_dir():
         return
-    # The commit, so that a push in between cannot mix two versions.
+    # The weights of the same commit are fetched, so that a push in between cannot mix two versions.
     commit, index = directory.name, directory / WEIGHTS_INDEX
     names = _indexed_files(index) if index.is_file() else [WEIGHTS]
     _fetch(model, commit, names, show_progress=True)
-    if not all((directory / name).is_file() for name in names):  # the index is a leftover
+    if not all((directory / name).is_file() for name in names):  # the index is out of date
         _fetch(model, commit, [WEIGHTS], show_progress=True)
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The safetensors files that together hold the weights: the single one, or those that the
-    index names; an index beside a single one is a leftover, as transformers has it.
+    """Return the safetensors files that together hold the weights: the single file, or else those
+    that the index names. As in transformers, an index beside a single file is ignored.
 
     Raises ModelError.
     """
@@ -152,7 +156,8 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def _default_model() -> Path:
-    """In a wheel it lies inside the package, in an editable install beside it."""
+    """Return the directory of the default model, which lies inside the package in a wheel, and
+    beside it in an editable install. Raises ModelError."""
     package = Path(__file__).parents[1]
     places = (package / "_models" / DEFAULT_MODEL, package.parent / "models" / DEFAULT_MODEL)
     for place in places:
@@ -167,7 +172,7 @@ def _default_model() -> Path:
 def _fetch(
     model: str, revision: str | None, patterns: Sequence[str], *, show_progress: bool
 ) -> Path:
-    # Takes 0.3 s, which a directory need not pay.
+    # This import takes 0.3 s, which a model in a directory does not need.
     from huggingface_hub import snapshot_download
     from tqdm.auto import tqdm
 
@@ -181,7 +186,7 @@ def _fetch(
                 model, revision=revision, allow_patterns=list(patterns), tqdm_class=Bar
             )
         )
-    except Exception as error:  # the client's errors have no base of their own
+    except Exception as error:  # the errors of huggingface_hub have no base class of their own
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"no directory {model!r} here, and fetching it from the hub failed: "

@@ -1,5 +1,6 @@
-"""From settings to a checkpoint that can be served: found, read, and refused before its weights are
-fetched or torch is imported.
+"""Opens the checkpoint that the settings name: finds it, reads its small files, and checks it.
+
+One that cannot be served is refused before its weights are fetched or torch is imported.
 
 Knows: which settings concern the checkpoint. Knows nothing of devices or of how a model runs.
 """
@@ -36,9 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What every process of a server starts from.
+    """All that is known of a checkpoint before its weights are read; every process of a server
+    starts from it.
 
-    directory: where the weights lie.
+    directory: the directory of the weights.
+    model: the shape of the model.
+    generation: the defaults for generation.
+    tokenizer: the content of the tokenizer.
     """
 
     directory: Path
@@ -47,12 +52,12 @@ class Checkpoint:
     tokenizer: TokenizerDescription
 
     def save(self, path: Path) -> None:
-        """Write it for other processes of the same server."""
+        """Write the checkpoint to a file for other processes of the same server."""
         path.write_bytes(msgspec.msgpack.encode(self, enc_hook=str))
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read what `save` has written. Raises EngineError if somebody has touched it."""
+        """Read a file that `save` has written. Raises EngineError if it was changed or removed."""
         try:
             return msgspec.msgpack.decode(path.read_bytes(), type=cls, dec_hook=_path)
         except (OSError, msgspec.MsgspecError) as error:
@@ -60,16 +65,16 @@ class Checkpoint:
 
 
 def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint:
-    """The checkpoint that `config` names.
+    """Return the checkpoint that `config` names.
 
-    weights: whether they are needed too. Then they are there when this returns, fetched from the
-        hub if need be, unless they are to be drawn at random.
-    Raises ModelError, ConfigError and UnknownArchitectureError for what cannot be served, before
-    any weights are fetched.
+    weights: whether the weights are needed too. If so, they are in the directory when this returns,
+        and were fetched from the hub if need be; with load_format=dummy they are not needed.
+    Raises ModelError, ConfigError and UnknownArchitectureError for a checkpoint that cannot be
+    served, before any weights are fetched.
     """
     try:
         return _opened(config, weights)
-    except OSError as error:  # what any look at a file may meet: no permission, a disk that fails
+    except OSError as error:  # any access to a file may fail: no permission, a broken disk
         raise ModelError(
             f"the checkpoint or its tokenizer cannot be read: {error}; may this user read it?"
         ) from error
@@ -100,7 +105,7 @@ def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
         )
     if tokenizer is None:
         logger.warning("%s holds no tokenizer; made-up words stand in for its tokens.", place)
-        from minisrv.checkpoint.stand_in import stand_in_tokenizer  # seldom needed
+        from minisrv.checkpoint.stand_in import stand_in_tokenizer  # imported only where needed
 
         tokenizer = stand_in_tokenizer(model.vocab_size)
     if config.chat_template is not None:
@@ -125,8 +130,8 @@ def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
 
 
 def context_length(config: EngineConfig, model: ModelConfig) -> int:
-    """The tokens that a request may have, if the KV cache holds as many. Raises ConfigError beyond
-    what the model was made for."""
+    """Return the maximum number of tokens of a request, provided that the KV cache holds as many.
+    Raises ConfigError if `max_model_len` is more than the model was made for."""
     wanted, longest = config.max_model_len or model.default_context, model.longest_context
     if wanted > longest:
         raise ConfigError(
@@ -139,8 +144,8 @@ def context_length(config: EngineConfig, model: ModelConfig) -> int:
 def _with_end_token(
     generation: GenerationConfig, tokenizer: TokenizerDescription, model: ModelConfig
 ) -> GenerationConfig:
-    """The tokenizer's end token ends a sequence too, as in vLLM: some checkpoints name it nowhere
-    else."""
+    """Return `generation` with the tokenizer's end-of-sequence token among those that end a
+    sequence, as in vLLM: some checkpoints name it only in the files of the tokenizer."""
     end, known = tokenizer.eos_token_id, generation.eos_token_ids
     if end is None or end in known or end >= model.vocab_size:
         return generation
@@ -148,7 +153,7 @@ def _with_end_token(
 
 
 def _read_template(path: Path) -> str:
-    from minisrv.text.chat_template import ChatTemplate  # imports Jinja, which few need here
+    from minisrv.text.chat_template import ChatTemplate  # imports Jinja, seldom needed here
 
     source = read_text("--chat-template", path)
     try:

@@ -1,7 +1,9 @@
-"""A tokenizer for random weights that have none: as many tokens as the model has, each with text.
+"""A stand-in tokenizer for random weights without one: it has a token with text for every id.
 
-Knows: byte-level BPE. What a model with random weights answers means nothing, but clients see a
-token whenever one comes.
+The answers of a model with random weights mean nothing, but so clients see text for every token
+that is generated.
+
+Knows: byte-level BPE.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ _TEMPLATE = (
 
 
 def stand_in_tokenizer(vocab_size: int) -> TokenizerDescription:
-    """The 256 bytes, by which text is encoded, and made-up words behind them; fewer bytes where the
-    vocabulary is smaller than that."""
+    """Return a tokenizer of `vocab_size` tokens: the 256 bytes, with which text is encoded, and
+    made-up words behind them. A vocabulary of fewer than 256 tokens has only the first bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = (f"Ġ{_word(number)}" for number in range(vocab_size - len(alphabet)))
     tokens = [*alphabet[:vocab_size], *words]
@@ -29,7 +31,8 @@ def stand_in_tokenizer(vocab_size: int) -> TokenizerDescription:
 
 
 def _word(number: int) -> str:
-    """A number to the base of 26, in letters; no two are the same."""
+    """Return a number in base 26, written in letters, so that different numbers give different
+    words."""
     letters = ""
     while number or not letters:
         number, digit = divmod(number, 26)
