@@ -1,6 +1,6 @@
-"""`minisrv bench`: what a step costs eagerly, by pieces and by one graph.
+"""`minisrv bench`: measures steps of an engine eagerly, by PIECEWISE graphs and by FULL graphs.
 
-measure.py runs one engine's steps in every mode; report.py shows and keeps what came of it.
+measure.py runs the steps of one engine in every mode; report.py prints and saves the results.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from minisrv.progress import StartupProgress
 def bench(engine: EngineConfig, settings: BenchConfig) -> None:
     """Measure, print, and write the files that were asked for.
 
-    Raises the start-up branches of `minisrv.errors`; ConfigError for sizes that do not fit, and
-    before anything runs for files that could not be written.
+    Raises the errors of start-up (see `minisrv.errors`), and ConfigError for sizes that do not fit
+    and, before anything runs, for files that could not be written.
     """
     check_output(settings)
     progress = StartupProgress()

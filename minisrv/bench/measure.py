@@ -1,8 +1,8 @@
-"""The same steps in every mode, by turns, in one engine.
+"""Measures the same steps in every mode, by turns, in one engine.
 
-Knows: how to bring an engine to steady decode, how to have it run a step in a mode of one's choice
-(another dispatcher, over the graphs that are there), and the order that cancels drift: a round runs
-a block of steps in each mode and then the same blocks backwards (ABCCBA), so that whatever grows
+Knows: how to bring an engine to steady decode, how to have it run a step in a chosen mode (by
+another dispatcher over the captured graphs), and the order that cancels drift: a round runs a block
+of steps in each mode, and then the same blocks in reverse order (ABCCBA), so that whatever grows
 linearly, the contexts included, is the same for all modes.
 Knows nothing of how results are shown.
 """
@@ -40,15 +40,17 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 
 BLOCK = 6
 SETTLE = 2
-"""Steps of a block, and those of them that are not counted: they bring back to the caches what the
-mode before has pushed out, and one step ahead only the second is behind one of its own mode."""
+"""Number of steps in a block, and of its first steps that are not counted. Those bring back into
+the processor's caches what the mode before has evicted; and if the engine launches one step ahead,
+only the second step follows one of its own mode."""
 
 PREFILL_CHUNKS = (128, 512, 2048)
-"""Tokens; a chunk is cut to what a step may hold."""
+"""Numbers of tokens of the measured prefill chunks; a chunk is cut to the maximum of a step."""
 
 PARTS = ("schedule", "dispatch", "fill", "launch", "result", "wait", "update", "rest")
-"""Of `EngineCore.step`: who runs, as what; inputs to their buffers; model and sampling; tokens on
-their way back, waited for, and given to their requests; and what lies between."""
+"""The parts of `EngineCore.step`: choose the requests; choose the graph; write inputs to their
+buffers; launch model and sampling; start the copy of the tokens to the host; wait for the tokens;
+give them to their requests; and all that lies between."""
 
 FORMULAS = (
     "ms: median over a mode's blocks of the median over a block's steps, a step being the whole "
@@ -63,15 +65,19 @@ FORMULAS = (
 
 
 class ModeResult(msgspec.Struct, frozen=True):
-    """One mode at one size.
+    """The measurements of one mode at one size.
 
-    runs_as: tokens of the padded step. launches: of one step. tokens_per_s: real tokens.
-    host_us: microseconds of the host by part of the step (PARTS); on a CPU "launch" computes too.
-        "wait" is for the tokens, and no work.
-    gpu_ms: from when the filled buffers are launched on to when the GPU has the tokens, so with the
-        gaps of a step of many launches in which it waits for the host; None on a CPU.
-    gpu_idle_ms: between two steps; None on a CPU.
-    blocks_ms: in the order they ran, two for each round.
+    runs_as: number of tokens of the padded step.
+    launches: number of launches in one step.
+    ms: median over the blocks of the median time of a step in milliseconds.
+    host_us: microseconds of the host by part of the step (PARTS); on a CPU "launch" includes the
+        computation. "wait" is the time of waiting for the tokens, and no work.
+    gpu_ms: milliseconds from the launch of the step, with filled buffers, to when the GPU has the
+        tokens. It includes gaps in which the GPU waits for the host, as in a step of many launches;
+        None on a CPU.
+    gpu_idle_ms: milliseconds that the GPU idles between two steps; None on a CPU.
+    tokens_per_s: real tokens per second, without padding.
+    blocks_ms: median step time of each block in the order in which they ran, two for each round.
     """
 
     runs_as: int
@@ -85,7 +91,7 @@ class ModeResult(msgspec.Struct, frozen=True):
 
 
 class BlockTime(NamedTuple):
-    """The median steps of a block; see `ModeResult`."""
+    """The times of a step in one block; for the fields see `ModeResult`."""
 
     ms: float
     host_us: dict[str, float]
@@ -102,12 +108,15 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class SizeResult(msgspec.Struct, frozen=True):
-    """Every mode that has a graph for this size, by name: NONE (eager) first.
+    """The measurements at one size.
 
-    size: requests of a decode batch, or tokens of a prefill chunk.
-    context: tokens of a request, on average, when the first and when the last step was done.
-    floor_ms: what the GPU needs to read weights and cache once; None on a CPU and for prefill.
-    eager_over: by mode.
+    size: number of requests in a decode batch, or of tokens in a prefill chunk.
+    context: average number of tokens of a request before the first and after the last step.
+    floor_ms: milliseconds that the GPU needs to read the weights and the KV cache once; None on a
+        CPU and for prefill.
+    modes: results of every mode that has a graph for this size, by the name of the mode; NONE
+        (eager) is the first.
+    eager_over: eager time over the time of each other mode, by the name of the mode.
     """
 
     size: int
@@ -118,9 +127,12 @@ class SizeResult(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What one run found. `simulated_launch_us` other than 0: no time is the machine's own.
+    """The results of one run.
 
-    bandwidth_gb_s: of the GPU's memory, as a large copy reaches it; None on a CPU.
+    simulated_launch_us: microseconds added to every launch; if it is not 0, no time in the report
+        is the machine's own.
+    bandwidth_gb_s: bandwidth of the GPU's memory in GB/s, as a large copy reaches it; None on a
+        CPU.
     """
 
     environment: Environment
@@ -135,8 +147,8 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
-    """Start an engine and measure it. Raises what `build_engine` raises, and before it reads
-    weights ConfigError for what cannot be compared or does not fit."""
+    """Start an engine and measure it. Raises the errors of `build_engine`, and, before weights are
+    read, ConfigError for settings that cannot be compared or do not fit."""
     if config.graph_mode is NONE:
         raise ConfigError(
             "bench compares eager steps with graphs, and there are none; leave out "
@@ -154,7 +166,11 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """GB/s that a large copy reads and writes, the median of five."""
+    """Return the GB/s that a large copy on the GPU reads and writes together, the median of five
+    copies after a first one.
+
+    nbytes: bytes that are copied.
+    """
     source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
@@ -169,7 +185,8 @@ def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
 
 
 def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
-    """For each runtime mode of `ladders`, NONE first, one that chooses it wherever it can."""
+    """Return a dispatcher for each runtime mode of `ladders`, NONE first, that chooses this mode
+    wherever it has a graph for it."""
     mixed = {ladders.mode.mixed_mode: ladders.mixed}
     offered = {
         NONE: replace(ladders, mode=NONE, decode=(), mixed=(), epilogues=()),
@@ -184,11 +201,13 @@ def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
 
 
 class Course:
-    """What a measurement runs, and so what it needs.
+    """The plan of a measurement, from which follows how much of an engine it needs.
 
-    batch_sizes: of decode. dispatchers: see `dispatchers`.
-    prompt_length: of a decode request. Half of the steps later the contexts are as long as was
-        asked for.
+    batch_sizes: the sizes of the decode batches.
+    dispatchers: see the function `dispatchers`.
+    steps: the number of decode steps at each size.
+    prompt_length: number of prompt tokens of a decode request, such that after half of the steps
+        the context has the length that was asked for.
     """
 
     def __init__(self, settings: BenchConfig, ladders: Ladders) -> None:
@@ -200,10 +219,11 @@ class Course:
         self.prompt_length = max(1, settings.context - self.steps // 2)
 
     def check(self, max_model_len: int, block_size: int, kv_blocks: int | None) -> None:
-        """Raise ConfigError if it does not fit an engine.
+        """Raise ConfigError if the measurement does not fit an engine.
 
-        max_model_len: tokens that a request may have. kv_blocks: the null block included; None if
-            they are not known yet.
+        max_model_len: maximum number of tokens of a request.
+        block_size: number of tokens in a KV cache block.
+        kv_blocks: number of KV cache blocks, the null block included; None if it is not known yet.
         """
         settings, most, largest = self.settings, self.ladders.max_num_seqs, max(self.batch_sizes)
         if largest > most:
@@ -228,7 +248,8 @@ class Course:
 
 
 class HostClock:
-    """Takes the host's time by part of the steps in its block: it stands in for what they call."""
+    """Measures the host's time by part of a step, for the steps that run while its context is
+    open. It replaces the functions of the parts by ones that take the time."""
 
     def __init__(self, engine: EngineCore, dispatchers: Iterable[Dispatcher]) -> None:
         scheduler, runner = engine.scheduler, engine.runner
@@ -272,7 +293,11 @@ class HostClock:
         return timed
 
     def host_us(self, steps: int, ms: float) -> dict[str, float]:
-        """Microseconds of a step by part. steps: that took `ms` together."""
+        """Return the microseconds of a step by part.
+
+        steps: number of steps that ran.
+        ms: milliseconds of all of them together.
+        """
         found = {part: 1e6 * seconds / steps for part, seconds in self._seconds.items()}
         found["rest"] = max(0.0, 1000 * ms / steps - sum(found.values()))
         return found
@@ -287,7 +312,10 @@ class Bench:
         settings: BenchConfig,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """clock: returns seconds. Raises ConfigError for sizes that do not fit the engine."""
+        """Prepare the measurement. Raises ConfigError for sizes that do not fit the engine.
+
+        clock: a function that returns seconds.
+        """
         self.engine = engine
         self.settings = settings
         self.clock = clock
@@ -329,7 +357,8 @@ class Bench:
         )
 
     def decode(self, size: int) -> SizeResult:
-        """Steady decode of `size` requests, whose contexts grow by a token a step."""
+        """Measure steady decode of `size` requests, whose contexts grow by a token with each
+        step."""
         engine = self.engine
         fresh = {self._add(self.prompt_length, max_tokens=None) for _ in range(size)}
         while fresh:
@@ -346,14 +375,15 @@ class Bench:
         return SizeResult(size, (first, last), self._floor(size, (first + last) / 2), modes, ratios)
 
     def prefill(self, size: int) -> SizeResult:
-        """Prompts of `size` tokens, each computed in one step."""
+        """Measure prefill of prompts of `size` tokens, each computed in one step."""
         modes, ratios = self._compare(
             size, decode=False, prepare=lambda: self._add(size, max_tokens=1)
         )
         return SizeResult(size, (size + 1, size + 1), None, modes, ratios)
 
     def _add(self, length: int, max_tokens: int | None) -> str:
-        """Queue a prompt, random so that no cache knows its beginning; returns the request's id."""
+        """Queue a request and return its id. Its prompt is random, so that the prefix cache has no
+        part of it."""
         name, vocab = f"bench-{next(self._ids)}", self.engine.info.vocab_size
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         prompt = [self._random.randrange(vocab) for _ in range(length)]
@@ -365,9 +395,11 @@ class Bench:
     def _compare(
         self, size: int, *, decode: bool, prepare: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, ModeResult], dict[str, Ratio]]:
-        """Measure steps of `size` tokens.
+        """Measure steps of `size` tokens in every mode that has a graph for them. Returns the
+        results of each mode, and the ratios of eager time to the time of each other mode.
 
-        prepare: called before each step, outside of what is timed.
+        decode: whether the steps are decode steps of `size` requests, or else prefill steps.
+        prepare: called before each step, outside of the time that is measured.
         """
         runs_as = {}
         for mode, dispatcher in self.dispatchers.items():
@@ -397,13 +429,14 @@ class Bench:
         return results, ratios
 
     def _count(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> int:
-        """Launches of one step."""
+        """Run one step in `mode`, and return the number of its launches."""
         with count_launches(self.engine.runner) as counter:
             self._step(mode, prepare)
         return counter.count
 
     def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> BlockTime:
-        """The median step of a block."""
+        """Run a block of steps in `mode`, and return their times: the median of whole steps, and
+        the means of host and GPU times."""
         before = self._steps_in(mode)
         for _ in range(SETTLE):
             self._step(mode, prepare)
@@ -422,7 +455,7 @@ class Bench:
         )
 
     def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
-        """Run one step in `mode`; returns its milliseconds."""
+        """Run one step in `mode`, and return its milliseconds."""
         engine = self.engine
         prepare()
         usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
@@ -433,7 +466,11 @@ class Bench:
         return 1000 * (end - start)
 
     def _floor(self, size: int, context: float) -> float | None:
-        """Milliseconds to read the weights and the cache of `size` contexts at `bandwidth`."""
+        """Return the milliseconds in which the weights, and the KV cache of `size` requests, can be
+        read at `bandwidth`; None on a CPU.
+
+        context: average number of tokens of a request.
+        """
         if self.bandwidth is None:
             return None
         cache = self.engine.runner.kv_caches
@@ -451,7 +488,7 @@ def _every_rung(ladders: Ladders) -> tuple[int, ...]:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    """None if one of them is."""
+    """Return the median of the values that are not None; None if there are none."""
     found = [value for value in values if value is not None]
     return median(found) if found else None
 

@@ -1,6 +1,6 @@
-"""What the user sees and keeps of a bench: tables, JSON, a plot.
+"""Prints and saves the results of a bench: tables, JSON and a plot.
 
-Knows rich, and matplotlib if it is asked for. Computes nothing.
+Knows: rich, and matplotlib if a plot is asked for. Measures nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from minisrv.config import BenchConfig
 from minisrv.errors import ConfigError
 
 NAMES = {"NONE": "eager"}
-"""What a mode is called here, where not by its own name."""
+"""Names of modes in tables and plots, where they differ from the names of `CUDAGraphMode`."""
 
 
 def subject(report: Report) -> str:
-    """What was measured, in a line. It says so if the times are simulated."""
+    """Return a line that says what was measured, and whether its times are simulated."""
     info, where = report.engine, report.environment
     threads = f"{where.threads} thread" + "s" * (where.threads > 1)
     text = f"{report.config.model or 'default model'}, {info.dtype}, {info.device}, {threads}"
@@ -34,8 +34,8 @@ def subject(report: Report) -> str:
 
 
 def print_report(report: Report) -> None:
-    """Print both tables and what their columns mean."""
-    # A file has no width, and a table must not lose columns for it.
+    """Print the tables of decode, prefill and host time, and the meaning of their columns."""
+    # Without a terminal rich assumes a small width, at which a table would lose columns.
     width = None if sys.stdout.isatty() else 200
     console = Console(highlight=False, soft_wrap=True, width=width)
     where = report.environment
@@ -63,13 +63,14 @@ def print_report(report: Report) -> None:
 
 
 def save_json(report: Report, path: Path) -> None:
-    """Write everything, the raw medians of the blocks included."""
+    """Write the whole report as JSON, the medians of all blocks included."""
     text = json.dumps(_rounded(msgspec.to_builtins(report, enc_hook=str)), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def check_output(settings: BenchConfig) -> None:
-    """Raise ConfigError for a file that could not be written once everything is measured."""
+    """Raise ConfigError, before anything is measured, for a file that could not be written
+    afterwards."""
     for path in (settings.json, settings.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: there is no directory {path.parent}; make it first.")
@@ -87,7 +88,7 @@ def check_output(settings: BenchConfig) -> None:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw the time of a decode step, and what each graph saves, by batch."""
+    """Plot the time of a decode step, and the ratio of eager time to graph time, by batch size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -143,7 +144,7 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
 
 
 def _parts(sizes: list[SizeResult], mode: str) -> Table:
-    """What the host does in a mode's step, and how long it waits for the device."""
+    """Return the table of the host's microseconds by part of a step in `mode`."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("batch", *PARTS):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -163,7 +164,8 @@ def _idle_ms(size: SizeResult, mode: str) -> float | None:
 
 
 def _host_us(size: SizeResult, mode: str) -> float | None:
-    """Without waiting."""
+    """Return the host's microseconds in a step of `mode`, without the time that it waits for
+    tokens; None if the mode was not measured."""
     if mode not in size.modes:
         return None
     host_us = size.modes[mode].host_us
@@ -171,7 +173,7 @@ def _host_us(size: SizeResult, mode: str) -> float | None:
 
 
 def _share(size: SizeResult, mode: str) -> str:
-    """How near the mode's GPU time comes to the floor."""
+    """Return the floor as a percentage of the mode's GPU time."""
     gpu_ms = _gpu_ms(size, mode)
     return "-" if gpu_ms is None or size.floor_ms is None else f"{size.floor_ms / gpu_ms:.0%}"
 
@@ -197,7 +199,7 @@ def _launches(sizes: list[SizeResult]) -> str:
 
 
 def _modes(sizes: list[SizeResult]) -> list[str]:
-    """Of all sizes, eager first."""
+    """Return the modes that were measured at any of the sizes, eager first."""
     return list(dict.fromkeys(mode for size in sizes for mode in size.modes))
 
 
@@ -207,7 +209,8 @@ def _context(sizes: list[SizeResult]) -> str:
 
 
 def _padded(sizes: list[SizeResult]) -> list[str]:
-    """A line for each mode that has no rung for some size."""
+    """Return a line for each mode in which steps of some size are padded, because no graph was
+    captured for exactly that size."""
     lines = []
     for mode in _modes(sizes):
         padded = [
@@ -221,7 +224,8 @@ def _padded(sizes: list[SizeResult]) -> list[str]:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits behind the point are 10 ns; more would be noise that takes space."""
+    """Return a JSON value with its floats rounded to five digits behind the point. For milliseconds
+    that is 10 ns; more digits would be noise that takes space."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
