@@ -1,8 +1,10 @@
-"""`minisrv chat`: a conversation in the terminal, with a model in this process (`local`) or one
-behind a server's API (`remote`); `terminal` reads and prints.
+"""`minisrv chat`: a conversation in the terminal.
 
-Knows: what the parts say to each other. An answer comes in pieces; `ContentDelta` and
-`ReasoningDelta` are the text's.
+The model is in this process (`local`) or behind the API of a server (`remote`); `terminal` reads
+messages and prints answers.
+
+Knows: the interface between these modules. An answer comes in pieces, which are text
+(`ContentDelta`, `ReasoningDelta`) or notes for the user (`Note`).
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ from typing import Protocol
 from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
 
 Message = dict[str, str]
-"""`role` and `content`."""
+"""A message of the conversation, with `role` and `content`."""
 
 NO_TEMPLATE = (
     "This model has no chat template: each message is a text that it goes on with, without a "
     "system prompt and without what was said before."
 )
 COMPLETION_TOKENS = 256
-"""Of a text that goes on, unless told otherwise: such a model seldom ends by itself."""
+"""Maximum number of tokens of an answer by a model without a chat template, unless the user or, for
+a model in this process, the checkpoint sets one: such a model seldom ends by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that the user should know, which is not the model's."""
+    """A remark for the user that is not text of the model."""
 
     text: str
 
@@ -35,12 +38,16 @@ Piece = ContentDelta | ReasoningDelta | Note
 
 
 class Model(Protocol):
-    """Who answers. name: what to call it."""
+    """A model that answers messages.
+
+    name: the name of the model, for the user.
+    """
 
     name: str
 
     def answer(self, messages: list[Message]) -> Generator[Piece, None, None]:
-        """The answer to the last message, as it comes. To close it ends the answer.
+        """Yield the answer to the last message piece by piece. Closing the generator ends the
+        answer.
 
         Raises KeyboardInterrupt once Ctrl-C has been pressed, ContextLengthError if the
         conversation does not fit, and other branches of MinisrvError.

@@ -1,6 +1,6 @@
-"""A model in this process, as one that answers a chat: the `EngineCore` that a server runs.
+"""A chat with a model in this process, which runs the same `EngineCore` as a server.
 
-Knows: templates, the engine and text. Knows nothing of terminals.
+Knows: chat templates, the engine, and how tokens become text. Knows nothing of terminals.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from minisrv.text.tokenizer import Tokenizer
 
 
 class LocalModel:
-    """A model, ready when constructed. Answers are sampled as the server does by default.
+    """A model in this process, ready when the constructor returns. Answers are sampled as the
+    server does by default.
 
-    Raises the start-up branches of `minisrv.errors`.
+    The constructor raises the errors of start-up (see `minisrv.errors`).
     """
 
     def __init__(self, config: EngineConfig, chat: ChatConfig) -> None:
@@ -63,14 +64,21 @@ class LocalModel:
         yield from self._generate(ids, text, form.parser(prompt), None)
 
     def _text(self, **options: Any) -> Detokenizer:
-        """An answer's, which ends where the checkpoint says."""
+        """Return the detokenizer for an answer, which stops at the stop strings of the
+        checkpoint."""
         told = self._checkpoint.generation
         return Detokenizer(self._tokenizer, told.stop, min_tokens=told.min_tokens or 0, **options)
 
     def _generate(
         self, ids: list[int], text: Detokenizer, parser: ChatParser | None, most: int | None
     ) -> Generator[Piece, None, None]:
-        """most: tokens of an answer if neither user nor checkpoint say; None fills the context."""
+        """Yield the pieces of an answer to the prompt `ids`.
+
+        text: the detokenizer for the answer.
+        parser: splits the text into content and reasoning; None if all of it is content.
+        most: maximum number of tokens of the answer if neither the user nor the checkpoint sets
+            one; None leaves it to the room in the context.
+        """
         context, generation = self._engine.info.max_model_len, self._checkpoint.generation
         room = context - len(ids)
         if room < 1:
@@ -121,7 +129,8 @@ def _pieces(parser: ChatParser | None, text: str, *, final: bool) -> Iterator[Pi
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Set once Ctrl-C is pressed: an exception in the middle of a step would break the engine."""
+    """Return a context whose event is set once Ctrl-C is pressed, in place of a KeyboardInterrupt,
+    which in the middle of a step would break the engine."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda signum, frame: pressed.set())
     try:

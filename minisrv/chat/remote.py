@@ -1,4 +1,4 @@
-"""A server with OpenAI's API, minisrv's or another, as one that answers a chat.
+"""A chat with a model behind a server with OpenAI's API, minisrv's or another.
 
 Knows: HTTP by the standard library, and the chunks of a stream. Knows nothing of terminals.
 """
@@ -29,7 +29,8 @@ from minisrv.errors import (
 from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
 
 _NO_TEMPLATE = re.compile("no chat template|must provide a chat template")
-"""What minisrv, and vLLM, say of a chat with a model that has none."""
+"""Matches the message with which minisrv, or vLLM, refuses a chat with a model that has no chat
+template."""
 _TOO_LONG = re.compile("context_length_exceeded|maximum context length")
 
 
@@ -42,12 +43,12 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     text: str | None = None
-    """A completion's, which has no delta."""
+    """The text of a chunk of /completions, which has no delta."""
     finish_reason: str | None = None
 
 
 class _Chunk(msgspec.Struct):
-    """What matters of an event of a stream."""
+    """An event of a stream, with the fields that are used here."""
 
     choices: list[_Choice] | None = None
     error: Any = None
@@ -56,10 +57,11 @@ class _Chunk(msgspec.Struct):
 class RemoteModel:
     """A model behind a URL.
 
-    url: such as http://127.0.0.1:8000/v1; without a path, /v1 is meant.
-    model: one of the server's names; None takes its first.
-    key: its API key, or None.
-    Raises ConfigError if no such server answers, AuthenticationError if the key is wrong.
+    url: the base URL of the API, such as http://127.0.0.1:8000/v1; without a path, /v1 is added.
+    model: one of the model names of the server; None takes the first that it lists.
+    key: the API key for the server, or None.
+    The constructor raises ConfigError if no such server answers, AuthenticationError if the key is
+    wrong.
     """
 
     def __init__(self, url: str, model: str | None, key: str | None, chat: ChatConfig) -> None:
@@ -101,7 +103,7 @@ class RemoteModel:
                     yield ReasoningDelta(text)
                 if delta.content:
                     yield ContentDelta(delta.content)
-        if reason is None:  # a connection may close as if nothing were left to say
+        if reason is None:  # a connection may be closed cleanly in the middle of an answer
             raise EngineError("the answer has no end: the connection closed before it.")
         if reason == "length":
             yield Note("The answer is cut off: --max-tokens, or the end of the context.")
@@ -118,7 +120,11 @@ class RemoteModel:
             ) from None
 
     def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A response. Raises what the server says of a refusal, EngineError if it says nothing."""
+        """Send a request and return the response. Raises the error for a response that is a refusal
+        (see `_refusal`), and EngineError if there is no response.
+
+        body: sent by POST as JSON; None sends a GET.
+        """
         data = None if body is None else json.dumps(body).encode()
         try:
             return urlopen(Request(self._url + path, data, self._headers))
@@ -134,7 +140,7 @@ class RemoteModel:
 
 
 def _api_of(url: str) -> str:
-    """The address that paths of the API are put behind. Raises ConfigError."""
+    """Return the base URL to which the paths of the API are appended. Raises ConfigError."""
     try:
         parts = urlsplit(url)
         named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -146,7 +152,8 @@ def _api_of(url: str) -> str:
 
 
 def _events(response: Any) -> Iterator[_Chunk]:
-    """The data of server-sent events, as far as it is JSON objects. Raises EngineError."""
+    """Yield the server-sent events of a response whose data is a JSON object. Raises
+    EngineError."""
     with response:
         try:
             for line in response:
@@ -162,7 +169,7 @@ def _events(response: Any) -> Iterator[_Chunk]:
 def _refusal(response: HTTPError) -> MinisrvError:
     try:
         text = response.read().decode(errors="replace")
-    except (OSError, HTTPException):  # the status is what matters
+    except (OSError, HTTPException):  # without the body, the status still tells enough
         text = ""
     try:
         error = json.loads(text)["error"]

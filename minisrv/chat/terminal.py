@@ -1,8 +1,8 @@
 """The terminal's side of a chat: reads messages, prints answers as they come, keeps the history.
 
-Answers go to stdout, and whatever else is said to stderr, so that an answer can be piped.
+Answers go to stdout and everything else to stderr, so that an answer can be piped.
 
-Knows: terminals. Knows nothing of who answers.
+Knows: terminals. Knows nothing of the model that answers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ HELP = "/quit or Ctrl-D ends, /clear forgets what was said, Ctrl-C ends an answe
 
 
 def single_message(chat: ChatConfig) -> str | None:
-    """The only message of a chat: `quick`'s, or all of stdin where that is no terminal. None for a
-    conversation. Raises ConfigError if it is empty."""
+    """Return the only message of a chat that is no conversation: that of `--quick`, or all of stdin
+    if that is not a terminal. None for a conversation. Raises ConfigError if the message is
+    empty."""
     if chat.quick is None and sys.stdin is not None and sys.stdin.isatty():
         return None
     message = _piped() if chat.quick is None else chat.quick
@@ -34,8 +35,8 @@ def single_message(chat: ChatConfig) -> str | None:
 
 
 def _piped() -> str:
-    """All of stdin. Raises ConfigError if it is no text."""
-    if sys.stdin is None:  # closed by whoever started this
+    """Return all of stdin. Raises ConfigError if it is not text."""
+    if sys.stdin is None:  # stdin was closed when this process was started
         return ""
     try:
         return sys.stdin.read()
@@ -44,7 +45,7 @@ def _piped() -> str:
 
 
 class Terminal:
-    """A chat with a model."""
+    """A chat with a model in the terminal."""
 
     def __init__(self, model: Model, chat: ChatConfig) -> None:
         self._model = model
@@ -53,10 +54,11 @@ class Terminal:
         self._start: list[Message] = [] if prompt is None else [_message("system", prompt)]
         self._history = list(self._start)
         self._line_of: type[Piece] | None = None
-        """Whose text ends with a line that has not ended."""
+        """The kind of piece that was printed last, if its line has not ended."""
 
     def answer(self, text: str) -> None:
-        """Ask once, and print the answer. What was said is kept if there is one, whole or not.
+        """Send one message, and print the answer. If there is an answer, whole or not, both enter
+        the history.
 
         Raises MinisrvError, and KeyboardInterrupt if Ctrl-C ended it.
         """
@@ -90,7 +92,7 @@ class Terminal:
             self._line_of = None if text.endswith("\n") else type(piece)
 
     def _end_line(self) -> None:
-        """Begin a line on the terminal, whoever has written to the last one."""
+        """End the line that the last piece has begun, on stdout or stderr."""
         if self._line_of is ContentDelta:
             print(flush=True)
         elif self._line_of is ReasoningDelta:
@@ -98,9 +100,9 @@ class Terminal:
         self._line_of = None
 
     def converse(self) -> None:
-        """Ask and answer until the user ends it."""
+        """Read messages and answer them until the user ends the conversation."""
         with suppress(ImportError):
-            importlib.import_module("readline")  # gives `input` a line that can be edited
+            importlib.import_module("readline")  # lets the user edit the line that `input` reads
         self._note(f"Chat with {self._model.name}. {HELP}")
         while True:
             try:
@@ -140,7 +142,8 @@ class Terminal:
 
 
 def _read_line() -> str:
-    """A line of the user's. Only a terminal's stdout is asked on, and its line can be edited."""
+    """Read a line of the user. If stdout is a terminal, the prompt is printed there and the line
+    can be edited; or else the prompt goes to stderr."""
     if sys.stdout.isatty():
         return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)
@@ -148,8 +151,8 @@ def _read_line() -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` without what could move a terminal's cursor, or do more: an answer is not to be
-    trusted with it."""
+    """Return `text` without control characters, with which an answer, which is not trusted, could
+    move the cursor of a terminal or do worse."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
