@@ -1,1 +1,1 @@
-"""A load generator for OpenAI-compatible servers. It knows HTTP and nothing of any one server."""
+"""A load generator for OpenAI-compatible servers, which depends on HTTP and on no single server."""

@@ -1,11 +1,11 @@
-"""Two servers beside each other: the order of the runs, and what their pairs say.
+"""Compares two servers: the order of their runs, and the results of each pair of runs.
 
-Knows what is compared with what, and its formulas in words. Does not know processes, nor how a
-number is printed.
+Knows: what is compared with what, and its formulas in words. Knows nothing of processes, nor of how
+a number is printed.
 
-A run is one `records.Leg`. The k-th runs of A and B send the same prompts Pk, which are a function
-of k, so no other run sends them: each server sees each prompt once and its prefix cache gains
-nothing. The two are neighbours, and take turns in who is first:
+A run is one `records.Leg`. The k-th runs of A and B send the same prompts Pk, which depend on k, so
+that no other run sends them: each server sees each prompt once, and its prefix cache has none of
+them. The two runs follow each other directly, and A and B take turns in being first:
 
     A(P0) B(P0)  B(P1) A(P1)  A(P2) B(P2)  B(P3) A(P3)  ...
 """
@@ -34,14 +34,15 @@ FORMULAS = {
 }
 
 MAX_DIFFERENCES = 100
-"""Answers of a pair that are described where they differ; all are counted."""
+"""Maximum number of differing answers of a pair that are described; all are counted."""
 
 METRICS: dict[str, Callable[[LevelSummary], float | None]] = {
     "ITL p50 ms": lambda run: run.itl_ms.p50 if run.itl_ms else None,
     "TTFT p50 ms": lambda run: run.ttft_ms.p50 if run.ttft_ms else None,
     "tok/s": lambda run: run.output_tokens_per_s,
 }
-"""What is compared. Runs without a value, or with none above 0, are left out with their pair."""
+"""The metrics that are compared, each with the function that reads it from a run. A pair is left
+out of a metric if one of its runs has no value, or a value of 0."""
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -50,13 +51,15 @@ class Side(msgspec.Struct, frozen=True):
     label: str
     command: list[str]
     ready_s: float
-    """From its start. B is started when A is ready, and finds warm what both read."""
+    """Seconds from the start of the server until it was ready. B is started when A is ready, and
+    finds files that both read in the page cache."""
     simulated_launch_us: float
     config: RunConfig
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Where the answers to one request part: at the `position`-th `unit`, token or character."""
+    """The place at which the two answers to the request `index` begin to differ: at index
+    `position`, counted in `unit`, which is token or character."""
 
     index: int
     position: int
@@ -69,13 +72,13 @@ class Pair(msgspec.Struct, frozen=True):
     a: LevelSummary
     b: LevelSummary
     answers: int
-    """Requests that succeeded on both sides."""
+    """Number of requests that succeeded on both sides."""
     same_answers: int
     differences: list[Difference]
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """The median of some values, and between what they lie."""
+    """The median of some values, the least and the greatest."""
 
     median: float
     min: float
@@ -83,12 +86,12 @@ class Spread(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of at least one value."""
+        """Return the spread of `values`, at least one."""
         return cls(median(values), min(values), max(values))
 
 
 class Compared(msgspec.Struct, frozen=True):
-    """One metric at one concurrency; `ratio` is B / A."""
+    """One metric at one concurrency: its values on both sides, and their ratios B / A."""
 
     a: Spread
     b: Spread
@@ -96,7 +99,7 @@ class Compared(msgspec.Struct, frozen=True):
 
 
 class Level(msgspec.Struct, frozen=True):
-    """All that was measured at one concurrency."""
+    """The results of all pairs at one concurrency."""
 
     concurrency: int
     answers: int
@@ -106,7 +109,7 @@ class Level(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> list[Self]:
-        """One for each concurrency of the pairs."""
+        """Return one level for each concurrency of the pairs."""
         groups: dict[int, list[Pair]] = {}
         for pair in pairs:
             groups.setdefault(pair.a.concurrency, []).append(pair)
@@ -131,13 +134,15 @@ class Level(msgspec.Struct, frozen=True):
 
 
 def order(a: RunConfig, b: RunConfig) -> list[Leg]:
-    """The runs of both, which have the same concurrencies, in this module's order."""
+    """Return the runs of A and B, whose configurations have the same concurrencies, in the order
+    that the module's docstring describes."""
     pairs = enumerate(zip(Leg.of(a), Leg.of(b), strict=True))
     return list(chain.from_iterable(pair[:: -1 if k % 2 else 1] for k, pair in pairs))
 
 
 def pairs(results: Iterator[LevelResult]) -> Iterator[Pair]:
-    """Join the results of `order` as they come, so that few answers are held at a time."""
+    """Join the results of the runs in `order` to pairs as they come, so that the answers of few
+    runs are in memory at a time. A pair that an interrupt has cut short is left out."""
     for k, (first, second) in enumerate(zip(results, results, strict=True)):
         if second.stopped_by is StoppedBy.INTERRUPT:
             continue
@@ -150,7 +155,8 @@ def pairs(results: Iterator[LevelResult]) -> Iterator[Pair]:
 
 
 def _differences(a: LevelResult, b: LevelResult) -> Iterable[Difference | None]:
-    """One for each request that succeeded on both sides; None where the answers are the same."""
+    """Yield, for each request that succeeded on both sides, the difference of its answers; None if
+    they are the same."""
     answers = {record.index: record.answer for record in a.records if record.failure is None}
     for record in b.records:
         one, other = answers.get(record.index), record.answer
@@ -160,7 +166,8 @@ def _differences(a: LevelResult, b: LevelResult) -> Iterable[Difference | None]:
 
 
 def first_difference(one: Answer, other: Answer) -> tuple[int, str] | None:
-    """(position, token or character) where two answers part; None if they are the same."""
+    """Return (position, "token" or "character") at which two answers begin to differ; None if they
+    are the same."""
     ids = one.token_ids and other.token_ids
     x: Sequence[object] = one.token_ids if ids else one.text
     y: Sequence[object] = other.token_ids if ids else other.text

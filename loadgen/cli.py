@@ -1,6 +1,6 @@
-"""The `loadgen` command: options in, exit status out.
+"""The `loadgen` command: turns options into a run, and its outcome into the exit status.
 
-Knows argparse and the order of a run. Does not measure, compute or lay out anything itself.
+Knows: argparse and the order of a run. Does not measure, compute or print results itself.
 """
 
 import argparse
@@ -75,26 +75,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_descriptors() -> None:
-    """Let no connection or file get the number of one that is closed, and with it what is printed,
-    here or in a client process."""
+    """Open /dev/null for each of the descriptors 0 to 2 that is closed. Otherwise a connection or a
+    file would get its number, and with it the output of this process or of a client process."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
 
 
 def _say(text: str) -> None:
-    """Tell how it goes, beside the results. A run does not end because nobody reads that."""
+    """Print a message about the run to stderr. A run does not end if stderr cannot be written."""
     try:
         print(f"loadgen: {text}", file=sys.stderr, flush=True)
-    except OSError:  # Python would try again when it ends, and make that the exit status
+    except OSError:  # at exit Python would flush again, fail, and change the exit status
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _settle(arguments: argparse.Namespace) -> None:
-    """Decide what was left open, once for all servers. Raises ConfigError."""
+    """Fill in the seed and the concurrencies if they were not given, once for all servers. Raises
+    ConfigError for a concurrency that cannot be reached."""
     if arguments.seed is None:
         arguments.seed = secrets.randbelow(_SEEDS)
     requests = MAX_REQUESTS if arguments.requests is None else arguments.requests
@@ -140,9 +141,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _ab(arguments: argparse.Namespace) -> int:
-    # NOTE: the servers are children that would outlive this process.
+    # NOTE: these signals must raise KeyboardInterrupt, so that the servers, which are children of
+    # this process, are ended with it.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, e.g., has SIGHUP ignored
             signal.signal(number, signal.default_int_handler)
     environment = Environment.here()
     try:
@@ -185,7 +187,8 @@ def _ab(arguments: argparse.Namespace) -> int:
 
 
 def _ready_side(arguments: argparse.Namespace, server: Server) -> ab.Side:
-    """Wait for a server that was started, and say what it is to be asked."""
+    """Wait until a server that was started is ready, and return its side of the comparison, with
+    the configuration of its runs."""
     _say(f"starting {server.name}; its log is {server.log}")
     ready_s = server.wait_ready(arguments.ready_timeout)
     _say(f"{server.name} is ready after {ready_s:.1f} s")
@@ -203,10 +206,12 @@ def _ready_side(arguments: argparse.Namespace, server: Server) -> ab.Side:
 def _compare(
     a: ab.Side, b: ab.Side, servers: Sequence[Server], api_key: str | None
 ) -> tuple[list[ab.Level], LoadgenError | KeyboardInterrupt | None]:
-    """What all pairs say; or those until something stopped them, and what."""
+    """Run all pairs, and return their results by concurrency, and None; or, if an error or an
+    interrupt stopped them, the results until then, and that exception."""
 
     class WatchingBar(ProgressBar):
-        """Ends the runs with a server's end, rather than count what nobody answers."""
+        """A progress bar that ends the runs once a server has ended, so that requests which nobody
+        answers are not counted as failures."""
 
         def update(self, done: int, failed: int, share: float) -> None:
             super().update(done, failed, share)
@@ -219,7 +224,7 @@ def _compare(
         legs = ab.order(a.config, b.config)
         with WatchingBar() as bar, closing(run_legs(legs, api_key, bar)) as runs:
             for pair in ab.pairs(runs):
-                pairs.append(pair)  # noqa: PERF402  (those until an error are kept)
+                pairs.append(pair)  # noqa: PERF402  (pairs before an error are kept)
         for server in servers:
             server.check()
     except (LoadgenError, KeyboardInterrupt) as error:
@@ -235,7 +240,8 @@ def _status(runs: Sequence[LevelSummary]) -> int:
 
 
 def _config(arguments: argparse.Namespace, base_url: str, label: str) -> RunConfig:
-    """What the options ask of the server at `base_url`, whose model is looked up."""
+    """Return the configuration of the runs that the options ask for, against the server at
+    `base_url`; the name of its model is looked up there."""
     model = find_model(base_url, _api_key(arguments), arguments.model, arguments.timeout)
     return RunConfig(
         base_url=base_url,
@@ -267,10 +273,11 @@ def _api_key(arguments: argparse.Namespace) -> str | None:
 
 
 def normalize_url(url: str) -> str:
-    """The base URL ending in /v1, of http://host:port, http://host:port/v1 or host:port."""
+    """Return the base URL, ending in /v1, for http://host:port, http://host:port/v1 or host:port.
+    Raises ConfigError."""
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        parts.port  # noqa: B018  (a property that raises)
+        parts.port  # noqa: B018  (reading this property raises for a bad port)
     except ValueError as error:
         raise ConfigError(f"{url!r} is no URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -335,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    """What is asked of a server, and how hard."""
+    """Add the options on the load, the requests and the output."""
     count, tokens = _integer(1, MAX_REQUESTS), _integer(1, _MAX_TOKENS)
     kinds = [str(kind) for kind in PromptKind]
 
@@ -416,13 +423,14 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _integers(low: int, high: int) -> Callable[[str], list[int]]:
-    """Comma-separated integers, at least one."""
+    """Return a parser of comma-separated integers, at least one, each from `low` to `high`."""
     parse = _integer(low, high)
     return lambda text: [parse(part) for part in text.rstrip(",").split(",")]
 
 
 def _file(text: str) -> Path:
-    """Where a file can be written; better known now than after the run."""
+    """Parse the path of a file to write. One that cannot be written is refused before the run, not
+    after it."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: not a file in an existing directory")

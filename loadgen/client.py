@@ -1,15 +1,18 @@
-"""One request: send it, read its stream, time it, judge it.
+"""One request: sends it, reads its stream, takes its times, and judges whether it succeeded.
 
-Knows the chunks of OpenAI's completions and chat completions, and the page on which a server says
-that its times are simulated. Does not know how bytes travel (http), how many requests run beside
-it, nor what is computed from its record. The judgements everything else rests on are made here:
-which chunks carry tokens and how many, how many tokens there were (usage, never the chunks if
-usage is there), and whether the request succeeded.
+Knows: the chunks of OpenAI's completions and chat completions, and the page on which a server says
+that its times are simulated. Knows nothing of how bytes are transferred (http), how many requests
+run at the same time, nor what is computed from a record.
 
-A token need not have text: a special token has none, and of a character whose bytes are spread
-over tokens only the last one has. A chunk carries tokens if it has text or token ids. One with
-neither, without a role and without a finish reason, is a token too where a server sends a chunk
-for every token, as vLLM does; usage tells, as there are then as many chunks as tokens.
+The decisions on which all results rest are made here: which chunks carry tokens and how many, how
+many tokens an answer has (by usage if the server sends it, and never by the chunks then), and
+whether the request succeeded.
+
+A token need not have text: a special token has none, and if the bytes of a character are spread
+over several tokens, only the last of them has text. A chunk carries tokens if it has text or token
+ids. A chunk with neither, without a role and without a finish reason, is a token too if the server
+sends a chunk for every token, as vLLM does; usage shows this, as there are then as many chunks as
+tokens.
 """
 
 import asyncio
@@ -25,7 +28,7 @@ from loadgen.sse import SSEError, SSEParser
 
 _PROBE_TIMEOUT_S = 10.0
 _MAX_MESSAGE_CHARS = 300
-_MAX_PLAIN_BYTES = 4 << 20  # of a body that is no event stream: an error, a list of models
+_MAX_PLAIN_BYTES = 4 << 20  # maximum size of a body that is no event stream (an error, models)
 _SIMULATED = re.compile(rb"^\S*simulated_launch_us(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
@@ -51,7 +54,7 @@ class _Choice(msgspec.Struct, gc=False):
 
     @property
     def may_be_a_token(self) -> bool:
-        """Whether a choice without text and ids may stand for a token all the same."""
+        """Whether a choice without text and token ids may still stand for a token."""
         announces = self.delta is not None and self.delta.role is not None
         return not announces and self.finish_reason is None
 
@@ -84,7 +87,8 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class CompletionStream:
-    """The state of one streamed answer. Fed with bytes and their arrival; touches no network."""
+    """The state of one streamed answer, which is given the bytes and the times of their arrival. It
+    does no input or output itself."""
 
     def __init__(self) -> None:
         self.prompt_tokens: int | None = None
@@ -93,7 +97,8 @@ class CompletionStream:
         self.done_s: float | None = None
         self._times_s: list[float] = []
         self._empty_times_s: list[float] = []
-        """Arrival of chunks of which only usage tells whether they are tokens."""
+        """Arrival times of chunks without text and token ids, which only usage shows to be tokens
+        or not."""
         self._contents: list[str] = []
         self._id_counts: list[int] = []
         self._token_ids: list[int] = []
@@ -102,7 +107,8 @@ class CompletionStream:
         self._parser = SSEParser()
 
     def feed(self, data: bytes, now_s: float) -> bool:
-        """Take bytes that arrived at `now_s`; False once the stream has failed for good."""
+        """Parse bytes that arrived at the time `now_s`. Returns False once the stream has
+        failed."""
         try:
             for event in self._parser.feed(data):
                 if event == b"[DONE]":
@@ -135,9 +141,9 @@ class CompletionStream:
 
     @property
     def chunk_times_s(self) -> list[float]:
-        """Arrival of each chunk that carried tokens, as far as is known by now."""
+        """Arrival time of each chunk that carried tokens, as far as it is known by now."""
         if self._empty_times_s and self.completion_tokens is not None:
-            # The last token may have come with the finish reason, without text as well.
+            # The last token may have come without text in the chunk with the finish reason.
             unseen = self.completion_tokens - len(self._times_s) - len(self._empty_times_s)
             if unseen in (0, 1):
                 return sorted(self._times_s + self._empty_times_s)
@@ -145,13 +151,14 @@ class CompletionStream:
 
     @property
     def chunk_tokens(self) -> list[float]:
-        """How many tokens each of these chunks brought.
+        """Number of tokens that each of these chunks brought.
 
-        Its ids tell. Without them each is taken to have brought one, and what usage counts beyond
-        that is shared out by length of text: for equal chunks that is exact.
+        It is the number of token ids in the chunk. Without ids each chunk is assumed to have
+        brought one token, and the tokens that usage counts beyond that are shared out in proportion
+        to the length of the text; for equal chunks that is exact.
         """
         chunks = len(self.chunk_times_s)
-        if chunks > len(self._times_s):  # each token had a chunk, with text or without
+        if chunks > len(self._times_s):  # each token had a chunk of its own, with or without text
             return [1.0] * chunks
         if all(self._id_counts):
             return list(map(float, self._id_counts))
@@ -163,16 +170,20 @@ class CompletionStream:
 
     @property
     def answer(self) -> Answer:
-        """What has been said so far."""
+        """The answer received so far."""
         complete = len(self._token_ids) == self.completion_tokens
         return Answer("".join(self._contents), tuple(self._token_ids) if complete else ())
 
     def verdict(self, output_tokens: int, exact: bool) -> Failure | None:
-        """Judge the stream after its end: None is success.
+        """Judge the stream after its end. Returns None for success.
 
-        `exact` demands `output_tokens` tokens, else they are the most there may be. A server that
-        sends no usage cannot be held to a count, but must have sent something. Tokens none of
-        which had a chunk are an answer that cannot be timed, and no failure.
+        output_tokens: the number of tokens that was asked for.
+        exact: whether the answer must have exactly `output_tokens` tokens; or else it may not have
+            more.
+
+        The count is checked only if the server has sent usage. There must be at least one token, by
+        a chunk or by usage. An answer whose tokens had no chunks cannot be timed, but is no
+        failure.
         """
         if self._failure is not None:
             return self._failure
@@ -192,13 +203,19 @@ class CompletionStream:
 async def send(
     client: Client, url: str, body: bytes, index: int, config: RunConfig
 ) -> RequestRecord:
-    """Send one streaming request and return its record; a failure is recorded, never raised."""
+    """Send one streaming request and return its record; a failure of the request is recorded and
+    never raised.
+
+    url: the URL of the endpoint.
+    body: the JSON body.
+    index: the index of the request in its phase, for the record.
+    """
     stream = CompletionStream()
     plain = bytearray()
     failure: Failure | None
 
     def receive(status: int, data: bytes, now_s: float) -> bool:
-        # NOTE: read to the end, past [DONE], or the connection could not be used again.
+        # NOTE: the body is read to its end, past [DONE], so that the connection can be used again.
         return stream.feed(data, now_s) if status == 200 else _keep(plain, data)
 
     start_s = clock()
@@ -233,10 +250,11 @@ async def send(
 async def find_model(
     base_url: str, api_key: str | None, wanted: str | None, timeout_s: float
 ) -> str:
-    """The model to ask for: `wanted` if the server lists it, else the first it lists.
+    """Return the name of the model for the requests: `wanted` if the server lists it, or, if that
+    is None, the first that it lists.
 
-    Raises ServerError if the server cannot be reached or does not serve it. A server without
-    GET /models (404 or 405) is taken at the user's word.
+    Raises ServerError if the server cannot be reached or does not serve `wanted`. If the server has
+    no GET /models (404 or 405), `wanted` is returned without a check.
     """
     url = f"{base_url}/models"
     plain = bytearray()
@@ -269,9 +287,9 @@ async def find_model(
 
 
 async def simulated_launch_us(base_url: str, api_key: str | None) -> float:
-    """Microseconds that the server says each of its launches is lengthened by, to stand for
-    another machine's. minisrv says so in /metrics; 0 where a server does not say anything of the
-    kind, as all do that are to be taken at face value.
+    """Return the microseconds by which the server lengthens each of its launches, to simulate
+    another machine. minisrv reports them in /metrics; 0 for a server that reports nothing of the
+    kind, whose times are real.
     """
     url = f"{base_url.removesuffix('/v1')}/metrics"
     plain = bytearray()
@@ -296,7 +314,7 @@ def _http_failure(head: Head, plain: bytes | bytearray) -> Failure:
 
 
 def _error_text(error: object) -> str:
-    """The message inside an error object, in OpenAI's shape or not."""
+    """Return the message inside an error object, whether it has OpenAI's format or another."""
     while isinstance(error, dict):
         inner = error.get("error") or error.get("message") or error.get("detail")
         if inner is None:

@@ -1,6 +1,6 @@
-"""The exceptions a user of loadgen can meet, all under `LoadgenError`.
+"""The exceptions that loadgen raises for its user, all under `LoadgenError`. Each ends a run.
 
-A request that fails is not an exception: it is measured, as a `records.Failure`. These end a run.
+A request that fails raises none of them: it is recorded as a `records.Failure`.
 
     LoadgenError
     +-- ConfigError   an option, a URL or an output path that cannot work
@@ -11,8 +11,8 @@ A request that fails is not an exception: it is measured, as a `records.Failure`
 
 
 class LoadgenError(Exception):
-    """Base of everything loadgen raises for its user; the text is one clear line, and behind it
-    the end of the log of a server that was started here."""
+    """Base class of everything that loadgen raises for its user. The text is one line, followed,
+    for a server that was started here, by the end of its log."""
 
 
 class ConfigError(LoadgenError):

@@ -1,14 +1,14 @@
-"""HTTP/1.1 over asyncio: as little as a load generator needs, and as cheap as it can be.
+"""An HTTP/1.1 client over asyncio: only what a load generator needs, at the least cost per token.
 
-Knows how a request is written, how a response is framed, and connections that are kept. Does not
-know JSON, event streams, nor what is measured. Follows no redirect, uses no proxy, and asks for no
-compression.
+Knows: how a request is written, how a response is framed, and connections that are kept alive.
+Knows nothing of JSON, event streams, nor of what is measured. It follows no redirect, uses no
+proxy, and asks for no compression.
 
-It is not a general client's because of what a token costs here. A read is parsed and handed on
-within the loop's callback for it: its instant is the read's own, not that at which a waiting task
-got its turn behind the reads of all other streams, and a task wakes once for a response and not
-once for a token. There is no limit on connections: one would queue requests inside the client and
-count the wait as the server's.
+A general client is not used because of its cost per token. Here a read is parsed and passed on
+within the event loop's callback for it: its time is that of the read itself, and not that at which
+a waiting task is scheduled after the reads of all other streams; and a task wakes once for a
+response and not once for a token. There is no limit on connections: a limit would queue requests
+inside the client and count that wait as the server's.
 """
 
 import asyncio
@@ -25,16 +25,17 @@ import msgspec
 from loadgen.records import clock
 
 KEEPALIVE_S = 4.0
-"""A connection idle for longer is not used again: common servers close it after 5 s."""
+"""Seconds after which an idle connection is not used again: common servers close it after 5 s."""
 
 _PORTS = {"http": 80, "https": 443}
 
 Receive = Callable[[int, bytes, float], bool]
-"""Takes (status, bytes of the body, when they were read by `clock`); False ends the response."""
+"""A function that is called with (status, bytes of the body, the time of `clock` at which they were
+read); if it returns False, the rest of the response is not read."""
 
 
 class HTTPError(Exception):
-    """A response did not come, or not whole, or what came was none."""
+    """There was no response, or it was cut off, or the bytes received were no HTTP response."""
 
 
 class ConnectError(HTTPError):
@@ -49,10 +50,14 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Client:
-    """Sends requests, each over a connection of its own while it lasts. For one event loop."""
+    """Sends requests, each over a connection that no other request uses at the same time. It
+    belongs to one event loop."""
 
     def __init__(self, api_key: str | None) -> None:
-        """`api_key`, printable ASCII, is sent as a bearer token."""
+        """Make a client.
+
+        api_key: sent as a bearer token; printable ASCII.
+        """
         self._headers = (
             "Accept: */*\r\nAccept-Encoding: identity\r\nUser-Agent: loadgen\r\n"
             "Content-Type: application/json\r\n"
@@ -75,9 +80,11 @@ class Client:
                 connection.close()
 
     async def exchange(self, method: str, url: str, body: bytes, receive: Receive) -> Head:
-        """Send a request and return when its response is whole, or `receive` wants no more.
+        """Send a request, and return when its response is complete or `receive` returns False.
 
-        `url` is ASCII. Raises HTTPError. Has no timeout; cancelling closes the connection.
+        url: the URL, in ASCII.
+        receive: called with each part of the body as it is read.
+        Raises HTTPError. There is no timeout; cancellation closes the connection.
         """
         parts = urlsplit(url)
         idle = self._idle.setdefault((parts.scheme, parts.netloc), [])
@@ -99,7 +106,8 @@ class Client:
 
     @staticmethod
     def _reusable(idle: list["_Connection"]) -> "_Connection | None":
-        """Take the connection that rested least; those that rested too long are closed."""
+        """Remove and return the connection that has been idle for the shortest time; close those
+        that have been idle for too long. None if there is none."""
         while idle:
             connection = idle.pop()
             if connection.reusable and clock() - connection.idle_since_s < KEEPALIVE_S:
@@ -116,7 +124,7 @@ class Client:
                 parts.port or _PORTS[parts.scheme],
                 ssl=self._tls if parts.scheme == "https" else None,
             )
-        except (OSError, UnicodeError) as error:  # a host's name may be none
+        except (OSError, UnicodeError) as error:  # the host name may be invalid
             raise ConnectError(f"cannot connect to {parts.netloc}: {error}") from None
         return connection
 
@@ -126,7 +134,8 @@ class Client:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection with at most one request under way; also the parser's callbacks."""
+    """One connection, with at most one request at a time. It also has the callbacks of the
+    parser."""
 
     def __init__(self) -> None:
         self.idle_since_s = 0.0
@@ -140,10 +149,12 @@ class _Connection(asyncio.Protocol):
         self._status = 0
         self._reason = b""
         self._framed = False
-        """Whether the body's end can be told from its headers."""
+        """Whether the headers of the response define where its body ends; if not, the end of the
+        connection does."""
 
     async def exchange(self, request: bytes, receive: Receive) -> Head:
-        """As `Client.exchange`; the connection is `reusable`."""
+        """Send a request and receive its response, as in `Client.exchange`. The connection must be
+        open, with no request on it."""
         assert self._transport is not None
         self._keep, self._status, self._receive = False, 0, receive
         self._reply = asyncio.get_running_loop().create_future()
@@ -157,11 +168,11 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether it is open and may carry another request."""
+        """Whether the connection is open and may carry another request."""
         return self._keep and self._transport is not None
 
     def close(self) -> None:
-        """Drop it, whatever is under way."""
+        """Close the connection at once, even during a request."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -180,7 +191,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._now_s = clock()
-        if not self._waiting:  # what nobody asked for
+        if not self._waiting:  # data without a request: the connection is not used again
             self._keep = False
             return
         try:
@@ -192,7 +203,7 @@ class _Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         self._waiting = False
-        if not self._reply.cancelled():  # whoever waited has not had its turn to say so
+        if not self._reply.cancelled():  # the waiting task may be cancelled and not have run yet
             self._reply.set_result(Head(self._status, self._reason.decode(errors="replace")))
 
     def _fail(self, text: str) -> None:
@@ -201,7 +212,7 @@ class _Connection(asyncio.Protocol):
             self._reply.set_exception(HTTPError(text))
 
     def on_message_begin(self) -> None:
-        if not self._waiting:  # what nobody asked for, behind a response
+        if not self._waiting:  # another response follows the one that was asked for
             self._keep = False
         self._status, self._reason, self._framed = 0, b"", False
 
@@ -220,6 +231,6 @@ class _Connection(asyncio.Protocol):
             self._end()
 
     def on_message_complete(self) -> None:
-        if self._status >= 200 and self._waiting:  # below, another response follows
+        if self._status >= 200 and self._waiting:  # after a status below 200 another follows
             self._keep = self._parser.should_keep_alive()
             self._end()

@@ -1,4 +1,4 @@
-"""The picture of a comparison. Knows matplotlib, so it is imported only where one is wanted."""
+"""The plot of a comparison. It needs matplotlib, so this module is imported only for a plot."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from loadgen.report import ComparisonReport
 
 
 def draw(report: ComparisonReport, path: Path) -> None:
-    """Write ITL by concurrency, each side with its spread, in the format of the suffix."""
+    """Plot the ITL of both sides by concurrency, each value with its spread, and write the plot to
+    `path` in the format of its suffix."""
     metric = "ITL p50 ms"
     known = {x.concurrency: x.metrics[metric] for x in report.levels if metric in x.metrics}
     figure = Figure(figsize=(7, 4.5), layout="constrained")

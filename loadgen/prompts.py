@@ -1,9 +1,10 @@
-"""Request bodies: what is asked of the server.
+"""Makes the bodies of requests.
 
-Knows the JSON of /completions and /chat/completions. Does not know how bodies travel. A body is a
-pure function of (config, level, phase, index): two runs with one seed send the same requests
-whatever the order or the number of processes, and no two requests of a run share a prompt, so that
-a server's prefix cache gains nothing by chance.
+A body is a pure function of (config, level, phase, index): two runs with the same seed send the
+same requests, whatever their order or the number of processes, and no two requests of a run share a
+prompt, so that the server's prefix cache has no chance hits.
+
+Knows: the JSON of /completions and /chat/completions. Knows nothing of how bodies are sent.
 """
 
 import msgspec
@@ -21,13 +22,16 @@ _WORDS = _TEXT.split()
 
 
 def endpoint(config: RunConfig) -> str:
-    """The URL that `request_body` is meant for."""
+    """Return the URL to which the bodies of `request_body` are sent."""
     chat = config.prompt_kind is PromptKind.CHAT
     return config.base_url + ("/chat/completions" if chat else "/completions")
 
 
 def request_body(config: RunConfig, level: int, warmup: bool, index: int) -> bytes:
-    """The JSON body of request `index` at the `level`-th concurrency, warming up or measured."""
+    """Return the JSON body of request `index` at the `level`-th concurrency.
+
+    warmup: whether the request belongs to the warm-up, or else to the measurement.
+    """
     rng = np.random.default_rng([config.seed, level, int(warmup), index])
     low, high = config.token_range if config.prompt_kind is PromptKind.TOKENS else (0, len(_WORDS))
     ids: list[int] = rng.integers(low, high, config.input_tokens).tolist()

@@ -1,8 +1,10 @@
-"""What a run is asked to do and what one request left behind: frozen records, no behaviour.
+"""The settings of a run and the records of its requests: frozen data without behaviour.
 
-Knows the vocabulary shared by all other modules. Does not know HTTP, processes or statistics.
-Times ending in `_s` are seconds; instants are readings of `clock`, on Linux CLOCK_MONOTONIC, which
-all processes of a machine share, so records of several client processes are merged as they are.
+Names that end in `_s` are seconds. Points in time are readings of `clock`, which on Linux is
+CLOCK_MONOTONIC and the same for all processes of a machine, so that records of several client
+processes can be merged without conversion.
+
+Knows: the terms that all other modules share. Knows nothing of HTTP, processes or statistics.
 """
 
 import enum
@@ -19,19 +21,20 @@ MAX_DURATION_S = 3600.0
 MIN_DEFAULT_REQUESTS = 20
 DEFAULT_CONCURRENCIES = (1, 4, 16)
 STREAMS_PER_PROCESS = 8
-"""Requests in flight that one client process is given before another is started, unless told
-otherwise: streams of 5 ms per token then take a few percent of a core, and of 1 ms a tenth."""
+"""Number of requests in flight for which one client process is started, unless `processes` is set.
+Streams of 5 ms per token then take a few percent of a core, and streams of 1 ms a tenth."""
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS ties no process to cores
+    return os.cpu_count() or 1  # macOS has no CPU affinity
 
 
 class PromptKind(enum.StrEnum):
-    """What is sent: random token ids or words to /completions, or words to /chat/completions."""
+    """The kind of the prompts: random token ids or random words for /completions, or random words
+    for /chat/completions."""
 
     TOKENS = "tokens"
     TEXT = "text"
@@ -39,7 +42,7 @@ class PromptKind(enum.StrEnum):
 
 
 class StoppedBy(enum.StrEnum):
-    """Which bound ended a measured level."""
+    """The bound that ended the measurement of a level."""
 
     REQUESTS = "requests"
     DURATION = "duration"
@@ -47,35 +50,37 @@ class StoppedBy(enum.StrEnum):
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that decides which requests are sent; the API key is kept out of it."""
+    """Everything that determines which requests are sent, except the API key, which must not get
+    into reports."""
 
     base_url: str
-    """Ends in /v1."""
+    """The base URL of the server, which ends in /v1."""
     model: str
     concurrencies: tuple[int, ...]
     prompt_kind: PromptKind
     input_tokens: int
-    """Exact for token prompts; the number of words for text and chat."""
+    """Number of tokens of a prompt of token ids; number of words of a text or chat prompt."""
     token_range: tuple[int, int]
-    """Prompt ids are drawn from [low, high)."""
+    """The range [low, high) from which the token ids of prompts are drawn."""
     output_tokens: int
     ignore_eos: bool
     requests: int | None
     duration_s: float | None
     warmup: int | None
-    """Requests sent first at each concurrency; None means one for each lane."""
+    """Number of requests sent for warm-up at each concurrency; None means as many as are in
+    flight."""
     processes: int | None
-    """Client processes at most; None leaves it to `processes_at`."""
+    """Maximum number of client processes; None leaves it to `processes_at`."""
     seed: int
     timeout_s: float
     label: str
     keep_answers: bool = False
-    """Whether records hold what was answered."""
+    """Whether records hold the answers."""
     return_token_ids: bool = False
-    """Whether token ids are asked for, an extension."""
+    """Whether requests ask for token ids, an extension of the API."""
 
     def requests_at(self, concurrency: int) -> int:
-        """The most requests measured at `concurrency`."""
+        """Return the maximum number of requests that are measured at `concurrency`."""
         if self.requests is not None:
             return self.requests
         if self.duration_s is not None:
@@ -83,45 +88,47 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
         return max(MIN_DEFAULT_REQUESTS, 4 * concurrency)
 
     def warmup_at(self, concurrency: int) -> int:
-        """The number of warm-up requests at `concurrency`."""
+        """Return the number of warm-up requests at `concurrency`."""
         return concurrency if self.warmup is None else self.warmup
 
     def processes_at(self, concurrency: int) -> int:
-        """The number of client processes at `concurrency`, none of them without a request."""
+        """Return the number of client processes at `concurrency`, which is at most `concurrency`,
+        so that none is without a request."""
         most = self.processes
         if most is None:
             most = min(usable_cores(), -(-concurrency // STREAMS_PER_PROCESS))
         return min(most, concurrency)
 
     def lanes_at(self, concurrency: int) -> int:
-        """The most requests that one client process keeps in flight at `concurrency`."""
+        """Return the maximum number of requests that one client process keeps in flight at
+        `concurrency`."""
         return -(-concurrency // self.processes_at(concurrency))
 
     @property
     def time_limit_s(self) -> float:
-        """No request is started later than this after the start of its level."""
+        """Seconds after the start of a level after which no more requests are started."""
         return MAX_DURATION_S if self.duration_s is None else self.duration_s
 
 
 class Leg(msgspec.Struct, frozen=True):
-    """What is measured in one go: the `level`-th concurrency of a configuration."""
+    """One measurement: that of the `level`-th concurrency of a configuration."""
 
     config: RunConfig
     level: int
 
     @classmethod
     def of(cls, config: RunConfig) -> list[Self]:
-        """All levels of a configuration, in order."""
+        """Return the measurements of all concurrencies of a configuration, in order."""
         return [cls(config, level) for level in range(len(config.concurrencies))]
 
     @property
     def concurrency(self) -> int:
-        """Requests in flight."""
+        """Number of requests in flight."""
         return self.config.concurrencies[self.level]
 
 
 class FailureKind(enum.StrEnum):
-    """Why a request does not count as a success."""
+    """The reason why a request does not count as a success."""
 
     CONNECT = "connect_error"
     TIMEOUT = "timeout"
@@ -142,12 +149,13 @@ class Failure(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The name failures are counted under: the kind, or for example http_429."""
+        """The name under which failures are counted: the kind, or, with a status, for example
+        http_429."""
         return str(self.kind) if self.status is None else f"{self.kind}_{self.status}"
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a server answered; `token_ids` is empty unless it gave the id of every token."""
+    """The answer of a server; `token_ids` is empty unless it sent the id of every token."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -158,42 +166,47 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     index: int
     start_s: float
-    """The instant before the request was handed to the HTTP client; connecting is included."""
+    """The time before the request was handed to the HTTP client, so that durations include the
+    connection's set-up."""
     end_s: float
-    """The instant `[DONE]` was read, or the failure was known."""
+    """The time at which `[DONE]` was read, or the failure was known."""
     chunk_times_s: tuple[float, ...]
-    """Arrival of each chunk that carried tokens. Chunks of one read share its instant."""
+    """Arrival time of each chunk that carried tokens. All chunks of one read have its time."""
     chunk_tokens: tuple[float, ...]
-    """How many tokens each of them brought; no whole number where that is estimated."""
+    """Number of tokens that each of these chunks brought; not a whole number if it is estimated."""
     prompt_tokens: int | None
     completion_tokens: int | None
-    """Both from the server's usage; None where it sent none."""
+    """Number of output tokens. This and `prompt_tokens` come from the server's usage, and are None
+    if it sent none."""
     failure: Failure | None
     cached_tokens: int | None = None
-    """Of the prompt, what the server says it found in its prefix cache; None if it does not."""
+    """Number of prompt tokens that the server says it found in its prefix cache; None if it does
+    not say."""
     answer: Answer | None = None
-    """None unless answers are kept."""
+    """The answer; None unless answers are kept."""
 
     @property
     def tokens(self) -> int:
-        """Output tokens: what usage says, else what the chunks brought."""
+        """Number of output tokens, by usage, or without it by the chunks."""
         if self.completion_tokens is None:
             return round(sum(self.chunk_tokens))
         return self.completion_tokens
 
     @property
     def later_tokens(self) -> float:
-        """Output tokens that came after the first chunk, which may have brought several."""
+        """Number of output tokens that came after the first chunk, which may have brought
+        several."""
         return self.tokens - sum(self.chunk_tokens[:1])
 
     @property
     def e2e_s(self) -> float:
-        """Seconds from start to end."""
+        """Seconds from the start to the end of the request."""
         return self.end_s - self.start_s
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds from start to the first chunk with tokens; None if there was none."""
+        """Seconds from the start of the request to its first chunk with tokens; None if there was
+        none."""
         return self.chunk_times_s[0] - self.start_s if self.chunk_times_s else None
 
 
@@ -201,12 +214,13 @@ class ClientLoad(msgspec.Struct, frozen=True):
     """How busy one client process was while a level was measured."""
 
     streams: int
-    """Requests that it kept in flight."""
+    """Number of requests that it kept in flight."""
     cpu_share: float
     """CPU seconds over wall seconds; 1.0 is one full core."""
     lag_p99_s: float
     lag_max_s: float
-    """How late a timer of the process's event loop fired."""
+    """Maximum, and `lag_p99_s` the 99th percentile, of the seconds by which a timer of the
+    process's event loop fired late."""
 
 
 class LevelResult(msgspec.Struct, frozen=True):
@@ -215,6 +229,6 @@ class LevelResult(msgspec.Struct, frozen=True):
     concurrency: int
     stopped_by: StoppedBy
     records: list[RequestRecord]
-    """In order of start."""
+    """The records of the measured requests, in the order of their start."""
     warmup_failures: list[Failure]
     clients: list[ClientLoad]

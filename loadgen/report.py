@@ -1,6 +1,6 @@
-"""What the user sees and keeps: progress, the table, the JSON.
+"""Prints and saves results: the progress bar, the tables, and the JSON file.
 
-Knows rich and the layout of the JSON file. Computes nothing: every number comes from stats, and
+Knows: rich and the layout of the JSON file. Computes no results: every number comes from stats, and
 the formulas are printed as stats states them.
 """
 
@@ -28,25 +28,25 @@ from loadgen.stats import FORMULAS, Distribution, LevelSummary, most
 
 SCHEMA = 1
 MAX_RAW_ROWS = 1500
-"""Request rows kept in the JSON, over all levels."""
+"""Maximum number of rows of requests in the JSON file, over all levels."""
 
-_WIDE = 140  # columns from which three percentiles stand side by side
-_FEW = 8  # that are shown, of what may be many
+_WIDE = 140  # console width in columns from which three percentiles stand side by side
+_FEW = 8  # how many are shown of bars, or of answers that differ
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Where and with what the client ran."""
+    """The machine on which the client ran, and the versions with which it ran."""
 
     date: str
     python: str
     platform: str
     cpus: int
-    """That the client might use."""
+    """Number of CPUs that the client could use."""
     packages: dict[str, str]
 
     @classmethod
     def here(cls) -> Self:
-        """This machine, now."""
+        """Return the environment of this process, at this moment."""
         packages = {}
         for name in ("httptools", "uvloop"):
             try:
@@ -63,11 +63,12 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 class RawRow(msgspec.Struct, frozen=True, array_like=True):
-    """One request, as an array in the JSON. Its field names are in the file as `raw_fields`."""
+    """One request, written as an array in the JSON file, which has the names of the fields as
+    `raw_fields`."""
 
     index: int
     start_ms: float
-    """From the first send of its level."""
+    """Milliseconds from the first send of its level."""
     ttft_ms: float | None
     e2e_ms: float
     tokens: int
@@ -76,14 +77,15 @@ class RawRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RawRows(msgspec.Struct, frozen=True):
-    """Every `every`-th request of a level in order of start, so that the file stays small."""
+    """The rows of every `every`-th request of a level, in the order of their start. Not all
+    requests have rows, so that the file stays small."""
 
     every: int
     rows: list[RawRow]
 
     @classmethod
     def of(cls, level: LevelResult, limit: int) -> Self:
-        """At most `limit` rows of `level`."""
+        """Return at most `limit` rows of `level`."""
         every = max(1, -(-len(level.records) // limit))
         first_s = level.records[0].start_s if level.records else 0.0
         rows = [
@@ -102,20 +104,20 @@ class RawRows(msgspec.Struct, frozen=True):
 
 
 class LevelReport(msgspec.Struct, frozen=True):
-    """One concurrency in the JSON."""
+    """The results of one concurrency in the JSON file."""
 
     summary: LevelSummary
     raw: RawRows
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON file."""
+    """The JSON file of `loadgen run`."""
 
     schema: int = SCHEMA
     complete: bool
-    """False if the run ended early; `levels` has the concurrencies until then."""
+    """Whether the run was completed; if not, `levels` has the concurrencies until its end."""
     simulated: str
-    """What `stats.simulated` says; no figure of this file stands without it."""
+    """The text of `stats.simulated`, which must be shown with every figure of this file."""
     config: RunConfig
     environment: Environment
     formulas: dict[str, str] = msgspec.field(default_factory=lambda: dict(FORMULAS))
@@ -124,7 +126,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """One line for whatever shows figures."""
+        """A line to show above figures of this report."""
         what = f"{self.config.model} at {self.config.base_url}"
         return _title(self.config.label, self.simulated, what)
 
@@ -134,10 +136,10 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     complete: bool
-    """False if the comparison ended early; `levels` has the pairs until then."""
+    """Whether the comparison was completed; if not, `levels` has the pairs until its end."""
     label: str
     simulated: str
-    """What `stats.simulated` says; no figure of this file stands without it."""
+    """The text of `stats.simulated`, which must be shown with every figure of this file."""
     a: ab.Side
     b: ab.Side
     environment: Environment
@@ -146,7 +148,7 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """One line for whatever shows figures."""
+        """A line to show above figures of this report."""
         what = f"{self.a.label} and {self.b.label}, {self.a.config.model}"
         return _title(self.label, self.simulated, what)
 
@@ -156,7 +158,7 @@ def _title(*parts: str) -> str:
 
 
 def write_json(report: Report | ComparisonReport, path: Path) -> None:
-    """Write `report` to `path`, replacing what is there."""
+    """Write `report` to `path`, and replace what is there. Raises ConfigError."""
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     except OSError as error:
@@ -164,7 +166,7 @@ def write_json(report: Report | ComparisonReport, path: Path) -> None:
 
 
 def print_report(report: Report) -> None:
-    """Print the table to stdout, then what failed, the warnings and the formulas."""
+    """Print the table to stdout, then the failures, the warnings and the formulas."""
     levels = [level.summary for level in report.levels]
     console = _stdout()
     between = " / " if console.width >= _WIDE else "\n"
@@ -195,7 +197,8 @@ def print_report(report: Report) -> None:
 
 
 def print_comparison(report: ComparisonReport) -> None:
-    """Print to stdout what two servers did: table, answers that differ, failures, formulas."""
+    """Print the results of two servers to stdout: the table, answers that differ, failures, and the
+    formulas."""
     console = _stdout()
     a, b = report.a, report.b
     lines = ["", report.title]
@@ -318,7 +321,7 @@ def _spread(spread: ab.Spread | None) -> str:
 
 
 def _number(value: float) -> str:
-    """About three digits, never in exponents."""
+    """Format a number with about three digits, and never with an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -349,7 +352,7 @@ class ProgressBar:
         self._progress.stop()
 
     def begin(self, leg: Leg, warmup: bool) -> None:
-        """Start a new bar; the last few stay."""
+        """Start a new bar; only the last few bars stay."""
         for old in self._progress.task_ids[:-_FEW]:
             self._progress.remove_task(old)
         label = f"{leg.config.label}: " if leg.config.label else ""
@@ -357,7 +360,7 @@ class ProgressBar:
         self._task = self._progress.add_task(title, total=1.0, count="")
 
     def update(self, done: int, failed: int, share: float) -> None:
-        """Move the bar."""
+        """Move the bar of the current phase; see `runner.Observer`."""
         assert self._task is not None, "begin comes first"
         count = f"{done} requests" + (f", {failed} failed" if failed else "")
         self._progress.update(self._task, completed=share, count=count)

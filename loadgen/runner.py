@@ -1,16 +1,17 @@
 """Closed-loop load from several client processes.
 
-Knows how requests are kept in flight: C lanes spread over P processes, each lane sending its next
-request when its last has ended. Does not know what a request says (prompts), how it is judged
-(client) or what is computed of it (stats).
+Knows: how requests are kept in flight: C lanes are spread over P processes, and each lane sends its
+next request when its last one has ended. Knows nothing of the content of a request (prompts), of
+how it is judged (client), or of what is computed from it (stats).
 
     parent                                   each worker process (spawned; one event loop)
       Phase       -- pipe, msgpack -->         lanes: take an index, send, record
       _Shared     <- next index, done, failed, stop ->
       PhaseResult <-- pipe, msgpack --         records, CPU share, event loop lag
 
-The parent sends nothing itself, so that drawing progress disturbs no measurement. A phase is
-bounded by a count and a time, each request by its timeout, and the parent's patience by their sum.
+The parent sends no requests itself, so that its progress bar disturbs no measurement. A phase ends
+after a number of requests or a time, and each request after its timeout; the parent waits for the
+results of a phase for the sum of both times, and some seconds more.
 """
 
 import asyncio
@@ -49,20 +50,30 @@ from loadgen.stats import Distribution
 
 _TICK_S = 0.02
 _POLL_S = 0.1
-_FAILURE_PAUSE_S = 0.05  # a lane waits this long after a failure: a refusing server is not hammered
+_FAILURE_PAUSE_S = 0.05  # a lane pauses after a failure, to not flood a server that refuses
 _START_GRACE_S = 60.0
 _STOP_GRACE_S = 15.0
 _SPARE_FILES = 256
 
 
 class Observer(Protocol):
-    """Is told how a run goes on; called in the parent, between measurements' own work."""
+    """An object that is informed of the progress of a run. It is called in the parent process, not
+    in the processes that measure."""
 
     def begin(self, leg: Leg, warmup: bool) -> None:
-        """A phase starts."""
+        """Called when a phase begins.
+
+        warmup: whether it is the warm-up of `leg`, or else its measurement.
+        """
 
     def update(self, done: int, failed: int, share: float) -> None:
-        """So many requests of the phase have ended; `share` in [0, 1] of its bound is used."""
+        """Called now and then during a phase.
+
+        done: number of requests of the phase that have ended.
+        failed: number of those that have failed.
+        share: how much of the phase's bound, its number of requests or its time, has been used,
+            from 0 to 1.
+        """
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -72,49 +83,52 @@ class Phase(msgspec.Struct, frozen=True):
     warmup: bool
     lanes: int
     requests: int
-    """The bound of all workers together; they draw from one counter."""
+    """Maximum number of requests of all workers together, which share one counter."""
     time_limit_s: float
 
 
 class PhaseResult(msgspec.Struct, frozen=True):
-    """What one worker hands back. Requests cut off by an interrupt are not in it."""
+    """The result of one worker's part of a phase. It has no records of requests that an interrupt
+    has cut off."""
 
     records: list[RequestRecord]
     load: ClientLoad
 
 
 class _Shared:
-    """Counters that all processes of a run see. Lives in shared memory; no message carries them."""
+    """Counters that all processes of a run share, in shared memory."""
 
     _NEXT, _DONE, _FAILED, _STOP = range(4)
 
     def __init__(self, context: SpawnContext) -> None:
         self._cells = context.Array(ctypes.c_longlong, 4)
-        self._raw: Any = self._cells.get_obj()  # the same cells, without the lock
+        self._raw: Any = self._cells.get_obj()  # the same cells, accessed without the lock
 
     def reset(self) -> None:
-        """Start a new phase; a stop stays."""
+        """Reset the counters for a new phase, but not the sign to stop."""
         for cell in (self._NEXT, self._DONE, self._FAILED):
             self._raw[cell] = 0
 
     def take(self, limit: int) -> int | None:
-        """The next request's index, or None when `limit` have been given out."""
+        """Reserve and return the index of the next request, or None if `limit` requests have been
+        reserved."""
         with self._cells:
             index = int(self._raw[self._NEXT])
             self._raw[self._NEXT] += index < limit
         return index if index < limit else None
 
     def count(self, failed: bool) -> None:
-        """One more request has ended."""
+        """Count a request that has ended."""
         with self._cells:
             self._raw[self._DONE] += 1
             self._raw[self._FAILED] += failed
 
     def stop(self) -> None:
-        """Ask all workers to drop what they do."""
+        """Ask all workers to abort their requests."""
         self._raw[self._STOP] = 1
 
-    # NOTE: reads take no lock, so a worker killed while holding it cannot block the parent.
+    # NOTE: reads take no lock, so that a worker that is killed while it holds the lock cannot block
+    # the parent.
 
     @property
     def stopped(self) -> bool:
@@ -126,20 +140,23 @@ class _Shared:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """(ended, failed) requests."""
+        """Numbers of requests of the phase that have ended and that have failed: (ended,
+        failed)."""
         return int(self._raw[self._DONE]), int(self._raw[self._FAILED])
 
 
 def run_legs(
     legs: Sequence[Leg], api_key: str | None, observer: Observer
 ) -> Generator[LevelResult, None, None]:
-    """Measure each leg in turn, its warm-up first, and yield its raw result.
+    """Run the warm-up and the measurement of each leg in turn, and yield its raw result.
 
-    The legs may belong to several servers; their configurations differ in nothing else. Starts and
-    ends the client processes. While it runs, SIGINT and SIGTERM end the measurement: the partial
-    result is yielded, then KeyboardInterrupt is raised. Raises ConfigError if there are not enough
-    files for the connections, ServerError if the first warm-up of a configuration is refused as a
-    whole, WorkerError if a client process is lost.
+    The legs may belong to several servers, but their configurations may not differ otherwise. The
+    client processes are started and ended here. While this runs, SIGINT and SIGTERM end the
+    measurement: the partial result is yielded, then KeyboardInterrupt is raised.
+
+    Raises ConfigError if the limit of open files is too low for the connections, ServerError if all
+    requests of the first warm-up of a configuration are refused, WorkerError if a client process
+    died or does not answer.
     """
     _check_open_files(legs[0].config)
     with _Pool(legs, api_key, observer) as pool:
@@ -173,7 +190,8 @@ def run_legs(
 
 
 def _check_not_refused(outcomes: list[Failure | None]) -> None:
-    """Raise if every request met a 4xx: the request is wrong, more of them tell nothing new."""
+    """Raise ServerError if every request was refused with a status 4xx, other than 408 and 429: the
+    requests are wrong, and more of them would show nothing new."""
     refusals = [
         failure
         for failure in outcomes
@@ -196,9 +214,10 @@ def _check_not_refused(outcomes: list[Failure | None]) -> None:
 
 @contextmanager
 def _safe_path() -> Generator[None]:
-    """Python starts here without the working directory in its path: what lies there may be a
-    stranger's, and be named as a module of the standard library is. Not for servers to compare,
-    whose command is the user's."""
+    """Keep the working directory out of the module path of Python processes that are started within
+    this context: it may hold a file of somebody who is not trusted, with the name of a module of
+    the standard library. It is not used for servers that are compared, whose command is the
+    user's."""
     name = "PYTHONSAFEPATH"
     before, path = os.environ.get(name), sys.path
     here, own = os.getcwd(), str(Path(__file__).parents[1])
@@ -214,14 +233,14 @@ def _safe_path() -> Generator[None]:
 
 
 class _Pool:
-    """The worker processes of one run, and the signals that end it."""
+    """The worker processes of one run, and the handlers of the signals that end it."""
 
     def __init__(self, legs: Sequence[Leg], api_key: str | None, observer: Observer) -> None:
         self.interrupted = False
         self._config = legs[0].config
         self._observer = observer
         self._context = multiprocessing.get_context("spawn")
-        with _safe_path():  # this starts a process of Python's
+        with _safe_path():  # this starts a helper process of multiprocessing
             self._shared = _Shared(self._context)
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -229,7 +248,7 @@ class _Pool:
         self._old_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        # NOTE: a child inherits an ignored SIGINT; Ctrl-C reaches the whole process group, and
+        # NOTE: children inherit that SIGINT is ignored. Ctrl-C reaches the whole process group, and
         # only the parent may act on it.
         self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -265,18 +284,22 @@ class _Pool:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:  # asked twice: do not wait for the workers
+        if self.interrupted:  # the second signal: do not wait for the workers
             raise KeyboardInterrupt
         self.interrupted = True
         self._shared.stop()
 
     @property
     def taken(self) -> int:
-        """Requests started in the last phase."""
+        """Number of requests started in the last phase."""
         return self._shared.taken
 
     def run(self, leg: Leg, warmup: bool, requests: int) -> list[PhaseResult]:
-        """Run one phase on as many workers as it is worth, and return their results."""
+        """Run one phase on as many workers as `processes_at` gives for its concurrency, and return
+        their results.
+
+        requests: maximum number of requests of all workers together.
+        """
         self._shared.reset()
         self._observer.begin(leg, warmup)
         limit_s = self._config.time_limit_s
@@ -303,7 +326,11 @@ class _Pool:
     def _collect(
         self, connections: list[Connection], patience_s: float, show: Callable[[], None]
     ) -> list[bytes]:
-        """One message of each connection, in their order; `show` is called meanwhile."""
+        """Receive one message from each connection, and return the messages in the order of the
+        connections. Raises WorkerError if one is closed or `patience_s` seconds have passed.
+
+        show: called again and again meanwhile.
+        """
         messages: dict[Connection, bytes] = {}
         give_up_s = clock() + patience_s
         while len(messages) < len(connections):
@@ -339,12 +366,13 @@ class _Pool:
 
 
 def _open_files(config: RunConfig) -> int:
-    """What a client process needs: a connection is a file."""
+    """Return the number of files that a client process must be able to open; each connection is
+    one."""
     return max(map(config.lanes_at, config.concurrencies)) + _SPARE_FILES
 
 
 def _check_open_files(config: RunConfig) -> None:
-    """Raise ConfigError if a client process could not hold its connections."""
+    """Raise ConfigError if a client process could not open all its connections."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and (needed := _open_files(config)) > most:
         raise ConfigError(
@@ -355,7 +383,7 @@ def _check_open_files(config: RunConfig) -> None:
 
 
 def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared) -> None:
-    """The body of a client process: run phases until the parent closes the pipe."""
+    """The main function of a client process: run phases until the parent closes the pipe."""
     _allow_open_files(_open_files(config))
     new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with suppress(ImportError):
@@ -367,7 +395,8 @@ def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: 
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit to `count` if it is lower; the hard one has been checked."""
+    """Raise the soft limit of open files to `count` if it is lower. The hard limit has been
+    checked."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
@@ -381,7 +410,8 @@ async def _serve_phases(
         parent.send_bytes(b"ready")
         while True:
             try:
-                # In a thread, so that the loop sees idle connections close between phases.
+                # This waits in a thread, so that the event loop notices when the server closes idle
+                # connections between phases.
                 message = await loop.run_in_executor(None, parent.recv_bytes)
             except (EOFError, OSError):
                 return
@@ -391,7 +421,8 @@ async def _serve_phases(
 
 
 async def _run_phase(phase: Phase, client: Client, shared: _Shared) -> PhaseResult:
-    """Keep `phase.lanes` requests in flight until a bound is met, watching the client itself."""
+    """Keep `phase.lanes` requests in flight until a bound of the phase is reached, and measure how
+    busy this process is."""
     config = phase.leg.config
     url = endpoint(config)
     records: list[RequestRecord] = []

@@ -1,8 +1,9 @@
 """A server as a child process: started on a free port, waited for, watched, and always ended.
 
-Knows command lines, and the pages that tell a server's state: /ready and /health. What ends a
-server, whatever becomes of this process, is `supervisor`. Does not know what is asked of it, nor
-what it is compared with.
+`supervisor` ends the server, even if this process is killed.
+
+Knows: command lines, and the pages that show a server's state, /ready and /health. Knows nothing of
+the requests to it, nor of what it is compared with.
 """
 
 import os
@@ -23,19 +24,26 @@ from loadgen.records import clock
 _HOST = "127.0.0.1"
 _POLL_S = 0.05
 _PAGE_TIMEOUT_S = 5.0
-_STOP_S = 30.0  # from SIGTERM to SIGKILL
+_STOP_S = 30.0  # seconds from SIGTERM to SIGKILL
 _SPARE_S = 5.0
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _TAIL_BYTES = 3000
 
 
 class Server:
-    """One server, alive within `with`. It is in a session of its own, so a terminal's Ctrl-C
-    reaches it as SIGTERM and after everything that was in flight."""
+    """One server, which runs while this object's context is open. It is in a session of its own, so
+    that Ctrl-C in a terminal does not reach it directly: it gets SIGTERM when the context ends,
+    after all requests in flight."""
 
     def __init__(self, name: str, command: str, log: Path) -> None:
-        """`{port}` in the command stands for its port; without it `--host` and `--port` are
-        appended. Raises ConfigError if the command is none."""
+        """Choose a free port and prepare the command.
+
+        name: the name of the server in messages.
+        command: the command line. `{port}` in it stands for the port; without it `--host` and
+            `--port` are appended.
+        log: the file to which the server's output is written.
+        Raises ConfigError if the command cannot be parsed.
+        """
         self.name = name
         self.log = log
         with socket.create_server((_HOST, 0)) as listener:
@@ -50,16 +58,17 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it serves."""
+        """The URL of the server, without a path."""
         return f"http://{_HOST}:{self._port}"
 
     @property
     def pid(self) -> int:
-        """Its first process, whose number is that of its process group too."""
+        """The id of the server's first process, which is also that of its process group."""
         return self._pid
 
     def __enter__(self) -> Self:
-        """Start it. Raises ConfigError if there is no such program, or no place for its log."""
+        """Start the server. Raises ConfigError if there is no such program, or its log cannot be
+        written."""
         supervisor = [sys.executable, "-I", "-S", str(_SUPERVISOR), str(_STOP_S)]
         try:
             log = self.log.open("wb")
@@ -82,7 +91,8 @@ class Server:
         return self
 
     def _hear_start(self) -> tuple[float, int]:
-        """When the command was started, and its process. Raises ConfigError."""
+        """Wait until the supervisor has started the command, and return the time of `clock` at
+        which it did, and the process id. Raises ConfigError if it could not be started."""
         said = self._line.recv(1024).decode()
         try:
             started, pid = said.split()
@@ -101,15 +111,15 @@ class Server:
             self._line.close()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_S + _SPARE_S)
-        finally:  # also if a second Ctrl-C ends the wait
+        finally:  # this runs also if a second Ctrl-C ends the wait
             self._process.terminate()
             self._process.wait()
 
     def wait_ready(self, patience_s: float) -> float:
-        """Return the seconds from its start until it said it was ready.
+        """Wait until the server is ready, and return the seconds from its start until then.
 
-        /ready decides, or /health where there is none. Raises ServerError if it ends before, or
-        after `patience_s`.
+        It is ready when /ready answers 200, or /health if there is no /ready. Raises ServerError if
+        the server ends before that, or is not ready after `patience_s` seconds.
         """
         while True:
             self.check()
@@ -124,12 +134,12 @@ class Server:
             time.sleep(_POLL_S)
 
     def check(self) -> None:
-        """Raise ServerError if it has ended."""
+        """Raise ServerError if the server has ended."""
         if (status := self._process.poll()) is not None:
             raise ServerError(f"{self.name} ended with status {status}{self._tail()}")
 
     def _status(self, path: str) -> int:
-        """The status of a GET; 0 if it does not answer."""
+        """Return the HTTP status of a GET for `path`; 0 if the server does not answer."""
         connection = HTTPConnection(_HOST, self._port, timeout=_PAGE_TIMEOUT_S)
         try:
             connection.request("GET", path)
@@ -146,6 +156,6 @@ class Server:
             with self.log.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 end = log.read().decode(errors="replace").rstrip()
-        except OSError as error:  # long runs outlive what is cleared of temporary directories
+        except OSError as error:  # in a long run the temporary directory may have been cleared
             return f"; {self.log} cannot be read: {error.strerror}"
         return f"; {self.log} ends with:\n{end}" if end else f"; {self.log} is empty"

@@ -1,9 +1,9 @@
-"""An incremental parser of server-sent events: bytes in, the data of each event out.
+"""An incremental parser of server-sent events: it is given bytes, and returns the data of events.
 
-Knows the line rules of the event-stream format (LF, CRLF and CR, comments, several data lines in
-one event, a leading byte-order mark) and that bytes may be split anywhere. Does not know JSON, nor
-what an event means; the fields event, id and retry are skipped. What follows the last blank line
-is no event, as the format demands.
+Knows: the line rules of the event-stream format (LF, CRLF and CR, comments, several data lines in
+one event, a leading byte-order mark), and that bytes may be split anywhere. Knows nothing of JSON,
+nor of what an event means. The fields event, id and retry are skipped. As the format demands, bytes
+after the last blank line are no event.
 """
 
 MAX_EVENT_BYTES = 4 << 20
@@ -16,17 +16,18 @@ class SSEError(ValueError):
 
 
 class SSEParser:
-    """Holds the unfinished line and event between two calls of `feed`."""
+    """Parses one stream, and holds the unfinished line and event between two calls of `feed`."""
 
     def __init__(self) -> None:
         self._line = b""
         self._data: list[bytes] = []
         self._size = 0
         self._at_start = True
-        self._skip_lf = False  # the last byte seen was a CR, so a LF now belongs to it
+        self._skip_lf = False  # whether the last byte was a CR, to which a LF that follows belongs
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take the next bytes of the stream and return the data of each event they complete."""
+        """Parse the next bytes of the stream, and return the data of each event that they complete.
+        Raises SSEError."""
         if not data:
             return []
         if self._skip_lf and data.startswith(b"\n"):

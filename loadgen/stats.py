@@ -1,7 +1,8 @@
-"""From records to numbers: pure functions, and the formulas in words.
+"""Computes metrics from records, by pure functions, and states their formulas in words.
 
-Knows what each metric means. Does not know HTTP, processes or how a number is printed. Only
-successful requests enter a latency or a token count; failures are counted by what went wrong.
+Latencies and token counts are those of successful requests only; failures are counted by kind.
+
+Knows: what each metric means. Knows nothing of HTTP, processes, or how a number is printed.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ import msgspec
 from loadgen.records import ClientLoad, LevelResult, RequestRecord
 
 CPU_SHARE_LIMIT = 0.8
-LAG_FLOOR_S = 0.002  # what a timer may miss: those of the event loop count in milliseconds
+LAG_FLOOR_S = 0.002  # lag that is never warned of: timers of the event loop count in milliseconds
 LAG_ITL_SHARE = 0.5
 LAG_CPU_SHARE = 0.3
 
@@ -53,7 +54,7 @@ FORMULAS = {
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """A summary of samples, in the unit of the samples. `count` is the number of samples."""
+    """A summary of samples, in their unit; `count` is the number of samples."""
 
     count: int
     mean: float
@@ -65,7 +66,8 @@ class Distribution(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, samples: Iterable[tuple[float, float]]) -> Self | None:
-        """Summarise (value, weight) pairs with positive weights; None if there are none."""
+        """Summarise samples, which are (value, weight) pairs with positive weights; None if there
+        are none."""
         ordered = sorted(samples)
         if not ordered:
             return None
@@ -83,25 +85,29 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 def percentiles(ordered: Sequence[tuple[float, float]], ranks: Sequence[float]) -> list[float]:
-    """For each rank in ascending `ranks` (percent) the smallest value of `ordered`, ascending
-    (value, weight) pairs, up to which at least that share of the weight lies."""
+    """Return, for each rank, the smallest value up to which at least that share of the weight lies.
+
+    ordered: (value, weight) pairs in ascending order.
+    ranks: percentages in ascending order.
+    """
     total = sum(weight for _, weight in ordered)
     found: list[float] = []
     reached = 0.0
     for value, weight in ordered:
         reached += weight
-        # NOTE: sums of weights are rounded; the tolerance keeps p50 of 10 samples the fifth.
+        # NOTE: sums of weights have rounding errors; with the tolerance p50 of 10 samples is always
+        # the fifth.
         while len(found) < len(ranks) and reached >= total * (ranks[len(found)] / 100 - 1e-9):
             found.append(value)
     return found
 
 
 def itl_samples_ms(record: RequestRecord) -> list[tuple[float, float]]:
-    """(ITL in ms, tokens it stands for) of each gap between chunks with content.
+    """Return (ITL in ms, number of tokens) for each gap between neighbouring chunks with tokens.
 
-    A chunk is not a token: a gap stands for the tokens of the chunk that ends it, each of which
-    took an equal part of it. So the weighted mean is (last chunk - first chunk) / (tokens after the
-    first chunk) whatever the chunking.
+    A chunk may have several tokens: a gap stands for all tokens of the chunk that ends it, and each
+    of them took an equal part of the gap. So the weighted mean is (last chunk - first chunk) /
+    (tokens after the first chunk), however tokens are grouped into chunks.
     """
     gaps = pairwise(record.chunk_times_s)
     return [
@@ -112,14 +118,15 @@ def itl_samples_ms(record: RequestRecord) -> list[tuple[float, float]]:
 
 
 def tpot_ms(record: RequestRecord) -> float | None:
-    """Milliseconds per output token after the first chunk; None if it brought all."""
+    """Return the milliseconds per output token after the first chunk; None if the first chunk
+    brought all tokens, or there was none."""
     if record.ttft_s is None or record.later_tokens <= 0:
         return None
     return (record.e2e_s - record.ttft_s) * 1e3 / record.later_tokens
 
 
 class LevelSummary(msgspec.Struct, frozen=True):
-    """The numbers of one concurrency. A distribution without samples is None."""
+    """The metrics of one concurrency. A distribution without samples is None."""
 
     concurrency: int
     stopped_by: str
@@ -135,17 +142,20 @@ class LevelSummary(msgspec.Struct, frozen=True):
     prompt_tokens: int | None
     output_tokens: int
     cached_tokens: int | None
-    """Of the prompt tokens; None where the server does not tell."""
+    """Number of prompt tokens that the server found in its prefix cache; None if it does not
+    say."""
     chunks: int
     tokens_per_chunk: float | None
     without_usage: int
-    """Successful requests whose tokens had to be counted by chunks."""
+    """Number of successful requests without usage, whose tokens had to be counted by chunks."""
     without_times: int
-    """Successful requests of which no token had a chunk: they have neither TTFT nor TPOT."""
+    """Number of successful requests none of whose tokens had a chunk, which have neither TTFT nor
+    TPOT."""
     ttft_ms: Distribution | None
     itl_ms: Distribution | None
     itl_jitter: float | None
-    """None without ITL, or with a median of 0: answers that came in one read."""
+    """p99 over p50 of the ITL; None without an ITL, or if its median is 0, as for answers that came
+    in one read."""
     tpot_ms: Distribution | None
     e2e_ms: Distribution | None
     clients: list[ClientLoad]
@@ -153,12 +163,12 @@ class LevelSummary(msgspec.Struct, frozen=True):
 
     @property
     def any_failed(self) -> bool:
-        """Whether a request failed, measured or warming up."""
+        """Whether a request failed, in the warm-up or in the measurement."""
         return self.failed > 0 or bool(self.warmup_failures)
 
 
 def summarize(level: LevelResult) -> LevelSummary:
-    """Reduce the records of one concurrency to its numbers."""
+    """Compute the metrics of one concurrency from its records."""
     good = [record for record in level.records if record.failure is None]
     failures = [record.failure for record in level.records if record.failure is not None]
     window_s = 0.0
@@ -230,8 +240,8 @@ def summarize(level: LevelResult) -> LevelSummary:
 
 
 def most(clients: Sequence[ClientLoad]) -> ClientLoad:
-    """All streams of some client processes, at least one, and of the rest the worst that any has
-    seen: an idle process does not hide a busy one."""
+    """Return a load with the streams of all given client processes, at least one, together, and
+    with the largest of their other values, so that an idle process does not hide a busy one."""
     return ClientLoad(
         streams=sum(client.streams for client in clients),
         cpu_share=max(client.cpu_share for client in clients),
@@ -241,14 +251,18 @@ def most(clients: Sequence[ClientLoad]) -> ClientLoad:
 
 
 def simulated(*launch_us: float) -> str:
-    """What must be said with every figure if a server stretches its launches, by so many
-    microseconds on each side; else nothing."""
+    """Return the text that must be shown with every figure if a server lengthens its launches to
+    simulate another machine; empty if none does.
+
+    launch_us: the microseconds that are added to each launch, for each server.
+    """
     text = " and ".join(f"{value:g}" for value in dict.fromkeys(launch_us))
     return f"simulated launches ({text} us)" if any(launch_us) else ""
 
 
 def client_warnings(clients: Sequence[ClientLoad], itl_ms: Distribution | None) -> list[str]:
-    """Say so if the client may be what was measured: CPU-bound, or late by much of an ITL."""
+    """Return warnings that the client may have limited the measurement: because a client process
+    was CPU-bound, or its event loop was late by a large part of the ITL."""
     if not clients:
         return []
     warnings = []
@@ -261,7 +275,8 @@ def client_warnings(clients: Sequence[ClientLoad], itl_ms: Distribution | None) 
         )
     itl_p50_s = itl_ms.p50 / 1e3 if itl_ms is not None else 0.0
     if worst.lag_p99_s > max(LAG_FLOOR_S, LAG_ITL_SHARE * itl_p50_s):
-        # Late without having been busy: others had the cores, more processes would not help.
+        # A process that was late without being busy did not get the cores, and more client
+        # processes would not help.
         advice = relief if worst.cpu_share > LAG_CPU_SHARE else "give the client cores of its own"
         warnings.append(
             f"client-bound: the client's event loop ran up to {worst.lag_p99_s * 1e3:.1f} ms late "

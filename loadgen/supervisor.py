@@ -1,16 +1,16 @@
-"""Runs a command that ends when whoever asked for it ends, even by SIGKILL.
+"""Runs a command that ends when the process that started this one ends, even by SIGKILL.
 
     python -I -S loadgen/supervisor.py SECONDS COMMAND ...
 
-Its standard input is a socket whose other end only that process has. It says there when the command
-was started, by `records.clock`, and its process id, or why it could not be; and that the other end
-is closed is the sign. The command then gets SIGTERM and so many seconds; behind them, SIGKILL.
-SIGTERM, SIGINT and SIGHUP to this process are signs as well, and the second sign is SIGKILL at
-once. When the command has ended, whatever is left of its process group is killed. The exit status
-is the command's, or the same signal.
+Its standard input is a socket whose other end only the starting process has. It writes there the
+time of `records.clock` at which the command was started, and its process id, or the reason why it
+could not be started. When the other end is closed, the command gets SIGTERM, and after SECONDS
+seconds SIGKILL. SIGTERM, SIGINT and SIGHUP to this process have the same effect, and the second of
+all these events is answered by SIGKILL at once. When the command has ended, the rest of its process
+group is killed. The exit status is that of the command, or this process ends by the same signal.
 
-Knows: signals and one child. Imports little, and of the standard library alone, as it is started
-before each server.
+Knows: signals and one child. It imports few modules, and those of the standard library alone, as it
+is started before each server.
 """
 
 import os
@@ -31,7 +31,8 @@ def main() -> None:
     patience_s, *command = sys.argv[1:]
     told, teller = os.pipe()
     os.set_blocking(teller, False)
-    # NOTE: held until there is a child to be ended, or one of them would leave it behind.
+    # NOTE: signals are blocked until there is a child to end; otherwise one could end this process
+    # and leave the child behind.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _HEEDED)
     try:
         child = os.posix_spawnp(
@@ -41,7 +42,7 @@ def main() -> None:
             file_actions=[(os.POSIX_SPAWN_OPEN, _LINE, os.devnull, os.O_RDONLY, 0)],
             setpgroup=0,
             setsigmask=held,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them; not so the command
         )
     except OSError as error:
         _say(str(error))
@@ -61,7 +62,12 @@ def main() -> None:
 
 
 def _watch(child: int, told: int, patience_s: float) -> int:
-    """Wait for the child's end, and see to it; returns its exit status, negative for a signal."""
+    """Wait for the child's end, and bring it about if a sign to end comes. Returns its exit status,
+    negative for a signal.
+
+    told: the descriptor from which the numbers of signals to this process are read.
+    patience_s: seconds from SIGTERM to SIGKILL.
+    """
     signs = 0
     deadline_s: float | None = None
     lines = [told, _LINE]
@@ -72,11 +78,11 @@ def _watch(child: int, told: int, patience_s: float) -> int:
             return os.waitstatus_to_exitcode(status)
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         ready, _, _ = select.select(lines, [], [], left_s)
-        found = not ready  # its time is up
+        found = not ready  # nothing is ready if the deadline has passed
         if told in ready:
             found |= any(number in _SIGNS for number in os.read(told, 1024))
         if _LINE in ready:
-            lines.remove(_LINE)  # closed, as nobody writes to it
+            lines.remove(_LINE)  # readable means closed, as nobody writes to it
             found = True
         signs += found
         if found and signs == 1:
@@ -88,12 +94,12 @@ def _watch(child: int, told: int, patience_s: float) -> int:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # nobody is there any more, which `_watch` sees as well
+    with suppress(OSError):  # the other end is closed, which `_watch` notices too
         os.write(_LINE, text.encode())
 
 
 def _kill_group(leader: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # on macOS, if only zombies are left
+    with suppress(ProcessLookupError, PermissionError):  # macOS: only zombies are left
         os.killpg(leader, signal.SIGKILL)
 
 
