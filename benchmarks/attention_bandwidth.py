@@ -33,11 +33,11 @@ from minisrv.model_config import ModelConfig
 from minisrv.nn.rope import cos_sin_table
 
 LARGE = 400 << 20
-"""Bytes that no cache of a GPU holds."""
+"""Number of bytes that is more than any cache of a GPU holds."""
 
 
 def time_of(run: Callable[[], object]) -> float:
-    """Microseconds by graph."""
+    """Capture `run` in a graph, and return the microseconds of a replay."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -47,7 +47,7 @@ def time_of(run: Callable[[], object]) -> float:
 
 
 def library_us(model: ModelConfig, batch: int, context: int, layers: int) -> float:
-    """Microseconds of one layer's attention by torch."""
+    """Return the microseconds of one layer's attention by torch's own op."""
 
     def draw(heads: int, length: int) -> torch.Tensor:
         shape = (batch, heads, length, model.head_dim)
@@ -64,7 +64,7 @@ def library_us(model: ModelConfig, batch: int, context: int, layers: int) -> flo
 
 
 def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
-    """Microseconds and GB/s of one layer's attention."""
+    """Measure the microseconds and GB/s of one layer's attention."""
     nbytes = 2 * batch * context * 2 * model.kv_size
     layers = max(2, LARGE // nbytes + 1)
     library = library_us(model, batch, context, layers)
@@ -111,7 +111,7 @@ def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
 
 
 def draw_plot(path: Path, title: str, results: list[dict[str, Any]], copy_gb_s: float) -> None:
-    """GB/s by context, a line for each batch."""
+    """Plot GB/s by context, with a line for each batch size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

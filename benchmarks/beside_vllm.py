@@ -2,8 +2,9 @@
 
     python benchmarks/beside_vllm.py BENCH.json --model qwen3-0.6b [--plot FILE.svg]
 
-vLLM's steps are vllm_0.26_h100.json's, which says how they were measured: in another run, so the
-ratio of wall times holds what two hosts differ by. GPU times do not.
+The times of vLLM's steps are in vllm_0.26_h100.json, which also says how they were measured. They
+come from another run, so the ratio of wall times includes the difference between two hosts; GPU
+times do not include it.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ HEADINGS = (
     *("PIECEWISE wall ms", "eager wall ms", "launches eager", "of floor"),
 )
 LINES = {"NONE": "minisrv eager", "PIECEWISE": "minisrv PIECEWISE", "FULL": "minisrv FULL"}
-"""How the plot calls a mode of the bench, in the order of the colors of the bench's own plot."""
+"""The names, in the plot, of the modes of the bench, in the order of the colors in the bench's own
+plot."""
 
 
 def vllm_steps(model: str) -> dict[int, float]:
-    """vLLM's milliseconds with graphs, by batch."""
+    """Return the milliseconds of vLLM's steps with graphs, by batch size."""
     steps = VLLM["models"][model]["FULL_AND_PIECEWISE"]
     return {int(batch): ms for batch, ms in steps.items()}
 
 
 def rows(report: dict[str, Any], theirs: dict[int, float]) -> list[list[str]]:
-    """A row for each batch of the bench, in the order of HEADINGS; "-" is what nobody measured."""
+    """Return a row for each batch size of the bench, in the order of HEADINGS; "-" stands for a
+    value that was not measured."""
     found = []
     for size in report["decode"]:
         modes, batch = size["modes"], size["size"]
@@ -58,12 +61,12 @@ def rows(report: dict[str, Any], theirs: dict[int, float]) -> list[list[str]]:
 
 
 def number(value: float | None) -> str:
-    """In hundredths."""
+    """Format a number with two decimals, or "-" for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
 def markdown(report: dict[str, Any], model: str) -> str:
-    """What was measured, the table, and what to think of it."""
+    """Return a markdown text: what was measured, the table, and notes on it."""
     lines = [HEADINGS, ["---:"] * len(HEADINGS), *rows(report, vllm_steps(model))]
     return "\n".join(
         [
@@ -78,7 +81,7 @@ def markdown(report: dict[str, Any], model: str) -> str:
 
 
 def subject(report: dict[str, Any]) -> str:
-    """The bench, in a line. It says so if the times are simulated."""
+    """Return a line that describes the bench, and says so if its times are simulated."""
     where, contexts = report["environment"], [size["context"] for size in report["decode"]]
     first, last = min(begin for begin, _ in contexts), max(end for _, end in contexts)
     text = (
@@ -92,7 +95,7 @@ def subject(report: dict[str, Any]) -> str:
 
 
 def save_plot(report: dict[str, Any], model: str, path: Path) -> None:
-    """Draw the time of a decode step by batch, both axes logarithmic."""
+    """Plot the time of a decode step by batch size, with both axes logarithmic."""
     with needs("pip install matplotlib"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter

@@ -2,14 +2,15 @@
 
     python benchmarks/bodies.py --rounds 3 --json bodies.json 'minisrv serve --api-workers 1'
 
-A body of at most 4 MiB is sent to a server that does nothing else, while a second connection asks
-for /health again and again, as an orchestrator does. For each body: the status, the seconds to the
-answer, the longest answer to /health meanwhile, and the resident memory (VmRSS) of the worker
-before, at most and after. Bodies are of three kinds: large ones of real work, which are accepted,
-or refused for the length of the context only; many values in few bytes; and as many as are allowed.
-Of several rounds the middle one counts.
+A body of at most 4 MiB is sent to a server that does nothing else, while a second connection sends
+GET /health again and again, as an orchestrator does. Reported are, for each body, the status, the
+seconds until the answer, the longest time of a GET /health meanwhile, and the resident memory
+(VmRSS) of the worker before, at its maximum, and after. Bodies are of three kinds: large ones of
+real work, which are accepted, or refused for the length of the context only; bodies with many
+values in few bytes; and bodies with as many values as are allowed. Of several rounds the one with
+the median time of /health is reported.
 
-The first row is without any body: what the machine itself and this program add.
+The first row is without any body, and shows what the machine itself and this program add.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from minisrv.environment import environment
 
 PATIENCE_S = 120.0
 ASK_S = 0.002
-"""Between two questions for /health."""
+"""Seconds between two requests for /health."""
 SETTLE_S = 0.5
-"""From an answer to the reading of what memory is left."""
+"""Seconds from an answer to the last reading of the memory."""
 MOST_BYTES = 4 << 20
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -59,7 +60,7 @@ def _detokenize(tokens: list[int]) -> bytes:
 
 
 def _repeated(start: bytes, item: bytes, end: bytes) -> bytes:
-    """As many items, with commas between them, as a body holds."""
+    """Return a body with as many copies of `item`, separated by commas, as fit into it."""
     count = (MOST_BYTES - len(start) - len(end) - 1) // (len(item) + 1)
     return start + b",".join([item] * count) + end
 
@@ -86,7 +87,7 @@ def _tool(number: int, properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
-    # Of real work
+    # Large bodies of real work
     "a text of 3 MiB": (COMPLETIONS, lambda: _completion(prompt="word " * (600 << 10))),
     "code of 1 MB": (CHAT, lambda: _chat({"role": "user", "content": CODE * 20_000})),
     "131,072 token ids": (COMPLETIONS, lambda: _completion(prompt=[7] * (128 << 10))),
@@ -192,7 +193,8 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 class Health:
-    """Asks for /health in a thread of its own, and keeps the longest answer."""
+    """Sends GET /health again and again in a thread of its own, and keeps the longest time of an
+    answer."""
 
     def __init__(self, netloc: str) -> None:
         self._netloc = netloc
@@ -219,7 +221,10 @@ class Health:
 
 
 class Memory:
-    """The resident memory of the worker, read in a thread of its own; MiB."""
+    """Reads the resident memory, in MiB, of the API worker.
+
+    group: the id of the server's process group.
+    """
 
     def __init__(self, group: int) -> None:
         self._status = next(
@@ -231,7 +236,7 @@ class Memory:
         self.most = 0.0
 
     def read(self) -> float:
-        """As it is now."""
+        """Return the current value."""
         [line] = [line for line in self._status.read_text().splitlines() if "VmRSS" in line]
         found = int(line.split()[1]) / 1024
         self.most = max(self.most, found)
@@ -239,7 +244,7 @@ class Memory:
 
 
 def _measure(server: Server, memory: Memory, path: str, body: bytes | None) -> dict[str, Any]:
-    """Send one body, or for a second none, and watch."""
+    """Send one body, or wait a second if it is None, and measure meanwhile."""
     netloc = urlsplit(server.url).netloc
     before = memory.most = memory.read()
     status, answer = 0, b""
@@ -275,7 +280,7 @@ def _measure(server: Server, memory: Memory, path: str, body: bytes | None) -> d
 
 
 def measure(server: Server, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """All bodies, one behind the other, so many times each."""
+    """Measure all bodies, one after the other, each `rounds` times."""
     memory = Memory(server.pid)
     found: dict[str, dict[str, Any]] = {}
     for name in ["none", *names]:
@@ -291,8 +296,8 @@ def measure(server: Server, names: list[str], rounds: int) -> dict[str, dict[str
 
 
 def print_report(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """A row for each body."""
-    # A file has no width, and a row must not be broken for it.
+    """Print a table with a row for each body."""
+    # Without a terminal rich assumes a small width, at which rows would be broken.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     shown = Table("body", "MB", "status", "s", "/health ms", "MiB before, most, after", box=None)
     for name, one in found.items():

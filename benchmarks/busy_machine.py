@@ -3,10 +3,11 @@
     python benchmarks/busy_machine.py commands --rounds 3 --json F
     python benchmarks/busy_machine.py steps --rounds 5 --json F
 
-*Commands*: seconds of `LLM`, `certify`, `bench` and `pytest -m quick`, alone and then beside the
-busy processes. *Steps*: milliseconds of a decode step by batch, for numbers of spins after which a
-thread that waits sleeps. The least of all rounds tells most: whatever else runs only adds. Run it
-without OpenMP's variables. For another version of minisrv give its directory as --tree.
+*Commands*: the seconds that `LLM`, `certify`, `bench` and `pytest -m quick` take, alone and then
+beside the busy processes. *Steps*: milliseconds of a decode step by batch, for several numbers of
+spins after which a waiting thread sleeps. The least value of all rounds is the most reliable, as
+other load on the machine can only add time. Run it without OpenMP's environment variables. For
+another version of minisrv give its directory as --tree.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from minisrv.threads import COUNT, WAITING
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 75
-"""Seconds that a command gets; None stands for more."""
+"""Maximum number of seconds of a command; the result of one that takes longer is None."""
 
 _GENERATE = (
     "from minisrv import LLM, SamplingParams; LLM(max_num_seqs=8).generate("
@@ -78,7 +79,8 @@ WAYS: dict[str, dict[str, str]] = {
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """So many processes that only compute, while the block runs; `timeout` ends them at last."""
+    """Run that many processes that only compute while the context is open; should this process be
+    killed, the command `timeout` ends them."""
     command = ["timeout", str(2 * LIMIT), sys.executable, "-c", "while True: pass"]
     hogs = [subprocess.Popen(command) for _ in range(processes)]
     try:
@@ -90,7 +92,11 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def python(tree: Path, arguments: tuple[str, ...], **variables: str) -> tuple[float | None, str]:
-    """Run a Python; returns its seconds and what it has printed. Raises CalledProcessError."""
+    """Run Python on the minisrv in `tree`, and return the seconds that it took, or None if they
+    exceeded LIMIT, and its output. Raises CalledProcessError.
+
+    variables: environment variables for it.
+    """
     ours = {COUNT, *WAITING}
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"PYTHONPATH": str(tree), **variables}
@@ -112,7 +118,7 @@ def python(tree: Path, arguments: tuple[str, ...], **variables: str) -> tuple[fl
 
 
 def commands(tree: Path) -> Iterator[dict[str, Any]]:
-    """One round."""
+    """Run one round of the commands, and yield a row for each."""
     for name, arguments in COMMANDS.items():
         for processes in (0, 2):
             with busy(processes):
@@ -121,7 +127,7 @@ def commands(tree: Path) -> Iterator[dict[str, Any]]:
 
 
 def steps(tree: Path) -> Iterator[dict[str, Any]]:
-    """One round."""
+    """Run one round of the measurement of steps, and yield a row for each way of waiting."""
     for name, variables in WAYS.items():
         _, printed = python(tree, ("-c", _STEPS), **variables)
         yield {"waiting": name, "ms_by_batch": json.loads(printed or "null")}

@@ -5,11 +5,12 @@ full size.
     python benchmarks/chaos.py disconnects --count 2000 --json F
     python benchmarks/chaos.py requests --count 10000 --json F --server-flags=--enforce-eager
 
-*Deaths*: as many servers, whose engines are killed or stopped while they load, idle, prefill or
-decode (tests/e2e/test_death.py). *Disconnects*: clients of one server that go away at any moment
-(tests/e2e/test_vanishing_clients.py). *Requests*: random ones, valid and invalid, beside a stream
-whose tokens must stay the same (tests/e2e/test_random_requests.py). What should not be ends the run
-with an AssertionError. The last two take flags for their server.
+*Deaths*: as many servers are started, and their engines are killed or suspended while they load,
+idle, prefill or decode (tests/e2e/test_death.py). *Disconnects*: clients of one server disconnect
+at any moment (tests/e2e/test_vanishing_clients.py). *Requests*: random requests, valid and invalid,
+are sent beside a stream whose tokens must stay the same (tests/e2e/test_random_requests.py). A
+result that should not be ends the run with an AssertionError. The last two take flags for their
+server.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ with needs("pip install -e '.[test]'"):
 
 @contextmanager
 def starting() -> Iterator[Callable[..., Server]]:
-    """Starts servers; they end with the block, and say what they logged if it failed."""
+    """Return a context with a function that starts servers. They end with the context, and their
+    logs are printed if it ends by an exception."""
     servers: list[Server] = []
 
     def start(*flags: str, **options: str) -> Server:
@@ -62,12 +64,12 @@ def starting() -> Iterator[Callable[..., Server]]:
 
 
 DEAD_LINE = 1.0
-"""Seconds from an engine's death to the last error."""
+"""Maximum number of seconds from an engine's death to the last error that a client gets."""
 
 
 def deaths(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
-    """The seeds from 0, each with its own flags. Raises AssertionError for one that is noticed too
-    late; a hang is looked for four times a second."""
+    """Run a death for each seed from 0 on, each with flags of its own. Raises AssertionError for a
+    death that is noticed too late; the server checks for a hang four times a second."""
     found = []
     for seed in tqdm(range(count)):
         with starting() as start:
@@ -87,14 +89,16 @@ SMALL = ("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--max-model-l
 
 
 def disconnects(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
-    """Clients of one server; ends when its blocks are all free again."""
+    """Run clients of one server that disconnect, and end when all its KV cache blocks are free
+    again."""
     with starting() as start:
         server = start(str(model), *FLAGS, *flags).wait_ready()
         return {"clients": count, "how_far_they_came": dict(vanish_all(server, 0, count))}
 
 
 def requests(model: Path, count: int, flags: list[str]) -> dict[str, Any]:
-    """Of one server, beside a canary. float32, so that no batch rounds otherwise than another."""
+    """Send random requests to one server, beside a stream whose tokens must stay the same. It runs
+    in float32, so that rounding cannot change a token from one batch to another."""
     with starting() as start:
         server = start(str(model), *SMALL, "--dtype", "float32", *flags).wait_ready()
         return send(server, count)

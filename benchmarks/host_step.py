@@ -3,8 +3,9 @@
     python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F \
         --engine-flags "--load-format dummy --async-scheduling"
 
-The time of an engine step less the time in which it waits for tokens. It uses what all versions of
-minisrv have, so that two can be compared: put another version's directory into PYTHONPATH.
+The host's time is that of an engine step minus the time in which it waits for tokens. The script
+uses only what all versions of minisrv have, so that two versions can be compared: put the directory
+of the other version into PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WARM_UP = 40
 
 
 def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Steps of `batch` requests, whose contexts grow from `context` on."""
+    """Measure decode steps of `batch` requests, whose contexts grow from `context` tokens on."""
     draw, vocab = random.Random(batch), engine.info.vocab_size
     params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
     names = [f"{batch}-{index}" for index in range(batch)]
@@ -61,11 +62,12 @@ def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[st
 
 
 class _Waiting:
-    """The time in which a step's result is waited for."""
+    """Measures the seconds in which the engine waits for the result of a step."""
 
     def __init__(self, engine: EngineCore) -> None:
         self.seconds = 0.0
-        # The class of results, which has been in more than one module.
+        # The class of a step's result. It is taken from an object, as it is in different modules in
+        # different versions of minisrv.
         self._kind: Any = type(engine._in_flight[0].result) if engine._in_flight else None
         if self._kind is None:
             raise SystemExit("no step is in flight; the engine must run ahead (--async-scheduling)")

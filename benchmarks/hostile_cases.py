@@ -1,6 +1,7 @@
-"""A good checkpoint, damaged by a seed. `hostile_checkpoints.py` opens what comes of it.
+"""Damages a good checkpoint as a random generator decides, for `hostile_checkpoints.py` to open.
 
-Knows: the files of a checkpoint, and what parsers of them have failed at. Knows nothing of minisrv.
+Knows: the files of a checkpoint, and content at which parsers of them have failed. Knows nothing of
+minisrv.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ DEEP = 100_000
 
 @dataclass(frozen=True)
 class Case:
-    """A copy of a good checkpoint, to be damaged, beside files that it must not make anybody read.
+    """A copy of a good checkpoint, which is to be damaged, and other files, which nobody who opens
+    it may read.
 
     directory: the checkpoint, with its weights in one file.
-    sharded: the same weights in several files with an index.
-    secrets: valid tokenizers, templates, configs and a text, by the names that a checkpoint has.
+    sharded: a directory with the same weights in several files with an index.
+    secrets: a directory outside of the checkpoint, with valid tokenizers, templates and configs
+        under the names that they have in a checkpoint, and a text.
     """
 
     directory: Path
@@ -38,13 +41,14 @@ class Case:
     secrets: Path
 
     def secret(self, rng: random.Random, name: str) -> Path:
-        """One of them: mostly the one of that name."""
+        """Return the path of one of the secret files, mostly the one with that name."""
         wanted = self.secrets / name
         others = sorted(path for path in self.secrets.iterdir() if path.is_file())
         return wanted if wanted.is_file() and rng.random() < 0.7 else rng.choice(others)
 
     def outside(self, rng: random.Random) -> Any:
-        """A name that a file could give to one of them."""
+        """Return a value by which a JSON file could name one of the secret files: its path, or a
+        list or object that holds it."""
         secret = self.secret(rng, "")
         name = rng.choice((str(secret), f"../{self.secrets.name}/{secret.name}"))
         return rng.choice((name, name, [name], {"a": name}, {"file": name}))
@@ -54,11 +58,11 @@ class Case:
 
 
 class Raw(str):
-    """JSON that `json.dumps` would not write."""
+    """A text that `dump` writes as it is, for JSON that `json.dumps` would not write."""
 
 
 def raw_values() -> list[str]:
-    """Texts in the place of a value."""
+    """Return texts to write in the place of a JSON value."""
     return [
         *("null", "true", "0", "-1", "1", "2", "3", "2.5", "1e999", "-1e308", "NaN", "Infinity"),
         *("1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 5000, str(2**31), str(2**63), str(10**12)),
@@ -73,7 +77,8 @@ VALUES = raw_values()
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the parts of a JSON document are; of a long list or object, the first ones."""
+    """Return the paths, as tuples of keys, of the parts of a JSON document; of a long list or
+    object only those of the first parts."""
     found = [path] if path else []
     parts: list[Any] = []
     if isinstance(value, dict):
@@ -86,7 +91,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def dump(value: Any) -> str:
-    """JSON, with the texts of `Raw` as they are."""
+    """Return `value` as JSON, in which texts of the class `Raw` stand as they are."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
@@ -175,7 +180,7 @@ CLASSES = (
 
 
 def change_json(rng: random.Random, case: Case) -> str:
-    """One or two fields of one file."""
+    """Change one or two fields of one JSON file."""
     name = rng.choice(JSON_FILES)
     path = case.directory / name
     value = json.loads(path.read_text()) if path.exists() else {}
@@ -205,7 +210,7 @@ def change_json(rng: random.Random, case: Case) -> str:
         text = dump(value)
     except RecursionError:
         text = "{" + '"a": {' * 500 + "}" * 501
-    if rng.random() < 0.1:  # a name twice
+    if rng.random() < 0.1:  # some names then occur twice in the object
         text = re.sub(r"^\{", '{"vocab_size": 1, "model": null, "eos_token": [], ', text)
     prefix = rng.choice(("",) * 12 + ("\ufeff", "\x00", " " * 1_000_000, "//\n"))
     path.write_text(prefix + text, encoding="utf-8", errors="surrogatepass")
@@ -216,7 +221,8 @@ def change_json(rng: random.Random, case: Case) -> str:
 
 
 def change_bytes(rng: random.Random, case: Case) -> str:
-    """Cut, flip, zero, repeat or fill a file."""
+    """Damage the bytes of one file: cut it off, flip bits, zero, insert or repeat bytes, encode it
+    as UTF-16, or empty it."""
     path = rng.choice([path for path in case.directory.iterdir() if path.stat().st_size])
     body = bytearray(path.read_bytes())
     at = rng.randrange(min(len(body), rng.choice((16, 1000, len(body)))))
@@ -246,21 +252,26 @@ def change_bytes(rng: random.Random, case: Case) -> str:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and what follows it."""
+    """Return the header of a safetensors file, and the data after it."""
     body = path.read_bytes()
     (length,) = struct.unpack("<Q", body[:8])
     return json.loads(body[8 : 8 + length]), body[8 + length :]
 
 
 def write_header(path: Path, header: str | bytes, data: bytes, length: int | None = None) -> None:
-    """Write a file with that header."""
+    """Write a safetensors file.
+
+    header: the text of the header.
+    data: the bytes after it.
+    length: the length of the header that the file states; None is the right one.
+    """
     told = header.encode(errors="surrogatepass") if isinstance(header, str) else header
     said = len(told) if length is None else length
     path.write_bytes(struct.pack("<Q", said % 2**64) + told + data)
 
 
 def change_header(rng: random.Random, case: Case) -> str:
-    """What the header says of its tensors, or how long it says that it is."""
+    """Change the header of a file of weights: its statements on tensors, or its stated length."""
     path = rng.choice(sorted(case.directory.glob("*.safetensors")))
     header, data = read_header(path)
     names = [name for name in header if name != "__metadata__"]
@@ -299,7 +310,7 @@ def change_header(rng: random.Random, case: Case) -> str:
                 *("F4", "F6_E2M3", "C64", "X", "1"),
             )
             tensor["dtype"] = rng.choice([*dtypes, None, 7, []])
-            if rng.random() < 0.5:  # a shape that goes with it
+            if rng.random() < 0.5:  # a shape that fits a dtype of one byte
                 tensor["shape"] = [end - start]
         case "shape":
             odd = [0, 1, -1, 2**32, 2**63, 2**64, 10**30, 1.5, None, "3"]
@@ -352,7 +363,7 @@ def change_header(rng: random.Random, case: Case) -> str:
 
 
 def change_index(rng: random.Random, case: Case) -> str:
-    """What the index says, and what lies where it says."""
+    """Use the sharded weights, and damage their index or one of the files that it names."""
     (case.directory / "model.safetensors").unlink()
     for path in case.sharded.iterdir():
         shutil.copy(path, case.directory)
@@ -392,7 +403,7 @@ def change_index(rng: random.Random, case: Case) -> str:
             shard.mkdir()
         case "link":
             shard.unlink()
-            # The last is as good as the file itself: weights may lie elsewhere.
+            # The last choice is as valid as the file itself, as weights may be links to elsewhere.
             shard.symlink_to(
                 rng.choice((shard.name, "nowhere", files[-1], str(case.sharded / files[0])))
             )
@@ -408,7 +419,7 @@ def change_index(rng: random.Random, case: Case) -> str:
 
 
 def change_config(rng: random.Random, case: Case) -> str:
-    """A config that says much more than there is."""
+    """Set sizes in config.json that do not fit the weights, many of them much too large."""
     path = case.directory / "config.json"
     config = json.loads(path.read_text())
     for name in rng.sample(FIELDS["config.json"][:8], rng.choice((1, 2, 3))):
@@ -442,7 +453,7 @@ REGEXES = (
 
 
 def change_tokenizer(rng: random.Random, case: Case) -> str:
-    """A tokenizer that is valid, or nearly, and does much."""
+    """Change tokenizer.json so that it is valid, or nearly, and takes much time or memory."""
     path = case.directory / "tokenizer.json"
     told = json.loads(path.read_text())
     vocab = told["model"]["vocab"]
@@ -619,7 +630,8 @@ TEMPLATES = (
 
 
 def change_template(rng: random.Random, case: Case) -> str:
-    """A template that does not end, eats memory, reaches for what is not its own, or is none."""
+    """Set a chat template that does not end, takes much memory, accesses what it may not, or is no
+    template."""
     source = rng.choice(TEMPLATES)
     if rng.random() < 0.3:
         source = "{% for m in messages %}{{ m.content }}{% endfor %}" + source
@@ -644,7 +656,7 @@ def change_template(rng: random.Random, case: Case) -> str:
 
 
 def change_links(rng: random.Random, case: Case) -> str:
-    """Files that are links, and files that are no files."""
+    """Replace a file by a link, or by something that is no regular file."""
     extra = ("chat_template.jinja", "chat_template.json", "added_tokens.json", "tokenizer.model")
     extra += ("vocab.json", "merges.txt", "additional_chat_templates", "passwd.gguf", "vocab.txt")
     name = rng.choice((*JSON_FILES, *extra))

@@ -2,16 +2,17 @@
 
     python benchmarks/hostile_checkpoints.py --count 4000 --json F
 
-Each case damages a tiny checkpoint by its seed (`hostile_cases.py`): values of its JSON files,
-their bytes, the headers of its weights, the index of its shards, how much its config says that
-there is, what its tokenizer does, its chat template, and links. Then it is opened as a server does:
-described, its tokenizer made and used, a chat rendered, an engine made of it.
+Each case damages a tiny checkpoint as its seed decides (`hostile_cases.py`): values in its JSON
+files, their bytes, the headers of its weights, the index of its shards, the sizes in its config,
+the work of its tokenizer, its chat template, and links. Then the checkpoint is opened as a server
+does it: its small files are read, its tokenizer is made and used, a chat is rendered, and an engine
+is built from it.
 
 That must succeed or raise an error of `minisrv.errors`, within SECONDS of processor time and MEMORY
-bytes, and no file beside the checkpoint may be read, which their times of last access tell. Each
-case has a process of its own, forked from one that has imported the libraries. What does not go
-well there is opened once more as the launcher does it, from a new process, which asks transformers
-in a child with bounds of its own; the outcome is that one's.
+bytes, and no file outside of the checkpoint may be read, which is seen by the times of last access.
+Each case has a process of its own, forked from one that has imported the libraries. A case that
+fails there, or is slow, is opened once more as the launcher does it, from a new process, which runs
+transformers in a child with its own limits; the outcome of that process counts.
 """
 
 from __future__ import annotations
@@ -45,33 +46,35 @@ from minisrv.errors import MinisrvError, RequestError
 from minisrv.processes import bound_resource
 
 SECONDS = 45
-"""Processor time of a case: a description has 30, and few cases take one."""
+"""Maximum processor time of a case in seconds. The process that reads the small files may use 30 of
+them, and few cases take more than one."""
 MEMORY = 5 << 30
-"""Private bytes of a case's process: a description has 4 GiB."""
+"""Maximum private memory, in bytes, of a case's process. The process that reads the small files may
+have 4 GiB."""
 WALL_SECONDS = 4 * SECONDS
 MAX_MESSAGE = 4000
-"""Characters of an error."""
+"""Number of characters from which the message of an error is too long."""
 SLOW_SECONDS = 5.0
-"""Processor time above which a case is listed."""
+"""Processor time in seconds above which a case is listed as slow."""
 
 CHAT = [{"role": "user", "content": "a" * 30 + " naïve 你好 {% raise %}"}]
 
 
 def open_and_use(directory: Path) -> str:
-    """What a server does with a checkpoint until it is ready, and for a first chat. Raises what
-    should not be raised."""
+    """Do what a server does with a checkpoint until it is ready, and for a first chat. Returns
+    "opened" or the name of an error of minisrv; any exception that is raised is a fault."""
     try:
         config = EngineConfig(
             model=str(directory), device="cpu", enforce_eager=True, kv_cache_memory=1 << 24
         )
         checkpoint = open_checkpoint(config)
         checkpoint.save(directory / "saved")
-        # Not before, as in a launcher.
+        # Imported only here, after the checkpoint was opened, as in the launcher.
         from minisrv.engine.builder import build_engine
         from minisrv.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_description(checkpoint.tokenizer)
-        with suppress(RequestError):  # the answer to that request
+        with suppress(RequestError):  # such an error would be the answer to that request
             tokenizer.decode(tokenizer.encode(CHAT[0]["content"]))
             tokenizer.apply_chat_template(CHAT)
         build_engine(config, checkpoint=checkpoint)
@@ -81,7 +84,8 @@ def open_and_use(directory: Path) -> str:
 
 
 def tried(directory: Path) -> dict[str, Any]:
-    """The outcome: `opened`, the name of an error, or what was raised."""
+    """Open the checkpoint, and return the outcome (`opened`, the name of an error, or `RAISED` and
+    the exception), the processor time and the peak memory."""
     began = _processor_seconds()
     try:
         outcome = open_and_use(directory)
@@ -105,18 +109,18 @@ def _processor_seconds() -> float:
 
 
 def bound() -> None:
-    """Let the kernel end this process where it takes too much."""
+    """Let the kernel end this process if it uses too much processor time or memory."""
     bound_resource(resource.RLIMIT_CPU, SECONDS)
     bound_resource(resource.RLIMIT_DATA, MEMORY)
 
 
 def forked(directory: Path, log: Path) -> dict[str, Any]:
-    """The outcome in a process of its own."""
+    """Return the outcome of a forked process that opens the checkpoint."""
     line, theirs = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
-        # Its libraries print, and so does what it starts.
+        # Libraries, and child processes, print to these descriptors.
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -132,7 +136,7 @@ def forked(directory: Path, log: Path) -> dict[str, Any]:
 
 
 def launched(directory: Path) -> dict[str, Any]:
-    """The outcome in a process that has imported neither transformers nor torch."""
+    """Return the outcome of a new process, which has imported neither transformers nor torch."""
     command = [sys.executable, __file__, "--open", str(directory)]
     try:
         done = subprocess.run(
@@ -149,22 +153,27 @@ def launched(directory: Path) -> dict[str, Any]:
 
 
 def read_since(secrets: Path) -> list[str]:
-    """The files there that have been read since `forget_reading`."""
+    """Return the names of the files in `secrets` that were read since `forget_reading`."""
     return sorted(path.name for path in secrets.iterdir() if path.stat().st_atime_ns != 0)
 
 
 def forget_reading(secrets: Path) -> None:
-    """Make the next reading of each file there seen. A file system that notes the times of reading
-    seldom (relatime) does so where the last one is before the last change."""
+    """Set the times of last access so that the next access to each file in `secrets` is noticed. A
+    file system that updates these times seldom (relatime) does so if the last access was before the
+    last change."""
     for path in secrets.iterdir():
         os.utime(path, ns=(0, 1))
 
 
 def run(root: Path, seeds: range, ways: list[str]) -> dict[str, Any]:
-    """Damage and open by each seed, until there is none left or somebody interrupts."""
+    """Damage and open a checkpoint for each seed, until none is left or the user interrupts.
+
+    ways: names in `WAYS` of the kinds of damage, which are used in turn.
+    """
     with needs("pip install -e '.[test]'"):
         from tests.checkpoints import make_checkpoint
-    # Before forking; not before a launcher, whose process this file runs too.
+    # These are imported before processes are forked, but not at the top, because this file also
+    # runs as the process of `launched`, which must not have imported them.
     import minisrv.checkpoint.by_transformers
     import minisrv.engine.builder
     import minisrv.text.tokenizer  # noqa: F401
@@ -225,7 +234,8 @@ def run(root: Path, seeds: range, ways: list[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, print, and write the JSON; exits with 1 if something was neither opened nor refused."""
+    """Run, print, and write the JSON. Exits with 1 if a checkpoint was neither opened nor
+    refused, or a file outside of it was read."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=len(WAYS) * 10, help="of cases")
     parser.add_argument("--seed", type=int, default=0, help="the first")

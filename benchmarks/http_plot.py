@@ -2,7 +2,8 @@
 
     python benchmarks/http_plot.py --plot F LABEL=A.json[,B.json] LABEL=C.json ...
 
-Files of one label are levels of one server. A label of runs whose times are simulated says so.
+The files of one label hold concurrencies of the same server. The name of a label says so if the
+times of its runs are simulated.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from benchmarks.clients.needs import needs
 
 
 def levels(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The summaries in some reports, by concurrency."""
+    """Return the summaries of all levels in some reports, sorted by concurrency."""
     found = [level["summary"] for report in reports for level in report["levels"]]
     return sorted(found, key=lambda summary: summary["concurrency"])
 
 
 def labelled(run: str) -> tuple[str, list[dict[str, Any]]]:
-    """What LABEL=FILES stands for: its name in the picture, and the summaries."""
+    """Read LABEL=FILES, and return the label's name in the plot, and the summaries."""
     label, _, paths = run.partition("=")
     reports = [json.loads(Path(path).read_text()) for path in paths.split(",")]
-    # Reports of before there were labels have none.
+    # Old reports do not have the field "simulated".
     notes = dict.fromkeys(report.get("simulated", "") for report in reports)
     return ", ".join(filter(None, (label, *notes))), levels(reports)
 
 
 def save_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A panel for each figure, a color for each label; both axes logarithmic."""
+    """Draw a panel for each metric, with a color for each label, and both axes logarithmic."""
     with needs("pip install matplotlib"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import FormatStrFormatter, LogLocator
@@ -61,7 +62,7 @@ def save_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read and draw."""
+    """Read the reports, and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="LABEL=FILES")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="needs matplotlib")

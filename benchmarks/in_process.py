@@ -3,9 +3,10 @@
     python benchmarks/in_process.py MODEL --concurrency 1,64,256 --requests 768 --json F \
         --engine-flags "--load-format dummy --max-num-seqs 256 --max-model-len 2048"
 
-So many requests are open at any time, each replaced when it ends, with random prompts that share
-nothing. Prefills are part of the figure, as they are of loadgen's: tokens per second by HTTP over
-tokens per second here is the share that the wire leaves.
+The given number of requests is open at any time, and each is replaced when it ends; their prompts
+are random and share no prefix. As in the figures of loadgen, the time includes prefills: tokens per
+second over HTTP, divided by tokens per second here, is the share that HTTP leaves of the engine's
+throughput.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     results = []
     for concurrency in map(int, options.concurrency.split(",")):
         requests = options.requests if concurrency > 1 else min(options.requests, 24)
-        for number in min(requests, 2 * concurrency), requests:  # the first to warm up
+        for number in min(requests, 2 * concurrency), requests:  # the first run is a warm-up
             found = run(engine, draw, concurrency=concurrency, requests=number, **lengths)
         results.append(found)
     table = Table("concurrency", "requests", "tok/s", "GPU idle", box=None)

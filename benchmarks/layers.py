@@ -1,9 +1,9 @@
-"""A decoder's layers by one CUDA graph, without an engine: what kernels are compared in.
+"""The layers of a decoder in one CUDA graph, without an engine, in which kernels are compared.
 
 `Layers` is a model of random weights with a KV cache of random entries; `capture` records its
-forward pass and output projection for a decode batch of one context. Kernels that are timed alone,
-over and over, look better than they are: here each is behind the one that it is behind in a step,
-and reads weights that nobody has read since the step before.
+forward pass and output projection for a decode batch whose contexts have the same length. Kernels
+that are timed alone, again and again, look faster than they are: here each runs after the same
+kernel as in a step, and reads weights that no kernel has read since the step before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPLAYS = 10
 
 
 def median_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of a replay on the GPU."""
+    """Return the median of the microseconds that replays of `graph` take on the GPU."""
     times = []
     for replay in range(WARM_UP + REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -40,8 +40,8 @@ def median_us(graph: torch.cuda.CUDAGraph) -> float:
 
 
 class Paged:
-    """Block table, lengths and positions of `rows` requests with `context` tokens each, in blocks
-    that lie anywhere."""
+    """Block table, lengths and positions of `rows` requests with `context` tokens each. Their
+    blocks are in random order, as in an engine that has run for a while."""
 
     def __init__(self, rows: int, context: int) -> None:
         device = "cuda"
@@ -57,13 +57,13 @@ class Paged:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
     def cache(self, config: ModelConfig) -> Tensor:
-        """One layer's, of random entries."""
+        """Return a KV cache of one layer, with random entries."""
         shape = (self.num_blocks, BLOCK_SIZE, 2, config.num_kv_heads, config.head_dim)
         return torch.randn(*shape, dtype=torch.bfloat16, device=self.table.device)
 
 
 class Layers:
-    """A model, bfloat16, of the config in a directory."""
+    """A model with random bfloat16 weights, of the shape in the config.json of a directory."""
 
     def __init__(self, directory: Path) -> None:
         self.config = config = describe_model(directory).model
@@ -75,7 +75,8 @@ class Layers:
 
     @torch.no_grad()
     def capture(self, rows: int, context: int) -> torch.cuda.CUDAGraph:
-        """A decode step's layers and logits. What it reads lives until the next capture."""
+        """Capture the layers and logits of a decode step of `rows` requests. The tensors that the
+        graph reads are kept until the next capture, so only the last graph may be replayed."""
         config, paged = self.config, Paged(rows, context)
         self.model.bind_kv_cache([paged.cache(config) for _ in range(config.num_layers)])
 

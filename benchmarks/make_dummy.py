@@ -15,7 +15,7 @@ from minisrv.checkpoint.stand_in import stand_in_tokenizer
 
 
 def make(config: Path, directory: Path) -> int:
-    """Write config.json and tokenizer.json to `directory`, which is made; returns the size of the
+    """Make `directory`, write config.json and tokenizer.json to it, and return the size of the
     vocabulary."""
     size: int = json.loads((config / "config.json").read_text())["vocab_size"]
     directory.mkdir(parents=True, exist_ok=True)

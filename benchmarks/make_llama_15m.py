@@ -2,8 +2,9 @@
 
     python benchmarks/make_llama_15m.py DIR
 
-8 layers, hidden 384, intermediate 1024, 6 heads of 64, tied embeddings of the default model's 4096
-tokens, whose tokenizer comes with it; float32. The weights depend on the seed alone.
+It has 8 layers, hidden size 384, intermediate size 1024, 6 heads of 64, tied embeddings, float32
+weights, and the tokenizer of the default model with its 4096 tokens. The weights depend on the seed
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def make(directory: Path, seed: int = 0) -> LlamaForCausalLM:
-    """Write the checkpoint to `directory`, which is made; returns the model."""
+    """Make `directory`, write the checkpoint to it, and return the model."""
     default = resolve_checkpoint(None)
     config = LlamaConfig(
         vocab_size=4096,
@@ -41,7 +42,8 @@ def make(directory: Path, seed: int = 0) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() == 2:  # norms stay 1; every product keeps the size of its input
+            # Norms stay 1. With this deviation each product has outputs as large as its inputs.
+            if weight.dim() == 2:
                 weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
     model.save_pretrained(directory)
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):

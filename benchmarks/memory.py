@@ -13,7 +13,11 @@ from pathlib import Path
 
 
 def processes(root: int) -> dict[str, dict[str, float]]:
-    """Of a process and all its descendants, by name: memory (MiB), open files, threads."""
+    """Return memory (MiB), open files and threads of a process and all its descendants, by the
+    names of the processes.
+
+    root: the id of the process.
+    """
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):
@@ -24,9 +28,9 @@ def processes(root: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for pid in sorted(tree):
         process = Path("/proc", str(pid))
-        with suppress(OSError, KeyError):  # it has just ended
+        with suppress(OSError, KeyError):  # raised if the process has just ended
             name = (process / "comm").read_text().strip()
-            if name.startswith("python"):  # it has not said what it is
+            if name.startswith("python"):  # the process has not set a name of its own
                 name = f"{Path('/proc', str(parents[pid]), 'comm').read_text().strip()}'s {name}"
             same = sum(other.partition(" #")[0] == name for other in found)
             found[f"{name} #{same + 1}" if same else name] = _sizes(process)
@@ -34,7 +38,7 @@ def processes(root: int) -> dict[str, dict[str, float]]:
 
 
 def _fields_of(process: Path) -> list[str]:
-    """Those of `stat` behind the name: state, parent, ..."""
+    """Return the fields of `stat` of a process that follow its name: state, parent, ..."""
     return (process / "stat").read_text().rpartition(")")[2].split()
 
 
@@ -53,13 +57,13 @@ def _sizes(process: Path) -> dict[str, float]:
 
 
 def _kib(file: Path) -> dict[str, int]:
-    """The numbers of a file whose lines are `Name: 12 kB`."""
+    """Return the numbers, by name, of a file whose lines are `Name: 12 kB`."""
     pairs = (line.partition(":")[::2] for line in file.read_text().splitlines())
     return {name: int(n[0]) for name, rest in pairs if (n := rest.split()) and n[0].isdecimal()}
 
 
 def gpu_mib() -> list[int] | None:
-    """Memory in use on each GPU; None where there is no nvidia-smi."""
+    """Return the memory in use on each GPU in MiB; None without nvidia-smi or a GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]

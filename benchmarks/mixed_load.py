@@ -3,11 +3,11 @@
     python benchmarks/mixed_load.py MODEL --chunks 128,256,512,1024,2048 --json F --plot F.svg \
         --engine-flags "--load-format dummy --max-model-len 4096"
 
-In one process, without HTTP: some streams decode, and prompts arrive one behind another, the next
-when the last has its first token, so that every step but a prompt's last is a full chunk. The
-largest step, `--max-num-batched-tokens`, is the chunk with the streams' own tokens. PIECEWISE has
-graphs up to the chunk; FULL (`--cudagraph-mode full`, on a GPU) runs the model of such a step in
-one; eager mixed steps are those of `--cudagraph-mode full-decode-only`.
+This runs in one process, without HTTP. Some streams decode, and prompts arrive one after another,
+the next when the last one has its first token, so that every step except the last of a prompt is a
+full chunk. The chunk size is `--max-num-batched-tokens`, which includes the tokens of the streams.
+PIECEWISE has graphs up to the chunk size; FULL (`--cudagraph-mode full`, on a GPU) runs the model
+of such a step in one graph; eager mixed steps are those of `--cudagraph-mode full-decode-only`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ MODES = {
     "PIECEWISE": CUDAGraphMode.FULL_AND_PIECEWISE,
     "eager": CUDAGraphMode.FULL_DECODE_ONLY,
 }
-"""How mixed steps run; pure decode steps are FULL graphs in either."""
+"""The graph modes by the way in which mixed steps run; pure decode steps run as FULL graphs in all
+of them."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """streams that decode, and prompts of so many tokens that arrive."""
+    """The load: the number of streams that decode, the number of prompts that arrive, and the
+    number of tokens in each prompt."""
 
     streams: int
     prompts: int
@@ -57,7 +59,8 @@ class Load:
 
 
 def configure(config: EngineConfig, mode: str, chunk: int) -> EngineConfig:
-    """The settings that are compared. Rungs are the powers of two up to the chunk."""
+    """Return the settings for one mode and chunk size. Capture sizes are the powers of two up to
+    the chunk size, and the chunk size."""
     sizes = {2**n for n in range(chunk.bit_length())} | {chunk}
     return replace(
         config,
@@ -70,7 +73,8 @@ def configure(config: EngineConfig, mode: str, chunk: int) -> EngineConfig:
 
 
 def run(engine: EngineCore, load: Load) -> dict[str, Any]:
-    """Times in ms; tokens_per_s of prompts and streams, while prompts were there."""
+    """Run a load, and return its results: latencies in ms, `tokens_per_s` of prompts and streams
+    together, and the number of steps by mode and reason, all while prompts were arriving."""
     draw = random.Random(0)
     vocab = engine.info.vocab_size
 
@@ -135,7 +139,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 def save_plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
-    """ITL and TTFT over the chunk, a line for each mode."""
+    """Plot ITL and TTFT by chunk size, with a line for each mode."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -180,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.plot is not None:
         with needs("pip install matplotlib"):
-            import matplotlib  # noqa: F401  (before anything is measured)
+            import matplotlib  # noqa: F401  (fails here, before anything is measured)
     config = engine_config([options.model, *shlex.split(options.engine_flags)])
     load = Load(options.streams, options.prompts, options.prompt_tokens)
     results = []
@@ -188,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         for mode in options.modes.split(","):
             print(f"{mode}, {chunk} tokens in a step", file=sys.stderr, flush=True)
             engine = EngineCore(build_engine(configure(config, mode, chunk)))
-            run(engine, replace(load, prompts=2))  # kernels of these shapes are loaded
+            run(engine, replace(load, prompts=2))  # loads the kernels for these shapes
             results.append({"mode": mode, "chunk": chunk, **run(engine, load)})
             device = engine.info.device
             del engine

@@ -3,15 +3,17 @@
     python benchmarks/overload.py --minutes 10 --times 10 --json overload.json \\
         'minisrv serve --max-num-seqs 8 --max-waiting 64 --request-timeout 5'
 
-Three phases against one server: *at capacity*, where twice `--max-num-seqs` clients send one
-request behind the other, so that every slot is always taken; *overload*, where requests arrive at
-`--times` the rate that was served at capacity, evenly and whatever becomes of them (an open loop);
-and at capacity again, for what the machine itself has changed meanwhile. Every request must end in
-tokens, a 429 or a deadline's error; any other end makes the exit status 1.
+There are three phases against one server. *At capacity*: twice `--max-num-seqs` clients send one
+request after the other, so that every slot is always taken. *Overload*: requests arrive at
+`--times` the rate that was served at capacity, evenly, whether or not earlier ones have ended (an
+open loop). *At capacity again*: shows how much the machine itself has changed meanwhile. Every
+request must end with tokens, a 429 or the error of a deadline; any other end makes the exit status
+1.
 
-A step's time is the phase's seconds by the steps that /metrics counts in it: the engine always has
-work, so nothing else is in it but its own waiting for the machine's cores, which the client shares.
-Memory is each process's resident set (VmRSS), every five seconds.
+The time of a step is the seconds of the phase divided by the steps that /metrics counts in it: the
+engine always has work, so the time includes nothing else but its waiting for the machine's cores,
+which the client shares. Memory is the resident set (VmRSS) of each process, read every five
+seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from loadgen.stats import Distribution, itl_samples_ms
 from minisrv.environment import environment
 
 SETTLE_S = 3.0
-"""From the start of a phase to the first reading of its steps."""
+"""Seconds from the start of a phase to the first reading of its number of steps."""
 SAMPLE_S = 5.0
 PATIENCE_S = 120.0
 _DEADLINE = "has not ended within"
@@ -52,7 +54,8 @@ _STEPS = re.compile(r"^minisrv:graph_steps_total\{.*\} (\S+)$", re.MULTILINE)
 
 
 def outcome(record: RequestRecord) -> str:
-    """How a request ended: tokens, 429, deadline, or what it should not."""
+    """Return how a request ended: "tokens", "429", "deadline", or else its failure, which it should
+    not have."""
     failure = record.failure
     if failure is None:
         return "tokens"
@@ -73,7 +76,7 @@ class Watch:
         self.memory: list[dict[str, Any]] = []
 
     async def steps(self) -> float:
-        """Steps since the server's start."""
+        """Return the number of steps since the server's start."""
         text = bytearray()
 
         def receive(status: int, data: bytes, now_s: float) -> bool:
@@ -84,13 +87,13 @@ class Watch:
         return sum(map(float, _STEPS.findall(text.decode())))
 
     def sample(self, phase: str) -> None:
-        """Note the resident memory of each process of the server."""
+        """Record the resident memory of each process of the server."""
         found = {name: one["rss_mib"] for name, one in processes(self._server.pid).items()}
         seconds = round(time.perf_counter() - self._began, 1)
         self.memory.append({"phase": phase, "seconds": seconds, "mib": found})
 
     async def sample_on(self, phase: str) -> None:
-        """Sample until cancelled."""
+        """Call `sample` every SAMPLE_S seconds until the task is cancelled."""
         while True:
             self.sample(phase)
             await asyncio.sleep(SAMPLE_S)
@@ -100,7 +103,7 @@ Ask = Callable[[], Awaitable[None]]
 
 
 async def closed_loop(clients: int, seconds: float, ask: Ask) -> None:
-    """So many clients, each with one request behind the other."""
+    """Run `clients` clients, each of which sends one request after the other."""
     end = time.perf_counter() + seconds
 
     async def one() -> None:
@@ -111,7 +114,7 @@ async def closed_loop(clients: int, seconds: float, ask: Ask) -> None:
 
 
 async def open_loop(rate: float, seconds: float, ask: Ask) -> None:
-    """A request every 1/rate seconds, whatever becomes of those before."""
+    """Send a request every 1/rate seconds, whether or not those before have ended."""
     began = time.perf_counter()
     number = 0
     async with asyncio.TaskGroup() as group:
@@ -124,7 +127,13 @@ async def open_loop(rate: float, seconds: float, ask: Ask) -> None:
 async def phase(
     name: str, watch: Watch, ask: Callable[[], Awaitable[RequestRecord]], load: Callable[[Ask], Any]
 ) -> dict[str, Any]:
-    """Run a phase and say what came of it."""
+    """Run a phase, and return its results.
+
+    name: the name of the phase.
+    watch: reads the counters and the memory of the server.
+    ask: sends one request.
+    load: runs the load of the phase, given a function that sends and counts one request.
+    """
     ended: Counter[str] = Counter()
     gaps: list[tuple[float, float]] = []
     first: list[tuple[float, float]] = []
@@ -142,7 +151,7 @@ async def phase(
     await asyncio.sleep(SETTLE_S)
     steps, since = await watch.steps(), time.perf_counter()
     until, last = since, steps
-    while not running.done():  # the last reading before the load ends
+    while not running.done():  # so that the last reading is one before the load ended
         until, last = time.perf_counter(), await watch.steps()
         await asyncio.wait((running,), timeout=SAMPLE_S)
     await running
@@ -167,7 +176,7 @@ def _percentiles(samples_ms: list[tuple[float, float]]) -> dict[str, float]:
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """All phases, one behind the other."""
+    """Run all phases, one after the other."""
     with Client(None) as client:
         base = f"{server.url}/v1"
         config = RunConfig(
@@ -219,8 +228,8 @@ def _tell(found: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Both tables."""
-    # A file has no width, and a row must not be broken for it.
+    """Print the tables of the phases and of the memory."""
+    # Without a terminal rich assumes a small width, at which rows would be broken.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     shown = Table(
         "phase", "requests", "tokens", "429", "deadline", "other", "served/s", "step ms",
@@ -247,7 +256,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measure, print, and write the JSON; 1 if a request ended as none should."""
+    """Measure, print, and write the JSON. Returns the exit status: 1 if a request ended in another
+    way than it should."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("server", metavar="COMMAND", help="with --max-num-seqs as below")
     parser.add_argument("--max-num-seqs", type=int, default=8, help="of the command (8)")

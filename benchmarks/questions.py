@@ -1,7 +1,9 @@
-"""Requests whose answers are the same in any company: greedy or seeded, with every feature mixed.
+"""Random requests, greedy or seeded, whose answers do not depend on other requests.
 
-Knows: the bodies of completions and chats, how an answer is read, streamed or not, and when two are
-the same. Knows nothing of servers and engines.
+All features of the API are mixed in them.
+
+Knows: the bodies of completions and chats, how an answer is read, streamed or not, and when two
+answers are the same. Knows nothing of servers and engines.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 LOGPROB_TOLERANCE = 1e-3
-"""Tokens are the same in every batch of float32; the last bits of their logits are not."""
+"""Largest difference of log-probabilities that count as the same. In float32 sampled tokens are the
+same in every batch, but the last bits of their logits are not."""
 
 _WORDS = (
     *("the", "sea", "a", "house", "by", "red", "wind", "of", "night", "over", "seven", "lanterns"),
     *("they", "count", "stones", "until", "morning", "with", "rain", "on", "nobody", "quiet"),
 )
 _TOKEN_IDS = (300, 4000)
-"""Ids that are words both in the default model's vocabulary and in larger ones."""
+"""The range of the random token ids, which are words both in the default model's vocabulary and in
+larger ones."""
 
 _PERSON = {
     "type": "object",
@@ -49,7 +53,8 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"structured_outputs": {"grammar": 'start: item ("," item)*\nitem: /[0-9]{1,3}/'}},
     {"structured_outputs": {"json": {"enum": ["Rome", "Oslo", 7, None]}}},
 )
-"""What the text of an answer must be: a bounded number of grammars."""
+"""Fields of requests for structured output. They are few, so that the number of grammars is
+bounded."""
 
 
 def _tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -64,7 +69,7 @@ _TOOLS = [
 
 
 class Question(NamedTuple):
-    """A request, but for whether it is streamed."""
+    """A request: its path and its body, without the field `stream`."""
 
     path: str
     body: dict[str, Any]
@@ -75,18 +80,18 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an answer says, however it came.
+    """The content of an answer, whether it was streamed or not.
 
-    exact: of each choice its text, tool calls, token ids and end, and the usage.
-    logprobs: all log-probabilities that are reported, in one order; of a token's alternatives the
-        largest first.
+    exact: text, tool calls, token ids and finish reason of each choice, and the usage.
+    logprobs: all log-probabilities that are reported, in a fixed order; those of a token's
+        alternatives are sorted, the largest first.
     """
 
     exact: Any
     logprobs: list[float]
 
     def same_as(self, other: Answer) -> bool:
-        """Whether nothing differs but the last bits of log-probabilities."""
+        """Whether the two answers differ at most in the last bits of log-probabilities."""
         return (
             self.exact == other.exact
             and len(self.logprobs) == len(other.logprobs)
@@ -98,7 +103,8 @@ class Answer(NamedTuple):
 
 
 class Questions:
-    """Draws questions. They share prefixes: documents of token ids, and the beginnings of chats."""
+    """Draws random requests. Many of them share prefixes: documents of token ids, or the first
+    messages of chats."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -106,7 +112,8 @@ class Questions:
         self._systems = [self._text(self._random.randint(5, 30)) for _ in range(4)]
 
     def draw(self) -> Question:
-        """The next one. With its prompt it takes less than 1024 tokens, even at one per byte."""
+        """Return the next request. Its prompt and answer together take less than 1024 tokens, even
+        with one token per byte."""
         rng = self._random
         body = self._sampling()
         self._shape(body)
@@ -134,15 +141,16 @@ class Questions:
         return Question(COMPLETIONS, body)
 
     def fresh_grammar(self, number: int) -> tuple[Question, str]:
-        """One whose grammar has not been asked for under another number, and a regular expression
-        for the text of its answer."""
+        """Return a request whose grammar is unique to `number`, and a regular expression that its
+        answer must match."""
         pattern = f"[a-f]{{1,12}}-{number}-[x-z]{{1,8}}"
         body = {"prompt": self._text(4), "structured_outputs": {"regex": pattern}}
         sampling = {"temperature": 1.0, "seed": number, "max_tokens": 80}
         return Question(COMPLETIONS, body | sampling | {"return_token_ids": True}), pattern
 
     def endless(self) -> Question:
-        """One that nobody will wait for: long, and drawn without a seed."""
+        """Return a request for a long answer without a seed, for a client that goes away before its
+        end."""
         limits = {"max_tokens": 200, "ignore_eos": True, "n": self._random.choice((1, 1, 3))}
         if self._random.random() < 0.3:
             return Question(CHAT, {"messages": self._messages()} | limits)
@@ -171,7 +179,8 @@ class Questions:
         return body
 
     def _shape(self, body: dict[str, Any]) -> None:
-        """How long, how often, until what, and with whom it shares."""
+        """Add to `body` the fields on the length, the number and the end of answers, on sharing of
+        prefixes, and on priority."""
         rng = self._random
         body["max_tokens"] = rng.choice((1, 8, 24, 40, 80, 120))
         body["return_token_ids"] = rng.random() < 0.85
@@ -220,7 +229,8 @@ class Questions:
 
 
 def parse(text: bytes, stream: bool) -> Answer:
-    """An answer with status 200. Raises ValueError for one that is an error or not whole."""
+    """Parse an answer with status 200. Raises ValueError if it holds an error, or is not
+    complete."""
     if not stream:
         return _collect([json.loads(text)])
     data = [line[6:] for line in text.split(b"\n") if line.startswith(b"data: ")]
@@ -265,8 +275,8 @@ def _collect(events: Iterable[dict[str, Any]]) -> Answer:
 
 
 def _logprobs(reported: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Those of an answer's tokens and those of their alternatives, of which completions make two
-    lists."""
+    """Return the log-probabilities of an answer's tokens, and those of their alternatives, which
+    completions report in two lists."""
     found = reported.get("token_logprobs") or ()
     tokens = [value for value in found if value is not None]
     others = [_ordered((others or {}).values()) for others in reported.get("top_logprobs") or ()]
@@ -277,12 +287,14 @@ def _logprobs(reported: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def _prompt_logprobs(reported: dict[str, Any]) -> list[float]:
-    """Completions report them in each choice, chats beside their choices."""
+    """Return the log-probabilities of the prompt, which completions report in each choice, and
+    chats beside their choices."""
     tokens = reported.get("prompt_logprobs") or ()
     found = (_ordered(one["logprob"] for one in (token or {}).values()) for token in tokens)
     return list(chain.from_iterable(found))
 
 
 def _ordered(logprobs: Iterable[float]) -> list[float]:
-    """The largest first, as two that are nearly alike may change places."""
+    """Return the log-probabilities sorted, the largest first, because two that are nearly equal may
+    come in either order."""
     return sorted(logprobs, reverse=True)

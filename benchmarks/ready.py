@@ -4,13 +4,15 @@
         --server 'graphs=minisrv serve DIR --load-format dummy' \\
         --server 'eager=minisrv serve DIR --load-format dummy --enforce-eager'
 
-A round starts each server once, alone, on a free port, asks `/ready` every 20 ms until it answers
-200, and ends it. Seconds are from before the process is made; phases are what the server's own
-"ready in" line says, which add up to what the server itself has measured from its process's start.
+A round starts each server once, alone, on a free port, requests `/ready` every 20 ms until it
+answers 200, and ends the server. Seconds count from before the process is created. Phases are those
+in the server's own log line "ready in", which add up to the time that the server itself has
+measured from the start of its process.
 
-The caches are those of the environment, and each server is started once before, unmeasured. With
---cold each start has empty directories in place of those in CACHES, and none is unmeasured; the
-system's page cache stays, and a hub id would be downloaded each time, so name a directory.
+The caches are those of the environment, and each server is started once before without being
+measured. With --cold each start has empty directories in place of those in CACHES, and there is no
+start before; the system's page cache stays, and a hub id would be downloaded each time, so name a
+directory.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from loadgen.servers import Server
 from minisrv.environment import Environment, environment
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-"""Where compiled kernels are kept: Triton's, Inductor's, minisrv's own."""
+"""Variables that name the directories of compiled kernels: those of Triton, of Inductor, and of
+minisrv."""
 
 POLL_S = 0.02
 PATIENCE_S = 900.0
@@ -47,14 +50,19 @@ _SAID = re.compile(r"ready in [\d.]+ s \(([^)]*)\)")
 
 
 class Start(NamedTuple):
-    """One start. phases: seconds by name, as the server says."""
+    """One start of a server.
+
+    seconds: seconds until it was ready.
+    phases: seconds of each phase by its name, as the server reports them.
+    """
 
     seconds: float
     phases: dict[str, float]
 
 
 def start(label: str, command: str, *, cold: bool) -> Start:
-    """Start a server, wait until it is ready, end it. Raises SystemExit if it never is."""
+    """Start a server, wait until it is ready, and end it. Raises SystemExit if it does not become
+    ready."""
     with TemporaryDirectory(prefix="ready-") as directory:
         log = Path(directory, "log")
         if cold:
@@ -67,7 +75,7 @@ def start(label: str, command: str, *, cold: bool) -> Start:
                 seconds = wait_ready(server, began)
         except LoadgenError as error:
             raise SystemExit(str(error)) from None
-        # It says so a moment after /ready does, and has for sure when it has ended.
+        # The line is logged a moment after /ready answers, and certainly before the server ends.
         said = _SAID.search(log.read_text(errors="replace"))
     if said is None:
         raise SystemExit(f"{label} does not say what its start took; is it `minisrv serve`?")
@@ -75,8 +83,8 @@ def start(label: str, command: str, *, cold: bool) -> Start:
 
 
 def wait_ready(server: Server, began: float) -> float:
-    """Seconds since `began` when `/ready` first answers 200. Raises ServerError if the server
-    ends before."""
+    """Wait until `/ready` answers 200, and return the seconds since `began`. Raises ServerError if
+    the server ends before that, and SystemExit after PATIENCE_S seconds."""
     while True:
         server.check()
         ready, seconds = is_ready(server.url), time.perf_counter() - began
@@ -100,13 +108,17 @@ def is_ready(url: str) -> bool:
 
 
 def phases(text: str) -> dict[str, float]:
-    """Of "weights 0.1, graphs 2.4"."""
+    """Parse the seconds of phases by name, from a text such as "weights 0.1, graphs 2.4"."""
     words = (part.rsplit(" ", 1) for part in text.split(", "))
     return {name: float(seconds) for name, seconds in words}
 
 
 def measure(servers: dict[str, str], rounds: int, *, cold: bool) -> dict[str, list[Start]]:
-    """servers: command by label. Starts them by turns; a line on stderr for each start."""
+    """Start the servers by turns, and print a line to stderr for each start. Returns the measured
+    starts by label.
+
+    servers: the command of each server by its label.
+    """
     turns = [] if cold else ["warm-up"]
     turns += [f"round {number} of {rounds}" for number in range(1, rounds + 1)]
     starts: dict[str, list[Start]] = {label: [] for label in servers}
@@ -120,19 +132,19 @@ def measure(servers: dict[str, str], rounds: int, *, cold: bool) -> dict[str, li
 
 
 def say(seconds: dict[str, float]) -> str:
-    """ "weights 0.1, graphs 2.4"."""
+    """Format the seconds of phases as a text such as "weights 0.1, graphs 2.4"."""
     return ", ".join(f"{name} {took:.1f}" for name, took in seconds.items())
 
 
 def machine() -> Environment:
-    """This machine, looked at by a process that ends: one that has asked CUDA keeps a part of the
-    GPU, and its driver awake for the servers."""
+    """Return the environment, as read by a child process that ends. A process that has used CUDA
+    would hold memory of the GPU, and keep its driver loaded while servers are started."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(environment).result()
 
 
 def table(starts: dict[str, list[Start]]) -> Table:
-    """A row for each server."""
+    """Return a table with a row for each server."""
     shown = Table("server", "least s", "median", "most", "phases, median", box=None)
     for label, found in starts.items():
         seconds = [one.seconds for one in found]
@@ -166,7 +178,7 @@ def main() -> None:
 
     where = machine()
     starts = measure(servers, options.rounds, cold=options.cold)
-    # A file has no width, and a row must not be broken for it.
+    # Without a terminal rich assumes a small width, at which rows would be broken.
     width = None if sys.stdout.isatty() else 200
     Console(highlight=False, soft_wrap=True, width=width).print(table(starts))
     if options.json is not None:

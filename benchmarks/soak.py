@@ -3,22 +3,24 @@
     python benchmarks/soak.py --minutes 120 --json soak.json 'minisrv serve --dtype float32 \\
         --max-num-seqs 16 --max-num-batched-tokens 128 --max-model-len 1024 --num-kv-blocks 80'
 
-First each question of a pool (benchmarks/questions.py) is asked alone, with a salt of its own, so
-that it shares nothing. Then the load: `--concurrency` clients ask questions of the pool, streamed
-or not, and compare each answer with the lone one; some send grammars that nobody has sent before,
-and some go away, by the number of events they have seen or in the middle of something. Every
-`--rest-every` minutes the load pauses until the server is at rest, with no request and every block
-free, and it is sampled: memory, open files and threads of each of its processes, memory of the GPU.
-Answers of fresh grammars and answers that differed are then asked for again, alone.
+First each request of a pool (benchmarks/questions.py) is sent alone, with a cache salt of its own,
+so that it shares no prefix. Then comes the load: `--concurrency` clients send requests of the pool,
+streamed or not, and compare each answer with that of the lone request; some send grammars that have
+not been sent before, and some disconnect, after a number of events or at any time. Every
+`--rest-every` minutes the load pauses until the server is at rest, with no request and every KV
+cache block free. Then requests with fresh grammars, and those whose answers differed, are sent
+again, alone, and a sample is taken: memory, open files and threads of each process of the server,
+and memory of the GPU.
 
-A process is *flat* if its memory in the last three samples is within 1% of that in the first three
-behind a quarter of the time (medians). Its memory is what it has written itself (`Anonymous`
-of smaps_rollup, else RssAnon, else VmRSS); the resident set is shown beside it. It may shrink.
+A process is *flat* if its memory in the last three samples is at most 1% above that in the first
+three after a quarter of the time (medians); it may shrink. Its memory is the pages that it has
+written itself (`Anonymous` of smaps_rollup, else RssAnon, else VmRSS); the resident set is shown
+beside it.
 
-Answers are the same in every batch only in float32: give the server `--dtype float32`. The server
-gets a chat template that knows tools, and `--port`. The JSON is written at each sample. The exit
-status is 1 if an answer differed, a request failed, the server did not come to rest, or a process
-is not flat.
+Answers are the same in every batch only in float32: give the server `--dtype float32`. This script
+adds `--port` and a chat template with tools to the command. The JSON is written at each sample. The
+exit status is 1 if an answer differed, a request failed, the server did not come to rest, or a
+process is not flat.
 """
 
 from __future__ import annotations
@@ -54,14 +56,15 @@ from loadgen.servers import Server
 from minisrv.environment import environment
 
 PATIENCE_S = 300.0
-"""For an answer under load, a start, and for rest."""
+"""Maximum number of seconds for an answer under load, for the server's start, and for its coming to
+rest."""
 SETTLE_S = 3.0
-"""From the server's last request to a sample."""
+"""Seconds from the server's last request to a sample."""
 VANISHING = 0.12
 FRESH_EVERY_S = 5.0
 KEPT_DIFFERENCES = 20
 MOST_KINDS = 100
-"""Of errors."""
+"""Maximum number of kinds of errors that are counted apart."""
 ASKED_AGAIN = 8
 FLAT = 0.01
 _SERIES = {
@@ -74,23 +77,23 @@ _SERIES = {
     "prefix_cache_hits": "prefix_cache_hits_total",
 }
 _AT_REST = ("running", "waiting", "kv_cache_usage")
-"""What is 0 then."""
+"""The metrics that are 0 when the server is at rest."""
 
 
 # ---- the load ------------------------------------------------------------------------------------
 
 
 class Asked(NamedTuple):
-    """A question whose answer is to be seen again when nobody else asks."""
+    """A request that is to be sent again when the server is at rest, and its answer."""
 
     question: Question
     answer: Answer
     differs_from: Answer | None
-    """The lone answer, for an answer that differed."""
+    """The answer of the lone request, if `answer` differed from it; None for a fresh grammar."""
 
 
 class Soak:
-    """One server, its questions, and what has come of them so far."""
+    """One server, the requests to it, and the results so far."""
 
     def __init__(self, server: Server, options: argparse.Namespace) -> None:
         self._server = server
@@ -112,7 +115,7 @@ class Soak:
         self.samples: list[dict[str, Any]] = []
 
     async def run(self) -> None:
-        """All of it. Raises ServerError if the server ends."""
+        """Run the whole soak. Raises ServerError if the server ends."""
         with Client(None) as self._client:
             await self._step_every_size()
             await self._ask_all_alone()
@@ -140,7 +143,11 @@ class Soak:
         return head.status, bytes(text)
 
     async def _ask(self, question: Question, stream: bool, **fields: Any) -> Answer:
-        """Raises ValueError for any answer but a whole one."""
+        """Send a request, and return its answer. Raises ValueError for an answer that is an error
+        or not complete.
+
+        fields: more fields of the request's body.
+        """
         body = question.body | fields | {"stream": stream}
         if stream:
             body["stream_options"] = {"include_usage": True}
@@ -150,8 +157,8 @@ class Soak:
         return parse(text, stream)
 
     async def _step_every_size(self) -> None:
-        """A prompt of each size alone, as one step, with the logits of all its tokens: a CPU's
-        libraries keep something for each size of a product that they have met."""
+        """Send a prompt of each size alone, as one step, with the logits of all its tokens, because
+        a CPU's libraries keep some memory for each size of a matrix product that they have met."""
         _, text = await self._fetch("/v1/models")
         length = json.loads(text)["data"][0]["max_model_len"]
         if length < 1024:
@@ -169,7 +176,7 @@ class Soak:
         self._tell("asked alone")
 
     async def _load(self) -> None:
-        """Until the next rest. A client ends its request before it pauses."""
+        """Run the clients until the next rest, and wait until each has ended its request."""
         self._loading = True
         clients = [
             asyncio.create_task(self._one_client()) for _ in range(self._options.concurrency)
@@ -181,7 +188,7 @@ class Soak:
             await asyncio.wait(clients, timeout=0.5, return_when=asyncio.FIRST_EXCEPTION)
             for client in clients:
                 if client.done():
-                    client.result()  # raises
+                    client.result()  # raises the client's exception
             if time.monotonic() - told > 60:
                 told = time.monotonic()
                 self._tell("load")
@@ -199,11 +206,12 @@ class Soak:
                 await self._count(self._ask_known())
 
     async def _count(self, asking: Awaitable[None]) -> None:
-        """Wait for it, and count the error if it is one. Raises ServerError if the server ended."""
+        """Wait for `asking`, and count its error if it raises one. Raises ServerError if the server
+        has ended."""
         try:
             await asking
         except (ValueError, KeyError, HTTPError, TimeoutError) as error:
-            # Without numbers, so that there are few kinds.
+            # Numbers are replaced, so that there are few kinds of errors.
             kind = re.sub(r"\d+", "N", f"{type(error).__name__}: {error}"[:160])
             self.errors[kind if len(self.errors) < MOST_KINDS else "others"] += 1
             self._server.check()
@@ -220,7 +228,11 @@ class Soak:
     def _compare(
         self, question: Question, stream: bool, lone: Answer, answer: Answer, counted_as: str
     ) -> bool:
-        """Whether they are the same; the first that are not are kept."""
+        """Whether two answers to `question` are the same. The first that are not are kept for the
+        report.
+
+        counted_as: the name of the counter of such comparisons.
+        """
         self.counts[counted_as] += 1
         if same := answer.same_as(lone):
             return same
@@ -239,7 +251,8 @@ class Soak:
         self._again.append(Asked(question, answer, None))
 
     async def _vanish(self) -> None:
-        """Go away by the number of reads or after a time, whatever comes first."""
+        """Send a request, and disconnect after a number of reads or after a time, whichever comes
+        first. Raises ValueError if it was refused."""
         self.counts["disconnects"] += 1
         question = self._questions.endless()
         reads, answered = self._random.choice((1, 1, 3, 10, 50)), 200
@@ -266,7 +279,8 @@ class Soak:
         self.metrics = {ours: float(found[name]) for ours, name in _SERIES.items()}
 
     async def _rest(self) -> None:
-        """Wait until the server has no request and no block in use. Raises TimeoutError."""
+        """Wait until the server has no request and no KV cache block in use. Raises
+        TimeoutError."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             await self._read_metrics()
@@ -277,7 +291,8 @@ class Soak:
             await asyncio.sleep(0.2)
 
     async def _ask_again(self) -> None:
-        """What differed, and the last fresh grammars, alone."""
+        """Send again, alone, the last requests with answers that differed or with fresh
+        grammars."""
         while self._again:
             question, answer, lone = self._again.popleft()
             again = await self._ask(question, False, cache_salt=f"again {self._minutes()}")
@@ -288,7 +303,8 @@ class Soak:
                 self.counts["again_as_alone"] += again.same_as(lone)
 
     async def _sample(self) -> None:
-        """Every connection is closed but the one that asks."""
+        """Take a sample, and write the report. The connections of the load are closed by then; the
+        one that reads the metrics is closed before memory is measured."""
         await asyncio.sleep(SETTLE_S)
         with Client(None) as self._client:
             await self._count(self._read_metrics())
@@ -329,9 +345,10 @@ def _difference(question: Question, stream: bool, lone: Answer, answer: Answer) 
 
 
 def growth(samples: list[dict[str, Any]], minutes: float) -> dict[str, dict[str, Any]]:
-    """Of each process, and of the GPU: memory behind the first quarter and at the end.
+    """Return, for each process and the GPU, the memory after the first quarter of the time and at
+    the end.
 
-    minutes: of all the load.
+    minutes: minutes of the whole load.
     """
     later = [sample for sample in samples if sample["minutes"] >= minutes / 4]
     found: dict[str, dict[str, Any]] = {}
@@ -356,7 +373,7 @@ def _change(mib: list[float]) -> dict[str, Any]:
 
 
 def report(options: argparse.Namespace, soak: Soak) -> dict[str, Any]:
-    """All that was found so far."""
+    """Return all results so far."""
     minutes = soak.samples[-1]["minutes"]
     return {
         "server": options.server,
@@ -373,7 +390,7 @@ def report(options: argparse.Namespace, soak: Soak) -> dict[str, Any]:
 
 
 def write(options: argparse.Namespace, soak: Soak) -> None:
-    """Replace the file, if one is wanted, as a whole."""
+    """Write the report to the JSON file, if one was asked for; the file is replaced as a whole."""
     if options.json is None:
         return
     whole = {"environment": msgspec.to_builtins(options.environment), **report(options, soak)}
@@ -383,7 +400,7 @@ def write(options: argparse.Namespace, soak: Soak) -> None:
 
 
 def show(found: dict[str, Any]) -> bool:
-    """Print it; whether all is as it should be."""
+    """Print the report, and return whether all is as it should be."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for name in ("minutes", "counts", "preemptions", "errors"):
         console.print(f"{name}: {found[name]}", markup=False)
@@ -408,7 +425,7 @@ def show(found: dict[str, Any]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, print, and write the JSON."""
+    """Run, print, and write the JSON. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("server", metavar="COMMAND", help="such as 'minisrv serve'")
     parser.add_argument("--minutes", type=float, default=120.0, help="of load (120)")

@@ -40,11 +40,12 @@ from minisrv.request import EngineRequest, SamplingParams
 WARM_UP = 4
 STEPS = 12
 FIRST = "_gather"
-"""The kernel that a decode step begins with."""
+"""Beginning of the name of the kernel with which a decode step begins."""
 
 
 def kernels_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The kernels of a profiler's trace, in the order of their ends; `us`: since the last end."""
+    """Return the kernels of a profiler's trace in the order of their ends, without the first. `us`
+    of a kernel are the microseconds since the end of the kernel before it."""
     events = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
     found = sorted(
         (
@@ -63,13 +64,16 @@ def kernels_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def steps_of(kernels: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The whole steps among them, from behind their first kernel on."""
+    """Return the kernels of each complete step among `kernels`, without the step's first kernel."""
     begins = [at for at, kernel in enumerate(kernels) if kernel["name"].startswith(FIRST)]
     return [kernels[begin + 1 : end] for begin, end in pairwise(begins)]
 
 
 def measure(engine: EngineCore, batch: int, context: int, bandwidth_gb_s: float) -> dict[str, Any]:
-    """Steps of `batch` requests."""
+    """Measure decode steps of `batch` requests, whose contexts are about `context` tokens long.
+
+    bandwidth_gb_s: bandwidth of the GPU's memory, as a large copy reaches it.
+    """
     draw, vocab = random.Random(batch), engine.info.vocab_size
     params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
     names = [f"{batch}-{index}" for index in range(batch)]
@@ -129,7 +133,7 @@ def measure(engine: EngineCore, batch: int, context: int, bandwidth_gb_s: float)
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print one batch's table."""
+    """Print the table of one batch size."""
     title = (
         f"batch {found['batch']}, context {found['context']}: {found['step_us']:.0f} us in "
         f"{found['launches']:.0f} kernels, floor {found['floor_us']:.0f}, "

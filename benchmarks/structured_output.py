@@ -4,19 +4,25 @@ hostile ones hold anybody up?
     minisrv serve --max-num-seqs 8 &
     python benchmarks/structured_output.py http://127.0.0.1:8000 --schemas 300 --json F
 
-*Schemas*: random ones (tests/text/random_schemas.py: nested, enums, arrays, patterns, recursion),
-eight at a time, each answer checked by `jsonschema`. A schema forces the end within the tokens that
-an answer may have, unless it recurses, for which it has no bound. An answer that was cut by its
-length is asked for again with another seed, three times at most, and counted. *ITL*: eight streams
-with a grammar and eight without, by turns, at temperature 1; a stream's ITL is the time from its
-first to its last token over its tokens less one, as an event may hold several. The eight are asked
-for at once, and the last of them to begin says what a grammar adds to the TTFT. *Hostile*: streams
-follow each other for as long as grammars that are known to hurt (large, deep, ambiguous,
-`multipleOf`) are sent, one behind the other and then several at once; reported is the longest that
-a stream waited for a token, and the same for as long without them. *Crowd*: twelve grammars at
-once that take almost the second that one may (which number does is found first), or more, or that
-are Python's work to read; then, behind them, a small new one each tenth of a second: how long does
-it take, and what happens to a stream's ITL? The server needs 8 slots, so that nobody queues.
+*Schemas*: random schemas (tests/text/random_schemas.py: nested, enums, arrays, patterns, recursion)
+are sent, eight at a time, and each answer is checked by `jsonschema`. A schema forces the end of
+its answer within the maximum number of tokens, unless it is recursive, as recursion has no bound.
+An answer that was cut off by its length is asked for again with another seed, three times at most,
+and counted.
+
+*ITL*: eight streams with a grammar and eight without are measured by turns, at temperature 1. The
+ITL of a stream is the time from its first to its last token, divided by the number of its tokens
+minus one, as an event may hold several tokens. The eight are sent at once, and the last of them to
+begin shows how much a grammar adds to the TTFT.
+
+*Hostile*: grammars that are known to be costly (large, deep, ambiguous, `multipleOf`) are sent, one
+after the other and then several at once, while other streams run. Reported are the longest time
+that a stream waited for a token, and the same for as long a time without these grammars.
+
+*Crowd*: twelve grammars are sent at once that take almost the second that one may take (the number
+that does is searched first), or more, or that take long to read in Python. After them a small new
+grammar is sent every tenth of a second: how long does it take, and what happens to the ITL of a
+stream? The server needs `--max-num-seqs 8`, so that no request is queued.
 """
 
 from __future__ import annotations
@@ -55,7 +61,7 @@ HOSTILE_TOKENS = 64
 ATTEMPTS = 4
 PROMPT = "Tell me about it:\n"
 LIST = {"type": "array", "items": {"type": "integer"}, "minItems": 500}
-"""What lasts as long as it is let."""
+"""A schema whose answer is longer than the maximum number of tokens."""
 
 
 def form_of(schema: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +94,12 @@ HOSTILE: list[dict[str, Any]] = [
 
 
 class Stream(NamedTuple):
-    """When a stream was asked for, when each event with text came (s), and its tokens."""
+    """One stream.
+
+    began: the time in seconds at which the request was sent.
+    times: the times in seconds at which events with text came.
+    tokens: the number of tokens, by usage.
+    """
 
     began: float
     times: list[float]
@@ -96,37 +107,44 @@ class Stream(NamedTuple):
 
     @property
     def itl(self) -> float:
-        """ms."""
+        """Mean inter-token latency in milliseconds."""
         return 1e3 * (self.times[-1] - self.times[0]) / (self.tokens - 1)
 
     @property
     def ttft(self) -> float:
-        """ms."""
+        """Time to the first token in milliseconds."""
         return 1e3 * (self.times[0] - self.began)
 
     @property
     def longest_wait(self) -> float:
-        """ms, for the first token or between two."""
+        """Longest wait in milliseconds, for the first token or between two events."""
         return 1e3 * max(b - a for a, b in pairwise([self.began, *self.times]))
 
 
 class Client:
-    """Asks one server."""
+    """Sends completions to one server."""
 
     def __init__(self, url: str) -> None:
         limits = httpx.Limits(max_connections=64)
         self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False)
 
     async def answer(self, **fields: Any) -> dict[str, Any]:
-        """The one choice of a completion. Raises httpx.HTTPStatusError."""
+        """Return the only choice of a completion.
+
+        fields: fields of the request's body.
+        Raises httpx.HTTPStatusError.
+        """
         body = {"prompt": PROMPT, "temperature": 1.0, **fields}
         response = await self.http.post("/v1/completions", json=body)
         response.raise_for_status()
         return dict(response.json()["choices"][0])
 
     async def stream(self, **fields: Any) -> Stream:
-        """A completion of STREAM_TOKENS at most. Raises httpx.HTTPStatusError, and RuntimeError
-        for a stream that ends with an error."""
+        """Stream a completion of at most STREAM_TOKENS tokens.
+
+        fields: fields of the request's body.
+        Raises httpx.HTTPStatusError, and RuntimeError for a stream that ends with an error.
+        """
         body = {"prompt": PROMPT, "temperature": 1.0, "max_tokens": STREAM_TOKENS, **fields}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         times, tokens, began = [], 0, time.perf_counter()
@@ -143,7 +161,8 @@ class Client:
 
 
 async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[str, Any]:
-    """Counts of answers by what came of them; `valid` should be all."""
+    """Ask for answers to random schemas, and return the numbers of answers by their outcome;
+    `valid` should be all of them."""
     counts = {"schemas": number, "valid": 0, "invalid": 0, "cut": 0}
     counts |= {"ended_at_first": 0, "asked_again": 0}
     cut = []
@@ -179,8 +198,8 @@ async def check_schemas(client: Client, number: int, max_tokens: int) -> dict[st
 
 
 async def measure_itl(client: Client, rounds: int) -> dict[str, Any]:
-    """ITL in ms with a grammar and without, a round's mean over its streams, and their ratio; and
-    the longest TTFT of a round's streams in ms."""
+    """Measure the ITL in ms with a grammar and without, as the mean over the streams of a round,
+    and their ratio; and the longest TTFT in ms of the streams of a round."""
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"ignore_eos": True},
         "grammar": {"response_format": form_of(LIST)},
@@ -205,8 +224,9 @@ async def measure_itl(client: Client, rounds: int) -> dict[str, Any]:
 
 
 async def bear_hostile(client: Client) -> dict[str, Any]:
-    """The longest that a stream waited for a token, in ms, beside hostile grammars (one behind the
-    other, several at once) and, for as long as each of these took, without them."""
+    """Measure the longest time, in ms, that a stream waited for a token while hostile grammars were
+    sent (one after the other, then several at once), and, for as long as each of these took,
+    without them."""
 
     async def waits_beside(work: Awaitable[None]) -> dict[str, float]:
         over = asyncio.Event()
@@ -266,10 +286,11 @@ def _bounds(number: int) -> dict[str, Any]:
 
 
 async def meet_crowd(client: Client) -> dict[str, Any]:
-    """For each kind of crowd: how long each of its grammars and each small one beside them took
-    (s), and the ITL in ms of a stream beside it: its mean, and the longest wait for a token."""
+    """Measure, for each kind of crowd, the seconds that each of its grammars took, and each small
+    grammar that was sent meanwhile; and the mean ITL and the longest wait for a token, in ms, of
+    streams that ran meanwhile."""
     costly = 1_000_003
-    while costly > 10_000:  # the first that is served takes more than half of a second
+    while costly > 10_000:  # the first number that is served takes more than half of a second
         body = {"prompt": PROMPT, "max_tokens": 1, "response_format": _multiple(costly)}
         if (await client.http.post("/v1/completions", json=body)).is_success:
             break

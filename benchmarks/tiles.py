@@ -45,7 +45,8 @@ WORKERS = 14
 
 
 def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
-    """What may be fast: enough of the weight in flight, and registers for it. None: cuBLAS."""
+    """Yield the tiles that may be fast for a product with so many rows: those with enough of the
+    weight in flight, and enough registers for that. None stands for cuBLAS."""
     matrices = 1 + product.gated
     if rows == 1:
         for outputs in (1, 2, 4, 8, 16):
@@ -75,7 +76,10 @@ def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
 
 
 def compiled(job: tuple[int, Product, Tile | None]) -> bool:
-    """Whether the tile's kernel compiles and runs; it is in Triton's cache then."""
+    """Whether the kernel of a tile compiles and runs; if so, it is in Triton's cache afterwards.
+
+    job: the number of rows, the product, and the tile.
+    """
     from minisrv.kernels.triton_linear import multiply
 
     rows, (name, n, k, gated, add), tile = job
@@ -87,13 +91,17 @@ def compiled(job: tuple[int, Product, Tile | None]) -> bool:
         x, weight, out = draw(rows, k), draw(n, k), draw(rows, n // 2 if gated else n)
         multiply(x, weight, None, norm, out, 1e-6, gated, add, tile)
         torch.cuda.synchronize()
-    except Exception:  # of the compiler, for too many registers or too much shared memory
+    except Exception:  # the compiler's, e.g. for too many registers or too much shared memory
         return False
     return True
 
 
 def descend(layers: Layers, rows: int, found: dict[Product, list[Tile | None]]) -> dict[str, Any]:
-    """The best tiles for so many rows; each product begins with `tile`'s own choice."""
+    """Find the best tiles for so many rows by coordinate descent. Each product begins with the
+    choice of `tile`.
+
+    found: the candidates for each product.
+    """
     chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
     rule = tiles.tile
     tiles.tile = lambda rows, n, k, itemsize, *, gated, add: chosen[n, k, gated, add]

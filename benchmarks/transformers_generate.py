@@ -3,9 +3,10 @@
     python benchmarks/transformers_generate.py MODEL --batch 1,16 --threads 1 --json out.json
     python benchmarks/transformers_generate.py MODEL --engine-flags=--enforce-eager
 
-The same random prompts, greedy, the end-of-sequence tokens ignored; the same weights, dtype and
-threads; `generate` with its default cache. A round is generate, minisrv, minisrv, generate, so that
-drift cancels. A step is the time between two tokens of the whole batch: the prefill is left out.
+Both get the same random prompts, with greedy sampling and end-of-sequence tokens ignored, and have
+the same weights, dtype and threads; `generate` has its default cache. A round is generate, minisrv,
+minisrv, generate, so that drift cancels. The time of a step is that between two tokens of the whole
+batch; the prefill is left out.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from minisrv.request import EngineRequest, SamplingParams
 
 Prompts = list[list[int]]
 Run = Callable[[Prompts, int], tuple[list[float], Prompts]]
-"""(prompts, tokens to generate) -> (milliseconds of every step but the first, the tokens)."""
+"""A function that is called with (prompts, number of tokens to generate) and returns (milliseconds
+of every step but the first, the generated tokens)."""
 
 
 class Clock(StoppingCriteria):
-    """Notes when `generate` has another token for the whole batch; stops nothing."""
+    """A stopping criterion that never stops, but records the time at which `generate` has another
+    token for the whole batch."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -52,7 +55,7 @@ class Clock(StoppingCriteria):
 
 
 def with_transformers(directory: Path, dtype: torch.dtype) -> Run:
-    """`generate` of the checkpoint."""
+    """Return a function that runs `generate` with the checkpoint in `directory`."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
 
@@ -72,7 +75,8 @@ def with_transformers(directory: Path, dtype: torch.dtype) -> Run:
 
 
 def with_minisrv(engine: EngineCore) -> Run:
-    """Steps of the engine; all prompts are computed in the first one."""
+    """Return a function that runs steps of the engine; all prompts are computed in the first
+    step."""
     params = {"temperature": 0.0, "ignore_eos": True}
 
     def run(prompts: Prompts, tokens: int) -> tuple[list[float], Prompts]:
@@ -92,12 +96,17 @@ def with_minisrv(engine: EngineCore) -> Run:
 
 
 def gaps(times: list[float]) -> list[float]:
-    """Milliseconds between neighbours."""
+    """Return the milliseconds between neighbouring times, which are in seconds."""
     return [1000 * (b - a) for a, b in pairwise(times)]
 
 
 def compare(theirs: Run, ours: Run, prompts: list[Prompts], tokens: int) -> dict[str, Any]:
-    """prompts: of each round. Runs each of them by turns, after one that is not counted."""
+    """Run both by turns, after one run of each that is not counted.
+
+    theirs, ours: the functions of transformers and of minisrv.
+    prompts: the prompts of each round.
+    tokens: number of tokens to generate for each prompt.
+    """
     for run in (theirs, ours):
         run(prompts[0], tokens)
     blocks: dict[str, list[float]] = {"transformers": [], "minisrv": []}

@@ -2,11 +2,12 @@
 
     python benchmarks/wire.py --api-workers 1,2 --streams 64 --steps-per-s 100 --json F
 
-The workers are those of `minisrv serve`. In the engine's place a script speaks its protocol: every
-step, at a fixed rate, adds a token to each open request. One client process reads all streams and
-counts events. As long as the workers keep up, tokens arrive at streams x steps per second; beyond
-that the rate delivered is what they can do. On a machine with fewer cores than processes the client
-and the script compete with the workers, so that the microseconds tell more than the rate.
+The workers are those of `minisrv serve`. A script takes the engine's place and speaks its protocol:
+every step, at a fixed rate, adds a token to each open request. One client process reads all streams
+and counts events. As long as the workers keep up, tokens arrive at a rate of streams x steps per
+second; beyond that, the measured rate is the workers' maximum. On a machine with fewer cores than
+processes the client and the script compete with the workers, so that the microseconds per token are
+more meaningful than the rate.
 """
 
 from __future__ import annotations
@@ -67,11 +68,15 @@ INFO = EngineInfo(
 
 
 def play_engine(address: str, steps_per_s: float, token_ids: list[int]) -> None:
-    """The engine's side of the socket: a token for every open request each step."""
+    """Play the engine's side of the socket, forever: send a token for every open request in each
+    step.
+
+    token_ids: the ids of these tokens, in turn.
+    """
     server = zmq.Context().socket(zmq.ROUTER)
     server.set_hwm(0)
     server.bind(address)
-    open_requests: dict[str, list[Any]] = {}  # worker, tokens left
+    open_requests: dict[str, list[Any]] = {}  # worker and number of tokens left, by request id
     due = time.perf_counter()
     while True:
         left = due - time.perf_counter()
@@ -109,8 +114,8 @@ def play_engine(address: str, steps_per_s: float, token_ids: list[int]) -> None:
 
 
 def read_streams(port: int, streams: int, tokens: int, path: str, told: Connection) -> None:
-    """Open all streams at once, read them to their ends, and say how many events came in what
-    time, from the first byte of an answer on."""
+    """Open all streams at once, and read them to their ends. Sends to `told` the number of events
+    that came, and the seconds from the first byte of an answer to the end."""
     prompt: dict[str, Any] = {"prompt": [1]}
     if path.startswith("/v1/chat"):
         prompt = {"messages": [{"role": "user", "content": "Go on."}]}
@@ -140,13 +145,13 @@ def read_streams(port: int, streams: int, tokens: int, path: str, told: Connecti
 
 
 def cpu_seconds(pid: int) -> float:
-    """What all threads of a process have run."""
+    """Return the seconds for which all threads of a process have run."""
     tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One server, a warm-up and `--rounds` rounds."""
+    """Start one server with so many API workers, and run a warm-up and `--rounds` rounds."""
     checkpoint = open_checkpoint(EngineConfig())
     context = get_context("spawn")
     children: list[Any] = []
@@ -172,7 +177,7 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
                 )
                 children.append(WorkerProcess(config, listener))
             for child in children:
-                child.reports.recv()  # it is ready
+                child.reports.recv()  # the worker reports that it is ready
             rounds = []
             for number in range(options.rounds + 1):
                 ours, theirs = context.Pipe()
@@ -187,7 +192,7 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
                 after = [cpu_seconds(child.pid) for child in (*children, engine)]
                 *spent, script = (b - a for a, b in zip(before, after, strict=True))
                 tokens = options.streams * options.tokens
-                if number:  # the first is a warm-up
+                if number:  # the first round is a warm-up
                     rounds.append(
                         {
                             "tokens_per_s": tokens / seconds,
@@ -209,7 +214,10 @@ def measure(workers: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def codec_us(number: int = 256) -> dict[str, float]:
-    """Median microseconds to encode and decode a step's message of so many outputs."""
+    """Measure the median microseconds to encode and to decode the message of a step.
+
+    number: number of outputs in the message.
+    """
     ids = [f"cmpl-4c1bebad9b48499aa4cac1e94bc9dd85-{index}" for index in range(number)]
     message = StepOutputs([EngineOutput(request_id=name, token_ids=[1234]) for name in ids])
     body = encode(message)

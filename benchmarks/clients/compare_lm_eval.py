@@ -1,12 +1,12 @@
-"""lm-eval's `hf` model and its `local-completions` against servers: the same numbers?
+"""Compares the numbers of lm-eval's `hf` model with those of its `local-completions` and a server.
 
     python benchmarks/clients/compare_lm_eval.py --server graphs=http://127.0.0.1:8000 \\
         --server eager=http://127.0.0.1:8001 --json out.json
 
-Runs in an environment with `lm-eval[api,hf]`. The servers serve the same checkpoint in float32, in
-which transformers computes the reference. Each is asked twice, with token ids and with texts, which
-it tokenises itself. Exits 1 if a log-likelihood differs by more than --tolerance, if an answer
-differs, or if a score does.
+Runs in an environment with `lm-eval[api,hf]`. The servers must serve the same checkpoint in
+float32, in which transformers computes the reference. Each server is evaluated twice, with prompts
+of token ids and with texts, which it tokenizes itself. Exits with 1 if a log-likelihood or a score
+differs by more than --tolerance, or if an answer differs.
 
 Knows: lm-eval's command line and the files it writes. Knows nothing of what it computes.
 """
@@ -31,12 +31,16 @@ TASKS = ("minisrv_choice", "minisrv_rolling", "minisrv_generate")
 PACKAGES = ("lm-eval", "transformers", "torch", "aiohttp")
 
 Answers = dict[tuple[str, int], list[Any]]
-"""By task and document: log-likelihoods (of a choice with whether it is greedy), or texts."""
+"""Answers by task and document: log-likelihoods (for a choice together with whether it is greedy),
+or texts."""
 
 
 def lm_eval(folder: Path, name: str, *model: str) -> tuple[dict[str, float], Answers]:
-    """Scores and answers of one run in `folder`, which holds the tasks' files.
+    """Run lm-eval once, and return the scores and the answers.
 
+    folder: the directory in which it runs, which holds the files of the tasks.
+    name: the name of the run, and of its directory of results.
+    model: the command-line options for the model.
     Raises CalledProcessError if lm-eval fails.
     """
     out = folder / name
@@ -59,7 +63,8 @@ def lm_eval(folder: Path, name: str, *model: str) -> tuple[dict[str, float], Ans
 
 
 def compare(reference: Answers, answers: Answers) -> dict[str, float | int]:
-    """How far the answers are from the reference's, which are to the same documents."""
+    """Return how far the answers differ from those of the reference, which are for the same
+    documents."""
     assert reference.keys() == answers.keys()
     found: dict[str, float | int] = {
         "log_likelihoods": 0,
@@ -86,7 +91,8 @@ def compare(reference: Answers, answers: Answers) -> dict[str, float | int]:
 
 
 def pair(reply: Any) -> tuple[float, str | None]:
-    """A log-likelihood, and whether it is greedy where lm-eval says so. Its samples are texts."""
+    """Return a log-likelihood, and whether it is greedy, or None where lm-eval does not say. Its
+    files hold both as strings."""
     if isinstance(reply, list):
         return float(reply[0]), str(reply[1])
     return float(reply), None

@@ -1,4 +1,4 @@
-"""What the tasks in lm_eval_tasks/ ask, from the recipe of the default model.
+"""Writes the cases of the tasks in lm_eval_tasks/, from the recipe of the default model.
 
 Knows: the recipe's held-out cases and texts, and the files that the tasks read. Knows nothing of
 lm-eval, servers or tokens.
@@ -28,7 +28,8 @@ WRONG_ANSWERS = 3
 
 
 def write(folder: Path, cases_per_task: int, texts: int, seed: int) -> None:
-    """Write choice.jsonl and rolling.jsonl, which depend on the three numbers alone."""
+    """Write choice.jsonl and rolling.jsonl to `folder`. Their content depends on the three numbers
+    alone."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed}/lm-eval")
     _write(folder / "choice.jsonl", (choice(rng, t) for t in TASKS for _ in range(cases_per_task)))
@@ -36,7 +37,8 @@ def write(folder: Path, cases_per_task: int, texts: int, seed: int) -> None:
 
 
 def choice(rng: random.Random, task: str) -> dict[str, Any]:
-    """A held-out case as the default model's chat template writes it, and four answers."""
+    """Return a held-out case of `task` in the format of the default model's chat template, with
+    four answers, one of which is right."""
     messages, case = evaluation(rng, task)
     answers = [case.answer]
     while len(answers) <= WRONG_ANSWERS:
@@ -52,12 +54,12 @@ def choice(rng: random.Random, task: str) -> dict[str, Any]:
 
 
 def text(rng: random.Random, number: int) -> dict[str, Any]:
-    """In turn a story and a passage."""
+    """Return a story for an even number, and a passage for an odd one."""
     return {"text": facts.passage(rng) if number % 2 else story(rng, episodes=1 + number % 3)}
 
 
 def _near_miss(rng: random.Random, answer: str) -> str:
-    """The answer with one letter or digit exchanged for another of its kind."""
+    """Return the answer with one letter or digit replaced by another."""
     places = [i for i, sign in enumerate(answer) if sign.isalnum()]
     place = rng.choice(places)
     kind = string.digits if answer[place].isdigit() else string.ascii_lowercase

@@ -1,4 +1,4 @@
-"""What a script says when a package that it imports is not installed.
+"""The message of a script that imports a package which is not installed.
 
 Knows: Python's import errors. Knows nothing of the packages.
 """
@@ -11,8 +11,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs(install: str) -> Iterator[None]:
-    """Around imports, and what asks for versions: one that fails ends the program with a line that
-    names what is missing, and the command that installs it."""
+    """Return a context for imports and for reads of package versions: one that fails ends the
+    program with a line that names the missing package and the command that installs it.
+
+    install: that command.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

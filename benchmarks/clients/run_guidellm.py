@@ -2,10 +2,10 @@
 
     python benchmarks/clients/run_guidellm.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with guidellm, whose command it runs. Exits 1 if a request fails or if the
-tokens are not those that were asked for.
+Runs in an environment with guidellm, whose command it runs. Exits with 1 if a request fails, or if
+the number of tokens is not the one that was asked for.
 
-Knows: GuideLLM's command line and its report. Knows nothing of the wire.
+Knows: GuideLLM's command line and its report. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 def run(
     url: str, path: str, stream: bool, streams: int, requests: int, output_tokens: int
 ) -> dict[str, Any]:
-    """What GuideLLM says of one load. Latencies in milliseconds.
+    """Run one load, and return the results that GuideLLM reports. Latencies are in milliseconds.
 
-    Raises CalledProcessError if it fails.
+    path: the path of the API.
+    stream: whether answers are streamed.
+    streams: number of requests at a time.
+    requests: number of requests.
+    output_tokens: number of tokens of each answer.
+    Raises CalledProcessError if GuideLLM fails.
     """
     backend = f"kind=openai_http,target={url},request_format={path},stream={str(stream).lower()}"
     data = f"kind=synthetic_text,prompt_tokens=64,output_tokens={output_tokens}"

@@ -1,4 +1,4 @@
-"""A list of things that a client does, each of which works or not, and why not.
+"""Runs the steps of a test of a client, and reports which of them worked, and why others did not.
 
 Knows: functions that assert. Knows nothing of clients.
 """
@@ -15,28 +15,32 @@ from typing import Any
 
 
 class Steps:
-    """What was run, in order. packages: whose versions the report has."""
+    """The results of the steps that were run, in order.
+
+    packages: the packages whose versions the report has.
+    """
 
     def __init__(self, *packages: str) -> None:
         self._versions = {name: version(name) for name in packages}
         self._steps: list[dict[str, Any]] = []
 
     def run(self, step: Callable[[], Any]) -> None:
-        """Run a step now, and keep what it returns, or the error that it raises.
+        """Run a step at once, and keep the value that it returns, or the error that it raises.
 
-        What a step gets from a loop is its defaults, which are part of its name: strings, or the
-        `model` of settings.
+        A step that is defined in a loop gets the loop's values as its defaults, which become part
+        of its name: strings, or the `model` in a dict of settings.
         """
         given = (d["model"] if isinstance(d, dict) else d for d in step.__defaults__ or ())
         name = " ".join([step.__name__, *given])
         try:
             self._steps.append({"step": name, "works": True, "told": step()})
-        except Exception as error:  # of any client's any layer: it is what is to be found out
+        except Exception as error:  # any error in any layer of the client is a result
             traceback.print_exc()
             self._steps.append({"step": name, "works": False, "told": repr(error)})
 
     def report(self, path: str | None) -> int:
-        """Print and write the report; returns the program's exit status."""
+        """Print the report, write it to `path` if there is one, and return the exit status of the
+        program."""
         report = {"versions": self._versions, "steps": self._steps}
         text = json.dumps(report, indent=1) + "\n"
         print(text)
@@ -46,9 +50,11 @@ class Steps:
 
 
 def run_program(description: str, steps_of: Callable[..., Steps]) -> int:
-    """Run a client's steps as the command line says; returns the exit status.
+    """Run the steps of a client as the command line says, and return the exit status.
 
-    steps_of: makes them for a server's URL and whether its model knows `tools`.
+    description: the description of the program in its help.
+    steps_of: runs the steps for the URL of a server, and `tools`, whether the chat template of its
+        model supports tools.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("url")

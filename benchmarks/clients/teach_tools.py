@@ -1,9 +1,9 @@
-"""A copy of the default model whose chat template tells it of tools, as Hermes and Qwen do.
+"""Makes a copy of the default model with a chat template for tools like those of Hermes and Qwen.
 
     python benchmarks/clients/teach_tools.py FOLDER && minisrv serve FOLDER
 
-The model was not trained for them: it calls one when it must, with what the grammar lets it say.
-That is enough to see whether a client and the server agree on the wire.
+The model was not trained for tools: it calls one when a request requires a call, with arguments
+that the grammar allows. That is enough to test whether a client and the server agree on the API.
 
 Knows: the files of a checkpoint. Knows nothing of servers.
 """

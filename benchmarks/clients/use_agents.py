@@ -3,10 +3,11 @@
     python benchmarks/clients/use_agents.py http://127.0.0.1:8000 --tools [--json out.json]
 
 Runs in an environment with autogen-agentchat, autogen-ext[openai], langchain, langchain-openai and
-langgraph, against what teach_tools.py makes of the default model, served as minisrv-default. That
-model has not learned to call a tool by itself, so each turn's first request says that it must; all
-else is sent as the agents send it. Every step asserts what it got; a failed one is reported and
-makes the exit status 1. The report has the bodies of the requests, too.
+langgraph, against the copy of the default model that teach_tools.py makes, served as
+minisrv-default. That model has not learned to call a tool by itself, so the first request of each
+turn requires a call; everything else is sent as the agents send it. Every step asserts its results;
+a failed step is reported and makes the exit status 1. The report also has the bodies of the
+requests.
 
 Knows: the agents' interfaces. Knows nothing of the server.
 """
@@ -45,7 +46,8 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
 
 
 class Calling(OpenAIChatCompletionClient):
-    """Must call one of the tools, where it has any."""
+    """AutoGen's client for OpenAI, which requires the model to call one of the tools, if a request
+    has any."""
 
     async def create(self, messages: Any, **options: Any) -> CreateResult:
         if options.get("tools"):
@@ -55,14 +57,18 @@ class Calling(OpenAIChatCompletionClient):
 
 @wrap_model_call
 def calling(request: ModelRequest, handler: Any) -> ModelResponse:
-    """LangChain's agent must call a tool for what a user has said, and then answer."""
+    """Middleware for LangChain's agent, which requires a tool call in the reply to a user's
+    message, and afterwards an answer without one."""
     asked = isinstance(request.messages[-1], HumanMessage)
     answer: ModelResponse = handler(request.override(tool_choice="required" if asked else "none"))
     return answer
 
 
 def steps_of(url: str, *, tools: bool) -> Steps:
-    """All steps, run. tools: whether the served model's chat template can tell it of tools."""
+    """Run all steps against the server at `url`, and return them.
+
+    tools: whether the chat template of the served model supports tools.
+    """
     if not tools:
         raise SystemExit("agents call tools: serve what teach_tools.py makes, and add --tools")
     steps = Steps("autogen-agentchat", "autogen-ext", "langchain", "langchain-openai", "openai")

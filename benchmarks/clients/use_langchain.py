@@ -2,11 +2,12 @@
 
     python benchmarks/clients/use_langchain.py http://127.0.0.1:8000 [--tools] [--json out.json]
 
-Runs in an environment with langchain-openai, against the default model, with --tools against what
-teach_tools.py makes of it, served as minisrv-default. Every step asserts what it got; a failed one
-is reported and makes the exit status 1. What is asked is what the default model can do.
+Runs in an environment with langchain-openai, against the default model, or with --tools against the
+copy of it that teach_tools.py makes, served as minisrv-default. Every step asserts its results; a
+failed step is reported and makes the exit status 1. The prompts are such as the default model can
+answer.
 
-Knows: LangChain's interface. Knows nothing of the wire.
+Knows: LangChain's interface. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def get_weather(city: Literal["Oslo", "Rome"], unit: Literal["celsius", "fahrenh
 
 
 def steps_of(url: str, *, tools: bool) -> Steps:
-    """All steps, run. tools: whether the served model's chat template can tell it of tools."""
+    """Run all steps against the server at `url`, and return them.
+
+    tools: whether the chat template of the served model supports tools.
+    """
     steps = Steps("langchain-openai", "langchain-core", "openai")
     settings: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
     chat = ChatOpenAI(model="minisrv-default", max_completion_tokens=200, **settings)

@@ -2,11 +2,11 @@
 
     python benchmarks/clients/use_litellm.py http://127.0.0.1:8000 [--tools] [--json out.json]
 
-Runs in an environment with litellm, against the default model, with --tools against what
-teach_tools.py makes of it, served as minisrv-default. Every step asserts what it got; a failed one
-is reported and makes the exit status 1. What is asked is what the default model can do.
+Runs in an environment with litellm, against the default model, or with --tools against the copy of
+it that teach_tools.py makes, served as minisrv-default. Every step asserts its results; a failed
+step is reported and makes the exit status 1. The prompts are such as the default model can answer.
 
-Knows: LiteLLM's interface. Knows nothing of the wire.
+Knows: LiteLLM's interface. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ WEATHER = {
 
 
 def steps_of(url: str, *, tools: bool) -> Steps:
-    """All steps, run. tools: whether the served model's chat template can tell it of tools."""
+    """Run all steps against the server at `url`, and return them.
+
+    tools: whether the chat template of the served model supports tools.
+    """
     steps = Steps("litellm", "openai")
     for provider in ("openai", "hosted_vllm"):
         settings: dict[str, Any] = {

@@ -2,13 +2,14 @@
 
     python benchmarks/clients/vllm_bench.py http://127.0.0.1:8000 FILE [--json out.json]
 
-FILE is vllm/benchmarks/lib/endpoint_request_func.py of any vLLM, unmodified, for instance out of
-its wheel; of vLLM nothing else is needed, and of others aiohttp, regex and tqdm. What is sent is
-what `vllm bench serve --backend openai|openai-chat --ignore-eos [--logprobs 3]` sends: streams of
-a stated length, so many at once, each with an X-Request-Id. Exits 1 if a request fails, or if the
-tokens that the server counts are not those that were asked for.
+FILE is vllm/benchmarks/lib/endpoint_request_func.py of any version of vLLM, unmodified, for
+instance from its wheel. Nothing else of vLLM is needed, but the packages aiohttp, regex and tqdm
+are. The requests are those of `vllm bench serve --backend openai|openai-chat --ignore-eos
+[--logprobs 3]`: streams of a fixed length, a fixed number of them at a time, each with an
+X-Request-Id. Exits with 1 if a request fails, or if the number of tokens that the server counts is
+not the one that was asked for.
 
-Knows: the interface of that file. Knows nothing of the wire, which is the file's.
+Knows: the interface of that file. Knows nothing of HTTP, which the file does.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ PATHS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 
 
 def load(path: Path) -> ModuleType:
-    """The file as a module."""
+    """Import the file `path` as a module."""
     spec = importlib.util.spec_from_file_location("endpoint_request_func", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their module up
+    sys.modules[spec.name] = module  # the file's dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -47,7 +48,11 @@ def load(path: Path) -> ModuleType:
 async def run(
     vllm: ModuleType, url: str, model: str, backend: str, logprobs: int | None, args: Any
 ) -> dict[str, Any]:
-    """One benchmark: what arrived, and how fast. Latencies in milliseconds."""
+    """Run one benchmark, and return the numbers of requests, tokens and errors, the throughput, and
+    latencies in milliseconds.
+
+    vllm: the module that `load` returns.
+    """
     rng = random.Random(f"{backend}/{logprobs}")
     gate = asyncio.Semaphore(args.concurrency)
     connector = aiohttp.TCPConnector(limit=args.concurrency)
@@ -90,7 +95,7 @@ async def run(
 
 
 async def main_async(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All benchmarks, one after the other, with the first model that the server names."""
+    """Run all benchmarks, one after the other, with the first model that the server lists."""
     with needs("pip install aiohttp regex tqdm"):
         vllm = load(args.file)
     async with (
