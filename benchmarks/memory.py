@@ -46,7 +46,7 @@ def _sizes(process: Path) -> dict[str, float]:
     status = _kib(process / "status")
     try:
         rollup = _kib(process / "smaps_rollup")
-    except OSError:  # some kernels have none
+    except OSError:  # some kernels do not have this file
         rollup = {}
     own = rollup.get("Anonymous") or status.get("RssAnon") or status["VmRSS"]
     sizes = {"own_mib": own, "rss_mib": status["VmRSS"], "pss_mib": rollup.get("Pss", 0)}

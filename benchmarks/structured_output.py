@@ -210,7 +210,7 @@ async def measure_itl(client: Client, rounds: int) -> dict[str, Any]:
         for kind in sorted(kinds, reverse=number % 2 == 0):
             asked = [client.stream(seed=n, **kinds[kind]) for n in range(STREAMS)]
             streams = await asyncio.gather(*asked)
-            if number:  # the first warms up
+            if number:  # the first round is a warm-up
                 found[kind].append(float(np.mean([stream.itl for stream in streams])))
                 ttft[kind].append(max(stream.ttft for stream in streams))
     ratio = [a / b for a, b in zip(found["grammar"], found["plain"], strict=True)]

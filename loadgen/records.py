@@ -211,7 +211,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 
 class ClientLoad(msgspec.Struct, frozen=True):
-    """How busy one client process was while a level was measured."""
+    """The load of one client process while a level was measured."""
 
     streams: int
     """Number of requests that it kept in flight."""
@@ -224,7 +224,7 @@ class ClientLoad(msgspec.Struct, frozen=True):
 
 
 class LevelResult(msgspec.Struct, frozen=True):
-    """The raw outcome of one concurrency."""
+    """The raw results of one concurrency."""
 
     concurrency: int
     stopped_by: StoppedBy

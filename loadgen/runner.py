@@ -263,7 +263,8 @@ class _Pool:
                 self._processes.append(process)
             signal.signal(signal.SIGINT, self._on_signal)
             self._old_handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-            self._collect(self._connections, _START_GRACE_S, lambda: None)  # each says it is ready
+            # Each worker sends a message once it is ready.
+            self._collect(self._connections, _START_GRACE_S, lambda: None)
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -75,8 +75,8 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
     a graph failed, or else 0.
 
     json_path: a file to which the report is written too, or None.
-    Raises the errors of start-up (see `minisrv.errors`), and ConfigError if there are no graphs or
-    the file cannot be written.
+    Raises the errors of start-up (ConfigError, ModelError, GraphError), and ConfigError if there
+    are no graphs or the file cannot be written.
     """
     if not ladders_of(config).keys():
         raise ConfigError(

@@ -7,7 +7,7 @@
     |  |- UnknownArchitectureError
     |  `- WeightsError        missing, unexpected or misshapen weights
     |- GraphError             a graph cannot be used
-    |  |- GraphCaptureError   the captured code did what a graph cannot hold
+    |  |- GraphCaptureError   the captured code did something that a graph cannot record
     |  `- CertificationError  a captured graph differs from eager
     |- RequestError           the client is at fault; ends that request only
     |  |- ContextLengthError
@@ -122,7 +122,7 @@ class GraphError(MinisrvError):
 
 
 class GraphCaptureError(GraphError):
-    """The code under capture did something that a graph cannot hold."""
+    """The code under capture did something that a graph cannot record."""
 
 
 class CertificationError(GraphError):
@@ -230,7 +230,7 @@ class BodiesFullError(EngineError):
 
 
 class EngineNotReadyError(EngineError):
-    """The engine is still loading, or already draining."""
+    """The engine is still loading, or is draining its open requests before it ends."""
 
     http_status = 503
     type = "service_unavailable"

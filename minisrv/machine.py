@@ -1,4 +1,4 @@
-"""What can be found out about this machine without torch: its free memory, and whether there is a
+"""Facts about this machine for which torch is not needed: its free memory, and whether there is a
 CUDA driver.
 
 Knows: Linux. Knows nothing of what the memory is used for.
@@ -27,7 +27,7 @@ def available_memory() -> int:
         # Cached pages of files count as used, but the kernel drops them where memory is needed.
         stat = (_CGROUP / "memory.stat").read_text().splitlines()
         used -= next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-    except (OSError, ValueError, StopIteration):  # no limit, or another kind of container
+    except (OSError, ValueError, StopIteration):  # no control group of version 2 sets a limit
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 

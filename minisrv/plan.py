@@ -93,7 +93,7 @@ def print_plan(config: EngineConfig) -> None:
 
 def print_measured_plan(config: EngineConfig) -> None:
     """Start the engine, and print the coverage with which it serves and the time and memory of each
-    graph. Raises the errors of start-up (see `minisrv.errors`)."""
+    graph. Raises the errors of start-up (ConfigError, ModelError, GraphError)."""
     from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes
 

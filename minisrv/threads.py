@@ -27,8 +27,8 @@ COUNT = "OMP_NUM_THREADS"
 WAITING = {"GOMP_SPINCOUNT": "5000", "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 """Variables that set how OpenMP threads wait. The first is for GNU's runtime, which torch brings on
 Linux and where it takes precedence over the second. The second is for all runtimes. The third is
-for LLVM's and Intel's, whose least time above 0 is a millisecond. Fewer spins make a step slower if
-no other process wants the cores, and more spins if one does (docs/results)."""
+for LLVM's and Intel's, whose least time above 0 is a millisecond. With fewer spins a step is slower
+if no other process wants the cores, and with more spins it is slower if one does (docs/results)."""
 
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 

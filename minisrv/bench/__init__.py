@@ -14,8 +14,8 @@ from minisrv.progress import StartupProgress
 def bench(engine: EngineConfig, settings: BenchConfig) -> None:
     """Measure, print, and write the files that were asked for.
 
-    Raises the errors of start-up (see `minisrv.errors`), and ConfigError for sizes that do not fit
-    and, before anything runs, for files that could not be written.
+    Raises the errors of start-up (ConfigError, ModelError, GraphError), and ConfigError for sizes
+    that do not fit and, before anything runs, for files that could not be written.
     """
     check_output(settings)
     progress = StartupProgress()

@@ -30,7 +30,7 @@ class LocalModel:
     """A model in this process, ready when the constructor returns. Answers are sampled as the
     server does by default.
 
-    The constructor raises the errors of start-up (see `minisrv.errors`).
+    The constructor raises the errors of start-up (ConfigError, ModelError, GraphError).
     """
 
     def __init__(self, config: EngineConfig, chat: ChatConfig) -> None:

@@ -298,7 +298,8 @@ def _code_digest() -> bytes:
     code that makes it, and the versions of the libraries."""
     # The last three modules refuse settings, and what they accept is part of a cached description.
     reader = Path(__file__).with_name("by_transformers.py")
-    template = Path(__file__).parents[1] / "text" / "chat_template.py"  # imports Jinja
+    # The path is spelled out, because an import of this module would import Jinja.
+    template = Path(__file__).parents[1] / "text" / "chat_template.py"
     sources = (__file__, reader, template, model_config.__file__, request.__file__)
     code = [Path(source).read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]

@@ -107,7 +107,7 @@ def _is_inside(path: Path, directory: Path) -> bool:
     (`models--org--name/{snapshots/COMMIT,blobs}`)."""
     try:
         real, root = path.resolve(), directory.resolve()
-    except RuntimeError:  # links that lead to each other
+    except RuntimeError:  # raised for links that lead to each other
         return False
     repository = root.parent.parent
     is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
