@@ -15,7 +15,7 @@ from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
-"""Names of torch's, where half is float16 and float is float32."""
+"""torch's names of dtypes; half is float16, and float is float32."""
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
@@ -45,55 +45,64 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "max_tokens": (1, 1 << 27),
 }
-"""The least and the most of every number, for any machine and model: what is beyond would be taken
-at its word, and take all memory or all time. What one machine and one model allow is less
-(`engine.memory`)."""
+"""Minimum and maximum of every number, whatever the machine and the model. Without these bounds, a
+value that is far too large would be obeyed, and take all memory or all time. One machine and one
+model allow less (`engine.memory`)."""
 
 _MAX_CHARACTERS = 1 << 22
-"""Of a file that a setting names."""
+"""Maximum number of characters in a file that a setting names."""
 
 _HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+|(\[)?(?:[0-9A-Fa-f.]*:){2,}[0-9A-Fa-f.]*(?(1)\])")
-"""Any, a name or an IPv4 address, an IPv6 address with or without brackets."""
+"""Matches "*", a name or IPv4 address, or an IPv6 address with or without brackets."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the engine needs to know. Names and meanings follow vLLM's flags.
+    """The settings of the engine. Where vLLM has such a flag, name and meaning are the same.
 
-    model: a directory with a Hugging Face checkpoint, or a hub id; None serves the default model.
-    revision: a branch, tag or commit of a hub id's repository; None takes its main branch.
-    tokenizer: a directory or hub id with another tokenizer than the checkpoint's.
-    chat_template: a file with another template than the checkpoint's.
-    dtype: what weights and activations are served in; auto keeps what the device is fast with, and
-        the log says why. half is float16, float is float32.
-    device: auto is the GPU where there is one.
-    load_format: auto reads safetensors; dummy draws weights at random, from config.json alone.
-    quantization: int8 keeps the weights of the projections with 8 bits.
-    max_model_len: tokens of prompt and completion together; None takes the checkpoint's, or as many
-        as the KV cache holds.
-    max_num_seqs: requests in one decode batch; the largest decode graph is of this size.
-    max_num_batched_tokens: token budget of one step.
-    block_size: tokens in a block of the KV cache.
-    num_kv_blocks: blocks of the KV cache, of which one is kept free for padding; None sizes it by
-        kv_cache_memory.
-    kv_cache_memory: bytes of KV cache; never more than max_num_seqs full contexts are allocated.
-        None takes half of the memory that weights leave on a CPU, and on a GPU what
-        gpu_memory_utilization leaves.
-    gpu_memory_utilization: share of the GPU's memory that weights, graphs and cache may fill.
-    max_waiting: requests the engine queues before it answers 429.
-    seed: of the seeds that requests do not give.
-    async_scheduling: schedule a step before the last one's tokens are known; None does so on a GPU,
-        which would wait for the host otherwise, and not on a CPU.
-    enable_prefix_caching: a prompt that begins as an earlier one does shares its KV blocks; on
-        unless it is turned off.
-    enforce_eager: no graphs at all, whatever cudagraph_mode says.
-    cudagraph_mode: which batches run by which graphs: none, piecewise, full-decode-only,
-        full-and-piecewise or full. None is full on a GPU and full-and-piecewise on a CPU, whose
-        attention takes the lengths of a mixed batch from the host.
-    cudagraph_capture_sizes: sizes to capture graphs for, of requests in decode and of tokens
-        otherwise. None takes those that `minisrv plan` prints.
-    simulate_launch_us: microseconds that every launch takes longer than it does, to see on a CPU
-        what graphs save where a launch is dear; figures are then labelled simulated. 0 is off.
+    model: the model to serve: a directory with a Hugging Face checkpoint, or a repository id on the
+        Hugging Face Hub. By default the model that comes with minisrv.
+    revision: branch, tag or commit of the repository on the Hub. By default its main branch.
+    tokenizer: a directory or Hub id with a tokenizer to use in place of the checkpoint's.
+    chat_template: a file with a chat template to use in place of the checkpoint's.
+    dtype: data type of weights and activations. auto keeps the checkpoint's if the device is fast
+        with it, and otherwise takes float32 on a CPU and bfloat16 on a GPU; the log says why. half
+        is float16, float is float32.
+    device: the device to run on. auto is the GPU if there is one, else the CPU.
+    load_format: where the weights come from. auto reads safetensors files; dummy draws random
+        weights and needs no file but config.json.
+    quantization: int8 stores the weights of the projections with 8 bits each, on a CPU. By default
+        weights are not quantized.
+    max_model_len: maximum number of tokens of a request, prompt and completion together. By default
+        the context length of the checkpoint, or as many tokens as the KV cache holds if those are
+        fewer.
+    max_num_seqs: maximum number of requests that run at the same time, and so in one decode batch.
+        Unless capture sizes are given, the largest decode graph has this size too.
+    max_num_batched_tokens: maximum number of tokens in one step, over all requests.
+    block_size: number of tokens in a block of the KV cache.
+    num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By
+        default as many as kv_cache_memory allows.
+    kv_cache_memory: size of the KV cache in bytes. No more is allocated than max_num_seqs requests
+        of maximum length need. The default on a CPU is half of the memory that the weights leave,
+        and on a GPU what gpu_memory_utilization leaves.
+    gpu_memory_utilization: fraction of the GPU's memory that weights, activations, graphs and KV
+        cache may take together; what other processes use counts as well.
+    max_waiting: maximum number of requests that wait for their turn; further ones are refused with
+        status 429.
+    seed: seed of the generator that draws a seed for each request without one.
+    async_scheduling: schedule a step before the tokens of the previous one are known. On by default
+        on a GPU, which would otherwise wait for the host, and off on a CPU.
+    enable_prefix_caching: let prompts that begin alike share the KV cache blocks of their common
+        beginning. On by default.
+    enforce_eager: run every step eagerly, without graphs, whatever cudagraph_mode says.
+    cudagraph_mode: which batches run as which graphs, in vLLM's terms: none, piecewise,
+        full-decode-only, full-and-piecewise or full. The default is full on a GPU, and
+        full-and-piecewise on a CPU, where attention needs the lengths of a mixed batch on the host.
+    cudagraph_capture_sizes: the batch sizes to capture graphs for. They count requests in a decode
+        batch, and tokens in any other. By default those that `minisrv plan` prints.
+    simulate_launch_us: microseconds to add to the time of every launch, which shows on a CPU what
+        graphs save where launches are expensive. Results are then labelled as simulated. 0 adds
+        nothing.
     Raises ConfigError.
     """
 
@@ -157,8 +166,8 @@ class EngineConfig:
 
     @property
     def graph_mode(self) -> CUDAGraphMode:
-        """The configured mode once `enforce_eager` has had its say; for `device` "auto" the default
-        is a CPU's, until the engine knows better."""
+        """The configured mode, or NONE with `enforce_eager`. If no mode is set, it is the default
+        of the device; for "auto" that of a CPU, until the engine has found the device."""
         if self.enforce_eager:
             return CUDAGraphMode.NONE
         if self.cudagraph_mode is not None:
@@ -168,36 +177,39 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the HTTP side needs to know.
+    """The settings of the HTTP server.
 
-    host: the address on which it listens.
-    port: the port on which it listens; 0 takes a free one.
-    served_model_names: names the API answers to, the first one in its answers; empty takes the
-        model's own.
+    host: the address to listen on.
+    port: the port to listen on; 0 takes a free one.
+    served_model_names: the names by which requests may ask for the model. Responses to requests
+        that name no model report the first. By default the model's path or id as it was given.
     shutdown_timeout: seconds that open requests get to finish after SIGTERM or SIGINT.
-    api_workers: processes that speak HTTP, tokenise and detokenise, behind one port; more than one
-        where clients are many and steps are short.
-    engine_timeout: seconds that one step of the engine may take; one that takes longer is taken for
-        a hang, and the engine for dead. While it loads, seconds for which its process may do
-        nothing at all, and then at least two minutes.
-    request_timeout: seconds from a request's arrival to its end; 0 sets no limit.
-    api_keys: what clients must send, one of them; none lets everybody in. Others see those of a
-        command line in the list of processes: a file or the environment is better.
-    max_requests_per_key: that one key may have open at once, each choice of a request counted as
-        one, and a call of /tokenize or /detokenize too; 0 sets no limit.
-    max_grammar_seconds_per_key: processor time that new grammars of one API key may take in a
-        minute, in each API worker; those that it has seen before cost nothing. 0 sets no limit.
-    share_prefix_cache: let keys find what other keys have had computed. Each then sees, from the
-        time of an answer and from cached_tokens, whether another's prompt began as its own.
-    allowed_hosts: names besides localhost and loopback addresses that clients may call the server
-        by, at any port; "*" is any. Without it any name will do, but for a server on a loopback
-        address that asks for no key: there a web page could ask by a name of its own, which it
-        lets mean this machine.
-    allowed_origins: web pages whose scripts may ask, as browsers have it (CORS); "*" is any.
-    ssl_certfile: a PEM file with the certificate, for HTTPS.
-    ssl_keyfile: a PEM file with its key.
-    disable_log_stats: leave out the lines that tell throughput and queue while there is work.
-    disable_uvicorn_access_log: leave out the line of each request.
+    api_workers: number of processes that handle HTTP, tokenization and detokenization, all behind
+        one port. More than one helps if clients are many and steps are short.
+    engine_timeout: seconds that one step of the engine may take. An engine that takes longer is
+        assumed to hang, and is killed. While the engine loads, seconds for which it may show no
+        sign of life, but at least 120.
+    request_timeout: seconds that a request may take from its arrival to its end; 0 sets no limit.
+    api_keys: API keys, one of which clients must send. Without any, everybody has access. Other
+        users of the machine can see keys on a command line in the list of processes, so a file or
+        the environment is safer.
+    max_requests_per_key: maximum number of requests that one API key may have open at the same
+        time. Each choice of a request counts as one, and so does a call of /tokenize or
+        /detokenize. 0 sets no limit.
+    max_grammar_seconds_per_key: seconds of processor time that new grammars of one API key may take
+        per minute, in each API worker. Grammars that it has seen before cost nothing. 0 sets no
+        limit.
+    share_prefix_cache: let all API keys share one prefix cache. Each key can then learn, from the
+        time of a response and from cached_tokens, whether another key's prompt began like its own.
+    allowed_hosts: host names by which clients may call the server, besides localhost and loopback
+        addresses, at any port; "*" allows any name. If none are given, any name is allowed, except
+        on a server that listens on a loopback address and needs no API key: a web page could reach
+        it by making its own host name resolve to this machine.
+    allowed_origins: origins of web pages whose scripts may send requests (CORS); "*" allows any.
+    ssl_certfile: a PEM file with the certificate for HTTPS.
+    ssl_keyfile: a PEM file with the private key of the certificate.
+    disable_log_stats: do not log throughput and queue length at intervals while there is work.
+    disable_uvicorn_access_log: do not log a line for each request.
     Raises ConfigError.
     """
 
@@ -234,19 +246,20 @@ class ServerConfig:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile are only allowed together.")
         if not self.host:
-            # It would be all addresses, and comes of a variable that was not set.
+            # An empty host would mean all addresses, and comes from a variable that is not set.
             raise ConfigError("host is empty; write 0.0.0.0 to listen on all addresses.")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `minisrv bench` measures, and what it keeps.
+    """The settings of `minisrv bench`: what it measures, and which files it writes.
 
-    batch_sizes: requests of a decode batch; none takes every decode rung.
-    context: tokens of a request in the middle of the measured steps.
-    rounds: how often every mode is measured, twice each time.
-    json: a file for everything, raw medians included.
-    plot: a file for a drawing of it; needs matplotlib.
+    batch_sizes: numbers of requests in the decode batches to measure. By default every captured
+        size.
+    context: number of tokens of each request halfway through the measured steps.
+    rounds: number of rounds, each of which measures every mode twice.
+    json: a file to write all results to, raw medians included.
+    plot: a file to write a plot of the results to; needs matplotlib.
     Raises ConfigError.
     """
 
@@ -262,14 +275,15 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """What `minisrv chat` says, and to whom.
+    """The settings of `minisrv chat`.
 
-    url: a server with OpenAI's API, such as http://127.0.0.1:8000/v1, which is sent the key in
-        $MINISRV_API_KEY; None runs the model in this process.
-    quick: a message to answer, and no more after it.
-    system_prompt: what the model is told before the first message.
-    temperature: 0 takes the most likely token; None is the checkpoint's, or the server's.
-    max_tokens: of an answer; None takes as many as fit.
+    url: base URL of a server with OpenAI's API, such as http://127.0.0.1:8000/v1. The key in
+        $MINISRV_API_KEY is sent to it. By default the model runs in this process.
+    quick: a single message to answer, after which the program ends.
+    system_prompt: a system message to send before the first message.
+    temperature: sampling temperature; 0 always takes the most likely token. By default the
+        checkpoint's, or the server's.
+    max_tokens: maximum number of tokens in an answer. By default as many as fit.
     Raises ConfigError.
     """
 
@@ -284,8 +298,8 @@ class ChatConfig:
 
 
 def read_text(flag: str, path: Path) -> str:
-    """The text of a file that a flag names, which may be a pipe. Raises ConfigError, also for one
-    that is longer than any such file, or has no end."""
+    """Return the text of a file that a flag names, which may be a pipe. Raises ConfigError if it
+    cannot be read, or has more than `_MAX_CHARACTERS`, as a file without end has."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_CHARACTERS + 1)
@@ -304,7 +318,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_numbers(settings: object) -> None:
-    """Raise ConfigError for a number of a settings object that is out of its bounds, or is none."""
+    """Raise ConfigError if a number of a settings object is out of its bounds, or not a number."""
     for setting in fields(settings):  # type: ignore[arg-type]
         if setting.name not in _BOUNDS:
             continue
