@@ -1,8 +1,8 @@
-"""The tables of request fields in docs/api.md, written from what the server accepts.
+"""Writes the tables of request fields in docs/api.md from the models that check requests.
 
     python docs/field_tables.py
 
-A test fails, and says so, while they say anything else.
+A test (tests/test_readme.py) fails if the tables in the page are not up to date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENDPOINTS = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
 
 
 def tables() -> str:
-    """Both tables: fields that do something, and fields that are known and refused."""
+    """Return both tables: of the supported fields, and of those that are known but refused."""
     documents = {name: kind.model_json_schema() for name, kind in ENDPOINTS.items()}
     supported: dict[str, dict[str, str]] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -41,8 +41,9 @@ def tables() -> str:
     for name, by_endpoint in supported.items():
         only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))} only)"
         lines.append(f"| `{name}`{only} | {_both(by_endpoint)} | {_both(about[name])} |")
-    lines += ["", "Known and not supported, so refused by name but for the values that ask for"]
-    lines += ["nothing (null is one of them everywhere):", ""]
+    lines += ["", "These fields are known but not supported. They are accepted if they are null"]
+    lines += ["or have a value that the table lists, which asks for nothing. Any other value is"]
+    lines += ["refused with an error that names the field.", ""]
     lines += ["| field | values that are accepted |", "|---|---|"]
     for name, by_endpoint in sorted(refused.items()):
         only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))})"
@@ -51,14 +52,19 @@ def tables() -> str:
 
 
 def _both(by_endpoint: dict[str, str]) -> str:
-    """What holds for both endpoints, or for each."""
+    """Return the text of both endpoints: once if it is the same, otherwise each with its name."""
     if len(set(by_endpoint.values())) == 1:
         return next(iter(by_endpoint.values()))
     return "; ".join(f"{name}: {told.rstrip('.') or 'none'}" for name, told in by_endpoint.items())
 
 
 def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
-    """What a field may be, in a few words; null, which every optional field may be, is left out."""
+    """Return a short description of the values that a field may have. Null, which every optional
+    field may be, is left out.
+
+    field: the JSON schema of the field.
+    defs: the schemas that it may refer to, by name.
+    """
     if "anyOf" in field:
         found = [values(one, defs) for one in field["anyOf"] if one != {"type": "null"}]
         return " or ".join(dict.fromkeys(found))
@@ -83,7 +89,7 @@ def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """Bounds of 31 bits and more as powers of two."""
+    """Return a bound as text. 2^31 and 2^63, and what is one less, are written as powers."""
     size = abs(value)
     for power in (31, 63):
         if size in (2**power, 2**power - 1):
@@ -93,7 +99,7 @@ def _number(value: float) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with the tables as they should be."""
+    """Return the page with its tables replaced by the current ones."""
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     text = f"{BEGIN}\n{tables()}\n{END}"
     found, number = pattern.subn(lambda _: text, page)

@@ -29,7 +29,7 @@ class ErrorInfo(Body):
     message: str
     type: str
     param: str | None
-    """The field of the request that is at fault."""
+    """The field of the request that caused the error."""
     code: str | None
 
 
@@ -41,10 +41,10 @@ class Error(Body):
 
 
 class CachedTokens(Body):
-    """Details of the prompt's tokens."""
+    """Details of the prompt tokens."""
 
     cached_tokens: int
-    """Found in the prefix cache, and so not computed."""
+    """Number of prompt tokens that were found in the prefix cache, and not computed."""
 
 
 class Usage(Body):
@@ -75,23 +75,25 @@ class Choice(Body):
     index: int
     finish_reason: str
     token_ids: list[int] | None
-    """Null without return_token_ids."""
+    """Token ids of the completion. Null without return_token_ids."""
     graph_steps: dict[str, int] = {}
-    """With include_graph_steps: steps by mode and reason."""
+    """Number of steps by graph mode and reason. Only with include_graph_steps."""
 
 
 class TextLogprobs(Body):
     """Log-probabilities of the tokens of a completion, as parallel lists."""
 
     tokens: list[str]
-    """`bytes:\\xe2` is a token that is no text by itself, `token_id:123` one that the tokenizer
-    does not know."""
+    """The tokens as text. `bytes:\\xe2` is a token that is not valid text by itself, and
+    `token_id:123` one that the tokenizer does not know."""
     token_logprobs: list[float | None]
+    """Log-probability of each token. Null for the first token of a prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """By the tokens' spelling; all but one of those that are spelled alike are `token_id:123`."""
+    """Log-probabilities of the most likely tokens and of the token itself at each position, by
+    text. If several have the same text, all but one are named like `token_id:123`."""
     text_offset: list[int]
-    """Where each begins in the text of the choice, in characters. Tokens that make a character
-    together begin with it, and what a stop string cut off stands at the end."""
+    """Index of the character in the choice's text at which each token begins. Tokens that form one
+    character together all begin there; tokens that a stop string cut off begin at the end."""
 
 
 class TextChoice(Choice):
@@ -100,9 +102,9 @@ class TextChoice(Choice):
     text: str
     logprobs: TextLogprobs | None
     prompt_token_ids: list[int] | None
-    """Null without return_token_ids."""
+    """Token ids of the prompt. Null without return_token_ids."""
     prompt_logprobs: PromptLogprobs | None
-    """Null without prompt_logprobs."""
+    """Log-probabilities of the prompt's tokens. Null without prompt_logprobs."""
 
 
 class Completion(Body):
@@ -143,11 +145,11 @@ class CalledFunction(Body):
 
     name: str
     arguments: str
-    """JSON."""
+    """The arguments as JSON text."""
 
 
 class Call(Body):
-    """A call of a tool."""
+    """A tool call."""
 
     id: str
     type: Literal["function"]
@@ -162,7 +164,7 @@ class Answer(Body):
     refusal: None
     reasoning: str | None
     reasoning_content: str | None
-    """The same under another name; null without any."""
+    """The same text as `reasoning`, under another name. Both are null if there is no reasoning."""
     tool_calls: list[Call] = []
 
 
@@ -184,9 +186,9 @@ class ChatCompletion(Body):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None
-    """Null without return_token_ids."""
+    """Token ids of the prompt. Null without return_token_ids."""
     prompt_logprobs: PromptLogprobs | None
-    """Null without prompt_logprobs."""
+    """Log-probabilities of the prompt's tokens. Null without prompt_logprobs."""
 
 
 class Tokens(Body):
@@ -196,7 +198,7 @@ class Tokens(Body):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
-    """Null without return_token_strs."""
+    """The tokens as the vocabulary spells them. Null without return_token_strs."""
 
 
 class DetokenizedPrompt(Body):
@@ -213,10 +215,10 @@ class ModelCard(Body):
     created: int
     owned_by: str
     root: str
-    """The checkpoint that the name stands for."""
+    """The checkpoint that is served under this name."""
     parent: None
     max_model_len: int | None
-    """None while the engine loads."""
+    """Maximum number of tokens of a request. Null while the engine loads."""
 
 
 class ModelCards(Body):
@@ -244,6 +246,7 @@ class Readiness(Health):
     """The response to GET /ready."""
 
     loading: Progress | None = None
+    """Progress of the start-up; only while the engine loads."""
 
 
 class Version(Body):

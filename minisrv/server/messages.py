@@ -19,13 +19,13 @@ MAX_PARTS = 1024
 
 
 class TextPart(SentBack):
-    """A part of a message: text, or what an assistant said instead of an answer."""
+    """A part of a message: a text, or the refusal that an assistant gave in place of an answer."""
 
     type: Literal["text", "refusal"]
     text: Text | None = None
-    """With type text."""
+    """The text of a part of type text."""
     refusal: Text | None = None
-    """With type refusal."""
+    """The text of a part of type refusal."""
 
     @model_validator(mode="after")
     def _holds_what_it_is(self) -> TextPart:
@@ -60,7 +60,7 @@ class Message(SentBack):
     unsupported = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    """`developer` is another word for `system`."""
+    """Author of the message. `developer` means the same as `system`."""
     content: (
         Annotated[
             list[TextPart],
@@ -69,21 +69,23 @@ class Message(SentBack):
         ]
         | None
     ) = None
-    """Only an assistant's message may have none, and only that or a tool's no parts."""
+    """The text, or a list of parts. It may be absent only in a message of an assistant, and an
+    empty list only in one of an assistant or a tool."""
     name: ShortText | None = None
-    """Who speaks, or which tool; a template may leave it out."""
+    """Name of the author or of the tool. Chat templates may ignore it."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] = Field(
         default=[]
     )
-    """What the assistant called."""
+    """The tool calls of an assistant."""
     tool_call_id: Text | None = None
-    """Which call a tool's message answers."""
+    """Id of the call whose result a tool's message contains."""
     reasoning_content: Text | None = None
-    """What the assistant thought before; a template may leave it out."""
+    """The reasoning that came before an assistant's content. Chat templates may ignore it."""
     reasoning: Text | None = None
-    """Another name of reasoning_content."""
+    """Another name of reasoning_content, which comes first if both are sent."""
     refusal: Text | None = None
-    """What the assistant said instead of content, and is told as that where there is none."""
+    """The refusal that an assistant gave in place of content. If there is no content, the model
+    sees it as content."""
 
     @model_validator(mode="after")
     def _fields_suit_the_role(self) -> Message:

@@ -86,12 +86,13 @@ Biases: TypeAlias = Annotated[
 
 
 class StreamOptions(Strict):
-    """What a stream reports besides its text."""
+    """Options for what a stream reports in addition to its text."""
 
     include_usage: bool = False
-    """End the stream with a chunk that holds the usage and no choice."""
+    """End the stream with a chunk that contains the usage and no choice."""
     continuous_usage_stats: bool = False
-    """Beside include_usage, report in every chunk the usage of its choice so far, as vLLM does."""
+    """Together with include_usage, report in every chunk the usage of its choice so far, as vLLM
+    does."""
     include_obfuscation: bool = False
     """Ignored."""
 
@@ -137,72 +138,82 @@ class GenerationRequest(RequestBody):
     unsupported = EVERYWHERE
 
     model: ModelName | None = None
-    """The model's name; absent or empty, the served model."""
+    """Name of the model. If absent or empty, the served model is used."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    """Choices for each prompt. With a seed, the first has it and each other one more."""
+    """Number of choices to generate for each prompt. If a seed is set, the first choice uses it,
+    and each further choice the seed of the one before plus one."""
     max_tokens: TokenCount | None = None
-    """Tokens to generate at most."""
+    """Maximum number of tokens to generate."""
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Tokens before which no end-of-sequence or stop token is sampled and no stop string counts. A
-    structured output that is complete ends all the same."""
+    """Minimum number of tokens to generate: before that, no end-of-sequence or stop token is
+    sampled, and stop strings have no effect. A structured output that is complete ends even so."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the most likely token."""
+    """Sampling temperature. 0 always takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep the smallest set of most likely tokens that is this probable."""
+    """Sample only from the smallest set of most likely tokens whose probabilities sum to at least
+    this value."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOP_K)] | None = None
-    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    """Sample only from this many most likely tokens. 0 or -1 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Keep tokens at least this probable, relative to the most likely one."""
+    """Sample only from tokens whose probability is at least this fraction of the most likely
+    token's."""
     logit_bias: Annotated[
         dict[int, float],
         PlainValidator(_logit_bias, json_schema_input_type=Biases),
     ] = Field(default={})
-    """What is added to the logits of tokens, by token id, before penalties and temperature."""
+    """Maps token ids to numbers that are added to the logits of these tokens, before penalties and
+    temperature."""
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
-    """Taken from the logits of tokens that the completion holds."""
+    """Number to subtract from the logit of each token that the completion already contains."""
     frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
-    """Taken from the logits of tokens for each time that the completion holds them."""
+    """Number to subtract from the logit of each token for each time that the completion already
+    contains it."""
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
-    """Divides positive logits of tokens that prompt or completion hold, and multiplies others."""
+    """For tokens that the prompt or the completion contains, positive logits are divided by this
+    value, and negative ones multiplied by it."""
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
-    """Draw the same numbers again, alone or in any batch, in any mode. Absent, drawn anew."""
+    """Seed of the random numbers: the same seed gives the same numbers, in any batch and in any
+    graph mode. If absent, a seed is drawn."""
     stop: Annotated[
         StopStrings,
         BeforeValidator(_one_or_more, json_schema_input_type=StopString | StopStrings),
     ] = Field(default=[])
-    """End the text before the first of these strings."""
+    """Strings that end the text. It ends before the first of them that occurs."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(
         default=[]
     )
-    """End after one of these tokens."""
+    """Tokens that end the completion as soon as one of them is sampled."""
     include_stop_str_in_output: bool = False
-    """Let the text hold the stop string, or the text of the stop token, that it ends at."""
+    """Include in the text the stop string, or the text of the stop token, that ended it."""
     ignore_eos: bool = False
-    """Go on past the model's end-of-sequence tokens."""
+    """Continue after the model's end-of-sequence tokens."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report the log-probability of each prompt token but the first and of this many alternatives.
-    Not in a stream."""
+    """Report the log-probability of each prompt token except the first, and of this many most
+    likely alternatives. Not allowed in a stream."""
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
-    """Share cached prefixes only with requests that send the same salt, and have the same API key.
-    Others cannot tell from the time of an answer what has been asked before."""
+    """Share cached prefixes only with requests that send the same salt and have the same API key.
+    Others cannot find out from the time of a response which prompts were sent before."""
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     """Requests with a lower number are admitted earlier, and preempted later when the KV cache is
-    full; none is preempted to make room for another (vLLM's extension). Nobody waits for ever: of
-    eight that are admitted before others one is the oldest, whatever its number."""
+    full (vLLM's extension). No request is preempted to make room for one that waits. No request
+    waits for ever: whenever requests with lower numbers have gone first eight times, the oldest
+    waiting request gets a turn, whatever its number."""
     response_format: ResponseFormat | None = None
-    """What the text must be: JSON, or JSON that follows a schema, whose objects hold the properties
-    that it declares and, unless it says so, no others."""
+    """Format that the text must have: any text, a JSON object, or JSON that follows a schema.
+    Unless the schema allows others, objects have only the properties that it declares."""
     structured_outputs: StructuredOutputs | None = None
-    """What the text must be, in one of more ways (vLLM's extension)."""
+    """Format that the text must have, as a JSON schema, regular expression, choice of texts,
+    grammar or JSON object (vLLM's extension)."""
     stream: bool = False
-    """Send the answer as it comes, as server-sent events."""
+    """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
-    """include_usage ends the stream with the usage; beside it continuous_usage_stats tells the
-    usage of a chunk's choice so far in each chunk."""
+    """Options of a stream: include_usage ends it with a chunk that contains the usage; together
+    with that, continuous_usage_stats reports in every chunk the usage of its choice so far."""
     return_token_ids: bool = False
-    """Report the token ids of prompt and completion."""
+    """Report the token ids of the prompt and of the completion."""
     include_graph_steps: bool = False
-    """Report how many of the request's steps ran in which mode, and why."""
+    """Report the number of steps in which the request was computed, by graph mode and the reason
+    for it."""
     user: ShortText | None = None
     """Ignored."""
     metadata: (
@@ -219,19 +230,19 @@ class GenerationRequest(RequestBody):
     safety_identifier: ShortText | None = None
     """Ignored."""
     prompt_cache_key: ShortText | None = None
-    """Ignored: a hint for routing, and there is one engine."""
+    """Ignored: it is a hint for routing, and there is only one engine."""
     prompt_cache_options: Any = None
-    """Ignored: the prefix cache takes every prompt."""
+    """Ignored: the prefix cache stores every prompt."""
     prompt_cache_retention: Any = None
-    """Ignored: the prefix cache keeps what there is room for."""
+    """Ignored: the prefix cache keeps entries as long as there is room."""
     service_tier: Any = None
-    """Ignored: there is one tier."""
+    """Ignored: there is only one tier."""
     prediction: Any = None
-    """Ignored: a hint that makes an answer come faster, and no other one."""
+    """Ignored: it is a hint that speeds up an answer without changing it."""
     moderation: Any = None
     """Ignored: nothing is moderated."""
     verbosity: Any = None
-    """Ignored: a hint to models that were trained for it."""
+    """Ignored: it is a hint for models that were trained to follow it."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationRequest:
@@ -379,13 +390,15 @@ class CompletionRequest(GenerationRequest):
         Prompts,
         PlainValidator(_prompts, json_schema_input_type=AnyPrompt),
     ]
-    """A text, token ids, or a list of either: `n` choices each."""
+    """The prompt: a text, a list of token ids, or a list of several of either. Each prompt gets `n`
+    choices."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report the log-probability of each token and of this many alternatives."""
+    """Report the log-probability of each token and of this many most likely alternatives."""
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Tokens to generate at most; 0 with echo or prompt_logprobs only."""
+    """Maximum number of tokens to generate. 0 is allowed only with echo or prompt_logprobs."""
     echo: bool = False
-    """Begin the text, and the log-probabilities if they are asked for, with the prompt's."""
+    """Begin the text with the prompt. If logprobs is set, the log-probabilities begin with those of
+    the prompt."""
 
     @model_validator(mode="after")
     def _something_is_asked_for(self) -> CompletionRequest:
@@ -419,16 +432,18 @@ class TokenizeRequest(RequestBody):
     unsupported = TOKENIZE
 
     model: ModelName | None = None
-    """The model's name; absent or empty, the served model."""
+    """Name of the model. If absent or empty, the served model is used."""
     prompt: Annotated[Text, AfterValidator(_text)] | None = None
+    """The text to tokenize."""
     messages: Messages | None = None
+    """The messages of a chat, which are rendered by the chat template and then tokenized."""
     add_special_tokens: bool | None = None
-    """Let the tokenizer add what it adds around a text. Absent, it does to a prompt, and not to
-    messages, whose template spells every token."""
+    """Whether the tokenizer adds its special tokens, such as BOS. By default it does for a prompt,
+    but not for messages, because the chat template already contains them."""
     add_generation_prompt: bool = True
-    """End the messages with what begins an answer."""
+    """Append the tokens that begin an answer to the messages."""
     return_token_strs: bool = False
-    """Report the tokens as the vocabulary spells them, too."""
+    """Report each token also as a string, as the vocabulary spells it."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
@@ -445,8 +460,9 @@ class DetokenizeRequest(RequestBody):
     """The body of POST /detokenize."""
 
     model: ModelName | None = None
-    """The model's name; absent or empty, the served model."""
+    """Name of the model. If absent or empty, the served model is used."""
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+    """The token ids to convert to text."""
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -455,27 +471,28 @@ class ChatCompletionRequest(GenerationRequest):
     unsupported = EVERYWHERE | CHAT_ONLY
 
     messages: Messages
-    """The chat so far: text, calls of tools and their results, and reasoning."""
+    """The chat so far: texts, tool calls and their results, and reasoning."""
     max_completion_tokens: TokenCount | None = None
-    """OpenAI's newer name of max_tokens. Absent, the answer may fill the context."""
+    """OpenAI's newer name of max_tokens. If both are absent, the checkpoint's max_new_tokens is
+    used, else the answer may fill the context."""
     logprobs: bool = False
     """Report the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report this many alternatives to each token; needs logprobs."""
+    """Report this many most likely alternatives to each token. Needs logprobs."""
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
-    """none: as if there were no tools; auto, which is meant if there are any: as the model likes;
-    required, or the name of one: it must, and the arguments follow the schema as a
-    response_format's text does."""
+    """Whether the model calls tools. none: it is told of no tools. auto (the default if there are
+    tools): the model decides. required, or the name of a function: it must call one, or this one,
+    and the arguments follow the schema as the text of a response_format does."""
     parallel_tool_calls: bool = True
-    """Allow several calls in one answer; else those behind the first are dropped."""
+    """Allow several tool calls in one answer. If false, all but the first are dropped."""
     chat_template_kwargs: Annotated[
         dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
         Field(max_length=16),
         at_most(16),
     ] = Field(default={})
-    """Variables of the chat template, e.g. enable_thinking."""
+    """Variables for the chat template, e.g. enable_thinking."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
@@ -510,12 +527,12 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that the model is told of, and may call."""
+        """The tools that the prompt describes to the model, and that it may call."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def required_tools(self) -> list[Tool]:
-        """The tools of which one must be called; empty if none need be."""
+        """The tools of which at least one must be called; empty if no call is required."""
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             return [tool for tool in self.tools if tool.function.name == name]

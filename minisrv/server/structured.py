@@ -44,23 +44,25 @@ GrammarText: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_GRAMM
 
 
 class JsonSchema(Strict):
-    """A schema with its name."""
+    """A JSON schema with a name."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    """Ignored, as is the description: the model sees neither."""
+    """Name of the schema. Ignored, because the model does not see it."""
     description: Text | None = None
-    """Ignored."""
+    """Ignored, because the model does not see it."""
     schema_: Annotated[Schema, Field(alias="schema")]
     strict: bool | None = None
-    """The schema is kept in any case, and objects hold only what it declares."""
+    """Has no effect: the text always follows the schema, and objects have only the properties that
+    it declares, unless it allows others."""
 
 
 class ResponseFormat(Strict):
-    """What the text of an answer must be."""
+    """Format that the text of an answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    """With type json_schema."""
+    """The schema that the text must follow. Needed with type json_schema, and allowed only
+    there."""
 
     @model_validator(mode="after")
     def _schema_with_its_type(self) -> ResponseFormat:
@@ -71,8 +73,8 @@ class ResponseFormat(Strict):
         return self
 
     def as_spec(self) -> StructuredOutput | None:
-        """Return what the engine is asked for; None for any text. Raises RequestError for a schema
-        that is too large."""
+        """Return the specification for the engine; None if any text is allowed. Raises RequestError
+        for a schema that is too large."""
         if self.type == "text":
             return None
         text = "" if self.json_schema is None else self.json_schema.schema_
@@ -82,18 +84,18 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """What the text must be: exactly one of these."""
+    """Format that the text must have. Exactly one of the fields must be set."""
 
     json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
-    """JSON that follows this schema, an object or its text."""
+    """The text is JSON that follows this JSON schema, which is sent as an object or as its text."""
     regex: GrammarText | None = None
-    """What this regular expression (Rust's syntax) matches from end to end."""
+    """The whole text matches this regular expression, in Rust's syntax."""
     choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
-    """One of these texts."""
+    """The text is one of these texts."""
     grammar: GrammarText | None = None
-    """What this grammar (Lark, in llguidance's dialect) describes."""
+    """The text follows this grammar, in llguidance's dialect of Lark."""
     json_object: Literal[True] | None = None
-    """Any JSON object."""
+    """The text is any JSON object."""
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
@@ -103,7 +105,8 @@ class StructuredOutputs(Strict):
         return self
 
     def as_spec(self) -> StructuredOutput:
-        """Return what the engine is asked for. Raises RequestError for what is too large."""
+        """Return the specification for the engine. Raises RequestError if a text or all choices
+        together are too large."""
         kinds = StructuredOutputKind
         if self.choice is not None:
             choices = tuple(self.choice)

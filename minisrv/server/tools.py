@@ -27,13 +27,15 @@ class Function(Strict):
     """A function that the model may call."""
 
     name: Name
+    """Name of the function."""
     description: Text | None = None
-    """What the model is told of it."""
+    """Description of the function, which the model sees."""
     parameters: Schema | None = None
-    """The JSON schema of its arguments, which are an object; absent, it has none."""
+    """JSON schema of the arguments, which are an object. If absent, the function has no
+    arguments."""
     strict: bool | None = None
-    """Arguments follow the schema where a call is required, as those of a `response_format` do,
-    and nowhere else: with or without this."""
+    """Has no effect: the arguments of a required call always follow the schema, as a
+    `response_format` does, and those of other calls need not."""
 
     def for_template(self) -> dict[str, Any]:
         """Return the function as chat templates expect it."""
@@ -46,7 +48,7 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A tool, of which functions are the one kind there is."""
+    """A tool. The only kind is a function."""
 
     type: Literal["function"]
     function: Function
@@ -57,13 +59,13 @@ class Tool(Strict):
 
 
 class FunctionName(Strict):
-    """Names a function."""
+    """The name of a function."""
 
     name: Name
 
 
 class NamedTool(Strict):
-    """The tool that is to be called."""
+    """The tool that the model must call."""
 
     type: Literal["function"]
     function: FunctionName
@@ -93,19 +95,20 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
 
 
 class CalledFunction(SentBack):
-    """A function that was called, and how."""
+    """The function that was called, and its arguments."""
 
     name: Text
-    """Whatever the model has written."""
+    """Name of the function, as the model wrote it."""
     arguments: Annotated[
         dict[str, Any] | str,
         PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any]),
     ] = Field(default={})
-    """A JSON object as text. What is no JSON is told to the model as it is."""
+    """The arguments: a JSON object, or its text. Text that is not a JSON object is passed to the
+    model unchanged."""
 
 
 class ToolCall(SentBack):
-    """A call of an earlier answer."""
+    """A tool call in an earlier answer."""
 
     id: Text | None = None
     type: Literal["function"] = "function"
