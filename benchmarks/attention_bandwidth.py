@@ -1,12 +1,14 @@
-"""How fast the attention of a decode step reads its KV cache, by batch and context.
+"""Measures how fast the attention of a decode step reads its KV cache, by batch and context.
 
     python -m benchmarks.attention_bandwidth benchmarks/configs/qwen3-0.6b \
         --batch 8,32,64,256 --context 128,1024,8192 --json F --plot F.svg
 
-One graph holds the op of as many layers as it takes to have nothing left in the GPU's caches; a
-time is the graph's by the number of layers. Bytes are those of K and V of all contexts; the share
-is of what a large copy reads and writes in the same time. Beside it stands torch's own attention,
-which has K and V in one piece, no blocks, and neither norms nor turns nor writes.
+One CUDA graph contains the attention op of so many layers that the GPU's caches cannot hold data
+from one replay to the next; the time of a layer is that of the graph divided by the number of
+layers. GB/s counts the bytes of K and V of all contexts. It is compared with the bytes that a large
+copy reads and writes per second, and the time with that of torch's scaled_dot_product_attention,
+which does less: its K and V are contiguous, without blocks, and it neither applies norms and rotary
+embeddings nor writes to the cache.
 """
 
 from __future__ import annotations

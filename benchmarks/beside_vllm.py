@@ -1,4 +1,4 @@
-"""A `minisrv bench` on an H100 beside what vLLM took there: a markdown table, and a plot.
+"""Compares a `minisrv bench` on an H100 with vLLM's step times there: a markdown table, a plot.
 
     python benchmarks/beside_vllm.py BENCH.json --model qwen3-0.6b [--plot FILE.svg]
 

@@ -1,4 +1,4 @@
-"""How long one request's body keeps an API worker from answering others, and what memory it leaves.
+"""Measures what one request's body costs an API worker: time without answers, and memory.
 
     python benchmarks/bodies.py --rounds 3 --json bodies.json 'minisrv serve --api-workers 1'
 

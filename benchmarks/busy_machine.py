@@ -1,13 +1,13 @@
-"""What two processes that keep two cores busy cost the ways in, and a step the ways of waiting.
+"""Measures what busy processes cost the commands, and decode steps by how their threads wait.
 
     python benchmarks/busy_machine.py commands --rounds 3 --json F
     python benchmarks/busy_machine.py steps --rounds 5 --json F
 
 *Commands*: the seconds that `LLM`, `certify`, `bench` and `pytest -m quick` take, alone and then
-beside the busy processes. *Steps*: milliseconds of a decode step by batch, for several numbers of
-spins after which a waiting thread sleeps. The least value of all rounds is the most reliable, as
-other load on the machine can only add time. Run it without OpenMP's environment variables. For
-another version of minisrv give its directory as --tree.
+beside two processes that keep two cores busy. *Steps*: milliseconds of a decode step by batch, for
+several numbers of spins after which a waiting thread sleeps. The least value of all rounds is the
+most reliable, as other load on the machine can only add time. Run it without OpenMP's environment
+variables. For another version of minisrv give its directory as --tree.
 """
 
 from __future__ import annotations

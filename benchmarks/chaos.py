@@ -1,5 +1,4 @@
-"""What the server does when everything goes wrong, many times over: the end-to-end tests of it at
-full size.
+"""Repeats end-to-end tests of a server many times: deaths, disconnects and random requests.
 
     python benchmarks/chaos.py deaths --count 50 --json F
     python benchmarks/chaos.py disconnects --count 2000 --json F

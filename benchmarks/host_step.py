@@ -1,4 +1,4 @@
-"""What the host does in a step of steady decode: microseconds by batch, beside the step itself.
+"""Measures the host's time in a step of steady decode, by batch, and the time of the step.
 
     python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F \
         --engine-flags "--load-format dummy --async-scheduling"

@@ -1,4 +1,4 @@
-"""Damages a good checkpoint as a random generator decides, for `hostile_checkpoints.py` to open.
+"""Damages a good checkpoint at random, for `hostile_checkpoints.py` to open.
 
 Knows: the files of a checkpoint, and content at which parsers of them have failed. Knows nothing of
 minisrv.

@@ -1,4 +1,4 @@
-"""Whether a stranger's checkpoint, whatever its files hold, is opened or refused by name.
+"""Tests that any checkpoint, whatever its files hold, is opened or refused with a clear error.
 
     python benchmarks/hostile_checkpoints.py --count 4000 --json F
 

@@ -1,4 +1,4 @@
-"""Runs of `loadgen run --json` beside each other: tokens/s, ITL and TTFT by concurrency, drawn.
+"""Plots several runs of `loadgen run --json`: tokens/s, ITL and TTFT by concurrency.
 
     python benchmarks/http_plot.py --plot F LABEL=A.json[,B.json] LABEL=C.json ...
 

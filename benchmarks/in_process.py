@@ -1,4 +1,4 @@
-"""The closed loop of `loadgen run` in process: what the engine gives without the wire.
+"""Runs the closed loop of `loadgen run` in process: the engine's throughput without HTTP.
 
     python benchmarks/in_process.py MODEL --concurrency 1,64,256 --requests 768 --json F \
         --engine-flags "--load-format dummy --max-num-seqs 256 --max-model-len 2048"

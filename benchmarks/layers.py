@@ -1,4 +1,4 @@
-"""The layers of a decoder in one CUDA graph, without an engine, in which kernels are compared.
+"""The layers of a decoder in one CUDA graph, without an engine, to compare kernels in.
 
 `Layers` is a model of random weights with a KV cache of random entries; `capture` records its
 forward pass and output projection for a decode batch whose contexts have the same length. Kernels

@@ -1,7 +1,8 @@
-"""Make a directory with a config.json and a tokenizer, for servers that need one beside random
-weights; minisrv itself serves a config.json alone by `--load-format dummy`.
+"""Make a directory with a config.json and a tokenizer, for servers that draw random weights.
 
     python benchmarks/make_dummy.py benchmarks/configs/qwen3-0.6b DIR
+
+minisrv itself needs no tokenizer for this: `--load-format dummy` serves a config.json alone.
 """
 
 from __future__ import annotations

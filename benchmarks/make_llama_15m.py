@@ -1,4 +1,4 @@
-"""Write a Llama of 15.7 million random weights: a checkpoint to time on any engine, not to talk to.
+"""Write a Llama with 15.7 million random weights: a checkpoint to measure engines with.
 
     python benchmarks/make_llama_15m.py DIR
 

@@ -1,4 +1,4 @@
-"""What streams feel when long prompts keep arriving: ITL and TTFT by chunk size and mode.
+"""Measures ITL and TTFT of streams while long prompts keep arriving, by chunk size and mode.
 
     python benchmarks/mixed_load.py MODEL --chunks 128,256,512,1024,2048 --json F --plot F.svg \
         --engine-flags "--load-format dummy --max-model-len 4096"

@@ -1,4 +1,4 @@
-"""Many times more requests than a server can serve: what becomes of each, and of those it serves.
+"""Sends many times more requests than a server can serve, and measures how they end.
 
     python benchmarks/overload.py --minutes 10 --times 10 --json overload.json \\
         'minisrv serve --max-num-seqs 8 --max-waiting 64 --request-timeout 5'

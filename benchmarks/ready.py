@@ -1,4 +1,4 @@
-"""From exec to ready: how long servers take to start, by turns.
+"""Measures how long servers take from exec until they are ready, by turns.
 
     python benchmarks/ready.py --rounds 5 --json ready.json \\
         --server 'graphs=minisrv serve DIR --load-format dummy' \\

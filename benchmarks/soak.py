@@ -1,4 +1,4 @@
-"""One server for hours under everything at once: does anything grow, and does any answer change?
+"""Loads one server for hours with all features: does anything grow, and does any answer change?
 
     python benchmarks/soak.py --minutes 120 --json soak.json 'minisrv serve --dtype float32 \\
         --max-num-seqs 16 --max-num-batched-tokens 128 --max-model-len 1024 --num-kv-blocks 80'

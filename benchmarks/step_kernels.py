@@ -1,14 +1,16 @@
-"""Which kernels a decode step on a GPU consists of, and what each takes.
+"""Lists the kernels of a decode step on a GPU, with the time that each takes.
 
     python benchmarks/step_kernels.py benchmarks/configs/qwen3-0.6b --batch 1,8,32 --context 128 \
         --engine-flags "--load-format dummy --max-num-seqs 32 --max-model-len 2048" --json F
 
-Kernels that are launched programmatically begin before the one in front has ended, so a kernel's
-time is from that one's end to its own. It holds what the kernel waits for, and the gaps. Steps are
-those of an engine in steady decode; contexts grow by a token a step, around the one asked for.
+With programmatic dependent launch, a kernel begins before the previous one has ended. So the time
+of a kernel is counted from the end of the previous kernel to its own end, and includes waiting and
+gaps. The steps are those of an engine in steady decode, in which contexts grow by one token per
+step; halfway through the measured steps they have the given length.
 
-The working model of a step, t = bytes / bandwidth + kernels * boundary, is solved for its boundary:
-bytes are the weights' and the cache's, the bandwidth is a large copy's.
+The time of a step is modelled as bytes / bandwidth + kernels * boundary, where bytes are those of
+the weights and the KV cache, bandwidth is that of a large copy, and boundary is what each kernel
+costs beyond that. The model is solved for the boundary, which is reported in microseconds.
 """
 
 from __future__ import annotations

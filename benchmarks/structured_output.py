@@ -1,5 +1,4 @@
-"""Structured output over HTTP: are all answers what was asked, what does a grammar cost, and do
-hostile ones hold anybody up?
+"""Tests and measures structured output over HTTP: answers, cost of grammars, hostile grammars.
 
     minisrv serve --max-num-seqs 8 &
     python benchmarks/structured_output.py http://127.0.0.1:8000 --schemas 300 --json F

@@ -1,11 +1,12 @@
-"""Which tiles multiply a model's weights by a few rows fastest, on this GPU.
+"""Finds the tiles with which this GPU multiplies a model's weights by a few rows fastest.
 
     python -m benchmarks.tiles benchmarks/configs/qwen3-0.6b --rows 1,8,32 --json F
 
-Candidates are compiled by many processes first. Then each projection in turn gets the one with
-which a graph of all layers is fastest (coordinate descent, two rounds; half a minute for a number
-of rows). Printed are lines for `minisrv.kernels.tiles.MEASURED`, beside what `tile` has chosen:
-a shape needs a line where that is slower by more than the noise, some 1%.
+First all candidate tiles are compiled, by many processes. Then each projection in turn gets the
+candidate with which a graph of all layers is fastest (coordinate descent in two rounds, which take
+half a minute for each number of rows). The script prints lines for
+`minisrv.kernels.tiles.MEASURED`, each with the tile that `minisrv.kernels.tiles.tile` chooses now.
+A shape needs such a line if that choice is slower by more than the noise, which is about 1%.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""minisrv's engine beside transformers' `generate`: milliseconds of a decode step, in one process.
+"""Compares decode steps of minisrv's engine and of transformers' `generate`, in one process.
 
     python benchmarks/transformers_generate.py MODEL --batch 1,16 --threads 1 --json out.json
     python benchmarks/transformers_generate.py MODEL --engine-flags=--enforce-eager

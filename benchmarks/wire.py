@@ -1,4 +1,4 @@
-"""What the wire costs: CPU time of the API workers for a streamed token, without a model.
+"""Measures the API workers' CPU time per streamed token, without a model.
 
     python benchmarks/wire.py --api-workers 1,2 --streams 64 --steps-per-s 100 --json F
 
