@@ -41,9 +41,8 @@ def tables() -> str:
     for name, by_endpoint in supported.items():
         only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))} only)"
         lines.append(f"| `{name}`{only} | {_both(by_endpoint)} | {_both(about[name])} |")
-    lines += ["", "These fields are known but not supported. They are accepted if they are null"]
-    lines += ["or have a value that the table lists, which asks for nothing. Any other value is"]
-    lines += ["refused with an error that names the field.", ""]
+    lines += ["", "These fields are known but not supported. They accept null and the values here,"]
+    lines += ["which ask for nothing; others are refused with an error that names the field:", ""]
     lines += ["| field | values that are accepted |", "|---|---|"]
     for name, by_endpoint in sorted(refused.items()):
         only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))})"
