@@ -47,7 +47,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 """Minimum and maximum of every number, whatever the machine and the model. Without these bounds, a
 value that is far too large would be obeyed, and take all memory or all time. One machine and one
-model allow less (`engine.memory`)."""
+model allow less (`engine.platforms`)."""
 
 _MAX_CHARACTERS = 1 << 22
 """Maximum number of characters in a file that a setting names."""

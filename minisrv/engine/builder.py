@@ -18,7 +18,7 @@ from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.ladder import Ladders, ladders_of
+from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
@@ -48,8 +48,6 @@ class EngineParts:
     """
 
     config: EngineConfig
-    platform: Platform
-    ladders: Ladders
     scheduler: Scheduler
     dispatcher: Dispatcher
     runner: ModelRunner
@@ -178,8 +176,6 @@ def build_engine(
     ahead = config.async_scheduling
     return EngineParts(
         config=config,
-        platform=platform,
-        ladders=ladders,
         scheduler=scheduler,
         dispatcher=Dispatcher(ladders, times),
         runner=runner,
