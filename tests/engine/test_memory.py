@@ -1,4 +1,4 @@
-"""How the KV cache gets its size, and what is said when a plan does not hold."""
+"""How the KV cache gets its size. How a GPU plans for it is in `test_platforms`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
-from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
-from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu
+from minisrv.engine.memory import KVCacheShape, fit_context, num_kv_blocks
+from minisrv.engine.platforms import CPUPlatform, cpu
 from minisrv.errors import ConfigError
 from minisrv.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint
@@ -119,37 +119,6 @@ def test_what_no_memory_holds_is_refused_before_any_of_it_is_taken(
 
 def test_blocks_that_are_asked_for_are_taken_as_they_are():
     assert num_kv_blocks(replace(CONFIG, num_kv_blocks=7), SHAPE, 0) == 7
-
-
-class Gpu(CUDAPlatform):
-    """One that says how much of it is used."""
-
-    def __init__(self, used: int, allowed: int) -> None:
-        super().__init__(torch.device("cuda"))
-        self._used = used
-        self._allowed = allowed
-
-    def allowed_bytes(self, config: EngineConfig) -> int:
-        return self._allowed
-
-    def used_bytes(self) -> int:
-        return self._used
-
-    def release(self) -> None:
-        pass
-
-
-def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(tmp_path):
-    checkpoint = str(make_checkpoint(tmp_path, "llama"))
-    config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
-    runner = build_engine(config).runner
-    shape = KVCacheShape(per_block=1 << 20, per_row=1)
-    plan = MemoryPlan(cache=1 << 30, graphs=5 << 20)
-    gpu = Gpu(used=900 << 20, allowed=890 << 20)
-    with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
-        gpu.check_plan(config, plan, shape, runner)
-    gpu.check_plan(config, MemoryPlan(cache=1 << 30), shape, runner)
-    Gpu(used=900 << 20, allowed=900 << 20).check_plan(config, plan, shape, runner)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,247 @@
+"""What differs between a CPU and a GPU, which is played by one whose memory is numbers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minisrv.config import EngineConfig
+from minisrv.engine import builder
+from minisrv.engine.builder import build_engine, resolve_dtype
+from minisrv.engine.memory import KVCacheShape, MemoryPlan
+from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu, platform_of
+from minisrv.errors import ConfigError
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from tests.checkpoints import make_checkpoint
+from tests.engine.test_memory import MODEL
+
+MIB = 1 << 20
+
+
+class Gpu(CUDAPlatform):
+    """A GPU whose memory is numbers, and whose graphs are tapes.
+
+    allowed: the bytes that may be used.
+    used: the bytes that somebody uses.
+    kept: the bytes that torch keeps and nobody uses.
+    """
+
+    def __init__(self, *, allowed: int = 1 << 30, used: int = 0, kept: int = 0) -> None:
+        super().__init__(torch.device("cpu"))
+        self.allowed, self.used, self.kept = allowed, used, kept
+
+    def make_backend(self) -> CPUTapeBackend:
+        return CPUTapeBackend()
+
+    def allowed_bytes(self, config: EngineConfig) -> int:
+        return self.allowed
+
+    def used_bytes(self) -> int:
+        return self.used + self.kept
+
+    def keep(self, nbytes: int) -> None:
+        """Nobody uses these bytes any more."""
+        self.used -= nbytes
+        self.kept += nbytes
+
+    def release(self) -> None:
+        gc.collect()
+        self.kept = 0
+
+
+class Probe:
+    """A runner of `num_blocks` blocks of 1 MiB, whose graphs take 40 MiB, and 70 if all were
+    captured. The largest step leaves 30 MiB that torch keeps."""
+
+    def __init__(self, gpu: Gpu, num_blocks: int) -> None:
+        self.gpu = gpu
+        self.num_blocks = num_blocks
+        self.graph_bytes = {"large": 25 * MIB, "small": 15 * MIB}
+        self.use(num_blocks * MIB)
+
+    def use(self, nbytes: int) -> None:
+        """Take memory, which torch keeps when the runner is gone."""
+        self.gpu.used += nbytes
+        weakref.finalize(self, self.gpu.keep, nbytes)
+
+    def probe(self) -> int:
+        self.use(40 * MIB)
+        self.gpu.kept += 30 * MIB
+        return 70 * MIB
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    return str(make_checkpoint(tmp_path, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("config", "there", "expected"),
+    [
+        (EngineConfig(), False, "cpu"),
+        (EngineConfig(), True, "cuda:3"),
+        (EngineConfig(device="cpu"), True, "cpu"),
+        (EngineConfig(device="cuda"), True, "cuda:3"),
+        (EngineConfig(device="cpu", quantization="int8"), True, "cpu"),
+        (EngineConfig(quantization="int8"), False, "cpu"),
+    ],
+)
+def test_auto_is_the_current_gpu_if_there_is_one(config, there, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    platform = platform_of(config)
+    assert str(platform.device) == expected
+    assert isinstance(platform, CPUPlatform if expected == "cpu" else CUDAPlatform)
+
+
+@pytest.mark.parametrize(
+    ("config", "there", "words"),
+    [
+        (EngineConfig(device="cuda"), False, "device=cuda, and torch sees no GPU here"),
+        (EngineConfig(quantization="int8"), True, "int8 is for CPUs.*--device cpu"),
+    ],
+)
+def test_a_device_that_cannot_serve_is_refused(config, there, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    with pytest.raises(ConfigError, match=words):
+        platform_of(config)
+
+
+@pytest.mark.parametrize(
+    ("platform", "native", "checkpoint_dtype", "expected", "why"),
+    [
+        (CPUPlatform(), True, "bfloat16", "bfloat16", "which this CPU multiplies natively"),
+        (CPUPlatform(), False, "bfloat16", "float32", "the fastest here that loses nothing"),
+        (CPUPlatform(), True, "float16", "float32", "the fastest here that loses nothing"),
+        (CPUPlatform(), True, "float32", "float32", "the fastest here that loses nothing"),
+        (Gpu(), False, "bfloat16", "bfloat16", "half precision"),
+        (Gpu(), False, "float16", "float16", "half precision"),
+        (Gpu(), True, "float32", "bfloat16", "half precision"),
+    ],
+)
+def test_auto_dtype(platform, native, checkpoint_dtype, expected, why, monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: native)
+    model = replace(MODEL, dtype=checkpoint_dtype)
+    with caplog.at_level(logging.INFO, logger="minisrv"):
+        assert resolve_dtype(EngineConfig(), model, platform) is getattr(torch, expected)
+    assert f"weights are {checkpoint_dtype}, served in {expected}: {why}" in caplog.text
+
+
+def test_a_dtype_that_is_asked_for_and_that_of_int8_are_no_choice_of_the_platform(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    platform = CPUPlatform()
+    assert resolve_dtype(EngineConfig(dtype="float16"), MODEL, platform) is torch.float16
+    int8 = EngineConfig(device="cpu", quantization="int8")
+    assert resolve_dtype(int8, MODEL, platform) is torch.bfloat16
+
+
+def test_a_tied_output_projection_takes_memory_of_its_own_on_a_cpu_alone():
+    config, output = EngineConfig(), MODEL.vocab_size * MODEL.hidden_size
+    tied = replace(MODEL, tie_word_embeddings=True)
+    for model, extra in ((MODEL, 0), (tied, output)):
+        assert Gpu().weight_bytes(config, model, torch.float32) == 4 * model.num_parameters
+        found = CPUPlatform().weight_bytes(config, model, torch.float32)
+        assert found == 4 * (model.num_parameters + extra)
+    int8 = EngineConfig(device="cpu", quantization="int8")
+    found = CPUPlatform().weight_bytes(int8, tied, torch.bfloat16)
+    assert found == tied.num_parameters + output
+
+
+def test_a_gpus_cache_is_at_most_what_weights_leave_of_what_is_allowed():
+    config, weights = EngineConfig(), 2 * MODEL.num_parameters
+    gpu = Gpu(allowed=1000 * MIB, used=300 * MIB)
+    found = gpu.cache_before_loading(config, MODEL, torch.bfloat16)
+    assert found == 700 * MIB - weights
+    asked = EngineConfig(kv_cache_memory=77)
+    assert Gpu(allowed=0).cache_before_loading(asked, MODEL, torch.bfloat16) == 77
+    full = Gpu(allowed=300 * MIB + weights, used=300 * MIB)
+    with pytest.raises(ConfigError, match=r"the weights take 0\.2 MiB, and 0\.2 MiB of memory"):
+        full.cache_before_loading(config, MODEL, torch.bfloat16)
+
+
+def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
+    """What loading has left behind counts for nothing, what the largest step has left behind
+    counts, and nothing of the probe stays."""
+    gpu = Gpu(allowed=5000 * MIB, used=500 * MIB, kept=1000 * MIB)
+    config, shape = EngineConfig(max_num_seqs=3), KVCacheShape(per_block=MIB, per_row=5)
+    sizes = []
+
+    def make_runner(num_blocks: int) -> Probe:
+        sizes.append(num_blocks)
+        return Probe(gpu, num_blocks)
+
+    with caplog.at_level(logging.INFO, logger="minisrv"):
+        plan = gpu.plan_memory(config, shape, make_runner, 4321)
+    assert sizes == [1 + 5 + 4 * 3]
+    assert plan == MemoryPlan(cache=(5000 - 500 - 30 - 70) * MIB, graphs=70 * MIB)
+    assert gpu.used_bytes() == 500 * MIB
+    said = "steps take 30.0 MiB, graphs 70.0 MiB by a probe; 4400.0 MiB are left for the KV cache"
+    assert said in caplog.text
+
+
+def test_a_cache_whose_size_is_given_needs_no_probe():
+    gpu, shape = Gpu(), KVCacheShape(per_block=100, per_row=5)
+    asked = EngineConfig(kv_cache_memory=4321)
+    blocks = EngineConfig(num_kv_blocks=7)
+    assert gpu.plan_memory(asked, shape, None, 4321) == MemoryPlan(4321)
+    assert gpu.plan_memory(blocks, shape, None, 4321) == MemoryPlan(700)
+    for config in (EngineConfig(), asked, blocks):
+        assert CPUPlatform().plan_memory(config, shape, None, 4321) == MemoryPlan(4321)
+
+
+def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoint):
+    config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
+    runner = build_engine(config).runner
+    shape = KVCacheShape(per_block=MIB, per_row=1)
+    plan = MemoryPlan(cache=1 << 30, graphs=5 * MIB)
+    gpu = Gpu(used=900 * MIB, allowed=890 * MIB)
+    with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
+        gpu.check_plan(config, plan, shape, runner)
+    gpu.check_plan(config, MemoryPlan(cache=1 << 30), shape, runner)
+    # What torch keeps and nobody uses is released first.
+    Gpu(used=900 * MIB, kept=10 * MIB, allowed=900 * MIB).check_plan(config, plan, shape, runner)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "asked", "lag"),
+    [(False, None, 0), (False, True, 1), (True, None, 1), (True, False, 0)],
+)
+def test_a_start_on_each_platform(on_gpu, asked, lag, checkpoint, monkeypatch, caplog):
+    """The phases of `ready in`, the lag, and whether graphs are probed and timed."""
+    if on_gpu:
+        monkeypatch.setattr(builder, "platform_of", lambda config: Gpu())
+    config = EngineConfig(
+        model=checkpoint,
+        dtype="float32",
+        device="cpu",
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        async_scheduling=asked,
+    )
+    with caplog.at_level(logging.INFO, logger="minisrv"):
+        parts = build_engine(config)
+    phases = ["device", "checkpoint", "kernels", "weights", "tokenizer", "memory", "graphs"]
+    if on_gpu:
+        phases.remove("kernels")
+    assert list(parts.info.startup_seconds) == phases
+    assert parts.lag == lag
+    keys = parts.dispatcher.ladders.keys()
+    assert set(parts.times) == (set(keys) if on_gpu else set())
+    assert (parts.memory.graphs is not None) == on_gpu
+    words = ("are left for the KV cache", "a probe had said")
+    assert [text in caplog.text for text in words] == [on_gpu, on_gpu]
+
+
+def test_a_full_gpu_is_an_error_of_the_settings_that_names_the_phase(checkpoint, monkeypatch):
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(builder, "load_model", full)
+    words = r"full at start-up \(weights\): tried to allocate 9 GiB\. .*--kv-cache-memory"
+    with pytest.raises(ConfigError, match=words):
+        build_engine(EngineConfig(model=checkpoint, device="cpu"))
