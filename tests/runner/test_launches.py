@@ -11,7 +11,7 @@ import torch
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import epilogue_descriptor
-from minisrv.engine import core
+from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError
@@ -104,7 +104,7 @@ def waits(monkeypatch) -> list[float]:
     """What an engine that starts with `simulate_launch_us` waits, instead of waiting."""
     found: list[float] = []
     monkeypatch.setattr(
-        core, "simulate_launches", lambda runner, us: simulate_launches(runner, us, found.append)
+        builder, "simulate_launches", lambda runner, us: simulate_launches(runner, us, found.append)
     )
     return found
 
