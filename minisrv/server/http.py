@@ -182,6 +182,7 @@ class BoundedProtocol(HttpToolsProtocol):
         # NOTE: the host in the request line takes precedence over the Host header (RFC 9112,
         # 3.2.2).
         if absolute := _ABSOLUTE_FORM.match(self.url):
+            httptools.parse_url(self.url)  # raises HttpParserError for a malformed host
             self.headers[:] = [
                 (name, absolute[1] if name == b"host" else value) for name, value in self.headers
             ]
