@@ -247,7 +247,7 @@ def test_status_1_of_the_process(checkpoint):
     ],
 )
 def test_wrong_settings_end_before_a_model_is_loaded(run, monkeypatch, flags, words):
-    monkeypatch.setattr(certify, "EngineCore", None)
+    monkeypatch.setattr(certify, "build_engine", None)
     status, printed, _ = run(*flags)
     assert status == 1
     assert words in printed
