@@ -25,9 +25,17 @@ _WORDS = (
     *("the", "sea", "a", "house", "by", "red", "wind", "of", "night", "over", "seven", "lanterns"),
     *("they", "count", "stones", "until", "morning", "with", "rain", "on", "nobody", "quiet"),
 )
-_TOKEN_IDS = (300, 4000)
+TOKEN_IDS = (300, 4000)
 """The range of the random token ids, which are words both in the default model's vocabulary and in
 larger ones."""
+MAX_TOKENS = (1, 8, 24, 40, 80, 120)
+"""The values of `max_tokens` that questions have."""
+
+_FILTERS: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("top_p", (0.3, 0.9)),
+    ("top_k", (1, 5, 40)),
+    ("min_p", (0.05, 0.3)),
+)
 
 _PERSON = {
     "type": "object",
@@ -101,13 +109,36 @@ class Answer(NamedTuple):
             )
         )
 
+    def apart(self, other: Answer) -> tuple[Any, Any]:
+        """Return what differs between two answers that are not the same, of this and of the other:
+        the exact parts, or the log-probabilities."""
+        if self.exact != other.exact:
+            return self.exact, other.exact
+        return self.logprobs, other.logprobs
+
 
 class Questions:
     """Draws random requests. Many of them share prefixes: documents of token ids, or the first
-    messages of chats."""
+    messages of chats.
 
-    def __init__(self, seed: int) -> None:
+
+    token_ids: the range of the random token ids in prompts: the first, and the end.
+    max_tokens: the values of `max_tokens` that questions have.
+    tools: whether some chats offer tools, for which a small tokenizer makes long prompts.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        token_ids: tuple[int, int] = TOKEN_IDS,
+        max_tokens: tuple[int, ...] = MAX_TOKENS,
+        tools: bool = True,
+    ) -> None:
         self._random = random.Random(seed)
+        self._ids = token_ids
+        self._max_tokens = max_tokens
+        self._tools = tools
         self._documents = [self._token_ids(self._random.randint(64, 160)) for _ in range(5)]
         self._systems = [self._text(self._random.randint(5, 30)) for _ in range(4)]
 
@@ -118,7 +149,7 @@ class Questions:
         body = self._sampling()
         self._shape(body)
         chat = rng.random() < 0.4
-        tools = chat and rng.random() < 0.25
+        tools = self._tools and chat and rng.random() < 0.25
         if not tools and rng.random() < 0.25:
             body |= rng.choice(FORMS)
         elif not tools and rng.random() < 0.25:
@@ -162,10 +193,8 @@ class Questions:
         if rng.random() < 0.55:
             body = {"temperature": rng.choice((0.5, 0.8, 1.0, 1.4)), "seed": rng.randrange(1000)}
             if rng.random() < 0.4:
-                name, values = rng.choice(
-                    (("top_p", (0.3, 0.9)), ("top_k", (1, 5, 40)), ("min_p", (0.05, 0.3)))
-                )
-                body[name] = rng.choice(values)
+                for name, values in rng.sample(_FILTERS, rng.choice((1, 1, 1, 2, 3))):
+                    body[name] = rng.choice(values)
         for name, values in (
             ("presence_penalty", (0.5, -0.5)),
             ("frequency_penalty", (0.7, -0.3)),
@@ -174,7 +203,7 @@ class Questions:
             if rng.random() < 0.15:
                 body[name] = rng.choice(values)
         if rng.random() < 0.15:
-            ids = (str(rng.randrange(*_TOKEN_IDS)) for _ in range(rng.randint(1, 5)))
+            ids = (str(rng.randrange(*self._ids)) for _ in range(rng.randint(1, 5)))
             body["logit_bias"] = {token_id: rng.choice((-100, -2, 3, 6)) for token_id in ids}
         return body
 
@@ -182,7 +211,7 @@ class Questions:
         """Add to `body` the fields on the length, the number and the end of answers, on sharing of
         prefixes, and on priority."""
         rng = self._random
-        body["max_tokens"] = rng.choice((1, 8, 24, 40, 80, 120))
+        body["max_tokens"] = rng.choice(self._max_tokens)
         body["return_token_ids"] = rng.random() < 0.85
         if rng.random() < 0.15:
             body["n"] = rng.randint(2, 4)
@@ -190,7 +219,7 @@ class Questions:
             body["stop"] = rng.sample(["e", "the", " a", "ing", "\n"], rng.randint(1, 2))
             body["include_stop_str_in_output"] = rng.random() < 0.5
         if rng.random() < 0.1:
-            body["stop_token_ids"] = [rng.randrange(*_TOKEN_IDS) for _ in range(3)]
+            body["stop_token_ids"] = [rng.randrange(*self._ids) for _ in range(3)]
         if rng.random() < 0.1:
             body["min_tokens"] = rng.randint(0, body["max_tokens"])
         if rng.random() < 0.2:
@@ -225,7 +254,7 @@ class Questions:
         return " ".join(self._random.choice(_WORDS) for _ in range(words))
 
     def _token_ids(self, count: int) -> list[int]:
-        return [self._random.randrange(*_TOKEN_IDS) for _ in range(count)]
+        return [self._random.randrange(*self._ids) for _ in range(count)]
 
 
 def parse(text: bytes, stream: bool) -> Answer:

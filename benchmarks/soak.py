@@ -332,13 +332,9 @@ class Soak:
 
 
 def _difference(question: Question, stream: bool, lone: Answer, answer: Answer) -> dict[str, Any]:
-    return {
-        "path": question.path,
-        "body": question.body,
-        "stream": stream,
-        "lone": lone.exact if lone.exact != answer.exact else lone.logprobs,
-        "answer": answer.exact if lone.exact != answer.exact else answer.logprobs,
-    }
+    was, is_now = lone.apart(answer)
+    asked = {"path": question.path, "body": question.body, "stream": stream}
+    return asked | {"lone": was, "answer": is_now}
 
 
 # ---- the report ----------------------------------------------------------------------------------
