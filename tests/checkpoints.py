@@ -1,7 +1,7 @@
 """Small random checkpoints, one of each supported kind, as transformers writes them.
 
-Import it as `tests.checkpoints`. Each comes with a tokenizer (byte-level BPE, ChatML template) and
-a generation config; `<|im_end|>` ends a sequence.
+Import it as `tests.checkpoints`. Each checkpoint comes with a tokenizer (byte-level BPE, ChatML
+template) and a generation config; `<|im_end|>` ends a sequence.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"head_dim": 32, "tie_word_embeddings": True},
     "qwen3-biases": {"head_dim": 16, "attention_bias": True},
 }
-"""Every kind of checkpoint, by what sets it apart."""
+"""Every kind of checkpoint by its name, with the config fields that set it apart."""
 
 _CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -73,10 +73,10 @@ _CLASSES = {
 
 
 def make_model(variant: str = "qwen3", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A transformers model with float32 weights, in evaluation mode.
+    """Return a transformers model with float32 weights, in evaluation mode.
 
     All weights are random, biases and norms too, and large enough for logits to differ clearly.
-    overrides: fields of the config.
+    overrides: fields of the config that replace the default ones.
     """
     config_class, model_class = _CLASSES[variant.split("-")[0]]
     config = config_class(**{**_SHAPE, **VARIANTS[variant], **overrides})
@@ -101,9 +101,10 @@ def make_checkpoint(
     seed: int = 0,
     **overrides: Any,
 ) -> Path:
-    """Write a checkpoint that `minisrv` can serve to `directory`, and return it.
+    """Write a checkpoint that `minisrv` can serve to `directory`, and return the directory.
 
-    max_shard_size: as transformers takes it; "50KB" gives several shards and an index.
+    max_shard_size: maximum size of a weights file, as transformers takes it; "50KB" gives several
+        shards and an index.
     """
     model = make_model(variant, seed=seed, **overrides).to(dtype)
     model.generation_config.eos_token_id = EOS
@@ -113,8 +114,8 @@ def make_checkpoint(
 
 
 def write_files(directory: Path, **files: Any) -> Path:
-    """Write texts and JSON: `tokenizer_config__json={...}` is tokenizer_config.json, and `a___b__c`
-    the file b.c in the folder a."""
+    """Write files of text or JSON and return the directory: `tokenizer_config__json={...}` writes
+    tokenizer_config.json, and `a___b__c` the file b.c in the folder a."""
     for name, value in files.items():
         path = directory / name.replace("___", "/").replace("__", ".")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Which tests run here, and on what: with a GPU, or Triton's kernels in Triton's interpreter.
+"""Selects the tests that run here, on a GPU or with Triton's kernels in Triton's interpreter.
 
-Where the verdict would depend on how busy the machine is, it is settled here that it does not: one
-thread computes, as several tests run at a time, and Hypothesis measures nothing.
+A verdict must not depend on how busy the machine is, so this file sets torch to compute in one
+thread, as several tests run at a time, and Hypothesis to measure no times.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from hypothesis import HealthCheck, settings
 
 from minisrv import threads
 
-os.environ.setdefault(threads.COUNT, "1")  # before torch reads it, and for what tests start
+# It is set before torch reads it, and for processes that tests start.
+os.environ.setdefault(threads.COUNT, "1")
 
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads this when it is imported, which some test's imports may do.
+    # Triton reads this when it is imported, which an import of some test may do.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What tests keep is not the user's, and stays for the next run.
+# Files that tests keep in the cache stay out of the user's own, and are there for the next run.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xdg")
 
 settings.register_profile(
@@ -31,21 +32,24 @@ settings.register_profile(
 settings.load_profile("minisrv")
 
 MOST_WORKERS = 4
-"""Processes that run tests at a time. Each holds torch, models and servers, about 2 GiB."""
+"""Maximum number of processes that run tests at a time. Each holds torch, models and servers, about
+2 GiB."""
 
 QUICK = ("bench", "core", "graph", "nn", "runner", "server", "text")
-"""Directories without servers to start, models to run for long, or kernels to interpret."""
+"""Directories whose tests start no servers, run no model for long and interpret no kernels."""
 
 
 @pytest.fixture
 def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lifts the refusal of mode `full` on a CPU, so that what of it is no GPU's business is tested:
-    a tape calls the attention op again, which looks at the lengths of then, wherever they are."""
+    """Lift the refusal of mode `full` on a CPU, so that the parts of it that need no GPU are
+    tested: a CPU tape calls the attention op again at each replay, so the op sees the lengths of
+    that moment."""
     monkeypatch.setattr("minisrv.core.ladder.captures_mixed", lambda device: True)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Tests on a GPU measure its memory, so they have it to themselves."""
+    """Return the number of worker processes of pytest-xdist. Tests on a GPU measure its memory, so
+    they run alone."""
     return 0 if torch.cuda.is_available() else min(threads.cores(), MOST_WORKERS)
 
 

@@ -1,4 +1,4 @@
-"""What is kept is taken only whole, and only if nobody else could have written it."""
+"""A cache entry is used only if it is whole and nobody else could have written it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def by_directory(path: Path) -> None:
 
 
 def by_size(path: Path) -> None:
-    """A damaged file system may say anything; what is read must fit into memory."""
+    """Damage an entry so that it has an enormous size, as on a damaged file system; what is read
+    must fit into memory."""
     os.truncate(path, 1 << 40)
 
 
@@ -69,6 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_what_is_not_trusted_is_made_again_in_its_place(
     damage: str, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A damaged or untrusted entry is not used, the log says why, and a new one takes its place."""
     path = directory / "entry"
     keep(path, BODY)
     assert kept(path) == BODY
@@ -121,7 +123,8 @@ def test_a_full_disk_keeps_nothing_and_stops_nobody(
 def test_a_file_system_that_fills_up_while_it_is_written(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a process of its own, whose files may have as little as this."""
+    """A file system that fills up during a write leaves no entry. A process of its own does the
+    write, with a limit of 1000 bytes for its files."""
     import resource
     import signal
 
@@ -155,20 +158,23 @@ def test_a_directory_that_others_may_write_to(
 def test_a_directory_that_others_may_move_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cache is refused in a directory to which all may write, unless its sticky bit is set."""
     place = tmp_path / "place"
     monkeypatch.setenv("XDG_CACHE_HOME", str(place))
     cache_directory()
     place.chmod(0o777)
     with pytest.raises(OSError, match=f"all may write to {place}"):
         cache_directory()
-    place.chmod(0o1777)  # as /tmp is: only the owner of a file may move it
+    # With the sticky bit, as /tmp has it, only the owner of a file may move it.
+    place.chmod(0o1777)
     assert cache_directory() == place / "minisrv"
 
 
 def test_the_working_directory_is_no_place_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a relative path is, which the specification of XDG says to ignore."""
+    """A relative path is never used, as it would be below the working directory; the XDG
+    specification says to ignore one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")

@@ -1,4 +1,5 @@
-"""`minisrv certify`: what start-up does not see is found, said and answered with status 1."""
+"""`minisrv certify` finds faults of graphs that start-up does not see, reports them and exits with
+status 1."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 
 FLAGS = ("--max-num-seqs", "3", "--max-num-batched-tokens", "16", "--block-size", "4")
-FLAGS += ("--max-model-len", "40", "--device", "cpu")  # what is broken here is the CPU's
+# The faults of these tests are made in the CPU's kernels.
+FLAGS += ("--max-model-len", "40", "--device", "cpu")
 EPILOGUES = [f"FULL {n} {kind} alone" for n in (3, 2, 1) for kind in ("LOGITS", "TOKENS")]
 MIXED = [f"PIECEWISE {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
 DECODE = [f"FULL {n} {kind}" for n in (3, 2, 1) for kind in ("HIDDEN", "TOKENS")]
@@ -32,7 +34,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(checkpoint, tmp_path, capsys, monkeypatch):
-    """Runs the command in this process; returns its status, what it printed and its JSON."""
+    """A function that runs the command in this process and returns its status, what it printed and
+    its JSON report."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*flags: str) -> tuple[int, str, dict[str, Any]]:
@@ -62,8 +65,9 @@ def test_right_graphs_pass(run):
 
 
 def breaks_beyond(length: int, how) -> dict[Any, Any]:
-    """The attention that graphs call, wrong for rows longer than `length`; eager runs take the
-    right one. Start-up's batches are no longer than two blocks and a token."""
+    """Return kernels in which the attention that graphs call is wrong for rows longer than
+    `length`; eager runs use the right one. Batches at start-up are no longer than two blocks and a
+    token."""
 
     def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
         if int(seq_lens.max()) > length:
@@ -85,7 +89,8 @@ def raises(seq_lens: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
-    """Start-up is content; the sweep names every such graph, and the batch (trap 5)."""
+    """A graph that is wrong only at great lengths passes at start-up; the sweep names every such
+    graph and the batch with which it failed (trap 5)."""
     monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(9, how))
     status, printed, report = run()
     assert status == 1
@@ -101,13 +106,14 @@ def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
 
 
 def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
-    """Padding rows keep slots of the step before, if these look like real ones (trap 4)."""
+    """Padding rows keep slots of the step before, but only those that look like real ones (trap
+    4)."""
     fill = InputBuffers.fill
 
     def keeps_the_tail(self, output, descriptor, epilogue_rows):
         tail = self.slots[len(output.rows) :].clone()
         attn = fill(self, output, descriptor, epilogue_rows)
-        # Not the last slot, which is what poison holds.
+        # The last slot is left out, because poison holds it.
         self.slots[len(output.rows) :] = tail.where(tail < self.sizes.slots - 1, 0)
         return attn
 
@@ -116,7 +122,7 @@ def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
     assert status == 1
     assert failed(report) == [
         "FULL 5 TOKENS alone",
-        "PIECEWISE 5 HIDDEN",  # by the epilogue behind it
+        "PIECEWISE 5 HIDDEN",  # It fails by the epilogue that runs behind it.
         "FULL 5 HIDDEN",
         "FULL 5 TOKENS",
     ]
@@ -124,7 +130,8 @@ def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
 
 
 def test_rows_that_are_stale_only_behind_a_full_batch(run, monkeypatch, tape_holds_mixed_batches):
-    """Where a graph holds mixed batches it pads rows. These keep where they began (trap 4)."""
+    """Where a graph holds mixed batches it pads rows; here padding rows keep their start from the
+    step before (trap 4)."""
     flags = ("--cudagraph-mode", "full")
     status, _, report = run(*flags)
     mixed = [f"FULL {n} HIDDEN" for n in (16, 8, 4, 2, 1)]
@@ -137,18 +144,20 @@ def test_rows_that_are_stale_only_behind_a_full_batch(run, monkeypatch, tape_hol
         stale = self.query_start_loc[len(output.rows) + 1 :].clone()
         fill(self, output, *sizes)
         right = self.query_start_loc[len(output.rows) + 1 :]
-        # Not what a trial has put there.
+        # Values that a trial has put there are left out.
         right.copy_(stale.where((stale > 0) & (stale < self.sizes.tokens), right))
 
     monkeypatch.setattr(InputBuffers, "_fill_tokens", keeps_the_tail)
     status, printed, report = run(*flags)
     assert status == 1
-    assert failed(report) == ["FULL 8 HIDDEN", "FULL 4 HIDDEN"]  # whose small batches end before
+    # The small batches of these graphs end before the stale rows begin.
+    assert failed(report) == ["FULL 8 HIDDEN", "FULL 4 HIDDEN"]
     assert "behind a full batch" in printed
 
 
 def test_an_address_that_moves(run, monkeypatch):
-    """Only lengths beyond a block; the graph would read the old address (trap 14)."""
+    """An address moves for lengths beyond a block only; the graph would read the old address (trap
+    14)."""
     fill = InputBuffers.fill
 
     def sometimes_fresh(self, output, descriptor, epilogue_rows):
@@ -164,6 +173,8 @@ def test_an_address_that_moves(run, monkeypatch):
 
 
 def test_what_does_not_start_is_not_swept(run, monkeypatch):
+    """A model whose graphs fail at start-up is refused with that error, and no report is
+    written."""
     monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(1, raises))
     status, printed, report = run()
     assert (status, report) == (1, {})
@@ -171,6 +182,8 @@ def test_what_does_not_start_is_not_swept(run, monkeypatch):
 
 
 def test_interrupted_is_not_certified(run, monkeypatch):
+    """An interrupted sweep exits with status 1, says so and writes no report."""
+
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -181,6 +194,7 @@ def test_interrupted_is_not_certified(run, monkeypatch):
 
 
 def test_every_start_is_tried(run, monkeypatch):
+    """Each graph is tried from a clean, a poisoned and a stale state of the buffers."""
     seen = []
     reset = StepTrial.reset
     monkeypatch.setattr(
@@ -209,7 +223,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
 
 
 def process(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    """`minisrv certify` in a process of its own, with `code` run before it."""
+    """Run `minisrv certify` in a process of its own, with `code` run before it."""
     command = f"import sys\nfrom minisrv.cli import main\n{code}\nsys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", command, "certify", *arguments],

@@ -1,4 +1,5 @@
-"""`minisrv chat`: the terminal's loop, a model in this process, and one behind a server's API."""
+"""`minisrv chat`: the terminal's loop, with a model in this process and with one behind a server's
+API."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def text_of(pieces: Generator[Piece, None, None]) -> str:
 
 
 class Parrot:
-    """Repeats the last message, word by word; some messages make it do otherwise."""
+    """A model that repeats the last message, word by word; some messages make it do something
+    else."""
 
     name = "parrot"
 
@@ -73,11 +75,12 @@ class Parrot:
 
 
 def converse(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> Parrot:
-    """A conversation in which the user says `lines`; an exception is a key. It must end itself."""
+    """Run a conversation in which the user types `lines`, where an exception stands for a key, and
+    check that it ends by itself. Return the model."""
     left = list(lines)
 
     def read(prompt: str = "") -> str:
-        print(prompt, end="")  # as `input` does, to stdout
+        print(prompt, end="")  # The real `input` prints the prompt to stdout too.
         line = left.pop(0)
         if isinstance(line, str):
             return line
@@ -111,7 +114,8 @@ def test_the_history_is_what_was_said(monkeypatch: Any, capsys: Any) -> None:
 
 
 def test_what_goes_wrong_ends_an_answer_and_not_the_chat(monkeypatch: Any, capsys: Any) -> None:
-    """A message that got no answer is not said; of one that was interrupted, what came is."""
+    """A message that got no answer is left out of the history; of an interrupted answer the part
+    that came stays in it."""
     lines = ["overflow", "fail", "interrupt", KeyboardInterrupt, "/what", "x", EOFError]
     parrot = converse(monkeypatch, *lines)
     assert contents(parrot.asked[-1]) == ["Be brief.", "interrupt", "as far as", "x"]
@@ -176,7 +180,8 @@ def test_a_local_answer_ends_with_the_context_and_says_so(model: LocalModel) -> 
 def test_a_local_answer_ends_where_the_checkpoint_says(
     model: LocalModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At its stop string, which does not count before as many tokens as it wants."""
+    """A local answer ends at the checkpoint's stop string, which does not count before the
+    checkpoint's min_tokens."""
     whole = text_of(model.answer(HELLO))
     for least in (0, 8):
         told = replace(model._checkpoint.generation, stop=(whole[0],), min_tokens=least)
@@ -232,7 +237,7 @@ def test_a_local_model_without_a_template_goes_on_with_the_text(tmp_path: Path) 
 
 
 class Scripted:
-    """A server that answers each path with what it is given: a status and a body."""
+    """A server that answers each path with the status and body that it was given for it."""
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, bytes]] = {"/v1/models": (200, models("tiny"))}
@@ -380,7 +385,8 @@ Chat = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(server: Scripted, capsys: pytest.CaptureFixture[str]) -> Chat:
-    """The command with the scripted server: its status, stdout and stderr."""
+    """A function that runs the command against the scripted server and returns its status, stdout
+    and stderr."""
     server.answers[CHAT] = (200, events(chunk(content="42"), chunk("stop")))
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -420,7 +426,7 @@ def test_what_the_command_refuses(run: Chat, arguments: list[str], words: str) -
 def test_a_message_on_stdin_that_is_no_text(run: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
     assert "the message on stdin is no text" in run()[2]
-    monkeypatch.setattr("sys.stdin", None)  # it was closed
+    monkeypatch.setattr("sys.stdin", None)  # Python sets it to None if stdin was closed.
     assert "the message is empty" in run()[2]
 
 

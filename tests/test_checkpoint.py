@@ -1,6 +1,7 @@
 """Finding a checkpoint, what its small files say, and what is refused before its weights are there.
 
-That they mean what transformers says is in `test_checkpoint_grid` and `text/test_tokenizer_grid`.
+That they mean what transformers says is tested in `test_checkpoint_grid` and
+`text/test_tokenizer_grid`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ LLAMA: dict[str, Any] = {
 
 
 def write(directory: Path, **files: Any) -> Path:
-    """JSON files; `generation_config__json=...` writes generation_config.json."""
+    """Write JSON files and return the directory; `generation_config__json=...` writes
+    generation_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():
         (directory / name.replace("__", ".")).write_text(json.dumps(value))
@@ -87,10 +89,11 @@ def test_what_the_system_refuses_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_name_is_text(tmp_path: Path) -> None:
-    """An empty one is a variable that was not set: it means neither `.` nor the default model."""
+    """A model's name must be UTF-8 and not empty: an empty name comes from a variable that was not
+    set, and means neither `.` nor the default model."""
     with pytest.raises(ModelError, match="the name is empty"):
         resolve_checkpoint("")
-    directory = tmp_path / "a\udcff"  # a byte that is no UTF-8
+    directory = tmp_path / "a\udcff"  # This byte is no UTF-8.
     directory.mkdir()
     with pytest.raises(ModelError, match=r"a\\udcff' is no UTF-8; rename"):
         resolve_checkpoint(str(directory))
@@ -117,7 +120,7 @@ def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands for the hub's client: repositories are names of files and their contents."""
+    """Stands for the hub's client, with one repository: names of files and their contents."""
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch, **files: Any) -> None:
         self.snapshot = cache / "0123abc"
@@ -160,7 +163,8 @@ SMALL = {
 
 
 def test_the_hub_is_asked_for_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Config, tokenizer and safetensors; never code, never pickles, no other weights."""
+    """Config, tokenizer and safetensors files are fetched, but never code, pickles or other
+    weights."""
     hub = Hub(tmp_path, monkeypatch, config__json={})
     hub.add(*SMALL - {"config.json"}, "model.safetensors", "model.fp16.safetensors")
     hub.add("modeling_x.py", "pytorch_model.bin", "model.pt", "original/model.safetensors")
@@ -168,7 +172,7 @@ def test_the_hub_is_asked_for_data_only(tmp_path: Path, monkeypatch: pytest.Monk
     assert hub.fetched == SMALL
     fetch_weights("org/some-model_1.5", hub.snapshot)
     assert hub.fetched == SMALL | {"model.safetensors"}
-    # The commit whose config was read, whatever is pushed meanwhile.
+    # Weights are fetched from the commit whose config was read, whatever is pushed meanwhile.
     assert hub.revisions == ["v2", "0123abc"]
 
 
@@ -227,7 +231,8 @@ def test_a_failing_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_model_is_found_in_both_installs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the package (editable); inside it (wheel), which goes first."""
+    """The default model is found beside the package (editable install) and inside it (wheel);
+    inside goes first."""
     package = tmp_path / "minisrv"
     monkeypatch.setattr(location, "__file__", str(package / "checkpoint" / "location.py"))
     with pytest.raises(ModelError, match="default model is not installed"):
@@ -239,7 +244,7 @@ def test_the_default_model_is_found_in_both_installs(
 
 
 def test_weight_files(tmp_path: Path) -> None:
-    """The single file, as transformers has it; where there is none the index decides."""
+    """The single file is used first, as transformers does it; without one the index decides."""
     for name in ("model.safetensors", "a.safetensors", "b.safetensors", "stray.safetensors"):
         (tmp_path / name).touch()
     assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
@@ -305,7 +310,7 @@ def test_generation_config(tmp_path: Path) -> None:
     ("eos", "ids"), [(3, (3,)), ([3, 4], (3, 4)), ([], ()), (None, ()), (0, (0,))]
 )
 def test_eos_falls_back_to_config(eos: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
-    """Without a generation config, and with one that does not say."""
+    """config.json's end token counts without a generation config, and with one that names none."""
     write(tmp_path, config__json={**LLAMA, "eos_token_id": eos})
     assert describe_model(tmp_path).generation == GenerationConfig(ids)
     write(tmp_path, generation_config__json={"temperature": 1.0})
@@ -330,7 +335,8 @@ def test_nonsense_in_generation_config_is_named(field: str, value: Any, tmp_path
 
 
 def test_the_tokenizers_end_token_ends_a_sequence(tmp_path: Path) -> None:
-    """It is all that some checkpoints say; behind the model's vocabulary it cannot come."""
+    """The tokenizer's end token is all that some checkpoints name; it is ignored if its id is
+    outside of the model's vocabulary, because it cannot be sampled then."""
     make_checkpoint(tmp_path, "llama", eos_token_id=None)
     (tmp_path / "generation_config.json").unlink()
     end = describe_tokenizer(tmp_path).eos_token_id
@@ -405,7 +411,8 @@ def test_another_tokenizer_and_another_template(
 
 
 def test_random_weights_need_a_config_only(tmp_path: Path) -> None:
-    """A stand-in has a token for each id, and each of them is text."""
+    """Without weights and tokenizer a stand-in tokenizer has a token for each id, and each of them
+    is text."""
     write(tmp_path, config__json=LLAMA)
     with pytest.raises(ModelError, match="holds no tokenizer.*--tokenizer.*dummy"):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
@@ -423,7 +430,8 @@ def test_random_weights_need_a_config_only(tmp_path: Path) -> None:
 def test_a_second_start_imports_no_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a process has read is read again without one, until a file changes or it is damaged."""
+    """A checkpoint that was read before is read from the cache without a process that imports
+    transformers, until a file changes or the cache entry is damaged."""
     directory = make_checkpoint(tmp_path / "model", "llama")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked: list[tuple[Path | None, Path | None]] = []
@@ -452,7 +460,8 @@ def test_a_second_start_imports_no_transformers(
 def test_a_description_that_is_not_trusted_is_read_anew(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the rule for all that is kept, which tests/test_cache.py knows."""
+    """An entry that is not trusted, by the rule for all cache entries (see tests/test_cache.py), is
+    read anew and replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = make_checkpoint(tmp_path / "model", "llama")
     first = open_checkpoint(EngineConfig(model=str(directory)))
@@ -501,7 +510,8 @@ def test_code_in_the_working_directory_is_not_run(
 
 
 def test_the_working_directory_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where another version was put in its place, and its server is started again."""
+    """A server starts although its working directory was deleted, as where another version was put
+    in its place."""
     directory = make_checkpoint(tmp_path / "model", "llama")
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -543,7 +553,7 @@ def test_other_processes_read_what_was_opened(tmp_path: Path) -> None:
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
-    """API workers read what a checkpoint says too, and start without either."""
+    """API workers read what a checkpoint says too, and start without importing either."""
     code = (
         "import sys, minisrv.checkpoint, minisrv.text.tokenizer; "
         "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"

@@ -1,8 +1,8 @@
 """Small checkpoints as people edit them: their configurations, weights and generation settings mean
 what transformers makes of them, or are refused by name.
 
-What is right is always what transformers computes from the same directory. Tokenizers and templates
-are in `text/test_tokenizer_grid`.
+The expected result is always what transformers computes from the same directory. Tokenizers and
+templates are tested in `text/test_tokenizer_grid`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept of a checkpoint goes with the test."""
+    """Use a temporary cache, so that what is kept of a checkpoint goes with the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of each family, whose weights fit all configurations of the same shape."""
+    """Provide a checkpoint of each family, whose weights fit all configurations of the same
+    shape."""
     made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     for family, directory in made.items():
         more = {"head_dim": 16} if family == "qwen3" else {}
@@ -57,7 +58,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def edited(base: Path, directory: Path, change: Json) -> Path:
-    """The checkpoint `base` with other settings in its config.json."""
+    """Write the checkpoint `base` with other settings in its config.json to `directory`, and return
+    it."""
     config = {**json.loads((base / "config.json").read_text()), **change}
     told = {name: value for name, value in config.items() if value is not ABSENT}
     (directory / "model.safetensors").symlink_to(base / "model.safetensors")
@@ -65,7 +67,7 @@ def edited(base: Path, directory: Path, change: Json) -> Path:
 
 
 def refill(directory: Path) -> None:
-    """Put random weights there that fit the config as transformers reads it."""
+    """Replace the weights by random ones that fit the config as transformers reads it."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -113,7 +115,8 @@ BARE_YARN: Json = {"rope_type": "yarn", "factor": 4.0}
 
 
 def scaled(**more: Any) -> Json:
-    """Settings as they were before transformers 5, beside those of today, which they beat."""
+    """Return settings as they were spelled before transformers 5; where a config has today's too,
+    these win."""
     return {"rope_scaling": {**YARN, **more}}
 
 
@@ -255,8 +258,8 @@ def test_config_that_is_refused(
 def test_rope_settings_by_kind_of_layer(
     family: str, key: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Transformers resolves them, and then fails to make a model of these families: they mean what
-    the same settings mean for all layers."""
+    """Transformers understands such settings, and then fails to make a model of these families.
+    Here they mean what the same settings mean for all layers."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     nested = {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}
@@ -268,7 +271,7 @@ def test_rope_settings_by_kind_of_layer(
 
 
 def in_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Two files and their index."""
+    """Write the tensors to two files and an index."""
     names = sorted(tensors)
     weight_map = {name: f"{index % 2}.safetensors" for index, name in enumerate(names)}
     for file in ("0.safetensors", "1.safetensors"):
@@ -355,7 +358,7 @@ NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_s
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("said", GENERATION)
 def test_generation(said: str, where: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Each setting as the model that transformers loads has it, which has those of config.json
+    """Each setting is that of the model that transformers loads, which takes those of config.json
     where there is no generation_config.json."""
     told = GENERATION[said]
     if where == "config.json":
@@ -370,7 +373,7 @@ def test_generation(said: str, where: str, bases: dict[str, Path], tmp_path: Pat
         if name == "stop_strings":
             value = (value,) if isinstance(value, str) else tuple(value or ())
         assert getattr(found, NAMES.get(name, name)) == value, name
-    # Where generation_config.json does not say, config.json does.
+    # Where generation_config.json names no end token, config.json's counts.
     end = expected.eos_token_id
     if end is None and where == "generation_config.json":
         end = 5
@@ -378,7 +381,8 @@ def test_generation(said: str, where: str, bases: dict[str, Path], tmp_path: Pat
 
 
 def test_an_end_token_that_cannot_come_is_dropped(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Some write -1 for none; an id behind the vocabulary would be no column of the logits."""
+    """Some checkpoints write -1 for none, and an id outside of the vocabulary would be no column of
+    the logits."""
     edited(bases["llama"], tmp_path, {"eos_token_id": [-1, 63, 64, 10**30]})
     assert describe_model(tmp_path).generation.eos_token_ids == (63,)
 
@@ -390,7 +394,7 @@ def test_an_end_token_that_cannot_come_is_dropped(bases: dict[str, Path], tmp_pa
 def test_generation_that_no_request_could_ask_for_is_refused(
     told: Json, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """At the start, and not at each request."""
+    """Such settings are refused at the start, and not at each request."""
     write_files(edited(bases["llama"], tmp_path, {}), generation_config__json=told)
     name = next(iter(told)).replace("new_", "")
     with pytest.raises(ConfigError, match=name):

@@ -1,4 +1,5 @@
-"""The command line: flags that are the settings' fields, and hints for those that do not exist."""
+"""The command line: its flags are the fields of the settings, and a flag that does not exist gets a
+hint."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ COMMANDS = cli._parser()._subparsers._group_actions[0].choices
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """The lines of a refusal to parse: the usage first, then what is wrong."""
+    """Run a command that must be refused by the parser, and return the lines it wrote: the usage
+    first, then what is wrong."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -104,7 +106,8 @@ def test_reasons_name_flags_that_exist() -> None:
 
 
 def test_docstrings_may_be_dropped() -> None:
-    """PYTHONOPTIMIZE=2 is set in some containers: the help of flags is shorter then."""
+    """The command works without docstrings, as PYTHONOPTIMIZE=2, which some containers set, drops
+    them; the help of flags is shorter then."""
     command = [sys.executable, "-OO", "-m", "minisrv.cli", "plan", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -173,7 +176,7 @@ BELOW = ("-1", "-1" + 20 * "0", "-inf", "nan", "-1e300")
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit status of a command, and the last line that it says."""
+    """Return the exit status of a command, and the last line of its stderr."""
     try:
         status = main(arguments)
     except SystemExit as ended:
@@ -195,7 +198,8 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numbers_out_of_bounds(
     command: str, kind: type, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every number has a least and a most, and what is beyond is refused at once, by name."""
+    """Every number has a lower and an upper bound, and a value outside of them is refused at once,
+    by name."""
     for value in (*HUGE, *BELOW):
         if (name, value) == ("seed", "-1"):
             continue
@@ -212,7 +216,7 @@ def test_numbers_out_of_bounds(
     ids=["nan", "inf", "huge", "low", "text", "bool"],
 )
 def test_settings_that_are_no_numbers(command: str, kind: type, name: str, value: object) -> None:
-    """As Python's callers may give them."""
+    """Values of such types can come from Python code that makes the settings."""
     given = (value,) if str(kind.__dataclass_fields__[name].type).startswith("tuple") else value
     with pytest.raises(ConfigError, match=name):
         kind(**{name: given})
@@ -224,7 +228,8 @@ def test_a_length_too_long_to_be_one(text: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_graph_larger_than_any_step(capsys: pytest.CaptureFixture[str]) -> None:
-    """It took all memory: the first size that holds a full batch is captured."""
+    """A capture size beyond any step is refused. It took all memory, because the first size that
+    holds a full batch is captured."""
     status, said = answer(capsys, "plan", "--cudagraph-capture-sizes", "1", "999999")
     assert status == 1
     assert "cudagraph_capture_sizes name 999999" in said
@@ -233,7 +238,7 @@ def test_a_graph_larger_than_any_step(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_file_that_a_flag_names_is_read_within_bounds(tmp_path: Path) -> None:
     pipe, keys = tmp_path / "pipe", "first\nsecond\n"
-    os.mkfifo(pipe)  # as the shell's <(...) is one
+    os.mkfifo(pipe)  # The shell's <(...) is such a pipe.
     thread = threading.Thread(target=pipe.write_text, args=(keys,))
     thread.start()
     assert read_text("--api-key-file", pipe) == keys

@@ -49,13 +49,13 @@ FLOORS = {
     "__init__": 7,
 }
 VERSION = "__version__"
-"""The package's only name that every floor may use."""
+"""The only name of the package itself that every floor may import."""
 
 MODULES = sorted((ROOT / "minisrv").rglob("*.py"))
 
 
 def imports(path: Path) -> list[tuple[str, int]]:
-    """(module, line) of every import in the file, also those inside functions."""
+    """Return (module, line) of every import in the file, also of those inside functions."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -105,7 +105,7 @@ def test_the_table_of_the_house_names_every_part():
 
 @pytest.mark.parametrize("part", ["config", "errors", "request", "modes", "core", "text"])
 def test_floors_0_and_1_name_no_torch(part: str):
-    """Host bookkeeping holds no torch, not even lazily."""
+    """The modules that do bookkeeping on the host import no torch, not even inside functions."""
     for path in MODULES:
         if path.relative_to(ROOT / "minisrv").with_suffix("").parts[0] == part:
             assert not [m for m, _ in imports(path) if m.split(".")[0] == "torch"], path

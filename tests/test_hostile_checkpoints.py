@@ -1,5 +1,5 @@
-"""A checkpoint is a stranger's: whatever its files hold, it is opened or refused by name, and no
-code of it is run."""
+"""A checkpoint may come from a stranger: whatever its files hold, it is opened or refused by name,
+and no code of it is run."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(autouse=True)
 def quiet_transformers(caplog: pytest.LogCaptureFixture) -> None:
-    """It repeats what it finds wrong, lone surrogates included, and a process that runs tests
-    cannot send a log that holds one to the process that reports them."""
+    """Silence transformers' log: it repeats what it finds wrong, lone surrogates included, and a
+    worker process of pytest cannot send a log with one to the process that reports."""
     caplog.set_level(logging.CRITICAL, "transformers")
 
 
@@ -84,7 +84,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opens(directory: Path) -> bool:
-    """False if it is refused; what is neither fails the test."""
+    """Return whether the checkpoint is opened and not refused; any other outcome fails the test."""
     try:
         checkpoint = open_checkpoint(EngineConfig(model=str(directory)))
     except MinisrvError:
@@ -140,7 +140,8 @@ def test_files_that_hold_no_json(name: str, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 def test_files_that_are_none(name: str, checkpoint: Path) -> None:
-    """Links to nothing, to themselves, to a device and to a pipe, none of which is waited for."""
+    """Links to nothing, to themselves, to a device and to a pipe are refused, or ignored where the
+    file is optional; none of them is waited for."""
     path = checkpoint / name
     for target in ("nowhere", name, "/dev/zero", "pipe"):
         path.unlink(missing_ok=True)
@@ -167,7 +168,7 @@ def test_an_index_that_holds_anything(checkpoint: Path) -> None:
 def test_code_of_a_checkpoint_is_never_run(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is neither run nor asked about, be it in the checkpoint or on the hub."""
+    """A checkpoint's code is neither run nor asked about, be it in the checkpoint or on the hub."""
     monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
     ran = checkpoint / "ran"
     (checkpoint / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
@@ -183,13 +184,14 @@ def test_code_of_a_checkpoint_is_never_run(
                     },
                     generation_config__json={"custom_generate": place, "auto_map": place},
                 )
-                # A model that transformers knows has a tokenizer of its own there.
+                # For a model type that transformers knows, it has a tokenizer class of its own.
                 assert opens(checkpoint) == (kind == "qwen3")
     assert not ran.exists()
 
 
 def test_a_process_without_torch_reads_the_same(checkpoint: Path) -> None:
-    """Which is how a server reads it; here torch is imported already."""
+    """A process that cannot import torch reads the same. A server reads checkpoints in one; here
+    torch is imported already."""
     write_files(checkpoint, config__json={**CONFIG, "rope_scaling": YARN, "dtype": "bfloat16"})
     told = describe_model(checkpoint)
     code = (
@@ -221,7 +223,7 @@ SECRET = "a secret"
 
 @pytest.fixture
 def secrets(tmp_path: Path, checkpoint: Path) -> Path:
-    """Files beside the checkpoint, each as good as its own."""
+    """Provide files beside the checkpoint that would be as good as its own."""
     directory = tmp_path / "secrets"
     shutil.copytree(checkpoint, directory)
     write_files(
@@ -258,14 +260,15 @@ def test_a_small_file_that_leads_outside_is_refused(
     (checkpoint / "additional_chat_templates").symlink_to(place)
     assert not opens(checkpoint)
     (checkpoint / "additional_chat_templates").unlink()
-    # Only its name says so, until somebody reads it.
+    # Only its name tells that it is a tokenizer's file, until somebody reads it.
     (checkpoint / "merges.txt").symlink_to(f"{place}/chat_template.jinja")
     assert not opens(checkpoint)
 
 
 def test_links_that_people_make_are_followed(checkpoint: Path, tmp_path: Path) -> None:
-    """To weights that several checkpoints share, within the directory, and those of the hub's
-    cache; the directory itself may be one."""
+    """Links that people make are followed: to weights that several checkpoints share, to files
+    within the directory, and from the hub's cache to its blobs. The directory itself may be a
+    link."""
     (checkpoint / "model.safetensors").rename(tmp_path / "weights")
     (checkpoint / "model.safetensors").symlink_to(tmp_path / "weights")
     (checkpoint / "config.json").rename(checkpoint / "config-v1.json")
@@ -301,7 +304,7 @@ def test_a_file_that_is_named_must_be_in_the_checkpoint(
     (checkpoint / "inner").symlink_to(secrets / name)
     write_files(checkpoint, tokenizer_config__json={setting: {"a": "inner"}})
     assert not opens(checkpoint)
-    # Where its author had it, once.
+    # This names the place where its author once had the file.
     write_files(checkpoint, tokenizer_config__json={"name_or_path": "/home/author/tokenizer.json"})
     assert opens(checkpoint)
 
@@ -325,7 +328,8 @@ def test_a_message_quotes_a_part(value: Any, checkpoint: Path) -> None:
 
 
 def test_a_token_id_that_is_too_high(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary up to it would be gone through, id by id."""
+    """A token id that is too high is refused, because code would go through a vocabulary up to it,
+    id by id."""
     monkeypatch.setattr(by_transformers, "_MAX_TOKEN_ID", 100)
     with pytest.raises(ModelError, match="a token with the id 341; 100 is the most"):
         open_checkpoint(EngineConfig(model=str(checkpoint)))
@@ -345,7 +349,7 @@ def test_a_template_that_is_none_is_told_before_anything_is_started(
 ) -> None:
     write_files(checkpoint, chat_template__jinja=template)
     config = EngineConfig(model=str(checkpoint))
-    for _ in range(2):  # the second time from what has been kept
+    for _ in range(2):  # The second time the description comes from the cache.
         with pytest.raises(ModelError, match="chat template is not valid: .*--chat-template"):
             open_checkpoint(config)
     other = write_files(checkpoint, other="{{ messages }}") / "other"
@@ -369,7 +373,8 @@ ENDLESS = {
 def test_a_template_that_does_not_end(
     template: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused at the start, or where it spares short messages, when it does not end."""
+    """A template that does not end is refused at the start; if it spares short messages, the
+    request with which it does not end is refused."""
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.02)
     write_files(checkpoint, chat_template__jinja=template)
     with pytest.raises(ModelError, match=r"takes more than 0\.02 s .*--chat-template"):

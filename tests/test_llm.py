@@ -1,4 +1,4 @@
-"""`LLM`, the engine in process: what scripts rely on."""
+"""`LLM`, the engine in process: the behaviour that scripts rely on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minisrv.request import SEED_MAX, SEED_MIN, FinishReason
 from tests.checkpoints import make_checkpoint
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
-LIMITS["dtype"] = "float32"  # half precision rounds differently in another batch
+LIMITS["dtype"] = "float32"  # Half precision rounds differently in another batch.
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,8 @@ def test_the_mode_may_be_given_as_text(checkpoint):
 
 
 def test_options_are_the_engine_configs_fields():
-    """With its types and defaults. Fails if a field is added to EngineConfig and not here."""
+    """LLM's options have the types and defaults of EngineConfig's fields. The test fails if a field
+    is added to EngineConfig and not to LLM."""
     options = inspect.signature(LLM).parameters
     assert next(iter(options)) == "model"
     wider = {"cudagraph_mode": "CUDAGraphMode | str | None"}
@@ -217,7 +218,8 @@ def test_options_are_the_engine_configs_fields():
 
 
 def test_every_option_reaches_the_engine(monkeypatch):
-    """Each is given a value of its own that its type allows."""
+    """Each option is given a value of its own that its type allows, and the engine's configuration
+    must have it."""
     values: dict[str, Any] = {
         "str": "auto",
         "str | None": "a name",
@@ -329,7 +331,8 @@ def test_what_are_no_parameters_is_said(llm):
 
 
 def test_n_completions_of_each_prompt(llm):
-    """Those of a seed are those that each seed behind it gives alone, as a server has it."""
+    """The completions of a seeded request are those that its seed and the seeds after it give
+    alone, as on the server."""
     params = SamplingParams(n=3, seed=SEED_MAX - 1, max_tokens=6, prompt_logprobs=0, logprobs=0)
     outputs = llm.generate([[5, 6], [7]], [params, greedy()])
     assert [len(output.outputs) for output in outputs] == [3, 1]
@@ -427,7 +430,8 @@ HELLO = {"role": "user", "content": "hello"}
 
 
 def test_a_chat_is_read_as_the_server_reads_it(llm):
-    """Parts, developers and arguments in JSON are for the server's clients, not for templates."""
+    """Content in parts and the role developer reach the template as the server would give them, and
+    add_generation_prompt decides whether the prompt begins an answer."""
     parts = [{"type": "text", "text": "hello"}]
     spelled = [
         llm.chat([{"role": role, "content": content}, HELLO], greedy())[0].prompt
@@ -452,14 +456,15 @@ def test_a_chat_is_read_as_the_server_reads_it(llm):
     ],
 )
 def test_what_a_chat_cannot_say_is_said(llm, messages, options, param):
-    """The last tool is right, and this template would leave it out."""
+    """The last case's tool is valid, but this checkpoint's template would leave it out."""
     with pytest.raises(RequestError) as caught:
         llm.chat(messages, greedy(), **options)
     assert caught.value.param == param
 
 
 def test_tools_and_variables_reach_the_template(checkpoint, tmp_path):
-    """Arguments in JSON become an object for the template, as on the server."""
+    """Tools and template variables reach the template, and a call's arguments in JSON become an
+    object for it, as on the server."""
     directory = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (directory / "chat_template.jinja").write_text(
         "{{ tools[0].function.name }} {{ style }}"
@@ -501,7 +506,7 @@ def test_without_parameters_the_checkpoints_defaults_count(checkpoint, llm, tmp_
     )
     [output] = mine.generate([[5]])
     assert output.outputs[0].token_ids == mine.generate([[5]])[0].outputs[0].token_ids
-    # They need not fit the context of a prompt that says nothing.
+    # The checkpoint's min_tokens need not fit into the context that a prompt leaves free.
     near = [5] * (LIMITS["max_model_len"] - 3)
     assert len(mine.generate([near])[0].outputs[0].token_ids) == 3
     with pytest.raises(ContextLengthError):

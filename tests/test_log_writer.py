@@ -1,4 +1,5 @@
-"""The thread that writes a log: nobody waits for it, and what nobody reads is counted."""
+"""The thread that writes a log: no caller waits for it, and lines that could not be written are
+counted."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def notice(count: int) -> str:
 
 
 class Pipe:
-    """A pipe of one page that is full, so that the next write to it blocks."""
+    """A full pipe of one page, so that the next write to it blocks."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
@@ -39,7 +40,7 @@ class Pipe:
                 os.close(end)
 
     def words(self, until: str) -> list[str]:
-        """Read up to this word at the end of a line."""
+        """Read until `until` is the word at the end of a line, and return all words."""
         read = ""
         while not read.endswith(until + "\n"):
             read += os.read(self.reader, 1 << 16).decode()
@@ -64,10 +65,11 @@ def test_a_pipe_that_nobody_reads(pipe: Pipe, blocking: bool) -> None:
     writer = LogWriter(pipe.writer, notice, CAPACITY)
     for number in range(100):
         writer.put(LINE.format(number))
-    writer.flush(0.01)  # it ends though nothing is written
+    writer.flush(0.01)  # It returns although nothing is written.
     *words, missing, _ = pipe.words(until="missing")
     kept = numbers(words)
-    # The oldest, whole and in order, and behind them how many there were besides.
+    # The oldest lines are there, whole and in order, and behind them the number of those that are
+    # missing.
     assert kept == list(range(len(kept)))
     assert 20 <= len(kept) < 100
     assert int(missing) == 100 - len(kept)
@@ -86,7 +88,7 @@ def test_a_disk_that_is_full_and_gets_room(tmp_path: Path) -> None:
         writer.flush(GUARD_SECONDS)
     room = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(room, target)
-    writer.put(LINE.format(3))  # what tells that it may be tried again
+    writer.put(LINE.format(3))  # A new line makes the writer try again.
     writer.flush(GUARD_SECONDS)
     writer.put(LINE.format(4))
     writer.flush(GUARD_SECONDS)
@@ -137,7 +139,8 @@ sys.exit(7)
 
 
 def test_a_fork_logs_though_a_line_is_being_written(pipe: Pipe) -> None:
-    """The thread that writes is not there, and may have held any lock."""
+    """A forked child can log: it has no writing thread, and any lock may have been held at the
+    fork."""
     program = """
 for number in range(3): logging.error('x' * 9999)
 with logs._writer._changed:
@@ -151,7 +154,8 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_closed_stderr_is_no_other_file(tmp_path: Path) -> None:
-    """The next file that is opened would get its number, and what is logged."""
+    """With stderr closed nothing is logged: the next file that is opened gets its descriptor, and
+    log lines must not go there."""
     path = str(tmp_path / "file")
     program = f"file = open({path!r}, 'w'); logging.error('lost'); logs.flush()"
     assert run(program, lambda: os.close(2)) == 0

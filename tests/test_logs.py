@@ -1,4 +1,4 @@
-"""Log lines: text and JSON, with the request's id, whoever writes them."""
+"""Log lines as text and as JSON, with the id of the request, whatever code writes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Log = Callable[[str, Callable[[], None]], list[str]]
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Log]:
-    """Logs as a process does, in a format, and gives the lines."""
+    """A function that configures logging for a format as a process does, calls `write`, and returns
+    the lines."""
     root, factory = logging.getLogger(), logging.getLogRecordFactory()
     handlers, level = root.handlers[:], root.level
 
@@ -80,7 +81,8 @@ def test_json(log: Log) -> None:
 
 
 def test_a_line_is_made_where_it_is_logged(log: Log) -> None:
-    """What it is about may change before it is written, and is not held until then."""
+    """The message is formatted when it is logged: its arguments may change before it is written,
+    and are not kept until then."""
     values = [1]
 
     def write() -> None:
@@ -138,7 +140,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("format", ["json", "text"])
 def test_whatever_python_says_goes_one_way(tmp_path: Path, format: str) -> None:
-    """In the process that a user starts and in a child. Of JSON every line is an object."""
+    """All output of Python goes through the log, in the process that a user starts and in a child.
+    In JSON format every line is an object."""
     path = tmp_path / "ways.py"
     path.write_text(WAYS)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What messages of errors repeat of what somebody else has written: little, whatever it is."""
+"""Messages of errors repeat only a little of what somebody else has written, whatever it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics: what several workers count is shown as one, by any of them."""
+"""The metrics that several workers count are shown as one sum, by any of the workers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_any_worker_shows_the_sum_and_the_engine_once(tmp_path: Path) -> None:
 
 
 def test_a_worker_in_a_dead_ones_place_counts_on(tmp_path: Path) -> None:
+    """A worker that takes a dead one's place adds to its counts instead of starting at 0."""
     for _ in range(2):
         metrics = Metrics(tmp_path / "metrics", worker=1, workers=2)
         metrics.finished("length", 1.0)

@@ -1,5 +1,6 @@
-"""How a child process starts, with nothing of the working directory, which may be a stranger's
-checkpoint, with a module named as one of the standard library; and what is told of its end."""
+"""A child process starts without importing anything from the working directory, which may be a
+stranger's checkpoint with a module named as one of the standard library; and its end is
+reported."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from tests.traps import set_traps
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of its own as the working directory."""
+    """Make an own, empty directory the working directory."""
     directory = tmp_path / "here"
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -39,7 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_child_runs_no_code_of_the_working_directory(
     search: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where this process looks there, as `python -m` does, or the environment says so."""
+    """A child runs no code of the working directory, also where this process looks for modules
+    there, as with `python -m`, or the environment says so."""
     traps = set_traps(here, {"enum", "struct", "logging", "encodings", "sitecustomize"})
     if search == "here":
         monkeypatch.setattr(sys, "path", [str(here), *sys.path])
@@ -79,7 +81,8 @@ def test_a_resource_is_bounded_below_what_is_set(
 def test_a_hard_limit_on_descriptors_that_cannot_be_set_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It may be above /proc/sys/fs/nr_open, which was lowered since."""
+    """The hard limit may be above /proc/sys/fs/nr_open, if that was lowered since; then the limit
+    stays as it is."""
 
     def refuse(kind: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed to raise maximum limit")
@@ -104,7 +107,8 @@ def test_what_is_left_of_a_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("package", [False, True])
 def test_the_directory_of_the_users_program_stays(here: Path, package: bool) -> None:
-    """Which uses minisrv, has modules beside it, and may be started where it lies."""
+    """The directory of a user's program that uses minisrv stays in the import path of a child: the
+    program has modules beside it, and may be started from that directory."""
     name = "app" if package else ""
     (here / name).mkdir(exist_ok=True)
     (here / name / "beside.py").touch()
@@ -137,7 +141,7 @@ def test_only_the_command_changes_its_own_path(monkeypatch: pytest.MonkeyPatch) 
 
 
 def end_by(how: int) -> None:
-    """Exit with a status, or for a negative one die of a signal."""
+    """Exit with a status, or, if it is negative, die of that signal."""
     if how < 0:
         signal.raise_signal(-how)
     os._exit(how)
@@ -154,7 +158,8 @@ def end_by(how: int) -> None:
     ],
 )
 def test_how_a_child_has_ended(how: int, words: str, tmp_path: Path) -> None:
-    """Its number stays its own until it is waited for: others watch it by that."""
+    """How a child has ended is known before it is waited for, and its process id stays its own
+    until then, because other processes watch it by that id."""
     child = ChildProcess("test", end_by, how, private_dir=tmp_path / "private")
     assert child.obituary().startswith(words)
     os.close(os.pidfd_open(child.pid))
@@ -165,7 +170,8 @@ def test_how_a_child_has_ended(how: int, words: str, tmp_path: Path) -> None:
 def test_a_shared_file_has_its_room_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To write to a mapped file for which there is none left ends a process by SIGBUS."""
+    """Disk space for a mapped file is allocated when it is made: a write to a page for which none
+    is left would end the process by SIGBUS."""
     first, second = (map_shared(tmp_path / "file", 8) for _ in range(2))
     first[3] = 7
     assert second[:] == bytes([0, 0, 0, 7, 0, 0, 0, 0])

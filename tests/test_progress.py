@@ -1,4 +1,4 @@
-"""The clock of a start-up: phases that add up, over processes too."""
+"""The clock of a start-up: its phases add up to the whole time, over several processes too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minisrv.progress import StartupClock
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What `time.monotonic` says."""
+    """A list with the time that `time.monotonic` returns."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""The documentation says what the server does, in lines that fit."""
+"""The documentation agrees with the server, in lines that fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_the_tables_of_fields_are_those_of_the_server() -> None:
 
 
 def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
-    """Each with its row, its flag and what that is by default."""
+    """Each bound of a request has a row with its value, and the flags that are named there
+    exist."""
     engine, server = EngineConfig(), ServerConfig()
     text = (ROOT / "docs" / "api.md").read_text()
     section = text.partition("## What a request may take")[2].partition("\n## ")[0]
@@ -68,13 +69,14 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES, "benchmarks/README.md"])
 def test_lines_fit(page: str) -> None:
-    """Those of tables, code and pictures may be longer."""
+    """Lines have at most 100 characters, except in tables, code and pictures."""
     prose = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     long = [line for line in prose.splitlines() if len(line) > 100]
     assert not [line for line in long if not line.startswith(("|", "!["))]
 
 
 def test_a_promise_names_the_test_that_keeps_it() -> None:
+    """Every promise in docs/security.md names a test, and each named test exists."""
     page = (ROOT / "docs/security.md").read_text()
     named = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\S+?\.py)\)", page)
     assert not [

@@ -1,4 +1,5 @@
-"""How many threads compute, and that those which wait do not keep others from their cores."""
+"""The number of threads that compute, and that threads which wait do not keep others from their
+cores."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from minisrv import threads
 
 
 def completed(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python that has none of OpenMP's variables but these."""
+    """Run a Python program with none of OpenMP's variables in its environment but these."""
     ours = {threads.COUNT, *threads.WAITING}
     env = {name: value for name, value in os.environ.items() if name not in ours} | variables
     command = [sys.executable, "-c", program]
@@ -66,8 +67,8 @@ print(time.process_time() - before)
     ids=["minisrv first", "torch first"],
 )
 def test_a_thread_that_waits_takes_no_core(imports: str):
-    """Processor time and not the clock's, so other processes do not change it. One that spins takes
-    0.16 s of it in 20 waits."""
+    """The test measures processor time and not wall time, so that other processes do not change it.
+    A thread that spins while it waits takes 0.16 s in 20 waits."""
     assert float(completed(WAIT.format(imports=imports)).stdout) < 0.05
 
 
@@ -82,7 +83,8 @@ def test_where_torch_came_first_a_core_is_left_and_it_is_said():
 
 @pytest.fixture
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For torch, on a machine of four cores, and no variable that says so."""
+    """Give torch three threads, on a machine of four cores, with no variable that sets the
+    number."""
     before = torch.get_num_threads()
     monkeypatch.delenv(threads.COUNT, raising=False)
     monkeypatch.setattr(threads, "cores", lambda: 4)
@@ -127,6 +129,8 @@ def test_cores_of_a_container(
     limits: dict[str, str],
     expected: int,
 ):
+    """The number of cores is bounded by the CPU limits of the process's control group and of those
+    above it."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(threads, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(threads, "CGROUPS", tmp_path / "all")

@@ -1,4 +1,5 @@
-"""Modules that tell when they are imported, in a directory from which none may be."""
+"""Modules that record that they were imported, in a directory from which nothing may be
+imported."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ NAMES = frozenset(sys.stdlib_module_names) | {
     *("sitecustomize", "usercustomize", "minisrv", "loadgen"),
     *("torch", "numpy", "transformers", "tokenizers", "zmq", "uvicorn", "msgspec", "rich"),
 }
-"""Everything that a start imports by a top-level name that a stranger could guess."""
+"""The names of all top-level modules that a start imports and that a stranger could guess."""
 
 _TRAP = """\
 import posix
@@ -25,17 +26,20 @@ raise ImportError("a trap: " + __name__)
 
 @dataclass(frozen=True)
 class Traps:
-    """log: where they tell."""
+    """The traps of a directory.
+
+    log: the file to which a trap writes its name when it is imported.
+    """
 
     log: Path
 
     def sprung(self) -> set[str]:
-        """Those that have been imported."""
+        """Return the names of the traps that have been imported."""
         return set(self.log.read_text().split()) if self.log.exists() else set()
 
 
 def set_traps(directory: Path, names: Iterable[str] = NAMES) -> Traps:
-    """Make `directory` one in which each of the names is a trap."""
+    """Make `directory` one in which each of the names is a module that is a trap."""
     traps = Traps(directory.parent / f"{directory.name}-sprung")
     for name in names:
         (directory / f"{name}.py").write_text(_TRAP.format(log=str(traps.log)))
@@ -44,8 +48,8 @@ def set_traps(directory: Path, names: Iterable[str] = NAMES) -> Traps:
 
 @cache
 def loaded_before_dash_m() -> frozenset[str]:
-    """What Python itself has imported, with the working directory in its path, before the first
-    line of a package that it runs by `-m`."""
+    """Return the names of modules that Python itself has imported, with the working directory in
+    its path, before the first line of a package that it runs by `-m`."""
     code = "import runpy, sys; print(*sys.modules)"
     program = [sys.executable, "-P", "-c", code]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
@@ -53,7 +57,8 @@ def loaded_before_dash_m() -> frozenset[str]:
 
 
 def install_command(directory: Path, name: str = "minisrv") -> str:
-    """What pip writes for a command: a script, beside which Python looks for modules."""
+    """Write the script that pip writes for a command, beside which Python looks for modules, and
+    return its path."""
     directory.mkdir()
     script = directory / name
     main = f"from {name}.cli import main"

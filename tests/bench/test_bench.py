@@ -1,4 +1,4 @@
-"""`minisrv bench`: what it runs, in which order, and what it says of it."""
+"""`minisrv bench`: what it measures, in which order, and how it reports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minisrv.engine.core import EngineCore
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
-# On a GPU a step has other launches.
+# On a GPU a step has other numbers of launches.
 SMALL = (
     "--device",
     "cpu",
@@ -29,7 +29,7 @@ SMALL = (
     "40",
 )
 LAUNCHES = {"NONE": 11 * LAYERS + 7, "PIECEWISE": 2 * LAYERS + 2, "FULL": 1}
-"""As in tests/runner/test_launches.py."""
+"""Launches of a step by mode, as in tests/runner/test_launches.py."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def engine(checkpoint) -> EngineCore:
 
 
 class Clock:
-    """Time as an engine's steps would take it: `cost(mode)` each, and so much more at each step."""
+    """A clock by which each of the engine's steps takes `cost[mode]` seconds, and each one `drift`
+    seconds more than the one before."""
 
     def __init__(self, engine: EngineCore, drift: float, **cost: float) -> None:
         self.engine, self.drift, self.cost = engine, drift, cost
@@ -80,7 +81,8 @@ def test_times_and_ratios_are_those_of_the_clock(engine):
 
 
 def test_drift_cancels(engine):
-    """A machine that slows down, or contexts that grow, favour no mode."""
+    """Modes are measured in such an order that a machine that slows down, or contexts that grow,
+    favour none of them."""
     [size] = measured(engine, 0.001, NONE=0.01, PIECEWISE=0.01, FULL=0.01).decode
     for ratio in size.eager_over.values():
         assert (ratio.least, ratio.greatest) == pytest.approx((1, 1))
@@ -115,7 +117,7 @@ def test_the_command(checkpoint, tmp_path, capsys, monkeypatch):
         assert list(size["eager_over"]) == ["PIECEWISE", "FULL"]
     runs_as = {mode: found["runs_as"] for mode, found in report["decode"][1]["modes"].items()}
     assert runs_as == {"NONE": 3, "PIECEWISE": 4, "FULL": 4}
-    [prefill] = report["prefill"]  # both chunks are cut to a step's 24 tokens
+    [prefill] = report["prefill"]  # Both chunks are cut to the 24 tokens of a step.
     assert prefill["size"] == 24
     assert list(prefill["modes"]) == ["NONE", "PIECEWISE"]
     assert report["simulated_launch_us"] == 0
@@ -133,7 +135,7 @@ def test_the_command(checkpoint, tmp_path, capsys, monkeypatch):
 def test_simulated_figures_say_so_wherever_they_are_kept(checkpoint, tmp_path, capsys):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
     flags = ("--simulate-launch-us", "0.5", "--batch-sizes", "1")
-    with rc_context({"svg.fonttype": "none"}):  # text stays text
+    with rc_context({"svg.fonttype": "none"}):  # Text is kept as text in the SVG.
         assert run(checkpoint, *flags, "--json", str(out), "--plot", str(plot)) == 0
     label = "SIMULATED: every launch takes 0.5 us longer"
     assert label in capsys.readouterr().out
@@ -179,7 +181,7 @@ def test_modes_without_graphs_are_left_out(
     ],
 )
 def test_what_cannot_be_measured_is_refused(checkpoint, flags, what, capsys, monkeypatch):
-    """Before weights are read."""
+    """What cannot be measured is refused before weights are read."""
     monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     assert run(checkpoint, *flags) == 1
     assert what in capsys.readouterr().err

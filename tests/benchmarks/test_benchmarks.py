@@ -88,7 +88,8 @@ def test_engine_flags_are_those_of_serve():
 
 
 def test_streams_decode_while_prompts_arrive_in_chunks(tmp_path, capsys):
-    """Every step beside a prompt is mixed, by the mode that was asked for, and all is drawn."""
+    """Every step beside a prompt is mixed and runs in the mode that was asked for, and all runs are
+    in the plot."""
     model = make_checkpoint(tmp_path / "model", "qwen3")
     load = ["--chunks", "16,32", "--streams", "2", "--prompts", "3", "--prompt-tokens", "60"]
     out, plot = tmp_path / "out.json", tmp_path / "out.svg"
@@ -107,7 +108,8 @@ def test_streams_decode_while_prompts_arrive_in_chunks(tmp_path, capsys):
 
 @pytest.mark.parametrize(("path", "more"), [("/v1/completions", 0), ("/v1/chat/completions", 2)])
 def test_every_token_of_the_script_goes_over_the_wire(tmp_path, capsys, path, more):
-    """In an event of its own; a chat's role and its end have one more each."""
+    """Every token comes in an event of its own; for a chat the role and the end come in one more
+    each."""
     load = ["--streams", "5", "--tokens", "7", "--steps-per-s", "300", "--rounds", "2"]
     out = tmp_path / "out.json"
     wire.main(["--api-workers", "1,2", "--path", path, *load, "--json", str(out)])

@@ -1,4 +1,4 @@
-"""benchmarks/beside_vllm.py, on benches that were recorded."""
+"""benchmarks/beside_vllm.py, on recorded results of `minisrv bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = RESULTS / "2026-11-24-exact-on-cpu" / "bench-default.json"
 
 
 def run(monkeypatch, capsys, bench: Path, *arguments: str) -> tuple[str, list[list[str]]]:
-    """(everything printed, the cells of the table)."""
+    """Run the program; return everything that it printed, and the cells of the table."""
     monkeypatch.setattr("sys.argv", ["beside_vllm.py", str(bench), *arguments])
     beside_vllm.main()
     text = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""benchmarks/bodies.py: what it sends is what a server reads, and no 413."""
+"""benchmarks/bodies.py: the bodies that it sends are as large as a server may read, and not so
+large that they get a 413."""
 
 from __future__ import annotations
 

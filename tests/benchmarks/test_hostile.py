@@ -1,4 +1,4 @@
-"""benchmarks/hostile_checkpoints.py as a program: cases are run, and what they came to is kept."""
+"""benchmarks/hostile_checkpoints.py as a program: it runs cases and keeps their outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/http_plot.py on what `loadgen run` writes."""
+"""benchmarks/http_plot.py on the reports that `loadgen run` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index of the benchmarks names every script, and a script says what it lacks."""
+"""The index of the benchmarks names every script, and a script says which package it lacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCRIPTS = [
 
 
 def commands() -> list[list[str]]:
-    """Those of the index that run a script, as a shell splits them."""
+    """Return the commands of the index that run a script, split into words as a shell does."""
     blocks = re.findall(r"^```\n(.*?)^```", INDEX, re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     return [words for line in lines if (words := shlex.split(line))[0] == "python"]

@@ -1,4 +1,5 @@
-"""The programs in benchmarks/ that look at kernels: what needs no GPU, and on one the rest."""
+"""The programs in benchmarks/ that look at kernels: without a GPU the parts that need none, with a
+GPU the rest too."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"
 
 
 def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
-    """Kernels that begin before the one in front has ended, and those of an unfinished step."""
+    """A kernel's time goes from the end of the one before it to its own end, also if it begins
+    before that; the kernels of a step that did not finish are left out."""
     events = [
         {
             "cat": "kernel",
@@ -56,7 +58,8 @@ def test_every_product_has_candidates(rows: int, kinds: set[type]) -> None:
 
 
 class FakeLayers:
-    """A graph is as long as the outputs of its tiles: the best tile has the fewest."""
+    """Stands for layers whose graph takes as long as its tiles have outputs, so that the best tile
+    is the one with the fewest."""
 
     def __init__(self, directory: Path) -> None:
         self.products = products(describe_model(directory).model)
@@ -72,7 +75,8 @@ def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
 ) -> None:
     out = tmp_path / "tiles.json"
     monkeypatch.setattr(tiles.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tiles, "environment", dict)  # which would ask that GPU for its name
+    # The real function would ask the GPU for its name.
+    monkeypatch.setattr(tiles, "environment", dict)
     monkeypatch.setattr(tiles, "Layers", FakeLayers)
     monkeypatch.setattr(tiles, "median_us", float)
     monkeypatch.setattr(tiles, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(2))

@@ -1,4 +1,4 @@
-"""The tasks of benchmarks/clients for lm-eval, and the comparison of what it writes."""
+"""The tasks of benchmarks/clients for lm-eval, and the comparison of the results that it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""benchmarks/random_requests.py with a few requests, and with engines that are wrong."""
+"""benchmarks/random_requests.py with a few requests, and with engines that have a fault on
+purpose."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from minisrv.core.scheduler import Scheduler
 from minisrv.kernels import sample_op
 
 SMALL = "--first-engine 110 --engines 1 --requests 40"
-"""An engine with a prefix cache, in which requests are preempted and clients go away."""
+"""Arguments for an engine with a prefix cache, in which requests are preempted and clients go
+away."""
 
 
 def run(arguments: str, tmp_path: Any) -> tuple[int, dict[str, Any]]:
@@ -43,7 +45,8 @@ def test_each_answer_is_compared_with_the_lone_one(tmp_path, capsys) -> None:
 
 
 def test_an_answer_that_differs_is_found_and_can_be_repeated(tmp_path, monkeypatch, capsys) -> None:
-    """Prompts of the same length are taken for the same."""
+    """With the fault that prompts of the same length count as equal in the prefix cache, wrong
+    answers are found, and the printed command repeats one."""
 
     def careless(salt: Any, parent: bytes | None, token_ids: Any) -> bytes:
         return hash_block(salt, parent, [0] * len(token_ids))
@@ -65,7 +68,8 @@ def test_an_answer_that_differs_is_found_and_can_be_repeated(tmp_path, monkeypat
 
 
 def test_a_file_that_is_there_goes_on(tmp_path, monkeypatch) -> None:
-    """It holds one of two engines, and what came of it."""
+    """A report that exists is continued: it holds the first of two engines with its results, so
+    only the second runs."""
     ran = []
 
     def run_one(task: Any, finished: Any) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def test_a_block_that_an_abort_leaves_behind_is_found(tmp_path, monkeypatch) -> 
 
 
 class SamplesOnce:
-    """An engine whose only step samples from logits of its own, greedily."""
+    """An engine whose only step samples greedily from the given logits."""
 
     def __init__(self, logits: list[float]) -> None:
         self._logits = torch.tensor([logits])
@@ -126,6 +130,6 @@ def test_a_tie_is_near_if_rounding_could_tip_it(logits: list[float], margin: flo
 
     found = near_tie(alone, question, prepared, outcome(1), outcome(0, "a"))  # type: ignore[arg-type]
     assert found == margin
-    # What differs besides is no tie.
+    # Answers that differ in anything else too are no tie.
     found = near_tie(alone, question, prepared, outcome(1), outcome(0, "a", "c"))  # type: ignore[arg-type]
     assert found is None

@@ -1,4 +1,5 @@
-"""benchmarks/soak.py with a server of the default model, on a CPU; how it reads and judges."""
+"""benchmarks/soak.py with a server of the default model, on a CPU; how it reads streams and judges
+answers and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def test_answers_are_compared_and_the_server_is_sampled_at_rest(tmp_path, monkey
     monkeypatch.setattr(soak, "FRESH_EVERY_S", 0.5)
     load = "--minutes 0.04 --rest-every 0.02 --concurrency 6 --questions 12 --step-tokens 1"
     command = f"{SERVE} {SMALL} --dtype float32 --enforce-eager"
-    soak.main([*load.split(), "--json", str(out), command])  # memory grows in the first seconds
+    # The verdict is not asserted, because memory grows in the first seconds.
+    soak.main([*load.split(), "--json", str(out), command])
 
     report = json.loads(out.read_text())
     assert report["errors"] == {}

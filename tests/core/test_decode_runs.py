@@ -1,4 +1,5 @@
-"""Runs beside a scheduler that thinks every step anew: the same steps, events, slots, blocks."""
+"""A scheduler that continues decode runs gives the same steps, events, slots and blocks as one that
+schedules every step anew."""
 
 from __future__ import annotations
 
@@ -19,14 +20,15 @@ EOS = 7
 
 
 class Anew(Scheduler):
-    """Never continues a run."""
+    """A scheduler that never continues a run of decode steps: it schedules every step anew."""
 
     def _continue_run(self) -> SchedulerOutput | None:
         return None
 
 
 def state_of(scheduler: Scheduler) -> Any:
-    """All that the next step depends on, counters of the current run written out."""
+    """Return all that the next step depends on, with the counters of the current run added to the
+    requests that they stand for."""
     run = scheduler._run
     ahead = dict.fromkeys(run.requests, (run.age, run.age - run.retired)) if run else {}
     requests = []
@@ -36,7 +38,7 @@ def state_of(scheduler: Scheduler) -> Any:
             (
                 *(request.request_id, request.slot, list(request.blocks), list(request.output)),
                 *(request.num_scheduled + age, request.last_step + age, request.num_published),
-                # Of one that has ended nobody looks at it.
+                # Nobody reads this counter of a request that has ended.
                 None if request.ended else request.num_in_flight + in_flight,
             )
         )
@@ -52,7 +54,8 @@ def step_of(step: SchedulerOutput | None) -> Any:
 
 
 class Both:
-    """A scheduler with runs and one without, and what each request's steps were, one by one."""
+    """A scheduler that continues runs beside one that does not, both given the same requests; it
+    also counts each request's steps one by one, to check `_GraphSteps`."""
 
     def __init__(self, draw: random.Random) -> None:
         seqs, size = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 4))
@@ -142,7 +145,8 @@ class Both:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_run_is_what_thinking_anew_gives(lag: int) -> None:
-    """Arrivals, aborts at every moment, stops, preemption, prefix hits, blocks of one token."""
+    """Both schedulers agree through arrivals, aborts at every moment, stops, preemption and prefix
+    cache hits, also with blocks of one token."""
     continued = preemptions = hits = 0
     for seed in range(150):
         draw = random.Random(seed)
@@ -152,7 +156,8 @@ def test_a_run_is_what_thinking_anew_gives(lag: int) -> None:
             while number < 16 and draw.random() < rate:
                 both.add(str(number))
                 number += 1
-            if number and draw.random() < aborts:  # of any: waiting, running, ended, just added
+            # The aborted request may be waiting, running, ended or newly added.
+            if number and draw.random() < aborts:
                 both.abort(str(draw.randrange(number)))
             while len(both.in_flight) <= lag and both.schedule():
                 if draw.random() < aborts:

@@ -1,4 +1,4 @@
-"""Ladders and dispatcher, over every batch up to the limits."""
+"""The ladders of captured sizes and the dispatcher, over every batch up to the limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sizes = st.none() | st.lists(st.integers(1, 150), min_size=1, max_size=6).map(tu
 
 
 def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
-    """(tokens, requests, decode?) up to the limits."""
+    """Return (tokens, requests, whether all are decodes) for every batch up to the limits."""
     decodes = [(n, n, True) for n in range(1, ladders.max_num_seqs + 1)]
     most = ladders.max_num_batched_tokens
     mixed = [
@@ -36,7 +36,7 @@ def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
 
 
 def holds_any(key: BatchDescriptor) -> bool:
-    """Prefill, decodes or both."""
+    """Whether the graph of `key` can hold any batch: prefill, decodes or both."""
     return key.forward and not key.uniform_decode
 
 
@@ -48,6 +48,8 @@ def holds_any(key: BatchDescriptor) -> bool:
     masked=st.booleans(),
 )
 def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, logits, masked):
+    """Every batch up to the limits runs by the smallest captured graph that can hold it, and a
+    batch without one runs eagerly without padding."""
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
     epilogues = {key for key in ladders.keys() if not key[1].forward}  # noqa: SIM118
@@ -73,7 +75,7 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
                 assert behind.num_reqs == min(n for n in rungs if n >= requests)
         if found.mode is NONE:
             assert key.num_tokens == tokens, "NONE never pads"
-            # No captured graph would have done.
+            # No captured graph could have held the batch.
             assert not any(d.num_tokens >= tokens for _, d in keys if decode or holds_any(d))
             continue
         assert (found.mode, key) in keys, "what is dispatched was captured"
@@ -103,11 +105,13 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
 def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
     mode, limits, sizes, logits, draw
 ):
+    """Another graph is chosen only if its measured median time is more than 5% below the least time
+    of the smallest graph that holds the batch."""
     ladders = build_ladders(mode, *limits, sizes)
     keys = [key for key in ladders.keys() if key[1].forward]  # noqa: SIM118
     least = {key: draw.uniform(1, 2) for key in keys}
     times = {key: StepTime(ms, ms * draw.uniform(1, 1.1)) for key, ms in least.items()}
-    # What takes no time at all, and is no step.
+    # Epilogues take no time at all here: they are not steps, so the dispatcher may not choose one.
     times |= dict.fromkeys(set(ladders.keys()) - set(keys), StepTime(0.0, 0.0))
     plain, timed = Dispatcher(ladders), Dispatcher(ladders, times)
     epilogue = Epilogue.HIDDEN if logits else Epilogue.TOKENS
@@ -138,6 +142,8 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
 
 
 def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
+    """The coverage table names the batches that run by another graph because it was measured to be
+    cheaper."""
     ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 4)
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
     times[FULL, decode_descriptor(2, Epilogue.TOKENS)] = StepTime(1.2, 1.3)
@@ -160,6 +166,8 @@ def test_a_full_graph_of_a_mixed_rung_may_be_cheaper_for_decodes():
 
 @given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes)
 def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes):
+    """`check_coverage` fails exactly if some decode batch would not run in the configured mode, and
+    its error names those sizes and the size to add."""
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
     promised = ladders.mode.decode_mode
@@ -179,6 +187,8 @@ def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes
 
 @given(mode=st.sampled_from(CUDAGraphMode), limits=limits)
 def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
+    """The default captured sizes cover every decode batch, and the largest is exactly the limit
+    (2048 tokens at most for mixed batches)."""
     ladders = build_ladders(mode, *limits)
     ladders.check_coverage()
     if ladders.decode:
@@ -189,6 +199,8 @@ def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
 
 @given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes)
 def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
+    """The coverage table leaves out no batch size, and dispatch gives the mode and the reason that
+    the table says."""
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
     seen = {"decode": 0, "mixed": 0}
@@ -228,7 +240,8 @@ def test_reasons(mode, decode, tokens, mode_found, reason):
 
 
 def test_one_token_prompt_is_no_decode():
-    """A one-token prompt has a decode's shape (vllm#26892); what its request says counts."""
+    """A one-token prompt has the shape of a decode (vllm#26892); the dispatcher goes by what the
+    request says it is and not by its shape."""
     dispatcher = Dispatcher(build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 8, 64))
     assert dispatcher.dispatch(1, 1, uniform_decode=False).mode is PIECEWISE
 
@@ -286,7 +299,7 @@ def test_plan_needs_no_device_to_say_what_full_would_capture():
     ],
 )
 def test_plan_refuses_what_serve_does(flags, what, measure, monkeypatch, capsys):
-    """Before weights are read."""
+    """`plan` refuses settings that `serve` refuses, before any weights are read."""
     monkeypatch.setattr("minisrv.engine.builder.load_model", None)
     assert main(["plan", *measure, *flags]) == 1
     assert what in capsys.readouterr().err
@@ -324,7 +337,8 @@ def test_a_measured_plan_says_what_each_graph_costs():
 
 
 def test_plan_exits_1_and_names_the_missing_size():
-    """97-100 of max_num_seqs=100 ran PIECEWISE in silence (vllm#57355)."""
+    """`plan` exits with 1 if a decode batch has no full graph: with max_num_seqs=100, batches of 97
+    to 100 requests ran PIECEWISE without a word (vllm#57355)."""
     done = run_plan("--max-num-seqs", "100", "--cudagraph-capture-sizes", "1,2,4,8,96")
     assert done.returncode == 1
     assert "97 to 100 requests" in done.stderr

@@ -1,5 +1,5 @@
-"""The prefix cache: what is found, what is not, and what is evicted. That what is found is right in
-every interleaving is shown in test_scheduler.py."""
+"""The prefix cache: which blocks are found, which are not, and which are evicted. That the blocks
+found are the right ones in every interleaving is shown in test_scheduler.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ TEXT = list(range(100, 140))
 
 
 class Pool(RuleBasedStateMachine):
-    """Holders of blocks that come and go, against a plain list of what each block keeps."""
+    """Holders of blocks that come and go, compared with a plain record of the hash that each block
+    keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,12 +30,13 @@ class Pool(RuleBasedStateMachine):
         self.holders: list[tuple[list[int], list[bytes]]] = []
         self.keeps: dict[int, bytes] = {}
         self.freed: list[int] = list(range(1, 7))
-        """Least recently used first."""
+        """The free blocks, the least recently used first."""
 
     @precondition(lambda self: self.pool.num_free >= 3)
     @rule(names=st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=3))
     def begin(self, names: list[bytes]) -> None:
-        """Find a prefix of a chain of hashes, take blocks for the rest, fill and publish them."""
+        """Find a cached prefix of a chain of hashes, take new blocks for the rest, and enter those
+        into the prefix cache."""
         chain = [b"/".join(names[: i + 1]) for i in range(len(names))]
         found = self.pool.find(chain)
         assert [self.keeps[block] for block in found] == chain[: len(found)]
@@ -83,6 +85,8 @@ TestPool = Pool.TestCase
 
 
 def test_what_a_hash_depends_on():
+    """A block's hash depends on the cache key, the salt, the hash of the block before it and its
+    token ids, and no two different inputs run together."""
     hashes = [
         hash_block((None, None), None, [1, 23]),
         hash_block((None, None), None, [12, 3]),
@@ -107,7 +111,8 @@ def test_what_a_hash_depends_on():
 
 
 class Run:
-    """A scheduler, whose every sampled token is 2, at a lag that the test decides step by step."""
+    """A scheduler for which every sampled token is 2; the test decides step by step how many steps
+    are launched ahead (the lag)."""
 
     def __init__(self, blocks: int = 40, *, budget: int = 64, **others: int) -> None:
         settings = {"max_num_seqs": 4, "max_model_len": 64, "max_waiting": 100, **others}
@@ -132,14 +137,15 @@ class Run:
         return events
 
     def finish(self) -> list[TokenEvent]:
-        """Run all there is at lag 0."""
+        """Run everything that is left, each step retired before the next is scheduled (lag 0)."""
         events = []
         while self.scheduler.has_work:
             events += self.retire(self.schedule())
         return events
 
     def start(self, name: str, prompt: list[int], **others) -> int:
-        """Where the prefill of a new request starts; it has run to its end then."""
+        """Add a request, run it to its end, and return the position at which its prefill
+        started."""
         self.add(name, prompt, **others)
         step = self.schedule()
         [row] = [row for row in step.rows if row.request_id == name]
@@ -170,7 +176,8 @@ def test_the_second_of_two_equal_prompts_computes_its_tail(length, start):
 
 
 def test_a_tail_of_one_token_is_prefill():
-    """Trap 6: it has the shape of a decode."""
+    """Trap 6: the tail of a prompt behind a cached prefix may be one token long and so have the
+    shape of a decode, but it is prefill."""
     run = Run()
     run.start("a", TEXT[:9])
     run.add("b", TEXT[:9])
@@ -187,11 +194,12 @@ def test_a_prompt_goes_on_where_another_differs():
 
 
 def test_an_answer_is_found_by_the_next_turn():
-    """But not its last token, which has been computed by nobody."""
+    """The next turn of a conversation finds the answer in the cache, except for its last token,
+    whose cache entry no step has computed."""
     run = Run()
-    run.start("a", TEXT[:6], most=7)  # 12 of 13 tokens are in the cache
+    run.start("a", TEXT[:6], most=7)  # 12 of the 13 tokens have cache entries.
     assert run.start("b", [*TEXT[:6], *[2] * 7, 5, 5, 5, 5]) == 12
-    run.start("c", TEXT[20:26], most=6)  # 11 of 12
+    run.start("c", TEXT[20:26], most=6)  # 11 of the 12 tokens have cache entries.
     assert run.start("d", [*TEXT[20:26], *[2] * 6, 5]) == 8
 
 
@@ -213,6 +221,7 @@ def test_a_running_request_shares_its_blocks():
 
 
 def test_keys_and_salts_keep_requests_apart():
+    """Requests share cached blocks only if both their cache key and their cache salt are equal."""
     run = Run()
     salts = [(None, None), (None, "x"), (None, "y"), (0, None), (1, None), (1, "x"), (1, "0")]
     for times, start in enumerate((0, 8)):
@@ -235,7 +244,8 @@ def starts(step: SchedulerOutput) -> dict[str, int]:
 
 
 def test_a_block_is_found_once_its_step_has_retired():
-    """Not in the step that fills it, whose rows are in no order; nor under lag in the next."""
+    """A block cannot be found in the step that fills it, whose rows run in no order, nor in the
+    next one if that is launched ahead."""
     run = Run(budget=10)
     run.add("a", TEXT[:20])
     first = run.schedule()
@@ -252,7 +262,8 @@ def test_a_block_is_found_once_its_step_has_retired():
 
 
 def test_an_aborted_request_leaves_what_had_been_computed():
-    """A chunk in flight is not found; those that have retired are right and stay."""
+    """Blocks of a chunk in flight at the abort are not found; blocks of chunks that have retired
+    are correct and stay in the cache."""
     run = Run(budget=8)
     run.add("a", TEXT[:24])
     first, second = run.schedule(), run.schedule()
@@ -264,30 +275,36 @@ def test_an_aborted_request_leaves_what_had_been_computed():
 
 
 def test_the_tail_is_evicted_before_the_head():
+    """The last blocks of a cached prompt are evicted first, so that its beginning can still be
+    found."""
     run = Run(blocks=8)
-    run.start("a", TEXT[:17], most=1)  # four full blocks and the beginning of a fifth
-    run.start("b", TEXT[20:32], most=1)  # the two that were left, and that fifth
+    run.start("a", TEXT[:17], most=1)  # This takes four full blocks and the beginning of a fifth.
+    # This takes the two blocks that were left, and that fifth one.
+    run.start("b", TEXT[20:32], most=1)
     assert run.start("a", TEXT[:17], most=1) == 16
     run.start("c", [1] * 8, most=1)
     assert run.start("a", TEXT[:17], most=1) == 16, "b was not used since, so it went first"
-    run.start("d", [3] * 24, most=1)  # all blocks but one
+    run.start("d", [3] * 24, most=1)  # This takes all blocks but one.
     assert run.start("a", TEXT[:17], most=1) == 4
 
 
 def test_what_is_found_but_held_by_nobody_counts_as_taken():
-    """It is on the free list: else the newcomer would be admitted to blocks that are not there."""
+    """A cached block that no request holds is on the free list, so it must be counted as taken when
+    a request finds it: else the newcomer would be admitted to blocks that are not there."""
     run = Run(blocks=7, max_model_len=24)
     run.start("first", TEXT[:17], most=1)
     run.add("old", [1] * 4, most=9)
     run.retire(run.schedule())
     assert run.scheduler.pool.num_free == 5
-    run.add("new", TEXT[:17], most=1)  # five blocks, four of which are found and free
+    # It needs five blocks, four of which are found in the cache and are free.
+    run.add("new", TEXT[:17], most=1)
     assert starts(run.schedule()) == {"old": 4}
 
 
 @pytest.mark.parametrize(("blocks", "admitted"), [(7, False), (8, True)])
 def test_what_others_hold_is_not_taken(blocks, admitted):
-    """A prompt that shares all but its tail needs one block, and leaves one to each that runs."""
+    """A prompt that shares all but its tail with a running request needs one new block, and is
+    admitted only if one more is left for each running request."""
     run = Run(blocks=blocks, max_model_len=24)
     run.add("old", TEXT[:17], most=3)
     run.retire(run.schedule())
@@ -297,7 +314,8 @@ def test_what_others_hold_is_not_taken(blocks, admitted):
 
 
 def test_a_block_is_hashed_once(monkeypatch):
-    """Not on every step, and not while its request waits at the head of the queue."""
+    """A block is not hashed again on every step, nor while its request waits at the head of the
+    queue."""
     calls: Counter[tuple[int, ...]] = Counter()
 
     def counts(salt, parent, token_ids):

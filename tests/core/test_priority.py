@@ -1,4 +1,4 @@
-"""Who is less important comes to its end, however many more important requests keep coming."""
+"""A less important request comes to its end, however many more important requests keep coming."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ BLOCK = 4
 
 
 class Flow:
-    """A scheduler whose every sampled token is 2, and who was passed over or preempted how often.
+    """A scheduler for which every sampled token is 2, with a record of how often each request was
+    passed over or preempted.
 
-    order: of first admission. passed: for each request, how many that came later were first
-    admitted before it. older: how many were there when it came.
+    order: names of the requests in the order of their first admission.
+    passed: for each request, how many that came later were first admitted before it.
+    older: for each request, how many requests were there when it came.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Flow:
         name = str(self._names)
         self.older[name] = len(self.older) - len(self.ended)
         params = SamplingParams(max_tokens=most)
-        prompt = [self._names] * length  # no prefix of another's
+        prompt = [self._names] * length  # No prompt is a prefix of another request's prompt.
         request = EngineRequest(
             request_id=name, prompt_token_ids=prompt, params=params, priority=priority
         )
@@ -84,7 +86,8 @@ class Flow:
     draw=st.randoms(use_true_random=False),
 )
 def test_nobody_is_passed_over_for_ever(starved, seqs, blocks, lag, length, draw):
-    """Each new request is more important than all before it, and some always wait."""
+    """Less important requests end although each new request is more important than all before it
+    and some always wait; the number of times that each is passed over is bounded."""
     flow = Flow(blocks, seqs=seqs, lag=lag)
     arrivals = deque(sorted(starved))
     names: list[str] = []
@@ -103,8 +106,9 @@ def test_nobody_is_passed_over_for_ever(starved, seqs, blocks, lag, length, draw
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_nobody_is_preempted_for_ever(lag):
-    """Whenever it runs, one that is more important takes what is free of the cache. None of those
-    waits, so none is admitted before it that came later."""
+    """A request ends although, whenever it runs, a more important one takes what is free of the
+    cache and so preempts it. The more important ones never wait, so none of them is admitted before
+    it: only the count of preemptions can help it."""
     flow = Flow(blocks=40, seqs=2, budget=200, lag=lag)
     name = flow.add(0, length=4, most=120)
     flow.step()
@@ -121,7 +125,8 @@ def test_nobody_is_preempted_for_ever(lag):
 
 
 def test_most_requests_go_by_priority():
-    """One in eight is the oldest, whatever its priority; the others are the most important."""
+    """One admission in eight goes to the oldest request, whatever its priority; the others go to
+    the most important."""
     flow = Flow(blocks=40, seqs=1)
     for _ in range(40):
         flow.add(5, most=1)
@@ -142,7 +147,8 @@ def test_most_requests_go_by_priority():
     sizes=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 16)), min_size=1, max_size=20),
 )
 def test_among_equals_nobody_has_a_turn(seqs, blocks, lag, sizes):
-    """However often the cache is full: first come, first served."""
+    """Requests of equal priority are served first come, first served, however often the cache is
+    full."""
     flow = Flow(blocks, seqs=seqs, lag=lag)
     names = [flow.add(0, length, most) for length, most in sizes]
     while flow.scheduler.has_work:
@@ -156,7 +162,8 @@ def test_among_equals_nobody_has_a_turn(seqs, blocks, lag, sizes):
 
 
 def test_one_whose_turn_has_come_is_before_all_that_have_had_none():
-    """It keeps its place while it runs: who is more important is preempted before it."""
+    """A request that was passed over so often that its turn came keeps its place while it runs:
+    more important requests are preempted before it."""
     flow = Flow(blocks=13, seqs=3, budget=64)
     for _ in range(PASSES):
         flow.add(-1, most=1)

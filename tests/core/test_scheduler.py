@@ -1,4 +1,5 @@
-"""The scheduler against a device that remembers who wrote where, at lag 0 and 1."""
+"""The scheduler against a simulated device that remembers which request wrote which cache entry,
+with no step and with one step launched ahead (lag 0 and 1)."""
 
 from __future__ import annotations
 
@@ -26,13 +27,15 @@ LIMIT = 50
 
 @cache
 def sampled(seed: int, tokens: tuple[int, ...]) -> int:
-    """The token that the pretended model gives behind `tokens`: it depends on all of them, so one
-    wrong entry of the cache changes what follows. Few tokens, so that blocks repeat."""
+    """Return the token that the simulated model gives behind `tokens`. It depends on all of them,
+    so one wrong cache entry changes what follows. There are few different tokens, so that blocks
+    repeat."""
     return random.Random(f"{seed}/{tokens}").choice((1, 1, 1, 2, 2, 2, EOS))
 
 
 def continued(prompt: Sequence[int], seed: int) -> tuple[int, ...]:
-    """A prompt and what the model says to it, up to the context's end and a bit beyond."""
+    """Return a prompt and what the simulated model continues it with, up to the end of the context
+    and two tokens beyond."""
     tokens = tuple(prompt)
     while len(tokens) < LIMIT + 2:
         tokens += (sampled(seed, tokens),)
@@ -41,7 +44,8 @@ def continued(prompt: Sequence[int], seed: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Told:
-    """What the device knows of a request: all its tokens, and with whom it may share them."""
+    """All that the device knows of a request: its tokens, and the seed and the cache salt that say
+    with which requests it may share cache entries."""
 
     tokens: tuple[int, ...]
     seed: int
@@ -50,8 +54,9 @@ class Told:
 
 @dataclass
 class Device:
-    """Runs steps in order. An entry of its cache is made of the token and the entry before it, as
-    a model's is; every row must find the entries of its own tokens, before its step and after."""
+    """A simulated device that runs steps in order. An entry of its cache is made of the token and
+    the entry before it, as a real model's is; each row must find the entries of its own tokens both
+    before and after its step."""
 
     told: dict[str, Told] = field(default_factory=dict)
     tables: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -102,7 +107,8 @@ class Device:
 
 
 def taken(step: SchedulerOutput) -> set[int]:
-    """The new blocks of a step that it writes; others were found in the prefix cache."""
+    """Return the new blocks of a step that it writes; its other new blocks were found in the prefix
+    cache."""
     start = {row.slot: row.start for row in step.rows}
     return {block for slot, index, block in step.new_blocks if index * BLOCK >= start[slot]}
 
@@ -110,7 +116,7 @@ def taken(step: SchedulerOutput) -> set[int]:
 def expected(
     prompt: int, told: Told, params: SamplingParams, limit: int
 ) -> tuple[list[int], FinishReason]:
-    """What a request must give, whatever else runs."""
+    """Return the tokens and the finish reason that a request must give, whatever else runs."""
     output: list[int] = []
     for token in told.tokens[prompt:]:
         output.append(token)
@@ -123,8 +129,9 @@ def expected(
 
 @st.composite
 def requests(draw: st.DrawFn, index: int) -> tuple[EngineRequest, Told, int]:
-    """One of a few texts up to somewhere, continued in its own way or as the text goes on; so
-    prompts have prefixes of each other and of each other's answers. And when it arrives."""
+    """Draw a request, what the device knows of it, and when it arrives. Its prompt is the beginning
+    of one of a few texts, continued either as the text goes on or in its own way; so prompts are
+    prefixes of each other and of each other's answers."""
     text = draw(st.integers(0, 2))
     prompt = continued([text], seed=text)[: draw(st.integers(1, 30))]
     told_seed = draw(st.sampled_from([text, 100 + index]))
@@ -157,7 +164,8 @@ many_requests = st.integers(1, 12).flatmap(lambda n: st.tuples(*map(requests, ra
     caching=st.sampled_from([True, True, True, False]),
 )
 def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, aborts, caching):
-    """Shared prefixes, chunked prefill, preemption by a small cache, aborts; late arrivals."""
+    """Each request gives its own tokens through shared prefixes, chunked prefill, preemption by a
+    small cache, aborts and late arrivals."""
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK),
         max_num_seqs=seqs,
@@ -225,7 +233,7 @@ def add(
     scheduler: Scheduler, name: str, length: int, most: int | None = 5, priority: int = 0
 ) -> None:
     params = SamplingParams(max_tokens=most)
-    prompt = [ord(name[0])] * length  # no prefix of another's
+    prompt = [ord(name[0])] * length  # No prompt is a prefix of another request's prompt.
     request = EngineRequest(
         request_id=name, prompt_token_ids=prompt, params=params, priority=priority
     )
@@ -289,7 +297,8 @@ def test_one_token_prompt_is_prefill():
 
 @pytest.mark.parametrize(("caching", "start"), [(False, 0), (True, BLOCK)])
 def test_the_newest_is_preempted_and_comes_back(caching, start):
-    """It computes its tokens again, the sampled ones too, or finds them while they are cached."""
+    """When the preempted request comes back, it computes its tokens again, the sampled ones too, or
+    finds them in the prefix cache while they are cached."""
     scheduler = make(blocks=6, budget=64, max_model_len=16, enable_prefix_caching=caching)
     add(scheduler, "old", 7, 8)
     add(scheduler, "new", 3, 8)
@@ -302,7 +311,8 @@ def test_the_newest_is_preempted_and_comes_back(caching, start):
 
 
 def test_stop_by_length_is_foreseen_under_lag():
-    """The step behind a request's last token does not hold it: no wasted token."""
+    """A step launched ahead does not contain a request whose last token by length is already in
+    flight, so no token is computed in vain."""
     scheduler = make()
     add(scheduler, "a", 3, 2)
     scheduler.schedule()
@@ -315,6 +325,8 @@ def test_stop_by_length_is_foreseen_under_lag():
 
 
 def test_blocks_and_slot_wait_for_the_step_in_flight():
+    """The blocks and the slot of an aborted request are not free before the last step that writes
+    to them has retired."""
     scheduler = make()
     add(scheduler, "a", 3, 5)
     scheduler.schedule()
@@ -340,6 +352,7 @@ def test_refuses_what_can_never_fit():
 
 
 def test_queue_is_bounded_behind_the_free_slots():
+    """A request is refused if the free slots and `max_waiting` places are all taken."""
     scheduler = make(seqs=2, max_waiting=1)
     for name in "abc":
         add(scheduler, name, 3)
@@ -349,7 +362,8 @@ def test_queue_is_bounded_behind_the_free_slots():
     assert len(scheduler.waiting) == 1
     with pytest.raises(QueueFullError):
         add(scheduler, "d", 3)
-    # Its slot is not free before the step in flight has retired, but its place is.
+    # The aborted request's slot is not free before the step in flight has retired, but its place in
+    # the queue's limit is.
     scheduler.abort("a")
     add(scheduler, "d", 3)
     with pytest.raises(QueueFullError):
@@ -357,7 +371,7 @@ def test_queue_is_bounded_behind_the_free_slots():
 
 
 def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerOutput]:
-    """Run at most so many steps, every token being 2."""
+    """Run at most `steps` steps, where every sampled token is 2, and return them."""
     ran: list[SchedulerOutput] = []
     in_flight: deque[SchedulerOutput] = deque()
     while scheduler.has_work and len(ran) < steps:
@@ -370,7 +384,7 @@ def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerO
 
 
 def test_a_preempted_request_is_admitted_before_those_behind_it():
-    """First come first served holds through a preemption."""
+    """First come, first served holds through a preemption."""
     scheduler = make(blocks=6, budget=64, max_model_len=20)
     add(scheduler, "old", 7, 10)
     add(scheduler, "new", 3, 8)
@@ -382,11 +396,12 @@ def test_a_preempted_request_is_admitted_before_those_behind_it():
 
 
 def test_a_newcomer_leaves_the_running_a_block_each():
-    """Else it would be preempted as soon as they grow, and compute its prompt twice."""
+    """A new request is admitted only if each running one can still take a block: else the newcomer
+    would be preempted as soon as they grow, and would compute its prompt twice."""
     scheduler = make(blocks=6, budget=64, max_model_len=20)
     add(scheduler, "old", 7, 8)
     scheduler.update(0, [2] * len(scheduler.schedule().rows))
-    add(scheduler, "new", 11, 2)  # three blocks, and three are free
+    add(scheduler, "new", 11, 2)  # It needs three blocks, and three are free.
     assert shape(scheduler.schedule()) == [("old", 1, True)]
     scheduler.update(1, [2])
     run_steps_from(scheduler, 2)
@@ -404,8 +419,8 @@ def run_steps_from(scheduler: Scheduler, first: int) -> None:
 )
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_oldest_waits_one_step_at_most(lag, blocks, prompt):
-    """Under lag the newest is named by the step in flight when the oldest needs its blocks: it
-    sits one step out and is preempted in the next."""
+    """When the oldest request needs the newest one's blocks while the step in flight (lag 1) still
+    uses them, the oldest is left out of one step and the newest is preempted in the next."""
     scheduler = make(blocks=blocks, budget=2, seqs=2, max_model_len=16)
     add(scheduler, "old", 2, 12)
     add(scheduler, "new", prompt, 6)
@@ -430,6 +445,8 @@ def test_what_does_not_fit_names_the_field(length, most, param):
 
 @pytest.mark.parametrize(("wanted", "needs"), [(None, False), (0, True), (3, True)])
 def test_logprobs_need_logits_even_without_alternatives(wanted, needs):
+    """A request with logprobs=0 asks for the chosen token's log-probability, so its steps need
+    logits too."""
     scheduler = make()
     params = SamplingParams(logprobs=wanted)
     request = EngineRequest(request_id="a", prompt_token_ids=[1], params=params)
@@ -441,7 +458,8 @@ def test_logprobs_need_logits_even_without_alternatives(wanted, needs):
 
 
 def counted(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with every step that is scheduled anew."""
+    """Return a list that grows by one entry with every step that is scheduled anew instead of
+    continuing a run."""
     anew: list[None] = []
     schedule_anew = scheduler._schedule_anew
     monkeypatch.setattr(
@@ -452,7 +470,8 @@ def counted(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[None]
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, lag):
-    """Its steps have the same rows, a token further, and blocks as they are needed."""
+    """The steps of a run of decodes continue without new scheduling, even while requests wait: each
+    has the same rows, one token further, and blocks as they are needed."""
     scheduler = make(blocks=64)
     for name in "abcd":
         add(scheduler, name, length=3 + ord(name) - ord("a"), most=30)
@@ -474,6 +493,7 @@ def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, lag):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_run_ends_with_its_first_request(lag):
+    """A run of decode steps ends when the first of its requests does, and the others go on."""
     scheduler = make(blocks=64)
     for name, most in (("a", 9), ("b", 20)):
         add(scheduler, name, length=4, most=most)

@@ -1,4 +1,5 @@
-"""Servers: one for everything that only asks, and fresh ones for what ends them."""
+"""Fixtures that start servers: shared ones for tests that only send requests, and fresh ones for
+tests that end them."""
 
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """A server with default modes, shared: a test leaves it idle."""
+    """A server with the default modes, shared by the session; each test leaves it idle."""
     yield from _serve()
 
 
 @pytest.fixture(scope="session")
 def cpu_server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server on whose rungs one can count: on a GPU another may turn out cheaper."""
+    """A server on the CPU, for tests that count steps by captured size: on a GPU another size may
+    be measured as cheaper."""
     if torch.cuda.is_available():
         yield from _serve("--device", "cpu")
     else:
@@ -37,19 +39,21 @@ def cpu_server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def eager_server() -> Iterator[Server]:
+    """A shared server that captures no graphs."""
     yield from _serve("--enforce-eager")
 
 
 @pytest.fixture(scope="session")
 def async_server() -> Iterator[Server]:
-    """A server that schedules one step ahead."""
+    """A shared server that schedules one step ahead."""
     yield from _serve("--async-scheduling")
 
 
 def _serve(*flags: str) -> Iterator[Server]:
-    # Their answers are compared, and their batches form as they happen to: in bfloat16 a matrix
-    # product of another batch size rounds differently often enough to turn a near tie.
-    mode = ("--cudagraph-mode", "full-and-piecewise")  # on a GPU too
+    # The answers of these servers are compared, and how their batches form is left to chance. In
+    # bfloat16 a matrix product of another batch size rounds differently often enough to decide a
+    # near tie otherwise.
+    mode = ("--cudagraph-mode", "full-and-piecewise")  # on a GPU as well
     server = Server(*SMALL, *mode, "--dtype", "float32", *flags)
     try:
         yield server.wait_ready()
@@ -59,7 +63,8 @@ def _serve(*flags: str) -> Iterator[Server]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Server]]:
-    """Starts servers, with the arguments of `Server`; they end with the test."""
+    """A function that starts servers, with the arguments of `Server`; they are stopped after the
+    test."""
     servers: list[Server] = []
 
     def start(*flags: str, **options: Any) -> Server:

@@ -30,7 +30,7 @@ SMALL = (
     *("--max-num-batched-tokens", "64"),
     *("--max-model-len", "512"),
 )
-"""Few and small graphs, so that a server starts in seconds."""
+"""Flags for few and small graphs, so that a server starts in seconds."""
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -39,7 +39,8 @@ _READY = re.compile(r"ready in .* (https?://\S+)/v1")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = GUARD_SECONDS) -> Any:
-    """Wait for `condition` to be true and return its value; behind the guard, AssertionError."""
+    """Wait for `condition` to be true and return its value; after `seconds` raise
+    AssertionError."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
@@ -48,14 +49,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = GUARD_SECOND
 
 
 def events_of(text: str) -> list[Any]:
-    """The data of server-sent events. The last must be [DONE]; it is left out."""
+    """The JSON data of all server-sent events in `text` but the last, which must be [DONE]."""
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert data[-1:] == ["[DONE]"], text[-500:]
     return [json.loads(item) for item in data[:-1]]
 
 
 def by_mode(graph_steps: dict[str, int]) -> dict[str, int]:
-    """Steps by mode, whatever the reason: on a GPU it is "cheaper" now and then."""
+    """Steps by mode, added up over the reasons: on a GPU the reason is "cheaper" now and then."""
     found: Counter[str] = Counter()
     for key, steps in graph_steps.items():
         found[key.partition("/")[0]] += steps
@@ -69,9 +70,9 @@ def request_bytes(
     method: str = "POST",
     kind: str | None = "application/json",
 ) -> bytes:
-    """An HTTP request, as bytes to be cut, repeated or sent as they are.
+    """An HTTP request as bytes, which a test cuts, repeats or sends as they are.
 
-    kind: its content type; None declares none.
+    kind: its content type; None sends no content-type header.
     """
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
@@ -86,7 +87,7 @@ def request_bytes(
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Everything that comes until the server closes the connection."""
+    """Read everything that comes until the server closes the connection."""
     return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
@@ -101,14 +102,14 @@ class Server:
         program: tuple[str, ...] = ("-m", "minisrv.cli"),
         directory: Path | None = None,
     ) -> None:
-        """Start it; it chooses its port unless the flags name one.
+        """Start the server; it chooses its port unless the flags name one.
 
         temporary: the name of its directory for temporary files.
-        before: Python for the process that is started, to run before anything else.
-        program: what Python runs where there is nothing to run before.
-        directory: where it is started; None is where the tests are.
+        before: Python code that the started process runs before anything else.
+        program: the arguments of Python that start the command, used if `before` is empty.
+        directory: the working directory of the server; None is that of the tests.
         """
-        # NOTE: not pytest's directory, whose long names do not fit a socket's path.
+        # NOTE: not pytest's directory, whose long names do not fit into the path of a socket.
         self._directory = TemporaryDirectory(prefix="e2e-")
         self._temporary = Path(self._directory.name, temporary)
         self._temporary.mkdir()
@@ -135,22 +136,22 @@ class Server:
 
     @property
     def sockets(self) -> list[Path]:
-        """Those that its processes speak over."""
+        """The Unix sockets over which the server's processes talk to each other."""
         return [path for path in self._temporary.rglob("*") if path.is_socket()]
 
     @property
     def log(self) -> str:
-        """What all its processes have printed so far."""
+        """Everything that all its processes have printed so far."""
         return self._log.read_text(errors="replace")
 
     @property
     def url(self) -> str:
-        """Where it serves; if it chose the port itself, known once it is ready."""
+        """The server's base URL; if the server chose its port itself, known once it is ready."""
         assert self._url is not None, "wait_ready first"
         return self._url
 
     def wait_ready(self) -> Server:
-        """Wait until it serves requests."""
+        """Wait until the server accepts requests."""
 
         def ready() -> re.Match[str] | None:
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.log}"
@@ -163,24 +164,28 @@ class Server:
     # ---- processes ---------------------------------------------------------------------------
 
     def group(self) -> set[int]:
-        """The processes of its group that are alive."""
+        """The ids of the processes of its process group that are alive."""
         found = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()}
         return {pid for pid in found if _group_of(pid) == self.pid}
 
     def named(self, name: str) -> set[int]:
-        """The processes of its group that are called so; none before they say it themselves."""
+        """The processes of its group with this name; a process has its name only once it has set
+        it."""
         return {pid for pid in self.group() if _read(f"/proc/{pid}/comm").strip() == name.encode()}
 
     def engine_pid(self) -> int:
+        """The process id of the engine."""
         (pid,) = self.named("minisrv-engine")
         return pid
 
     def worker_pid(self, index: int = 0) -> int:
+        """The process id of the API worker with this index."""
         (pid,) = self.named(f"minisrv-api-{index}")
         return pid
 
     def worker_of(self, connection: socket.socket) -> int:
-        """The process that has accepted a connection, which has been answered."""
+        """The process id of the API worker that accepted `connection`, on which an answer has
+        come."""
         ports = [f":{port:04X}" for _, port in (connection.getpeername(), connection.getsockname())]
         lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
         (inode,) = [line[9] for line in lines if [line[1][8:], line[2][8:]] == ports]
@@ -195,20 +200,20 @@ class Server:
         return list(self._temporary.glob("minisrv-*"))
 
     def send(self, signum: signal.Signals, *, to_group: bool = False) -> None:
-        """Signal the process that was started, or as a terminal does, all of them."""
+        """Signal the launcher or, as a terminal does, all processes of its group."""
         (os.killpg if to_group else os.kill)(self.pid, signum)
 
     def wait(self, seconds: float = GUARD_SECONDS) -> int:
-        """Wait for its end; returns the exit status."""
+        """Wait for the launcher to end and return its exit status."""
         return self.process.wait(seconds)
 
     def assert_nothing_left(self) -> None:
-        """No process of its group and no socket directory is left, or very soon will be."""
+        """Check that every process of the group ends soon and that no socket directory is left."""
         until(lambda: not self.group(), "no process left")
         assert self.socket_dirs() == []
 
     def stop(self) -> None:
-        """End all of it, whatever state it is in."""
+        """End all processes of the server, whatever state they are in."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -224,9 +229,10 @@ class Server:
     # ---- requests ----------------------------------------------------------------------------
 
     def connect(self, *, buffer: int | None = None) -> socket.socket:
-        """A connection for bytes of the test's choice.
+        """Open a connection on which a test sends bytes of its own choice.
 
-        buffer: of what is received; a small one is full as soon as nobody reads.
+        buffer: the size of the receive buffer in bytes; a small one is full as soon as nobody
+        reads.
         """
         connection = socket.socket()
         if buffer is not None:
@@ -241,7 +247,7 @@ class Server:
             return http.get(self.url + path)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        """Send a body and read all of the answer, streamed or not."""
+        """Send a body as JSON and read all of the answer, streamed or not."""
         with _http() as http:
             return http.post(self.url + path, json=body)
 
@@ -250,32 +256,32 @@ class Server:
         return [self._threads.submit(self.post, path, **body) for body in bodies]
 
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
-        """The answer to a completion, greedy unless the fields say otherwise."""
+        """The answer to a completion, which is greedy unless the fields say otherwise."""
         response = self.post(COMPLETIONS, **{"prompt": prompt, "temperature": 0, **fields})
         assert response.status_code == 200, response.text
         return dict(response.json())
 
     def metrics(self) -> dict[str, float]:
-        """Every series, by its name and labels."""
+        """The value of every series of /metrics, by its name and labels."""
         lines = self.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name.removeprefix("minisrv:"): float(value) for name, _, value in pairs}
 
 
 def _http() -> httpx.Client:
-    """A client for one request. A pool that threads share may close a connection as idle that it
-    has just given to one of them, whose answer is then lost."""
+    """A client for one request. A connection pool that threads share may close a connection as idle
+    that it has just handed to one of them, whose answer is then lost."""
     return httpx.Client(timeout=60, verify=False, trust_env=False)
 
 
 def _group_of(pid: int) -> int | None:
-    """The process group of a process that is alive."""
+    """The process group of a process, or None if the process is not alive."""
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return int(fields[2]) if fields and fields[0] not in b"ZX" else None
 
 
 def _read(path: str) -> bytes:
-    """A file of /proc; empty if its process is gone."""
+    """The contents of a file of /proc; empty if its process is gone."""
     try:
         return Path(path).read_bytes()
     except OSError:

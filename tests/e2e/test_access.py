@@ -1,4 +1,4 @@
-"""Keys and HTTPS, with several API workers, as the command line has it."""
+"""API keys and HTTPS with several API workers, set by the flags of the command line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_what_is_refused_at_start(start: Start, tiny: Path, flags: list[str], wo
 
 
 def test_no_other_name_than_the_machines_own(server: Server) -> None:
-    """It listens on a loopback address and asks for no key."""
+    """A server that listens on a loopback address and asks for no key answers to no other host
+    name."""
     port = server.url.rpartition(":")[2]
     for host, status in ((f"localhost:{port}", 200), (f"evil.example:{port}", 421)):
         answer = httpx.get(server.url + "/v1/models", headers={"host": host}, trust_env=False)
@@ -84,7 +85,8 @@ def test_no_other_name_than_the_machines_own(server: Server) -> None:
 def test_an_empty_variable_lets_nobody_in(
     start: Start, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A secret that was not filled in."""
+    """A MINISRV_API_KEY that is set but empty, a secret that was not filled in, is refused at the
+    start."""
     monkeypatch.setenv("MINISRV_API_KEY", "")
     server = start(str(tiny))
     assert server.wait() == 1

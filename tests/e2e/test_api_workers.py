@@ -25,7 +25,7 @@ from tests.e2e.test_start_and_stop import free_port
 
 Start = Callable[..., Server]
 Streams = dict[int, list[socket.socket]]
-"""Connections by the process that serves them."""
+"""Open connections, by the id of the process that serves them."""
 
 TWO = ("--api-workers", "2", "--max-num-batched-tokens", "64")
 LONG: dict[str, Any] = {"prompt": [5], "max_tokens": 30_000, "ignore_eos": True, "stream": True}
@@ -33,34 +33,38 @@ LONG: dict[str, Any] = {"prompt": [5], "max_tokens": 30_000, "ignore_eos": True,
 
 @pytest.fixture
 def two(start: Start, tiny: Path) -> Server:
-    """A server with two API workers and place for eight requests at a time."""
+    """A server with two API workers that runs up to eight requests at a time."""
     return start(str(tiny), *TWO, "--max-num-seqs", "8", "--shutdown-timeout", "1").wait_ready()
 
 
 def workers_of(server: Server) -> list[int]:
+    """The process ids of both API workers."""
     return [server.worker_pid(index) for index in range(2)]
 
 
 def running(server: Server) -> float:
+    """The number of requests that the engine runs."""
     return server.metrics()["num_requests_running"]
 
 
 def test_the_memory_of_a_worker_is_bounded(server: Server) -> None:
-    """A chat template may ask for as much as it likes."""
+    """A chat template may ask for any amount of memory; the kernel's limit on the worker stops
+    it."""
     limits = Path(f"/proc/{server.worker_pid()}/limits").read_text()
     assert re.search(rf"Max data size +{MEMORY_BYTES} ", limits)
 
 
 @contextmanager
 def streams_on_both(server: Server, each: int = 2) -> Iterator[Streams]:
-    """Long streams, so many on each worker, whose first bytes have come."""
+    """Open `each` long streams on each of the two workers; the first byte of every stream has
+    come."""
     found: Streams = {pid: [] for pid in workers_of(server)}
     try:
         while any(len(opened) < each for opened in found.values()):
             connection = server.connect()
             connection.sendall(request_bytes(COMPLETIONS, LONG, "connection: close"))
             assert connection.recv(1)
-            opened = found[server.worker_of(connection)]  # which the kernel has chosen
+            opened = found[server.worker_of(connection)]  # the kernel has chosen the worker
             if len(opened) < each:
                 opened.append(connection)
             else:
@@ -73,14 +77,15 @@ def streams_on_both(server: Server, each: int = 2) -> Iterator[Streams]:
 
 
 def last_error(connection: socket.socket) -> dict[str, Any]:
-    """The error that a stream ends with, its first bytes taken."""
+    """The error that ends a stream whose first bytes were read before."""
     text = read_all(connection).decode()
     lines = [line for line in text.splitlines() if line.startswith("data: ")]
     return dict(events_of("\n".join(lines[-2:]))[0]["error"])
 
 
 def test_both_serve_and_count_as_one(two: Server) -> None:
-    """Whichever answers a scrape, it knows of all requests and of the engine's counters."""
+    """Whichever worker answers /metrics, its answer counts all requests and the engine's
+    counters."""
     with streams_on_both(two) as streams:
         assert len(streams) == 2
     until(lambda: running(two) == 0, "all are gone")
@@ -110,6 +115,7 @@ def test_both_serve_and_count_as_one(two: Server) -> None:
 
 
 def test_the_same_tokens_as_with_one(start: Start, tiny: Path) -> None:
+    """Two API workers give the same tokens as one."""
     flags = (str(tiny), "--max-num-batched-tokens", "64", "--max-num-seqs", "4")
     bodies = [body(index) for index in range(24)]
     found = []
@@ -121,6 +127,8 @@ def test_the_same_tokens_as_with_one(start: Start, tiny: Path) -> None:
 
 
 def test_each_knows_the_names_the_request_and_what_is_cached(start: Start, tiny: Path) -> None:
+    """Both workers know the served model names, send the request id back and report cached
+    tokens."""
     names = ("--served-model-name", "one", "org/two")
     server = start(str(tiny), *TWO, "--max-num-seqs", "4", *names).wait_ready()
     address = server.url.removeprefix("http://")
@@ -141,12 +149,13 @@ def test_each_knows_the_names_the_request_and_what_is_cached(start: Start, tiny:
             assert choice["prompt_token_ids"] == asked["prompt"]
             assert len(choice["token_ids"]) == 2
             assert told["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
-            cached = 32  # two blocks, whichever worker they came by
+            cached = 32  # two blocks, whichever worker sent the request that filled them
             seen.add(server.worker_of(http.sock))
 
 
 def test_the_engine_counts_for_both(start: Start, tiny: Path) -> None:
-    """A worker knows of its own requests; what is too many in all, the engine refuses."""
+    """A worker knows only its own requests; where those of all workers are too many, the engine
+    refuses them with 429."""
     flags = (str(tiny), *TWO, "--max-num-seqs", "2", "--max-waiting", "2")
     server = start(*flags).wait_ready()
     with streams_on_both(server, each=1) as streams:
@@ -167,8 +176,8 @@ def test_the_engine_counts_for_both(start: Start, tiny: Path) -> None:
 
 
 def test_a_worker_dies(two: Server) -> None:
-    """Its streams end, the engine drops its requests, the other's go on, another takes its place
-    and counts on."""
+    """A killed worker's streams end, the engine drops its requests, the other worker's streams go
+    on, and a new worker takes its place without resetting the counters."""
     two.complete([5], max_tokens=2)
     with streams_on_both(two) as streams:
         before = two.metrics()
@@ -199,7 +208,7 @@ def test_a_worker_dies(two: Server) -> None:
 
 
 def test_the_only_worker_dies(start: Start, tiny: Path) -> None:
-    """Who connects meanwhile waits for the next."""
+    """A client that connects while there is no worker waits for the next worker and is answered."""
     server = start(str(tiny), "--max-num-batched-tokens", "64").wait_ready()
     os.kill(server.worker_pid(), signal.SIGKILL)
     assert server.complete("x", max_tokens=2)["choices"]
@@ -217,7 +226,7 @@ def test_a_worker_dies_while_loading(start: Start) -> None:
 
 
 def test_a_worker_that_cannot_be_replaced_ends_the_server(two: Server) -> None:
-    """Rather than that workers die one after another; the exit status says it."""
+    """The server ends with status 1, instead of starting workers that die one after another."""
     with streams_on_both(two) as streams:
         [private] = two.socket_dirs()
         (private / CHECKPOINT).unlink()
@@ -248,6 +257,8 @@ def test_an_ordered_end_with_streams_on_both(
 
 
 def test_the_engine_dies_under_streams_on_both(two: Server) -> None:
+    """Every stream on both workers ends with engine_dead, and both workers report the dead
+    engine."""
     with streams_on_both(two) as streams:
         os.kill(two.engine_pid(), signal.SIGKILL)
         for connection in (one for opened in streams.values() for one in opened):
@@ -261,7 +272,7 @@ def test_the_engine_dies_under_streams_on_both(two: Server) -> None:
 
 
 def test_the_launcher_dies(two: Server) -> None:
-    """Nothing stays behind."""
+    """All other processes end by themselves, and their socket directory is removed."""
     with streams_on_both(two) as streams:
         two.send(signal.SIGKILL)
         for connection in (one for opened in streams.values() for one in opened):
@@ -290,7 +301,7 @@ def test_both_say_that_the_engine_loads_and_that_it_is_ready(start: Start) -> No
 
 
 def test_two_servers_with_workers_on_one_port(start: Start, two: Server) -> None:
-    """Its own workers share the port, and nobody else."""
+    """The workers of one server share its port, and no other server may."""
     port = two.url.rpartition(":")[2]
     for number in ("1", "2"):
         refused = start(*SMALL, "--api-workers", number, "--port", port)

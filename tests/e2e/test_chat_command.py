@@ -9,6 +9,7 @@ from tests.e2e.server import CHAT, Server
 
 
 def test_the_answer_is_the_servers(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints the same text that the API returns."""
     question = "Sort these words: kangaroo, giraffe, laptop, cherry"
     messages = [{"role": "user", "content": question}]
     response = server.post(CHAT, messages=messages, temperature=0)

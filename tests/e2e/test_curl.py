@@ -1,4 +1,4 @@
-"""Plain curl, as the README shows it."""
+"""Requests by plain curl, as the README shows them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl
 
 
 def curl(server: Server, path: str, body: str) -> tuple[int, str]:
-    """Status and body of the answer."""
+    """The status and the body of curl's answer."""
     command = ["curl", "-sN", "-w", "%{stderr}%{http_code}", server.url + path]
     command += ["-H", "Content-Type: application/json", "-d", body]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

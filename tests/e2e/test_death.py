@@ -1,4 +1,4 @@
-"""A process that is killed: every open request ends, and no other process stays behind."""
+"""A process is killed: every open request ends with an error, and no other process stays behind."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ Start = Callable[..., Server]
 
 RUNNING, QUEUED = 4, 8
 ENGINE_TIMEOUT, LOADING_SECONDS = 2, 10
-"""What an engine may be silent; while it loads, two minutes where nobody sets less."""
+"""Seconds that an engine may show no sign of life: once it is ready, and while it loads (two
+minutes unless a test sets less)."""
 
 
 HOW = {
     signal.SIGKILL: "by SIGKILL (the kernel's log, dmesg, may tell why: of memory that ran out",
     signal.SIGSTOP: "killed as it showed no sign of life",
 }
-"""What the log and every client is told of an engine's end."""
+"""How the log and every client's error describe the end of an engine, by the signal that ended
+it."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """How an engine ends, and what it was doing.
+    """How an engine is ended, and what it does at that moment.
 
-    moment: "loading", "idle", "prefill" or "decode". flags: of its server.
+    moment: "loading", "idle", "prefill" or "decode".
+    flags: the flags of its server.
     """
 
     signum: signal.Signals
@@ -47,7 +50,8 @@ class Death:
 
 
 def random_death(seed: int) -> Death:
-    """Every signal at every moment with one worker and three, in turn; other flags by chance."""
+    """Every signal at every moment, with one API worker and then three, as the seed counts up; the
+    other flags are drawn at random."""
     rng = random.Random(seed)
     lag = ["--async-scheduling"] * rng.randrange(2)
     eager = ["--enforce-eager"] * rng.randrange(2)
@@ -59,11 +63,11 @@ def random_death(seed: int) -> Death:
 
 
 def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
-    """End an engine so, and see all that follows; returns what was measured, with which a busy
-    machine has nothing to do but for the seconds.
+    """End an engine in this way and check all that follows. Returns measurements, of which only the
+    seconds depend on how busy the machine is.
 
-    seed: of the moment within the moment.
-    Raises AssertionError for what should not be.
+    seed: the seed of the delay before the signal, within the moment.
+    Raises AssertionError if anything goes wrong.
     """
     rng = random.Random(seed)
     flags = ("--max-num-seqs", str(RUNNING), "--max-num-batched-tokens", "64", "--port")
@@ -86,7 +90,7 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     done = sum(future.done() for future in futures)
     os.kill(engine, death.signum)
     killed = time.monotonic()
-    if death == Death(signal.SIGSTOP, "idle", death.flags):  # nobody could know yet
+    if death == Death(signal.SIGSTOP, "idle", death.flags):  # no request could notice it so far
         futures = server.post_all(COMPLETIONS, [{"prompt": [[5]], "max_tokens": 5}] * 4)
         for future in futures:
             future.add_done_callback(lambda future: ends.append(time.monotonic()))
@@ -103,7 +107,7 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     server.send(signal.SIGTERM)
     assert server.wait() == 1
     server.assert_nothing_left()
-    # One that is killed is seen to end, and not only missed.
+    # The end of a killed engine is seen itself, and not only inferred from its silence.
     silent = "the engine has finished no step for" in server.log
     assert silent == (death.signum == signal.SIGSTOP)
     assert f"the engine has ended unexpectedly, {how}" in server.log
@@ -117,7 +121,8 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
 
 
 def _requests(server: Server, moment: str) -> list[Future[httpx.Response]]:
-    """More than run at once, of every kind; long in what the moment is about."""
+    """Send more requests than run at once, on both routes, streamed or not; with long prompts for
+    the moment "prefill" and long answers for "decode"."""
     if moment == "idle":
         return []
     length, tokens = (20_000, 5) if moment == "prefill" else (5, 20_000)
@@ -134,8 +139,8 @@ def _requests(server: Server, moment: str) -> list[Future[httpx.Response]]:
 
 
 def _die_loading(server: Server, signum: signal.Signals, rng: random.Random) -> None:
-    """Killed, it ends the server. Stopped, it loads for as long as a slow machine may take to show
-    a sign of life, and then it is killed."""
+    """End an engine while it loads. A killed one ends the server. A stopped one counts as loading
+    for as long as a slow machine may take to show a sign of life, and then it is killed."""
 
     def state() -> str | None:
         try:
@@ -164,13 +169,14 @@ def _die_loading(server: Server, signum: signal.Signals, rng: random.Random) -> 
 
 @pytest.mark.parametrize("seed", [0, 9, 10, 3, 4, 13, 14, 7])  # each signal at each moment
 def test_the_engine_at_any_moment(start: Start, tiny: Path, seed: int) -> None:
-    """Killed or stopped; idle, in prefill, in decode, loading; with requests of every kind running
-    and waiting, at one API worker and at three. A stopped one takes messages and does no more."""
+    """Engines that are killed or stopped while idle, in prefill, in decode or loading, with
+    requests of every kind running and waiting, behind one API worker and behind three. A stopped
+    engine still receives messages and does nothing with them."""
     print(die(start, tiny, random_death(seed), seed))
 
 
 def busy(server: Server, *, decodes: bool) -> bool:
-    """Whether requests run, in this phase, and more wait."""
+    """Whether requests run in this phase (decode or before) and `QUEUED` or more of them wait."""
     metrics = server.metrics()
     if decodes != (metrics["generation_tokens_total"] > 0):
         return False
@@ -178,7 +184,8 @@ def busy(server: Server, *, decodes: bool) -> bool:
 
 
 def assert_dead(server: Server) -> None:
-    """It is still there to say so: every request is refused, and a supervisor can see it."""
+    """Check that the server is still up to report its dead engine: every request is refused, and
+    the health routes and the metrics show it."""
     for path in ("/health", "/ready"):
         response = server.get(path)
         assert (response.status_code, response.json()["state"]) == (503, "dead")
@@ -195,6 +202,7 @@ def assert_dead(server: Server) -> None:
 
 @pytest.mark.parametrize("phase", ["weights are", "capturing graphs"])
 def test_the_engine_while_loading(start: Start, phase: str) -> None:
+    """An engine that is killed while it reads weights or captures graphs ends the server."""
     server = start(*SMALL)
     until(lambda: phase in server.log, phase)
     os.kill(server.engine_pid(), signal.SIGKILL)
@@ -210,14 +218,15 @@ STOPPED = pytest.mark.parametrize(
     [(), ("minisrv-engine",), ("minisrv-engine", "minisrv-api-0")],
     ids=["none", "engine", "all"],
 )
-"""Who cannot see that the parent dies."""
+"""Names of the processes that are stopped, so that they cannot notice that the launcher dies."""
 
 
 def stop(server: Server, names: tuple[str, ...]) -> None:
-    """Stop its processes of these names."""
+    """Stop the server's processes of these names."""
 
     def only_one(name: str) -> set[int]:
-        """What it starts, as a compiler, is called so too until it is another program."""
+        """The one process of this name. Until it runs another program, a child of the process, such
+        as a compiler, has the same name."""
         found = server.named(name)
         return found if len(found) == 1 else set()
 
@@ -228,6 +237,8 @@ def stop(server: Server, names: tuple[str, ...]) -> None:
 
 @STOPPED
 def test_the_parent_under_load(start: Start, stopped: tuple[str, ...]) -> None:
+    """If the launcher is killed with requests open, all its processes end, even the stopped
+    ones."""
     server = start(*LONG).wait_ready()
     futures = open_requests(server)
     stop(server, stopped)
@@ -241,6 +252,8 @@ def test_the_parent_under_load(start: Start, stopped: tuple[str, ...]) -> None:
 
 @STOPPED
 def test_the_parent_while_loading(start: Start, stopped: tuple[str, ...]) -> None:
+    """If the launcher is killed while the engine loads, all its processes end, even the stopped
+    ones."""
     server = start(*SMALL)
     until(lambda: "weights are" in server.log, "the engine loads")
     stop(server, stopped)
@@ -251,6 +264,7 @@ def test_the_parent_while_loading(start: Start, stopped: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_engine_leaves_signals_to_its_parent(start: Start, signum: signal.Signals) -> None:
+    """SIGTERM and SIGINT to the engine itself do not end it: requests are still served."""
     server = start(*SMALL).wait_ready()
     os.kill(server.engine_pid(), signum)
     assert server.complete("x", max_tokens=4)["choices"]

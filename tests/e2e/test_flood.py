@@ -1,4 +1,5 @@
-"""Many more requests than places: each is served right or refused at once, and nothing hangs."""
+"""Many more requests than places: each is answered correctly or refused at once, and nothing
+hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ RUNNING, WAITING = 2, 4
 
 
 def body(index: int) -> tuple[str, dict[str, Any]]:
-    """Every route and form of answer in turn; no two bodies are equal."""
+    """A path and a body: routes and forms of answer take turns, and no two bodies are equal."""
     fields: dict[str, Any] = {"seed": index, "max_tokens": 20 + index % 30, "ignore_eos": True}
     fields |= {"stream": index % 4 > 1, "return_token_ids": True}
     if index % 2:
@@ -24,6 +25,7 @@ def body(index: int) -> tuple[str, dict[str, Any]]:
 
 
 def tokens(response: httpx.Response) -> list[int]:
+    """The token ids of an answer, streamed or not."""
     if response.headers["content-type"].startswith("text/event-stream"):
         events = events_of(response.text)
         return [i for event in events for i in event["choices"][0]["token_ids"] or ()]
@@ -31,6 +33,7 @@ def tokens(response: httpx.Response) -> list[int]:
 
 
 def test_two_hundred_at_once(start: Callable[..., Server], tiny: Path) -> None:
+    """Each accepted request gets the tokens that it gets alone, and each other one a 429."""
     flags = ("--max-num-seqs", str(RUNNING), "--max-waiting", str(WAITING))
     server = start(
         str(tiny), *flags, "--max-num-batched-tokens", "64", "--dtype", "float32"

@@ -1,4 +1,4 @@
-"""What clients do that they should not: each gets its answer, and the server goes on."""
+"""Clients that misbehave: each gets its answer, and the server goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def still_serving(server: Server) -> Iterator[None]:
-    """Whatever a test sends, the next request is served and nothing is left of it."""
+    """After each test, the next request is served, no KV cache block is left in use and nothing has
+    raised."""
     yield
     assert server.complete("x", max_tokens=2)["usage"]["completion_tokens"] == 2
     assert server.metrics()["kv_cache_usage_perc"] == 0
@@ -45,7 +46,7 @@ def test_of_a_field_given_twice_the_last_counts(server: Server) -> None:
     ],
 )
 def test_odd_text(server: Server, text: str) -> None:
-    """Served as it is, or refused as too long; the same for both routes and streamed."""
+    """Odd text is served as it is or refused as too long, on both routes, streamed or not."""
     for path, body in (
         (COMPLETIONS, {"prompt": text}),
         (CHAT, {"messages": [{"role": "user", "content": text}]}),
@@ -57,6 +58,8 @@ def test_odd_text(server: Server, text: str) -> None:
 
 
 def test_half_a_request_holds_nobody_up(server: Server) -> None:
+    """A connection that has sent part of its request does not delay others, and may send the rest
+    later."""
     with server.connect() as connection:
         connection.sendall(request_bytes(COMPLETIONS, {"prompt": "x"})[:-4])
         assert server.complete("x", max_tokens=2)["choices"]
@@ -81,14 +84,16 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
 
 
 def test_who_pipelines_and_vanishes_is_gone_for_the_request_that_runs(server: Server) -> None:
-    """Not for the last one only, which was never begun."""
+    """A client that goes away aborts the request that runs, and not only the last one that it
+    pipelined, which was never begun."""
     long = {"prompt": "x", "ignore_eos": True, "max_tokens": 400, "stream": True}
 
     def failures(status: int) -> float:
         return server.metrics().get(f'request_failure_total{{status="{status}"}}', 0)
 
     gone, failed, logged = failures(499), failures(500), server.log.count("Traceback")
-    for short in (0, 1):  # requests ahead of it, so that it is the first and one behind another
+    # Requests ahead, so that the long one is once the first and once behind another.
+    for short in (0, 1):
         with server.connect() as connection:
             ahead = request_bytes(COMPLETIONS, {**long, "max_tokens": 1}) * short
             connection.sendall(ahead + request_bytes(COMPLETIONS, long) * 3)
@@ -112,7 +117,8 @@ def test_two_hundred_connections_at_once(server: Server) -> None:
 
 
 def test_a_reader_that_stops_reading(server: Server) -> None:
-    """Others go on meanwhile, and in the end it gets all of it."""
+    """A client that stops reading delays nobody else, and gets all of its answer when it reads
+    again."""
     body = {"prompt": ["x"] * 6, "max_tokens": 250, "ignore_eos": True, "logprobs": 20}
     with server.connect(buffer=4096) as connection:
         connection.sendall(
@@ -126,11 +132,13 @@ def test_a_reader_that_stops_reading(server: Server) -> None:
 
 
 FILES = 320
-"""More than the server needs for itself, and fewer than there are clients."""
+"""Limit of open files of the servers' processes: more than a server needs for itself, and not more
+than the tests have clients."""
 
 
 def test_more_connections_than_files(start: Callable[..., Server]) -> None:
-    """Silent ones, half heads, half bodies: somebody else is still served, at no great cost."""
+    """Idle connections, half heads and half bodies, as many as there are file descriptors: another
+    client is still served, and memory grows little."""
     limits = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {FILES}))"
     server = start(*SMALL, before=limits).wait_ready()
     for pid in server.group():
@@ -143,7 +151,8 @@ def test_more_connections_than_files(start: Callable[..., Server]) -> None:
     try:
         for index in range(FILES):
             connections.append(server.connect())
-            with suppress(ConnectionError):  # it has given way, or there was no room for its body
+            # The server closed it to make room, or had no room for its body.
+            with suppress(ConnectionError):
                 connections[-1].sendall(kinds[index % len(kinds)])
         for path in ("/health", "/ready", "/metrics", "/v1/models"):
             assert server.get(path).status_code == 200
@@ -158,7 +167,8 @@ def test_more_connections_than_files(start: Callable[..., Server]) -> None:
 
 
 def test_more_requests_than_files(start: Callable[..., Server], tiny: Path) -> None:
-    """Of those that wait for the engine no more are let in than leave room for supervisors."""
+    """While the engine is stopped, the server lets in only as many requests as leave descriptors
+    for the routes of supervisors; the others get 429."""
     limits = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, {FILES}))"
     flags = ("--engine-timeout", "600", "--max-waiting", str(2 * FILES))
     server = start(str(tiny), *SMALL, *flags, before=limits).wait_ready()
@@ -177,5 +187,5 @@ def test_more_requests_than_files(start: Callable[..., Server], tiny: Path) -> N
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process."""
+    """The resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,5 @@
-"""A log that nobody reads holds no process up, and as JSON every line of it is an object."""
+"""A log that nobody reads blocks no process, and in JSON format every line of the log is an
+object."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ pipe = os.open({fifo!r}, os.O_RDWR)
 os.write(pipe, b"\\n" * fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096))
 os.dup2(pipe, 2)
 """
-"""The process begins with a stderr that is full and that nobody reads."""
+"""Code that gives a process a stderr that is full and that nobody reads."""
 
 
 def free_port() -> int:
@@ -38,8 +39,9 @@ def is_ready(server: Server) -> bool:
 
 
 def test_nobody_reads_the_log(start: Start, tiny: Path, tmp_path: Path) -> None:
-    """It starts, serves and ends all the same, and tells a late reader what is missing. One with
-    every line at once would freeze with the first: the launcher before it had begun."""
+    """The server starts, serves and ends although its stderr is full, and later tells a reader how
+    many lines are missing. A server that wrote each line at once would block on its first: the
+    launcher before it had begun."""
     fifo = tmp_path / "stderr"
     os.mkfifo(fifo)
     port = str(free_port())
@@ -48,7 +50,7 @@ def test_nobody_reads_the_log(start: Start, tiny: Path, tmp_path: Path) -> None:
     until(lambda: is_ready(server), "ready")
     assert server.complete("a b", max_tokens=2)["usage"]["completion_tokens"] <= 2
 
-    # More lines than a process keeps.
+    # More lines than a process keeps in memory.
     headers = {"x-request-id": "x" * 128}
     with httpx.Client(base_url=server.url, headers=headers, trust_env=False) as client:
         for _ in range(900):
@@ -65,7 +67,7 @@ def test_nobody_reads_the_log(start: Start, tiny: Path, tmp_path: Path) -> None:
     assert f"{missing['dropped']} lines of the log are missing here" in missing["message"]
     os.close(reader)
 
-    # Nobody reads once more, and it may hold no process up.
+    # Again nobody reads, and that may block no process.
     for _ in range(20):
         server.get("/nowhere/" + "x" * 120)
     server.send(signal.SIGTERM)
@@ -74,7 +76,8 @@ def test_nobody_reads_the_log(start: Start, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_every_line_is_an_object(start: Start, tiny: Path) -> None:
-    """A request's, uvicorn's, and those about a process that dies."""
+    """The line of a request, uvicorn's lines and those about a process that dies are JSON
+    objects."""
     server = start(str(tiny), *SMALL, "--log-format", "json").wait_ready()
     with httpx.Client(base_url=server.url, trust_env=False) as client:
         headers = {"x-request-id": "mine-7"}
@@ -99,6 +102,7 @@ def test_every_line_is_an_object(start: Start, tiny: Path) -> None:
 
 
 def test_the_last_line_of_one_that_cannot_start_is_an_object(start: Start, tmp_path: Path) -> None:
+    """A server that cannot start says why in a last line that is a JSON object too."""
     server = start(str(tmp_path / "nothing"), "--log-format", "json")
     assert server.wait() == 1
     last = json.loads(server.log.splitlines()[-1])

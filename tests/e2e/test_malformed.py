@@ -1,5 +1,5 @@
-"""Hundreds of requests that make no sense, each with the one right answer, and a good one beside
-them that must not notice."""
+"""Hundreds of malformed requests, each of which must get the one right answer, beside a good stream
+that must not be affected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOD: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "hi"}, CHAT: {"messag
 CLOSE = "connection: close"
 
 ANYTHING = {"null": None, "bool": True, "int": 1, "float": 1.5, "str": "x", "list": [], "dict": {}}
-"""A value of every JSON type."""
+"""A value of every JSON type, by the name of the type."""
 
 FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "model": ({"str"}, ["x" * 513]),
@@ -48,7 +48,7 @@ FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "response_format": ({"dict"}, []),
     "structured_outputs": (set(), [{"regex": "a", "choice": ["b"]}]),
     "stream": ({"bool"}, ["true"]),
-    "stream_options": (set(), [{"include_usage": True}]),  # only with a stream
+    "stream_options": (set(), [{"include_usage": True}]),  # allowed only with a stream
     "return_token_ids": ({"bool"}, [0]),
     "include_graph_steps": ({"bool"}, [0]),
     "prompt_logprobs": ({"int"}, [-1, 21]),
@@ -58,8 +58,8 @@ FIELDS: dict[str, tuple[set[str], list[Any]]] = {
     "safety_identifier": ({"str"}, ["x" * 513]),
     "prompt_cache_key": ({"str"}, ["x" * 513]),
 }
-"""Every field that both bodies share: the types it takes, and values of such a type that it does
-not. Null equals an absent field."""
+"""Every field that both bodies share: the types that it takes, and values of these types that it
+refuses. Null equals an absent field."""
 
 
 def _message(**fields: Any) -> dict[str, Any]:
@@ -171,7 +171,8 @@ INSIDE: list[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]], list[Any], 
     ),
     ((CHAT,), lambda bad: {"max_tokens": 5, "max_completion_tokens": bad}, [6], "max_tokens"),
 ]
-"""What is wrong inside a field, or of one route only: where, how, and the `param` that says so."""
+"""Errors inside a field, or in a field of one route only: the paths, a function that makes the
+fields from a bad value, the bad values, and the `param` of the expected error."""
 
 LONE_SURROGATES = [
     (COMPLETIONS, b'{"prompt": "\\ud800"}', "prompt"),
@@ -255,13 +256,13 @@ NO_MODEL: dict[str, Any] = {"status": 404, "param": "model", "code": "model_not_
 TOO_LONG: dict[str, Any] = {"code": "context_length_exceeded"}
 
 ENDLESS = b"x" * (64 << 10)
-"""As much as a head may have in all. No more: what is not read when a connection is closed resets
-it, and with it goes the answer."""
+"""As many bytes as a head may have in all. Not more, since bytes that are unread when the server
+closes a connection reset it, and the answer is lost."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Bytes to send, and the answer that they must get."""
+    """The bytes of a request, and the answer that it must get."""
 
     why: str
     sent: bytes
@@ -269,11 +270,11 @@ class Case:
     param: str | None = None
     code: str | None = None
     body: bool = True
-    """Whether the answer has one."""
+    """Whether the answer has a body."""
 
 
 def cases() -> Iterator[Case]:
-    """All of them, the good body of a route being the point to start from."""
+    """All malformed requests; most are the good body of a route with one change."""
 
     def broken(why: str, path: str, fields: dict[str, Any] | bytes, **expected: Any) -> Case:
         body = fields if isinstance(fields, bytes) else GOOD[path] | fields
@@ -351,16 +352,16 @@ def cases() -> Iterator[Case]:
 
 
 def answer(server: Server, sent: bytes) -> tuple[int, bytes]:
-    """Status and body."""
+    """The status and the body of the answer to these bytes."""
     with server.connect() as connection:
-        with suppress(OSError):  # it may be refused before all of it was sent
+        with suppress(OSError):  # the server may refuse the request before all of it is sent
             connection.sendall(sent)
         head, _, body = read_all(connection).partition(b"\r\n\r\n")
     return int(head.split()[1]), body
 
 
 def problem(server: Server, case: Case) -> str | None:
-    """What is wrong with the answer."""
+    """A description of what is wrong with the answer to this case, or None."""
     try:
         status, body = answer(server, case.sent)
     except (OSError, IndexError) as error:
@@ -381,7 +382,7 @@ def problem(server: Server, case: Case) -> str | None:
 
 
 def stream(server: Server) -> list[int]:
-    """The tokens of a stream that has the engine to itself."""
+    """The tokens of a good stream."""
     body = {"prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True, "seed": 7}
     response = server.post(COMPLETIONS, **body, stream=True, return_token_ids=True)
     assert response.status_code == 200
@@ -392,6 +393,8 @@ def stream(server: Server) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0])
 def test_each_gets_its_answer_and_a_good_stream_notices_nothing(server: Server, seed: int) -> None:
+    """Each malformed request gets its error, and the streams beside them give the tokens of one
+    alone."""
     alone = stream(server)
     assert len(alone) == 300
     before = server.metrics()

@@ -1,4 +1,4 @@
-"""The metrics count exactly what an otherwise idle server has done."""
+"""The metrics count exactly the work of a server that is otherwise idle."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ PIECEWISE = '{mode="PIECEWISE",reason="has_prefill"}'
 
 
 def test_steps_and_padding(cpu_server: Server) -> None:
+    """A prefill of 5 tokens and three decode steps are counted, with the padding of the prefill."""
     before = Counter(cpu_server.metrics())
     cpu_server.complete([5, 6, 7, 8, 9], max_tokens=4, ignore_eos=True)
     after = Counter(cpu_server.metrics())
@@ -18,7 +19,7 @@ def test_steps_and_padding(cpu_server: Server) -> None:
     expected = {
         f"graph_steps_total{PIECEWISE}": 1,
         f"step_tokens_total{PIECEWISE}": 5,
-        f"padded_tokens_total{PIECEWISE}": 3,  # the rung above 5 tokens is 8
+        f"padded_tokens_total{PIECEWISE}": 3,  # the captured size above 5 tokens is 8
         f"graph_steps_total{FULL}": 3,
         f"step_tokens_total{FULL}": 3,
         f"padded_tokens_total{FULL}": 0,
@@ -32,7 +33,7 @@ def test_steps_and_padding(cpu_server: Server) -> None:
 
 
 def test_a_prefix_hit(cpu_server: Server) -> None:
-    """Only what is not cached is computed: all but three blocks of 16 tokens."""
+    """Only the tokens that are not cached are computed: all but three blocks of 16 tokens."""
     prompt = [*range(1000, 1056)]
     cpu_server.complete(prompt, max_tokens=1)
     before = Counter(cpu_server.metrics())
@@ -49,7 +50,7 @@ def test_a_prefix_hit(cpu_server: Server) -> None:
 
 
 def test_decode_padding(cpu_server: Server) -> None:
-    """Three requests decode together on the rung of four."""
+    """Three requests that decode together are padded to the captured size of four."""
     name = f"padded_tokens_total{FULL}"
     before = cpu_server.metrics()
     cpu_server.complete([[5, 6], [7, 8], [9, 10]], max_tokens=6, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Servers in other modes give the default one's answers over HTTP."""
+"""Servers in other modes give the same answers over HTTP as a server with the default modes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTIONS = (
 
 
 def chats(server: Server) -> list[dict[str, Any]]:
-    """All questions asked at once, so that their prefills and decodes mix."""
+    """The answers to all questions, asked at once so that their prefills and decodes mix."""
     bodies = (
         {
             "messages": [{"role": "user", "content": question}],
@@ -35,6 +35,7 @@ def chats(server: Server) -> list[dict[str, Any]]:
 
 
 def told(answers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The text and the finish reason of each answer."""
     return [(answer["message"]["content"], answer["finish_reason"]) for answer in answers]
 
 
@@ -54,7 +55,8 @@ def test_async_scheduling(server: Server, async_server: Server) -> None:
 
 @pytest.mark.parametrize("stop", [None, "e"])
 def test_async_scheduling_sampled(server: Server, async_server: Server, stop: str | None) -> None:
-    """A stop by string or token is seen a step late there: nothing of that step may show."""
+    """With asynchronous scheduling the engine sees a stop string or stop token one step late;
+    nothing of the additional step may show."""
     bodies = [
         {
             "prompt": f"Story number {i}",

@@ -1,4 +1,5 @@
-"""The official client against a real server: everything it is used for, synchronous and not."""
+"""The official client against a real server, through everything that it is used for, synchronous
+and asynchronous."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 def complete(client: openai.OpenAI, **fields: Any) -> Any:
-    """Greedy, and for long enough to be worth looking at, unless the fields say otherwise."""
+    """A completion, greedy and of 32 tokens unless the fields say otherwise."""
     extra = {"ignore_eos": True} | fields.pop("extra_body", {})
     defaults = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 32}
     return client.completions.create(**(defaults | fields), extra_body=extra)
@@ -69,7 +70,7 @@ def test_chat_streamed_equals_not_streamed(client: openai.OpenAI) -> None:
 
 
 def test_the_conversation_goes_on(client: openai.OpenAI) -> None:
-    """The client sends its own message objects back, with all the fields it has added."""
+    """The client sends its own message objects back, with all the fields that it has added."""
     answer = chat(client).choices[0].message
     again = chat(client, messages=[*MESSAGES, answer, *MESSAGES])
     assert again.usage.prompt_tokens > chat(client).usage.prompt_tokens
@@ -78,7 +79,7 @@ def test_the_conversation_goes_on(client: openai.OpenAI) -> None:
 
 def test_usage_of_a_stream(client: openai.OpenAI) -> None:
     for ask in (complete, chat):
-        ask(client)  # so that the prefix cache has the same for both
+        ask(client)  # fills the prefix cache, so that both find the same
         whole = ask(client)
         chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
         assert chunks[-1].choices == []
@@ -87,7 +88,8 @@ def test_usage_of_a_stream(client: openai.OpenAI) -> None:
 
 
 def test_cached_tokens(client: openai.OpenAI) -> None:
-    """Of a prompt that was sent before, but for its last block, and under the same salt only."""
+    """A prompt that was sent before is found in the prefix cache except for its last block, and
+    only under the same cache salt."""
 
     def cached(prompt: str, salt: str | None = None) -> int:
         answer = complete(client, prompt=prompt, max_tokens=4, extra_body={"cache_salt": salt})
@@ -107,6 +109,7 @@ def test_cached_tokens(client: openai.OpenAI) -> None:
 
 
 def test_a_seed_fixes_the_text_alone_and_in_company(server: Server, client: openai.OpenAI) -> None:
+    """A seed gives the same text whether the request runs alone or beside others."""
     alone = text_of(client, seed=7, **SAMPLED)
     assert text_of(client, seed=7, **SAMPLED) == alone
     assert text_of(client, seed=8, **SAMPLED) != alone
@@ -132,7 +135,8 @@ def test_without_a_seed_texts_differ(client: openai.OpenAI) -> None:
 
 
 def test_choices_differ_and_come_out_the_same_again(client: openai.OpenAI) -> None:
-    """The first is that of a request without `n`, and each other that of the next seed."""
+    """The first choice equals that of a request without `n`, and each further one that of the next
+    seed."""
     alone = [text_of(client, seed=7 + index, **SAMPLED) for index in range(3)]
     choices = complete(client, seed=7, n=3, **SAMPLED)
     assert [choice.text for choice in choices.choices] == alone
@@ -166,7 +170,8 @@ def test_async_chat_streams_side_by_side(server: Server, client: openai.OpenAI) 
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:
-    """Cut from the middle of the text, so that they cross the borders of tokens."""
+    """The stop strings are cut from the middle of the text, so that they cross the borders of
+    tokens."""
     text = text_of(client)
     for start, length in ((10, 1), (15, 4), (20, 9)):
         stop = text[start : start + length]
@@ -188,7 +193,7 @@ def test_the_stop_string_may_stay(client: openai.OpenAI) -> None:
 
 
 def test_a_stop_string_that_does_not_come(client: openai.OpenAI) -> None:
-    """What was held back as its possible beginning is sent at the end."""
+    """Text that was held back because it could begin a stop string is sent at the end."""
     text = text_of(client)
     stop = text[-3:] + "\x00"
     assert text_of(client, stop=stop) == text
@@ -242,7 +247,8 @@ def test_logit_bias(client: openai.OpenAI) -> None:
 
 
 def test_penalties(client: openai.OpenAI) -> None:
-    """Whatever repeats, repeats less; the first token of a greedy answer is the same."""
+    """Text that repeats without penalties repeats less with them; the first token of a greedy
+    answer is the same."""
     prompt = "apple apple apple apple apple apple apple"
 
     def ids(**fields: Any) -> list[int]:
@@ -266,7 +272,7 @@ def test_token_id_prompts(client: openai.OpenAI) -> None:
 
 
 def test_a_batch_of_prompts(client: openai.OpenAI) -> None:
-    """More prompts than slots: each gets what it would get alone, streamed or not."""
+    """More prompts than run at once: each gets what it would get alone, streamed or not."""
     prompts = [f"{PROMPT}, the number {i}" for i in range(11)]
     alone = [text_of(client, prompt=prompt, max_tokens=8) for prompt in prompts]
     batch = complete(client, prompt=prompts, max_tokens=8)
@@ -327,8 +333,8 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
 
 
 def test_echo_scores_a_text(client: openai.OpenAI) -> None:
-    """As lm-eval does, in chunks of 64: the continuation's log-probabilities are those with which
-    it was generated."""
+    """Scoring as lm-eval does it, prefilled in chunks of 64 tokens: the log-probabilities of the
+    continuation are those with which it was generated."""
     prompt = PROMPT + ", " + "and then it rained, " * 20
     made = complete(client, prompt=prompt, logprobs=1, max_tokens=16)
     text = prompt + made.choices[0].text
@@ -356,7 +362,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_graph_steps(client: openai.OpenAI) -> None:
-    """Asked for, each request tells what its steps ran as; streamed, with the last chunk."""
+    """If asked, each choice reports the modes in which its steps ran; a stream has them in its last
+    chunk."""
     extra = {"include_graph_steps": True}
     expected = {"PIECEWISE": 1, "FULL": 9}
     whole = complete(client, max_tokens=10, extra_body=extra)

@@ -1,11 +1,11 @@
 """Random requests, valid and not, beside a stream whose tokens stay the same: each gets an answer
-of its kind, none is lost, and memory does not grow.
+that is allowed, none is lost, and memory does not grow.
 
-Memory is compared behind a step of every size. On a CPU oneDNN keeps what it has compiled for a
-product of each size, and torch keeps it once more (ONEDNN_PRIMITIVE_CACHE_CAPACITY,
-LRU_CACHE_CAPACITY: 1024 products each, some hundred KiB a product). Graphs have few sizes and meet
-them at the start, eager steps meet theirs over thousands of requests. A second step of a size adds
-nothing, so what grows behind a step of each is something else.
+Memory is compared only after a step of every size has run. On a CPU oneDNN keeps what it has
+compiled for a product of each size, and torch keeps it once more (ONEDNN_PRIMITIVE_CACHE_CAPACITY,
+LRU_CACHE_CAPACITY: 1024 products each, some hundred KiB a product). Graphs have few sizes and run
+them at the start; eager steps meet theirs over thousands of requests. A second step of a size adds
+nothing, so memory that grows after a step of each size is a leak.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from tests.e2e.test_malformed import FIELDS
 
 STREAMS = 8
 STEP_TOKENS = 64
-"""Tokens of a step, at most: the servers' --max-num-batched-tokens."""
+"""Maximum number of tokens of a step: the servers' --max-num-batched-tokens."""
 
 WARM_UP = 400
-"""Requests after which an engine has all the memory that it will take, but for what would leak."""
+"""Number of requests after which an engine has all the memory that it needs; what it takes later
+would be a leak."""
 GROWTH_MIB = 48
 
 VALID: dict[str, list[Any]] = {
@@ -81,7 +82,7 @@ FORMS = [
 
 
 def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A path and a body, of which every third has something wrong."""
+    """A path and a body; about every third body has something wrong."""
     path = rng.choice((COMPLETIONS, COMPLETIONS, CHAT))
     known = VALID | OF_PATH[path]
     names = rng.sample(list(VALID), rng.randrange(6)) + list(OF_PATH[path])[:1]
@@ -98,7 +99,8 @@ def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def check(answer: httpx.Response) -> str:
-    """What came of a request. Raises AssertionError for an answer that none should get."""
+    """The kind of answer that a request got. Raises AssertionError for an answer that is never
+    right."""
     kind = answer.headers["content-type"].partition(";")[0]
     if kind == "text/event-stream":
         assert answer.status_code == 200
@@ -118,13 +120,14 @@ def check(answer: httpx.Response) -> str:
 
 
 def memory_mib(server: Server) -> int:
-    """Of all its processes, resident and their own."""
+    """The anonymous resident memory of all processes of the server, in MiB."""
     status = (Path(f"/proc/{pid}/status").read_text() for pid in server.group())
     return sum(int(re.search(r"RssAnon:\s+(\d+)", text)[1]) for text in status) >> 10
 
 
 class Canary:
-    """A greedy request, again and again, on a thread of its own."""
+    """Sends the same greedy request again and again on a thread of its own and keeps the tokens of
+    each answer."""
 
     def __init__(self, server: Server) -> None:
         self.answers: list[list[int]] = []
@@ -153,17 +156,19 @@ class Canary:
 
 
 def step_every_size(server: Server) -> None:
-    """A prompt of each size alone, as one step, with the logits of all its tokens."""
+    """Send a prompt of each size alone, each prefilled in one step that computes the logits of all
+    its tokens."""
     for size in range(1, STEP_TOKENS + 1):
         fields = {"echo": True, "logprobs": 1, "max_tokens": 1, "cache_salt": f"size {size}"}
         assert server.post(COMPLETIONS, prompt=[5] * size, **fields).status_code == 200
 
 
 def send(server: Server, count: int) -> dict[str, Any]:
-    """Send so many, several at a time; returns what was measured. Raises AssertionError.
+    """Send `count` random requests, several at a time, and return the measurements. Raises
+    AssertionError if anything goes wrong.
 
-    The canary's tokens are compared where no other batch size can round them otherwise: the server
-    serves float32.
+    The canary's tokens can be compared because the server runs in float32, in which another batch
+    size rounds nothing so differently that a token changes.
     """
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""What cannot be served: status 1, one line that says why, nothing left behind."""
+"""Servers that cannot start: exit status 1, one line that says why, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Start = Callable[..., Server]
 
 
 def assert_refused(server: Server, *words: str) -> None:
+    """Check that the server ended with status 1 and a single line of error with these words."""
     assert server.wait() == 1
     problems = [line for line in server.log.splitlines() if "INFO" not in line]
     assert len(problems) == 1, server.log
@@ -28,7 +29,7 @@ def assert_refused(server: Server, *words: str) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the default model, to be spoilt."""
+    """A copy of the default model, which the test damages."""
     directory = tmp_path / "checkpoint"
     shutil.copytree(resolve_checkpoint(None), directory)
     return directory
@@ -59,7 +60,8 @@ def test_missing_weights(start: Start, checkpoint: Path) -> None:
 
 
 def test_a_chat_template_that_is_none(start: Start, checkpoint: Path) -> None:
-    """Seen before anything is started, and not by a worker when the engine has loaded."""
+    """An invalid template is found before any process is started, and not by a worker after the
+    engine has loaded."""
     (checkpoint / "chat_template.jinja").write_text("{% if %}")
     server = start(*SMALL, str(checkpoint))
     assert_refused(server, "chat template is not valid", "--chat-template")
@@ -79,7 +81,7 @@ def test_a_port_in_use(start: Start) -> None:
 
 
 def test_two_servers_on_one_port(start: Start) -> None:
-    """Also if neither serves yet when the other looks."""
+    """Of two servers that start at the same time, before either of them serves, one is refused."""
     flags = (*SMALL, "--port", free_port())
     servers = [start(*flags), start(*flags)]
     refused = until_one_ends(servers)
@@ -89,6 +91,8 @@ def test_two_servers_on_one_port(start: Start) -> None:
 
 
 def until_one_ends(servers: list[Server]) -> Server:
+    """The first of the servers that ends."""
+
     def ended() -> list[Server]:
         return [server for server in servers if server.process.poll() is not None]
 
@@ -101,13 +105,14 @@ def test_capture_sizes_that_leave_a_gap(start: Start) -> None:
 
 
 def test_a_graph_that_no_memory_holds(start: Start) -> None:
-    """By arithmetic, before anything is allocated."""
+    """A capture size above the tokens of a step is refused by its number, before anything is
+    allocated."""
     server = start(*SMALL, "--cudagraph-capture-sizes", "8", "999999")
     assert_refused(server, "cudagraph_capture_sizes name 999999", "max_num_batched_tokens=64")
 
 
 def test_full_graphs_on_a_cpu(start: Start) -> None:
-    """Seen before torch is imported."""
+    """The mode is refused before torch is imported."""
     server = start(*SMALL, "--device", "cpu", "--cudagraph-mode", "full")
     assert_refused(server, "cudagraph_mode=full", "use full-and-piecewise")
 
@@ -118,7 +123,7 @@ def test_more_context_than_the_model_has(start: Start) -> None:
 
 
 def test_a_gpu_where_there_is_no_driver(start: Start) -> None:
-    """Seen before torch is imported."""
+    """The missing driver is found before torch is imported."""
     assert_refused(start(*SMALL, "--device", "cuda"), "device=cuda", "no CUDA driver", "nvidia-smi")
 
 
@@ -130,7 +135,7 @@ def test_a_temporary_directory_too_deep_for_a_socket(start: Start) -> None:
     ("trouble", "words"),
     [
         ("import tempfile; tempfile.tempdir = '/nowhere/at/all'", "No such file or directory"),
-        # A file may have as little as this; a full disk is not to be had in a test.
+        # A limit on the size of files stands for a full disk, which a test cannot have.
         ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))", "too large"),
     ],
     ids=["missing", "full"],

@@ -1,4 +1,5 @@
-"""From the start to an ordered end: readiness, signals with requests open, nothing left behind."""
+"""From the start to an orderly end: readiness, signals while requests are open, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from tests.waiting import GUARD_SECONDS
 Start = Callable[..., Server]
 
 LONG = SMALL[:4]
-"""Flags of a server with the model's whole context, so that requests last."""
+"""Flags of a server that leave it the model's whole context, so that requests take long."""
 
 
 def free_port() -> str:
@@ -40,7 +41,8 @@ def free_port() -> str:
 
 
 def open_requests(server: Server, number: int = 12) -> list[Future[httpx.Response]]:
-    """Long requests, more than slots, half of them streamed; running when this returns."""
+    """Send long requests, more than run at once, half of them streamed; eight run when this
+    returns."""
     body = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True}
     futures = server.post_all(
         COMPLETIONS, ({**body, "stream": bool(index % 2)} for index in range(number))
@@ -58,7 +60,7 @@ def open_requests(server: Server, number: int = 12) -> list[Future[httpx.Respons
 
 
 def error_of(future: Future[httpx.Response]) -> dict[str, Any]:
-    """The error that a request ended with: as the response, or as the last event of a stream."""
+    """The error that ended a request: its response, or the last event of its stream."""
     response = future.result(GUARD_SECONDS)
     body = events_of(response.text)[-1] if response.status_code == 200 else response.json()
     assert response.status_code in (200, 503)
@@ -66,7 +68,7 @@ def error_of(future: Future[httpx.Response]) -> dict[str, Any]:
 
 
 def test_loading(start: Start) -> None:
-    """The port answers at once; requests are refused until every graph is there."""
+    """The port answers at once, and requests are refused with 503 until every graph is captured."""
     server = start(*SMALL, "--port", free_port())
 
     def answers() -> bool:
@@ -106,7 +108,8 @@ def test_loading(start: Start) -> None:
 
 @pytest.mark.parametrize("to_group", [False, True])
 def test_open_requests_may_finish(start: Start, to_group: bool) -> None:
-    """A supervisor's SIGTERM reaches the engine too, which must go on until they have."""
+    """A SIGTERM to the whole group reaches the engine too, which must go on until open requests are
+    done."""
     server = start(*SMALL, "--shutdown-timeout", "60").wait_ready()
     body = {"prompt": "Once", "max_tokens": 450, "ignore_eos": True}
     futures = server.post_all(COMPLETIONS, ({**body, "stream": i > 0} for i in range(3)))
@@ -133,7 +136,8 @@ def test_open_requests_may_finish(start: Start, to_group: bool) -> None:
 def test_the_time_to_finish_is_bounded(
     start: Start, signum: signal.Signals, to_group: bool
 ) -> None:
-    """What is still open then ends with an error, not with a cut connection."""
+    """Requests that are still open at the end of that time end with an error, and not with a cut
+    connection."""
     server = start(*LONG, "--shutdown-timeout", "1").wait_ready()
     futures = open_requests(server)
     server.send(signum, to_group=to_group)
@@ -144,8 +148,9 @@ def test_the_time_to_finish_is_bounded(
 
 
 def test_whatever_a_request_waits_for_it_ends_with_an_error(start: Start, tiny: Path) -> None:
-    """The rest of its own body, here behind a 100 Continue; a grammar that nobody tries at the
-    moment. Who reads no answer is cut off, and fails nobody."""
+    """At shutdown, a request that waits for the rest of its own body (here after a 100 Continue)
+    and one whose grammar nobody compiles at the moment get 503. A client that reads no answer is
+    cut off and makes nothing fail."""
     server = start(str(tiny), *SMALL, "--shutdown-timeout", "1").wait_ready()
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"type": "integer"}}}
     long = {"prompt": ["x"] * 6, "max_tokens": 500, "ignore_eos": True, "logprobs": 20}
@@ -173,6 +178,7 @@ def test_whatever_a_request_waits_for_it_ends_with_an_error(start: Start, tiny: 
 
 
 def test_a_second_interrupt_does_not_wait(start: Start) -> None:
+    """A second SIGINT ends the server at once, whatever --shutdown-timeout allows."""
     server = start(*LONG, "--shutdown-timeout", "600").wait_ready()
     futures = open_requests(server)
     server.send(signal.SIGINT, to_group=True)
@@ -185,6 +191,7 @@ def test_a_second_interrupt_does_not_wait(start: Start) -> None:
 
 
 def refuses(server: Server) -> bool:
+    """Whether the server accepts no connection any more."""
     try:
         server.get("/health")
     except httpx.TransportError:
@@ -195,13 +202,14 @@ def refuses(server: Server) -> bool:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("log", ["", "weights are", "ready in"])
 def test_a_signal_at_any_time(start: Start, signum: signal.Signals, log: str) -> None:
-    """While the engine starts, while it loads, and in the moment in which it is ready."""
+    """A signal while the engine process starts, while it loads, and at the moment at which it is
+    ready."""
     server = start(*SMALL)
     if log:
         until(lambda: log in server.log, log)
     else:
         until(lambda: len(server.group()) > 2, "the engine starts")
-        time.sleep(0.08)  # it imports, and so do the workers
+        time.sleep(0.08)  # the engine and the workers are importing modules then
     server.send(signum, to_group=True)
     assert server.wait() == 0
     server.assert_nothing_left()
@@ -213,7 +221,8 @@ def test_a_signal_at_any_time(start: Start, signum: signal.Signals, log: str) ->
 def test_a_signal_while_the_checkpoint_is_read(
     start: Start, signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the first time, by a process of its own, which does not outlive the server either."""
+    """A checkpoint that is new to the cache is read by a process of its own, which does not outlive
+    the server either."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     server = start(*SMALL)
     until(lambda: len(server.group()) > 1, "transformers is asked")
@@ -224,7 +233,8 @@ def test_a_signal_while_the_checkpoint_is_read(
 
 
 def test_the_parts_of_the_start_add_up(server: Server) -> None:
-    """The first line comes before anything that takes long, and no second is without a name."""
+    """The first line of the log comes before anything that takes long, and the named parts of the
+    start add up to all of its seconds."""
     first, *_ = server.log.splitlines()
     assert "the default model, device auto" in first
     assert "engine: importing torch" in server.log
@@ -249,7 +259,8 @@ def test_port_zero_takes_a_free_port(server: Server) -> None:
 
 
 def test_only_the_user_may_reach_the_sockets(server: Server) -> None:
-    """Whoever could write to one would speak as an API worker."""
+    """The directory of the sockets is private to its user: whoever could write to a socket could
+    act as an API worker."""
     directories = {path.parent for path in server.sockets}
     assert directories
     assert not [path for path in directories if path.stat().st_mode & 0o077]

@@ -1,5 +1,5 @@
-"""Structured output and tool calls by the official client, from a real model, with two API workers:
-what comes back follows what was asked, whatever the model would have said."""
+"""Structured output and tool calls through the official client, from a real model with two API
+workers: the output follows the requested form, whatever the model would have said."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TIME: Any = {"type": "function", "function": {"name": "time", "description": "It
 
 
 class Weather(BaseModel):
-    """As a user of the client would have it."""
+    """A response format, written as a user of the client would write it."""
 
     sky: Literal["clear", "cloudy"]
     degrees: int = Field(ge=-50, le=60)
@@ -54,7 +54,8 @@ class Weather(BaseModel):
 def client(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[openai.OpenAI]:
-    """Of a server of the default model, whose template tells it of tools."""
+    """A client of a server of the default model, with a chat template that tells the model of
+    tools."""
     directory = tmp_path_factory.mktemp("taught") / MODEL
     shutil.copytree(Path(resolve_checkpoint(None)), directory)
     config = directory / "tokenizer_config.json"
@@ -141,7 +142,8 @@ def test_a_required_call(client: openai.OpenAI, streamed: bool, parallel: bool) 
 
 
 def test_a_named_call_and_its_result(client: openai.OpenAI) -> None:
-    """The client's own loop: the answer's message is sent back, with the result behind it."""
+    """The usual loop of a client: it sends the message of the answer back, followed by the result
+    of the call."""
     named = {"type": "function", "function": {"name": "weather"}}
     [choice] = ask(client, tools=[WEATHER, TIME], tool_choice=named).choices
     [call] = choice.message.tool_calls
@@ -154,7 +156,8 @@ def test_a_named_call_and_its_result(client: openai.OpenAI) -> None:
 
 
 def test_random_schemas_beside_each_other(client: openai.OpenAI) -> None:
-    """Some of what benchmarks/structured_output.py does."""
+    """A part of what benchmarks/structured_output.py does: outputs with random schemas, several at
+    once, satisfy them."""
 
     def one(seed: int) -> tuple[str, str]:
         schema = random_schema(seed, 300)

@@ -1,4 +1,5 @@
-"""Clients that go away without a word: their requests end, their slots and blocks come back."""
+"""Clients that go away without notice: their requests end, and their slots and KV cache blocks are
+free again."""
 
 from __future__ import annotations
 
@@ -28,12 +29,14 @@ BODIES = {
 
 @pytest.fixture(params=["server", "async_server"])
 def either(request: pytest.FixtureRequest) -> Server:
-    """At a lag of zero and of one: there an aborted request is still named by a step in flight."""
+    """A server without and one with asynchronous scheduling, where a step in flight still holds an
+    aborted request."""
     server: Server = request.getfixturevalue(request.param)
     return server
 
 
 def load(server: Server) -> tuple[float, float, float]:
+    """Requests running, requests waiting, and the share of the KV cache that is in use."""
     metrics = server.metrics()
     return (
         metrics["num_requests_running"],
@@ -46,7 +49,7 @@ def load(server: Server) -> tuple[float, float, float]:
 def connections(
     server: Server, number: int, path: str, stream: bool
 ) -> Iterator[list[socket.socket]]:
-    """Connections with a long request each, whose answers nobody reads."""
+    """Open connections with one long request each, whose answers nobody reads."""
     sent = request_bytes(path, BODIES[path] | {"ignore_eos": True, "stream": stream})
     opened = []
     try:
@@ -60,7 +63,7 @@ def connections(
 
 
 def reset(connection: socket.socket) -> None:
-    """Close it without a farewell."""
+    """Close a connection with a TCP reset, without an orderly end."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -77,6 +80,7 @@ def test_running_and_queued(either: Server, path: str, stream: bool) -> None:
 
 
 def test_only_those_that_went_away(server: Server) -> None:
+    """Clients that reset their connections end their own requests only, running or waiting."""
     with connections(server, 11, COMPLETIONS, True) as opened:
         until(lambda: load(server)[:2] == (8, 3), "eight run and three wait")
         for connection in (*opened[:2], opened[-1]):
@@ -86,7 +90,7 @@ def test_only_those_that_went_away(server: Server) -> None:
 
 
 def test_a_long_prefill(server: Server) -> None:
-    """A client that goes away before its first token."""
+    """Clients that go away before their first token are counted with status 499."""
     before = server.metrics()['request_failure_total{status="499"}']
     with connections(server, 6, CHAT, False):
         pass
@@ -100,7 +104,7 @@ AT_ONCE = RUNNING + WAITING + 4
 
 
 def vanish(server: Server, random: random.Random) -> str:
-    """One client, its request and its end. Returns how far it came."""
+    """Be one client that sends a random request and goes away. Returns how far the client came."""
     path = random.choice((COMPLETIONS, CHAT))
     length = random.choice((1, 20, 400))
     body: dict[str, Any] = {"max_tokens": random.choice((3, 100, 1000)), "ignore_eos": True}
@@ -114,7 +118,7 @@ def vanish(server: Server, random: random.Random) -> str:
     with server.connect() as connection:
         connection.sendall(sent[: random.randrange(len(sent))] if cut else sent)
         if body["stream"] and not cut and random.random() < 0.5:
-            connection.recv(1)  # it leaves when it has seen the beginning of its answer
+            connection.recv(1)  # it goes away after it has seen the beginning of its answer
         time.sleep(random.choice((0, random.uniform(0, 0.03), random.uniform(0, 0.3))))
         connection.setblocking(False)
         try:
@@ -141,16 +145,17 @@ FLAGS = (
 
 @pytest.mark.parametrize("seed", range(2))
 def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> None:
-    """Queued, in prefill, in decode; before the request is whole and after the answer is; streamed
-    or not; by farewell or reset. At both lags."""
+    """Clients go away while their request is queued, in prefill or in decode, before all of it is
+    sent or after the answer has come, streamed or not, by an orderly close or a reset, with and
+    without asynchronous scheduling."""
     lag = ["--async-scheduling"] * (seed % 2)
     server = start(str(tiny), *FLAGS, *lag).wait_ready()
     print(json.dumps(vanish_all(server, seed, CLIENTS)))
 
 
 def vanish_all(server: Server, seed: int, clients: int) -> Counter[str]:
-    """So many clients of a server with FLAGS. Returns how far they came. Raises AssertionError if
-    something of them is left."""
+    """Let `clients` clients of a server with FLAGS go away. Returns how many came how far. Raises
+    AssertionError if anything of them is left."""
     question = {"prompt": list(range(5, 99)), "max_tokens": 40, "ignore_eos": True}
     answer = server.complete(**question)["choices"]
     files = Path(f"/proc/{server.worker_pid()}/fd")
@@ -162,7 +167,7 @@ def vanish_all(server: Server, seed: int, clients: int) -> Counter[str]:
         counts = Counter(ends)
     until(lambda: load(server) == IDLE, "all are gone")
     until(lambda: len(os.listdir(files)) <= before, "so are their connections")
-    # Every place is free again: as many requests as there are places, at the same time.
+    # Every place is free again: as many requests as there are places run and wait at the same time.
     bodies = [{"prompt": [5], "max_tokens": 100, "ignore_eos": True}] * (RUNNING + WAITING)
     futures = server.post_all(COMPLETIONS, bodies)
     assert {future.result(60).status_code for future in futures} == {200}

@@ -1,4 +1,5 @@
-"""Whoever goes to a stranger's checkpoint and serves it runs none of the code that lies there."""
+"""A user who changes into the directory of a stranger's checkpoint and serves it there runs none of
+the code in it."""
 
 from __future__ import annotations
 
@@ -19,15 +20,16 @@ DASH_M = ("-m", "minisrv.cli")
 
 @pytest.fixture
 def checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of one, in which nothing has been computed yet."""
+    """The directory of a checkpoint of which nothing is in the cache so far."""
     monkeypatch.setenv("PYTHONPATH", ROOT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
 
 
 def traps_for(program: tuple[str, ...], directory: Path) -> Traps:
-    """All that can be kept from being imported: `python -m` looks there before anything of ours
-    runs, for minisrv itself too."""
+    """Set traps for every module that can be kept from being imported from the directory. `python
+    -m` looks there before any code of minisrv runs, even for minisrv itself, so those modules are
+    left out."""
     lost = loaded_before_dash_m() | {"minisrv"} if program == DASH_M else frozenset()
     assert len(NAMES - lost) > 200
     return set_traps(directory, NAMES - lost)
@@ -37,8 +39,8 @@ def traps_for(program: tuple[str, ...], directory: Path) -> Traps:
 def test_a_server_from_start_to_end(
     start: Callable[..., Server], checkpoint: Path, tmp_path: Path, dash_m: bool
 ) -> None:
-    """With everything that starts a process: transformers is asked, kernels are compiled, a grammar
-    is tried."""
+    """A whole run of the server imports nothing from there, with everything that starts a process:
+    transformers reads the checkpoint, kernels are compiled, and a grammar is tried."""
     program = DASH_M if dash_m else (install_command(tmp_path / "bin"),)
     traps = traps_for(program, checkpoint)
     server = start(*SMALL, ".", program=program, directory=checkpoint).wait_ready()
@@ -51,6 +53,7 @@ def test_a_server_from_start_to_end(
 
 @pytest.mark.parametrize("dash_m", [False, True])
 def test_a_plan(checkpoint: Path, tmp_path: Path, dash_m: bool) -> None:
+    """`minisrv plan` imports nothing from the directory either."""
     program = DASH_M if dash_m else (install_command(tmp_path / "bin"),)
     traps = traps_for(program, checkpoint)
     planned = [sys.executable, *program, "plan", "."]

@@ -1,8 +1,8 @@
-"""One tape of requests, the engine that plays it, and the reference that judges it.
+"""A tape of requests, the engine run that plays it, and the reference model that judges the tokens.
 
-The tape has mixed lengths, one-token prompts, prompts in chunks, shared prefixes and whole prompts
-that come again, under several salts, greedy and sampled requests, late arrivals and aborts; the
-cache it is played on is so small that requests are preempted.
+The tape has requests of mixed lengths: one-token prompts, prompts in chunks, prompts that share a
+prefix and whole prompts that come again, under several cache salts; greedy and sampled requests,
+late arrivals and aborts. The cache it is played on is so small that requests are preempted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from minisrv.kernels.sampling import scores
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
 
 EPSILON = 1e-3
-"""Scores (logits / temperature + noise) closer than this may be ordered by rounding."""
+"""Scores (logits / temperature + noise) that are closer than this may be put in either order by
+rounding."""
 
 LIMITS = {
     "dtype": "float32",
@@ -30,12 +31,14 @@ LIMITS = {
     "block_size": 4,
     "num_kv_blocks": 90,
 }
-"""Small: prompts come in chunks, decode batches pass many rungs, and the cache is too small."""
+"""Small limits of the engine, so that prompts come in chunks, decode batches pass many captured
+sizes, and the cache is too small for all requests."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One request: when it arrives (in steps), and after how many tokens its client leaves."""
+    """One request, the step at which it arrives, and the number of tokens after which its client
+    leaves (None if it stays)."""
 
     arrival: int
     request: EngineRequest
@@ -43,7 +46,8 @@ class Entry:
 
 
 def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:
-    """`count` requests. Every request has a seed, as a drawn one depends on arrival order."""
+    """Make a tape of `count` requests. Each request has a seed of its own, because a seed that the
+    engine draws would depend on the order of arrival."""
     draw = random.Random(seed)
     stems = [[draw.randrange(vocab_size) for _ in range(120)] for _ in range(3)]
     tape: list[Entry] = []
@@ -63,7 +67,9 @@ def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:
         )
         prompt = [draw.randrange(vocab_size) for _ in range(length)]
         arrival, kind = draw.randint(0, count), draw.random()
-        if kind < 0.4:  # each has its time, or it would be evicted before it is found
+        # Prompts with a common stem arrive close to each other, or the stem would be evicted from
+        # the cache before it is found.
+        if kind < 0.4:
             shared = draw.randint(1, 120)
             prompt = stems[arrival * 3 // (count + 1)][:shared] + prompt[: 200 - shared]
         elif kind < 0.6 and tape:
@@ -83,7 +89,7 @@ def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:
 
 @dataclass
 class Played:
-    """What a run of the tape gave."""
+    """The outcome of a run of the tape: tokens and finish reason by request, and the engine."""
 
     tokens: dict[str, list[int]]
     reasons: dict[str, FinishReason]
@@ -91,7 +97,7 @@ class Played:
 
 
 def play(tape: list[Entry], config: EngineConfig) -> Played:
-    """Run the tape to its end and check that nothing is left behind."""
+    """Run the tape to its end and check that no block or slot is left in use."""
     engine = EngineCore(build_engine(config, check_addresses=True))
     tokens: dict[str, list[int]] = {entry.request.request_id: [] for entry in tape}
     reasons: dict[str, FinishReason] = {}
@@ -124,8 +130,8 @@ def play(tape: list[Entry], config: EngineConfig) -> Played:
 
 @torch.no_grad()
 def judge(model: PreTrainedModel, entry: Entry, tokens: list[int]) -> tuple[int, list[str]]:
-    """Compare a request's tokens with what the reference model would have chosen behind the same
-    tokens. Returns how many differ within EPSILON, and a line for each that differs by more."""
+    """Compare a request's tokens with those that the reference model would have chosen behind the
+    same tokens. Return how many differ within EPSILON, and a line for each that differs by more."""
     if not tokens:
         return 0, []
     prompt, params = entry.request.prompt_token_ids, entry.request.params

@@ -1,4 +1,5 @@
-"""Places for requests: counted once each, given back on every path, and the engine's own rule."""
+"""Places for requests: each is counted once and freed on every path, and the engine's own rule
+agrees."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingP
 
 
 def test_all_or_none() -> None:
+    """A request gets places for all its choices or for none of them."""
     places = Admission()
     with places.places(["a", "b"], 3):
         with pytest.raises(QueueFullError, match="2 requests are running or waiting, of at most 3"):
@@ -41,6 +43,7 @@ def test_all_or_none() -> None:
 
 
 def test_what_can_never_be_admitted_is_not_told_to_come_again() -> None:
+    """A request with more prompts than there are places gets a 400 and not a 429."""
     with pytest.raises(RequestError, match="at most 2") as raised:
         Admission().places(["a", "b", "c"], 2).__enter__()
     assert raised.value.http_status == 400
@@ -48,7 +51,8 @@ def test_what_can_never_be_admitted_is_not_told_to_come_again() -> None:
 
 
 def test_a_place_goes_back_once() -> None:
-    """The engine's last output gives it back, and the end of the response finds it gone."""
+    """A place is freed once: by the engine's last output for the request, and not again at the end
+    of the response."""
     places = Admission()
     with places.places(["a", "b"], 2):
         places.leave("a")
@@ -62,6 +66,8 @@ def test_a_place_goes_back_once() -> None:
 
 
 def test_retry_after_is_how_long_places_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry-After follows the time for which requests hold their places, in whole seconds from 1 to
+    MAX_RETRY_AFTER."""
     now = 0.0
     monkeypatch.setattr(admission.time, "monotonic", lambda: now)
     places = Admission()
@@ -77,7 +83,7 @@ def test_retry_after_is_how_long_places_are_held(monkeypatch: pytest.MonkeyPatch
 
 
 class _CoreOfOne:
-    """Takes one request at a time."""
+    """An engine core that admits one request at a time."""
 
     has_work = True
 
@@ -105,7 +111,8 @@ def request(request_id: str) -> EngineRequest:
 
 @contextmanager
 def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str], zmq.Socket]]]:
-    """A server around `_CoreOfOne`, and what connects workers by name, which have said hello."""
+    """Yield a server around `_CoreOfOne`, and a function that connects a worker by name and returns
+    its socket once its hello has been answered."""
     address = f"ipc://{tmp_path}/engine"
     server = _EngineServer(address, Heartbeat(tmp_path / "heartbeat"))
     server.core = _CoreOfOne()  # type: ignore[assignment]
@@ -118,8 +125,8 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
         worker.set(zmq.ROUTING_ID, name.encode())
         worker.connect(address)
         worker.send(encode(Hello()))
-        # Others are for the worker that had the name: it may have asked before zmq knew of its
-        # death.
+        # Messages before Ready were meant for the dead worker that had this name: it may have asked
+        # before zmq knew of its death.
         while not isinstance(answer(server, worker), Ready):
             pass
         return worker
@@ -133,7 +140,7 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
 
 
 def answer(server: _EngineServer, worker: zmq.Socket) -> EngineMessage:
-    """What the worker hears next, while the server reads what it is sent."""
+    """Return the next message to the worker, while the server reads what it is sent."""
     while not worker.poll(1):
         if server.socket.poll(1):
             server._receive()
@@ -143,7 +150,8 @@ def answer(server: _EngineServer, worker: zmq.Socket) -> EngineMessage:
 def turn(
     server: _EngineServer, worker: zmq.Socket, requests: str, aborts: str
 ) -> dict[str, EngineOutput]:
-    """The answer to what a worker submits, which comes before the one to a question behind it."""
+    """Submit requests and aborts as one message of a worker, and return the outputs that come
+    before the answer to a question sent behind it."""
     worker.send(encode(Submit([request(name) for name in requests], list(aborts))))
     worker.send(encode(AskStats()))
     outputs: list[EngineOutput] = []
@@ -154,7 +162,8 @@ def turn(
 
 
 def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
-    """A worker that has aborted counts the place as free: the engine must see it so too."""
+    """An abort frees its place before requests of the same message are admitted: a worker that has
+    aborted counts the place as free, so the engine must too."""
     with engine_server(tmp_path) as (server, connect):
         worker = connect("api-0")
         assert turn(server, worker, "a", "") == {}
@@ -167,7 +176,8 @@ def test_an_abort_makes_room_for_the_request_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_worker_in_a_dead_ones_place_finds_room(tmp_path: Path) -> None:
-    """What the dead one had open is dropped, and what others have is not."""
+    """When a worker connects under the name of a dead one, the dead one's open requests are
+    dropped, and those of other workers are not."""
     with engine_server(tmp_path) as (server, connect):
         dead, other = connect("api-0"), connect("api-1")
         assert turn(server, dead, "a", "") == {}
@@ -181,13 +191,14 @@ def test_a_worker_in_a_dead_ones_place_finds_room(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_worker_has_sent_is_too_late_behind_the_next_ones_hello(tmp_path: Path) -> None:
-    """The engine was in a long step. Nobody could read the answers, nor abort the requests."""
+    """What a dead worker had sent before its successor's hello is dropped, as when the engine was
+    in a long step meanwhile: nobody could read the answers or abort the requests."""
     with engine_server(tmp_path) as (server, connect):
         for _ in range(5):
             dead = connect("api-0")
             dead.send(encode(Submit([request("a")], [])))
             dead.send(encode(AskStats()))
-            dead.close(linger=-1)  # both arrive
+            dead.close(linger=-1)  # With this linger both messages arrive.
             successor = connect("api-0")
             assert server.owners == {}
             assert turn(server, successor, "b", "") == {}

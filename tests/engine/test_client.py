@@ -1,4 +1,4 @@
-"""The worker's side of the engine, against a socket that plays the engine."""
+"""The API worker's side of the connection to the engine, against a socket that plays the engine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def anyio_backend() -> str:
 
 
 class Engine:
-    """Sends what the test says."""
+    """A simulated engine that sends the messages that the test gives it."""
 
     def __init__(self, socket: zmq.asyncio.Socket) -> None:
         self.socket = socket
@@ -85,7 +85,8 @@ def token(name: str, token_id: int, finish: FinishReason | None = None) -> Engin
 
 
 async def test_a_place_is_free_when_the_engine_has_finished(tmp_path: Path) -> None:
-    """Not when the answer has been read: a client may take its time, and the engine has room."""
+    """A request's place is free when the engine has finished it, and not only when its answer has
+    been read: a client may read slowly while the engine has room."""
     async with connected(tmp_path) as (engine, client):
         with client.admission.places(["a", "b"], 2):
             outputs = client.generate([request("a")])
@@ -118,7 +119,8 @@ async def test_the_requests_of_a_response_are_read_together_and_end_together(
 
 
 def test_an_error_is_the_same_behind_the_socket() -> None:
-    """None of them is taken for another that has its status and code."""
+    """An error arrives as the class that was sent and is not taken for another one with its status
+    and code."""
     kinds = {
         kind
         for kind in vars(errors).values()
@@ -157,6 +159,8 @@ async def test_counters_are_asked_for_and_answers_come_in_order(tmp_path: Path) 
 async def test_counters_of_an_engine_that_does_not_answer_are_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If the engine does not answer in time the last counters are returned, and a late answer is
+    not taken for that to the next question."""
     async with connected(tmp_path) as (engine, client):
         told = asyncio.ensure_future(client.stats())
         await engine.hear()
@@ -165,7 +169,8 @@ async def test_counters_of_an_engine_that_does_not_answer_are_the_last(
         monkeypatch.setattr(client_module, "STATS_SECONDS", 0.01)
         assert (await client.stats()).running == 7
         await engine.hear()
-        await engine.say(EngineStats(running=8))  # late, and the next question has its own answer
+        # This answer is late, and the next question must still get its own.
+        await engine.say(EngineStats(running=8))
         monkeypatch.undo()
         told = asyncio.ensure_future(client.stats())
         await engine.hear()
@@ -174,7 +179,8 @@ async def test_counters_of_an_engine_that_does_not_answer_are_the_last(
 
 
 async def test_counters_that_nobody_waits_for_are_no_error(tmp_path: Path) -> None:
-    """Those who waited were told at the end of the drain, or asked in a dead worker's place."""
+    """An answer to a question that nobody waits for any more is ignored: the askers got an answer
+    at the end of the drain, or belonged to a dead worker whose place this one has taken."""
     async with connected(tmp_path) as (engine, client):
         asked = asyncio.ensure_future(client.stats())
         assert await engine.hear() == AskStats()
@@ -215,7 +221,8 @@ async def test_the_engines_parent_says_how_it_has_ended(tmp_path: Path) -> None:
     "words", ["it was tired.", "the engine has ended unexpectedly; see its log."]
 )
 async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str) -> None:
-    """Also where it is what would have been said for it."""
+    """The message that the engine sent about its own end is kept, also where it equals the message
+    that its parent would have given."""
     async with connected(tmp_path) as (engine, client):
         first = asyncio.ensure_future(anext(client.generate([request("a")])))
         await engine.hear()
@@ -228,6 +235,8 @@ async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str
 
 @pytest.mark.parametrize("told", [False, True])
 async def test_an_engine_that_had_ended_before_anybody_watched(tmp_path: Path, told: bool) -> None:
+    """A client that connects to an engine that has already ended finds it dead, and says how it
+    ended if its parent has told."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     client = EngineClient(f"ipc://{tmp_path}/engine", gone.pid, "api-0", 1e6 if told else 0.0)

@@ -1,5 +1,5 @@
-"""Requests with a grammar, in engines of every mode: their text is what was asked for, whatever a
-random model likes to say, and nobody else's tokens change."""
+"""Requests with a grammar, in engines of every mode: their text keeps to the grammar whatever a
+random model prefers, and the tokens of other requests do not change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.waiting import GUARD_SECONDS, wait_until
 
 MODES = ("none", "piecewise", "full-and-piecewise", "full")
 TOKENS = 400
-"""Of an answer, at most."""
+"""Maximum number of tokens of an answer."""
 
 
 def _asks_and_ends(schema: dict[str, Any]) -> bool:
@@ -78,7 +78,8 @@ def start(checkpoint: Path, tape_holds_mixed_batches: None) -> Any:
 def request(
     name: str, spec: StructuredOutput | None = None, *, tokens: int = 500, **params: Any
 ) -> EngineRequest:
-    """Another prompt for each name; sampled, but so that a random model finds an end."""
+    """Make a request with a prompt of its own for each name, sampled in such a way that a random
+    model comes to an end."""
     draw = {"temperature": 1.0, "seed": len(name), "max_tokens": None, **params}
     prompt = [3 + ord(letter) for letter in name]
     return EngineRequest(
@@ -94,7 +95,8 @@ def schema_of(schema: object) -> StructuredOutput:
 
 
 def run(engine: EngineCore, *requests: EngineRequest) -> dict[str, list[EngineOutput]]:
-    """All outputs of each. The engine is idle behind it, with nothing left."""
+    """Run the requests to their end and return all outputs of each. The engine is idle afterwards
+    and nothing is left in use."""
     waiting = list(requests)
     found: dict[str, list[EngineOutput]] = {}
     while waiting or engine.has_work:
@@ -117,7 +119,8 @@ def tokens(outputs: list[EngineOutput]) -> list[int]:
 
 
 def kept(schema: object, outputs: list[EngineOutput], tokenizer: Tokenizer) -> bool:
-    """Whether the text is complete and valid; False if it was cut by its length."""
+    """Whether the text is complete and valid by the schema; False if it was cut off by its
+    length."""
     ids = tokens(outputs)
     if outputs[-1].finish_reason is FinishReason.LENGTH:
         return False
@@ -127,7 +130,8 @@ def kept(schema: object, outputs: list[EngineOutput], tokenizer: Tokenizer) -> b
 
 
 def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, tokenizer) -> None:
-    """In a cache so small that requests are preempted, beside requests without a grammar."""
+    """Every mode and lag (steps launched ahead) keeps to every schema and gives the same tokens, in
+    a cache so small that requests are preempted, beside requests without a grammar."""
     asked = [request(f"json {i}", schema_of(schema)) for i, schema in enumerate(SCHEMAS)]
     plain = [request(f"text {i}", max_tokens=40, logprobs=[None, 2][i % 2]) for i in range(6)]
     mixed = [r for pair in zip(asked, plain, strict=False) for r in pair] + asked[len(plain) :]
@@ -162,7 +166,8 @@ def test_others_get_the_tokens_that_they_get_alone(start, mode: str, lag: int) -
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_only_steps_with_a_grammar_wait(start, lag: int) -> None:
-    """And only with their epilogues: the model runs a step ahead all the same."""
+    """Only the epilogues of steps with a grammar wait for the step before; the model itself still
+    runs one step ahead."""
     engine = start("full-and-piecewise", lag)
     before: dict[str, list[tuple[bool, int]]] = {"start": [], "finish": []}
 
@@ -206,12 +211,14 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, lag: int)
 def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
     start, monkeypatch: pytest.MonkeyPatch, lag: int, where: str
 ) -> None:
+    """A matcher that fails while it fills a mask or accepts a token ends its own request with an
+    error, and no other request."""
     spec = StructuredOutput(kind=Kind.REGEX, text="a+b{20}")
     engine = start(lag=lag)
     matchers = engine._grammars._matchers
 
     def break_one() -> None:
-        matchers["one"].accept([VOCAB_SIZE - 1])  # a token that it does not allow
+        matchers["one"].accept([VOCAB_SIZE - 1])  # This is a token that the grammar does not allow.
 
     count = 0
 
@@ -236,7 +243,8 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_last_grammar_of_a_batch_ends_while_the_next_step_runs(start, lag: int) -> None:
-    """The step behind has a masked row and no grammar: llguidance takes no empty batch."""
+    """The step launched ahead has a masked row whose grammar has ended meanwhile; llguidance
+    accepts no empty batch, so it must not be called for that step."""
     alone = run(start(lag=lag), request("text", max_tokens=20))
     spec = StructuredOutput(kind=Kind.CHOICE, choices=("a",))
     found = run(start(lag=lag), request("text", max_tokens=20), request("short", spec))
@@ -256,6 +264,8 @@ def test_an_abort_while_the_grammar_is_compiled(start) -> None:
 
 
 def test_requests_that_wait_for_their_grammars_have_places(start) -> None:
+    """Requests whose grammar is still being compiled count like any others against the limit of
+    requests."""
     engine = start(max_num_seqs=1, max_waiting=2)
     for name in ("a", "b", "c"):
         assert engine.has_room
@@ -266,6 +276,7 @@ def test_requests_that_wait_for_their_grammars_have_places(start) -> None:
 
 
 def test_log_probabilities_are_of_the_unmodified_distribution(start) -> None:
+    """Log-probabilities are those of the logits before the grammar's mask."""
     spec = StructuredOutput(kind=Kind.CHOICE, choices=("zebra",))
     params = {"temperature": 0, "logprobs": 3, "max_tokens": 1}
     [masked], [free] = (
@@ -280,7 +291,8 @@ def test_log_probabilities_are_of_the_unmodified_distribution(start) -> None:
 def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
     start, tokenizer: Tokenizer, mode: str, lag: int
 ) -> None:
-    """A mask that keeps the end away where nothing else may follow would leave no token at all."""
+    """min_tokens does not keep the end token away where the grammar allows nothing else: such a
+    mask would leave no token at all."""
     texts = ("yes", "no")
     asked = {
         "choice": StructuredOutput(kind=Kind.CHOICE, choices=texts),
@@ -290,7 +302,7 @@ def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
         "thinking": StructuredOutput(kind=Kind.REGEX, text="x*", reasoning_end="x"),
     }
     x, y, n = (tokenizer.encode(letter)[0] for letter in "xyn")
-    # What else changes logits takes no token away.
+    # Bias and penalties change logits too, but rule out no token.
     against = {"logit_bias": dict.fromkeys([y, n, EOS], -100.0), "repetition_penalty": 2.0}
     requests = []
     for number, params in enumerate([{}, against, {"temperature": 0.0, **against}]):
@@ -312,14 +324,16 @@ def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
                 assert ids[-1] == EOS
                 assert len(ids) > 20 or len(text) == 13
             case "stopped":
-                # The token is not sampled where another one may be, and ends the text all the same.
+                # The stop token is not sampled while another token is possible, and ends the text
+                # wherever it is the only one.
                 assert ids[-1] == x or len(ids) > 20
             case _:
                 assert len(ids) >= 20
 
 
 def test_min_tokens_of_schemas(start, tokenizer: Tokenizer) -> None:
-    """None fails, and all are complete: most of them before 300 tokens."""
+    """With min_tokens no schema fails and every text is complete, most of them in fewer than the
+    300 tokens."""
     asked = [request(f"json {i}", schema_of(s), min_tokens=300) for i, s in enumerate(SCHEMAS)]
     found = run(start("full-and-piecewise", 1), *asked)
     short = 0
@@ -331,7 +345,8 @@ def test_min_tokens_of_schemas(start, tokenizer: Tokenizer) -> None:
 
 
 class Compiling:
-    """Compiles what `engine` is asked for when it is let, and notes the order."""
+    """Stands in for the compiler of `engine`: it notes the order of the grammars, and a test may
+    hold each of them back."""
 
     def __init__(self, engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.order: list[str] = []
@@ -340,7 +355,7 @@ class Compiling:
         monkeypatch.setattr(engine._grammars._backend, "compile", self._compile)
 
     def hold(self, text: str) -> threading.Event:
-        """Until the event is set, this one is being compiled."""
+        """Return an event; the compilation of this grammar does not end until it is set."""
         return self.holds.setdefault(text, threading.Event())
 
     def _compile(self, spec: StructuredOutput) -> Matcher:
@@ -351,7 +366,7 @@ class Compiling:
 
 
 def took(text: str, seconds: float) -> StructuredOutput:
-    """A regular expression that an API worker needed so long for."""
+    """Make a regular expression that took an API worker `seconds` to compile."""
     return StructuredOutput(kind=Kind.REGEX, text=text, seconds=seconds)
 
 
@@ -388,8 +403,8 @@ def test_what_takes_least_is_compiled_first(
 
 
 def test_the_same_grammar_is_compiled_once(start, tokenizer, monkeypatch) -> None:
-    """Whichever worker it comes from, and however long that took; each request is in its own place
-    of it."""
+    """A grammar is compiled once, whichever worker it comes from and however long it took there;
+    each request keeps its own position in it."""
     engine = start()
     compiling = Compiling(engine, monkeypatch)
     asked = [request("x" * n, took("(ab|c){3}", 0.001 * n), seed=n) for n in range(1, 9)]
@@ -398,7 +413,7 @@ def test_the_same_grammar_is_compiled_once(start, tokenizer, monkeypatch) -> Non
     assert all(re.fullmatch("(ab|c){3}", text) for text in texts)
     assert len(compiling.order) == 1
     costly = request("costly", took("(ab|c){3}", 0.9))
-    compiling.hold("other")  # the thread for costly ones is busy
+    compiling.hold("other")  # Now the thread for costly grammars is busy.
     engine.add(request("other", took("other", 0.9)))
     engine.add(costly)
     while not any(output.request_id == "costly" for output in engine.step()):
@@ -419,7 +434,7 @@ def test_as_many_are_kept_as_there_is_room_for(start, monkeypatch: pytest.Monkey
 
 def test_a_panic_ends_its_own_request(start, monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
-        """As Rust's, which is no Exception."""
+        """Stands for a panic of Rust code, which is no subclass of Exception."""
 
     def compile(spec: StructuredOutput) -> Matcher:
         raise Panic
@@ -434,7 +449,8 @@ def test_a_panic_ends_its_own_request(start, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_a_worker_has_lowered_is_taken_as_it_is(
     start, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To lower is Python's work, for which steps would wait."""
+    """A grammar that a worker has lowered is not lowered again in the engine: that is Python's
+    work, for which the steps of all requests would wait."""
     engine = start()
     lowered = engine._grammars._backend.lower(schema_of({"enum": ["a", "b"]}))
     monkeypatch.delattr("minisrv.text.structured.GrammarBackend.lower")
@@ -465,6 +481,8 @@ def test_a_model_without_an_end_is_told_why(checkpoint: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("vocab_size", [32, 33, 70])
 def test_bits_are_columns(vocab_size: int) -> None:
+    """Bit i of a row's mask stands for token i, and a mask that was applied allows everything
+    again."""
     rows = [ScheduledRow(str(i), i, 0, 1, [], True, True, None, masked=i != 1) for i in range(3)]
 
     class Odd:
@@ -492,6 +510,7 @@ def test_bits_are_columns(vocab_size: int) -> None:
 def test_the_matcher_is_not_asked_for_chunks_that_sample_nothing(
     start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A mask is filled only for steps that sample a token of the request."""
     fills = []
     monkeypatch.setattr(
         "minisrv.text.structured.GrammarBackend.fill",

@@ -1,4 +1,4 @@
-"""A sign of life, seen from the other end, by a clock of the test's own."""
+"""The engine's sign of life, seen from another process, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 
 class Clock:
-    """Seconds, for the module under test."""
+    """The monotonic clock, in seconds, of the module under test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -36,7 +36,7 @@ def test_work_that_has_no_loop_shows_that_it_lives(tmp_path: Path, clock: Clock)
 
 
 def test_one_that_never_beats_is_seen(tmp_path: Path, clock: Clock) -> None:
-    """A process may be stopped before it comes to that."""
+    """The age grows for a process that never beats: it may be stopped before its first beat."""
     watched = Heartbeat(tmp_path / "beats")
     clock.now += 100
     assert watched.age == 100

@@ -1,4 +1,4 @@
-"""Time in which a GPU waited for the host: only while requests had work for it."""
+"""The time in which a GPU waited for the host counts only while requests had work for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.checkpoints import make_checkpoint
 
 @pytest.mark.parametrize("lag", [False, True])
 def test_an_engine_without_requests_does_not_idle(tmp_path, monkeypatch, lag):
-    """Also when the last one was aborted, as all are that end at a stop string."""
+    """No idle time is counted while the engine has no requests, also when the last one was aborted,
+    as is every request that ends at a stop string."""
     monkeypatch.setattr(StepResult, "device_time", lambda self: DeviceTime(busy=1.0, idle=100.0))
     config = EngineConfig(
         model=str(make_checkpoint(tmp_path)),

@@ -1,4 +1,4 @@
-"""Many requests that come and go, one step ahead: blocks, slots and tokens."""
+"""Many requests that come and go with one step launched ahead: blocks, slots and tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tests.engine.tape import LIMITS, make_tape, play
     ("device", "number"), [("cpu", 400), pytest.param("cuda", 2000, marks=pytest.mark.gpu)]
 )
 def test_one_step_ahead(device, number):
-    """Random lengths, aborts, preemptions and prefix hits; every block and slot is checked at every
-    step. The tokens are those of steps that wait for each other, but where rounding decides.
-    """
+    """Blocks and slots are checked at every step, through random lengths, aborts, preemptions and
+    prefix cache hits. The tokens are those of an engine that waits for each step before the next,
+    except where rounding decides."""
     tape = make_tape(number, 4096, seed=2)
     settings = {"device": device, "max_waiting": len(tape), **LIMITS}
     ahead = play(tape, EngineConfig(async_scheduling=True, **settings))
     waiting = play(tape, EngineConfig(async_scheduling=False, **settings))
     total = parted = 0
     for name, tokens in ahead.tokens.items():
-        both = min(len(tokens), len(waiting.tokens[name]))  # an abort comes a token later
+        # With a step launched ahead an abort takes effect a token later.
+        both = min(len(tokens), len(waiting.tokens[name]))
         total += both
         parted += tokens[:both] != waiting.tokens[name][:both]
     stats = ahead.engine.stats()

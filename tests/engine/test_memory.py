@@ -1,4 +1,4 @@
-"""How the KV cache gets its size. How a GPU plans for it is in `test_platforms`."""
+"""The size that the KV cache gets. A GPU's plan of its memory is tested in `test_platforms`."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ MODEL = ModelConfig(
     dtype="float32",
 )
 BLOCK = 4 * 2 * 2 * 32 * 4
-"""Bytes: tokens, K and V, layers, elements, float32."""
+"""Bytes of a KV cache block: tokens, K and V, layers, elements of a token in one layer, bytes of
+float32."""
 
 
 def test_the_longest_context_that_fits_is_served_where_none_is_asked_for(caplog):
-    """Six blocks hold a context and the null block."""
+    """Where no context length is asked for, the longest one that fits is served, and a shorter one
+    than the model's is logged with the memory that would be enough. Six blocks hold the full
+    context and the null block."""
     told = []
     for blocks in range(2, 9):
         caplog.clear()
@@ -66,6 +69,8 @@ def test_a_context_that_is_asked_for_fits_or_is_refused():
 
 
 def test_a_cpus_cache_is_half_of_what_weights_leave(monkeypatch):
+    """A tied output projection counts as weights of its own, because a CPU holds it laid out beside
+    the embedding."""
     monkeypatch.setattr(cpu, "available_memory", lambda: 10**9)
     for tied, copies in ((False, 2), (True, 2)):
         model = replace(MODEL, tie_word_embeddings=tied)
@@ -84,7 +89,8 @@ def test_weights_that_do_not_fit_are_refused_as_what_they_are(monkeypatch):
 
 
 def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
-    """As `minisrv serve Qwen/Qwen3-0.6B` on a CPU, which could not start with defaults."""
+    """A checkpoint whose context needs more memory than there is starts with a shorter one:
+    `minisrv serve Qwen/Qwen3-0.6B` on a CPU could not start with its defaults."""
     checkpoint = str(make_checkpoint(tmp_path, "llama"))
     monkeypatch.setattr(cpu, "available_memory", lambda: 6 * 10**5)
     few = {"max_num_seqs": 8, "max_num_batched_tokens": 8}
@@ -124,7 +130,8 @@ def test_blocks_that_are_asked_for_are_taken_as_they_are():
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_what_the_probe_says_is_enough_and_little_more(share):
-    """The cache takes the rest of the memory, and the largest steps still run."""
+    """The probe's prediction of the graphs' memory is enough and not far too much: the cache takes
+    the rest of the memory, and the largest steps still run."""
     config = EngineConfig(
         device="cuda", gpu_memory_utilization=share, max_num_seqs=512, max_num_batched_tokens=2048
     )

@@ -1,4 +1,5 @@
-"""What differs between a CPU and a GPU, which is played by one whose memory is numbers."""
+"""The differences between a CPU and a GPU; the GPU is simulated by one whose memory is only
+numbers."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ MIB = 1 << 20
 
 
 class Gpu(CUDAPlatform):
-    """A GPU whose memory is numbers, and whose graphs are tapes.
+    """A simulated GPU whose memory is numbers and whose graphs are CPU tapes.
 
-    allowed: the bytes that may be used.
-    used: the bytes that somebody uses.
-    kept: the bytes that torch keeps and nobody uses.
+    allowed: the number of bytes that may be used.
+    used: the number of bytes that are in use.
+    kept: the number of bytes that torch keeps cached and nobody uses.
     """
 
     def __init__(self, *, allowed: int = 1 << 30, used: int = 0, kept: int = 0) -> None:
@@ -45,7 +46,7 @@ class Gpu(CUDAPlatform):
         return self.used + self.kept
 
     def keep(self, nbytes: int) -> None:
-        """Nobody uses these bytes any more."""
+        """Move `nbytes` from used to kept, as torch does when memory is freed."""
         self.used -= nbytes
         self.kept += nbytes
 
@@ -55,8 +56,8 @@ class Gpu(CUDAPlatform):
 
 
 class Probe:
-    """A runner of `num_blocks` blocks of 1 MiB, whose graphs take 40 MiB, and 70 if all were
-    captured. The largest step leaves 30 MiB that torch keeps."""
+    """Stands for a runner of `num_blocks` blocks of 1 MiB. The graphs that it captures take 40 MiB,
+    and all of them would take 70 MiB; the largest step leaves 30 MiB that torch keeps cached."""
 
     def __init__(self, gpu: Gpu, num_blocks: int) -> None:
         self.gpu = gpu
@@ -65,7 +66,7 @@ class Probe:
         self.use(num_blocks * MIB)
 
     def use(self, nbytes: int) -> None:
-        """Take memory, which torch keeps when the runner is gone."""
+        """Take `nbytes` of memory, which torch keeps cached when the runner is gone."""
         self.gpu.used += nbytes
         weakref.finalize(self, self.gpu.keep, nbytes)
 
@@ -165,8 +166,8 @@ def test_a_gpus_cache_is_at_most_what_weights_leave_of_what_is_allowed():
 
 
 def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
-    """What loading has left behind counts for nothing, what the largest step has left behind
-    counts, and nothing of the probe stays."""
+    """The cache gets the memory that remains: what loading has left cached does not count, what the
+    largest step leaves cached does, and nothing of the probe stays."""
     gpu = Gpu(allowed=5000 * MIB, used=500 * MIB, kept=1000 * MIB)
     config, shape = EngineConfig(max_num_seqs=3), KVCacheShape(per_block=MIB, per_row=5)
     sizes = []
@@ -203,7 +204,7 @@ def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoin
     with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
         gpu.check_plan(config, plan, shape, runner)
     gpu.check_plan(config, MemoryPlan(cache=1 << 30), shape, runner)
-    # What torch keeps and nobody uses is released first.
+    # Memory that torch keeps cached and nobody uses is released before the check.
     Gpu(used=900 * MIB, kept=10 * MIB, allowed=900 * MIB).check_plan(config, plan, shape, runner)
 
 
@@ -212,7 +213,8 @@ def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoin
     [(False, None, 0), (False, True, 1), (True, None, 1), (True, False, 0)],
 )
 def test_a_start_on_each_platform(on_gpu, asked, lag, checkpoint, monkeypatch, caplog):
-    """The phases of `ready in`, the lag, and whether graphs are probed and timed."""
+    """Each platform has its own phases of the line `ready in`, number of steps launched ahead, and
+    choice of whether graphs are probed and timed."""
     if on_gpu:
         monkeypatch.setattr(builder, "platform_of", lambda config: Gpu())
     config = EngineConfig(

@@ -1,4 +1,4 @@
-"""A prompt that is sent again: its beginning comes from the prefix cache, in every mode."""
+"""The beginning of a prompt that is sent again comes from the prefix cache, in every mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
 PROMPT = [(7 * i + 5) % VOCAB_SIZE for i in range(24)]
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 128, "block_size": 4}
-LIMITS["dtype"] = "float32"  # half precision rounds differently in another chunk
+LIMITS["dtype"] = "float32"  # Half precision rounds differently when the chunks of a prompt differ.
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +21,20 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, lag):
-    """Trap 2: what capture left in the cache reached the second of two equal requests only."""
+    """Both of two equal requests give the same tokens. Trap 2: what capture had left in the cache
+    reached only the second one."""
     llm = LLM(checkpoint, cudagraph_mode=mode, async_scheduling=lag, **LIMITS)
 
     def null_block_is_finite() -> bool:
         if mode == "none":
-            return True  # nothing is captured and nothing padded: nobody has written there
+            # Nothing is captured or padded in this mode, so nobody has written to the null block.
+            return True
         return all(bool(cache[0].isfinite().all()) for cache in llm.engine.runner.kv_caches)
 
     assert null_block_is_finite()
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
-    for length in (20, 21, 23):  # a full hit, a tail of one token, and of some
+    # These give a full hit, a tail of one token, and a tail of several.
+    for length in (20, 21, 23):
         prompt = [length, *PROMPT[1:length]]
         [one] = llm.generate(prompt, params)
         [other] = llm.generate(prompt, params)
@@ -40,7 +43,7 @@ def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, lag):
         assert other.outputs[0].token_ids == one.outputs[0].token_ids
         for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             assert b.logprob == pytest.approx(a.logprob, abs=1e-4)
-        # Trap 6: a tail is prefill however short it is.
+        # Trap 6: the tail behind a cached prefix is prefill, however short it is.
         decodes = sum(
             steps
             for step, steps in other.outputs[0].graph_steps.items()
@@ -52,7 +55,8 @@ def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, lag):
 
 
 def test_an_answer_is_the_same_with_and_without_the_cache(checkpoint):
-    """A conversation: every turn holds the last one and its answer."""
+    """A conversation in which every turn holds the last one and its answer gives the same tokens
+    with and without the prefix cache."""
     answers: list[list[int]] = []
     for caching in (False, True):
         llm = LLM(checkpoint, enable_prefix_caching=caching, **LIMITS)
@@ -62,7 +66,8 @@ def test_an_answer_is_the_same_with_and_without_the_cache(checkpoint):
             [output] = llm.generate(turn, params)
             assert output.num_cached_tokens == (cached if caching else 0)
             turn += output.outputs[0].token_ids
-            cached = (len(turn) - 1) // 4 * 4  # nobody has computed the last token
+            # No step has computed the cache entry of the last token.
+            cached = (len(turn) - 1) // 4 * 4
             turn += [1, 2, 3]
         answers.append(turn)
         stats = llm.engine.stats()

@@ -1,5 +1,5 @@
-"""Log-probabilities of prompts are those of transformers: in chunks, in every mode, at both lags,
-through preemptions, past the prefix cache."""
+"""The log-probabilities of prompts are those of transformers: in chunks, in every mode, with and
+without a step launched ahead, through preemptions, and although the prefix cache is on."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def ask(engine: EngineCore, name: str, prompt: list[int], **params) -> None:
 
 
 class Told:
-    """What a request was told, in the order of its steps."""
+    """All that the outputs of a request reported, in the order of its steps."""
 
     def __init__(self) -> None:
         self.prompt: list[TokenLogprobs] = []
@@ -95,7 +95,7 @@ def reference() -> PreTrainedModel:
 
 @torch.no_grad()
 def check(prompt: Sequence[int], told: list[TokenLogprobs], num_top: int) -> None:
-    """They are transformers' log-likelihoods."""
+    """Check that the reported log-probabilities are those of transformers."""
     assert [entry.token_id for entry in told] == list(prompt[1:])
     expected = reference()(torch.tensor([list(prompt)])).logits[0].log_softmax(dim=-1)
     for row, entry in zip(expected[:-1], told, strict=True):
@@ -117,7 +117,8 @@ def prompt_of(length: int, stem: int = 3) -> list[int]:
 def test_they_are_those_of_transformers(
     checkpoint, mode, lag, tape_holds_mixed_batches, monkeypatch
 ):
-    """Of one chunk, of several, and where the end of a chunk is the end of the prompt."""
+    """The reports are right for prompts of one chunk and of several, also where the end of a chunk
+    is the end of the prompt."""
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 5 * VOCAB_SIZE)
     engine = start(checkpoint, mode, lag)
     prompts = {str(n): prompt_of(n, stem=n) for n in (1, 2, CHUNK, CHUNK + 1, 40, 2 * CHUNK)}
@@ -149,7 +150,8 @@ def test_cached_prompts_are_computed_again(checkpoint, lag):
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
 def test_a_prompt_preempted_between_two_chunks_is_told_once(checkpoint, lag, caching, monkeypatch):
-    """What has been told of it may come from the cache then, and what has not does not."""
+    """When a prompt is preempted between two chunks, tokens already reported may come from the
+    cache afterwards, and tokens not reported yet are computed again; each is reported once."""
     scored: list[int] = []
     preempt = Scheduler._preempt
 
@@ -190,7 +192,8 @@ def test_a_request_preempted_while_it_decodes_is_told_once(checkpoint, lag, cach
 @pytest.mark.parametrize("scored", [None, 1])
 @pytest.mark.parametrize("lag", [False, True])
 def test_no_token_at_all(checkpoint, lag, scored):
-    """A prompt may fill the context then, and its end is that of its prefill."""
+    """With max_tokens=0 a prompt may fill the whole context, and the request ends when its prefill
+    does."""
     engine = start(checkpoint, "full-and-piecewise", lag)
     prompts = {str(n): prompt_of(n, stem=n) for n in (1, 17, 128)}
     for name, prompt in prompts.items():

@@ -1,4 +1,4 @@
-"""Throughput and queue in the log: what is told, and when nothing is."""
+"""Throughput and queue in the log: what a line says, and when none is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BUSY = EngineStats(
 
 
 class Engine:
-    """Counters and a clock, both as they are set."""
+    """An engine whose counters and clock the test sets."""
 
     def __init__(self) -> None:
         self.now, self.stats = 100.0, EngineStats()
@@ -47,7 +47,7 @@ class Engine:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What has been logged."""
+    """Collect the records that are logged."""
     found: list[Any] = []
     monkeypatch.setattr(stats_log.logger, "level", logging.INFO)
     monkeypatch.setattr(stats_log.logger, "handle", found.append)
@@ -70,7 +70,8 @@ def test_a_line_has_rates_since_the_last_one(records: list[Any]) -> None:
 
 
 def test_nothing_is_told_of_rest(records: list[Any]) -> None:
-    """The last line tells of the last work; what comes after a long rest is not thinned by it."""
+    """An idle engine logs nothing: its last line is about its last work, and the rates of the work
+    after a long rest are not averaged over that rest."""
     engine = Engine()
     engine.tick(SECONDS, EngineStats())
     assert not records
@@ -93,11 +94,11 @@ def test_who_waits_is_told_without_a_step(records: list[Any]) -> None:
 
 
 class _EndError(Exception):
-    """The loop has no other end."""
+    """Ends the engine's loop, which ends in no other way."""
 
 
 class _Core:
-    """Has work for three steps."""
+    """An engine core that has work for three steps."""
 
     has_work = True
 

@@ -1,9 +1,9 @@
-"""The same tape in every mode, at both lags, with the prefix cache and without it: the same tokens,
-and transformers' tokens.
+"""The same tape gives the same tokens in every mode, with and without a step launched ahead (lag 1
+and 0), with and without the prefix cache, and they are those of transformers.
 
 Equal means (design decision 19): the same tokens, except where the best two scores are closer than
-EPSILON. A request that differs in this way goes on differently, so what follows it is judged by
-the reference alone. Such tokens are counted; more than 0.1% of all fails.
+EPSILON. A request that differs in this way goes on differently, so what follows is judged by the
+reference alone. Such tokens are counted, and the test fails if they are more than 0.1% of all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def reference():
 
 @pytest.fixture(scope="module")
 def first():
-    """Eager, at lag 0, every prompt computed: what the others are compared with."""
+    """The run that the others are compared with: eager, at lag 0, every prompt computed without the
+    prefix cache."""
     return play(
         TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
     )
@@ -51,6 +52,8 @@ def test_eager_gives_the_tokens_of_transformers(first, reference):
 
 
 def test_the_tape_is_hard_enough(first):
+    """The tape has enough preemptions, aborts, stops, one-token prompts and long prompts to find
+    faults."""
     stats = first.engine.stats()
     assert stats.preemptions >= 5
     assert stats.prefix_cache_hits == 0

@@ -1,4 +1,5 @@
-"""The tape on a GPU: every mode at both lags gives the tokens of transformers, in float32."""
+"""The tape on a GPU: every mode, with and without a step launched ahead (lag 1 and 0), gives the
+tokens of transformers in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def judged():
-    """Tokens by request that have been judged already: transformers is slow on a host."""
+    """Results of `judge` by request and tokens, kept because transformers is slow on a CPU."""
     return {}
 
 

@@ -1,4 +1,5 @@
-"""Where there is no C compiler: torch's operations, certified like any other, the same tokens."""
+"""Where there is no C compiler, torch's operations are used: they are certified like any other
+kernels and give the same tokens."""
 
 from __future__ import annotations
 

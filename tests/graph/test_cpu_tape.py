@@ -1,4 +1,5 @@
-"""The tape: what it records, what it refuses, and where results lie."""
+"""The CPU tape that stands for a CUDA graph: what it records, what it refuses, and where results
+lie in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from minisrv.graph.cpu_tape import CPUTapeBackend, _lay_out, _out_variant, _Stor
 
 
 def record(backend: CPUTapeBackend, *runs):
-    """Capture each callable as one segment of one capture; returns their replays."""
+    """Capture each callable as one segment of one capture, and return the replays of the
+    segments."""
     replays = []
     for run in runs:
         backend.begin()
@@ -45,6 +47,7 @@ def test_replay_runs_no_python_of_the_captured_code():
 
 
 def test_views_are_not_replayed():
+    """Operations that only make views cost nothing at replay: the tape holds the addition alone."""
     x, out = torch.ones(2, 6), torch.zeros(3, 4)
     [replay] = record(CPUTapeBackend(), lambda: out.add_(x.view(3, 4)[:, :].t().t()))
     assert len(replay.calls) == 1
@@ -66,7 +69,8 @@ def test_factories_and_in_place_operations_replay():
 
 
 def test_operations_without_out_variant_replay():
-    """chunk of a split result, sort with two results, and an op that has no out= overload."""
+    """Operations replay that have no out= overload or several results: sort with two results, and
+    frac and alias_copy."""
     x, out = torch.rand(8), torch.zeros(8)
 
     def run():
@@ -81,7 +85,8 @@ def test_operations_without_out_variant_replay():
 
 
 def test_segments_of_one_capture_see_each_others_intermediates():
-    """A residual crosses pieces: its bytes stay its own until the last piece has read them."""
+    """A tensor that crosses pieces, such as a residual, keeps its bytes to itself until the last
+    piece has read them."""
     x, out = torch.ones(64), torch.zeros(64)
     kept: dict[str, torch.Tensor] = {}
 
@@ -89,7 +94,8 @@ def test_segments_of_one_capture_see_each_others_intermediates():
         kept["residual"] = x * 3
 
     def second():
-        noise = torch.full((64,), 100.0) * x  # would take the residual's place, were it free
+        # This would take the residual's place in memory if that were free.
+        noise = torch.full((64,), 100.0) * x
         out.copy_(kept["residual"] + noise)
 
     backend = CPUTapeBackend()
@@ -103,7 +109,8 @@ def test_segments_of_one_capture_see_each_others_intermediates():
 
 
 def test_graphs_share_one_arena_and_survive_each_other():
-    """A larger graph runs in the smaller one's memory and the other way round (trap 7)."""
+    """A larger graph runs in the memory that a smaller one uses and the other way round, and both
+    stay right (trap 7)."""
     backend = CPUTapeBackend()
 
     def graph(n):
@@ -122,6 +129,7 @@ def test_graphs_share_one_arena_and_survive_each_other():
 
 
 def test_results_are_laid_out_by_liveness():
+    """Results that are never needed at the same time share memory."""
     storages = [_Storage(nbytes=100, born=n, last_used=n + 1) for n in range(50)]
     assert _lay_out(storages) == 2 * 128
 
@@ -129,7 +137,8 @@ def test_results_are_laid_out_by_liveness():
 @settings(max_examples=200)
 @given(data=st.data())
 def test_random_programs_replay_as_they_run(data):
-    """Programs of random operations over random earlier results, with random deaths."""
+    """Random programs replay as they run: random operations over random earlier results, which are
+    freed at random moments."""
     sizes = st.sampled_from([3, 17, 64, 300])
     inputs = [torch.rand(data.draw(sizes)) for _ in range(2)]
     steps = [
@@ -160,7 +169,7 @@ def test_random_programs_replay_as_they_run(data):
     [replay] = record(backend, lambda: out.copy_(program()))
     for tensor in inputs:
         tensor.copy_(torch.rand_like(tensor))
-    backend.arena[: backend.memory_used()].fill_(255)  # NaN
+    backend.arena[: backend.memory_used()].fill_(255)  # Bytes of 255 read as NaN.
     replay()
     assert torch.equal(out, program())
 
@@ -205,7 +214,8 @@ def test_refuses_what_a_graph_cannot_hold(what, run):
     ],
 )
 def test_every_option_of_an_operation_is_replayed(compute):
-    """An out= overload without the option (div.out knows no rounding_mode) gave other numbers."""
+    """Every option of an operation is replayed. An out= overload that lacks the option (div.out has
+    no rounding_mode) gave other numbers."""
     x, out = torch.rand(8) * 10, torch.zeros(8)
     [replay] = record(CPUTapeBackend(), lambda: out.copy_(compute(x)))
     x.copy_(torch.rand(8) * 10)
@@ -214,7 +224,8 @@ def test_every_option_of_an_operation_is_replayed(compute):
 
 
 def test_no_out_variant_loses_an_option():
-    """Over all of aten: what is called in an operation's stead takes everything it was given."""
+    """Over all operations of aten: the out= variant that is called instead of an operation takes
+    every argument that the operation was given."""
     settled = {"dtype", "layout", "device", "pin_memory", "memory_format"}
     found = 0
     for name in dir(torch.ops.aten):
@@ -246,7 +257,8 @@ def test_no_out_variant_loses_an_option():
     ],
 )
 def test_products_with_vectors(compute):
-    """torch reaches them by `unsqueeze` and `squeeze_`."""
+    """Products with vectors replay; torch computes them by way of `unsqueeze` and `squeeze_`, which
+    change a tensor's view in place."""
     x, w = torch.rand(4), torch.rand(4, 4)
     out = torch.zeros_like(compute(x, w))
     [replay] = record(CPUTapeBackend(), lambda: out.copy_(compute(x, w)))
@@ -274,13 +286,15 @@ BECOMES = {
     "data": lambda t, rest: setattr(t, "data", rest),
     "out": lambda t, rest: torch.add(rest[:1].clone(), 1, out=t.resize_(0)),
 }
-"""What makes a tensor another view, of its own memory or of other memory; each on any tensor."""
+"""Operations that make a tensor another view in place, of its own memory or of other memory; each
+can be applied to any tensor."""
 
 
 @settings(max_examples=200)
 @given(steps=st.lists(st.sampled_from([*BECOMES, "read", "write", "look"]), max_size=12))
 def test_a_tensor_may_become_another_view(steps):
-    """What was recorded before sees the tensor as it was, and what comes behind as it is."""
+    """When a tensor becomes another view, operations recorded earlier see it as it was, and
+    operations recorded later see it as it is then."""
     x, out = torch.rand(3, 4), torch.zeros(500)
 
     def program():
@@ -304,7 +318,7 @@ def test_a_tensor_may_become_another_view(steps):
     backend = CPUTapeBackend()
     [replay] = record(backend, program)
     x.copy_(torch.rand_like(x))
-    backend.arena[: backend.memory_used()].fill_(255)  # NaN
+    backend.arena[: backend.memory_used()].fill_(255)  # Bytes of 255 read as NaN.
     replay()
     replayed = out.clone()
     program()
@@ -312,7 +326,8 @@ def test_a_tensor_may_become_another_view(steps):
 
 
 def test_every_operation_that_only_changes_a_view_is_tested():
-    """torch marks them; the rest of its in-place operations compute."""
+    """`BECOMES` holds every operation that torch tags as changing only a view in place; its other
+    in-place operations compute."""
     found = set()
     for full in torch._C._dispatch_get_all_op_names():
         namespace, _, name = full.partition("::")
@@ -325,7 +340,8 @@ def test_every_operation_that_only_changes_a_view_is_tested():
 
 
 def test_a_tensor_from_before_keeps_its_address():
-    """A graph reads what it has read at capture, wherever the tensor is later."""
+    """A graph reads the address that it has read at capture, wherever the tensor's data are
+    later."""
     x, out = torch.ones(4), torch.zeros(4)
     seen = x.view(4)
     [replay] = record(CPUTapeBackend(), lambda: out.copy_(x * 2))
@@ -344,6 +360,7 @@ def test_a_tensor_from_before_keeps_its_address():
     ],
 )
 def test_refuses_what_moves_a_tensor_under_it(run):
+    """An operation that gives its argument other memory is refused at capture."""
     backend = CPUTapeBackend()
     backend.begin()
     with pytest.raises(GraphCaptureError, match="changed the size of its argument's memory"):
@@ -352,7 +369,7 @@ def test_refuses_what_moves_a_tensor_under_it(run):
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """An operation without an out variant, on a weight in oneDNN's own layout."""
+    """Run an operation without an out variant, on a weight in oneDNN's own layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -362,7 +379,8 @@ def doubling() -> torch.Tensor:
 
 
 def test_a_result_that_is_only_copied_goes_there_at_once(doubling):
-    """Also to what the operation reads."""
+    """A result that is only copied is written to the copy's target directly, also where the
+    operation reads that target."""
     x = torch.ones(4, 16)
     [replay] = record(CPUTapeBackend(), lambda: x.copy_(affine(x, doubling)))
     assert len(replay.calls) == 1
@@ -394,7 +412,8 @@ def test_a_result_that_is_read_again_is_kept(doubling, late):
 
 
 def test_a_tensor_without_an_address_is_refused_as_a_result():
-    """A constant it may be; made by the graph it would be another one at each replay."""
+    """A tensor in oneDNN's own layout has no address. It may be a constant of a graph, but as a
+    result of the graph it would be another tensor at each replay, so that is refused."""
     backend = CPUTapeBackend()
     backend.begin()
     with pytest.raises(GraphCaptureError, match="own layout"):

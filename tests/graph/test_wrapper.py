@@ -1,4 +1,5 @@
-"""The wrapper: who replays, who passes through, and what crosses a break."""
+"""The graph wrapper: which calls replay a graph, which pass through to the model, and what crosses
+a break between pieces."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 
 
 class Model:
-    """Two layers: double, attend, add; attention doubles its argument and counts its calls."""
+    """A model of two layers, each of which doubles its input, attends and adds. Attention doubles
+    its argument and records the context of each call."""
 
     def __init__(self) -> None:
         ints = torch.zeros(4, dtype=torch.int32)
@@ -97,6 +99,7 @@ def test_another_mode_passes_through(mode):
 
 
 def test_a_key_that_was_not_captured_is_an_error_not_an_eager_run():
+    """A descriptor without a captured graph raises an error and does not run eagerly unnoticed."""
     model = Model()
     wrapper = CUDAGraphWrapper(model, PIECEWISE, CPUTapeBackend())
     with (

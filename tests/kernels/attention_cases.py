@@ -1,4 +1,5 @@
-"""Random batches for the attention op in a poisoned cache, and what float64 makes of them."""
+"""Random batches for the attention op in a cache filled with poison, and the float64 results that
+are expected of them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ STALE = 2**31 - 1
 
 @dataclass
 class Case:
-    """Arguments of the op; `rows` are (tokens in the cache before the step, tokens of the step)."""
+    """Arguments of the attention op. `rows` holds for each row (tokens in the cache before the
+    step, tokens of the step)."""
 
     rows: Sequence[tuple[int, int]]
     args: dict[str, Tensor]
@@ -56,10 +58,12 @@ def make_case(
     poison: float = math.nan,
     seed: int = 0,
 ) -> Case:
-    """Random tensors; everything in the cache that no row may read is `poison`, and what no row may
-    follow in the block table leads out of all memory.
+    """Make a case of random tensors. Everything in the cache that no row may read is `poison`, and
+    block table entries that no row may follow point outside of all memory.
 
-    pad_tokens, pad_rows: behind all rows. Rows of padding are empty, and nobody may look at them.
+    pad_tokens: number of padding tokens behind those of all rows.
+    pad_rows: number of padding rows behind all rows; they are empty, and no kernel may look at
+        their lengths or blocks.
     """
     g = torch.Generator().manual_seed(seed)
     heads = num_kv_heads * group
@@ -113,7 +117,8 @@ def make_case(
 
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:
-    """out and kv_cache as they should become: float64, token by token, head by head."""
+    """Return out and kv_cache as the op should leave them, computed in float64 token by token, head
+    by head."""
     a, o = case.args, case.options
     heads, kv_heads, dim = o["num_heads"], o["num_kv_heads"], o["head_dim"]
     cache = a["kv_cache"].double().flatten(0, 1)
@@ -151,9 +156,10 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def assert_equal_to_reference(ran: Case, case: Case) -> None:
-    """`out` everywhere, every slot of the cache but those of the null block, and `qkv` as it was.
+    """Check `out` everywhere, every slot of the cache except those of the null block, and that
+    `qkv` is unchanged.
 
-    ran: a copy of `case` that the op has been run on, wherever that was.
+    ran: a copy of `case`, on any device, that the op has been run on.
     """
     out, cache = reference(case)
     args = ran.copy().args
@@ -166,7 +172,8 @@ def assert_equal_to_reference(ran: Case, case: Case) -> None:
 
 
 def with_padding_rows(case: Case, count: int, value: float) -> Case:
-    """A decode batch with `count` more rows, those of padding, whose tokens are `value`."""
+    """Return a decode batch with `count` padding rows more, each of one token whose qkv is filled
+    with `value`."""
     args, rows = dict(case.args), len(case.rows)
     null = {"qkv": value, "positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
     for name, number in null.items():

@@ -1,7 +1,9 @@
-"""Compile `sliced` for an H100, which need not be there, and print the PTX.
+"""Compile the kernel `sliced` for an H100, which need not be there, and print the PTX.
 
-In a process of its own: Triton's interpreter, where other tests run kernels without a GPU, has no
-Gluon. Arguments: K, outputs of a program, rows, ahead."""
+It is a process of its own because Triton's interpreter, in which other tests run kernels without a
+GPU, has no Gluon.
+Arguments: K, outputs of a program, rows, ahead.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ WARPS = 8
 
 
 def ptx(k: int, outputs: int, rows: int, ahead: int) -> str:
-    """Of a product without norm, bias, gate and sum, launched programmatically."""
+    """Return the PTX of a product without norm, bias, gate and sum, compiled for programmatic
+    dependent launch."""
     constants = {
         **{"bias": None, "norm": None, "K": k, "GATED": False, "ADD": False, "ROWS": rows},
         **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS, "AHEAD": ahead, "PDL": True},

@@ -1,6 +1,7 @@
-"""The CPU's attention op against a float64 reference, over random batches in a poisoned cache.
+"""The CPU's attention op against a float64 reference, over random batches in a cache filled with
+poison.
 
-Both ways that it may run: compiled, and by torch's operations as where there is no compiler.
+Both ways to run it are tested: compiled, and by torch's operations as where there is no compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tests.kernels.attention_cases import (
     with_padding_rows,
 )
 
-module = sys.modules[attention.__module__]  # the package's name for it is the function
+# In the package this name is the function and not the module.
+module = sys.modules[attention.__module__]
 
 
 def check(case: Case) -> None:
@@ -90,7 +92,7 @@ def test_long_rows_beside_short_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_decode_row_depends_on_nothing_else(dtype: torch.dtype) -> None:
-    """Bit for bit the same alone and in a batch."""
+    """A decode row's result is the same bit for bit alone and in a batch."""
     rows = [(200, 1), (31, 1), (16, 1), (5, 1)]
     together = make_case(rows, head_dim=64, block_size=16, dtype=dtype)
     out = together.copy().run(attention)
@@ -115,7 +117,8 @@ def test_the_default_dtype_does_not_matter() -> None:
 
 @pytest.mark.parametrize("rows", [[(900, 1)], [(400, 1)] * 5, [(900, 1), (2, 1)]])
 def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
-    """Enough work for several; more threads than heads, and fewer than rows."""
+    """The number of threads changes no bit: there is enough work for several, and there are more
+    threads than heads, or fewer than rows."""
     case, before, found = make_case(rows, head_dim=64), torch.get_num_threads(), []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
@@ -129,7 +132,8 @@ def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("rows", [[(5, 1), (2, 1), (0, 1)], [(5, 1), (3, 6)], [(7, 9)]])
 def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
-    """Bit for bit: null block, stale blocks, block tails and padding tokens."""
+    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks and
+    padding tokens hold."""
     for pad_rows in (0, 2):
         clean, poisoned = (
             make_case(rows, pad_tokens=3, pad_rows=pad_rows, poison=poison).run(attention)
@@ -139,7 +143,8 @@ def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]
 
 
 def test_padding_rows_write_before_they_read() -> None:
-    """A decode batch padded with rows of the null block: finite, and the real rows unmoved."""
+    """Padding rows of a decode batch, which lie in the null block, write their entry before they
+    read it: their results are finite, and those of the real rows do not change."""
     case = make_case([(5, 1), (9, 1)])
     alone = case.copy().run(attention)
     out = with_padding_rows(case, 2, 1.0).run(attention)
@@ -148,7 +153,8 @@ def test_padding_rows_write_before_they_read() -> None:
 
 
 def test_recorders_see_one_op_and_can_call_what_is_under_it() -> None:
-    """The op through the dispatcher, and the plain function: same bits."""
+    """The op called through the dispatcher is seen as one operation and gives the same bits as the
+    plain function under it."""
     seen = []
 
     class Recorder(TorchDispatchMode):

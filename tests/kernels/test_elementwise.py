@@ -1,4 +1,5 @@
-"""RMSNorm, SwiGLU's product and rows of a table, compiled and by torch, against float64."""
+"""RMSNorm, SwiGLU's product and the gather of a table's rows, compiled and by torch, against
+float64."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ from minisrv.kernels.triton_elementwise import take_rows as triton_take_rows
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-"""Half a unit of the last place, and what the arithmetic in float32 adds."""
+"""Relative tolerance: half a unit in the last place, and the error of the arithmetic in float32."""
 
 
 def both_ways(op: Any, *args: Tensor, shape: tuple[int, int], **kwargs: Any) -> Iterator[Tensor]:
-    """What the op writes to `out`, which is full of NaN before: compiled, and by torch."""
+    """Yield what the op writes to `out`, which is filled with NaN before: once compiled, and once
+    by torch."""
     for by_torch in (False, True):
         out = torch.full(shape, torch.nan, dtype=args[0].dtype)
         with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +67,8 @@ def test_silu_and_mul(dtype: torch.dtype, scale: float, rows: int, size: int, se
 
 
 def test_large_and_strange_numbers() -> None:
-    """Far gates are 0 or the gate itself; NaN and infinity come out as torch gives them."""
+    """Gates far from 0 give 0 or the gate itself, and NaN and infinity come out as torch gives
+    them."""
     gates = [-3e38, -1e4, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e4, torch.inf, torch.nan]
     gate = torch.tensor([gates])
     x = torch.cat((gate, torch.ones_like(gate)), dim=-1)
@@ -81,7 +84,8 @@ def test_large_and_strange_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
-    """Bit for bit, also where there is work for several threads."""
+    """A row is the same bit for bit alone and among others, also where there is work for several
+    threads."""
     x, weight = torch.randn(70, 1000).to(dtype), torch.randn(1000).to(dtype)
     normed, gated = torch.empty_like(x), torch.empty(70, 500, dtype=dtype)
     rms_norm(x, weight, normed, eps=1e-6)
@@ -98,7 +102,7 @@ def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", list(RELATIVE))
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1000), (256, 1024), (7, 3072), (2, 32768)])
 def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
-    """Triton's kernels, as the ops reach them, against the CPU's."""
+    """Triton's kernels, called through the ops, agree with the CPU's."""
     x, weight = torch.randn(rows, 2 * size).to(dtype), torch.randn(size).to(dtype)
     for op, direct, args, kwargs in (
         (rms_norm_op, rms_norm, (x[:, :size].contiguous(), weight), {"eps": 1e-6}),
@@ -116,7 +120,7 @@ def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1, 64, 1000, 1024, 3072])
 @pytest.mark.parametrize("by", [take_rows, triton_take_rows])
 def test_rows_of_a_table(by: Callable[..., None], size: int) -> None:
-    """Where there is a GPU, Triton's kernel runs there, and else in the interpreter."""
+    """Triton's kernel runs on the GPU where there is one, and otherwise in Triton's interpreter."""
     device = "cuda" if by is triton_take_rows and torch.cuda.is_available() else "cpu"
     table, index = torch.randn(40, size, device=device), torch.tensor([39, 0, 7, 39], device=device)
     out = torch.full((4, size), torch.nan, device=device)

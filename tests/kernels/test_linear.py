@@ -1,4 +1,5 @@
-"""Linear kernels against float64, row counts around every change of kernel, strided arguments."""
+"""Linear kernels against float64, with row counts around every change of kernel and strided
+arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def make(dtype: torch.dtype, bias: bool, inputs: int = 48) -> tuple[Tensor, Tens
 
 
 def check(linear: Linear, weight: Tensor, bias: Tensor | None, tolerance: float) -> None:
-    """Both ways to call it, for every number of rows, from memory that is not its own."""
+    """Check the call and `add_to` for every number of rows, with `x` a strided part of a larger
+    buffer."""
     generator = torch.Generator().manual_seed(1)
     for rows in ROWS:
         buffer = torch.randn(rows + 2, 3 * weight.shape[1], generator=generator).to(weight.dtype)
@@ -57,7 +59,8 @@ def test_kernels_multiply(kernel: type[Linear], dtype: torch.dtype, bias: bool) 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs", [48, 41], ids=["kernel's width", "a width it cannot read"])
 def test_int8_is_close_to_its_own_values(inputs: int, bias: bool) -> None:
-    """To the rounded weights as close as bfloat16 is; 41 columns crash torch's kernel."""
+    """The int8 product is as close to that of the rounded weights as bfloat16 is. A width of 41
+    columns, which would crash torch's kernel, must work too."""
     weight, added = make(torch.bfloat16, bias, inputs)
     scale = (weight.abs().amax(dim=1).float() / 127).bfloat16().double()[:, None]
     rounded = (weight.double() / scale).round() * scale
@@ -75,7 +78,8 @@ def test_int8_keeps_rows_of_zeros() -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_does_not_depend_on_the_others(int8: bool) -> None:
-    """At one number of rows, which is what padding changes nothing of."""
+    """For a fixed number of rows, which padding keeps fixed, a row's result is the same bit for bit
+    whatever the other rows hold."""
     weight, _ = make(torch.bfloat16, False)
     linear = lay_out(weight, None, int8=int8)
     for rows in ROWS[1:]:
@@ -91,6 +95,7 @@ def test_a_row_does_not_depend_on_the_others(int8: bool) -> None:
 def test_old_gpus_have_no_kernels_for_few_rows(
     capability: tuple[int, int], kind: type[Linear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A GPU below compute capability 8.0 gets torch's matmul and none of the Triton kernels."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         weight = torch.empty(4, 4, device="cuda", dtype=torch.float16)

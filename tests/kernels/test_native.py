@@ -1,4 +1,5 @@
-"""The C kernels: compiled once, kept, and done without where they cannot be had."""
+"""The C kernels: compiled once and kept, and replaced by torch's operations where they cannot be
+had."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ HAS_COMPILER = shutil.which(os.environ.get("CC", "cc")) is not None
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache directory, and nothing loaded."""
+    """Provide an empty cache directory, with no library loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.cache_clear()
     yield tmp_path / "minisrv"
@@ -88,7 +89,8 @@ def test_a_compiler_that_speaks_latin_1(
 
 @pytest.fixture(scope="module")
 def library() -> bytes:
-    """What the compiler makes, once for all tests that are not about compiling."""
+    """The library that the compiler makes, compiled once for all tests that are not about
+    compiling."""
     compiler = module._compiler()
     assert compiler is not None
     return module._compile(compiler, [*module.FLAGS, *module._vector_flags()])
@@ -96,7 +98,7 @@ def library() -> bytes:
 
 @pytest.fixture
 def compiled(library: bytes, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """As often as it would have been compiled."""
+    """Stand in for the compiler; the list grows by one entry each time that it would have run."""
     times: list[bytes] = []
 
     def compile_at_once(compiler: list[str], flags: list[str]) -> bytes:
@@ -116,7 +118,7 @@ def test_a_library_that_is_not_trusted_is_compiled_again(
     [kept] = fresh.iterdir()
     spoil, reason = DAMAGE[damage]
     spoil(kept)
-    for _ in range(2):  # once is enough
+    for _ in range(2):  # Compiling it again once is enough.
         native.cache_clear()
         found = native()
         assert found is not None
@@ -128,7 +130,8 @@ def test_a_library_that_is_not_trusted_is_compiled_again(
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
 def test_a_library_that_was_cut_off_stops_no_start(fresh: Path) -> None:
-    """A real one, in processes of their own: some of its pages are not there when they are run."""
+    """A library file that was cut off is compiled again, in processes of their own: running code
+    whose pages are missing from the file would kill the process."""
     program = "import torch; from minisrv.kernels.native import native; assert native()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     [kept] = fresh.iterdir()
@@ -142,7 +145,8 @@ def test_a_library_that_was_cut_off_stops_no_start(fresh: Path) -> None:
 def test_a_library_for_another_machine_is_compiled_again(
     fresh: Path, compiled: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whole, and not to be loaded: a home may be shared by machines with other C libraries."""
+    """A file that is whole but cannot be loaded is compiled again: a home directory may be shared
+    by machines with other C libraries."""
     assert native() is not None
     [path] = fresh.iterdir()
     keep(path, b"no library at all")
@@ -167,13 +171,14 @@ def test_a_compiler_that_cannot_be(name: str, fresh: Path, monkeypatch: pytest.M
 def test_the_working_directory_holds_no_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which an empty item of PATH means, and what a compiler starts is not looked for there."""
+    """No compiler is looked for in the working directory, which an empty item of PATH stands for,
+    and what a compiler starts is not looked for there either."""
     executable(tmp_path / "cc", "#!/bin/sh\nexit 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f":.:{tmp_path / 'missing'}")
     monkeypatch.delenv("CC", raising=False)
     assert module._compiler() is None
-    monkeypatch.setenv("CC", "./cc -O1")  # as it was asked for
+    monkeypatch.setenv("CC", "./cc -O1")  # It is used if it was asked for by this path.
     assert module._compiler() == [str(tmp_path / "cc"), "-O1"]
     assert module._run(["/bin/pwd"]) == "/\n"
 
@@ -188,7 +193,8 @@ def test_without_a_cache_it_is_compiled_at_each_start(
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    """A container may run as a user that no file knows, and on a disk that is read-only or full."""
+    """Without a usable cache the library is compiled at each start: a container may run as a user
+    without an entry in the user database, or on a disk that is read-only or full."""
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,5 @@
-"""Programmatic dependent launch: the edges that a capture gets, and that it changes no bit."""
+"""Programmatic dependent launch: a capture gets edges of that type, and no bit of the results
+changes."""
 
 from __future__ import annotations
 
@@ -17,15 +18,18 @@ from minisrv.kernels.linear import Norm, lay_out
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, BLOCK, LAYERS, VOCAB = 8, 4, 64, 512, 16, 6, 100
 INTERMEDIATE = 4608
-"""At 64 rows gate and up are cuBLAS's, between kernels that are launched programmatically."""
+"""A width at which, with 64 rows, cuBLAS computes the gate and up product, between kernels that are
+launched programmatically."""
 PROGRAMMATIC = 1
-"""cudaGraphDependencyTypeProgrammatic."""
+"""The value of cudaGraphDependencyTypeProgrammatic."""
 
 
 class Chain:
-    """A decode step up to its last layer, as it is launched, of `rows` requests of random lengths.
+    """The kernels of a decode step up to its last layer, launched as in a model, for `rows`
+    requests of random lengths.
 
-    state: of the slots, what the step gathers its inputs from. inputs: what it gathers.
+    state: the tensors by slot from which the step gathers its inputs.
+    inputs: the tensors that it gathers.
     """
 
     def __init__(self, rows: int, capacity: int) -> None:
@@ -66,7 +70,7 @@ class Chain:
         self.draw_state()
 
     def draw_state(self) -> None:
-        """Other lengths, tokens and blocks."""
+        """Draw other lengths, tokens and blocks."""
         g, blocks = self.g, self.slot_blocks.shape[1]
         draw = partial(torch.randint, generator=g, device="cuda")
         self.next_position[1:] = draw(0, self.capacity, (self.rows,))
@@ -75,7 +79,8 @@ class Chain:
         self.slot_blocks[1:] = order.view(self.rows, blocks)
 
     def poison(self) -> None:
-        """Inputs and results are those of no step: who reads one too early finds another."""
+        """Fill inputs and results with values of no step, so that a kernel that reads one too early
+        gives another result."""
         for tensor in (self.residual, self.qkv, self.out, self.gated):
             tensor.fill_(torch.nan)
         for tensor in self.inputs:
@@ -121,7 +126,8 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def edge_types(graph: torch.cuda.CUDAGraph) -> list[int]:
-    """By CUDA's runtime: a dependency's type is byte 2 of its `cudaGraphEdgeData`."""
+    """Return the types of the graph's edges from CUDA's runtime: a dependency's type is byte 2 of
+    its `cudaGraphEdgeData`."""
     runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).split('.')[0]}")
     handle, number = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t(0)
     assert runtime.cudaGraphGetEdges(handle, None, None, None, ctypes.byref(number)) == 0
@@ -138,6 +144,9 @@ def test_the_captured_edges_are_programmatic(rows: int) -> None:
 
 
 def test_a_chain_may_hold_cublas() -> None:
+    """At 64 rows the gate and up product has no tile and is cuBLAS's, so the tests at that size
+    cover a library kernel between programmatic launches."""
+
     def of(rows: int, n: int, k: int, *, gated: bool = False) -> object:
         return tiles.tile(rows, n, k, 2, gated=gated, add=not gated)
 

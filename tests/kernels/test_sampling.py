@@ -1,4 +1,5 @@
-"""Sampling: the noise is noise, the filters keep what they should, and rows do not meet."""
+"""Sampling: the noise is distributed as it should be, the filters keep the right tokens, and rows
+do not influence each other."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ VOCAB = 64
 
 
 def parameters(slots: int, **given: object) -> dict[str, torch.Tensor]:
-    """Per-slot parameters, all rows alike unless a list is given."""
+    """Make per-slot parameters, the same for all rows unless a list is given."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     integers = {"top_k", "seed"}
     return {
@@ -37,7 +38,7 @@ def test_greedy_is_argmax_and_ignores_the_filters():
 
 
 def test_samples_follow_the_softmax():
-    """A chi-squared test with a fixed outcome: 20,000 positions of one request."""
+    """A chi-squared test with a fixed outcome over 20,000 positions of one request."""
     count, vocab = 20_000, 8
     logits = torch.tensor([3.0, 2.5, 2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
     found = draw(logits.expand(count, vocab), torch.arange(count), temperature=1.3, seed=5)
@@ -63,6 +64,8 @@ def test_noise_is_standard_gumbel_and_uncorrelated():
 
 
 def test_positions_are_no_permutations_of_each_other():
+    """The noise of different positions consists of different numbers, and not of the same ones in
+    another order."""
     noise = gumbel_noise(torch.zeros(200, dtype=torch.int64), torch.arange(200), 512)
     shared = len(noise.flatten().unique())
     assert shared > 0.98 * noise.numel()
@@ -77,7 +80,8 @@ def test_every_seed_is_usable_and_its_own(seed):
 
 
 def test_a_row_does_not_depend_on_the_batch():
-    """Seed 5898 and 17524 of vllm: the same request beside others gave other tokens."""
+    """A sampled row is the same alone and in a batch (vllm#5898 and vllm#17524: the same request
+    beside others gave other tokens)."""
     torch.manual_seed(0)
     logits = torch.randn(9, VOCAB)
     mixed = {
@@ -117,11 +121,11 @@ PROBS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
         ({"top_p": 1e-6}, [1]),
         ({"min_p": 0.3}, [1, 3, 4]),
         ({"min_p": 1.0}, [1]),
-        # top-p over what top-k leaves, renormalised: 0.4 / 0.7 is less than 0.6
+        # Top-p works on what top-k leaves, renormalised: 0.4 / 0.7 is less than 0.6.
         ({"top_k": 2, "top_p": 0.5}, [1]),
         ({"top_k": 2, "top_p": 0.6}, [1, 3]),
         ({"top_p": 0.75, "min_p": 0.5}, [1, 3]),
-        # the temperature comes first: it flattens what the filters see
+        # The temperature comes first: it flattens the distribution that the filters see.
         ({"temperature": 2.0, "min_p": 0.4}, [0, 1, 3, 4]),
     ],
 )
@@ -142,7 +146,8 @@ def test_half_precision_logits_are_sampled_in_float32():
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-12, 9e-6])
 def test_a_temperature_close_to_zero_is_greedy(temperature):
-    """Dividing by it gave infinities, their differences NaN, and token 0."""
+    """A temperature close to 0 is treated as greedy. Dividing by it gave infinities, their
+    differences gave NaN, and those token 0."""
     logits = torch.randn(3, VOCAB) * 20
     assert torch.equal(draw(logits, torch.arange(3), temperature=temperature), logits.argmax(-1))
 
@@ -157,8 +162,8 @@ def test_the_smallest_real_temperature_samples_finite_scores():
 
 
 def test_filters_of_a_neighbour_change_nothing():
-    """A float32 sum of the most likely tokens reaches 1 before the last of them: a row with
-    top_p 1 lost its tail when a row beside it was filtered."""
+    """A row with top_p 1 keeps all its tokens beside a row that is filtered. A float32 sum of the
+    most likely tokens reaches 1 before the last of them, so such a row lost its tail."""
     torch.manual_seed(0)
     logits = torch.randn(1, 4096) * 3
     assert kept(logits) == [list(range(4096))]

@@ -1,5 +1,5 @@
-"""A step's bookkeeping on CUDA: what the CPU does. In Triton's interpreter without a GPU, and on
-one."""
+"""The bookkeeping of a step on CUDA does what the CPU's does, in Triton's interpreter without a GPU
+and on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ DEVICES = pytest.mark.parametrize(
 @DEVICES
 @pytest.mark.parametrize("number", [1, 255, 256, 700])
 def test_values_go_to_their_places(device: str, number: int) -> None:
-    """Every kind, in order and by place, long beside short and empty; nothing else is written."""
+    """Values of every kind are written, in order or by index, long beside short and empty, and
+    nothing else is written."""
     draw = np.random.default_rng(number)
     large = np.array([2**62 + 1, -(2**62), -1], np.int64)
     places = draw.permutation(1000)[:number].astype(np.int64)
@@ -60,8 +61,8 @@ def test_values_go_to_their_places(device: str, number: int) -> None:
 def test_what_lies_by_slot_is_gathered(
     device: str, decodes: int, lengths: list[int], padding: int
 ) -> None:
-    """Decodes, chunks behind histories, empty rows and padding tokens; of a block table as much as
-    is in use."""
+    """The inputs of a mixed step are gathered for decodes, chunks behind histories, empty rows and
+    padding tokens; of a block table as many entries as are in use."""
     lengths = [1] * decodes + lengths
     empty = 2 if padding else 0
     tokens, rows = sum(lengths), len(lengths) + empty

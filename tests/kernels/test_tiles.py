@@ -1,4 +1,5 @@
-"""The tiles of all shapes: powers of two, no work left out, and what an SM has room for."""
+"""The tiles that are chosen for all shapes: their sizes are powers of two, no work is left out, and
+an SM has room for them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from minisrv.model_config import ModelConfig
 from minisrv.plan import projections
 
 SHARED_BYTES = 227 * 1024
-"""Of an H100's SM, for one program."""
+"""Shared memory in bytes that one program may use on an SM of an H100."""
 
 WIDTHS = [1, 7, 16, 64, 150, 896, 1024, 2048, 3072, 4096, 8192, 14336, 32768]
 OUTPUTS = [1, 16, 64, 1024, 2048, 3072, 4096, 6144, 12288, 28672, 151936]
@@ -58,7 +59,7 @@ def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool)
             assert power_of_2(found.splits)
             assert found.splits * found.depth <= max(k, found.depth), "no split is empty"
             stage = (matrices * found.outputs + max(16, padded)) * found.depth * itemsize
-            # Triton takes one more where x goes to tensor cores as it is.
+            # Triton needs one stage more where x goes to the tensor cores unchanged.
             assert (found.stages + (not gated)) * stage <= SHARED_BYTES
         if isinstance(found, SlicedTile):
             assert itemsize == 2
@@ -69,6 +70,8 @@ def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool)
 
 @pytest.mark.parametrize("rows", [0, RUNGS[-1] + 1])
 def test_no_rows_and_many_are_the_library_s(rows: int) -> None:
+    """No rows, and more rows than the largest size with a tile, are left to the library's
+    product."""
     for itemsize, outputs, k in product((2, 4), OUTPUTS, WIDTHS):
         assert tile(rows, outputs, k, itemsize, gated=False, add=False) is None
 
@@ -80,12 +83,15 @@ def test_registers_are_those_of_the_padded_rows() -> None:
 
 
 def test_measured_shapes_come_before_the_rules() -> None:
+    """A shape whose best tile was measured gets that one for elements of 2 bytes, and not for
+    elements of 4 bytes."""
     for (rows, n, k, gated, add), measured in MEASURED.items():
         assert tile(rows, n, k, 2, gated=gated, add=add) == measured
         assert tile(rows, n, k, 4, gated=gated, add=add) != measured
 
 
 def test_the_plan_shows_them() -> None:
+    """The table of `plan` shows the tile of each product and range of rows."""
     path = Path(__file__).parents[2] / "benchmarks/configs/qwen3-0.6b/config.json"
     table = projections(ModelConfig.from_hf(json.loads(path.read_text())), 2)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))

@@ -45,7 +45,7 @@ def _as_many_splits_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(case: Case) -> Case:
-    """A copy of the case, there, after the op."""
+    """Return a copy of the case, on the tested device, that the op has been run on."""
     ran = case.copy(DEVICE)
     ran.run(attention)
     return ran
@@ -99,14 +99,16 @@ def test_edges(rows: list[tuple[int, int]], pad_tokens: int, pad_rows: int) -> N
 
 
 def test_as_many_tokens_as_rows_are_not_one_each() -> None:
-    """A batch that a graph holds has empty rows, so only `max_query_len` tells."""
+    """A batch with as many tokens as rows need not have one token in each: a batch that a graph
+    holds may have empty rows, so only `max_query_len` tells."""
     case = make_case([(9, 3), (4, 1)], pad_rows=2)
     assert len(case.args["positions"]) == len(case.args["seq_lens"])
     check(case)
 
 
 def test_the_last_split_may_be_empty_or_not_full() -> None:
-    """Every length up to a few tiles, in four splits (a row in a pool of one SM)."""
+    """The last split of a row may be empty or partly filled: every length up to a few tiles is
+    tested in four splits, as for one row on a GPU of one SM."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "multiprocessors", lambda _: 1)
         patch.setattr(module, "MAX_KEYS", 16)
@@ -117,7 +119,8 @@ def test_the_last_split_may_be_empty_or_not_full() -> None:
 @pytest.mark.parametrize("group", [1, 7, 16, 17, 40])
 @pytest.mark.parametrize("rows", [[(300, 1), (20, 1)], [(70, 20), (0, 1)]], ids=["decode", "mixed"])
 def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:
-    """More query heads than a tile of queries holds, and groups that do not fill one."""
+    """A group may have more query heads than a tile of queries holds, and groups need not fill a
+    tile."""
     check(make_case(rows, num_kv_heads=1, group=group, head_dim=256, block_size=16))
 
 
@@ -125,7 +128,8 @@ def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:
     "rows", [[(5, 1), (2, 1), (0, 1)], [(200, 1), (150, 1)], [(5, 1), (3, 6)], [(7, 9), (140, 2)]]
 )
 def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
-    """Bit for bit: null block, stale blocks, block tails and padding tokens."""
+    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks and
+    padding tokens hold."""
     for padding in ({}, {"pad_tokens": 3}, {"pad_tokens": 3, "pad_rows": 2}):
         clean, *poisoned = (
             bits_of(make_case(rows, poison=poison, **padding))
@@ -135,7 +139,8 @@ def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]
 
 
 def test_nan_stays_in_padding_rows() -> None:
-    """Decode rows of the null block: finite if their tokens are, and the real ones unmoved."""
+    """Padding rows of a decode batch, which lie in the null block, are finite if their tokens are;
+    NaN in them does not reach the real rows."""
     case = make_case([(5, 1), (150, 1)])
     clean, poisoned = (with_padding_rows(case, 2, value) for value in (1.0, math.nan))
     assert run(clean).args["out"].isfinite().all()
@@ -148,7 +153,8 @@ def test_nan_stays_in_padding_rows() -> None:
     "rows", [[(200, 1), (31, 1), (16, 1)], [(40, 5), (0, 40), (9, 1)]], ids=["decode", "mixed"]
 )
 def test_a_row_depends_on_no_other(rows: list[tuple[int, int]]) -> None:
-    """Bit for bit, whatever the others hold, NaN and another length included."""
+    """A row is the same bit for bit whatever the other rows hold, also if they hold NaN or have
+    other lengths."""
     case = make_case(rows, head_dim=64, block_size=16)
     others = make_case([(7, n) for _, n in rows], head_dim=64, block_size=16, seed=1, poison=0.0)
     starts = case.args["query_start_loc"].tolist()
@@ -164,7 +170,8 @@ def test_a_row_depends_on_no_other(rows: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_ways_agree(dtype: torch.dtype) -> None:
-    """One token a row, alone and beside padding, which goes the way of mixed batches."""
+    """Rows of one token each give the same results by the decode kernels and, with a padding token
+    beside them, by the kernels for mixed batches."""
     rows = [(300, 1), (17, 1), (0, 1)]
     case = make_case(rows, head_dim=128, block_size=16, dtype=dtype)
     padded = case.copy()
@@ -181,6 +188,8 @@ def test_both_ways_agree(dtype: torch.dtype) -> None:
 
 
 def test_splits_follow_from_shapes() -> None:
+    """The number of splits depends only on shapes and on the GPU, so that capture and replay
+    agree."""
     few, many = DECODE_FEW.programs_per_sm * H100_SMS, DECODE_MANY.programs_per_sm * H100_SMS
     assert num_splits(8, 4096 // 128, few) == 32, "no share under 128 keys"
     assert num_splits(8, 40960 // 128, few) == 32
@@ -192,7 +201,7 @@ def test_splits_follow_from_shapes() -> None:
 
 
 def test_triton_is_imported_by_cuda_tensors_only() -> None:
-    """An engine on a CPU starts without it, also where it is installed."""
+    """An engine on a CPU starts without importing Triton, also where it is installed."""
     code = "import sys, minisrv.kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -214,7 +223,7 @@ MORE = [(64, 4), (128, 1), (128, 2), (128, 8), (256, 2)]
     ],
 )
 def test_models(head_dim: int, group: int, dtype: torch.dtype) -> None:
-    """Decode, split and not, and mixed batches, in models' shapes."""
+    """Decode batches, with splits and without, and mixed batches, in the shapes of models."""
     shape = {"head_dim": head_dim, "group": group, "block_size": 16, "dtype": dtype}
     check(make_case([(3999, 1), (1, 1), (800, 1)], **shape))
     check(make_case([(n % 97 + n, 1) for n in range(256)], num_kv_heads=3, **shape))
@@ -246,15 +255,15 @@ def test_through_the_dispatcher(dtype: torch.dtype) -> None:
 def test_captured_at_one_length_replays_at_others(
     rows: list[tuple[int, int]], padding: dict[str, int]
 ) -> None:
-    """Captured on the null block alone: nothing of a length is frozen. The host waits for nothing,
-    as a capture would not allow it."""
+    """A graph captured on the null block alone is right for other lengths: nothing that depends on
+    a length is frozen. The host never waits for the GPU, which a capture would not allow."""
     case = make_case(rows, head_dim=128, block_size=16, dtype=torch.bfloat16, **padding)
     eager = run(case)
     static = case.copy(DEVICE)
     null = {"positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
     for name, value in null.items():
         static.args[name].fill_(value)
-    if padding:  # every row is empty
+    if padding:  # Every row is empty at the capture.
         static.args["query_start_loc"].fill_(0)
     static.run(attention)
     graph = torch.cuda.CUDAGraph()
@@ -262,7 +271,7 @@ def test_captured_at_one_length_replays_at_others(
         static.run(attention)
     for name, value in case.args.items():
         static.args[name].copy_(value)
-    for _ in range(2):  # what the first left in partial results is not the second's
+    for _ in range(2):  # The partial results that the first replay left must not reach the second.
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(
@@ -273,7 +282,7 @@ def test_captured_at_one_length_replays_at_others(
 
 @gpu
 def test_addresses_beyond_32_bits() -> None:
-    """A cache of more than 2^31 elements; the row lies at its end."""
+    """Addresses are right in a cache of more than 2^31 elements; the row lies at its end."""
     case = make_case([(40, 1)], num_kv_heads=8, head_dim=128, block_size=16, dtype=torch.bfloat16)
     small, used = case.args["kv_cache"], len(case.args["kv_cache"])
     blocks = 2**31 // small[0].numel() + used

@@ -1,4 +1,4 @@
-"""Products of a few rows, in Triton: against float64, in the interpreter or on a GPU."""
+"""Products of a few rows, in Triton, against float64, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from tests.kernels.compile_sliced import WARPS
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-"""The interpreter multiplies bfloat16 wrongly: products by tensor cores need a GPU for it."""
+"""Relative tolerances. The interpreter multiplies bfloat16 wrongly, so products by tensor cores
+need a GPU for it."""
 EPS = 1e-5
 
 
 def draw(n: int, k: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
-    """x [rows, k], weight [n, k], bias [n], norm [k], residual [rows, n]."""
+    """Return x [rows, k], weight [n, k], bias [n], norm [k], residual [rows, n]."""
     g = torch.Generator().manual_seed(n + k)
     shapes = ((rows, k), (n, k), (n,), (k,), (rows, n))
     drawn = [torch.randn(shape, generator=g) for shape in shapes]
@@ -38,7 +39,7 @@ def draw(n: int, k: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
 def expect(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, gated: bool
 ) -> Tensor:
-    """float64."""
+    """Return the expected product in float64."""
     wide = x.double()
     if norm is not None:
         wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + EPS) * norm.double()
@@ -52,7 +53,10 @@ def expect(
 
 
 def check(tile: Tile, dtype: torch.dtype, n: int, k: int, rows: int, kind: str) -> None:
-    """kind: what lies beside the product, of gated, add, norm and bias."""
+    """Check one product with the given tile.
+
+    kind: words that say what belongs to the product besides: gated, add, norm and bias.
+    """
     gated = "gated" in kind
     x, weight, bias, norm, out = draw(2 * n if gated else n, k, dtype, rows)
     out = out[:, :n].contiguous()
@@ -74,13 +78,14 @@ KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bia
 @pytest.mark.parametrize("dtype", list(RELATIVE), ids=str)
 @pytest.mark.parametrize(("n", "k"), [(5, 7), (64, 64), (33, 150)])
 def test_gemv(n: int, k: int, dtype: torch.dtype, kind: str) -> None:
-    """Rows of the weight that are one tile, or several, the last one not full."""
+    """The weight's rows are one tile of depth, or several, of which the last is not full."""
     tile = GemvTile(outputs=2, depth=64, warps=4)
     check(tile, dtype, n, k, 1, kind)
 
 
 SLICED = [(5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)]
-"""Slices that are empty, full, and several of a warp's; rows of two programs."""
+"""(n, k, rows) for which slices are empty, full, or several for a warp, and for which two programs
+share the rows."""
 
 
 @pytest.mark.gpu
@@ -96,8 +101,8 @@ def test_sliced(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, ahead:
 @pytest.mark.parametrize("rows", [8, 32])
 @pytest.mark.parametrize(("k", "outputs", "ahead"), [(1024, 32, 2), (8192, 16, 4)])
 def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, rows: int) -> None:
-    """16 bytes a load, what is ahead before the wait, and no shared memory between a load and its
-    product."""
+    """The compiled kernel loads 16 bytes at a time, loads what is `ahead` before it waits for the
+    kernel in front, and uses no shared memory between a load and its product."""
     script, arguments = Path(__file__).with_name("compile_sliced.py"), (k, outputs, rows, ahead)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, script, *map(str, arguments)]
@@ -105,7 +110,7 @@ def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, r
         command, env=environment, check=True, capture_output=True, text=True
     ).stdout
     before, after = code.split("griddepcontrol.wait")
-    part = outputs // 8 * 2  # loads of a thread, of 8 elements each
+    part = outputs // 8 * 2  # Number of loads of a thread, of 8 elements each.
     assert before.count("ld.global.v4.b32") == before.count("ld.global") == ahead * part
     parts = k // (WARPS * SLICE)
     expected = (parts - ahead) * part + parts * rows // 8 * 2
@@ -121,7 +126,7 @@ def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, r
 )
 @pytest.mark.parametrize(("n", "k", "rows"), [(5, 17, 3), (64, 96, 16), (33, 150, 17)])
 def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: int) -> None:
-    """Fewer columns than splits among them: a split may have none."""
+    """Some products have fewer columns than their splits cover, so that a split may be empty."""
     tile = TallTile(outputs=16, depth=32, warps=1, stages=2, splits=splits)
     check(tile, dtype, n, k, rows, kind)
 
@@ -130,7 +135,7 @@ def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: 
 @pytest.mark.parametrize("rows", sorted({*RUNGS, *(rung + 1 for rung in RUNGS)}))
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (15192, 1024)])
 def test_a_laid_out_weight(n: int, k: int, rows: int) -> None:
-    """Whoever multiplies, with the tile that it chooses."""
+    """A weight laid out by `lay_out` gives right products, whichever kernel and tile it chooses."""
     x, weight, bias, weights, _ = draw(n, k, torch.bfloat16, rows)
     linear, norm = lay_out(weight, bias), Norm(weights, EPS)
 

@@ -1,4 +1,5 @@
-"""Sampling on CUDA: the CPU's tokens. In Triton's interpreter without a GPU, and on one."""
+"""Sampling on CUDA gives the tokens of the CPU, in Triton's interpreter without a GPU and on a
+GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "seed")
 def make(
     rows: int, vocab: int, *, dtype: torch.dtype, ties: bool, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and parameters of `rows` slots behind the null slot: every kind of row by turns."""
+    """Make logits, and the parameters of `rows` slots behind the null slot, with random
+    combinations of every kind."""
     g = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(rows, vocab, generator=g)
     if ties:
@@ -59,7 +61,8 @@ def make(
 def test_a_bitmask_drops_what_the_cpu_drops_and_is_whole_again(
     device: str, dtype: torch.dtype, vocab: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows with a mask between rows without; rows beyond those of the logits are not touched."""
+    """Rows with a mask between rows without one are right, and mask rows beyond those of the logits
+    are not touched."""
     monkeypatch.setattr(triton_sampling, "blocks_of", lambda rows, vocab: blocks)
     g = torch.Generator().manual_seed(vocab)
     logits = torch.randn(5, vocab, generator=g).to(dtype)
@@ -115,7 +118,8 @@ def test_more_rows_have_larger_parts() -> None:
 def test_a_gpu_gives_the_tokens_of_the_cpu(
     rows: int, vocab: int, dtype: torch.dtype, ties: bool
 ) -> None:
-    """But for one in a thousand, where `log`, `exp` and the order of a sum decide."""
+    """The tokens may differ in one row of a thousand, where the last bits of `log`, `exp` or a sum
+    in another order decide."""
     differing = total = 0
     for seed in range(4):
         logits, given_ = make(rows, vocab, dtype=dtype, ties=ties, seed=seed)
@@ -129,6 +133,8 @@ def test_a_gpu_gives_the_tokens_of_the_cpu(
 
 @pytest.mark.gpu
 def test_a_graph_follows_its_parameters_and_nobody_waits() -> None:
+    """A captured graph samples by the parameters of each replay, and the host never waits for the
+    GPU."""
     logits, given_ = make(8, 5000, dtype=torch.bfloat16, ties=False, seed=1)
     logits = logits.cuda()
     there = {name: tensor.cuda() for name, tensor in given_.items()}

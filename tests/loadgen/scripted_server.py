@@ -1,7 +1,7 @@
 """A scripted OpenAI-compatible server for the load generator's tests; it computes nothing.
 
 `ScriptedServer(script)` answers each POST by the steps `script(number, body)` returns: bytes are
-written, `Status` answers instead of a stream, `Wait` waits for an event, `DROP` cuts the
+written, `Status` answers instead of a stream, `Wait` waits for other requests, `DROP` cuts the
 connection. It runs on a thread of its own, so that subprocesses can reach it too.
 """
 
@@ -26,9 +26,9 @@ class Status:
 
 @dataclass
 class Wait:
-    """Until `count` requests have reached this same step, or for ever if they never do.
+    """A step that waits until `count` requests have reached it, or for ever if they never do.
 
-    `reached` tells the test's own thread that `seen` requests are here.
+    `reached` is set when `seen` requests have reached it, for the test's own thread.
     """
 
     count: int
@@ -58,7 +58,7 @@ def usage(completion: int, prompt: int = 4, cached: int | None = None) -> bytes:
 
 
 def answer(tokens: int, per_chunk: int = 1) -> list[Step]:
-    """A well-behaved stream of `tokens` tokens."""
+    """Return the steps of a well-behaved stream of `tokens` tokens."""
     texts = ["t" * min(per_chunk, tokens - start) for start in range(0, tokens, per_chunk)]
     return [*(chunk(text) for text in texts), chunk("", "length"), usage(tokens), DONE]
 

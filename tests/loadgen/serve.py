@@ -1,7 +1,7 @@
 """A scripted server as a process: `serve.py NAME DIRECTORY [options] --host HOST --port PORT`.
 
-It appends [NAME, body] of each request to DIRECTORY/requests, a line each, and its own pid and that
-of a child that does not end by itself to DIRECTORY/pids. Used by test_loadgen_ab.
+It appends a line [NAME, body] for each request to DIRECTORY/requests, and its own pid and that of a
+child that does not end by itself to DIRECTORY/pids. It is used by test_loadgen_ab.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def main() -> None:
 
 
 def chunk(token: int | None, with_ids: bool = False) -> bytes:
-    """One token, or the end. Tokens above 100 have the same text as those below."""
+    """Return the event of one token, or of the end if `token` is None. Tokens above 100 have the
+    same text as those below."""
     choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
     if token is not None:
         choice |= {"text": chr(ord("a") + token % 100), "finish_reason": None}

@@ -1,4 +1,5 @@
-"""`loadgen ab` as a user runs it: real server processes, scripted, and at the end minisrv's."""
+"""`loadgen ab` as a user runs it: real server processes, most of them scripted, and at the end
+minisrv's."""
 
 import json
 import os
@@ -28,7 +29,8 @@ HEEDS_SIGNALS = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGHUP)]; "
 )
-"""Who runs the tests, in the background or under nohup, may ignore them, and so would a child."""
+"""Code that restores the handling of signals: a test run in the background or under nohup may
+ignore them, and a child would inherit that."""
 SUPERVISOR = Path(loadgen.__file__).with_name("supervisor.py")
 SERVE = Path(__file__).with_name("serve.py")
 QUICK = (
@@ -38,13 +40,14 @@ QUICK = (
 
 
 class Bench:
-    """The directory that two scripted servers write to, and the command that compares them."""
+    """The directory that two scripted servers write to, and the command that compares the
+    servers."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def start(self, a: str, b: str, *arguments: str, code: str = MAIN) -> subprocess.Popen[str]:
-        """`a` and `b` are options of the servers."""
+        """Start the command; `a` and `b` are options of the two servers."""
         commands = [
             shlex.join([sys.executable, str(SERVE), name, str(self.directory)]) + f" {options}"
             for name, options in (("a", a), ("b", b))
@@ -59,7 +62,8 @@ class Bench:
         )
 
     def run(self, a: str, b: str, *arguments: str, code: str = MAIN) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr); nothing that was started is left."""
+        """Run the command, check that nothing it started is left, and return (exit status, stdout,
+        stderr)."""
         process = self.start(a, b, *arguments, code=code)
         stdout, stderr = process.communicate(timeout=120)
         assert "Traceback" not in stderr
@@ -73,14 +77,14 @@ class Bench:
         return [(name, body) for name, body in map(json.loads, lines)]
 
     def alive(self) -> list[int]:
-        """The servers and their children that still run."""
+        """Return the ids of the servers and of their children that still run."""
         path = self.directory / "pids"
         pids = path.read_text().split() if path.exists() else []
         return [int(pid) for pid in pids if state(pid) not in "ZX"]
 
 
 def state(pid: str) -> str:
-    """A process's state, Z for a zombie; X if it is gone."""
+    """Return a process's state: Z for a zombie, X if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -110,7 +114,8 @@ def test_a_stderr_that_nobody_reads_ends_nothing(bench: Bench) -> None:
 
 
 def test_a_server_whose_log_is_gone(tmp_path: Path) -> None:
-    """Directories for temporary files are cleared while long runs go on."""
+    """A server's end is reported although its log was deleted: directories for temporary files are
+    cleared while long runs go on."""
     log = tmp_path / "a.log"
     command = shlex.join([sys.executable, "-c", "import sys; sys.exit(3)"])
     with Server("a", command, log) as server:
@@ -128,7 +133,8 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path) -> None:
-    """Fails if a server sees a prompt twice, if a pair's prompts differ, or in another order."""
+    """The runs are in the order A, B, B, A. The test fails if a server sees a prompt twice, if the
+    prompts of a pair of runs differ, or if the order is another one."""
     out, plot = tmp_path / "out.json", tmp_path / "out.svg"
     status, stdout, stderr = bench.run(
         *("", ""),
@@ -165,7 +171,7 @@ def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path
     for level in report["levels"]:
         assert (level["answers"], level["same_answers"]) == (12, 12)
         assert len(level["pairs"]) == 4
-        # These answers come in one read, without gaps to speak of.
+        # These answers come in one read, so there are no gaps that could be measured.
         assert set(level["metrics"]) - {"ITL p50 ms"} == {"TTFT p50 ms", "tok/s"}
         for metric in level["metrics"].values():
             for spread in metric.values():
@@ -182,7 +188,7 @@ def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "arguments", "unit"),
     [
-        ("--token 107", (), "token 3"),  # of the same text: only ids tell
+        ("--token 107", (), "token 3"),  # The texts are the same, and only the token ids differ.
         ("--token 8 --no-ids", (), "character 3"),
         ("--token 8", ("--no-return-token-ids",), "character 3"),
     ],
@@ -193,7 +199,7 @@ def test_answers_that_differ_are_counted(
     out = tmp_path / "out.json"
     status, stdout, stderr = bench.run("", options, *arguments, "--warmup", "0", "--json", str(out))
     odd = sum(body["prompt"][0] % 2 for name, body in bench.requests if name == "b")
-    assert 0 < odd < 6  # of this seed
+    assert 0 < odd < 6  # This holds for the seed in use.
     assert status == 0, stderr
     assert f"{odd} of 6 answers differ, from {unit}" in stdout
     (level,) = json.loads(out.read_text())["levels"]
@@ -203,6 +209,7 @@ def test_answers_that_differ_are_counted(
 
 
 def test_require_identical(bench: Bench) -> None:
+    """With --require-identical answers that differ make the exit status 1."""
     status, _, stderr = bench.run("", "--token 8", "--warmup", "0", "--require-identical")
     assert status == 1
     assert "answers differ" in stderr
@@ -210,7 +217,7 @@ def test_require_identical(bench: Bench) -> None:
 
 
 def test_a_failed_request_changes_the_status_and_is_not_compared(bench: Bench) -> None:
-    """Every run of B has a warning, and the example is the one with a failure."""
+    """Every run of B has a warning, and the report quotes the run with a failure as the example."""
     status, stdout, _ = bench.run("", "--fail-at 5 --no-usage")
     assert status == 1
     assert "5 of 5" in stdout
@@ -225,7 +232,8 @@ def test_a_refused_field_names_its_option(bench: Bench) -> None:
 
 
 def test_a_server_that_dies_at_start(bench: Bench) -> None:
-    """Its log is shown, and the other server, which was ready, is stopped."""
+    """The log of the server that died is shown, and the other server, which was ready, is
+    stopped."""
     status, stdout, stderr = bench.run("", "--dead-at-start", "--labels", "good", "bad")
     assert status == 2
     assert "bad ended with status 1" in stderr
@@ -237,10 +245,11 @@ def test_a_server_that_dies_at_start(bench: Bench) -> None:
 def test_a_server_that_dies_later_ends_the_run_and_keeps_what_there_was(
     bench: Bench, tmp_path: Path
 ) -> None:
-    """Fails by hanging if the requests of an hour are sent to nobody."""
+    """The run ends with the server. The test fails by hanging if requests for an hour are sent to a
+    server that is gone."""
     out = tmp_path / "out.json"
     more = ("--concurrency", "1", "--requests", "2", "--duration", "3600", "--rounds", "2")
-    # Two runs of A are 6 requests; the 8th is measured, and what follows it is refused.
+    # Two runs of A have 6 requests; the 8th is measured, and the requests after it are refused.
     status, stdout, stderr = bench.run("--die-at 7", "", *more, "--json", str(out))
     assert status == 2
     assert "A ended with status 7" in stderr
@@ -260,7 +269,8 @@ def test_a_server_that_is_never_ready(bench: Bench) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("phase", ["starting", "measuring"])
 def test_no_server_outlives_an_interrupt(bench: Bench, sent: signal.Signals, phase: str) -> None:
-    """A terminal sends SIGINT to the whole group; the others come to one process."""
+    """No server outlives SIGINT, which a terminal sends to the whole process group, nor SIGTERM or
+    SIGHUP, which come to one process."""
     options = "--never-ready" if phase == "starting" else "--hang-at 3"
     process = bench.start("", options, code=HEEDS_SIGNALS + MAIN)
     if phase == "starting":
@@ -278,7 +288,8 @@ def test_no_server_outlives_an_interrupt(bench: Bench, sent: signal.Signals, pha
 
 @pytest.mark.parametrize("phase", ["starting", "measuring"])
 def test_nothing_outlives_a_kill(bench: Bench, phase: str) -> None:
-    """Neither a server, which a shell may have started, nor what it has started, nor a client."""
+    """After SIGKILL nothing is left: neither a server, which a shell may have started, nor what the
+    server has started, nor a client process."""
     options = "--never-ready" if phase == "starting" else "--hang-at 3"
     process = bench.start("", options, "--processes", "2")
     if phase == "starting":
@@ -298,7 +309,8 @@ def test_nothing_outlives_a_kill(bench: Bench, phase: str) -> None:
 
 
 def descendants(pid: int) -> set[int]:
-    """The processes that it has started, and those that these have."""
+    """Return the ids of the processes that a process has started, and of those that these have
+    started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return set(map(int, children)).union(*(descendants(int(child)) for child in children))
 
@@ -309,8 +321,9 @@ def descendants(pid: int) -> set[int]:
 def test_a_supervisor_ends_its_command_in_order_and_then_at_once(
     signs: list[str], status: int, tmp_path: Path
 ) -> None:
-    """The command ends with 3 when it is told to; if another sign is to come, it does not end. It
-    leaves a process behind, as the command of a shell does."""
+    """A supervisor first asks its command to end and kills it at the second signal. The command
+    ends with status 3 when it is asked to; where a second signal follows, it ignores the first.
+    Like the command of a shell it leaves a process behind, which must end too."""
     deaf = len(signs) > 1
     script = (
         f"trap '{'touch told' if deaf else 'exit 3'}' TERM; sleep 1000 & echo $! > left;"
@@ -412,7 +425,8 @@ def result(requests: int, stopped_by: StoppedBy = StoppedBy.REQUESTS) -> LevelRe
 
 
 def test_pairs_know_their_sides() -> None:
-    """A's runs have one request here, B's two. Fails if the second pair is taken for A, B."""
+    """A's runs have one request here and B's two. The test fails if the second pair, which ran in
+    the order B, A, is taken for A, B."""
     found = list(pairs(iter([result(1), result(2), result(2), result(1)])))
     assert [(pair.a.ok, pair.b.ok) for pair in found] == [(1, 2), (1, 2)]
     (level,) = Level.of(found)
@@ -420,6 +434,7 @@ def test_pairs_know_their_sides() -> None:
 
 
 def test_a_run_that_was_interrupted_makes_no_pair() -> None:
+    """An interrupted run is not compared with the run before it."""
     cut = result(1, StoppedBy.INTERRUPT)
     assert list(pairs(iter([result(2), cut]))) == []
 
@@ -429,7 +444,8 @@ def test_spread() -> None:
 
 
 def test_minisrv_with_graphs_and_without(tmp_path: Path) -> None:
-    """The command of the README on a tiny model: real graphs, and every answer the same."""
+    """The command of the README on a tiny model, with real graphs: every answer is the same with
+    graphs and without."""
     checkpoint = make_checkpoint(tmp_path / "model")
     serve = (
         f"{sys.executable} -m minisrv.cli serve {checkpoint} --max-num-seqs 2 "

@@ -55,7 +55,8 @@ def load(path: Path) -> Any:
 
 
 def test_nothing_of_the_working_directory_is_imported(tmp_path: Path) -> None:
-    """By the command, by its client processes, or by what Python starts beside them."""
+    """Nothing of the working directory is imported, neither by the command, nor by its client
+    processes, nor by what Python starts beside them."""
     here, script = tmp_path / "here", install_command(tmp_path / "bin", "loadgen")
     here.mkdir()
     traps = set_traps(here)
@@ -90,7 +91,7 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
         assert server.keys == {"Bearer sk-hidden"}
         assert all(len(body["prompt"]) == 6 for body in server.bodies)
         assert all(100 <= min(b["prompt"]) <= max(b["prompt"]) < 1000 for b in server.bodies)
-    assert done.stderr == ""  # no terminal, no progress bar
+    assert done.stderr == ""  # Without a terminal there is no progress bar.
     for word in ("[a label]", "TTFT", "ITL", "TPOT", "closed loop", "coordinated omission"):
         assert word in done.stdout
     text = out.read_text()
@@ -119,7 +120,8 @@ def test_two_levels_two_processes_and_the_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
 def test_a_stderr_that_is_closed_ends_nothing(closed: str) -> None:
-    """Nor does a connection get its number, and with it what is printed."""
+    """A run goes on without a stderr, and no connection gets its file descriptor, to which messages
+    would then be written."""
     few = ("--concurrency", "2", "--requests", "4", "--warmup", "0", "--processes", "1")
     with ScriptedServer() as server:
         command = shlex.join([*COMMAND, "run", server.url, *few])
@@ -136,7 +138,7 @@ def test_a_stderr_that_is_closed_ends_nothing(closed: str) -> None:
 
 
 def test_that_many_requests_are_really_in_flight(tmp_path: Path) -> None:
-    """Each answer waits until 120 requests are there: with a limit on connections, or with lanes
+    """Each answer waits until 120 requests are there: with a limit on connections, or with streams
     lost in the split over processes, all would time out."""
     gate = Wait(120)
     out = tmp_path / "out.json"
@@ -162,7 +164,8 @@ def test_lanes_split_over_processes_are_all_there(tmp_path: Path) -> None:
 
 
 def test_a_run_repeated_does_not_measure_the_prefix_cache() -> None:
-    """A seed is drawn for each run, and the report says how to send the same prompts again."""
+    """Each run draws another seed, so a repeated run measures no cached prompts, and the report
+    says how to send the same prompts again."""
     seen: set[str] = set()
 
     def script(number: int, body: dict[str, Any]) -> list[Step]:
@@ -198,7 +201,7 @@ def test_simulated_figures_are_labelled_in_all_that_is_shown_and_kept(tmp_path: 
     assert "a label: simulated launches (11.5 us): m at " in done.stdout
     assert "simulated launches (11.5 us): latencies in ms" in done.stdout
     assert load(out)["simulated"] == "simulated launches (11.5 us)"
-    # The default concurrencies end where four requests do.
+    # The default concurrencies end at the number of requests, which is four.
     assert load(out)["config"]["concurrencies"] == [1, 4]
 
 
@@ -253,7 +256,8 @@ def test_duration_ends_a_level(tmp_path: Path) -> None:
 
 
 def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
-    """After three requests of the second level both lanes hang; SIGINT to the group comes then."""
+    """After three requests of the second level both streams hang; then SIGINT is sent to the
+    process group."""
     never = Wait(1_000, seen=2)
 
     def script(number: int, body: dict[str, Any]) -> list[Step]:
@@ -287,7 +291,8 @@ def test_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_client_process_that_dies_is_said_and_what_was_measured_is_kept(tmp_path: Path) -> None:
-    """All requests of the second level hang; fails by hanging if nobody looks after the dead."""
+    """All requests of the second level hang; the test fails by hanging if nobody watches for client
+    processes that die."""
     never = Wait(1_000, seen=2)
 
     def script(number: int, body: dict[str, Any]) -> list[Step]:
@@ -400,7 +405,8 @@ def test_bad_urls(url: str) -> None:
 
 
 def test_loadgen_knows_no_server() -> None:
-    """It measures any server only as long as it imports none, nor what would load one."""
+    """loadgen imports neither minisrv nor torch: it can measure any server only while it depends on
+    none."""
     for path in Path(loadgen.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []

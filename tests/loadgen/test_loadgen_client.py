@@ -1,4 +1,4 @@
-"""One request: which chunks count, how many tokens there were, and what is a failure."""
+"""One request: which chunks count as tokens, how many tokens there were, and what is a failure."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ CONFIG = RunConfig(
 
 
 def ask(*steps: Step, config: RunConfig = CONFIG) -> RequestRecord:
-    """Send one request to a server that answers with `steps`."""
+    """Send one request to a server that answers with `steps`, and return its record."""
     with ScriptedServer(lambda number, body: steps) as server:
         config = msgspec.structs.replace(config, base_url=server.url + "/v1")
 
@@ -59,7 +59,7 @@ def ask(*steps: Step, config: RunConfig = CONFIG) -> RequestRecord:
 
 
 def stream(parts: Sequence[bytes]) -> CompletionStream:
-    """Feed `parts`, the i-th at second i."""
+    """Feed `parts` to a stream, the i-th at second i."""
     state = CompletionStream()
     for now, part in enumerate(parts):
         state.feed(part, float(now))
@@ -87,14 +87,14 @@ def test_chunks_with_several_tokens() -> None:
 
 
 def test_role_only_and_empty_chunks_are_no_first_token() -> None:
-    """The second that counts is that of the first content, for every shape of an empty start."""
+    """The first token's time is that of the first content, for every shape of an empty start."""
     parts = [
         b": keep-alive\n\n",
         delta(role="assistant"),
         delta(role="assistant", content=""),
         delta(content=None),
         chunk(""),
-        delta(content="a"),  # second 5
+        delta(content="a"),  # This part comes at second 5.
         delta(reasoning_content="b"),
         delta(reasoning="c"),
         chunk("", "stop"),
@@ -114,7 +114,8 @@ def with_ids(*token_ids: int, text: str = "", finish: str | None = None) -> byte
 
 
 def test_a_token_without_text_is_one_where_its_id_is_told() -> None:
-    """Its id comes with a chunk that has no text, in either kind of answer."""
+    """A chunk without text counts as a token if it has a token id, in the stream of a completion
+    and of a chat."""
     parts = [with_ids(5), with_ids(6, 7, text="a"), with_ids(8, finish="length"), usage(4)]
     state = stream(parts)
     assert state.chunk_times_s == [0.0, 1.0, 2.0]
@@ -126,15 +127,16 @@ def test_a_token_without_text_is_one_where_its_id_is_told() -> None:
 @pytest.mark.parametrize(
     ("parts", "times"),
     [
-        # A chunk for every token: three with text and two without.
+        # There is a chunk for every token: three with text and two without.
         ([chunk(""), chunk("a"), chunk(""), chunk("b"), chunk("c"), usage(5)], [0, 1, 2, 3, 4]),
         # The last token has no text and comes with the finish reason, as vLLM sends it.
         ([chunk(""), chunk("a"), chunk("", "length"), usage(3)], [0, 1]),
         ([delta(role="assistant", content=""), delta(content=""), delta(content="a"), usage(2)],
          [1, 2]),
-        # Two tokens in a chunk: the empty one is not known to be any.
+        # Chunks have two tokens each, so it is not known whether the empty one has any.
         ([chunk(""), chunk("ab"), chunk("cd"), chunk("e"), usage(7)], [1, 2, 3]),
-        # As many chunks as tokens only if what ends the choice is counted, which is none.
+        # There are as many chunks as tokens only if the chunk that ends the choice is counted, and
+        # it has none.
         ([chunk("ab"), chunk("c"), chunk("", "length"), usage(3)], [0, 1]),
         ([chunk(""), chunk("a")], [1]),
     ],
@@ -149,7 +151,8 @@ MS_A_TOKEN = 10.0
 
 
 def paced(parts: Sequence[bytes], tokens: Sequence[int]) -> tuple[RequestRecord, Distribution]:
-    """The record of a stream whose i-th part comes when its tokens are made, and its ITL."""
+    """Return the record of a stream whose i-th part arrives when its tokens have been made, and the
+    distribution of its inter-token latencies."""
     state, now_s = CompletionStream(), 0.0
     for part, brought in zip(parts, tokens, strict=True):
         now_s += brought * MS_A_TOKEN / 1e3
@@ -172,8 +175,9 @@ def paced(parts: Sequence[bytes], tokens: Sequence[int]) -> tuple[RequestRecord,
 @pytest.mark.parametrize("per_chunk", [1, 2, 10])
 @pytest.mark.parametrize("role", [False, True])
 def test_chunks_of_several_tokens_are_as_slow_as_their_tokens(per_chunk: int, role: bool) -> None:
-    """The first brings as many as the others, and is no part of the time that is divided. What
-    carries no token, a role before it, the finish reason and usage behind it, changes nothing."""
+    """A chunk of several tokens counts as so many tokens. The first chunk brings as many as the
+    others, but its time is no part of the time that is divided. Chunks without tokens, the role at
+    the start and the finish reason and usage at the end, change nothing."""
     total = 100
     parts = answer(total, per_chunk)
     assert all(isinstance(part, bytes) for part in parts)
@@ -191,7 +195,8 @@ RAGGED = [7, 1, 1, 4, 10, 2, 1, 5]
 
 @pytest.mark.parametrize("usage_too", [True, False])
 def test_ids_tell_how_many_tokens_each_chunk_has_brought(usage_too: bool) -> None:
-    """The last has no text, as that of an end token has none."""
+    """Token ids tell how many tokens each chunk has brought; the last one has no text, as an end
+    token has none."""
     parts = [with_ids(*range(count), text="a long word") for count in RAGGED]
     parts.append(with_ids(3, finish="length"))
     if usage_too:
@@ -205,7 +210,9 @@ def test_ids_tell_how_many_tokens_each_chunk_has_brought(usage_too: bool) -> Non
 
 @pytest.mark.parametrize("first", [1, 10])
 def test_without_ids_text_tells_about(first: int) -> None:
-    """As where drafts are verified: first a token from the prompt, then several at a time."""
+    """Without ids the length of the text tells roughly how many tokens a chunk has brought. The
+    stream is like one of speculative decoding: a first chunk with one token (or with ten), then
+    several tokens at a time."""
     counts = [first, *RAGGED]
     parts = [chunk("word " * count) for count in counts]
     record, itl = paced([*parts, usage(sum(counts))], [*counts, 0])
@@ -215,7 +222,7 @@ def test_without_ids_text_tells_about(first: int) -> None:
 
 
 def test_more_chunks_than_tokens() -> None:
-    """A server that sends letters: each is a part of a token."""
+    """Where a server sends letters, each chunk counts as a part of a token."""
     state = stream([chunk("a")] * 8 + [usage(2)])
     assert state.chunk_tokens == [0.25] * 8
 
@@ -234,7 +241,8 @@ def test_cached_tokens_are_what_usage_says() -> None:
 
 
 def test_a_server_whose_times_are_simulated_says_so() -> None:
-    """Behind a key as well; and a server that has no such page, or is gone, says nothing."""
+    """Simulated times are read from the server's metrics, also if that needs an API key; a server
+    that has no such page, or is gone, says nothing."""
     with ScriptedServer() as server:
         assert asyncio.run(simulated_launch_us(server.url + "/v1", None)) == 0
         server.metrics = 'x 1\nminisrv:simulated_launch_us{engine="0"} 11.5\ny 2\n'
@@ -245,7 +253,8 @@ def test_a_server_whose_times_are_simulated_says_so() -> None:
 
 
 def test_delayed_first_token_is_after_the_headers() -> None:
-    """The first token waits until a second request is there; the headers came long before."""
+    """The first token waits until a second request has arrived; its time is later than that of the
+    response's headers, which came long before."""
     gate = Wait(2)
     with ScriptedServer(lambda number, body: [chunk(""), gate, *answer(4)]) as server:
         config = msgspec.structs.replace(CONFIG, base_url=server.url + "/v1")
@@ -285,7 +294,8 @@ def test_delayed_first_token_is_after_the_headers() -> None:
     ],
 )
 def test_failures(steps: list[Step], kind: str, status: int | None, words: str) -> None:
-    """Each is a failure of its own kind. A clean end of the bytes alone is no success."""
+    """Each fault is a failure of its own kind. That the bytes end cleanly is not enough for
+    success."""
     failure = ask(*steps).failure
     assert failure is not None
     assert (failure.kind, failure.status) == (kind, status)
@@ -339,7 +349,8 @@ def test_find_model() -> None:
 
 
 def test_bodies_depend_on_seed_and_place_only() -> None:
-    """Fails if two requests of a run share a prompt, or if two runs do not."""
+    """Fails if two requests of a run share a prompt, or if two runs with the same seed do not send
+    the same prompts."""
     bodies = [request_body(CONFIG, *place) for place in ((0, False, 0), (0, False, 1))]
     bodies += [request_body(CONFIG, *place) for place in ((0, True, 0), (1, False, 0))]
     bodies.append(request_body(msgspec.structs.replace(CONFIG, seed=1), 0, False, 0))

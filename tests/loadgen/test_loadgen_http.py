@@ -1,4 +1,5 @@
-"""HTTP as servers speak it: framing, connections that are kept or not, and what is no response."""
+"""HTTP as servers speak it: framing, connections that are kept alive or closed, and responses that
+are not whole."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -14,11 +15,11 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n0\r\n\r\n
 
 
 class Last(bytes):
-    """After it the server closes the connection."""
+    """An answer after which the server closes the connection."""
 
 
 class Peer:
-    """A server that sends the next of its answers to each request, byte for byte, and keeps
+    """A server that answers each request with the next of its answers, byte for byte, and records
     (connection, request); connections are counted from 0."""
 
     def __init__(self, answers: Sequence[bytes]) -> None:
@@ -51,7 +52,8 @@ Ask = Callable[[], Coroutine[Any, Any, Got]]
 
 
 def talk(answers: Sequence[bytes], body: Callable[[Peer, Ask], Coroutine[Any, Any, None]]) -> Peer:
-    """Run `body` with a peer, and what asks it for /v1/x and returns the whole response."""
+    """Run `body` with a peer and a function that requests /v1/x from it and returns the whole
+    response."""
 
     async def go() -> Peer:
         peer = Peer(answers)
@@ -118,7 +120,8 @@ def test_every_framing_is_whole_and_a_connection_is_used_again_if_it_may_be(
     ],
 )
 def test_what_is_no_whole_response_is_an_error(answer: bytes) -> None:
-    """And the next request is sent over another connection."""
+    """A response that is not whole is an error, and the next request is sent over another
+    connection."""
 
     async def body(peer: Peer, ask: Ask) -> None:
         with pytest.raises(HTTPError):

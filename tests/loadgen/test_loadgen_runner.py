@@ -1,4 +1,4 @@
-"""What the parent does about its client processes, and what it says of them."""
+"""The parent process looks after its client processes and reports what became of them."""
 
 import json
 import multiprocessing
@@ -19,7 +19,8 @@ from tests.loadgen.scripted_server import ScriptedServer
 
 
 class Watcher:
-    """An observer that does one thing when the measurement begins, and keeps what it is told."""
+    """An observer that calls a function when the measurement begins, and records what it is
+    told."""
 
     def __init__(self, at_begin: Callable[[], None]) -> None:
         self.at_begin = at_begin
@@ -83,8 +84,9 @@ def test_a_dead_client_process_ends_the_run() -> None:
 
 
 def test_the_load_is_shared_and_the_parts_are_one_result() -> None:
-    """7 streams of 3 processes, a request each: whoever had none would leave a hole, and a clock
-    that is not the parent's would put a request outside of the run."""
+    """Three processes share 7 streams, and their results are one: a process without a stream would
+    leave a hole in the indices, and a clock that differs from the parent's would put a request
+    outside of the run."""
     with ScriptedServer() as server:
         asked = replace(config(server.url), concurrencies=(7,), processes=3, requests=28)
         before_s = clock()
@@ -103,14 +105,16 @@ def test_prompts_do_not_depend_on_the_number_of_processes() -> None:
             asked = replace(config(server.url), concurrencies=(3,), processes=processes)
             list(run_legs(Leg.of(asked), None, Watcher(lambda: None)))
         sent.append(sorted(json.dumps(body) for body in server.bodies))
-    assert len(set(sent[0])) == 7  # 6 and a warm-up
+    assert len(set(sent[0])) == 7  # 6 requests and a warm-up.
     assert sent[0] == sent[1] == sent[2]
 
 
 def test_connections_that_cannot_be_opened_are_said_before_a_process_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """50 requests in flight in a process of 300 files, of which 256 are for all else."""
+    """A run that needs too many connections is refused before a process starts: 100 requests in
+    flight are 50 for each of two processes, which may open 300 files, 256 of them for other
+    uses."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (300, 300))
     asked = replace(config("http://unused"), concurrencies=(1, 100))
     with pytest.raises(ConfigError, match=r"--concurrency 100 needs 306 .* 300 are allowed"):
@@ -138,7 +142,8 @@ def test_number_of_processes(
 def test_the_report_says_how_busy_the_client_was_and_warns_if_that_was_much(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A real run whose client is then said to have been quiet, or slow: no time is asserted."""
+    """A real run whose client processes are then said to have been quiet or slow, so that no
+    measured time is asserted."""
     with ScriptedServer() as server:
         asked = config(server.url)
         (level,) = run_legs(Leg.of(asked), None, Watcher(lambda: None))

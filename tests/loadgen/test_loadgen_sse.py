@@ -41,7 +41,7 @@ def test_whole_stream() -> None:
 
 
 def test_split_at_every_position() -> None:
-    """Fails if a CRLF or a line is taken for finished at the end of a read."""
+    """Fails if a CRLF or a line is taken as finished at the end of a read."""
     for at in range(len(STREAM) + 1):
         assert parse(STREAM[:at], STREAM[at:]) == EVENTS, at
 
@@ -59,7 +59,8 @@ LINES = st.lists(
 
 @given(LINES, st.sampled_from([b"\n", b"\r\n", b"\r"]), st.data())
 def test_any_lines_any_split(lines: list[bytes], newline: bytes, data: st.DataObject) -> None:
-    """Against a second, line-based reading of the same rules, for every kind of newline."""
+    """The events are those of a second, line-based implementation of the same rules, for every kind
+    of newline."""
     stream = b"".join(line + newline for line in lines)
     expected, pending = [], []
     for line in lines:
@@ -75,7 +76,8 @@ def test_any_lines_any_split(lines: list[bytes], newline: bytes, data: st.DataOb
 
 
 def test_an_event_comes_with_its_last_byte_not_later() -> None:
-    """Fails if the parser waits for a following read: the token's time would be the next one's."""
+    """Fails if the parser waits for the next read: a token would get the time of the one after
+    it."""
     parser = SSEParser()
     assert parser.feed(b"data: x\n") == []
     assert parser.feed(b"\n") == [b"x"]

@@ -1,4 +1,4 @@
-"""The formulas, on examples computed by hand."""
+"""The formulas of the statistics, on examples computed by hand."""
 
 import pytest
 
@@ -30,7 +30,10 @@ def record(
     cached: int | None = None,
     chunks: tuple[float, ...] | None = None,
 ) -> RequestRecord:
-    """chunks: the tokens of each; one each if not given."""
+    """Make a record.
+
+    chunks: the number of tokens of each chunk; one each if not given.
+    """
     return RequestRecord(
         index=0,
         start_s=start,
@@ -55,12 +58,12 @@ def test_percentiles_are_nearest_rank() -> None:
 
 
 def test_percentiles_follow_the_weights() -> None:
-    """Half of the weight lies at 1 only if weights count; unweighted p50 would be 2."""
+    """Half of the weight lies at 1, so p50 is 1; without weights it would be 2."""
     assert percentiles([(1.0, 6.0), (2.0, 1.0), (3.0, 3.0)], (50, 60, 70, 71)) == [1, 1, 2, 3]
 
 
 def test_percentiles_of_many_equal_fractions() -> None:
-    """Fails if the rounding of summed weights pushes a rank to the next sample."""
+    """Fails if the rounding of summed weights moves a rank to the next sample."""
     ordered = [(float(i), 0.7) for i in range(1, 1001)]
     assert percentiles(ordered, (50, 90, 99)) == [500, 900, 990]
 
@@ -83,6 +86,7 @@ def test_ttft_itl_tpot_of_one_token_a_chunk() -> None:
 
 
 def test_itl_jitter() -> None:
+    """The jitter is p99 / p50 of the inter-token latencies, and None where p50 is 0."""
     steady = summarize(level([record(0.0, (1.0, 1.1, 1.2, 1.5), 1.5, 4)]))
     assert steady.itl_jitter == pytest.approx(3.0)
     at_once = summarize(level([record(0.0, (1.0, 1.0, 1.0), 1.0, 3)]))
@@ -90,14 +94,15 @@ def test_itl_jitter() -> None:
 
 
 def test_a_chunk_is_not_a_token() -> None:
-    """A gap stands for the tokens of the chunk behind it; those of the first came before any."""
+    """A gap between chunks counts for as many tokens as the chunk behind it has; the tokens of the
+    first chunk have no gap."""
     packed = record(0.0, (1.0, 1.6, 2.5), 3.0, 12, chunks=(4.0, 2.0, 6.0))
     assert itl_samples_ms(packed) == [(pytest.approx(300.0), 2.0), (pytest.approx(150.0), 6.0)]
     assert tpot_ms(packed) == pytest.approx(250.0)  # (3.0 - 1.0) / 8
     itl = Distribution.of(itl_samples_ms(packed))
     assert itl is not None
     assert itl.mean == pytest.approx(187.5)  # (2.5 - 1.0) / 8
-    assert itl.p50 == pytest.approx(150.0)  # of eight tokens six
+    assert itl.p50 == pytest.approx(150.0)  # Six of eight tokens have this latency.
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -121,7 +126,8 @@ def test_without_usage_chunks_are_counted_and_said_so() -> None:
 def test_cached_tokens_are_shown_and_warned_of(
     cached: tuple[int | None, int | None], total: int | None, warns: bool
 ) -> None:
-    """Fails if a server that says nothing of its cache is taken to have found nothing in it."""
+    """Fails if a server that reports nothing about its cache is taken to have found nothing in
+    it."""
     failure = Failure(FailureKind.TIMEOUT, "late")
     records = [record(0.0, (1.0, 2.0), 2.0, 2, cached=found) for found in cached]
     summary = summarize(level([*records, record(0.0, (1.0,), 2.0, 2, failure, cached=5)]))
@@ -205,13 +211,14 @@ def test_a_failed_warm_up_counts_as_a_failure() -> None:
         (0.95, 0.001, 10.0, ["used 95% of a core"]),
         (0.3, 0.006, 10.0, ["10.0 ms; give the client cores"]),
         (0.5, 0.006, 10.0, ["10.0 ms; raise --processes"]),
-        (0.3, 0.004, 10.0, []),  # below half an ITL
-        (0.3, 0.0015, 1.0, []),  # above half an ITL, but within what a timer may miss
+        (0.3, 0.004, 10.0, []),  # The delay is below half an inter-token latency.
+        # The delay is above half an inter-token latency, but within what a timer may be late.
+        (0.3, 0.0015, 1.0, []),
         (0.9, 0.006, 10.0, ["raise --processes", "6.0 ms late"]),
     ],
 )
 def test_client_bound(cpu: float, lag_s: float, itl_ms: float, words: list[str]) -> None:
-    """The worst process decides; an idle one beside it does not hide it."""
+    """The busiest process decides; an idle one beside it does not hide it."""
     idle = ClientLoad(1, 0.01, 0.0, 0.0)
     itl = Distribution.of([(itl_ms, 1.0)])
     warnings = client_warnings([idle, ClientLoad(1, cpu, lag_s, lag_s)], itl)

@@ -1,7 +1,7 @@
-"""The default model answers alike in every mode, and rightly.
+"""The default model gives the same answers in every mode, and right ones.
 
-The tasks are the project's accuracy instrument: a damaged cache or a padding row that reaches a
-real one shows here as a wrong answer.
+The tasks are how the project measures accuracy: a damaged cache, or a padding row that reaches a
+real one, shows here as a wrong answer.
 """
 
 from __future__ import annotations

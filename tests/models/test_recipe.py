@@ -1,4 +1,5 @@
-"""The recipe's promises that need no training: the split, the template, the loss mask."""
+"""The recipe's promises that can be tested without training: the split, the template, the loss
+mask."""
 
 from __future__ import annotations
 

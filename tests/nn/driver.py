@@ -1,4 +1,5 @@
-"""Runs a decoder step by step with attention metadata built by hand: no scheduler, no runner."""
+"""Runs a decoder step by step with attention metadata built by hand, without a scheduler or a model
+runner."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from minisrv.nn.decoder import Decoder
 
 @dataclass
 class Row:
-    """A request: its blocks, shuffled so that no test passes by luck, and how much is computed."""
+    """A request: its blocks, shuffled so that no test passes by luck, its number of computed
+    tokens, and the logits of each step."""
 
     blocks: list[int]
     computed: int = 0
@@ -23,7 +25,7 @@ class Row:
 
 
 class Driver:
-    """A decoder with a poisoned cache and up to `rows` requests."""
+    """A decoder with a cache that is filled with NaN, for up to `rows` requests."""
 
     def __init__(
         self, model: Decoder, *, rows: int = 4, max_len: int = 128, block_size: int = 8
@@ -43,7 +45,10 @@ class Driver:
     def context(
         self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
     ) -> tuple[Tensor, Tensor, ForwardContext]:
-        """input_ids, positions and context of a step; `batch` holds (row, its new tokens)."""
+        """Return input_ids, positions and the forward context of a step.
+
+        batch: for each row of the step, its number and its new tokens.
+        """
         config = self.model.config
         ids, positions, slots, starts, lengths, tables = [], [], [], [0], [], []
         for index, tokens in batch:
@@ -80,7 +85,8 @@ class Driver:
     def step(
         self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
     ) -> Tensor:
-        """Run one step; every token's logits are kept in its row. Returns those of all tokens."""
+        """Run one step and return the logits of all tokens, padding included; each row's own are
+        kept in it too."""
         ids, positions, context = self.context(batch, pad_tokens=pad_tokens, pad_rows=pad_rows)
         with torch.inference_mode(), set_forward_context(context):
             logits = self.model.compute_logits(forward(self.model, ids, positions))
@@ -93,12 +99,12 @@ class Driver:
         return logits
 
     def logits(self, index: int) -> Tensor:
-        """[tokens so far, vocab] of one row."""
+        """Return the logits of all tokens so far of one row, [tokens, vocab]."""
         return torch.cat(self.rows[index].logits)
 
 
 def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
-    """What the model makes of these tokens, [T, hidden]."""
+    """Return the model's hidden states for these tokens, [T, hidden]."""
     hidden = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype)
     model(ids, positions, hidden)
     return hidden
@@ -107,7 +113,8 @@ def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
 def broken_run(
     model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
 ) -> list[Callable[[], None]]:
-    """Run with `break_at` set; returns what the attention layers handed over."""
+    """Run the model with `break_at` set, and return the attention calls that the layers handed
+    over."""
     handed: list[Callable[[], None]] = []
     with torch.inference_mode(), set_forward_context(replace(context, break_at=handed.append)):
         forward(model, ids, positions)

@@ -1,4 +1,5 @@
-"""The seams of the attention layer: static buffers, `break_at`, and capture."""
+"""The interface of the attention layer to captured graphs: static buffers, `break_at`, and
+capture."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def load(directory: Path, variant: str, dtype: torch.dtype = torch.float32) -> D
 
 
 def test_broken_attention_runs_later_in_the_context_of_then(tmp_path: Path) -> None:
-    """While pieces are captured the op is skipped; what was handed over finds its own step."""
+    """While pieces are captured the attention op is not run; the call that was handed over later
+    works in the forward context of the step that runs it."""
     driver = Driver(load(tmp_path, "qwen3"))
     driver.step([(0, [3, 4, 5]), (1, [7])])
     ids, positions, context = driver.context([(0, [6]), (1, [8])])
@@ -57,7 +59,8 @@ def test_broken_attention_runs_later_in_the_context_of_then(tmp_path: Path) -> N
 def test_a_captured_step_equals_the_eager_one(
     variant: str, dtype: torch.dtype, mode: CUDAGraphMode, tmp_path: Path
 ) -> None:
-    """Bit for bit, replayed on other tokens than it was captured with."""
+    """A captured step equals the eager one bit for bit, replayed on other tokens than it was
+    captured with."""
     driver = Driver(load(tmp_path, variant, dtype))
     driver.step([(0, [3, 4, 5, 6, 7, 8, 9]), (1, [7])])
     ids, positions, context = driver.context([(0, [6]), (1, [8])], pad_rows=1)
@@ -85,7 +88,7 @@ def test_a_captured_step_equals_the_eager_one(
 
 
 def test_works_without_inference_mode(tmp_path: Path) -> None:
-    """`no_grad` is enough, and nothing asks for a gradient."""
+    """The model runs under `no_grad` alone, and its result asks for no gradient."""
     driver = Driver(load(tmp_path, "llama"))
     ids, positions, context = driver.context([(0, [3, 4, 5])])
     with torch.no_grad(), set_forward_context(context):

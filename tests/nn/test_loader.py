@@ -1,4 +1,5 @@
-"""The loader is strict: each weight once, each parameter once, or an error that names them."""
+"""The loader is strict: each weight is used once and each parameter filled once, or an error names
+them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def edit(directory: Path, change: Callable[[Weights], None]) -> None:
 
 
 def read_header(directory: Path) -> tuple[dict[str, dict[str, object]], bytes]:
-    """What the header of the weights says, and what follows it."""
+    """Return the header of the weights file, parsed, and the bytes behind it."""
     body = (directory / "model.safetensors").read_bytes()
     end = 8 + int.from_bytes(body[:8], "little")
     return json.loads(body[8:end]), body[end:]
@@ -53,7 +54,8 @@ def write_header(directory: Path, header: bytes, data: bytes, length: int | None
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_weight_arrives(variant: str, tmp_path: Path) -> None:
-    """Each under its own name, merged ones too; together they are all there is."""
+    """Every weight arrives under its own name, merged ones too, and the model has no parameters
+    besides."""
     model = load(make_checkpoint(tmp_path, variant))
     found = weights(model)
     stored = load_file(tmp_path / "model.safetensors")
@@ -84,7 +86,7 @@ def test_weights_are_converted(stored: torch.dtype, served: torch.dtype, tmp_pat
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    """One part of a merged weight is enough."""
+    """The loader refuses a merged weight of which one part is missing."""
     edit(make_checkpoint(tmp_path), lambda w: w.pop(K_PROJ))
     with pytest.raises(WeightsError, match=rf"1 missing: {K_PROJ}\."):
         load(tmp_path)
@@ -105,14 +107,14 @@ def test_a_bias_that_the_config_does_not_announce_is_unexpected(tmp_path: Path) 
 
 
 def test_misshapen_weights_are_named_with_both_shapes(tmp_path: Path) -> None:
-    """Also where the wrong shape would broadcast."""
+    """A wrong shape is refused also where it would broadcast."""
     edit(make_checkpoint(tmp_path), lambda w: w.update({K_PROJ: torch.ones(1, 64)}))
     with pytest.raises(WeightsError, match=rf"1 misshapen: {K_PROJ} \[1, 64\], wanted \[64, 64\]"):
         load(tmp_path)
 
 
 def test_duplicate_weights_are_named(tmp_path: Path) -> None:
-    """Two shards hold the same weight; the index can name one of them only."""
+    """Two shards hold the same weight, although the index can name only one of them."""
     make_checkpoint(tmp_path, max_shard_size="100KB")
     last = sorted(tmp_path.glob("*.safetensors"))[-1]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -194,7 +196,7 @@ def test_headers_that_say_anything(name: str, change: dict[str, object], tmp_pat
 
 
 def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
-    """What older tools stored beside the weights."""
+    """Entries that older tools stored beside the weights are ignored."""
     make_checkpoint(tmp_path, "llama-tied")
     [embedding] = load(tmp_path).embed.parameters()
     extras = {
@@ -228,7 +230,8 @@ def test_progress_counts_to_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dummy_weights_need_a_config_only(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The same for the same seed, others for another; logits are finite and not all alike."""
+    """Random weights are the same for the same seed and others for another seed, and all are
+    finite."""
     config = describe_model(make_checkpoint(tmp_path, "qwen3-biases")).model
     first, again, other = (
         weights(load_model(config, None, dtype=dtype, load_format="dummy", seed=seed))

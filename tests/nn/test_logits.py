@@ -1,4 +1,4 @@
-"""Logits equal transformers' on the same weights, however the tokens are cut into steps."""
+"""Logits equal those of transformers on the same weights, however the tokens are cut into steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.checkpoints import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tests.nn.driver import Driver
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
-"""float32, logits of about unit size; sums are done in another order."""
+"""Tolerances in float32 for logits of about unit size, because sums are computed in another
+order."""
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -41,17 +42,22 @@ def prompt(length: int, seed: int) -> list[int]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_every_variant(variant: str, tmp_path: Path) -> None:
-    """Prompts longer than a block, one-token prompts, chunks, decode, several requests at once."""
+    """The steps hold prompts longer than a block, one-token prompts, chunks, decodes, and several
+    requests at once."""
     directory = make_checkpoint(tmp_path, variant)
     driver = Driver(load(directory))
     tokens = [prompt(length, seed) for seed, length in enumerate((37, 1, 20, 29))]
     expected = [reference(directory, t + prompt(3, 9)) for t in tokens]
     a, b, c, d = tokens
     more = prompt(3, 9)
-    driver.step([(0, a[:16]), (1, b)])  # a chunk that ends with its block, a one-token prompt
-    driver.step([(1, more[:1]), (0, a[16:21]), (2, c)], pad_tokens=5)  # decode first, then prefill
-    driver.step([(1, more[1:2]), (2, more[:1]), (0, a[21:22]), (3, d[:28])])  # a chunk of one token
-    driver.step([(2, more[1:2]), (0, a[22:]), (1, more[2:]), (3, d[28:])])  # decode rows not first
+    # A chunk that ends with its block, beside a one-token prompt.
+    driver.step([(0, a[:16]), (1, b)])
+    # A decode first, then prefill.
+    driver.step([(1, more[:1]), (0, a[16:21]), (2, c)], pad_tokens=5)
+    # One of the chunks has one token.
+    driver.step([(1, more[1:2]), (2, more[:1]), (0, a[21:22]), (3, d[:28])])
+    # Decode rows are not first.
+    driver.step([(2, more[1:2]), (0, a[22:]), (1, more[2:]), (3, d[28:])])
     for i in range(3):
         rows = [(0, more[i : i + 1]), (3, more[i : i + 1])]
         driver.step(rows + [(2, more[2:])] * (i == 2), pad_rows=2)
@@ -76,7 +82,8 @@ def test_bfloat16_logits_are_as_close_as_bfloat16_allows(variant: str, tmp_path:
 
 
 def test_padding_changes_no_bit_of_real_rows(tmp_path: Path) -> None:
-    """The same padded shape, once with a clean null block and once with NaN in it."""
+    """Real rows are the same bit for bit in one padded shape, with a clean null block and with NaN
+    in it."""
     model = load(make_checkpoint(tmp_path, "qwen3"))
     found = []
     for poison in (0.0, torch.nan):

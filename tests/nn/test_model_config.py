@@ -1,4 +1,4 @@
-"""ModelConfig reads what transformers writes, defaults included."""
+"""ModelConfig reads the configurations that transformers writes, defaults included."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def test_what_transformers_saves(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_what_a_sparse_config_leaves_out(kind: str) -> None:
-    """Defaults are the architecture's own: a Qwen3 head has 128 elements unless it says so."""
+    """A missing field gets the default of its own architecture: a Qwen3 head has 128 elements
+    unless the configuration says otherwise."""
     fields = {
         "vocab_size": 10,
         "hidden_size": 48,

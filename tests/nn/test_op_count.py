@@ -1,4 +1,4 @@
-"""A decode step stays a short list of operations, each of which a graph can hold in place."""
+"""A decode step is a short list of operations, and a graph can hold each of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def count(directory: Path, layers: int, dtype: torch.dtype) -> Counter[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operations_per_layer(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Four products, three copied to where they belong, one attention, two norms, SwiGLU."""
+    """A layer has four products, of which three are copied to their place, one attention, two norms
+    and SwiGLU."""
     one, three = (count(tmp_path / str(layers), layers, dtype) for layers in (1, 3))
     assert (three - one).total() <= 2 * (4 + 3 + 1 + 2 + 1)
     assert three["minisrv.attention.default"] == 3

@@ -1,4 +1,4 @@
-"""Rotary frequencies equal transformers', from old and new spellings of the config."""
+"""Rotary frequencies equal those of transformers, from old and new spellings of the config."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_old_and_new_spellings_mean_the_same() -> None:
 
 
 def test_table_holds_cosines_then_signed_sines() -> None:
-    """At a position where float32 angles are already coarse, equal to transformers' rounding."""
+    """The table's layout is checked and its values equal those of transformers as rounded, also at
+    a position where float32 angles are already coarse."""
     rope, dim = RopeConfig(theta=1e4), 64
     theirs = LlamaRotaryEmbedding(LlamaConfig(**SHAPE))
     cos, sin = theirs(torch.zeros((), dtype=torch.bfloat16), torch.tensor([[0, 1, 4095]]))
@@ -104,7 +105,8 @@ def test_table_holds_cosines_then_signed_sines() -> None:
 
 
 def test_dynamic_scaling_is_for_the_context_that_is_served() -> None:
-    """Up to the trained context the plain frequencies; beyond it transformers' for that length."""
+    """Contexts up to the trained one have the plain frequencies; longer ones have those that
+    transformers computes for that length."""
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     config = LlamaConfig(**SHAPE, rope_scaling=scaling)
     ours, theirs = resolved({**SHAPE, "rope_scaling": scaling}), LlamaRotaryEmbedding(config)
@@ -117,7 +119,8 @@ def test_dynamic_scaling_is_for_the_context_that_is_served() -> None:
 
 
 def test_yarn_reaches_its_factor_times_the_trained_context() -> None:
-    """Its checkpoints often leave max_position_embeddings as it was."""
+    """The context of YaRN is its factor times the trained one: checkpoints often leave
+    max_position_embeddings unchanged."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
     config = resolved({**SHAPE, "rope_scaling": scaling})
     assert config.default_context == config.longest_context == 4 * 4096
@@ -138,7 +141,8 @@ def test_yarn_reaches_its_factor_times_the_trained_context() -> None:
     ],
 )
 def test_what_cannot_be_computed_is_refused(scaling: dict[str, Any], said: str) -> None:
-    """Explicit nulls are no TypeError."""
+    """Settings that cannot be computed, explicit nulls among them, are refused with a ConfigError
+    and not a TypeError."""
     config = LlamaConfig(**SHAPE).to_dict() | {"rope_parameters": {"rope_theta": 1e4, **scaling}}
     with pytest.raises(ConfigError, match=said):
         ModelConfig.from_hf(config)

@@ -1,7 +1,7 @@
-"""An engine, step by step, for tests of what captured graphs do.
+"""An engine that is run step by step, for tests of what captured graphs do.
 
-Engines are small, in float32, and started without their certification unless it is asked for, so
-that the tests alone judge; what certification finds is in test_certification.py.
+Engines are small, in float32, and start without their certification unless it is asked for, so that
+the tests alone judge; what certification finds is in test_certification.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from minisrv.runner.trial import StepTrial
 BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
 
 BOTH = (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL)
-"""Configured modes that run mixed batches by pieces, and by one graph."""
+"""Configured modes in which mixed batches run by pieces, and by one graph."""
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -44,7 +44,7 @@ Mutant = Callable[[Patch], None]
 
 @dataclass(frozen=True)
 class Model:
-    """What an engine serves, on which device, by which graphs."""
+    """The checkpoint that an engine serves, the device and the configured graph mode."""
 
     checkpoint: str
     device: str = "cuda"
@@ -52,7 +52,7 @@ class Model:
 
 
 def passes_but_for(test: Callable[[], None], mutant: Mutant | None) -> None:
-    """Run `test`, which must fail if a mutant is at work."""
+    """Run `test`, which must pass, or fail if a mutant (a mistake made on purpose) is at work."""
     if mutant is None:
         test()
         return
@@ -67,10 +67,12 @@ def fails_with(
     on_cuda: tuple[Mutant, ...] = (),
     modes: tuple[CUDAGraphMode, ...] = (CUDAGraphMode.FULL_AND_PIECEWISE,),
 ) -> Callable[..., Any]:
-    """The test passes as it is, and finds each of the mutants. The same on a GPU.
+    """Parametrize a test so that it passes as it is and must fail with each of the mutants, on a
+    CPU and, for `on_cuda`, on a GPU.
 
-    on_cuda: what a GPU survives of `mutants`; the others would make it read beyond its memory.
-    modes: configured ones, each of which the test is run in.
+    on_cuda: those of `mutants` with which a GPU can run; the others would make it read beyond its
+        memory.
+    modes: configured graph modes, in each of which the test is run.
     """
     devices = [("cpu", mutant, ()) for mutant in (None, *mutants)]
     devices += [("cuda", mutant, pytest.mark.gpu) for mutant in (None, *on_cuda)]
@@ -90,7 +92,7 @@ def fails_with(
         def run(checkpoint: str, device: str, mutant: Mutant | None, mode: CUDAGraphMode) -> None:
             passes_but_for(lambda: test(Model(checkpoint, device, mode)), mutant)
 
-        del run.__wrapped__  # pytest would ask it for the arguments
+        del run.__wrapped__  # Else pytest would ask the wrapped test for the arguments.
         return run
 
     return decorate
@@ -111,7 +113,7 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
     }
     limits |= {"model": model.checkpoint, "device": model.device, "cudagraph_mode": model.mode}
     with Patch.context() as patch:
-        # Else dispatch would depend on what a GPU took for which graph.
+        # Else dispatch would depend on the time that a GPU took for each graph.
         patch.setattr(ModelRunner, "time_graphs", lambda self: {})
         # See conftest.tape_holds_mixed_batches.
         patch.setattr(ladder, "captures_mixed", lambda device: True)
@@ -123,14 +125,15 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
 
 
 def capture_behind_a_run(trial: StepTrial, capture: Callable[[], None]) -> None:
-    """A GPU's kernels are loaded when they run first, which no capture may hold."""
+    """Run the trial step once before the capture: a GPU loads kernels when they run first, which is
+    not possible during a capture."""
     trial.reset(Start.CLEAN)
     trial.run(graph=False)
     capture()
 
 
 def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **params: Any) -> None:
-    """Queue one request a prompt, named by its first token."""
+    """Queue one request for each prompt, named by the prompt's first token."""
     greedy = {"temperature": 0.0, "ignore_eos": True}
     for prompt in prompts:
         asked = SamplingParams(max_tokens=max_tokens, **{**greedy, **params})
@@ -139,7 +142,7 @@ def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **param
 
 @dataclass(frozen=True)
 class Step:
-    """A scheduled step that has not been launched."""
+    """A scheduled and dispatched step that has not been launched."""
 
     engine: EngineCore
     output: SchedulerOutput
@@ -176,7 +179,7 @@ def play(engine: EngineCore, steps: int) -> None:
 
 
 def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[str, int]]]:
-    """Run to the end: the tokens and the graph steps of each request."""
+    """Run to the end; return the tokens and the graph steps of each request."""
     tokens: dict[str, list[int]] = {}
     ran: dict[str, dict[str, int]] = {}
     while engine.has_work:
@@ -188,7 +191,8 @@ def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[s
 
 
 def tensors(runner: ModelRunner) -> dict[str, Tensor]:
-    """What a step may find changed by the one before: the cache, the state by slot, the buffers."""
+    """Return everything that a step may find changed by the step before: the cache, the state of
+    slots, and the buffers."""
     found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
     found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
     buffers = vars(runner.buffers).items()
@@ -205,7 +209,8 @@ def restore(runner: ModelRunner, values: dict[str, Tensor]) -> None:
 
 
 def poison_the_pool(backend: CPUTapeBackend | CUDABackend) -> None:
-    """Fill what graphs share with NaN: a replay must find nothing that it has not written."""
+    """Fill the memory that graphs share with NaN, so that a replay fails if it reads what it has
+    not written."""
     if isinstance(backend, CPUTapeBackend):
         backend.arena.fill_(255)
         return
@@ -219,7 +224,10 @@ def poison_the_pool(backend: CPUTapeBackend | CUDABackend) -> None:
 
 
 def assert_equals_eager(trial: StepTrial, *, poisoned: bool = False) -> None:
-    """poisoned: the pool of the graphs is filled with NaN before the replay."""
+    """Check that the trial's graph gives bit for bit what an eager run gives.
+
+    poisoned: whether the graphs' memory pool is filled with NaN before the replay.
+    """
     seen = []
     for graph in (False, True):
         trial.reset(Start.CLEAN)
@@ -228,7 +236,8 @@ def assert_equals_eager(trial: StepTrial, *, poisoned: bool = False) -> None:
         try:
             trial.run(graph=graph)
         except RuntimeError as error:
-            raise AssertionError(f"{trial.name}: {error}") from error  # torch sees some overlaps
+            # Torch itself notices some overlaps of memory.
+            raise AssertionError(f"{trial.name}: {error}") from error
         seen.append(trial.observe())
     for name, eager in seen[0].items():
         assert torch.equal(eager, seen[1][name]), f"{trial.name}: {name}"

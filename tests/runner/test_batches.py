@@ -1,4 +1,5 @@
-"""What graphs are certified on: batches that a scheduler could give them, and every length."""
+"""The batches on which graphs are certified: a scheduler could give every one of them, and they
+cover every length."""
 
 from __future__ import annotations
 
@@ -42,6 +43,8 @@ def limits(draw) -> BatchLimits:
     kind=st.sampled_from(["decode", "pieces", "one graph"]),
 )
 def test_every_batch_could_be_scheduled(limits, rung, below, kind):
+    """Every batch of certification keeps to the limits of rows, tokens, context and blocks, and has
+    its decode rows first."""
     decode = kind == "decode"
     rows = min(rung, limits.rows) if kind == "one graph" else None
     key = decode_descriptor(rung, Epilogue.TOKENS) if decode else BatchDescriptor(rung, rows)
@@ -68,6 +71,8 @@ ROOMY = BatchLimits(rows=20, tokens=64, context=100, blocks=1000, block_size=16)
 
 @pytest.mark.parametrize("rung", [1, 2, 4, 8, 16, 20])
 def test_every_decode_graph_meets_every_length_and_only_sizes_of_its_own(rung):
+    """The sweep of a decode graph has lengths around block edges and the context's end, and only
+    batch sizes that would be padded to that graph."""
     ladder = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 20, 64).decode
     below = max((r for r in ladder if r < rung), default=0)
     batches = sweep_batches(decode_descriptor(rung, Epilogue.LOGITS), below, ROOMY)
@@ -115,6 +120,8 @@ def test_the_full_batch_fills_the_graph():
 @pytest.mark.parametrize("rows", [2, 3, 20])
 @pytest.mark.parametrize("tokens", [2, 4, 64])
 def test_the_short_batch_of_a_graph_with_rows_leaves_one_empty(tokens, rows):
+    """The short batch of a graph that pads rows leaves at least one row and exactly one token of
+    padding."""
     limits = replace(ROOMY, rows=rows)
     batch = short_batch(BatchDescriptor(tokens, min(tokens, rows)), limits)
     assert 1 <= len(batch) < min(tokens, rows)

@@ -1,8 +1,8 @@
 """Certification: a graph that is almost right does not enter service.
 
-Each test breaks one thing on purpose and is named for it; a graph that passes then would have
-served wrong tokens. What is broken is the tape's too, so all of it runs on a CPU; a GPU has
-test_traps.py.
+Each test breaks one thing on purpose and is named for it; a graph that passed nevertheless would
+have served wrong tokens. What is broken here is broken for the CPU tape too, so all tests run on a
+CPU; for a GPU there is test_traps.py.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def test_user_sizes_above_the_limits_certify(checkpoint):
 
 
 def test_a_context_that_ends_within_a_block(checkpoint):
-    """The trial took the rest of the block too, beyond the rotary table: an IndexError at start."""
+    """A trial batch stays within a context that ends within a block. It once took the rest of the
+    block too, beyond the rotary table: an IndexError at start-up."""
     sizes = {"cudagraph_capture_sizes": (1, 1024), "block_size": 300}
     engine = start(checkpoint, max_num_seqs=1, max_num_batched_tokens=1024, **sizes)
     assert engine.info.graphs == 6
@@ -101,7 +102,8 @@ def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
-    """Trap 1: padding tokens of a mixed batch write wherever the buffer says, not to block 0."""
+    """Trap 1: padding tokens of a mixed batch write wherever the buffer says, and not to block
+    0."""
     fill = InputBuffers.fill
 
     def leaves_the_tail(self, output, descriptor, epilogue_rows):
@@ -116,7 +118,8 @@ def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
 
 
 def test_a_value_frozen_at_capture(checkpoint, monkeypatch):
-    """Trap 5: something computed on the host from the capture's values is replayed as it was."""
+    """Trap 5: a value computed on the host from the inputs at capture is replayed as it was
+    then."""
     forward = Decoder.forward
 
     def freezes_the_positions(self, input_ids, positions, out):
@@ -128,7 +131,7 @@ def test_a_value_frozen_at_capture(checkpoint, monkeypatch):
 
 
 def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
-    """Trap 3: padding that takes part in a real row's result, here through a sum over the batch."""
+    """Trap 3: padding takes part in a real row's result, here through a sum over the batch."""
     add_to = Attention.add_to
 
     def mixes_rows(self, residual, norm, positions, cos_sin):
@@ -136,8 +139,8 @@ def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
         residual.add_(residual.sum(dim=0, keepdim=True), alpha=1e-3)
 
     monkeypatch.setattr(Attention, "add_to", mixes_rows)
-    # The padding's position is 0 in the clean run and in the poisoned one, so the rows agree;
-    # what differs is a padding row that attends beyond its own token.
+    # The padding's position is 0 in the clean run and in the poisoned one, so the rows agree; a
+    # difference appears when a padding row attends beyond its own token.
     start(checkpoint, "full-decode-only")
     gather = InputBuffers.gather_decode
 
@@ -150,6 +153,7 @@ def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
 
 
 def test_an_operation_that_the_tape_lost(checkpoint, monkeypatch):
+    """A graph that lacks one of the captured operations is refused."""
     end = CPUTapeBackend.end
 
     def drops_one(self):
@@ -163,9 +167,10 @@ def test_an_operation_that_the_tape_lost(checkpoint, monkeypatch):
 
 
 def test_intermediates_that_overlap(checkpoint, monkeypatch):
-    """Trap 7: the memory of a tensor that is still read is given out again.
+    """Trap 7: the memory of a tensor that is still to be read is given to another one.
 
-    Where an operation would overwrite its own argument torch says so; else certification does.
+    Where an operation would overwrite its own argument torch raises an error; elsewhere
+    certification finds the difference.
     """
     lay_out = cpu_tape._lay_out
 
@@ -181,7 +186,8 @@ def test_intermediates_that_overlap(checkpoint, monkeypatch):
 
 
 def test_a_step_that_changes_what_is_in_the_cache_already(checkpoint, monkeypatch):
-    """Eagerly as by the graph, so that the two agree."""
+    """A step that changes older cache entries is refused, although eager run and graph agree
+    because both make the mistake."""
     add_to = Attention.add_to
 
     def changes_history(self, *args):
@@ -193,7 +199,8 @@ def test_a_step_that_changes_what_is_in_the_cache_already(checkpoint, monkeypatc
 
 
 def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
-    """Padding scatters to the null slot; the next padding row must find token 0, position 0."""
+    """Padding rows write their token and position to the null slot, which must be reset: the next
+    padding row must find token 0 and position 0 there."""
 
     def scatter(self, rows):
         state, slots = self.state, self.slots[:rows]
@@ -235,8 +242,9 @@ def test_every_dispatchable_key_is_captured(checkpoint, mode, tape_holds_mixed_b
 
 @pytest.mark.parametrize("mode", ["full-decode-only", "full", "full-and-piecewise"])
 def test_the_probe_captures_two_of_each_kind(checkpoint, mode, tape_holds_mixed_batches):
-    """Epilogues and decode steps end alike: one kind stood for the other, and a step's graph was
-    predicted to be as small as an epilogue's."""
+    """The memory probe captures two graphs of each kind. Epilogues and decode steps have the same
+    `epilogue` field: when that alone told kinds apart, one stood for the other, and a step's graph
+    was predicted to be as small as an epilogue's."""
     runner = start(checkpoint, mode).runner
     wanted = {}
     for key in runner.ladders.keys():  # noqa: SIM118
@@ -251,7 +259,8 @@ def test_the_probe_captures_two_of_each_kind(checkpoint, mode, tape_holds_mixed_
 
 @pytest.mark.parametrize("budget", [6, 48])
 def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
-    """Whichever kind of graph is the largest: else aliasing between the two kinds cannot show."""
+    """All graphs share one arena, whichever kind of graph is the largest: else overlaps between the
+    two kinds could not show."""
     engine = start(checkpoint, max_num_batched_tokens=budget)
     arena = engine.runner.model_step.backend.arena.untyped_storage()
     outputs = {
@@ -269,7 +278,7 @@ def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
 
 
 def tensors_of(engine: EngineCore) -> list[torch.Tensor]:
-    """Everything that existed before the graphs."""
+    """Return all tensors that existed before the graphs."""
     runner = engine.runner
     held = [*vars(runner.state).values(), *vars(runner.buffers).values(), *runner.kv_caches]
     model = [*runner.model.parameters(), *runner.model.buffers()]
@@ -277,7 +286,8 @@ def tensors_of(engine: EngineCore) -> list[torch.Tensor]:
 
 
 def test_logits_that_are_wrong_without_changing_the_token(checkpoint, monkeypatch):
-    """Every log-probability would be wrong, and no token."""
+    """Certification compares logits and not only tokens: with this fault every log-probability
+    would be wrong, and no token."""
     compute = Decoder.compute_logits
 
     def freezes_a_scale(self, hidden):
@@ -312,7 +322,7 @@ def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
 
 
 def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
-    """Trap 1 itself: index -1 is the cache's last entry."""
+    """Trap 1 itself: a slot mapping of -1 means the cache's last entry."""
     fill = InputBuffers.fill
 
     def minus_one(self, output, descriptor, epilogue_rows):
@@ -330,7 +340,8 @@ def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("seqs", [1, 2, 4])
 def test_a_mixed_trial_fills_its_graph(checkpoint, seqs):
-    """However few slots there are, one token short of the padded size, most of it prefill."""
+    """The trial batch of a mixed graph, however few slots there are, has one token less than the
+    padded size and is not all decodes."""
     runner = start(checkpoint, "none", max_num_seqs=seqs).runner
     for tokens in (8, 48):
         batch = short_batch(BatchDescriptor(tokens), runner.limits)

@@ -1,4 +1,5 @@
-"""Launches: counted exactly, waited for exactly, and free when nobody asks."""
+"""Launches of kernels and graphs: each step's number is counted exactly, a simulated cost is waited
+for exactly, and neither costs anything when it is not asked for."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
 EPILOGUE = 5
-"""Operations behind the model: rows, lm_head, masks, sampling, and what goes back to the slots."""
+"""Number of operations behind the model: gather of the rows, lm_head, masks, sampling, and the
+write back to the slots."""
 FORWARD = 1 + 11 * LAYERS + 1
-"""Embedding, layers (see tests/nn/test_op_count.py), and the last norm."""
+"""Number of operations of the model: embedding, layers (see tests/nn/test_op_count.py), and the
+last norm."""
 PIECES = 2 * LAYERS + 1
-"""Each attention op, a piece before each and one behind the last."""
+"""Number of launches of a forward pass by pieces: each attention op, a piece before each and one
+behind the last."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4}
-    limits["device"] = "cpu"  # a GPU's kernels are others, and so are their numbers
+    limits["device"] = "cpu"  # A GPU has other kernels, and so other numbers of launches.
     settings = {**limits, "cudagraph_mode": CUDAGraphMode(mode), **settings}
     return EngineCore(build_engine(EngineConfig(model=checkpoint, **settings)))
 
@@ -52,7 +56,7 @@ def add(engine: EngineCore, name: str, **params) -> None:
 
 
 def steps(engine: EngineCore) -> list[int]:
-    """Run to the end; returns each step's launches."""
+    """Run to the end, and return the number of launches of each step."""
     found = []
     while engine.has_work:
         with count_launches(engine.runner) as counter:
@@ -74,12 +78,14 @@ def steps(engine: EngineCore) -> list[int]:
 def test_the_launches_of_a_step(checkpoint, mode, prefill, decode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
     add(engine, "a")
-    add(engine, "b", temperature=0.8, top_p=0.9)  # sampling is one op, whatever it does
+    # Sampling is one operation, whatever its parameters are.
+    add(engine, "b", temperature=0.8, top_p=0.9)
     assert steps(engine) == [prefill] + 5 * [decode]
 
 
 def test_operations_behind_a_graph_count(checkpoint):
-    """A step whose logits are read samples and reports outside of its graph."""
+    """Operations behind a graph are counted too: a step whose logits are read samples and reports
+    outside of its graph."""
     engine = start(checkpoint)
     add(engine, "a", logprobs=2)
     _, *decodes = steps(engine)
@@ -88,6 +94,7 @@ def test_operations_behind_a_graph_count(checkpoint):
 
 
 def test_counting_leaves_nothing_behind(checkpoint):
+    """Behind the block nothing is counted any more, and the runner's methods are its own again."""
     engine = start(checkpoint)
     runner = engine.runner
     add(engine, "a")
@@ -101,7 +108,8 @@ def test_counting_leaves_nothing_behind(checkpoint):
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """What an engine that starts with `simulate_launch_us` waits, instead of waiting."""
+    """Collect the waits, in microseconds, of an engine that starts with `simulate_launch_us`,
+    instead of waiting."""
     found: list[float] = []
     monkeypatch.setattr(
         builder, "simulate_launches", lambda runner, us: simulate_launches(runner, us, found.append)
@@ -117,13 +125,14 @@ def test_each_step_waits_for_its_launches_and_the_start_for_none(checkpoint, wai
         add(engine, name)
         while engine.has_work:
             engine.step()
-        found = [wait for wait in waits if wait]  # nothing is launched behind a whole graph
+        # Nothing is launched behind a graph that holds the whole step.
+        found = [wait for wait in waits if wait]
         assert found == [2.5 * PIECES, 2.5] + 5 * [2.5], "the same when the count is known"
         waits.clear()
 
 
 class Output(NamedTuple):
-    """What of a SchedulerOutput tells steps apart."""
+    """The fields of a SchedulerOutput that tell kinds of steps apart."""
 
     num_rows: int
     needs_logits: bool
@@ -131,8 +140,8 @@ class Output(NamedTuple):
 
 
 def test_a_count_is_of_one_kind_of_step():
-    """A count that is known may not stand for a part that differs in mode, shape, rows, logits,
-    masks or what follows; any of them may choose another kernel."""
+    """A known count may not stand for a step that differs in part, mode, shape, rows, logits, masks
+    or epilogue: each of these may choose another kernel."""
     wrapper, waits = SimpleNamespace(replay=CapturedGraph.replay), []
 
     def launch(part, output, dispatch):
@@ -161,7 +170,7 @@ def test_a_count_is_of_one_kind_of_step():
 
 
 def test_simulated_steps_can_be_counted(checkpoint, waits):
-    """Two counters at once: bench under --simulate-launch-us."""
+    """Two counters may work at once, as in bench under --simulate-launch-us."""
     engine = start(checkpoint, simulate_launch_us=1.0)
     add(engine, "a")
     assert steps(engine) == [PIECES + 1] + 5 * [1]

@@ -1,5 +1,6 @@
-"""Bias, min_tokens and penalties: the tokens of a plain reference, in every mode and at both lags,
-through preemptions, beside requests that ask for nothing."""
+"""Logit bias, min_tokens and penalties give the tokens of a plain reference, in every mode, with
+and without a step launched ahead, through preemptions, beside requests that ask for none of
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint, make_model
 
 MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 EPSILON = 1e-3
-"""Scores closer than this may be ordered by rounding."""
+"""Scores that are closer than this may be put in either order by rounding."""
 
 ASKED: list[dict[str, Any]] = [
     {},
@@ -41,7 +42,8 @@ ASKED: list[dict[str, Any]] = [
 
 
 def processed(logits: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams):
-    """One row [vocab], token by token."""
+    """Return one row of logits [vocab], changed by bias, min_tokens and penalties token by
+    token."""
     values = logits.tolist()
     for token, amount in params.logit_bias.items():
         values[token] += amount
@@ -58,7 +60,7 @@ def processed(logits: torch.Tensor, prompt: list[int], output: list[int], params
 
 @torch.no_grad()
 def check(model: PreTrainedModel, prompt: list[int], tokens: list[int], params: SamplingParams):
-    """Every token is what the reference chooses behind those before it."""
+    """Check that every token is the one that the reference chooses behind the tokens before it."""
     logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 :]
     for index, token in enumerate(tokens):
         values = processed(logits[index], prompt, tokens[:index], params)
@@ -80,7 +82,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def requests() -> list[EngineRequest]:
-    """Each asks for something else; prompts repeat tokens, and one is longer than a chunk."""
+    """Make requests that each ask for something else; prompts repeat tokens, and one is longer than
+    a chunk."""
     found = []
     for index, asked in enumerate(ASKED):
         prompt = [(5 * i * i + index) % 40 for i in range((3, 9, 25)[index % 3])]
@@ -138,7 +141,8 @@ def row(slot: int, *, samples: bool = True) -> ScheduledRow:
 
 
 def test_tables_grow_and_rows_are_used_again():
-    """Slots go round, first in first out; rows do not."""
+    """Slots are used in turn, first in, first out; a row of the tables that is free again is used
+    before a new one is made."""
     processors = LogitsProcessors(VOCAB_SIZE, torch.device("cpu"))
     params = SamplingParams(frequency_penalty=1.0)
     logits = torch.zeros(1, VOCAB_SIZE)

@@ -1,4 +1,5 @@
-"""What has gone wrong with captured graphs in other servers, and would be seen here.
+"""Mistakes that other servers have made with captured graphs, and tests that would notice them
+here.
 
 Each test runs as it is, and once for each *mutant*: the mistake itself, made on purpose, with which
 the test must fail. The numbers are those of a list drawn from the issue trackers of vLLM, SGLang
@@ -61,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- trap 1: slot -1 is a real index -------------------------------------------------------------
 
 LAST_ENTRY = NUM_BLOCKS * BLOCK_SIZE - 1
-"""What index -1 means."""
+"""The entry of the cache that index -1 means."""
 
 
 def pads_slot_mapping_with_minus_one(patch: Patch) -> None:
@@ -87,7 +88,8 @@ def maps_the_null_slot_to_minus_one(patch: Patch) -> None:
 
 
 def launch_and_check_writes(step: Step) -> StepResult:
-    """The step changes the cache entries of its own tokens; padding only those of block 0."""
+    """Launch the step, and check that it changes the cache entries of its own tokens, and that
+    padding changes only those of block 0."""
     runner = step.engine.runner
     before = [cache.clone() for cache in runner.kv_caches]
     result = step.launch()
@@ -97,7 +99,7 @@ def launch_and_check_writes(step: Step) -> StepResult:
         for position in range(row.start, row.start + row.num_tokens)
     }
     for old, cache in zip(before, runner.kv_caches, strict=True):
-        # By bits: memory that nobody has written may hold NaN.
+        # Bits are compared, because memory that nobody has written may hold NaN.
         changed = old.view(torch.int32) != cache.view(torch.int32)
         changed = changed.flatten(2).any(dim=2).nonzero().tolist()
         assert {(block, offset) for block, offset in changed if block} == own
@@ -132,7 +134,8 @@ def certification_leaves_its_poison(patch: Patch) -> None:
 
 
 def padding_scatters_its_position(patch: Patch) -> None:
-    """The null slot is not put back: its position runs away, beyond the context in the end."""
+    """Mutant: the null slot is not reset, so its position grows with every step, in the end beyond
+    the context."""
 
     def broken(self, rows):
         state, slots = self.state, self.slots[:rows]
@@ -148,7 +151,8 @@ def padding_scatters_its_position(patch: Patch) -> None:
     on_cuda=(certification_leaves_its_poison,),
 )
 def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(model: Model):
-    """Certification too has filled the null block with NaN, and must not leave it so."""
+    """The null block and the null slot are clean behind capture and steps, also after
+    certification, which fills the null block with NaN on purpose."""
     for certified in (False, True):
         engine = start(model, certified=certified)
         assert_null_is_clean(engine.runner)
@@ -172,7 +176,8 @@ def padding_rows_have_length_0(patch: Patch) -> None:
 
     def broken(self, rows):
         gather(self, rows)
-        # Not the first row: a batch of padding alone, as while capturing, divides by zero.
+        # The first row is left out: for a batch of padding alone, as at capture, attention would
+        # divide by zero.
         self.seq_lens[1:rows].masked_fill_(self.slots[1:rows] == 0, 0)
 
     patch.setattr(InputBuffers, "gather_decode", broken)
@@ -205,7 +210,8 @@ def attention_skips_the_padding(patch: Patch) -> None:
     on_cuda=(padding_rows_read_beyond_their_token, attention_skips_the_padding),
 )
 def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(model: Model):
-    """Real rows equal those of a zero-filled run, and padding is finite: it is an ordinary row."""
+    """Real rows equal those of a run whose buffers are filled with zeros, and padding rows are
+    finite, because they are ordinary rows."""
     engine = start(model)
     submit(engine, [1, 2, 3], [4, 5], [6])
     runner, buffers, ran = engine.runner, engine.runner.buffers, set()
@@ -233,8 +239,8 @@ def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(model: Model):
 
 
 def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
-    """The step gives, behind what came before it, what it gives in an engine that has run none:
-    everything up to the padded size, padding included."""
+    """Check that the step gives, behind the steps before it, what it gives in an engine that has
+    run none: everything up to the padded size is equal, padding included."""
     fresh = start(model)
     values, own = tensors(step.engine.runner), tensors(fresh.runner)
     for name, tensor in own.items():
@@ -250,7 +256,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
         size = rows if name in by_row else step.padded
         name = f"buffers.{name}"
         assert torch.equal(values[name][:size], own[name][:size]), name
-    # Of a block table, as far as the row has filled it: what lies behind is nobody's.
+    # A block table is compared as far as the row has filled it; the entries behind have no meaning.
     tables, expected = values["buffers.block_table"][:rows], own["buffers.block_table"][:rows]
     used = (own["buffers.seq_lens"][:rows] + BLOCK_SIZE - 1) // BLOCK_SIZE
     unused = torch.arange(tables.shape[1], device=tables.device) >= used[:, None]
@@ -292,7 +298,8 @@ def test_trap_04_five_decodes_behind_eight_in_the_same_graph(model: Model):
 
 
 def keeps(*names: str) -> Mutant:
-    """Buffers of a mixed step keep their tail."""
+    """Make a mutant: the named buffers of a mixed step keep their old values behind the step's
+    tokens."""
 
     def mutant(patch: Patch) -> None:
         fill = InputBuffers._fill_tokens
@@ -310,7 +317,7 @@ def keeps(*names: str) -> Mutant:
 
 
 def keeps_rows(name: str, first: int = 0) -> Mutant:
-    """A buffer of a mixed step keeps what it has behind the step's own rows."""
+    """Make a mutant: a buffer of a mixed step keeps its old values behind the step's own rows."""
 
     def mutant(patch: Patch) -> None:
         fill = InputBuffers._fill_tokens
@@ -365,7 +372,8 @@ KEEPS_STARTS = keeps_rows("query_start_loc", first=1)
     modes=(FULL,),
 )
 def test_trap_04_one_row_behind_three_in_the_same_graph(model: Model):
-    """The rows of a mixed batch are padded too where the graph holds attention."""
+    """Where the graph holds attention, the rows of a mixed batch are padded too, and their tail is
+    not left over from the step before."""
     five_tokens_behind_eight(model, BatchDescriptor(8, num_reqs=8))
 
 
@@ -386,7 +394,7 @@ def five_tokens_behind_eight(model: Model, key: BatchDescriptor) -> None:
 
 
 def freezes_the_lengths(patch: Patch) -> None:
-    """They are computed on the host, which no graph sees."""
+    """Mutant: the lengths are computed on the host, which no graph records."""
     gather = InputBuffers.gather_decode
 
     def broken(self, rows):
@@ -424,7 +432,8 @@ def captures_the_length_that_it_sees(patch: Patch) -> None:
     on_cuda=(captures_the_length_that_it_sees,),
 )
 def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
-    """Captured on padding, whose length is 1; replayed at 1, around block edges, at the maximum."""
+    """A graph captured on padding, whose length is 1, is right at length 1, around block edges and
+    at the maximum."""
     runner = start(model).runner
     lengths = (1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, CONTEXT)
     for rows in (1, 3):
@@ -435,12 +444,14 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
 
 
 def captures_the_rows_that_it_sees(patch: Patch) -> None:
-    """One: it captures on padding alone."""
+    """Mutant: the graph holds as many rows as it sees at capture, which is one, because it is
+    captured on padding alone."""
     fill = InputBuffers.fill
 
     def broken(self, output, descriptor, epilogue_rows):
         attn, rows = fill(self, output, descriptor, epilogue_rows), max(1, len(output.rows))
-        if attn.max_query_len == 1:  # where CUDA's kernel would notice
+        # Where each row has one token, CUDA's kernel would notice that rows are missing.
+        if attn.max_query_len == 1:
             return attn
         return replace(
             attn,
@@ -459,7 +470,8 @@ def captures_the_rows_that_it_sees(patch: Patch) -> None:
     modes=(FULL,),
 )
 def test_trap_05_a_graph_captured_on_empty_rows_serves_every_mixture(model: Model):
-    """One row, chunks up to block edges, decodes beside them, as many rows as it holds."""
+    """A graph captured on empty rows serves one row, chunks up to block edges, decodes beside them,
+    and as many rows as it holds."""
     runner = start(model).runner
     mode, key = runner.ladders.mixed_key(16)
     assert (mode, key.num_reqs) == (FULL, 8)
@@ -500,7 +512,9 @@ def test_trap_06_a_prompt_of_one_token_is_no_decode(model: Model):
 
 @fails_with(classifies_by_shape, on_cuda=(classifies_by_shape,))
 def test_trap_06_a_chunk_of_one_token_is_no_decode(model: Model):
-    """Beside a decode and alone: 6 tokens are 1 + 5, then 1 + 1."""
+    """A prompt of one token alone and a last chunk of one token beside a decode are prefill: with 6
+    tokens a step, the second prompt's 6 tokens come as 5 beside 1 decode, then 1 beside 1
+    decode."""
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 6}
     played = []
     for engine in (start(model, **limits), start(model, enforce_eager=True, **limits)):
@@ -519,7 +533,8 @@ def test_trap_06_a_chunk_of_one_token_is_no_decode(model: Model):
 
 
 def intermediates_die_at_the_break(patch: Patch) -> None:
-    """What crosses from piece to piece is held weakly: a result of the next one lies on it."""
+    """Mutant: a tensor that crosses from one piece to the next is freed at the end of its piece, so
+    that a result of the next one lies on it."""
     finish = CPUTapeBackend.finish
 
     def broken(self):
@@ -568,7 +583,8 @@ def somebody_uses_the_pool_of_a_gpu_between_pieces(patch: Patch) -> None:
     on_cuda=(somebody_uses_the_pool_of_a_gpu_between_pieces,),
 )
 def test_trap_07_every_graph_is_right_behind_every_other(model: Model):
-    """All are captured, then replayed, first to last and back, in the memory that they share."""
+    """All graphs are captured, then replayed from first to last and back, in the memory that they
+    share."""
     replay_all(model)
 
 
@@ -603,8 +619,8 @@ def results_are_views(patch: Patch) -> None:
 
 @fails_with(results_are_views, on_cuda=(results_are_views,))
 def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
-    """Step N is read when step N+1 has been launched, by a larger graph, by one of the other
-    kind, by a smaller one."""
+    """The result of step N is right when it is read after step N+1 was launched, by a larger graph,
+    by one of the other kind, or by a smaller one."""
     engine = start(model)
     submit(engine, [1, 2, 3], [4, 5])
     read: list[tuple[StepResult, StepResult]] = []
@@ -636,7 +652,7 @@ def moves_metadata(name: str) -> Mutant:
 
         def broken(self, output, descriptor, epilogue_rows):
             attn = fill(self, output, descriptor, epilogue_rows)
-            if not output.rows:  # while capturing
+            if not output.rows:  # There are no rows during a capture.
                 return attn
             old = getattr(attn, name)
             return replace(attn, **{name: old + 1 if isinstance(old, int) else old.clone()})
@@ -660,7 +676,8 @@ def moves_an_argument(patch: Patch) -> None:
 
 
 def moves_a_buffer(patch: Patch) -> None:
-    fill, left = InputBuffers.fill, []  # alive, or a later one may get its place again
+    # The old tensors are kept alive, or a later one could get their address again.
+    fill, left = InputBuffers.fill, []
 
     def broken(self, output, descriptor, epilogue_rows):
         left.append(self.slots)
@@ -690,8 +707,8 @@ def moves_the_state(patch: Patch) -> None:
     modes=BOTH,
 )
 def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(model: Model):
-    """Arguments and metadata are compared before each replay; buffers and state keep their
-    addresses."""
+    """Arguments and metadata are compared with those of the capture before each replay; buffers and
+    state keep their addresses."""
     engine = start(model)
     before = {name: tensor.data_ptr() for name, tensor in tensors(engine.runner).items()}
     submit(engine, [1, 2, 3], [4, 5], [6])
@@ -702,7 +719,7 @@ def test_trap_14_everything_that_a_graph_reads_stays_where_it_is(model: Model):
 
 
 def test_trap_14_a_wrapper_takes_no_keyword_arguments(checkpoint):
-    """Nothing would compare their addresses."""
+    """The wrapper refuses keyword arguments, because their addresses would not be compared."""
     wrapper = start(Model(checkpoint, "cpu")).runner.model_step
     for call in (wrapper, wrapper.capture):
         with pytest.raises(TypeError, match="unexpected keyword"):
@@ -713,7 +730,7 @@ def test_trap_14_a_wrapper_takes_no_keyword_arguments(checkpoint):
 
 
 SCANT_BLOCKS = 7
-"""Two for each of three requests, and the null block."""
+"""Two blocks for each of three requests, and the null block."""
 
 
 def null_numbers_belong_to_the_pool(patch: Patch) -> None:
@@ -728,7 +745,8 @@ def null_numbers_belong_to_the_pool(patch: Patch) -> None:
 
 
 def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
-    """In a full cache that is a block which somebody holds."""
+    """Mutant: padding writes to a block of the pool, which in a full cache is one that a request
+    holds."""
     fill = InputBuffers.fill
 
     def broken(self, output, descriptor, epilogue_rows):
@@ -744,7 +762,8 @@ def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
     on_cuda=(null_numbers_belong_to_the_pool, padding_gets_its_block_when_it_comes),
 )
 def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(model: Model):
-    """Padding has had its own since before there was a graph or a request."""
+    """A padded step needs no free block or slot: the null block and the null slot are reserved for
+    padding before there is any graph or request."""
     limits = {"max_num_seqs": 3, "num_kv_blocks": SCANT_BLOCKS, "cudagraph_capture_sizes": (4, 16)}
     played = []
     for engine in (start(model, **limits), start(model, enforce_eager=True, **limits)):

@@ -1,4 +1,4 @@
-"""Traps 9 to 12, and 5 and 8 where a GPU makes them harder. See test_traps.py."""
+"""Traps 9 to 12, and traps 5 and 8 where a GPU makes them harder. See test_traps.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ pytestmark = pytest.mark.gpu
 FULL = CUDAGraphMode.FULL
 
 LATE = 50_000_000
-"""Cycles that the GPU is kept busy: some 25 ms, in which the host is several steps ahead."""
+"""Number of cycles that the GPU is kept busy: about 25 ms, in which the host gets several steps
+ahead."""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def test_trap_05_a_graph_captured_at_length_1_serves_2048(model):
 
 
 def test_trap_05_a_mixed_graph_captured_on_empty_rows_serves_2048(model):
-    """Chunks that end anywhere behind histories of any length, beside decodes as long, and decodes
-    alone; as few rows as one, as many as the graph holds."""
+    """The batches have chunks that end anywhere behind histories of any length, beside decodes as
+    long, and decodes alone; from one row to as many as the graph holds."""
     limits = {"max_model_len": 2048, "block_size": 16, "max_num_batched_tokens": 512}
     runner = start(replace(model, mode=FULL), num_kv_blocks=800, **limits).runner
     for tokens in (1, 8, 64, 512):
@@ -84,7 +85,8 @@ def one_place_for_results(patch: Patch) -> None:
 
     def broken(self):
         for place in self._places:
-            place.result = None  # nobody reads it before the next comes
+            # Forget the result, because nobody reads it before the next one comes.
+            place.result = None
         begin(self)
 
     patch.setattr(results, "PLACES", 1)
@@ -116,7 +118,8 @@ def test_trap_08_a_result_is_read_when_the_next_step_is_done(model, mutant):
 
 
 def one_buffer_for_inputs(patch: Patch) -> None:
-    """One for each size. What is read wrongly is all of a later step's, so that it is in range."""
+    """Mutant: there is one pinned buffer for each size of inputs. All that is read wrongly belongs
+    to one later step, so that indices stay in range."""
     buffers: dict[int, torch.Tensor] = {}
 
     def broken(values, device):
@@ -130,7 +133,8 @@ def one_buffer_for_inputs(patch: Patch) -> None:
 @pytest.mark.parametrize("mutant", [None, one_buffer_for_inputs])
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_09_inputs_are_copied_before_the_host_writes_the_next(model, mutant, mode):
-    """The host is a step ahead, and the GPU far behind."""
+    """Inputs are copied before the host writes the next ones, while the host is a step ahead and
+    the GPU far behind."""
     model = replace(model, mode=mode)
 
     def test() -> None:
@@ -141,7 +145,8 @@ def test_trap_09_inputs_are_copied_before_the_host_writes_the_next(model, mutant
 
 
 def _staggered(engine, *, late: bool) -> dict[str, list[int]]:
-    """Requests that end one by one: the slots of two steps of one size differ."""
+    """Run requests that end one by one, so that two steps of one size have different slots; `late`
+    keeps the GPU busy before each launch."""
     for n in range(1, 8):
         submit(engine, [n, n + 1, n + 2], max_tokens=2 + n)
     launch = engine._launch
@@ -167,6 +172,9 @@ def draws_of_the_capture(patch: Patch) -> None:
 
 @pytest.mark.parametrize("mutant", [None, draws_of_the_capture])
 def test_trap_10_replays_draw_anew_and_as_eager_runs_do(model, mutant):
+    """Sampling noise depends on seed and position at each replay, as in eager runs, and is not
+    frozen at capture."""
+
     def drawn(seed: int, **settings: object) -> list[int]:
         engine = start(model, **settings)
         submit(engine, [1, 2, 3], max_tokens=40, temperature=2.0, seed=seed)
@@ -182,7 +190,8 @@ def test_trap_10_replays_draw_anew_and_as_eager_runs_do(model, mutant):
 
 
 def test_trap_11_other_threads_may_use_the_gpu_while_graphs_are_captured(model):
-    """With the libraries that the model uses, on streams of their own, before, in and after."""
+    """Another thread uses the GPU and the libraries that the model uses, on a stream of its own,
+    before, during and after the captures; neither disturbs the other."""
     expected, stop, errors = _staggered(start(model), late=False), threading.Event(), []
 
     def other() -> None:
@@ -210,7 +219,8 @@ def test_trap_11_other_threads_may_use_the_gpu_while_graphs_are_captured(model):
 
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_12_graphs_are_right_when_others_are_gone(model, mode):
-    """Engines share a process, and graphs a pool: none holds what another needs."""
+    """Engines share a process and graphs share a memory pool; none needs memory that another one
+    has freed when it was deleted."""
     model = replace(model, mode=mode)
     first, second = start(model), start(model)
     expected = _staggered(first, late=False)
@@ -230,7 +240,8 @@ def test_trap_12_graphs_are_right_when_others_are_gone(model, mode):
 
 
 def _overwrite_what_is_free() -> None:
-    """Whatever the allocators have got back is NaN, in use by others, or unmapped."""
+    """Make sure that all memory that the allocators have got back is overwritten with NaN, used by
+    others, or unmapped."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -32,7 +32,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def end_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Ends the time of the request that is being answered, which must have a limit of an `HOUR`."""
+    """A function that ends the time of the request that is being answered; the request must have a
+    time limit of an `HOUR`."""
     limits: list[asyncio.Timeout] = []
 
     def timeout(delay: float) -> asyncio.Timeout:
@@ -47,8 +48,8 @@ def end_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture
 def connect(tokenizer: Tokenizer) -> Iterator[Callable[..., httpx.AsyncClient]]:
-    """Makes a client of an application around a fake engine; what the application has started ends
-    with the test."""
+    """A function that makes a client of an application around a fake engine. What the application
+    has started is closed after the test."""
     apps: list[FastAPI] = []
 
     def make(engine: FakeEngine | Script, **options: object) -> httpx.AsyncClient:

@@ -1,4 +1,4 @@
-"""An engine client without an engine: it replays a script."""
+"""A stand-in for the engine client that replays a script instead of running a model."""
 
 from __future__ import annotations
 
@@ -47,14 +47,16 @@ STATS = EngineStats(
 STEPS = {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
 
 _Queue = asyncio.Queue[tuple[str, EngineOutput | Exception | None]]
-"""Items of a script by request; None behind the last."""
+"""The items of a script with the id of their request; None follows the last item."""
 
 
 class FakeEngine:
-    """Replays `script(request)`: an output is yielded, an exception raised, an event awaited.
+    """Replays `script(request)`: yields its outputs, raises its exceptions and waits for its
+    events.
 
-    requests: what was submitted. aborted: the ids that were closed before their end.
-    asked_to_abort: those that `abort` was called for.
+    requests: the requests that were submitted.
+    aborted: the ids of requests whose stream was closed before their end.
+    asked_to_abort: the ids of requests for which `abort` was called.
     """
 
     def __init__(self, script: Script) -> None:
@@ -129,7 +131,8 @@ def outputs(
     logprobs: int | None = None,
     cached: int = 0,
 ) -> Callable[[EngineRequest], list[EngineOutput]]:
-    """A script of one token a step; so many prompt `cached` tokens are told with the first."""
+    """A script of one token a step, whose first output reports `cached` prompt tokens as found in
+    the prefix cache."""
     ids = list(token_ids)
 
     def script(request: EngineRequest) -> list[EngineOutput]:
@@ -149,7 +152,8 @@ def outputs(
 
 
 def scored(script: Script, num_top: int, chunk: int = 2) -> Script:
-    """`script` behind reports of the prompt, one for each chunk of it."""
+    """`script` after outputs with the log-probabilities of the prompt, one for each chunk of
+    `chunk` tokens."""
 
     def replay(request: EngineRequest) -> Iterator[EngineOutput | Exception | asyncio.Event]:
         told = [token_logprobs(token_id, num_top) for token_id in request.prompt_token_ids[1:]]
@@ -162,13 +166,14 @@ def scored(script: Script, num_top: int, chunk: int = 2) -> Script:
 
 
 def token_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
-    """The token and the ids after it, each a unit less likely."""
+    """Log-probabilities of a token with `num_top` entries: the token and the ids after it, each
+    less likely than the one before by 1."""
     top = [(token_id + i, -0.5 - i) for i in range(num_top)]
     return TokenLogprobs(token_id, -0.5, top, rank=1)
 
 
 def sse(text: str) -> list[dict[str, Any]]:
-    """The JSON of every event of a stream, which must end as a stream ends."""
+    """The JSON of every event of a stream, which must end with [DONE]."""
     *events, rest = text.split("\n\n")
     assert rest == ""
     assert events.pop() == "data: [DONE]"

@@ -1,4 +1,4 @@
-"""An application behind the HTTP server that `minisrv serve` has, on a free port."""
+"""An application behind the same HTTP server as `minisrv serve` has, on a free port."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from minisrv.server.listening import HttpServer
 
 @asynccontextmanager
 async def serve(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
-    """Yields the address. What is still open at the end is cancelled."""
+    """Run the server and yield its address. Requests that are still open at the end are
+    cancelled."""
     async with serve_with_connections(app) as (address, _):
         yield address
 
@@ -27,9 +28,10 @@ async def serve(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
 async def serve_with_connections(
     app: ASGIApp, **settings: Any
 ) -> AsyncIterator[tuple[tuple[str, int], Connections]]:
-    """Yields the server's connections as well, whose time a test may let pass by `sweep`.
+    """Run the server and yield its address and its connections, for which a test lets time pass by
+    calling `sweep`.
 
-    settings: more of uvicorn's.
+    settings: further settings of uvicorn.
     """
     config = uvicorn.Config(
         app,

@@ -1,4 +1,5 @@
-"""Keys, what one key may have open, deadlines, and pages of other origins."""
+"""API keys, the limit of open requests for each key, deadlines, allowed hosts, and pages of other
+origins."""
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ async def test_every_path_needs_a_key(
 
 
 async def test_no_route_is_open_but_those_for_supervisors(connect: Connect) -> None:
-    """A path that does not exist needs a key too: what exists is nobody's business."""
+    """A path that does not exist needs a key too: nobody without one learns which paths exist."""
     async with connect(engine(), settings=KEYS) as client:
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
@@ -97,11 +98,14 @@ async def test_without_keys_everybody_is_let_in(connect: Connect) -> None:
 
 
 def forever(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
+    """A script that gives one token and then never goes on."""
     yield EngineOutput(request_id=request.request_id, token_ids=[65])
     yield asyncio.Event()
 
 
 async def test_a_key_has_so_many_requests_open(connect: Connect, tmp_path: Path) -> None:
+    """The third open request of a key gets 429, a request of another key is served, and a request
+    that has ended makes room."""
     fake = FakeEngine(forever)
     limit = KeyLimit(tmp_path / "open", keys=2, limit=2, worker=0, workers=1)
     options: dict[str, Any] = {"settings": KEYS, "key_limit": limit}
@@ -138,7 +142,8 @@ async def test_a_key_has_so_many_requests_open(connect: Connect, tmp_path: Path)
 async def test_every_choice_counts(
     connect: Connect, tmp_path: Path, path: str, body: dict[str, Any]
 ) -> None:
-    """Each takes a place in the engine, so a few requests of many choices would take all of it."""
+    """Each choice takes a place in the engine; if only requests counted, a few with many choices
+    would take all places."""
     fake = FakeEngine(forever)
     limit = KeyLimit(tmp_path / "open", keys=2, limit=6, worker=0, workers=1)
     options: dict[str, Any] = {"settings": KEYS, "key_limit": limit}
@@ -148,7 +153,8 @@ async def test_every_choice_counts(
             return await client.post(path, json=body, headers=bearer(key))
 
         async def hold(path: str, body: dict[str, Any], requests: int) -> asyncio.Task[Any]:
-            """Ask for what never ends; whatever is admitted after it is answered at once."""
+            """Send a request that never ends; requests that are admitted after it are answered at
+            once."""
             fake.script = forever
             task = asyncio.create_task(ask(path, body))
             await until(lambda: len(fake.requests) == requests)
@@ -181,6 +187,9 @@ async def test_every_choice_counts(
 
 
 def test_all_workers_count_together(tmp_path: Path) -> None:
+    """Workers share the counts of a key, a refused request is not counted, and a worker that
+    replaces a dead one starts from zero."""
+
     def worker(index: int) -> KeyLimit:
         return KeyLimit(tmp_path / "open", keys=2, limit=4, worker=index, workers=3)
 
@@ -191,16 +200,16 @@ def test_all_workers_count_together(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="n asks for 5 choices"):
             workers[1].places(1, 5, param="n").__enter__()
     with workers[1].places(1, 4), workers[1].places(0):
-        pass  # and what was refused is not counted
+        pass  # requests that were refused are not counted
     place = workers[0].places(0, 3)
-    place.__enter__()  # and it dies
+    place.__enter__()  # its worker dies
     worker(0)
     with workers[1].places(0, 4):
         pass
 
 
 async def test_each_key_has_a_prefix_cache_of_its_own(connect: Connect) -> None:
-    """Whatever salt a client sends beside it."""
+    """Requests of different keys never share cached blocks, whatever salt the clients send."""
 
     async def salts(settings: ServerConfig, *asked: tuple[str, str | None]) -> list[Any]:
         fake = engine()
@@ -226,6 +235,9 @@ async def test_each_key_has_a_prefix_cache_of_its_own(connect: Connect) -> None:
 async def test_a_deadline(
     connect: Connect, end_time: Callable[[], None], stream: bool, starts: bool
 ) -> None:
+    """At the deadline a request ends with 504, or with an error event if its stream has begun, and
+    is aborted."""
+
     def script(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
         return forever(request) if starts else iter([asyncio.Event()])
 
@@ -253,6 +265,7 @@ PREFLIGHT = {"access-control-request-method": "POST", "origin": "https://a.examp
 
 
 async def test_no_page_of_another_origin_may_ask(connect: Connect) -> None:
+    """By default there are no CORS headers, and a preflight request is refused."""
     async with connect(engine()) as client:
         asked = await client.options("/v1/completions", headers=PREFLIGHT)
         assert asked.status_code == 405
@@ -261,6 +274,7 @@ async def test_no_page_of_another_origin_may_ask(connect: Connect) -> None:
 
 
 async def test_origins_that_may(connect: Connect) -> None:
+    """Pages of allowed origins pass the preflight request, and still need a key."""
     settings = ServerConfig(api_keys=KEYS.api_keys, allowed_origins=("https://a.example",))
     async with connect(engine(), settings=settings) as client:
         asked = await client.options("/v1/completions", headers=PREFLIGHT)
@@ -278,8 +292,8 @@ async def test_origins_that_may(connect: Connect) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
 async def test_no_page_may_ask_without_asking_before(connect: Connect, kind: str | None) -> None:
-    """What a browser sends for any page at once, a POST of plain text, is refused; what a page of
-    another origin gets, it cannot read."""
+    """A POST of plain text, which a browser sends for any page without a preflight request, is
+    refused; and a page of another origin cannot read the answers to its GET requests."""
     fake = engine()
     async with connect(fake) as client:
         headers = {"origin": "https://a.example"} | ({"content-type": kind} if kind else {})
@@ -323,7 +337,8 @@ OTHER_NAMES = (
 
 
 async def statuses(connect: Connect, settings: ServerConfig, address: str, *hosts: str) -> set[int]:
-    """What one path answers to these, and each path to the first of them."""
+    """The statuses of one path with each of these Host headers, and of every path with the first of
+    them."""
     names = HostNames.of(settings, address)
     key = {"authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
     async with connect(engine(), settings=settings, hosts=names) as client:
@@ -339,7 +354,8 @@ async def statuses(connect: Connect, settings: ServerConfig, address: str, *host
 async def test_a_page_that_lets_its_own_name_mean_this_machine_gets_nothing(
     connect: Connect, address: str
 ) -> None:
-    """DNS rebinding: only the Host tells such a page from one of this machine."""
+    """DNS rebinding: only the Host header tells a page under a foreign name from a page of this
+    machine."""
     settings = ServerConfig()
     assert await statuses(connect, settings, address, *LOOPBACK_NAMES) == {200}
     assert await statuses(connect, settings, address, *OTHER_NAMES) == {421}
@@ -359,7 +375,8 @@ async def test_a_host_that_is_refused_is_told_what_to_do(connect: Connect) -> No
 
 
 async def test_other_servers_are_called_by_any_name(connect: Connect) -> None:
-    """One with keys, or one that other machines reach: nobody here knows its names."""
+    """A server with keys, or one that other machines reach, answers to any host: it cannot know its
+    names."""
     for settings, address in (
         (KEYS, "127.0.0.1"),
         (ServerConfig(), "0.0.0.0"),
@@ -407,7 +424,7 @@ async def test_allowed_hosts_are_answered_to_beside_those_of_the_machine(
     ],
 )
 async def test_hosts_as_they_are_sent(tokenizer: Tokenizer, head: bytes, status: int) -> None:
-    """What the request line names goes before Host, and HTTP/1.1 has one of these."""
+    """A host in the request line goes before the Host header, of which HTTP/1.1 has exactly one."""
     app = create_app(
         engine(),
         tokenizer,

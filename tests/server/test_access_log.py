@@ -1,4 +1,5 @@
-"""A line for each request: who, what came of it, how much, how long; never what was said."""
+"""The access log has one line for each request: its path, its result, its sizes and times, but
+never its text."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ SECRET = "my diary says"
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, dict[str, Any]]]]:
-    """What the access log says: messages with their fields."""
+    """A function that returns the messages of the access log so far, each with its fields."""
     caplog.set_level(logging.INFO, "minisrv.access")
 
     def read() -> list[tuple[str, dict[str, Any]]]:
@@ -51,6 +52,8 @@ async def test_an_answer(connect: Connect, lines: Any, caplog: Any, stream: bool
 
 
 async def test_a_refusal_a_path_and_what_is_polled(connect: Connect, lines: Any) -> None:
+    """Refused requests and unknown paths get a line, /health, /ready and /metrics get none, and no
+    line has a key or a raw control character."""
     settings = ServerConfig(api_keys=("hidden",))
     async with connect(FakeEngine(outputs([2])), settings=settings) as client:
         headers = {"authorization": "Bearer hidden"}
@@ -68,6 +71,8 @@ async def test_a_refusal_a_path_and_what_is_polled(connect: Connect, lines: Any)
 async def test_what_is_polled_says_not_yet_without_a_line(
     connect: Connect, lines: Any, state: EngineState
 ) -> None:
+    """The polled routes of health checks get no line even if they answer 503; another method on
+    such a path gets one."""
     fake = FakeEngine(outputs([2]))
     fake.state, fake.loading = state, Loading("capturing graphs", 3, 9)
     async with connect(fake) as client:
@@ -91,6 +96,8 @@ async def test_the_lines_of_requests_can_be_turned_off(connect: Connect, lines: 
 async def test_an_error_in_a_stream(
     connect: Connect, end_time: Callable[[], None], lines: Any
 ) -> None:
+    """A stream that ends with an error is logged with status 200 and the code of the error."""
+
     def script(request: EngineRequest) -> Iterator[EngineOutput | asyncio.Event]:
         yield EngineOutput(request_id=request.request_id, token_ids=[65])
         yield asyncio.Event()
@@ -107,6 +114,8 @@ async def test_an_error_in_a_stream(
 
 
 async def test_a_client_that_went_away(connect: Connect, lines: Any) -> None:
+    """A client that goes away is logged with status 499."""
+
     def script(request: EngineRequest) -> Iterator[asyncio.Event]:
         yield asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: shapes, streaming, the template."""
+"""POST /v1/chat/completions: shapes of answers, streaming and chat templates."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
 
 
 async def test_the_role_counts_no_token(connect: Connect) -> None:
+    """The first chunk, which has the role only, reports no completion token in its usage."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     script = outputs([300, 301], cached=3)
     response = await post(connect(script), n=2, stream=True, stream_options=options)
@@ -120,6 +121,7 @@ async def test_an_answer_without_text_still_has_its_role(connect: Connect) -> No
 
 
 async def test_the_answer_may_fill_the_context(connect: Connect) -> None:
+    """Without a limit in the request, max_tokens is what the prompt leaves of the context."""
     engine = FakeEngine(outputs([300]))
     await post(connect(engine))
     (request,) = engine.requests

@@ -1,6 +1,7 @@
-"""Requests as other people's clients send them: all are accepted, and say what they meant to say.
+"""Requests as clients of other projects send them: all are accepted, and the prompt says what they
+meant.
 
-`agents.json` has the bodies that `benchmarks/clients/use_agents.py` recorded of AutoGen's and
+`agents.json` has the bodies that `benchmarks/clients/use_agents.py` recorded from AutoGen's and
 LangChain's agents in two turns with a tool in each.
 """
 
@@ -47,7 +48,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 async def prompt_of(connect: Connect, tokenizer: Tokenizer, body: dict[str, Any]) -> str:
-    """What the model is told of a request, which must be accepted."""
+    """The prompt that a request, which must be accepted, gives to the model."""
     ids = [*tokenizer.encode("Sunny."), 2]
     engine = FakeEngine(outputs(ids, FinishReason.STOP))
     engine.info = msgspec.structs.replace(INFO, max_model_len=4000)
@@ -62,6 +63,7 @@ async def prompt_of(connect: Connect, tokenizer: Tokenizer, body: dict[str, Any]
     [(agent, i) for agent, bodies in AGENTS.items() for i in range(len(bodies))],
 )
 async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number: int) -> None:
+    """The prompt has the speaker's name and every earlier tool call."""
     body = AGENTS[agent][number]
     prompt = await prompt_of(connect, tokenizer, body)
     speaker = {"autogen": "user", "langchain": "Ada"}[agent]
@@ -76,7 +78,7 @@ async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number
 @pytest.mark.parametrize(
     "answer",
     [
-        # LiteLLM, of what Anthropic's and Google's models have said by it
+        # LiteLLM's form of answers by Anthropic's and Google's models
         {
             "content": None,
             "tool_calls": [
@@ -113,9 +115,9 @@ async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number
             ],
             "parsed": None,
         },
-        # Ollama's API has arguments as an object, and no ids
+        # Ollama's API, with arguments as an object and no ids
         {"content": "", "tool_calls": [{"function": {**CALL, "arguments": {"city": "Oslo"}}}]},
-        # Cached by Anthropic's rules
+        # A message marked for caching, as in Anthropic's API
         {
             "content": [{"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}],
             "tool_calls": [{"id": "c", "function": CALL, "cache_control": {"type": "ephemeral"}}],
@@ -125,6 +127,7 @@ async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number
 async def test_what_other_servers_have_said(
     connect: Connect, tokenizer: Tokenizer, answer: dict[str, Any]
 ) -> None:
+    """Answers as other servers and libraries return them are accepted as earlier turns."""
     cached = {"content": [{"type": "text", "text": "Be brief.", "cache_control": {}}]}
     turns = [{"role": "system", **cached}, USER, {"role": "assistant", **answer}, RESULT]
     body = {"model": "m", "messages": turns, "tools": [TOOL], "verbosity": "low"}

@@ -1,4 +1,4 @@
-"""POST /v1/completions: shapes, streaming, several prompts."""
+"""POST /v1/completions: shapes of answers, streaming and several prompts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_a_whole_completion(connect: Connect, tokenizer: Tokenizer) -> Non
     request = engine.requests[0]
     assert request.prompt_token_ids == tokenizer.encode("hi")
     assert request.params.max_tokens == 50
-    assert request.params.temperature == 0.7  # the checkpoint's
+    assert request.params.temperature == 0.7  # the default of the checkpoint
     assert engine.aborted == []
 
 
@@ -85,7 +85,8 @@ async def test_a_stream(connect: Connect, tokenizer: Tokenizer) -> None:
 async def test_cached_tokens_of_all_prompts(
     connect: Connect, tokenizer: Tokenizer, stream: bool, stop: str | None
 ) -> None:
-    """Also when the choice ends before the engine says so."""
+    """The cached tokens of all prompts are added up, also when a stop string ends a choice before
+    the engine does."""
     engine = FakeEngine(outputs(tokenizer.encode(TEXT), cached=16))
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     response = await post(connect(engine), prompt=["a", "b"], stop=stop, **options)
@@ -95,7 +96,7 @@ async def test_cached_tokens_of_all_prompts(
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_choices_of_several_prompts(connect: Connect, stream: bool) -> None:
-    """Those of a prompt stand together, and the prompt counts once."""
+    """The choices of a prompt have consecutive indices, and usage counts the prompt once."""
     engine = FakeEngine(outputs([300, 301], cached=1))
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     prompts = [[1, 2], [3, 4, 5]]
@@ -118,6 +119,7 @@ async def test_choices_of_several_prompts(connect: Connect, stream: bool) -> Non
 
 
 async def test_more_choices_than_places(connect: Connect) -> None:
+    """A request with more choices than the engine can ever hold is refused with 400."""
     engine = FakeEngine(outputs([300]))
     engine.info = msgspec.structs.replace(INFO, max_num_seqs=1, max_waiting=1)
     error = (await post(connect(engine), n=3)).json()["error"]
@@ -126,7 +128,8 @@ async def test_more_choices_than_places(connect: Connect) -> None:
 
 
 async def test_usage_in_every_chunk(connect: Connect) -> None:
-    """Of the choice that the chunk is about, and at the end of all of them, as vLLM has it."""
+    """Each chunk reports the usage of the choice that it belongs to, and the last one the usage of
+    all choices, as in vLLM."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     script = outputs([300, 301, 302], cached=1)
     response = await post(
@@ -146,6 +149,7 @@ async def test_usage_in_every_chunk(connect: Connect) -> None:
 
 
 async def test_usage_in_every_chunk_needs_usage(connect: Connect) -> None:
+    """continuous_usage_stats without include_usage adds no usage to any chunk."""
     options = {"include_usage": False, "continuous_usage_stats": True}
     response = await post(connect(outputs([300])), stream=True, stream_options=options)
     assert all("usage" not in chunk for chunk in sse(response.text))
@@ -175,6 +179,7 @@ async def test_the_salt_reaches_the_engine(connect: Connect) -> None:
 
 
 async def test_a_stream_has_no_usage_unless_asked(connect: Connect) -> None:
+    """No chunk has a `usage` field unless the request asks for it."""
     response = await post(connect(outputs([300, 301])), stream=True)
     assert all("usage" not in chunk for chunk in sse(response.text))
 
@@ -204,6 +209,9 @@ async def test_several_prompts(
 
 
 async def test_one_failing_prompt_aborts_the_others(connect: Connect) -> None:
+    """If the engine refuses one prompt, the answer is its error and the other prompts are
+    aborted."""
+
     def script(request: Any) -> Any:
         if request.request_id.endswith("-2"):
             return [QueueFullError("Too many requests are waiting.", retry_after=7)]
@@ -222,6 +230,7 @@ async def test_one_failing_prompt_aborts_the_others(connect: Connect) -> None:
 async def test_a_stop_string_cuts_and_aborts(
     connect: Connect, tokenizer: Tokenizer, stream: bool, steps: bool
 ) -> None:
+    """The text ends before the stop string, and the engine is told to abort the request."""
     ids = tokenizer.encode("Hello world, stop here and there")
     engine = FakeEngine(outputs(ids))
     options = {"stop": ["stop h", "here"], "include_graph_steps": steps, "stream": stream}
@@ -231,7 +240,7 @@ async def test_a_stop_string_cuts_and_aborts(
     assert "".join(choice["text"] for choice in choices) == "Hello world, "
     assert choices[-1]["finish_reason"] == "stop"
     assert choices[-1].get("graph_steps") == (STEPS if steps else None)
-    if steps:  # the engine answered the abort with the last output
+    if steps:  # the engine answered the abort with a last output, which has the steps
         assert engine.asked_to_abort == {engine.requests[0].request_id}
     else:
         assert engine.aborted == [engine.requests[0].request_id]
@@ -248,7 +257,7 @@ async def test_a_character_split_over_tokens(
     response = await post(connect(outputs(ids)), stream=stream)
     if stream:
         texts = [chunk["choices"][0]["text"] for chunk in sse(response.text)]
-        assert texts == ["a", "€", "🎉"]  # and no chunk for half a character
+        assert texts == ["a", "€", "🎉"]  # no chunk has half a character
     else:
         assert response.json()["choices"][0]["text"] == "a€🎉"
 
@@ -256,6 +265,7 @@ async def test_a_character_split_over_tokens(
 async def test_the_token_that_ends_a_choice_has_no_text(
     connect: Connect, tokenizer: Tokenizer
 ) -> None:
+    """An end-of-sequence token has its id in the answer, and no text."""
     ids = tokenizer.encode("Hello world")
     response = await post(connect(outputs(ids, FinishReason.STOP)), return_token_ids=True)
     choice = response.json()["choices"][0]
@@ -292,7 +302,7 @@ async def test_logprobs(connect: Connect, tokenizer: Tokenizer, stream: bool) ->
     for body in bodies:
         for name, values in (body["choices"][0]["logprobs"] or {}).items():
             found.setdefault(name, []).extend(values)
-    texts = [tokenizer.token_text(i)[0] for i in ids]  # of the token that ended it too
+    texts = [tokenizer.token_text(i)[0] for i in ids]  # including the token that ended the choice
     assert found["tokens"] == texts
     assert found["token_logprobs"] == [-0.5] * len(texts)
     assert found["text_offset"] == [len("".join(texts[:i])) for i in range(len(texts))]
@@ -303,7 +313,7 @@ async def test_logprobs(connect: Connect, tokenizer: Tokenizer, stream: bool) ->
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("as_ids", [False, True])
 async def test_echo(connect: Connect, tokenizer: Tokenizer, stream: bool, as_ids: bool) -> None:
-    """The prompt comes first, with log-probabilities of which the first is null."""
+    """The answer begins with the prompt, whose log-probabilities begin with null."""
     prompt, ids = "Hello there 🎉", tokenizer.encode(" world")
     prompt_ids = tokenizer.encode(prompt)
     engine = FakeEngine(scored(outputs(ids, logprobs=2), 2))
@@ -330,9 +340,9 @@ async def test_echo(connect: Connect, tokenizer: Tokenizer, stream: bool, as_ids
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_echo_with_a_token_that_ends_the_text(connect: Connect, stream: bool) -> None:
-    """Whoever scores a text asks for one token behind it and takes the last entry off. The text
-    ends with an end-of-sequence token more often than not, and once that had no entry: the
-    text's own last token was taken off."""
+    """A client that scores a text asks for one token after it and drops the last entry. That token
+    is often an end-of-sequence token, which once had no entry, so that the text's own last token
+    was dropped."""
     engine = FakeEngine(scored(outputs([2], FinishReason.STOP, logprobs=1), 1))
     options = {"echo": True, "logprobs": 1, "max_tokens": 1, "stream": stream}
     response = await post(connect(engine), prompt=[5, 6, 7], **options)
@@ -343,6 +353,7 @@ async def test_echo_with_a_token_that_ends_the_text(connect: Connect, stream: bo
 
 
 async def test_echo_alone(connect: Connect) -> None:
+    """Without logprobs, an echo asks the engine for no log-probabilities of the prompt."""
     engine = FakeEngine(outputs([300]))
     choice = (await post(connect(engine), echo=True)).json()["choices"][0]
     assert choice["text"].startswith("hi")
@@ -351,7 +362,8 @@ async def test_echo_alone(connect: Connect) -> None:
 
 
 async def test_a_prompt_alone(connect: Connect, tokenizer: Tokenizer) -> None:
-    """What lm-eval asks for to score a text; the prompt may fill the context then."""
+    """lm-eval sends max_tokens=0 with echo to score a text; the prompt may fill the whole context
+    then."""
 
     def script(request: Any) -> Any:
         return [EngineOutput(request_id=request.request_id, finish_reason=FinishReason.LENGTH)]
@@ -368,7 +380,7 @@ async def test_a_prompt_alone(connect: Connect, tokenizer: Tokenizer) -> None:
 
 
 async def test_prompt_logprobs(connect: Connect, tokenizer: Tokenizer) -> None:
-    """As vLLM shows them, beside those of the completion."""
+    """The prompt's log-probabilities have vLLM's form, beside those of the completion."""
     engine = FakeEngine(scored(outputs([300], logprobs=1), 3))
     response = await post(connect(engine), prompt=[5, 6, 7, 8], prompt_logprobs=2, logprobs=1)
     choice = response.json()["choices"][0]
@@ -395,6 +407,7 @@ async def test_max_tokens_default_to_sixteen_or_what_fits(connect: Connect) -> N
 async def test_a_long_prompt_is_tokenised_beside_the_event_loop(
     connect: Connect, tokenizer: Tokenizer
 ) -> None:
+    """A prompt of 36,000 characters, which is tokenised in a thread, gives the right ids."""
     engine = FakeEngine(outputs([300]))
     engine.info = msgspec.structs.replace(INFO, max_model_len=100_000)
     text = "hello world " * 3000

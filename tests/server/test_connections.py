@@ -1,6 +1,7 @@
-"""Connections that wait for their clients: each has its time, and gives way where there is no room.
+"""Connections on which the server waits for the client: each has a time limit, and is closed if its
+place is needed.
 
-Time passes here by sweeps, of which the server itself makes one a second.
+Time passes here by sweeps; the server itself makes one a second.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
 
 
 class Fake:
-    """A connection that remembers what became of it."""
+    """A connection that records how it ended."""
 
     def __init__(self, body: int | None = 0) -> None:
         self.end = ""
@@ -58,11 +59,14 @@ class Fake:
 
 
 def sweep(connections: Connections, seconds: int) -> None:
+    """Let this many seconds pass for the connections."""
     for _ in range(seconds):
         connections.sweep()
 
 
 def test_a_head_has_its_time_from_the_last_thing_that_was_done() -> None:
+    """The time for a head starts anew whenever a connection begins to wait for one, when it is
+    opened or after a response, and a connection that waits longer is timed out."""
     connections, first, second = Connections(), Fake(), Fake()
     connections.wait_for_head(first)
     connections.wait_for_head(second)
@@ -75,6 +79,8 @@ def test_a_head_has_its_time_from_the_last_thing_that_was_done() -> None:
 
 
 def test_a_body_has_time_for_what_has_come_of_it() -> None:
+    """A body has more time the more of it has come: one that comes too slowly is timed out, a fast
+    one is not."""
     connections, slow, fast, unread = Connections(), Fake(), Fake(), Fake(None)
     for connection in (slow, fast, unread):
         connections.wait_for_head(connection)
@@ -83,7 +89,7 @@ def test_a_body_has_time_for_what_has_come_of_it() -> None:
         slow.body, fast.body = slow.body + BODY_BYTES_PER_SECOND // 2, fast.body + 131_072
         connections.sweep()
     assert (slow.end, fast.end, unread.end) == ("timed out", "", "")
-    unread.body = 0  # its time begins when it is read
+    unread.body = 0  # its time begins when the application reads it
     sweep(connections, BODY_SECONDS)
     assert unread.end == ""
     connections.sweep()
@@ -91,6 +97,8 @@ def test_a_body_has_time_for_what_has_come_of_it() -> None:
 
 
 def test_who_waits_for_the_server_has_any_time_and_keeps_its_place() -> None:
+    """A connection whose request runs is never timed out, and is not closed to make room for
+    others."""
     connections, running = Connections(limit=1), Fake()
     connections.wait_for_head(running)
     connections.wait_for_nothing(running)
@@ -102,6 +110,9 @@ def test_who_waits_for_the_server_has_any_time_and_keeps_its_place() -> None:
 
 
 def test_who_has_waited_longest_gives_way_and_bodies_last() -> None:
+    """Where there is no room, the connection that has waited longest is closed; one that sends a
+    body or does not read its answer is closed only after those that wait for a head, and one whose
+    request runs never."""
     connections = Connections(limit=4)
     body, first, reader, running = found = [Fake() for _ in range(4)]
     for connection in found:
@@ -121,7 +132,8 @@ def test_who_has_waited_longest_gives_way_and_bodies_last() -> None:
 
 
 class Recorder:
-    """An application that waits where it is told to, and knows what became of its requests."""
+    """An application that waits where a test tells it to, and counts its requests and those whose
+    client disconnected."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -141,7 +153,7 @@ class Recorder:
 
 
 async def read(reader: asyncio.StreamReader) -> bytes:
-    """All that comes until the server closes."""
+    """Read everything that comes until the server closes the connection."""
     async with asyncio.timeout(GUARD_SECONDS):
         return await reader.read()
 
@@ -159,9 +171,12 @@ async def read(reader: asyncio.StreamReader) -> bytes:
     ],
 )
 async def test_who_does_not_go_on_is_told_and_closed(sent: bytes, status: int | None) -> None:
+    """A client that stops in the middle of a request gets 408 and a closed connection; one that
+    sent nothing is closed without an answer."""
     app = Recorder()
     async with serve_with_connections(app) as (address, connections):
-        for before in (b"", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"):  # a new and a kept connection
+        # A new connection, and one kept after a request.
+        for before in (b"", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"):
             reader, writer = await asyncio.open_connection(*address)
             if before:
                 writer.write(before)
@@ -186,7 +201,8 @@ async def test_who_does_not_go_on_is_told_and_closed(sent: bytes, status: int | 
 
 
 async def test_a_connection_is_kept_for_sweeps_and_not_for_seconds() -> None:
-    """Or a request that came while the worker was held up would be lost."""
+    """A keep-alive connection lasts for a number of sweeps: if seconds counted, a request that came
+    while the worker was busy would be lost."""
     async with serve_with_connections(Recorder(), timeout_keep_alive=0) as (address, connections):
         reader, writer = await asyncio.open_connection(*address)
         async with asyncio.timeout(GUARD_SECONDS):
@@ -201,7 +217,7 @@ async def test_a_connection_is_kept_for_sweeps_and_not_for_seconds() -> None:
 
 
 async def test_a_slow_line_brings_a_large_body() -> None:
-    """Four megabytes at one megabit a second."""
+    """A body of four megabytes at one megabit a second is read to its end."""
     async with serve_with_connections(Recorder()) as (address, connections):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(POST.replace(b"100", b"%d" % (4 << 20)))
@@ -216,6 +232,8 @@ async def test_a_slow_line_brings_a_large_body() -> None:
 
 
 async def test_who_waits_for_an_answer_gets_it_however_long_it_takes() -> None:
+    """A request that runs for any length of time is answered, even with half a head of another one
+    behind it."""
     app = Recorder()
     async with serve_with_connections(app) as (address, connections):
         reader, writer = await asyncio.open_connection(*address)
@@ -233,7 +251,8 @@ async def test_who_waits_for_an_answer_gets_it_however_long_it_takes() -> None:
 async def test_nothing_holds_a_connection_that_is_closed(
     sent: bytes, reset: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the time that a kept connection has nor that of one that lingers."""
+    """Neither the timer of a keep-alive connection nor that of one that lingers after an error
+    keeps a closed connection in memory."""
     opened: list[weakref.ref[BoundedProtocol]] = []
 
     class Protocol(BoundedProtocol):
@@ -260,7 +279,8 @@ async def test_nothing_holds_a_connection_that_is_closed(
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nho", POST + b"x"])
 async def test_as_many_connections_as_somebody_likes_leave_room(sent: bytes) -> None:
-    """Silent ones, and those with half a head or half a body; not for what is answered."""
+    """Any number of connections that are silent or have sent half a head or half a body leave room
+    for others, and do not end one that is being answered."""
     app = Recorder()
     async with serve_with_connections(app) as (address, connections):
         connections.limit = 8
@@ -286,7 +306,7 @@ async def test_as_many_connections_as_somebody_likes_leave_room(sent: bytes) -> 
 
 
 async def test_who_does_not_read_gives_way() -> None:
-    """An answer that is written as slowly as somebody likes is no reason to shut others out."""
+    """Clients that do not read their large answers are closed to make room for others."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         large = scope["path"] == "/large"
@@ -309,6 +329,8 @@ async def test_who_does_not_read_gives_way() -> None:
 
 
 async def test_connections_in_their_handshake_count(tmp_path: Path) -> None:
+    """Connections that do not finish their TLS handshake count towards the limit, leave room for
+    others and are timed out."""
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     pem = tmp_path / "server.pem"
@@ -330,6 +352,7 @@ async def test_connections_in_their_handshake_count(tmp_path: Path) -> None:
 async def test_a_system_without_a_descriptor_left_does_not_end_the_accepting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """After ENFILE from `accept` the server logs the failure, tries again and serves."""
     monkeypatch.setattr(listening, "ACCEPT_AGAIN_SECONDS", 0.01)
     accept: Callable[[socket.socket], Any] = socket.socket.accept
     failures = 3

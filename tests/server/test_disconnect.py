@@ -1,6 +1,6 @@
 """A client that goes away aborts its requests: queued, in prefill, in decode, streaming or not.
 
-That it does not is the commonest leak of these servers (vLLM's bugs 10087, 9428, 54947).
+Requests that go on are the most common leak of such servers (vLLM's bugs 10087, 9428, 54947).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 def stuck_after(tokens: int) -> Callable[[EngineRequest], Iterable[Any]]:
-    """Some tokens, and then nothing ever again."""
+    """A script that gives `tokens` tokens and then never goes on."""
 
     def script(request: EngineRequest) -> Iterable[Any]:
         for _ in range(tokens):
@@ -68,6 +68,7 @@ async def test_disconnect_aborts(
 
 
 async def test_one_of_many_connections_goes_away(tokenizer: Tokenizer) -> None:
+    """A client that goes away aborts its own request only."""
     engine = FakeEngine(stuck_after(1))
     app = create_app(engine, tokenizer, served_model_names=("tiny",), generation=GenerationConfig())
     async with serve(app) as address:
@@ -85,6 +86,8 @@ async def test_one_of_many_connections_goes_away(tokenizer: Tokenizer) -> None:
 
 
 async def test_the_status_line_waits_for_the_first_output(tokenizer: Tokenizer) -> None:
+    """A stream sends nothing before its first output, so that an earlier error can still set the
+    status."""
     go = asyncio.Event()
 
     def script(request: EngineRequest) -> Iterable[Any]:

@@ -1,4 +1,5 @@
-"""Every error is OpenAI's error object with the right status, and none of them is a 500."""
+"""Every error is OpenAI's error object with the right status, and no fault of a client gives a
+500."""
 
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ ROUTES = {
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object of a response, which must have this status."""
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"}
@@ -81,6 +83,8 @@ async def post(client: httpx.AsyncClient, route: str, **fields: Any) -> httpx.Re
 async def test_a_bad_field_is_named(
     connect: Connect, route: str, fields: dict[str, Any], param: str, words: str
 ) -> None:
+    """A value that is refused is reported with its field as `param`, and nothing reaches the
+    engine."""
     engine = FakeEngine(outputs([300]))
     error = error_of(await post(connect(engine), route, **fields), 400)
     assert error["type"] == "invalid_request_error"
@@ -129,7 +133,8 @@ F = {"type": "function", "function": {"name": "f"}}
 async def test_a_bad_field_of_a_chat_is_named_as_the_client_wrote_it(
     connect: Connect, fields: dict[str, Any], param: str, words: str
 ) -> None:
-    """Whatever classes, unions and validators stand behind it."""
+    """The path of the field is as in the request, whatever classes, unions and validators stand
+    behind it."""
     response = await post(connect(outputs([300])), "/v1/chat/completions", tools=[F], **fields)
     error = error_of(response, 400)
     assert error["param"] == param
@@ -138,6 +143,7 @@ async def test_a_bad_field_of_a_chat_is_named_as_the_client_wrote_it(
 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_an_empty_model_is_the_served_one(connect: Connect, route: str) -> None:
+    """An empty model name stands for the served model."""
     response = await post(connect(outputs([300])), route, model="")
     assert response.json()["model"] == "tiny"
 
@@ -189,6 +195,8 @@ async def test_bad_prompts(connect: Connect, prompt: object, words: str, stream:
 )
 @pytest.mark.parametrize("route", ROUTES)
 async def test_bodies_that_make_no_sense(connect: Connect, route: str, content: bytes) -> None:
+    """Bodies that are no JSON, no object, no valid Unicode or too deep get a 400 in OpenAI's
+    form."""
     async with connect(outputs([300])) as client:
         response = await client.post(route, content=content, headers=JSON)
     error = error_of(response, 400)
@@ -251,6 +259,7 @@ async def test_a_refusal_of_the_engine_is_never_a_200(
     code: str | None,
     retry: str | None,
 ) -> None:
+    """An error of the engine before the first output sets the status, even for a stream."""
     response = await post(connect(lambda request: [error]), route, stream=stream)
     assert error_of(response, status)["code"] == code
     assert response.headers.get("retry-after") == retry
@@ -261,6 +270,7 @@ async def test_a_refusal_of_the_engine_is_never_a_200(
 async def test_an_internal_error_is_logged_and_not_shown(
     connect: Connect, caplog: pytest.LogCaptureFixture, error: Exception, stream: bool
 ) -> None:
+    """The client of an internal error gets a 500 without the error's message, which is logged."""
     client = connect(lambda request: [error])
     with caplog.at_level(logging.ERROR):
         response = await post(client, "/v1/completions", stream=stream)
@@ -272,6 +282,8 @@ async def test_an_internal_error_is_logged_and_not_shown(
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("error", [EngineDeadError("gone"), ValueError("secret")])
 async def test_an_error_inside_a_stream(connect: Connect, route: str, error: Exception) -> None:
+    """An error after the first output ends the stream with an error event and [DONE]."""
+
     def script(request: Any) -> Any:
         return [EngineOutput(request_id=request.request_id, token_ids=[300]), error]
 
@@ -286,12 +298,14 @@ async def test_an_error_inside_a_stream(connect: Connect, route: str, error: Exc
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_the_engine_drops_is_an_error(connect: Connect, stream: bool) -> None:
+    """A request that the engine aborts by itself ends with 503."""
     script = outputs([300], FinishReason.ABORT)
     response = await post(connect(script), "/v1/completions", stream=stream)
     assert error_of(response, 503)["code"] == "not_ready"
 
 
 async def test_a_generation_without_an_end_is_an_error(connect: Connect) -> None:
+    """A stream of outputs that ends without a finish reason is an internal error."""
     response = await post(connect(lambda request: []), "/v1/completions")
     error_of(response, 500)
 
@@ -340,6 +354,7 @@ async def test_other_content_types(connect: Connect, route: str, kind: str | Non
 
 
 async def test_a_charset_is_fine(connect: Connect) -> None:
+    """A charset parameter and upper case in the content type are accepted."""
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     async with connect(outputs([300])) as client:
         response = await client.post(
@@ -369,6 +384,7 @@ async def test_bodies_that_are_too_large(connect: Connect, declared: bool) -> No
 
 @pytest.mark.parametrize("path", ["/health", "/v1/nothing", "/v1/completions"])
 async def test_request_ids(connect: Connect, path: str) -> None:
+    """A valid x-request-id is returned; an invalid or missing one is replaced by a new id."""
     async with connect(outputs([300])) as client:
         mine = await client.get(path, headers={"x-request-id": "my-id:1/2"})
         assert mine.headers["x-request-id"] == "my-id:1/2"
@@ -390,6 +406,8 @@ async def test_request_id_on_a_stream(connect: Connect) -> None:
 
 
 async def test_sampling_defaults_out_of_bounds_are_seen_at_the_start(connect: Connect) -> None:
+    """Sampling defaults of the checkpoint that are out of bounds are refused when the application
+    is made."""
     with pytest.raises(ConfigError, match=r"generation_config.json: temperature=7"):
         connect(outputs([300]), generation=GenerationConfig(temperature=7.0))
 
@@ -422,6 +440,8 @@ NAMES = st.sampled_from(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_no_body_makes_a_500(connect: Connect, route: str, body: Any) -> None:
+    """Random JSON in random fields gives 200, 400 or 404."""
+
     async def ask() -> httpx.Response:
         filled = ROUTES[route] | body if isinstance(body, dict) else body
         async with connect(outputs([300])) as client:

@@ -1,5 +1,5 @@
-"""Where a request ends: what two readers could see in two places is refused, and an upgrade that is
-not supported changes nothing."""
+"""The end of a request: a request whose end two readers could see in two places is refused, and an
+upgrade that is not supported changes nothing."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from tests.waiting import GUARD_SECONDS
 pytestmark = pytest.mark.anyio
 
 NEXT = b"GET /next HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-"""Sent behind each request; a reader that was misled finds it elsewhere, or not."""
+"""A request sent after each other one; a server that has misjudged the end of that one finds this
+one elsewhere, or not at all."""
 
 HELLO = b"5\r\nhello\r\n0\r\n\r\n"
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the request's path and body, in brackets."""
+    """Answer with the request's path and body, in brackets."""
     body = await Request(scope, receive).body()
     await Response(b"[%b %b]" % (scope["path"].encode(), body))(scope, receive, send)
 
 
 async def answers(address: tuple[str, int], *sent: bytes) -> list[str]:
-    """What the server sends until it closes: of each answer, the echo, or the status of others."""
+    """Send the pieces one by one; return for each answer until the server closes the connection its
+    echo, or its status if it has none."""
     reader, writer = await asyncio.open_connection(*address)
     for piece in sent:
         writer.write(piece)
         await writer.drain()
-        for _ in range(10):  # let the server read it by itself
+        for _ in range(10):  # let the server read this piece before the next one comes
             await asyncio.sleep(0)
     async with asyncio.timeout(GUARD_SECONDS):
         received = (await reader.read()).decode()
@@ -55,7 +57,8 @@ def post(*headers: bytes, version: bytes = b"1.1") -> bytes:
 
 LENGTH, CODING = b"content-length: 5", b"transfer-encoding: chunked"
 H2C = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c", b"HTTP2-Settings: AAEAAEAA")
-"""As Java's client sends them with the first request of each connection."""
+"""The headers of an upgrade, as Java's client sends them with the first request of each
+connection."""
 ANY = (b"connection: upgrade", b"upgrade: whatever")
 WEBSOCKET = (b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-key: eA==")
 CLOSE = (b"connection: close, upgrade", b"upgrade: whatever")
@@ -84,6 +87,7 @@ UPGRADES: dict[str, tuple[bytes, bytes, list[str]]] = {
 
 
 async def test_an_upgrade_that_is_not_supported_is_ignored() -> None:
+    """The request is read and answered as without the upgrade, however it is cut into pieces."""
     async with serve(echo) as address:
         for name, (head, body, expected) in UPGRADES.items():
             whole = head + body + NEXT
@@ -92,6 +96,7 @@ async def test_an_upgrade_that_is_not_supported_is_ignored() -> None:
 
 
 async def test_the_body_behind_an_upgrade_may_be_waited_for() -> None:
+    """A request with an upgrade still gets its 100 Continue before it sends its body."""
     async with serve(echo) as address:
         reader, writer = await asyncio.open_connection(*address)
         writer.write(post(*H2C, EXPECT, LENGTH))
@@ -165,7 +170,8 @@ REFUSED: dict[str, bytes] = {
 
 
 async def test_what_is_ambiguous_gets_one_answer_and_no_more() -> None:
-    """Whatever stands behind it, and however it is cut into pieces."""
+    """An ambiguous request gets 400 and the connection ends, whatever follows and however it is cut
+    into pieces."""
     async with serve(echo) as address:
         for name, request in REFUSED.items():
             middle = len(request) // 2
@@ -174,6 +180,7 @@ async def test_what_is_ambiguous_gets_one_answer_and_no_more() -> None:
 
 
 async def test_what_is_odd_but_clear_is_read() -> None:
+    """Unusual but unambiguous requests are read right, and so is the request after each."""
     clear = {
         "upper case": post(b"Transfer-Encoding: CHUNKED") + HELLO,
         "an extension": post(CODING) + b"5;a=b\r\nhello\r\n0\r\n\r\n",
@@ -189,7 +196,7 @@ async def test_what_is_odd_but_clear_is_read() -> None:
 
 
 async def test_a_trailer_adds_nothing_to_the_head() -> None:
-    """A proxy in front may let it through, and has looked at the head alone."""
+    """A proxy in front may let a trailer through after it has checked only the head."""
     seen: list[list[tuple[bytes, bytes]]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -214,7 +221,8 @@ async def test_a_trailer_adds_nothing_to_the_head() -> None:
 
 
 async def test_requests_before_one_that_cannot_be_read_are_answered() -> None:
-    """Also those that have not begun yet, and in their order."""
+    """Requests that came before one that cannot be read are answered in their order, even those
+    that have not begun."""
     slow = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -240,12 +248,16 @@ async def test_requests_before_one_that_cannot_be_read_are_answered() -> None:
 
 
 async def test_more_requests_than_may_wait_on_a_connection() -> None:
+    """A client may pipeline only so many requests; one more gets a 400."""
     async with serve(echo) as address:
         found = await answers(address, (post(LENGTH) + b"hello") * 1000)
     assert found == ["/a hello"] * (MAX_PIPELINED + 1) + ["400"]
 
 
 async def test_who_is_answered_early_and_goes_on_with_nonsense_gets_no_second_answer() -> None:
+    """If the application answers before the body has come, nonsense in the body gets no second
+    answer."""
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(b"[early]", 413)(scope, receive, send)
 

@@ -1,7 +1,7 @@
-"""Clients that close their sending side behind a request get their answers; those that are gone,
-which have sent the same, are noticed all the same.
+"""Clients that close their sending side after a request get their answers; clients that are gone,
+which look the same at first, are noticed nevertheless.
 
-test_disconnect.py has those that are gone from the beginning.
+test_disconnect.py has clients that are gone from the beginning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.anyio
 
 
 def halting(*halts: asyncio.Event | None) -> Callable[[EngineRequest], Iterable[Any]]:
-    """A token behind each of the events, which are waited for."""
+    """A script of one token for each of the events, which it waits for before the token; None waits
+    for nothing."""
 
     def script(request: EngineRequest) -> Iterable[Any]:
         for index, halt in enumerate(halts, 1):
@@ -51,7 +52,7 @@ def request_of(version: str = "1.1", **fields: Any) -> bytes:
 
 
 class _Received:
-    """What http.client takes for a socket."""
+    """The part of a socket that http.client needs, with data that was received before."""
 
     def __init__(self, data: bytes) -> None:
         self._data = io.BytesIO(data)
@@ -61,7 +62,7 @@ class _Received:
 
 
 def token_ids(received: bytes) -> list[int]:
-    """Of the one answer that was received, streamed or not."""
+    """The token ids of the one answer in `received`, streamed or not."""
     response = http.client.HTTPResponse(_Received(received))  # type: ignore[arg-type]
     response.begin()
     assert response.status == 200
@@ -83,7 +84,8 @@ def go() -> asyncio.Event:
 async def test_the_whole_answer_comes(
     tokenizer: Tokenizer, go: asyncio.Event, version: str, stream: bool, halted: int
 ) -> None:
-    """Whether it had begun by then or not, and nothing else comes."""
+    """The answer is complete whether it had begun when the client closed its side or not, and
+    nothing follows it."""
     halts = [None, None, None, None]
     halts[halted] = go
     engine = FakeEngine(halting(*halts))
@@ -98,7 +100,8 @@ async def test_the_whole_answer_comes(
                     received += await reader.read(1 << 16)
             await until(lambda: bool(engine.requests))
             writer.write_eof()
-            received += await reader.readexactly(1)  # the server has seen the end
+            # This byte comes after the server has seen the end of what the client sends.
+            received += await reader.readexactly(1)
             go.set()
             received += await reader.read()
         writer.close()
@@ -110,7 +113,8 @@ async def test_the_whole_answer_comes(
 async def test_requests_that_wait_behind_it_are_answered(
     tokenizer: Tokenizer, go: asyncio.Event
 ) -> None:
-    """But for one whose body was not sent to its end."""
+    """Complete requests in the pipeline are answered; one whose body was not sent to its end is
+    not."""
     engine = FakeEngine(halting(go, None))
     app = create_app(engine, tokenizer, served_model_names=("x",), generation=GenerationConfig())
     async with serve(app) as address:
@@ -131,6 +135,7 @@ async def test_requests_that_wait_behind_it_are_answered(
 async def test_who_resets_it_later_is_noticed_at_once(
     tokenizer: Tokenizer, go: asyncio.Event, stream: bool
 ) -> None:
+    """If the client resets the connection after it has closed its side, its request is aborted."""
     engine = FakeEngine(halting(None, go))
     app = create_app(engine, tokenizer, served_model_names=("x",), generation=GenerationConfig())
     async with serve(app) as address:
@@ -148,6 +153,8 @@ async def test_who_resets_it_later_is_noticed_at_once(
 
 
 async def test_half_a_request_is_not_waited_for(tokenizer: Tokenizer, go: asyncio.Event) -> None:
+    """If the client closes its side in the middle of a request, the server closes the
+    connection."""
     engine = FakeEngine(halting(None))
     app = create_app(engine, tokenizer, served_model_names=("x",), generation=GenerationConfig())
     async with serve(app) as address:

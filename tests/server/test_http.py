@@ -1,4 +1,5 @@
-"""What the application never sees: heads without an end, no HTTP at all, clients that stall."""
+"""Requests that the application never sees or that stall: endless heads, data that is no HTTP, and
+slow clients."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def app_of(engine: FakeEngine, tokenizer: Tokenizer) -> Any:
 
 
 async def answer(address: tuple[str, int], *sent: bytes) -> bytes:
-    """What comes until the server closes the connection, whose pieces are sent one by one."""
+    """Send the pieces one by one, and return all that comes until the server closes the
+    connection."""
     reader, writer = await asyncio.open_connection(*address)
     for piece in sent:
         writer.write(piece)
@@ -59,6 +61,7 @@ CHUNKED = b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n10\r\n" + b'{
     ],
 )
 async def test_heads(tokenizer: Tokenizer, sent: list[bytes], status: int) -> None:
+    """Heads up to the limit are read, longer ones get 431, and what is no HTTP gets 400."""
     engine = FakeEngine(outputs([300]))
     async with serve(app_of(engine, tokenizer)) as address:
         head, _, body = (await answer(address, *sent)).partition(b"\r\n\r\n")
@@ -83,8 +86,8 @@ async def test_heads(tokenizer: Tokenizer, sent: list[bytes], status: int) -> No
 async def test_a_body_that_was_not_asked_for_may_be_left_out(
     tokenizer: Tokenizer, head: bytes, statuses: list[bytes]
 ) -> None:
-    """Whoever waits for leave to send it gets an answer instead, and may go on with another
-    request, which must not be read as the body."""
+    """A client that waits for 100 Continue and gets its final answer instead may send no body but
+    another request, which must not be read as the body."""
     request = head + b"expect: 100-continue\r\n" + BODY.replace(b"connection: close\r\n", b"")
     async with serve(app_of(FakeEngine(outputs([300])), tokenizer)) as address:
         reader, writer = await asyncio.open_connection(*address)
@@ -101,16 +104,18 @@ async def test_a_body_that_was_not_asked_for_may_be_left_out(
 
 @pytest.mark.parametrize("more", [b"0\r\n" + b"a: b\r\n" * 200_000, b"1;" + b"x" * (1 << 20)])
 async def test_trailers_and_chunk_extensions_have_an_end(tokenizer: Tokenizer, more: bytes) -> None:
+    """Trailers and chunk extensions that are too long get 431."""
     engine = FakeEngine(outputs([300]))
     async with serve(app_of(engine, tokenizer)) as address:
-        # What is not read when the connection is closed resets it.
+        # Bytes that are unread when the server closes the connection reset it.
         with suppress(ConnectionResetError):
             assert (await answer(address, COMPLETIONS, CHUNKED, more)).startswith(b"HTTP/1.1 431 ")
     assert engine.requests == []
 
 
 async def test_a_body_may_be_longer_than_a_head(tokenizer: Tokenizer) -> None:
-    """Also in many small chunks, whose sizes are no part of a head."""
+    """The limit of heads does not apply to bodies, nor to the sizes of their chunks, even of many
+    small ones."""
     text = b'{"prompt": [' + b"1, " * 100_000 + b"1]}"
     pieces = [text[start : start + 5] for start in range(0, len(text), 5)]
     chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
@@ -123,7 +128,7 @@ async def test_a_body_may_be_longer_than_a_head(tokenizer: Tokenizer) -> None:
 async def test_a_client_that_never_reads_is_cut_off(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or its connection, and what was generated for it, would stay for ever."""
+    """Otherwise its connection, and the tokens that were generated for it, would stay in memory."""
     monkeypatch.setattr(listening, "STALLED_SECONDS", 1)
 
     def script(request: EngineRequest) -> Iterable[Any]:
@@ -144,8 +149,8 @@ async def test_a_client_that_never_reads_is_cut_off(
 async def test_large_bodies_that_never_end_leave_room(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For small ones at any time, and for large ones when they are gone. One that has been parsed
-    takes none, while its request runs."""
+    """Incomplete large bodies leave room for small bodies at any time, and for large ones once
+    their clients are gone. A body that has been parsed takes no room while its request runs."""
     monkeypatch.setattr(middleware, "MAX_UNREAD_BYTES", 500_000)
     go = asyncio.Event()
 
@@ -177,5 +182,5 @@ async def test_large_bodies_that_never_end_leave_room(
         go.set()
         async with asyncio.timeout(GUARD_SECONDS):
             while not (await answer(address, large)).startswith(b"HTTP/1.1 200 "):
-                pass  # the server has not noticed yet that they are gone
+                pass  # the server may not have noticed so far that those clients are gone
         assert {(await answered)[:13] for answered in running} == {b"HTTP/1.1 200 "}

@@ -1,4 +1,4 @@
-"""`logprobs` of completions and chats: offsets into the text, and no entry lost."""
+"""`logprobs` of completions and chats: offsets into the text are right, and no entry is lost."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.anyio
 
 Connect = Callable[..., httpx.AsyncClient]
 BEYOND = INFO.vocab_size - 1
-"""An id of the model's that is no token's."""
+"""An id within the model's vocabulary that is no token of the tokenizer."""
 
 
 async def complete(
     client: httpx.AsyncClient, url: str = "/v1/completions", **body: Any
 ) -> tuple[str, dict[str, list[Any]]]:
-    """The text of the only choice and its lists. That no list of a chunk speaks of text that has
-    not come yet is checked on the way."""
+    """The text of the only choice, and its lists of logprobs. Also checks that no chunk has an
+    offset into text that has not come so far."""
     async with client:
         response = await client.post(url, json={"prompt": "hi", "logprobs": 2, **body})
     assert response.status_code == 200, response.text
@@ -45,6 +45,7 @@ async def complete(
 
 
 def word_pieces() -> Tokenizer:
+    """A WordPiece tokenizer that changes case and composes characters."""
     words = ["[UNK]", "[CLS]", "[SEP]", "hello", "world", "##ly", ".", "café", "!"]
     backend = Backend(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -58,7 +59,8 @@ def word_pieces() -> Tokenizer:
 
 
 def trimming() -> Tokenizer:
-    """Byte-level BPE whose spans leave spaces out, with a token in front, as Llama 3 has it."""
+    """Byte-level BPE whose offsets leave out spaces, with a special token in front, as Llama 3 has
+    it."""
     backend = tiny_tokenizer.byte_level()
     start = ("<|im_start|>", backend.token_to_id("<|im_start|>"))
     backend.post_processor = processors.Sequence(
@@ -71,6 +73,8 @@ def trimming() -> Tokenizer:
 
 
 def late_replace() -> Tokenizer:
+    """SentencePiece with byte fallback, whose decoder replaces the space character only after it
+    has joined all tokens."""
     backend = tiny_tokenizer.byte_fallback()
     backend.decoder = decoders.Sequence(
         [
@@ -84,6 +88,7 @@ def late_replace() -> Tokenizer:
 
 
 def words_of_bpe() -> Tokenizer:
+    """A tokenizer of words that end with `</w>`, with BPE's decoder."""
     words = ["hello</w>", "world</w>", "wor", "!</w>"]
     backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="wor"))
     backend.decoder = decoders.BPEDecoder()
@@ -104,6 +109,8 @@ TEXT = "a€b 漢字c hello, naïve 🎉 world!"
 async def test_offsets_behind_characters_of_several_tokens(
     connect: Connect, name: str, stream: bool
 ) -> None:
+    """The offset of a token is the number of whole characters before it, also where characters are
+    spread over several tokens."""
     tokenizer = TOKENIZERS[name]()
     ids = [i for i in tokenizer.encode(TEXT) if i not in tokenizer.special_ids]
     engine = FakeEngine(outputs([*ids, 2], FinishReason.STOP, logprobs=2))
@@ -118,6 +125,8 @@ async def test_offsets_behind_characters_of_several_tokens(
 async def test_the_offset_of_a_letter_behind_three_bytes(
     connect: Connect, tokenizer: Tokenizer
 ) -> None:
+    """Offsets count characters, not bytes: a letter after a character of three bytes is one
+    further."""
     ids = tokenizer.encode("a€b 漢字c")
     _, found = await complete(connect(outputs(ids, logprobs=0)), logprobs=0)
     offset = dict(zip(found["tokens"], found["text_offset"], strict=True))
@@ -139,6 +148,8 @@ async def test_offsets_behind_bytes_that_are_no_character(
 async def test_tokens_that_are_not_shown_stand_between(
     connect: Connect, tokenizer: Tokenizer, stream: bool
 ) -> None:
+    """Special tokens and ids that are no tokens, which have no text, get an entry with the offset
+    at which they stand."""
     first, *others = tokenizer.encode("€")
     ids = [1, *tokenizer.encode("a"), BEYOND, first, 1, *others, 2, *tokenizer.encode("b")]
     text, found = await complete(connect(outputs(ids, logprobs=1)), logprobs=1, stream=stream)
@@ -155,8 +166,8 @@ async def test_tokens_that_are_not_shown_stand_between(
 async def test_offsets_and_a_stop_string(
     connect: Connect, stream: bool, include: bool, stop: str, end: str
 ) -> None:
-    """One that begins inside a token, too, and one that only begins; no offset is beyond the
-    text."""
+    """The stop string may begin inside a token, or only begin at the end of the text; no offset is
+    beyond the text."""
     tokenizer = Tokenizer(tiny_tokenizer.byte_fallback())
     ids = tokenizer.encode("hello world, hello!")
     options = {"stop": [stop], "include_stop_str_in_output": include, "stream": stream}
@@ -179,6 +190,7 @@ async def test_offsets_and_a_stop_string(
 async def test_offsets_where_a_stop_string_does_not_count_yet(
     connect: Connect, tokenizer: Tokenizer, stream: bool
 ) -> None:
+    """A stop string before `min_tokens` is text, and offsets go on after it."""
     ids = tokenizer.encode("stop €, stop here")
     options = {"stop": ["stop"], "min_tokens": 2, "max_tokens": 50, "stream": stream}
     text, found = await complete(connect(outputs(ids, logprobs=2)), **options)
@@ -190,7 +202,7 @@ async def test_offsets_where_a_stop_string_does_not_count_yet(
 
 
 def test_deltas_that_are_told_together() -> None:
-    """Their tokens keep their places."""
+    """When the deltas of a slow reader are merged, their tokens keep their offsets."""
     deltas = [
         Delta(0, "a", [1], [token_logprobs(1, 0)], text_starts=[0]),
         Delta(0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_starts=[1, 2]),
@@ -204,6 +216,7 @@ def test_deltas_that_are_told_together() -> None:
 @pytest.mark.parametrize("as_ids", [False, True])
 @pytest.mark.parametrize("name", TOKENIZERS)
 async def test_offsets_of_an_echo(connect: Connect, name: str, as_ids: bool, stream: bool) -> None:
+    """With echo, the tokens of the prompt and of the answer stand at their offsets in one text."""
     tokenizer = TOKENIZERS[name]()
     ids, answer = tokenizer.encode(TEXT), tokenizer.encode("é€h")
     answer = [i for i in answer if i not in tokenizer.special_ids]
@@ -225,7 +238,7 @@ async def test_offsets_of_an_echo(connect: Connect, name: str, as_ids: bool, str
 
 
 async def test_an_echo_is_the_text_that_was_sent(connect: Connect) -> None:
-    """A tokenizer that changes text still has its tokens where they stand in it."""
+    """A tokenizer that changes text still gives offsets into the text that was sent."""
     tokenizer = word_pieces()
     prompt = "HELLO  Cafe\u0301, worldly."
     script = scored(outputs([4, 5, 8], logprobs=1), 1)
@@ -267,6 +280,8 @@ async def test_offsets_where_tokens_are_words(
 
 
 def one_step(*top: tuple[int, float], sampled: tuple[int, float]) -> Callable[[Any], Any]:
+    """A script of one token, with these most likely tokens and this sampled one."""
+
     def script(request: Any) -> list[EngineOutput]:
         told = TokenLogprobs(*sampled, list(top), rank=len(top))
         return [
@@ -282,7 +297,8 @@ def one_step(*top: tuple[int, float], sampled: tuple[int, float]) -> Callable[[A
 
 
 async def test_entries_with_the_same_text_are_all_there(connect: Connect) -> None:
-    """The text is the most likely one's, or the sampled one's: that is found under its own."""
+    """If two tokens have the same text, the text names the sampled one, or else the more likely
+    one; the other is named by its id."""
     tokenizer = Tokenizer(tiny_tokenizer.byte_fallback())
     letter, byte = tokenizer.token_id("h"), tokenizer.token_id("<0x68>")
     assert letter is not None
@@ -308,7 +324,7 @@ async def test_entries_with_the_same_text_are_all_there(connect: Connect) -> Non
 
 
 async def test_tokens_that_differ_at_the_start_of_a_text_only(connect: Connect) -> None:
-    """Alone, both would be `true`."""
+    """By themselves, both tokens would be `true`."""
     backend = Backend(models.WordLevel({"▁true": 0, "true": 1, "?": 2}, unk_token="?"))
     backend.decoder = decoders.Metaspace()
     client = connect(
@@ -320,6 +336,7 @@ async def test_tokens_that_differ_at_the_start_of_a_text_only(connect: Connect) 
 
 
 async def test_a_replacement_character_is_text(connect: Connect, tokenizer: Tokenizer) -> None:
+    """A token whose text is U+FFFD itself is shown as text and not as bytes."""
     backend = tiny_tokenizer.byte_level()
     backend.add_tokens([AddedToken("\ufffd", normalized=False)])
     script = outputs(backend.encode("\ufffd").ids, logprobs=1)

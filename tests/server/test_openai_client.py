@@ -1,4 +1,4 @@
-"""The official client finds what it expects."""
+"""The official client works against the application with a fake engine."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ async def test_chat(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_chat_streamed(client: openai.AsyncOpenAI) -> None:
-    """Through the client's own accumulator, which is strict about the order of chunks."""
+    """The stream goes through the client's own accumulator, which is strict about the order of
+    chunks."""
     async with client.chat.completions.stream(
         model="tiny", messages=MESSAGES, stream_options={"include_usage": True}
     ) as stream:

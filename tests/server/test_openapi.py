@@ -1,5 +1,5 @@
-"""The OpenAPI document and the server agree: whatever it allows or forbids is tried, no 5xx comes,
-and bodies are as declared."""
+"""The OpenAPI document and the server agree: requests that it allows or forbids give no 5xx, and
+the answers are as declared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHECKS = [
 
 
 def everything_asked_for(request: EngineRequest) -> Iterable[EngineOutput]:
-    """One token, and all that the request wants to be told of it."""
+    """A script of one token, with everything else that the request asks to be reported."""
     params = request.params
     scored: list[Any] = []
     if params.prompt_logprobs is not None:
@@ -77,6 +77,7 @@ GETS = ("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", 
 
 
 def hold(case: schemathesis.Case) -> None:
+    """Check the answer to one generated case."""
     case.call_and_validate(checks=CHECKS)
 
 
@@ -85,6 +86,7 @@ def hold(case: schemathesis.Case) -> None:
 def test_a_body_that_the_document_allows_or_forbids(
     described: Any, path: str, mode: GenerationMode
 ) -> None:
+    """Random bodies within the schema and outside of it get answers that the document declares."""
     cases = described[path]["POST"].as_strategy(generation_mode=mode)
     SETTINGS(given(case=cases)(hold))()
 
@@ -122,6 +124,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def test_all_that_can_be_asked_for_is_described(
     described: Any, path: str, body: dict[str, Any]
 ) -> None:
+    """Answers with every optional part match their schema."""
     case = described[path]["POST"].Case(body=body, media_type="application/json")
     response = case.call()
     assert response.status_code == 200, response.text

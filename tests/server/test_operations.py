@@ -1,4 +1,4 @@
-"""What operators read: models, health, readiness, version, metrics, the OpenAPI document."""
+"""Routes for operators: models, health, readiness, version, metrics and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ async def test_version(connect: Connect) -> None:
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
+    """The values of all series of /metrics, by their name and the values of their labels."""
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     return {
@@ -103,8 +104,11 @@ async def test_metrics_of_the_engine(connect: Connect) -> None:
 
 
 async def test_real_times_are_told_from_simulated_ones_by_a_zero(connect: Connect) -> None:
+    """The metric simulated_launch_us is 0 where no launch times are simulated, and while the engine
+    loads."""
     engine = FakeEngine(outputs([300]))
-    for engine.info in (replace(INFO, simulated_launch_us=0.0), None):  # None: still loading
+    # None: the engine is still loading.
+    for engine.info in (replace(INFO, simulated_launch_us=0.0), None):
         async with connect(engine) as client:
             assert (await scrape(client))["minisrv:simulated_launch_us",] == 0
 

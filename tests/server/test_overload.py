@@ -1,4 +1,5 @@
-"""A full queue: refused before anything is spent on the request, and no place is ever lost."""
+"""With a full queue a request is refused before any work is spent on it, and no place is ever
+lost."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
 }
 LONG = "x" * 30_000
-"""Tokenised in a thread."""
+"""A prompt so long that it is tokenised in a thread."""
 
 
 class CountingTokenizer:
-    """The tokenizer, counting what it encodes and renders; `go` holds it up."""
+    """A tokenizer that counts the texts that it encodes and the chats that it renders; both wait
+    until `go` is set."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -58,12 +60,15 @@ def counting(tokenizer: Tokenizer) -> CountingTokenizer:
 
 
 def engine_of(places: int, script: Script) -> FakeEngine:
+    """An engine with this many places, for running and waiting requests together."""
     engine = FakeEngine(script)
     engine.info = msgspec.structs.replace(INFO, max_num_seqs=1, max_waiting=places - 1)
     return engine
 
 
 def until_told(go: asyncio.Event) -> Script:
+    """A script that waits for `go` and then gives one token."""
+
     def script(request: EngineRequest) -> Iterable[Any]:
         yield go
         yield from outputs([300])(request)
@@ -97,6 +102,8 @@ async def test_refused_before_it_is_tokenised(
 async def test_each_prompt_of_a_list_takes_a_place(
     connect: Connect, counting: CountingTokenizer
 ) -> None:
+    """A list of prompts is refused with 429 if there is no room for all now, and with 400 if there
+    never is."""
     go = asyncio.Event()
     engine = engine_of(4, until_told(go))
     async with connect(engine, tokenizer=counting) as client:
@@ -120,7 +127,8 @@ async def test_each_prompt_of_a_list_takes_a_place(
 async def test_requests_being_tokenised_count(
     connect: Connect, counting: CountingTokenizer
 ) -> None:
-    """Also when their client has gone: the thread goes on, and so does the work it stands for."""
+    """A request takes its place while it is tokenised, even after its client is gone: the thread
+    goes on working for it."""
     engine = engine_of(1, outputs([300]))
     counting.go.clear()
     async with connect(engine, tokenizer=counting) as client:
@@ -129,7 +137,7 @@ async def test_requests_being_tokenised_count(
         await until(lambda: counting.encoded == 1)
         assert (await client.post(route, json={"prompt": "x"})).status_code == 429
         first.cancel()
-        for _ in range(20):  # turns of the loop in which the cancellation would take effect
+        for _ in range(20):  # enough turns of the event loop for the cancellation to take effect
             assert (await client.post(route, json={"prompt": "x"})).status_code == 429
         assert counting.encoded == 1
         counting.go.set()
@@ -168,6 +176,7 @@ def fails_for_the_second(request: EngineRequest) -> Iterable[Any]:
 async def test_every_end_gives_the_places_back(
     connect: Connect, fields: dict[str, Any], script: Script, stream: bool
 ) -> None:
+    """Whatever ends a request, its places are free afterwards."""
     engine = engine_of(3, script)
     async with connect(engine) as client:
         await client.post("/v1/completions", json={"prompt": "hi", "stream": stream, **fields})
@@ -192,7 +201,8 @@ async def test_a_cancelled_response_gives_the_places_back(
 async def test_long_messages_are_rendered_beside_the_event_loop(
     connect: Connect, counting: CountingTokenizer
 ) -> None:
-    """Others are answered meanwhile, and who is rendered has his place."""
+    """Others are answered while a long chat is rendered in a thread, and that chat has its place by
+    then."""
     engine = engine_of(2, outputs([300]))
     counting.go.clear()
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}] * 200

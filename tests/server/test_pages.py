@@ -1,4 +1,4 @@
-"""Pages for people: `/`, and `/docs`, which needs no internet."""
+"""Pages for people: `/`, and `/docs`, which works without the internet."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def engine() -> FakeEngine:
 
 
 class Page(HTMLParser):
-    """What a browser would load for a page at once (`loaded`), and what it shows."""
+    """The parts of a page that the tests look at: what a browser would load at once (`loaded`), its
+    links and its commands."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -72,13 +73,14 @@ class Page(HTMLParser):
 
 
 def commands_of(response: httpx.Response) -> list[str]:
+    """The shell commands that a page shows, as HTML or as text."""
     if response.headers["content-type"].startswith("text/html"):
         return Page(response.text).commands
     return [part.strip() for part in response.text.split("\n\n") if part.startswith("    ")]
 
 
 def arguments(command: str) -> list[str]:
-    """What a shell makes of a command, which is not run."""
+    """The arguments that a shell would give to a command, which is not run."""
     name = command.split()[0]
     script = f"{name}() {{ printf '%s\\0' \"$@\"; }}\n{command}\n"
     env = {"MINISRV_API_KEY": "key"}
@@ -88,6 +90,8 @@ def arguments(command: str) -> list[str]:
 
 
 async def test_the_documentation_needs_no_other_host(connect: Connect) -> None:
+    """Every file of the page comes from this server, and its content security policy names no other
+    host."""
     async with connect(engine()) as client:
         response = await client.get("/docs", headers=BROWSER)
         assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -106,6 +110,8 @@ async def test_the_documentation_needs_no_other_host(connect: Connect) -> None:
 
 
 async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
+    """HEAD is answered like GET without a body, other methods get 405, and unknown files get
+    404."""
     async with connect(engine()) as client:
         for path in ("/", "/docs", "/docs/assets/swagger-ui.css"):
             got, head = await client.get(path), await client.head(path)
@@ -122,7 +128,8 @@ async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
 
 
 async def test_who_reads_slowly_holds_no_file(tokenizer: Tokenizer) -> None:
-    """They would be as many descriptors more than connections are counted for."""
+    """An open file for each slow reader would be a descriptor that the limit of connections does
+    not count."""
     app = create_app(engine(), tokenizer, served_model_names=("x",), generation=GenerationConfig())
     path = "/docs/assets/swagger-ui-bundle.js"
     async with serve(app) as address:
@@ -140,6 +147,7 @@ async def test_who_reads_slowly_holds_no_file(tokenizer: Tokenizer) -> None:
 
 
 async def test_a_file_comes_as_a_whole(connect: Connect) -> None:
+    """Range requests get the whole file with status 200."""
     async with connect(engine()) as client:
         path = "/docs/assets/swagger-ui.css"
         whole = await client.get(path)
@@ -164,6 +172,7 @@ async def test_the_root_says_what_is_served(connect: Connect, accept: dict[str, 
 
 
 async def test_the_root_loads_nothing_and_runs_nothing(connect: Connect) -> None:
+    """The page needs nothing but its own inline style, and all of its links work."""
     async with connect(engine()) as client:
         response = await client.get("/", headers=BROWSER)
         page = Page(response.text)
@@ -185,6 +194,7 @@ async def test_the_root_loads_nothing_and_runs_nothing(connect: Connect) -> None
 async def test_its_command_works(
     connect: Connect, tokenizer: Tokenizer, accept: dict[str, str], chats: bool, keyed: bool
 ) -> None:
+    """The curl command of the page is answered with 200 by the server."""
     options: dict[str, Any] = {"tokenizer": tokenizer if chats else WITHOUT_TEMPLATE}
     if keyed:
         options["settings"] = ServerConfig(api_keys=("key",))
@@ -205,8 +215,8 @@ async def test_its_command_works(
 
 @pytest.mark.parametrize("accept", [BROWSER, CURL])
 async def test_names_and_hosts_are_text(connect: Connect, accept: dict[str, str]) -> None:
-    """A host is what the client says, and a name what the operator likes: neither becomes markup,
-    and neither ends a command for a shell."""
+    """The host comes from the client and the model's name from the operator: neither becomes
+    markup, and neither ends a command of the shell."""
     name = "<script>alert('é')</script>"
     async with connect(engine(), served_model_names=(name,)) as client:
         host = "a$(echo b)`echo c`;exit;'d.example"
@@ -217,7 +227,7 @@ async def test_names_and_hosts_are_text(connect: Connect, accept: dict[str, str]
         else:
             assert name in response.text
         ask, chat = commands_of(response)
-        # Starlette may put the server's own address in the place of a host that is none.
+        # Starlette may replace a host that is not valid by the server's own address.
         url, *_, data = arguments(ask)
         assert url.startswith("http://")
         assert url.endswith("/v1/chat/completions")

@@ -1,4 +1,5 @@
-"""Request bodies: what is accepted works, everything else is refused by name."""
+"""Models of request bodies: fields that are accepted take effect, and everything else is refused
+with its name."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 
 
 def refused(make: Any, **fields: Any) -> str:
-    """The name of the field that the refusal is about."""
+    """The path of the field that is refused."""
     with pytest.raises(ValidationError) as raised:
         make(**fields)
     first = raised.value.errors()[0]
@@ -104,6 +105,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
 )
 @pytest.mark.parametrize("make", [completion, chat])
 def test_bounds(make: Any, field: str, good: list[object], bad: list[object]) -> None:
+    """The good values of each field and null are accepted, the bad ones are refused."""
     for value in [*good, None]:
         make(**{field: value})
     for value in bad:
@@ -112,7 +114,7 @@ def test_bounds(make: Any, field: str, good: list[object], bad: list[object]) ->
 
 @pytest.mark.parametrize("make", [completion, chat])
 def test_null_is_absent_in_every_optional_field(make: Any) -> None:
-    """Clients dump their own optional fields as nulls, inner ones too."""
+    """Clients send their own optional fields as nulls, also inside other fields."""
     optional = (
         name for name, field in type(make()).model_fields.items() if not field.is_required()
     )
@@ -128,6 +130,7 @@ def test_null_is_absent_in_every_optional_field(make: Any) -> None:
 
 
 def test_logprobs() -> None:
+    """`logprobs` is a number in completions and a boolean, with `top_logprobs`, in chats."""
     assert completion().num_logprobs is None
     assert completion(logprobs=0).num_logprobs == 0
     assert completion(logprobs=20).num_logprobs == 20
@@ -155,6 +158,7 @@ def test_echo_and_prompt_logprobs() -> None:
 
 
 def test_no_tokens_are_asked_for_only_where_there_is_something_else() -> None:
+    """max_tokens=0 is allowed only if the prompt is echoed or scored."""
     assert completion(max_tokens=0, echo=True).token_limit == 0
     assert completion(max_tokens=0, prompt_logprobs=0).token_limit == 0
     assert refused(completion, max_tokens=0, logprobs=1) == "max_tokens"
@@ -185,6 +189,8 @@ def test_choices_of_all_prompts_are_bounded() -> None:
     ("seed", "choice", "expected"), [(7, 0, 7), (7, 3, 10), (2**63 - 1, 2, -(2**63) + 1)]
 )
 def test_the_seed_of_a_choice(seed: int, choice: int, expected: int) -> None:
+    """Choice i has the seed of the request plus i, wrapped around in 64 bits; without a seed no
+    choice has one."""
     assert completion(n=4, seed=seed).sampling_params(SILENT, 9, choice=choice).seed == expected
     assert completion(n=4).sampling_params(SILENT, 9, choice=choice).seed is None
 
@@ -304,11 +310,11 @@ def test_messages() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        # openai-python dumps absent parts of a message as nulls.
+        # openai-python sends absent parts of a message as nulls.
         {"refusal": None, "annotations": [], "audio": None, "function_call": None},
         {"tool_calls": None, "reasoning": None, "reasoning_content": None},
         {"tool_calls": [], "annotations": [{"type": "url_citation", "url_citation": {}}]},
-        # What other servers and what clients add.
+        # Fields that other servers and clients add.
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}], "index": 0},
         {"provider_specific_fields": {"refusal": None}, "id": "msg_1", "citations": None},
         {"thinking_blocks": [], "cache_control": {"type": "ephemeral"}, "images": []},
@@ -320,6 +326,7 @@ def test_messages() -> None:
     ],
 )
 def test_an_answer_can_be_sent_back_as_the_client_holds_it(more: dict[str, Any]) -> None:
+    """Extra fields of an earlier answer change nothing in what the template sees."""
     answer = {"role": "assistant", "content": "x"} | more
     told = chat(messages=[USER, answer, USER]).messages[1].for_template()
     assert told == {"role": "assistant", "content": "x"}
@@ -357,6 +364,8 @@ def test_names_of_speakers() -> None:
     ],
 )
 def test_arguments_that_are_no_json(arguments: object, told: object, whole: object) -> None:
+    """Arguments of an earlier call that are no JSON object reach the template as their text, or,
+    with `whole_calls`, as an object of what is complete in them."""
     call = CALL | {"function": {"name": "any, of the model's", "arguments": arguments}, "index": 0}
     answer = {"role": "assistant", "tool_calls": [call | {"id": None}]}
     [message] = chat(messages=[answer]).messages
@@ -401,7 +410,8 @@ HINTS += ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
 
 @pytest.mark.parametrize("make", [completion, chat])
 def test_hints_change_nothing(make: Any) -> None:
-    """To routing, storage and billing: whatever they say, the answer is the same."""
+    """Hints to routing, storage and billing change nothing in the sampling parameters, whatever
+    their values."""
     config = GenerationConfig()
     told = {"type": "content", "content": "x"}
     for value in ("low", "24h", told, {"ttl": 5}, [told], True, 1):
@@ -410,6 +420,7 @@ def test_hints_change_nothing(make: Any) -> None:
 
 
 def test_an_empty_name_of_a_model_is_none() -> None:
+    """An empty model name counts as none."""
     assert chat(model="").model is None
     assert completion(model="x").model == "x"
 
@@ -420,7 +431,8 @@ def test_no_field_is_both_supported_and_not() -> None:
 
 
 def test_every_supported_field_does_something() -> None:
-    """Accepted and ignored is a defect, but for what says that it is ignored."""
+    """A field that is accepted without effect is a defect, unless its description says that it is
+    ignored."""
     ignored = {"user", "metadata", "store", "safety_identifier", *HINTS}
     for name in ignored:
         assert (GenerationRequest.model_fields[name].description or "").startswith("Ignored")
@@ -436,7 +448,7 @@ def test_every_supported_field_does_something() -> None:
         "response_format",
         "structured_outputs",
     }
-    # Those by the server; the rest goes to the engine.
+    # The server itself handles those; the following ones are passed to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
     sampling |= {"min_tokens", "logit_bias"}
     sampling |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
@@ -445,6 +457,8 @@ def test_every_supported_field_does_something() -> None:
 
 
 def test_sampling_defaults_are_the_checkpoint_s_and_then_openai_s() -> None:
+    """Parameters that a request leaves out come from the checkpoint's generation config, and
+    otherwise from OpenAI's defaults."""
     assert completion().sampling_params(SILENT, 9) == SamplingParams(max_tokens=9)
     config = GenerationConfig(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1)
     expected = SamplingParams(max_tokens=9, temperature=0.6, top_p=0.9, top_k=20, min_p=0.1)

@@ -1,5 +1,5 @@
-"""Bodies of requests: values are counted before they are made, large bodies are read beside the
-event loop, and what is refused costs no more than its reading."""
+"""Request bodies: their values are counted before any object is made, large bodies are parsed
+outside of the event loop, and a body that is refused costs no more than reading it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ VALUES = st.recursive(
 
 
 def counted(value: Any) -> tuple[int, int]:
-    """Members, objects and lists; and commas."""
+    """The number of objects, lists and members of objects in a value, and the number of commas
+    between values."""
     inner: list[Any] = []
     members = elements = 0
     if isinstance(value, dict | list):
@@ -70,23 +71,25 @@ def counted(value: Any) -> tuple[int, int]:
 
 @given(value=VALUES, ascii_only=st.booleans())
 def test_values_are_counted_where_they_are_and_not_in_texts(value: Any, ascii_only: bool) -> None:
+    """The count of a JSON text leaves out what stands inside its strings."""
     data = json.dumps(value, ensure_ascii=ascii_only).encode(errors="replace")
     outside = allowance._outside_of_texts(data)
     assert allowance._count(outside) == counted(value)
 
 
 def member_body(count: int) -> bytes:
-    """So many objects, lists and members."""
+    """A body with this many objects, lists and members."""
     names = ",".join(f'"{i}":0' for i in range(count - 7))
     return b'{"messages":[{"role":"user","content":"hi","x":0%s}]}' % f",{names}".encode()
 
 
 def list_body(count: int) -> bytes:
+    """A body with this many objects, lists and members, most of them empty lists."""
     return b'{"prompt":"hi","metadata":[%s]}' % b",".join([b"[]"] * (count - 4))
 
 
 def element_body(count: int) -> bytes:
-    """So many commas."""
+    """A body with this many commas between the tokens of a prompt."""
     return b'{"prompt":[%s]}' % b",".join([b"7"] * (count + 1))
 
 
@@ -117,6 +120,7 @@ async def test_a_body_of_too_many_values_is_refused(
 
 
 def test_nothing_is_made_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of too many values is refused without being parsed."""
     monkeypatch.setattr(json, "loads", None)
     for item in (b"{}", b"[]", b'"n":1', b"1", b'"a"'):
         start, end = (b"{", b"}") if b":" in item else (b'{"prompt":[', b"]}")
@@ -127,6 +131,7 @@ def test_nothing_is_made_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_json_in_texts_counts_with_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON in strings, such as the arguments of tool calls, shares the limit of the body."""
     monkeypatch.setattr(allowance, "MAX_MEMBERS", 5000)
     arguments = json.dumps({"a": [[]] * 2000})
     messages = [{"role": "assistant", "tool_calls": [call(arguments)] * 2}]
@@ -139,6 +144,7 @@ def test_json_in_texts_counts_with_the_body(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_broken_text_counts_up_to_where_it_breaks() -> None:
+    """A string with broken JSON counts up to the place where it breaks."""
     with pytest.raises(TooManyValuesError):
         Allowance().take(b'{"x":[' + b"[]," * allowance.MAX_MEMBERS + b'"\\')
 
@@ -172,6 +178,7 @@ PARAMETERS = {"type": "object", "properties": PROPERTIES}
 def test_large_bodies_of_real_work_are_read(
     model: type[RequestBody], fields: dict[str, Any]
 ) -> None:
+    """Large prompts, long chats and many tools stay below the limits."""
     body = read(model, **fields)
     assert isinstance(body, model)
     assert body.num_bytes > 256 << 10
@@ -211,6 +218,8 @@ MANY = {f"x{i}": 1 for i in range(1000)}
 def test_of_many_mistakes_a_few_are_made_into_errors(
     model: type[RequestBody], fields: dict[str, Any], param: str
 ) -> None:
+    """However many mistakes a body has, only a few errors are made of it, and the first names its
+    field."""
     with pytest.raises(ValidationError) as raised:
         model.model_validate(fields)
     assert raised.value.error_count() <= 16
@@ -220,6 +229,7 @@ def test_of_many_mistakes_a_few_are_made_into_errors(
 
 
 def test_an_error_shows_the_first_members_of_an_object() -> None:
+    """An error message shows a few of the members only."""
     refused = read(CompletionRequest, prompt="hi", stream={"z": 1, "b": 2, "c": 3, "d": 4, "a": 5})
     assert isinstance(refused, RequestError)
     assert refused.message.endswith("(got {'b': 2, 'c': 3, 'd': 4, 'z': 1, ...}).")
@@ -258,6 +268,7 @@ LARGE_PROMPT = {"prompt": "x" * (LARGE + 1)}
 async def test_a_large_body_is_read_beside_the_event_loop(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other requests are answered while a large body is parsed."""
     go = threading.Event()
     loads = json.loads
 
@@ -278,7 +289,7 @@ async def test_a_large_body_is_read_beside_the_event_loop(
 
 
 class Threads:
-    """Notes in which thread a function runs."""
+    """Records in which threads a function runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> None:
         self.names: list[str] = []
@@ -300,7 +311,8 @@ class Threads:
 async def test_a_chat_is_rendered_where_its_body_was_read(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    """Its length is that of the body, as to measure each message takes as long as to render it."""
+    """The length of the body decides where a chat is rendered, since measuring each message takes
+    as long as rendering it."""
     read, render = (
         Threads(monkeypatch, request_body, "read_body"),
         Threads(monkeypatch, serving, "render_chat"),
@@ -314,7 +326,8 @@ async def test_a_chat_is_rendered_where_its_body_was_read(
 async def test_a_forced_call_is_prepared_in_a_thread(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever its length: a small schema may take long."""
+    """A grammar for tool calls is always prepared in a thread, as even a small schema may take
+    long."""
     prepare = Threads(monkeypatch, serving, "render_chat")
     async with connect(outputs([300])) as client:
         body = {"messages": [USER], "tools": [FUNCTION], "tool_choice": "required"}
@@ -340,6 +353,7 @@ async def test_tools_that_are_too_long_for_a_grammar_are_not_made_into_one(
 async def test_a_large_answer_is_written_beside_the_event_loop(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
 ) -> None:
+    """Where log-probabilities make an answer large, it is written in a thread."""
     written = Threads(monkeypatch, CompletionReply, "document")
     number = LARGE // 20
     async with connect(FakeEngine(outputs([300] * number, logprobs=logprobs))) as client:
@@ -352,6 +366,7 @@ async def test_a_large_answer_is_written_beside_the_event_loop(
 async def test_the_memory_of_a_large_body_is_given_back(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
+    """After a large body, the memory of its parsing is returned to the system."""
     given_back = threading.Event()
     monkeypatch.setattr(request_body, "give_memory_back", given_back.set)
     async with connect(outputs([300])) as client:
@@ -363,6 +378,7 @@ async def test_the_memory_of_a_large_body_is_given_back(
 async def test_a_client_that_leaves_while_it_sends_is_no_error_of_ours(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A client that goes away while it sends its body is logged as 499 and not as an error."""
     messages = [
         {"type": "http.request", "body": b'{"prompt"', "more_body": True},
         {"type": "http.disconnect"},

@@ -1,4 +1,5 @@
-"""An event for each token, and one for all that came while the client took none."""
+"""A stream has one event for each token, and a single event for all tokens that came while the
+client did not read."""
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ WHOLE = {"stream": False, "stream_options": None}
 
 
 def choices(events: list[dict[str, Any]], index: int) -> list[dict[str, Any]]:
+    """The choices with this index, in the order of their events."""
     found = [event["choices"][0] for event in events if event["choices"]]
     return [choice for choice in found if choice["index"] == index]
 
@@ -52,6 +54,7 @@ async def test_a_reader_that_keeps_up_gets_each_token_by_itself(
 async def test_a_reader_that_does_not_gets_the_same_in_fewer_events(
     tokenizer: Tokenizer, connect: Callable[..., httpx.AsyncClient]
 ) -> None:
+    """A client that reads late gets the same tokens, text and usage in fewer events."""
     script = outputs(IDS, cached=3)
     async with connect(script) as client:
         whole = (await client.post("/v1/completions", json=BODY | WHOLE)).json()
@@ -85,6 +88,7 @@ async def test_a_reader_that_does_not_gets_the_same_in_fewer_events(
 
 
 def test_deltas_of_a_choice_become_one() -> None:
+    """Merged deltas keep the order of their choices, and add up their texts, tokens and counts."""
     first, other = Delta(0, "a", [1], None, 5), Delta(1, "x", [9], None)
     last = Delta(0, "b", [2], None, 0, "stop", {"FULL/pure_decode": 2})
     assert coalesce([first, other, last]) == [

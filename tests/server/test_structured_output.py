@@ -1,4 +1,5 @@
-"""response_format and structured_outputs: what reaches the engine, and what is refused before."""
+"""response_format and structured_outputs: the grammars that reach the engine, and the requests that
+are refused before."""
 
 from __future__ import annotations
 
@@ -68,6 +69,7 @@ async def test_what_the_engine_is_told(
     value: object,
     expected: Any,
 ) -> None:
+    """The engine gets the form of output as a grammar that has been compiled before."""
     if isinstance(expected, tuple):
         kind, text = expected
         expected = StructuredOutput(kind=kind, text=text, param="structured_outputs")
@@ -82,13 +84,14 @@ async def test_what_the_engine_is_told(
 def in_llguidances_words(
     spec: StructuredOutput, seconds: float, tokenizer: Tokenizer
 ) -> StructuredOutput:
+    """The grammar in the form that llguidance reads, as the engine gets it."""
     backend = GrammarBackend(tokenizer, INFO.vocab_size, GENERATION.eos_token_ids)
     return msgspec.structs.replace(backend.lower(spec), seconds=seconds)
 
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
-    """Whose turn it was, of each grammar that has been tried."""
+    """The owners of the grammars that have been tried, in the order of the trials."""
     owners: list[int | str] = []
     real = GrammarValidator._try
 
@@ -101,6 +104,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
 
 
 async def test_all_choices_have_one_grammar(connect: Connect, trials: list[int | str]) -> None:
+    """The choices of two equal requests share one grammar, which is tried once."""
     fake = engine()
     body = {"prompt": ["x", "y"], "n": 3, "response_format": {"type": "json_object"}}
     async with connect(fake) as client:
@@ -116,6 +120,9 @@ async def test_all_choices_have_one_grammar(connect: Connect, trials: list[int |
 async def test_keys_and_addresses_take_turns_and_keys_have_a_budget(
     connect: Connect, trials: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Grammars are tried in turn by key, or by address where there are no keys; a key with no
+    budget left gets 429 for new grammars only."""
+
     def body(name: str) -> dict[str, Any]:
         return {"prompt": "x", "structured_outputs": {"choice": [name]}}
 
@@ -125,7 +132,7 @@ async def test_keys_and_addresses_take_turns_and_keys_have_a_budget(
             header = {"authorization": f"Bearer {key}"}
             answer = await client.post("/v1/completions", json=body(key), headers=header)
             assert answer.status_code == 200
-        # As if all of it were used up.
+        # Every budget seems to be used up.
         monkeypatch.setattr(TokenBucket, "left", lambda self, now: -1.0)
         refused = await client.post("/v1/completions", json=body("new"), headers=header)
         known = await client.post("/v1/completions", json=body("a"), headers=header)
@@ -209,7 +216,8 @@ async def test_what_is_refused(
 async def test_a_blank_that_was_asked_for_is_there(
     connect: Connect, form: dict[str, Any], text: str
 ) -> None:
-    """SentencePiece takes the first blank from a text of its own, as chat answers are."""
+    """SentencePiece drops the first space of a text that begins by itself, as a chat's answer does;
+    a space that the requested form begins with is kept."""
     raw = tiny_tokenizer.byte_fallback()
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer = Tokenizer(raw, ChatTemplate({"default": template}, {}))

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: what a generation would see, in vLLM's shape."""
+"""POST /tokenize and /detokenize: the tokens that a generation would see, in vLLM's format."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_a_prompt_there_and_back(connect: Connect, tokenizer: Tokenizer) -
 
 
 async def test_a_long_prompt(connect: Connect, tokenizer: Tokenizer) -> None:
-    """Beside the event loop, there and back."""
+    """A long prompt and its many tokens are processed in a thread, in both directions."""
     text = "hello world " * 9000
     ids = (await post(connect, "/tokenize", prompt=text)).json()["tokens"]
     assert ids == tokenizer.encode(text)

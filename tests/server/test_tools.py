@@ -1,4 +1,5 @@
-"""tools: what the model is told, what the engine must follow, and how calls come back."""
+"""Tools: how the prompt presents them, which grammar the engine must follow, and how calls come
+back."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def tokenizer(make_tokenizer: Callable[[str], Tokenizer]) -> Tokenizer:
 
 
 class Chat:
-    """Chats with a model that says `text`."""
+    """A chat with tools, whose model always answers with `text`."""
 
     def __init__(self, connect: Connect, tokenizer: Tokenizer, text: str) -> None:
         ids = [*tokenizer.encode(text), END]
@@ -70,6 +71,7 @@ class Chat:
 
     @property
     def prompt(self) -> str:
+        """The prompt of the first request, as text."""
         return self._tokenizer.decode(self.engine.requests[0].prompt_token_ids)
 
 
@@ -129,6 +131,7 @@ async def test_every_token_is_told_beside_calls(connect: Connect, tokenizer: Tok
 
 
 async def test_no_tools_no_calls(connect: Connect, tokenizer: Tokenizer) -> None:
+    """With tool_choice "none" the template gets no tools, and what looks like a call is content."""
     chat = Chat(connect, tokenizer, CALL)
     answer = (await chat.post(tool_choice="none")).json()["choices"][0]
     assert answer["message"]["content"] == CALL
@@ -146,6 +149,8 @@ async def test_no_tools_no_calls(connect: Connect, tokenizer: Tokenizer) -> None
 async def test_a_call_that_is_forced(
     connect: Connect, tokenizer: Tokenizer, choice: Any, names: list[str], many: bool
 ) -> None:
+    """With a forced call the engine gets a grammar that allows the chosen tools only, and several
+    calls only for "required"."""
     chat = Chat(connect, tokenizer, CALL)
     response = await chat.post(tool_choice=choice)
     assert response.status_code == 200, response.text
@@ -161,6 +166,7 @@ async def test_a_call_that_is_forced(
 
 
 async def test_parameters_that_no_grammar_follows(connect: Connect, tokenizer: Tokenizer) -> None:
+    """Parameters that are no object cannot be forced, and are refused."""
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
     response = await Chat(connect, tokenizer, CALL).post(tools=[bad], tool_choice="required")
     assert response.status_code == 400
@@ -191,6 +197,8 @@ async def test_what_a_model_has_not_learned(
     fields: dict[str, Any],
     param: str,
 ) -> None:
+    """A request with tools, results of tools or variables that the chat template cannot take is
+    refused with 400."""
     response = await Chat(connect, make_tokenizer(template), "x").post(**fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
@@ -228,6 +236,8 @@ async def test_a_call_that_was_cut_off_is_accepted_on_later_turns(
     told: str,
     stream: bool,
 ) -> None:
+    """A tool call that max_tokens cut off can be sent back as an earlier turn, whatever the
+    template does with its arguments."""
     tokenizer = make_tokenizer(template)
     engine = FakeEngine(outputs(tokenizer.encode(CALL[: CALL.index('me"}')])))
     body: dict[str, Any] = {"messages": MESSAGES, "tools": [WEATHER], "stream": stream}
@@ -275,6 +285,7 @@ async def test_a_call_that_was_cut_off_is_accepted_on_later_turns(
 async def test_what_the_server_has_said_is_accepted_on_later_turns(
     connect: Connect, make_tokenizer: Callable[[str], Tokenizer], text: str
 ) -> None:
+    """Every answer of the server, however broken its calls, is accepted as an earlier turn."""
     tokenizer = make_tokenizer(ITEMS + "{# <think></think> #}")
     engine = FakeEngine(outputs([*tokenizer.encode(text), END]))
     engine.info = msgspec.structs.replace(INFO, max_model_len=2000)
@@ -287,6 +298,7 @@ async def test_what_the_server_has_said_is_accepted_on_later_turns(
 
 
 async def test_variables_reach_the_template(connect: Connect, tokenizer: Tokenizer) -> None:
+    """chat_template_kwargs are variables of the template."""
     chat = Chat(connect, tokenizer, "Hello")
     assert (await chat.post(chat_template_kwargs={"mood": "merry"})).status_code == 200
     assert chat.prompt.endswith("merryassistant: ")
@@ -309,6 +321,7 @@ async def test_reasoning(connect: Connect, make_tokenizer: Callable[[str], Token
 async def test_a_form_begins_behind_the_reasoning(
     connect: Connect, make_tokenizer: Callable[[str], Tokenizer]
 ) -> None:
+    """The grammar of a structured output starts to apply after the reasoning."""
     chat = Chat(connect, make_tokenizer(THINKING), "<think></think>{}")
     await chat.post(tools=[], response_format={"type": "json_object"})
     form = chat.engine.requests[0].structured_output

@@ -1,4 +1,4 @@
-"""An API worker whose event loop has no more turns is ended by the kernel, whatever keeps it."""
+"""An API worker whose event loop makes no progress is ended by the kernel, whatever blocks it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""JSON schemas drawn at random: nested, bounded, recursive; and odd ones, whose parts are in each
-other's way. The same arguments give the same schema.
+"""JSON schemas drawn at random: nested, bounded and recursive ones, and odd ones, whose parts
+conflict. The same arguments give the same schema.
 
 Knows how long an answer may get (`longest`): models are known to go on for as long as they may, so
-every string, array and object has a largest size, and every number has a step, without which its
-fraction may have any number of digits. Only recursion goes as deep as a model likes. Knows no
-tokenizer: a token is taken to be one byte at least.
+every string, array and object has a maximum size, and every number has a step, without which its
+fraction may have any number of digits. Only recursion may go to any depth. Knows no tokenizer: a
+token is assumed to have at least one byte.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _PATTERNS = [
 ]
 _WORDS = ["alpha", "beta", 'quo"te', "back\\slash", "ünï", "日本", "new\nline", ""]
 _NAME = 8
-"""Characters of a name that the model may choose, at most."""
+"""Maximum number of characters of a property name that the model may choose."""
 
 _CHARACTER = 6
-"""Bytes of a character in JSON, at most: a control character's escape."""
+"""Maximum number of bytes of a character in JSON: the escape of a control character."""
 
 _RECURSIVE = ("list", "tree")
 
 
 def random_schema(seed: int, tokens: int = 1000) -> dict[str, Any]:
-    """A schema of JSON Schema 2020-12 that some document satisfies, of which none that does not
-    recurse is longer than `tokens`."""
+    """A schema of JSON Schema 2020-12 that some document satisfies. A document without recursion
+    has at most `tokens` bytes, and so at most as many tokens."""
     rng = random.Random(seed)
     while longest(schema := _draw(rng)) > tokens:
         pass
@@ -40,15 +40,17 @@ def random_schema(seed: int, tokens: int = 1000) -> dict[str, Any]:
 
 
 def recurses(schema: dict[str, Any]) -> bool:
-    """Whether a document of this random schema may be of any depth."""
+    """Whether this random schema has documents of any depth."""
     used = json.dumps({**schema, "$defs": None})
     return any(f"#/$defs/{name}" in used for name in _RECURSIVE)
 
 
 def longest(schema: dict[str, Any], defs: dict[str, Any] | None = None) -> int:
-    """Bytes of the longest document with a blank wherever one may be; recursion is not followed.
+    """Maximum number of bytes of a document, with a space wherever JSON allows one; recursion is
+    not followed.
 
-    schema: a random one, or a part of it. defs: its definitions, but for those that it is in.
+    schema: a random schema, or a part of one.
+    defs: its definitions, without those that the part lies in; None takes those of `schema`.
     """
     defs = schema.get("$defs", {}) if defs is None else defs
     if "$ref" in schema:
@@ -143,7 +145,7 @@ def _object(rng: random.Random, depth: int) -> dict[str, Any]:
         "additionalProperties": False,
     }
     if rng.random() < 0.5:
-        # Members may be counted only where none of those with a name is optional.
+        # llguidance limits the number of members only where every named property is required.
         schema["required"] = names
         schema["patternProperties"] = {f"^[a-z]{{1,{_NAME}}}$": _leaf(rng)}
         schema["maxProperties"] = len(names) + rng.randrange(1, 4)
@@ -174,9 +176,9 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
 
 
 def odd_schema(seed: int) -> dict[str, Any]:
-    """A schema of JSON Schema 2020-12 whose parts may leave nothing of each other: patterns for
-    names that are declared, numbers between bounds that hold none, definitions without an end. Some
-    have no document at all."""
+    """A schema of JSON Schema 2020-12 whose parts may rule each other out: patterns that match
+    declared names, bounds with no number between them, definitions that never end. Some of these
+    schemas have no document at all."""
     rng = random.Random(seed)
     schema = _odd_object(rng, depth=3)
     endless = {"type": "object", "properties": {"n": {"$ref": "#/$defs/endless"}}}
@@ -197,7 +199,8 @@ def _odd_object(rng: random.Random, depth: int) -> dict[str, Any]:
         "required": [name for name in names if rng.random() < 0.4],
         "additionalProperties": rng.choice([False, False, _odd_leaf(rng)]),
     }
-    # Something satisfies each, as forbidden names are refused beside others.
+    # Some value satisfies each of these, since a pattern that forbids names is refused beside
+    # others.
     values = [{"const": "a"}, {"type": "integer", "maximum": 3}, {"maxLength": 1}, _object(rng, 0)]
     if rng.random() < 0.7:
         schema["patternProperties"] = {rng.choice(patterns): rng.choice(values)}
@@ -233,7 +236,7 @@ def _odd_leaf(rng: random.Random) -> Any:
     least = rng.randrange(-3, 9)
     bounds = rng.choice([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")])
     number = dict(zip(bounds, (least, least + rng.randrange(4)), strict=True))
-    # Steps that are the same as doubles and as decimals, as jsonschema counts in doubles.
+    # Only steps that doubles represent exactly, since jsonschema computes in doubles.
     step = {"multipleOf": rng.choice([1, 5, 7, 0.5, 2.5, 0.75])}
     string = {"type": "string", "maxLength": rng.randrange(3)}
     return rng.choice(

@@ -1,4 +1,4 @@
-"""Which parsers a chat template asks for."""
+"""The parsers of tool calls and reasoning that a chat template asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minisrv.text.chat_deltas import assemble
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.tool_parsers import HermesToolParser, Llama3JsonToolParser, ToolParser
 
-# The telling lines of public templates.
+# The lines of public templates by which their format is recognised.
 QWEN3 = """
 {{- '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}
 {{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}
@@ -41,6 +41,8 @@ CHATML = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|
 def test_detection(
     template: str, tool_parser: type[ToolParser] | None, reasons: bool, why: str
 ) -> None:
+    """The parser of tool calls, whether the model reasons, and the reason given, for public
+    templates."""
     found = ChatFormat.of_template(template)
     assert (found.tool_parser, found.reasons) == (tool_parser, reasons)
     assert why in found.why
@@ -69,6 +71,8 @@ def test_the_parser_for_an_answer(
     reasoning: str,
     num_calls: int,
 ) -> None:
+    """The answer has reasoning only if the template knows it and the prompt leaves it open or the
+    answer opens it, and calls only with tools."""
     call = '<tool_call>{"name": "a", "arguments": {}}</tool_call>'
     parser = ChatFormat.of_template(template).parser(prompt, tools=tools)
     assert parser is not None
@@ -86,6 +90,8 @@ def test_an_answer_that_is_all_content_has_no_parser(template: str, prompt: str)
 
 
 def test_where_a_structured_output_begins() -> None:
+    """The markers that may come before a structured output depend on whether the prompt has opened
+    or ended the reasoning."""
     spec = StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT)
     for template, prompt, markers in (
         (QWEN3, START, ("<think>", "</think>")),
@@ -98,6 +104,7 @@ def test_where_a_structured_output_begins() -> None:
 
 
 def test_one_call_where_no_more_are_wanted() -> None:
+    """With parallel=False only the first call is passed on, however the text is cut."""
     call = '<tool_call>{"name": "a", "arguments": {"x": NUMBER}}</tool_call>'
     text = "one " + call.replace("NUMBER", "1") + "\n" + call.replace("NUMBER", "2")
     for size in (1, 7, len(text)):

@@ -1,5 +1,5 @@
-"""Objects hold what their schemas declare: as `unevaluatedProperties: false` has it, and a grammar
-lets nothing else through."""
+"""Objects have only the properties that their schemas declare, as with `unevaluatedProperties:
+false`, and a grammar lets nothing else through."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ REST = {"additionalProperties": {"type": "integer"}}
 
 
 def has(*names: str, **more: Any) -> dict[str, Any]:
+    """A schema of objects with these integer properties."""
     return {"type": "object", "properties": dict.fromkeys(names, INT), **more}
 
 
 def objects(*names: str) -> list[dict[str, int]]:
+    """Objects with the properties that each of these strings names, one letter each."""
     return [dict.fromkeys(some, 1) for some in names]
 
 
@@ -101,6 +103,7 @@ def backend(tokenizer: Tokenizer) -> GrammarBackend:
 
 
 def instances() -> list[dict[str, int]]:
+    """All objects with up to three of the names."""
     return [dict.fromkeys(some, 1) for n in range(4) for some in combinations(NAMES, n)]
 
 
@@ -112,6 +115,8 @@ def valid(schema: dict[str, Any], instance: object) -> bool:
 def test_an_object_holds_what_is_declared(
     backend: GrammarBackend, tokenizer: Tokenizer, schema: dict[str, Any]
 ) -> None:
+    """`closed` and the grammar accept the same objects as jsonschema does with
+    `unevaluatedProperties: false`, or as `expected` says."""
     before = copy.deepcopy(schema)
     expected = schema.pop("expected", None)
     if expected is None:
@@ -134,6 +139,7 @@ def test_an_object_holds_what_is_declared(
 def test_a_strict_schema_has_no_property_that_a_model_makes_up(
     backend: GrammarBackend, tokenizer: Tokenizer, strict: bool | None
 ) -> None:
+    """Models make up properties such as ": " in objects that their schema leaves open."""
     schema = has("sum", required=["sum"])
     named = {"name": "s", "schema": schema, "strict": strict}
     form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": named})
@@ -145,6 +151,8 @@ def test_a_strict_schema_has_no_property_that_a_model_makes_up(
 
 
 def test_objects_within_objects_are_closed() -> None:
+    """Schemas inside properties, items, definitions and additionalProperties are closed too, and
+    unknown keywords are left alone."""
     inner = has("a")
     schema = has(
         more={"not": {"a": "keyword"}},
@@ -160,6 +168,7 @@ def test_objects_within_objects_are_closed() -> None:
 
 
 def test_values_are_no_schemas() -> None:
+    """Objects inside enum, const, default and examples are values and are not changed."""
     value = has("a")
     schema = {"enum": [value], "const": value, "default": value, "examples": [value]}
     assert closed(schema) == schema
@@ -167,6 +176,8 @@ def test_values_are_no_schemas() -> None:
 
 
 def test_a_definition_is_open_to_its_other_parts_only_where_it_has_any() -> None:
+    """A definition allows the properties of the parts beside its reference only where there are
+    such parts."""
     base = {"$ref": "#/$defs/base"}
     schema = has(
         properties={"x": base, "y": {"allOf": [base, has("b")]}}, **{"$defs": {"base": has("a")}}
@@ -201,11 +212,14 @@ def test_a_schema_that_refers_to_itself() -> None:
     ],
 )
 def test_what_is_no_schema_that_can_be_followed_stays(schema: dict[str, Any]) -> None:
+    """A malformed schema, or one whose references cannot be followed, raises no error and is not
+    opened."""
     assert closed(schema).get("additionalProperties", False) is False
 
 
 def test_too_many_ways_and_too_deep() -> None:
-    """Each level of references could double the definitions."""
+    """Each level of references could double the number of definitions, so their number and depth
+    are limited."""
     definitions = {
         f"l{i}": {
             "anyOf": [

@@ -1,4 +1,5 @@
-"""A stream of tokens is what `tokenizers` decodes at once, whatever the decoder."""
+"""A stream of tokens gives the same text as `tokenizers` decodes from all of them at once, with any
+decoder."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ VOCABULARY = [*dict.fromkeys([*WORDS, *BYTES, *LEVEL]), SPECIAL, MARKER]
 ID = {token: number for number, token in enumerate(VOCABULARY)}
 IDS = st.one_of(
     st.lists(st.sampled_from([ID[word] for word in WORDS]), max_size=3),
-    st.lists(st.integers(0, len(VOCABULARY) + 3), max_size=3),  # and ids of no token
+    st.lists(st.integers(0, len(VOCABULARY) + 3), max_size=3),  # including ids that are no tokens
     st.sampled_from(CHARACTERS).map(lambda c: [ID[f"<0x{byte:02X}>"] for byte in c.encode()]),
     st.just([ID[token] for token in "ðŁĺĢ"]),
 )
@@ -48,7 +49,7 @@ PLAIN: dict[str, Any] = {
     "gemma": sequence(SPACE, FALLBACK, FUSE),
     "nested": sequence(sequence(SPACE, FALLBACK), sequence(FUSE)),
 }
-"""Those whose tokens are plain bytes."""
+"""Decoders whose tokens are plain bytes."""
 OTHERS: dict[str, Any] = {
     "none": None,
     "no step": sequence(),
@@ -94,7 +95,7 @@ HELD = (
     *("replace nothing across", "replace a pattern across", "late pattern"),
     *("level of fuse", "CTC of fuse"),
 )
-"""Those that have to see all of a text."""
+"""Decoders that must see all of a text, so that a stream holds it back until its end."""
 STEPS = [
     *(
         decoders.ByteLevel(),
@@ -111,7 +112,8 @@ STEPS = [
 
 
 class Decoded:
-    """A tokenizer with a decoder, and the same of `tokenizers`."""
+    """A tokenizer of minisrv with a decoder, and the tokenizer of `tokenizers` that it is made
+    from."""
 
     def __init__(self, name: str, decoder: Any) -> None:
         self.name = name
@@ -126,7 +128,7 @@ class Decoded:
         return self.name
 
     def at_once(self, ids: list[int], skip_special_tokens: bool = True) -> str | None:
-        """What `tokenizers` says; None where it panics, as its Strip does on a text that is too
+        """The text by `tokenizers`; None where it panics, as its Strip does on a text that is too
         short to strip."""
         try:
             return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -137,8 +139,8 @@ class Decoded:
             return None
 
     def is_streamed(self, text: str | None) -> TypeGuard[str]:
-        """Whether a stream gives this text, which `tokenizers` gave, exactly: runs of byte tokens
-        that are no UTF-8 are the exception."""
+        """Whether a stream gives exactly this text of `tokenizers`; it does not if the text has
+        runs of byte tokens that are no UTF-8."""
         return text is not None and not (self.falls_back and "\ufffd" in text)
 
 
@@ -158,7 +160,8 @@ def stream(detokenizer: Detokenizer, chunks: list[list[int]]) -> str:
 def test_streamed_equals_decoded_at_once(
     decoded: Decoded, chunks: list[list[int]], keeps: bool
 ) -> None:
-    """Special tokens that are kept are text like others."""
+    """The text of a stream does not depend on its chunks, and equals that of `tokenizers`. Special
+    tokens that are kept are text like others."""
     ids = [i for chunk in chunks for i in chunk]
     make = partial(Detokenizer, decoded.tokenizer, keep=frozenset({ID[MARKER]} if keeps else ()))
     whole = make().push(ids, final=True)
@@ -173,7 +176,8 @@ def test_streamed_equals_decoded_at_once(
 @settings(max_examples=300)
 @given(decoded=DECODED, chunks=CHUNKS, skips=st.booleans())
 def test_a_whole_text_is_exact(decoded: Decoded, chunks: list[list[int]], skips: bool) -> None:
-    """Bytes that are no UTF-8 as well."""
+    """The text of all tokens at once equals that of `tokenizers`, also with bytes that are no
+    UTF-8."""
     ids = [i for chunk in chunks for i in chunk]
     found = decoded.tokenizer.decode(ids, skip_special_tokens=skips)
     expected = decoded.at_once(ids, skips)
@@ -185,8 +189,8 @@ def test_a_whole_text_is_exact(decoded: Decoded, chunks: list[list[int]], skips:
 def test_a_completion_goes_on_where_the_prompt_ends(
     decoded: Decoded, prompt: list[list[int]], chunks: list[list[int]]
 ) -> None:
-    """The prompt's text and the completion's are the text of both, where the prompt's can stand by
-    itself."""
+    """The prompt's text and the completion's text together are the text of all tokens, provided
+    that the prompt's text by itself is the beginning of that text."""
     before = [i for chunk in prompt for i in chunk][:8]
     ids = [i for chunk in chunks for i in chunk]
     both, alone = decoded.at_once(before + ids), decoded.at_once(before)
@@ -200,7 +204,7 @@ CHANGING = {
     *("BPE of CTC", "CTC of BPE", "CTC", "CTC, as it is", "metaspace of CTC", *HELD),
     *("words of BPE", "words of fallback", "fallback of metaspace"),
 }
-"""Where the text of a token may be another than by itself."""
+"""Decoders with which a token may have another text inside a sequence than by itself."""
 
 
 @settings(max_examples=400)
@@ -209,6 +213,7 @@ CHANGING = {
     chunks=CHUNKS,
 )
 def test_tokens_are_where_their_text_is(decoded: Decoded, chunks: list[list[int]]) -> None:
+    """The start of each token, streamed or not, is where its own text stands in the text."""
     tokenizer = decoded.tokenizer
     ids = [i for chunk in chunks for i in chunk]
     located, chunked = (Detokenizer(tokenizer, locate=True) for _ in range(2))
@@ -237,7 +242,7 @@ def test_a_token_that_is_stripped_stands_at_the_end() -> None:
 
 
 def test_an_emoji_of_tokens_that_are_no_plain_bytes() -> None:
-    """Text comes as soon as it is settled, and never half a character."""
+    """Text comes as soon as it is final, and never half a character."""
     tokenizer = NAMED["late replace"].tokenizer
     ids = [ID[token] for token in ("hello", "▁")]
     ids += [ID[f"<0x{byte:02X}>"] for byte in "😀日".encode()] + [ID["▁world"]]
@@ -249,7 +254,8 @@ def test_an_emoji_of_tokens_that_are_no_plain_bytes() -> None:
 
 @pytest.mark.parametrize("name", sorted({*NAMED} - {*HELD}))
 def test_little_is_held_back(name: str) -> None:
-    """A stream that held much back would also cost more for each token, the longer it became."""
+    """A stream that held back much text would also cost more for each token the longer it
+    became."""
     words = ["hello", "▁world", "##ly", "world</w>", "Ġthe", "a</w>b", "😀"]
     tokenizer = NAMED[name].tokenizer
     detokenizer = Detokenizer(tokenizer)
@@ -263,6 +269,8 @@ def test_little_is_held_back(name: str) -> None:
 
 
 def test_the_parts_of_a_text_by_themselves() -> None:
+    """The text and the bytes of single tokens, with several decoders."""
+
     def texts(name: str, *tokens: str) -> list[tuple[str, bytes]]:
         return [NAMED[name].tokenizer.token_text(ID[token]) for token in tokens]
 

@@ -1,4 +1,4 @@
-"""The pieces of a detokenized text put together are the text."""
+"""The pieces of text that a detokenizer streams add up to the whole text."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def tiny(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def pieces(detokenizer: Detokenizer, chunks: list[list[int]]) -> list[str]:
+    """The pieces of text for each of the chunks, and the rest at the end."""
     texts = [detokenizer.push(ids) for ids in chunks]
     return [*texts, detokenizer.push([], final=True)]
 
@@ -54,6 +55,7 @@ def test_stop_strings_cut_the_same_however_it_is_streamed(
 
 
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """The ids of the tokens that stand for the single bytes of `data`."""
     assert tokenizer.token_bytes is not None
     single = {tokenizer.token_bytes[i]: i for i in range(tokenizer.vocab_size)}
     return [single[bytes([byte])] for byte in data]
@@ -104,6 +106,8 @@ def test_sentence_piece_streams_what_it_decodes(
 def test_a_completion_keeps_the_space_that_a_chat_answer_drops(
     byte_fallback_tokenizer: Tokenizer,
 ) -> None:
+    """SentencePiece drops the space at the start of a text, but a completion continues the prompt
+    and keeps it."""
     tokenizer = byte_fallback_tokenizer
     prompt, ids = tokenizer.encode("hello"), tokenizer.encode("world")
     assert Detokenizer(tokenizer).push(ids, final=True) == "world"
@@ -112,6 +116,7 @@ def test_a_completion_keeps_the_space_that_a_chat_answer_drops(
 
 
 def test_byte_fallback_gives_up_invalid_bytes_only(byte_fallback_tokenizer: Tokenizer) -> None:
+    """Only the bytes that are no UTF-8 become a replacement character."""
     detokenizer = Detokenizer(byte_fallback_tokenizer)
     assert detokenizer.push(byte_ids(byte_fallback_tokenizer, b"\xc3\xa9\xff!")) == "é\ufffd!"
 

@@ -1,4 +1,4 @@
-"""Owners take turns, and what is used up comes back with time."""
+"""Owners take turns in a queue, and a budget that is used up refills with time."""
 
 from __future__ import annotations
 

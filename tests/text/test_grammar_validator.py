@@ -1,5 +1,5 @@
-"""Grammars that would stop an engine are refused by a process that survives them, and hold up
-nobody else's."""
+"""Grammars that would block an engine are refused by a separate process, which survives them, and
+delay nobody else."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module", autouse=True)
 def patience() -> Iterator[None]:
-    """A busy machine takes a process for no other than it is; tests of times set their own."""
+    """No process is taken for dead on a busy machine; tests of these time limits set their own."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LOADING_SECONDS", "SILENT_SECONDS", "WALL_SECONDS"):
             patch.setattr(grammar_validator, name, 3600.0)
@@ -65,7 +65,7 @@ def patience() -> Iterator[None]:
 
 
 class Asked:
-    """A validator, and the loop that it lives in."""
+    """A validator, and the event loop in which it runs."""
 
     def __init__(self, runner: asyncio.Runner, tokenizer: Tokenizer, **options: Any) -> None:
         self.validator = GrammarValidator(tokenizer, VOCAB_SIZE, [EOS], **options)
@@ -78,7 +78,7 @@ class Asked:
         return self._runner.run(awaited())
 
     def __call__(self, spec: StructuredOutput, owner: int | str = "one") -> StructuredOutput:
-        """The verdict on one. Raises what it raises."""
+        """The validated grammar. Raises the error that the validator raises."""
         return self.run(lambda validator: validator.validate(spec, owner))
 
     @property
@@ -88,13 +88,13 @@ class Asked:
 
     @property
     def trials(self) -> int:
-        """So far."""
+        """The number of trials so far."""
         return self.validator._number
 
 
 @pytest.fixture(scope="module")
 def ask(runner: asyncio.Runner, tokenizer: Tokenizer) -> Iterator[Asked]:
-    """One that many tests share."""
+    """A validator that many tests share."""
     asked = Asked(runner, tokenizer)
     yield asked
     asked.validator.close()
@@ -102,7 +102,7 @@ def ask(runner: asyncio.Runner, tokenizer: Tokenizer) -> Iterator[Asked]:
 
 @pytest.fixture
 def new(runner: asyncio.Runner, tokenizer: Tokenizer) -> Iterator[Callable[..., Asked]]:
-    """Makes one that has no process yet."""
+    """A function that makes validators which have no process at first."""
     made: list[Asked] = []
 
     def make(**options: Any) -> Asked:
@@ -119,12 +119,12 @@ def schema(document: dict[str, Any]) -> StructuredOutput:
 
 
 def hostile(number: int = 0) -> StructuredOutput:
-    """One of those that compile for minutes."""
+    """A grammar that takes minutes to compile; each number gives another one."""
     return schema({"type": "integer", "multipleOf": 1_000_003 + number})
 
 
 def named(name: str) -> StructuredOutput:
-    """One that compiles at once."""
+    """A grammar that compiles at once; each name gives another one."""
     return schema({"const": name})
 
 
@@ -142,7 +142,7 @@ def properties(number: int, **more: Any) -> dict[str, Any]:
         schema({"enum": [f"value{i}" for i in range(4000)]}),
         schema(properties(240)),
         schema(properties(1000, required=[f"p{i}" for i in range(1000)])),
-        # As large as texts may be, and harmless: nothing is unfolded.
+        # These repetitions are as large as texts may be, and harmless since they are not unrolled.
         schema({"type": "array", "items": {"type": "string"}, "maxItems": 10**6}),
         schema({"type": "string", "minLength": 10**9}),
         StructuredOutput(kind=Kind.REGEX, text="((((a*)*)*)*)*b"),
@@ -154,6 +154,8 @@ def properties(number: int, **more: Any) -> dict[str, Any]:
 def test_what_can_be_compiled_passes(
     ask: Asked, tokenizer: Tokenizer, spec: StructuredOutput
 ) -> None:
+    """A grammar that compiles is returned in the form that the engine needs, with the seconds that
+    its trial took."""
     passed = ask(spec)
     assert passed.lowered
     assert (passed.kind, passed.param) == (spec.kind, spec.param)
@@ -173,11 +175,11 @@ def patterns(number: int) -> dict[str, Any]:
         (schema({"$ref": "#"}), "no text satisfies it"),
         (schema(properties(2000)), "Too many items"),
         (schema({"allOf": [{"anyOf": [properties(i) for i in range(5)]}] * 8}), "too large"),
-        # Minutes, and gigabytes, if nobody ended them.
+        # These would compile for minutes and take gigabytes if nothing ended them.
         (schema({"type": "integer", "multipleOf": 1_000_003}), "processor time"),
         (schema({"allOf": [{"multipleOf": p} for p in (7, 11, 13, 17, 19, 23)]}), "processor time"),
         (schema(patterns(30)), "processor time"),
-        # What may come before it does not hide it.
+        # Reasoning that may come before the output does not hide its fault.
         (
             msgspec.structs.replace(schema(properties(2000)), reasoning_end="</think>"),
             "Too many items",
@@ -187,6 +189,8 @@ def patterns(number: int) -> dict[str, Any]:
 def test_what_would_stop_an_engine_is_refused(
     ask: Asked, spec: StructuredOutput, reason: str
 ) -> None:
+    """The refusal names the field, the process can be used again, and a second request costs no
+    trial."""
     with pytest.raises(RequestError, match=reason) as raised:
         ask(spec)
     assert raised.value.param == "response_format"
@@ -200,7 +204,7 @@ def test_what_would_stop_an_engine_is_refused(
 async def verdicts(
     validator: GrammarValidator, asked: Sequence[tuple[StructuredOutput, int | str]]
 ) -> list[StructuredOutput | MinisrvError]:
-    """Of grammars that are asked for in this order."""
+    """The results for grammars that are requested at the same time, in this order."""
     work = (validator.validate(spec, owner) for spec, owner in asked)
     found = await asyncio.gather(*work, return_exceptions=True)
     assert all(isinstance(one, StructuredOutput | MinisrvError) for one in found)
@@ -212,6 +216,7 @@ def passed(found: Sequence[object]) -> list[bool]:
 
 
 def test_many_at_once(ask: Asked) -> None:
+    """Twenty concurrent requests for two grammars cost two trials."""
     trials = ask.trials
     good, bad = named("at once"), schema({"const": "at once", "type": 1})
     found = ask.run(lambda validator: verdicts(validator, [(good, "one"), (bad, "one")] * 10))
@@ -220,15 +225,16 @@ def test_many_at_once(ask: Asked) -> None:
 
 
 def test_cheap_ones_wait_for_no_costly_one(new: Callable[..., Asked]) -> None:
-    """Neither those of another owner nor those of the same, who has sent the costly ones first."""
+    """Grammars that compile at once wait neither for the costly ones of another owner nor for those
+    that the same owner has sent before."""
     asked = new()
-    asked.validator._slow.cpu_seconds = 3600  # none of them ends while this test lasts
+    asked.validator._slow.cpu_seconds = 3600  # none of the costly ones ends while this test lasts
 
     async def work(validator: GrammarValidator) -> list[bool]:
         costly = [
             asyncio.create_task(validator.validate(hostile(number), "one")) for number in range(12)
         ]
-        await asyncio.sleep(0)  # they are there first
+        await asyncio.sleep(0)  # the costly ones are queued first
         cheap = [(named("mine"), "one"), (named("another's"), "another")]
         found = await verdicts(validator, cheap)
         assert not any(task.done() for task in costly)
@@ -245,7 +251,8 @@ def test_owners_take_turns(new: Callable[..., Asked], lane: str) -> None:
     asked = new()
     validator = asked.validator
     validator._fast.places = validator._slow.places = 1
-    # More than the least that a timer can give.
+    # Each trial takes more processor time than the least that a timer can give, and so moves to the
+    # slow lane.
     validator._fast.cpu_seconds = 3600 if lane == "_fast" else 1e-6
     order: list[str] = []
 
@@ -263,6 +270,7 @@ def test_owners_take_turns(new: Callable[..., Asked], lane: str) -> None:
 
 
 def test_who_asks_for_the_same_does_not_wait_in_anothers_queue(new: Callable[..., Asked]) -> None:
+    """A grammar that several owners request is tried when the turn of any of them comes."""
     asked = new()
     validator = asked.validator
     validator._fast.places = 1
@@ -282,6 +290,7 @@ def test_who_asks_for_the_same_does_not_wait_in_anothers_queue(new: Callable[...
 
 
 def test_a_grammar_that_nobody_waits_for_is_not_tried(new: Callable[..., Asked]) -> None:
+    """Grammars whose requests are all cancelled before their trial are dropped from the queue."""
     asked = new()
     asked.validator._fast.places = 1
 
@@ -303,6 +312,8 @@ def test_a_grammar_that_nobody_waits_for_is_not_tried(new: Callable[..., Asked])
 
 
 def test_a_key_has_a_budget(new: Callable[..., Asked]) -> None:
+    """A key with no budget left gets no new trials, but grammars that have been tried; addresses
+    have no budget."""
     asked = new(seconds_per_key=1e-6)
     asked(named("first"), 0)
     for _ in range(2):
@@ -318,6 +329,8 @@ def test_a_key_has_a_budget(new: Callable[..., Asked]) -> None:
 
 
 def test_a_budget_counts_what_is_queued_when_its_turn_comes(new: Callable[..., Asked]) -> None:
+    """The budget is checked again when a queued grammar's turn comes, and a grammar that another
+    key waits for too is still tried."""
     asked = new(seconds_per_key=1e-6)
     asked.validator._fast.places = 1
     many = [(named(f"many {number}"), 0) for number in range(4)]
@@ -345,6 +358,7 @@ def test_a_killed_process_is_replaced(ask: Asked) -> None:
 
 
 def test_what_is_logged_of_the_process_names_no_request(new: Callable[..., Asked]) -> None:
+    """A new process is logged with no request's id, although a request has started it."""
     asked = new()
     found: list[str] = []
     log = logging.Handler()
@@ -366,6 +380,7 @@ def test_what_is_logged_of_the_process_names_no_request(new: Callable[..., Asked
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_what_was_tried_is_tried_again_once(new: Callable[..., Asked], times: int) -> None:
+    """A grammar whose process dies during its trial is tried a second time, and not a third."""
     asked = new()
     asked.validator._slow.cpu_seconds = 3600
 
@@ -390,8 +405,9 @@ def test_what_was_tried_is_tried_again_once(new: Callable[..., Asked], times: in
 def test_a_stopped_process_is_replaced(
     new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A process that is stopped, and so gives no sign of life, is killed and replaced."""
     monkeypatch.setattr(grammar_validator, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(grammar_validator, "_TRIALS", 100)  # a busy machine is silent, too
+    monkeypatch.setattr(grammar_validator, "_TRIALS", 100)  # a busy machine is silent as well
     asked = new()
     asked(named("before"))
     stopped = asked.pid
@@ -418,7 +434,8 @@ def test_why_no_process_can_be_had_is_logged(
 def test_a_process_is_not_silent_where_nobody_listened(
     new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the worker was stopped, or had no processor."""
+    """The worker may have been stopped or without a processor, so silence counts only while it
+    listened."""
     monkeypatch.setattr(grammar_validator, "SILENT_SECONDS", 3 * BEAT_SECONDS)
     asked = new()
     asked.validator._slow.cpu_seconds = 3600
@@ -447,6 +464,8 @@ def test_closing_ends_a_stopped_process(new: Callable[..., Asked]) -> None:
 def test_a_trial_that_gets_no_time_is_ended_and_not_held_against_the_grammar(
     new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A trial that runs out of wall time ends with an error that leaves the grammar open; one that
+    runs out of processor time refuses it."""
     asked = new()
     asked(OBJECT)
     monkeypatch.setattr(grammar_validator, "WALL_SECONDS", 0.0)
@@ -463,6 +482,8 @@ def test_a_trial_that_gets_no_time_is_ended_and_not_held_against_the_grammar(
 def test_a_process_that_does_not_start_keeps_nobody_waiting(
     new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A request for a grammar fails if the process cannot start, and the next one starts a new
+    process."""
     asked = new()
     with monkeypatch.context() as patched:
         patched.setattr(Tokenizer, "to_json", lambda self: "no tokenizer")
@@ -472,11 +493,15 @@ def test_a_process_that_does_not_start_keeps_nobody_waiting(
 
 
 def test_it_has_no_thread_when_it_forks(ask: Asked) -> None:
+    """Forking a process with threads is unsafe, so the process that forks for each trial has one
+    thread."""
     ask(OBJECT)
     assert len([*Path(f"/proc/{ask.pid}/task").iterdir()]) == 1
 
 
 def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
+    """A known grammar is returned without waiting, also while another is tried; with reasoning
+    before it, it is another grammar."""
     good = named("good")
     ask(good)
     trials = ask.trials
@@ -486,7 +511,7 @@ def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
         await until(lambda: bool(validator._running))
         coroutine = validator.validate(good, "one")
         with pytest.raises(StopIteration):
-            coroutine.send(None)  # at once
+            coroutine.send(None)  # returns without waiting
         costly.cancel()
 
     ask.run(work)
@@ -499,6 +524,8 @@ def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
 def test_as_many_are_remembered_as_there_is_room_for(
     ask: Asked, new: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
+    """The grammar that was requested longest ago is forgotten when there is no room, by number or
+    by characters."""
     specs = [named(f"one of three: {number}, {limit}") for number in range(3)]
     room = 2 if limit == "_REMEMBERED" else 2 * len(ask(specs[0]).text)
     monkeypatch.setattr(grammar_validator, limit, room)
@@ -543,7 +570,8 @@ def numbers(path: Path) -> list[int]:
 
 
 def test_stopped_processes_do_not_outlive_the_server(tmp_path: Path) -> None:
-    """Neither the one that forks nor the one that tries."""
+    """Neither the process that forks nor the one that tries a grammar outlives the server, even if
+    stopped."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -555,7 +583,8 @@ def test_stopped_processes_do_not_outlive_the_server(tmp_path: Path) -> None:
         children = Path(f"/proc/{pid}/task/{pid}/children")
 
         def tries() -> list[int]:
-            """Children that have asked the kernel to end with their parent, which comes before."""
+            """Children whose oom_score_adj is 1000: they have asked the kernel before to end with
+            their parent."""
             scores = {each: Path(f"/proc/{each}/oom_score_adj") for each in numbers(children)}
             return [each for each, score in scores.items() if score.read_text() == "1000\n"]
 

@@ -1,4 +1,5 @@
-"""What is said otherwise to llguidance: the texts that come of it are those that were asked for."""
+"""Schemas that are restated for llguidance: the texts that they then allow are those that were
+asked for."""
 
 from __future__ import annotations
 
@@ -43,6 +44,8 @@ def spec_of(schema: str) -> StructuredOutput:
 def test_an_odd_schema_is_kept_to_the_end_or_refused_at_the_start(
     backend: GrammarBackend, tokenizer: Tokenizer, first: int
 ) -> None:
+    """Each schema of `odd_schema` either gives valid documents only or is refused when it is
+    compiled."""
     walked = 0
     for seed in range(first, first + 40):
         schema = odd_schema(seed)
@@ -82,6 +85,8 @@ DECLARED = {
 def test_nothing_is_offered_behind_the_last_property_but_what_can_follow(
     backend: GrammarBackend, tokenizer: Tokenizer, patterns: dict[str, Any]
 ) -> None:
+    """A pattern that matches declared names adds to their schemas and offers no further
+    property."""
     schema = {**DECLARED, "patternProperties": patterns}
     spec = spec_of(json.dumps(schema))
     for draw in range(10):
@@ -90,6 +95,8 @@ def test_nothing_is_offered_behind_the_last_property_but_what_can_follow(
 
 
 def test_a_pattern_that_is_left_is_still_a_pattern() -> None:
+    """A pattern whose names are all declared moves into their properties, and other patterns
+    stay."""
     patterns = {"^score$": {"maximum": 5}, "^x": {}, "^(score|note|z)$": {}}
     counted = {**DECLARED, "patternProperties": patterns, "maxProperties": 3}
     restated = restate_text(json.dumps(counted))
@@ -107,6 +114,8 @@ def test_a_pattern_of_very_many_or_long_names_is_left_as_it_is() -> None:
 def test_a_name_that_is_required_elsewhere_counts_as_declared(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
+    """A property that another part of an allOf requires is declared by a pattern that matches
+    it."""
     schema = {
         "allOf": [
             {"type": "object", "required": ["score"]},
@@ -123,7 +132,7 @@ def test_a_name_that_is_required_elsewhere_counts_as_declared(
 
 
 def number_texts(seed: int, count: int) -> list[str]:
-    """Numbers as JSON has them, most of them where doubles and 64 bits end."""
+    """Numbers in JSON's notation, most of them at the limits of doubles and of 64-bit integers."""
     rng = random.Random(seed)
     found = []
     while len(found) < count:
@@ -139,6 +148,8 @@ def number_texts(seed: int, count: int) -> list[str]:
 def test_a_number_comes_out_as_it_was_written_or_is_refused(
     backend: GrammarBackend, tokenizer: Tokenizer, seed: int
 ) -> None:
+    """Constants keep their exact value, and only numbers that are large or have many digits are
+    refused."""
     kept = 0
     refused = set()
     for number in number_texts(seed, 80):
@@ -169,6 +180,7 @@ def test_a_number_comes_out_as_it_was_written_or_is_refused(
 def test_what_is_within_its_bounds_is_within_those_that_were_written(
     backend: GrammarBackend, tokenizer: Tokenizer, seed: int
 ) -> None:
+    """Bounds of any size and notation are kept exactly, or the schema is refused."""
     rng = random.Random(seed)
     walked = 0
     for low, high in zip(number_texts(seed, 60), number_texts(seed + 100, 60), strict=True):
@@ -194,8 +206,8 @@ def test_what_is_within_its_bounds_is_within_those_that_were_written(
 def test_a_double_comes_out_as_itself(
     backend: GrammarBackend, tokenizer: Tokenizer, seed: int
 ) -> None:
-    """Or is refused: llguidance's reader takes one in ten of those with 16 or 17 digits for
-    another."""
+    """A double is kept exactly or refused: llguidance's reader turns one in ten of those with 16 or
+    17 digits into another number."""
     rng = random.Random(seed)
     refused = 0
     for _ in range(100):
@@ -217,6 +229,7 @@ UINT64 = {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
 def test_integers_of_machines_are_integers(
     backend: GrammarBackend, tokenizer: Tokenizer, schema: dict[str, Any], value: int
 ) -> None:
+    """The bounds of 64-bit integers, which doubles cannot represent, do not make integers fail."""
     assert follow(backend, tokenizer, spec_of(json.dumps(schema)), str(value))
     assert not follow(backend, tokenizer, spec_of(json.dumps(schema)), str(2**64))
 
@@ -244,11 +257,14 @@ def test_what_cannot_be_kept_is_refused_by_name(schema: str, reason: str) -> Non
 
 
 def test_annotations_ask_for_nothing() -> None:
+    """Keywords such as `default` and `examples` are dropped, whatever their values."""
     text = '{"type": "null", "default": 1e400, "examples": [12345678901234567890123]}'
     assert restate_text(text) == {"type": "null"}
 
 
 def test_an_integer_is_a_multiple_of_one(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
+    """A step of 0.3 between -3 and -1 leaves no integer, so that the optional property never
+    appears."""
     part = {"type": "integer", "exclusiveMinimum": -3, "exclusiveMaximum": -1, "multipleOf": 0.3}
     schema = {"type": "object", "properties": {"a": part, "b": {"const": 1}}}
     for draw in range(5):
@@ -284,6 +300,7 @@ def needs(name: str, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_what_has_no_end_is_refused(schema: dict[str, Any]) -> None:
+    """A schema whose documents would be infinite is refused."""
     with pytest.raises(ValueError, match="no text satisfies it"):
         restate_text(json.dumps(schema))
 
@@ -304,6 +321,7 @@ def test_what_has_no_end_is_refused(schema: dict[str, Any]) -> None:
 def test_what_may_end_ends(
     backend: GrammarBackend, tokenizer: Tokenizer, schema: dict[str, Any]
 ) -> None:
+    """A recursion that may end gives valid documents."""
     spec = spec_of(json.dumps(schema))
     for draw in range(10):
         document = json.loads(walk(backend, tokenizer, spec, random.Random(draw)))
@@ -311,6 +329,7 @@ def test_what_may_end_ends(
 
 
 def test_what_nothing_satisfies_is_refused_for_what_it_is(backend: GrammarBackend) -> None:
+    """If the cause is no recursion, the error of llguidance is passed on."""
     nothing = {"type": "object", "properties": {"a": False}, "required": ["a"]}
     with pytest.raises(RequestError, match="required property 'a' is unsatisfiable"):
         backend.compile(spec_of(json.dumps(nothing)))
@@ -320,6 +339,8 @@ def test_what_nothing_satisfies_is_refused_for_what_it_is(backend: GrammarBacken
 
 
 def test_the_schemas_of_a_grammar_are_restated_and_nothing_else() -> None:
+    """In a Lark grammar, schemas after %json are restated, but not what looks like one in strings,
+    regular expressions and comments."""
     inside = r'start: "%json {\"const\": 1.50}" /%json {"const": 1.50}/ // %json {"const": 1.50}'
     text = f'{inside}\n  | %json {{"const": 1.50}} "x" | %json\n{{"enum": ["}}", 2.0]}} # %json {{'
     expected = f'{inside}\n  | %json {{"const": 1.5}} "x" | %json\n{{"enum": ["}}", 2]}} # %json {{'

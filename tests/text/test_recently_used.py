@@ -1,4 +1,4 @@
-"""What a memory of bounded room keeps."""
+"""The entries that a cache with bounded room keeps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def test_what_was_asked_for_longest_ago_makes_room() -> None:
 
 
 def test_as_many_as_weigh_the_least() -> None:
+    """Each entry counts with at least `least`, so that even empty ones are bounded."""
     memory: RecentlyUsed[int, int] = RecentlyUsed(room=10, least=1)
     for number in range(100):
         memory.add(number, number, 0)

@@ -1,4 +1,5 @@
-"""Stop strings: nothing leaks, nothing is lost, and the pieces do not matter."""
+"""Stop strings: none of their text leaks, no other text is lost, and it does not matter how the
+text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from minisrv.text.stop import StopMatcher
 
 
 def run(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
+    """The text that a matcher lets through, and whether it has stopped."""
     matcher = StopMatcher(stop)
     text = ""
     for piece in pieces:
@@ -20,7 +22,7 @@ def run(pieces: list[str], stop: list[str]) -> tuple[str, bool]:
 
 
 def reference(text: str, stop: list[str]) -> tuple[str, bool]:
-    """The definition, one prefix at a time."""
+    """The same by definition: the first prefix of the text that ends with a stop string decides."""
     for end in range(len(text) + 1):
         found = [s for s in stop if text[:end].endswith(s)]
         if found:
@@ -29,7 +31,7 @@ def reference(text: str, stop: list[str]) -> tuple[str, bool]:
 
 
 def test_a_stop_string_across_pieces_does_not_leak() -> None:
-    """Its prefix leaking into the stream is FastChat's bug 3883."""
+    """In FastChat's bug 3883 the beginning of a stop string leaked into the stream."""
     matcher = StopMatcher(["</end>"])
     assert [matcher.push(p) for p in ("a</", "en", "d", ">b")] == ["a", "", "", ""]
     assert matcher.stopped
@@ -42,7 +44,8 @@ def test_the_stop_string_may_be_let_through() -> None:
 
 
 def test_a_stop_string_that_comes_too_early_is_text() -> None:
-    """And one that begins early may end the text later."""
+    """A stop string that ends too early is text, and one that only begins early still ends the
+    text."""
     matcher = StopMatcher(["aa"])
     assert matcher.push("xaaa", may_stop=False) == "xaa"
     assert not matcher.stopped

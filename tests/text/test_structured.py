@@ -1,4 +1,4 @@
-"""Structured output: whatever is sampled of the allowed tokens is what was asked for."""
+"""Structured output: any text sampled from the allowed tokens has the form that was asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.text.random_schemas import longest, random_schema, recurses
 from tests.text.walks import EOS, allowed, follow, stretch, walk
 
 VOCAB_SIZE = 4096 + 64
-"""More than the tokenizer's, as embeddings are often padded."""
+"""More than the tokenizer's vocabulary, as embeddings are often padded."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def test_a_random_schema_is_kept(backend: GrammarBackend, tokenizer: Tokenizer, 
 def test_a_random_schema_ends_whatever_a_model_says(
     backend: GrammarBackend, tokenizer: Tokenizer, seed: int
 ) -> None:
+    """Even a text that avoids closing anything ends within `longest`."""
     schema = random_schema(seed)
     spec = StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
     text = stretch(backend, tokenizer, spec, random.Random(seed))
@@ -127,10 +128,12 @@ def test_end_of_sequence_where_the_grammar_may_end_and_only_it_where_it_must(
 
 
 def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
+    """The bitmask of a batch has each matcher's tokens in its row, and other rows stay as they
+    are."""
     matchers = [
         backend.compile(StructuredOutput(kind=Kind.REGEX, text=f"{digit}+")) for digit in range(10)
     ]
-    assert not matchers[4].accept([EOS])  # one that has failed
+    assert not matchers[4].accept([EOS])  # a matcher that has failed
     bitmask = np.full((12, backend.bitmask_words), -1, np.int32)
     backend.fill([(matcher, 11 - digit) for digit, matcher in enumerate(matchers)], bitmask)
     alone = np.empty(backend.bitmask_words, np.int32)
@@ -141,14 +144,15 @@ def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokeni
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer: Tokenizer) -> None:
-    """Tokens are added to a tokenizer without a row of the embedding."""
+    """A tokenizer may have added tokens for which the embedding has no row."""
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size - 50, [EOS])
     assert 32 * backend.bitmask_words >= tokenizer.vocab_size
     assert follow(backend, tokenizer, StructuredOutput(kind=Kind.REGEX, text="a"), "a")
 
 
 def test_a_tokenizer_of_bytes_and_pieces(byte_fallback_tokenizer: Tokenizer) -> None:
-    """Characters are spread over byte tokens; the mask never breaks one off."""
+    """Characters are spread over several byte tokens, and the mask never lets the text end inside
+    one."""
     tokenizer = byte_fallback_tokenizer
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [EOS])
     matcher = backend.compile(StructuredOutput(kind=Kind.REGEX, text="[a-z]+ 世!?"))
@@ -213,6 +217,8 @@ LITERALS = [
 @pytest.mark.parametrize("speller", SPELLERS)
 @pytest.mark.parametrize("kind", ["choice", "const", "enum", "name", "regex", "lark", "reasoning"])
 def test_a_literal_is_right_however_the_tokenizer_would_spell_it(speller: str, kind: str) -> None:
+    """Literal texts come out exactly even if they contain special tokens or the tokenizer would
+    normalise them."""
     tokenizer = SPELLERS[speller]()
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size + 20, [EOS])
     for text in LITERALS:
@@ -248,7 +254,8 @@ def _schema(schema: dict[str, object]) -> StructuredOutput:
 def spell(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, rng: random.Random
 ) -> str:
-    """A text at random, as a request gets it that goes on with a prompt. Reasoning ends soon."""
+    """A random text that follows `spec`, decoded as a completion after a prompt. Reasoning ends at
+    once."""
     matcher = backend.compile(spec)
     detokenizer = Detokenizer(tokenizer, prompt_token_ids=tokenizer.encode("hello"))
     text = ""
@@ -281,6 +288,8 @@ def test_every_end_of_sequence_token_counts(tokenizer: Tokenizer) -> None:
 def test_a_token_that_is_not_allowed_ends_its_own_matcher(
     backend: GrammarBackend, tokenizer: Tokenizer, wrong: list[int]
 ) -> None:
+    """A matcher that is given a token that is not allowed fails and offers the end only; another
+    one of the same grammar is not affected."""
     spec = StructuredOutput(kind=Kind.REGEX, text="a+", param="structured_outputs")
     matcher, other = backend.compile(spec), backend.compile(spec)
     assert not matcher.accept(wrong)
@@ -294,7 +303,7 @@ def test_a_token_that_is_not_allowed_ends_its_own_matcher(
 def test_a_matcher_that_runs_into_its_limits_says_so(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
-    """An ambiguous grammar grows with the text until the parser's limit."""
+    """The state of an ambiguous grammar grows with the text until it exceeds the parser's limit."""
     rules = ["a: (b|c|d|e)*", 'b: (a|c|"x")*', 'c: (a|b|"y")*', 'd: (a|b|"z")*', "e: (a|b|c|d)*"]
     spec = StructuredOutput(kind=Kind.GRAMMAR, text="\n".join(["start: a b c d e a b c", *rules]))
     matcher = backend.compile(spec)
@@ -309,7 +318,8 @@ def test_a_matcher_that_runs_into_its_limits_says_so(
 
 
 def test_whitespace_is_bounded(backend: GrammarBackend, tokenizer: Tokenizer) -> None:
-    """Models in JSON mode are known to write line breaks until the context is full."""
+    """Models in JSON mode are known to write line breaks until the context is full, so only single
+    spaces are allowed."""
     spec = StructuredOutput(kind=Kind.JSON_OBJECT)
     assert follow(backend, tokenizer, spec, '{ "a": 1 }')
     assert follow(backend, tokenizer, spec, '{"a":1,"b":[1,2]}')
@@ -320,7 +330,7 @@ def test_whitespace_is_bounded(backend: GrammarBackend, tokenizer: Tokenizer) ->
 def test_a_schema_cannot_change_how_it_is_read(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
-    """llguidance takes options from the schema; with these the output is no JSON."""
+    """llguidance reads options from the schema, and with these the output would be no JSON."""
     schema = {"type": "object", "x-guidance": {"key_separator": "=", "lenient": True}}
     spec = StructuredOutput(kind=Kind.JSON_SCHEMA, text=json.dumps(schema))
     assert follow(backend, tokenizer, spec, '{"a":1}')
@@ -332,6 +342,8 @@ def test_a_schema_cannot_change_how_it_is_read(
 
 @pytest.mark.parametrize("own_token", [True, False])
 def test_reasoning_comes_before(own_token: bool) -> None:
+    """The form applies after the end of the reasoning, also if its marker is split over tokens;
+    with a start marker the reasoning is optional."""
     raw = tokenizers.Tokenizer.from_file(str(resolve_checkpoint(None) / "tokenizer.json"))
     if own_token:
         raw.add_tokens([tokenizers.AddedToken("</think>", special=False)])

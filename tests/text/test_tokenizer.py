@@ -1,4 +1,4 @@
-"""The tokenizer says what transformers says, and errors say what to do."""
+"""The tokenizer gives the same results as transformers, and its errors say what to do."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_encode_and_decode_equal_transformers(
 
 
 def test_templates_see_what_transformers_shows_them(tmp_path: Path) -> None:
-    """Blocks are trimmed, loops can break, JSON is not HTML, special tokens are variables."""
+    """As in transformers, blocks are trimmed, loops can break, JSON is not escaped for HTML, and
+    special tokens are variables."""
     template = (
         "{{ bos_token }}{{ eos_token }}\n"
         "  {% for message in messages %}\n"
@@ -74,7 +75,8 @@ def test_templates_see_what_transformers_shows_them(tmp_path: Path) -> None:
 
 
 def test_no_special_tokens_are_added_after_the_template(tmp_path: Path) -> None:
-    """A template that spells BOS and a tokenizer that adds it make two: vLLM's bug 9519."""
+    """A template that writes BOS and a tokenizer that adds it would give two of them, as in vLLM's
+    bug 9519."""
     from tokenizers.processors import TemplateProcessing
 
     backend = tiny_tokenizer.byte_level()
@@ -122,7 +124,8 @@ PARTS = "{% for part in message.content %}{% if part.type == 'text' %}{{ part.te
 def test_content_comes_in_the_form_that_a_template_takes(
     user: str, assistant: str, rendered: str, tmp_path: Path
 ) -> None:
-    """A template that loops over parts rendered a string as nothing, with status 200."""
+    """Templates may take content as a string or as parts. A template that loops over parts once
+    rendered a string as nothing, with status 200."""
     template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         + user
@@ -195,6 +198,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_training_leftovers_do_not_cut_prompts(tmp_path: Path) -> None:
+    """Truncation and padding that training has left in tokenizer.json are not applied."""
     backend = tiny_tokenizer.byte_level()
     backend.enable_truncation(2)
     backend.enable_padding(length=8)

@@ -1,6 +1,5 @@
-"""Tokenizers and chat templates as checkpoints hold them: what is encoded, decoded and rendered is
-what transformers makes of the same files.
-"""
+"""Tokenizers and chat templates in the forms in which checkpoints hold them: encoding, decoding and
+rendering give the same as transformers with the same files."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ Json = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept of a checkpoint goes with the test."""
+    """Keep the cache of checkpoints among the temporary files of the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
 
 
@@ -46,7 +45,7 @@ def added(content: str, **more: Any) -> Json:
 
 BYTES = as_text(byte_level())
 BARE = without_added_tokens(BYTES)
-"""Its special tokens are in the vocabulary only."""
+"""A tokenizer.json whose special tokens are in the vocabulary only."""
 END = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
 S = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 _BPE = json.loads(BYTES)["model"]
@@ -180,6 +179,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("files", TOKENIZERS)
 def test_tokenizer(files: str, tmp_path: Path) -> None:
+    """Ids, texts and special tokens equal those of transformers for each form of checkpoint."""
     write_files(tmp_path, **TOKENIZERS[files])
     expected = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     told = describe_tokenizer(tmp_path)
@@ -206,7 +206,7 @@ def test_tokenizer(files: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_tokenizer_without_its_vocabulary_is_refused(files: Json, tmp_path: Path) -> None:
-    """Transformers makes one of special tokens alone, which would encode nothing."""
+    """transformers makes a tokenizer of special tokens alone, which would encode nothing."""
     with pytest.raises(MinisrvError, match="no vocabulary was found"):
         describe_tokenizer(write_files(tmp_path, **files))
 
@@ -285,7 +285,8 @@ CHATS: list[list[Json]] = [
 
 
 def rendered(render: Callable[[], str]) -> str | None:
-    """None if the template refuses, which transformers lets Jinja and Python say."""
+    """The rendered text, or None if the template refuses; transformers passes on the errors of
+    Jinja and Python for that."""
     try:
         return render()
     except (RequestError, jinja2.TemplateError, TypeError):
@@ -295,6 +296,8 @@ def rendered(render: Callable[[], str]) -> str | None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_template(name: str, place: str, tmp_path: Path) -> None:
+    """Each template, in each place where a checkpoint may hold it, renders chats as transformers
+    does."""
     write_files(tmp_path, tokenizer__json=BYTES, **PLACES[place](TEMPLATES[name]))
     expected = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     found = Tokenizer.from_directory(tmp_path)
@@ -313,7 +316,8 @@ def test_template(name: str, place: str, tmp_path: Path) -> None:
 
 
 def test_a_template_of_parts_gets_parts(tmp_path: Path) -> None:
-    """As transformers renders them; a string would come out as nothing."""
+    """Content is passed as parts, as transformers renders them; a string would be rendered as
+    nothing."""
     write_files(tmp_path, tokenizer__json=BYTES, **PLACES["a string"](PARTS))
     expected = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     found = Tokenizer.from_directory(tmp_path)

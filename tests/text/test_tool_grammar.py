@@ -1,4 +1,5 @@
-"""Forced tool calls: what the grammar lets through, the parser takes for the call it is."""
+"""Forced tool calls: the parser reads every text that the grammar lets through as the call that it
+is."""
 
 from __future__ import annotations
 
@@ -49,6 +50,8 @@ def backend(tokenizer: Tokenizer) -> GrammarBackend:
 def test_whatever_is_sampled_is_calls_of_the_tools(
     backend: GrammarBackend, tokenizer: Tokenizer, parser: type[ToolParser], parallel: bool
 ) -> None:
+    """Random texts are calls of given tools with valid arguments, and more than one only with
+    `parallel`."""
     spec = tool_call_grammar(TOOLS, parser, tokenizer, parallel=parallel)
     names, most = set(), 0
     for seed in range(30):
@@ -83,6 +86,7 @@ def test_a_named_tool_is_the_only_one(
 def test_the_calls_are_spelled_as_the_templates_spell_them(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
+    """A grammar accepts the calls as the template of the model writes them."""
     now = TOOLS[2:]
     hermes = tool_call_grammar(now, HermesToolParser, tokenizer, parallel=True)
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -103,7 +107,7 @@ def test_reasoning_comes_before_the_calls(backend: GrammarBackend, tokenizer: To
 def test_parameters_cannot_change_how_they_are_read(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
-    """llguidance takes options from a schema; with these the arguments are no JSON."""
+    """llguidance reads options from a schema, and with these the arguments would be no JSON."""
     tool = Tool(name="f", parameters={"x-guidance": {"key_separator": "="}})
     spec = tool_call_grammar([tool], Llama3JsonToolParser, tokenizer, parallel=False)
     assert follow(backend, tokenizer, spec, '{"name": "f", "parameters": {"a": 1}}')
@@ -122,6 +126,7 @@ def test_arguments_hold_what_is_declared(backend: GrammarBackend, tokenizer: Tok
 
 
 def nested(depth: int) -> dict[str, Any]:
+    """A schema of this many objects within objects."""
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(depth):
         schema = {"type": "object", "properties": {"a": schema}}
@@ -144,6 +149,8 @@ def test_parameters_that_cannot_be_arguments_are_refused(
 def test_parameters_are_kept_or_refused_as_schemas_are(
     backend: GrammarBackend, tokenizer: Tokenizer
 ) -> None:
+    """Parameters get the same treatment as the schemas of structured output, and an error names
+    `tools`."""
     declared = {
         "properties": {"score": {"const": "</tool_call>"}},
         "required": ["score"],

@@ -1,4 +1,5 @@
-"""Tool calls and reasoning in text: found, passed on as they come, and never lost."""
+"""Parsers find tool calls and reasoning in a text, pass them on as they come, and never lose
+text."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def calls(message: ChatMessage) -> list[tuple[str, str]]:
 
 
 def shape(message: ChatMessage) -> tuple[str, str, list[tuple[str, str]]]:
-    """All but the ids, which are random."""
+    """The content, the reasoning and the calls of a message without the ids of the calls, which are
+    random."""
     return message.content, message.reasoning, calls(message)
 
 
@@ -49,18 +51,18 @@ CALL_A, CALL_B = (("a", '{"x": 1}'), ("b", '{"y": "}</tool_call>{"}'))
         (f"I look.\n\n<tool_call>{A}</tool_call>\n", "I look.", [CALL_A]),
         (f"<tool_call>\n{A}\n</tool_call>\n<tool_call>\n{B}\n</tool_call>", "", [CALL_A, CALL_B]),
         (f"<tool_call>{A}</tool_call> Done.", "Done.", [CALL_A]),
-        # Without its end marker, as when that is the stop token.
+        # Calls without the end marker, which is missing if it is the stop token.
         (f"<tool_call>\n{A}", "", [CALL_A]),
         (f"<tool_call>\n{A}</tool", "", [CALL_A]),
         (f"<tool_call>{A}\n<tool_call>{B}", "", [CALL_A, CALL_B]),
         (f"<tool_call>{A}</tool_response>", "</tool_response>", [CALL_A]),
-        # Other spellings of a call.
+        # Other forms of a call.
         ('<tool_call>{"arguments": {"x": 1}, "name": "a"}</tool_call>', "", [CALL_A]),
         ('<tool_call>{"name":"a","parameters":{"x": 1},"id":[7]}</tool_call>', "", [CALL_A]),
         ('<tool_call>{"type": "function", "name": "a", "arguments": {"x": 1}}', "", [CALL_A]),
         ('<tool_call>{"name": "\\"{", "arguments": {}}</tool_call>', "", [('"{', "{}")]),
         ('<tool_call>{"id": {}, "name": "a", "arguments": {"x": 1}}</tool_call>', "", [CALL_A]),
-        # Broken arguments are the client's to see.
+        # Broken arguments are passed on to the client.
         ('<tool_call>{"name": "a", "arguments": {"x": 1}</tool_call>', "", [CALL_A]),
         ('<tool_call>{"name": "a", "arguments": {"x":</tool_call>!', "!", [("a", '{"x":')]),
         ('<tool_call>{"name": "a", "arguments": {"x": "tru', "", [("a", '{"x": "tru')]),
@@ -97,6 +99,7 @@ def test_what_is_no_call_is_content_markers_included(text: str) -> None:
 
 
 def test_a_call_behind_what_is_none() -> None:
+    """A call is found after a marker that begins no call."""
     message = parse(HermesToolParser(), f"<tool_call>{{<tool_call>{A}</tool_call>")
     assert shape(message) == ("<tool_call>{", "", [CALL_A])
 
@@ -128,6 +131,8 @@ def test_llama3_json(text: str, content: str, expected: list[tuple[str, str]]) -
 
 
 def test_a_call_streams_as_soon_as_it_is_certain() -> None:
+    """The start of a call is passed on once its name and the beginning of its arguments are known,
+    and its arguments as they come."""
     parser = HermesToolParser()
     assert parser.feed("Ok\n<tool") == [ContentDelta("Ok")]
     assert parser.feed('_call>{"name": "a", "arguments": ') == []
@@ -188,6 +193,7 @@ def test_reasoning_streams() -> None:
 
 
 def test_calls_in_reasoning_are_reasoning() -> None:
+    """Calls inside the reasoning are part of the reasoning."""
     call = f"<tool_call>{A}</tool_call>"
     parser = ChatParser(ReasoningParser(starts_inside=False), HermesToolParser())
     message = parse(parser, f"<think>{call}</think>Ok.{call}")
@@ -216,6 +222,7 @@ FRAGMENTS = [
 @example(f"<think>\nHm.\n</think>\n\n<tool_call>\n{A}\n</tool_call>", list(range(100)))
 @example(f" <|python_tag|>{P} ; {A}", list(range(100)))
 def test_pieces_do_not_matter(make: Callable[[], ChatParser], text: str, cuts: list[int]) -> None:
+    """A message does not depend on how its text is cut into pieces."""
     whole = shape(parse(make(), text))
     ends = sorted({cut for cut in cuts if cut < len(text)})
     pieces = [text[i:j] for i, j in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -227,7 +234,7 @@ def test_pieces_do_not_matter(make: Callable[[], ChatParser], text: str, cuts: l
 @pytest.mark.parametrize("make", PARSERS)
 @given(st.text('<>/thinktool_ca|py{}" \n;', max_size=60))
 def test_any_text_is_parsed(make: Callable[[], ChatParser], text: str) -> None:
-    """Without a whole marker or object it is content as it is."""
+    """Text without a complete marker or call is content as it is."""
     message = parse(make(), *text)
     if not any(sign in text for sign in ("<think>", "</think>", "<tool_call>", '"arguments"')):
         assert message.content + message.reasoning in (text, text.strip())

@@ -34,7 +34,7 @@ CHATML = (
 
 
 def byte_level() -> Tokenizer:
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    """Byte-level BPE, as used by GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """SentencePiece with byte fallback, as Llama 2 has it."""
+    """SentencePiece's BPE with byte fallback, as used by Llama 2."""
     words = ["▁", "▁hello", "▁world", "h", "e", "l", "o", "w", "r", "d", ",", "!", "é"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -71,7 +71,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def word_level() -> Tokenizer:
-    """Whole words, joined by WordPiece's decoder: its tokens are no strings of bytes."""
+    """Whole words, joined by WordPiece's decoder, so that tokens are not strings of bytes."""
     words = ["hello", "world", "##ly", "##s", "stop", "."]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="."))
     tokenizer.decoder = decoders.WordPiece("##", cleanup=True)
@@ -79,7 +79,7 @@ def word_level() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """WordPiece with `[CLS]` and `[SEP]` around a text, as BERT has it."""
+    """WordPiece with `[CLS]` and `[SEP]` around a text, as used by BERT."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, "hello", "world", "##ly", "stop", ",", ".", "!", "a", "b", "don", "'", "t"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -95,7 +95,7 @@ def word_piece() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """SentencePiece's other model, as T5 has it."""
+    """SentencePiece's unigram model, as used by T5."""
     words = ["▁", "▁hello", "▁world", *"abcdehlorwtnxisup ,.!"]
     scores = [(word, -float(i + 1)) for i, word in enumerate(words)]
     special = ["<unk>", "<s>", "</s>"]
@@ -107,7 +107,8 @@ def unigram() -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: Path, **config: Any) -> Path:
-    """Write the tokenizer files of a checkpoint."""
+    """Write the tokenizer files of a checkpoint, with `config` as tokenizer_config.json; return the
+    directory."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -115,7 +116,7 @@ def save(tokenizer: Tokenizer, directory: Path, **config: Any) -> Path:
 
 
 def save_chatml(directory: Path) -> Path:
-    """A byte-level tokenizer with ChatML's template."""
+    """Write a byte-level tokenizer with the ChatML template; return the directory."""
     end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
     tokens = {"eos_token": end, "bos_token": "<|endoftext|>"}
     return save(byte_level(), directory, chat_template=CHATML, **tokens)

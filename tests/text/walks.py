@@ -1,4 +1,4 @@
-"""Following a grammar with the default model's tokenizer, at random or along a text."""
+"""Texts that follow a grammar with the default model's tokenizer: random ones, and given ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from minisrv.text.structured import GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
 
 EOS = 2
-"""The default model's end-of-sequence token."""
+"""The id of the default model's end-of-sequence token."""
 
 
 def allowed(backend: GrammarBackend, matcher: Matcher) -> list[int]:
+    """The ids of the tokens that may come next."""
     row = np.full(backend.bitmask_words, -1, np.int32)
     matcher.fill(row)
     return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
@@ -23,7 +24,8 @@ def allowed(backend: GrammarBackend, matcher: Matcher) -> list[int]:
 def walk(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, rng: random.Random
 ) -> str:
-    """A text at random; after 40 tokens it mostly closes what it can."""
+    """A random text that follows `spec`; after 40 tokens it mostly closes strings, arrays and
+    objects where it can."""
     closing = [tokenizer.token_id(token) for token in ('"', "]", "}", ",", "0")]
     matcher = backend.compile(spec)
     ids: list[int] = []
@@ -45,7 +47,8 @@ def walk(
 def stretch(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, rng: random.Random
 ) -> str:
-    """A text at random that closes nothing and does not end while it can go on."""
+    """A random text that follows `spec`, closes nothing and does not end as long as it can go
+    on."""
     closing = {tokenizer.token_id(token) for token in ('"', "]", "}")}
     matcher = backend.compile(spec)
     ids: list[int] = []
@@ -59,7 +62,7 @@ def stretch(
 def follow(
     backend: GrammarBackend, tokenizer: Tokenizer, spec: StructuredOutput, text: str
 ) -> bool:
-    """Whether `text` is what `spec` asks for."""
+    """Whether `text` as a whole follows `spec`."""
     matcher = backend.compile(spec)
     return (
         matcher.accept(tokenizer.encode(text, add_special_tokens=False))
