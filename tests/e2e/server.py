@@ -173,15 +173,19 @@ class Server:
         it."""
         return {pid for pid in self.group() if _read(f"/proc/{pid}/comm").strip() == name.encode()}
 
+    def only(self, name: str) -> int:
+        """The process id of the one process with this name. Until a child of that process, such as
+        a compiler, runs its own program, it has the same name, so this waits for that."""
+        found: set[int] = until(lambda: len(pids := self.named(name)) == 1 and pids, f"one {name}")
+        return found.pop()
+
     def engine_pid(self) -> int:
         """The process id of the engine."""
-        (pid,) = self.named("minisrv-engine")
-        return pid
+        return self.only("minisrv-engine")
 
     def worker_pid(self, index: int = 0) -> int:
         """The process id of the API worker with this index."""
-        (pid,) = self.named(f"minisrv-api-{index}")
-        return pid
+        return self.only(f"minisrv-api-{index}")
 
     def worker_of(self, connection: socket.socket) -> int:
         """The process id of the API worker that accepted `connection`, on which an answer has

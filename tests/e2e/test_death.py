@@ -223,16 +223,8 @@ STOPPED = pytest.mark.parametrize(
 
 def stop(server: Server, names: tuple[str, ...]) -> None:
     """Stop the server's processes of these names."""
-
-    def only_one(name: str) -> set[int]:
-        """The one process of this name. Until it runs another program, a child of the process, such
-        as a compiler, has the same name."""
-        found = server.named(name)
-        return found if len(found) == 1 else set()
-
     for name in names:
-        (pid,) = until(lambda name=name: only_one(name), f"{name} is there")
-        os.kill(pid, signal.SIGSTOP)
+        os.kill(server.only(name), signal.SIGSTOP)
 
 
 @STOPPED
