@@ -116,7 +116,7 @@ def _certify(options: argparse.Namespace) -> int:
     config = _settings(EngineConfig, options)
     _announce(config)
     try:
-        from minisrv.certify import run_certify
+        from minisrv.tools.certify import run_certify
 
         return run_certify(config, options.json)
     except KeyboardInterrupt:

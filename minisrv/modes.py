@@ -50,11 +50,21 @@ class CUDAGraphMode(enum.Enum):
         return CUDAGraphMode.FULL if self is self.FULL else CUDAGraphMode.NONE
 
 
-class Epilogue(enum.Enum):
-    """The last result that the graph of a step computes.
+class Stage(enum.Enum):
+    """A part of a step that is launched as a whole. Every graph runs one stage."""
+
+    MODEL = "model"
+    """The model, and in a pure decode batch whatever precedes and follows it, as far as the graph's
+    output says."""
+    EPILOGUE = "epilogue"
+    """Everything that follows the hidden states, if the stage of the model ends with them."""
+
+
+class StageOutput(enum.Enum):
+    """The last result that a stage computes.
 
     HIDDEN: the hidden states of every token. The rest (the gather of the rows that sample, lm_head
-        and sampling) depends on the number of requests only, and is a graph of its own.
+        and sampling) depends on the number of requests only, and is a stage of its own.
     LOGITS: one row of logits per request; sampling follows outside the graph.
     TOKENS: the sampled tokens; the next inputs of the requests are scattered to their slots too.
     """
@@ -66,32 +76,29 @@ class Epilogue(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class BatchDescriptor:
-    """The key of a captured graph, which is also the padded shape of a step.
+    """The key of a captured graph, which is also the padded shape of a stage.
 
-    num_tokens: the number of tokens, padding included.
+    num_tokens: the number of tokens, padding included; for an epilogue the number of hidden states
+        that it takes.
     num_reqs: the number of requests, padding included. It is None where the graph does not depend
         on it: the pieces of a PIECEWISE capture see only tokens. A FULL graph contains attention,
         which works on the rows of requests.
-    uniform_decode: whether the graph is for pure decode batches, with one token per request.
-    epilogue: the last result that the graph computes.
-    forward: False for the graph of an epilogue, which does not run the model: it follows a step
-        that has stopped at the hidden states, and takes one hidden state of each request.
+    query_len: the number of tokens of each request, where it is the same for all of them: in a pure
+        decode batch and in its epilogue. None for any other batch.
+    stage: the part of the step that the graph runs.
+    output: the last result that the graph computes.
     """
 
     num_tokens: int
     num_reqs: int | None = None
-    uniform_decode: bool = False
-    epilogue: Epilogue = Epilogue.HIDDEN
-    forward: bool = True
+    query_len: int | None = None
+    stage: Stage = Stage.MODEL
+    output: StageOutput = StageOutput.HIDDEN
 
-
-class Part(enum.Enum):
-    """One of the two parts in which a step may be launched."""
-
-    FORWARD = "forward"
-    """The graph of the step: all of the step, or everything up to the hidden states."""
-    EPILOGUE = "epilogue"
-    """Everything that follows the hidden states."""
+    @property
+    def uniform_decode(self) -> bool:
+        """Whether every request has the same number of tokens and decodes."""
+        return self.query_len is not None
 
 
 GraphKey = tuple[CUDAGraphMode, BatchDescriptor]

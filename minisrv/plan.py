@@ -19,7 +19,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.model_config import ModelConfig
-from minisrv.modes import BatchDescriptor, Epilogue, Reason
+from minisrv.modes import BatchDescriptor, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
 
 _WORDS = {
@@ -51,9 +51,9 @@ _EPILOGUE = (
 )
 
 _ENDS = {
-    Epilogue.TOKENS: "tokens",
-    Epilogue.LOGITS: "logits",
-    Epilogue.HIDDEN: "hidden states",
+    StageOutput.TOKENS: "tokens",
+    StageOutput.LOGITS: "logits",
+    StageOutput.HIDDEN: "hidden states",
 }
 """Names, in the table, of the outputs at which a graph ends."""
 
@@ -94,25 +94,29 @@ def print_plan(config: EngineConfig) -> None:
 def print_measured_plan(config: EngineConfig) -> None:
     """Start the engine, and print the coverage with which it serves and the time and memory of each
     graph. Raises the errors of start-up (ConfigError, ModelError, GraphError)."""
+    from minisrv.certification.startup import time_graphs
     from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes
 
     progress = StartupProgress()
     try:
         engine = build_engine(config, progress)
-        times = engine.times or engine.runner.time_graphs()
+        times = engine.times or time_graphs(engine.runner, engine.scheduler.pool)
     finally:
         progress.close()
     _print_coverage(config, engine.dispatcher)
     table = Table("batch", "size", "mode", "ends at", "ms", "MiB")
     for column in table.columns[4:]:
         column.justify = "right"
-    graph_bytes = engine.runner.graph_bytes
-    for (mode, key), nbytes in graph_bytes.items():
+    graphs = engine.runner.graphs
+    for mode, key in engine.dispatcher.ladders.keys():  # noqa: SIM118  (no mapping)
         kind = _kind(key)
         size = _size(key.num_tokens, key.num_tokens, _UNITS[kind])
-        milliseconds, mib = f"{times[mode, key].median:.3f}", f"{nbytes / 2**20:.1f}"
-        table.add_row(kind, size, mode.name, _ENDS[key.epilogue], milliseconds, mib)
+        milliseconds, mib = (
+            f"{times[mode, key].median:.3f}",
+            f"{graphs[mode, key].nbytes / 2**20:.1f}",
+        )
+        table.add_row(kind, size, mode.name, _ENDS[key.output], milliseconds, mib)
     console = Console()
     console.print(table)
     console.print(_legend(_MEASURED_WORDS))
@@ -120,11 +124,11 @@ def print_measured_plan(config: EngineConfig) -> None:
     if runner.buffers.device.type == "cuda":
         console.print(projections(runner.model.config, runner.model.dtype.itemsize))
         console.print(_legend(_KERNELS))
-    predicted, actual = engine.memory.graphs, sum(graph_bytes.values())
+    predicted, actual = engine.memory.graphs, sum(graph.nbytes for graph in graphs.values())
     said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
     console.print(
-        f"{len(graph_bytes)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
+        f"{len(graphs)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
         soft_wrap=True,
     )
@@ -209,7 +213,7 @@ _UNITS = {"decode": "request", "mixed": "token", "epilogue": "request"}
 
 
 def _kind(key: BatchDescriptor) -> str:
-    if not key.forward:
+    if key.stage is Stage.EPILOGUE:
         return "epilogue"
     return "decode" if key.uniform_decode else "mixed"
 

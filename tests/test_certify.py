@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from minisrv import certify, cli
+from minisrv import cli
+from minisrv.certification.trial import StepTrial
 from minisrv.kernels import DIRECT, attention, attention_op
 from minisrv.runner.input_buffers import InputBuffers
-from minisrv.runner.trial import StepTrial
+from minisrv.tools import certify
 from tests.checkpoints import make_checkpoint
 
 FLAGS = ("--max-num-seqs", "3", "--max-num-batched-tokens", "16", "--block-size", "4")
@@ -198,7 +199,9 @@ def test_every_start_is_tried(run, monkeypatch):
     seen = []
     reset = StepTrial.reset
     monkeypatch.setattr(
-        StepTrial, "reset", lambda self, start: (seen.append(start.name), reset(self, start))
+        StepTrial,
+        "reset",
+        lambda self, start, graph=None: (seen.append(start.name), reset(self, start, graph)),
     )
     run()
     assert set(seen) == {"CLEAN", "POISONED", "STALE"}

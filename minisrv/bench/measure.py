@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
 from statistics import mean, median
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -31,10 +30,10 @@ from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Progress, platform_of
 from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
+from minisrv.graph.observer import StepObserver, StepPart, observing
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
-from minisrv.runner.launches import count_launches
-from minisrv.runner.results import StepResult
+from minisrv.runner.launches import LaunchCounter
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
@@ -46,11 +45,6 @@ only the second step follows one of its own mode."""
 
 PREFILL_CHUNKS = (128, 512, 2048)
 """Numbers of tokens of the measured prefill chunks; a chunk is cut to the maximum of a step."""
-
-PARTS = ("schedule", "dispatch", "fill", "launch", "result", "wait", "update", "rest")
-"""The parts of `EngineCore.step`: choose the requests; choose the graph; write inputs to their
-buffers; launch model and sampling; start the copy of the tokens to the host; wait for the tokens;
-give them to their requests; and all that lies between."""
 
 FORMULAS = (
     "ms: median over a mode's blocks of the median over a block's steps, a step being the whole "
@@ -70,8 +64,8 @@ class ModeResult(msgspec.Struct, frozen=True):
     runs_as: number of tokens of the padded step.
     launches: number of launches in one step.
     ms: median over the blocks of the median time of a step in milliseconds.
-    host_us: microseconds of the host by part of the step (PARTS); on a CPU "launch" includes the
-        computation. "wait" is the time of waiting for the tokens, and no work.
+    host_us: microseconds of the host by part of the step (`StepPart`); on a CPU "launch" includes
+        the computation. "wait" is the time of waiting for the tokens, and no work.
     gpu_ms: milliseconds from the launch of the step, with filled buffers, to when the GPU has the
         tokens. It includes gaps in which the GPU waits for the host, as in a step of many launches;
         None on a CPU.
@@ -247,50 +241,18 @@ class Course:
             )
 
 
-class HostClock:
-    """Measures the host's time by part of a step, for the steps that run while its context is
-    open. It replaces the functions of the parts by ones that take the time."""
+class HostClock(StepObserver):
+    """Measures the host's time by part of a step, for the steps that it observes."""
 
-    def __init__(self, engine: EngineCore, dispatchers: Iterable[Dispatcher]) -> None:
-        scheduler, runner = engine.scheduler, engine.runner
-        self._calls: list[tuple[str, Any, str]] = [
-            ("schedule", scheduler, "schedule"),
-            *(("dispatch", dispatcher, "dispatch") for dispatcher in dispatchers),
-            ("fill", runner.buffers, "fill"),
-            ("launch", runner, "launch"),
-            ("result", runner.results, "end"),
-            ("wait", StepResult, "tokens"),
-            ("update", scheduler, "update"),
-        ]
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._own: list[Any] = []
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(StepPart, 0.0)
+        self._last = time.perf_counter()
 
-    def __enter__(self) -> Self:
-        for part, owner, name in self._calls:
-            self._own.append(vars(owner).get(name))
-            setattr(owner, name, self._timed(part, getattr(owner, name)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for (_, owner, name), own in zip(self._calls, self._own, strict=True):
-            if own is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
-
-    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            found = call(*args, **kwargs)
-            self._seconds[part] += time.perf_counter() - begin
-            return found
-
-        return timed
+    def lap(self, part: StepPart) -> None:
+        """See `StepObserver`."""
+        now = time.perf_counter()
+        self._seconds[part] += now - self._last
+        self._last = now
 
     def host_us(self, steps: int, ms: float) -> dict[str, float]:
         """Return the microseconds of a step by part.
@@ -298,8 +260,12 @@ class HostClock:
         steps: number of steps that ran.
         ms: milliseconds of all of them together.
         """
-        found = {part: 1e6 * seconds / steps for part, seconds in self._seconds.items()}
-        found["rest"] = max(0.0, 1000 * ms / steps - sum(found.values()))
+        found = {
+            part.value: 1e6 * seconds / steps
+            for part, seconds in self._seconds.items()
+            if part is not StepPart.REST
+        }
+        found[StepPart.REST.value] = max(0.0, 1000 * ms / steps - sum(found.values()))
         return found
 
 
@@ -403,7 +369,9 @@ class Bench:
         """
         runs_as = {}
         for mode, dispatcher in self.dispatchers.items():
-            found = dispatcher.dispatch(size, size if decode else 1, uniform_decode=decode)
+            found = dispatcher.dispatch(
+                size, size if decode else 1, query_len=1 if decode else None
+            )
             if found.mode is mode:
                 runs_as[mode] = found.descriptor.num_tokens
         launches = {mode: self._count(mode, prepare) for mode in runs_as}
@@ -416,7 +384,10 @@ class Bench:
                 runs_as=runs_as[mode],
                 launches=launches[mode],
                 ms=median(time.ms for time in times),
-                host_us={part: median(time.host_us[part] for time in times) for part in PARTS},
+                host_us={
+                    part.value: median(time.host_us[part.value] for time in times)
+                    for part in StepPart
+                },
                 gpu_ms=_median(time.gpu_ms for time in times),
                 gpu_idle_ms=_median(time.gpu_idle_ms for time in times),
                 tokens_per_s=1000 * size / median(time.ms for time in times),
@@ -430,7 +401,8 @@ class Bench:
 
     def _count(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> int:
         """Run one step in `mode`, and return the number of its launches."""
-        with count_launches(self.engine.runner) as counter:
+        counter = LaunchCounter()
+        with observing(self.engine.observers, counter):
             self._step(mode, prepare)
         return counter.count
 
@@ -440,9 +412,9 @@ class Bench:
         before = self._steps_in(mode)
         for _ in range(SETTLE):
             self._step(mode, prepare)
-        clock = HostClock(self.engine, self.dispatchers.values())
+        clock = HostClock()
         begin = self.engine.stats()
-        with clock:
+        with observing(self.engine.observers, clock):
             times = [self._step(mode, prepare) for _ in range(BLOCK - SETTLE)]
         end = self.engine.stats()
         assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"

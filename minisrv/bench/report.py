@@ -15,9 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.bench.measure import PARTS, Ratio, Report, SizeResult
+from minisrv.bench.measure import Ratio, Report, SizeResult
 from minisrv.config import BenchConfig
 from minisrv.errors import ConfigError
+from minisrv.graph.observer import StepPart
 
 NAMES = {"NONE": "eager"}
 """Names of modes in tables and plots, where they differ from the names of `CUDAGraphMode`."""
@@ -146,12 +147,12 @@ def _table(sizes: list[SizeResult], unit: str) -> Table:
 def _parts(sizes: list[SizeResult], mode: str) -> Table:
     """Return the table of the host's microseconds by part of a step in `mode`."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("batch", *PARTS):
+    for heading in ("batch", *StepPart):
         table.add_column(heading, justify="right", no_wrap=True)
     for size in sizes:
         if mode in size.modes:
             host_us = size.modes[mode].host_us
-            table.add_row(str(size.size), *(f"{host_us[part]:.0f}" for part in PARTS))
+            table.add_row(str(size.size), *(f"{host_us[part]:.0f}" for part in StepPart))
     return table
 
 

@@ -39,8 +39,8 @@ class DecodeRun:
     def begin(
         cls, first: SchedulerOutput, requests: list[RequestState], block_size: int
     ) -> DecodeRun:
-        """Return a run that begins with `first`, a scheduled step that has a decode row for each
-        request."""
+        """Return a run that begins with `first`, a scheduled step that has a decode row of one
+        token for each request."""
         phases: list[list[int]] = [[] for _ in range(block_size)]
         for index, row in enumerate(first.batch_rows):
             phases[row.start % block_size].append(index)
@@ -62,6 +62,7 @@ class DecodeRun:
             needs_logits=first.needs_logits,
             masked=first.masked,
             advance=self.age,
+            query_len=first.query_len,
         )
 
     def beginning_a_block(self, age: int) -> list[int]:

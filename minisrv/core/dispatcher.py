@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from minisrv.core.ladder import Ladders, decode_descriptor, rung_of
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Reason
+from minisrv.modes import (
+    BatchDescriptor,
+    CUDAGraphMode,
+    GraphKey,
+    Reason,
+    Stage,
+    StageOutput,
+)
 
 MARGIN = 0.05
 """Share of its time by which another graph must be cheaper than the one that the static order
@@ -32,19 +39,25 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """The graph that runs one step. A step in mode NONE is never padded.
+    """The graphs that run one step, stage by stage. A stage in mode NONE is never padded.
 
-    mode: the runtime mode.
-    descriptor: the padded shape.
+    mode: the runtime mode of the model's stage.
+    descriptor: its padded shape.
     reason: the reason for the mode.
-    epilogue: the key of the epilogue that follows a step which ends at the hidden states; None if
-        the step does not end there.
+    epilogue: the key of the second stage, the epilogue, which follows a model's stage that ends at
+        the hidden states; None if it does not end there.
     """
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
     reason: Reason
     epilogue: GraphKey | None = None
+
+    @property
+    def stages(self) -> tuple[GraphKey, ...]:
+        """The keys of the stages, in the order in which they are launched."""
+        model = (self.mode, self.descriptor)
+        return (model,) if self.epilogue is None else (model, self.epilogue)
 
 
 class Dispatcher:
@@ -61,7 +74,7 @@ class Dispatcher:
         """times: the duration of a step by each graph of the ladders; empty if graphs were not
         timed."""
         self.ladders = ladders
-        keys = [key for key in ladders.keys() if times and key[1].forward]  # noqa: SIM118
+        keys = [key for key in ladders.keys() if times and key[1].stage is Stage.MODEL]  # noqa: SIM118
         self._cheaper = {
             key: better for key in keys if (better := _cheapest(key, keys, times)) != key
         }
@@ -71,40 +84,42 @@ class Dispatcher:
         num_tokens: int,
         num_reqs: int,
         *,
-        uniform_decode: bool,
+        query_len: int | None,
         needs_logits: bool = False,
         masked: bool = False,
     ) -> Dispatch:
         """Choose the graph for a batch of `num_tokens` tokens of `num_reqs` requests.
 
-        uniform_decode: whether every request is in its decode phase. The caller takes it from the
-            state of the requests: a prefill chunk of one token has the same shape and does not
-            count.
+        query_len: the number of tokens of each request if every request is in its decode phase and
+            has as many; None for any other batch. The caller takes it from the state of the
+            requests: a prefill chunk of one token has the same shape and does not count.
         needs_logits: whether the logits of some request are read or changed outside the graph.
         masked: whether a grammar restricts the next token of some request; the restriction becomes
             known while the model runs.
         """
         apart = needs_logits or masked
-        found = self._first(num_tokens, num_reqs, uniform_decode, apart)
+        found = self._first(num_tokens, num_reqs, query_len, apart)
         better = self._cheaper.get((found.mode, found.descriptor))
         if better is not None:
             found = Dispatch(*better, Reason.CHEAPER)
-        if found.descriptor.epilogue is not Epilogue.HIDDEN:
+        if found.descriptor.output is not StageOutput.HIDDEN:
             return found
         epilogue = self.ladders.epilogue_key(num_reqs, needs_logits=needs_logits)
         return replace(found, epilogue=epilogue)
 
-    def _first(self, num_tokens: int, num_reqs: int, uniform_decode: bool, apart: bool) -> Dispatch:
+    def _first(
+        self, num_tokens: int, num_reqs: int, query_len: int | None, apart: bool
+    ) -> Dispatch:
         """Choose by the static order.
 
-        apart: whether the epilogue has to be launched separately from the graph of the step.
+        apart: whether the epilogue has to be a stage of its own.
         """
         ladders = self.ladders
-        if uniform_decode and (rung := rung_of(ladders.decode, num_reqs)):
-            epilogue = Epilogue.HIDDEN if apart else Epilogue.TOKENS
-            return Dispatch(
-                CUDAGraphMode.FULL, decode_descriptor(rung, epilogue), Reason.PURE_DECODE
-            )
+        uniform_decode = query_len is not None
+        if query_len == ladders.query_len and (rung := rung_of(ladders.decode, num_reqs)):
+            output = StageOutput.HIDDEN if apart else StageOutput.TOKENS
+            key = decode_descriptor(rung, output, query_len)
+            return Dispatch(CUDAGraphMode.FULL, key, Reason.PURE_DECODE)
         if rung := rung_of(ladders.mixed, num_tokens):
             reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
             return Dispatch(*ladders.mixed_key(rung), reason)
@@ -122,9 +137,14 @@ class Dispatcher:
         ladders = self.ladders
         rows: list[CoverageRow] = []
         for size in range(1, ladders.max_num_seqs + 1):
-            _extend(rows, "decode", size, self.dispatch(size, size, uniform_decode=True))
+            _extend(
+                rows,
+                "decode",
+                size,
+                self.dispatch(size * ladders.query_len, size, query_len=ladders.query_len),
+            )
         for size in range(1, ladders.max_num_batched_tokens + 1):
-            _extend(rows, "mixed", size, self.dispatch(size, 1, uniform_decode=False))
+            _extend(rows, "mixed", size, self.dispatch(size, 1, query_len=None))
         return rows
 
 
@@ -160,15 +180,15 @@ def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, Step
     """Return the cheapest graph that holds every batch which `key` holds, if it is cheaper by the
     margin; otherwise `key` itself.
 
-    Graphs for mixed batches hold any batch. Graphs for decode hold only decode batches with their
-    own epilogue.
+    Graphs for mixed batches hold any batch. Graphs for decode hold only decode batches, and stand
+    in only for graphs that end with the same output.
     """
-    size, epilogue = key[1].num_tokens, key[1].epilogue
+    size, output = key[1].num_tokens, key[1].output
     admissible = [
         (mode, other)
         for mode, other in keys
         if other.num_tokens >= size
-        and (not other.uniform_decode or (key[1].uniform_decode and other.epilogue is epilogue))
+        and (not other.uniform_decode or (key[1].uniform_decode and other.output is output))
     ]
     best = min(admissible, key=lambda other: times[other].median)
     return best if times[best].median < (1 - MARGIN) * times[key].least else key

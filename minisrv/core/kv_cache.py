@@ -102,6 +102,14 @@ class BlockPool(FreeList):
         self._holders[block] = 1
         return block
 
+    def reserve(self, count: int) -> list[int]:
+        """Take `count` free blocks, or all free ones if there are fewer, and return them in
+        ascending order. The last block of the cache is among them if it is free."""
+        last = self.total - 1
+        if last in self._free:
+            self._free.move_to_end(last, last=False)
+        return sorted(self.take() for _ in range(min(count, self.num_free)))
+
     def publish(self, block: int, block_hash: bytes) -> None:
         """Enter a full block into the prefix cache. Its holder must not write to it any more.
 

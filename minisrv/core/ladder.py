@@ -8,11 +8,11 @@ of batches in flight (see the dispatcher), of tensors, or of what a graph costs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, CoverageError
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 
 MIXED_TOP = 2048
 """Largest default rung of the mixed ladder, in tokens. On an H100 an eager step of Qwen3-0.6B takes
@@ -30,6 +30,7 @@ class Ladders:
         says.
     epilogues: the padded numbers of requests with a FULL graph of everything that follows the
         hidden states.
+    query_len: the number of tokens per request in a graph for pure decode.
     """
 
     mode: CUDAGraphMode
@@ -38,27 +39,28 @@ class Ladders:
     epilogues: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
+    query_len: int = 1
 
     def keys(self) -> list[GraphKey]:
         """Return the key of every graph to capture, the largest of each kind first: the first
         capture determines the size of the memory that the smaller ones share. Epilogues come before
         the steps that they complete."""
         epilogues = [
-            (CUDAGraphMode.FULL, epilogue_descriptor(num_reqs, epilogue))
+            (CUDAGraphMode.FULL, epilogue_descriptor(num_reqs, output))
             for num_reqs in self.epilogues
-            for epilogue in (Epilogue.TOKENS, Epilogue.LOGITS)
+            for output in (StageOutput.TOKENS, StageOutput.LOGITS)
         ]
         mixed = [self.mixed_key(num_tokens) for num_tokens in self.mixed]
         decode = [
-            (CUDAGraphMode.FULL, decode_descriptor(num_reqs, epilogue))
+            (CUDAGraphMode.FULL, decode_descriptor(num_reqs, output, self.query_len))
             for num_reqs in self.decode
-            for epilogue in (Epilogue.TOKENS, Epilogue.HIDDEN)
+            for output in (StageOutput.TOKENS, StageOutput.HIDDEN)
         ]
         return epilogues[::-1] + mixed[::-1] + decode[::-1]
 
     def rungs_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
         """Return the ladder to which the graph of `descriptor` belongs."""
-        if not descriptor.forward:
+        if descriptor.stage is Stage.EPILOGUE:
             return self.epilogues
         return self.decode if descriptor.uniform_decode else self.mixed
 
@@ -67,8 +69,8 @@ class Ladders:
         unpadded, if no rung holds them."""
         rung = rung_of(self.epilogues, num_reqs)
         mode = CUDAGraphMode.NONE if rung is None else CUDAGraphMode.FULL
-        epilogue = Epilogue.LOGITS if needs_logits else Epilogue.TOKENS
-        return mode, epilogue_descriptor(rung or num_reqs, epilogue)
+        output = StageOutput.LOGITS if needs_logits else StageOutput.TOKENS
+        return mode, epilogue_descriptor(rung or num_reqs, output)
 
     def mixed_key(self, num_tokens: int) -> GraphKey:
         """Return the key of the graph of a mixed rung.
@@ -96,14 +98,14 @@ class Ladders:
             )
 
 
-def decode_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
-    """Return the key of a pure decode batch, with one token per request."""
-    return BatchDescriptor(num_reqs, num_reqs, uniform_decode=True, epilogue=epilogue)
+def decode_descriptor(num_reqs: int, output: StageOutput, query_len: int = 1) -> BatchDescriptor:
+    """Return the key of a pure decode batch with `query_len` tokens per request."""
+    return BatchDescriptor(num_reqs * query_len, num_reqs, query_len, output=output)
 
 
-def epilogue_descriptor(num_reqs: int, epilogue: Epilogue) -> BatchDescriptor:
+def epilogue_descriptor(num_reqs: int, output: StageOutput) -> BatchDescriptor:
     """Return the key of an epilogue, which takes one hidden state per request."""
-    return replace(decode_descriptor(num_reqs, epilogue), forward=False)
+    return BatchDescriptor(num_reqs, num_reqs, 1, Stage.EPILOGUE, output)
 
 
 def rung_of(ladder: tuple[int, ...], size: int) -> int | None:

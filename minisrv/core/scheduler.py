@@ -255,7 +255,7 @@ class Scheduler:
         output = step.build(self._freed_slots)
         if output is not None:
             self._freed_slots = []
-            if output.num_decodes == output.num_rows == len(self.running):
+            if output.query_len == 1 and output.num_rows == len(self.running):
                 self._run = DecodeRun.begin(output, [*self.running], self.pool.block_size)
         return output
 
@@ -536,6 +536,11 @@ class _StepBuilder:
         request.last_step = self.step_id
         self.budget -= count
 
+    def _query_len(self) -> int | None:
+        """Return the `query_len` of the step."""
+        lengths = {row.num_tokens for row in self.decodes}
+        return lengths.pop() if len(lengths) == 1 and not self.prefills else None
+
     def build(self, freed_slots: list[int]) -> SchedulerOutput | None:
         """Return the step, which is the first of a new batch; None if no request was added."""
         rows = self.decodes + self.prefills
@@ -549,6 +554,7 @@ class _StepBuilder:
             new_blocks=self.new_blocks,
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
+            query_len=self._query_len(),
             freed_slots=freed_slots,
             needs_logits=any(
                 row.logprobs is not None or row.processed or row.score is not None for row in rows

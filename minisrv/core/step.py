@@ -98,6 +98,8 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     needs_logits: whether the logits of some request are read or changed outside the graph.
     masked: whether a grammar restricts some row, whose allowed tokens the host finds out from the
         request's last token.
+    query_len: the number of tokens of each row, if every request is decoding and has as many; None
+        for any other batch.
     """
 
     step_id: int
@@ -111,6 +113,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     needs_logits: bool = False
     masked: bool = False
     advance: int = 0
+    query_len: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -126,11 +129,6 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
         return [
             msgspec.structs.replace(row, start=row.start + self.advance) for row in self.batch_rows
         ]
-
-    @property
-    def uniform_decode(self) -> bool:
-        """Whether every request of the step is decoding."""
-        return self.num_decodes == len(self.batch_rows)
 
 
 _unscheduled = count(-1, -1)

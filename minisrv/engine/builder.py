@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minisrv import threads
+from minisrv.certification.startup import capture_graphs, time_graphs
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
@@ -30,7 +31,7 @@ from minisrv.modes import GraphKey
 from minisrv.nn.loader import load_model
 from minisrv.progress import StartupClock
 from minisrv.runner.input_buffers import BufferSizes
-from minisrv.runner.launches import simulate_launches
+from minisrv.runner.launches import SimulatedLaunches
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -136,20 +137,21 @@ def build_engine(
         shape = KVCacheShape.of(config, model_config, context, dtype)
         num_blocks = num_kv_blocks(config, shape, memory.cache)
         runner = make_runner(num_blocks, context)
+        pool = BlockPool(num_blocks, config.block_size)
     if not ladders.keys():
         logger.info("no graphs are captured: every step runs eagerly")
     with _timed(clock, "graphs"):
-        runner.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
-        times = runner.time_graphs() if platform.times_graphs else {}
+        capture_graphs(runner, pool, lambda done, total: progress("capturing graphs", done, total))
+        times = time_graphs(runner, pool) if platform.times_graphs else {}
         platform.check_plan(config, memory, shape, runner)
     if config.simulate_launch_us:
         logger.warning(
             "SIMULATED: every launch takes %g us longer; no time is the machine's own",
             config.simulate_launch_us,
         )
-        simulate_launches(runner, config.simulate_launch_us)
+        runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
     scheduler = Scheduler(
-        BlockPool(num_blocks, config.block_size),
+        pool,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=context,
@@ -169,7 +171,7 @@ def build_engine(
         dtype=dtype_name(dtype),
         device=str(device),
         cudagraph_mode=ladders.mode.value,
-        graphs=len(runner.graph_bytes),
+        graphs=len(runner.graphs),
         startup_seconds=clock.seconds,
         simulated_launch_us=config.simulate_launch_us,
     )

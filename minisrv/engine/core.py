@@ -16,6 +16,7 @@ from minisrv.core.step import ScheduledRow, SchedulerOutput, TokenEvent
 from minisrv.engine.builder import EngineParts
 from minisrv.engine.messages import EngineStats, StepCount
 from minisrv.errors import EngineDeadError, MinisrvError, RequestError
+from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.results import StepResult
 
@@ -87,6 +88,7 @@ class EngineCore:
         self.dispatcher = parts.dispatcher
         self.runner = parts.runner
         self.info = parts.info
+        self.observers = parts.runner.observers
         self._grammars = parts.grammars
         self._lag = parts.lag
         self._broken = False
@@ -170,9 +172,11 @@ class EngineCore:
         return outputs
 
     def _step(self) -> list[EngineOutput]:
+        self._lap(StepPart.REST)
         failed = self._release_compiled() if self._grammars.compiling else []
         while len(self._in_flight) <= self._lag and not self._masks_pending:
             output = self.scheduler.schedule()
+            self._lap(StepPart.SCHEDULE)
             if output is None:
                 break
             self._launch(output)
@@ -183,7 +187,10 @@ class EngineCore:
         step = self._in_flight.popleft()
         result = step.result
         assert result is not None, "the oldest step is launched whole"
-        events = self.scheduler.update(step.output.step_id, result.tokens())
+        tokens = result.tokens()
+        self._lap(StepPart.WAIT)
+        events = self.scheduler.update(step.output.step_id, tokens)
+        self._lap(StepPart.UPDATE)
         if (time := result.device_time()) is not None:
             self._gpu_busy_ms += time.busy
             if step.follows and time.idle is not None:
@@ -196,6 +203,10 @@ class EngineCore:
         if self._masks_pending:
             self._finish(self._in_flight[0])
         return failed + outputs
+
+    def _lap(self, part: StepPart) -> None:
+        for observer in self.observers:
+            observer.lap(part)
 
     @property
     def _masks_pending(self) -> bool:
@@ -236,13 +247,15 @@ class EngineCore:
         dispatch = self.dispatcher.dispatch(
             output.num_tokens,
             output.num_rows,
-            uniform_decode=output.uniform_decode,
+            query_len=output.query_len,
             needs_logits=output.needs_logits,
             masked=output.masked,
         )
+        self._lap(StepPart.DISPATCH)
         self._count(output, dispatch)
         step = _InFlight(output, dispatch, self._follows)
         self._follows = True
+        self._lap(StepPart.REST)
         self.runner.start(output, dispatch)
         if not (output.masked and self._in_flight):
             self._finish(step)

@@ -8,13 +8,15 @@ nothing of requests or of how a step was scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from minisrv.graph.captured import CapturedGraph
+from minisrv.graph.observer import StepObserver
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 
@@ -51,15 +53,19 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The mode, key and attention arguments of a step, or of its epilogue, which has no attention.
+    """The mode, key and attention arguments of a stage of a step; an epilogue has no attention.
 
+    graph: the graph to replay instead of the installed one, because it is being certified.
+    observers: those who are told of each replay.
     break_at: set while the pieces of a PIECEWISE graph are captured. Instead of running the
         attention op, the attention layer passes this function what must run between two pieces.
     """
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    attn: AttentionMetadata | None
+    attn: AttentionMetadata | None = None
+    graph: CapturedGraph | None = None
+    observers: Sequence[StepObserver] = ()
     break_at: Callable[[Callable[[], None]], None] | None = None
 
     @property

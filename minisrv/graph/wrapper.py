@@ -1,7 +1,9 @@
 """The wrapper that replays a graph where the forward context says so.
 
-Knows: the runtime mode that it stands for, and the graphs that it has captured, by descriptor. It
-trusts the context: choosing a graph is the dispatcher's work. A wrapper whose mode is not the
+Knows: the runtime mode that it stands for, and the graphs that are installed, by descriptor. A
+graph is captured first and installed when it has passed its certification; until then it can be
+replayed only by a context that names it. The wrapper trusts the context: choosing a graph is the
+dispatcher's work. A wrapper whose mode is not the
 context's passes through, so wrappers can be nested: a FULL one around a step or the model, the
 PIECEWISE one around the model inside it. Knows nothing of how a backend records, nor of what the
 runnable computes.
@@ -14,41 +16,16 @@ buffers, so that no result lies in memory which another graph reuses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from torch import Tensor
 
 from minisrv.errors import GraphCaptureError, GraphError
 from minisrv.graph.backend import GraphBackend, Replay
+from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
+from minisrv.graph.observer import entered
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
-
-
-@dataclass(frozen=True)
-class CapturedGraph:
-    """A captured graph: its pieces, and what runs between them without being captured.
-
-    walk: the functions that a replay calls, in order.
-    frozen: the address of every tensor that the capture was given, and the numbers that it holds; a
-        replay is valid for these only.
-    nbytes: the number of bytes that the capture took; 0 if it fits into memory that other graphs
-        share.
-    """
-
-    walk: tuple[Replay, ...]
-    frozen: dict[str, int]
-    nbytes: int
-
-    def replay(self) -> None:
-        """Run the graph."""
-        for run in self.walk:
-            run()
-
-    @property
-    def num_pieces(self) -> int:
-        """Number of captured segments: 1 for FULL, the number of attention layers plus 1 for
-        PIECEWISE."""
-        return (len(self.walk) + 1) // 2
 
 
 class CUDAGraphWrapper:
@@ -56,7 +33,7 @@ class CUDAGraphWrapper:
 
     check_addresses: whether to compare the addresses and numbers with those of the capture before
         each replay; for tests, and for finding a tensor that is not static but should be.
-    replay: the function that replays a captured graph; code that counts launches replaces it.
+    graphs: the installed graphs.
     """
 
     def __init__(
@@ -72,24 +49,32 @@ class CUDAGraphWrapper:
         self.backend = backend
         self.check_addresses = check_addresses
         self.graphs: dict[BatchDescriptor, CapturedGraph] = {}
-        self.replay: Callable[[CapturedGraph], None] = CapturedGraph.replay
 
     def __call__(self, *args: Tensor) -> None:
         """Replay the graph of the context's descriptor, or pass through. Raises GraphError for a
-        key that was never captured."""
+        key whose graph is not installed."""
         context = get_forward_context()
         if context.mode is not self.mode:
             self.runnable(*args)
             return
-        graph = self.graphs.get(context.descriptor)
+        graph = context.graph or self.graphs.get(context.descriptor)
         if graph is None:
-            raise GraphError(f"no {self.mode.name} graph was captured for {context.descriptor}.")
+            raise GraphError(f"no {self.mode.name} graph is installed for {context.descriptor}.")
         if self.check_addresses:
             _compare(graph.frozen, self._frozen(context, args))
-        self.replay(graph)
+        if context.observers:
+            with entered(observer.replay(len(graph.walk)) for observer in context.observers):
+                graph.replay()
+        else:
+            graph.replay()
 
-    def capture(self, *args: Tensor) -> None:
-        """Capture one run of the runnable for the context's descriptor.
+    def install(self, descriptor: BatchDescriptor, graph: CapturedGraph) -> None:
+        """Put a captured graph into service, in place of an earlier one of that descriptor."""
+        self.graphs[descriptor] = graph
+
+    def capture(self, *args: Tensor) -> CapturedGraph:
+        """Capture one run of the runnable for the context's descriptor, and return the graph, which
+        is not installed.
 
         Raises GraphCaptureError if the runnable does something that a graph cannot hold.
         """
@@ -117,9 +102,8 @@ class CUDAGraphWrapper:
                     f"{context.descriptor} cannot be captured: {error}"
                 ) from error
             raise
-        self.graphs[context.descriptor] = CapturedGraph(
-            tuple(walk), self._frozen(context, args), backend.memory_used() - before
-        )
+        nbytes = backend.memory_used() - before
+        return CapturedGraph(tuple(walk), self._frozen(context, args), nbytes)
 
     def _frozen(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
         """Return the addresses of the arguments and of the attention metadata, and the numbers

@@ -36,9 +36,11 @@ class BufferSizes:
 
     rows: the number of rows of the largest padded step.
     tokens: the number of tokens of the largest padded step.
-    slots: the number of slots, including the null slot.
+    slots: the number of slots: the null slot, one for each request that runs, and as many that are
+        reserved for the certification of graphs.
     blocks_per_row: the width of the block table, in blocks.
     block_size: the number of tokens in a block.
+    query_len: the number of tokens of a request in a step of pure decode.
     """
 
     rows: int
@@ -46,6 +48,7 @@ class BufferSizes:
     slots: int
     blocks_per_row: int
     block_size: int
+    query_len: int
 
     @classmethod
     def of(cls, ladders: Ladders, max_model_len: int, block_size: int) -> BufferSizes:
@@ -53,9 +56,10 @@ class BufferSizes:
         return cls(
             rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
             tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
-            slots=ladders.max_num_seqs + 1,
+            slots=2 * ladders.max_num_seqs + 1,
             blocks_per_row=-(-max_model_len // block_size),
             block_size=block_size,
+            query_len=ladders.query_len,
         )
 
     def bytes_of_rows(self, model: ModelConfig, itemsize: int) -> int:
@@ -203,8 +207,9 @@ class InputBuffers:
         self.attn_out = torch.zeros(tokens, model.q_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(tokens, model.hidden_size, dtype=dtype, device=device)
         self.logits = torch.zeros(rows, model.vocab_size, dtype=dtype, device=device)
-        # A decode row is one token, so this never changes.
-        self._decode_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        # Decode rows are all of the same length, so this never changes.
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._decode_starts = starts * sizes.query_len
         self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
         self._given: tuple[int, BatchDescriptor, int] | None = None
 
@@ -236,10 +241,11 @@ class InputBuffers:
                 lengths = [row.num_tokens for row in output.batch_rows]
                 indices[:num_rows] = np.cumsum(lengths, dtype=np.int64) - 1
                 upload.add(self.logits_indices, indices)
-        if descriptor.uniform_decode:
+        if (query_len := descriptor.query_len) is not None:
             upload.send(self.device)
-            if descriptor not in self._decode_metadata:
-                metadata = self._metadata(tokens, rows, self._decode_starts, max_query_len=1)
+            assert query_len == self.sizes.query_len, "the ladder of decode graphs has one length"
+            if descriptor not in self._decode_metadata:  # the same for every batch of this shape
+                metadata = self._metadata(tokens, rows, self._decode_starts, query_len)
                 self._decode_metadata[descriptor] = metadata
             return self._decode_metadata[descriptor]
         self._fill_tokens(output, tokens, rows, upload)

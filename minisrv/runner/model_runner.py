@@ -4,63 +4,49 @@ Knows: the model, the cache, the buffers and the graph wrappers, and how a dispa
 through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
 
     decode, FULL:     [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
-    apart, FULL:      [ gather by slot -> model ] -> epilogue
+    decode to HIDDEN: [ gather by slot -> model ] -> epilogue
     mixed, FULL:      fill -> [ model ] -> epilogue
     mixed, PIECEWISE: fill -> [ model, broken at attention ] -> epilogue
     epilogue, TOKENS: [ rows -> lm_head -> masks -> sample -> scatter ]
     epilogue, LOGITS: [ rows -> lm_head ] -> processors -> masks -> sample -> scatter
 
-("apart" is a decode step whose epilogue must not be in its graph.) Each pair of brackets is one
-wrapper, and the FULL wrappers around the model contain the PIECEWISE one. A wrapper passes through
-when the context's mode is not its own, so an eager run takes the same code.
+Each pair of brackets is one wrapper, and the FULL wrappers around the model contain the PIECEWISE
+one. A wrapper passes through when the context's mode is not its own, so an eager run takes the same
+code.
 
-A step is launched in two parts, because the epilogue of a step with masks can be launched only when
-the masks are known, and the model need not wait for them.
+A step has one stage or two, each launched by itself, because the epilogue of a step with masks can
+be launched only when the masks are known, and the model need not wait for them.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from functools import partial
-from statistics import median
-
 import torch
 from torch import Tensor
 
-from minisrv.core.dispatcher import Dispatch, StepTime
+from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import Ladders
 from minisrv.core.step import ScheduledRow, SchedulerOutput, unscheduled_id
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
-from minisrv.graph.certify import Start, certify
-from minisrv.graph.forward_context import ForwardContext, get_forward_context, set_forward_context
+from minisrv.graph.captured import CapturedGraph
+from minisrv.graph.forward_context import (
+    AttentionMetadata,
+    ForwardContext,
+    get_forward_context,
+    set_forward_context,
+)
+from minisrv.graph.observer import StepObserver, StepPart, entered
 from minisrv.graph.wrapper import CUDAGraphWrapper
 from minisrv.kernels import apply_bitmask_op, sample_op, take_rows_op
 from minisrv.model_config import ModelConfig
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, GraphKey, Part
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
-from minisrv.runner.batches import BatchLimits, full_batch, short_batch
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
 from minisrv.runner.logits_processors import LogitsProcessors
 from minisrv.runner.logprobs import LogprobReport, report_logprobs, score_prompts
 from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.token_masks import AllowedTokens, TokenMasks
-from minisrv.runner.trial import GREEDY, StepTrial
-
-Launch = Callable[[Part, SchedulerOutput, Dispatch], LogprobReport | None]
-"""Function that launches a part of a step once its buffers are filled; see
-`ModelRunner._launch`."""
-
-DRIVER_BYTES = 2 << 20
-"""Number of bytes in which CUDA's driver allocates memory for graphs; several graphs share a
-piece."""
-
-TIMED_REPLAYS = 5
-
-CaptureProgress = Callable[[int, int], None]
-"""Function that is called with the number of graphs captured so far and the number of all."""
 
 
 class ModelRunner:
@@ -68,9 +54,10 @@ class ModelRunner:
 
     allowed: knows which tokens may be sampled by rows that a grammar restricts; None if there will
         be no such rows.
-    graph_bytes: the number of bytes that the capture of each graph took; 0 for a graph that fits
-        into memory which other graphs share.
-    launch: the function that launches a part of a step; `runner.launches` replaces it to count.
+    num_blocks: the number of blocks in the KV cache, the null block included.
+    block_size: the number of tokens in a block.
+    max_model_len: the maximum number of tokens of a request.
+    observers: those who are told how each step goes; empty in service.
     """
 
     def __init__(
@@ -89,13 +76,9 @@ class ModelRunner:
         check_addresses: bool = False,
     ) -> None:
         sizes = BufferSizes.of(ladders, max_model_len, block_size)
-        self.limits = BatchLimits(
-            rows=ladders.max_num_seqs,
-            tokens=ladders.max_num_batched_tokens,
-            context=max_model_len,
-            blocks=num_blocks - 1,
-            block_size=block_size,
-        )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.max_model_len = max_model_len
         self.model = model
         self.ladders = ladders
         self.vocab_size = config.vocab_size
@@ -129,27 +112,24 @@ class ModelRunner:
         self.epilogue_step = CUDAGraphWrapper(
             self._epilogue_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
-        self.launch: Launch = self._launch
         self.allowed = allowed
-        self.graph_bytes: dict[GraphKey, int] = {}
+        self.observers: list[StepObserver] = []
 
     def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as it was dispatched, and return its result."""
         self.start(output, dispatch)
         return self.finish(output, dispatch)
 
-    @torch.no_grad()
     def start(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
-        """Launch the first part of a step. Its `finish` must be called before another step is
-        started."""
-        epilogue_rows = dispatch.epilogue[1].num_tokens if dispatch.epilogue else 0
-        attn = self.buffers.fill(output, dispatch.descriptor, epilogue_rows)
+        """Launch the stage of the model. `finish` must be called for this step before another step
+        is started."""
+        attn = self.prepare(output, dispatch.stages)
         self.processors.start(output)
+        self._lap(StepPart.FILL)
         self.results.begin()
-        with set_forward_context(ForwardContext(dispatch.mode, dispatch.descriptor, attn)):
-            self.launch(Part.FORWARD, output, dispatch)
+        self.launch(dispatch.stages[0], output, attn)
+        self._lap(StepPart.LAUNCH)
 
-    @torch.no_grad()
     def finish(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch the rest of a step that has been started, and return its result. If a grammar
         restricts some of its rows, the tokens of all earlier steps must be on the host."""
@@ -158,21 +138,55 @@ class ModelRunner:
             if output.masked:
                 assert self.allowed is not None, "made for masked rows"
                 self.masks.send(output.batch_rows, self.allowed)
-            with set_forward_context(ForwardContext(*dispatch.epilogue, attn=None)):
-                logprobs = self.launch(Part.EPILOGUE, output, dispatch)
-        return self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
+            self._lap(StepPart.FILL)
+            logprobs = self.launch(dispatch.epilogue, output)
+            self._lap(StepPart.LAUNCH)
+        result = self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
+        self._lap(StepPart.RESULT)
+        return result
 
-    def _launch(
-        self, part: Part, output: SchedulerOutput, dispatch: Dispatch
+    def _lap(self, part: StepPart) -> None:
+        for observer in self.observers:
+            observer.lap(part)
+
+    def prepare(
+        self, output: SchedulerOutput, stages: tuple[GraphKey, ...]
+    ) -> AttentionMetadata | None:
+        """Write the inputs of a step to the buffers, padded for its stages, and return the
+        attention arguments of the model's stage; None if there is no such stage."""
+        first, last = stages[0][1], stages[-1][1]
+        epilogue_rows = last.num_tokens if last.stage is Stage.EPILOGUE else 0
+        attn = self.buffers.fill(output, first, epilogue_rows)
+        return attn if first.stage is Stage.MODEL else None
+
+    @torch.no_grad()
+    def launch(
+        self,
+        key: GraphKey,
+        output: SchedulerOutput,
+        attn: AttentionMetadata | None = None,
+        graph: CapturedGraph | None = None,
     ) -> LogprobReport | None:
-        """Launch one part of what lies between the filled buffers and the sampled tokens."""
-        if part is Part.EPILOGUE:
-            self.epilogue_step()
-            ended = get_forward_context().descriptor.epilogue is Epilogue.TOKENS
-            return None if ended else self._sample_logits(output)
-        if dispatch.descriptor.forward:
-            self.step_of(dispatch.descriptor)(*self._inputs(dispatch.descriptor))
-        return None
+        """Launch a stage of a step whose inputs are in the buffers, and return the report on
+        log-probabilities if the stage is an epilogue that makes one.
+
+        key: the mode of the stage and its padded shape.
+        attn: the attention arguments; None for an epilogue.
+        graph: a graph to replay in place of the installed one.
+        """
+        observers = self.observers
+        context = ForwardContext(*key, attn, graph, observers)
+        if not observers:
+            return self._launch(context, output)
+        with entered(observer.stage(key, output) for observer in observers):
+            return self._launch(context, output)
+
+    def _launch(self, context: ForwardContext, output: SchedulerOutput) -> LogprobReport | None:
+        descriptor = context.descriptor
+        with set_forward_context(context):
+            self.stage_wrapper(descriptor)(*self._inputs(descriptor))
+        # A stage that ends with logits is an epilogue, and is followed by what no graph holds.
+        return self._sample_logits(output) if descriptor.output is StageOutput.LOGITS else None
 
     def _sample_logits(self, output: SchedulerOutput) -> LogprobReport | None:
         """Sample tokens from the logits, after the changes that are made to them, and return the
@@ -209,15 +223,27 @@ class ModelRunner:
         """All wrappers that may replay a graph."""
         return self.model_step, self.mixed_step, self.decode_step, self.epilogue_step
 
-    def wrapper_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
-        """Return the wrapper that holds the graph of that key."""
-        return self.model_step if mode is CUDAGraphMode.PIECEWISE else self.step_of(descriptor)
+    @property
+    def graphs(self) -> dict[GraphKey, CapturedGraph]:
+        """The installed graphs."""
+        return {
+            (wrapper.mode, descriptor): graph
+            for wrapper in self.wrappers
+            for descriptor, graph in wrapper.graphs.items()
+        }
 
-    def step_of(self, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
-        """Return the outermost wrapper that a step goes through, whatever its mode."""
-        if not descriptor.forward:
+    def stage_wrapper(self, descriptor: BatchDescriptor) -> CUDAGraphWrapper:
+        """Return the outermost wrapper that a stage goes through, whatever its mode."""
+        if descriptor.stage is Stage.EPILOGUE:
             return self.epilogue_step
         return self.decode_step if descriptor.uniform_decode else self.mixed_step
+
+    def _wrapper(self, key: GraphKey) -> CUDAGraphWrapper:
+        """Return the wrapper in which the graph of that key is installed."""
+        mode, descriptor = key
+        if mode is CUDAGraphMode.PIECEWISE:
+            return self.model_step
+        return self.stage_wrapper(descriptor)
 
     def _inputs(self, descriptor: BatchDescriptor) -> tuple[Tensor, ...]:
         """Return the arguments of the wrapper; decode steps and epilogues gather their own
@@ -232,10 +258,11 @@ class ModelRunner:
 
     def _decode_step(self) -> None:
         descriptor, buffers = get_forward_context().descriptor, self.buffers
+        assert descriptor.query_len == 1, "only the last token of a request is gathered"
         rows = descriptor.num_tokens
         buffers.gather_decode(rows)
         self.model_step(buffers.input_ids[:rows], buffers.positions[:rows])
-        if descriptor.epilogue is Epilogue.TOKENS:
+        if descriptor.output is StageOutput.TOKENS:
             self._sample(self.model.compute_logits(buffers.hidden[:rows]))
             buffers.scatter(rows)
 
@@ -245,7 +272,7 @@ class ModelRunner:
         hidden = buffers.hidden.new_empty(rows, buffers.hidden.shape[1])
         take_rows_op(buffers.hidden, buffers.logits_indices[:rows], hidden)
         logits = self.model.compute_logits(hidden)
-        if descriptor.epilogue is Epilogue.LOGITS:
+        if descriptor.output is StageOutput.LOGITS:
             buffers.logits[:rows].copy_(logits)
         else:
             apply_bitmask_op(logits, buffers.bitmask[:rows])
@@ -266,82 +293,23 @@ class ModelRunner:
             self.buffers.tokens[:rows],
         )
 
-    def capture_graphs(self, on_progress: CaptureProgress) -> None:
-        """Capture and certify every graph of the ladders.
-
-        The cache must be empty: certification runs on real slots and blocks and clears them.
-
-        Raises GraphCaptureError, CertificationError.
-        """
-        keys = self.ladders.keys()
-        if not keys:
-            return
-        # A garbage collection in the middle of a capture would free objects that the capture does
-        # not expect to be freed, and scanning every object between two graphs takes longer than
-        # capturing one (vLLM#21146).
-        gc.collect()
-        gc.freeze()
-        try:
-            for done, (mode, descriptor) in enumerate(keys):
-                on_progress(done, len(keys))
-                self._capture_and_certify(mode, descriptor).clear()
-        finally:
-            gc.unfreeze()
-        on_progress(len(keys), len(keys))
-
-    def time_graphs(self) -> dict[GraphKey, StepTime]:
-        """Return the duration of a step by every graph, including its epilogue, and of epilogues
-        alone, on a greedy batch that leaves little padding. The cache must be empty."""
-        times = {}
-        for mode, key in self.ladders.keys():  # noqa: SIM118  (not a mapping)
-            batch = short_batch(key, self.limits)
-            trial = StepTrial(self, mode, key, batch, params=[GREEDY])
-            found = [trial.time_replay() for _ in range(TIMED_REPLAYS)]
-            times[mode, key] = StepTime(min(found), median(found))
-            trial.clear()
-        return times
-
-    def probe(self) -> int:
-        """Return the number of bytes that all graphs will take, after a trial that takes all the
-        memory that serving will need except for the smaller graphs.
-
-        The trial runs the largest step eagerly, and captures and certifies the two largest graphs
-        of each kind. The prediction is the size of the largest graph, and for each other graph the
-        size of the second or of one piece of the driver's memory, whichever is larger.
-        """
-        largest = BatchDescriptor(self.limits.tokens)
-        trial = StepTrial(self, CUDAGraphMode.NONE, largest, full_batch(largest, self.limits))
-        trial.reset(Start.CLEAN)
-        trial.run(graph=False)
-        kinds: dict[tuple[int, Epilogue], list[GraphKey]] = {}
-        every = self.ladders.keys()
-        for key in every:
-            kind = id(self.wrapper_of(*key)), key[1].epilogue
-            kinds.setdefault(kind, []).append(key)
-        predicted = 0
-        for keys in kinds.values():
-            for key in keys[:2]:
-                self._capture_and_certify(*key)
-            largest_bytes, *others = (self.graph_bytes[key] for key in keys[:2])
-            predicted += largest_bytes + (len(keys) - 1) * max(DRIVER_BYTES, *others, 0)
-        return predicted
-
-    def _capture_and_certify(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> StepTrial:
-        trial = StepTrial(self, mode, descriptor, short_batch(descriptor, self.limits))
-        certify(trial, partial(self._capture, mode, descriptor))
-        graph = self.wrapper_of(mode, descriptor).graphs[descriptor]
-        self.graph_bytes[mode, descriptor] = graph.nbytes
-        return trial
-
     @torch.no_grad()
-    def _capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """Capture one graph, on a batch of padding only."""
-        if not descriptor.forward:
-            self.buffers.hidden.zero_()
+    def capture(self, key: GraphKey) -> CapturedGraph:
+        """Capture the graph of a stage on a batch of padding only, and return it. It is not
+        installed, and writes nothing that belongs to a request.
+
+        The stage must have run eagerly at this shape before, as its warm-up. Raises
+        GraphCaptureError.
+        """
+        mode, descriptor = key
         unscheduled = unscheduled_id()
         nobody = SchedulerOutput(unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0)
-        epilogue_rows = 0 if descriptor.forward else descriptor.num_tokens
-        attn = self.buffers.fill(nobody, descriptor, epilogue_rows)
-        context = ForwardContext(mode, descriptor, attn if descriptor.forward else None)
+        if descriptor.stage is Stage.EPILOGUE:
+            self.buffers.hidden.zero_()
+        context = ForwardContext(mode, descriptor, self.prepare(nobody, (key,)))
         with set_forward_context(context):
-            self.wrapper_of(mode, descriptor).capture(*self._inputs(descriptor))
+            return self._wrapper(key).capture(*self._inputs(descriptor))
+
+    def install(self, key: GraphKey, graph: CapturedGraph) -> None:
+        """Put a captured graph into service."""
+        self._wrapper(key).install(key[1], graph)

@@ -1,72 +1,53 @@
 """Measures how long the work that a step launches takes.
 
-Knows: the runner's `launch`, which it replaces for the duration of a block, and each device's
-clock.
+Knows: the stages of a step, and each device's clock. Knows nothing of graphs.
 """
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
-from minisrv.modes import Part
-from minisrv.runner.logprobs import LogprobReport
-
-if TYPE_CHECKING:
-    from minisrv.runner.model_runner import ModelRunner
+from minisrv.graph.observer import StepObserver
+from minisrv.modes import GraphKey
 
 
-class LaunchTimer:
-    """Times the step that `runner` executes in the block, beginning when its buffers are filled.
+class LaunchTimer(StepObserver):
+    """Times one step, from the launch of its first stage to the end of its last one.
 
-    On a GPU it uses events and measures from the launch of the step to its end on the GPU,
-    including gaps in which the GPU waits for the host. On a CPU it uses the clock.
+    On a GPU it uses events, so that gaps in which the GPU waits for the host count too. On a CPU it
+    uses the clock, and adds up the stages.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._launch = runner.launch
+    def __init__(self, device: torch.device) -> None:
         self._seconds = 0.0
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if runner.buffers.device.type == "cuda":
-            self._events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
+        self._events: list[torch.cuda.Event] = []
+        self._on_gpu = device.type == "cuda"
 
-    def __enter__(self) -> Self:
-        self._runner.launch = self._timed
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._runner.launch = self._launch
-
-    def _timed(
-        self, part: Part, output: SchedulerOutput, dispatch: Dispatch
-    ) -> LogprobReport | None:
+    @contextmanager
+    def stage(self, key: GraphKey, output: SchedulerOutput) -> Iterator[None]:
+        """See `StepObserver`."""
+        if self._on_gpu and not self._events:
+            self._record()
         start = time.perf_counter()
-        if self._events is not None and part is Part.FORWARD:
-            self._events[0].record()
-        result = self._launch(part, output, dispatch)
-        if self._events is not None:
-            self._events[1].record()
+        yield
         self._seconds += time.perf_counter() - start
-        return result
+        if self._on_gpu:
+            self._record()
+
+    def _record(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
 
     @property
     def ms(self) -> float:
         """Duration in milliseconds; on a GPU it waits for the step."""
-        if self._events is None:
+        if not self._on_gpu:
             return 1000 * self._seconds
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1]))
+        self._events[-1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[-1]))

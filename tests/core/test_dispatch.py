@@ -15,7 +15,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.errors import CoverageError
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
 from minisrv.plan import REASONS, print_plan
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -37,7 +37,7 @@ def every_batch(ladders: Ladders) -> list[tuple[int, int, bool]]:
 
 def holds_any(key: BatchDescriptor) -> bool:
     """Whether the graph of `key` can hold any batch: prefill, decodes or both."""
-    return key.forward and not key.uniform_decode
+    return key.stage is Stage.MODEL and not key.uniform_decode
 
 
 @given(
@@ -52,20 +52,20 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
     batch without one runs eagerly without padding."""
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
-    epilogues = {key for key in ladders.keys() if not key[1].forward}  # noqa: SIM118
+    epilogues = {key for key in ladders.keys() if key[1].stage is Stage.EPILOGUE}  # noqa: SIM118
     keys = set(ladders.keys()) - epilogues
     for tokens, requests, decode in every_batch(ladders):
         found = dispatcher.dispatch(
-            tokens, requests, uniform_decode=decode, needs_logits=logits, masked=masked
+            tokens, requests, query_len=1 if decode else None, needs_logits=logits, masked=masked
         )
         key = found.descriptor
-        ends = key.epilogue is not Epilogue.HIDDEN
+        ends = key.output is not StageOutput.HIDDEN
         assert ends == (key.uniform_decode and not logits and not masked)
         if ends:
             assert found.epilogue is None, "the graph holds it"
         else:
             end, behind = found.epilogue
-            assert behind.epilogue is (Epilogue.LOGITS if logits else Epilogue.TOKENS)
+            assert behind.output is (StageOutput.LOGITS if logits else StageOutput.TOKENS)
             if end is NONE:
                 assert not any(d.num_reqs >= requests for _, d in epilogues)
                 assert behind.num_reqs == requests, "NONE never pads"
@@ -108,15 +108,15 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
     """Another graph is chosen only if its measured median time is more than 5% below the least time
     of the smallest graph that holds the batch."""
     ladders = build_ladders(mode, *limits, sizes)
-    keys = [key for key in ladders.keys() if key[1].forward]  # noqa: SIM118
+    keys = [key for key in ladders.keys() if key[1].stage is Stage.MODEL]  # noqa: SIM118
     least = {key: draw.uniform(1, 2) for key in keys}
     times = {key: StepTime(ms, ms * draw.uniform(1, 1.1)) for key, ms in least.items()}
     # Epilogues take no time at all here: they are not steps, so the dispatcher may not choose one.
     times |= dict.fromkeys(set(ladders.keys()) - set(keys), StepTime(0.0, 0.0))
     plain, timed = Dispatcher(ladders), Dispatcher(ladders, times)
-    epilogue = Epilogue.HIDDEN if logits else Epilogue.TOKENS
+    output = StageOutput.HIDDEN if logits else StageOutput.TOKENS
     for tokens, requests, decode in every_batch(ladders):
-        batch = {"uniform_decode": decode, "needs_logits": logits}
+        batch = {"query_len": 1 if decode else None, "needs_logits": logits}
         first = plain.dispatch(tokens, requests, **batch)
         found = timed.dispatch(tokens, requests, **batch)
         if first.mode is NONE:
@@ -127,7 +127,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
             times[m, d].median
             for m, d in keys
             if d.num_tokens >= first.descriptor.num_tokens
-            and (holds_any(d) or (first.descriptor.uniform_decode and d.epilogue is epilogue))
+            and (holds_any(d) or (first.descriptor.uniform_decode and d.output is output))
         ]
         if min(others) >= 0.95 * before:
             assert found == first, "a difference of 5% is noise"
@@ -138,7 +138,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
         assert found.descriptor.num_reqs is None or found.descriptor.num_reqs >= requests
         if not holds_any(found.descriptor):
             assert decode
-            assert found.descriptor.epilogue is epilogue
+            assert found.descriptor.output is output
 
 
 def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
@@ -146,7 +146,7 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
     cheaper."""
     ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 4)
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
-    times[FULL, decode_descriptor(2, Epilogue.TOKENS)] = StepTime(1.2, 1.3)
+    times[FULL, decode_descriptor(2, StageOutput.TOKENS)] = StepTime(1.2, 1.3)
     rows = [r for r in Dispatcher(ladders, times).coverage() if r.reason is Reason.CHEAPER]
     assert [(r.kind, r.first, r.last, r.mode, r.rung) for r in rows] == [
         ("decode", 2, 2, PIECEWISE, 4)
@@ -156,9 +156,9 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
 def test_a_full_graph_of_a_mixed_rung_may_be_cheaper_for_decodes():
     ladders = build_ladders(FULL, 4, 4)
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
-    times[FULL, decode_descriptor(2, Epilogue.HIDDEN)] = StepTime(1.2, 1.3)
+    times[FULL, decode_descriptor(2, StageOutput.HIDDEN)] = StepTime(1.2, 1.3)
     times[FULL, BatchDescriptor(2, 2)] = StepTime(0.8, 0.9)
-    batch = {"uniform_decode": True, "needs_logits": True}
+    batch = {"query_len": 1, "needs_logits": True}
     found = Dispatcher(ladders, times).dispatch(2, 2, **batch)
     assert (found.mode, found.descriptor) == (FULL, BatchDescriptor(2, 2))
     assert found.reason is Reason.CHEAPER
@@ -174,7 +174,7 @@ def test_coverage_check_accepts_exactly_what_dispatch_covers(mode, limits, sizes
     gaps = [
         n
         for n in range(1, ladders.max_num_seqs + 1)
-        if dispatcher.dispatch(n, n, uniform_decode=True).mode is not promised
+        if dispatcher.dispatch(n, n, query_len=1).mode is not promised
     ]
     if not gaps:
         ladders.check_coverage()
@@ -209,7 +209,8 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
         seen[row.kind] = row.last
         for size in (row.first, row.last):
             decode = row.kind == "decode"
-            found = dispatcher.dispatch(size, size if decode else 1, uniform_decode=decode)
+            query_len = 1 if decode else None
+            found = dispatcher.dispatch(size, size if decode else 1, query_len=query_len)
             assert (found.mode, found.reason) == (row.mode, row.reason)
     assert seen == {"decode": ladders.max_num_seqs, "mixed": ladders.max_num_batched_tokens}
 
@@ -235,7 +236,7 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
 def test_reasons(mode, decode, tokens, mode_found, reason):
     dispatcher = Dispatcher(build_ladders(CUDAGraphMode(mode), 64, 4096))
     requests = tokens if decode else 1
-    found = dispatcher.dispatch(tokens, requests, uniform_decode=decode)
+    found = dispatcher.dispatch(tokens, requests, query_len=1 if decode else None)
     assert (found.mode, found.reason) == (mode_found, reason)
 
 
@@ -243,7 +244,7 @@ def test_one_token_prompt_is_no_decode():
     """A one-token prompt has the shape of a decode (vllm#26892); the dispatcher goes by what the
     request says it is and not by its shape."""
     dispatcher = Dispatcher(build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 8, 64))
-    assert dispatcher.dispatch(1, 1, uniform_decode=False).mode is PIECEWISE
+    assert dispatcher.dispatch(1, 1, query_len=None).mode is PIECEWISE
 
 
 def test_enforce_eager_captures_nothing():
@@ -261,12 +262,12 @@ def test_a_full_graph_of_a_mixed_rung_holds_as_many_rows_as_its_tokens_can_have(
 def test_largest_graphs_are_captured_first():
     for configured in (CUDAGraphMode.FULL_AND_PIECEWISE, FULL):
         keys = build_ladders(configured, 64, 512).keys()
-        kinds = {(d.uniform_decode, d.forward) for _, d in keys}
+        kinds = {(d.uniform_decode, d.stage) for _, d in keys}
         assert len(kinds) == 3
         for kind in kinds:
-            tokens = [d.num_tokens for _, d in keys if (d.uniform_decode, d.forward) == kind]
+            tokens = [d.num_tokens for _, d in keys if (d.uniform_decode, d.stage) == kind]
             assert tokens == sorted(tokens, reverse=True)
-        first = [d.forward for _, d in keys]
+        first = [d.stage is Stage.MODEL for _, d in keys]
         assert first == sorted(first), "epilogues before the steps that they end"
 
 

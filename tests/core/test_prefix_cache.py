@@ -183,7 +183,7 @@ def test_a_tail_of_one_token_is_prefill():
     run.add("b", TEXT[:9])
     step = run.schedule()
     assert [(row.start, row.num_tokens) for row in step.rows] == [(8, 1)]
-    assert not step.uniform_decode
+    assert step.query_len is None
 
 
 def test_a_prompt_goes_on_where_another_differs():

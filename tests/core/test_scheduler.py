@@ -255,12 +255,12 @@ def test_prefill_is_chunked_and_mixed_with_decode():
     second = scheduler.schedule()
     assert shape(second) == [("a", 1, True), ("b", 15, False)]
     assert [row.samples for row in second.rows] == [True, False]
-    assert not second.uniform_decode
+    assert second.query_len is None
     scheduler.update(1, [1, 1])
     third = scheduler.schedule()
     assert shape(third) == [("a", 1, True), ("b", 5, False)]
     scheduler.update(2, [1, 1])
-    assert scheduler.schedule().uniform_decode
+    assert scheduler.schedule().query_len == 1
 
 
 def test_priority_decides_who_is_admitted_and_arrival_among_equals():
@@ -292,7 +292,7 @@ def test_one_token_prompt_is_prefill():
     add(scheduler, "a", 1)
     step = scheduler.schedule()
     assert shape(step) == [("a", 1, False)]
-    assert not step.uniform_decode
+    assert step.query_len is None
 
 
 @pytest.mark.parametrize(("caching", "start"), [(False, 0), (True, BLOCK)])

@@ -136,7 +136,7 @@ def test_what_the_probe_says_is_enough_and_little_more(share):
         device="cuda", gpu_memory_utilization=share, max_num_seqs=512, max_num_batched_tokens=2048
     )
     engine = build_engine(config)
-    actual = sum(engine.runner.graph_bytes.values())
+    actual = sum(graph.nbytes for graph in engine.runner.graphs.values())
     assert engine.memory.graphs is not None
     assert actual <= engine.memory.graphs <= 2 * actual + (64 << 20)
     free, total = torch.cuda.mem_get_info()

@@ -15,8 +15,9 @@ from minisrv.config import EngineConfig
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine, resolve_dtype
 from minisrv.engine.memory import KVCacheShape, MemoryPlan
-from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu, platform_of
+from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu, cuda, platform_of
 from minisrv.errors import ConfigError
+from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_memory import MODEL
@@ -62,7 +63,8 @@ class Probe:
     def __init__(self, gpu: Gpu, num_blocks: int) -> None:
         self.gpu = gpu
         self.num_blocks = num_blocks
-        self.graph_bytes = {"large": 25 * MIB, "small": 15 * MIB}
+        sizes = {"large": 25 * MIB, "small": 15 * MIB}
+        self.graphs = {name: CapturedGraph((), {}, nbytes) for name, nbytes in sizes.items()}
         self.use(num_blocks * MIB)
 
     def use(self, nbytes: int) -> None:
@@ -74,6 +76,17 @@ class Probe:
         self.use(40 * MIB)
         self.gpu.kept += 30 * MIB
         return 70 * MIB
+
+
+@pytest.fixture(autouse=True)
+def probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a `Probe` itself say what the memory probe does with it."""
+    real = cuda.probe
+    monkeypatch.setattr(
+        cuda,
+        "probe",
+        lambda runner, pool: runner.probe() if isinstance(runner, Probe) else real(runner, pool),
+    )
 
 
 @pytest.fixture

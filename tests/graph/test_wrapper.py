@@ -3,6 +3,8 @@ a break between pieces."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,13 +68,13 @@ def test_replay_gives_what_the_runnable_gives(mode):
     model = Model()
     wrapper = CUDAGraphWrapper(model, mode, CPUTapeBackend())
     with set_forward_context(model.context(mode)):
-        wrapper.capture(model.x)
+        graph = wrapper.capture(model.x)
+        wrapper.install(BatchDescriptor(4), graph)
         model.x.fill_(3)
         model.calls.clear()
         wrapper(model.x)
     assert model.calls == [], "no Python of the model runs"
     assert torch.equal(model.result, torch.full((4,), 75.0))
-    [graph] = wrapper.graphs.values()
     assert graph.num_pieces == (3 if mode is PIECEWISE else 1)
 
 
@@ -80,12 +82,29 @@ def test_attention_is_skipped_under_piecewise_capture_and_sees_the_current_conte
     model = Model()
     wrapper = CUDAGraphWrapper(model, PIECEWISE, CPUTapeBackend())
     with set_forward_context(model.context(PIECEWISE)):
-        wrapper.capture(model.x)
+        wrapper.install(BatchDescriptor(4), wrapper.capture(model.x))
     assert model.attended == []
     current = model.context(PIECEWISE)
     with set_forward_context(current):
         wrapper(model.x)
     assert model.attended == [current, current]
+
+
+def test_a_graph_that_is_not_installed_runs_only_where_the_context_names_it():
+    model = Model()
+    wrapper = CUDAGraphWrapper(model, FULL, CPUTapeBackend())
+    context = model.context(FULL)
+    with set_forward_context(context):
+        graph = wrapper.capture(model.x)
+        model.calls.clear()
+        with pytest.raises(GraphError, match="no FULL graph is installed"):
+            wrapper(model.x)
+    model.x.fill_(3)
+    with set_forward_context(replace(context, graph=graph)):
+        wrapper(model.x)
+    assert model.calls == []
+    assert torch.equal(model.result, torch.full((4,), 75.0))
+    assert not wrapper.graphs
 
 
 @pytest.mark.parametrize("mode", [NONE, FULL])

@@ -16,22 +16,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from minisrv.certification import startup
+from minisrv.certification.batches import Batch
+from minisrv.certification.compare import Start
+from minisrv.certification.trial import StepTrial, TrialSpace
 from minisrv.config import EngineConfig
 from minisrv.core import ladder
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
+from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
-from minisrv.graph.certify import Start
+from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
-from minisrv.modes import CUDAGraphMode
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
-from minisrv.runner import model_runner
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
-from minisrv.runner.trial import StepTrial
 
 BLOCK_SIZE, NUM_BLOCKS, CONTEXT = 4, 60, 64
 
@@ -114,22 +117,32 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
     limits |= {"model": model.checkpoint, "device": model.device, "cudagraph_mode": model.mode}
     with Patch.context() as patch:
         # Else dispatch would depend on the time that a GPU took for each graph.
-        patch.setattr(ModelRunner, "time_graphs", lambda self: {})
+        patch.setattr(builder, "time_graphs", lambda runner, pool: {})
         # See conftest.tape_holds_mixed_batches.
         patch.setattr(ladder, "captures_mixed", lambda device: True)
         if not certified:
-            patch.setattr(model_runner, "certify", capture_behind_a_run)
+            patch.setattr(startup, "certify", capture_behind_a_run)
         return EngineCore(
             build_engine(EngineConfig(**{**limits, **settings}), check_addresses=True)
         )
 
 
-def capture_behind_a_run(trial: StepTrial, capture: Callable[[], None]) -> None:
+def capture_behind_a_run(
+    trial: StepTrial, capture: Callable[[], CapturedGraph]
+) -> tuple[CapturedGraph, float]:
     """Run the trial step once before the capture: a GPU loads kernels when they run first, which is
     not possible during a capture."""
     trial.reset(Start.CLEAN)
-    trial.run(graph=False)
-    capture()
+    trial.run(None)
+    return capture(), 0.0
+
+
+def trial_of(
+    runner: ModelRunner, mode: CUDAGraphMode, key: BatchDescriptor, batch: Batch
+) -> StepTrial:
+    """Return a trial on all blocks of a cache that no request uses."""
+    space = TrialSpace.of(runner, range(1, runner.num_blocks))
+    return StepTrial(runner, space, (mode, key), batch)
 
 
 def submit(engine: EngineCore, *prompts: list[int], max_tokens: int = 8, **params: Any) -> None:
@@ -155,7 +168,7 @@ class Step:
         dispatch = engine.dispatcher.dispatch(
             output.num_tokens,
             output.num_rows,
-            uniform_decode=output.uniform_decode,
+            query_len=output.query_len,
             needs_logits=output.needs_logits,
             masked=output.masked,
         )
@@ -229,12 +242,12 @@ def assert_equals_eager(trial: StepTrial, *, poisoned: bool = False) -> None:
     poisoned: whether the graphs' memory pool is filled with NaN before the replay.
     """
     seen = []
-    for graph in (False, True):
+    for graph in (None, trial.runner.graphs[trial.key]):
         trial.reset(Start.CLEAN)
-        if poisoned and graph:
+        if poisoned and graph is not None:
             poison_the_pool(trial.runner.model_step.backend)
         try:
-            trial.run(graph=graph)
+            trial.run(graph)
         except RuntimeError as error:
             # Torch itself notices some overlaps of memory.
             raise AssertionError(f"{trial.name}: {error}") from error

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.core.ladder import build_ladders, decode_descriptor
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
-from minisrv.runner.batches import (
+from minisrv.certification.batches import (
     BatchLimits,
     BatchRow,
     describe,
@@ -19,6 +17,8 @@ from minisrv.runner.batches import (
     short_batch,
     sweep_batches,
 )
+from minisrv.core.ladder import build_ladders, decode_descriptor
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 
 
 @st.composite
@@ -47,7 +47,7 @@ def test_every_batch_could_be_scheduled(limits, rung, below, kind):
     its decode rows first."""
     decode = kind == "decode"
     rows = min(rung, limits.rows) if kind == "one graph" else None
-    key = decode_descriptor(rung, Epilogue.TOKENS) if decode else BatchDescriptor(rung, rows)
+    key = decode_descriptor(rung, StageOutput.TOKENS) if decode else BatchDescriptor(rung, rows)
     most = min(rung, limits.rows if decode else limits.tokens)
     below = min(below, most - 1)
     batches = sweep_batches(key, below, limits)
@@ -75,7 +75,7 @@ def test_every_decode_graph_meets_every_length_and_only_sizes_of_its_own(rung):
     batch sizes that would be padded to that graph."""
     ladder = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 20, 64).decode
     below = max((r for r in ladder if r < rung), default=0)
-    batches = sweep_batches(decode_descriptor(rung, Epilogue.LOGITS), below, ROOMY)
+    batches = sweep_batches(decode_descriptor(rung, StageOutput.LOGITS), below, ROOMY)
     lengths = {row.start + 1 for batch in batches for row in batch}
     assert lengths == {1, 2, 15, 16, 17, 32, 33, 99, 100}
     sizes = {len(batch) for batch in batches}
@@ -108,7 +108,7 @@ def test_every_mixed_graph_meets_every_composition(rung):
 
 
 def test_the_full_batch_fills_the_graph():
-    assert len(full_batch(decode_descriptor(16, Epilogue.TOKENS), ROOMY)) == 16
+    assert len(full_batch(decode_descriptor(16, StageOutput.TOKENS), ROOMY)) == 16
     for tokens in (1, 16, 20, 64):
         batch = full_batch(BatchDescriptor(tokens), ROOMY)
         assert sum(row.num_tokens for row in batch) == tokens

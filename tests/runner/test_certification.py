@@ -7,9 +7,14 @@ CPU; for a GPU there is test_traps.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from minisrv.certification.batches import short_batch
+from minisrv.certification.startup import add_graph, probe
+from minisrv.certification.trial import TrialSpace, reserved_space
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import build_ladders
 from minisrv.engine import builder
@@ -18,11 +23,10 @@ from minisrv.engine.core import EngineCore
 from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
-from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.nn.attention import Attention
 from minisrv.nn.decoder import Decoder
 from minisrv.request import EngineRequest, SamplingParams
-from minisrv.runner.batches import short_batch
 from minisrv.runner.input_buffers import InputBuffers
 from minisrv.runner.model_runner import ModelRunner
 from tests.checkpoints import make_checkpoint
@@ -231,29 +235,29 @@ def test_every_dispatchable_key_is_captured(checkpoint, mode, tape_holds_mixed_b
     assert captured == [
         {d for m, d in keys if m is CUDAGraphMode.PIECEWISE},
         {d for m, d in keys if m is CUDAGraphMode.FULL and not d.uniform_decode},
-        {d for m, d in keys if d.uniform_decode and d.forward},
-        {d for m, d in keys if not d.forward},
+        {d for m, d in keys if d.uniform_decode and d.stage is Stage.MODEL},
+        {d for m, d in keys if d.stage is Stage.EPILOGUE},
     ]
     pieces = {CUDAGraphMode.PIECEWISE: len(runner.kv_caches) + 1, CUDAGraphMode.FULL: 1}
     for runtime, key in keys:
-        graph = runner.wrapper_of(runtime, key).graphs[key]
+        graph = runner.graphs[runtime, key]
         assert graph.num_pieces == pieces[runtime]
 
 
 @pytest.mark.parametrize("mode", ["full-decode-only", "full", "full-and-piecewise"])
 def test_the_probe_captures_two_of_each_kind(checkpoint, mode, tape_holds_mixed_batches):
     """The memory probe captures two graphs of each kind. Epilogues and decode steps have the same
-    `epilogue` field: when that alone told kinds apart, one stood for the other, and a step's graph
+    `output` field: when that alone told kinds apart, one stood for the other, and a step's graph
     was predicted to be as small as an epilogue's."""
-    runner = start(checkpoint, mode).runner
-    wanted = {}
-    for key in runner.ladders.keys():  # noqa: SIM118
-        wanted.setdefault((runner.wrapper_of(*key), key[1].epilogue), []).append(key[1])
+    engine = start(checkpoint, mode)
+    runner, wanted = engine.runner, {}
+    for runtime, key in runner.ladders.keys():  # noqa: SIM118
+        kind = (runtime, key.stage, key.uniform_decode, key.output)
+        wanted.setdefault(kind, []).append((runtime, key))
     for wrapper in runner.wrappers:
         wrapper.graphs.clear()
-    assert runner.probe() > 0
-    captured = {d for wrapper in runner.wrappers for d in wrapper.graphs}
-    assert captured == {d for keys in wanted.values() for d in keys[:2]}
+    assert probe(runner, engine.scheduler.pool) > 0
+    assert set(runner.graphs) == {key for keys in wanted.values() for key in keys[:2]}
     assert len(wanted) == {"full-decode-only": 4, "full": 5, "full-and-piecewise": 5}[mode]
 
 
@@ -343,8 +347,9 @@ def test_a_mixed_trial_fills_its_graph(checkpoint, seqs):
     """The trial batch of a mixed graph, however few slots there are, has one token less than the
     padded size and is not all decodes."""
     runner = start(checkpoint, "none", max_num_seqs=seqs).runner
+    limits = TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
     for tokens in (8, 48):
-        batch = short_batch(BatchDescriptor(tokens), runner.limits)
+        batch = short_batch(BatchDescriptor(tokens), limits)
         assert sum(row.num_tokens for row in batch) == tokens - 1
         assert not all(row.decoding for row in batch)
 
@@ -358,3 +363,85 @@ def test_sampling_parameters_reach_their_slot(checkpoint):
     found = [getattr(state, name)[slot].item() for name in ("temperature", "top_p", "min_p")]
     assert found == pytest.approx([0.7, 0.8, 0.1])
     assert [state.top_k[slot].item(), state.seed[slot].item()] == [5, -3]
+
+
+def decode_beside(checkpoint: str, between, device: str = "cpu", **settings):
+    """Run requests of every kind to their ends, and return their outputs; `between` is called with
+    the engine before each step."""
+    engine = start(checkpoint, num_kv_blocks=60, device=device, dtype="float32", **settings)
+    for name, params in (
+        ("greedy", {}),
+        ("seeded", {"temperature": 0.9, "seed": 7, "top_p": 0.9}),
+        ("penalties", {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.8}),
+        ("logprobs", {"logprobs": 2}),
+    ):
+        given = SamplingParams(
+            **{"temperature": 0.0, "ignore_eos": True, "max_tokens": 12} | params
+        )
+        prompt = [*range(5, 5 + 3 * len(name))]
+        engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=given))
+    found: dict[str, list] = {}
+    while engine.has_work:
+        between(engine)
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append((output.token_ids, output.logprobs))
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.pool.num_used == 0
+    return found
+
+
+def certifies_between_steps() -> tuple[set[GraphKey], Callable[[EngineCore], None]]:
+    """Return a function that captures, certifies and installs the next graph of an engine, and the
+    set of the keys that it has installed."""
+    done: set[GraphKey] = set()
+
+    def between(engine: EngineCore) -> None:
+        keys = engine.runner.ladders.keys()
+        for key in (keys[len(done) % len(keys)], keys[(len(done) + 1) % len(keys)]):
+            before = engine.runner.graphs[key]
+            with reserved_space(engine.runner, engine.scheduler.pool) as space:
+                add_graph(engine.runner, space, key)
+            assert engine.runner.graphs[key] is not before
+            done.add(key)
+
+    return done, between
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_graphs_are_certified_while_requests_decode(checkpoint, ahead):
+    """Every graph is captured, certified and installed again between the steps of running requests,
+    and no token or log-probability of theirs changes."""
+    expected = decode_beside(checkpoint, lambda engine: None, async_scheduling=ahead)
+    done, between = certifies_between_steps()
+    assert decode_beside(checkpoint, between, async_scheduling=ahead) == expected
+    assert len(done) > 10
+
+
+@pytest.mark.gpu
+def test_graphs_are_certified_while_requests_decode_on_a_gpu(checkpoint):
+    expected = decode_beside(checkpoint, lambda engine: None, device="cuda", max_num_seqs=4)
+    done, between = certifies_between_steps()
+    assert decode_beside(checkpoint, between, device="cuda", max_num_seqs=4) == expected
+    assert len(done) > 10
+
+
+def test_a_trial_that_writes_to_a_running_request_is_found(checkpoint, monkeypatch):
+    """A graph that changes the state of a request is refused while that request runs, too."""
+    scatter = InputBuffers.scatter
+    wrong = [False]
+
+    def writes_beyond(self, rows):
+        scatter(self, rows)
+        if wrong[0]:
+            self.state.last_token[1] += 1
+
+    def between(engine: EngineCore) -> None:
+        wrong[0] = bool(engine.scheduler.running)
+        if wrong[0]:
+            key = engine.runner.ladders.keys()[-1]
+            with reserved_space(engine.runner, engine.scheduler.pool) as space:
+                add_graph(engine.runner, space, key)
+
+    monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
+    with pytest.raises(CertificationError, match="changed last_token of a slot"):
+        decode_beside(checkpoint, between)

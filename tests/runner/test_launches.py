@@ -3,24 +3,22 @@ for exactly, and neither costs anything when it is not asked for."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from minisrv.config import EngineConfig
-from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError
-from minisrv.graph.wrapper import CapturedGraph
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Part, Reason
+from minisrv.graph.observer import observing
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import launches
-from minisrv.runner.launches import busy_wait, count_launches, simulate_launches
+from minisrv.runner.launches import LaunchCounter, SimulatedLaunches, busy_wait
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
@@ -59,7 +57,8 @@ def steps(engine: EngineCore) -> list[int]:
     """Run to the end, and return the number of launches of each step."""
     found = []
     while engine.has_work:
-        with count_launches(engine.runner) as counter:
+        counter = LaunchCounter()
+        with observing(engine.observers, counter):
             engine.step()
         found.append(counter.count)
     return found
@@ -94,16 +93,15 @@ def test_operations_behind_a_graph_count(checkpoint):
 
 
 def test_counting_leaves_nothing_behind(checkpoint):
-    """Behind the block nothing is counted any more, and the runner's methods are its own again."""
+    """Behind the block nothing is counted any more, and nobody observes the runner."""
     engine = start(checkpoint)
-    runner = engine.runner
     add(engine, "a")
-    with count_launches(runner) as counter:
+    counter = LaunchCounter()
+    with observing(engine.observers, counter):
         engine.step()
     engine.step()
     assert counter.count == PIECES + 1, "what runs behind the block is not counted"
-    assert runner.launch == runner._launch
-    assert all(wrapper.replay is CapturedGraph.replay for wrapper in runner.wrappers)
+    assert engine.runner.observers == []
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def waits(monkeypatch) -> list[float]:
     instead of waiting."""
     found: list[float] = []
     monkeypatch.setattr(
-        builder, "simulate_launches", lambda runner, us: simulate_launches(runner, us, found.append)
+        builder, "SimulatedLaunches", lambda us: SimulatedLaunches(us, found.append)
     )
     return found
 
@@ -139,33 +137,28 @@ class Output(NamedTuple):
     masked: bool
 
 
-def test_a_count_is_of_one_kind_of_step():
-    """A known count may not stand for a step that differs in part, mode, shape, rows, logits, masks
-    or epilogue: each of these may choose another kernel."""
-    wrapper, waits = SimpleNamespace(replay=CapturedGraph.replay), []
-
-    def launch(part, output, dispatch):
-        for _ in range(expected[part, output, dispatch]):
-            torch.zeros(1)
-
-    runner = SimpleNamespace(launch=launch, wrappers=(wrapper,))
-    simulate_launches(runner, 1.0, waits.append)
-    steps = [
-        (
-            part,
-            Output(rows, logits, masked),
-            Dispatch(mode, BatchDescriptor(tokens), Reason.GRAPHS_OFF, epilogue),
+def test_a_count_is_of_one_kind_of_stage():
+    """A known count may not stand for a stage that differs in kind, mode, shape, rows, logits or
+    masks: each of these may choose another kernel."""
+    waits: list[float] = []
+    simulated = SimulatedLaunches(1.0, waits.append)
+    stages = [
+        ((mode, descriptor), Output(rows, logits, masked))
+        for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
+        for descriptor in (
+            BatchDescriptor(4),
+            BatchDescriptor(8),
+            epilogue_descriptor(4, StageOutput.TOKENS),
+            epilogue_descriptor(4, StageOutput.LOGITS),
         )
-        for part in Part
-        for epilogue in (None, (CUDAGraphMode.NONE, epilogue_descriptor(1, Epilogue.TOKENS)))
         for rows in (1, 2)
         for logits, masked in ((False, False), (True, False), (True, True))
-        for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)
-        for tokens in (4, 8)
     ]
-    expected = {step: count for count, step in enumerate(steps, 1)}
-    for step in steps * 2:
-        runner.launch(*step)
+    expected = {stage: count for count, stage in enumerate(stages, 1)}
+    for stage in stages * 2:
+        with simulated.stage(*stage):
+            for _ in range(expected[stage]):
+                torch.zeros(1)
     assert waits == list(expected.values()) * 2
 
 

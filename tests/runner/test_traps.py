@@ -13,6 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minisrv.certification.batches import BatchRow
+from minisrv.certification.trial import StepTrial
 from minisrv.core.kv_cache import FreeList
 from minisrv.core.ladder import decode_descriptor
 from minisrv.core.step import SchedulerOutput
@@ -21,14 +23,12 @@ from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
 from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
 from minisrv.kernels import DIRECT, attention, attention_op
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 from minisrv.nn import attention as attention_layer
 from minisrv.runner import model_runner
-from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers, SlotState
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
-from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
     BLOCK_SIZE,
@@ -49,6 +49,7 @@ from tests.runner.stepping import (
     start,
     submit,
     tensors,
+    trial_of,
 )
 
 PIECEWISE, FULL = CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -122,7 +123,7 @@ def test_trap_01_a_step_writes_the_entries_of_its_own_tokens_and_no_other(model:
         step = Step.next(engine)
         assert step.padded > step.output.num_tokens, "there is padding"
         step.retire(launch_and_check_writes(step))
-        ran.add((step.dispatch.mode, step.output.uniform_decode))
+        ran.add((step.dispatch.mode, step.output.query_len == 1))
     assert ran == {(model.mode.mixed_mode, False), (FULL, True)}
 
 
@@ -293,7 +294,7 @@ def test_trap_04_five_decodes_behind_eight_in_the_same_graph(model: Model):
     play(engine, 2)
     step = Step.next(engine)
     assert len(step.output.rows) == 5
-    assert step.dispatch.descriptor == decode_descriptor(8, Epilogue.TOKENS)
+    assert step.dispatch.descriptor == decode_descriptor(8, StageOutput.TOKENS)
     compare_with_a_fresh_engine(model, step)
 
 
@@ -439,8 +440,8 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
     for rows in (1, 3):
         for length in lengths:
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
-            key = decode_descriptor(1 if rows == 1 else 4, Epilogue.HIDDEN)
-            assert_equals_eager(StepTrial(runner, FULL, key, batch))
+            key = decode_descriptor(1 if rows == 1 else 4, StageOutput.HIDDEN)
+            assert_equals_eager(trial_of(runner, FULL, key, batch))
 
 
 def captures_the_rows_that_it_sees(patch: Patch) -> None:
@@ -486,15 +487,15 @@ def test_trap_05_a_graph_captured_on_empty_rows_serves_every_mixture(model: Mode
         decodes,
     ]
     for batch in mixtures:
-        assert_equals_eager(StepTrial(runner, mode, key, tuple(batch)), poisoned=True)
+        assert_equals_eager(trial_of(runner, mode, key, tuple(batch)), poisoned=True)
 
 
 # ---- trap 6: prefill that looks like decode ------------------------------------------------------
 
 
 def classifies_by_shape(patch: Patch) -> None:
-    by_shape = property(lambda self: self.num_tokens == len(self.rows))
-    patch.setattr(SchedulerOutput, "uniform_decode", by_shape)
+    by_shape = property(lambda self: 1 if self.num_tokens == len(self.rows) else None)
+    patch.setattr(SchedulerOutput, "query_len", by_shape)
 
 
 HAS_PREFILL, PURE_DECODE = "PIECEWISE/has_prefill", "FULL/pure_decode"
@@ -601,7 +602,7 @@ def replay_all(model: Model) -> None:
         batch = (*[BatchRow(5, 1, decode)] * (key.num_tokens if decode else 1),)
         if not decode and key.num_tokens > 1:
             batch += (BatchRow(0, key.num_tokens - 1),)
-        assert_equals_eager(StepTrial(runner, mode, key, batch), poisoned=True)
+        assert_equals_eager(trial_of(runner, mode, key, batch), poisoned=True)
 
 
 # ---- trap 8: a result that the next step overwrites ----------------------------------------------

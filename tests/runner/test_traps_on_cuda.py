@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minisrv.certification.batches import BatchRow
 from minisrv.core.ladder import decode_descriptor
 from minisrv.graph.cuda import engine_stream
-from minisrv.modes import CUDAGraphMode, Epilogue
+from minisrv.modes import CUDAGraphMode, StageOutput
 from minisrv.runner import input_buffers, results
-from minisrv.runner.batches import BatchRow
 from minisrv.runner.input_buffers import InputBuffers
 from minisrv.runner.results import ResultRing
-from minisrv.runner.trial import StepTrial
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import (
     BOTH,
@@ -29,6 +28,7 @@ from tests.runner.stepping import (
     play,
     start,
     submit,
+    trial_of,
 )
 
 pytestmark = pytest.mark.gpu
@@ -50,10 +50,10 @@ def test_trap_05_a_graph_captured_at_length_1_serves_2048(model):
     runner = start(model, max_model_len=2048, block_size=16, num_kv_blocks=400).runner
     lengths = (1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 511, 513, 1024, 1025, 2047, 2048)
     for rows in (1, 3):
-        key = decode_descriptor(1 if rows == 1 else 4, Epilogue.HIDDEN)
+        key = decode_descriptor(1 if rows == 1 else 4, StageOutput.HIDDEN)
         for length in lengths:
             batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
-            assert_equals_eager(StepTrial(runner, FULL, key, batch), poisoned=True)
+            assert_equals_eager(trial_of(runner, FULL, key, batch), poisoned=True)
 
 
 def test_trap_05_a_mixed_graph_captured_on_empty_rows_serves_2048(model):
@@ -77,7 +77,7 @@ def test_trap_05_a_mixed_graph_captured_on_empty_rows_serves_2048(model):
                     [*[decode] * 5, *[BatchRow(3, 1)] * 2, BatchRow(length - chunk, chunk)]
                 )
             for batch in batches:
-                assert_equals_eager(StepTrial(runner, mode, key, tuple(batch)), poisoned=True)
+                assert_equals_eager(trial_of(runner, mode, key, tuple(batch)), poisoned=True)
 
 
 def one_place_for_results(patch: Patch) -> None:
@@ -233,10 +233,10 @@ def test_trap_12_graphs_are_right_when_others_are_gone(model, mode):
             del wrapper.graphs[key]
     _overwrite_what_is_free()
     for mode, key in runner.ladders.keys():  # noqa: SIM118  (no mapping)
-        if key in runner.wrapper_of(mode, key).graphs:
+        if (mode, key) in runner.graphs:
             rows = key.num_tokens if key.uniform_decode else 1
             batch = (BatchRow(5, 1, key.uniform_decode),) * rows
-            assert_equals_eager(StepTrial(runner, mode, key, batch), poisoned=True)
+            assert_equals_eager(trial_of(runner, mode, key, batch), poisoned=True)
 
 
 def _overwrite_what_is_free() -> None:

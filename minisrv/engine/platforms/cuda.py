@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 import torch
 
+from minisrv.certification.startup import probe
 from minisrv.config import EngineConfig
+from minisrv.core.kv_cache import BlockPool
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.errors import ConfigError
@@ -86,8 +88,8 @@ class CUDAPlatform(Platform):
         used = self.used_bytes()
         blocks = 1 + shape.per_row + PROBE_BLOCKS * config.max_num_seqs
         runner = make_runner(blocks)
-        graphs = runner.probe()
-        captured = sum(runner.graph_bytes.values())
+        graphs = probe(runner, BlockPool(blocks, config.block_size))
+        captured = sum(graph.nbytes for graph in runner.graphs.values())
         # The memory that torch has kept from the largest steps counts as theirs: such steps will
         # come again.
         steps = self.used_bytes() - used - blocks * shape.per_block - captured
@@ -110,11 +112,11 @@ class CUDAPlatform(Platform):
         if plan.graphs is None:
             return
         self.release()
-        actual = sum(runner.graph_bytes.values())
+        actual = sum(graph.nbytes for graph in runner.graphs.values())
         logger.info("graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graphs)))
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
-            cache = runner.limits.blocks * shape.per_block
+            cache = (runner.num_blocks - 1) * shape.per_block
             raise ConfigError(
                 f"{mebibytes(over)} of the GPU's memory are used beyond "
                 f"gpu_memory_utilization={config.gpu_memory_utilization}: graphs take "

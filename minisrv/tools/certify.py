@@ -1,18 +1,14 @@
 """`minisrv certify`: compares every captured graph with eager runs, on every kind of batch.
 
-The trials are those of the certification at start-up (`graph.certify`, `runner.trial`), on more
-batches; a failure is noted here, and the sweep goes on.
-
-Knows: how to start the engine that would serve, which trials each graph gets, and how the outcome
-is printed and saved.
+Knows: how to start the engine that would serve, and how the outcome of the sweep is printed and
+saved. Knows nothing of trials (see `minisrv.certification`).
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,40 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from minisrv import __version__
+from minisrv.certification.sweep import GraphReport, sweep
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.builder import build_engine
-from minisrv.errors import CertificationError, ConfigError
-from minisrv.graph.certify import certify
-from minisrv.modes import BatchDescriptor
+from minisrv.errors import ConfigError
 from minisrv.progress import StartupProgress
-from minisrv.runner.batches import Batch, describe, full_batch, sweep_batches
-from minisrv.runner.model_runner import ModelRunner
-from minisrv.runner.trial import StepTrial
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A batch on which a graph gave wrong results.
-
-    batch: a description of the batch.
-    difference: see `CertificationError`.
-    problem: the message of the error.
-    """
-
-    batch: str
-    difference: float
-    problem: str
-
-
-@dataclass
-class GraphReport:
-    """The outcome of all trials of one graph."""
-
-    graph: str
-    trials: int = 0
-    largest_difference: float = 0.0
-    failures: list[Failure] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,9 +55,13 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
         raise ConfigError(f"--json {json_path}: not a file in an existing directory.")
     progress = StartupProgress()
     try:
-        runner = build_engine(config, progress, check_addresses=True).runner
+        engine = build_engine(config, progress, check_addresses=True)
         start = time.perf_counter()
-        graphs = sweep(runner, lambda done, total: progress("certifying graphs", done, total))
+        graphs = sweep(
+            engine.runner,
+            engine.scheduler.pool,
+            lambda done, total: progress("certifying graphs", done, total),
+        )
         seconds = time.perf_counter() - start
     finally:
         progress.close()
@@ -110,45 +82,6 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
         except OSError as error:
             raise ConfigError(f"--json {json_path}: {error.strerror}.") from None
     return 0 if passed else 1
-
-
-def sweep(runner: ModelRunner, progress: Callable[[int, int], None]) -> list[GraphReport]:
-    """Certify every graph on the batches of `sweep_batches`. The KV cache must be empty.
-
-    progress: called with the number of trials done so far and the number of all trials.
-    """
-    keys = runner.ladders.keys()
-    plan = [(mode, key, _batches(runner, key)) for mode, key in keys]
-    total = sum(len(batches) for _, _, batches in plan)
-    done = 0
-    reports: list[GraphReport] = []
-    for mode, key, batches in plan:
-        before = StepTrial(runner, mode, key, full_batch(key, runner.limits))
-        report = GraphReport(before.name)
-        reports.append(report)
-        for batch in batches:
-            progress(done, total)
-            _try(StepTrial(runner, mode, key, batch, before), batch, report)
-            done += 1
-        before.clear()
-    progress(done, total)
-    return reports
-
-
-def _batches(runner: ModelRunner, key: BatchDescriptor) -> list[Batch]:
-    rungs = runner.ladders.rungs_of(key)
-    below = max((rung for rung in rungs if rung < key.num_tokens), default=0)
-    return sweep_batches(key, below, runner.limits)
-
-
-def _try(trial: StepTrial, batch: Batch, report: GraphReport) -> None:
-    try:
-        difference = certify(trial)
-    except CertificationError as error:
-        difference = error.difference
-        report.failures.append(Failure(describe(batch), difference, error.message))
-    report.trials += 1
-    report.largest_difference = max(report.largest_difference, difference)
 
 
 def _print(graphs: list[GraphReport], seconds: float, passed: bool) -> None:

@@ -3,7 +3,8 @@
 Knows: what a scheduler can put into one step, and the shapes that have broken graphs elsewhere:
 rows of one token, lengths around block edges and at the end of the context, prefill chunks after a
 history, prefill that looks like decode. Start-up uses one batch for each graph, `minisrv certify`
-all of them. Knows nothing of tensors: `runner.trial` gives a batch its slots, blocks and values.
+all of them. Knows nothing of tensors: `certification.trial` gives a batch its slots, blocks and
+values.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class BatchLimits:
     rows: the maximum number of requests.
     tokens: the maximum number of tokens of all rows together.
     context: the maximum number of tokens of one request, including those in the cache.
-    blocks: the number of blocks in the cache, without the null block.
+    blocks: the number of blocks that the rows may use together.
     block_size: the number of tokens in a block.
     """
 
@@ -51,6 +52,14 @@ class BatchRow:
 
 Batch = tuple[BatchRow, ...]
 """The rows of one step. Decode rows come first."""
+
+
+def blocks_for_any_batch(limits: BatchLimits) -> int:
+    """Return a number of blocks that is enough for every batch within the limits: one row as long
+    as the context; the tokens of a step; and for each row two blocks, which a history around the
+    edges of a block fills, with the one after them. One more is left for nobody, to be watched."""
+    size = limits.block_size
+    return 1 + -(-limits.context // size) + -(-limits.tokens // size) + 3 * limits.rows
 
 
 def describe(batch: Batch) -> str:

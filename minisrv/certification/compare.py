@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minisrv.errors import CertificationError
+from minisrv.graph.captured import CapturedGraph
 
 
 class Start(enum.Enum):
@@ -40,12 +41,12 @@ class Trial(Protocol):
     starts: Sequence[Start]
     """The initial states from which the graph is replayed."""
 
-    def reset(self, start: Start) -> None:
+    def reset(self, start: Start, graph: CapturedGraph | None = None) -> None:
         """Put the batch, the cache and the buffers into their initial state. For `Start.STALE` this
-        replays a full batch."""
+        replays `graph` on a full batch."""
 
-    def run(self, *, graph: bool) -> None:
-        """Run the step at the padded shape, eagerly or by replaying the graph."""
+    def run(self, graph: CapturedGraph | None) -> None:
+        """Run the step at the padded shape by replaying a graph, or eagerly without one."""
 
     def observe(self) -> dict[str, Tensor]:
         """Return copies of the values that the step of a real row computes, by name. None of them
@@ -56,32 +57,31 @@ class Trial(Protocol):
 
 
 def certify(
-    trial: Trial, capture: Callable[[], None] | None = None, *, tolerance: float = 0.0
-) -> float:
-    """Compare the trial's graph with the eager run, and return the largest absolute difference of
-    any value.
+    trial: Trial, graph: Callable[[], CapturedGraph], *, tolerance: float = 0.0
+) -> tuple[CapturedGraph, float]:
+    """Compare a graph with the eager run of the trial's step. Returns the graph, and the largest
+    absolute difference of any value.
 
-    capture: captures the graph, after the eager run; it may leave any values in the buffers and in
-        the null block. None if the graph has been captured already.
+    graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
+        it may leave any values in the buffers and in the null block.
     tolerance: the largest difference allowed; 0 requires equal bits.
 
     Raises CertificationError for a larger difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
     trial.reset(Start.CLEAN)
-    trial.run(graph=False)
+    trial.run(None)
     reference = trial.observe()
     _check_untouched(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
-    if capture is not None:
-        capture()
+    candidate = graph()
     largest = 0.0
     for start in trial.starts:
         try:
-            trial.reset(start)
-            trial.run(graph=True)
+            trial.reset(start, candidate)
+            trial.run(candidate)
         except Exception as error:
             raise CertificationError(
                 f"{trial.name}: the replay {start.value} failed: {error}"
@@ -89,7 +89,7 @@ def certify(
         difference = _compare(trial.name, reference, trial.observe(), start, tolerance)
         largest = max(largest, difference)
         _check_untouched(trial, f"the replay {start.value}")
-    return largest
+    return candidate, largest
 
 
 def _check_untouched(trial: Trial, run: str) -> None:

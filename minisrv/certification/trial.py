@@ -1,32 +1,35 @@
 """A batch on which a graph is certified.
 
+A trial runs on slots and blocks that no request has, so it may run between the steps of real
+requests; that it changes nothing of theirs is part of what it checks.
+
 Knows: how to make a step by hand from the rows of a batch, which values poison the buffers, and
-what the step must and must not change. It is the `Trial` that `graph.certify` runs. Knows nothing
-of which batches are worth a trial: `runner.batches` does.
+what the step must and must not change. It is the `Trial` that `certification.compare` runs. Knows
+nothing of which batches are worth a trial: `certification.batches` does.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minisrv.core.dispatcher import Dispatch
-from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT
+from minisrv.certification.batches import Batch, BatchLimits, blocks_for_any_batch
+from minisrv.certification.compare import Start
+from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT, BlockPool
 from minisrv.core.step import ScheduledRow, SchedulerOutput, SlotStart, unscheduled_id
-from minisrv.graph.certify import Start
+from minisrv.graph.captured import CapturedGraph
+from minisrv.graph.observer import observing
 from minisrv.kernels import ALL
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Epilogue, Reason
+from minisrv.modes import CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.request import SamplingParams
-from minisrv.runner.batches import Batch
 from minisrv.runner.input_buffers import Upload
+from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.timing import LaunchTimer
-
-if TYPE_CHECKING:
-    from minisrv.runner.model_runner import ModelRunner
 
 NAN = float("nan")
 GREEDY = SamplingParams(temperature=0.0)
@@ -38,11 +41,50 @@ PARAMS = (
 """Sampling parameters of the rows, in turn."""
 
 
-class StepTrial:
-    """One step at the padded shape of a descriptor, on real slots and blocks of an empty cache.
+@dataclass(frozen=True)
+class TrialSpace:
+    """The slots and the blocks of the KV cache on which trials run. No request has any of them.
 
-    For an epilogue, hidden states and masks are made by hand. An epilogue at the end of a step runs
-    as it does in service: by its graph if the step runs by a graph.
+    blocks: ascending.
+    """
+
+    slots: range
+    blocks: Sequence[int]
+
+    @classmethod
+    def of(cls, runner: ModelRunner, blocks: Sequence[int]) -> TrialSpace:
+        """Return the slots that a runner reserves for trials, with the given blocks."""
+        most = runner.ladders.max_num_seqs
+        return cls(range(1 + most, 1 + 2 * most), blocks)
+
+    def limits(self, runner: ModelRunner) -> BatchLimits:
+        """Return the limits of a step that runs here."""
+        return BatchLimits(
+            rows=len(self.slots),
+            tokens=runner.ladders.max_num_batched_tokens,
+            context=runner.max_model_len,
+            blocks=len(self.blocks),
+            block_size=runner.block_size,
+        )
+
+
+@contextmanager
+def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]:
+    """Take free blocks, as many as any trial needs, from the pool of the cache for the block."""
+    everything = TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
+    blocks = pool.reserve(blocks_for_any_batch(everything))
+    try:
+        yield TrialSpace.of(runner, blocks)
+    finally:
+        for block in blocks:
+            pool.give_back(block)
+
+
+class StepTrial:
+    """One stage of a step, at its padded shape, on slots and blocks that no request has.
+
+    For an epilogue, hidden states and masks are made by hand. An epilogue that follows the stage of
+    a model runs as it does in service: by its graph if the model runs by a graph.
 
     Blocks other than those of the batch are watched, so that any write to them is found.
 
@@ -54,28 +96,30 @@ class StepTrial:
     def __init__(
         self,
         runner: ModelRunner,
-        mode: CUDAGraphMode,
-        descriptor: BatchDescriptor,
+        space: TrialSpace,
+        key: GraphKey,
         batch: Batch,
         before: StepTrial | None = None,
         params: Sequence[SamplingParams] = PARAMS,
     ) -> None:
-        step = "" if descriptor.forward else " alone"
-        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.epilogue.name}{step}"
+        mode, descriptor = key
+        alone = " alone" if descriptor.stage is Stage.EPILOGUE else ""
+        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.output.name}{alone}"
         self.starts: Sequence[Start] = [
             start for start in Start if before or start is not Start.STALE
         ]
         self.runner = runner
-        self.mode = mode
-        self.descriptor = descriptor
+        self.space = space
+        self.key = key
         self.before = before
         # All random choices depend on the batch only, so a trial can be repeated.
         draw = random.Random(repr(batch))
-        self.output = _step(batch, runner.limits.block_size, runner.vocab_size, draw, params)
-        used, last = len(self.output.new_blocks), runner.limits.blocks
+        self.output = _step(batch, space, runner.block_size, runner.vocab_size, draw, params)
+        used, blocks = len(self.output.new_blocks), space.blocks
         device = runner.kv_caches[0].device
-        watched = sorted({*range(1 + used), min(1 + used, last), last})
+        watched = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
         self.watched = torch.tensor(watched, device=device)
+        self._index_of = {block: index for index, block in enumerate(watched)}
         ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
         starts = {row.slot: row.start for row in self.output.rows}
         self.slots = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
@@ -110,38 +154,33 @@ class StepTrial:
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
         """Return [watched, block_size] bool, which marks the cache positions of tokens `starts` to
-        `ends` by slot.
-
-        The batch has the first blocks, so the number of one of its blocks is also its index among
-        the watched ones.
-        """
-        size = self.runner.limits.block_size
+        `ends` by slot."""
+        size = self.runner.block_size
         found = torch.zeros(len(self.watched), size, dtype=torch.bool)
         for slot, index, block in self.output.new_blocks:
             first, end = starts[slot] - index * size, ends[slot] - index * size
-            found[block, max(0, first) : max(0, min(size, end))] = True
+            at = self._index_of[block]
+            found[at, max(0, first) : max(0, min(size, end))] = True
         return found.to(self.watched.device)
 
     def _entries(self, positions: Tensor) -> Tensor:
         """Return the indices, in a cache with all blocks, of the entries that `positions` [watched,
         block_size] marks."""
         block, offset = positions.nonzero().unbind(dim=1)
-        return self.watched[block] * self.runner.limits.block_size + offset
+        return self.watched[block] * self.runner.block_size + offset
 
-    # ---- graph.certify.Trial -----------------------------------------------------------------
+    # ---- certification.compare.Trial ---------------------------------------------------------
 
-    def reset(self, start: Start) -> None:
-        """See `graph.certify.Trial`."""
+    def reset(self, start: Start, graph: CapturedGraph | None = None) -> None:
+        """See `compare.Trial`."""
         poison, state = start is Start.POISONED, self.runner.state
         if start is not Start.STALE:
             self._fill_buffers(poison)
-            state.block_table[1:] = self.watched[-1] if poison else 0
-            state.last_token.zero_()
-            state.next_position.zero_()
+            self._fill_slots(poison)
         else:
             assert self.before is not None, "no full batch to be behind"
             self.before.reset(Start.CLEAN)
-            self.before.run(graph=True)
+            self.before.run(graph)
         initial = self.cache
         if poison:
             initial = initial.masked_fill(~self.live[:, :, None, None, None], NAN)
@@ -149,7 +188,7 @@ class StepTrial:
             cache[self.watched] = initial
         state.last_token[self.slots] = self.last_token
         state.next_position[self.slots] = self.next_position
-        if not self.descriptor.forward:
+        if self.key[1].stage is Stage.EPILOGUE:
             buffers, rows = self.runner.buffers, len(self.slots)
             buffers.hidden[:rows] = self.hidden
             buffers.seq_lens[:rows] = self.next_position + 1
@@ -168,40 +207,48 @@ class StepTrial:
         buffers.logits_indices.fill_(buffers.sizes.tokens - 1 if poison else 0)
         # Where there is padding the last slot belongs to nobody, so a stale row writes to a watched
         # block.
-        buffers.slots.fill_(buffers.sizes.slots - 1 if poison else NULL_SLOT)
+        buffers.slots.fill_(self.space.slots[-1] if poison else NULL_SLOT)
         for name in ("input_ids", "positions", "slot_mapping", "block_table"):
             getattr(buffers, name).fill_(1 if poison else 0)
         buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
         buffers.query_start_loc.fill_(buffers.sizes.tokens if poison else 0)
         buffers.tokens.fill_(0)
 
-    def run(self, *, graph: bool) -> None:
-        """See `graph.certify.Trial`."""
-        mode = self.mode if graph else CUDAGraphMode.NONE
-        epilogue = None
-        if not self.descriptor.forward:
-            epilogue = mode, self.descriptor
-        elif self.descriptor.epilogue is Epilogue.HIDDEN:
-            behind, key = self.runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
-            # the probe captures some graphs without their epilogue
-            there = key in self.runner.epilogue_step.graphs
-            epilogue = behind if graph and there else CUDAGraphMode.NONE, key
-        dispatch = Dispatch(mode, self.descriptor, Reason.PURE_DECODE, epilogue)
-        self.runner.execute(self.output, dispatch)
+    def _fill_slots(self, poison: bool) -> None:
+        state, slots = self.runner.state, slice(self.space.slots.start, self.space.slots.stop)
+        state.block_table[slots] = self.watched[-1] if poison else NULL_BLOCK
+        state.last_token[slots] = 0
+        state.next_position[slots] = 0
 
-    def time_replay(self) -> float:
+    def run(self, graph: CapturedGraph | None) -> None:
+        """See `compare.Trial`."""
+        runner, (mode, descriptor) = self.runner, self.key
+        stages = [(CUDAGraphMode.NONE if graph is None else mode, descriptor)]
+        if descriptor.stage is Stage.MODEL and descriptor.output is StageOutput.HIDDEN:
+            epilogue = runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
+            # The probe captures some graphs without their epilogue.
+            replayed = graph is not None and epilogue in runner.graphs
+            stages.append(epilogue if replayed else (CUDAGraphMode.NONE, epilogue[1]))
+        attn = runner.prepare(self.output, tuple(stages))
+        first, *rest = stages
+        runner.launch(first, self.output, attn, graph)
+        for key in rest:
+            runner.launch(key, self.output)
+
+    def time_replay(self, graph: CapturedGraph) -> float:
         """Return the duration of a replay on a clean batch, in milliseconds."""
         self.reset(Start.CLEAN)
-        with LaunchTimer(self.runner) as timer:
-            self.run(graph=True)
+        timer = LaunchTimer(self.slots.device)
+        with observing(self.runner.observers, timer):
+            self.run(graph)
         return timer.ms
 
     def observe(self) -> dict[str, Tensor]:
-        """See `graph.certify.Trial`."""
+        """See `compare.Trial`."""
         buffers, state = self.runner.buffers, self.runner.state
         rows, tokens = len(self.output.rows), self.output.num_tokens
         # otherwise they are not written
-        logits = rows if self.descriptor.epilogue is Epilogue.LOGITS else 0
+        logits = rows if self.key[1].output is StageOutput.LOGITS else 0
         return {
             "hidden states": buffers.hidden[:tokens].clone(),
             "logits": buffers.logits[:logits].clone(),
@@ -214,7 +261,7 @@ class StepTrial:
         }
 
     def touched(self) -> list[str]:
-        """See `graph.certify.Trial`."""
+        """See `compare.Trial`."""
         expected = self.initial_cache[self.outside].nan_to_num()
         changed: dict[str, Tensor] = {}  # compared on the device, with one wait at the end
         for layer, cache in enumerate(self.runner.kv_caches):
@@ -229,30 +276,29 @@ class StepTrial:
         return [what for what, flag in zip(changed, flags, strict=True) if flag]
 
     def clear(self) -> None:
-        """Leave the state and the buffers as in a new server, with no poison in the cache."""
+        """Leave the slots and the buffers as in a new server, with no poison in the cache."""
         self.reset(Start.CLEAN)
-        self.runner.state.last_token.zero_()
-        self.runner.state.next_position.zero_()
-        self.runner.state.block_table.zero_()
+        self._fill_slots(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
 
 
 def _step(
     batch: Batch,
+    space: TrialSpace,
     block_size: int,
     vocab_size: int,
     draw: random.Random,
     params: Sequence[SamplingParams],
 ) -> SchedulerOutput:
-    """Return a step with the rows of the batch: slots are assigned in order, and the first blocks
-    in random order."""
+    """Return a step with the rows of the batch: slots of the space are assigned in order, and the
+    first blocks in random order."""
     needed = [-(-(row.start + row.num_tokens) // block_size) for row in batch]
-    blocks = draw.sample(range(1, 1 + sum(needed)), sum(needed))
+    blocks = draw.sample(space.blocks[: sum(needed)], sum(needed))
     rows: list[ScheduledRow] = []
     new_slots: list[SlotStart] = []
     new_blocks: list[tuple[int, int, int]] = []
     turn = draw.randrange(len(params))
-    for slot, (row, count) in enumerate(zip(batch, needed, strict=True), start=1):
+    for slot, row, count in zip(space.slots, batch, needed, strict=False):
         new_blocks += [(slot, index, blocks.pop()) for index in range(count)]
         own = params[(slot + turn) % len(params)]
         new_slots.append(SlotStart(slot, own, seed=draw.getrandbits(63)))

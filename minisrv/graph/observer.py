@@ -1,0 +1,79 @@
+"""Observers: code that counts launches, takes times or simulates a cost is told how a step goes.
+
+Nothing in the step is replaced for them: the step loop and the runner call whoever is in the
+runner's list of observers, which is empty in service, and an empty list costs nothing worth
+measuring.
+
+Knows: the parts of a step, and what an observer is told. Knows nothing of who observes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+from minisrv.core.step import SchedulerOutput
+from minisrv.modes import GraphKey
+
+
+class StepPart(enum.StrEnum):
+    """The parts of a step on the host."""
+
+    SCHEDULE = "schedule"
+    """The requests of the next step are chosen."""
+    DISPATCH = "dispatch"
+    """The graphs that run it are chosen."""
+    FILL = "fill"
+    """The inputs are written to their buffers."""
+    LAUNCH = "launch"
+    """A stage is launched: the model, or the epilogue with sampling."""
+    RESULT = "result"
+    """The copy of the tokens to the host is started."""
+    WAIT = "wait"
+    """The host waits for the tokens."""
+    UPDATE = "update"
+    """The tokens are given to their requests."""
+    REST = "rest"
+    """Everything between these parts."""
+
+
+class StepObserver:
+    """An observer of steps. Each method does nothing unless it is overridden."""
+
+    def lap(self, part: StepPart) -> None:
+        """Called at the end of each part of a step; the part began at the call before this one."""
+
+    def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None]:
+        """Return a context in which a stage of a step is launched.
+
+        key: the mode in which the stage runs, and its padded shape.
+        output: the step.
+        """
+        return nullcontext()
+
+    def replay(self, num_launches: int) -> AbstractContextManager[None]:
+        """Return a context in which a graph is replayed.
+
+        num_launches: the number of launches from the host that the replay consists of.
+        """
+        return nullcontext()
+
+
+@contextmanager
+def entered(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter all contexts, and leave them in reverse order."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def observing(observers: list[StepObserver], observer: StepObserver) -> Iterator[None]:
+    """Add an observer to `observers` for the block."""
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers.remove(observer)

@@ -1,0 +1,1 @@
+"""Commands that measure, explain or check an engine, and serve nobody."""
