@@ -7,10 +7,6 @@ more than a small ATen op.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch._ops import OpOverload
-
 from minisrv.kernels.attention import attention, attention_op
 from minisrv.kernels.elementwise import (
     rms_norm,
@@ -20,6 +16,7 @@ from minisrv.kernels.elementwise import (
     take_rows,
     take_rows_op,
 )
+from minisrv.kernels.registration import DIRECT
 from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
 from minisrv.kernels.slots import (
     Write,
@@ -31,17 +28,7 @@ from minisrv.kernels.slots import (
     write_values,
 )
 
-DIRECT: dict[OpOverload, Callable[..., None]] = {
-    attention_op: attention,
-    rms_norm_op: rms_norm,
-    silu_and_mul_op: silu_and_mul,
-    take_rows_op: take_rows,
-    apply_bitmask_op: apply_bitmask,
-    sample_op: sample,
-    gather_decode_op: gather_decode,
-    scatter_op: scatter,
-}
-"""The plain function under each op; it takes the op's arguments and does the same."""
+DIRECT[attention_op] = attention
 
 __all__ = [
     "ALL",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from minisrv.kernels.native import native
+from minisrv.kernels.registration import register_op
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
@@ -55,34 +56,24 @@ def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
     torch.index_select(table, 0, rows, out=out)
 
 
-for _name, _schema in (
-    ("take_rows", "(Tensor table, Tensor rows, Tensor(a!) out) -> ()"),
-    ("rms_norm", "(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()"),
-    ("silu_and_mul", "(Tensor gate_up, Tensor(a!) out) -> ()"),
-):
-    torch.library.define(f"minisrv::{_name}", _schema)
-    torch.library.impl(f"minisrv::{_name}", "cpu", globals()[_name])
-    torch.library.register_fake(f"minisrv::{_name}", lambda *args, **kwargs: None)
-
-
-@cache
-def _by_triton(name: str) -> Callable[..., None]:
-    """Return the version for CUDA. It is imported late because Triton may be missing where there is
-    no GPU, and takes long to import."""
-    from minisrv.kernels import triton_elementwise
-
-    return cast(Callable[..., None], getattr(triton_elementwise, name))
-
-
-torch.library.impl(
-    "minisrv::rms_norm", "cuda", lambda *args, **kwargs: _by_triton("rms_norm")(*args, **kwargs)
+rms_norm_op = register_op(
+    "rms_norm",
+    "(Tensor x, Tensor weight, Tensor(a!) out, *, float eps) -> ()",
+    cpu=rms_norm,
+    cuda="minisrv.kernels.triton_elementwise:rms_norm",
 )
-torch.library.impl("minisrv::take_rows", "cuda", lambda *args: _by_triton("take_rows")(*args))
-torch.library.impl("minisrv::silu_and_mul", "cuda", lambda *args: _by_triton("silu_and_mul")(*args))
-
-rms_norm_op = torch.ops.minisrv.rms_norm.default
-silu_and_mul_op = torch.ops.minisrv.silu_and_mul.default
-take_rows_op = torch.ops.minisrv.take_rows.default
+silu_and_mul_op = register_op(
+    "silu_and_mul",
+    "(Tensor gate_up, Tensor(a!) out) -> ()",
+    cpu=silu_and_mul,
+    cuda="minisrv.kernels.triton_elementwise:silu_and_mul",
+)
+take_rows_op = register_op(
+    "take_rows",
+    "(Tensor table, Tensor rows, Tensor(a!) out) -> ()",
+    cpu=take_rows,
+    cuda="minisrv.kernels.triton_elementwise:take_rows",
+)
 
 _Kernel = Callable[[int, int, int, int, int, int, float], None]
 

@@ -13,12 +13,10 @@ softmax).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import cast
-
 import torch
 from torch import Tensor
+
+from minisrv.kernels.registration import register_op
 
 ALL = -1
 """Word of a bitmask that allows every token."""
@@ -162,32 +160,16 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
         bitmask[rows] = ALL
 
 
-torch.library.define("minisrv::apply_bitmask", "(Tensor(a!) logits, Tensor(b!) bitmask) -> ()")
-torch.library.define(
-    "minisrv::sample",
+sample_op = register_op(
+    "sample",
     "(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
     "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()",
+    cpu=sample,
+    cuda="minisrv.kernels.triton_sampling:sample",
 )
-torch.library.impl("minisrv::sample", "cpu", sample)
-torch.library.impl("minisrv::apply_bitmask", "cpu", apply_bitmask)
-
-
-@cache
-def _by_triton(name: str) -> Callable[..., None]:
-    """Return the version for CUDA. It is imported late because Triton may be missing where there is
-    no GPU, and takes long to import."""
-    from minisrv.kernels import triton_sampling
-
-    return cast(Callable[..., None], getattr(triton_sampling, name))
-
-
-torch.library.impl("minisrv::sample", "cuda", lambda *args: _by_triton("sample")(*args))
-torch.library.impl(
-    "minisrv::apply_bitmask", "cuda", lambda *args: _by_triton("apply_bitmask")(*args)
+apply_bitmask_op = register_op(
+    "apply_bitmask",
+    "(Tensor(a!) logits, Tensor(b!) bitmask) -> ()",
+    cpu=apply_bitmask,
+    cuda="minisrv.kernels.triton_sampling:apply_bitmask",
 )
-torch.library.register_fake("minisrv::sample", lambda *args, **kwargs: None)
-torch.library.register_fake("minisrv::apply_bitmask", lambda *args: None)
-
-sample_op = torch.ops.minisrv.sample.default
-"""The op that the runner calls, so that code which records operations sees one."""
-apply_bitmask_op = torch.ops.minisrv.apply_bitmask.default

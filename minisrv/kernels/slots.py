@@ -11,13 +11,14 @@ Slot 0, the null slot, belongs to padding: whatever is scattered to it, it remai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from minisrv.kernels.registration import imported_at_first_call, register_op
 
 
 def gather_decode(
@@ -105,7 +106,7 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
     to_device: a function that copies an array to the device of the targets.
     """
     if writes[0].target.is_cuda:
-        _by_triton("write_values")(writes, to_device)
+        _write_values_on_cuda(writes, to_device)
         return
     for target, values, at in writes:
         flat, new = target.view(-1), torch.from_numpy(values).to(target.dtype)
@@ -113,6 +114,9 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
             flat[: len(new)] = new
         else:
             flat.index_copy_(0, torch.from_numpy(at), new)
+
+
+_write_values_on_cuda = imported_at_first_call("minisrv.kernels.triton_slots:write_values")
 
 
 def scatter(
@@ -130,50 +134,26 @@ def scatter(
     next_position[:1].zero_()
 
 
-@cache
-def _by_triton(name: str) -> Callable[..., None]:
-    """Return the version for CUDA. It is imported late because Triton may be missing where there is
-    no GPU, and takes long to import."""
-    from minisrv.kernels import triton_slots
-
-    return cast(Callable[..., None], getattr(triton_slots, name))
-
-
-torch.library.define(
-    "minisrv::gather_decode",
+gather_decode_op = register_op(
+    "gather_decode",
     "(Tensor slots, Tensor last_token, Tensor next_position, Tensor slot_blocks, "
     "Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) seq_lens, Tensor(d!) slot_mapping, "
     "Tensor(e!) block_table, *, int block_size) -> ()",
+    cpu=gather_decode,
+    cuda="minisrv.kernels.triton_slots:gather_decode",
 )
-torch.library.define(
-    "minisrv::gather_mixed",
+gather_mixed_op = register_op(
+    "gather_mixed",
     "(Tensor slots, Tensor last_token, Tensor slot_blocks, Tensor positions, Tensor token_rows, "
     "Tensor seq_lens, Tensor(a!) input_ids, Tensor(b!) slot_mapping, Tensor(c!) block_table, *, "
     "int num_decodes, int num_tokens, int block_size) -> ()",
+    cpu=gather_mixed,
+    cuda="minisrv.kernels.triton_slots:gather_mixed",
 )
-torch.library.define(
-    "minisrv::scatter",
+scatter_op = register_op(
+    "scatter",
     "(Tensor slots, Tensor tokens, Tensor seq_lens, Tensor(a!) last_token, "
     "Tensor(b!) next_position) -> ()",
+    cpu=scatter,
+    cuda="minisrv.kernels.triton_slots:scatter",
 )
-torch.library.impl("minisrv::gather_decode", "cpu", gather_decode)
-torch.library.impl("minisrv::gather_mixed", "cpu", gather_mixed)
-torch.library.impl("minisrv::scatter", "cpu", scatter)
-torch.library.impl(
-    "minisrv::gather_decode",
-    "cuda",
-    lambda *args, **kwargs: _by_triton("gather_decode")(*args, **kwargs),
-)
-torch.library.impl(
-    "minisrv::gather_mixed",
-    "cuda",
-    lambda *args, **kwargs: _by_triton("gather_mixed")(*args, **kwargs),
-)
-torch.library.impl("minisrv::scatter", "cuda", lambda *args: _by_triton("scatter")(*args))
-torch.library.register_fake("minisrv::gather_decode", lambda *args, **kwargs: None)
-torch.library.register_fake("minisrv::gather_mixed", lambda *args, **kwargs: None)
-torch.library.register_fake("minisrv::scatter", lambda *args: None)
-
-gather_decode_op = torch.ops.minisrv.gather_decode.default
-gather_mixed_op = torch.ops.minisrv.gather_mixed.default
-scatter_op = torch.ops.minisrv.scatter.default
