@@ -110,7 +110,7 @@ def build_engine(
             seed=config.seed,
             progress=lambda done, total: progress("loading weights", done, total),
         )
-        model.prepare(int8=config.quantization == "int8")
+        model.prepare(quantization=config.quantization)
     with _timed(clock, "tokenizer"):
         grammars = Grammars(
             checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids

@@ -1,10 +1,11 @@
-"""Linear kernels: x W^T + b, with the weight laid out for the machine.
+"""Linear methods: how a weight is stored and multiplied, x W^T + b.
 
-A kernel may also norm x before the product, and gate the result or add it to a tensor.
+A method needs to know no more than the product. It may also norm x before the product, gate the
+product, or add it to a residual, where one kernel does these together faster.
 
-Knows: which layouts a machine multiplies fast. `lay_out` is the one place that chooses. Its result
-is the same for eager steps and for graphs, because it depends on shapes and dtypes only. Knows
-nothing of layers, checkpoints or batches.
+Knows: which layouts and kernels a machine multiplies fast with. `LINEAR_METHODS` is the one place
+that chooses. The choice depends on the quantisation, the device, shapes and dtypes only, so it is
+the same for eager steps and for graphs. Knows nothing of layers, checkpoints or batches.
 
 On a CPU a small batch is bound by reading the weights, and only a blocked layout reads them at the
 speed of the memory. 384 x 1024, one thread of a Zen 5 core, torch 2.13, us for 1 / 4 / 16 / 64
@@ -17,14 +18,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minisrv.kernels import tiles
 from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
+from minisrv.kernels.registration import register_op
 
 INT8_ROWS = 4
 """Maximum number of rows for which the int8 weights are multiplied as they are. That kernel reads
@@ -50,23 +51,6 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Linear(Protocol):
-    """A weight [out, in] and a bias, laid out once. Rows do not influence each other."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the product [T, out] of x [T, in], as a new tensor."""
-
-    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        """Write norm(x) W^T + b to out [T, out]."""
-
-    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
-        b."""
-
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """Add x W^T + b to residual [T, out], in place."""
-
-
 def normed(x: Tensor, norm: Norm) -> Tensor:
     """Return the normed x, [T, in], as a new tensor."""
     out = torch.empty_like(x)
@@ -74,22 +58,39 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-class _Apart(ABC):
-    """A linear kernel for which norm, product and gate are one op each."""
+class LinearMethod(ABC):
+    """How a weight [out, in] and a bias are stored, and how rows are multiplied by them. Rows do
+    not influence each other.
+
+    `apply` is all that a method must have. The other operations are for methods that fuse them with
+    the product; here, norm, product and gate are an op each.
+    """
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `Linear`."""
+    def apply(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, [T, out], of x [T, in], as a new tensor."""
 
-    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        out.copy_(self(normed(x, norm)))
+    def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+        """Write norm(x) W^T + b to out [T, out]."""
+        out.copy_(self.apply(normed(x, norm)))
 
-    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
-        silu_and_mul_op(self(normed(x, norm)), out)
+    def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+        """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
+        b."""
+        silu_and_mul_op(self.apply(normed(x, norm)), out)
+
+    def fuses_residual(self, rows: int) -> bool:
+        """Whether `apply_with_residual` may be called with this number of rows. Otherwise the
+        caller adds the result of `apply`."""
+        return False
+
+    def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
+        """Add x W^T + b to residual [T, out], in place."""
+        raise NotImplementedError(f"{type(self).__name__} does not add the product to a residual")
 
 
-class MatmulLinear(_Apart):
-    """A linear kernel of `addmm` and `mm` on a plain weight, which runs everywhere."""
+class UnquantizedLinearMethod(LinearMethod):
+    """`mm` and `addmm` on a plain weight, which run everywhere."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         # A CPU multiplies float32 faster by rows of [in, out]; everything else uses rows of [out,
@@ -98,51 +99,55 @@ class MatmulLinear(_Apart):
         self.weight = weight.t().contiguous() if turned else weight.t()
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return torch.mm(x, self.weight)
         return torch.addmm(self.bias, x, self.weight)
 
-    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+    def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         if self.bias is None:
             torch.mm(normed(x, norm), self.weight, out=out)
         else:
             torch.addmm(self.bias, normed(x, norm), self.weight, out=out)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
+    def fuses_residual(self, rows: int) -> bool:
+        return True
+
+    def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
         residual.addmm_(x, self.weight)
         if self.bias is not None:
             residual.add_(self.bias)
 
 
-class CUDALinear(MatmulLinear):
-    """A linear kernel for CUDA: cuBLAS for batches; for few rows, whose product is bound by reading
-    the weight, kernels that also norm and gate. `kernels.tiles` decides between them."""
+class TensorCoreLinearMethod(UnquantizedLinearMethod):
+    """Products on CUDA's tensor cores: cuBLAS for batches; for few rows, whose product is bound by
+    reading the weight, kernels that also norm, gate and add. `kernels.tiles` decides between
+    them."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         if not self._is_for_few(x):
-            return super().__call__(x)
+            return super().apply(x)
         out = x.new_empty(len(x), self.weight.shape[1])
-        self._few_rows(out, x)
+        self._few_rows(x, None, out)
         return out
 
-    def write_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+    def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         if self._is_for_few(x):
-            self._few_rows(out, x, norm)
+            self._few_rows(x, norm, out)
         else:
-            super().write_to(out, x, norm)
+            super().apply_with_norm(x, norm, out)
 
-    def write_gated_to(self, out: Tensor, x: Tensor, norm: Norm) -> None:
+    def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         if self._is_for_few(x, gated=True):
-            self._few_rows(out, x, norm, gated=True)
+            self._few_rows(x, norm, out, gated=True)
         else:
-            silu_and_mul_op(super().__call__(normed(x, norm)), out)
+            silu_and_mul_op(super().apply(normed(x, norm)), out)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
+    def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
         if self._is_for_few(x, add=True):
-            self._few_rows(residual, x, add=True)
+            self._few_rows(x, None, residual, add=True)
         else:
-            super().add_to(residual, x)
+            super().apply_with_residual(x, residual)
 
     def _is_for_few(self, x: Tensor, *, gated: bool = False, add: bool = False) -> bool:
         k, n = self.weight.shape
@@ -150,9 +155,9 @@ class CUDALinear(MatmulLinear):
 
     def _few_rows(
         self,
-        out: Tensor,
         x: Tensor,
-        norm: Norm | None = None,
+        norm: Norm | None,
+        out: Tensor,
         *,
         gated: bool = False,
         add: bool = False,
@@ -161,26 +166,29 @@ class CUDALinear(MatmulLinear):
         few_rows_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gated=gated, add=add)
 
 
-class OneDNNLinear(_Apart):
-    """A linear kernel of oneDNN, on a weight in the blocked layout that oneDNN prefers: an opaque
+class OneDNNLinearMethod(LinearMethod):
+    """Products by oneDNN, on a weight in the blocked layout that oneDNN prefers: an opaque
     tensor."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
+    def fuses_residual(self, rows: int) -> bool:
+        return True
+
+    def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
         add = torch.ops.mkldnn._linear_pointwise.binary
         residual.copy_(add(x, residual, self.weight, self.bias, "add"))
 
 
-class Int8Linear(_Apart):
-    """A linear kernel with weights of 8 bits and a scale for each output channel, symmetric;
-    activations are not quantised.
+class Int8LinearMethod(LinearMethod):
+    """Products by weights of 8 bits with a scale for each output channel, symmetric; activations
+    are not quantised.
 
     Few rows use the 8-bit weights; more rows use the same values in the layout that is fastest for
     them.
@@ -194,41 +202,27 @@ class Int8Linear(_Apart):
         self.scale = scale
         self.bias = bias
         self.few = INT8_ROWS if weight.shape[1] % INT8_STEP == 0 else 0
-        self.many_rows = _dense((wide * scale.float()[:, None]).to(weight.dtype), bias)
+        self.many_rows = _unquantized((wide * scale.float()[:, None]).to(weight.dtype), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor) -> Tensor:
         if len(x) > self.few:
-            return self.many_rows(x)
+            return self.many_rows.apply(x)
         y = torch._weight_int8pack_mm(x, self.weight, self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        if len(x) > self.few:
-            self.many_rows.add_to(residual, x)
-        else:
-            residual.add_(self(x))
+    def fuses_residual(self, rows: int) -> bool:
+        return rows > self.few and self.many_rows.fuses_residual(rows)
+
+    def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
+        self.many_rows.apply_with_residual(x, residual)
 
 
-@cache
-def _by_triton() -> Callable[..., None]:
-    """Return the version for CUDA. It is imported late because Triton may be missing where there is
-    no GPU, and takes long to import."""
-    from minisrv.kernels.triton_linear import few_rows
-
-    return few_rows
-
-
-torch.library.define(
-    "minisrv::few_rows",
+few_rows_op = register_op(
+    "few_rows",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, Tensor(a!) out, *, float eps, "
     "bool gated, bool add) -> ()",
+    cuda="minisrv.kernels.triton_linear:few_rows",
 )
-torch.library.impl(
-    "minisrv::few_rows", "cuda", lambda *args, **kwargs: _by_triton()(*args, **kwargs)
-)
-torch.library.register_fake("minisrv::few_rows", lambda *args, **kwargs: None)
-
-few_rows_op = torch.ops.minisrv.few_rows.default
 """The op that computes out [T, out] = x [T, in] weight^T + bias for few rows T, for which
 `tiles.tile` has a tile; sums are float32.
 
@@ -241,18 +235,22 @@ All tensors are contiguous and of the same dtype.
 """
 
 
-def lay_out(weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> Linear:
-    """Return the fastest kernel for a weight [out, in]. The weight may be dropped afterwards."""
-    return Int8Linear(weight, bias) if int8 else _dense(weight, bias)
-
-
-def _dense(weight: Tensor, bias: Tensor | None) -> Linear:
+def _unquantized(weight: Tensor, bias: Tensor | None) -> LinearMethod:
+    """Return the fastest method for a weight in its own dtype on its device."""
     if weight.device.type == "cuda":
         capable = torch.cuda.get_device_capability(weight.device) >= TENSOR_CORES
-        return (CUDALinear if capable else MatmulLinear)(weight, bias)
+        return (TensorCoreLinearMethod if capable else UnquantizedLinearMethod)(weight, bias)
     if _onednn_takes(weight.dtype):
-        return OneDNNLinear(weight, bias)
-    return MatmulLinear(weight, bias)
+        return OneDNNLinearMethod(weight, bias)
+    return UnquantizedLinearMethod(weight, bias)
+
+
+LINEAR_METHODS: dict[str | None, Callable[[Tensor, Tensor | None], LinearMethod]] = {
+    None: _unquantized,
+    "int8": Int8LinearMethod,
+}
+"""For each quantisation of the settings, the function that makes the method of a weight [out, in]
+and a bias [out]. The weight may be dropped afterwards."""
 
 
 def multiplies_bfloat16() -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from minisrv.kernels.linear import lay_out
+from minisrv.kernels.linear import LINEAR_METHODS
 from minisrv.model_config import ModelConfig
 from minisrv.nn.attention import Attention
 from minisrv.nn.layers import Destination, Embedding, GatedMLP, Projection, RMSNorm
@@ -102,21 +102,21 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             yield layer.attention
 
-    def prepare(self, *, int8: bool = False) -> None:
+    def prepare(self, *, quantization: str | None = None) -> None:
         """Make a model whose weights are filled ready to run: compute tensors that no checkpoint
-        holds, and lay the projections out for the machine.
+        holds, and give each projection its linear method.
 
-        int8: whether to keep the weights of the projections, the output projection included, with 8
-            bits.
+        quantization: the format of the weights of the projections, the output projection included;
+            a key of `LINEAR_METHODS`.
         """
         config = self.config
         rope = (config.rope, config.head_dim, config.max_position_embeddings, self.dtype)
         self.cos_sin.copy_(cos_sin_table(*rope))
         for module in self.modules():
             if isinstance(module, Projection):
-                module.prepare(int8=int8)
-        # Tied embeddings are laid out a second time, because a gather needs plain rows.
-        self.head = self.lm_head or lay_out(self.embed.weight, None, int8=int8)
+                module.prepare(quantization=quantization)
+        # Tied embeddings are stored a second time, because a gather needs plain rows.
+        self.head = self.lm_head or LINEAR_METHODS[quantization](self.embed.weight, None).apply
 
     def destinations(self) -> Iterator[Destination]:
         """Yield every checkpoint name and the view that it fills; together they fill every

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minisrv.kernels.elementwise import rms_norm_op, take_rows_op
-from minisrv.kernels.linear import Linear, Norm, lay_out
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, Norm
 
 Destination = tuple[str, Tensor]
 """A checkpoint's name without the layer's prefix, and the view of a parameter that it fills."""
@@ -29,7 +29,7 @@ class Projection(nn.Module):
 
     parts: the output width of each checkpoint projection, by its name; a single one may be named
         "".
-    weight: [out, in] until `prepare`, which lays it out for the machine and drops it.
+    weight: [out, in] until `prepare`, which makes the linear method of it and drops it.
     """
 
     def __init__(
@@ -40,39 +40,47 @@ class Projection(nn.Module):
         width = sum(self.parts.values())
         self.weight: nn.Parameter | None = parameter(width, in_features, dtype=dtype)
         self.bias = parameter(width, dtype=dtype) if bias else None
-        self.linear: Linear
+        self.method: LinearMethod
 
-    def prepare(self, *, int8: bool) -> None:
-        """Lay the filled weight out, with 8 bits if asked for. The projection can be used from here
+    def prepare(self, *, quantization: str | None = None) -> None:
+        """Store the filled weight as its linear method does. The projection can be used from here
         on.
 
-        It raises nothing, and may be called only once.
+        quantization: the format of the stored weight, a key of `LINEAR_METHODS`.
+
+        It may be called only once. Raises KeyError if there is no such format.
         """
         assert self.weight is not None, "prepared already"
-        self.linear = lay_out(self.weight, self.bias, int8=int8)
+        self.method = LINEAR_METHODS[quantization](self.weight, self.bias)
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection [T, out] of x [T, in]."""
-        return self.linear(x)
+        return self.method.apply(x)
 
     def write_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         """Write norm(x) W^T + b to out [T, out]."""
-        self.linear.write_to(out, x, norm.as_kernels_take_it())
+        self.method.apply_with_norm(x, norm.as_kernels_take_it(), out)
 
     def write_gated_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
         b."""
-        self.linear.write_gated_to(out, x, norm.as_kernels_take_it())
+        self.method.apply_with_norm_and_gate(x, norm.as_kernels_take_it(), out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add x W^T + b to residual [T, out], in place."""
-        self.linear.add_to(residual, x)
+        if self.method.fuses_residual(x.shape[0]):
+            self.method.apply_with_residual(x, residual)
+            return
+        product = self.method.apply(x)
+        # If each of several GPUs had some of the weight's input columns, their products would be
+        # summed here, and no method could fuse the residual.
+        residual.add_(product)
 
     def destinations(self) -> Iterator[Destination]:
         """Yield the name and the view of each merged weight, which a checkpoint stores as [out,
         in], and of its bias."""
-        assert self.weight is not None, "the weight has been laid out and dropped"
+        assert self.weight is not None, "prepared already, so the weight is dropped"
         begin = 0
         for name, width in self.parts.items():
             dot = f"{name}." if name else ""

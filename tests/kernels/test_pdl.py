@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from minisrv.kernels import attention_op, gather_decode_op, take_rows_op, tiles, triton_launch
-from minisrv.kernels.linear import Norm, lay_out
+from minisrv.kernels.linear import LINEAR_METHODS, Norm
 
 pytestmark = pytest.mark.gpu
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, BLOCK, LAYERS, VOCAB = 8, 4, 64, 512, 16, 6, 100
@@ -51,7 +51,8 @@ class Chain:
                 draw(HIDDEN, INTERMEDIATE) / 50,
             )
 
-        self.layers = [[lay_out(weight, None) for weight in layer()] for _ in range(LAYERS)]
+        make = LINEAR_METHODS[None]
+        self.layers = [[make(weight, None) for weight in layer()] for _ in range(LAYERS)]
         self.norm, self.embedding = Norm(draw(HIDDEN), 1e-5), draw(VOCAB, HIDDEN)
         blocks = capacity // BLOCK
         shape = (rows * blocks + 1, BLOCK, 2, KV_HEADS, HEAD_DIM)
@@ -92,7 +93,7 @@ class Chain:
         gather_decode_op(*state, *self.inputs, block_size=BLOCK)
         take_rows_op(self.embedding, ids, self.residual)
         for (qkv, o, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
-            qkv.write_to(self.qkv, self.residual, self.norm)
+            qkv.apply_with_norm(self.residual, self.norm, self.qkv)
             attention_op(
                 self.qkv,
                 positions,
@@ -111,9 +112,9 @@ class Chain:
                 num_kv_heads=KV_HEADS,
                 head_dim=HEAD_DIM,
             )
-            o.add_to(self.residual, self.out)
-            gate_up.write_gated_to(self.gated, self.residual, self.norm)
-            down.add_to(self.residual, self.gated)
+            o.apply_with_residual(self.out, self.residual)
+            gate_up.apply_with_norm_and_gate(self.residual, self.norm, self.gated)
+            down.apply_with_residual(self.gated, self.residual)
 
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:

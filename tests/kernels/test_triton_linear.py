@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 pytest.importorskip("triton")
-from minisrv.kernels.linear import Norm, lay_out
+from minisrv.kernels.linear import LINEAR_METHODS, Norm
 from minisrv.kernels.tiles import RUNGS, SLICE, GemvTile, SlicedTile, TallTile, Tile
 from minisrv.kernels.triton_launch import arrivals
 from minisrv.kernels.triton_linear import multiply
@@ -134,22 +134,22 @@ def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", sorted({*RUNGS, *(rung + 1 for rung in RUNGS)}))
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (15192, 1024)])
-def test_a_laid_out_weight(n: int, k: int, rows: int) -> None:
-    """A weight laid out by `lay_out` gives right products, whichever kernel and tile it chooses."""
+def test_the_linear_method_of_a_gpu(n: int, k: int, rows: int) -> None:
+    """The method gives right products, whichever kernel and tile it chooses."""
     x, weight, bias, weights, _ = draw(n, k, torch.bfloat16, rows)
-    linear, norm = lay_out(weight, bias), Norm(weights, EPS)
+    method, norm = LINEAR_METHODS[None](weight, bias), Norm(weights, EPS)
 
     def close(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=0.05)
 
     plain = expect(x, weight, bias, None, False)
-    close(linear(x), plain)
+    close(method.apply(x), plain)
     out = torch.full_like(plain, torch.nan, dtype=torch.bfloat16)
-    linear.write_to(out, x, norm)
+    method.apply_with_norm(x, norm, out)
     close(out, expect(x, weight, bias, weights, False))
     before = out.double()
-    linear.add_to(out, x)
+    method.apply_with_residual(x, out)
     close(out, before + plain)
     half = torch.empty(rows, n // 2, device=x.device, dtype=x.dtype)
-    linear.write_gated_to(half, x, norm)
+    method.apply_with_norm_and_gate(x, norm, half)
     close(half, expect(x, weight, bias, weights, True))
