@@ -186,6 +186,15 @@ class OneDNNLinearMethod(LinearMethod):
         residual.copy_(add(x, residual, self.weight, self.bias, "add"))
 
 
+if torch.backends.mkldnn.is_available():
+    # A trace needs the shape of an op's result. torch registers it for oneDNN's product, but not
+    # for the product to which a tensor is added.
+    torch.library.register_fake(
+        "mkldnn::_linear_pointwise.binary",
+        lambda x, other, weight, bias, attr: x.new_empty(other.shape),
+    )
+
+
 class Int8LinearMethod(LinearMethod):
     """Products by weights of 8 bits with a scale for each output channel, symmetric; activations
     are not quantised.

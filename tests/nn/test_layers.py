@@ -1,16 +1,19 @@
-"""The layers: where product and residual meet."""
+"""The layers: where product and residual meet, and that a compiler traces them as one graph."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from minisrv.kernels.linear import INT8_ROWS, LINEAR_METHODS, LinearMethod
-from minisrv.nn.layers import Projection
+from minisrv.kernels.linear import INT8_ROWS, LINEAR_METHODS, LinearMethod, UnquantizedLinearMethod
+from minisrv.nn.layers import GatedMLP, Projection, RMSNorm
 
-HIDDEN = 48
+HIDDEN, INTERMEDIATE = 48, 80
 ROWS = (1, INT8_ROWS, INT8_ROWS + 1, 33)
+SERVED = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")]
+"""Dtype and quantisation of models that a CPU serves."""
 
 
 class JustApply(LinearMethod):
@@ -58,3 +61,34 @@ def test_a_method_that_does_not_add_says_so() -> None:
     assert not method.fuses_residual(1)
     with pytest.raises(NotImplementedError, match="JustApply"):
         method.apply_with_residual(torch.ones(1, HIDDEN), torch.ones(1, HIDDEN))
+
+
+@pytest.mark.parametrize("method", ["chosen", UnquantizedLinearMethod])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "quantization"), SERVED, ids=str)
+@torch.inference_mode()
+def test_an_mlp_is_traced_as_one_graph(
+    dtype: torch.dtype,
+    quantization: str | None,
+    bias: bool,
+    method: str | type[LinearMethod],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The traced layer gives the same bits, with the machine's method and with the plain one."""
+    if isinstance(method, type):
+        monkeypatch.setitem(LINEAR_METHODS, quantization, method)
+    mlp = GatedMLP(HIDDEN, INTERMEDIATE, bias=bias, dtype=dtype)
+    norm = RMSNorm(HIDDEN, 1e-5, dtype=dtype)
+    filled(mlp)
+    filled(norm)
+    for projection in (mlp.gate_up, mlp.down):
+        projection.prepare(quantization=quantization)
+    for rows in ROWS:
+        torch.compiler.reset()
+        backend = CompileCounter()
+        traced = torch.compile(mlp.add_to, fullgraph=True, backend=backend)
+        expected, found = rows_of(rows, dtype), rows_of(rows, dtype)
+        mlp.add_to(expected, norm)
+        traced(found, norm)
+        assert backend.frame_count == 1
+        assert torch.equal(found, expected)
