@@ -3,7 +3,7 @@
     python -m benchmarks.attention_bandwidth benchmarks/configs/qwen3-0.6b \
         --batch 8,32,64,256 --context 128,1024,8192 --json F --plot F.svg
 
-One CUDA graph contains the attention op of so many layers that the GPU's caches cannot hold data
+One CUDA graph contains the attention of so many layers that the GPU's caches cannot hold data
 from one replay to the next; the time of a layer is that of the graph divided by the number of
 layers. GB/s counts the bytes of K and V of all contexts. It is compared with the bytes that a large
 copy reads and writes per second, and the time with that of torch's scaled_dot_product_attention,
@@ -30,7 +30,7 @@ from benchmarks.layers import Paged, median_us
 from minisrv.bench.measure import copy_bandwidth
 from minisrv.checkpoint import describe_model
 from minisrv.environment import environment
-from minisrv.kernels.attention import attention_op
+from minisrv.kernels import AttentionLayer, AttentionMetadata, attention
 from minisrv.model_config import ModelConfig
 from minisrv.nn.rope import cos_sin_table
 
@@ -72,7 +72,6 @@ def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
     library = library_us(model, batch, context, layers)
     torch.cuda.empty_cache()
     paged = Paged(batch, context)
-    caches = [paged.cache(model) for _ in range(layers)]
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
@@ -80,27 +79,31 @@ def measure(model: ModelConfig, batch: int, context: int) -> dict[str, Any]:
     qkv, out = draw(batch, model.qkv_size), draw(batch, model.q_size)
     angles = cos_sin_table(model.rope, model.head_dim, context, torch.bfloat16).cuda()
     norm = draw(model.head_dim) if model.qk_norm else None
+    metadata = AttentionMetadata(
+        slot_mapping=paged.slots,
+        block_table=paged.table,
+        seq_lens=paged.lengths,
+        query_start_loc=paged.starts,
+        max_query_len=1,
+    )
+    described = [
+        AttentionLayer(
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            scale=model.head_dim**-0.5,
+            q_norm=norm,
+            k_norm=norm,
+            eps=model.rms_norm_eps,
+            cos_sin=angles,
+            kv_cache=paged.cache(model),
+        )
+        for _ in range(layers)
+    ]
 
     def run() -> None:
-        for cache in caches:
-            attention_op(
-                qkv,
-                paged.positions,
-                cache,
-                paged.slots,
-                paged.table,
-                paged.lengths,
-                paged.starts,
-                out,
-                max_query_len=1,
-                cos_sin=angles,
-                q_norm=norm,
-                k_norm=norm,
-                eps=model.rms_norm_eps,
-                num_heads=model.num_heads,
-                num_kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-            )
+        for layer in described:
+            attention(layer, qkv, paged.positions, metadata, out)
 
     us = time_of(run) / layers
     return {

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from minisrv.checkpoint import describe_model
-from minisrv.graph.forward_context import AttentionMetadata, ForwardContext, set_forward_context
+from minisrv.graph.forward_context import ForwardContext, set_forward_context
+from minisrv.kernels import AttentionMetadata
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.nn.loader import load_model
@@ -78,14 +79,10 @@ class Layers:
         """Capture the layers and logits of a decode step of `rows` requests. The tensors that the
         graph reads are kept until the next capture, so only the last graph may be replayed."""
         config, paged = self.config, Paged(rows, context)
+        self.model.allocate_buffers(rows)
         self.model.bind_kv_cache([paged.cache(config) for _ in range(config.num_layers)])
 
-        def buffer(width: int) -> Tensor:
-            return torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
-
         attn = AttentionMetadata(
-            qkv=buffer(config.qkv_size),
-            out=buffer(config.q_size),
             slot_mapping=paged.slots,
             block_table=paged.table,
             seq_lens=paged.lengths,
@@ -93,8 +90,9 @@ class Layers:
             max_query_len=1,
         )
         ids = torch.randint(0, config.vocab_size, (rows,), device="cuda")
-        hidden = buffer(config.hidden_size)
-        step = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(rows, True), attn)
+        hidden = torch.randn(rows, config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        layers = self.model.attention_layers
+        step = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(rows, True), attn, layers)
 
         def run() -> None:
             with set_forward_context(step):
@@ -106,5 +104,5 @@ class Layers:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        self._read = attn, ids, hidden, paged
+        self._read = ids, hidden, paged
         return graph

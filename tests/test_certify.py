@@ -14,10 +14,11 @@ import torch
 
 from minisrv import cli
 from minisrv.certification.trial import StepTrial
-from minisrv.kernels import DIRECT, attention, attention_op
+from minisrv.kernels import AttentionMetadata
 from minisrv.runner.input_buffers import InputBuffers
 from minisrv.tools import certify
 from tests.checkpoints import make_checkpoint
+from tests.runner.stepping import graphs_attend_with
 
 FLAGS = ("--max-num-seqs", "3", "--max-num-batched-tokens", "16", "--block-size", "4")
 # The faults of these tests are made in the CPU's kernels.
@@ -70,12 +71,12 @@ def breaks_beyond(length: int, how) -> dict[Any, Any]:
     `length`; eager runs use the right one. Batches at start-up are no longer than two blocks and a
     token."""
 
-    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
-        if int(seq_lens.max()) > length:
-            seq_lens = how(seq_lens)
-        attention(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+    def change(metadata: AttentionMetadata) -> AttentionMetadata:
+        if int(metadata.seq_lens.max()) <= length:
+            return metadata
+        return replace(metadata, seq_lens=how(metadata.seq_lens))
 
-    return {attention_op: broken}
+    return graphs_attend_with(change)
 
 
 def raises(seq_lens: torch.Tensor) -> torch.Tensor:
@@ -92,7 +93,7 @@ def raises(seq_lens: torch.Tensor) -> torch.Tensor:
 def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
     """A graph that is wrong only at great lengths passes at start-up; the sweep names every such
     graph and the batch with which it failed (trap 5)."""
-    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(9, how))
+    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", breaks_beyond(9, how))
     status, printed, report = run()
     assert status == 1
     assert failed(report) == DECODE
@@ -164,19 +165,19 @@ def test_an_address_that_moves(run, monkeypatch):
     def sometimes_fresh(self, output, descriptor, epilogue_rows):
         attn = fill(self, output, descriptor, epilogue_rows)
         if any(row.start > 9 for row in output.rows):
-            return replace(attn, qkv=attn.qkv.clone())
+            return replace(attn, seq_lens=attn.seq_lens.clone())
         return attn
 
     monkeypatch.setattr(InputBuffers, "fill", sometimes_fresh)
     status, printed, _ = run()
     assert status == 1
-    assert "attn.qkv changed since the capture" in printed
+    assert "attn.seq_lens changed since the capture" in printed
 
 
 def test_what_does_not_start_is_not_swept(run, monkeypatch):
     """A model whose graphs fail at start-up is refused with that error, and no report is
     written."""
-    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", DIRECT | breaks_beyond(1, raises))
+    monkeypatch.setattr("minisrv.graph.cpu_tape.DIRECT", breaks_beyond(1, raises))
     status, printed, report = run()
     assert (status, report) == (1, {})
     assert "minisrv: error: FULL 3 HIDDEN: the replay on a clean batch failed" in printed
@@ -248,7 +249,7 @@ def test_status_1_of_the_process(checkpoint):
     code = (
         "from minisrv.graph import cpu_tape\n"
         "from tests.test_certify import breaks_beyond, raises\n"
-        "cpu_tape.DIRECT = cpu_tape.DIRECT | breaks_beyond(9, raises)"
+        "cpu_tape.DIRECT = breaks_beyond(9, raises)"
     )
     done = process(checkpoint, *FLAGS, code=code)
     assert (done.returncode, "6 FAILED" in done.stdout) == (1, True), done.stderr

@@ -200,8 +200,8 @@ class StepTrial:
         self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
 
     def _fill_buffers(self, poison: bool) -> None:
-        buffers = self.runner.buffers
-        for buffer in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
+        buffers, model = self.runner.buffers, self.runner.model
+        for buffer in (model.qkv, model.attn_out, buffers.hidden, buffers.logits):
             buffer.fill_(NAN if poison else 0.0)
         buffers.bitmask.fill_(ALL)
         buffers.logits_indices.fill_(buffers.sizes.tokens - 1 if poison else 0)

@@ -2,7 +2,7 @@
 
 A capture consists of one or several *segments*: everything that runs between `begin` and `end` is
 recorded. The segments of one capture see each other's intermediate tensors, and share memory for
-them.
+them. A segment may end, and the next one begin, within an operation, which is then in neither.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ purpose of the tape is exactness more than speed. Knows nothing of models, batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -106,12 +107,20 @@ class _Capture:
 
 
 class _Segment:
-    """A recorded segment. Its calls are bound to addresses when the capture is finished."""
+    """A recorded segment. Its calls are bound to addresses when the capture is finished.
+
+    It replays with the values that context variables had when it was recorded: a CUDA graph keeps
+    the numbers with which its kernels were launched.
+    """
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
+        self._context = copy_context()
 
     def __call__(self) -> None:
+        self._context.run(self._run)
+
+    def _run(self) -> None:
         for function, args, kwargs in self.calls:
             function(*args, **kwargs)
 
@@ -126,16 +135,18 @@ class CPUTapeBackend:
         self._recorder: _Recorder | None = None
 
     def begin(self) -> None:
-        """See `GraphBackend`."""
-        assert self._recorder is None, "segments do not nest"
-        self._recorder = _Recorder(self._capture)
-        self._recorder.__enter__()  # type: ignore[no-untyped-call]
+        """See `GraphBackend`. The recorder is entered for the whole capture, because a segment may
+        end and the next begin within an operation, while torch has set the recorder aside."""
+        if self._recorder is None:
+            self._recorder = _Recorder(self._capture)
+            self._recorder.__enter__()  # type: ignore[no-untyped-call]
+        self._recorder.begin_segment()
 
     def end(self) -> Replay:
         """See `GraphBackend`."""
-        recorder = self._stop()
+        assert self._recorder is not None, "no segment is being recorded"
         segment = _Segment()
-        self._capture.segments.append((segment, recorder.nodes))
+        self._capture.segments.append((segment, self._recorder.end_segment()))
         return segment
 
     def finish(self) -> None:
@@ -144,6 +155,7 @@ class CPUTapeBackend:
         An arena that is too small is replaced by a larger one for this graph and later ones;
         earlier graphs keep theirs.
         """
+        self._stop()
         capture, self._capture = self._capture, _Capture()
         size = _lay_out(capture.internal.values())
         self._extent = max(self._extent, size)
@@ -155,24 +167,24 @@ class CPUTapeBackend:
 
     def abandon(self) -> None:
         """See `GraphBackend`."""
-        if self._recorder is not None:
-            self._stop()
+        self._stop()
         self._capture = _Capture()
 
     def memory_used(self) -> int:
         """Return the number of bytes of the arena that some graph uses."""
         return self._extent
 
-    def _stop(self) -> _Recorder:
-        recorder = self._recorder
-        assert recorder is not None, "no segment is being recorded"
-        recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._recorder = None
-        return recorder
+    def _stop(self) -> None:
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs every operation and records it."""
+    """Runs every operation of a capture, and records those of its segments.
+
+    An operation that ends a segment runs between two segments, and is in neither.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -183,7 +195,18 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, capture: _Capture) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capture = capture
-        self.nodes: list[_Node] = []
+        self._nodes: list[_Node] | None = None
+
+    def begin_segment(self) -> None:
+        """Record the operations from here on."""
+        assert self._nodes is None, "segments do not nest"
+        self._nodes = []
+
+    def end_segment(self) -> list[_Node]:
+        """Stop recording, and return what the segment has recorded."""
+        nodes, self._nodes = self._nodes, None
+        assert nodes is not None, "no segment is being recorded"
+        return nodes
 
     def __torch_dispatch__(
         self,
@@ -192,12 +215,17 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, nodes = kwargs or {}, self._nodes
+        if nodes is None:
+            return func(*args, **kwargs)
         _refuse(func, args)
         inputs = _tensors((args, kwargs))
         storages = [tensor.untyped_storage() for tensor in inputs]
         before = [storage.nbytes() for storage in storages]
         result = func(*args, **kwargs)
+        if self._nodes is not nodes:
+            self._refuse_intermediates(func, inputs)
+            return result
         if [storage.nbytes() for storage in storages] != before:
             raise GraphCaptureError(
                 f"{func} changed the size of its argument's memory: a graph, whose addresses are "
@@ -221,8 +249,17 @@ class _Recorder(TorchDispatchMode):
             if storage := capture.internal.get(_identity(tensor)):
                 storage.last_used = number
         held = _as_they_are((args, kwargs, fresh))
-        self.nodes.append(_Node(number, func, *held))
+        nodes.append(_Node(number, func, *held))
         return result
+
+    def _refuse_intermediates(self, func: OpOverload, inputs: list[Tensor]) -> None:
+        """Raise GraphCaptureError if an operation that runs between two segments, on the tensors
+        that it has got now, has got one that the capture will place elsewhere."""
+        if any(_identity(tensor) in self.capture.internal for tensor in inputs):
+            raise GraphCaptureError(
+                f"{func} runs between the pieces of a graph, and one of its arguments is an "
+                "intermediate result, whose address is not fixed there; pass it in a static buffer."
+            )
 
 
 def is_launch(func: OpOverload, arguments: Any, result: Any) -> bool:

@@ -1,13 +1,15 @@
 """Kernels: custom ops and the plain functions under them.
 
-A dispatch mode, a graph's recorder or a compiler sees one op (`torch.ops.minisrv.*`). Code that
+A dispatch mode, a graph's recorder or a compiler sees one op (`torch.ops.minisrv.*`). The op of
+attention is defined in `graph.attention`, and the function under it here. Code that
 replays a recorded op calls the plain function instead, because going through the dispatcher costs
 more than a small ATen op.
 """
 
 from __future__ import annotations
 
-from minisrv.kernels.attention import attention, attention_op
+from minisrv.kernels.attention import attention
+from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.elementwise import (
     rms_norm,
     rms_norm_op,
@@ -28,16 +30,15 @@ from minisrv.kernels.slots import (
     write_values,
 )
 
-DIRECT[attention_op] = attention
-
 __all__ = [
     "ALL",
     "DIRECT",
+    "AttentionLayer",
+    "AttentionMetadata",
     "Write",
     "apply_bitmask",
     "apply_bitmask_op",
     "attention",
-    "attention_op",
     "gather_decode",
     "gather_decode_op",
     "gather_mixed_op",

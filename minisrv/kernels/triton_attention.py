@@ -1,4 +1,4 @@
-"""The attention op on CUDA, in Triton.
+"""Attention on CUDA, in Triton.
 
 A batch with one token in each row (`max_query_len` 1) is one launch: each program takes a key head
 of a row and a share of its history, norms and rotates the queries, writes the new entry to the
@@ -20,7 +20,7 @@ waits.
 Cache entries beyond a row's length are not loaded, and stale entries of the block table are not
 followed. A program works for one row, so no value in a row, NaN included, reaches another.
 
-This module imports Triton; `kernels.attention` imports it when the op first meets a CUDA tensor.
+This module imports Triton; `kernels.attention` imports it for the first CUDA tensor.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
 
 
@@ -92,23 +93,11 @@ COMBINED = 2048
 
 
 def attention(
+    layer: AttentionLayer,
     qkv: Tensor,
     positions: Tensor,
-    kv_cache: Tensor,
-    slot_mapping: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
+    metadata: AttentionMetadata,
     out: Tensor,
-    *,
-    max_query_len: int,
-    cos_sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
 ) -> None:
     """Compute `kernels.attention.attention` for CUDA tensors, which are contiguous except for the
     rows of `block_table`.
@@ -118,12 +107,15 @@ def attention(
     token, a cache slot that a row writes is read by no other row, because the slots of one step
     belong to one row or to padding.
     """
+    kv_cache, head_dim = layer.kv_cache, layer.head_dim
+    num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
+    block_table, seq_lens = metadata.block_table, metadata.seq_lens
     tokens, rows = qkv.shape[0], seq_lens.shape[0]
     block_size, table_width = kv_cache.shape[1], block_table.shape[1]
     group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = min(MAX_TILE, max(16, TILE_BYTES // (block_d * qkv.element_size())))
-    scale = head_dim**-0.5 * math.log2(math.e)
+    scale = layer.scale * math.log2(math.e)
     heads = {
         "GROUP": group,
         "NUM_KV_HEADS": num_kv_heads,
@@ -133,7 +125,7 @@ def attention(
     # tl.dot multiplies at least 16 rows.
     block_g = max(16, triton.next_power_of_2(group))
 
-    if max_query_len == 1:
+    if metadata.max_query_len == 1:
         assert tokens == rows, "one token a row and no padding behind them"
         sms = multiprocessors(qkv.device)
         programs = rows * num_kv_heads
@@ -161,19 +153,19 @@ def attention(
             qkv,
             positions,
             kv_cache,
-            slot_mapping,
+            metadata.slot_mapping,
             block_table,
             seq_lens,
             out,
             partial,
             sums,
             arrived,
-            cos_sin,
-            q_norm,
-            k_norm,
+            layer.cos_sin,
+            layer.q_norm,
+            layer.k_norm,
             block_table.stride(0),
             splits,
-            eps,
+            layer.eps,
             scale,
             **heads,
             BLOCK_SIZE=block_size,
@@ -192,15 +184,15 @@ def attention(
         qkv,
         positions,
         kv_cache,
-        slot_mapping,
-        query_start_loc,
+        metadata.slot_mapping,
+        metadata.query_start_loc,
         queries,
         out,
-        cos_sin,
-        q_norm,
-        k_norm,
+        layer.cos_sin,
+        layer.q_norm,
+        layer.k_norm,
         rows,
-        eps,
+        layer.eps,
         **heads,
         BLOCK_G=triton.next_power_of_2(group),
         num_warps=1 if group * block_d <= 512 else 4,
@@ -212,7 +204,7 @@ def attention(
         kv_cache,
         block_table,
         seq_lens,
-        query_start_loc,
+        metadata.query_start_loc,
         out,
         block_table.stride(0),
         rows,

@@ -1,8 +1,8 @@
-"""The attention layer: projections around the attention op. It alone reads the forward context.
+"""The attention of a layer: projections around the attention op.
 
-The QKV projection writes the context's static `qkv` and the output projection reads its static
-`out`, so that these buffers connect the graph captured up to the op with the one captured after it.
-Knows nothing of what else the step or the graph contains.
+The QKV projection writes the op's argument and the output projection reads its result. Both are
+static buffers of the model, so that they connect the graph captured up to the op with the one
+captured after it. Knows nothing of the step: the op finds what differs by step.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
-from minisrv.kernels.attention import attention_op
+from minisrv.graph.attention import attention_op
+from minisrv.kernels import AttentionLayer
 from minisrv.model_config import ModelConfig
 from minisrv.nn.layers import Destination, Projection, RMSNorm
 
@@ -21,10 +21,10 @@ from minisrv.nn.layers import Destination, Projection, RMSNorm
 class Attention(nn.Module):
     """The attention of one layer.
 
-    kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim], bound by `Decoder.bind_kv_cache`.
+    index: the index of the layer in the model.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
         self.qkv = Projection(config.hidden_size, parts, bias=config.qkv_bias, dtype=dtype)
@@ -37,43 +37,34 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
         self.config = config
-        self.kv_cache: Tensor | None = None
+        self.index = index
 
-    def add_to(self, residual: Tensor, norm: RMSNorm, positions: Tensor, cos_sin: Tensor) -> None:
+    def add_to(
+        self, residual: Tensor, norm: RMSNorm, positions: Tensor, qkv: Tensor, out: Tensor
+    ) -> None:
         """Add the attention of norm(residual) to residual [T, hidden], in place.
 
         positions: [T] int64; it must be the static tensor, because the op may run at replay.
+        qkv, out: [T, qkv_size] and [T, q_size], static buffers that are overwritten.
         """
-        context = get_forward_context()
-        attn = context.attention
-        self.qkv.write_to(attn.qkv, residual, norm)
-        if context.break_at is None:
-            self._attend(attn, positions, cos_sin)
-        else:  # it uses the context of the replay, because the rows change
-            context.break_at(
-                lambda: self._attend(get_forward_context().attention, positions, cos_sin)
-            )
-        self.o.add_to(residual, attn.out)
+        self.qkv.write_to(qkv, residual, norm)
+        attention_op(qkv, positions, out, self.index)
+        self.o.add_to(residual, out)
 
-    def _attend(self, attn: AttentionMetadata, positions: Tensor, cos_sin: Tensor) -> None:
-        assert self.kv_cache is not None, "no KV cache is bound"
-        attention_op(
-            attn.qkv,
-            positions,
-            self.kv_cache,
-            attn.slot_mapping,
-            attn.block_table,
-            attn.seq_lens,
-            attn.query_start_loc,
-            attn.out,
-            max_query_len=attn.max_query_len,
-            cos_sin=cos_sin,
+    def bind(self, kv_cache: Tensor, cos_sin: Tensor) -> AttentionLayer:
+        """Return the description of this layer for the attention op, with its KV cache and the
+        model's rotation table."""
+        config = self.config
+        return AttentionLayer(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
             k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.config.rms_norm_eps,
-            num_heads=self.config.num_heads,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
+            eps=config.rms_norm_eps,
+            cos_sin=cos_sin,
+            kv_cache=kv_cache,
         )
 
     def destinations(self) -> Iterator[Destination]:

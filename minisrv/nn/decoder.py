@@ -1,8 +1,8 @@
 """The decoder: one definition for Llama, Qwen2 and Qwen3, which a ModelConfig distinguishes.
 
 Knows: how layers follow each other, and the names that a checkpoint gives their weights. Knows
-nothing of requests, batches or graphs; whatever differs by step reaches the attention layers
-through the forward context, past this module.
+nothing of requests, batches or graphs; whatever differs by step reaches the attention op through
+the forward context, past this module.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LINEAR_METHODS
 from minisrv.model_config import ModelConfig
 from minisrv.nn.attention import Attention
@@ -23,17 +24,17 @@ class DecoderLayer(nn.Module):
     """Attention and MLP. The input of each is normed, and its output is added to the residual
     stream."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(hidden, eps, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype)
+        self.attention = Attention(config, index, dtype=dtype)
         self.post_norm = RMSNorm(hidden, eps, dtype=dtype)
         self.mlp = GatedMLP(hidden, config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
 
-    def forward(self, residual: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-        """Update the residual stream [T, hidden] in place."""
-        self.attention.add_to(residual, self.input_norm, positions, cos_sin)
+    def forward(self, residual: Tensor, positions: Tensor, qkv: Tensor, out: Tensor) -> None:
+        """Update the residual stream [T, hidden] in place; see `Attention.add_to`."""
+        self.attention.add_to(residual, self.input_norm, positions, qkv, out)
         self.mlp.add_to(residual, self.post_norm)
 
     def destinations(self) -> Iterator[Destination]:
@@ -47,9 +48,16 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """A decoder-only transformer. Its parameters are uninitialised; `nn.loader` fills them, and
-    `prepare` makes it ready to run."""
+    `prepare`, `allocate_buffers` and `bind_kv_cache` make it ready to run.
+
+    qkv: [max_num_tokens, qkv_size], the argument of the attention op, shared by all layers.
+    attn_out: [max_num_tokens, q_size], the result of the attention op, shared by all layers.
+    attention_layers: the layers as the attention op takes them, with their KV caches.
+    """
 
     cos_sin: Tensor
+    qkv: Tensor
+    attn_out: Tensor
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +65,7 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, dtype=dtype) for _ in range(config.num_layers)
+            DecoderLayer(config, index, dtype=dtype) for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head: Projection | None = None
@@ -73,16 +81,22 @@ class Decoder(nn.Module):
             self.bytes_read -= self.embed.weight.nbytes
         table = torch.empty(config.max_position_embeddings, 2 * config.head_dim, dtype=dtype)
         self.register_buffer("cos_sin", table, persistent=False)
+        self.register_buffer("qkv", None, persistent=False)
+        self.register_buffer("attn_out", None, persistent=False)
+        self.attention_layers: list[AttentionLayer] = []
 
     def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
         """Run the model: input_ids [T] int64 and positions [T] int64 give out [T, hidden], after
         the final norm.
 
-        It runs within a forward context, whose attention arguments are those of these T tokens.
+        It runs within a forward context, whose attention metadata are those of these T tokens and
+        whose layers are the model's `attention_layers`.
         """
+        tokens = len(input_ids)
+        qkv, attn_out = self.qkv[:tokens], self.attn_out[:tokens]
         residual: Tensor = self.embed(input_ids)
         for layer in self.layers:
-            layer(residual, positions, self.cos_sin)
+            layer(residual, positions, qkv, attn_out)
         self.norm.write_to(out, residual)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -90,17 +104,18 @@ class Decoder(nn.Module):
         serving."""
         return self.head(hidden)
 
+    def allocate_buffers(self, max_num_tokens: int) -> None:
+        """Allocate the static buffers for steps of at most so many tokens."""
+        weight, config = self.embed.weight, self.config
+        self.qkv = weight.new_zeros(max_num_tokens, config.qkv_size)
+        self.attn_out = weight.new_zeros(max_num_tokens, config.q_size)
+
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
-        assert len(kv_caches) == len(self.layers), "one KV cache a layer"
-        for layer, kv_cache in zip(self.attention_layers(), kv_caches, strict=True):
-            layer.kv_cache = kv_cache
-
-    def attention_layers(self) -> Iterator[Attention]:
-        """Yield the attention layers in the order in which they run."""
-        for layer in self.layers:
+        self.attention_layers = []
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             assert isinstance(layer, DecoderLayer)
-            yield layer.attention
+            self.attention_layers.append(layer.attention.bind(kv_cache, self.cos_sin))
 
     def prepare(self, *, quantization: str | None = None) -> None:
         """Make a model whose weights are filled ready to run: compute tensors that no checkpoint

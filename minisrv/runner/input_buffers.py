@@ -24,8 +24,15 @@ from torch import Tensor
 from minisrv.core.kv_cache import NULL_SLOT
 from minisrv.core.ladder import Ladders
 from minisrv.core.step import SchedulerOutput
-from minisrv.graph.forward_context import AttentionMetadata
-from minisrv.kernels import ALL, Write, gather_decode_op, gather_mixed_op, scatter_op, write_values
+from minisrv.kernels import (
+    ALL,
+    AttentionMetadata,
+    Write,
+    gather_decode_op,
+    gather_mixed_op,
+    scatter_op,
+    write_values,
+)
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor
 
@@ -74,7 +81,7 @@ class BufferSizes:
 
     def bytes_of_tokens(self, model: ModelConfig, itemsize: int) -> int:
         """Return the minimum number of bytes that tokens take: the buffers that are allocated for
-        them here, and the widest activation in the model, gate and up."""
+        them here and in the model, and the widest activation in the model, gate and up."""
         wide = model.qkv_size + model.q_size + model.hidden_size + 2 * model.intermediate_size
         return self.tokens * (4 * 8 + wide * itemsize)
 
@@ -166,8 +173,6 @@ class InputBuffers:
     block_table: [R, blocks_per_row] int32.
     seq_lens: [R] int32.
     query_start_loc: [R + 1] int32.
-    qkv, attn_out: [T, ...] in the model's dtype, the argument and the result of the attention op of
-        every layer.
     hidden: [T, hidden] in the model's dtype.
     logits: [R, vocab] in the model's dtype.
     tokens: [R] int64, the sampled tokens.
@@ -203,8 +208,6 @@ class InputBuffers:
         self.tokens = ints(rows)
         self.logits_indices = ints(rows)
         self.bitmask = ints(rows, -(-model.vocab_size // 32), dtype=torch.int32).fill_(ALL)
-        self.qkv = torch.zeros(tokens, model.qkv_size, dtype=dtype, device=device)
-        self.attn_out = torch.zeros(tokens, model.q_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(tokens, model.hidden_size, dtype=dtype, device=device)
         self.logits = torch.zeros(rows, model.vocab_size, dtype=dtype, device=device)
         # Decode rows are all of the same length, so this never changes.
@@ -327,8 +330,6 @@ class InputBuffers:
         self, tokens: int, rows: int, starts: Tensor, max_query_len: int
     ) -> AttentionMetadata:
         return AttentionMetadata(
-            qkv=self.qkv[:tokens],
-            out=self.attn_out[:tokens],
             slot_mapping=self.slot_mapping[:tokens],
             block_table=self.block_table[:rows],
             seq_lens=self.seq_lens[:rows],

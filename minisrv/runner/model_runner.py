@@ -30,14 +30,13 @@ from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.forward_context import (
-    AttentionMetadata,
     ForwardContext,
     get_forward_context,
     set_forward_context,
 )
 from minisrv.graph.observer import StepObserver, StepPart, entered
 from minisrv.graph.wrapper import CUDAGraphWrapper
-from minisrv.kernels import apply_bitmask_op, sample_op, take_rows_op
+from minisrv.kernels import AttentionMetadata, apply_bitmask_op, sample_op, take_rows_op
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.nn.decoder import Decoder
@@ -84,6 +83,7 @@ class ModelRunner:
         self.vocab_size = config.vocab_size
         self.state = SlotState(sizes, device)
         self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
+        model.allocate_buffers(sizes.tokens)
         self.processors = LogitsProcessors(config.vocab_size, device)
         self.masks = TokenMasks(self.buffers.bitmask)
         self.results = ResultRing(sizes.rows, device)
@@ -175,7 +175,8 @@ class ModelRunner:
         graph: a graph to replay in place of the installed one.
         """
         observers = self.observers
-        context = ForwardContext(*key, attn, graph, observers)
+        layers = self.model.attention_layers
+        context = ForwardContext(*key, attn, layers, graph, observers)
         if not observers:
             return self._launch(context, output)
         with entered(observer.stage(key, output) for observer in observers):
@@ -306,7 +307,8 @@ class ModelRunner:
         nobody = SchedulerOutput(unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0)
         if descriptor.stage is Stage.EPILOGUE:
             self.buffers.hidden.zero_()
-        context = ForwardContext(mode, descriptor, self.prepare(nobody, (key,)))
+        attn = self.prepare(nobody, (key,))
+        context = ForwardContext(mode, descriptor, attn, self.model.attention_layers)
         with set_forward_context(context):
             return self._wrapper(key).capture(*self._inputs(descriptor))
 

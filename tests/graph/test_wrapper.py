@@ -11,12 +11,12 @@ import torch
 from minisrv.errors import GraphError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.forward_context import (
-    AttentionMetadata,
     ForwardContext,
     get_forward_context,
     set_forward_context,
 )
 from minisrv.graph.wrapper import CUDAGraphWrapper
+from minisrv.kernels import AttentionMetadata
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -24,36 +24,35 @@ NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 
 class Model:
     """A model of two layers, each of which doubles its input, attends and adds. Attention doubles
-    its argument and records the context of each call."""
+    its argument and records the context of each call.
+    """
 
     def __init__(self) -> None:
         ints = torch.zeros(4, dtype=torch.int32)
         self.attn = AttentionMetadata(
-            qkv=torch.zeros(4),
-            out=torch.zeros(4),
             slot_mapping=ints,
             block_table=ints,
             seq_lens=ints,
             query_start_loc=ints,
             max_query_len=1,
         )
+        self.qkv, self.out = torch.zeros(4), torch.zeros(4)
         self.x, self.result = torch.ones(4), torch.zeros(4)
         self.calls: list[str] = []
         self.attended: list[ForwardContext] = []
 
     def attention(self) -> None:
         context = get_forward_context()
+        if context.break_at is not None:
+            context.break_at(self.attention)
+            return
         self.attended.append(context)
-        torch.mul(context.attn.qkv, 2, out=context.attn.out)
+        torch.mul(self.qkv, 2, out=self.out)
 
     def layer(self, residual: torch.Tensor) -> torch.Tensor:
-        context = get_forward_context()
-        torch.mul(residual, 2, out=context.attn.qkv)
-        if context.break_at is None:
-            self.attention()
-        else:
-            context.break_at(self.attention)
-        return residual + context.attn.out
+        torch.mul(residual, 2, out=self.qkv)
+        self.attention()
+        return residual + self.out
 
     def __call__(self, x: torch.Tensor) -> None:
         self.calls.append("model")

@@ -1,15 +1,20 @@
-"""Random batches for the attention op in a cache filled with poison, and the float64 results that
-are expected of them."""
+"""Random batches for attention in a cache filled with poison, and the float64 results that are
+expected of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from minisrv.graph.attention import attention_op
+from minisrv.graph.forward_context import ForwardContext, set_forward_context
+from minisrv.kernels import AttentionLayer, AttentionMetadata
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
 
 EPS = 1e-6
 TOLERANCE = {
@@ -22,16 +27,37 @@ STALE = 2**31 - 1
 
 @dataclass
 class Case:
-    """Arguments of the attention op. `rows` holds for each row (tokens in the cache before the
-    step, tokens of the step)."""
+    """Arguments of attention, by name: those that change with a step, and those of a layer. `rows`
+    holds for each row (tokens in the cache before the step, tokens of the step)."""
 
     rows: Sequence[tuple[int, int]]
     args: dict[str, Tensor]
     options: dict[str, Any]
 
-    def run(self, op: Callable[..., None]) -> Tensor:
+    def run(self, attention: Callable[..., None]) -> Tensor:
+        args = self.args
         with torch.inference_mode():
-            op(*self.args.values(), **self.options)
+            attention(self.layer, args["qkv"], args["positions"], self.metadata, args["out"])
+        return args["out"]
+
+    @property
+    def layer(self) -> AttentionLayer:
+        return AttentionLayer(**chosen(AttentionLayer, self.args | self.options))
+
+    @property
+    def metadata(self) -> AttentionMetadata:
+        return AttentionMetadata(**chosen(AttentionMetadata, self.args | self.options))
+
+    @property
+    def context(self) -> ForwardContext:
+        """The forward context in which the attention op runs this case, for layer 0."""
+        return ForwardContext(
+            CUDAGraphMode.NONE, BatchDescriptor(len(self.args["qkv"])), self.metadata, [self.layer]
+        )
+
+    def run_op(self) -> Tensor:
+        with torch.inference_mode(), set_forward_context(self.context):
+            attention_op(self.args["qkv"], self.args["positions"], self.args["out"], 0)
         return self.args["out"]
 
     def copy(self, device: str = "cpu") -> Case:
@@ -44,6 +70,11 @@ class Case:
         return Case(self.rows, moved(self.args), moved(self.options))
 
 
+def chosen(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `values` that are fields of the dataclass `kind`."""
+    return {field.name: values[field.name] for field in fields(kind)}
+
+
 def make_case(
     rows: Sequence[tuple[int, int]],
     *,
@@ -54,6 +85,7 @@ def make_case(
     pad_tokens: int = 0,
     pad_rows: int = 0,
     norm: bool = True,
+    scale: float | None = None,
     dtype: torch.dtype = torch.float32,
     poison: float = math.nan,
     seed: int = 0,
@@ -62,6 +94,7 @@ def make_case(
     block table entries that no row may follow point outside of all memory.
 
     pad_tokens: number of padding tokens behind those of all rows.
+    scale: the factor of scores; None is the usual one.
     pad_rows: number of padding rows behind all rows; they are empty, and no kernel may look at
         their lengths or blocks.
     """
@@ -109,6 +142,7 @@ def make_case(
         "q_norm": weights[0] if norm else None,
         "k_norm": weights[1] if norm else None,
         "eps": EPS,
+        "scale": head_dim**-0.5 if scale is None else scale,
         "num_heads": heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
@@ -117,8 +151,8 @@ def make_case(
 
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:
-    """Return out and kv_cache as the op should leave them, computed in float64 token by token, head
-    by head."""
+    """Return out and kv_cache as attention should leave them, computed in float64 token by token,
+    head by head."""
     a, o = case.args, case.options
     heads, kv_heads, dim = o["num_heads"], o["num_kv_heads"], o["head_dim"]
     cache = a["kv_cache"].double().flatten(0, 1)
@@ -149,7 +183,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
             for head in range(heads):
                 q = prepare(packed[token, head], o["q_norm"], position)
                 kv = seen[:, :, head // (heads // kv_heads)]
-                weights = (kv[:, 0] @ q / math.sqrt(dim)).softmax(0)
+                weights = (kv[:, 0] @ q * o["scale"]).softmax(0)
                 out[token, head] = weights @ kv[:, 1]
             token += 1
     return out.flatten(1), cache.view_as(a["kv_cache"])
@@ -159,7 +193,7 @@ def assert_equal_to_reference(ran: Case, case: Case) -> None:
     """Check `out` everywhere, every slot of the cache except those of the null block, and that
     `qkv` is unchanged.
 
-    ran: a copy of `case`, on any device, that the op has been run on.
+    ran: a copy of `case`, on any device, that attention has been run on.
     """
     out, cache = reference(case)
     args = ran.copy().args

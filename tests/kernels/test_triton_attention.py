@@ -1,4 +1,4 @@
-"""CUDA's attention op against the same float64 reference as the CPU's, on the same random batches.
+"""CUDA's attention against the same float64 reference as the CPU's, on the same random batches.
 
 Without a GPU the kernels run in Triton's interpreter, which multiplies bfloat16 wrongly (it takes
 the bits for integers); float16 stands for both there.
@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisrv.kernels import attention_op
 from tests.kernels.attention_cases import (
     TOLERANCE,
     Case,
@@ -45,7 +44,7 @@ def _as_many_splits_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(case: Case) -> Case:
-    """Return a copy of the case, on the tested device, that the op has been run on."""
+    """Return a copy of the case, on the tested device, that attention has been run on."""
     ran = case.copy(DEVICE)
     ran.run(attention)
     return ran
@@ -72,6 +71,7 @@ def bits_of(case: Case, rows: slice = slice(None)) -> Tensor:
     pad_tokens=st.one_of(st.just(0), st.integers(0, 5)),
     pad_rows=st.one_of(st.just(0), st.integers(0, 9)),
     norm=st.booleans(),
+    scale=st.sampled_from([None, 0.25]),
     dtype=st.sampled_from(DTYPES),
     poison=st.sampled_from([math.nan, math.inf, -math.inf]),
     seed=st.integers(0, 1000),
@@ -236,7 +236,7 @@ def test_through_the_dispatcher(dtype: torch.dtype) -> None:
     for padding in ({}, {"pad_tokens": 1}, {"pad_rows": 1}):
         case = make_case([(70, 1), (9, 1)], dtype=dtype, **padding)
         ran = case.copy(DEVICE)
-        ran.run(attention_op)
+        ran.run_op()
         assert_equal_to_reference(ran, case)
 
 

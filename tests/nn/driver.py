@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from minisrv.graph.forward_context import AttentionMetadata, ForwardContext, set_forward_context
+from minisrv.graph.forward_context import ForwardContext, set_forward_context
+from minisrv.kernels import AttentionMetadata
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
 from minisrv.nn.decoder import Decoder
 
@@ -37,6 +38,7 @@ class Driver:
         blocks = 1 + rows * self.max_blocks
         shape = (blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         caches = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(config.num_layers)]
+        model.allocate_buffers(rows * max_len)
         model.bind_kv_cache(caches)
         self.caches = caches
         order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -45,11 +47,11 @@ class Driver:
     def context(
         self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
     ) -> tuple[Tensor, Tensor, ForwardContext]:
-        """Return input_ids, positions and the forward context of a step.
+        """Return input_ids, positions and the forward context of a step, and fill the model's
+        buffers with NaN.
 
         batch: for each row of the step, its number and its new tokens.
         """
-        config = self.model.config
         ids, positions, slots, starts, lengths, tables = [], [], [], [0], [], []
         for index, tokens in batch:
             row = self.rows[index]
@@ -68,18 +70,17 @@ class Driver:
             lengths.append(1)
             tables.append([0] * self.max_blocks)
         ids, positions, slots = (x + [0] * pad_tokens for x in (ids, positions, slots))
-        poison = torch.full((len(ids), config.qkv_size + config.q_size), torch.nan)
-        qkv, out = poison.to(self.model.dtype).split([config.qkv_size, config.q_size], dim=1)
+        self.model.qkv.fill_(torch.nan)
+        self.model.attn_out.fill_(torch.nan)
         attn = AttentionMetadata(
-            qkv=qkv.contiguous(),
-            out=out.contiguous(),
             slot_mapping=torch.tensor(slots),
             block_table=torch.tensor(tables, dtype=torch.int32),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             query_start_loc=torch.tensor(starts, dtype=torch.int32),
             max_query_len=1 if len(ids) == len(lengths) else len(ids),
         )
-        context = ForwardContext(CUDAGraphMode.NONE, BatchDescriptor(len(ids)), attn)
+        layers = self.model.attention_layers
+        context = ForwardContext(CUDAGraphMode.NONE, BatchDescriptor(len(ids)), attn, layers)
         return torch.tensor(ids), torch.tensor(positions), context
 
     def step(
@@ -113,7 +114,7 @@ def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
 def broken_run(
     model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
 ) -> list[Callable[[], None]]:
-    """Run the model with `break_at` set, and return the attention calls that the layers handed
+    """Run the model with `break_at` set, and return the attention calls that the op handed
     over."""
     handed: list[Callable[[], None]] = []
     with torch.inference_mode(), set_forward_context(replace(context, break_at=handed.append)):

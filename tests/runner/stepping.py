@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -28,10 +28,14 @@ from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import GraphError
+from minisrv.graph.attention import attention_op
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
+from minisrv.graph.forward_context import get_forward_context, set_forward_context
+from minisrv.kernels import DIRECT, AttentionMetadata
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.nn.decoder import Decoder
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
@@ -208,8 +212,14 @@ def tensors(runner: ModelRunner) -> dict[str, Tensor]:
     slots, and the buffers."""
     found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
     found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
+    found |= {f"model.{name}": tensor for name, tensor in attention_buffers(runner.model).items()}
     buffers = vars(runner.buffers).items()
     return found | {f"buffers.{name}": t for name, t in buffers if isinstance(t, Tensor)}
+
+
+def attention_buffers(model: Decoder) -> dict[str, Tensor]:
+    """Return the static buffers of a model, by name: the argument and the result of attention."""
+    return {"qkv": model.qkv, "attn_out": model.attn_out}
 
 
 def saved(runner: ModelRunner) -> dict[str, Tensor]:
@@ -219,6 +229,18 @@ def saved(runner: ModelRunner) -> dict[str, Tensor]:
 def restore(runner: ModelRunner, values: dict[str, Tensor]) -> None:
     for name, tensor in tensors(runner).items():
         tensor.copy_(values[name])
+
+
+def graphs_attend_with(change: Callable[[AttentionMetadata], AttentionMetadata]) -> dict[Any, Any]:
+    """Return a table of kernels for the CPU tape, with which attention in a graph takes changed
+    metadata; eager runs, and the attention between pieces, use the right ones."""
+
+    def broken(qkv: Tensor, positions: Tensor, out: Tensor, layer: int) -> None:
+        context = get_forward_context()
+        with set_forward_context(replace(context, attn=change(context.attn))):
+            DIRECT[attention_op](qkv, positions, out, layer)
+
+    return DIRECT | {attention_op: broken}
 
 
 def poison_the_pool(backend: CPUTapeBackend | CUDABackend) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from minisrv import kernels
 from minisrv.certification.batches import short_batch
 from minisrv.certification.startup import add_graph, probe
 from minisrv.certification.trial import TrialSpace, reserved_space
@@ -23,6 +24,7 @@ from minisrv.engine.core import EngineCore
 from minisrv.errors import CertificationError, ConfigError
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.kernels import attention
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.nn.attention import Attention
 from minisrv.nn.decoder import Decoder
@@ -138,8 +140,8 @@ def test_a_result_that_another_row_reaches(checkpoint, monkeypatch):
     """Trap 3: padding takes part in a real row's result, here through a sum over the batch."""
     add_to = Attention.add_to
 
-    def mixes_rows(self, residual, norm, positions, cos_sin):
-        add_to(self, residual, norm, positions, cos_sin)
+    def mixes_rows(self, residual, *args):
+        add_to(self, residual, *args)
         residual.add_(residual.sum(dim=0, keepdim=True), alpha=1e-3)
 
     monkeypatch.setattr(Attention, "add_to", mixes_rows)
@@ -192,13 +194,12 @@ def test_intermediates_that_overlap(checkpoint, monkeypatch):
 def test_a_step_that_changes_what_is_in_the_cache_already(checkpoint, monkeypatch):
     """A step that changes older cache entries is refused, although eager run and graph agree
     because both make the mistake."""
-    add_to = Attention.add_to
 
-    def changes_history(self, *args):
-        add_to(self, *args)
-        self.kv_cache[1:, 0] *= 2
+    def changes_history(layer, *args):
+        attention(layer, *args)
+        layer.kv_cache[1:, 0] *= 2
 
-    monkeypatch.setattr(Attention, "add_to", changes_history)
+    monkeypatch.setattr(kernels, "attention", changes_history)
     refused(checkpoint, "full-decode-only", "cache entries of layer 0 outside of the step")
 
 

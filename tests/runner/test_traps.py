@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from minisrv import kernels
 from minisrv.certification.batches import BatchRow
 from minisrv.certification.trial import StepTrial
 from minisrv.core.kv_cache import FreeList
@@ -21,10 +22,9 @@ from minisrv.core.step import SchedulerOutput
 from minisrv.graph import cpu_tape
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.cuda import CUDABackend
-from minisrv.graph.forward_context import AttentionMetadata, get_forward_context
-from minisrv.kernels import DIRECT, attention, attention_op
+from minisrv.graph.forward_context import get_forward_context
+from minisrv.kernels import AttentionMetadata, attention
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
-from minisrv.nn import attention as attention_layer
 from minisrv.runner import model_runner
 from minisrv.runner.input_buffers import InputBuffers, SlotState
 from minisrv.runner.model_runner import ModelRunner
@@ -40,8 +40,10 @@ from tests.runner.stepping import (
     Patch,
     Step,
     assert_equals_eager,
+    attention_buffers,
     fails_with,
     generate,
+    graphs_attend_with,
     play,
     poison_the_pool,
     restore,
@@ -195,13 +197,13 @@ def padding_rows_read_beyond_their_token(patch: Patch) -> None:
 
 
 def attention_skips_the_padding(patch: Patch) -> None:
-    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
-        kept = out.clone()
-        attention_op(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+    def broken(layer, qkv, positions, metadata, out):
+        kept, total = out.clone(), metadata.query_start_loc[-1]
+        attention(layer, qkv, positions, metadata, out)
         if get_forward_context().mode is PIECEWISE:
-            out[starts[-1] :] = kept[starts[-1] :]
+            out[total:] = kept[total:]
 
-    patch.setattr(attention_layer, "attention_op", broken)
+    patch.setattr(kernels, "attention", broken)
 
 
 @fails_with(
@@ -221,7 +223,8 @@ def test_trap_03_nan_in_outputs_and_padding_reaches_no_row(model: Model):
         before, seen = saved(runner), []
         for value in (0.0, float("nan")):
             restore(runner, before)
-            for tensor in (buffers.qkv, buffers.attn_out, buffers.hidden, buffers.logits):
+            poisoned = (*attention_buffers(runner.model).values(), buffers.hidden, buffers.logits)
+            for tensor in poisoned:
                 tensor.fill_(value)
             for cache in runner.kv_caches:
                 cache[0] = value
@@ -408,12 +411,12 @@ def freezes_the_lengths(patch: Patch) -> None:
 def keeps_the_plan_of_the_first_replay(patch: Patch) -> None:
     plans: dict[int, int] = {}
 
-    def broken(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs):
-        planned = plans.setdefault(len(seq_lens), int(seq_lens.max()))
-        seq_lens = seq_lens.clamp(max=planned)
-        attention(qkv, positions, kv_cache, slots, table, seq_lens, starts, out, **kwargs)
+    def planned(metadata: AttentionMetadata) -> AttentionMetadata:
+        seq_lens = metadata.seq_lens
+        longest = plans.setdefault(len(seq_lens), int(seq_lens.max()))
+        return replace(metadata, seq_lens=seq_lens.clamp(max=longest))
 
-    patch.setattr(cpu_tape, "DIRECT", DIRECT | {attention_op: broken})
+    patch.setattr(cpu_tape, "DIRECT", graphs_attend_with(planned))
 
 
 def captures_the_length_that_it_sees(patch: Patch) -> None:
