@@ -402,25 +402,31 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """The rank of the token among all tokens of the vocabulary, from 1."""
 
 
-class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     """The output that one step (or an abort, or a refusal) adds to one request.
 
-    Exactly one output of a request carries `finish_reason` or `error`, and it is the last one.
+    The scheduler makes it with the sampled token and the finish reason, and the engine adds what
+    only it knows: log-probabilities and `graph_steps`. Exactly one output of a request carries
+    `finish_reason` or `error`, and it is the last one.
+
+    token_ids: the sampled tokens. Empty for an abort, for a request that asked for no token, and
+        where the output only reports log-probabilities of the prompt.
+    num_cached_tokens: the number of prompt tokens that were found in the prefix cache, sent with
+        the first token.
+    logprobs: the log-probabilities at each sampled token; None if they were not requested.
+    prompt_logprobs: the log-probabilities of prompt tokens, beginning with the second; all of them
+        have been sent when the first sampled token is sent.
+    graph_steps: the number of steps of the request by "MODE/reason", sent with the last output.
     """
 
     request_id: str
     token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] = []
-    """Log-probabilities of prompt tokens, beginning with the second; all of them have been sent
-    when the first sampled token is sent."""
-    finish_reason: FinishReason | None = None
-    error: RequestFailure | None = None
     graph_steps: dict[str, int] | None = None
-    """The number of steps of the request by "MODE/reason", sent with the last output."""
-    num_cached_tokens: int = 0
-    """The number of prompt tokens that were found in the prefix cache, sent with the first
-    token."""
+    error: RequestFailure | None = None
 
 
 class RequestFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,10 +50,9 @@ from minisrv.core.step import (
     ScheduledRow,
     SchedulerOutput,
     SlotStart,
-    TokenEvent,
 )
 from minisrv.errors import ContextLengthError, QueueFullError
-from minisrv.request import EngineRequest, FinishReason
+from minisrv.request import EngineOutput, EngineRequest, FinishReason
 
 PASSES = 8
 """Number of times that more important requests go before others until the oldest waiting request
@@ -194,8 +193,8 @@ class Scheduler:
             )
         return limit if max_tokens is None else wanted
 
-    def abort(self, request_id: str) -> TokenEvent | None:
-        """Drop a request and return the event of its end, or None if it has ended already.
+    def abort(self, request_id: str) -> EngineOutput | None:
+        """Drop a request and return its last output, or None if it has ended already.
 
         Tokens that its steps in flight sample are dropped, and its slot and blocks become free when
         these steps have retired.
@@ -209,7 +208,7 @@ class Scheduler:
             if not self.held.pop(request_id, None):
                 self.waiting.remove(request)
             self._finish(request)
-        return TokenEvent(request_id, None, FinishReason.ABORT)
+        return EngineOutput(request_id, finish_reason=FinishReason.ABORT)
 
     @property
     def has_work(self) -> bool:
@@ -380,8 +379,9 @@ class Scheduler:
         _queue(self.waiting, request, first=True)
         self.num_preemptions += 1
 
-    def update(self, step_id: int, tokens: Sequence[int]) -> list[TokenEvent]:
-        """Retire the oldest step in flight and return what it added to its requests.
+    def update(self, step_id: int, tokens: Sequence[int]) -> list[EngineOutput]:
+        """Retire the oldest step in flight and return its outputs, in the order of the rows. A
+        row that added nothing to its request has none.
 
         tokens: the sampled token of every row, in the order of the rows.
         """
@@ -389,43 +389,43 @@ class Scheduler:
         assert step.step_id == step_id, "steps retire in the order they were scheduled"
         assert len(tokens) == step.num_rows
         if run is None:
-            events = self._retire_rows(step, tokens)
+            outputs = self._retire_rows(step, tokens)
         else:
-            events = self._retire_decodes(step, run, tokens)
+            outputs = self._retire_decodes(step, run, tokens)
         retired = [r for r in self._retiring if r.last_step <= step_id]
         if retired:
             self._retiring = [r for r in self._retiring if r.last_step > step_id]
             for request in retired:
                 self._release(request)
-        return events
+        return outputs
 
-    def _retire_rows(self, step: SchedulerOutput, tokens: Sequence[int]) -> list[TokenEvent]:
-        events: list[TokenEvent] = []
-        for index, (row, token) in enumerate(zip(step.rows, tokens, strict=True)):
+    def _retire_rows(self, step: SchedulerOutput, tokens: Sequence[int]) -> list[EngineOutput]:
+        outputs = []
+        for row, token in zip(step.rows, tokens, strict=True):
             request = self._requests.get(row.request_id)
             if request is None:
                 continue  # it has ended
             self._publish(request, row.start + row.num_tokens)
             if not row.samples:  # a prefill chunk that does not reach the end of the prompt
                 if row.score is not None:
-                    events.append(TokenEvent(request.request_id, None, None, index))
+                    outputs.append(EngineOutput(request.request_id))
                 continue
             request.num_in_flight -= 1
             if request.max_total == len(request.prompt):  # the request asked for no token
                 self._end(request)
                 cached = request.num_cached_tokens or 0
                 reason = FinishReason.LENGTH
-                events.append(TokenEvent(request.request_id, None, reason, index, cached))
+                outputs.append(EngineOutput(request.request_id, [], reason, cached))
                 continue
             request.output.append(token)
             ended = self._end_if_due(request, token)
             cached = (request.num_cached_tokens or 0) if len(request.output) == 1 else 0
-            events.append(TokenEvent(request.request_id, token, ended, index, cached))
-        return events
+            outputs.append(EngineOutput(request.request_id, [token], ended, cached))
+        return outputs
 
     def _retire_decodes(
         self, step: SchedulerOutput, run: DecodeRun, tokens: Sequence[int]
-    ) -> list[TokenEvent]:
+    ) -> list[EngineOutput]:
         for index in run.filling_a_block(step.advance):
             if not run.requests[index].ended:
                 start = step.batch_rows[index].start + step.advance
@@ -435,13 +435,13 @@ class Scheduler:
         else:
             for request in run.requests:
                 request.num_in_flight -= 1
-        events: list[TokenEvent] = []
-        for index, (request, token) in enumerate(zip(run.requests, tokens, strict=True)):
+        outputs = []
+        for request, token in zip(run.requests, tokens, strict=True):
             if not request.ended:
                 request.output.append(token)
                 reason = self._end_if_due(request, token)
-                events.append(TokenEvent(request.request_id, token, reason, index))
-        return events
+                outputs.append(EngineOutput(request.request_id, [token], reason))
+        return outputs
 
     def _end_if_due(self, request: RequestState, token: int) -> FinishReason | None:
         """End the request if it ends with this token; return the reason, or None if it does not

@@ -1,4 +1,4 @@
-"""A step as the scheduler hands it out, and the events that come back from it: plain data.
+"""A step as the scheduler hands it out: plain data.
 
 Nothing here refers to a request object, a queue or a tensor, so a step could be sent to another
 process as it is. Knows: the shape of a step. Knows nothing of who makes it or runs it.
@@ -10,7 +10,7 @@ from itertools import count
 
 import msgspec
 
-from minisrv.request import FinishReason, SamplingParams
+from minisrv.request import SamplingParams
 
 
 class PromptScore(msgspec.Struct, frozen=True):
@@ -138,20 +138,3 @@ def unscheduled_id() -> int:
     """Return a step or batch id that no other step has, for a step that does not come from a
     scheduler, such as one on which a graph is captured or tested."""
     return next(_unscheduled)
-
-
-class TokenEvent(msgspec.Struct, frozen=True, gc=False):
-    """The result of a step for one request.
-
-    token: the sampled token. None for an abort, for a request that asked for no token, and where
-        the event only reports log-probabilities of the prompt.
-    row: the index of the request's row in the step; None for an abort.
-    num_cached_tokens: the number of prompt tokens that were not computed because they were cached;
-        sent with the first token of the request.
-    """
-
-    request_id: str
-    token: int | None
-    finish_reason: FinishReason | None
-    row: int | None = None
-    num_cached_tokens: int = 0

@@ -12,12 +12,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from minisrv.core.dispatcher import Dispatch
-from minisrv.core.step import ScheduledRow, SchedulerOutput, TokenEvent
+from minisrv.core.step import ScheduledRow, SchedulerOutput
 from minisrv.engine.builder import EngineParts
 from minisrv.engine.messages import EngineStats, StepCount
 from minisrv.errors import EngineDeadError, MinisrvError, RequestError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
+from minisrv.runner.logprobs import LogprobReport
 from minisrv.runner.results import StepResult
 
 GRAMMAR_SECONDS = 0.01
@@ -147,8 +148,10 @@ class EngineCore:
 
     def abort(self, request_id: str) -> EngineOutput | None:
         """Abort a request and return its last output; None if it has ended already."""
-        event = self.scheduler.abort(request_id)
-        return None if event is None else self._output(event, None)
+        output = self.scheduler.abort(request_id)
+        if output is not None:
+            self._count_outputs([output])
+        return output
 
     @property
     def has_work(self) -> bool:
@@ -189,14 +192,16 @@ class EngineCore:
         assert result is not None, "the oldest step is launched whole"
         tokens = result.tokens()
         self._lap(StepPart.WAIT)
-        events = self.scheduler.update(step.output.step_id, tokens)
+        outputs = self.scheduler.update(step.output.step_id, tokens)
         self._lap(StepPart.UPDATE)
         if (time := result.device_time()) is not None:
             self._gpu_busy_ms += time.busy
             if step.follows and time.idle is not None:
                 self._gpu_idle_ms += time.idle
-        errors = self._follow_grammars(events) if step.output.masked else {}
-        outputs = [self._output(event, result) for event in events]
+        errors = self._follow_grammars(outputs) if step.output.masked else {}
+        if result.logprobs is not None:
+            _add_logprobs(outputs, step.output, result.logprobs)
+        self._count_outputs(outputs)
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
             failed += [self._fail(request_id, error) for request_id, error in errors.items()]
@@ -226,15 +231,15 @@ class EngineCore:
                 failed.append(self._fail(request_id, error))
         return failed
 
-    def _follow_grammars(self, events: list[TokenEvent]) -> dict[str, MinisrvError]:
+    def _follow_grammars(self, outputs: list[EngineOutput]) -> dict[str, MinisrvError]:
         """Advance the grammars by the sampled tokens, and return the errors of those that failed,
         by request."""
         errors = {}
-        for event in events:
-            if event.token is not None:
-                error = self._grammars.accept(event.request_id, event.token)
+        for output in outputs:
+            for token_id in output.token_ids:
+                error = self._grammars.accept(output.request_id, token_id)
                 if error is not None:
-                    errors[event.request_id] = error
+                    errors[output.request_id] = error
         return errors
 
     def _fail(self, request_id: str, error: MinisrvError) -> EngineOutput:
@@ -274,26 +279,14 @@ class EngineCore:
         self._prefill_tokens += output.num_tokens - output.num_decodes
         self._graph_steps.count(output, f"{mode}/{reason}")
 
-    def _output(self, event: TokenEvent, result: StepResult | None) -> EngineOutput:
-        logprobs, prompt_logprobs = None, []
-        if result is not None and result.logprobs is not None and event.row is not None:
-            found = result.logprobs.sampled[event.row]
-            logprobs = None if found is None or event.token is None else [found]
-            prompt_logprobs = result.logprobs.prompt[event.row]
-        graph_steps = None
-        if event.finish_reason is not None:
-            graph_steps = self._graph_steps.close(event.request_id)
-            self._grammars.drop(event.request_id)
-        self._generated_tokens += event.token is not None
-        return EngineOutput(
-            request_id=event.request_id,
-            token_ids=[] if event.token is None else [event.token],
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=event.finish_reason,
-            graph_steps=graph_steps,
-            num_cached_tokens=event.num_cached_tokens,
-        )
+    def _count_outputs(self, outputs: list[EngineOutput]) -> None:
+        """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
+        and forget the request."""
+        for output in outputs:
+            self._generated_tokens += len(output.token_ids)
+            if output.finish_reason is not None:
+                output.graph_steps = self._graph_steps.close(output.request_id)
+                self._grammars.drop(output.request_id)
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
@@ -313,3 +306,16 @@ class EngineCore:
             gpu_idle_ms=self._gpu_idle_ms,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
         )
+
+
+def _add_logprobs(
+    outputs: list[EngineOutput], step: SchedulerOutput, logprobs: LogprobReport
+) -> None:
+    """Add the log-probabilities of a step to its outputs."""
+    rows = {row.request_id: index for index, row in enumerate(step.batch_rows)}
+    for output in outputs:
+        index = rows[output.request_id]
+        sampled = logprobs.sampled[index]
+        if output.token_ids and sampled is not None:
+            output.logprobs = [sampled]
+        output.prompt_logprobs = logprobs.prompt[index]

@@ -1,5 +1,5 @@
-"""A scheduler that continues decode runs gives the same steps, events, slots and blocks as one that
-schedules every step anew."""
+"""A scheduler that continues decode runs gives the same steps, outputs, slots and blocks as one
+that schedules every step anew."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ class Both:
 
     def retire(self) -> None:
         step, tokens = self.in_flight.popleft()
-        events = self.with_runs.update(step.step_id, tokens)
-        assert events == self.anew.update(step.step_id, tokens)
-        for event in events:
-            if event.finish_reason is not None:
-                self.close(event.request_id)
+        outputs = self.with_runs.update(step.step_id, tokens)
+        assert outputs == self.anew.update(step.step_id, tokens)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.close(output.request_id)
         self.compare()
 
     def close(self, name: str) -> None:

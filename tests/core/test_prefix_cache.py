@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from minisrv.core import request_state
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.core.scheduler import Scheduler
-from minisrv.core.step import SchedulerOutput, TokenEvent
-from minisrv.request import EngineRequest, SamplingParams
+from minisrv.core.step import SchedulerOutput
+from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 
 BLOCK = 4
 TEXT = list(range(100, 140))
@@ -131,17 +131,17 @@ class Run:
         self.scheduler.check_integrity()
         return step
 
-    def retire(self, step: SchedulerOutput) -> list[TokenEvent]:
-        events = self.scheduler.update(step.step_id, [2] * len(step.rows))
+    def retire(self, step: SchedulerOutput) -> list[EngineOutput]:
+        outputs = self.scheduler.update(step.step_id, [2] * len(step.rows))
         self.scheduler.check_integrity()
-        return events
+        return outputs
 
-    def finish(self) -> list[TokenEvent]:
+    def finish(self) -> list[EngineOutput]:
         """Run everything that is left, each step retired before the next is scheduled (lag 0)."""
-        events = []
+        outputs = []
         while self.scheduler.has_work:
-            events += self.retire(self.schedule())
-        return events
+            outputs += self.retire(self.schedule())
+        return outputs
 
     def start(self, name: str, prompt: list[int], **others) -> int:
         """Add a request, run it to its end, and return the position at which its prefill

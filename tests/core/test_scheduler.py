@@ -187,8 +187,8 @@ def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, ab
             got[request.request_id] = []
             scheduler.add(request, seed=told.seed)
         for index, when in aborts.items():
-            if when == clock and (event := scheduler.abort(str(index))):
-                assert event.finish_reason is FinishReason.ABORT
+            if when == clock and (output := scheduler.abort(str(index))):
+                assert output.finish_reason is FinishReason.ABORT
                 ended[str(index)] = FinishReason.ABORT
         while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
             busy = set().union(*(blocks_named for _, _, blocks_named in in_flight))
@@ -198,13 +198,13 @@ def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, ab
         scheduler.check_integrity()
         if in_flight:
             step, tokens, _ = in_flight.popleft()
-            for event in scheduler.update(step.step_id, tokens):
-                assert event.request_id not in ended, "nothing follows the end"
-                assert event.num_cached_tokens == 0 or not got[event.request_id]
-                cached += event.num_cached_tokens
-                got[event.request_id].append(event.token)
-                if event.finish_reason:
-                    ended[event.request_id] = event.finish_reason
+            for output in scheduler.update(step.step_id, tokens):
+                assert output.request_id not in ended, "nothing follows the end"
+                assert output.num_cached_tokens == 0 or not got[output.request_id]
+                cached += output.num_cached_tokens
+                got[output.request_id] += output.token_ids
+                if output.finish_reason:
+                    ended[output.request_id] = output.finish_reason
             scheduler.check_integrity()
         elif not arrivals and not scheduler.has_work:
             break
@@ -320,8 +320,8 @@ def test_stop_by_length_is_foreseen_under_lag():
     assert scheduler.schedule() is None
     scheduler.update(0, [1])
     assert scheduler.schedule() is None
-    [event] = scheduler.update(1, [1])
-    assert event.finish_reason is FinishReason.LENGTH
+    [output] = scheduler.update(1, [1])
+    assert output.finish_reason is FinishReason.LENGTH
 
 
 def test_blocks_and_slot_wait_for_the_step_in_flight():
