@@ -19,6 +19,7 @@ FLOORS = {
     "import_path": 0,
     "errors": 0,
     "request": 0,
+    "validation": 0,
     "modes": 0,
     "core": 1,
     "text": 1,
@@ -104,7 +105,9 @@ def test_the_table_of_the_house_names_every_part():
     assert told == {part: floor for part, floor in FLOORS.items() if part != "__init__"}
 
 
-@pytest.mark.parametrize("part", ["config", "errors", "request", "modes", "core", "text"])
+@pytest.mark.parametrize(
+    "part", ["config", "errors", "request", "validation", "modes", "core", "text"]
+)
 def test_floors_0_and_1_name_no_torch(part: str):
     """The modules that do bookkeeping on the host import no torch, not even inside functions."""
     for path in MODULES:

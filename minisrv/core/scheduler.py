@@ -51,7 +51,7 @@ from minisrv.core.step import (
     SchedulerOutput,
     SlotStart,
 )
-from minisrv.errors import ContextLengthError, QueueFullError
+from minisrv.errors import QueueFullError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 
 PASSES = 8
@@ -116,15 +116,14 @@ class Scheduler:
     # ---- requests ----------------------------------------------------------------------------
 
     def add(self, request: EngineRequest, seed: int, *, held: bool = False) -> None:
-        """Queue a request.
+        """Queue a request, which must fit the context and the whole cache.
 
         seed: the seed of its sampling noise. The caller draws it if the request has none; it stays
             the same through preemptions.
         held: whether the request is held back (until its grammar is compiled). It counts as
             waiting, but cannot run until `release` is called.
 
-        Raises ContextLengthError for a request that can never fit, QueueFullError when too many
-        wait.
+        Raises QueueFullError when too many wait.
         """
         assert request.request_id not in self._requests, "request ids are unique"
         if not self.has_room:
@@ -133,6 +132,10 @@ class Scheduler:
                 "try again later."
             )
         params = request.params
+        num_prompt, max_tokens = len(request.prompt_token_ids), params.max_tokens
+        limit = min(self.max_model_len, self.pool.capacity)
+        assert num_prompt, "a request has a prompt"
+        assert num_prompt + (1 if max_tokens is None else max_tokens) <= limit, "a request fits"
         stop_token_ids = frozenset(params.stop_token_ids).union(
             () if params.ignore_eos else self.eos_token_ids
         )
@@ -143,7 +146,7 @@ class Scheduler:
             params=params,
             seed=seed,
             stop_token_ids=stop_token_ids,
-            max_total=self.check(len(request.prompt_token_ids), params.max_tokens),
+            max_total=limit if max_tokens is None else num_prompt + max_tokens,
             cache_salt=(request.cache_key, request.cache_salt),
             priority=request.priority,
             masked=masked,
@@ -174,24 +177,6 @@ class Scheduler:
         count against `max_waiting`, and a slot counts as free as soon as its request has ended,
         even if a step in flight still uses it."""
         return len(self._requests) < self.max_waiting + self.slots.total - 1
-
-    def check(self, prompt_len: int, max_tokens: int | None) -> int:
-        """Return the number of tokens, prompt and completion together, at which such a request
-        stops by length.
-
-        Raises ContextLengthError if it can never fit the context or the whole cache.
-        """
-        limit = min(self.max_model_len, self.pool.capacity)
-        wanted = prompt_len + (1 if max_tokens is None else max_tokens)
-        if wanted > limit:
-            completion = f" and {max_tokens} in the completion" if max_tokens else ""
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{wanted} tokens ({prompt_len} in the prompt{completion}). Please shorten the "
-                "prompt or ask for fewer tokens.",
-                param="max_tokens" if max_tokens and prompt_len < limit else "prompt",
-            )
-        return limit if max_tokens is None else wanted
 
     def abort(self, request_id: str) -> EngineOutput | None:
         """Drop a request and return its last output, or None if it has ended already.

@@ -15,11 +15,12 @@ from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput
 from minisrv.engine.builder import EngineParts
 from minisrv.engine.messages import EngineStats, StepCount
-from minisrv.errors import EngineDeadError, MinisrvError, RequestError
+from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.logprobs import LogprobReport
 from minisrv.runner.results import StepResult
+from minisrv.validation import validate_request
 
 GRAMMAR_SECONDS = 0.01
 """Number of seconds for which a step that has nothing to run waits for a grammar to be compiled,
@@ -108,21 +109,15 @@ class EngineCore:
 
     def check(self, request: EngineRequest) -> None:
         """Raise RequestError or ContextLengthError for a request that can never be served."""
-        ids, vocab, params = request.prompt_token_ids, self.info.vocab_size, request.params
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token.", param="prompt")
-        for param, given in (
-            ("prompt", ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        ):
-            bad = next((i for i in given if not 0 <= i < vocab), None)
-            if bad is not None:
-                raise RequestError(
-                    f"token id {bad} is not in the vocabulary; ids go from 0 to {vocab - 1}.",
-                    param=param,
-                )
-        self.scheduler.check(len(ids), params.max_tokens)
+        params = request.params
+        validate_request(
+            request.prompt_token_ids,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            logit_bias=params.logit_bias,
+            max_model_len=self.info.max_model_len,
+            vocab_size=self.info.vocab_size,
+        )
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises what `check` raises, or QueueFullError, and then queues

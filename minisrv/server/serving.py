@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +20,6 @@ from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import EngineInfo
 from minisrv.errors import (
     ConfigError,
-    ContextLengthError,
     EngineDeadError,
     EngineNotReadyError,
     ModelNotFoundError,
@@ -53,6 +52,7 @@ from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.validation import check_token_ids, validate_request
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Serving:
         owner: whom the request belongs to; see `auth.owner`.
 
         Raises RequestError if the model or a grammar cannot do what is asked, and what
-        `engine_info` and `GrammarValidator.validate` raise.
+        `validate_request`, `engine_info` and `GrammarValidator.validate` raise.
         """
         if isinstance(request, ChatCompletionRequest):
             prepared = await self._prepare_chat(request)
@@ -160,7 +160,7 @@ class Serving:
         return replace(prepared, form=await self._validator.validate(prepared.form, owner))
 
     async def _prepare_chat(self, request: ChatCompletionRequest) -> Prepared:
-        vocab_size = self.engine_info().vocab_size
+        info = self.engine_info()
 
         def prepare() -> Prepared:
             tools = request.offered_tools
@@ -171,7 +171,7 @@ class Serving:
             answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
             form = answer_form(request, answer, self.tokenizer)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
-            _check_prompt("messages", ids, vocab_size)
+            _validate(request, ids, info)
             return Prepared([ids], form, answer)
 
         # Required tools always run in a thread: even a small schema may combine objects in a great
@@ -179,20 +179,20 @@ class Serving:
         return await offload(prepare, math.inf if request.required_tools else request.num_bytes)
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
-        vocab_size = self.engine_info().vocab_size
+        info = self.engine_info()
         repeats, locate = request.echo, request.logprobs is not None
 
         def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
             """Return the token ids of a prompt, and its echo if it is echoed."""
             if isinstance(prompt, list):
-                _check_prompt("prompt", prompt, vocab_size)  # before its ids are looked up
+                _validate(request, prompt, info)  # before its ids are looked up
                 echo = decode_prompt(self.tokenizer, prompt, locate=locate) if repeats else None
                 return prompt, echo
             if repeats:
                 ids, echo = encode_prompt(self.tokenizer, prompt, locate=locate)
             else:
                 ids, echo = self.tokenizer.encode(prompt), None
-            _check_prompt("prompt", ids, vocab_size)
+            _validate(request, ids, info)
             return ids, echo
 
         def prepare() -> Prepared:
@@ -235,7 +235,7 @@ class Serving:
         vocab_size = self.engine_info().vocab_size
 
         def detokenize() -> dict[str, Any]:
-            _check_vocabulary("tokens", request.tokens, vocab_size)
+            check_token_ids("tokens", request.tokens, vocab_size)
             return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
         with self._places_of_key(key):
@@ -273,12 +273,11 @@ class Serving:
         """Return the choices of all prompts, one prompt after the other; none of them is started.
 
         key: the index of the client's API key.
-        Raises RequestError, ContextLengthError and what `engine_info` raises.
+        Raises RequestError if `min_tokens` is above the maximum number of tokens, and what
+        `engine_info` raises.
         """
         info = self.engine_info()
         chat = isinstance(request, ChatCompletionRequest)
-        _check_vocabulary("stop_token_ids", request.stop_token_ids, info.vocab_size)
-        _check_vocabulary("logit_bias", [*request.logit_bias], info.vocab_size)
         prompts, answer = prepared.prompts, prepared.answer
         keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
         # A grammar describes exactly the text that the tokens spell, including a space at its
@@ -289,9 +288,8 @@ class Serving:
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
             prompt = prompts[number]
-            limit = _token_limit(
-                request, len(prompt), info.max_model_len, self.generation.max_tokens
-            )
+            room = info.max_model_len - len(prompt)
+            limit = _max_tokens(request, room, self.generation.max_tokens)
             engine_request = EngineRequest(
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
@@ -327,51 +325,31 @@ def _choice_id(request_id: str, index: int) -> str:
     return f"{request_id}-{index}"
 
 
-def _check_prompt(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    if not token_ids:
-        raise RequestError(
-            f"The {param} came out empty: send at least one token of text.", param=param
-        )
-    _check_vocabulary(param, token_ids, vocab_size)
+def _validate(
+    request: CompletionRequest | ChatCompletionRequest,
+    prompt_token_ids: list[int],
+    info: EngineInfo,
+) -> None:
+    validate_request(
+        prompt_token_ids,
+        max_tokens=request.token_limit,
+        stop_token_ids=request.stop_token_ids,
+        logit_bias=request.logit_bias,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        prompt_param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+    )
 
 
-def _check_vocabulary(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    if token_ids and max(token_ids) >= vocab_size:
-        raise RequestError(
-            f"{param} holds the token id {max(token_ids)}; this model's ids go from 0 to "
-            f"{vocab_size - 1}.",
-            param=param,
-        )
+def _max_tokens(request: GenerationRequest, room: int, default: int | None) -> int:
+    """Return the maximum number of tokens to generate: the limit that the client has set, or a
+    default, which is cut to what fits.
 
-
-def _token_limit(
-    request: GenerationRequest, num_prompt: int, max_model_len: int, default: int | None
-) -> int:
-    """Return the maximum number of tokens to generate.
-
+    room: the number of tokens that the prompt leaves in the context.
     default: the checkpoint's limit for requests that set none; OpenAI's default where it is None.
-
-    A limit that the client sets must fit into the context beside the prompt; a default is cut to
-    what fits. Raises ContextLengthError, in OpenAI's words.
     """
-    chat = isinstance(request, ChatCompletionRequest)
-    what = "messages" if chat else "prompt"
-    room = max_model_len - num_prompt
     asked = request.token_limit
-    limit = f"This model's maximum context length is {max_model_len} tokens. However, "
-    if room < (0 if asked == 0 else 1):
-        raise ContextLengthError(
-            f"{limit}your {what} resulted in {num_prompt} tokens, and a completion needs at least "
-            f"one more. Please reduce the length of the {what}.",
-            param=what,
-        )
-    if asked is None:
-        most = default or (room if chat else DEFAULT_COMPLETION_TOKENS)
-        return min(room, most)
-    if asked > room:
-        raise ContextLengthError(
-            f"{limit}you requested {num_prompt + asked} tokens ({num_prompt} in the {what}, "
-            f"{asked} in the completion). Please reduce the length of the {what} or completion.",
-            param=what,
-        )
-    return asked
+    if asked is not None:
+        return asked
+    chat = isinstance(request, ChatCompletionRequest)
+    return min(room, default or (room if chat else DEFAULT_COMPLETION_TOKENS))

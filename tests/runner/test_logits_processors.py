@@ -187,6 +187,6 @@ def test_a_bias_for_a_token_that_is_not_there(checkpoint):
         )
     )
     params = SamplingParams(logit_bias={VOCAB_SIZE: 1.0})
-    with pytest.raises(RequestError, match="not in the vocabulary") as raised:
+    with pytest.raises(RequestError, match=f"holds the token id {VOCAB_SIZE}") as raised:
         engine.check(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
     assert raised.value.param == "logit_bias"
