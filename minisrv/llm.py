@@ -29,9 +29,10 @@ from minisrv.errors import ConfigError, RequestError, nearest
 from minisrv.modes import CUDAGraphMode
 from minisrv.outputs import CompletionOutput, RequestOutput
 from minisrv.progress import StartupProgress
-from minisrv.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.output_processor import OutputProcessor
 from minisrv.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -336,9 +337,9 @@ class LLM:
                     self.engine.add(waiting.pop().request)
                 for output in self.engine.step():
                     job = jobs_by_id[output.request_id]
-                    job.take(output)
-                    if job.stopped and (last := self.engine.abort(output.request_id)):
-                        job.take(last)
+                    job.read(output)
+                    if job.processor.must_abort and (last := self.engine.abort(output.request_id)):
+                        job.read(last)
                     progress.update(job.completion.finished())
         finally:
             for request_id in jobs_by_id:
@@ -377,50 +378,37 @@ class _Job:
             result.prompt_logprobs = [None]
         result.outputs.append(self.completion)
         self._result = result
-        self._text = Detokenizer(
+        detokenizer = Detokenizer(
             tokenizer,
             params.stop,
             min_tokens=params.min_tokens,
             include_stop=params.include_stop_str_in_output,
             prompt_token_ids=request.prompt_token_ids if continues else (),
         )
+        self.processor = OutputProcessor(
+            detokenizer, stop_token_ids=params.stop_token_ids, include_graph_steps=True
+        )
 
-    @property
-    def stopped(self) -> bool:
-        return self._text.stopped
-
-    def take(self, output: EngineOutput) -> None:
-        """Add an output of the engine to the completion. After a stop string was found, the last
-        output is the one that `EngineCore.abort` returns. Raises the error that ended the request,
+    def read(self, output: EngineOutput) -> None:
+        """Add an output of the engine to the completion. Raises the error that ended the request,
         if one did."""
-        if output.error is not None:
-            raise output.error.as_exception()
-        completion, reason = self.completion, output.finish_reason
+        delta = self.processor.process(output)
+        if delta is None:
+            return
+        completion = self.completion
         if completion.index == 0:
-            self._result.num_cached_tokens += output.num_cached_tokens
+            self._result.num_cached_tokens += delta.num_cached_tokens
         if self._result.prompt_logprobs is not None:
-            self._result.prompt_logprobs += output.prompt_logprobs
-        completion.token_ids += output.token_ids
-        if completion.logprobs is not None and output.logprobs is not None:
-            completion.logprobs += output.logprobs
+            self._result.prompt_logprobs += delta.prompt_logprobs
+        completion.text += delta.text
+        completion.token_ids += delta.token_ids
+        if completion.logprobs is not None and delta.logprobs is not None:
+            completion.logprobs += delta.logprobs
             assert completion.cumulative_logprob is not None
-            completion.cumulative_logprob += sum(entry.logprob for entry in output.logprobs)
-        shown = output.token_ids
-        if reason is FinishReason.STOP:
-            shown = self._text.without_stop_token(shown)
-        completion.text += self._text.push(shown, final=reason is not None)
-        if reason is not None:
-            completion.finish_reason = FinishReason.STOP if self.stopped else reason
-            completion.stop_reason = self._stop_reason(reason)
-            completion.graph_steps = output.graph_steps or {}
-
-    def _stop_reason(self, reason: FinishReason) -> int | str | None:
-        if self.stopped:
-            return self._text.stop_string
-        last = self.completion.token_ids[-1:]
-        if reason is FinishReason.STOP and last and last[0] in self.request.params.stop_token_ids:
-            return last[0]
-        return None
+            completion.cumulative_logprob += sum(entry.logprob for entry in delta.logprobs)
+        completion.finish_reason = delta.finish_reason
+        completion.stop_reason = delta.stop_reason
+        completion.graph_steps = delta.graph_steps or {}
 
 
 def _as_list(prompts: object) -> list[object]:

@@ -23,6 +23,7 @@ from minisrv.server.protocol import GenerationRequest
 from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.output_processor import OutputProcessor
 from minisrv.text.tokenizer import Tokenizer
 
 
@@ -94,6 +95,7 @@ class LocalModel:
             prompt_token_ids=ids,
             params=sampling.sampling_params(generation, limit),
         )
+        processor = OutputProcessor(text)
         reason = None
         with _interrupts() as pressed:
             self._engine.add(request)
@@ -102,15 +104,10 @@ class LocalModel:
                     if pressed.is_set():
                         raise KeyboardInterrupt
                     for output in self._engine.step():
-                        if output.error is not None:
-                            raise output.error.as_exception()
-                        reason, tokens = output.finish_reason, output.token_ids
-                        if reason is FinishReason.STOP:
-                            tokens = text.without_stop_token(tokens)
-                        said = text.push(tokens, final=reason is not None)
-                        if text.stopped:
-                            reason = FinishReason.STOP
-                        yield from _pieces(parser, said, final=reason is not None)
+                        delta = processor.process(output)
+                        if delta is not None:
+                            reason = delta.finish_reason
+                            yield from _pieces(parser, delta.text, final=reason is not None)
             finally:
                 self._engine.abort(request.request_id)
         if reason is FinishReason.LENGTH:

@@ -82,7 +82,7 @@ class CompletionLogprobs:
 
         `top_logprobs` holds the sampled token too: at most `num_top` + 1 entries.
 
-        starts: where each token begins; see `Delta.text_starts`.
+        starts: where each token begins; see `CompletionDelta.text_starts`.
         text: the text that is sent together with these tokens.
         last: whether no text follows.
         """

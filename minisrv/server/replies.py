@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 from minisrv.request import TokenLogprobs
 from minisrv.server import sse
-from minisrv.server.generation import Delta
 from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from minisrv.server.preparation import Prepared
 from minisrv.server.protocol import CompletionRequest, GenerationRequest
@@ -29,6 +28,7 @@ from minisrv.text.chat_deltas import (
     assemble,
 )
 from minisrv.text.chat_format import ChatParser
+from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 
 
@@ -57,7 +57,7 @@ class Reply(ABC):
         self._chunk_head = self._head(self.chunk_name)
         self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
         self._prompts: Sequence[list[int]] = ()
-        self._deltas: list[list[Delta]] = []
+        self._deltas: list[list[CompletionDelta]] = []
         self._plain: dict[int, tuple[bytes, bytes]] = {}
         """The bytes before and behind the text in an event that reports nothing else, for each
         choice that has begun."""
@@ -81,7 +81,7 @@ class Reply(ABC):
         """Return the prompt of a choice."""
         return self._prompts[index // self._choices_per_prompt]
 
-    def events(self, delta: Delta) -> bytes:
+    def events(self, delta: CompletionDelta) -> bytes:
         """Return the events of a delta as bytes; empty if there is nothing to report."""
         self._count(delta)
         plain = self._plain.get(delta.index)
@@ -112,12 +112,12 @@ class Reply(ABC):
             return sse.DONE
         return sse.event({**self._chunk_head, "choices": [], "usage": self._usage()}) + sse.DONE
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: CompletionDelta) -> None:
         """Keep a delta for `document`."""
         self._count(delta)
         self._deltas[delta.index].append(delta)
 
-    def size_of(self, deltas: Iterable[Delta]) -> int:
+    def size_of(self, deltas: Iterable[CompletionDelta]) -> int:
         """Return about how many numbers and texts are reported of the prompts with these deltas."""
         number = sum(len(delta.prompt_logprobs) for delta in deltas)
         return number * (1 + max(self._num_logprobs, self._prompt_logprobs or 0))
@@ -158,7 +158,7 @@ class Reply(ABC):
         return prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
 
     @abstractmethod
-    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
         """Return a whole choice, without the fields that every choice has."""
 
     @abstractmethod
@@ -166,7 +166,7 @@ class Reply(ABC):
         """See `ChunkEncoder.around_text`."""
 
     @abstractmethod
-    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+    def _events(self, delta: CompletionDelta, first: bool, tells: bool) -> bytes:
         """Return the events of a delta. `first`: it is the first of its choice; `tells`: it has
         text, logprobs or token ids to report."""
 
@@ -182,7 +182,7 @@ class Reply(ABC):
     def _head(self, object_name: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_name, **self._identity}
 
-    def _count(self, delta: Delta) -> None:
+    def _count(self, delta: CompletionDelta) -> None:
         if self._first is None:
             self._first = time.perf_counter()
         self._completion_tokens[delta.index] += len(delta.token_ids)
@@ -232,7 +232,7 @@ class CompletionReply(Reply):
         choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
         return self._chunks.around_text({**choice, "token_ids": None}, "text")
 
-    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+    def _events(self, delta: CompletionDelta, first: bool, tells: bool) -> bytes:
         echoes = first and self._echoes is not None
         text, logprobs = self._shown([delta], echoes)
         told = text or logprobs or (tells and self._return_token_ids)
@@ -251,7 +251,7 @@ class CompletionReply(Reply):
             choice["graph_steps"] = delta.graph_steps
         return self._chunk(choice)
 
-    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
         text, logprobs = self._shown(deltas, self._echoes is not None)
         return {
             "index": index,
@@ -262,7 +262,7 @@ class CompletionReply(Reply):
         }
 
     def _shown(
-        self, deltas: Sequence[Delta], echoes: bool
+        self, deltas: Sequence[CompletionDelta], echoes: bool
     ) -> tuple[str, dict[str, list[Any]] | None]:
         """Return the text and `logprobs` that deltas add to a choice; `echoes` says whether the
         prompt comes first."""
@@ -312,7 +312,7 @@ class ChatReply(Reply):
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
         return self._chunks.around_text(_chat_choice(index, {"content": ""}), "content")
 
-    def _events(self, delta: Delta, first: bool, tells: bool) -> bytes:
+    def _events(self, delta: CompletionDelta, first: bool, tells: bool) -> bytes:
         events = self._begin_answer(delta) if first else b""
         parser = self._parsers[delta.index]
         parts = [{"content": delta.text}] if tells else []
@@ -337,7 +337,7 @@ class ChatReply(Reply):
             events += self._chunk(choice)
         return events
 
-    def _begin_answer(self, delta: Delta) -> bytes:
+    def _begin_answer(self, delta: CompletionDelta) -> bytes:
         """Return the chunk that holds the role, which comes before the first token of the
         answer."""
         choice = _chat_choice(delta.index, {"role": "assistant", "content": ""})
@@ -347,7 +347,7 @@ class ChatReply(Reply):
             extra["usage"] = _usage(prompt, 0, cached)
         return self._chunk(choice, extra=extra)
 
-    def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
         text = "".join([delta.text for delta in deltas])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         message |= _reasoning(None)
@@ -378,13 +378,13 @@ class ChatReply(Reply):
         return chat_logprobs(self._tokenizer, logprobs, self._num_logprobs)
 
 
-def _read(parser: ChatParser, delta: Delta) -> list[ChatDelta]:
+def _read(parser: ChatParser, delta: CompletionDelta) -> list[ChatDelta]:
     """Return what a delta adds to an answer."""
     found = parser.feed(delta.text)
     return found if delta.finish_reason is None else [*found, *parser.finish()]
 
 
-def _finish_reason(last: Delta, called: bool) -> str | None:
+def _finish_reason(last: CompletionDelta, called: bool) -> str | None:
     """Return the finish reason: `tool_calls` if an answer ended by itself and called tools, as
     OpenAI has it."""
     return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason

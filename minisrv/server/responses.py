@@ -23,12 +23,13 @@ from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.auth import owner
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Delta, Generation, coalesce
+from minisrv.server.generation import Generation, coalesce
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import offload
 from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
 from minisrv.server.replies import Reply
 from minisrv.server.serving import Serving
+from minisrv.text.output_processor import CompletionDelta
 
 
 class GenerationResponse(Response):
@@ -144,7 +145,7 @@ class GenerationResponse(Response):
             last = sse.event(error_object(error)) + sse.DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _first_events(self, deltas: list[Delta]) -> bytes:
+    async def _first_events(self, deltas: list[CompletionDelta]) -> bytes:
         """Return the events of the first deltas; they may hold the echoed prompt with its
         log-probabilities, so that large ones are made in a thread."""
         reply = self._reply

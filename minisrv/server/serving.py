@@ -51,6 +51,7 @@ from minisrv.server.protocol import (
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
+from minisrv.text.output_processor import OutputProcessor
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.validation import check_token_ids, validate_request
 
@@ -308,16 +309,12 @@ class Serving:
                 keep=keep,
                 locate=not chat and request.num_logprobs is not None,
             )
-            choice = Choice(
-                self.client,
-                engine_request,
-                detokenizer,
-                self.metrics,
-                index=index,
-                arrival=arrival,
-                report_steps=request.include_graph_steps,
+            processor = OutputProcessor(
+                detokenizer, index=index, include_graph_steps=request.include_graph_steps
             )
-            choices.append(choice)
+            choices.append(
+                Choice(self.client, engine_request, processor, self.metrics, arrival=arrival)
+            )
         return choices
 
 

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minisrv.request import EngineOutput, FinishReason, TokenLogprobs
-from minisrv.server.generation import Delta, coalesce
+from minisrv.server.generation import coalesce
+from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs, scored, sse, token_logprobs
 from tests.text import tiny_tokenizer
@@ -204,8 +205,10 @@ async def test_offsets_where_a_stop_string_does_not_count_yet(
 def test_deltas_that_are_told_together() -> None:
     """When the deltas of a slow reader are merged, their tokens keep their offsets."""
     deltas = [
-        Delta(0, "a", [1], [token_logprobs(1, 0)], text_starts=[0]),
-        Delta(0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_starts=[1, 2]),
+        CompletionDelta(0, "a", [1], [token_logprobs(1, 0)], text_starts=[0]),
+        CompletionDelta(
+            0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_starts=[1, 2]
+        ),
     ]
     [delta] = coalesce(deltas)
     assert (delta.text, delta.text_starts) == ("abc", [0, 1, 2])

@@ -14,7 +14,8 @@ import pytest
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.server.app import create_app
-from minisrv.server.generation import Delta, coalesce
+from minisrv.server.generation import coalesce
+from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs, sse
 from tests.server.live_server import serve
@@ -89,9 +90,9 @@ async def test_a_reader_that_does_not_gets_the_same_in_fewer_events(
 
 def test_deltas_of_a_choice_become_one() -> None:
     """Merged deltas keep the order of their choices, and add up their texts, tokens and counts."""
-    first, other = Delta(0, "a", [1], None, 5), Delta(1, "x", [9], None)
-    last = Delta(0, "b", [2], None, 0, "stop", {"FULL/pure_decode": 2})
+    first, other = CompletionDelta(0, "a", [1], None, 5), CompletionDelta(1, "x", [9], None)
+    last = CompletionDelta(0, "b", [2], None, 0, "stop", {"FULL/pure_decode": 2})
     assert coalesce([first, other, last]) == [
-        Delta(0, "ab", [1, 2], None, 5, "stop", {"FULL/pure_decode": 2}),
-        Delta(1, "x", [9], None),
+        CompletionDelta(0, "ab", [1, 2], None, 5, "stop", {"FULL/pure_decode": 2}),
+        CompletionDelta(1, "x", [9], None),
     ]
