@@ -27,12 +27,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.clients.needs import needs
 from benchmarks.layers import Paged, median_us
-from minisrv.bench.measure import copy_bandwidth
 from minisrv.checkpoint import describe_model
-from minisrv.environment import environment
 from minisrv.kernels import AttentionLayer, AttentionMetadata, attention
 from minisrv.model_config import ModelConfig
 from minisrv.nn.rope import cos_sin_table
+from minisrv.tools.bench.measure import copy_bandwidth
+from minisrv.tools.environment import environment
 
 LARGE = 400 << 20
 """Number of bytes that is more than any cache of a GPU holds."""

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadgen.servers import Server
-from minisrv.environment import environment
+from minisrv.tools.environment import environment
 
 PATIENCE_S = 120.0
 ASK_S = 0.002

@@ -25,8 +25,8 @@ from typing import Any
 
 import msgspec
 
-from minisrv.environment import environment
 from minisrv.threads import COUNT, WAITING
+from minisrv.tools.environment import environment
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 75

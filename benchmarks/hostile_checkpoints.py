@@ -41,9 +41,9 @@ from benchmarks.clients.needs import needs
 from benchmarks.hostile_cases import WAYS, Case
 from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig
-from minisrv.environment import environment
 from minisrv.errors import MinisrvError, RequestError
 from minisrv.processes import bound_resource
+from minisrv.tools.environment import environment
 
 SECONDS = 45
 """Maximum processor time of a case in seconds. The process that reads the small files may use 30 of

@@ -27,8 +27,8 @@ from rich.table import Table
 from minisrv.cli import engine_config
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
+from minisrv.tools.environment import environment
 
 
 def run(

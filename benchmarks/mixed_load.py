@@ -35,9 +35,9 @@ from minisrv.cli import engine_config
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.environment import environment
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
+from minisrv.tools.environment import environment
 
 MODES = {
     "FULL": CUDAGraphMode.FULL,

@@ -43,7 +43,7 @@ from loadgen.prompts import endpoint, request_body
 from loadgen.records import PromptKind, RequestRecord, RunConfig
 from loadgen.servers import Server
 from loadgen.stats import Distribution, itl_samples_ms
-from minisrv.environment import environment
+from minisrv.tools.environment import environment
 
 SETTLE_S = 3.0
 """Seconds from the start of a phase to the first reading of its number of steps."""

@@ -64,7 +64,6 @@ from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.client import EngineState
 from minisrv.engine.core import EngineCore
-from minisrv.environment import environment
 from minisrv.kernels import sample_op
 from minisrv.kernels.sampling import scores
 from minisrv.metrics import Metrics
@@ -78,6 +77,7 @@ from minisrv.server.replies import ChatReply, CompletionReply
 from minisrv.server.serving import Serving
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.tools.environment import environment
 
 with needs("pip install -e '.[test]'"):
     from tests.checkpoints import VARIANTS, VOCAB_SIZE, make_checkpoint

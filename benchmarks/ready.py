@@ -38,7 +38,7 @@ from rich.table import Table
 
 from loadgen.errors import LoadgenError
 from loadgen.servers import Server
-from minisrv.environment import Environment, environment
+from minisrv.tools.environment import Environment, environment
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 """Variables that name the directories of compiled kernels: those of Triton, of Inductor, and of

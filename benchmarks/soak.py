@@ -53,7 +53,7 @@ from benchmarks.questions import COMPLETIONS, Answer, Question, Questions, parse
 from loadgen.errors import ServerError
 from loadgen.http import Client, HTTPError
 from loadgen.servers import Server
-from minisrv.environment import environment
+from minisrv.tools.environment import environment
 
 PATIENCE_S = 300.0
 """Maximum number of seconds for an answer under load, for the server's start, and for its coming to

@@ -32,12 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from minisrv.bench.measure import copy_bandwidth
 from minisrv.cli import engine_config
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
+from minisrv.tools.bench.measure import copy_bandwidth
+from minisrv.tools.environment import environment
 
 WARM_UP = 4
 STEPS = 12

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clients.needs import needs
-from minisrv.environment import environment
+from minisrv.tools.environment import environment
 
 with needs("pip install -e '.[test]'"):
     import httpx

@@ -27,7 +27,6 @@ from rich.progress import track
 
 from benchmarks.layers import Layers, median_us
 from minisrv.checkpoint import describe_model
-from minisrv.environment import environment
 from minisrv.kernels import tiles
 from minisrv.kernels.tiles import (
     IN_FLIGHT,
@@ -39,7 +38,8 @@ from minisrv.kernels.tiles import (
     Tile,
     part_registers,
 )
-from minisrv.plan import Product, products
+from minisrv.tools.environment import environment
+from minisrv.tools.plan import Product, products
 
 CONTEXT = 120
 WORKERS = 14

@@ -33,8 +33,8 @@ from minisrv.checkpoint import resolve_checkpoint
 from minisrv.cli import engine_config
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.environment import environment
 from minisrv.request import EngineRequest, SamplingParams
+from minisrv.tools.environment import environment
 
 Prompts = list[list[int]]
 Run = Callable[[Prompts, int], tuple[list[float], Prompts]]

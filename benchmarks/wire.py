@@ -44,11 +44,11 @@ from minisrv.engine.messages import (
     decode_worker_message,
     encode,
 )
-from minisrv.environment import environment
 from minisrv.request import EngineOutput, FinishReason
 from minisrv.server.launcher import listen
 from minisrv.server.process import CHECKPOINT, WorkerConfig, WorkerProcess
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.tools.environment import environment
 
 TEXT = "Once upon a time there lived a brave child who asked what the old mill was for. "
 INFO = EngineInfo(

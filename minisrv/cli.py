@@ -105,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _settings(EngineConfig, options)
     if options.measure:
         _announce(config)
-    from minisrv.plan import print_measured_plan, print_plan
+    from minisrv.tools.plan import print_measured_plan, print_plan
 
     show = print_measured_plan if options.measure else print_plan
     show(config)
@@ -126,7 +126,7 @@ def _certify(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     engine, measurement = _settings(EngineConfig, options), _settings(BenchConfig, options)
     _announce(engine)
-    from minisrv.bench import bench
+    from minisrv.tools.bench import bench
 
     bench(engine, measurement)
     return 0

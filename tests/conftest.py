@@ -35,7 +35,7 @@ MOST_WORKERS = 4
 """Maximum number of processes that run tests at a time. Each holds torch, models and servers, about
 2 GiB."""
 
-QUICK = ("bench", "core", "graph", "nn", "runner", "server", "text")
+QUICK = ("core", "graph", "nn", "runner", "server", "text", "tools")
 """Directories whose tests start no servers, run no model for long and interpret no kernels."""
 
 

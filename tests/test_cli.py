@@ -189,7 +189,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*arguments: object) -> int:
         raise AssertionError("it was not refused")
 
-    for place in ("server.launcher.serve", "bench.bench", "chat.terminal.Terminal"):
+    for place in ("server.launcher.serve", "tools.bench.bench", "chat.terminal.Terminal"):
         monkeypatch.setattr(f"minisrv.{place}", started)
 
 

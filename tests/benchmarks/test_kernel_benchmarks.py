@@ -18,7 +18,7 @@ from benchmarks.tiles import candidates
 from minisrv import kernels
 from minisrv.checkpoint import describe_model
 from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, tile
-from minisrv.plan import products
+from minisrv.tools.plan import products
 
 ROOT = Path(__file__).parents[2]
 QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"

@@ -16,7 +16,7 @@ from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
-from minisrv.plan import REASONS, print_plan
+from minisrv.tools.plan import REASONS, print_plan
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 limits = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda p: (p[0], p[0] + p[1]))

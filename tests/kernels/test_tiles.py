@@ -23,7 +23,7 @@ from minisrv.kernels.tiles import (
     tile,
 )
 from minisrv.model_config import ModelConfig
-from minisrv.plan import projections
+from minisrv.tools.plan import projections
 
 SHARED_BYTES = 227 * 1024
 """Shared memory in bytes that one program may use on an SM of an H100."""

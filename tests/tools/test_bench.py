@@ -8,12 +8,12 @@ import sys
 import pytest
 from matplotlib import rc_context
 
-from minisrv.bench.measure import BLOCK, Bench
 from minisrv.cli import main
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.tools.bench.measure import BLOCK, Bench
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2

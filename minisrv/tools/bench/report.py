@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.bench.measure import Ratio, Report, SizeResult
 from minisrv.config import BenchConfig
 from minisrv.errors import ConfigError
 from minisrv.graph.observer import StepPart
+from minisrv.tools.bench.measure import Ratio, Report, SizeResult
 
 NAMES = {"NONE": "eager"}
 """Names of modes in tables and plots, where they differ from the names of `CUDAGraphMode`."""

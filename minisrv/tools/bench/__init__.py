@@ -5,10 +5,10 @@ measure.py runs the steps of one engine in every mode; report.py prints and save
 
 from __future__ import annotations
 
-from minisrv.bench.measure import run_bench
-from minisrv.bench.report import check_output, print_report, save_json, save_plot
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.progress import StartupProgress
+from minisrv.tools.bench.measure import run_bench
+from minisrv.tools.bench.report import check_output, print_report, save_json, save_plot
 
 
 def bench(engine: EngineConfig, settings: BenchConfig) -> None:

@@ -28,12 +28,12 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Progress, platform_of
-from minisrv.environment import Environment, environment
 from minisrv.errors import ConfigError
 from minisrv.graph.observer import StepObserver, StepPart, observing
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.launches import LaunchCounter
+from minisrv.tools.environment import Environment, environment
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
