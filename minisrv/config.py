@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
@@ -20,40 +21,30 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("int8",)
 
+_T = TypeVar("_T")
 _WEEK = 7 * 24 * 3600
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "max_model_len": (2, 1 << 27),
-    "max_num_seqs": (1, 8192),
-    "max_num_batched_tokens": (1, 1 << 20),
-    "block_size": (1, 4096),
-    "num_kv_blocks": (2, 1 << 27),
-    "kv_cache_memory": (1, 1 << 50),
-    "max_waiting": (0, 1 << 20),
-    "seed": (-1 << 63, (1 << 63) - 1),
-    "cudagraph_capture_sizes": (1, 1 << 20),
-    "simulate_launch_us": (0, 10_000),  # a GPU's launch takes about 10
-    "port": (0, 65535),
-    "api_workers": (1, 64),
-    "shutdown_timeout": (0, _WEEK),
-    "engine_timeout": (1, _WEEK),
-    "request_timeout": (0, _WEEK),
-    "max_requests_per_key": (0, 1 << 20),
-    "max_grammar_seconds_per_key": (0, 1 << 20),
-    "batch_sizes": (1, 8192),
-    "context": (1, 1 << 27),
-    "rounds": (1, 10_000),
-    "temperature": (0, 2),
-    "max_tokens": (1, 1 << 27),
-}
-"""Minimum and maximum of every number, whatever the machine and the model. Without these bounds, a
-value that is far too large would be obeyed, and take all memory or all time. One machine and one
-model allow less (`engine.platforms`)."""
-
 _MAX_CHARACTERS = 1 << 22
 """Maximum number of characters in a file that a setting names."""
 
 _HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+|(\[)?(?:[0-9A-Fa-f.]*:){2,}[0-9A-Fa-f.]*(?(1)\])")
 """Matches "*", a name or IPv4 address, or an IPv6 address with or without brackets."""
+
+
+def _setting(
+    default: _T,
+    *,
+    bounds: tuple[float, float] | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> _T:
+    """Return a dataclass field with the values that are allowed, which `_check_fields` enforces and
+    `minisrv.flags` shows. A field whose default is None may always be None.
+
+    bounds: minimum and maximum of a number, or of each number in a tuple, whatever the machine and
+        the model. Without bounds, a value that is far too large would be obeyed, and take all
+        memory or all time. One machine and one model allow less (`engine.platforms`).
+    choices: the allowed strings.
+    """
+    return field(default=default, metadata={"bounds": bounds, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -110,40 +101,36 @@ class EngineConfig:
     revision: str | None = None
     tokenizer: str | None = None
     chat_template: Path | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    load_format: str = "auto"
-    quantization: str | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    block_size: int = 16
-    num_kv_blocks: int | None = None
-    kv_cache_memory: int | None = None
+    dtype: str = _setting("auto", choices=DTYPES)
+    device: str = _setting("auto", choices=DEVICES)
+    load_format: str = _setting("auto", choices=LOAD_FORMATS)
+    quantization: str | None = _setting(None, choices=QUANTIZATIONS)
+    max_model_len: int | None = _setting(None, bounds=(2, 1 << 27))
+    max_num_seqs: int = _setting(64, bounds=(1, 8192))
+    max_num_batched_tokens: int = _setting(512, bounds=(1, 1 << 20))
+    block_size: int = _setting(16, bounds=(1, 4096))
+    num_kv_blocks: int | None = _setting(None, bounds=(2, 1 << 27))
+    kv_cache_memory: int | None = _setting(None, bounds=(1, 1 << 50))
     gpu_memory_utilization: float = 0.9
-    max_waiting: int = 1024
-    seed: int = 0
+    max_waiting: int = _setting(1024, bounds=(0, 1 << 20))
+    seed: int = _setting(0, bounds=(-1 << 63, (1 << 63) - 1))
     async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode | None = None
-    cudagraph_capture_sizes: tuple[int, ...] | None = None
-    simulate_launch_us: float = 0.0
+    cudagraph_capture_sizes: tuple[int, ...] | None = _setting(None, bounds=(1, 1 << 20))
+    simulate_launch_us: float = _setting(0.0, bounds=(0, 10_000))  # a GPU's launch takes about 10
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
-        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _check_fields(self)
         if self.quantization is not None:
             if self.device == "cuda":
                 raise ConfigError("quantization=int8 is for CPUs; leave it out, or use device=cpu.")
-            _one_of("quantization", self.quantization, QUANTIZATIONS)
             if self.dtype not in ("auto", "bfloat16"):
                 raise ConfigError(
                     f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
                     "leave dtype out."
                 )
-        _check_numbers(self)
         if not 0 < _number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be "
@@ -214,15 +201,15 @@ class ServerConfig:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = _setting(8000, bounds=(0, 65535))
     served_model_names: tuple[str, ...] = ()
-    shutdown_timeout: int = 10
-    api_workers: int = 1
-    engine_timeout: int = 30
-    request_timeout: int = 0
+    shutdown_timeout: int = _setting(10, bounds=(0, _WEEK))
+    api_workers: int = _setting(1, bounds=(1, 64))
+    engine_timeout: int = _setting(30, bounds=(1, _WEEK))
+    request_timeout: int = _setting(0, bounds=(0, _WEEK))
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    max_requests_per_key: int = 0
-    max_grammar_seconds_per_key: int = 30
+    max_requests_per_key: int = _setting(0, bounds=(0, 1 << 20))
+    max_grammar_seconds_per_key: int = _setting(30, bounds=(0, 1 << 20))
     share_prefix_cache: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -232,7 +219,7 @@ class ServerConfig:
     disable_uvicorn_access_log: bool = False
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_fields(self)
         if self.max_requests_per_key and not self.api_keys:
             raise ConfigError("max_requests_per_key counts by API key, and there is none.")
         if not all(key.isprintable() and key.isascii() and key.split() for key in self.api_keys):
@@ -263,14 +250,14 @@ class BenchConfig:
     Raises ConfigError.
     """
 
-    batch_sizes: tuple[int, ...] = ()
-    context: int = 128
-    rounds: int = 6
+    batch_sizes: tuple[int, ...] = _setting((), bounds=(1, 8192))
+    context: int = _setting(128, bounds=(1, 1 << 27))
+    rounds: int = _setting(6, bounds=(1, 10_000))
     json: Path | None = None
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -290,11 +277,11 @@ class ChatConfig:
     url: str | None = None
     quick: str | None = None
     system_prompt: str | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
+    temperature: float | None = _setting(None, bounds=(0, 2))
+    max_tokens: int | None = _setting(None, bounds=(1, 1 << 27))
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        _check_fields(self)
 
 
 def read_text(flag: str, path: Path) -> str:
@@ -312,25 +299,25 @@ def read_text(flag: str, path: Path) -> str:
     return text
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not allowed; choose from: {', '.join(allowed)}.")
-
-
-def _check_numbers(settings: object) -> None:
-    """Raise ConfigError if a number of a settings object is out of its bounds, or not a number."""
+def _check_fields(settings: object) -> None:
+    """Raise ConfigError if a field of a settings object has a value that `_setting` excludes."""
     for setting in fields(settings):  # type: ignore[arg-type]
-        if setting.name not in _BOUNDS:
-            continue
         name, value = setting.name, getattr(settings, setting.name)
-        least, most = _BOUNDS[name]
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is None and setting.default is None:
-                continue
-            if "float" not in setting.type and not _is_whole(one):
-                raise ConfigError(f"{name}={one!r} is not allowed; it must be an integer.")
-            if not least <= _number(name, one) <= most:
-                raise ConfigError(f"{name}={one} is not allowed; it must be in [{least}, {most}].")
+        if value is None and setting.default is None:
+            continue
+        if (choices := setting.metadata.get("choices")) and value not in choices:
+            raise ConfigError(
+                f"{name}={value!r} is not allowed; choose from: {', '.join(choices)}."
+            )
+        if bounds := setting.metadata.get("bounds"):
+            least, most = bounds
+            for one in value if isinstance(value, tuple) else (value,):
+                if "float" not in setting.type and not _is_whole(one):
+                    raise ConfigError(f"{name}={one!r} is not allowed; it must be an integer.")
+                if not least <= _number(name, one) <= most:
+                    raise ConfigError(
+                        f"{name}={one} is not allowed; it must be in [{least}, {most}]."
+                    )
 
 
 def _number(name: str, value: object) -> float:

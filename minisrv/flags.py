@@ -1,7 +1,8 @@
 """Command-line flags that are made from settings classes, and hints for flags that do not exist.
 
-Each flag stands for a field of a settings class: it has the field's name, type and default, and its
-help is the text on that field in the docstring of the class, so that each is told in one place.
+Each flag stands for a field of a settings class: it has the field's name, type, default and
+choices, and its help is the text on that field in the docstring of the class, so that a setting is
+described in one place.
 
 Knows: argparse, and how settings classes are documented. Knows nothing of what a command does.
 """
@@ -17,7 +18,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from minisrv.config import DEVICES, DTYPES, LOAD_FORMATS, QUANTIZATIONS, EngineConfig, ServerConfig
+from minisrv.config import EngineConfig, ServerConfig
 from minisrv.modes import CUDAGraphMode
 from minisrv.vllm_flags import why_not_here
 
@@ -116,7 +117,9 @@ class SettingsFlags:
             optional = field.default is not False
             action = argparse.BooleanOptionalAction if optional else "store_true"
             options = {"action": action} | options
-        elif "choices" not in options:
+        elif choices := field.metadata.get("choices"):
+            options = {"choices": choices} | options
+        else:
             options = _TYPES.get(annotation, {}) | options
         if options.get("nargs") == "+":
             options["action"] = _Flatten
@@ -128,10 +131,7 @@ class SettingsFlags:
         """Return the help of a flag: the text on the field in the class's docstring, in the words
         of a command line."""
         field, text = self._fields[name], self._docs.get(name, "").rstrip(".")
-        # Docstrings name fields, and call a field that is not given None; the help names flags.
-        text = re.sub(r"(?<=\. )None\b", "The default", text)
-        text = re.sub(r"\bNone\b", "the default", text)
-        text = re.sub(
+        text = re.sub(  # docstrings name fields, and the help names flags
             r"\b[a-z]+(_[a-z]+)+\b",
             lambda match: flag_name(match[0]) if match[0] in self._fields else match[0],
             text,
@@ -143,18 +143,10 @@ class SettingsFlags:
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
     """Return the texts on the fields in a class's docstring, by name, which it holds in paragraphs
-    such as `name, name: text`. Empty under `python -OO`, which drops docstrings."""
-    docs: dict[str, str] = {}
-    names: list[str] = []
-    for line in (inspect.getdoc(kind) or "").splitlines():
-        if found := re.match(r"([a-z_]+(?:, [a-z_]+)*): (.*)", line):
-            names = found[1].split(", ")
-            docs |= dict.fromkeys(names, found[2])
-        elif line.startswith("    "):
-            docs |= {name: f"{docs[name]} {line.strip()}" for name in names}
-        else:
-            names = []
-    return docs
+    such as `name: text`. Empty under `python -OO`, which drops docstrings."""
+    doc = inspect.getdoc(kind) or ""
+    paragraphs = re.findall(r"^([a-z_]+): (.*(?:\n    .*)*)", doc, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in paragraphs}
 
 
 def flag_name(name: str) -> str:
@@ -173,10 +165,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("model", nargs="?", metavar="MODEL", help=flags.help("model"))
     group.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     flags.add("revision", "tokenizer", "chat_template")
-    flags.add_as("dtype", choices=DTYPES)
-    flags.add_as("device", choices=DEVICES)
-    flags.add_as("load_format", choices=LOAD_FORMATS)
-    flags.add_as("quantization", choices=QUANTIZATIONS)
+    flags.add("dtype", "device", "load_format", "quantization")
     flags.add_as("max_model_len", type=length, metavar="N|auto")
     flags.add("seed")
     flags.group("batching")

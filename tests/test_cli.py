@@ -114,11 +114,18 @@ def test_docstrings_may_be_dropped() -> None:
     assert "--max-num-seqs" in done.stdout
 
 
-@pytest.mark.parametrize("kind", [EngineConfig, ServerConfig, BenchConfig])
-def test_every_setting_is_documented_and_a_flag(kind: type) -> None:
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        (EngineConfig, "serve"),
+        (ServerConfig, "serve"),
+        (BenchConfig, "bench"),
+        (ChatConfig, "chat"),
+    ],
+)
+def test_every_setting_is_documented_and_a_flag(kind: type, command: str) -> None:
     names = [field.name for field in fields(kind)]
     assert set(field_docs(kind)) == set(names)
-    command = "bench" if kind is BenchConfig else "serve"
     actions = {action.dest: action for action in COMMANDS[command]._actions}
     for name in names:
         assert actions[name].help
