@@ -123,14 +123,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.quantization is not None:
-            if self.device == "cuda":
-                raise ConfigError("quantization=int8 is for CPUs; leave it out, or use device=cpu.")
-            if self.dtype not in ("auto", "bfloat16"):
-                raise ConfigError(
-                    f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
-                    "leave dtype out."
-                )
+        if self.quantization is not None and self.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(
+                f"quantization=int8 multiplies with bfloat16 activations, not {self.dtype}; "
+                "leave dtype out."
+            )
         if not 0 < _number("gpu_memory_utilization", self.gpu_memory_utilization) <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be "
@@ -150,16 +147,6 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} tokens; leave out what is "
                 "larger, or raise that."
             )
-
-    @property
-    def graph_mode(self) -> CUDAGraphMode:
-        """The configured mode, or NONE with `enforce_eager`. If no mode is set, it is the default
-        of the device; for "auto" that of a CPU, until the engine has found the device."""
-        if self.enforce_eager:
-            return CUDAGraphMode.NONE
-        if self.cudagraph_mode is not None:
-            return self.cudagraph_mode
-        return CUDAGraphMode.FULL if self.device == "cuda" else CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ thread, as several tests run at a time, and Hypothesis to measure no times.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from minisrv import threads
+from minisrv.device_kind import CPU
 
 # It is set before torch reads it, and for processes that tests start.
 os.environ.setdefault(threads.COUNT, "1")
@@ -44,7 +46,9 @@ def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lift the refusal of mode `full` on a CPU, so that the parts of it that need no GPU are
     tested: a CPU tape calls the attention op again at each replay, so the op sees the lengths of
     that moment."""
-    monkeypatch.setattr("minisrv.core.ladder.captures_mixed", lambda device: True)
+    monkeypatch.setattr(
+        "minisrv.engine.platforms.CPUPlatform.kind", replace(CPU, captures_mixed=True)
+    )
 
 
 def pytest_xdist_auto_num_workers() -> int:

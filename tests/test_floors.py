@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0,
+    "device_kind": 0,
     "model_config": 0,
     "cache": 0,
     "import_path": 0,
@@ -103,7 +104,8 @@ def test_the_table_of_the_house_names_every_part():
 
 
 @pytest.mark.parametrize(
-    "part", ["config", "errors", "request", "validation", "modes", "core", "text"]
+    "part",
+    ["config", "device_kind", "errors", "request", "validation", "modes", "core", "text"],
 )
 def test_floors_0_and_1_name_no_torch(part: str):
     """The modules that do bookkeeping on the host import no torch, not even inside functions."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from minisrv.config import EngineConfig
-from minisrv.errors import ConfigError, CoverageError
+from minisrv.device_kind import ResolvedConfig
+from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 
 MIXED_TOP = 2048
@@ -138,26 +138,10 @@ def build_ladders(
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
 
-def captures_mixed(device: str) -> bool:
-    """Whether a graph may contain the attention of mixed batches, which requires attention kernels
-    that read no lengths on the host. For "auto" the engine asks again when the device is known."""
-    return device != "cpu"
-
-
-def ladders_of(config: EngineConfig) -> Ladders:
-    """Return the ladders with which a configuration is served.
-
-    Raises CoverageError for a gap, and ConfigError if graphs are to contain the attention of mixed
-    batches on a device where they cannot.
-    """
-    if config.graph_mode is CUDAGraphMode.FULL and not captures_mixed(config.device):
-        raise ConfigError(
-            "cudagraph_mode=full captures mixed batches in one graph, and on "
-            f"device={config.device} the attention kernels take the lengths of a mixed batch from "
-            "the host; use full-and-piecewise (the default here) or full-decode-only, or a GPU."
-        )
+def ladders_of(config: ResolvedConfig) -> Ladders:
+    """Return the ladders with which a configuration is served. Raises CoverageError for a gap."""
     ladders = build_ladders(
-        config.graph_mode,
+        config.cudagraph_mode,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.cudagraph_capture_sizes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +21,7 @@ from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler
+from minisrv.device_kind import ResolvedConfig
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
@@ -41,14 +42,14 @@ logger = logging.getLogger(__name__)
 class EngineParts:
     """The parts of an engine.
 
-    config: the settings, with the device that was found.
+    config: the settings, as the device resolves them.
     lag: the number of steps that are launched ahead of the one whose tokens are read.
     info: the description of the engine for others.
     memory: the plan for the KV cache.
     times: the duration of a step by each graph, if the platform has graphs timed.
     """
 
-    config: EngineConfig
+    config: ResolvedConfig
     scheduler: Scheduler
     dispatcher: Dispatcher
     runner: ModelRunner
@@ -84,7 +85,7 @@ def build_engine(
     with _timed(clock, "device"):
         platform = platform_of(config)
     device = platform.device
-    config = replace(config, device=device.type)
+    config = platform.kind.resolve(config)
     ladders = ladders_of(config)
     with _timed(clock, "checkpoint"):
         checkpoint = checkpoint or open_checkpoint(config)
@@ -174,15 +175,18 @@ def build_engine(
         graphs=len(runner.graphs),
         startup_seconds=clock.seconds,
         simulated_launch_us=config.simulate_launch_us,
+        async_scheduling=config.async_scheduling,
+        decode_capture_sizes=ladders.decode,
+        mixed_capture_sizes=ladders.mixed,
     )
-    ahead = config.async_scheduling
+    logger.info("engine: %s", info.summary)
     return EngineParts(
         config=config,
         scheduler=scheduler,
         dispatcher=Dispatcher(ladders, times),
         runner=runner,
         grammars=grammars,
-        lag=platform.default_lag if ahead is None else int(ahead),
+        lag=int(config.async_scheduling),
         info=info,
         memory=memory,
         times=times,

@@ -54,6 +54,25 @@ class EngineInfo(msgspec.Struct, frozen=True):
     simulated_launch_us: float = 0.0
     """Simulated time of each launch in microseconds. If it is not 0, times measured on this engine
     are not those of the machine."""
+    async_scheduling: bool = False
+    """Whether a step is scheduled before the tokens of the previous one are known."""
+    decode_capture_sizes: tuple[int, ...] = ()
+    """The numbers of requests for whose decode batches there are FULL graphs, ascending."""
+    mixed_capture_sizes: tuple[int, ...] = ()
+    """The numbers of tokens for whose mixed batches there are graphs, ascending."""
+
+    @property
+    def summary(self) -> str:
+        """The device, the dtype, the graphs, the scheduling and the KV cache in one line, for the
+        log."""
+        ladders = (("requests", self.decode_capture_sizes), ("tokens", self.mixed_capture_sizes))
+        largest = ", ".join(f"{unit} up to {sizes[-1]}" for unit, sizes in ladders if sizes)
+        return (
+            f"{self.dtype} on {self.device}, mode {self.cudagraph_mode}, {self.graphs} graphs"
+            f"{f' ({largest})' if largest else ''}, "
+            f"async scheduling {'on' if self.async_scheduling else 'off'}, "
+            f"context {self.max_model_len}, {self.num_kv_blocks} KV blocks of {self.block_size}"
+        )
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

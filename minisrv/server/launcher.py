@@ -28,6 +28,7 @@ from pathlib import Path
 from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core.ladder import ladders_of
+from minisrv.device_kind import expected_kind
 from minisrv.engine.messages import EngineInfo, Loading, Ready
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
@@ -71,7 +72,7 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
     # SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise_descriptor_limit()
-    ladders_of(engine)
+    ladders_of(expected_kind(engine).resolve(engine))
     check_driver(engine)
     _check_certificate(server)
     with ExitStack() as stack:
@@ -323,16 +324,4 @@ def _announce(info: EngineInfo, url: str, clock: StartupClock) -> None:
     clock.include(info.startup_seconds)
     clock.end("API workers")
     phases = ", ".join(f"{name} {took:.2f}" for name, took in clock.seconds.items())
-    logger.info(
-        "ready in %.2f s (%s): %s/v1, mode %s, %d graphs, %s on %s, context %d, %d KV blocks of %d",
-        sum(clock.seconds.values()),
-        phases,
-        url,
-        info.cudagraph_mode,
-        info.graphs,
-        info.dtype,
-        info.device,
-        info.max_model_len,
-        info.num_kv_blocks,
-        info.block_size,
-    )
+    logger.info("ready in %.2f s (%s): %s/v1", sum(clock.seconds.values()), phases, url)

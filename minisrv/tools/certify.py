@@ -21,6 +21,7 @@ from minisrv.certification.sweep import GraphReport, sweep
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.builder import build_engine
+from minisrv.engine.platforms import platform_of
 from minisrv.errors import ConfigError
 from minisrv.progress import StartupProgress
 
@@ -46,7 +47,7 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
     Raises the errors of start-up (ConfigError, ModelError, GraphError), and ConfigError if there
     are no graphs or the file cannot be written.
     """
-    if not ladders_of(config).keys():
+    if not ladders_of(platform_of(config).kind.resolve(config)).keys():
         raise ConfigError(
             "the configuration captures no graphs, so there is nothing to certify; leave out "
             "--enforce-eager and --cudagraph-mode none."

@@ -18,6 +18,7 @@ from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
+from minisrv.device_kind import ResolvedConfig, expected_kind
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
@@ -79,7 +80,8 @@ def print_plan(config: EngineConfig) -> None:
     """Print which batches of `config` run by which graphs, and, if it names a model, the model's
     size and context. Raises the errors that `serve` would raise for the settings and for the small
     files of the checkpoint."""
-    dispatcher = Dispatcher(ladders_of(config))
+    resolved = expected_kind(config).resolve(config)
+    dispatcher = Dispatcher(ladders_of(resolved))
     model = open_checkpoint(config, weights=False).model
     if config.model is not None:
         Console().print(
@@ -88,7 +90,13 @@ def print_plan(config: EngineConfig) -> None:
             soft_wrap=True,
             highlight=False,
         )
-    _print_coverage(config, dispatcher)
+    mode_is_open = config.device == "auto" and config.cudagraph_mode is None
+    default = mode_is_open and not config.enforce_eager
+    _print_coverage(
+        resolved,
+        dispatcher,
+        ", the default on a CPU (that of a GPU: --device cuda)" if default else "",
+    )
 
 
 def print_measured_plan(config: EngineConfig) -> None:
@@ -104,7 +112,7 @@ def print_measured_plan(config: EngineConfig) -> None:
         times = engine.times or time_graphs(engine.runner, engine.scheduler.pool)
     finally:
         progress.close()
-    _print_coverage(config, engine.dispatcher)
+    _print_coverage(engine.config, engine.dispatcher)
     table = Table("batch", "size", "mode", "ends at", "ms", "MiB")
     for column in table.columns[4:]:
         column.justify = "right"
@@ -121,7 +129,7 @@ def print_measured_plan(config: EngineConfig) -> None:
     console.print(table)
     console.print(_legend(_MEASURED_WORDS))
     runner = engine.runner
-    if runner.buffers.device.type == "cuda":
+    if engine.config.kind.chooses_tiles:
         console.print(projections(runner.model.config, runner.model.dtype.itemsize))
         console.print(_legend(_KERNELS))
     predicted, actual = engine.memory.graphs, sum(graph.nbytes for graph in graphs.values())
@@ -180,16 +188,17 @@ def projections(model: ModelConfig, itemsize: int) -> Table:
     return table
 
 
-def _print_coverage(config: EngineConfig, dispatcher: Dispatcher) -> None:
+def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: str = "") -> None:
+    """Print the table of batches.
+
+    about_mode: text that follows the mode.
+    """
     ladders = dispatcher.ladders
     kinds = [_kind(key) for _, key in ladders.keys()]  # noqa: SIM118  (no mapping)
     modes = {"decode": "FULL", "mixed": ladders.mode.mixed_mode.name, "epilogue": "FULL"}
     counts = [f"{kind} {kinds.count(kind)} {modes[kind]}" for kind in modes if kind in kinds]
-    default = config.cudagraph_mode is None and config.device == "auto"
-    default = default and not config.enforce_eager
-    said = ", the default on a CPU (that of a GPU: --device cuda)" if default else ""
     console = Console(highlight=False)
-    console.print(f"Mode {config.graph_mode.value}{said}.")
+    console.print(f"Mode {config.cudagraph_mode.value}{about_mode}.")
     console.print(f"{len(kinds)} graphs{': ' if counts else ''}{', '.join(counts)}.")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
     rows = dispatcher.coverage()

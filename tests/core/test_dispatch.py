@@ -14,6 +14,7 @@ from minisrv.cli import main
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
+from minisrv.device_kind import CPU
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
 from minisrv.tools.plan import REASONS, print_plan
@@ -249,7 +250,7 @@ def test_one_token_prompt_is_no_decode():
 
 def test_enforce_eager_captures_nothing():
     config = EngineConfig(enforce_eager=True, cudagraph_capture_sizes=(1,))
-    assert ladders_of(config).keys() == []
+    assert ladders_of(CPU.resolve(config)).keys() == []
 
 
 def test_a_full_graph_of_a_mixed_rung_holds_as_many_rows_as_its_tokens_can_have():

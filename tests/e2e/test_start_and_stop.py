@@ -238,6 +238,9 @@ def test_the_parts_of_the_start_add_up(server: Server) -> None:
     first, *_ = server.log.splitlines()
     assert "the default model, device auto" in first
     assert "engine: importing torch" in server.log
+    assert re.search(
+        r"engine: float32 on cpu, mode \S+, \d+ graphs \(.*\), .* KV blocks", server.log
+    )
     found = re.search(r"ready in ([\d.]+) s \(([^)]*)\)", server.log)
     assert found is not None
     parts = dict(part.rsplit(" ", 1) for part in found[2].split(", "))

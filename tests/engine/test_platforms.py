@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minisrv.config import EngineConfig
+from minisrv.device_kind import CPU, CUDA, expected_kind
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine, resolve_dtype
 from minisrv.engine.memory import KVCacheShape, MemoryPlan
@@ -19,10 +20,12 @@ from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu, cuda, platf
 from minisrv.errors import ConfigError
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.modes import CUDAGraphMode
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_memory import MODEL
 
 MIB = 1 << 20
+FULL = CUDAGraphMode.FULL
 
 
 class Gpu(CUDAPlatform):
@@ -118,12 +121,73 @@ def test_auto_is_the_current_gpu_if_there_is_one(config, there, expected, monkey
     [
         (EngineConfig(device="cuda"), False, "device=cuda, and torch sees no GPU here"),
         (EngineConfig(quantization="int8"), True, "int8 is for CPUs.*--device cpu"),
+        (EngineConfig(device="cpu", cudagraph_mode=FULL), True, "cudagraph_mode=full.*device=cpu"),
     ],
 )
 def test_a_device_that_cannot_serve_is_refused(config, there, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     with pytest.raises(ConfigError, match=words):
-        platform_of(config)
+        platform_of(config).kind.resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "mode", "ahead"),
+    [
+        ({}, CPU, CUDAGraphMode.FULL_AND_PIECEWISE, False),
+        ({}, CUDA, FULL, True),
+        ({"async_scheduling": True}, CPU, CUDAGraphMode.FULL_AND_PIECEWISE, True),
+        ({"async_scheduling": False}, CUDA, FULL, False),
+        ({"cudagraph_mode": CUDAGraphMode.PIECEWISE}, CUDA, CUDAGraphMode.PIECEWISE, True),
+        ({"cudagraph_mode": FULL, "enforce_eager": True}, CPU, CUDAGraphMode.NONE, False),
+    ],
+)
+def test_a_kind_of_device_resolves_settings(given, kind, mode, ahead):
+    config = EngineConfig(max_num_seqs=3, **given)
+    resolved = kind.resolve(config)
+    assert (resolved.device, resolved.cudagraph_mode) == (kind.name, mode)
+    assert resolved.async_scheduling is ahead
+    assert resolved.max_num_seqs == 3
+    assert kind.resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {},
+            "float32 on cpu, mode full-and-piecewise, 12 graphs (requests up to 2, tokens up to "
+            "8), async scheduling off, context 512, 65 KV blocks of 16",
+        ),
+        (
+            {"cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY, "max_num_seqs": 1},
+            "mode full-decode-only, 4 graphs (requests up to 1), async scheduling off, context",
+        ),
+        (
+            {"enforce_eager": True, "async_scheduling": True},
+            "mode none, 0 graphs, async scheduling on, context",
+        ),
+    ],
+)
+def test_the_engine_says_what_it_uses(given, words, checkpoint):
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "device": "cpu", "dtype": "float32"}
+    engine = build_engine(EngineConfig(**{"model": checkpoint, **limits, **given}))
+    assert words in engine.info.summary
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({}, CPU),
+        ({"device": "cpu"}, CPU),
+        ({"device": "cuda"}, CUDA),
+        ({"cudagraph_mode": FULL}, CUDA),
+        ({"cudagraph_mode": FULL, "device": "cpu"}, CPU),
+        ({"quantization": "int8", "cudagraph_mode": FULL}, CPU),
+    ],
+)
+def test_the_kind_of_device_that_is_expected(given, kind):
+    assert expected_kind(EngineConfig(**given)) is kind
 
 
 @pytest.mark.parametrize(
@@ -245,6 +309,8 @@ def test_a_start_on_each_platform(on_gpu, asked, lag, checkpoint, monkeypatch, c
         phases.remove("kernels")
     assert list(parts.info.startup_seconds) == phases
     assert parts.lag == lag
+    assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)
+    assert f"engine: {parts.info.summary}" in caplog.text
     keys = parts.dispatcher.ladders.keys()
     assert set(parts.times) == (set(keys) if on_gpu else set())
     assert (parts.memory.graphs is not None) == on_gpu

@@ -21,12 +21,13 @@ from minisrv.certification.batches import Batch
 from minisrv.certification.compare import Start
 from minisrv.certification.trial import StepTrial, TrialSpace
 from minisrv.config import EngineConfig
-from minisrv.core import ladder
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
+from minisrv.device_kind import CPU
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.engine.platforms import CPUPlatform
 from minisrv.errors import GraphError
 from minisrv.graph.attention import attention_op
 from minisrv.graph.captured import CapturedGraph
@@ -123,7 +124,7 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         # Else dispatch would depend on the time that a GPU took for each graph.
         patch.setattr(builder, "time_graphs", lambda runner, pool: {})
         # See conftest.tape_holds_mixed_batches.
-        patch.setattr(ladder, "captures_mixed", lambda device: True)
+        patch.setattr(CPUPlatform, "kind", replace(CPU, captures_mixed=True))
         if not certified:
             patch.setattr(startup, "certify", capture_behind_a_run)
         return EngineCore(

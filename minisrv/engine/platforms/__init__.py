@@ -8,7 +8,6 @@ from minisrv.config import EngineConfig
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.engine.platforms.cpu import CPUPlatform
 from minisrv.engine.platforms.cuda import CUDAPlatform
-from minisrv.errors import ConfigError
 from minisrv.machine import no_gpu
 
 __all__ = ["CPUPlatform", "CUDAPlatform", "Platform", "Progress", "platform_of"]
@@ -17,13 +16,11 @@ __all__ = ["CPUPlatform", "CUDAPlatform", "Platform", "Progress", "platform_of"]
 def platform_of(config: EngineConfig) -> Platform:
     """Return the platform that a configuration asks for; `auto` is the current GPU if there is one.
 
-    Raises ConfigError if a GPU is required and there is none, and for quantization on a GPU.
+    Raises ConfigError if a GPU is required and there is none.
     """
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
         raise no_gpu("torch sees no GPU here")
     if config.device == "cpu" or not there:
         return CPUPlatform()
-    if config.quantization is not None:  # the device is auto, which has found a GPU
-        raise ConfigError("quantization=int8 is for CPUs; leave it out, or use --device cpu.")
     return CUDAPlatform(torch.device("cuda", torch.cuda.current_device()))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from minisrv.config import EngineConfig
+from minisrv.device_kind import DeviceKind
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
@@ -26,13 +27,12 @@ Progress = Callable[[str, int, int], None]
 class Platform(ABC):
     """One kind of device, and the device of this kind that an engine uses.
 
-    default_lag: the number of steps that are launched ahead of the one whose tokens are read,
-        unless `async_scheduling` says otherwise.
+    kind: the kind of device.
     times_graphs: whether graphs are timed at start-up, so that a cheaper graph can replace the one
         that a batch would otherwise use.
     """
 
-    default_lag: int
+    kind: DeviceKind
     times_graphs: bool
 
     def __init__(self, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from minisrv.config import EngineConfig
+from minisrv.device_kind import CPU
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.errors import ConfigError
@@ -32,7 +33,7 @@ HOST_BYTES_PER_BLOCK = 150
 class CPUPlatform(Platform):
     """See `Platform`."""
 
-    default_lag = 0
+    kind = CPU
     times_graphs = False  # measured times vary by more than a choice between two graphs could save
 
     def __init__(self) -> None:

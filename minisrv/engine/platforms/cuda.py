@@ -17,6 +17,7 @@ import torch
 from minisrv.certification.startup import probe
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
+from minisrv.device_kind import CUDA
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.errors import ConfigError
@@ -34,7 +35,7 @@ PROBE_BLOCKS = 4
 class CUDAPlatform(Platform):
     """See `Platform`."""
 
-    default_lag = 1
+    kind = CUDA
     times_graphs = True
 
     def make_backend(self) -> CUDABackend:

@@ -143,12 +143,12 @@ class Report(msgspec.Struct, frozen=True):
 def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
     """Start an engine and measure it. Raises the errors of `build_engine`, and, before weights are
     read, ConfigError for settings that cannot be compared or do not fit."""
-    if config.graph_mode is NONE:
+    config = platform_of(config).kind.resolve(config)
+    if config.cudagraph_mode is NONE:
         raise ConfigError(
             "bench compares eager steps with graphs, and there are none; leave out "
             "--enforce-eager and --cudagraph-mode none."
         )
-    config = replace(config, device=platform_of(config).device.type)
     course = Course(settings, ladders_of(config))
 
     def check(context: int, kv_blocks: int | None) -> None:
@@ -290,8 +290,8 @@ class Bench:
         self.batch_sizes = course.batch_sizes
         self.prompt_length = course.prompt_length
         self.dispatchers = course.dispatchers
-        self.device = engine.runner.buffers.device
-        self.bandwidth = copy_bandwidth(self.device) if self.device.type == "cuda" else None
+        self.has_clock = engine.config.kind.has_clock
+        self.bandwidth = copy_bandwidth(engine.runner.buffers.device) if self.has_clock else None
         self._ids = count()
         self._random = random.Random(engine.config.seed)
 
@@ -418,12 +418,12 @@ class Bench:
             times = [self._step(mode, prepare) for _ in range(BLOCK - SETTLE)]
         end = self.engine.stats()
         assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
-        steps, on_gpu = len(times), self.device.type == "cuda"
+        steps = len(times)
         return BlockTime(
             ms=median(times),
             host_us=clock.host_us(steps, sum(times)),
-            gpu_ms=(end.gpu_busy_ms - begin.gpu_busy_ms) / steps if on_gpu else None,
-            gpu_idle_ms=(end.gpu_idle_ms - begin.gpu_idle_ms) / steps if on_gpu else None,
+            gpu_ms=(end.gpu_busy_ms - begin.gpu_busy_ms) / steps if self.has_clock else None,
+            gpu_idle_ms=(end.gpu_idle_ms - begin.gpu_idle_ms) / steps if self.has_clock else None,
         )
 
     def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
