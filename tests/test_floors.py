@@ -40,13 +40,13 @@ FLOORS = {
     "certification": 5,
     "engine": 6,
     "server": 7,
-    "tools": 8,
     "llm": 8,
     "chat": 8,
     "flags": 8,
     "vllm_flags": 8,
-    "cli": 8,
     "__init__": 8,
+    "tools": 9,
+    "cli": 9,
 }
 VERSION = "__version__"
 """The only name of the package itself that every floor may import."""
