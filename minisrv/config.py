@@ -36,8 +36,9 @@ def _setting(
     bounds: tuple[float, float] | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> _T:
-    """Return a dataclass field with the values that are allowed, which `_check_fields` enforces and
-    `minisrv.flags` shows. A field whose default is None may always be None.
+    """Return a dataclass field that says which values are allowed. `_check_fields` refuses others,
+    and the flags of `minisrv.flags` list the choices. A field whose default is None may always be
+    None.
 
     bounds: minimum and maximum of a number, or of each number in a tuple, whatever the machine and
         the model. Without bounds, a value that is far too large would be obeyed, and take all
