@@ -364,19 +364,20 @@ class Scheduler:
         _queue(self.waiting, request, first=True)
         self.num_preemptions += 1
 
-    def update(self, step_id: int, tokens: Sequence[int]) -> list[EngineOutput]:
+    def update(self, step_id: int, token_ids: Sequence[list[int]]) -> list[EngineOutput]:
         """Retire the oldest step in flight and return its outputs, in the order of the rows. A
         row that added nothing to its request has none.
 
-        tokens: the sampled token of every row, in the order of the rows.
+        token_ids: the sampled tokens of every row, in the order of the rows. The lists become part
+            of the outputs.
         """
         step, run = self._in_flight.popleft()
         assert step.step_id == step_id, "steps retire in the order they were scheduled"
-        assert len(tokens) == step.num_rows
+        assert len(token_ids) == step.num_rows
         if run is None:
-            outputs = self._retire_rows(step, tokens)
+            outputs = self._retire_rows(step, token_ids)
         else:
-            outputs = self._retire_decodes(step, run, tokens)
+            outputs = self._retire_decodes(step, run, token_ids)
         retired = [r for r in self._retiring if r.last_step <= step_id]
         if retired:
             self._retiring = [r for r in self._retiring if r.last_step > step_id]
@@ -384,9 +385,11 @@ class Scheduler:
                 self._release(request)
         return outputs
 
-    def _retire_rows(self, step: SchedulerOutput, tokens: Sequence[int]) -> list[EngineOutput]:
+    def _retire_rows(
+        self, step: SchedulerOutput, token_ids: Sequence[list[int]]
+    ) -> list[EngineOutput]:
         outputs = []
-        for row, token in zip(step.rows, tokens, strict=True):
+        for row, sampled in zip(step.rows, token_ids, strict=True):
             request = self._requests.get(row.request_id)
             if request is None:
                 continue  # it has ended
@@ -399,17 +402,15 @@ class Scheduler:
             if request.max_total == len(request.prompt):  # the request asked for no token
                 self._end(request)
                 cached = request.num_cached_tokens or 0
-                reason = FinishReason.LENGTH
-                outputs.append(EngineOutput(request.request_id, [], reason, cached))
+                outputs.append(EngineOutput(request.request_id, [], FinishReason.LENGTH, cached))
                 continue
-            request.output.append(token)
-            ended = self._end_if_due(request, token)
-            cached = (request.num_cached_tokens or 0) if len(request.output) == 1 else 0
-            outputs.append(EngineOutput(request.request_id, [token], ended, cached))
+            cached = 0 if request.output else request.num_cached_tokens or 0
+            reason = self._extend(request, sampled)
+            outputs.append(EngineOutput(request.request_id, sampled, reason, cached))
         return outputs
 
     def _retire_decodes(
-        self, step: SchedulerOutput, run: DecodeRun, tokens: Sequence[int]
+        self, step: SchedulerOutput, run: DecodeRun, token_ids: Sequence[list[int]]
     ) -> list[EngineOutput]:
         for index in run.filling_a_block(step.advance):
             if not run.requests[index].ended:
@@ -421,24 +422,29 @@ class Scheduler:
             for request in run.requests:
                 request.num_in_flight -= 1
         outputs = []
-        for request, token in zip(run.requests, tokens, strict=True):
+        for request, sampled in zip(run.requests, token_ids, strict=True):
             if not request.ended:
-                request.output.append(token)
-                reason = self._end_if_due(request, token)
-                outputs.append(EngineOutput(request.request_id, [token], reason))
+                reason = self._extend(request, sampled)
+                outputs.append(EngineOutput(request.request_id, sampled, reason))
         return outputs
 
-    def _end_if_due(self, request: RequestState, token: int) -> FinishReason | None:
-        """End the request if it ends with this token; return the reason, or None if it does not
-        end."""
-        if token in request.stop_token_ids:
-            reason = FinishReason.STOP
-        elif len(request.prompt) + len(request.output) >= request.max_total:
-            reason = FinishReason.LENGTH
-        else:
-            return None
-        self._end(request)
-        return reason
+    def _extend(self, request: RequestState, token_ids: list[int]) -> FinishReason | None:
+        """Append sampled tokens to the output of a request. If the request ends with one of them,
+        end it, drop the tokens behind that one from `token_ids`, and return the reason."""
+        output, left = request.output, request.max_total - len(request.prompt)
+        before = len(output)
+        for token in token_ids:
+            output.append(token)
+            if token in request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif len(output) >= left:
+                reason = FinishReason.LENGTH
+            else:
+                continue
+            del token_ids[len(output) - before :]
+            self._end(request)
+            return reason
+        return None
 
     def _end(self, request: RequestState) -> None:
         """End a request that is running."""

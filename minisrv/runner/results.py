@@ -48,14 +48,14 @@ class StepResult:
     done: torch.cuda.Event | None = None
     began: torch.cuda.Event | None = None
     before: torch.cuda.Event | None = None
-    _ids: list[int] | None = field(default=None, repr=False)
+    _ids: list[list[int]] | None = field(default=None, repr=False)
 
-    def tokens(self) -> list[int]:
-        """Return the sampled token of every row, after waiting for the step."""
+    def tokens(self) -> list[list[int]]:
+        """Return the sampled tokens of every row, one each, after waiting for the step."""
         if self._ids is None:
             if self.done is not None:
                 self.done.synchronize()
-            ids: list[int] = self.token_ids.tolist()
+            ids: list[list[int]] = self.token_ids.unsqueeze(1).tolist()
             self._ids = ids
         return self._ids
 

@@ -76,7 +76,7 @@ class Both:
         )
         self.draw = draw
         self.limit = min(24, self.with_runs.pool.capacity)
-        self.in_flight: deque[tuple[SchedulerOutput, list[int]]] = deque()
+        self.in_flight: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
         self.counted = _GraphSteps()
         self.ran: dict[str, Counter[str]] = {}
         self.continued = 0
@@ -120,7 +120,7 @@ class Both:
         for row in step.rows:
             if row.request_id in self.ran:
                 self.ran[row.request_id][key] += 1
-        tokens = [self.draw.choice((1, 1, 1, 1, 2, 2, EOS)) for _ in step.rows]
+        tokens = [[self.draw.choice((1, 1, 1, 1, 2, 2, EOS))] for _ in step.rows]
         self.in_flight.append((step, tokens))
         self.compare()
         return True

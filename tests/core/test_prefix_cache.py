@@ -132,7 +132,7 @@ class Run:
         return step
 
     def retire(self, step: SchedulerOutput) -> list[EngineOutput]:
-        outputs = self.scheduler.update(step.step_id, [2] * len(step.rows))
+        outputs = self.scheduler.update(step.step_id, [[2]] * len(step.rows))
         self.scheduler.check_integrity()
         return outputs
 

@@ -70,7 +70,7 @@ class Flow:
         waiting = {request.request_id for request in self.scheduler.waiting}
         self.preempted.update(running & waiting)
         step = self._in_flight.popleft()
-        for output in self.scheduler.update(step.step_id, [2] * len(step.rows)):
+        for output in self.scheduler.update(step.step_id, [[2]] * len(step.rows)):
             if output.finish_reason is not None:
                 self.ended.add(output.request_id)
         self.scheduler.check_integrity()

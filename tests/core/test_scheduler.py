@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -63,7 +64,7 @@ class Device:
     cache: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = field(default_factory=dict)
     last_token: dict[int, int] = field(default_factory=dict)
 
-    def run(self, step: SchedulerOutput) -> list[int]:
+    def run(self, step: SchedulerOutput) -> list[list[int]]:
         for start in step.new_slots:
             self.tables[start.slot] = {}
         for slot, index, block in step.new_blocks:
@@ -82,7 +83,7 @@ class Device:
             self.check(row, end)
             told = self.told[row.request_id]
             self.last_token[row.slot] = sampled(told.seed, told.tokens[:end])
-            tokens.append(self.last_token[row.slot] if row.samples else -1)
+            tokens.append([self.last_token[row.slot] if row.samples else -1])
         return tokens
 
     def write(self, row: ScheduledRow) -> None:
@@ -222,7 +223,7 @@ def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, ab
             assert (got[name], ended[name]) == (tokens, reason)
 
 
-def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: int) -> Scheduler:
+def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: Any) -> Scheduler:
     settings = {"max_model_len": 64, "max_waiting": 100, **others}
     return Scheduler(
         BlockPool(blocks, BLOCK), max_num_seqs=seqs, max_num_batched_tokens=budget, **settings
@@ -245,21 +246,36 @@ def shape(step: SchedulerOutput | None) -> list[tuple[str, int, bool]]:
     return [(row.request_id, row.num_tokens, row.decoding) for row in step.rows]
 
 
+def test_tokens_behind_the_one_that_ends_a_request_are_dropped():
+    """A row may return several tokens; the request keeps those up to its end."""
+    scheduler = make(eos_token_ids=[EOS])
+    for name, most in (("a", 5), ("b", 2), ("c", 5)):
+        add(scheduler, name, 3, most)
+    scheduler.schedule()
+    outputs = scheduler.update(0, [[1, EOS, 2], [1, 2, 3], [1]])
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [
+        ([1, EOS], FinishReason.STOP),
+        ([1, 2], FinishReason.LENGTH),
+        ([1], None),
+    ]
+    assert [request.request_id for request in scheduler.running] == ["c"]
+
+
 def test_prefill_is_chunked_and_mixed_with_decode():
     scheduler = make(budget=16)
     add(scheduler, "a", 3)
     first = scheduler.schedule()
     assert shape(first) == [("a", 3, False)]
-    scheduler.update(0, [1])
+    scheduler.update(0, [[1]])
     add(scheduler, "b", 20)
     second = scheduler.schedule()
     assert shape(second) == [("a", 1, True), ("b", 15, False)]
     assert [row.samples for row in second.rows] == [True, False]
     assert second.query_len is None
-    scheduler.update(1, [1, 1])
+    scheduler.update(1, [[1], [1]])
     third = scheduler.schedule()
     assert shape(third) == [("a", 1, True), ("b", 5, False)]
-    scheduler.update(2, [1, 1])
+    scheduler.update(2, [[1], [1]])
     assert scheduler.schedule().query_len == 1
 
 
@@ -271,18 +287,18 @@ def test_priority_decides_who_is_admitted_and_arrival_among_equals():
     for step_id in range(6):
         [(name, _, _)] = shape(scheduler.schedule())
         order.append(name)
-        scheduler.update(step_id, [1])
+        scheduler.update(step_id, [[1]])
     assert order == list("cfabed")
 
 
 def test_the_least_important_is_preempted_though_others_are_newer():
     scheduler = make(blocks=6, budget=64, max_model_len=16)
     add(scheduler, "low", 3, most=9, priority=1)
-    scheduler.update(scheduler.schedule().step_id, [1])
+    scheduler.update(scheduler.schedule().step_id, [[1]])
     add(scheduler, "high", 7, most=9, priority=-1)
     while not scheduler.num_preemptions:
         step = scheduler.schedule()
-        scheduler.update(step.step_id, [1] * len(step.rows))
+        scheduler.update(step.step_id, [[1]] * len(step.rows))
     assert [request.request_id for request in scheduler.running] == ["high"]
     assert [request.request_id for request in scheduler.waiting] == ["low"]
 
@@ -318,9 +334,9 @@ def test_stop_by_length_is_foreseen_under_lag():
     scheduler.schedule()
     assert shape(scheduler.schedule()) == [("a", 1, True)]
     assert scheduler.schedule() is None
-    scheduler.update(0, [1])
+    scheduler.update(0, [[1]])
     assert scheduler.schedule() is None
-    [output] = scheduler.update(1, [1])
+    [output] = scheduler.update(1, [[1]])
     assert output.finish_reason is FinishReason.LENGTH
 
 
@@ -333,9 +349,9 @@ def test_blocks_and_slot_wait_for_the_step_in_flight():
     scheduler.schedule()
     assert scheduler.abort("a").finish_reason is FinishReason.ABORT
     assert scheduler.pool.num_used == 1
-    assert scheduler.update(0, [1]) == []
+    assert scheduler.update(0, [[1]]) == []
     assert scheduler.pool.num_used == 1, "step 1 still writes there"
-    assert scheduler.update(1, [1]) == []
+    assert scheduler.update(1, [[1]]) == []
     assert scheduler.pool.num_used == 0
     assert scheduler.slots.num_used == 0
 
@@ -378,7 +394,7 @@ def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerO
             in_flight.append(step)
             ran.append(step)
         step = in_flight.popleft()
-        scheduler.update(step.step_id, [2] * len(step.rows))
+        scheduler.update(step.step_id, [[2]] * len(step.rows))
     return ran
 
 
@@ -399,17 +415,17 @@ def test_a_newcomer_leaves_the_running_a_block_each():
     would be preempted as soon as they grow, and would compute its prompt twice."""
     scheduler = make(blocks=6, budget=64, max_model_len=20)
     add(scheduler, "old", 7, 8)
-    scheduler.update(0, [2] * len(scheduler.schedule().rows))
+    scheduler.update(0, [[2]] * len(scheduler.schedule().rows))
     add(scheduler, "new", 11, 2)  # It needs three blocks, and three are free.
     assert shape(scheduler.schedule()) == [("old", 1, True)]
-    scheduler.update(1, [2])
+    scheduler.update(1, [[2]])
     run_steps_from(scheduler, 2)
     assert scheduler.num_preemptions == 0
 
 
 def run_steps_from(scheduler: Scheduler, first: int) -> None:
     while scheduler.has_work:
-        scheduler.update(first, [2] * len(scheduler.schedule().rows))
+        scheduler.update(first, [[2]] * len(scheduler.schedule().rows))
         first += 1
 
 

@@ -643,7 +643,7 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
         assert late.tokens() == at_once.tokens()
         assert late.logprobs == at_once.logprobs
     assert ran == [(PIECEWISE, 8), (FULL, 2), (PIECEWISE, 8), (FULL, 8), (FULL, 2)]
-    chosen = [[row.token_id for row in r.logprobs.sampled if row] for r, _ in read if r.logprobs]
+    chosen = [[[row.token_id] for row in r.logprobs.sampled if row] for r, _ in read if r.logprobs]
     assert chosen == [read[2][0].tokens()[2:], read[3][0].tokens()[2:]], "of the step's own logits"
 
 
