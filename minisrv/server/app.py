@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from msgspec.structs import asdict
@@ -22,23 +21,22 @@ from minisrv.errors import EngineNotReadyError
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.auth import ApiKeys, KeyLimit
 from minisrv.server.bodies import (
-    ChatCompletion,
-    Completion,
-    DetokenizedPrompt,
-    Health,
+    ChatCompletionResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    HealthResponse,
+    LoadingProgress,
     ModelCard,
-    ModelCards,
-    Readiness,
-    Tokens,
-    Version,
-    answered,
-    told,
-    with_keys,
+    ModelList,
+    ReadyResponse,
+    TokenizeResponse,
+    VersionResponse,
 )
 from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.hosts import HostNames
 from minisrv.server.middleware import Edge
 from minisrv.server.offload import offload
+from minisrv.server.openapi import DocumentedApp, answered, told
 from minisrv.server.pages import add_pages
 from minisrv.server.protocol import (
     ChatCompletionRequest,
@@ -103,7 +101,8 @@ def create_app(
         share_prefix_cache=settings.share_prefix_cache,
         request_timeout=settings.request_timeout or None,
     )
-    app = FastAPI(
+    app = DocumentedApp(
+        keyed=bool(settings.api_keys),
         title="minisrv",
         version=version("minisrv"),
         redirect_slashes=False,
@@ -136,22 +135,24 @@ def create_app(
     _add_model_routes(app, serving)
     _add_operation_routes(app, client, metrics)
     add_pages(app, serving, keyed=bool(settings.api_keys))
-    if settings.api_keys:
-        with_keys(app.openapi())  # FastAPI makes this document once and keeps it
     return app
 
 
 def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
     router = APIRouter(route_class=BodyRoute)
 
-    @router.post(_COMPLETIONS, response_class=JSON, responses=answered(Completion, streams=True))
+    @router.post(
+        _COMPLETIONS, response_class=JSON, responses=answered(CompletionResponse, streams=True)
+    )
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
         model = serving.model_name(body.model)
         reply = CompletionReply(body, model, serving.tokenizer)
         return GenerationResponse(serving, body, reply)
 
-    @router.post(_CHAT, response_class=JSON, responses=answered(ChatCompletion, streams=True))
+    @router.post(
+        _CHAT, response_class=JSON, responses=answered(ChatCompletionResponse, streams=True)
+    )
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
         model = serving.model_name(body.model)
@@ -163,14 +164,14 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
 def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
     router = APIRouter(route_class=BodyRoute)
 
-    @router.post(_TOKENIZE, response_class=JSON, responses=answered(Tokens))
+    @router.post(_TOKENIZE, response_class=JSON, responses=answered(TokenizeResponse))
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Return the token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
         tokens = await serving.tokenize(body, request.scope["key"])
         return await offload(lambda: JSON(tokens), body.num_bytes)
 
-    @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizedPrompt))
+    @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizeResponse))
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of token ids, special tokens included."""
         serving.model_name(body.model)
@@ -181,23 +182,23 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_model_routes(app: FastAPI, serving: Serving) -> None:
-    def card(name: str) -> dict[str, Any]:
+    def card(name: str) -> ModelCard:
         info = serving.client.info
-        return {
-            "id": name,
-            "object": "model",
-            "created": serving.created,
-            "owned_by": "minisrv",
-            "root": serving.root,
-            "parent": None,
-            "max_model_len": info and info.max_model_len,
-        }
+        return ModelCard(
+            id=name,
+            object="model",
+            created=serving.created,
+            owned_by="minisrv",
+            root=serving.root,
+            parent=None,
+            max_model_len=None if info is None else info.max_model_len,
+        )
 
-    @app.get("/v1/models", response_class=JSON, responses=answered(ModelCards))
+    @app.get("/v1/models", response_class=JSON, responses=answered(ModelList))
     async def models() -> Response:
         """List the names under which the model is served."""
         data = [card(name) for name in serving.served_model_names]
-        return JSON({"object": "list", "data": data})
+        return JSON(ModelList(object="list", data=data))
 
     @app.get("/v1/models/{model_id:path}", response_class=JSON, responses=answered(ModelCard))
     async def model(model_id: str) -> Response:
@@ -206,31 +207,33 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
-    @app.get("/health", response_class=JSON, responses=told(Health))
+    @app.get("/health", response_class=JSON, responses=told(HealthResponse))
     async def health() -> Response:
         """Answer 200 as long as the engine process lives, also while it loads or drains; else
         503."""
         state = client.state
-        return JSON({"state": state}, status_code=503 if state is EngineState.DEAD else 200)
+        return JSON(HealthResponse(state), status_code=503 if state is EngineState.DEAD else 200)
 
-    @app.get("/ready", response_class=JSON, responses=told(Readiness))
+    @app.get("/ready", response_class=JSON, responses=told(ReadyResponse))
     async def ready() -> Response:
         """Answer 200 if the engine takes requests; else 503, with the progress while it loads."""
         state = client.state
         if state is EngineState.READY:
-            return JSON({"state": state})
+            return JSON(ReadyResponse(state))
         headers = (
             {}
             if state is EngineState.DEAD
             else {"retry-after": str(EngineNotReadyError.retry_after)}
         )
-        loading = asdict(client.loading) if state is EngineState.LOADING else None
-        return JSON({"state": state, "loading": loading}, status_code=503, headers=headers)
+        loading = None
+        if state is EngineState.LOADING:
+            loading = LoadingProgress(**asdict(client.loading))
+        return JSON(ReadyResponse(state, loading), status_code=503, headers=headers)
 
-    @app.get("/version", response_class=JSON, responses=answered(Version))
+    @app.get("/version", response_class=JSON, responses=answered(VersionResponse))
     async def show_version() -> Response:
         """Return the version of minisrv."""
-        return JSON({"version": app.version})
+        return JSON(VersionResponse(app.version))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:

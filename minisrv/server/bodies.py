@@ -1,26 +1,25 @@
-"""The response bodies, as models for the OpenAPI document.
+"""The response bodies: each is sent as one of these structs, which also give the OpenAPI document.
 
-No response is made from these models: `replies` writes the bodies, for speed. Tests validate real
-responses against them, so that no field is missing on either side.
+A field without a default is in every response; one with the default UNSET is left out unless it is
+set. The names are vLLM's.
 
 Knows: the JSON shapes of responses. Knows nothing of how they come about.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from minisrv.server.auth import OPEN_PATHS
-
-Responses = dict[int | str, dict[str, Any]]
+from minisrv.engine.client import EngineState
 
 
-class Body(BaseModel):
+class Body(Struct, forbid_unknown_fields=True):
     """A JSON object of a response: these fields and no others."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+# ---- parts that several responses have -------------------------------------------------------
 
 
 class ErrorInfo(Body):
@@ -28,32 +27,38 @@ class ErrorInfo(Body):
 
     message: str
     type: str
-    param: str | None
-    """The field of the request that caused the error."""
+    param: Annotated[
+        str | None, Meta(description="The field of the request that caused the error.")
+    ]
     code: str | None
 
 
-class Error(Body):
+class ErrorResponse(Body):
     """The body of every response with a status from 400 on, and of an event that ends a stream
     early."""
 
     error: ErrorInfo
 
 
-class CachedTokens(Body):
+class PromptTokenUsageInfo(Body):
     """Details of the prompt tokens."""
 
-    cached_tokens: int
-    """Number of prompt tokens that were found in the prefix cache, and not computed."""
+    cached_tokens: Annotated[
+        int,
+        Meta(
+            description="Number of prompt tokens that were found in the prefix cache, and not "
+            "computed."
+        ),
+    ]
 
 
-class Usage(Body):
+class UsageInfo(Body):
     """The token counts of all choices together."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: PromptTokenUsageInfo
 
 
 class PromptLogprob(Body):
@@ -67,47 +72,73 @@ class PromptLogprob(Body):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """For each token of the prompt, log-probabilities by token id; null for the first token."""
 
+_TokenIds = Annotated[
+    list[int] | None,
+    Meta(description="Token ids of the completion. Null without return_token_ids."),
+]
+_PromptTokenIds = Annotated[
+    list[int] | None,
+    Meta(description="Token ids of the prompt. Null without return_token_ids."),
+]
+_PromptLogprobs = Annotated[
+    PromptLogprobs | None,
+    Meta(description="Log-probabilities of the prompt's tokens. Null without prompt_logprobs."),
+]
+_GraphSteps = Annotated[
+    dict[str, int] | UnsetType,
+    Meta(description="Number of steps by graph mode and reason. Only with include_graph_steps."),
+]
 
-class Choice(Body):
-    """The fields that choices of completions and chats share. Most are set only if they were asked
-    for."""
 
-    index: int
-    finish_reason: str
-    token_ids: list[int] | None
-    """Token ids of the completion. Null without return_token_ids."""
-    graph_steps: dict[str, int] = {}
-    """Number of steps by graph mode and reason. Only with include_graph_steps."""
+# ---- completions -----------------------------------------------------------------------------
 
 
-class TextLogprobs(Body):
+class CompletionLogprobs(Body):
     """Log-probabilities of the tokens of a completion, as parallel lists."""
 
-    tokens: list[str]
-    """The tokens as text. `bytes:\\xe2` is a token that is not valid text by itself, and
-    `token_id:123` one that the tokenizer does not know."""
-    token_logprobs: list[float | None]
-    """Log-probability of each token. Null for the first token of a prompt."""
-    top_logprobs: list[dict[str, float] | None]
-    """Log-probabilities of the most likely tokens and of the token itself at each position, by
-    text. If several have the same text, all but one are named like `token_id:123`."""
-    text_offset: list[int]
-    """Index of the character in the choice's text at which each token begins. Tokens that form one
-    character together all begin there; tokens that a stop string cut off begin at the end."""
+    tokens: Annotated[
+        list[str],
+        Meta(
+            description="The tokens as text. `bytes:\\xe2` is a token that is not valid text by "
+            "itself, and `token_id:123` one that the tokenizer does not know."
+        ),
+    ]
+    token_logprobs: Annotated[
+        list[float | None],
+        Meta(description="Log-probability of each token. Null for the first token of a prompt."),
+    ]
+    top_logprobs: Annotated[
+        list[dict[str, float] | None],
+        Meta(
+            description="Log-probabilities of the most likely tokens and of the token itself at "
+            "each position, by text. If several have the same text, all but one are named like "
+            "`token_id:123`."
+        ),
+    ]
+    text_offset: Annotated[
+        list[int],
+        Meta(
+            description="Index of the character in the choice's text at which each token begins. "
+            "Tokens that form one character together all begin there; tokens that a stop string "
+            "cut off begin at the end."
+        ),
+    ]
 
 
-class TextChoice(Choice):
+class CompletionChoice(Body):
     """One choice of a completion."""
 
+    index: int
     text: str
-    logprobs: TextLogprobs | None
-    prompt_token_ids: list[int] | None
-    """Token ids of the prompt. Null without return_token_ids."""
-    prompt_logprobs: PromptLogprobs | None
-    """Log-probabilities of the prompt's tokens. Null without prompt_logprobs."""
+    logprobs: CompletionLogprobs | None
+    finish_reason: str
+    token_ids: _TokenIds
+    prompt_token_ids: _PromptTokenIds
+    prompt_logprobs: _PromptLogprobs
+    graph_steps: _GraphSteps = UNSET
 
 
-class Completion(Body):
+class CompletionResponse(Body):
     """The response to POST /v1/completions. A stream has chunks of this shape, in which usage may
     be absent."""
 
@@ -115,11 +146,44 @@ class Completion(Body):
     object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[TextChoice]
-    usage: Usage
+    choices: list[CompletionChoice]
+    usage: UsageInfo
 
 
-class TopLogprob(Body):
+class CompletionStreamChoice(Body):
+    """What a chunk adds to one choice of a completion.
+
+    prompt_token_ids: set in the first chunk of the choice.
+    graph_steps: set in the last chunk of the choice, if they were asked for.
+    """
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
+    graph_steps: dict[str, int] | UnsetType = UNSET
+
+
+class CompletionStreamResponse(Body):
+    """A chunk of a streamed completion.
+
+    usage: null in the chunks before the usage; unset in a stream without usage.
+    """
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionStreamChoice]
+    usage: UsageInfo | UnsetType | None = UNSET
+
+
+# ---- chat completions ------------------------------------------------------------------------
+
+
+class ChatCompletionLogprob(Body):
     """A token and its log-probability."""
 
     token: str
@@ -127,55 +191,63 @@ class TopLogprob(Body):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class ChatCompletionLogprobsContent(ChatCompletionLogprob):
     """The log-probability of a token of an answer, and those of its alternatives."""
 
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[ChatCompletionLogprob]
 
 
-class ChatLogprobs(Body):
+class ChatCompletionLogprobs(Body):
     """Log-probabilities of the tokens of an answer."""
 
-    content: list[TokenLogprob]
+    content: list[ChatCompletionLogprobsContent]
     refusal: None
 
 
-class CalledFunction(Body):
+class FunctionCall(Body):
     """The function that the model calls, and its arguments."""
 
     name: str
-    arguments: str
-    """The arguments as JSON text."""
+    arguments: Annotated[str, Meta(description="The arguments as JSON text.")]
 
 
-class Call(Body):
+class ChatCompletionToolCall(Body):
     """A tool call."""
 
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: FunctionCall
 
 
-class Answer(Body):
+class ChatMessage(Body):
     """The assistant's message."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
     reasoning: str | None
-    reasoning_content: str | None
-    """The same text as `reasoning`, under another name. Both are null if there is no reasoning."""
-    tool_calls: list[Call] = []
+    reasoning_content: Annotated[
+        str | None,
+        Meta(
+            description="The same text as `reasoning`, under another name. Both are null if there "
+            "is no reasoning."
+        ),
+    ]
+    tool_calls: list[ChatCompletionToolCall] | UnsetType = UNSET
 
 
-class ChatChoice(Choice):
+class ChatCompletionChoice(Body):
     """One choice of a chat: an answer."""
 
-    message: Answer
-    logprobs: ChatLogprobs | None
+    index: int
+    message: ChatMessage
+    logprobs: ChatCompletionLogprobs | None
+    finish_reason: str
+    token_ids: _TokenIds
+    graph_steps: _GraphSteps = UNSET
 
 
-class ChatCompletion(Body):
+class ChatCompletionResponse(Body):
     """The response to POST /v1/chat/completions. A stream has `chat.completion.chunk` objects
     instead, whose choices hold a delta of the message."""
 
@@ -183,25 +255,86 @@ class ChatCompletion(Body):
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | None
-    """Token ids of the prompt. Null without return_token_ids."""
-    prompt_logprobs: PromptLogprobs | None
-    """Log-probabilities of the prompt's tokens. Null without prompt_logprobs."""
+    choices: list[ChatCompletionChoice]
+    usage: UsageInfo
+    prompt_token_ids: _PromptTokenIds
+    prompt_logprobs: _PromptLogprobs
 
 
-class Tokens(Body):
+class DeltaFunctionCall(Body):
+    """What a chunk adds to the call of a function."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class DeltaToolCall(Body):
+    """What a chunk adds to a tool call; its first delta has the id, the type and the name."""
+
+    index: int
+    function: DeltaFunctionCall
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
+class DeltaMessage(Body):
+    """What a chunk adds to the assistant's message, in the form that OpenAI's client assembles."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[DeltaToolCall] | UnsetType = UNSET
+
+
+class ChatCompletionStreamChoice(Body):
+    """What a chunk adds to one choice of a chat.
+
+    graph_steps: set in the last chunk of the choice, if they were asked for.
+    """
+
+    index: int
+    delta: DeltaMessage
+    logprobs: ChatCompletionLogprobs | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    graph_steps: dict[str, int] | UnsetType = UNSET
+
+
+class ChatCompletionStreamResponse(Body):
+    """A chunk of a streamed chat.
+
+    usage: null in the chunks before the usage; unset in a stream without usage.
+    prompt_token_ids: set in the first chunk of each choice.
+    """
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatCompletionStreamChoice]
+    usage: UsageInfo | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
+
+
+# ---- other responses -------------------------------------------------------------------------
+
+
+class TokenizeResponse(Body):
     """The response to POST /tokenize."""
 
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | None
-    """The tokens as the vocabulary spells them. Null without return_token_strs."""
+    token_strs: Annotated[
+        list[str] | None,
+        Meta(
+            description="The tokens as the vocabulary spells them. Null without return_token_strs."
+        ),
+    ]
 
 
-class DetokenizedPrompt(Body):
+class DetokenizeResponse(Body):
     """The response to POST /detokenize."""
 
     prompt: str
@@ -214,27 +347,28 @@ class ModelCard(Body):
     object: Literal["model"]
     created: int
     owned_by: str
-    root: str
-    """The checkpoint that is served under this name."""
+    root: Annotated[str, Meta(description="The checkpoint that is served under this name.")]
     parent: None
-    max_model_len: int | None
-    """Maximum number of tokens of a request. Null while the engine loads."""
+    max_model_len: Annotated[
+        int | None,
+        Meta(description="Maximum number of tokens of a request. Null while the engine loads."),
+    ]
 
 
-class ModelCards(Body):
+class ModelList(Body):
     """The model under all of its names."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Health(Body):
+class HealthResponse(Body):
     """The response to GET /health."""
 
-    state: Literal["loading", "ready", "draining", "dead"]
+    state: EngineState
 
 
-class Progress(Body):
+class LoadingProgress(Body):
     """Progress of the engine's start-up."""
 
     phase: str
@@ -242,64 +376,17 @@ class Progress(Body):
     total: int
 
 
-class Readiness(Health):
+class ReadyResponse(Body):
     """The response to GET /ready."""
 
-    loading: Progress | None = None
-    """Progress of the start-up; only while the engine loads."""
+    state: EngineState
+    loading: Annotated[
+        LoadingProgress | UnsetType | None,
+        Meta(description="Progress of the start-up; only while the engine loads."),
+    ] = UNSET
 
 
-class Version(Body):
+class VersionResponse(Body):
     """The response to GET /version."""
 
     version: str
-
-
-_ERRORS: Responses = {
-    "4XX": {
-        "model": Error,
-        "description": "400 the request is at fault, 401 it holds no key that is accepted, 404 no "
-        "such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, 421 another host, "
-        "429 too many requests (see the header retry-after), 431",
-    },
-    "5XX": {
-        "model": Error,
-        "description": "500, 503 the engine is loading, draining or dead, or too many large bodies "
-        "arrive, 504 the deadline is over",
-    },
-}
-
-_STREAM = {
-    "text/event-stream": {
-        # The schema describes each event.
-        "schema": {
-            "type": "object",
-            "properties": {
-                "data": {"type": "string", "description": "A chunk as JSON; at the end [DONE]."}
-            },
-            "required": ["data"],
-        },
-    }
-}
-
-
-def answered(body: type[Body], *, streams: bool = False) -> Responses:
-    """Return the responses of a route for OpenAPI: `body`, perhaps also as a stream, or an
-    error."""
-    whole: dict[str, Any] = {"model": body, "description": "Done"}
-    return {200: whole | ({"content": _STREAM} if streams else {}), **_ERRORS}
-
-
-def told(body: type[Body]) -> Responses:
-    """Return the responses of a health check for OpenAPI: `body` with either status."""
-    return {200: {"model": body, "description": "Yes"}, 503: {"model": body, "description": "No"}}
-
-
-def with_keys(document: dict[str, Any]) -> dict[str, Any]:
-    """Add API keys to the OpenAPI document of a server that asks for them, and return it."""
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"key": []}]
-    for path in OPEN_PATHS:
-        for operation in document["paths"][path].values():
-            operation["security"] = []
-    return document

@@ -23,6 +23,7 @@ from minisrv.errors import (
     shortened,
     shown,
 )
+from minisrv.server.bodies import ErrorInfo, ErrorResponse
 
 logger = logging.getLogger("minisrv.server")
 
@@ -46,7 +47,7 @@ class JSON(JSONResponse):
         return msgspec.json.encode(content)
 
 
-def error_object(error: Exception) -> dict[str, Any]:
+def error_object(error: Exception) -> ErrorResponse:
     """Return `error` as OpenAI's error object; log it if the client did not cause it."""
     if isinstance(error, MinisrvError) and error.http_status != 500:
         return _object(error.message, error.type, error.param, error.code)
@@ -100,9 +101,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _object(
     message: str, type: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    body = {"message": _clean(message), "type": type, "param": param and _clean(param)}
-    return {"error": {**body, "code": code}}
+) -> ErrorResponse:
+    return ErrorResponse(ErrorInfo(_clean(message), type, param and _clean(param), code))
 
 
 def _clean(text: str) -> str:

@@ -12,46 +12,54 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from minisrv.request import TokenLogprobs
+from minisrv.server.bodies import (
+    ChatCompletionLogprob,
+    ChatCompletionLogprobs,
+    ChatCompletionLogprobsContent,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+)
 from minisrv.server.preparation import Echo
 from minisrv.text.tokenizer import Tokenizer
 
 
 def chat_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], num_top: int
-) -> dict[str, Any]:
+) -> ChatCompletionLogprobs:
     """Return `choices[].logprobs` of a chat: a list of tokens, each with its `num_top` most likely
     alternatives."""
 
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+    def spell(token_id: int) -> tuple[str, list[int] | None]:
         text, piece = _text(tokenizer, token_id)
-        told = None if piece is None else list(piece)
-        return {"token": text, "logprob": logprob, "bytes": told}
+        return text, None if piece is None else list(piece)
 
-    content = [
-        {
-            **entry(position.token_id, position.logprob),
-            "top_logprobs": [entry(*pair) for pair in position.top[:num_top]],
-        }
-        for position in logprobs
-    ]
-    return {"content": content, "refusal": None}
+    def entry(token_id: int, logprob: float) -> ChatCompletionLogprob:
+        text, piece = spell(token_id)
+        return ChatCompletionLogprob(text, logprob, piece)
+
+    def content(position: TokenLogprobs) -> ChatCompletionLogprobsContent:
+        text, piece = spell(position.token_id)
+        top = [entry(*pair) for pair in position.top[:num_top]]
+        return ChatCompletionLogprobsContent(text, position.logprob, piece, top)
+
+    return ChatCompletionLogprobs([content(position) for position in logprobs], refusal=None)
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, scored: Sequence[TokenLogprobs], num_top: int
-) -> list[dict[str, Any] | None]:
+) -> PromptLogprobs:
     """Return vLLM's field `prompt_logprobs`: an entry for each prompt token, null for the first,
     which has no log-probability. An entry holds the token itself and its `num_top` most likely
     alternatives, by token id."""
 
-    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float, rank: int) -> PromptLogprob:
         text, _ = _text(tokenizer, token_id)
-        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+        return PromptLogprob(logprob, rank, text)
 
-    def position(of: TokenLogprobs) -> dict[str, Any]:
+    def position(of: TokenLogprobs) -> dict[str, PromptLogprob]:
         own = {str(of.token_id): entry(of.token_id, of.logprob, of.rank)}
         best = enumerate(of.top[:num_top], start=1)
         return own | {str(i): entry(i, logprob, rank) for rank, (i, logprob) in best}
@@ -59,7 +67,7 @@ def prompt_logprobs(
     return [None, *map(position, scored)]
 
 
-class CompletionLogprobs:
+class CompletionLogprobsWriter:
     """Writes `choices[].logprobs` of a completion, whose text offsets run on from chunk to chunk.
 
     Every offset is an index into the choice's own text. A token whose text may yet be cut off by a
@@ -75,10 +83,16 @@ class CompletionLogprobs:
         """Number of characters of the text so far."""
         self._waiting: deque[tuple[TokenLogprobs, int]] = deque()
 
-    def chunk(
-        self, logprobs: Iterable[TokenLogprobs], starts: Iterable[int], text: str, last: bool
-    ) -> dict[str, list[Any]]:
-        """Return the four lists for some tokens, one item per token.
+    def add(
+        self,
+        lists: CompletionLogprobs,
+        logprobs: Iterable[TokenLogprobs],
+        starts: Iterable[int],
+        text: str,
+        *,
+        last: bool,
+    ) -> None:
+        """Append some tokens to the four lists, one item per token.
 
         `top_logprobs` holds the sampled token too: at most `num_top` + 1 entries.
 
@@ -88,50 +102,47 @@ class CompletionLogprobs:
         """
         self._length += len(text)
         self._waiting += zip(logprobs, (self._begin + start for start in starts), strict=True)
-        lists = self._lists()
         while self._waiting and (last or self._waiting[0][1] <= self._length):
             position, start = self._waiting.popleft()
             self._append(lists, position.token_id, min(start, self._length), position)
-        return lists
 
-    def prompt(
-        self, echo: Echo, token_ids: Sequence[int], scored: Sequence[TokenLogprobs]
-    ) -> dict[str, list[Any]]:
-        """Return the four lists for an echoed prompt, with nulls for its first token, which has no
-        log-probability. Must be called before any `chunk`.
+    def add_prompt(
+        self,
+        lists: CompletionLogprobs,
+        echo: Echo,
+        token_ids: Sequence[int],
+        scored: Sequence[TokenLogprobs],
+    ) -> None:
+        """Append an echoed prompt to the four lists, with nulls for its first token, which has no
+        log-probability. Must be called before any `add`.
 
         scored: the logprobs of all prompt tokens but the first.
         """
-        lists = self._lists()
         for token_id, start, position in zip(token_ids, echo.starts, (None, *scored), strict=True):
             self._append(lists, token_id, start, position)
         self._begin = self._length = len(echo.text)
-        return lists
-
-    def _lists(self) -> dict[str, list[Any]]:
-        return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def _append(
         self,
-        lists: dict[str, list[Any]],
+        lists: CompletionLogprobs,
         token_id: int,
         start: int,
         position: TokenLogprobs | None,
     ) -> None:
         name = self._name(token_id)
-        lists["tokens"].append(name)
-        lists["text_offset"].append(start)
+        lists.tokens.append(name)
+        lists.text_offset.append(start)
         if position is None:
-            lists["token_logprobs"].append(None)
-            lists["top_logprobs"].append(None)
+            lists.token_logprobs.append(None)
+            lists.top_logprobs.append(None)
             return
         best = {}
         for rival, logprob in position.top[: self._num_top]:
             other = self._name(rival)
             taken = rival != token_id and (other == name or other in best)
             best[_by_id(rival) if taken else other] = logprob
-        lists["token_logprobs"].append(position.logprob)
-        lists["top_logprobs"].append(best | {name: position.logprob})
+        lists.token_logprobs.append(position.logprob)
+        lists.top_logprobs.append(best | {name: position.logprob})
 
     def _name(self, token_id: int) -> str:
         """Return the token as text, or as OpenAI spells a token that is not valid text by

@@ -3,7 +3,7 @@
 A reply is made for one response and fed every delta once, either through `events` (streamed) or
 through `add` and then `document` (not streamed).
 
-Knows: the JSON shapes of responses. Knows nothing of how deltas come about.
+Knows: which fields of a body a request asks for. Knows nothing of how deltas come about.
 """
 
 from __future__ import annotations
@@ -14,9 +14,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+from msgspec import UNSET, UnsetType
+
 from minisrv.request import TokenLogprobs
 from minisrv.server import sse
-from minisrv.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from minisrv.server.bodies import (
+    ChatCompletionChoice,
+    ChatCompletionLogprobs,
+    ChatCompletionResponse,
+    ChatCompletionStreamChoice,
+    ChatCompletionStreamResponse,
+    ChatCompletionToolCall,
+    ChatMessage,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionResponse,
+    CompletionStreamChoice,
+    CompletionStreamResponse,
+    DeltaFunctionCall,
+    DeltaMessage,
+    DeltaToolCall,
+    FunctionCall,
+    PromptLogprobs,
+    PromptTokenUsageInfo,
+    UsageInfo,
+)
+from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
 from minisrv.server.preparation import Prepared
 from minisrv.server.protocol import CompletionRequest, GenerationRequest
 from minisrv.text.chat_deltas import (
@@ -36,12 +59,11 @@ class Reply(ABC):
     """Common part of the responses of completions and chat completions: id, usage, extensions."""
 
     id_prefix: ClassVar[str]
-    object_name: ClassVar[str]
-    chunk_name: ClassVar[str]
 
     def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._identity = {"created": int(time.time()), "model": model}
+        self._created = int(time.time())
+        self._model = model
         self._tokenizer = tokenizer
         self._num_logprobs = request.num_logprobs or 0
         self._prompt_logprobs = request.prompt_logprobs
@@ -53,9 +75,7 @@ class Reply(ABC):
         self._text_is_all = not (self._return_token_ids or self._continuous_usage)
         """Whether a delta that is neither the first nor the last of its choice has nothing to
         report but its text and logprobs, with the text passed on unchanged."""
-        self._tail: dict[str, Any] = {"usage": None} if self._include_usage else {}
-        self._chunk_head = self._head(self.chunk_name)
-        self._chunks = sse.ChunkEncoder(self._chunk_head, self._tail)
+        self._chunks = sse.ChunkEncoder(self._new_chunk([], None if self._include_usage else UNSET))
         self._prompts: Sequence[list[int]] = ()
         self._deltas: list[list[CompletionDelta]] = []
         self._plain: dict[int, tuple[bytes, bytes]] = {}
@@ -110,7 +130,7 @@ class Reply(ABC):
         """Return the events that end a stream."""
         if not self._include_usage:
             return sse.DONE
-        return sse.event({**self._chunk_head, "choices": [], "usage": self._usage()}) + sse.DONE
+        return sse.event(self._new_chunk([], self._usage())) + sse.DONE
 
     def add(self, delta: CompletionDelta) -> None:
         """Keep a delta for `document`."""
@@ -128,38 +148,36 @@ class Reply(ABC):
         told = sum(self._completion_tokens) * (1 + self._num_logprobs)
         return told + self.size_of(deltas[0] for deltas in self._deltas)
 
-    def document(self) -> dict[str, Any]:
+    @abstractmethod
+    def document(self) -> CompletionResponse | ChatCompletionResponse:
         """Return the body of a response that is not streamed. Must be called after the last
         delta."""
-        return {
-            **self._head(self.object_name),
-            "choices": [self._whole(index) for index in range(len(self._deltas))],
-            "usage": self._usage(),
-        }
 
-    def _whole(self, index: int) -> dict[str, Any]:
-        deltas = self._deltas[index]
-        choice = self._choice(index, deltas)
-        choice.setdefault("finish_reason", deltas[-1].finish_reason)
-        ids = [i for delta in deltas for i in delta.token_ids]
-        choice["token_ids"] = self._if_asked(ids)
-        if self._report_steps:
-            choice["graph_steps"] = deltas[-1].graph_steps
-        return choice
-
-    def _if_asked(self, token_ids: Sequence[int]) -> Sequence[int] | None:
+    def _if_asked(self, token_ids: list[int]) -> list[int] | None:
         """Return the token ids if they were asked for; else null, as in vLLM."""
         return token_ids if self._return_token_ids else None
 
-    def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None] | None:
+    def _token_ids(self, index: int) -> list[int] | None:
+        """Return the field `token_ids` of a whole choice."""
+        return self._if_asked([i for delta in self._deltas[index] for i in delta.token_ids])
+
+    def _graph_steps(self, last: CompletionDelta) -> dict[str, int] | UnsetType:
+        """Return the field `graph_steps` of the choice that ends with the delta `last`."""
+        if not self._report_steps:
+            return UNSET
+        return last.graph_steps or {}
+
+    def _prompt_report(self, scored: Sequence[TokenLogprobs]) -> PromptLogprobs | None:
         """Return the field `prompt_logprobs`: null if it was not asked for, as in vLLM."""
         if self._prompt_logprobs is None:
             return None
         return prompt_logprobs(self._tokenizer, scored, self._prompt_logprobs)
 
     @abstractmethod
-    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
-        """Return a whole choice, without the fields that every choice has."""
+    def _new_chunk(
+        self, choices: list[Any], usage: UsageInfo | UnsetType | None
+    ) -> CompletionStreamResponse | ChatCompletionStreamResponse:
+        """Return a chunk with these choices, which are of the chunk's own type."""
 
     @abstractmethod
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
@@ -170,17 +188,11 @@ class Reply(ABC):
         """Return the events of a delta. `first`: it is the first of its choice; `tells`: it has
         text, logprobs or token ids to report."""
 
-    def _chunk(self, choice: dict[str, Any], *, extra: dict[str, Any] | None = None) -> bytes:
-        """Return the event of a choice, with `extra` fields beside the list of choices."""
-        if not extra and not self._continuous_usage:
+    def _chunk(self, choice: CompletionStreamChoice | ChatCompletionStreamChoice) -> bytes:
+        """Return the event of a choice."""
+        if not self._continuous_usage:
             return self._chunks.encode(choice)
-        tail = self._tail
-        if self._continuous_usage:
-            tail = {"usage": self._usage_of(choice["index"])}
-        return sse.event({**self._chunk_head, "choices": [choice], **tail, **(extra or {})})
-
-    def _head(self, object_name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": object_name, **self._identity}
+        return sse.event(self._new_chunk([choice], self._usage_of(choice.index)))
 
     def _count(self, delta: CompletionDelta) -> None:
         if self._first is None:
@@ -188,7 +200,7 @@ class Reply(ABC):
         self._completion_tokens[delta.index] += len(delta.token_ids)
         self._cached_tokens[delta.index] += delta.num_cached_tokens
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> UsageInfo:
         """Return the usage of all choices; a prompt counts once."""
         return _usage(
             sum(map(len, self._prompts)),
@@ -196,26 +208,25 @@ class Reply(ABC):
             sum(self._cached_tokens[:: self._choices_per_prompt]),
         )
 
-    def _usage_of(self, index: int) -> dict[str, Any]:
+    def _usage_of(self, index: int) -> UsageInfo:
         """Return the usage of one choice so far, as vLLM reports it in each chunk."""
         prompt = len(self._prompt_of(index))
         return _usage(prompt, self._completion_tokens[index], self._cached_tokens[index])
 
 
-def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+def _usage(prompt: int, completion: int, cached: int) -> UsageInfo:
+    return UsageInfo(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokenUsageInfo(cached_tokens=cached),
+    )
 
 
 class CompletionReply(Reply):
     """A `text_completion`: the choices of all prompts."""
 
     id_prefix = "cmpl"
-    object_name = chunk_name = "text_completion"
 
     def __init__(self, request: CompletionRequest, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model, tokenizer)
@@ -225,12 +236,52 @@ class CompletionReply(Reply):
         super().begin(prepared)
         self._echoes = prepared.echoes
         self._writers = [
-            CompletionLogprobs(self._tokenizer, self._num_logprobs) for _ in self._deltas
+            CompletionLogprobsWriter(self._tokenizer, self._num_logprobs) for _ in self._deltas
         ]
 
+    def document(self) -> CompletionResponse:
+        return CompletionResponse(
+            id=self.id,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._choice(index) for index in range(len(self._deltas))],
+            usage=self._usage(),
+        )
+
+    def _choice(self, index: int) -> CompletionChoice:
+        deltas = self._deltas[index]
+        text, logprobs = self._shown(deltas, self._echoes is not None)
+        last = deltas[-1]
+        assert last.finish_reason is not None
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=last.finish_reason,
+            token_ids=self._token_ids(index),
+            prompt_token_ids=self._if_asked(self._prompt_of(index)),
+            prompt_logprobs=self._prompt_report(deltas[0].prompt_logprobs),
+            graph_steps=self._graph_steps(last),
+        )
+
+    def _new_chunk(
+        self, choices: list[CompletionStreamChoice], usage: UsageInfo | UnsetType | None
+    ) -> CompletionStreamResponse:
+        return CompletionStreamResponse(
+            id=self.id,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+        )
+
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
-        choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
-        return self._chunks.around_text({**choice, "token_ids": None}, "text")
+        choice = CompletionStreamChoice(
+            index=index, text="", logprobs=None, finish_reason=None, token_ids=None
+        )
+        return self._chunks.around_text(choice, "text")
 
     def _events(self, delta: CompletionDelta, first: bool, tells: bool) -> bytes:
         echoes = first and self._echoes is not None
@@ -238,32 +289,22 @@ class CompletionReply(Reply):
         told = text or logprobs or (tells and self._return_token_ids)
         if not told and not echoes and delta.finish_reason is None:
             return b""
-        choice = {
-            "index": delta.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-            "token_ids": self._if_asked(delta.token_ids),
-        }
+        choice = CompletionStreamChoice(
+            index=delta.index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=delta.finish_reason,
+            token_ids=self._if_asked(delta.token_ids),
+        )
         if first:
-            choice["prompt_token_ids"] = self._if_asked(self._prompt_of(delta.index))
-        if self._report_steps and delta.finish_reason is not None:
-            choice["graph_steps"] = delta.graph_steps
+            choice.prompt_token_ids = self._if_asked(self._prompt_of(delta.index))
+        if delta.finish_reason is not None:
+            choice.graph_steps = self._graph_steps(delta)
         return self._chunk(choice)
-
-    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
-        text, logprobs = self._shown(deltas, self._echoes is not None)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "prompt_logprobs": self._prompt_report(deltas[0].prompt_logprobs),
-            "prompt_token_ids": self._if_asked(self._prompt_of(index)),
-        }
 
     def _shown(
         self, deltas: Sequence[CompletionDelta], echoes: bool
-    ) -> tuple[str, dict[str, list[Any]] | None]:
+    ) -> tuple[str, CompletionLogprobs | None]:
         """Return the text and `logprobs` that deltas add to a choice; `echoes` says whether the
         prompt comes first."""
         index = deltas[0].index
@@ -276,23 +317,19 @@ class CompletionReply(Reply):
         if not self._reports_logprobs:
             return whole, None
         writer = self._writers[index]
-        parts = []
+        lists = CompletionLogprobs([], [], [], [])
         if echo is not None:
-            scored = deltas[0].prompt_logprobs
-            parts.append(writer.prompt(echo, self._prompt_of(index), scored))
+            writer.add_prompt(lists, echo, self._prompt_of(index), deltas[0].prompt_logprobs)
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
         starts = [start for delta in deltas for start in delta.text_starts]
-        parts.append(writer.chunk(logprobs, starts, text, deltas[-1].finish_reason is not None))
-        lists = {name: [item for part in parts for item in part[name]] for name in parts[0]}
-        return whole, lists if lists["tokens"] else None
+        writer.add(lists, logprobs, starts, text, last=deltas[-1].finish_reason is not None)
+        return whole, lists if lists.tokens else None
 
 
 class ChatReply(Reply):
     """A `chat.completion`: the choices of one conversation."""
 
     id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
 
     def begin(self, prepared: Prepared) -> None:
         super().begin(prepared)
@@ -302,79 +339,114 @@ class ChatReply(Reply):
         """Whether each choice has called a tool."""
         self._text_is_all &= not any(self._parsers)
 
-    def document(self) -> dict[str, Any]:
-        return {
-            **super().document(),
-            "prompt_token_ids": self._if_asked(self._prompts[0]),
-            "prompt_logprobs": self._prompt_report(self._deltas[0][0].prompt_logprobs),
-        }
+    def document(self) -> ChatCompletionResponse:
+        return ChatCompletionResponse(
+            id=self.id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            choices=[self._choice(index) for index in range(len(self._deltas))],
+            usage=self._usage(),
+            prompt_token_ids=self._if_asked(self._prompts[0]),
+            prompt_logprobs=self._prompt_report(self._deltas[0][0].prompt_logprobs),
+        )
+
+    def _choice(self, index: int) -> ChatCompletionChoice:
+        deltas = self._deltas[index]
+        message = self._message(index, "".join([delta.text for delta in deltas]))
+        reported = any(delta.logprobs is not None for delta in deltas)
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        finish_reason = _finish_reason(deltas[-1], bool(message.tool_calls))
+        assert finish_reason is not None
+        return ChatCompletionChoice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(logprobs) if reported else None,
+            finish_reason=finish_reason,
+            token_ids=self._token_ids(index),
+            graph_steps=self._graph_steps(deltas[-1]),
+        )
+
+    def _message(self, index: int, text: str) -> ChatMessage:
+        """Return the message of a whole choice, whose text the parser splits if there is one."""
+        content: str | None = text
+        reasoning = None
+        tool_calls: list[ChatCompletionToolCall] | UnsetType = UNSET
+        parser = self._parsers[index]
+        if parser is not None:
+            answer = assemble([*parser.feed(text), *parser.finish()])
+            content = answer.content or (None if answer.tool_calls else "")
+            reasoning = answer.reasoning or None
+            if answer.tool_calls:
+                tool_calls = [
+                    ChatCompletionToolCall(
+                        id=call.id,
+                        type="function",
+                        function=FunctionCall(name=call.name, arguments=call.arguments),
+                    )
+                    for call in answer.tool_calls
+                ]
+        return ChatMessage(
+            role="assistant",
+            content=content,
+            refusal=None,
+            reasoning=reasoning,
+            reasoning_content=reasoning,
+            tool_calls=tool_calls,
+        )
+
+    def _new_chunk(
+        self, choices: list[ChatCompletionStreamChoice], usage: UsageInfo | UnsetType | None
+    ) -> ChatCompletionStreamResponse:
+        return ChatCompletionStreamResponse(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+        )
 
     def _around_text(self, index: int) -> tuple[bytes, bytes]:
-        return self._chunks.around_text(_chat_choice(index, {"content": ""}), "content")
+        choice = ChatCompletionStreamChoice(index, DeltaMessage(content=""))
+        return self._chunks.around_text(choice, "content")
 
     def _events(self, delta: CompletionDelta, first: bool, tells: bool) -> bytes:
         events = self._begin_answer(delta) if first else b""
         parser = self._parsers[delta.index]
-        parts = [{"content": delta.text}] if tells else []
+        parts = [DeltaMessage(content=delta.text)] if tells else []
         if parser is not None:
             found = _read(parser, delta)
             self._called[delta.index] |= any(isinstance(part, ToolCallStart) for part in found)
             # Even if the parser holds the text back, its tokens may have to be reported.
-            parts = [_delta(part) for part in found] or [{}] * (
+            parts = [_delta(part) for part in found] or [DeltaMessage()] * (
                 tells and bool(delta.logprobs or self._return_token_ids)
             )
         for number, part in enumerate(parts):
-            choice = _chat_choice(delta.index, part)
+            choice = ChatCompletionStreamChoice(delta.index, part)
             if number == 0:
-                choice["logprobs"] = delta.logprobs and self._logprobs(delta.logprobs)
-                choice["token_ids"] = self._if_asked(delta.token_ids)
+                choice.logprobs = self._logprobs(delta.logprobs) if delta.logprobs else None
+                choice.token_ids = self._if_asked(delta.token_ids)
             events += self._chunk(choice)
         if delta.finish_reason is not None:
-            choice = _chat_choice(delta.index, {})
-            choice["finish_reason"] = _finish_reason(delta, self._called[delta.index])
-            if self._report_steps:
-                choice["graph_steps"] = delta.graph_steps
+            choice = ChatCompletionStreamChoice(delta.index, DeltaMessage())
+            choice.finish_reason = _finish_reason(delta, self._called[delta.index])
+            choice.graph_steps = self._graph_steps(delta)
             events += self._chunk(choice)
         return events
 
     def _begin_answer(self, delta: CompletionDelta) -> bytes:
         """Return the chunk that holds the role, which comes before the first token of the
         answer."""
-        choice = _chat_choice(delta.index, {"role": "assistant", "content": ""})
-        extra: dict[str, Any] = {"prompt_token_ids": self._if_asked(self._prompts[0])}
+        message = DeltaMessage(role="assistant", content="")
+        usage: UsageInfo | UnsetType | None = None if self._include_usage else UNSET
         if self._continuous_usage:
-            prompt, cached = len(self._prompts[0]), delta.num_cached_tokens
-            extra["usage"] = _usage(prompt, 0, cached)
-        return self._chunk(choice, extra=extra)
+            usage = _usage(len(self._prompts[0]), 0, delta.num_cached_tokens)
+        chunk = self._new_chunk([ChatCompletionStreamChoice(delta.index, message)], usage)
+        chunk.prompt_token_ids = self._if_asked(self._prompts[0])
+        return sse.event(chunk)
 
-    def _choice(self, index: int, deltas: Sequence[CompletionDelta]) -> dict[str, Any]:
-        text = "".join([delta.text for delta in deltas])
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        message |= _reasoning(None)
-        choice = {"index": index, "message": message, "logprobs": None}
-        if any(delta.logprobs is not None for delta in deltas):
-            logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-            choice["logprobs"] = self._logprobs(logprobs)
-        parser = self._parsers[index]
-        if parser is not None:
-            answer = assemble([*parser.feed(text), *parser.finish()])
-            message["content"] = answer.content or (None if answer.tool_calls else "")
-            if answer.reasoning:
-                message |= _reasoning(answer.reasoning)
-            if answer.tool_calls:
-                message["tool_calls"] = [
-                    {
-                        "id": call.id,
-                        "type": "function",
-                        "function": {"name": call.name, "arguments": call.arguments},
-                    }
-                    for call in answer.tool_calls
-                ]
-            last = self._deltas[index][-1]
-            choice["finish_reason"] = _finish_reason(last, bool(answer.tool_calls))
-        return choice
-
-    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, logprobs: list[TokenLogprobs]) -> ChatCompletionLogprobs:
         return chat_logprobs(self._tokenizer, logprobs, self._num_logprobs)
 
 
@@ -390,28 +462,18 @@ def _finish_reason(last: CompletionDelta, called: bool) -> str | None:
     return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason
 
 
-def _delta(part: ChatDelta) -> dict[str, Any]:
-    """Return the `delta` field of a chunk, in the form that OpenAI's client assembles."""
+def _delta(part: ChatDelta) -> DeltaMessage:
+    """Return the `delta` field of a chunk. The reasoning stands under the name of DeepSeek's API
+    and vLLM's newer one, as clients look for either."""
     match part:
         case ContentDelta(text):
-            return {"content": text}
+            return DeltaMessage(content=text)
         case ReasoningDelta(text):
-            return _reasoning(text)
+            return DeltaMessage(reasoning=text, reasoning_content=text)
         case ToolCallStart(index, id, name):
-            function = {"name": name, "arguments": ""}
-            call = {"index": index, "id": id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
+            function = DeltaFunctionCall(name=name, arguments="")
+            call = DeltaToolCall(index=index, id=id, type="function", function=function)
+            return DeltaMessage(tool_calls=[call])
         case ToolCallArguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-
-
-def _chat_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    """Return the choice of a chunk with nothing but a delta in it."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-    return {**choice, "token_ids": None}
-
-
-def _reasoning(text: str | None) -> dict[str, str | None]:
-    """Return the fields of the reasoning: under the name of DeepSeek's API and vLLM's newer one, as
-    clients look for either."""
-    return {"reasoning_content": text, "reasoning": text}
+            call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=text))
+            return DeltaMessage(tool_calls=[call])

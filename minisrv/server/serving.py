@@ -1,7 +1,7 @@
 """Turns validated bodies into the engine's requests: the model's name, tokens, limits.
 
 Knows: the tokenizer, the engine client and the limits of the model. Knows nothing of HTTP or of
-response bodies.
+the bodies of generations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.engine.client import EngineClient, EngineState
@@ -28,6 +27,7 @@ from minisrv.errors import (
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
+from minisrv.server.bodies import DetokenizeResponse, TokenizeResponse
 from minisrv.server.generation import Choice
 from minisrv.server.offload import offload
 from minisrv.server.preparation import (
@@ -206,12 +206,12 @@ class Serving:
 
         return await offload(prepare, request.num_bytes)
 
-    async def tokenize(self, request: TokenizeRequest, key: int | None) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, key: int | None) -> TokenizeResponse:
         """Return the body of the response. The request counts among those that its API key has
         open. Raises RequestError, and what `engine_info` raises."""
         info = self.engine_info()
 
-        def tokenize() -> dict[str, Any]:
+        def tokenize() -> TokenizeResponse:
             text, special = request.prompt, True
             if request.messages is not None:
                 text = render_chat(self.tokenizer, request.messages, request.add_generation_prompt)
@@ -220,24 +220,25 @@ class Serving:
             if request.add_special_tokens is not None:
                 special = request.add_special_tokens
             ids = self.tokenizer.encode(text, special)
-            return {
-                "count": len(ids),
-                "max_model_len": info.max_model_len,
-                "tokens": ids,
-                "token_strs": self.tokenizer.spell(ids) if request.return_token_strs else None,
-            }
+            return TokenizeResponse(
+                count=len(ids),
+                max_model_len=info.max_model_len,
+                tokens=ids,
+                token_strs=self.tokenizer.spell(ids) if request.return_token_strs else None,
+            )
 
         with self._places_of_key(key):
             return await offload(tokenize, request.num_bytes)
 
-    async def detokenize(self, request: DetokenizeRequest, key: int | None) -> dict[str, Any]:
+    async def detokenize(self, request: DetokenizeRequest, key: int | None) -> DetokenizeResponse:
         """Return the body of the response, with special tokens spelled out. The request counts like
         one of `tokenize`. Raises RequestError, and what `engine_info` raises."""
         vocab_size = self.engine_info().vocab_size
 
-        def detokenize() -> dict[str, Any]:
+        def detokenize() -> DetokenizeResponse:
             check_token_ids("tokens", request.tokens, vocab_size)
-            return {"prompt": self.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+            text = self.tokenizer.decode(request.tokens, skip_special_tokens=False)
+            return DetokenizeResponse(prompt=text)
 
         with self._places_of_key(key):
             return await offload(detokenize, request.num_bytes)

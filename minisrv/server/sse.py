@@ -31,21 +31,19 @@ def event(data: Any) -> bytes:
 class ChunkEncoder:
     """Encodes events that differ in their one choice only.
 
-    head: the fields before `choices`.
-    tail: the fields behind `choices`.
+    chunk: the data of these events, without a choice.
     """
 
-    def __init__(self, head: dict[str, Any], tail: dict[str, Any]) -> None:
-        frame = event({**head, "choices": [], **tail})
-        self._before, _, self._after = frame.partition(b'"choices":[]')
+    def __init__(self, chunk: msgspec.Struct) -> None:
+        self._before, _, self._after = event(chunk).partition(b'"choices":[]')
         self._before += b'"choices":['
         self._after = b"]" + self._after
 
-    def encode(self, choice: dict[str, Any]) -> bytes:
+    def encode(self, choice: msgspec.Struct) -> bytes:
         """Return the event with this choice."""
         return self._before + _encode(choice) + self._after
 
-    def around_text(self, choice: dict[str, Any], key: str) -> tuple[bytes, bytes]:
+    def around_text(self, choice: msgspec.Struct, key: str) -> tuple[bytes, bytes]:
         """Return the bytes before and behind the JSON-encoded text in events with this choice, of
         which only the value of `key`, empty here, changes. The key must occur once."""
         before, _, after = self.encode(choice).partition(b'"%b":""' % key.encode())

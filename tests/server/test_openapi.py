@@ -3,9 +3,11 @@ the answers are as declared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import httpx
+import msgspec
 import pytest
 import schemathesis
 from fastapi import FastAPI
@@ -23,9 +25,14 @@ from schemathesis.specs.openapi.checks import (
 from minisrv.config import ServerConfig
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from minisrv.server.app import create_app
+from minisrv.server.bodies import (
+    Body,
+    ChatCompletionStreamResponse,
+    CompletionStreamResponse,
+)
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.conftest import GENERATION
-from tests.server.fake_engine import STEPS, FakeEngine, token_logprobs
+from tests.server.fake_engine import STEPS, FakeEngine, outputs, sse, token_logprobs
 
 CHECKS = [
     not_a_server_error,
@@ -103,6 +110,7 @@ EVERYTHING = {
     "model": "tiny",
 }
 MESSAGES = [{"role": "user", "content": "hi"}]
+REPORTED = {"return_token_ids": True, "include_graph_steps": True}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +137,42 @@ def test_all_that_can_be_asked_for_is_described(
     response = case.call()
     assert response.status_code == 200, response.text
     case.validate_response(response, checks=CHECKS[:-1])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "chunk"),
+    [
+        ("/v1/completions", {"prompt": "hi"}, CompletionStreamResponse),
+        (
+            "/v1/completions",
+            {"prompt": "hi", "logprobs": 2, **REPORTED},
+            CompletionStreamResponse,
+        ),
+        ("/v1/chat/completions", {"messages": MESSAGES}, ChatCompletionStreamResponse),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **REPORTED},
+            ChatCompletionStreamResponse,
+        ),
+    ],
+)
+@pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}])
+@pytest.mark.anyio
+async def test_every_chunk_is_one_of_the_structs(
+    connect: Callable[..., httpx.AsyncClient],
+    path: str,
+    body: dict[str, Any],
+    chunk: type[Body],
+    usage: dict[str, Any],
+) -> None:
+    """Chunks have the fields of their structs and no others, also where bytes are spliced."""
+    engine = outputs([300, 301, 302], logprobs=2 if "logprobs" in body else None)
+    async with connect(engine) as client:
+        response = await client.post(path, json={**body, **usage, "stream": True})
+    events = sse(response.text)
+    assert len(events) >= 3
+    for event in events:
+        msgspec.convert(event, chunk)
 
 
 def test_every_response_is_described(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,119 @@
+"""The OpenAPI document. FastAPI makes it from the routes and the request bodies, and this module
+adds the response bodies and the API keys.
+
+Knows: FastAPI and the format of the document. Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from minisrv.server import bodies
+from minisrv.server.auth import OPEN_PATHS
+from minisrv.server.bodies import Body, ErrorResponse
+
+Responses = dict[int | str, dict[str, Any]]
+
+_SCHEMA = "#/components/schemas/{name}"
+
+
+def _json(body: type[Body]) -> dict[str, Any]:
+    """Return the content of a response whose JSON is `body`."""
+    return {"application/json": {"schema": {"$ref": _SCHEMA.format(name=body.__name__)}}}
+
+
+_ERRORS: Responses = {
+    "4XX": {
+        "content": _json(ErrorResponse),
+        "description": "400 the request is at fault, 401 it holds no key that is accepted, 404 no "
+        "such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, 421 another host, "
+        "429 too many requests (see the header retry-after), 431",
+    },
+    "5XX": {
+        "content": _json(ErrorResponse),
+        "description": "500, 503 the engine is loading, draining or dead, or too many large bodies "
+        "arrive, 504 the deadline is over",
+    },
+}
+
+_STREAM = {
+    "text/event-stream": {
+        # The schema describes each event.
+        "schema": {
+            "type": "object",
+            "properties": {
+                "data": {"type": "string", "description": "A chunk as JSON; at the end [DONE]."}
+            },
+            "required": ["data"],
+        },
+    }
+}
+
+
+def answered(body: type[Body], *, streams: bool = False) -> Responses:
+    """Return the responses of a route: `body`, perhaps also as a stream, or an error."""
+    content = _json(body) | (_STREAM if streams else {})
+    return {200: {"content": content, "description": "Done"}, **_ERRORS}
+
+
+def told(body: type[Body]) -> Responses:
+    """Return the responses of a health check: `body` with either status."""
+    content = _json(body)
+    return {
+        200: {"content": content, "description": "Yes"},
+        503: {"content": content, "description": "No"},
+    }
+
+
+class DocumentedApp(FastAPI):
+    """An application whose document has the schemas of the response bodies.
+
+    keyed: whether the document says that requests need an API key.
+    """
+
+    def __init__(self, *, keyed: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._keyed = keyed
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document, which is made once."""
+        is_new = self.openapi_schema is None
+        document = super().openapi()  # the same object at every call
+        if is_new:
+            schemas, added = document["components"]["schemas"], _response_schemas()
+            assert not schemas.keys() & added.keys(), "a name has one meaning"
+            schemas |= added
+            if self._keyed:
+                _add_keys(document)
+        return document
+
+
+def _response_schemas() -> dict[str, Any]:
+    """Return the schemas of all response bodies, by name."""
+    _, schemas = msgspec.json.schema_components(_BODIES, ref_template=_SCHEMA)
+    return schemas
+
+
+_BODIES = [
+    bodies.ErrorResponse,
+    bodies.CompletionResponse,
+    bodies.ChatCompletionResponse,
+    bodies.TokenizeResponse,
+    bodies.DetokenizeResponse,
+    bodies.ModelList,
+    bodies.HealthResponse,
+    bodies.ReadyResponse,
+    bodies.VersionResponse,
+]
+
+
+def _add_keys(document: dict[str, Any]) -> None:
+    """Add API keys to the document of a server that asks for them."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path in OPEN_PATHS:
+        for operation in document["paths"][path].values():
+            operation["security"] = []
