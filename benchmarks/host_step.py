@@ -3,9 +3,8 @@
     python benchmarks/host_step.py MODEL --batch 1,8,64,256 --json F \
         --engine-flags "--load-format dummy --async-scheduling"
 
-The host's time is that of an engine step minus the time in which it waits for tokens. The script
-uses only what all versions of minisrv have, so that two versions can be compared: put the directory
-of the other version into PYTHONPATH.
+The host's time is that of an engine step minus the time in which it waits for tokens. To compare
+two versions, run the script of each with the directory of that version in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from rich.table import Table
 from minisrv.cli import engine_config
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.graph.observer import StepObserver, StepPart, observing
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.tools.environment import environment
 
@@ -45,15 +45,15 @@ def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[st
         fresh -= {output.request_id for output in engine.step()}
     for _ in range(WARM_UP):
         engine.step()
-    waited = _Waiting(engine)
+    waited = _Waiting()
     step_us, host_us = [], []
-    for _ in range(steps):
-        waited.seconds, begin = 0.0, time.perf_counter()
-        engine.step()
-        seconds = time.perf_counter() - begin
-        step_us.append(1e6 * seconds)
-        host_us.append(1e6 * (seconds - waited.seconds))
-    waited.stop()
+    with observing(engine.observers, waited):
+        for _ in range(steps):
+            waited.seconds, begin = 0.0, time.perf_counter()
+            engine.step()
+            seconds = time.perf_counter() - begin
+            step_us.append(1e6 * seconds)
+            host_us.append(1e6 * (seconds - waited.seconds))
     for name in names:
         engine.abort(name)
     while engine.has_work:
@@ -61,28 +61,19 @@ def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[st
     return {"batch": batch, "step_us": median(step_us), "host_us": median(host_us)}
 
 
-class _Waiting:
-    """Measures the seconds in which the engine waits for the result of a step."""
+class _Waiting(StepObserver):
+    """Adds up the seconds in which the engine waits for the results of steps."""
 
-    def __init__(self, engine: EngineCore) -> None:
+    def __init__(self) -> None:
         self.seconds = 0.0
-        # The class of a step's result. It is taken from an object, as it is in different modules in
-        # different versions of minisrv.
-        self._kind: Any = type(engine._in_flight[0].result) if engine._in_flight else None
-        if self._kind is None:
-            raise SystemExit("no step is in flight; the engine must run ahead (--async-scheduling)")
-        self._tokens = self._kind.tokens
+        self._last = time.perf_counter()
 
-        def tokens(result: Any) -> list[int]:
-            begin = time.perf_counter()
-            found: list[int] = self._tokens(result)
-            self.seconds += time.perf_counter() - begin
-            return found
-
-        self._kind.tokens = tokens
-
-    def stop(self) -> None:
-        self._kind.tokens = self._tokens
+    def lap(self, part: StepPart) -> None:
+        """See `StepObserver`."""
+        now = time.perf_counter()
+        if part is StepPart.WAIT:
+            self.seconds += now - self._last
+        self._last = now
 
 
 def main() -> None:
