@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from minisrv.core.step import SchedulerOutput
 from minisrv.modes import GraphKey
@@ -44,29 +44,30 @@ class StepObserver:
     def lap(self, part: StepPart) -> None:
         """Called at the end of each part of a step; the part began at the call before this one."""
 
-    def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None]:
-        """Return a context in which a stage of a step is launched.
+    def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
+        """Return a context in which a stage of a step is launched, or None if none is needed.
 
         key: the mode in which the stage runs, and its padded shape.
         output: the step.
         """
-        return nullcontext()
+        return None
 
-    def replay(self, num_launches: int) -> AbstractContextManager[None]:
-        """Return a context in which a graph is replayed.
+    def replay(self, num_launches: int) -> AbstractContextManager[None] | None:
+        """Return a context in which a graph is replayed, or None if none is needed.
 
         num_launches: the number of launches from the host that the replay consists of.
         """
-        return nullcontext()
+        return None
 
 
-@contextmanager
-def entered(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
-    """Enter all contexts, and leave them in reverse order."""
-    with ExitStack() as stack:
-        for context in contexts:
+def entered(contexts: Iterable[AbstractContextManager[None] | None]) -> ExitStack:
+    """Enter all contexts that are not None, and return a context that leaves them in reverse
+    order."""
+    stack = ExitStack()
+    for context in contexts:
+        if context is not None:
             stack.enter_context(context)
-        yield
+    return stack
 
 
 @contextmanager

@@ -127,6 +127,7 @@ class ModelRunner:
         self.processors.start(output)
         self._lap(StepPart.FILL)
         self.results.begin()
+        self._lap(StepPart.REST)
         self.launch(dispatch.stages[0], output, attn)
         self._lap(StepPart.LAUNCH)
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from minisrv.kernels import attention_op, gather_decode_op, take_rows_op, tiles, triton_launch
+from minisrv.kernels import (
+    AttentionLayer,
+    AttentionMetadata,
+    attention,
+    gather_decode_op,
+    take_rows_op,
+    tiles,
+    triton_launch,
+)
 from minisrv.kernels.linear import LINEAR_METHODS, Norm
 
 pytestmark = pytest.mark.gpu
@@ -92,26 +100,21 @@ class Chain:
         state = self.slots, self.last_token, self.next_position, self.slot_blocks
         gather_decode_op(*state, *self.inputs, block_size=BLOCK)
         take_rows_op(self.embedding, ids, self.residual)
+        metadata = AttentionMetadata(mapping, table, lengths, self.starts, max_query_len=1)
         for (qkv, o, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
             qkv.apply_with_norm(self.residual, self.norm, self.qkv)
-            attention_op(
-                self.qkv,
-                positions,
-                cache,
-                mapping,
-                table,
-                lengths,
-                self.starts,
-                self.out,
-                max_query_len=1,
-                cos_sin=self.cos_sin,
-                q_norm=None,
-                k_norm=None,
-                eps=1e-5,
+            layer = AttentionLayer(
                 num_heads=HEADS,
                 num_kv_heads=KV_HEADS,
                 head_dim=HEAD_DIM,
+                scale=HEAD_DIM**-0.5,
+                q_norm=None,
+                k_norm=None,
+                eps=1e-5,
+                cos_sin=self.cos_sin,
+                kv_cache=cache,
             )
+            attention(layer, self.qkv, positions, metadata, self.out)
             o.apply_with_residual(self.out, self.residual)
             gate_up.apply_with_norm_and_gate(self.residual, self.norm, self.gated)
             down.apply_with_residual(self.gated, self.residual)
