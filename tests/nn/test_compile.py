@@ -17,8 +17,8 @@ from minisrv.nn.loader import load_model
 from tests.checkpoints import VARIANTS, make_checkpoint
 from tests.nn.driver import Driver
 
-DTYPES = [torch.float32, torch.bfloat16]
-"""The dtypes in which a CPU serves. oneDNN multiplies both where the CPU has the instructions."""
+SERVED = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")]
+"""Dtype and quantisation of models that a CPU serves."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,9 @@ def _nothing_compiled_before() -> None:
     torch.compiler.reset()
 
 
-def load(directory: Path, dtype: torch.dtype) -> Decoder:
+def load(directory: Path, dtype: torch.dtype, quantization: str | None = None) -> Decoder:
     model = load_model(describe_model(directory).model, directory, dtype=dtype)
-    model.prepare()
+    model.prepare(quantization=quantization)
     return model
 
 
@@ -58,22 +58,21 @@ def assert_traces_as_one_graph(model: Decoder) -> None:
     assert len(breaks) == model.config.num_layers
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_default_model_is_traced_as_one_graph(dtype: torch.dtype) -> None:
-    assert_traces_as_one_graph(load(resolve_checkpoint(None), dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_traced_as_one_graph(
-    variant: str, dtype: torch.dtype, tmp_path: Path
+@pytest.mark.parametrize(("dtype", "quantization"), SERVED, ids=str)
+def test_the_default_model_is_traced_as_one_graph(
+    dtype: torch.dtype, quantization: str | None
 ) -> None:
-    assert_traces_as_one_graph(load(make_checkpoint(tmp_path, variant), dtype))
+    assert_traces_as_one_graph(load(resolve_checkpoint(None), dtype, quantization))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_traced_as_one_graph(variant: str, tmp_path: Path) -> None:
+    assert_traces_as_one_graph(load(make_checkpoint(tmp_path, variant), torch.float32))
 
 
 def test_a_trace_holds_for_the_steps_after_it(tmp_path: Path) -> None:
     """A traced forward takes the metadata of each step, and the KV cache that is bound then."""
-    model = load(make_checkpoint(tmp_path, "qwen3"), DTYPES[0])
+    model = load(make_checkpoint(tmp_path, "qwen3"), torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for seed in range(2):
         driver = Driver(model)
