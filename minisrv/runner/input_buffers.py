@@ -1,10 +1,10 @@
 """The static buffers of a step, the per-slot state, and the one place that fills them.
 
-Knows: addresses. Every tensor that a graph reads or writes besides weights and cache lives here,
-allocated once at its largest size. `SlotState` outlives steps: a request owns a slot, and the
-inputs of its next step (last token, position, block table, sampling parameters) are written there,
-by the host when the request starts and by the step itself from then on. `InputBuffers` holds one
-step. Knows nothing of graphs or of the model.
+Knows: addresses. Every tensor that a graph reads or writes, except for the cache and those of the
+model itself, lives here, allocated once at its largest size. `SlotState` outlives steps: a request
+owns a slot, and the inputs of its next step (last token, position, block table, sampling
+parameters) are written there, by the host when the request starts and by the step itself from then
+on. `InputBuffers` holds one step. Knows nothing of graphs or of the model.
 
 A padding row uses slot 0, whose state is token 0, position 0 and block table 0. In a decode step it
 is computed like any other row, in any other step it is empty. An epilogue may have more padding
