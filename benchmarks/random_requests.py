@@ -69,11 +69,11 @@ from minisrv.kernels.sampling import scores
 from minisrv.metrics import Metrics
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineOutput, StructuredOutput
+from minisrv.server.choices import Generation
 from minisrv.server.errors import JSON
-from minisrv.server.generation import Generation
-from minisrv.server.preparation import Prepared
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
-from minisrv.server.replies import ChatReply, CompletionReply
+from minisrv.server.preprocessing import Prepared
+from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
+from minisrv.server.response_builders import ChatReply, CompletionReply
 from minisrv.server.serving import Serving
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
 
 PAGE = Path(__file__).with_name("api.md")
 BEGIN, END = "<!-- fields: python docs/field_tables.py -->", "<!-- /fields -->"

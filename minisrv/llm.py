@@ -228,7 +228,7 @@ class LLM:
         """
         # These imports take a moment, which a call of `generate` alone need not wait for.
         from minisrv.server.messages import Message as ChatMessage
-        from minisrv.server.preparation import check_tools, render_chat
+        from minisrv.server.preprocessing import check_tools, render_chat
         from minisrv.server.tools import Tool
 
         if messages and isinstance(messages[0], Mapping):

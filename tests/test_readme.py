@@ -11,7 +11,7 @@ from docs import field_tables
 from minisrv import request
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core import scheduler
-from minisrv.server import allowance, app, connections, http, listening, middleware, protocol
+from minisrv.server import allowance, app, connections, http, listening, middleware, request_schemas
 from minisrv.text import chat_template, grammar_trials, grammar_validator
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
         f"{connections.BODY_BYTES_PER_SECOND:,} bytes of it",
         "a client that takes nothing": f"{listening.STALLED_SECONDS} s",
         "connections of each": f"{connections.MAX_WAITING:,}, or",
-        "choices for each prompt": f"{protocol.MAX_CHOICES}",
+        "choices for each prompt": f"{request_schemas.MAX_CHOICES}",
         "choices that run": f"{engine.max_num_seqs}",
         "choices that wait": f"{engine.max_waiting:,}",
         "a schema": f"{request.MAX_GRAMMAR_LENGTH:,} characters",

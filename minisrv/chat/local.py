@@ -19,7 +19,7 @@ from minisrv.engine.core import EngineCore
 from minisrv.errors import ContextLengthError
 from minisrv.progress import StartupProgress
 from minisrv.request import EngineRequest, FinishReason
-from minisrv.server.protocol import GenerationRequest
+from minisrv.server.request_schemas import GenerationRequest
 from minisrv.text.chat_deltas import ContentDelta, ReasoningDelta
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.detokenizer import Detokenizer

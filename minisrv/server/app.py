@@ -20,7 +20,22 @@ from minisrv.engine.client import EngineClient, EngineState
 from minisrv.errors import EngineNotReadyError
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.auth import ApiKeys, KeyLimit
-from minisrv.server.bodies import (
+from minisrv.server.errors import JSON, install_error_handlers
+from minisrv.server.generation_response import GenerationResponse
+from minisrv.server.hosts import HostNames
+from minisrv.server.middleware import Edge
+from minisrv.server.offload import offload
+from minisrv.server.openapi import DocumentedApp, answered, told
+from minisrv.server.pages import add_pages
+from minisrv.server.request_body import BodyRoute
+from minisrv.server.request_schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from minisrv.server.response_builders import ChatReply, CompletionReply
+from minisrv.server.response_schemas import (
     ChatCompletionResponse,
     CompletionResponse,
     DetokenizeResponse,
@@ -32,21 +47,6 @@ from minisrv.server.bodies import (
     TokenizeResponse,
     VersionResponse,
 )
-from minisrv.server.errors import JSON, install_error_handlers
-from minisrv.server.hosts import HostNames
-from minisrv.server.middleware import Edge
-from minisrv.server.offload import offload
-from minisrv.server.openapi import DocumentedApp, answered, told
-from minisrv.server.pages import add_pages
-from minisrv.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-from minisrv.server.replies import ChatReply, CompletionReply
-from minisrv.server.request_body import BodyRoute
-from minisrv.server.responses import GenerationResponse
 from minisrv.server.serving import Serving
 from minisrv.text.tokenizer import Tokenizer
 

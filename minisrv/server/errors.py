@@ -23,7 +23,7 @@ from minisrv.errors import (
     shortened,
     shown,
 )
-from minisrv.server.bodies import ErrorInfo, ErrorResponse
+from minisrv.server.response_schemas import ErrorInfo, ErrorResponse
 
 logger = logging.getLogger("minisrv.server")
 

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from minisrv.request import TokenLogprobs
-from minisrv.server.bodies import (
+from minisrv.server.preprocessing import Echo
+from minisrv.server.response_schemas import (
     ChatCompletionLogprob,
     ChatCompletionLogprobs,
     ChatCompletionLogprobsContent,
@@ -22,7 +23,6 @@ from minisrv.server.bodies import (
     PromptLogprob,
     PromptLogprobs,
 )
-from minisrv.server.preparation import Echo
 from minisrv.text.tokenizer import Tokenizer
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from minisrv.server import bodies
+from minisrv.server import response_schemas
 from minisrv.server.auth import OPEN_PATHS
-from minisrv.server.bodies import Body, ErrorResponse
+from minisrv.server.response_schemas import Body, ErrorResponse
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -98,15 +98,15 @@ def _response_schemas() -> dict[str, Any]:
 
 
 _BODIES = [
-    bodies.ErrorResponse,
-    bodies.CompletionResponse,
-    bodies.ChatCompletionResponse,
-    bodies.TokenizeResponse,
-    bodies.DetokenizeResponse,
-    bodies.ModelList,
-    bodies.HealthResponse,
-    bodies.ReadyResponse,
-    bodies.VersionResponse,
+    response_schemas.ErrorResponse,
+    response_schemas.CompletionResponse,
+    response_schemas.ChatCompletionResponse,
+    response_schemas.TokenizeResponse,
+    response_schemas.DetokenizeResponse,
+    response_schemas.ModelList,
+    response_schemas.HealthResponse,
+    response_schemas.ReadyResponse,
+    response_schemas.VersionResponse,
 ]
 
 

@@ -27,10 +27,9 @@ from minisrv.errors import (
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
-from minisrv.server.bodies import DetokenizeResponse, TokenizeResponse
-from minisrv.server.generation import Choice
+from minisrv.server.choices import Choice
 from minisrv.server.offload import offload
-from minisrv.server.preparation import (
+from minisrv.server.preprocessing import (
     AnswerFormat,
     Echo,
     Prepared,
@@ -40,7 +39,7 @@ from minisrv.server.preparation import (
     render_chat,
     tool_parser,
 )
-from minisrv.server.protocol import (
+from minisrv.server.request_schemas import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
@@ -48,6 +47,7 @@ from minisrv.server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from minisrv.server.response_schemas import DetokenizeResponse, TokenizeResponse
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from minisrv.checkpoint import GenerationConfig
-from minisrv.server import responses
+from minisrv.server import generation_response
 from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
@@ -42,7 +42,7 @@ def end_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return limits[-1]
 
     patched = SimpleNamespace(**{**vars(asyncio), "timeout": timeout})
-    monkeypatch.setattr(responses, "asyncio", patched)
+    monkeypatch.setattr(generation_response, "asyncio", patched)
     return lambda: limits[-1].reschedule(asyncio.get_running_loop().time())
 
 

@@ -28,7 +28,7 @@ from minisrv.errors import (
     RequestError,
 )
 from minisrv.request import EngineOutput, FinishReason
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
+from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
 from minisrv.server.unsupported import EVERYWHERE
 from tests.server.fake_engine import INFO, FakeEngine, outputs
 

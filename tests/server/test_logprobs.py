@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minisrv.request import EngineOutput, FinishReason, TokenLogprobs
-from minisrv.server.generation import coalesce
+from minisrv.server.choices import coalesce
 from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs, scored, sse, token_logprobs

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 from minisrv.config import ServerConfig
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from minisrv.server.app import create_app
-from minisrv.server.bodies import (
+from minisrv.server.response_schemas import (
     Body,
     ChatCompletionStreamResponse,
     CompletionStreamResponse,

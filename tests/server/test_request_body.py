@@ -17,17 +17,17 @@ from pydantic import ValidationError
 
 from minisrv.errors import RequestError
 from minisrv.request import MAX_GRAMMAR_LENGTH
-from minisrv.server import allowance, preparation, request_body, serving
+from minisrv.server import allowance, preprocessing, request_body, serving
 from minisrv.server.allowance import Allowance, TooManyValuesError
 from minisrv.server.offload import LARGE
-from minisrv.server.protocol import (
+from minisrv.server.request_body import read_body
+from minisrv.server.request_schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from minisrv.server.replies import CompletionReply
-from minisrv.server.request_body import read_body
+from minisrv.server.response_builders import CompletionReply
 from minisrv.server.strict import RequestBody
 from tests.server.fake_engine import FakeEngine, outputs
 from tests.waiting import GUARD_SECONDS
@@ -338,8 +338,8 @@ async def test_a_forced_call_is_prepared_in_a_thread(
 async def test_tools_that_are_too_long_for_a_grammar_are_not_made_into_one(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "check_tools", lambda *arguments: None)
-    monkeypatch.setattr(preparation, "tool_call_grammar", None)
+    monkeypatch.setattr(preprocessing, "check_tools", lambda *arguments: None)
+    monkeypatch.setattr(preprocessing, "tool_call_grammar", None)
     tool = {"name": "f", "parameters": {"description": "x" * MAX_GRAMMAR_LENGTH}}
     async with connect(outputs([300])) as client:
         body = {"messages": [USER], "tools": [{"type": "function", "function": tool}]}

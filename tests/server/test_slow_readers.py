@@ -14,7 +14,7 @@ import pytest
 
 from minisrv.checkpoint import GenerationConfig
 from minisrv.server.app import create_app
-from minisrv.server.generation import coalesce
+from minisrv.server.choices import coalesce
 from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs, sse

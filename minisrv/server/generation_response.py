@@ -5,7 +5,7 @@ and races the client's disconnect, which cancels it and so aborts it in the engi
 is sent only after the first output of every choice, so that a refused request never gets a 200.
 
 Knows: ASGI. The meaning of a request is the matter of `serving`, and the shape of a body that of
-`replies`.
+`response_builders`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from starlette.types import Receive, Scope, Send
 from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.auth import owner
+from minisrv.server.choices import Generation, coalesce
 from minisrv.server.errors import JSON, error_object, error_status
-from minisrv.server.generation import Generation, coalesce
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import offload
-from minisrv.server.protocol import ChatCompletionRequest, CompletionRequest
-from minisrv.server.replies import Reply
+from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
+from minisrv.server.response_builders import Reply
 from minisrv.server.serving import Serving
 from minisrv.text.output_processor import CompletionDelta
 

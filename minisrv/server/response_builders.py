@@ -18,7 +18,10 @@ from msgspec import UNSET, UnsetType
 
 from minisrv.request import TokenLogprobs
 from minisrv.server import sse
-from minisrv.server.bodies import (
+from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
+from minisrv.server.preprocessing import Prepared
+from minisrv.server.request_schemas import CompletionRequest, GenerationRequest
+from minisrv.server.response_schemas import (
     ChatCompletionChoice,
     ChatCompletionLogprobs,
     ChatCompletionResponse,
@@ -39,9 +42,6 @@ from minisrv.server.bodies import (
     PromptTokenUsageInfo,
     UsageInfo,
 )
-from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
-from minisrv.server.preparation import Prepared
-from minisrv.server.protocol import CompletionRequest, GenerationRequest
 from minisrv.text.chat_deltas import (
     ChatDelta,
     ContentDelta,

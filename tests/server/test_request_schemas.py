@@ -12,7 +12,7 @@ from minisrv.checkpoint import GenerationConfig
 from minisrv.request import SamplingParams
 from minisrv.server import unsupported
 from minisrv.server.messages import Message
-from minisrv.server.protocol import (
+from minisrv.server.request_schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,

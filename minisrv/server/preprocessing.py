@@ -14,7 +14,7 @@ from typing import Any
 from minisrv.errors import RequestError
 from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
 from minisrv.server.messages import Message
-from minisrv.server.protocol import ChatCompletionRequest
+from minisrv.server.request_schemas import ChatCompletionRequest
 from minisrv.server.tools import Function, NamedTool, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.detokenizer import Detokenizer
