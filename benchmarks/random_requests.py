@@ -73,7 +73,7 @@ from minisrv.server.choices import Generation
 from minisrv.server.errors import JSON
 from minisrv.server.preprocessing import Prepared
 from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
-from minisrv.server.response_builders import ChatReply, CompletionReply
+from minisrv.server.response_builders import ChatResponseBuilder, CompletionResponseBuilder
 from minisrv.server.serving import Serving
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
@@ -198,12 +198,12 @@ class Asking:
     error: what ended it otherwise.
     """
 
-    def __init__(self, number: int, generation: Generation, reply: Any, stream: bool) -> None:
+    def __init__(self, number: int, generation: Generation, builder: Any, stream: bool) -> None:
         self.number = number
         self.generation = generation
         self.tokens: list[list[int]] = [[] for _ in generation.requests]
         self.error: str | None = None
-        self._reply = reply
+        self._builder = builder
         self._stream = stream
         self._events = bytearray()
 
@@ -215,9 +215,9 @@ class Asking:
         for delta in self.generation.read([output]):
             self.tokens[delta.index] += delta.token_ids
             if self._stream:
-                self._events += self._reply.events(delta)
+                self._events += self._builder.events(delta)
             else:
-                self._reply.add(delta)
+                self._builder.add(delta)
 
     @property
     def has_ended(self) -> bool:
@@ -228,9 +228,9 @@ class Asking:
         if self.error is not None:
             return Outcome(Answer(self.error, []), self.tokens)
         if self._stream:
-            text = bytes(self._events) + self._reply.last_events()
+            text = bytes(self._events) + self._builder.last_events()
         else:
-            text = JSON(self._reply.document()).body
+            text = JSON(self._builder.response()).body
         return Outcome(parse(text, self._stream), self.tokens)
 
 
@@ -282,11 +282,11 @@ class Engine:
     def ask(self, number: int, question: Question, prepared: Prepared, stream: bool) -> None:
         """Queue a question, which `step` then works on."""
         body = body_of(question, stream)
-        kind = ChatReply if question.path == CHAT else CompletionReply
-        reply = kind(body, "model", self.serving.tokenizer)
-        choices = self.serving.choices(body, prepared, reply.id, None, time.perf_counter())
-        reply.begin(prepared)
-        asking = self.open[number] = Asking(number, Generation(choices), reply, stream)
+        kind = ChatResponseBuilder if question.path == CHAT else CompletionResponseBuilder
+        builder = kind(body, "model", self.serving.tokenizer)
+        choices = self.serving.choices(body, prepared, builder.id, None, time.perf_counter())
+        builder.begin(prepared)
+        asking = self.open[number] = Asking(number, Generation(choices), builder, stream)
         for request in asking.generation.requests:
             self._of_request[request.request_id] = asking
             self.core.add(request)

@@ -34,7 +34,7 @@ from minisrv.server.request_schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from minisrv.server.response_builders import ChatReply, CompletionReply
+from minisrv.server.response_builders import ChatResponseBuilder, CompletionResponseBuilder
 from minisrv.server.response_schemas import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -147,8 +147,8 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
         model = serving.model_name(body.model)
-        reply = CompletionReply(body, model, serving.tokenizer)
-        return GenerationResponse(serving, body, reply)
+        builder = CompletionResponseBuilder(body, model, serving.tokenizer)
+        return GenerationResponse(serving, body, builder)
 
     @router.post(
         _CHAT, response_class=JSON, responses=answered(ChatCompletionResponse, streams=True)
@@ -156,7 +156,9 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
         model = serving.model_name(body.model)
-        return GenerationResponse(serving, body, ChatReply(body, model, serving.tokenizer))
+        return GenerationResponse(
+            serving, body, ChatResponseBuilder(body, model, serving.tokenizer)
+        )
 
     app.include_router(router)
 

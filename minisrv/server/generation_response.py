@@ -27,21 +27,24 @@ from minisrv.server.errors import JSON, error_object, error_status
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import offload
 from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
-from minisrv.server.response_builders import Reply
+from minisrv.server.response_builders import ResponseBuilder
 from minisrv.server.serving import Serving
 from minisrv.text.output_processor import CompletionDelta
 
 
 class GenerationResponse(Response):
-    """Answers `request` with a body made by `reply`."""
+    """Answers `request` with a body made by `builder`."""
 
     def __init__(
-        self, serving: Serving, request: CompletionRequest | ChatCompletionRequest, reply: Reply
+        self,
+        serving: Serving,
+        request: CompletionRequest | ChatCompletionRequest,
+        builder: ResponseBuilder,
     ) -> None:
         super().__init__()
         self._serving = serving
         self._request = request
-        self._reply = reply
+        self._builder = builder
         self._arrival = time.perf_counter()
         self._told: dict[str, Any] = {}
         """Fields of this request's line in the access log."""
@@ -57,22 +60,22 @@ class GenerationResponse(Response):
                 self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
                 self._told["status"] = CLIENT_CLOSED_REQUEST
         finally:
-            self._told |= self._reply.told(self._arrival)
+            self._told |= self._builder.log_fields(self._arrival)
             scope["told"] = self._told
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, reply = self._request, self._reply
-        with self._serving.places(request, reply.id, scope["key"]):
+        request, builder = self._request, self._builder
+        with self._serving.places(request, builder.id, scope["key"]):
             async with self._in_time():
                 prepared = await self._serving.prepare(request, owner(scope))
             choices = self._serving.choices(
-                request, prepared, reply.id, scope["key"], self._arrival
+                request, prepared, builder.id, scope["key"], self._arrival
             )
             generation = Generation(choices)
-            reply.begin(prepared)
+            builder.begin(prepared)
             if request.stream:
                 await self._stream(generation, send)
                 return
@@ -80,11 +83,11 @@ class GenerationResponse(Response):
             async with self._in_time(), aclosing(batches):
                 async for outputs in batches:
                     for delta in generation.read(outputs):
-                        reply.add(delta)
+                        builder.add(delta)
                     if generation.has_ended:
                         break
             generation.check_ended()
-        whole = await offload(lambda: JSON(reply.document()), reply.size)
+        whole = await offload(lambda: JSON(builder.response()), builder.size)
         await whole(scope, receive, send)
 
     @asynccontextmanager
@@ -102,7 +105,7 @@ class GenerationResponse(Response):
             ) from error
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        reply, client = self._reply, self._serving.client
+        builder, client = self._builder, self._serving.client
         silent = set(range(len(generation.requests)))
         early = b""  # events of choices that came before another choice's first output
         started = behind = False
@@ -115,7 +118,7 @@ class GenerationResponse(Response):
                     # client share one.
                     told = coalesce(deltas) if behind else deltas
                     if started:
-                        events = b"".join(map(reply.events, told))
+                        events = b"".join(map(builder.events, told))
                     else:
                         events = await self._first_events(told)
                     if not started:
@@ -136,7 +139,7 @@ class GenerationResponse(Response):
                     if generation.has_ended:
                         break
             generation.check_ended()
-            last = reply.last_events()
+            last = builder.last_events()
         except Exception as error:
             if not started:
                 raise
@@ -148,8 +151,8 @@ class GenerationResponse(Response):
     async def _first_events(self, deltas: list[CompletionDelta]) -> bytes:
         """Return the events of the first deltas; they may hold the echoed prompt with its
         log-probabilities, so that large ones are made in a thread."""
-        reply = self._reply
-        return await offload(lambda: b"".join(map(reply.events, deltas)), reply.size_of(deltas))
+        builder = self._builder
+        return await offload(lambda: b"".join(map(builder.events, deltas)), builder.size_of(deltas))
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -1,7 +1,7 @@
 """Turns deltas into OpenAI's response bodies: completions and chat, streamed or not.
 
-A reply is made for one response and fed every delta once, either through `events` (streamed) or
-through `add` and then `document` (not streamed).
+A builder is made for one response and fed every delta once, either through `events` (streamed) or
+through `add` and then `response` (not streamed).
 
 Knows: which fields of a body a request asks for. Knows nothing of how deltas come about.
 """
@@ -55,7 +55,7 @@ from minisrv.text.output_processor import CompletionDelta
 from minisrv.text.tokenizer import Tokenizer
 
 
-class Reply(ABC):
+class ResponseBuilder(ABC):
     """Common part of the responses of completions and chat completions: id, usage, extensions."""
 
     id_prefix: ClassVar[str]
@@ -114,7 +114,7 @@ class Reply(ABC):
         tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
         return self._events(delta, first, tells)
 
-    def told(self, arrival: float) -> dict[str, Any]:
+    def log_fields(self, arrival: float) -> dict[str, Any]:
         """Return the numbers that the access log may hold about this response.
 
         arrival: when the request arrived, by `time.perf_counter`.
@@ -133,7 +133,7 @@ class Reply(ABC):
         return sse.event(self._new_chunk([], self._usage())) + sse.DONE
 
     def add(self, delta: CompletionDelta) -> None:
-        """Keep a delta for `document`."""
+        """Keep a delta for `response`."""
         self._count(delta)
         self._deltas[delta.index].append(delta)
 
@@ -144,12 +144,12 @@ class Reply(ABC):
 
     @property
     def size(self) -> int:
-        """Approximate number of numbers and texts in `document`."""
+        """Approximate number of numbers and texts in `response`."""
         told = sum(self._completion_tokens) * (1 + self._num_logprobs)
         return told + self.size_of(deltas[0] for deltas in self._deltas)
 
     @abstractmethod
-    def document(self) -> CompletionResponse | ChatCompletionResponse:
+    def response(self) -> CompletionResponse | ChatCompletionResponse:
         """Return the body of a response that is not streamed. Must be called after the last
         delta."""
 
@@ -223,7 +223,7 @@ def _usage(prompt: int, completion: int, cached: int) -> UsageInfo:
     )
 
 
-class CompletionReply(Reply):
+class CompletionResponseBuilder(ResponseBuilder):
     """A `text_completion`: the choices of all prompts."""
 
     id_prefix = "cmpl"
@@ -239,7 +239,7 @@ class CompletionReply(Reply):
             CompletionLogprobsWriter(self._tokenizer, self._num_logprobs) for _ in self._deltas
         ]
 
-    def document(self) -> CompletionResponse:
+    def response(self) -> CompletionResponse:
         return CompletionResponse(
             id=self.id,
             object="text_completion",
@@ -326,7 +326,7 @@ class CompletionReply(Reply):
         return whole, lists if lists.tokens else None
 
 
-class ChatReply(Reply):
+class ChatResponseBuilder(ResponseBuilder):
     """A `chat.completion`: the choices of one conversation."""
 
     id_prefix = "chatcmpl"
@@ -339,7 +339,7 @@ class ChatReply(Reply):
         """Whether each choice has called a tool."""
         self._text_is_all &= not any(self._parsers)
 
-    def document(self) -> ChatCompletionResponse:
+    def response(self) -> ChatCompletionResponse:
         return ChatCompletionResponse(
             id=self.id,
             object="chat.completion",

@@ -27,7 +27,7 @@ from minisrv.server.request_schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from minisrv.server.response_builders import CompletionReply
+from minisrv.server.response_builders import CompletionResponseBuilder
 from minisrv.server.strict import RequestBody
 from tests.server.fake_engine import FakeEngine, outputs
 from tests.waiting import GUARD_SECONDS
@@ -354,7 +354,7 @@ async def test_a_large_answer_is_written_beside_the_event_loop(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
 ) -> None:
     """Where log-probabilities make an answer large, it is written in a thread."""
-    written = Threads(monkeypatch, CompletionReply, "document")
+    written = Threads(monkeypatch, CompletionResponseBuilder, "response")
     number = LARGE // 20
     async with connect(FakeEngine(outputs([300] * number, logprobs=logprobs))) as client:
         reply = await client.post("/v1/completions", json={"prompt": "a", "logprobs": logprobs})
