@@ -27,5 +27,8 @@ async def offload(work: Callable[[], _T], size: float) -> _T:
     try:
         return await asyncio.shield(task)
     finally:
-        # A thread cannot be cancelled: the request counts as open until it is done.
+        # A thread cannot be cancelled: the request counts as open until it is done. If it fails
+        # then, nobody is there to be told, and asyncio would log an error that nobody retrieved.
         await asyncio.wait((task,))
+        if not task.cancelled():
+            task.exception()
