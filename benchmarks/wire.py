@@ -46,7 +46,8 @@ from minisrv.engine.messages import (
 )
 from minisrv.request import EngineOutput, FinishReason
 from minisrv.server.launcher import listen
-from minisrv.server.process import CHECKPOINT, WorkerConfig, WorkerProcess
+from minisrv.server.process import WorkerProcess
+from minisrv.server.worker_config import CHECKPOINT, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.tools.environment import environment
 

@@ -21,7 +21,7 @@ import msgspec
 import tokenizers
 from tqdm import tqdm
 
-from minisrv.checkpoint import GenerationConfig, TokenizerDescription, open_checkpoint
+from minisrv.checkpoint import GenerationConfig, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
@@ -34,6 +34,7 @@ from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.output_processor import OutputProcessor
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 _T = TypeVar("_T")
 

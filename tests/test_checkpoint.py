@@ -19,7 +19,6 @@ from minisrv import cache
 from minisrv.checkpoint import (
     Checkpoint,
     GenerationConfig,
-    TokenizerDescription,
     describe_model,
     describe_tokenizer,
     description,
@@ -29,9 +28,11 @@ from minisrv.checkpoint import (
     weight_files,
 )
 from minisrv.checkpoint.location import fetch_weights
+from minisrv.checkpoint.schema import Descriptions
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tokenizer_description import TokenizerDescription
 from tests.checkpoints import make_checkpoint
 from tests.test_cache import DAMAGE
 from tests.text.tiny_tokenizer import save_chatml
@@ -437,7 +438,7 @@ def test_a_second_start_imports_no_transformers(
     asked: list[tuple[Path | None, Path | None]] = []
     ask = description._ask_process
 
-    def counted(model: Path | None, tokenizer: Path | None) -> description.Descriptions:
+    def counted(model: Path | None, tokenizer: Path | None) -> Descriptions:
         asked.append((model, tokenizer))
         return ask(model, tokenizer)
 

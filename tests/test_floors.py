@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,34 @@ def test_imports_point_down(path: Path):
         if module.split(".")[0] == "minisrv" and FLOORS[part_of(module)] > FLOORS[part]
     ]
     assert not wrong
+
+
+def test_no_modules_import_each_other():
+    """The imports of the package have no circle, those inside functions included."""
+    names = {_name(path): path for path in MODULES}
+    imported = {name: modules_imported(path, names.keys()) - {name} for name, path in names.items()}
+    while leaves := {name for name, others in imported.items() if not others}:
+        imported = {
+            name: others - leaves for name, others in imported.items() if name not in leaves
+        }
+    assert not imported, "these modules import each other, or modules that do"
+
+
+def modules_imported(path: Path, names: Collection[str]) -> set[str]:
+    """Return those of the modules `names` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in names else node.module)
+    return found & set(names)
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_every_module_has_a_floor():

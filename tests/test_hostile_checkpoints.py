@@ -198,7 +198,7 @@ def test_a_process_without_torch_reads_the_same(checkpoint: Path) -> None:
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path; from minisrv.checkpoint import by_transformers\n"
         "by_transformers.bound()\n"
-        "try: bytes(by_transformers.description.MEMORY_BYTES)\n"
+        "try: bytes(by_transformers.schema.MEMORY_BYTES)\n"
         "except MemoryError: print(by_transformers.describe_model(Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]

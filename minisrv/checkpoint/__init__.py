@@ -2,20 +2,17 @@
 `by_transformers` reads, and `opening` checks whether they can be served."""
 
 from minisrv.checkpoint.description import (
-    GenerationConfig,
-    ModelDescription,
-    TokenizerDescription,
     describe_model,
     describe_tokenizer,
 )
 from minisrv.checkpoint.location import resolve_checkpoint, weight_files
 from minisrv.checkpoint.opening import Checkpoint, context_length, open_checkpoint
+from minisrv.checkpoint.schema import GenerationConfig, ModelDescription
 
 __all__ = [
     "Checkpoint",
     "GenerationConfig",
     "ModelDescription",
-    "TokenizerDescription",
     "context_length",
     "describe_model",
     "describe_tokenizer",

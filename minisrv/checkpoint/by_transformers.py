@@ -34,18 +34,17 @@ if __name__ == "__main__":
 import msgspec
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from minisrv.checkpoint import description
-from minisrv.checkpoint.description import (
-    Descriptions,
-    ModelDescription,
-    TokenizerDescription,
-)
+from minisrv.checkpoint import schema
 from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
+from minisrv.checkpoint.schema import Descriptions, ModelDescription
 from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shortened, shown
 from minisrv.model_config import ModelConfig
 from minisrv.processes import bound_resource
 from minisrv.request import SamplingParams
+from minisrv.text.chat_template import ChatTemplate
+from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 _T = TypeVar("_T")
 
@@ -212,10 +211,6 @@ def _try_out(described: TokenizerDescription) -> str:
     Returns what is wrong with the chat templates, which is no error as the user may replace them;
     empty if nothing is. Raises ModelError.
     """
-    # Not imported at the top, because the package text imports this package.
-    from minisrv.text.chat_template import ChatTemplate
-    from minisrv.text.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.from_description(replace(described, chat_templates={}))
     with suppress(RequestError):  # raised if the tokenizer has no tokens for a text
         tokenizer.decode(tokenizer.encode(_TEXT))
@@ -243,7 +238,7 @@ def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
 
 def _generation(
     path: Path, said: Mapping[str, Any], eos: Any, vocab_size: int
-) -> description.GenerationConfig:
+) -> schema.GenerationConfig:
     """Return the defaults for generation, which must be within the bounds for a request.
 
     path: the file that holds them, for messages.
@@ -277,7 +272,7 @@ def _generation(
         asked = SamplingParams(**{"max_tokens": None, **numbers}, stop=tuple(strings))
     except RequestError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return description.GenerationConfig(
+    return schema.GenerationConfig(
         # A token that the model does not have cannot be sampled; some checkpoints write -1 for
         # none.
         eos_token_ids=tuple(token_id for token_id in ids if 0 <= token_id < vocab_size),
@@ -297,9 +292,9 @@ def bound() -> None:
     """Let the kernel end this process if the files make it use too much processor time, memory or
     output."""
     for kind, most in (
-        (resource.RLIMIT_CPU, description.PROCESSOR_SECONDS),
-        (resource.RLIMIT_DATA, description.MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, description.OUTPUT_BYTES),
+        (resource.RLIMIT_CPU, schema.PROCESSOR_SECONDS),
+        (resource.RLIMIT_DATA, schema.MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, schema.OUTPUT_BYTES),
     ):
         bound_resource(kind, most)
 

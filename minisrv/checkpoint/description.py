@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,27 +29,25 @@ import msgspec
 
 from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory, keep, kept
+from minisrv.checkpoint import schema
 from minisrv.checkpoint.files import matching_files
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
+from minisrv.checkpoint.schema import (
+    MEMORY_BYTES,
+    PROCESSOR_SECONDS,
+    Descriptions,
+    ModelDescription,
+)
 from minisrv.errors import MinisrvError, ModelError, shortened
 from minisrv.import_path import ROOT, without_working_directory
-from minisrv.model_config import ModelConfig
+from minisrv.text import tokenizer_description
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 120
 """Maximum number of seconds in which transformers must have read the small files; it usually takes
 one."""
-PROCESSOR_SECONDS = 30
-"""Maximum processor time of that in seconds. A vocabulary of 262,000 tokens takes 3.5 s, and one
-that has to be converted takes more."""
-MEMORY_BYTES = 4 << 30
-"""Maximum private memory, in bytes, of the process that reads the files. That vocabulary takes an
-eighth of it."""
-OUTPUT_BYTES = 1 << 28
-"""Maximum size, in bytes, of the answer of that process, and of what it prints. The answer for that
-vocabulary is a fiftieth of it."""
-
 KEPT = 64
 """Maximum number of descriptions that stay in the cache; the oldest are deleted."""
 
@@ -76,79 +73,6 @@ _T = TypeVar("_T")
 _PACKAGES = ("transformers", "tokenizers")
 _LAST_WORDS = 1 << 16
 """Number of bytes, at the end of what the process printed, in which its last line is looked for."""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """The defaults for generation in a checkpoint; None or empty where it has none.
-
-    eos_token_ids: the tokens that end a sequence: those of generation_config.json, or else of
-        config.json, and that of the tokenizer.
-    max_tokens, min_tokens, stop: `max_new_tokens`, `min_new_tokens` and `stop_strings` of the
-        checkpoint.
-    temperature, top_p, top_k, min_p, repetition_penalty: the settings of the same names.
-
-    `do_sample` is ignored, as in vLLM: if neither the checkpoint nor a request has a temperature,
-    it is OpenAI's default.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """The content of config.json and generation_config.json.
-
-    unused: names of settings of generation_config.json that would change what transformers
-        generates, and that minisrv does not implement.
-    """
-
-    model: ModelConfig
-    generation: GenerationConfig
-    unused: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenizerDescription:
-    """The content of the files of a tokenizer.
-
-    backend: the text of a tokenizer.json that holds the whole tokenizer, special tokens included.
-    special_tokens: special tokens by the name of their variable in the chat template, e.g.
-        `bos_token`.
-    chat_templates: sources of the chat templates by name; the usual one is called `default`.
-    chat_template_fault: the reason why they cannot be used; empty if they can.
-    eos_token_id: the id of the end-of-sequence token, if there is one.
-    highest_id: the highest id of any token.
-    splits_special_tokens: whether a special token that is spelled out in a text is tokenized like
-        any other text (`split_special_tokens`); a tokenizer.json does not hold this.
-    """
-
-    backend: str
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    chat_templates: dict[str, str] = field(default_factory=dict)
-    chat_template_fault: str = ""
-    eos_token_id: int | None = None
-    highest_id: int = 0
-    splits_special_tokens: bool = False
-
-
-class Descriptions(msgspec.Struct):
-    """The descriptions that were asked for, or the error that prevented them.
-
-    error: the name of a class in `minisrv.errors`, and the message.
-    """
-
-    model: ModelDescription | None = None
-    tokenizer: TokenizerDescription | None = None
-    error: tuple[str, str] | None = None
 
 
 def describe_model(directory: Path) -> ModelDescription:
@@ -300,7 +224,8 @@ def _code_digest() -> bytes:
     reader = Path(__file__).with_name("by_transformers.py")
     # The path is spelled out, because an import of this module would import Jinja.
     template = Path(__file__).parents[1] / "text" / "chat_template.py"
-    sources = (__file__, reader, template, model_config.__file__, request.__file__)
+    held = (schema.__file__, tokenizer_description.__file__)
+    sources = (__file__, reader, *held, template, model_config.__file__, request.__file__)
     code = [Path(source).read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()

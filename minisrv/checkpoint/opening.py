@@ -13,12 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from minisrv.checkpoint.description import (
-    GenerationConfig,
-    TokenizerDescription,
-    describe,
-    has_tokenizer,
-)
+from minisrv.checkpoint.description import describe, has_tokenizer
 from minisrv.checkpoint.files import read_json
 from minisrv.checkpoint.location import (
     CONFIG,
@@ -28,9 +23,11 @@ from minisrv.checkpoint.location import (
     resolve_directory,
     weight_files,
 )
+from minisrv.checkpoint.schema import GenerationConfig
 from minisrv.config import EngineConfig, read_text
 from minisrv.errors import ConfigError, EngineError, ModelError
 from minisrv.model_config import ModelConfig, check_implemented
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 logger = logging.getLogger(__name__)
 

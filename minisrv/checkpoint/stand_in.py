@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from minisrv.checkpoint.description import TokenizerDescription
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 _TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

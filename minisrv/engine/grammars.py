@@ -38,13 +38,13 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from minisrv.checkpoint import TokenizerDescription
 from minisrv.core.step import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import SamplingParams, StructuredOutput
 from minisrv.text.recently_used import RecentlyUsed
 from minisrv.text.structured import CHEAP_SECONDS, GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 logger = logging.getLogger(__name__)
 

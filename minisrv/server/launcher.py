@@ -39,7 +39,8 @@ from minisrv.processes import (
     unusable_temporary_directory,
 )
 from minisrv.progress import StartupClock, StartupProgress
-from minisrv.server.process import CHECKPOINT, Report, WorkerConfig, WorkerProcess
+from minisrv.server.process import WorkerProcess
+from minisrv.server.worker_config import CHECKPOINT, Report, WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,55 +11,13 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from minisrv import threads
-from minisrv.config import ServerConfig
-from minisrv.engine.messages import Loading, Ready
 from minisrv.processes import ChildProcess
-
-CHECKPOINT = "checkpoint"
-"""Name of the file in the server's private directory that describes the checkpoint that is served,
-for all processes."""
-
-Report = Loading | Ready | str
-"""A worker's report to the launcher: the engine's progress, that it is ready, or a message that
-says why it cannot serve."""
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """The arguments that an API worker is started with.
-
-    index: the worker's number, from 0.
-    number: how many workers there are.
-    address: the address of the engine's socket.
-    engine_pid: the process id of the engine.
-    private_dir: the server's private directory, where workers share their metrics and CHECKPOINT
-        lies.
-    root: the checkpoint as the operator named it, which served_model_names stand for.
-    settings: the settings of the server.
-    engine_is_ready: whether the engine is ready; if not, it is starting too, and the worker answers
-        that it is loading.
-    """
-
-    index: int
-    number: int
-    address: str
-    engine_pid: int
-    private_dir: Path
-    root: str
-    served_model_names: tuple[str, ...]
-    settings: ServerConfig
-    engine_is_ready: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of the process, which also identifies the worker to the engine."""
-        return f"api-{self.index}"
+from minisrv.server.worker_config import WorkerConfig
 
 
 class WorkerProcess(ChildProcess):

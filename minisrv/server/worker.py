@@ -35,7 +35,7 @@ from minisrv.server.connections import Connections
 from minisrv.server.hosts import HostNames
 from minisrv.server.http import BoundedProtocol
 from minisrv.server.listening import HttpServer
-from minisrv.server.process import CHECKPOINT, Report, WorkerConfig
+from minisrv.server.worker_config import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
 OBITUARY_SECONDS = 5

@@ -10,16 +10,15 @@ decoding is done by the detokenizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from minisrv.checkpoint import TokenizerDescription, describe_tokenizer
 from minisrv.errors import ModelError, RequestError
 from minisrv.text.chat_template import ChatTemplate
 from minisrv.text.decoder_pipeline import DecoderPipeline
 from minisrv.text.token_bytes import TokenBytes
+from minisrv.text.tokenizer_description import TokenizerDescription
 
 
 class Tokenizer:
@@ -53,11 +52,6 @@ class Tokenizer:
         templates = told.chat_templates
         has_template = "default" in templates
         return cls(backend, ChatTemplate(templates, told.special_tokens) if has_template else None)
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> Tokenizer:
-        """Make the tokenizer of a Hugging Face checkpoint. Raises ModelError."""
-        return cls.from_description(describe_tokenizer(Path(directory)))
 
     @property
     def vocab_size(self) -> int:

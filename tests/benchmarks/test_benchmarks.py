@@ -21,14 +21,14 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
-from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint
+from tests.text.tiny_tokenizer import tokenizer_of
 
 
 def test_the_15m_llama_is_what_it_says_and_loads(tmp_path):
     model = make_llama_15m.make(tmp_path)
     assert sum(weight.numel() for weight in model.parameters()) == 15_735_168
-    prompt = Tokenizer.from_directory(tmp_path).encode("Once upon a time")
+    prompt = tokenizer_of(tmp_path).encode("Once upon a time")
     engine = EngineCore(
         build_engine(EngineConfig(model=str(tmp_path), enforce_eager=True, max_num_seqs=1))
     )
@@ -44,7 +44,7 @@ def test_the_15m_llama_is_what_it_says_and_loads(tmp_path):
 def test_a_dummy_has_text_for_every_token(tmp_path):
     checkpoint, dummy = make_checkpoint(tmp_path / "model", "qwen3"), tmp_path / "dummy"
     size = make_dummy.make(checkpoint, dummy)
-    tokenizer = Tokenizer.from_directory(dummy)
+    tokenizer = tokenizer_of(dummy)
     texts = [tokenizer.decode([token]) for token in range(size)]
     assert "" not in texts
     assert len(set(texts[256:])) == size - 256

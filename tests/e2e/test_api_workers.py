@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from minisrv.server.process import CHECKPOINT
 from minisrv.server.worker import MEMORY_BYTES
+from minisrv.server.worker_config import CHECKPOINT
 from tests.e2e.server import COMPLETIONS, SMALL, Server, events_of, read_all, request_bytes, until
 from tests.e2e.test_death import assert_dead
 from tests.e2e.test_flood import body, tokens

@@ -34,6 +34,7 @@ from minisrv.text.structured import Matcher
 from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint
 from tests.text.random_schemas import random_schema, recurses
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.waiting import GUARD_SECONDS, wait_until
 
 MODES = ("none", "piecewise", "full-and-piecewise", "full")
@@ -55,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path) -> Tokenizer:
-    return Tokenizer.from_directory(checkpoint)
+    return tokenizer_of(checkpoint)
 
 
 @pytest.fixture

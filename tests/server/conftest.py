@@ -14,6 +14,7 @@ from minisrv.server.app import create_app
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, Script
 from tests.text import tiny_tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 
 HOUR = 3600
 GENERATION = GenerationConfig(eos_token_ids=(2,), temperature=0.7, top_k=20)
@@ -22,7 +23,7 @@ GENERATION = GenerationConfig(eos_token_ids=(2,), temperature=0.7, top_k=20)
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("server"))
-    return Tokenizer.from_directory(directory)
+    return tokenizer_of(directory)
 
 
 @pytest.fixture

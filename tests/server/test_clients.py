@@ -20,6 +20,7 @@ from minisrv.request import FinishReason
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs
 from tests.text import tiny_tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 
 pytestmark = pytest.mark.anyio
 
@@ -44,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory: Path = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("clients"))
     config = directory / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
-    return Tokenizer.from_directory(directory)
+    return tokenizer_of(directory)
 
 
 async def prompt_of(connect: Connect, tokenizer: Tokenizer, body: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs, sse
 from tests.text import tiny_tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.text.walks import follow
 
 pytestmark = pytest.mark.anyio
@@ -45,7 +46,7 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         directory: Path = tiny_tokenizer.save_chatml(tmp_path_factory.mktemp("tools"))
         config = directory / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
-        return Tokenizer.from_directory(directory)
+        return tokenizer_of(directory)
 
     return make
 

@@ -6,6 +6,7 @@ import pytest
 
 from minisrv.text.tokenizer import Tokenizer
 from tests.text import tiny_tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,7 @@ def chatml_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(chatml_directory: Path) -> Tokenizer:
-    return Tokenizer.from_directory(chatml_directory)
+    return tokenizer_of(chatml_directory)
 
 
 @pytest.fixture(scope="session")

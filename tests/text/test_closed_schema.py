@@ -19,6 +19,7 @@ from minisrv.server.structured import ResponseFormat
 from minisrv.text.closed_schema import closed
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.text.walks import EOS, follow
 
 INT = {"type": "integer"}
@@ -94,7 +95,7 @@ PUT_TOGETHER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(resolve_checkpoint(None))
+    return tokenizer_of(resolve_checkpoint(None))
 
 
 @pytest.fixture(scope="module")

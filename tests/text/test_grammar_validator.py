@@ -35,6 +35,7 @@ from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.text.random_schemas import random_schema
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.waiting import until, wait_until
 
 _T = TypeVar("_T")
@@ -52,7 +53,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(resolve_checkpoint(None))
+    return tokenizer_of(resolve_checkpoint(None))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -552,7 +553,7 @@ grammar_validator.LOADING_SECONDS = 3600.0
 grammar_validator.SILENT_SECONDS = grammar_validator.WALL_SECONDS = 3600.0
 
 async def main():
-    validator = GrammarValidator(Tokenizer.from_directory(resolve_checkpoint(None)), 4096, [2])
+    validator = GrammarValidator(tokenizer_of(resolve_checkpoint(None)), 4096, [2])
     validator._slow.cpu_seconds = 3600
     trial = asyncio.create_task(validator.validate(hostile(), "one"))
     while not validator._slow.taken:

@@ -19,12 +19,13 @@ from minisrv.text.json_schema import parse_schema, restate, restate_lark
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.text.random_schemas import odd_schema
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.text.walks import EOS, follow, walk
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(resolve_checkpoint(None))
+    return tokenizer_of(resolve_checkpoint(None))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
 from tests.text import tiny_tokenizer
 from tests.text.random_schemas import longest, random_schema, recurses
+from tests.text.tiny_tokenizer import tokenizer_of
 from tests.text.walks import EOS, allowed, follow, stretch, walk
 
 VOCAB_SIZE = 4096 + 64
@@ -30,7 +31,7 @@ VOCAB_SIZE = 4096 + 64
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(resolve_checkpoint(None))
+    return tokenizer_of(resolve_checkpoint(None))
 
 
 @pytest.fixture(scope="module")

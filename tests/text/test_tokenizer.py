@@ -11,6 +11,7 @@ import pytest
 from minisrv.errors import ModelError, RequestError
 from minisrv.text.tokenizer import Tokenizer
 from tests.text import tiny_tokenizer
+from tests.text.tiny_tokenizer import tokenizer_of
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -20,7 +21,7 @@ CHAT = [
 
 def with_template(tmp_path: Path, template: Any, **config: Any) -> Tokenizer:
     tiny_tokenizer.save(tiny_tokenizer.byte_level(), tmp_path, chat_template=template, **config)
-    return Tokenizer.from_directory(tmp_path)
+    return tokenizer_of(tmp_path)
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -84,7 +85,7 @@ def test_no_special_tokens_are_added_after_the_template(tmp_path: Path) -> None:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     tiny_tokenizer.save(backend, tmp_path, chat_template="<|endoftext|>hi")
-    tokenizer = Tokenizer.from_directory(tmp_path)
+    tokenizer = tokenizer_of(tmp_path)
     assert tokenizer.encode("hi")[0] == 0
     assert tokenizer.apply_chat_template(CHAT).count(0) == 1
 
@@ -187,14 +188,14 @@ def test_templates_may_not_change_the_messages(tmp_path: Path) -> None:
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be read"):
-        Tokenizer.from_directory(tmp_path)
+        tokenizer_of(tmp_path)
     for template in ("{% if %}", 7, [{"name": "default"}]):
         with pytest.raises(ModelError, match=r"chat.template|cannot be read"):
             with_template(tmp_path, template)
     for text in ("[]", "{"):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(ModelError, match="cannot be read|must hold a JSON object"):
-            Tokenizer.from_directory(tmp_path)
+            tokenizer_of(tmp_path)
 
 
 def test_training_leftovers_do_not_cut_prompts(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_training_leftovers_do_not_cut_prompts(tmp_path: Path) -> None:
     backend = tiny_tokenizer.byte_level()
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
-    tokenizer = Tokenizer.from_directory(tiny_tokenizer.save(backend, tmp_path))
+    tokenizer = tokenizer_of(tiny_tokenizer.save(backend, tmp_path))
     ids = tokenizer.encode("a b c d")
     assert tokenizer.decode(ids) == "a b c d"
     assert 2 < len(ids) < 8
@@ -219,7 +220,7 @@ def test_single_tokens_as_text_and_bytes(tokenizer: Tokenizer, word_tokenizer: T
 def test_config_is_optional(tmp_path: Path) -> None:
     directory = tiny_tokenizer.save(tiny_tokenizer.byte_level(), tmp_path)
     (directory / "tokenizer_config.json").unlink()
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = tokenizer_of(directory)
     assert (
         tokenizer.vocab_size
         == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 2

@@ -16,7 +16,14 @@ from minisrv.checkpoint import describe_tokenizer
 from minisrv.errors import MinisrvError, RequestError
 from minisrv.text.tokenizer import Tokenizer
 from tests.checkpoints import write_files
-from tests.text.tiny_tokenizer import CHATML, byte_fallback, byte_level, unigram, word_piece
+from tests.text.tiny_tokenizer import (
+    CHATML,
+    byte_fallback,
+    byte_level,
+    tokenizer_of,
+    unigram,
+    word_piece,
+)
 
 Json = dict[str, Any]
 
@@ -216,7 +223,7 @@ def test_text_that_has_no_token_is_a_fault_of_the_request(tmp_path: Path) -> Non
     odd["model"]["unk_token"] = "gone"
     write_files(tmp_path, tokenizer__json=odd)
     with pytest.raises(RequestError, match="cannot encode the text"):
-        Tokenizer.from_directory(tmp_path).encode("漢")
+        tokenizer_of(tmp_path).encode("漢")
 
 
 # ---- templates -----------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ def test_template(name: str, place: str, tmp_path: Path) -> None:
     does."""
     write_files(tmp_path, tokenizer__json=BYTES, **PLACES[place](TEMPLATES[name]))
     expected = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
-    found = Tokenizer.from_directory(tmp_path)
+    found = tokenizer_of(tmp_path)
     in_parts = {"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}
     for chat in [*CHATS, *([[in_parts]] if name == "either" else [])]:
         for tools in (None, [TOOL]):
@@ -320,7 +327,7 @@ def test_a_template_of_parts_gets_parts(tmp_path: Path) -> None:
     nothing."""
     write_files(tmp_path, tokenizer__json=BYTES, **PLACES["a string"](PARTS))
     expected = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
-    found = Tokenizer.from_directory(tmp_path)
+    found = tokenizer_of(tmp_path)
     for chat in CHATS[:4]:
         in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         text = expected.apply_chat_template(in_parts, tokenize=False)

@@ -17,6 +17,9 @@ from tokenizers import (
 )
 from tokenizers.trainers import BpeTrainer
 
+from minisrv.checkpoint import describe_tokenizer
+from minisrv.text.tokenizer import Tokenizer as ServedTokenizer
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "Hello world, hello there! stop here or stop there",
@@ -120,3 +123,8 @@ def save_chatml(directory: Path) -> Path:
     end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
     tokens = {"eos_token": end, "bos_token": "<|endoftext|>"}
     return save(byte_level(), directory, chat_template=CHATML, **tokens)
+
+
+def tokenizer_of(directory: str | Path) -> ServedTokenizer:
+    """Return the tokenizer of the checkpoint in a directory."""
+    return ServedTokenizer.from_description(describe_tokenizer(Path(directory)))
