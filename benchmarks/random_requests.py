@@ -6,8 +6,8 @@ Each engine is drawn from `--seed` and its number: a tiny random checkpoint of o
 kinds, limits, a cache that holds little more than the longest request, ladders, graph mode, prefix
 cache, decode runs, and whether steps are one ahead. It is given questions (benchmarks/questions.py)
 as the server is, body by body and answered streamed or not, in waves between none and twice as many
-as fit a batch. Some clients go away in the middle. Whenever nobody asks, every block and slot must
-be free.
+as fit a batch. Some clients go away in the middle. Whenever nobody asks, every block and request
+index must be free.
 
 Each answer is compared with the *lone* one: the same question in an engine that runs eagerly, one
 choice at a time, each prompt in one step, without a prefix cache. Everything is float32. Questions
@@ -95,7 +95,7 @@ FRESH_GRAMMARS = 0.02
 LEAVING = 0.05
 WAVE_STEPS = 60
 CHECKED_EVERY = 50
-"""Steps from one look at all blocks and slots to the next."""
+"""Steps from one look at all blocks and request indices to the next."""
 NEAR_TIE = 1e-4
 """Of logits, which are up to ten here; float32 has 24 bits, and sums of 100 products lose some."""
 PERTURBATIONS = 256
@@ -334,7 +334,7 @@ class Engine:
             "running": stats.running,
             "waiting": stats.waiting,
             "blocks": stats.kv_blocks_used,
-            "slots": self.core.scheduler.slots.num_used,
+            "slots": self.core.scheduler.req_indices.num_used,
         }
         return {name: number for name, number in held.items() if number}
 
@@ -405,11 +405,13 @@ class Alone:
         there: a power of ten. None above NEAR_TIE."""
         with SampledFrom() as sampled:
             self._engine.run_alone(question, prepared, choice)
-        logits, slots, _, temperature, top_k, top_p, min_p, seed, _ = sampled.calls[place]
+        logits, req_indices, _, temperature, top_k, top_p, min_p, seed, _ = sampled.calls[place]
         parameters = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed
         }  # fmt: skip
-        rows = {name: values[slots].expand(PERTURBATIONS) for name, values in parameters.items()}
+        rows = {
+            name: values[req_indices].expand(PERTURBATIONS) for name, values in parameters.items()
+        }
         positions = sampled.calls[place][2].expand(PERTURBATIONS)
         noise = torch.rand(
             PERTURBATIONS, logits.shape[1], generator=torch.Generator().manual_seed(0)

@@ -153,9 +153,9 @@ def main() -> None:
         results.append(result := descend(layers, rows, found))
         own_us, best_us = result["own_us"], result["best_us"]
         console.print(f"{rows} rows: {own_us:.0f} us as chosen, {best_us:.0f} with the best")
-        rung = next(rung for rung in tiles.RUNGS if rows <= rung)
+        bucket = next(bucket for bucket in tiles.ROW_BUCKETS if rows <= bucket)
         for name, found_here in result["products"].items():
-            line = f"{(rung, *found_here['shape'])}: {found_here['best']},"
+            line = f"{(bucket, *found_here['shape'])}: {found_here['best']},"
             console.print(f"    {line}  # {name}; now {found_here['own']}")
     if options.json is not None:
         report = {"environment": msgspec.to_builtins(environment()), "results": results}

@@ -347,11 +347,11 @@ class _Pool:
                 try:
                     messages[ready] = ready.recv_bytes()
                 except (EOFError, OSError):
-                    raise WorkerError(self._obituary(ready)) from None
+                    raise WorkerError(self._describe_exit(ready)) from None
             show()
         return [messages[connection] for connection in connections]
 
-    def _obituary(self, connection: Connection) -> str:
+    def _describe_exit(self, connection: Connection) -> str:
         position = self._connections.index(connection)
         process = self._processes[position]
         process.join(_STOP_GRACE_S)

@@ -55,9 +55,9 @@ def cache_directory(*parts: str) -> Path:
     return directory
 
 
-def kept(path: Path) -> bytes | None:
-    """Return what `keep` has written to a file of the cache directory. None if there is no such
-    file, or if it is not trusted; the log then gives the reason."""
+def read_cached(path: Path) -> bytes | None:
+    """Return what `write_cached` has written to a file of the cache directory. None if there is no
+    such file, or if it is not trusted; the log then gives the reason."""
     try:
         doubt, content = _read(path)
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def kept(path: Path) -> bytes | None:
     return None
 
 
-def keep(path: Path, body: bytes) -> None:
+def write_cached(path: Path, body: bytes) -> None:
     """Write a file of the cache directory, and replace whatever is there. If that fails, a warning
     is logged and nothing is raised."""
     scratch = None

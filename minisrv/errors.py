@@ -53,7 +53,7 @@ class MinisrvError(Exception):
         self.param = param
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
+def name_hint(name: str, allowed: Iterable[str]) -> str:
     """Return the hint for a name that does not exist: the allowed name that is most like it, or a
     list of all."""
     names = sorted(allowed)
@@ -85,16 +85,16 @@ _repr = _Repr()
 def shown(value: object) -> str:
     """Return the repr, for a message, of a value that somebody else has written: cut if it is long,
     and with the first parts only of a value that is deeply nested or holds much."""
-    return shortened(_repr.repr(value), 2 * MAX_SHOWN)
+    return truncated(_repr.repr(value), 2 * MAX_SHOWN)
 
 
-def shortened(text: str, most: int = MAX_SHOWN) -> str:
+def truncated(text: str, max_characters: int = MAX_SHOWN) -> str:
     """Return the beginning of a text that somebody else has written, for a message that repeats it
     without quotes.
 
-    most: the number of characters above which the text is cut.
+    max_characters: the number of characters above which the text is cut.
     """
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= max_characters else f"{text[:max_characters]}..."
 
 
 class ConfigError(MinisrvError):
@@ -238,7 +238,7 @@ class EngineNotReadyError(EngineError):
     retry_after = 2
 
 
-def time_is_over() -> EngineNotReadyError:
+def shutting_down_error() -> EngineNotReadyError:
     """Return the error for requests that are still open when a shutdown has no more time for
     them."""
     return EngineNotReadyError("The server is shutting down; send the request again later.")

@@ -25,7 +25,7 @@ from minisrv.checkpoint import GenerationConfig, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.errors import ConfigError, RequestError, nearest
+from minisrv.errors import ConfigError, RequestError, name_hint
 from minisrv.modes import CUDAGraphMode
 from minisrv.outputs import CompletionOutput, RequestOutput
 from minisrv.progress import StartupProgress
@@ -124,7 +124,7 @@ class LLM:
     ) -> None:
         for name in unknown:
             options = [option.name for option in fields(EngineConfig)]
-            raise ConfigError(f"LLM has no option {name}; {nearest(name, options)}")
+            raise ConfigError(f"LLM has no option {name}; {name_hint(name, options)}")
         if isinstance(cudagraph_mode, str):
             cudagraph_mode = CUDAGraphMode.parse(cudagraph_mode)
         sizes = None if cudagraph_capture_sizes is None else tuple(cudagraph_capture_sizes)
@@ -264,7 +264,7 @@ class LLM:
         elif isinstance(given, Mapping):
             known = TextPrompt.__annotations__.keys() | TokensPrompt.__annotations__.keys()
             for name in given.keys() - known:
-                raise RequestError(f"{where} has {name}; {nearest(name, known)}", param="prompts")
+                raise RequestError(f"{where} has {name}; {name_hint(name, known)}", param="prompts")
             text, ids, salt = map(given.get, ("prompt", "prompt_token_ids", "cache_salt"))
         if not isinstance(salt, str | None) or not isinstance(text, str | None):
             raise RequestError(f"{where}: prompt and cache_salt must be text.", param="prompts")
@@ -443,19 +443,19 @@ def _for_each(name: str, given: _T | Sequence[_T] | None, default: _T, count: in
     return list(given)
 
 
-def _for_transformers(told: TokenizerDescription) -> PreTrainedTokenizerBase:
+def _for_transformers(description: TokenizerDescription) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast  # this import takes seconds
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(told.backend),
-        chat_template=told.chat_templates or None,
-        **told.special_tokens,
+        tokenizer_object=tokenizers.Tokenizer.from_str(description.backend),
+        chat_template=description.chat_templates or None,
+        **description.special_tokens,
     )
 
 
-def _default_params(told: GenerationConfig) -> SamplingParams:
+def _default_params(generation: GenerationConfig) -> SamplingParams:
     """Return the checkpoint's sampling defaults, whose bounds were checked when it was read."""
-    values = {option.name: getattr(told, option.name) for option in fields(told)}
+    values = {option.name: getattr(generation, option.name) for option in fields(generation)}
     names = SamplingParams.__struct_fields__
     given = {name: value for name, value in values.items() if name in names and value is not None}
     least = given.pop("min_tokens", 0)

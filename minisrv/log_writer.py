@@ -81,14 +81,14 @@ class LogWriter:
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         # The main thread handles signals, and would not wake for one that this thread received.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             # If the system has no room for a thread, the text waits and the next put tries again.
             with suppress(RuntimeError):
                 thread.start()
                 self._thread = thread
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
     def _has_work(self) -> bool:
         return bool(self._waiting) or (self._dropped > 0 and self._retry)

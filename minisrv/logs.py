@@ -3,8 +3,8 @@
 Lines are written by `log_writer`, so that no code that logs waits for stderr. A line that is logged
 while a request is served carries the request's id. No line holds a prompt or an answer. A record
 may come with values: those of `extra={"fields": {...}}` are part of every line, and those of
-`extra={"said": {...}}`, which the message already holds, of JSON lines alone. A line is formatted
-where it is logged, so no logged object is kept alive.
+`extra={"json_fields": {...}}`, which the message already holds, of JSON lines alone. A line is
+formatted where it is logged, so no logged object is kept alive.
 
 A process that serves takes over its stderr (`take_stderr`): warnings, tracebacks of threads and
 text that a library prints become lines like all others. Text that native code writes goes past this
@@ -101,10 +101,10 @@ def _end() -> None:
     flush()
 
 
-def _tell_of_dropped(count: int) -> str:
+def _dropped_lines_notice(count: int) -> str:
     """Return the line that stands in the place of `count` missing ones."""
     message = "%d lines of the log are missing here, as nobody read it or it could not be written"
-    extra = {"said": {"dropped": count}}
+    extra = {"json_fields": {"dropped": count}}
     record = logger.makeRecord(
         logger.name, logging.WARNING, __file__, 0, message, (count,), None, extra=extra
     )
@@ -114,7 +114,7 @@ def _tell_of_dropped(count: int) -> str:
 _formatter = logging.Formatter()
 """The formatter that `configure` has chosen."""
 
-_writer = LogWriter(_STDERR, _tell_of_dropped)
+_writer = LogWriter(_STDERR, _dropped_lines_notice)
 os.register_at_fork(after_in_child=_writer.reset)
 
 
@@ -235,7 +235,7 @@ class _Json(logging.Formatter):
             "process": self._process or "launcher",
             "logger": record.name,
             "message": record.getMessage(),
-            **_values(record, "said"),
+            **_values(record, "json_fields"),
             **_values(record, "fields"),
         }
         if request_id := _request_id(record):

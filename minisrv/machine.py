@@ -32,7 +32,7 @@ def available_memory() -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def give_memory_back() -> None:
+def release_free_memory() -> None:
     """Return the free memory inside the heaps of the C library, those of all threads, to the
     system; the library would keep it. Does nothing where the library is not glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -48,10 +48,10 @@ def check_driver(config: EngineConfig) -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise no_gpu("there is no CUDA driver here") from None
+        raise no_gpu_error("there is no CUDA driver here") from None
 
 
-def no_gpu(why: str) -> ConfigError:
+def no_gpu_error(why: str) -> ConfigError:
     """Return the error for a configuration that asks for a GPU where none can be used.
 
     why: the reason, for the message.

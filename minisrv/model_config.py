@@ -298,13 +298,13 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     if nested:
         # All layers are of one kind. Where settings for kinds of layers and settings for all stand
         # side by side, nothing says which of them would win.
-        told = settings.get("full_attention")
-        if not kinds or not isinstance(told, dict) or len(nested) < len(settings):
+        full_attention = settings.get("full_attention")
+        if not kinds or not isinstance(full_attention, dict) or len(nested) < len(settings):
             raise ConfigError(
                 f"config.json: RoPE settings for {', '.join(sorted(nested))} do not go with this "
                 "model's layers; give one set of rope_parameters."
             )
-        settings = told
+        settings = full_attention
     kind = settings.get("rope_type", "default")
     if kind not in tuple(RopeScaling):
         raise ConfigError(

@@ -66,15 +66,15 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def bound_resource(kind: int, most: int) -> None:
+def bound_resource(kind: int, limit: int) -> None:
     """Limit a resource of this process and of those that it starts. A limit that is lower already
     stays.
 
     kind: one of `resource.RLIMIT_*`.
-    most: the soft limit, in the unit of that kind.
+    limit: the soft limit, in the unit of that kind.
     """
     soft, hard = resource.getrlimit(kind)
-    limits = (limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY)
+    limits = (limit for limit in (limit, soft, hard) if limit != resource.RLIM_INFINITY)
     resource.setrlimit(kind, (min(limits), hard))
 
 
@@ -98,7 +98,7 @@ class ChildProcess:
             target=_run, args=(name, private_dir, target, arguments), name=f"minisrv-{name}"
         )
         try:
-            with safe_path(), _signals_held():
+            with safe_path(), _signals_blocked():
                 self._process.start()
         except BaseException:
             self.stop()
@@ -128,16 +128,16 @@ class ChildProcess:
         self._process.join()
         return self.exit_status
 
-    def obituary(self) -> str:
+    def describe_exit(self) -> str:
         """Wait until the process has ended, and return in words how it ended. It is not reaped, so
         that its process id, by which others may watch it, is not reused."""
         try:
             found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         except ChildProcessError:  # the process has been reaped
-            return how_it_ended(self.exit_status)
+            return describe_exit_status(self.exit_status)
         assert found is not None, "it has been waited for"
         by_itself = found.si_code == os.CLD_EXITED
-        return how_it_ended(found.si_status if by_itself else -found.si_status)
+        return describe_exit_status(found.si_status if by_itself else -found.si_status)
 
     def stop(self) -> None:
         """End the process at once and wait for its end. May be called twice.
@@ -150,7 +150,7 @@ class ChildProcess:
             self._process.join()
 
 
-def how_it_ended(exit_status: int | None) -> str:
+def describe_exit_status(exit_status: int | None) -> str:
     """Return in words how a process with this exit status ended."""
     if exit_status is None or exit_status >= 0:
         return f"with status {exit_status}"
@@ -189,16 +189,16 @@ def map_shared(path: Path, size: int) -> mmap.mmap:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Block `PARENTS_SIGNALS` within this context: a process that is started here inherits them
     blocked, until it ignores them. The caller receives at the end the signals that came
     meanwhile."""
     resource_tracker.ensure_running()  # first, because its start unblocks these signals at its end
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def _run(
     assert parent is not None
     if private_dir is None:
         assert parent.pid is not None
-        die_with(parent.pid)
+        die_with_parent(parent.pid)
     else:
         # Not SIGKILL: it would kill every child, and leave none to remove the directory. SIGCONT
         # resumes a suspended child and does nothing to a running one. If the parent died before
@@ -254,7 +254,7 @@ def _run(
         sys.exit(1)
 
 
-def die_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process, suspended or not, when the thread ends that started it.
 
     parent: the id of the parent process; if it has died already, this process ends here.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from minisrv.errors import MinisrvError, RequestError, nearest, shown
+from minisrv.errors import MinisrvError, RequestError, name_hint, shown
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
@@ -53,8 +53,8 @@ def _check(ok: bool, param: str, value: object, allowed: str) -> None:
         )
 
 
-def _check_integer(param: str, value: object, least: int, most: int, allowed: str) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _check_integer(param: str, value: object, minimum: int, maximum: int, allowed: str) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
     _check(ok, param, value, allowed)
 
 
@@ -97,7 +97,7 @@ class _NamesParameters(type(msgspec.Struct)):  # type: ignore[misc]
             for name in parameters:
                 if name not in cls.__struct_fields__:
                     raise RequestError(
-                        f"{cls.__name__} has no {name}; {nearest(name, cls.__struct_fields__)}",
+                        f"{cls.__name__} has no {name}; {name_hint(name, cls.__struct_fields__)}",
                         param=name,
                     )
             return super().__call__(*values, **parameters)
@@ -320,7 +320,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     param: the field of the HTTP request that asked for the form; errors name it.
     lowered: whether an API worker has already translated the form for llguidance, so that `text` is
         the translation, which includes the reasoning and the choices.
-    seconds: the processor time that compiling the form took in the API worker, in seconds.
+    compile_seconds: the processor time that compiling the form took in the API worker, in seconds.
 
     Raises RequestError, naming `param`, if a size is out of bounds.
     """
@@ -332,7 +332,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_start: str = ""
     param: str = "response_format"
     lowered: bool = False
-    seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lowered:
@@ -373,7 +373,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    cache_key: int | None = None
+    api_key_index: int | None = None
     cache_salt: str | None = None
     priority: int = 0
     structured_output: StructuredOutput | None = None

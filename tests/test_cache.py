@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minisrv import cache
-from minisrv.cache import cache_directory, keep, kept
+from minisrv.cache import cache_directory, read_cached, write_cached
 
 BODY = bytes(range(256)) * 64
 
@@ -72,16 +72,16 @@ def test_what_is_not_trusted_is_made_again_in_its_place(
 ) -> None:
     """A damaged or untrusted entry is not used, the log says why, and a new one takes its place."""
     path = directory / "entry"
-    keep(path, BODY)
-    assert kept(path) == BODY
+    write_cached(path, BODY)
+    assert read_cached(path) == BODY
     spoil, reason = DAMAGE[damage]
     spoil(path)
-    assert kept(path) is None
+    assert read_cached(path) is None
     [record] = caplog.records
     assert str(path) in record.getMessage()
     assert reason in record.getMessage()
-    keep(path, BODY)
-    assert kept(path) == BODY
+    write_cached(path, BODY)
+    assert read_cached(path) == BODY
     assert len(caplog.records) == 1
     assert (path.stat().st_mode & 0o777, path.is_symlink()) == (0o600, False)
 
@@ -90,15 +90,15 @@ def test_what_belongs_to_another_user(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = directory / "entry"
-    keep(path, BODY)
+    write_cached(path, BODY)
     found = os.stat_result((0o100600, 0, 0, 1, 12345, 0, 0, 0, 0, 0))
     monkeypatch.setattr(cache.os, "fstat", lambda descriptor: found)
-    assert kept(path) is None
+    assert read_cached(path) is None
     assert "another user (12345)" in caplog.text
 
 
 def test_what_is_not_there_is_not_told(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert kept(directory / "entry") is None
+    assert read_cached(directory / "entry") is None
     assert not caplog.records
 
 
@@ -114,7 +114,7 @@ def test_a_full_disk_keeps_nothing_and_stops_nobody(
 
     owner = cache.tempfile if failing == "NamedTemporaryFile" else Path
     monkeypatch.setattr(owner, failing, full)
-    keep(directory / "entry", BODY)
+    write_cached(directory / "entry", BODY)
     assert "could not be kept" in caplog.text
     assert "No space left" in caplog.text
     assert not list(directory.iterdir()), "nothing half made stays"
@@ -132,10 +132,10 @@ def test_a_file_system_that_fills_up_while_it_is_written(
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        keep(directory / "entry", BODY)
+        write_cached(directory / "entry", BODY)
         os._exit(len(list(directory.iterdir())))
     assert os.waitpid(child, 0)[1] == 0
-    assert kept(directory / "entry") is None
+    assert read_cached(directory / "entry") is None
 
 
 @pytest.mark.parametrize("part", ["minisrv", "minisrv/checkpoints"])

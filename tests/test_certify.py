@@ -108,18 +108,18 @@ def test_a_graph_that_is_wrong_at_great_lengths(run, monkeypatch, how, words):
 
 
 def test_tails_that_are_stale_only_behind_a_full_batch(run, monkeypatch):
-    """Padding rows keep slots of the step before, but only those that look like real ones (trap
-    4)."""
-    fill = InputBuffers.fill
+    """Padding rows keep request indices of the step before, but only those that look like real ones
+    (trap 4)."""
+    fill = InputBuffers.prepare_inputs
 
     def keeps_the_tail(self, output, descriptor, epilogue_rows):
-        tail = self.slots[len(output.rows) :].clone()
+        tail = self.req_indices[len(output.rows) :].clone()
         attn = fill(self, output, descriptor, epilogue_rows)
-        # The last slot is left out, because poison holds it.
-        self.slots[len(output.rows) :] = tail.where(tail < self.sizes.slots - 1, 0)
+        # The last request index is left out, because poison holds it.
+        self.req_indices[len(output.rows) :] = tail.where(tail < self.sizes.num_req_indices - 1, 0)
         return attn
 
-    monkeypatch.setattr(InputBuffers, "fill", keeps_the_tail)
+    monkeypatch.setattr(InputBuffers, "prepare_inputs", keeps_the_tail)
     status, printed, report = run("--max-num-seqs", "5", "--cudagraph-capture-sizes", "5")
     assert status == 1
     assert failed(report) == [
@@ -140,16 +140,16 @@ def test_rows_that_are_stale_only_behind_a_full_batch(run, monkeypatch, tape_hol
     assert [graph["graph"] for graph in report["graphs"]] == EPILOGUES + mixed + DECODE
     assert (status, failed(report)) == (0, [])
 
-    fill = InputBuffers._fill_tokens
+    fill = InputBuffers._prepare_tokens
 
     def keeps_the_tail(self, output, *sizes):
         stale = self.query_start_loc[len(output.rows) + 1 :].clone()
         fill(self, output, *sizes)
         right = self.query_start_loc[len(output.rows) + 1 :]
         # Values that a trial has put there are left out.
-        right.copy_(stale.where((stale > 0) & (stale < self.sizes.tokens), right))
+        right.copy_(stale.where((stale > 0) & (stale < self.sizes.max_num_tokens), right))
 
-    monkeypatch.setattr(InputBuffers, "_fill_tokens", keeps_the_tail)
+    monkeypatch.setattr(InputBuffers, "_prepare_tokens", keeps_the_tail)
     status, printed, report = run(*flags)
     assert status == 1
     # The small batches of these graphs end before the stale rows begin.
@@ -160,15 +160,15 @@ def test_rows_that_are_stale_only_behind_a_full_batch(run, monkeypatch, tape_hol
 def test_an_address_that_moves(run, monkeypatch):
     """An address moves for lengths beyond a block only; the graph would read the old address (trap
     14)."""
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def sometimes_fresh(self, output, descriptor, epilogue_rows):
         attn = fill(self, output, descriptor, epilogue_rows)
-        if any(row.start > 9 for row in output.rows):
+        if any(row.num_computed_tokens > 9 for row in output.rows):
             return replace(attn, seq_lens=attn.seq_lens.clone())
         return attn
 
-    monkeypatch.setattr(InputBuffers, "fill", sometimes_fresh)
+    monkeypatch.setattr(InputBuffers, "prepare_inputs", sometimes_fresh)
     status, printed, _ = run()
     assert status == 1
     assert "attn.seq_lens changed since the capture" in printed

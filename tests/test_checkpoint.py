@@ -481,7 +481,7 @@ def test_the_oldest_descriptions_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(description, "KEPT", 2)
+    monkeypatch.setattr(description, "MAX_ENTRIES", 2)
     for size in (64, 128, 192):
         describe_model(write(tmp_path / str(size), config__json={**LLAMA, "hidden_size": size}))
     kept = tmp_path / "cache" / "minisrv" / "checkpoints"

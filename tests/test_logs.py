@@ -57,7 +57,7 @@ def test_text(log: Log) -> None:
 
 def test_what_the_message_says_has_fields_in_json_alone(log: Log) -> None:
     def write() -> None:
-        logging.getLogger("minisrv.a").info("3 reqs", extra={"said": {"running": 3}})
+        logging.getLogger("minisrv.a").info("3 reqs", extra={"json_fields": {"running": 3}})
 
     (text,) = log("text", write)
     assert text.endswith("INFO api-0: 3 reqs")

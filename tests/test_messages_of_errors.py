@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minisrv.errors import MAX_SHOWN, RequestError, shortened, shown
+from minisrv.errors import MAX_SHOWN, RequestError, shown, truncated
 from minisrv.request import SamplingParams
 
 NESTED: Any = None
@@ -35,9 +35,9 @@ def test_a_value_that_is_short_is_shown_whole() -> None:
 
 
 def test_a_text_is_shown_to_its_limit() -> None:
-    assert shortened("x" * MAX_SHOWN) == "x" * MAX_SHOWN
-    assert shortened("x" * (MAX_SHOWN + 1)) == "x" * MAX_SHOWN + "..."
-    assert shortened("abc", 2) == "ab..."
+    assert truncated("x" * MAX_SHOWN) == "x" * MAX_SHOWN
+    assert truncated("x" * (MAX_SHOWN + 1)) == "x" * MAX_SHOWN + "..."
+    assert truncated("abc", 2) == "ab..."
 
 
 def test_a_parameter_of_any_length_makes_a_short_message() -> None:

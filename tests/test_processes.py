@@ -161,10 +161,10 @@ def test_how_a_child_has_ended(how: int, words: str, tmp_path: Path) -> None:
     """How a child has ended is known before it is waited for, and its process id stays its own
     until then, because other processes watch it by that id."""
     child = ChildProcess("test", end_by, how, private_dir=tmp_path / "private")
-    assert child.obituary().startswith(words)
+    assert child.describe_exit().startswith(words)
     os.close(os.pidfd_open(child.pid))
     assert child.wait() == how
-    assert child.obituary().startswith(words)
+    assert child.describe_exit().startswith(words)
 
 
 def test_a_shared_file_has_its_room_before_it_is_written(

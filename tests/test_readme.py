@@ -11,7 +11,15 @@ from docs import field_tables
 from minisrv import request
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core import scheduler
-from minisrv.server import allowance, app, connections, http, listening, middleware, request_schemas
+from minisrv.server import (
+    app,
+    connections,
+    http,
+    listening,
+    middleware,
+    request_schemas,
+    value_budget,
+)
 from minisrv.text import chat_template, grammar_trials, grammar_validator
 
 ROOT = Path(__file__).parents[1]
@@ -40,8 +48,8 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
         "requests on a connection": f"{http.MAX_PIPELINED}",
         "a body": f"{app.DEFAULT_MAX_BODY_BYTES:,} bytes",
         "large bodies": f"{middleware.MAX_UNREAD_BYTES:,} bytes",
-        "objects, lists and members": f"{allowance.MAX_MEMBERS:,}",
-        "values in it": f"{allowance.MAX_ELEMENTS:,}",
+        "objects, lists and members": f"{value_budget.MAX_MEMBERS:,}",
+        "values in it": f"{value_budget.MAX_ELEMENTS:,}",
         "a head": f"{connections.HEAD_SECONDS} s",
         "a body, from": f"{connections.BODY_SECONDS} s, and a second for each "
         f"{connections.BODY_BYTES_PER_SECOND:,} bytes of it",
@@ -56,8 +64,8 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
         "all new grammars": f"{server.max_grammar_seconds_per_key} s of processor time",
         "the chat template": f"{chat_template.RENDER_SECONDS:g} s of processor time, "
         f"{chat_template.MAX_CHARACTERS:,} characters",
-        "requests of a lower": f"{scheduler.PASSES} for each that was there, and "
-        f"{scheduler.PASSES}",
+        "requests of a lower": f"{scheduler.MAX_OVERTAKES} for each that was there, and "
+        f"{scheduler.MAX_OVERTAKES}",
     }
     for what, bound in bounds.items():
         rows = [told[row] for row in told if row.startswith(what)]

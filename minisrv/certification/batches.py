@@ -3,8 +3,8 @@
 Knows: what a scheduler can put into one step, and the shapes that have broken graphs elsewhere:
 rows of one token, lengths around block edges and at the end of the context, prefill chunks after a
 history, prefill that looks like decode. Start-up uses one batch for each graph, `minisrv certify`
-all of them. Knows nothing of tensors: `certification.trial` gives a batch its slots, blocks and
-values.
+all of them. Knows nothing of tensors: `certification.trial` gives a batch its request indices,
+blocks and values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import chain, cycle, islice
 
 from minisrv.modes import BatchDescriptor
 
-SMALL_RUNG = 8
+SMALL_CAPTURE_SIZE = 8
 """Largest padded size whose graph is certified with every batch size that it holds."""
 
 
@@ -23,31 +23,31 @@ SMALL_RUNG = 8
 class BatchLimits:
     """The limits of one step.
 
-    rows: the maximum number of requests.
-    tokens: the maximum number of tokens of all rows together.
-    context: the maximum number of tokens of one request, including those in the cache.
-    blocks: the number of blocks that the rows may use together.
+    max_num_reqs: the maximum number of requests.
+    max_num_tokens: the maximum number of tokens of all rows together.
+    max_model_len: the maximum number of tokens of one request, including those in the cache.
+    num_blocks: the number of blocks that the rows may use together.
     block_size: the number of tokens in a block.
     """
 
-    rows: int
-    tokens: int
-    context: int
-    blocks: int
+    max_num_reqs: int
+    max_num_tokens: int
+    max_model_len: int
+    num_blocks: int
     block_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """A row of `num_tokens` tokens that follow `start` tokens in the cache.
+    """A row of `num_tokens` tokens that follow `num_computed_tokens` tokens in the cache.
 
-    decoding: whether the row is a decode. The shape does not tell: a row of one token may be
+    is_decode: whether the row is a decode. The shape does not tell: a row of one token may be
         prefill too.
     """
 
-    start: int
+    num_computed_tokens: int
     num_tokens: int
-    decoding: bool = False
+    is_decode: bool = False
 
 
 Batch = tuple[BatchRow, ...]
@@ -59,14 +59,19 @@ def blocks_for_any_batch(limits: BatchLimits) -> int:
     as the context; the tokens of a step; and for each row two blocks, which a history around the
     edges of a block fills, with the one after them. One more is left for nobody, to be watched."""
     size = limits.block_size
-    return 1 + -(-limits.context // size) + -(-limits.tokens // size) + 3 * limits.rows
+    return (
+        1
+        + -(-limits.max_model_len // size)
+        + -(-limits.max_num_tokens // size)
+        + 3 * limits.max_num_reqs
+    )
 
 
 def describe(batch: Batch) -> str:
     """Return the batch as text for people: the lengths of decode rows, and history+tokens of the
     others."""
-    decodes = [str(row.start + 1) for row in batch if row.decoding]
-    prefills = [f"{row.start}+{row.num_tokens}" for row in batch if not row.decoding]
+    decodes = [str(row.num_computed_tokens + 1) for row in batch if row.is_decode]
+    prefills = [f"{row.num_computed_tokens}+{row.num_tokens}" for row in batch if not row.is_decode]
     parts = (("decode at length", decodes), ("prefill", prefills))
     return "; ".join(f"{what} {_listed(rows)}" for what, rows in parts if rows)
 
@@ -90,7 +95,7 @@ def short_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
     if key.uniform_decode:
         return _fitted(_decodes(islice(cycle(_edges(limits)), size)), limits)
     if key.num_reqs is not None:
-        limits = replace(limits, rows=max(1, min(key.num_reqs, limits.rows) - 1))
+        limits = replace(limits, max_num_reqs=max(1, min(key.num_reqs, limits.max_num_reqs) - 1))
     return _fitted(_mixture(size, limits), limits)
 
 
@@ -112,7 +117,7 @@ def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list
         none.
     """
     least, top = below + 1, min(key.num_tokens, _most(key, limits))
-    small = top <= SMALL_RUNG
+    small = top <= SMALL_CAPTURE_SIZE
     sizes = range(least, top + 1) if small else sorted({least, top, max(least, top - 1)})
     compose = _decode_batches if key.uniform_decode else _mixed_batches
     batches = [full_batch(key, limits)]
@@ -124,25 +129,25 @@ def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list
 
 
 def _most(key: BatchDescriptor, limits: BatchLimits) -> int:
-    return limits.rows if key.uniform_decode else limits.tokens
+    return limits.max_num_reqs if key.uniform_decode else limits.max_num_tokens
 
 
 def _edges(limits: BatchLimits) -> list[int]:
     """Return the lengths at which a row begins, fills or overflows a block."""
     size = limits.block_size
     lengths = (1, 2, size - 1, size, size + 1, 2 * size, 2 * size + 1)
-    return sorted({length for length in lengths if 1 <= length <= limits.context})
+    return sorted({length for length in lengths if 1 <= length <= limits.max_model_len})
 
 
 def _lengths(limits: BatchLimits) -> list[int]:
     """Return the lengths to try: the longest and the shortest one next to each other, then the rest
     of the edges."""
-    context = limits.context
+    context = limits.max_model_len
     return list(dict.fromkeys((context, 1, context - 1, *_edges(limits))))
 
 
 def _decodes(lengths: Iterable[int]) -> list[BatchRow]:
-    return [BatchRow(length - 1, 1, decoding=True) for length in lengths]
+    return [BatchRow(length - 1, 1, is_decode=True) for length in lengths]
 
 
 def _decode_batches(count: int, limits: BatchLimits) -> Iterator[list[BatchRow]]:
@@ -153,13 +158,13 @@ def _decode_batches(count: int, limits: BatchLimits) -> Iterator[list[BatchRow]]
         some = lengths[first : first + count]
         yield _decodes([*some, *islice(cycle(_edges(limits)), count - len(some))])
     yield _decodes([1] * count)
-    yield _decodes([*islice(cycle(_edges(limits)), count - 1), limits.context])
+    yield _decodes([*islice(cycle(_edges(limits)), count - 1), limits.max_model_len])
 
 
 def _mixed_batches(tokens: int, limits: BatchLimits) -> Iterator[list[BatchRow]]:
     """Yield batches of `tokens` tokens of prefill, with and without decode rows before it."""
-    lengths, context = _lengths(limits), limits.context
-    rows = min(tokens, limits.rows)
+    lengths, context = _lengths(limits), limits.max_model_len
+    rows = min(tokens, limits.max_num_reqs)
     decodes = islice(chain(lengths[:3], cycle(_edges(limits))), rows - 1)
     yield [*_decodes(decodes), BatchRow(0, tokens - rows + 1)]
     yield [*[BatchRow(0, 1)] * (rows - 1), BatchRow(0, tokens - rows + 1)]
@@ -178,12 +183,12 @@ def _mixed_batches(tokens: int, limits: BatchLimits) -> Iterator[list[BatchRow]]
 def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
     """Return two decode rows, then prefill rows: each takes half of the remaining tokens, and every
     other one follows a history."""
-    lengths, context = cycle(_edges(limits)), limits.context
-    decodes = min(2, limits.rows - 1) if tokens > 2 else 0
+    lengths, context = cycle(_edges(limits)), limits.max_model_len
+    decodes = min(2, limits.max_num_reqs - 1) if tokens > 2 else 0
     rows = _decodes(islice(lengths, decodes))
     left = tokens - decodes
-    while left and len(rows) < limits.rows:
-        last = len(rows) == limits.rows - 1
+    while left and len(rows) < limits.max_num_reqs:
+        last = len(rows) == limits.max_num_reqs - 1
         count = min(left if last else -(-left // 2), context)
         rows.append(BatchRow(min(next(lengths), context - count) if len(rows) % 2 else 0, count))
         left -= count
@@ -193,20 +198,24 @@ def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
 def _spread(tokens: int, limits: BatchLimits) -> list[BatchRow]:
     """Return prefill in as many rows as the limits allow, of about the same length, after
     histories."""
-    lengths, context, rows = cycle(_edges(limits)), limits.context, min(tokens, limits.rows)
+    lengths, context, rows = (
+        cycle(_edges(limits)),
+        limits.max_model_len,
+        min(tokens, limits.max_num_reqs),
+    )
     counts = [min(context, (tokens + row) // rows) for row in range(rows)]
     return [BatchRow(min(next(lengths), context - count), count) for count in counts]
 
 
 def _fitted(rows: list[BatchRow], limits: BatchLimits) -> Batch:
-    """Return `rows` cut to the available slots and blocks. A row that is too long for the blocks
-    that the others leave loses history first, then tokens."""
-    rows = rows[: min(limits.rows, limits.blocks)]
-    left, fitted = limits.blocks, []
+    """Return `rows` cut to the available request indices and blocks. A row that is too long for the
+    blocks that the others leave loses history first, then tokens."""
+    rows = rows[: min(limits.max_num_reqs, limits.num_blocks)]
+    left, fitted = limits.num_blocks, []
     for others, row in zip(reversed(range(len(rows))), rows, strict=True):
-        longest = min(limits.context, (left - others) * limits.block_size)
+        longest = min(limits.max_model_len, (left - others) * limits.block_size)
         count = min(row.num_tokens, longest)
-        start = min(row.start, longest - count)
+        start = min(row.num_computed_tokens, longest - count)
         left -= -(-(start + count) // limits.block_size)
-        fitted.append(BatchRow(start, count, row.decoding))
+        fitted.append(BatchRow(start, count, row.is_decode))
     return tuple(fitted)

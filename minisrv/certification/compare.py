@@ -21,7 +21,7 @@ from minisrv.errors import CertificationError
 from minisrv.graph.captured import CapturedGraph
 
 
-class Start(enum.Enum):
+class InitialState(enum.Enum):
     """The initial contents of the buffers, the cache and the state besides the batch itself."""
 
     CLEAN = "on a clean batch"
@@ -38,12 +38,12 @@ class Trial(Protocol):
     results."""
 
     name: str
-    starts: Sequence[Start]
+    initial_states: Sequence[InitialState]
     """The initial states from which the graph is replayed."""
 
-    def reset(self, start: Start, graph: CapturedGraph | None = None) -> None:
-        """Put the batch, the cache and the buffers into their initial state. For `Start.STALE` this
-        replays `graph` on a full batch."""
+    def reset(self, initial_state: InitialState, graph: CapturedGraph | None = None) -> None:
+        """Put the batch, the cache and the buffers into their initial state. For
+        `InitialState.STALE` this replays `graph` on a full batch."""
 
     def run(self, graph: CapturedGraph | None) -> None:
         """Run the step at the padded shape by replaying a graph, or eagerly without one."""
@@ -52,7 +52,7 @@ class Trial(Protocol):
         """Return copies of the values that the step of a real row computes, by name. None of them
         may depend on the poison."""
 
-    def touched(self) -> list[str]:
+    def unexpected_writes(self) -> list[str]:
         """Return descriptions of everything that the last run changed although it must not."""
 
 
@@ -69,34 +69,34 @@ def certify(
     Raises CertificationError for a larger difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
-    trial.reset(Start.CLEAN)
+    trial.reset(InitialState.CLEAN)
     trial.run(None)
     reference = trial.observe()
-    _check_untouched(trial, "the eager run")
+    _check_no_unexpected_writes(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
     candidate = graph()
     largest = 0.0
-    for start in trial.starts:
+    for initial_state in trial.initial_states:
         try:
-            trial.reset(start, candidate)
+            trial.reset(initial_state, candidate)
             trial.run(candidate)
         except Exception as error:
             raise CertificationError(
-                f"{trial.name}: the replay {start.value} failed: {error}"
+                f"{trial.name}: the replay {initial_state.value} failed: {error}"
             ) from error
-        difference = _compare(trial.name, reference, trial.observe(), start, tolerance)
+        difference = _compare(trial.name, reference, trial.observe(), initial_state, tolerance)
         largest = max(largest, difference)
-        _check_untouched(trial, f"the replay {start.value}")
+        _check_no_unexpected_writes(trial, f"the replay {initial_state.value}")
     return candidate, largest
 
 
-def _check_untouched(trial: Trial, run: str) -> None:
-    if touched := trial.touched():
+def _check_no_unexpected_writes(trial: Trial, run: str) -> None:
+    if unexpected_writes := trial.unexpected_writes():
         raise CertificationError(
-            f"{trial.name}: {run} changed {', '.join(touched)}, which no row of it owns. It would "
-            "change the results of other requests; report this."
+            f"{trial.name}: {run} changed {', '.join(unexpected_writes)}, which no row of it owns. "
+            "It would change the results of other requests; report this."
         )
 
 
@@ -104,7 +104,7 @@ def _compare(
     trial: str,
     reference: dict[str, Tensor],
     found: dict[str, Tensor],
-    start: Start,
+    initial_state: InitialState,
     tolerance: float,
 ) -> float:
     assert reference.keys() == found.keys(), "a trial observes the same things every time"
@@ -115,9 +115,10 @@ def _compare(
             largest = max(largest, float(difference.nan_to_num(float("inf")).max()))
             if largest > tolerance:
                 raise CertificationError(
-                    f"{trial}: {name} of the replay differs from the eager run's {start.value} "
-                    f"(largest difference {largest:.3g}, allowed {tolerance:.3g}). The graph may "
-                    "not serve; run with --enforce-eager and report this.",
+                    f"{trial}: {name} of the replay differs from the eager run's "
+                    f"{initial_state.value} (largest difference {largest:.3g}, allowed "
+                    f"{tolerance:.3g}). The graph may not serve; run with --enforce-eager and "
+                    "report this.",
                     difference=largest,
                 )
     return largest

@@ -14,7 +14,7 @@ from functools import partial
 from statistics import median
 
 from minisrv.certification.batches import full_batch, short_batch
-from minisrv.certification.compare import Start, certify
+from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, reserved_space
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
@@ -60,8 +60,8 @@ def add_graph(runner: ModelRunner, space: TrialSpace, key: GraphKey) -> None:
     """Capture a graph, certify it and install it.
 
     It may be called between the steps of running requests, when every step that was started has
-    been finished (`ModelRunner.finish`). Raises GraphCaptureError and CertificationError; the graph
-    is not installed then.
+    been finished (`ModelRunner.sample_tokens`). Raises GraphCaptureError and CertificationError;
+    the graph is not installed then.
     """
     trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
     try:
@@ -103,7 +103,7 @@ def probe(runner: ModelRunner, pool: BlockPool) -> int:
         largest = BatchDescriptor(runner.ladders.max_num_batched_tokens)
         batch = full_batch(largest, space.limits(runner))
         trial = StepTrial(runner, space, (CUDAGraphMode.NONE, largest), batch)
-        trial.reset(Start.CLEAN)
+        trial.reset(InitialState.CLEAN)
         trial.run(None)
         for keys in kinds.values():
             for graph in keys[:2]:

@@ -68,21 +68,28 @@ def sweep(
         total = sum(len(batches) for _, batches in plan)
         done = 0
         for key, batches in plan:
-            before = StepTrial(runner, space, key, full_batch(key[1], limits))
-            report = GraphReport(before.name)
+            full_batch_trial = StepTrial(runner, space, key, full_batch(key[1], limits))
+            report = GraphReport(full_batch_trial.name)
             reports.append(report)
             for batch in batches:
                 progress(done, total)
-                _try(StepTrial(runner, space, key, batch, before), graphs[key], batch, report)
+                _try(
+                    StepTrial(runner, space, key, batch, full_batch_trial),
+                    graphs[key],
+                    batch,
+                    report,
+                )
                 done += 1
-            before.clear()
+            full_batch_trial.clear()
         progress(done, total)
     return reports
 
 
 def _batches(ladders: Ladders, key: BatchDescriptor, limits: BatchLimits) -> list[Batch]:
-    rungs = ladders.rungs_of(key)
-    below = max((rung for rung in rungs if rung < key.num_tokens), default=0)
+    capture_sizes = ladders.capture_sizes_of(key)
+    below = max(
+        (capture_size for capture_size in capture_sizes if capture_size < key.num_tokens), default=0
+    )
     return sweep_batches(key, below, limits)
 
 

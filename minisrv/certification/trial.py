@@ -1,7 +1,7 @@
 """A batch on which a graph is certified.
 
-A trial runs on slots and blocks that no request has, so it may run between the steps of real
-requests; that it changes nothing of theirs is part of what it checks.
+A trial runs on request indices and blocks that no request has, so it may run between the steps of
+real requests; that it changes nothing of theirs is part of what it checks.
 
 Knows: how to make a step by hand from the rows of a batch, which values poison the buffers, and
 what the step must and must not change. It is the `Trial` that `certification.compare` runs. Knows
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from minisrv.certification.batches import Batch, BatchLimits, blocks_for_any_batch
-from minisrv.certification.compare import Start
-from minisrv.core.kv_cache import NULL_BLOCK, NULL_SLOT, BlockPool
-from minisrv.core.step import ScheduledRow, SchedulerOutput, SlotStart, unscheduled_id
+from minisrv.certification.compare import InitialState
+from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
+from minisrv.core.step import NewRequestData, ScheduledRow, SchedulerOutput, unscheduled_id
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.observer import observing
 from minisrv.kernels import ALL
@@ -43,27 +43,28 @@ PARAMS = (
 
 @dataclass(frozen=True)
 class TrialSpace:
-    """The slots and the blocks of the KV cache on which trials run. No request has any of them.
+    """The request indices and the blocks of the KV cache on which trials run. No request has any of
+    them.
 
     blocks: ascending.
     """
 
-    slots: range
+    req_indices: range
     blocks: Sequence[int]
 
     @classmethod
     def of(cls, runner: ModelRunner, blocks: Sequence[int]) -> TrialSpace:
-        """Return the slots that a runner reserves for trials, with the given blocks."""
+        """Return the request indices that a runner reserves for trials, with the given blocks."""
         most = runner.ladders.max_num_seqs
         return cls(range(1 + most, 1 + 2 * most), blocks)
 
     def limits(self, runner: ModelRunner) -> BatchLimits:
         """Return the limits of a step that runs here."""
         return BatchLimits(
-            rows=len(self.slots),
-            tokens=runner.ladders.max_num_batched_tokens,
-            context=runner.max_model_len,
-            blocks=len(self.blocks),
+            max_num_reqs=len(self.req_indices),
+            max_num_tokens=runner.ladders.max_num_batched_tokens,
+            max_model_len=runner.max_model_len,
+            num_blocks=len(self.blocks),
             block_size=runner.block_size,
         )
 
@@ -77,19 +78,19 @@ def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]
         yield TrialSpace.of(runner, blocks)
     finally:
         for block in blocks:
-            pool.give_back(block)
+            pool.free(block)
 
 
 class StepTrial:
-    """One stage of a step, at its padded shape, on slots and blocks that no request has.
+    """One stage of a step, at its padded shape, on request indices and blocks that no request has.
 
     For an epilogue, hidden states and masks are made by hand. An epilogue that follows the stage of
     a model runs as it does in service: by its graph if the model runs by a graph.
 
     Blocks other than those of the batch are watched, so that any write to them is found.
 
-    before: the trial of a full batch in the same graph, which `Start.STALE` replays first; without
-        one, that start is left out.
+    full_batch_trial: the trial of a full batch in the same graph, which `InitialState.STALE`
+        replays first; without one, that start is left out.
     params: the sampling parameters of the rows, in turn.
     """
 
@@ -99,103 +100,108 @@ class StepTrial:
         space: TrialSpace,
         key: GraphKey,
         batch: Batch,
-        before: StepTrial | None = None,
+        full_batch_trial: StepTrial | None = None,
         params: Sequence[SamplingParams] = PARAMS,
     ) -> None:
         mode, descriptor = key
         alone = " alone" if descriptor.stage is Stage.EPILOGUE else ""
         self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.output.name}{alone}"
-        self.starts: Sequence[Start] = [
-            start for start in Start if before or start is not Start.STALE
+        self.initial_states: Sequence[InitialState] = [
+            initial_state
+            for initial_state in InitialState
+            if full_batch_trial or initial_state is not InitialState.STALE
         ]
         self.runner = runner
         self.space = space
         self.key = key
-        self.before = before
+        self.full_batch_trial = full_batch_trial
         # All random choices depend on the batch only, so a trial can be repeated.
         draw = random.Random(repr(batch))
         self.output = _step(batch, space, runner.block_size, runner.vocab_size, draw, params)
         used, blocks = len(self.output.new_blocks), space.blocks
         device = runner.kv_caches[0].device
-        watched = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
-        self.watched = torch.tensor(watched, device=device)
-        self._index_of = {block: index for index, block in enumerate(watched)}
-        ends = {row.slot: row.start + row.num_tokens for row in self.output.rows}
-        starts = {row.slot: row.start for row in self.output.rows}
-        self.slots = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
+        watched_blocks = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
+        self.watched_blocks = torch.tensor(watched_blocks, device=device)
+        self._index_of = {block: index for index, block in enumerate(watched_blocks)}
+        ends = {row.req_index: row.num_computed_tokens + row.num_tokens for row in self.output.rows}
+        starts = {row.req_index: row.num_computed_tokens for row in self.output.rows}
+        self.req_indices = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
         self.next_position = torch.tensor([*starts.values()], dtype=torch.int64, device=device)
-        self.live = self._positions(dict.fromkeys(ends, 0), ends)
+        self.live_positions = self._positions(dict.fromkeys(ends, 0), ends)
         written = self._positions(starts, ends)
-        self.entries = self._entries(written)
-        outside = ~written
-        outside[NULL_BLOCK] = False  # padding writes there
-        self.outside, self.outside_entries = outside, self._entries(outside)
+        self.written_entries = self._entries(written)
+        protected_positions = ~written
+        protected_positions[NULL_BLOCK] = False  # padding writes there
+        self.protected_positions, self.protected_entries = (
+            protected_positions,
+            self._entries(protected_positions),
+        )
         # The values are made on the device that uses them: on the host those of the cache alone
         # would take longer than everything else.
         generator = torch.Generator(device).manual_seed(draw.getrandbits(63))
-        shape = (len(self.watched), *runner.kv_caches[0].shape[1:])
+        shape = (len(self.watched_blocks), *runner.kv_caches[0].shape[1:])
         cache = torch.rand(shape, generator=generator, device=device) - 0.5
         self.cache = cache.to(runner.kv_caches[0].dtype)
         self.last_token = torch.randint(
             runner.vocab_size,
-            self.slots.shape,
+            self.req_indices.shape,
             generator=generator,
             dtype=torch.int64,
             device=device,
         )
-        hidden = (len(self.slots), runner.buffers.hidden.shape[1])
+        hidden = (len(self.req_indices), runner.buffers.hidden.shape[1])
         self.hidden = torch.rand(hidden, generator=generator, device=device) - 0.5
         # The masks allow about half of the tokens in every other row, and all in the rest.
-        masks = (len(self.slots), runner.buffers.bitmask.shape[1])
+        masks = (len(self.req_indices), runner.buffers.bitmask.shape[1])
         self.masks = torch.randint(
             -(2**31), 2**31, masks, generator=generator, dtype=torch.int32, device=device
         )
         self.masks[::2] = ALL
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
-        """Return [watched, block_size] bool, which marks the cache positions of tokens `starts` to
-        `ends` by slot."""
+        """Return [watched, block_size] bool, which marks the cache positions of tokens
+        `initial_states` to `ends` by request index."""
         size = self.runner.block_size
-        found = torch.zeros(len(self.watched), size, dtype=torch.bool)
-        for slot, index, block in self.output.new_blocks:
-            first, end = starts[slot] - index * size, ends[slot] - index * size
+        found = torch.zeros(len(self.watched_blocks), size, dtype=torch.bool)
+        for req_index, index, block in self.output.new_blocks:
+            first, end = starts[req_index] - index * size, ends[req_index] - index * size
             at = self._index_of[block]
             found[at, max(0, first) : max(0, min(size, end))] = True
-        return found.to(self.watched.device)
+        return found.to(self.watched_blocks.device)
 
     def _entries(self, positions: Tensor) -> Tensor:
         """Return the indices, in a cache with all blocks, of the entries that `positions` [watched,
         block_size] marks."""
         block, offset = positions.nonzero().unbind(dim=1)
-        return self.watched[block] * self.runner.block_size + offset
+        return self.watched_blocks[block] * self.runner.block_size + offset
 
     # ---- certification.compare.Trial ---------------------------------------------------------
 
-    def reset(self, start: Start, graph: CapturedGraph | None = None) -> None:
+    def reset(self, initial_state: InitialState, graph: CapturedGraph | None = None) -> None:
         """See `compare.Trial`."""
-        poison, state = start is Start.POISONED, self.runner.state
-        if start is not Start.STALE:
+        poison, state = initial_state is InitialState.POISONED, self.runner.request_tensors
+        if initial_state is not InitialState.STALE:
             self._fill_buffers(poison)
             self._fill_slots(poison)
         else:
-            assert self.before is not None, "no full batch to be behind"
-            self.before.reset(Start.CLEAN)
-            self.before.run(graph)
+            assert self.full_batch_trial is not None, "no full batch to be behind"
+            self.full_batch_trial.reset(InitialState.CLEAN)
+            self.full_batch_trial.run(graph)
         initial = self.cache
         if poison:
-            initial = initial.masked_fill(~self.live[:, :, None, None, None], NAN)
+            initial = initial.masked_fill(~self.live_positions[:, :, None, None, None], NAN)
         for cache in self.runner.kv_caches:
-            cache[self.watched] = initial
-        state.last_token[self.slots] = self.last_token
-        state.next_position[self.slots] = self.next_position
+            cache[self.watched_blocks] = initial
+        state.last_token[self.req_indices] = self.last_token
+        state.next_position[self.req_indices] = self.next_position
         if self.key[1].stage is Stage.EPILOGUE:
-            buffers, rows = self.runner.buffers, len(self.slots)
+            buffers, rows = self.runner.buffers, len(self.req_indices)
             buffers.hidden[:rows] = self.hidden
             buffers.seq_lens[:rows] = self.next_position + 1
             buffers.bitmask[:rows] = self.masks
         upload = Upload()
         state.apply(self.output, upload)
-        upload.send(self.slots.device)
+        upload.send(self.req_indices.device)
         self.initial_cache = initial
         self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
 
@@ -204,28 +210,31 @@ class StepTrial:
         for buffer in (model.qkv, model.attn_out, buffers.hidden, buffers.logits):
             buffer.fill_(NAN if poison else 0.0)
         buffers.bitmask.fill_(ALL)
-        buffers.logits_indices.fill_(buffers.sizes.tokens - 1 if poison else 0)
-        # Where there is padding the last slot belongs to nobody, so a stale row writes to a watched
-        # block.
-        buffers.slots.fill_(self.space.slots[-1] if poison else NULL_SLOT)
+        buffers.logits_indices.fill_(buffers.sizes.max_num_tokens - 1 if poison else 0)
+        # Where there is padding the last request index belongs to nobody, so a stale row writes to
+        # a watched block.
+        buffers.req_indices.fill_(self.space.req_indices[-1] if poison else NULL_REQ_INDEX)
         for name in ("input_ids", "positions", "slot_mapping", "block_table"):
             getattr(buffers, name).fill_(1 if poison else 0)
         buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
-        buffers.query_start_loc.fill_(buffers.sizes.tokens if poison else 0)
-        buffers.tokens.fill_(0)
+        buffers.query_start_loc.fill_(buffers.sizes.max_num_tokens if poison else 0)
+        buffers.sampled_token_ids.fill_(0)
 
     def _fill_slots(self, poison: bool) -> None:
-        state, slots = self.runner.state, slice(self.space.slots.start, self.space.slots.stop)
-        state.block_table[slots] = self.watched[-1] if poison else NULL_BLOCK
-        state.last_token[slots] = 0
-        state.next_position[slots] = 0
+        state, req_indices = (
+            self.runner.request_tensors,
+            slice(self.space.req_indices.start, self.space.req_indices.stop),
+        )
+        state.block_table[req_indices] = self.watched_blocks[-1] if poison else NULL_BLOCK
+        state.last_token[req_indices] = 0
+        state.next_position[req_indices] = 0
 
     def run(self, graph: CapturedGraph | None) -> None:
         """See `compare.Trial`."""
         runner, (mode, descriptor) = self.runner, self.key
         stages = [(CUDAGraphMode.NONE if graph is None else mode, descriptor)]
         if descriptor.stage is Stage.MODEL and descriptor.output is StageOutput.HIDDEN:
-            epilogue = runner.ladders.epilogue_key(len(self.slots), needs_logits=False)
+            epilogue = runner.ladders.epilogue_key(len(self.req_indices), needs_logits=False)
             # The probe captures some graphs without their epilogue.
             replayed = graph is not None and epilogue in runner.graphs
             stages.append(epilogue if replayed else (CUDAGraphMode.NONE, epilogue[1]))
@@ -237,47 +246,52 @@ class StepTrial:
 
     def time_replay(self, graph: CapturedGraph) -> float:
         """Return the duration of a replay on a clean batch, in milliseconds."""
-        self.reset(Start.CLEAN)
-        timer = LaunchTimer(self.slots.device)
+        self.reset(InitialState.CLEAN)
+        timer = LaunchTimer(self.req_indices.device)
         with observing(self.runner.observers, timer):
             self.run(graph)
         return timer.ms
 
     def observe(self) -> dict[str, Tensor]:
         """See `compare.Trial`."""
-        buffers, state = self.runner.buffers, self.runner.state
+        buffers, state = self.runner.buffers, self.runner.request_tensors
         rows, tokens = len(self.output.rows), self.output.num_tokens
         # otherwise they are not written
         logits = rows if self.key[1].output is StageOutput.LOGITS else 0
         return {
             "hidden states": buffers.hidden[:tokens].clone(),
             "logits": buffers.logits[:logits].clone(),
-            "tokens": buffers.tokens[:rows].clone(),
-            "last tokens": state.last_token[self.slots],
-            "next positions": state.next_position[self.slots],
+            "tokens": buffers.sampled_token_ids[:rows].clone(),
+            "last tokens": state.last_token[self.req_indices],
+            "next positions": state.next_position[self.req_indices],
             "cache": torch.stack(
-                [c.flatten(0, 1).index_select(0, self.entries) for c in self.runner.kv_caches]
+                [
+                    c.flatten(0, 1).index_select(0, self.written_entries)
+                    for c in self.runner.kv_caches
+                ]
             ),
         }
 
-    def touched(self) -> list[str]:
+    def unexpected_writes(self) -> list[str]:
         """See `compare.Trial`."""
-        expected = self.initial_cache[self.outside].nan_to_num()
+        expected = self.initial_cache[self.protected_positions].nan_to_num()
         changed: dict[str, Tensor] = {}  # compared on the device, with one wait at the end
         for layer, cache in enumerate(self.runner.kv_caches):
-            found = cache.flatten(0, 1).index_select(0, self.outside_entries).nan_to_num()
+            found = cache.flatten(0, 1).index_select(0, self.protected_entries).nan_to_num()
             changed[f"cache entries of layer {layer} outside of the step"] = found != expected
-        for name, tensor in vars(self.runner.state).items():
+        for name, tensor in vars(self.runner.request_tensors).items():
             before = self.initial_state[name]
-            if name in ("last_token", "next_position"):  # the step writes these for its own slots
-                before, tensor = (t.index_fill(0, self.slots, 0) for t in (before, tensor))
+            # the step writes these for its own request indices
+            if name in ("last_token", "next_position"):
+                before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
             changed[f"{name} of a slot"] = before != tensor
         flags = torch.stack([difference.any() for difference in changed.values()]).tolist()
         return [what for what, flag in zip(changed, flags, strict=True) if flag]
 
     def clear(self) -> None:
-        """Leave the slots and the buffers as in a new server, with no poison in the cache."""
-        self.reset(Start.CLEAN)
+        """Leave the request indices and the buffers as in a new server, with no poison in the
+        cache."""
+        self.reset(InitialState.CLEAN)
         self._fill_slots(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
 
@@ -290,29 +304,29 @@ def _step(
     draw: random.Random,
     params: Sequence[SamplingParams],
 ) -> SchedulerOutput:
-    """Return a step with the rows of the batch: slots of the space are assigned in order, and the
-    first blocks in random order."""
-    needed = [-(-(row.start + row.num_tokens) // block_size) for row in batch]
+    """Return a step with the rows of the batch: request indices of the space are assigned in order,
+    and the first blocks in random order."""
+    needed = [-(-(row.num_computed_tokens + row.num_tokens) // block_size) for row in batch]
     blocks = draw.sample(space.blocks[: sum(needed)], sum(needed))
     rows: list[ScheduledRow] = []
-    new_slots: list[SlotStart] = []
+    new_reqs: list[NewRequestData] = []
     new_blocks: list[tuple[int, int, int]] = []
     turn = draw.randrange(len(params))
-    for slot, row, count in zip(space.slots, batch, needed, strict=False):
-        new_blocks += [(slot, index, blocks.pop()) for index in range(count)]
-        own = params[(slot + turn) % len(params)]
-        new_slots.append(SlotStart(slot, own, seed=draw.getrandbits(63)))
-        prompt = [] if row.decoding else draw.choices(range(vocab_size), k=row.num_tokens)
+    for req_index, row, count in zip(space.req_indices, batch, needed, strict=False):
+        new_blocks += [(req_index, index, blocks.pop()) for index in range(count)]
+        own = params[(req_index + turn) % len(params)]
+        new_reqs.append(NewRequestData(req_index, own, seed=draw.getrandbits(63)))
+        prompt = [] if row.is_decode else draw.choices(range(vocab_size), k=row.num_tokens)
         rows.append(
             ScheduledRow(
-                request_id=f"trial-{slot}",
-                slot=slot,
-                start=row.start,
+                request_id=f"trial-{req_index}",
+                req_index=req_index,
+                num_computed_tokens=row.num_computed_tokens,
                 num_tokens=row.num_tokens,
                 token_ids=prompt,
-                decoding=row.decoding,
-                samples=True,
-                logprobs=None,
+                is_decode=row.is_decode,
+                samples_token=True,
+                num_logprobs=None,
             )
         )
     unscheduled = unscheduled_id()
@@ -320,8 +334,8 @@ def _step(
         step_id=unscheduled,
         batch_id=unscheduled,
         batch_rows=rows,
-        new_slots=new_slots,
+        new_reqs=new_reqs,
         new_blocks=new_blocks,
-        num_decodes=sum(row.decoding for row in batch),
+        num_decodes=sum(row.is_decode for row in batch),
         num_tokens=sum(row.num_tokens for row in batch),
     )

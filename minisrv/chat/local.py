@@ -67,8 +67,10 @@ class LocalModel:
     def _text(self, **options: Any) -> Detokenizer:
         """Return the detokenizer for an answer, which stops at the stop strings of the
         checkpoint."""
-        told = self._checkpoint.generation
-        return Detokenizer(self._tokenizer, told.stop, min_tokens=told.min_tokens or 0, **options)
+        generation = self._checkpoint.generation
+        return Detokenizer(
+            self._tokenizer, generation.stop, min_tokens=generation.min_tokens or 0, **options
+        )
 
     def _generate(
         self, ids: list[int], text: Detokenizer, parser: ChatParser | None, most: int | None

@@ -63,17 +63,17 @@ class Terminal:
         Raises MinisrvError, and KeyboardInterrupt if Ctrl-C ended it.
         """
         self._history.append(_message("user", text))
-        said = ""
+        answer = ""
         try:
             with closing(self._model.answer(self._history)) as pieces:
                 for piece in pieces:
                     if isinstance(piece, ContentDelta):
-                        said += piece.text
+                        answer += piece.text
                     self._show(piece)
         finally:
             self._end_line()
-            if said:
-                self._history.append(_message("assistant", said))
+            if answer:
+                self._history.append(_message("assistant", answer))
             else:
                 self._history.pop()
 

@@ -38,7 +38,7 @@ from minisrv.checkpoint import schema
 from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.checkpoint.schema import Descriptions, ModelDescription
-from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shortened, shown
+from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shown, truncated
 from minisrv.model_config import ModelConfig
 from minisrv.processes import bound_resource
 from minisrv.request import SamplingParams
@@ -132,22 +132,22 @@ def describe_model(directory: Path) -> ModelDescription:
     path = directory / GENERATION_CONFIG
     if not path.is_file():
         path = directory / CONFIG  # old checkpoints have these settings there
-    said = _by_transformers(
+    generation_config = _by_transformers(
         path,
         lambda: GenerationConfig.from_pretrained(
             directory, config_file_name=path.name, local_files_only=True
         ).to_dict(),
     )
-    eos = said.get("eos_token_id")
+    eos = generation_config.get("eos_token_id")
     if eos is None:
         eos = getattr(config, "eos_token_id", None)
     return ModelDescription(
         model,
-        _generation(path, said, eos, model.vocab_size),
+        _generation(path, generation_config, eos, model.vocab_size),
         unused=tuple(
             name
             for name, neutral in _NEUTRAL.items()
-            if said.get(name) is not None and said[name] != neutral
+            if generation_config.get(name) is not None and generation_config[name] != neutral
         ),
     )
 
@@ -232,17 +232,17 @@ def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
     try:
         return read()
     except Exception as error:
-        reason = shortened(" ".join(str(error).split()), _MAX_REASON) or type(error).__name__
+        reason = truncated(" ".join(str(error).split()), _MAX_REASON) or type(error).__name__
         raise ModelError(f"{path} cannot be read by transformers: {reason}") from error
 
 
 def _generation(
-    path: Path, said: Mapping[str, Any], eos: Any, vocab_size: int
+    path: Path, generation_config: Mapping[str, Any], eos: Any, vocab_size: int
 ) -> schema.GenerationConfig:
     """Return the defaults for generation, which must be within the bounds for a request.
 
     path: the file that holds them, for messages.
-    said: the generation config of transformers.
+    generation_config: the generation config of transformers.
     eos: its end-of-sequence token or tokens, or those of config.json.
     vocab_size: the size of the model's vocabulary.
     Raises ConfigError.
@@ -254,7 +254,7 @@ def _generation(
         )
     numbers: dict[str, Any] = {}
     for name, ours in _ASKABLE.items():
-        value = said.get(name)
+        value = generation_config.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -262,7 +262,7 @@ def _generation(
         numbers[ours] = value
         if name in _WHOLE and isinstance(value, float) and value.is_integer():
             numbers[ours] = int(value)
-    stop = said.get("stop_strings") or ()
+    stop = generation_config.get("stop_strings") or ()
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(map(_is_text, strings)):
         raise ConfigError(

@@ -28,7 +28,7 @@ from typing import TypeVar
 import msgspec
 
 from minisrv import errors, model_config, request
-from minisrv.cache import cache_directory, keep, kept
+from minisrv.cache import cache_directory, read_cached, write_cached
 from minisrv.checkpoint import schema
 from minisrv.checkpoint.files import matching_files
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
@@ -38,7 +38,7 @@ from minisrv.checkpoint.schema import (
     Descriptions,
     ModelDescription,
 )
-from minisrv.errors import MinisrvError, ModelError, shortened
+from minisrv.errors import MinisrvError, ModelError, truncated
 from minisrv.import_path import ROOT, without_working_directory
 from minisrv.text import tokenizer_description
 from minisrv.text.tokenizer_description import TokenizerDescription
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT = 120
 """Maximum number of seconds in which transformers must have read the small files; it usually takes
 one."""
-KEPT = 64
+MAX_ENTRIES = 64
 """Maximum number of descriptions that stay in the cache; the oldest are deleted."""
 
 MODEL_FILES = (CONFIG, GENERATION_CONFIG)
@@ -97,7 +97,7 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
     model, tokenizer: the directories, either of which may be None.
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
-    place = _kept_directory()
+    place = _entries_directory()
     asked = {
         "model": (model, MODEL_FILES),
         "tokenizer": (tokenizer, (CONFIG, *TOKENIZER_FILES)),
@@ -110,16 +110,16 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
             files = matching_files(directory, patterns)
             entries[name] = place and _entry(place / name, directory, files)
     found = Descriptions(
-        model=_kept(entries["model"], ModelDescription),
-        tokenizer=_kept(entries["tokenizer"], TokenizerDescription),
+        model=_read_entry(entries["model"], ModelDescription),
+        tokenizer=_read_entry(entries["tokenizer"], TokenizerDescription),
     )
     read = _read(
         model if found.model is None else None, tokenizer if found.tokenizer is None else None
     )
     for name, entry in entries.items():
-        if (told := getattr(read, name)) is not None:
-            setattr(found, name, told)
-            _keep(entry, told)
+        if (description := getattr(read, name)) is not None:
+            setattr(found, name, description)
+            _write_entry(entry, description)
     return found
 
 
@@ -173,13 +173,15 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
             answer.seek(0)
             body = answer.read()
             printed.seek(max(0, os.fstat(printed.fileno()).st_size - _LAST_WORDS))
-            said = printed.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            printed_lines = printed.read().decode(errors="replace").strip().splitlines() or [
+                "nothing"
+            ]
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{what} failed: {error}") from error
     if done.returncode == -signal.SIGXCPU:
         raise ModelError(f"{what} took more than {PROCESSOR_SECONDS} s of processor time.")
     if done.returncode != 0:
-        last = shortened(said[-1], 400)
+        last = truncated(printed_lines[-1], 400)
         raise ModelError(
             f"{what} failed with status {done.returncode}; it said: {last} (It may take "
             f"{MEMORY_BYTES >> 30} GiB of memory.)"
@@ -187,7 +189,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
     return msgspec.msgpack.decode(body, type=Descriptions)
 
 
-def _kept_directory() -> Path | None:
+def _entries_directory() -> Path | None:
     """Return the directory of cached descriptions. None if there can be no cache."""
     try:
         return cache_directory("checkpoints")
@@ -231,9 +233,9 @@ def _code_digest() -> bytes:
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()
 
 
-def _kept(entry: Path | None, kind: type[_T]) -> _T | None:
+def _read_entry(entry: Path | None, kind: type[_T]) -> _T | None:
     """Return the cached description in the file `entry`; None if there is none that is trusted."""
-    body = None if entry is None else kept(entry)
+    body = None if entry is None else read_cached(entry)
     if body is None:
         return None
     try:
@@ -242,11 +244,11 @@ def _kept(entry: Path | None, kind: type[_T]) -> _T | None:
         return None
 
 
-def _keep(entry: Path | None, told: ModelDescription | TokenizerDescription) -> None:
+def _write_entry(entry: Path | None, description: ModelDescription | TokenizerDescription) -> None:
     if entry is None:
         return
-    keep(entry, msgspec.msgpack.encode(told))
+    write_cached(entry, msgspec.msgpack.encode(description))
     with suppress(OSError):  # another process may have deleted the same files
         entries = sorted(entry.parent.iterdir(), key=lambda path: path.lstat().st_mtime)
-        for old in entries[:-KEPT]:
+        for old in entries[:-MAX_ENTRIES]:
             old.unlink(missing_ok=True)

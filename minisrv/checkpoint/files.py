@@ -47,18 +47,18 @@ def matching_files(directory: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-def check_file(path: Path, directory: Path, most: int = MAX_BYTES) -> None:
+def check_file(path: Path, directory: Path, max_bytes: int = MAX_BYTES) -> None:
     """Raise ModelError if the small file `path` of a checkpoint may not be read.
 
-    most: maximum size in bytes.
+    max_bytes: maximum size in bytes.
     """
     if not _is_inside(path, directory):
         raise ModelError(
             f"{path} leads to {path.resolve()}, outside of the checkpoint; only weights may be "
             "links to other places. Put a copy of the file in its place, if it is what you want."
         )
-    if (size := path.stat().st_size) > most:
-        raise ModelError(f"{path} has {size} bytes; {most} are the most for such a file.")
+    if (size := path.stat().st_size) > max_bytes:
+        raise ModelError(f"{path} has {size} bytes; {max_bytes} are the most for such a file.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

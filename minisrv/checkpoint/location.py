@@ -126,8 +126,8 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     if index.exists():
         files = _indexed_files(index)
         if missing := [name for name in files if not (directory / name).is_file()]:
-            told = ", ".join(map(shown, missing[:8]))
-            raise ModelError(f"{index} names files that are not there: {told}.")
+            names = ", ".join(map(shown, missing[:8]))
+            raise ModelError(f"{index} names files that are not there: {names}.")
         return tuple(directory / name for name in files)
     pickled = sorted(
         path.name for pattern in ("*.bin", "*.pt*") for path in directory.glob(pattern)

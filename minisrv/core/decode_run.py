@@ -16,61 +16,63 @@ from minisrv.core.step import SchedulerOutput
 class DecodeRun:
     """Consecutive steps of one batch in which every row decodes.
 
-    Every step advances each request by one token, so a single number, the run's age, says how far
-    all of them are. The phase of a request is its position within a block when the run began. From
-    it follows at which age the request fills a block and at which it needs another.
+    Every step advances each request by one token, so a single number, the index of the step within
+    the run, says how far all of them are. The phase of a request is its position within a block
+    when the run began. From it follows in which step the request fills a block and in which it
+    needs another.
 
-    first: the step with which the run began.
+    first_step: the step with which the run began.
     requests: the requests, in the order of the rows.
-    phases: the indices of the requests, grouped by position within a block at age 0.
-    oldest_age: the age at which the first of the requests has all its tokens scheduled.
-    age: the age of the last step; the first step has age 0.
-    retired: the number of steps of the run that were retired while the run was the current one.
+    rows_by_block_offset: the indices of the requests, grouped by position within a block in the
+        first step.
+    last_step_index: the index of the step in which the first of the requests has all its tokens
+        scheduled.
+    step_index: the index within the run of the last step; the first step has index 0.
+    num_retired_steps: the number of steps of the run that were retired while the run was the
+        current one.
     """
 
-    first: SchedulerOutput
+    first_step: SchedulerOutput
     requests: list[RequestState]
-    phases: list[list[int]]
-    oldest_age: int
-    age: int = 0
-    retired: int = 0
+    rows_by_block_offset: list[list[int]]
+    last_step_index: int
+    step_index: int = 0
+    num_retired_steps: int = 0
 
     @classmethod
     def begin(
-        cls, first: SchedulerOutput, requests: list[RequestState], block_size: int
+        cls, first_step: SchedulerOutput, requests: list[RequestState], block_size: int
     ) -> DecodeRun:
-        """Return a run that begins with `first`, a scheduled step that has a decode row of one
+        """Return a run that begins with `first_step`, a scheduled step that has a decode row of one
         token for each request."""
-        phases: list[list[int]] = [[] for _ in range(block_size)]
-        for index, row in enumerate(first.batch_rows):
-            phases[row.start % block_size].append(index)
-        oldest = min(request.max_total - request.total for request in requests)
-        return cls(first, requests, phases, oldest)
+        rows_by_block_offset: list[list[int]] = [[] for _ in range(block_size)]
+        for index, row in enumerate(first_step.batch_rows):
+            rows_by_block_offset[row.num_computed_tokens % block_size].append(index)
+        last_step_index = min(request.max_num_tokens - request.num_tokens for request in requests)
+        return cls(first_step, requests, rows_by_block_offset, last_step_index)
 
-    def advance(self, step_id: int, new_blocks: list[tuple[int, int, int]]) -> SchedulerOutput:
-        """Increase the age by one and return the step of that age."""
-        self.age += 1
-        first = self.first
+    def next_step(self, step_id: int, new_blocks: list[tuple[int, int, int]]) -> SchedulerOutput:
+        """Return the step that follows the last one."""
+        self.step_index += 1
+        first_step = self.first_step
         return SchedulerOutput(
             step_id=step_id,
-            batch_id=first.batch_id,
-            batch_rows=first.batch_rows,
-            new_slots=[],
+            batch_id=first_step.batch_id,
+            batch_rows=first_step.batch_rows,
+            new_reqs=[],
             new_blocks=new_blocks,
-            num_decodes=first.num_decodes,
-            num_tokens=first.num_tokens,
-            needs_logits=first.needs_logits,
-            masked=first.masked,
-            advance=self.age,
-            query_len=first.query_len,
+            num_decodes=first_step.num_decodes,
+            num_tokens=first_step.num_tokens,
+            needs_logits=first_step.needs_logits,
+            has_structured_output_requests=first_step.has_structured_output_requests,
+            position_offset=self.step_index,
+            query_len=first_step.query_len,
         )
 
-    def beginning_a_block(self, age: int) -> list[int]:
-        """Return the indices of the requests whose token in the step of that age is the first of a
-        block."""
-        return self.phases[-age % len(self.phases)]
+    def rows_starting_a_block(self, step_index: int) -> list[int]:
+        """Return the indices of the requests whose token in that step is the first of a block."""
+        return self.rows_by_block_offset[-step_index % len(self.rows_by_block_offset)]
 
-    def filling_a_block(self, age: int) -> list[int]:
-        """Return the indices of the requests whose token in the step of that age is the last of a
-        block."""
-        return self.phases[(-age - 1) % len(self.phases)]
+    def rows_filling_a_block(self, step_index: int) -> list[int]:
+        """Return the indices of the requests whose token in that step is the last of a block."""
+        return self.rows_by_block_offset[(-step_index - 1) % len(self.rows_by_block_offset)]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from minisrv.core.ladder import Ladders, decode_descriptor, rung_of
+from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
 from minisrv.modes import (
     BatchDescriptor,
     CUDAGraphMode,
@@ -33,8 +33,8 @@ the chosen graph's minimum, because a disturbance makes a measurement longer."""
 class StepTime:
     """The duration of a step in milliseconds, from several measurements."""
 
-    least: float
-    median: float
+    min_ms: float
+    median_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Dispatcher:
         *,
         query_len: int | None,
         needs_logits: bool = False,
-        masked: bool = False,
+        has_structured_output_requests: bool = False,
     ) -> Dispatch:
         """Choose the graph for a batch of `num_tokens` tokens of `num_reqs` requests.
 
@@ -94,11 +94,11 @@ class Dispatcher:
             has as many; None for any other batch. The caller takes it from the state of the
             requests: a prefill chunk of one token has the same shape and does not count.
         needs_logits: whether the logits of some request are read or changed outside the graph.
-        masked: whether a grammar restricts the next token of some request; the restriction becomes
-            known while the model runs.
+        has_structured_output_requests: whether a grammar restricts the next token of some request;
+            the restriction becomes known while the model runs.
         """
-        apart = needs_logits or masked
-        found = self._first(num_tokens, num_reqs, query_len, apart)
+        separate_epilogue = needs_logits or has_structured_output_requests
+        found = self._static_choice(num_tokens, num_reqs, query_len, separate_epilogue)
         better = self._cheaper.get((found.mode, found.descriptor))
         if better is not None:
             found = Dispatch(*better, Reason.CHEAPER)
@@ -107,22 +107,24 @@ class Dispatcher:
         epilogue = self.ladders.epilogue_key(num_reqs, needs_logits=needs_logits)
         return replace(found, epilogue=epilogue)
 
-    def _first(
-        self, num_tokens: int, num_reqs: int, query_len: int | None, apart: bool
+    def _static_choice(
+        self, num_tokens: int, num_reqs: int, query_len: int | None, separate_epilogue: bool
     ) -> Dispatch:
         """Choose by the static order.
 
-        apart: whether the epilogue has to be a stage of its own.
+        separate_epilogue: whether the epilogue has to be a stage of its own.
         """
         ladders = self.ladders
         uniform_decode = query_len is not None
-        if query_len == ladders.query_len and (rung := rung_of(ladders.decode, num_reqs)):
-            output = StageOutput.HIDDEN if apart else StageOutput.TOKENS
-            key = decode_descriptor(rung, output, query_len)
+        if query_len == ladders.query_len and (
+            capture_size := pad_to_capture_size(ladders.decode, num_reqs)
+        ):
+            output = StageOutput.HIDDEN if separate_epilogue else StageOutput.TOKENS
+            key = decode_descriptor(capture_size, output, query_len)
             return Dispatch(CUDAGraphMode.FULL, key, Reason.PURE_DECODE)
-        if rung := rung_of(ladders.mixed, num_tokens):
+        if capture_size := pad_to_capture_size(ladders.mixed, num_tokens):
             reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
-            return Dispatch(*ladders.mixed_key(rung), reason)
+            return Dispatch(*ladders.mixed_key(capture_size), reason)
         if ladders.mode is CUDAGraphMode.NONE:
             reason = Reason.GRAPHS_OFF
         elif uniform_decode or ladders.mixed:
@@ -154,24 +156,29 @@ class CoverageRow:
 
     kind: "decode", where sizes are numbers of requests, or "mixed", where they are numbers of
         tokens.
-    rung: the padded size, None where the batch runs unpadded.
+    padded_size: the size of the graph; None where the batch runs unpadded.
     """
 
     kind: str
     first: int
     last: int
     mode: CUDAGraphMode
-    rung: int | None
+    padded_size: int | None
     reason: Reason
 
 
 def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> None:
-    rung = None if found.mode is CUDAGraphMode.NONE else found.descriptor.num_tokens
-    row = CoverageRow(kind, size, size, found.mode, rung, found.reason)
+    padded_size = None if found.mode is CUDAGraphMode.NONE else found.descriptor.num_tokens
+    row = CoverageRow(kind, size, size, found.mode, padded_size, found.reason)
     if rows:
         last = rows[-1]
-        if (last.kind, last.mode, last.rung, last.reason) == (kind, row.mode, rung, row.reason):
-            row = CoverageRow(kind, last.first, size, row.mode, rung, row.reason)
+        if (last.kind, last.mode, last.padded_size, last.reason) == (
+            kind,
+            row.mode,
+            padded_size,
+            row.reason,
+        ):
+            row = CoverageRow(kind, last.first, size, row.mode, padded_size, row.reason)
             rows.pop()
     rows.append(row)
 
@@ -190,5 +197,5 @@ def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, Step
         if other.num_tokens >= size
         and (not other.uniform_decode or (key[1].uniform_decode and other.output is output))
     ]
-    best = min(admissible, key=lambda other: times[other].median)
-    return best if times[best].median < (1 - MARGIN) * times[key].least else key
+    best = min(admissible, key=lambda other: times[other].median_ms)
+    return best if times[best].median_ms < (1 - MARGIN) * times[key].min_ms else key

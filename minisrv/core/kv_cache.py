@@ -1,8 +1,8 @@
-"""Allocation of KV cache blocks and of slots for request state, as plain numbers.
+"""Allocation of KV cache blocks and of request indices for request state, as plain numbers.
 
 Knows: which numbers are free, how many requests hold a block, and which blocks can be found by the
-tokens that they keep (the prefix cache). Block 0 and slot 0 are the null ones: they belong to
-padding and are never handed out. Knows nothing of tensors, nor of who holds a number and why.
+tokens that they keep (the prefix cache). Block 0 and request index 0 are the null ones: they belong
+to padding and are never handed out. Knows nothing of tensors, nor of who holds a number and why.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hashlib import sha256
 import msgspec
 
 NULL_BLOCK = 0
-NULL_SLOT = 0
+NULL_REQ_INDEX = 0
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -58,12 +58,12 @@ class FreeList:
         """Number of numbers handed out, without the null one."""
         return self.total - 1 - len(self._free)
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """Return a free number and mark it as used. The caller must make sure that one is free."""
         return self._free.popitem(last=False)[0]
 
-    def give_back(self, number: int) -> None:
-        """Mark a number that `take` handed out as free again."""
+    def free(self, number: int) -> None:
+        """Mark a number that `allocate` handed out as free again."""
         assert number > 0, "the null number was never handed out"
         assert number not in self._free, f"{number} is free already"
         self._free[number] = None
@@ -72,19 +72,19 @@ class FreeList:
 class BlockPool(FreeList):
     """The blocks of the KV cache, each of `block_size` tokens, and the prefix cache over them.
 
-    A full block that has entered the prefix cache (`publish`) is found by its hash and may be held
-    by several requests. It can still be found when nobody holds it any more, until `take` hands it
-    out again.
+    A full block that has entered the prefix cache (`cache_full_block`) is found by its hash and may
+    be held by several requests. It can still be found when nobody holds it any more, until
+    `allocate` hands it out again.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(num_blocks)
         self.block_size = block_size
-        self._holders = [0] * num_blocks
+        self._ref_counts = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def num_blocks_for(self, num_tokens: int) -> int:
         """Return the number of blocks that `num_tokens` tokens of one request need."""
         return -(-num_tokens // self.block_size)
 
@@ -93,13 +93,13 @@ class BlockPool(FreeList):
         """Number of tokens that one request alone could keep in the cache."""
         return (self.total - 1) * self.block_size
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """Return a free block to write to, held by the caller alone. If it was in the prefix cache,
         it is removed from there."""
-        block = super().take()
+        block = super().allocate()
         if block in self._hash_of:
             del self._block_of[self._hash_of.pop(block)]
-        self._holders[block] = 1
+        self._ref_counts[block] = 1
         return block
 
     def reserve(self, count: int) -> list[int]:
@@ -108,21 +108,21 @@ class BlockPool(FreeList):
         last = self.total - 1
         if last in self._free:
             self._free.move_to_end(last, last=False)
-        return sorted(self.take() for _ in range(min(count, self.num_free)))
+        return sorted(self.allocate() for _ in range(min(count, self.num_free)))
 
-    def publish(self, block: int, block_hash: bytes) -> None:
+    def cache_full_block(self, block: int, block_hash: bytes) -> None:
         """Enter a full block into the prefix cache. Its holder must not write to it any more.
 
         If several blocks have the same hash, the first one stays the one that is found.
         """
-        assert self._holders[block] == 1, "only a block found before may have other holders"
+        assert self._ref_counts[block] == 1, "only a block found before may have other holders"
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
-    def find(self, block_hashes: Iterable[bytes]) -> list[int]:
+    def get_cached_blocks(self, block_hashes: Iterable[bytes]) -> list[int]:
         """Return the cached blocks of the longest prefix of `block_hashes`. They can be evicted
-        until the caller calls `hold`."""
+        until the caller calls `touch`."""
         blocks = []
         for block_hash in block_hashes:
             block = self._block_of.get(block_hash)
@@ -131,23 +131,23 @@ class BlockPool(FreeList):
             blocks.append(block)
         return blocks
 
-    def is_held(self, block: int) -> bool:
+    def is_in_use(self, block: int) -> bool:
         """Whether somebody holds the block, so that one more holder does not reduce the free
         blocks."""
-        return self._holders[block] > 0
+        return self._ref_counts[block] > 0
 
-    def hold(self, block: int) -> None:
-        """Become one more holder of a block that `find` returned."""
-        if not self._holders[block]:
+    def touch(self, block: int) -> None:
+        """Become one more holder of a block that `get_cached_blocks` returned."""
+        if not self._ref_counts[block]:
             del self._free[block]
-        self._holders[block] += 1
+        self._ref_counts[block] += 1
 
-    def give_back(self, block: int) -> None:
+    def free(self, block: int) -> None:
         """Release a block; it becomes free when nobody holds it any more."""
-        assert self._holders[block], f"nobody holds {block}"
-        self._holders[block] -= 1
-        if not self._holders[block]:
-            super().give_back(block)
+        assert self._ref_counts[block], f"nobody holds {block}"
+        self._ref_counts[block] -= 1
+        if not self._ref_counts[block]:
+            super().free(block)
 
     def check_integrity(self, tables: Iterable[tuple[Sequence[int], Sequence[bytes]]]) -> None:
         """Assert that the counts match the holders, and that only full blocks can be found. For
@@ -164,8 +164,8 @@ class BlockPool(FreeList):
                 assert self._hash_of.get(block, block_hash) == block_hash, "keeps other tokens"
             for block in blocks[len(hashes) :]:
                 assert block not in self._hash_of, "found before it is full"
-                assert self._holders[block] == 1, "shared before it is full"
-        assert self._holders == [holders[block] for block in range(self.total)]
+                assert self._ref_counts[block] == 1, "shared before it is full"
+        assert self._ref_counts == [holders[block] for block in range(self.total)]
         assert NULL_BLOCK not in holders
         assert set(self._free) == set(range(1, self.total)) - set(holders)
         assert {block: name for name, block in self._block_of.items()} == self._hash_of

@@ -1,8 +1,8 @@
 """The ladders of captured sizes, and the check that they leave no gap.
 
-Knows: which padded sizes get a graph. Each captured size is a rung. The rungs of decode graphs and
-of epilogues count requests, and the rungs of graphs for mixed batches count tokens. Knows nothing
-of batches in flight (see the dispatcher), of tensors, or of what a graph costs.
+Knows: which padded sizes get a graph. The capture sizes of decode graphs and of epilogues count
+requests, and the capture sizes of graphs for mixed batches count tokens. Knows nothing of batches
+in flight (see the dispatcher), of tensors, or of what a graph costs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from minisrv.device_kind import ResolvedConfig
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 
-MIXED_TOP = 2048
-"""Largest default rung of the mixed ladder, in tokens. On an H100 an eager step of Qwen3-0.6B takes
-1.8 times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048 (docs/results): above
-that there is little to win, and the memory of a graph grows with its tokens."""
+MAX_DEFAULT_MIXED_SIZE = 2048
+"""Largest default capture size of the mixed ladder, in tokens. On an H100 an eager step of
+Qwen3-0.6B takes 1.8 times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048
+(docs/results): above that there is little to win, and the memory of a graph grows with its
+tokens."""
 
 
 @dataclass(frozen=True)
 class Ladders:
-    """The captured sizes (rungs) of one server, ascending. If a ladder is empty, no graph of its
-    kind is captured.
+    """The captured sizes of one server, ascending. If a ladder is empty, no graph of its kind is
+    captured.
 
     decode: the padded numbers of requests with a FULL graph for pure decode.
     mixed: the padded numbers of tokens with graphs for any batch, PIECEWISE or FULL as the mode
@@ -58,7 +59,7 @@ class Ladders:
         ]
         return epilogues[::-1] + mixed[::-1] + decode[::-1]
 
-    def rungs_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
+    def capture_sizes_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
         """Return the ladder to which the graph of `descriptor` belongs."""
         if descriptor.stage is Stage.EPILOGUE:
             return self.epilogues
@@ -66,14 +67,14 @@ class Ladders:
 
     def epilogue_key(self, num_reqs: int, *, needs_logits: bool) -> GraphKey:
         """Return the key of the epilogue of a step of `num_reqs` requests. Its mode is NONE,
-        unpadded, if no rung holds them."""
-        rung = rung_of(self.epilogues, num_reqs)
-        mode = CUDAGraphMode.NONE if rung is None else CUDAGraphMode.FULL
+        unpadded, if no capture size holds them."""
+        capture_size = pad_to_capture_size(self.epilogues, num_reqs)
+        mode = CUDAGraphMode.NONE if capture_size is None else CUDAGraphMode.FULL
         output = StageOutput.LOGITS if needs_logits else StageOutput.TOKENS
-        return mode, epilogue_descriptor(rung or num_reqs, output)
+        return mode, epilogue_descriptor(capture_size or num_reqs, output)
 
     def mixed_key(self, num_tokens: int) -> GraphKey:
-        """Return the key of the graph of a mixed rung.
+        """Return the key of the graph of a mixed capture size.
 
         A FULL graph contains attention and so has a number of rows: as many as a batch of
         `num_tokens` tokens can have.
@@ -88,8 +89,8 @@ class Ladders:
         promised = self.mode.decode_mode
         if promised is CUDAGraphMode.NONE:
             return
-        rungs = self.decode if promised is CUDAGraphMode.FULL else self.mixed
-        top = rungs[-1] if rungs else 0
+        capture_sizes = self.decode if promised is CUDAGraphMode.FULL else self.mixed
+        top = capture_sizes[-1] if capture_sizes else 0
         if top < self.max_num_seqs:
             raise CoverageError(
                 f"cudagraph_capture_sizes leave decode batches of {top + 1} to "
@@ -108,8 +109,9 @@ def epilogue_descriptor(num_reqs: int, output: StageOutput) -> BatchDescriptor:
     return BatchDescriptor(num_reqs, num_reqs, 1, Stage.EPILOGUE, output)
 
 
-def rung_of(ladder: tuple[int, ...], size: int) -> int | None:
-    """Return the smallest rung that holds `size`, or None if `size` is above the largest."""
+def pad_to_capture_size(ladder: tuple[int, ...], size: int) -> int | None:
+    """Return the smallest capture size that holds `size`, or None if `size` is above the
+    largest."""
     index = bisect_left(ladder, size)
     return ladder[index] if index < len(ladder) else None
 
@@ -122,9 +124,9 @@ def build_ladders(
 ) -> Ladders:
     """Return the ladders of `mode`, from the user's `sizes` or the default ones.
 
-    The last rung of a default ladder is exactly the largest size that a batch can have (for mixed
-    batches at most `MIXED_TOP`). Of the user's sizes only those are left out that no batch could
-    ever reach (`plan` shows what is captured).
+    The last capture size of a default ladder is exactly the largest size that a batch can have (for
+    mixed batches at most `MAX_DEFAULT_MIXED_SIZE`). Of the user's sizes only those are left out
+    that no batch could ever reach (`plan` shows what is captured).
     """
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
@@ -133,7 +135,7 @@ def build_ladders(
         decode = _reachable(sizes or _default_decode(max_num_seqs), max_num_seqs)
         epilogues = _reachable(sizes or _default_epilogues(max_num_seqs), max_num_seqs)
     if mode.mixed_mode is not CUDAGraphMode.NONE:
-        top = min(max_num_batched_tokens, MIXED_TOP)
+        top = min(max_num_batched_tokens, MAX_DEFAULT_MIXED_SIZE)
         mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
@@ -152,26 +154,26 @@ def ladders_of(config: ResolvedConfig) -> Ladders:
 
 def _default_decode(top: int) -> tuple[int, ...]:
     """Return 1, 2, 4, then steps of 8 up to 64, of 16 up to 256 and of 32 above, up to `top`."""
-    rungs = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
-    return (*(rung for rung in rungs if rung < top), top)
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
+    return (*(size for size in sizes if size < top), top)
 
 
 def _default_epilogues(top: int) -> tuple[int, ...]:
     """Return the powers of two below `top`, then `top`. Larger gaps are good enough here: the step
     before the epilogue and the weights of lm_head, which are read once for any number of rows, cost
     much more than a row of padding."""
-    rungs = [1 << bits for bits in range(top.bit_length())]
-    return (*(rung for rung in rungs if rung < top), top)
+    sizes = [1 << bits for bits in range(top.bit_length())]
+    return (*(size for size in sizes if size < top), top)
 
 
 def _default_mixed(top: int) -> tuple[int, ...]:
     """Return the powers of two up to `top`, from 32 on with the sizes halfway between them."""
-    rungs = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
-    return (*(rung for rung in rungs if rung < top), top)
+    sizes = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
+    return (*(size for size in sizes if size < top), top)
 
 
 def _reachable(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
     """Return the sizes ascending and without repeats, up to the first one that holds `most`."""
-    rungs = sorted(set(sizes))
-    below = [rung for rung in rungs if rung < most]
-    return (*below, *rungs[len(below) : len(below) + 1])
+    ascending = sorted(set(sizes))
+    below = [size for size in ascending if size < most]
+    return (*below, *ascending[len(below) : len(below) + 1])

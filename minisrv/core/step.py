@@ -13,71 +13,74 @@ import msgspec
 from minisrv.request import SamplingParams
 
 
-class PromptScore(msgspec.Struct, frozen=True):
+class PromptLogprobsRequest(msgspec.Struct, frozen=True):
     """The prompt tokens whose log-probabilities a row has to report.
 
     offset: the index, within the row, of the token that stands before the first of them.
     token_ids: their ids, which are consecutive in the prompt. The last may be the first token of
         the next chunk.
-    num_top: the number of alternatives to report for each.
+    num_logprobs: the number of alternatives to report for each.
     """
 
     offset: int
     token_ids: list[int]
-    num_top: int
+    num_logprobs: int
 
 
 class ScheduledRow(msgspec.Struct, frozen=True):
     """One request's part of a step.
 
-    start: the position of its first token.
+    num_computed_tokens: the position of its first token.
     num_tokens: the number of tokens that it computes.
     token_ids: their ids, for prefill. Empty for decode: the token is already on the device, and the
         host does not know it yet if the step is launched ahead.
-    samples: whether the token that the step samples for this row is the request's next token. For a
-        prefill chunk that does not reach the end of the prompt it is not, and is ignored.
-    logprobs: the number of alternatives to report besides the sampled token; None for no report.
-    masked: whether a grammar restricts the sampled token, depending on all earlier tokens of the
-        request.
-    processed: whether its logits are changed before its token is sampled.
-    score: the prompt tokens whose log-probabilities it has to report.
+    samples_token: whether the token that the step samples for this row is the request's next token.
+        For a prefill chunk that does not reach the end of the prompt it is not, and is ignored.
+    num_logprobs: the number of alternatives to report besides the sampled token; None for no
+        report.
+    use_structured_output: whether a grammar restricts the sampled token, depending on all earlier
+        tokens of the request.
+    has_logits_processors: whether its logits are changed before its token is sampled.
+    prompt_logprobs: the prompt tokens whose log-probabilities it has to report.
     """
 
     request_id: str
-    slot: int
-    start: int
+    req_index: int
+    num_computed_tokens: int
     num_tokens: int
     token_ids: list[int]
-    decoding: bool
-    samples: bool
-    logprobs: int | None
-    masked: bool = False
-    processed: bool = False
-    score: PromptScore | None = None
+    is_decode: bool
+    samples_token: bool
+    num_logprobs: int | None
+    use_structured_output: bool = False
+    has_logits_processors: bool = False
+    prompt_logprobs: PromptLogprobsRequest | None = None
 
 
-class ProcessorStart(msgspec.Struct, frozen=True):
+class LogitsProcessorData(msgspec.Struct, frozen=True):
     """The data needed to change the logits of a request.
 
-    prompt, output: its tokens so far, all of which are known when it is given a slot.
+    prompt_token_ids, output_token_ids: its tokens so far, all of which are known when it is given a
+        request index.
     stop_token_ids: the tokens that must not be sampled before `min_tokens`.
     """
 
-    prompt: list[int]
-    output: list[int]
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
     stop_token_ids: frozenset[int]
 
 
-class SlotStart(msgspec.Struct, frozen=True):
-    """A slot that has a new request. Its sampling state must be written before the step.
+class NewRequestData(msgspec.Struct, frozen=True):
+    """A request that has been given a request index. Its sampling parameters must be written before
+    the step.
 
-    processors: the data for changing the request's logits; None if they are not changed.
+    logits_processors: the data for changing the request's logits; None if they are not changed.
     """
 
-    slot: int
+    req_index: int
     params: SamplingParams
     seed: int
-    processors: ProcessorStart | None = None
+    logits_processors: LogitsProcessorData | None = None
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True):
@@ -89,15 +92,16 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     batch_id: the id of the batch. Steps with the same one differ in their progress only, and in
         nothing else that `batch_rows` says.
     batch_rows: the rows as they are in the first step of the batch.
-    advance: the number of tokens by which every row is further than in the first step of the batch;
-        0 in that step.
-    new_slots: the slots whose state must be written before the step.
-    freed_slots: the slots with `processors` that have become free since the last such list; this
-        step may already use them for other requests.
-    new_blocks: (slot, index in its block table, block) entries to be written before the step.
+    position_offset: the number of tokens by which every row is further than in the first step of
+        the batch; 0 in that step.
+    new_slots: the request indices whose state must be written before the step.
+    freed_slots: the request indices with `processors` that have become free since the last such
+        list; this step may already use them for other requests.
+    new_blocks: (request index, index in its block table, block) entries to be written before the
+        step.
     needs_logits: whether the logits of some request are read or changed outside the graph.
-    masked: whether a grammar restricts some row, whose allowed tokens the host finds out from the
-        request's last token.
+    has_structured_output_requests: whether a grammar restricts some row, whose allowed tokens the
+        host finds out from the request's last token.
     query_len: the number of tokens of each row, if every request is decoding and has as many; None
         for any other batch.
     """
@@ -105,14 +109,14 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     step_id: int
     batch_id: int
     batch_rows: list[ScheduledRow]
-    new_slots: list[SlotStart]
+    new_reqs: list[NewRequestData]
     new_blocks: list[tuple[int, int, int]]
     num_decodes: int
     num_tokens: int
-    freed_slots: list[int] = []
+    freed_req_indices: list[int] = []
     needs_logits: bool = False
-    masked: bool = False
-    advance: int = 0
+    has_structured_output_requests: bool = False
+    position_offset: int = 0
     query_len: int | None = None
 
     @property
@@ -124,10 +128,13 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     def rows(self) -> list[ScheduledRow]:
         """The rows as they are in this step. They are made whenever they are asked for, which is
         rare."""
-        if not self.advance:
+        if not self.position_offset:
             return self.batch_rows
         return [
-            msgspec.structs.replace(row, start=row.start + self.advance) for row in self.batch_rows
+            msgspec.structs.replace(
+                row, num_computed_tokens=row.num_computed_tokens + self.position_offset
+            )
+            for row in self.batch_rows
         ]
 
 

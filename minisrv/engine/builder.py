@@ -43,7 +43,7 @@ class EngineParts:
     """The parts of an engine.
 
     config: the settings, as the device resolves them.
-    lag: the number of steps that are launched ahead of the one whose tokens are read.
+    steps_ahead: the number of steps that are launched ahead of the one whose tokens are read.
     info: the description of the engine for others.
     memory: the plan for the KV cache.
     times: the duration of a step by each graph, if the platform has graphs timed.
@@ -54,7 +54,7 @@ class EngineParts:
     dispatcher: Dispatcher
     runner: ModelRunner
     grammars: Grammars
-    lag: int
+    steps_ahead: int
     info: EngineInfo
     memory: MemoryPlan
     times: Mapping[GraphKey, StepTime]
@@ -89,16 +89,18 @@ def build_engine(
     ladders = ladders_of(config)
     with _timed(clock, "checkpoint"):
         checkpoint = checkpoint or open_checkpoint(config)
-    told = checkpoint.model
-    dtype = resolve_dtype(config, told, platform)
-    available = platform.cache_before_loading(config, told, dtype)
-    context = fit_context(config, told, dtype, context_length(config, told), available)
-    shape = KVCacheShape.of(config, told, context, dtype)
+    described_model = checkpoint.model
+    dtype = resolve_dtype(config, described_model, platform)
+    available = platform.cache_before_loading(config, described_model, dtype)
+    context = fit_context(
+        config, described_model, dtype, context_length(config, described_model), available
+    )
+    shape = KVCacheShape.of(config, described_model, context, dtype)
     most_blocks = num_kv_blocks(config, shape, available)
     sizes = BufferSizes.of(ladders, context, config.block_size)
-    platform.check_sizes(config, told, dtype, sizes, most_blocks)
+    platform.check_sizes(config, described_model, dtype, sizes, most_blocks)
     before_loading(context, most_blocks)
-    model_config = told.for_context(context)
+    model_config = described_model.for_context(context)
     if platform.prepare_kernels(progress):
         clock.end("kernels")
     with _timed(clock, "weights"):
@@ -128,15 +130,15 @@ def build_engine(
             max_model_len=context,
             dtype=dtype,
             device=device,
-            allowed=grammars,
+            allowed_tokens=grammars,
             check_addresses=check_addresses,
         )
 
     with _timed(clock, "memory"):
         memory = platform.plan_memory(config, shape, make_runner, available)
-        context = fit_context(config, model_config, dtype, context, memory.cache)
+        context = fit_context(config, model_config, dtype, context, memory.kv_cache_bytes)
         shape = KVCacheShape.of(config, model_config, context, dtype)
-        num_blocks = num_kv_blocks(config, shape, memory.cache)
+        num_blocks = num_kv_blocks(config, shape, memory.kv_cache_bytes)
         runner = make_runner(num_blocks, context)
         pool = BlockPool(num_blocks, config.block_size)
     if not ladders.keys():
@@ -162,7 +164,7 @@ def build_engine(
     )
     info = EngineInfo(
         # If the cache is smaller than the context, it is the limit for requests.
-        max_model_len=min(context, scheduler.pool.capacity),
+        max_model_len=min(context, scheduler.block_pool.capacity),
         vocab_size=model_config.vocab_size,
         num_kv_blocks=num_blocks,
         block_size=config.block_size,
@@ -186,7 +188,7 @@ def build_engine(
         dispatcher=Dispatcher(ladders, times),
         runner=runner,
         grammars=grammars,
-        lag=int(config.async_scheduling),
+        steps_ahead=int(config.async_scheduling),
         info=info,
         memory=memory,
         times=times,

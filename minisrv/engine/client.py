@@ -41,7 +41,7 @@ from minisrv.errors import (
     EngineNotReadyError,
     MinisrvError,
     QueueFullError,
-    time_is_over,
+    shutting_down_error,
 )
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
@@ -95,7 +95,7 @@ class EngineClient:
         address: str,
         engine_pid: int,
         name: str,
-        obituary_seconds: float = LAST_WORDS_SECONDS,
+        exit_report_seconds: float = LAST_WORDS_SECONDS,
     ) -> None:
         self.admission = Admission()
         self._address = address
@@ -106,11 +106,11 @@ class EngineClient:
         self._stats = EngineStats()
         self._stats_asked: deque[asyncio.Future[None]] = deque()
         self._loading = Loading("starting")
-        self._obituary_seconds = obituary_seconds
-        self._end: asyncio.TimerHandle | None = None
-        self._reason: EngineDeadError | None = None
+        self._exit_report_seconds = exit_report_seconds
+        self._death_timer: asyncio.TimerHandle | None = None
+        self._known_cause: EngineDeadError | None = None
         """The reason why the engine is dead, if it is known before the parent says how it ended."""
-        self._how = ""
+        self._exit_description = ""
         self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
         self._aborts: list[str] = []
@@ -141,9 +141,11 @@ class EngineClient:
     @property
     def death(self) -> EngineDeadError:
         """The reason why the engine is dead, once it is."""
-        if self._reason is not None:
-            return self._reason
-        return EngineDeadError(f"the engine has ended unexpectedly{self._how}; see its log.")
+        if self._known_cause is not None:
+            return self._known_cause
+        return EngineDeadError(
+            f"the engine has ended unexpectedly{self._exit_description}; see its log."
+        )
 
     async def start(
         self, on_loading: Callable[[str, int, int], None] = lambda phase, done, total: None
@@ -166,19 +168,20 @@ class EngineClient:
             self._loop.add_reader(self._pidfd, self._on_exit)
         except ProcessLookupError:  # it has ended already
             self._pidfd = -1
-            self._die_in(self._obituary_seconds)
+            self._die_in(self._exit_report_seconds)
         self._send(Hello())
 
     async def settled(self) -> None:
         """Wait until the engine is ready or dead."""
         await self._settled.wait()
 
-    def engine_ended(self, how: str) -> None:
+    def engine_ended(self, exit_description: str) -> None:
         """Register that the engine's parent has seen it end.
 
-        how: how it ended, in words that can follow "the engine has ended unexpectedly" and a comma.
+        exit_description: how it ended, in words that can follow "the engine has ended unexpectedly"
+            and a comma.
         """
-        self._how = f", {how}"
+        self._exit_description = f", {exit_description}"
         self._unwatch()
         self._die_in(LAST_WORDS_SECONDS)
 
@@ -189,16 +192,16 @@ class EngineClient:
 
     def end_open(self) -> None:
         """End every open request with an error, because the time to finish is over."""
-        self._end_all(time_is_over())
+        self._end_all(shutting_down_error())
 
     async def stats(self) -> EngineStats:
         """Return the engine's current counters. If it is loading, dead or in the middle of a long
         step, return its last known ones."""
         if self._info is not None and self._state is not EngineState.DEAD:
-            told = self._loop.create_future()
-            self._stats_asked.append(told)  # answers come in the order of the questions
+            answered = self._loop.create_future()
+            self._stats_asked.append(answered)  # answers come in the order of the questions
             self._send(AskStats())
-            await asyncio.wait((told,), timeout=STATS_SECONDS)
+            await asyncio.wait((answered,), timeout=STATS_SECONDS)
         return self._stats
 
     async def close(self) -> None:
@@ -280,20 +283,20 @@ class EngineClient:
             return
         try:
             while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-                self._take(decode_engine_message(self._socket.recv(zmq.NOBLOCK)))
+                self._handle_message(decode_engine_message(self._socket.recv(zmq.NOBLOCK)))
         except Exception:
             # Otherwise nobody would hear from the engine any more.
             self._loop.remove_reader(self._socket.FD)
             logger.exception("cannot read from the engine")
-            self._reason = EngineDeadError("the engine's answers cannot be read; see the log.")
+            self._known_cause = EngineDeadError("the engine's answers cannot be read; see the log.")
             self._die()
 
-    def _take(self, message: EngineMessage) -> None:
+    def _handle_message(self, message: EngineMessage) -> None:
         self._num_messages += 1
         match message:
             case StepOutputs(outputs):
                 for output in outputs:
-                    self._dispatch(output)
+                    self._deliver(output)
             case EngineStats():
                 self._stats = message
                 if self._stats_asked:  # otherwise the wait of those who asked has timed out
@@ -307,9 +310,9 @@ class EngineClient:
                     self._state = EngineState.READY
                 self._settled.set()
             case Failed(failure):
-                self._reason = EngineDeadError(failure.message)
+                self._known_cause = EngineDeadError(failure.message)
 
-    def _dispatch(self, output: EngineOutput) -> None:
+    def _deliver(self, output: EngineOutput) -> None:
         box = self._open.get(output.request_id)
         if box is None:
             return  # aborted here before the engine knew
@@ -321,14 +324,14 @@ class EngineClient:
 
     def _on_exit(self) -> None:
         self._unwatch()
-        self._die_in(self._obituary_seconds)
+        self._die_in(self._exit_report_seconds)
 
     def _die_in(self, seconds: float) -> None:
         """Declare the engine dead after so many seconds, in which messages on their way can still
         be read."""
-        if self._end is not None:
-            self._end.cancel()
-        self._end = self._loop.call_later(seconds, self._die)
+        if self._death_timer is not None:
+            self._death_timer.cancel()
+        self._death_timer = self._loop.call_later(seconds, self._die)
 
     def _die(self) -> None:
         if self._state is EngineState.DEAD:

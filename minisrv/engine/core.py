@@ -32,13 +32,13 @@ class _InFlight:
     """A launched step and the data needed to retire it.
 
     result: None while its epilogue has not been launched.
-    follows: whether there has been work ever since the step before it, so that the time between the
-        two is time in which the device waited for the host.
+    had_work_throughout: whether there has been work ever since the step before it, so that the time
+        between the two is time in which the device waited for the host.
     """
 
     output: SchedulerOutput
     dispatch: Dispatch
-    follows: bool
+    had_work_throughout: bool
     result: StepResult | None = None
 
 
@@ -92,9 +92,9 @@ class EngineCore:
         self.info = parts.info
         self.observers = parts.runner.observers
         self._grammars = parts.grammars
-        self._lag = parts.lag
-        self._broken = False
-        self._follows = False
+        self._steps_ahead = parts.steps_ahead
+        self._interrupted = False
+        self._had_work_throughout = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
         self._steps: dict[tuple[str, str], list[int]] = {}
@@ -128,11 +128,11 @@ class EngineCore:
         self.scheduler.add(
             request,
             self._seeds.getrandbits(63) if seed is None else seed,
-            held=grammar is not None,
+            waiting_for_grammar=grammar is not None,
         )
         if grammar is not None:
             self._grammars.compile(request.request_id, grammar, request.params)
-        self._follows &= had_work
+        self._had_work_throughout &= had_work
         self._prompt_tokens += len(request.prompt_token_ids)
         self._graph_steps.open(request.request_id)
 
@@ -162,17 +162,17 @@ class EngineCore:
         Any interruption of a step, Ctrl-C included, leaves requests, device and host inconsistent:
         the engine refuses to continue after it (EngineDeadError).
         """
-        if self._broken:
+        if self._interrupted:
             raise EngineDeadError("a step was interrupted; make a new engine.")
-        self._broken = True
+        self._interrupted = True
         outputs = self._step()
-        self._broken = False
+        self._interrupted = False
         return outputs
 
     def _step(self) -> list[EngineOutput]:
         self._lap(StepPart.REST)
-        failed = self._release_compiled() if self._grammars.compiling else []
-        while len(self._in_flight) <= self._lag and not self._masks_pending:
+        failed = self._queue_compiled() if self._grammars.compiling else []
+        while len(self._in_flight) <= self._steps_ahead and not self._masks_pending:
             output = self.scheduler.schedule()
             self._lap(StepPart.SCHEDULE)
             if output is None:
@@ -190,18 +190,22 @@ class EngineCore:
         outputs = self.scheduler.update(step.output.step_id, tokens)
         self._lap(StepPart.UPDATE)
         if (time := result.device_time()) is not None:
-            self._gpu_busy_ms += time.busy
-            if step.follows and time.idle is not None:
-                self._gpu_idle_ms += time.idle
-        errors = self._follow_grammars(outputs) if step.output.masked else {}
+            self._gpu_busy_ms += time.busy_ms
+            if step.had_work_throughout and time.idle_ms is not None:
+                self._gpu_idle_ms += time.idle_ms
+        errors = (
+            self._advance_grammars(outputs) if step.output.has_structured_output_requests else {}
+        )
         if result.logprobs is not None:
             _add_logprobs(outputs, step.output, result.logprobs)
         self._count_outputs(outputs)
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
-            failed += [self._fail(request_id, error) for request_id, error in errors.items()]
+            failed += [
+                self._end_with_error(request_id, error) for request_id, error in errors.items()
+            ]
         if self._masks_pending:
-            self._finish(self._in_flight[0])
+            self._sample(self._in_flight[0])
         return failed + outputs
 
     def _lap(self, part: StepPart) -> None:
@@ -215,29 +219,29 @@ class EngineCore:
         meanwhile; only steps that contain such a row wait."""
         return bool(self._in_flight) and self._in_flight[-1].result is None
 
-    def _release_compiled(self) -> list[EngineOutput]:
+    def _queue_compiled(self) -> list[EngineOutput]:
         """Let requests run whose grammars have been compiled, and return the last outputs of those
         whose grammars could not be."""
         failed = []
-        for request_id, error in self._grammars.compiled():
+        for request_id, error in self._grammars.pop_compiled():
             if error is None:
-                self.scheduler.release(request_id)
+                self.scheduler.grammar_ready(request_id)
             else:
-                failed.append(self._fail(request_id, error))
+                failed.append(self._end_with_error(request_id, error))
         return failed
 
-    def _follow_grammars(self, outputs: list[EngineOutput]) -> dict[str, MinisrvError]:
+    def _advance_grammars(self, outputs: list[EngineOutput]) -> dict[str, MinisrvError]:
         """Advance the grammars by the sampled tokens, and return the errors of those that failed,
         by request."""
         errors = {}
         for output in outputs:
             for token_id in output.token_ids:
-                error = self._grammars.accept(output.request_id, token_id)
+                error = self._grammars.accept_token(output.request_id, token_id)
                 if error is not None:
                     errors[output.request_id] = error
         return errors
 
-    def _fail(self, request_id: str, error: MinisrvError) -> EngineOutput:
+    def _end_with_error(self, request_id: str, error: MinisrvError) -> EngineOutput:
         """End a request with an error, whether or not it has ended in this step for another
         reason."""
         self.abort(request_id)
@@ -249,21 +253,21 @@ class EngineCore:
             output.num_rows,
             query_len=output.query_len,
             needs_logits=output.needs_logits,
-            masked=output.masked,
+            has_structured_output_requests=output.has_structured_output_requests,
         )
         self._lap(StepPart.DISPATCH)
         self._count(output, dispatch)
-        step = _InFlight(output, dispatch, self._follows)
-        self._follows = True
+        step = _InFlight(output, dispatch, self._had_work_throughout)
+        self._had_work_throughout = True
         self._lap(StepPart.REST)
-        self.runner.start(output, dispatch)
-        if not (output.masked and self._in_flight):
-            self._finish(step)
+        self.runner.execute_model(output, dispatch)
+        if not (output.has_structured_output_requests and self._in_flight):
+            self._sample(step)
         self._in_flight.append(step)
 
-    def _finish(self, step: _InFlight) -> None:
+    def _sample(self, step: _InFlight) -> None:
         """Launch the part of a step that has not been launched."""
-        step.result = self.runner.finish(step.output, step.dispatch)
+        step.result = self.runner.sample_tokens(step.output, step.dispatch)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         mode, reason = dispatch.mode.name, dispatch.reason.value
@@ -281,16 +285,16 @@ class EngineCore:
             self._generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 output.graph_steps = self._graph_steps.close(output.request_id)
-                self._grammars.drop(output.request_id)
+                self._grammars.remove(output.request_id)
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(scheduler.held),
-            kv_blocks_used=scheduler.pool.num_used,
-            kv_blocks_total=scheduler.pool.total - 1,
+            waiting=len(scheduler.waiting) + len(scheduler.waiting_for_grammar),
+            kv_blocks_used=scheduler.block_pool.num_used,
+            kv_blocks_total=scheduler.block_pool.total - 1,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             prefill_tokens=self._prefill_tokens,

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from minisrv.core.step import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
 from minisrv.request import SamplingParams, StructuredOutput
-from minisrv.text.recently_used import RecentlyUsed
+from minisrv.text.lru_cache import LRUCache
 from minisrv.text.structured import CHEAP_SECONDS, GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tokenizer_description import TokenizerDescription
@@ -50,26 +50,26 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-KEPT_SECONDS = 2.0
+MAX_CACHED_SECONDS = 2.0
 """Maximum processor time, in seconds, that compiling the grammars which are kept for other requests
 took together. It bounds their memory as well: those that compile longest grow by 80 MiB a
 second."""
-KEPT_GRAMMARS = 256
+MAX_CACHED_GRAMMARS = 256
 """Maximum number of grammars that are kept."""
 _NICE = 5
 """Niceness that is added to the thread for costly grammars."""
 
 
 @dataclass
-class _Minimum:
+class _MinTokens:
     """The remaining minimum length of a request (`min_tokens`).
 
-    tokens: the number of tokens that are left.
+    num_left: the number of tokens that are left.
     allowed: [bitmask_words] int32, a bit for each column of the logits whose token does not end the
         request.
     """
 
-    tokens: int
+    num_left: int
     allowed: NDArray[np.int32]
 
 
@@ -90,12 +90,12 @@ class Grammars:
         self._eos_token_ids = eos_token_ids
         self._cheap = _ShortestFirst("cheap-grammar")
         self._costly = _ShortestFirst("costly-grammar", nice=_NICE)
-        self._kept: RecentlyUsed[StructuredOutput, Matcher] = RecentlyUsed(
-            KEPT_SECONDS, least=KEPT_SECONDS / KEPT_GRAMMARS
+        self._cache: LRUCache[StructuredOutput, Matcher] = LRUCache(
+            MAX_CACHED_SECONDS, min_weight=MAX_CACHED_SECONDS / MAX_CACHED_GRAMMARS
         )
-        self._compiling: dict[str, Future[tuple[Matcher, _Minimum | None]]] = {}
+        self._compiling: dict[str, Future[tuple[Matcher, _MinTokens | None]]] = {}
         self._matchers: dict[str, Matcher] = {}
-        self._minima: dict[str, _Minimum] = {}
+        self._min_tokens: dict[str, _MinTokens] = {}
 
         self._loading = threading.Lock()
 
@@ -110,36 +110,36 @@ class Grammars:
         return GrammarBackend(tokenizer, self._vocab_size, self._eos_token_ids)
 
     def compile(self, request_id: str, spec: StructuredOutput, params: SamplingParams) -> None:
-        """Begin to compile a grammar; `compiled` reports when it is done.
+        """Begin to compile a grammar; `pop_compiled` reports when it is done.
 
         params: the parameters of the request; its stop tokens and the end-of-sequence tokens are
             not allowed among the first `min_tokens` tokens.
         """
 
-        key = replace(spec, seconds=0.0)  # the time that it took elsewhere does not matter
+        key = replace(spec, compile_seconds=0.0)  # the time that it took elsewhere does not matter
 
-        def compile() -> tuple[Matcher, _Minimum | None]:
-            matcher = self._kept.get(key)
+        def compile() -> tuple[Matcher, _MinTokens | None]:
+            matcher = self._cache.get(key)
             if matcher is None:
                 began = time.thread_time()
                 matcher = self._backend.compile(spec)
                 # The first mask computes data that later ones reuse; for some grammars it takes a
                 # tenth of a second.
-                matcher.fill(np.zeros(self.bitmask_words, np.int32))
-                self._kept.add(key, matcher, time.thread_time() - began)
-            minimum = self._minimum(params) if params.min_tokens else None
+                matcher.fill_bitmask(np.zeros(self.bitmask_words, np.int32))
+                self._cache.add(key, matcher, time.thread_time() - began)
+            minimum = self._min_tokens_of(params) if params.min_tokens else None
             return matcher.copy(spec), minimum
 
-        is_costly = spec.seconds > CHEAP_SECONDS and self._kept.get(key) is None
+        is_costly = spec.compile_seconds > CHEAP_SECONDS and self._cache.get(key) is None
         thread = self._costly if is_costly else self._cheap
-        self._compiling[request_id] = thread.submit(spec.seconds, compile)
+        self._compiling[request_id] = thread.submit(spec.compile_seconds, compile)
 
-    def _minimum(self, params: SamplingParams) -> _Minimum:
+    def _min_tokens_of(self, params: SamplingParams) -> _MinTokens:
         allowed = np.zeros(32 * self.bitmask_words, np.uint8)
         allowed[: self._vocab_size] = 1
         allowed[[*self._eos_token_ids, *params.stop_token_ids]] = 0
         packed = np.packbits(allowed, bitorder="little").view(np.int32)
-        return _Minimum(params.min_tokens, packed)
+        return _MinTokens(params.min_tokens, packed)
 
     @property
     def compiling(self) -> bool:
@@ -150,7 +150,7 @@ class Grammars:
         """Wait until a grammar is compiled, or the time is over."""
         wait(self._compiling.values(), timeout=seconds, return_when=FIRST_COMPLETED)
 
-    def compiled(self) -> list[tuple[str, MinisrvError | None]]:
+    def pop_compiled(self) -> list[tuple[str, MinisrvError | None]]:
         """Return the requests whose grammars have been compiled, or could not be, since the last
         call."""
         done = [(name, future) for name, future in self._compiling.items() if future.done()]
@@ -161,16 +161,16 @@ class Grammars:
             if error is None:
                 self._matchers[request_id], minimum = future.result()
                 if minimum is not None:
-                    self._minima[request_id] = minimum
+                    self._min_tokens[request_id] = minimum
             elif not isinstance(error, MinisrvError):
                 logger.error("a grammar could not be compiled", exc_info=error)
                 error = EngineError("compiling a grammar failed; see the engine's log.")
             found.append((request_id, error))
         return found
 
-    def drop(self, request_id: str) -> None:
+    def remove(self, request_id: str) -> None:
         """Forget a request that has ended; nothing happens if it has no grammar."""
-        self._minima.pop(request_id, None)
+        self._min_tokens.pop(request_id, None)
         if self._matchers.pop(request_id, None) is None:
             future = self._compiling.pop(request_id, None)
             if future is not None:
@@ -183,35 +183,35 @@ class Grammars:
         """See `AllowedTokens`."""
         return self._backend.bitmask_words
 
-    def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
-        """See `AllowedTokens`. A grammar that fails here allows only the end; `accept` reports the
-        error. The row of a request that has ended meanwhile stays as it is, because its token is
-        dropped."""
+    def fill_bitmask(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
+        """See `AllowedTokens`. A grammar that fails here allows only the end; `accept_token`
+        reports the error. The row of a request that has ended meanwhile stays as it is, because its
+        token is dropped."""
         matchers = [
             (self._matchers[row.request_id], index)
             for index, row in enumerate(rows)
-            if row.masked and row.request_id in self._matchers
+            if row.use_structured_output and row.request_id in self._matchers
         ]
         if matchers:
-            self._backend.fill(matchers, bitmask)
-        for index, row in enumerate(rows) if self._minima else ():
-            if row.masked and row.request_id in self._minima:
-                others = bitmask[index] & self._minima[row.request_id].allowed
+            self._backend.fill_bitmasks(matchers, bitmask)
+        for index, row in enumerate(rows) if self._min_tokens else ():
+            if row.use_structured_output and row.request_id in self._min_tokens:
+                others = bitmask[index] & self._min_tokens[row.request_id].allowed
                 if others.any():
                     bitmask[index] = others
 
-    def accept(self, request_id: str, token_id: int) -> MinisrvError | None:
+    def accept_token(self, request_id: str, token_id: int) -> MinisrvError | None:
         """Advance the grammar of a request, if it has one, by a token; return its error if it has
         failed."""
         matcher = self._matchers.get(request_id)
         if matcher is None:
             return None
         matcher.accept([token_id])
-        minimum = self._minima.get(request_id)
+        minimum = self._min_tokens.get(request_id)
         if minimum is not None:
-            minimum.tokens -= 1
-            if not minimum.tokens:
-                del self._minima[request_id]
+            minimum.num_left -= 1
+            if not minimum.num_left:
+                del self._min_tokens[request_id]
         return matcher.error
 
 

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 class KVCacheShape:
     """The sizes of blocks and contexts in the KV cache.
 
-    per_block: the number of bytes of a block in all layers.
-    per_row: the number of blocks of one full context.
+    bytes_per_block: the number of bytes of a block in all layers.
+    blocks_per_context: the number of blocks of one full context.
     """
 
-    per_block: int
-    per_row: int
+    bytes_per_block: int
+    blocks_per_context: int
 
     @classmethod
     def of(
@@ -49,15 +49,15 @@ def fit_context(
     if config.num_kv_blocks is not None:
         return context
     shape = KVCacheShape.of(config, model, context, dtype)
-    blocks = available // shape.per_block - 1  # one block is the null block
-    if blocks >= shape.per_row:
+    blocks = available // shape.bytes_per_block - 1  # one block is the null block
+    if blocks >= shape.blocks_per_context:
         return context
     if config.max_model_len is not None or blocks < 1:
         raise ConfigError(
             f"{mebibytes(max(0, available))} of KV cache hold {max(0, blocks) * config.block_size} "
             f"tokens, and one context has {context}; give at least "
-            f"--kv-cache-memory {(1 + shape.per_row) * shape.per_block}, lower --max-model-len, or "
-            "serve a smaller model or dtype."
+            f"--kv-cache-memory {(1 + shape.blocks_per_context) * shape.bytes_per_block}, lower "
+            "--max-model-len, or serve a smaller model or dtype."
         )
     longest: int = blocks * config.block_size
     logger.warning(
@@ -66,31 +66,33 @@ def fit_context(
         context,
         mebibytes(available),
         longest,
-        (1 + shape.per_row) * shape.per_block,
+        (1 + shape.blocks_per_context) * shape.bytes_per_block,
     )
     return longest
 
 
 def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> int:
     """Return the number of blocks in the KV cache, including the null block: as many as fit into
-    `available` bytes, and no more than all slots together can use. `fit_context` has checked that
-    one context fits."""
+    `available` bytes, and no more than all request indices together can use. `fit_context` has
+    checked that one context fits."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
-    return min(available // shape.per_block, 1 + config.max_num_seqs * shape.per_row)
+    return min(
+        available // shape.bytes_per_block, 1 + config.max_num_seqs * shape.blocks_per_context
+    )
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """The planned use of memory.
 
-    cache: the number of bytes that the KV cache may take.
-    graphs: the number of bytes that graphs will take according to a probe; None if nothing depends
-        on it.
+    kv_cache_bytes: the number of bytes that the KV cache may take.
+    graph_bytes: the number of bytes that graphs will take according to a probe; None if nothing
+        depends on it.
     """
 
-    cache: int
-    graphs: int | None = None
+    kv_cache_bytes: int
+    graph_bytes: int | None = None
 
 
 def mebibytes(nbytes: int) -> str:

@@ -33,17 +33,17 @@ class StatsLog:
     ) -> None:
         self._stats = stats
         self._clock = clock
-        self._last = stats()
-        self._told = clock()
+        self._last_stats = stats()
+        self._logged_at = clock()
 
     def tick(self) -> None:
         """Log a line if it is time for one and there is something to report."""
         now = self._clock()
-        seconds = now - self._told
+        seconds = now - self._logged_at
         if seconds < SECONDS:
             return
-        before, stats = self._last, self._stats()
-        self._last, self._told = stats, now
+        before, stats = self._last_stats, self._stats()
+        self._last_stats, self._logged_at = stats, now
         if stats.steps != before.steps or stats.running or stats.waiting:
             _log(before, stats, seconds)
 
@@ -67,7 +67,7 @@ def _log(before: EngineStats, stats: EngineStats, seconds: float) -> None:
         hits,
         ", ".join(f"{mode} {share:.1f}%" for mode, share in shares.items()) or "none",
         extra={
-            "said": {
+            "json_fields": {
                 "prompt_tokens_per_s": round(prompt, 1),
                 "generation_tokens_per_s": round(generation, 1),
                 "running": stats.running,

@@ -30,11 +30,11 @@ def attention(qkv: Tensor, positions: Tensor, out: Tensor, layer: int) -> None:
     replay. So the three tensors must then be static.
     """
     context = get_forward_context()
-    if context.break_at is not None:
-        context.break_at(partial(attention, qkv, positions, out, layer))
+    if context.graph_break is not None:
+        context.graph_break(partial(attention, qkv, positions, out, layer))
         return
-    assert context.attn is not None, "an epilogue has no attention"
-    kernels.attention(context.layers[layer], qkv, positions, context.attn, out)
+    assert context.attn_metadata is not None, "an epilogue has no attention"
+    kernels.attention(context.layers[layer], qkv, positions, context.attn_metadata, out)
 
 
 attention_op = register_op(

@@ -11,24 +11,24 @@ from minisrv.graph.backend import Replay
 class CapturedGraph:
     """A captured graph: its pieces, and what runs between them without being captured.
 
-    walk: the functions that a replay calls, in order.
-    frozen: the address of every tensor that the capture was given, and the numbers that it holds; a
-        replay is valid for these only.
+    calls: the functions that a replay calls, in order.
+    captured_inputs: the address of every tensor that the capture was given, and the numbers that it
+        holds; a replay is valid for these only.
     nbytes: the number of bytes that the capture took; 0 if it fits into memory that other graphs
         share.
     """
 
-    walk: tuple[Replay, ...]
-    frozen: dict[str, int]
+    calls: tuple[Replay, ...]
+    captured_inputs: dict[str, int]
     nbytes: int
 
     def replay(self) -> None:
         """Run the graph."""
-        for run in self.walk:
+        for run in self.calls:
             run()
 
     @property
     def num_pieces(self) -> int:
         """Number of captured segments: 1 for FULL, the number of attention layers plus 1 for
         PIECEWISE."""
-        return (len(self.walk) + 1) // 2
+        return (len(self.calls) + 1) // 2

@@ -23,21 +23,21 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode
 class ForwardContext:
     """The mode, key and attention arguments of a stage of a step; an epilogue has no attention.
 
-    attn: the metadata of the step; None for an epilogue.
+    attn_metadata: the metadata of the step; None for an epilogue.
     layers: the attention layers of the model, in the order of their indices.
     graph: the graph to replay instead of the installed one, because it is being certified.
     observers: those who are told of each replay.
-    break_at: set while the pieces of a PIECEWISE graph are captured. Instead of computing
+    graph_break: set while the pieces of a PIECEWISE graph are captured. Instead of computing
         attention, the op passes this function what must run between two pieces.
     """
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    attn: AttentionMetadata | None = None
+    attn_metadata: AttentionMetadata | None = None
     layers: Sequence[AttentionLayer] = ()
     graph: CapturedGraph | None = None
     observers: Sequence[StepObserver] = ()
-    break_at: Callable[[Callable[[], None]], None] | None = None
+    graph_break: Callable[[Callable[[], None]], None] | None = None
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("forward_context", default=None)

@@ -61,9 +61,9 @@ class CUDAGraphWrapper:
         if graph is None:
             raise GraphError(f"no {self.mode.name} graph is installed for {context.descriptor}.")
         if self.check_addresses:
-            _compare(graph.frozen, self._frozen(context, args))
+            _compare(graph.captured_inputs, self._describe_inputs(context, args))
         if context.observers:
-            with entered(observer.replay(len(graph.walk)) for observer in context.observers):
+            with entered(observer.replay(len(graph.calls)) for observer in context.observers):
                 graph.replay()
         else:
             graph.replay()
@@ -80,20 +80,20 @@ class CUDAGraphWrapper:
         """
         context = get_forward_context()
         backend = self.backend
-        before = backend.memory_used()
-        walk: list[Replay] = []
+        memory_before = backend.memory_used()
+        calls: list[Replay] = []
 
-        def break_at(between: Replay) -> None:
-            walk.append(backend.end())
-            walk.append(between)
+        def graph_break(between: Replay) -> None:
+            calls.append(backend.end())
+            calls.append(between)
             backend.begin()
 
         pieces = self.mode is CUDAGraphMode.PIECEWISE
         backend.begin()
         try:
-            with set_forward_context(replace(context, break_at=break_at if pieces else None)):
+            with set_forward_context(replace(context, graph_break=graph_break if pieces else None)):
                 self.runnable(*args)
-            walk.append(backend.end())
+            calls.append(backend.end())
             backend.finish()
         except BaseException as error:
             backend.abandon()
@@ -102,24 +102,27 @@ class CUDAGraphWrapper:
                     f"{context.descriptor} cannot be captured: {error}"
                 ) from error
             raise
-        nbytes = backend.memory_used() - before
-        return CapturedGraph(tuple(walk), self._frozen(context, args), nbytes)
+        nbytes = backend.memory_used() - memory_before
+        return CapturedGraph(tuple(calls), self._describe_inputs(context, args), nbytes)
 
-    def _frozen(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
+    def _describe_inputs(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
         """Return the addresses of the arguments and of the attention metadata, and the numbers
         among the metadata if the graph contains attention. An empty tensor has no address: while
         pieces are captured, on padding only, there are no rows."""
-        given: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
-        if context.attn is not None:
-            given |= {f"attn.{f.name}": getattr(context.attn, f.name) for f in fields(context.attn)}
-        frozen: dict[str, int] = {}
-        for name, value in given.items():
+        inputs: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
+        if context.attn_metadata is not None:
+            inputs |= {
+                f"attn.{f.name}": getattr(context.attn_metadata, f.name)
+                for f in fields(context.attn_metadata)
+            }
+        described: dict[str, int] = {}
+        for name, value in inputs.items():
             if isinstance(value, Tensor):
                 if value.numel():
-                    frozen[name] = value.data_ptr()
+                    described[name] = value.data_ptr()
             elif self.mode is CUDAGraphMode.FULL:
-                frozen[name] = value
-        return frozen
+                described[name] = value
+        return described
 
 
 def _compare(captured: dict[str, int], given: dict[str, int]) -> None:

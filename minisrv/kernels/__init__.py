@@ -20,7 +20,7 @@ from minisrv.kernels.elementwise import (
 )
 from minisrv.kernels.registration import DIRECT
 from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
-from minisrv.kernels.slots import (
+from minisrv.kernels.step_inputs import (
     Write,
     gather_decode,
     gather_decode_op,

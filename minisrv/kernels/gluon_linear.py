@@ -20,8 +20,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from minisrv.kernels.triton_elementwise import finish
-from minisrv.kernels.triton_launch import lead, wait
+from minisrv.kernels.triton_elementwise import gemm_epilogue
+from minisrv.kernels.triton_launch import launch_dependents, wait_for_previous_kernel
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -41,7 +41,7 @@ def sliced(
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     SLICES: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Compute BLOCK_N outputs of ROWS rows, for `triton_linear.multiply`.
@@ -50,7 +50,7 @@ def sliced(
     of the weight are being loaded at a time. In the end the products of the warps are added up, so
     no program waits for another.
     """
-    lead(PDL)
+    launch_dependents(PDL)
     product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLICES, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, product, 8)
     right: gl.constexpr = gl.DotOperandLayout(1, product, 8)
@@ -78,7 +78,7 @@ def sliced(
     w = ()
     u = ()
     gains = ()
-    for part in gl.static_range(AHEAD):
+    for part in gl.static_range(PREFETCH):
         if part < parts:
             at = part * SLICES * BLOCK_K + column
             w = w + (gl.load(source + at, there & (at < K), other=0.0),)
@@ -98,9 +98,9 @@ def sliced(
     place = out + row * n + output
     inside = (row < rows) & (output < n)
 
-    wait(PDL)
+    wait_for_previous_kernel(PDL)
     v = ()
-    for part in gl.static_range(AHEAD):
+    for part in gl.static_range(PREFETCH):
         if part < parts:
             at = part * SLICES * BLOCK_K + depth
             v = v + (gl.load(values + at, real & (at < K), other=0.0),)
@@ -119,12 +119,12 @@ def sliced(
         y = mma_v2(w[part], value, y)
         if GATED:
             z = mma_v2(u[part], value, z)
-        if part + AHEAD < parts:
-            at = (part + AHEAD) * SLICES * BLOCK_K + column
+        if part + PREFETCH < parts:
+            at = (part + PREFETCH) * SLICES * BLOCK_K + column
             w = w + (gl.load(source + at, there & (at < K), other=0.0),)
             if GATED:
                 u = u + (gl.load(partner + at, there & (at < K), other=0.0),)
-            at = (part + AHEAD) * SLICES * BLOCK_K + depth
+            at = (part + PREFETCH) * SLICES * BLOCK_K + depth
             if norm is not None:
                 gains = gains + (gl.load(norm + at, at < K, other=0.0),)
             v = v + (gl.load(values + at, real & (at < K), other=0.0),)
@@ -136,5 +136,5 @@ def sliced(
     if norm is not None:
         square = gl.convert_layout(gl.sum(squares, axis=1), gl.SliceLayout(1, sums))
         scale = gl.rsqrt(gl.sum(square[:, None, :], axis=0) / K + eps)
-    total = finish(total, other, scale, first, second, before)
+    total = gemm_epilogue(total, other, scale, first, second, before)
     gl.store(place, total.to(out.dtype.element_ty), inside)

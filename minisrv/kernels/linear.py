@@ -125,35 +125,35 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
     them."""
 
     def apply(self, x: Tensor) -> Tensor:
-        if not self._is_for_few(x):
+        if not self._uses_skinny_gemm(x):
             return super().apply(x)
         out = x.new_empty(len(x), self.weight.shape[1])
-        self._few_rows(x, None, out)
+        self._skinny_gemm(x, None, out)
         return out
 
     def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        if self._is_for_few(x):
-            self._few_rows(x, norm, out)
+        if self._uses_skinny_gemm(x):
+            self._skinny_gemm(x, norm, out)
         else:
             super().apply_with_norm(x, norm, out)
 
     def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        if self._is_for_few(x, gated=True):
-            self._few_rows(x, norm, out, gated=True)
+        if self._uses_skinny_gemm(x, gated=True):
+            self._skinny_gemm(x, norm, out, gated=True)
         else:
             silu_and_mul_op(super().apply(normed(x, norm)), out)
 
     def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
-        if self._is_for_few(x, add=True):
-            self._few_rows(x, None, residual, add=True)
+        if self._uses_skinny_gemm(x, add=True):
+            self._skinny_gemm(x, None, residual, add=True)
         else:
             super().apply_with_residual(x, residual)
 
-    def _is_for_few(self, x: Tensor, *, gated: bool = False, add: bool = False) -> bool:
+    def _uses_skinny_gemm(self, x: Tensor, *, gated: bool = False, add: bool = False) -> bool:
         k, n = self.weight.shape
         return tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add) is not None
 
-    def _few_rows(
+    def _skinny_gemm(
         self,
         x: Tensor,
         norm: Norm | None,
@@ -163,7 +163,7 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
         add: bool = False,
     ) -> None:
         weight, eps = (None, 0.0) if norm is None else norm
-        few_rows_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gated=gated, add=add)
+        skinny_gemm_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gated=gated, add=add)
 
 
 class OneDNNLinearMethod(LinearMethod):
@@ -226,11 +226,11 @@ class Int8LinearMethod(LinearMethod):
         self.many_rows.apply_with_residual(x, residual)
 
 
-few_rows_op = register_op(
-    "few_rows",
+skinny_gemm_op = register_op(
+    "skinny_gemm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, Tensor(a!) out, *, float eps, "
     "bool gated, bool add) -> ()",
-    cuda="minisrv.kernels.triton_linear:few_rows",
+    cuda="minisrv.kernels.triton_linear:skinny_gemm",
 )
 """The op that computes out [T, out] = x [T, in] weight^T + bias for few rows T, for which
 `tiles.tile` has a tile; sums are float32.

@@ -22,7 +22,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from minisrv.cache import cache_directory, keep, kept
+from minisrv.cache import cache_directory, read_cached, write_cached
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ def native() -> ctypes.CDLL | None:
         ctypes.CDLL(_openmp_of_torch(), ctypes.RTLD_GLOBAL)
         return _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or error
+        output = getattr(error, "stderr", "") or error
         logger.warning(
             "%s cannot compile the CPU kernels: decode runs by torch's operations, at about half "
             "the speed. It said: %s",
             shlex.join(compiler),
-            str(said).strip()[:400],
+            str(output).strip()[:400],
         )
         return None
 
@@ -96,13 +96,13 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:
         logger.warning("the CPU kernels are compiled at each start: %s", error)
         return _load(_compile(compiler, flags))
-    if (body := kept(library)) is not None:
+    if (body := read_cached(library)) is not None:
         try:
             return _load(body)
         except OSError as error:  # e.g. made for another C library, on a shared home
             logger.warning("%s cannot be loaded and is compiled again: %s", library, error)
     body = _compile(compiler, flags)
-    keep(library, body)
+    write_cached(library, body)
     return _load(body)
 
 

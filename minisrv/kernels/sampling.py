@@ -1,8 +1,8 @@
 """The sampling ops: from rows of logits to one token each, the same token wherever the row runs.
 
 Knows: bitmasks of allowed tokens, greedy sampling, temperature, top-k, top-p, min-p, and the noise.
-Takes tensors only: per-slot parameters and the slots of the rows. Knows nothing of requests or of
-graphs.
+Takes tensors only: parameters by request index and the request indices of the rows. Knows nothing
+of requests or of graphs.
 
 The noise comes from a counter and not from a generator: the Gumbel noise of a token depends on
 (seed, position, token id) through a short integer hash. So a sampled token does not depend on the
@@ -101,7 +101,7 @@ def scores(
 
 def sample(
     logits: Tensor,
-    slots: Tensor,
+    req_indices: Tensor,
     positions: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -113,10 +113,11 @@ def sample(
     """Write one token for each row to `out`.
 
     logits: [R, V] of any float type.
-    slots: [R] int64, the slot of each row.
+    slots: [R] int64, the request index of each row.
     positions: [R] integers, the index of the token to be sampled.
-    temperature, top_p, min_p: [S] float32, by slot; a temperature below MIN_TEMPERATURE is greedy.
-    top_k, seed: [S] int64, by slot.
+    temperature, top_p, min_p: [S] float32, by request index; a temperature below MIN_TEMPERATURE is
+        greedy.
+    top_k, seed: [S] int64, by request index.
     out: [R] int64.
 
     This is a kernel, like attention: it may read the values of its arguments, so greedy rows cost
@@ -124,9 +125,9 @@ def sample(
     """
     # float32 is several times as fast as shorter types, including the conversion.
     torch.argmax(logits.float(), dim=-1, out=out)
-    rows = (temperature[slots] >= MIN_TEMPERATURE).nonzero().squeeze(1)
+    rows = (temperature[req_indices] >= MIN_TEMPERATURE).nonzero().squeeze(1)
     if rows.numel():
-        at = slots[rows]
+        at = req_indices[rows]
         found = scores(
             logits[rows],
             positions[rows],
@@ -162,7 +163,7 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
 
 sample_op = register_op(
     "sample",
-    "(Tensor logits, Tensor slots, Tensor positions, Tensor temperature, Tensor top_k, "
+    "(Tensor logits, Tensor req_indices, Tensor positions, Tensor temperature, Tensor top_k, "
     "Tensor top_p, Tensor min_p, Tensor seed, Tensor(a!) out) -> ()",
     cpu=sample,
     cuda="minisrv.kernels.triton_sampling:sample",

@@ -35,12 +35,12 @@ class SlicedTile(NamedTuple):
     outputs: the number of outputs of a program, whose warps share the columns, each taking SLICE of
         them at a time.
     warps: the number of warps of a program.
-    ahead: the number of such parts of the weight that are being loaded at a time.
+    prefetch: the number of such parts of the weight that are being loaded at a time.
     """
 
     outputs: int
     warps: int
-    ahead: int
+    prefetch: int
 
 
 class TallTile(NamedTuple):
@@ -62,7 +62,7 @@ class TallTile(NamedTuple):
 
 Tile = GemvTile | SlicedTile | TallTile
 
-RUNGS = (1, 8, 16, 32, 64)
+ROW_BUCKETS = (1, 8, 16, 32, 64)
 """Numbers of rows at which tiles change: products with more rows than one of these, and at most as
 many as the next, have the same tile. Beyond the last one cuBLAS does them."""
 
@@ -83,9 +83,9 @@ IN_FLIGHT = 256
 that has arrived is used while the rest is still being loaded."""
 
 LARGEST_SLICED = {16: 1 << 23, 32: 1 << 23, 64: 1 << 22}
-"""Maximum number of elements of a weight for `SlicedTile`, by the entry of `RUNGS`. Each program
-reads all of x, which grows with the number of rows; for a large weight the other kernels read
-less."""
+"""Maximum number of elements of a weight for `SlicedTile`, by the entry of `ROW_BUCKETS`. Each
+program reads all of x, which grows with the number of rows; for a large weight the other kernels
+read less."""
 
 MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (1, 1024, 3072, False, True): GemvTile(8, 2048, 8),
@@ -102,17 +102,17 @@ gated, added)."""
 def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
     """Return the tile for the product of `rows` rows with a weight [n, k], gated or added to a
     tensor (see `kernels.linear`). None means that cuBLAS does it."""
-    if not 0 < rows <= RUNGS[-1]:
+    if not 0 < rows <= ROW_BUCKETS[-1]:
         return None
-    rung = next(rung for rung in RUNGS if rows <= rung)
-    if itemsize == 2 and (rung, n, k, gated, add) in MEASURED:
-        return MEASURED[rung, n, k, gated, add]
-    if rung == 1:
+    bucket = next(bucket for bucket in ROW_BUCKETS if rows <= bucket)
+    if itemsize == 2 and (bucket, n, k, gated, add) in MEASURED:
+        return MEASURED[bucket, n, k, gated, add]
+    if bucket == 1:
         return _gemv(k, gated, add)
     outputs = n // 2 if gated else n
-    if itemsize == 2 and n * k <= LARGEST_SLICED.get(rung, n * k):
-        return _sliced(rung, outputs, k, gated)
-    return _tall(outputs, k, itemsize, gated) if rung <= 32 else None
+    if itemsize == 2 and n * k <= LARGEST_SLICED.get(bucket, n * k):
+        return _sliced(bucket, outputs, k, gated)
+    return _tall(outputs, k, itemsize, gated) if bucket <= 32 else None
 
 
 def part_registers(outputs: int, rows: int, gated: bool) -> int:
@@ -130,7 +130,7 @@ def describe(found: Tile | None) -> str:
     text = f"{type(found).__name__.removesuffix('Tile').lower()} {found.outputs}x{depth}"
     text += f", {found.warps} warp{'s' * (found.warps > 1)}"
     if isinstance(found, SlicedTile):
-        text += f", {found.ahead} ahead"
+        text += f", {found.prefetch} ahead"
     if isinstance(found, TallTile) and found.splits > 1:
         text += f", {found.splits} splits"
     return text

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
-from minisrv.kernels.triton_launch import arrivals, follow, multiprocessors, pdl
+from minisrv.kernels.triton_launch import arrivals, multiprocessors, pdl, wait_and_launch_dependents
 
 
 class DecodeShape(NamedTuple):
@@ -223,18 +223,18 @@ def decode_shape(programs: int, multiprocessors: int) -> DecodeShape:
     return DECODE_FEW if 2 * programs <= multiprocessors else DECODE_MANY
 
 
-def num_splits(programs: int, most: int, wanted: int) -> int:
+def num_splits(programs: int, max_splits: int, wanted: int) -> int:
     """Return the number of shares into which each row's history is split to get `wanted` programs;
-    it is a power of two and at most `most`.
+    it is a power of two and at most `max_splits`.
 
     It depends on shapes alone, so that capture and replay agree.
     """
-    splits = max(1, min(wanted // programs, most, MAX_SPLITS))
+    splits = max(1, min(wanted // programs, max_splits, MAX_SPLITS))
     return 1 << (splits.bit_length() - 1)
 
 
 @triton.jit
-def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
+def _rotation_factors(angles, weight, d, HEAD_DIM: tl.constexpr):
     """Return what rotates a head, float32 [1, BLOCK_D]: the factor of each element, and the factor
     of its partner, including the weights of the RMSNorm if there are any.
 
@@ -251,7 +251,7 @@ def _turn_of(angles, weight, d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
+def _load_with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
     """Return [N, BLOCK_D] float32, twice: the elements of `heads`, and the partners that they are
     rotated with.
 
@@ -264,9 +264,9 @@ def _with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _turned(x, y, own, partner, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Return [N, BLOCK_D] float32: the heads of `_with_partners`, normed if NORM, and rotated by
-    the factors of `_turn_of`."""
+def _norm_and_rotate(x, y, own, partner, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return [N, BLOCK_D] float32: the heads of `_load_with_partners`, normed if NORM, and rotated
+    by the factors of `_rotation_factors`."""
     turned = x * own + y * partner
     if NORM:
         turned *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
@@ -283,7 +283,7 @@ def _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS: tl.constexpr, HEAD
 
 
 @triton.jit
-def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+def _cache_slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Return the cache positions of the keys from `start` on, int64 [TILE]; they are meaningless
     from `end` on.
 
@@ -296,7 +296,7 @@ def _slots(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load(
+def _load_kv(
     kv_cache,
     slots,
     start,
@@ -318,7 +318,7 @@ def _load(
 
 
 @triton.jit
-def _take(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr):
+def _accumulate_tile(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr):
     """Add a tile to an online softmax (Milakov and Gimelshein 2018), and return the new acc [M,
     BLOCK_D], peak and total [M], float32.
 
@@ -340,7 +340,7 @@ def _take(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr
 
 
 @triton.jit
-def _share(history, splits, TILE: tl.constexpr):
+def _keys_per_split(history, splits, TILE: tl.constexpr):
     """Return the number of keys that each split of a row takes: whole tiles, at least one."""
     return tl.maximum(tl.cdiv(tl.cdiv(history, splits), TILE), 1) * TILE
 
@@ -388,7 +388,7 @@ def _decode(
     head = tl.program_id(1)
     split = tl.program_id(2)
     history = tl.load(seq_lens + row) - 1
-    share = _share(history, splits, TILE)
+    share = _keys_per_split(history, splits, TILE)
     begin = split * share
     if (split > 0) & (begin >= history):
         return
@@ -402,28 +402,28 @@ def _decode(
     slot = tl.load(slot_mapping + row)
     table = block_table + row * table_stride
     normed: tl.constexpr = q_norm is not None
-    q_own, q_partner = _turn_of(angles, q_norm, d, HEAD_DIM)
-    k_own, k_partner = _turn_of(angles, k_norm, d, HEAD_DIM)
+    q_own, q_partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
+    k_own, k_partner = _rotation_factors(angles, k_norm, d, HEAD_DIM)
     # These entries were written by earlier steps, and the lengths and the table by a kernel that
-    # has ended: between it and this one there is a kernel that calls `follow`, the attention of the
-    # layer before or the embedding.
-    slots = _slots(table, begin, end, BLOCK_SIZE, TILE)
-    keys, values = _load(kv_cache, slots, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
-    slots = _slots(table, begin + TILE, end, BLOCK_SIZE, TILE)
-    follow(PDL)
+    # has ended: between it and this one there is a kernel that calls `wait_and_launch_dependents`,
+    # the attention of the layer before or the embedding.
+    slots = _cache_slots(table, begin, end, BLOCK_SIZE, TILE)
+    keys, values = _load_kv(kv_cache, slots, begin, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+    slots = _cache_slots(table, begin + TILE, end, BLOCK_SIZE, TILE)
+    wait_and_launch_dependents(PDL)
     # All loads are issued before anything waits for one of them: each takes as long as a small
     # kernel.
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
     own_key = (d < HEAD_DIM) & (split == 0)
-    q, q_partners = _with_partners(heads, mask, d, HEAD_DIM)
-    k, k_partners = _with_partners(key, own_key, d, HEAD_DIM)
+    q, q_partners = _load_with_partners(heads, mask, d, HEAD_DIM)
+    k, k_partners = _load_with_partners(key, own_key, d, HEAD_DIM)
     v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, own_key, other=0.0)
-    q = _turned(q, q_partners, q_own, q_partner, eps, normed, HEAD_DIM)
+    q = _norm_and_rotate(q, q_partners, q_own, q_partner, eps, normed, HEAD_DIM)
     q = q.to(kv_cache.dtype.element_ty)
 
     if split == 0:
-        turned = _turned(k, k_partners, k_own, k_partner, eps, normed, HEAD_DIM)
+        turned = _norm_and_rotate(k, k_partners, k_own, k_partner, eps, normed, HEAD_DIM)
         entry = turned.to(kv_cache.dtype.element_ty)
         _write_entry(kv_cache, slot, entry, v, head, d, NUM_KV_HEADS, HEAD_DIM)
         peak = tl.sum(q.to(tl.float32) * entry.to(tl.float32), axis=1) * scale
@@ -435,11 +435,15 @@ def _decode(
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
 
     if begin < end:
-        acc, peak, total = _take(acc, peak, total, q, keys, values, begin, end, end, scale, TILE)
+        acc, peak, total = _accumulate_tile(
+            acc, peak, total, q, keys, values, begin, end, end, scale, TILE
+        )
     for start in range(begin + TILE, end, TILE):
-        keys, values = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
-        slots = _slots(table, start + TILE, end, BLOCK_SIZE, TILE)
-        acc, peak, total = _take(acc, peak, total, q, keys, values, start, end, end, scale, TILE)
+        keys, values = _load_kv(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+        slots = _cache_slots(table, start + TILE, end, BLOCK_SIZE, TILE)
+        acc, peak, total = _accumulate_tile(
+            acc, peak, total, q, keys, values, start, end, end, scale, TILE
+        )
 
     first = row * (GROUP * NUM_KV_HEADS) + head * GROUP
     used = tl.maximum(tl.cdiv(history, share), 1)
@@ -537,15 +541,19 @@ def _prepare(
     slot = tl.load(slot_mapping + token)
     normed: tl.constexpr = q_norm is not None
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
-    own, partner = _turn_of(angles, k_norm, d, HEAD_DIM)
-    k, partners = _with_partners(key, d < HEAD_DIM, d, HEAD_DIM)
-    k = _turned(k, partners, own, partner, eps, normed, HEAD_DIM).to(kv_cache.dtype.element_ty)
+    own, partner = _rotation_factors(angles, k_norm, d, HEAD_DIM)
+    k, partners = _load_with_partners(key, d < HEAD_DIM, d, HEAD_DIM)
+    k = _norm_and_rotate(k, partners, own, partner, eps, normed, HEAD_DIM).to(
+        kv_cache.dtype.element_ty
+    )
     v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, d < HEAD_DIM, other=0.0)
     _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS, HEAD_DIM)
     heads = source + (head * GROUP + member) * HEAD_DIM
-    own, partner = _turn_of(angles, q_norm, d, HEAD_DIM)
-    q, partners = _with_partners(heads, mask, d, HEAD_DIM)
-    q = _turned(q, partners, own, partner, eps, normed, HEAD_DIM).to(queries.dtype.element_ty)
+    own, partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
+    q, partners = _load_with_partners(heads, mask, d, HEAD_DIM)
+    q = _norm_and_rotate(q, partners, own, partner, eps, normed, HEAD_DIM).to(
+        queries.dtype.element_ty
+    )
     place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
     tl.store(queries + place, q, mask)
     if token >= tl.load(query_start_loc + rows):
@@ -610,7 +618,9 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     table = block_table + row.to(tl.int64) * table_stride
     for start in range(0, end, TILE):
-        slots = _slots(table, start, end, BLOCK_SIZE, TILE)
-        k, v = _load(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
-        acc, peak, total = _take(acc, peak, total, q, k, v, start, end, last, scale, TILE)
+        slots = _cache_slots(table, start, end, BLOCK_SIZE, TILE)
+        k, v = _load_kv(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
+        acc, peak, total = _accumulate_tile(
+            acc, peak, total, q, k, v, start, end, last, scale, TILE
+        )
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask)

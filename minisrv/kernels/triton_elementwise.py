@@ -1,7 +1,7 @@
 """RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton.
 
 `kernels.elementwise` imports this when it first meets a CUDA tensor. A program takes a row, or a
-part of one; the arithmetic is float32. `finish` is the elementwise work that the kernels of
+part of one; the arithmetic is float32. `gemm_epilogue` is the elementwise work that the kernels of
 products do besides.
 """
 
@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisrv.kernels.triton_launch import follow, lead, pdl, wait
+from minisrv.kernels.triton_launch import (
+    launch_dependents,
+    pdl,
+    wait_and_launch_dependents,
+    wait_for_previous_kernel,
+)
 
 PART = 1024
 """Number of elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
@@ -49,7 +54,7 @@ def silu(x):
 
 
 @triton.jit
-def finish(y, z, scale, first, second, before):
+def gemm_epilogue(y, z, scale, first, second, before):
     """Do the work of a layer that follows a product, in float32: the scale of the row's norm, the
     bias, the gate, and the sum with a tensor.
 
@@ -78,7 +83,7 @@ def finish(y, z, scale, first, second, before):
 
 @triton.jit
 def _take_rows(table, rows, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = table + tl.load(rows + row) * size
@@ -87,12 +92,12 @@ def _take_rows(table, rows, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    lead(PDL)
+    launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < size
     gain = tl.load(weight + at, there, other=0.0).to(tl.float32)
-    wait(PDL)
+    wait_for_previous_kernel(PDL)
     value = tl.load(x + row * size + at, there, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / size + eps)
     value *= scale * gain
@@ -101,7 +106,7 @@ def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr)
 
 @triton.jit
 def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < size

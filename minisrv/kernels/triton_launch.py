@@ -3,16 +3,17 @@
 It also has the counters by which the programs of one kernel find out which of them is last.
 
 Programmatic dependent launch (PDL): a kernel may begin as soon as every program of the kernel
-before it has allowed that (`lead`) or ended; its own `wait` returns when that kernel has ended. As
-each kernel waits, all earlier kernels have ended by then too. Before its wait a kernel may read
-only data that no kernel writes, such as weights, and it writes nothing.
+before it has allowed that (`launch_dependents`) or ended; its own `wait_for_previous_kernel`
+returns when that kernel has ended. As each kernel waits, all earlier kernels have ended by then
+too. Before its wait a kernel may read only data that no kernel writes, such as weights, and it
+writes nothing.
 
-A kernel that reads weights calls `lead` before it waits, so that the weights of the kernels after
-it are loaded meanwhile as well, for as many kernels as the GPU has room for. Every other kernel
-calls `follow`: it allows the next kernel to begin only after its own wait. So when a kernel begins,
-everything before the last kernel that called `follow` has ended, and it may read the results of
-that before its wait too. A kernel that is launched without PDL begins when the one before it has
-ended, as usual.
+A kernel that reads weights calls `launch_dependents` before it waits, so that the weights of the
+kernels after it are loaded meanwhile as well, for as many kernels as the GPU has room for. Every
+other kernel calls `wait_and_launch_dependents`: it allows the next kernel to begin only after its
+own wait. So when a kernel begins, everything before the last kernel that called
+`wait_and_launch_dependents` has ended, and it may read the results of that before its wait too. A
+kernel that is launched without PDL begins when the one before it has ended, as usual.
 
 Knows: whether PDL is on. Knows no kernel.
 """
@@ -57,24 +58,24 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def lead(PDL: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """Allow the next kernel to begin."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait(PDL: tl.constexpr):
+def wait_for_previous_kernel(PDL: tl.constexpr):
     """Wait until the kernel before this one has ended."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
-def follow(PDL: tl.constexpr):
+def wait_and_launch_dependents(PDL: tl.constexpr):
     """Wait, then allow the next kernel to begin."""
-    wait(PDL)
-    lead(PDL)
+    wait_for_previous_kernel(PDL)
+    launch_dependents(PDL)
 
 
 @cache

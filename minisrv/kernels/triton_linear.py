@@ -29,11 +29,11 @@ from torch import Tensor
 from minisrv.kernels import tiles
 from minisrv.kernels.gluon_linear import sliced
 from minisrv.kernels.tiles import GemvTile, SlicedTile, Tile
-from minisrv.kernels.triton_elementwise import finish
-from minisrv.kernels.triton_launch import arrivals, lead, pdl, wait
+from minisrv.kernels.triton_elementwise import gemm_epilogue
+from minisrv.kernels.triton_launch import arrivals, launch_dependents, pdl, wait_for_previous_kernel
 
 
-def few_rows(
+def skinny_gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -44,7 +44,7 @@ def few_rows(
     gated: bool,
     add: bool,
 ) -> None:
-    """See `kernels.linear.few_rows_op`."""
+    """See `kernels.linear.skinny_gemm_op`."""
     n, k = weight.shape
     tile = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
     assert tile is not None, "a product that is not cuBLAS's"
@@ -62,7 +62,7 @@ def multiply(
     add: bool,
     tile: Tile,
 ) -> None:
-    """Compute `few_rows` with the kernel of `tile`."""
+    """Compute `skinny_gemm` with the kernel of `tile`."""
     assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     (rows, k), n = x.shape, out.shape[1]
     operands, parts = (x, weight, bias, norm, out), triton.cdiv(n, tile.outputs)
@@ -80,7 +80,7 @@ def multiply(
             ROWS=block,
             BLOCK_K=tiles.SLICE,
             SLICES=tile.warps,
-            AHEAD=tile.ahead,
+            PREFETCH=tile.prefetch,
             **shape,
             **pdl(),
         )
@@ -143,8 +143,8 @@ def _gemv(
         first = tl.load(bias + output, there, other=0.0)
         if GATED:
             second = tl.load(bias + n + output, there, other=0.0)
-    lead(PDL)
-    wait(PDL)
+    launch_dependents(PDL)
+    wait_for_previous_kernel(PDL)
     before = None
     if ADD:
         before = tl.load(out + output, there, other=0.0)
@@ -173,7 +173,7 @@ def _gemv(
     scale = None
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
-    y = finish(y, z, scale, first, second, before)
+    y = gemm_epilogue(y, z, scale, first, second, before)
     tl.store(out + output, y.to(out.dtype.element_ty), there)
 
 
@@ -233,7 +233,7 @@ def _tall(
     """Compute BLOCK_N outputs of all rows, from a share of the columns if they are split. The last
     of the programs that share adds the shares up in a fixed order, so that sums do not depend on
     which program was last."""
-    lead(PDL)
+    launch_dependents(PDL)
     part = tl.program_id(0)
     split = tl.program_id(1)
     output = part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -250,7 +250,7 @@ def _tall(
     u = w
     if GATED:
         u = tl.load(partner + at, inside & (at < last), other=0.0)
-    wait(PDL)
+    wait_for_previous_kernel(PDL)
     place = out + row[None, :] * n + output[:, None]
     there = (row < rows)[None, :] & inside
     before = None
@@ -301,5 +301,5 @@ def _tall(
         first = tl.load(bias + output, output < n, other=0.0)[:, None]
         if GATED:
             second = tl.load(bias + n + output, output < n, other=0.0)[:, None]
-    y = finish(y, z if GATED else None, scale, first, second, before)
+    y = gemm_epilogue(y, z if GATED else None, scale, first, second, before)
     tl.store(place, y.to(out.dtype.element_ty), there)

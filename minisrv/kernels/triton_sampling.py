@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisrv.kernels.sampling import ALL, MIN_TEMPERATURE
-from minisrv.kernels.triton_launch import follow, pdl
+from minisrv.kernels.triton_launch import pdl, wait_and_launch_dependents
 
 BLOCK = 1024
 """Number of tokens of the vocabulary that a program takes at once."""
@@ -44,7 +44,7 @@ that sums do not depend on their order."""
 
 def sample(
     logits: Tensor,
-    slots: Tensor,
+    req_indices: Tensor,
     positions: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -60,7 +60,7 @@ def sample(
     device = logits.device
     bins = 1 << 16 if logits.dtype.itemsize == 2 else 0
     counts = torch.empty(rows, bins, dtype=torch.int32, device=device)
-    filters = (slots, temperature, top_k, top_p, min_p)
+    filters = (req_indices, temperature, top_k, top_p, min_p)
     if bins:
         _clear[(rows, bins // FILTER_BLOCK)](
             *filters, counts, VOCAB=vocab, GREEDY=MIN_TEMPERATURE, BLOCK=FILTER_BLOCK, **pdl()
@@ -97,7 +97,7 @@ def sample(
     )
     _score[(rows, parts)](
         logits,
-        slots,
+        req_indices,
         positions,
         temperature,
         seed,
@@ -152,7 +152,7 @@ def _apply_bitmask(
     PDL: tl.constexpr,
 ):
     """Mask a part of a row's tokens: WORDS words of 32 tokens."""
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     there = at * 32 < VOCAB
@@ -167,16 +167,22 @@ def _apply_bitmask(
 
 
 @triton.jit
-def _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB: tl.constexpr, GREEDY: tl.constexpr):
+def _is_unfiltered(
+    req_indices, temperature, top_k, top_p, min_p, VOCAB: tl.constexpr, GREEDY: tl.constexpr
+):
     """Whether this program's row is greedy or has no filters."""
-    slot = tl.load(slots + tl.program_id(0))
-    k = tl.load(top_k + slot)
-    filtered = ((k > 0) & (k < VOCAB)) | (tl.load(top_p + slot) < 1) | (tl.load(min_p + slot) > 0)
-    return (tl.load(temperature + slot) < GREEDY) | (filtered == 0)
+    req_index = tl.load(req_indices + tl.program_id(0))
+    k = tl.load(top_k + req_index)
+    filtered = (
+        ((k > 0) & (k < VOCAB))
+        | (tl.load(top_p + req_index) < 1)
+        | (tl.load(min_p + req_index) > 0)
+    )
+    return (tl.load(temperature + req_index) < GREEDY) | (filtered == 0)
 
 
 @triton.jit
-def _key(logit, heat, BINS: tl.constexpr):
+def _key(logit, temp, BINS: tl.constexpr):
     """Return an int64 key with the same order as the scores, which are the logits over the
     temperature; both zeros have the same key. The key is below BINS for logits of 16 bits, which
     need no temperature for it, and below 2^32 otherwise."""
@@ -185,18 +191,18 @@ def _key(logit, heat, BINS: tl.constexpr):
         bits = zero.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
         key = tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
     else:
-        bits = (logit / heat + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        bits = (logit / temp + 0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         key = tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
     return key
 
 
 @triton.jit
-def _score_of(key, heat, logits, BINS: tl.constexpr):
+def _score_of(key, temp, logits, BINS: tl.constexpr):
     """Return the float32 score that has this key."""
     if BINS:
         bits = tl.where(key >= 0x8000, key - 0x8000, 0xFFFF - key)
         logit = bits.to(tl.uint16).to(logits.dtype.element_ty, bitcast=True)
-        score = logit.to(tl.float32) / heat
+        score = logit.to(tl.float32) / temp
     else:
         bits = tl.where(key >= 0x80000000, key - 0x80000000, 0xFFFFFFFF - key)
         score = bits.to(tl.uint32).to(tl.float32, bitcast=True)
@@ -205,7 +211,7 @@ def _score_of(key, heat, logits, BINS: tl.constexpr):
 
 @triton.jit
 def _clear(
-    slots,
+    req_indices,
     temperature,
     top_k,
     top_p,
@@ -217,8 +223,8 @@ def _clear(
     PDL: tl.constexpr,
 ):
     """Clear a part of a row's histogram."""
-    follow(PDL)
-    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+    wait_and_launch_dependents(PDL)
+    if _is_unfiltered(req_indices, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -228,7 +234,7 @@ def _clear(
 @triton.jit
 def _count(
     logits,
-    slots,
+    req_indices,
     temperature,
     top_k,
     top_p,
@@ -242,8 +248,8 @@ def _count(
     PDL: tl.constexpr,
 ):
     """Add a part of a row's tokens to its histogram."""
-    follow(PDL)
-    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+    wait_and_launch_dependents(PDL)
+    if _is_unfiltered(req_indices, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCKS * BLOCK
@@ -255,10 +261,10 @@ def _count(
 
 
 @triton.jit
-def _above(
+def _count_above(
     source,
     counts,
-    heat,
+    temp,
     peak,
     least,
     most,
@@ -277,25 +283,25 @@ def _above(
             key = begin + lane
             times = tl.load(counts + key, key <= most, other=0).to(tl.int64)
             if WEIGH:
-                score = _score_of(key, heat, source, BINS)
+                score = _score_of(key, temp, source, BINS)
                 times *= (tl.exp(score - peak) * MASS).to(tl.int64)
             total += times
     else:
         for begin in range(0, VOCAB, BLOCK):
             at = begin + lane
             logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
-            times = ((_key(logit, heat, BINS) > least) & (at < VOCAB)).to(tl.int64)
+            times = ((_key(logit, temp, BINS) > least) & (at < VOCAB)).to(tl.int64)
             if WEIGH:
-                times *= (tl.exp(logit / heat - peak) * MASS).to(tl.int64)
+                times *= (tl.exp(logit / temp - peak) * MASS).to(tl.int64)
             total += times
     return tl.sum(total)
 
 
 @triton.jit
-def _tied(
+def _count_tied(
     source,
     counts,
-    heat,
+    temp,
     key,
     BINS: tl.constexpr,
     VOCAB: tl.constexpr,
@@ -310,16 +316,16 @@ def _tied(
         for begin in range(0, VOCAB, BLOCK):
             at = begin + lane
             logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
-            total += ((_key(logit, heat, BINS) == key) & (at < VOCAB)).to(tl.int64)
+            total += ((_key(logit, temp, BINS) == key) & (at < VOCAB)).to(tl.int64)
         times = tl.sum(total)
     return times
 
 
 @triton.jit
-def _cut(
+def _find_threshold(
     source,
     counts,
-    heat,
+    temp,
     peak,
     low,
     high,
@@ -336,8 +342,8 @@ def _cut(
     beyond = tl.full([], 0, tl.int64)
     while low < high:
         middle = (low + high) // 2
-        more = beyond + _above(
-            source, counts, heat, peak, middle, high, WEIGH, BINS, VOCAB, MASS, BLOCK
+        more = beyond + _count_above(
+            source, counts, temp, peak, middle, high, WEIGH, BINS, VOCAB, MASS, BLOCK
         )
         less = more.to(tl.float64) < wanted
         if BINS:
@@ -350,7 +356,7 @@ def _cut(
 @triton.jit
 def _filter(
     logits,
-    slots,
+    req_indices,
     temperature,
     top_k,
     top_p,
@@ -368,18 +374,18 @@ def _filter(
 ):
     """Find the tokens that a row keeps: those with keys above cut[row, 0], of those with that key
     the tokens up to cut[row, 1], and of all these none with a score below floor[row]."""
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     tl.store(cut + row * 2, -1)
     tl.store(cut + row * 2 + 1, VOCAB)
     tl.store(floor + row, float("-inf"))
-    if _keeps_all(slots, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
+    if _is_unfiltered(req_indices, temperature, top_k, top_p, min_p, VOCAB, GREEDY):
         return
 
-    slot = tl.load(slots + row)
-    heat = tl.load(temperature + slot)
-    k = tl.load(top_k + slot)
-    p = tl.load(top_p + slot)
+    req_index = tl.load(req_indices + row)
+    temp = tl.load(temperature + req_index)
+    k = tl.load(top_k + req_index)
+    p = tl.load(top_p + req_index)
     source = logits + row * stride
     counts += row * BINS
     lane = tl.arange(0, BLOCK)
@@ -387,48 +393,54 @@ def _filter(
         highest = tl.full([BLOCK], 0, tl.int64)
         for begin in range(0, BINS, BLOCK):
             key = begin + lane.to(tl.int64)
-            score = _score_of(key, heat, logits, BINS)
+            score = _score_of(key, temp, logits, BINS)
             there = (tl.load(counts + key) > 0) & (score == score)
             highest = tl.maximum(highest, tl.where(there, key, 0))
         top = tl.max(highest)
-        peak = _score_of(top, heat, logits, BINS)
+        peak = _score_of(top, temp, logits, BINS)
     else:
         greatest = tl.full([BLOCK], float("-inf"), tl.float32)
         for begin in range(0, VOCAB, BLOCK):
             at = begin + lane
             logit = tl.load(source + at, at < VOCAB, other=float("-inf"))
             greatest = tl.maximum(greatest, logit)
-        top = _key(tl.max(greatest), heat, BINS)
-        peak = _score_of(top, heat, logits, BINS)
-    tl.store(floor + row, peak + tl.log(tl.load(min_p + slot)))
+        top = _key(tl.max(greatest), temp, BINS)
+        peak = _score_of(top, temp, logits, BINS)
+    tl.store(floor + row, peak + tl.log(tl.load(min_p + req_index)))
 
     low = tl.full([], 0, tl.int64)
     ties = VOCAB + 0 * k
     if (k > 0) & (k < VOCAB):  # find the k-th key from above, and how many of its ties are kept
-        low = _cut(source, counts, heat, peak, low, top, k, False, BINS, VOCAB, MASS, BLOCK)
-        ties = k - _above(source, counts, heat, peak, low, top, False, BINS, VOCAB, MASS, BLOCK)
+        low = _find_threshold(
+            source, counts, temp, peak, low, top, k, False, BINS, VOCAB, MASS, BLOCK
+        )
+        ties = k - _count_above(
+            source, counts, temp, peak, low, top, False, BINS, VOCAB, MASS, BLOCK
+        )
     if p < 1:  # a share of the mass that top-k leaves
         bottom = low
-        each = (tl.exp(_score_of(low, heat, logits, BINS) - peak) * MASS).to(tl.int64)
-        kept = tl.minimum(ties, _tied(source, counts, heat, low, BINS, VOCAB, BLOCK))
-        mass = _above(source, counts, heat, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
+        each = (tl.exp(_score_of(low, temp, logits, BINS) - peak) * MASS).to(tl.int64)
+        kept = tl.minimum(ties, _count_tied(source, counts, temp, low, BINS, VOCAB, BLOCK))
+        mass = _count_above(source, counts, temp, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
         wanted = p.to(tl.float64) * (mass + kept * each).to(tl.float64)
-        low = _cut(source, counts, heat, peak, low, top, wanted, True, BINS, VOCAB, MASS, BLOCK)
-        mass = _above(source, counts, heat, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
-        each = (tl.exp(_score_of(low, heat, logits, BINS) - peak) * MASS).to(tl.int64)
+        low = _find_threshold(
+            source, counts, temp, peak, low, top, wanted, True, BINS, VOCAB, MASS, BLOCK
+        )
+        mass = _count_above(source, counts, temp, peak, low, top, True, BINS, VOCAB, MASS, BLOCK)
+        each = (tl.exp(_score_of(low, temp, logits, BINS) - peak) * MASS).to(tl.int64)
         missing = wanted - mass.to(tl.float64)
         enough = tl.ceil(missing / tl.maximum(each, 1).to(tl.float64)).to(tl.int64)
         ties = tl.where(low == bottom, tl.minimum(ties, enough), enough)
         ties = tl.maximum(ties, 1)
     tl.store(cut + row * 2, low)
-    if ties < _tied(source, counts, heat, low, BINS, VOCAB, BLOCK):
+    if ties < _count_tied(source, counts, temp, low, BINS, VOCAB, BLOCK):
         # Find the last tied token that is kept, in the order of tokens.
         seen = tl.full([], 0, tl.int64)
         last = tl.full([], -1, tl.int64)
         for begin in range(0, VOCAB, BLOCK):
             at = begin + lane
             logit = tl.load(source + at, at < VOCAB, other=0.0)
-            is_tied = (_key(logit, heat, BINS) == low) & (at < VOCAB)
+            is_tied = (_key(logit, temp, BINS) == low) & (at < VOCAB)
             rank = seen + tl.cumsum(is_tied.to(tl.int64), 0)
             chosen = is_tied & (rank <= ties)
             last = tl.maximum(last, tl.max(tl.where(chosen, at, -1)).to(tl.int64))
@@ -449,7 +461,7 @@ def _mix(x):
 @triton.jit
 def _score(
     logits,
-    slots,
+    req_indices,
     positions,
     temperature,
     seed,
@@ -466,15 +478,15 @@ def _score(
     PDL: tl.constexpr,
 ):
     """Find the best score in a part of a row's tokens, and the first token that has it."""
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    slot = tl.load(slots + row)
-    heat = tl.load(temperature + slot)
+    req_index = tl.load(req_indices + row)
+    temp = tl.load(temperature + req_index)
     edge = tl.load(cut + row * 2)
     last = tl.load(cut + row * 2 + 1)
     least = tl.load(floor + row)
-    number = tl.load(seed + slot)
+    number = tl.load(seed + req_index)
     hashed = _mix((number & 0xFFFFFFFF).to(tl.uint32))
     hashed = _mix(hashed ^ ((number >> 32) & 0xFFFFFFFF).to(tl.uint32))
     hashed = _mix(hashed ^ tl.load(positions + row).to(tl.uint32))
@@ -485,9 +497,9 @@ def _score(
         there = at < VOCAB
         logit = tl.load(logits + row * stride + at, there, other=float("-inf"))
         score = logit.to(tl.float32)
-        if heat >= GREEDY:
-            key = _key(logit, heat, BINS)
-            score /= heat
+        if temp >= GREEDY:
+            key = _key(logit, temp, BINS)
+            score /= temp
             kept = (key > edge) | ((key == edge) & (at <= last))
             kept &= score >= least
             bits = _mix(_mix(hashed + at.to(tl.uint32) * 0x9E3779B1) ^ hashed)
@@ -507,7 +519,7 @@ def _score(
 @triton.jit(do_not_specialize=["parts"])
 def _choose(best, found, out, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Find the first of a row's best tokens."""
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < parts

@@ -60,12 +60,12 @@ class Projection(nn.Module):
 
     def write_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         """Write norm(x) W^T + b to out [T, out]."""
-        self.method.apply_with_norm(x, norm.as_kernels_take_it(), out)
+        self.method.apply_with_norm(x, norm.as_kernel_argument(), out)
 
     def write_gated_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
         b."""
-        self.method.apply_with_norm_and_gate(x, norm.as_kernels_take_it(), out)
+        self.method.apply_with_norm_and_gate(x, norm.as_kernel_argument(), out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add x W^T + b to residual [T, out], in place."""
@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
         """Write norm(x) to out; both are [T, size]."""
         rms_norm_op(x, self.weight, out, eps=self.eps)
 
-    def as_kernels_take_it(self) -> Norm:
+    def as_kernel_argument(self) -> Norm:
         """Return the norm as data, for a kernel that norms the rows of its argument itself."""
         return Norm(self.weight, self.eps)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisrv.checkpoint import weight_files
-from minisrv.errors import WeightsError, shortened
+from minisrv.errors import WeightsError, truncated
 from minisrv.model_config import ModelConfig
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.registry import model_class
@@ -63,14 +63,14 @@ def load_model(
     """
     if load_format == "dummy":
         model = _make(config, dtype, device)
-        _draw(model, seed)
+        _init_dummy_weights(model, seed)
         return model.eval()
     assert directory is not None, "only dummy weights need no checkpoint"
     files = weight_files(directory)
     _check_size(config, directory, files)
     if config.tie_word_embeddings:
-        ends = _ends(files)
-        if len(ends) == 2 and not torch.equal(*ends.values()):
+        tied = _tied_weights(files)
+        if len(tied) == 2 and not torch.equal(*tied.values()):
             logger.warning(
                 "tie_word_embeddings is true, and %s holds an output projection that differs from "
                 "the embedding; it is used, as transformers does.",
@@ -79,7 +79,7 @@ def load_model(
             config = replace(config, tie_word_embeddings=False)
     model = _make(config, dtype, device)
     destinations = dict(model.destinations())
-    if config.tie_word_embeddings and [*ends] == [HEAD]:  # the only name that it was saved under
+    if config.tie_word_embeddings and [*tied] == [HEAD]:  # the only name that it was saved under
         destinations[HEAD] = destinations.pop(EMBEDDING)
     _load(destinations, files, progress)
     return model.eval()
@@ -107,7 +107,7 @@ def _make(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -
         return model_class(config)(config, dtype=dtype)
 
 
-def _ends(files: Sequence[Path]) -> dict[str, Tensor]:
+def _tied_weights(files: Sequence[Path]) -> dict[str, Tensor]:
     """Return the embedding and the output projection by name, as far as the files hold them. They
     are mapped, so nothing is read before it is used."""
     found: dict[str, Tensor] = {}
@@ -130,7 +130,7 @@ def _load(
                     problems.note("duplicate", f"{name} (again in {path.name})")
                 elif name in destinations:
                     filled.add(name)
-                    _fill(name, destinations[name], shard, problems)
+                    _load_tensor(name, destinations[name], shard, problems)
                     if progress is not None:
                         progress(len(filled), len(destinations))
                 elif not _is_harmless(name):
@@ -152,7 +152,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
-def _fill(name: str, destination: Tensor, shard: Any, problems: _Problems) -> None:
+def _load_tensor(name: str, destination: Tensor, shard: Any, problems: _Problems) -> None:
     lazy = shard.get_slice(name)
     shape, dtype = tuple(lazy.get_shape()), lazy.get_dtype()
     if shape != tuple(destination.shape):
@@ -177,7 +177,7 @@ class _Problems:
         self.found: dict[str, list[str]] = {}
 
     def note(self, kind: str, weight: str) -> None:
-        self.found.setdefault(kind, []).append(shortened(weight, MAX_CHARACTERS))
+        self.found.setdefault(kind, []).append(truncated(weight, MAX_CHARACTERS))
 
     def raise_if_any(self, directory: Path) -> None:
         if not self.found:
@@ -193,7 +193,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _draw(model: Decoder, seed: int) -> None:
+def _init_dummy_weights(model: Decoder, seed: int) -> None:
     """Fill the model with random weights that keep activations near unit size; they are the same
     for the same seed and dtype."""
     device = next(model.parameters()).device

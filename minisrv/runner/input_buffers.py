@@ -1,14 +1,15 @@
-"""The static buffers of a step, the per-slot state, and the one place that fills them.
+"""The static buffers of a step, the persistent tensors of the requests, and the one place that
+fills them.
 
 Knows: addresses. Every tensor that a graph reads or writes, except for the cache and those of the
-model itself, lives here, allocated once at its largest size. `SlotState` outlives steps: a request
-owns a slot, and the inputs of its next step (last token, position, block table, sampling
-parameters) are written there, by the host when the request starts and by the step itself from then
-on. `InputBuffers` holds one step. Knows nothing of graphs or of the model.
+model itself, lives here, allocated once at its largest size. `RequestTensors` outlives steps: a
+request owns a request index, and the inputs of its next step (last token, position, block table,
+sampling parameters) are written there, by the host when the request starts and by the step itself
+from then on. `InputBuffers` holds one step. Knows nothing of graphs or of the model.
 
-A padding row uses slot 0, whose state is token 0, position 0 and block table 0. In a decode step it
-is computed like any other row, in any other step it is empty. An epilogue may have more padding
-rows than the step before it.
+A padding row uses request index 0, whose state is token 0, position 0 and block table 0. In a
+decode step it is computed like any other row, in any other step it is empty. An epilogue may have
+more padding rows than the step before it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.core.kv_cache import NULL_SLOT
+from minisrv.core.kv_cache import NULL_REQ_INDEX
 from minisrv.core.ladder import Ladders
 from minisrv.core.step import SchedulerOutput
 from minisrv.kernels import (
@@ -41,19 +42,19 @@ from minisrv.modes import BatchDescriptor
 class BufferSizes:
     """The sizes of the static buffers.
 
-    rows: the number of rows of the largest padded step.
-    tokens: the number of tokens of the largest padded step.
-    slots: the number of slots: the null slot, one for each request that runs, and as many that are
-        reserved for the certification of graphs.
-    blocks_per_row: the width of the block table, in blocks.
+    max_num_reqs: the number of rows of the largest padded step.
+    max_num_tokens: the number of tokens of the largest padded step.
+    num_req_indices: the number of request indices: the null index, one for each request that runs,
+        and as many that are reserved for the certification of graphs.
+    max_num_blocks_per_req: the width of the block table, in blocks.
     block_size: the number of tokens in a block.
     query_len: the number of tokens of a request in a step of pure decode.
     """
 
-    rows: int
-    tokens: int
-    slots: int
-    blocks_per_row: int
+    max_num_reqs: int
+    max_num_tokens: int
+    num_req_indices: int
+    max_num_blocks_per_req: int
     block_size: int
     query_len: int
 
@@ -61,29 +62,31 @@ class BufferSizes:
     def of(cls, ladders: Ladders, max_model_len: int, block_size: int) -> BufferSizes:
         """Return the sizes that the steps and the graphs of `ladders` need."""
         return cls(
-            rows=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
-            tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
-            slots=2 * ladders.max_num_seqs + 1,
-            blocks_per_row=-(-max_model_len // block_size),
+            max_num_reqs=max(ladders.max_num_seqs, *ladders.decode, *ladders.epilogues, 1),
+            max_num_tokens=max(ladders.max_num_batched_tokens, *ladders.decode, *ladders.mixed, 1),
+            num_req_indices=2 * ladders.max_num_seqs + 1,
+            max_num_blocks_per_req=-(-max_model_len // block_size),
             block_size=block_size,
             query_len=ladders.query_len,
         )
 
     def bytes_of_rows(self, model: ModelConfig, itemsize: int) -> int:
-        """Return the minimum number of bytes that rows and slots take: the buffers that are
-        allocated for them here, and logits once more in float32, which sampling makes.
+        """Return the minimum number of bytes that rows and request indices take: the buffers that
+        are allocated for them here, and logits once more in float32, which sampling makes.
 
         itemsize: the size of an element of the model's dtype, in bytes.
         """
-        per_row = 4 * self.blocks_per_row + model.vocab_size // 8 + model.vocab_size * itemsize
+        per_row = (
+            4 * self.max_num_blocks_per_req + model.vocab_size // 8 + model.vocab_size * itemsize
+        )
         per_row += 4 * model.vocab_size
-        return self.rows * per_row + self.slots * 4 * self.blocks_per_row
+        return self.max_num_reqs * per_row + self.num_req_indices * 4 * self.max_num_blocks_per_req
 
     def bytes_of_tokens(self, model: ModelConfig, itemsize: int) -> int:
         """Return the minimum number of bytes that tokens take: the buffers that are allocated for
         them here and in the model, and the widest activation in the model, gate and up."""
         wide = model.qkv_size + model.q_size + model.hidden_size + 2 * model.intermediate_size
-        return self.tokens * (4 * 8 + wide * itemsize)
+        return self.max_num_tokens * (4 * 8 + wide * itemsize)
 
 
 def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -101,7 +104,7 @@ def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
 
 class Upload:
     """The host's values of one step on their way to the device: one copy, and one launch that
-    writes each value to its place (`kernels.slots.write_values`)."""
+    writes each value to its place (`kernels.step_inputs.write_values`)."""
 
     def __init__(self) -> None:
         self._writes: list[Write] = []
@@ -110,15 +113,15 @@ class Upload:
         self,
         target: Tensor,
         values: NDArray[np.int64] | NDArray[np.float64],
-        at: NDArray[np.int64] | None = None,
+        indices: NDArray[np.int64] | None = None,
     ) -> None:
         """Add values to write. In one step no two values may go to the same place.
 
         target: a contiguous tensor; int64 or int32 for integers, float32 for floats.
-        at: the index of each value in the flattened target; with None the values go to its
+        indices: the index of each value in the flattened target; with None the values go to its
             beginning, in order.
         """
-        self._writes.append(Write(target, values, at))
+        self._writes.append(Write(target, values, indices))
 
     def send(self, device: torch.device) -> None:
         """Copy and write the values; if there are none, launch nothing."""
@@ -126,8 +129,9 @@ class Upload:
             write_values(self._writes, lambda packed: to_device(packed, device))
 
 
-class SlotState:
-    """The inputs of a request's next step, by slot. There are S slots; slot 0 is the null slot.
+class RequestTensors:
+    """The inputs of a request's next step, by request index. There are S request indices; 0 is the
+    null index.
 
     last_token, next_position: [S] int64, the input of the next decode step.
     block_table: [S, blocks_per_row] int32; entries beyond a request's blocks are stale.
@@ -136,38 +140,39 @@ class SlotState:
     """
 
     def __init__(self, sizes: BufferSizes, device: torch.device) -> None:
-        slots = sizes.slots
-        self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.next_position = torch.zeros(slots, dtype=torch.int64, device=device)
+        req_indices = sizes.num_req_indices
+        self.last_token = torch.zeros(req_indices, dtype=torch.int64, device=device)
+        self.next_position = torch.zeros(req_indices, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(
-            slots, sizes.blocks_per_row, dtype=torch.int32, device=device
+            req_indices, sizes.max_num_blocks_per_req, dtype=torch.int32, device=device
         )
-        self.temperature = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(slots, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(slots, dtype=torch.float32, device=device)
-        self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.temperature = torch.zeros(req_indices, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(req_indices, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(req_indices, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(req_indices, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(req_indices, dtype=torch.int64, device=device)
 
     def apply(self, output: SchedulerOutput, upload: Upload) -> None:
-        """Write the state of slots that have a new request, and new entries of block tables."""
-        if new := output.new_slots:
-            slots = np.array([start.slot for start in new], np.int64)
+        """Write the state of request indices that have a new request, and new entries of block
+        tables."""
+        if new := output.new_reqs:
+            req_indices = np.array([start.req_index for start in new], np.int64)
             floats = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new]
             temperature, top_p, min_p = np.array(floats, np.float64).T.copy()
-            upload.add(self.top_k, np.array([s.params.top_k for s in new], np.int64), slots)
-            upload.add(self.seed, np.array([s.seed for s in new], np.int64), slots)
-            upload.add(self.temperature, temperature, slots)
-            upload.add(self.top_p, top_p, slots)
-            upload.add(self.min_p, min_p, slots)
+            upload.add(self.top_k, np.array([s.params.top_k for s in new], np.int64), req_indices)
+            upload.add(self.seed, np.array([s.seed for s in new], np.int64), req_indices)
+            upload.add(self.temperature, temperature, req_indices)
+            upload.add(self.top_p, top_p, req_indices)
+            upload.add(self.min_p, min_p, req_indices)
         if output.new_blocks:
-            slots, indices, blocks = np.array(output.new_blocks, np.int64).T.copy()
-            upload.add(self.block_table, blocks, slots * self.block_table.shape[1] + indices)
+            req_indices, indices, blocks = np.array(output.new_blocks, np.int64).T.copy()
+            upload.add(self.block_table, blocks, req_indices * self.block_table.shape[1] + indices)
 
 
 class InputBuffers:
     """The arguments and results of one step at fixed addresses, for at most R rows and T tokens.
 
-    slots: [R] int64, the slot of each row.
+    req_indices: [R] int64, the request index of each row.
     input_ids, positions, slot_mapping: [T] int64.
     token_rows: [T] int64, the row that each token belongs to.
     block_table: [R, blocks_per_row] int32.
@@ -175,7 +180,7 @@ class InputBuffers:
     query_start_loc: [R + 1] int32.
     hidden: [T, hidden] in the model's dtype.
     logits: [R, vocab] in the model's dtype.
-    tokens: [R] int64, the sampled tokens.
+    sampled_token_ids: [R] int64, the sampled tokens.
     logits_indices: [R] int64, the index of the hidden state that each row samples from.
     bitmask: [R, vocab / 32] int32, the tokens that each row may sample, as
         `kernels.apply_bitmask_op` takes them; between steps it allows all tokens.
@@ -185,38 +190,38 @@ class InputBuffers:
         self,
         model: ModelConfig,
         sizes: BufferSizes,
-        state: SlotState,
+        request_tensors: RequestTensors,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        rows, tokens = sizes.rows, sizes.tokens
+        rows, tokens = sizes.max_num_reqs, sizes.max_num_tokens
 
         def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.sizes = sizes
-        self.state = state
+        self.request_tensors = request_tensors
         self.device = device
-        self.slots = ints(rows)
+        self.req_indices = ints(rows)
         self.input_ids = ints(tokens)
         self.positions = ints(tokens)
         self.slot_mapping = ints(tokens)
         self.token_rows = ints(tokens)
-        self.block_table = ints(rows, sizes.blocks_per_row, dtype=torch.int32)
+        self.block_table = ints(rows, sizes.max_num_blocks_per_req, dtype=torch.int32)
         self.seq_lens = ints(rows, dtype=torch.int32)
         self.query_start_loc = ints(rows + 1, dtype=torch.int32)
-        self.tokens = ints(rows)
+        self.sampled_token_ids = ints(rows)
         self.logits_indices = ints(rows)
         self.bitmask = ints(rows, -(-model.vocab_size // 32), dtype=torch.int32).fill_(ALL)
         self.hidden = torch.zeros(tokens, model.hidden_size, dtype=dtype, device=device)
         self.logits = torch.zeros(rows, model.vocab_size, dtype=dtype, device=device)
         # Decode rows are all of the same length, so this never changes.
         starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._decode_starts = starts * sizes.query_len
+        self._decode_query_start_loc = starts * sizes.query_len
         self._decode_metadata: dict[BatchDescriptor, AttentionMetadata] = {}
-        self._given: tuple[int, BatchDescriptor, int] | None = None
+        self._last_prepared: tuple[int, BatchDescriptor, int] | None = None
 
-    def fill(
+    def prepare_inputs(
         self, output: SchedulerOutput, descriptor: BatchDescriptor, epilogue_rows: int
     ) -> AttentionMetadata:
         """Write a step into the state and the buffers, padded to the descriptor, and return its
@@ -225,20 +230,20 @@ class InputBuffers:
         epilogue_rows: the padded number of rows of the epilogue that follows the hidden states; 0
             if none follows.
 
-        For a uniform decode step only the slots, and the indices for its epilogue, are written: the
-        step itself gathers the rest (`gather_decode`), because only the device knows the last
-        tokens when the step is launched ahead. A step of the same batch as the step before it needs
-        neither.
+        For a uniform decode step only the request indices, and the indices for its epilogue, are
+        written: the step itself gathers the rest (`gather_decode`), because only the device knows
+        the last tokens when the step is launched ahead. A step of the same batch as the step before
+        it needs neither.
         """
-        upload, given = Upload(), self._given
+        upload, previous = Upload(), self._last_prepared
         tokens, num_rows = descriptor.num_tokens, output.num_rows
         rows = num_rows if descriptor.num_reqs is None else descriptor.num_reqs
-        self.state.apply(output, upload)
-        self._given = (output.batch_id, descriptor, epilogue_rows)
-        if not (output.advance and given == self._given):
-            slots = np.full(max(rows, epilogue_rows), NULL_SLOT, np.int64)
-            slots[:num_rows] = [row.slot for row in output.batch_rows]
-            upload.add(self.slots, slots)
+        self.request_tensors.apply(output, upload)
+        self._last_prepared = (output.batch_id, descriptor, epilogue_rows)
+        if not (output.position_offset and previous == self._last_prepared):
+            req_indices = np.full(max(rows, epilogue_rows), NULL_REQ_INDEX, np.int64)
+            req_indices[:num_rows] = [row.req_index for row in output.batch_rows]
+            upload.add(self.req_indices, req_indices)
             if epilogue_rows:
                 indices = np.zeros(epilogue_rows, np.int64)
                 lengths = [row.num_tokens for row in output.batch_rows]
@@ -248,29 +253,31 @@ class InputBuffers:
             upload.send(self.device)
             assert query_len == self.sizes.query_len, "the ladder of decode graphs has one length"
             if descriptor not in self._decode_metadata:  # the same for every batch of this shape
-                metadata = self._metadata(tokens, rows, self._decode_starts, query_len)
+                metadata = self._metadata(tokens, rows, self._decode_query_start_loc, query_len)
                 self._decode_metadata[descriptor] = metadata
             return self._decode_metadata[descriptor]
-        self._fill_tokens(output, tokens, rows, upload)
+        self._prepare_tokens(output, tokens, rows, upload)
         # A row that is not padding has at least one token. A capture must be valid for any batch.
         one_each = descriptor.num_reqs is None and tokens == rows
         return self._metadata(tokens, rows, self.query_start_loc, 1 if one_each else tokens)
 
-    def _fill_tokens(self, output: SchedulerOutput, padded: int, rows: int, upload: Upload) -> None:
+    def _prepare_tokens(
+        self, output: SchedulerOutput, padded: int, rows: int, upload: Upload
+    ) -> None:
         """Write the tokens of a step that is not uniform decode.
 
         padded: the number of tokens of the padded step.
         rows: the number of rows, including those of padding, which are empty.
         """
-        step, total, decodes = output.rows, output.num_tokens, output.num_decodes
+        batch_rows, total, decodes = output.rows, output.num_tokens, output.num_decodes
         lengths, starts = np.zeros((2, rows), np.int64)
-        lengths[: len(step)] = [row.num_tokens for row in step]
-        starts[: len(step)] = [row.start for row in step]
+        lengths[: len(batch_rows)] = [row.num_tokens for row in batch_rows]
+        starts[: len(batch_rows)] = [row.num_computed_tokens for row in batch_rows]
         ends = np.cumsum(lengths)
         ids, positions, token_rows = np.zeros((3, padded), np.int64)
         token_rows[:total] = np.repeat(np.arange(rows), lengths)
         positions[:total] = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
-        prompt_ids = chain.from_iterable(row.token_ids for row in step)
+        prompt_ids = chain.from_iterable(row.token_ids for row in batch_rows)
         ids[decodes:total] = np.fromiter(prompt_ids, np.int64, total - decodes)
         upload.add(self.query_start_loc, np.concatenate(([0], ends)))
         upload.add(self.seq_lens, starts + lengths)
@@ -278,11 +285,11 @@ class InputBuffers:
         upload.add(self.token_rows, token_rows)
         upload.add(self.input_ids, ids)
         upload.send(self.device)
-        state = self.state
+        request_tensors = self.request_tensors
         gather_mixed_op(
-            self.slots[:rows],
-            state.last_token,
-            state.block_table,
+            self.req_indices[:rows],
+            request_tensors.last_token,
+            request_tensors.block_table,
             self.positions[:padded],
             self.token_rows[:padded],
             self.seq_lens[:rows],
@@ -295,13 +302,14 @@ class InputBuffers:
         )
 
     def gather_decode(self, rows: int) -> None:
-        """Gather the inputs of `rows` decode rows by slot. This runs inside the FULL graph."""
-        state = self.state
+        """Gather the inputs of `rows` decode rows by request index. This runs inside the FULL
+        graph."""
+        request_tensors = self.request_tensors
         gather_decode_op(
-            self.slots[:rows],
-            state.last_token,
-            state.next_position,
-            state.block_table,
+            self.req_indices[:rows],
+            request_tensors.last_token,
+            request_tensors.next_position,
+            request_tensors.block_table,
             self.input_ids[:rows],
             self.positions[:rows],
             self.seq_lens[:rows],
@@ -313,13 +321,13 @@ class InputBuffers:
     def scatter(self, rows: int) -> None:
         """Write the sampled tokens and the next positions as the input of each row's next step.
         This runs inside the FULL graph."""
-        state = self.state
+        request_tensors = self.request_tensors
         scatter_op(
-            self.slots[:rows],
-            self.tokens[:rows],
+            self.req_indices[:rows],
+            self.sampled_token_ids[:rows],
             self.seq_lens[:rows],
-            state.last_token,
-            state.next_position,
+            request_tensors.last_token,
+            request_tensors.next_position,
         )
 
     def next_positions(self, rows: int) -> Tensor:

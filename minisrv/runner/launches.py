@@ -97,7 +97,7 @@ class SimulatedLaunches(StepObserver):
     @contextmanager
     def stage(self, key: GraphKey, output: SchedulerOutput) -> Iterator[None]:
         """See `StepObserver`."""
-        kind = (key, output.num_rows, output.needs_logits, output.masked)
+        kind = (key, output.num_rows, output.needs_logits, output.has_structured_output_requests)
         if kind in self._counts:
             yield
         else:

@@ -71,11 +71,11 @@ def score_prompts(
     counts: list[int] = []
     ends = list(accumulate(row.num_tokens for row in rows))
     for row, end in zip(rows, ends, strict=True):
-        if (score := row.score) is not None:
+        if (score := row.prompt_logprobs) is not None:
             first, number = end - row.num_tokens + score.offset, len(score.token_ids)
             places += range(first, first + number)
             targets += score.token_ids
-            counts += [score.num_top] * number
+            counts += [score.num_logprobs] * number
     found: list[TokenLogprobs] = []
     at, token_ids = to_device(np.array([places, targets], np.int64), hidden.device)
     at_once = max(1, LOGITS_AT_ONCE // vocab_size)
@@ -84,7 +84,10 @@ def score_prompts(
         logits = compute_logits(hidden.index_select(0, at[piece]))
         found += _report(logits, token_ids[piece], counts[piece])
     scored = iter(found)
-    return [[next(scored) for _ in row.score.token_ids] if row.score else [] for row in rows]
+    return [
+        [next(scored) for _ in row.prompt_logprobs.token_ids] if row.prompt_logprobs else []
+        for row in rows
+    ]
 
 
 def _report(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:

@@ -1,12 +1,12 @@
-"""Runs one step on the device: fill, forward, epilogue.
+"""Runs one step on the device: inputs, model, epilogue.
 
 Knows: the model, the cache, the buffers and the graph wrappers, and how a dispatched step goes
 through them. Knows nothing of waiting requests, of finish reasons, or of how the mode was chosen.
 
-    decode, FULL:     [ gather by slot -> model -> lm_head -> sample -> scatter ]  one graph
-    decode to HIDDEN: [ gather by slot -> model ] -> epilogue
-    mixed, FULL:      fill -> [ model ] -> epilogue
-    mixed, PIECEWISE: fill -> [ model, broken at attention ] -> epilogue
+    decode, FULL:     [ gather -> model -> lm_head -> sample -> scatter ]  one graph
+    decode to HIDDEN: [ gather -> model ] -> epilogue
+    mixed, FULL:      prepare inputs -> [ model ] -> epilogue
+    mixed, PIECEWISE: prepare inputs -> [ model, broken at attention ] -> epilogue
     epilogue, TOKENS: [ rows -> lm_head -> masks -> sample -> scatter ]
     epilogue, LOGITS: [ rows -> lm_head ] -> processors -> masks -> sample -> scatter
 
@@ -41,7 +41,7 @@ from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.nn.decoder import Decoder
 from minisrv.request import TokenLogprobs
-from minisrv.runner.input_buffers import BufferSizes, InputBuffers, SlotState
+from minisrv.runner.input_buffers import BufferSizes, InputBuffers, RequestTensors
 from minisrv.runner.logits_processors import LogitsProcessors
 from minisrv.runner.logprobs import LogprobReport, report_logprobs, score_prompts
 from minisrv.runner.results import ResultRing, StepResult
@@ -51,8 +51,8 @@ from minisrv.runner.token_masks import AllowedTokens, TokenMasks
 class ModelRunner:
     """Runs steps. All methods must be called from one thread.
 
-    allowed: knows which tokens may be sampled by rows that a grammar restricts; None if there will
-        be no such rows.
+    allowed_tokens: knows which tokens may be sampled by rows that a grammar restricts; None if
+        there will be no such rows.
     num_blocks: the number of blocks in the KV cache, the null block included.
     block_size: the number of tokens in a block.
     max_model_len: the maximum number of tokens of a request.
@@ -71,7 +71,7 @@ class ModelRunner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
-        allowed: AllowedTokens | None = None,
+        allowed_tokens: AllowedTokens | None = None,
         check_addresses: bool = False,
     ) -> None:
         sizes = BufferSizes.of(ladders, max_model_len, block_size)
@@ -81,12 +81,12 @@ class ModelRunner:
         self.model = model
         self.ladders = ladders
         self.vocab_size = config.vocab_size
-        self.state = SlotState(sizes, device)
-        self.buffers = InputBuffers(config, sizes, self.state, dtype, device)
-        model.allocate_buffers(sizes.tokens)
+        self.request_tensors = RequestTensors(sizes, device)
+        self.buffers = InputBuffers(config, sizes, self.request_tensors, dtype, device)
+        model.allocate_buffers(sizes.max_num_tokens)
         self.processors = LogitsProcessors(config.vocab_size, device)
-        self.masks = TokenMasks(self.buffers.bitmask)
-        self.results = ResultRing(sizes.rows, device)
+        self.token_masks = TokenMasks(self.buffers.bitmask)
+        self.results = ResultRing(sizes.max_num_reqs, device)
         # The cache is not zeroed: no entry is read before it has been written, as certification
         # shows.
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
@@ -112,37 +112,37 @@ class ModelRunner:
         self.epilogue_step = CUDAGraphWrapper(
             self._epilogue_step, CUDAGraphMode.FULL, backend, check_addresses=check_addresses
         )
-        self.allowed = allowed
+        self.allowed_tokens = allowed_tokens
         self.observers: list[StepObserver] = []
 
-    def execute(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
+    def run_step(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch a scheduled step as it was dispatched, and return its result."""
-        self.start(output, dispatch)
-        return self.finish(output, dispatch)
+        self.execute_model(output, dispatch)
+        return self.sample_tokens(output, dispatch)
 
-    def start(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
-        """Launch the stage of the model. `finish` must be called for this step before another step
-        is started."""
+    def execute_model(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
+        """Launch the stage of the model. `sample_tokens` must be called for this step before
+        another step is started."""
         attn = self.prepare(output, dispatch.stages)
-        self.processors.start(output)
+        self.processors.update_requests(output)
         self._lap(StepPart.FILL)
         self.results.begin()
         self._lap(StepPart.REST)
         self.launch(dispatch.stages[0], output, attn)
         self._lap(StepPart.LAUNCH)
 
-    def finish(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
+    def sample_tokens(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch the rest of a step that has been started, and return its result. If a grammar
         restricts some of its rows, the tokens of all earlier steps must be on the host."""
         logprobs = None
         if dispatch.epilogue is not None:
-            if output.masked:
-                assert self.allowed is not None, "made for masked rows"
-                self.masks.send(output.batch_rows, self.allowed)
+            if output.has_structured_output_requests:
+                assert self.allowed_tokens is not None, "made for masked rows"
+                self.token_masks.upload(output.batch_rows, self.allowed_tokens)
             self._lap(StepPart.FILL)
             logprobs = self.launch(dispatch.epilogue, output)
             self._lap(StepPart.LAUNCH)
-        result = self.results.end(self.buffers.tokens[: output.num_rows], logprobs)
+        result = self.results.end(self.buffers.sampled_token_ids[: output.num_rows], logprobs)
         self._lap(StepPart.RESULT)
         return result
 
@@ -157,7 +157,7 @@ class ModelRunner:
         attention arguments of the model's stage; None if there is no such stage."""
         first, last = stages[0][1], stages[-1][1]
         epilogue_rows = last.num_tokens if last.stage is Stage.EPILOGUE else 0
-        attn = self.buffers.fill(output, first, epilogue_rows)
+        attn = self.buffers.prepare_inputs(output, first, epilogue_rows)
         return attn if first.stage is Stage.MODEL else None
 
     @torch.no_grad()
@@ -194,14 +194,14 @@ class ModelRunner:
         """Sample tokens from the logits, after the changes that are made to them, and return the
         report on them."""
         buffers, rows = self.buffers, output.num_rows
-        logits, tokens = buffers.logits[:rows], buffers.tokens[:rows]
-        chosen = self.processors.process(output, logits, buffers.next_positions(rows))
-        if output.masked:
+        logits, tokens = buffers.logits[:rows], buffers.sampled_token_ids[:rows]
+        chosen = self.processors.apply(output, logits, buffers.next_positions(rows))
+        if output.has_structured_output_requests:
             if chosen is logits:  # the report needs the unchanged logits
                 chosen = logits.clone()
             apply_bitmask_op(chosen, buffers.bitmask[:rows])
         self._sample(chosen)
-        self.processors.count(output, tokens)
+        self.processors.count_sampled_tokens(output, tokens)
         buffers.scatter(rows)
         return self._report(output.batch_rows, logits, tokens)
 
@@ -210,8 +210,8 @@ class ModelRunner:
     ) -> LogprobReport | None:
         """Return the log-probabilities that the rows ask for, for which the host waits; None if
         they ask for none."""
-        sampled = [row.logprobs for row in rows]
-        scores = any(row.score is not None for row in rows)
+        sampled = [row.num_logprobs for row in rows]
+        scores = any(row.prompt_logprobs is not None for row in rows)
         if not scores and not any(count is not None for count in sampled):
             return None
         prompt: list[list[TokenLogprobs]] = [[] for _ in rows]
@@ -282,17 +282,17 @@ class ModelRunner:
             buffers.scatter(rows)
 
     def _sample(self, logits: Tensor) -> None:
-        state, rows = self.state, len(logits)
+        request_tensors, rows = self.request_tensors, len(logits)
         sample_op(
             logits,
-            self.buffers.slots[:rows],
+            self.buffers.req_indices[:rows],
             self.buffers.next_positions(rows),
-            state.temperature,
-            state.top_k,
-            state.top_p,
-            state.min_p,
-            state.seed,
-            self.buffers.tokens[:rows],
+            request_tensors.temperature,
+            request_tensors.top_k,
+            request_tensors.top_p,
+            request_tensors.min_p,
+            request_tensors.seed,
+            self.buffers.sampled_token_ids[:rows],
         )
 
     @torch.no_grad()
@@ -305,10 +305,12 @@ class ModelRunner:
         """
         mode, descriptor = key
         unscheduled = unscheduled_id()
-        nobody = SchedulerOutput(unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0)
+        empty_step = SchedulerOutput(
+            unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0
+        )
         if descriptor.stage is Stage.EPILOGUE:
             self.buffers.hidden.zero_()
-        attn = self.prepare(nobody, (key,))
+        attn = self.prepare(empty_step, (key,))
         context = ForwardContext(mode, descriptor, attn, self.model.attention_layers)
         with set_forward_context(context):
             return self._wrapper(key).capture(*self._inputs(descriptor))

@@ -31,7 +31,7 @@ class AllowedTokens(Protocol):
         """Number of int32 words in a row of the bitmask, which has at least as many bits as there
         are logits."""
 
-    def fill(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
+    def fill_bitmask(self, rows: Sequence[ScheduledRow], bitmask: NDArray[np.int32]) -> None:
         """Write the rows of `bitmask` that belong to rows restricted by a grammar: bit `i % 32` of
         word `i // 32` says whether token `i` may come next. At least one token must be allowed."""
 
@@ -47,11 +47,11 @@ class TokenMasks:
         gpu = bitmask.device.type == "cuda"
         self._host = torch.empty(bitmask.shape, dtype=torch.int32, pin_memory=gpu)
 
-    def send(self, rows: Sequence[ScheduledRow], allowed: AllowedTokens) -> None:
+    def upload(self, rows: Sequence[ScheduledRow], allowed_tokens: AllowedTokens) -> None:
         """Write the masks of a step's rows. The tokens of all earlier steps must be on the host, so
         that no earlier copy from the pinned buffer is still under way."""
-        found = np.full((len(rows), allowed.bitmask_words), ALL, np.int32)
-        allowed.fill(rows, found)
+        found = np.full((len(rows), allowed_tokens.bitmask_words), ALL, np.int32)
+        allowed_tokens.fill_bitmask(rows, found)
         host = self._host[: len(rows)]
         host.numpy()[:] = found[:, : host.shape[1]]
         self._bitmask[: len(rows)].copy_(host, non_blocking=True)

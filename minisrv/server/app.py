@@ -23,7 +23,7 @@ from minisrv.server.auth import ApiKeys, KeyLimit
 from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.generation_response import GenerationResponse
 from minisrv.server.hosts import HostNames
-from minisrv.server.middleware import Edge
+from minisrv.server.middleware import OuterMiddleware
 from minisrv.server.offload import offload
 from minisrv.server.openapi import DocumentedApp, answered, told
 from minisrv.server.pages import add_pages
@@ -111,7 +111,7 @@ def create_app(
     )
     app.state.close = serving.close
     app.add_middleware(
-        Edge,
+        OuterMiddleware,
         hosts=hosts or HostNames(),
         keys=ApiKeys(settings.api_keys),
         max_body_bytes=max_body_bytes,

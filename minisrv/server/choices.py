@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from minisrv.engine.client import EngineClient
-from minisrv.errors import EngineError, time_is_over
+from minisrv.errors import EngineError, shutting_down_error
 from minisrv.metrics import Metrics
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from minisrv.text.output_processor import CompletionDelta, OutputProcessor
@@ -68,7 +68,7 @@ class Choice:
             self._client.abort(self.request.request_id)
         if delta is not None and delta.finish_reason is not None:
             if delta.finish_reason is FinishReason.ABORT:
-                raise time_is_over()
+                raise shutting_down_error()
             self._metrics.finished(delta.finish_reason.value, now - self._arrival)
         return delta
 

@@ -83,7 +83,7 @@ class Connections:
         """The file descriptor of each watched connection: the inverse of `_watched`."""
 
     @property
-    def most_lasting(self) -> int:
+    def max_served(self) -> int:
         """Maximum number of connections that may wait for the server for as long as a generation
         takes."""
         return max(1, self.limit - RESERVED_CONNECTIONS)
@@ -107,11 +107,11 @@ class Connections:
 
     def wait_for_nothing(self, connection: Connection) -> None:
         """Note that a connection does not wait for its client."""
-        for line in self._lines:
+        for line in self._waiting_queues:
             line.pop(connection, None)
 
     @property
-    def _lines(self) -> tuple[OrderedDict[Connection, int], ...]:
+    def _waiting_queues(self) -> tuple[OrderedDict[Connection, int], ...]:
         """The connections that wait for their clients, in the order in which they give way."""
         return self._heads, self._bodies, self._readers
 
@@ -125,10 +125,10 @@ class Connections:
 
     def make_room(self) -> bool:
         """Whether one more connection may be opened; if need be, another is closed to make room."""
-        waiting = sum(map(len, self._lines))
+        waiting = sum(map(len, self._waiting_queues))
         if len(self._open) < self.limit and waiting < MAX_WAITING:
             return True
-        for line in self._lines:
+        for line in self._waiting_queues:
             if line:
                 oldest = next(iter(line))
                 self.closed(oldest)
@@ -136,7 +136,7 @@ class Connections:
                 return True
         return False
 
-    def sweep(self) -> None:
+    def end_late_connections(self) -> None:
         """End the connections whose clients took too long. Must be called once a second."""
         self._now += 1
         late = []

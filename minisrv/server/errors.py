@@ -20,8 +20,8 @@ from minisrv.errors import (
     AuthenticationError,
     MinisrvError,
     RequestError,
-    shortened,
     shown,
+    truncated,
 )
 from minisrv.server.response_schemas import ErrorInfo, ErrorResponse
 
@@ -119,7 +119,7 @@ def validation_error(error: ValidationError, body: Any) -> RequestError:
     if "field" in context:
         path.append(context["field"])
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-    param = shortened(param)  # clients choose unknown names freely, so they may be long
+    param = truncated(param)  # clients choose unknown names freely, so they may be long
     if not param:
         if kind == "string_unicode":
             return RequestError("A name in the request body is not valid Unicode.")

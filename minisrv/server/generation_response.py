@@ -46,7 +46,7 @@ class GenerationResponse(Response):
         self._request = request
         self._builder = builder
         self._arrival = time.perf_counter()
-        self._told: dict[str, Any] = {}
+        self._log_fields: dict[str, Any] = {}
         """Fields of this request's line in the access log."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,10 +58,10 @@ class GenerationResponse(Response):
                 work.result()
             else:
                 self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
-                self._told["status"] = CLIENT_CLOSED_REQUEST
+                self._log_fields["status"] = CLIENT_CLOSED_REQUEST
         finally:
-            self._told |= self._builder.log_fields(self._arrival)
-            scope["told"] = self._told
+            self._log_fields |= self._builder.log_fields(self._arrival)
+            scope["log_fields"] = self._log_fields
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
@@ -116,11 +116,11 @@ class GenerationResponse(Response):
                     deltas = generation.read(outputs)
                     # Each token gets an event, but tokens that came while a send waited for the
                     # client share one.
-                    told = coalesce(deltas) if behind else deltas
+                    reported = coalesce(deltas) if behind else deltas
                     if started:
-                        events = b"".join(map(builder.events, told))
+                        events = b"".join(map(builder.events, reported))
                     else:
-                        events = await self._first_events(told)
+                        events = await self._first_events(reported)
                     if not started:
                         silent.difference_update([delta.index for delta in deltas])
                         early += events
@@ -144,7 +144,7 @@ class GenerationResponse(Response):
             if not started:
                 raise
             self._serving.metrics.failed(error_status(error))
-            self._told["error"] = getattr(error, "code", None) or "internal_error"
+            self._log_fields["error"] = getattr(error, "code", None) or "internal_error"
             last = sse.event(error_object(error)) + sse.DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

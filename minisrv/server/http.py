@@ -20,7 +20,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from minisrv.errors import time_is_over
+from minisrv.errors import shutting_down_error
 from minisrv.server.connections import Connections
 from minisrv.server.errors import JSON, error_response, http_error_response
 
@@ -189,7 +189,7 @@ class BoundedProtocol(HttpToolsProtocol):
             path = self.url[absolute.end() :]
             self.url = path if path.startswith(b"/") else b"/" + path
         super().on_headers_complete()
-        self.cycle.transport = _Wire(self.transport, self._end)  # type: ignore[assignment]
+        self.cycle.transport = _ResponseTransport(self.transport, self._end)  # type: ignore[assignment]
         self._in_body = True
         self._body_bytes = 0
         if not self.pipeline:
@@ -245,9 +245,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._running = self.pipeline[-1][0]
         super().on_response_complete()
-        # NOTE: `Connections.sweep` ends silent connections. uvicorn's timer would also end a
-        # connection whose next request has arrived but was not read yet because the worker was held
-        # up.
+        # NOTE: `Connections.end_late_connections` ends silent connections. uvicorn's timer would
+        # also end a connection whose next request has arrived but was not read yet because the
+        # worker was held up.
         self._unset_keepalive_if_required()
         if not self._answers and (self._sends_no_more or self._last_answer is not None):
             self._end()
@@ -334,7 +334,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return False
         assert self._running is not None
         self._sends_no_more = True
-        wire = cast(_Wire, self._running.transport)
+        wire = cast(_ResponseTransport, self._running.transport)
         if not self._running.response_started:
             wire.begin(_STATUS_LINE_BEGINS)
         elif self._running.chunked_encoding:
@@ -369,14 +369,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def give_up(self) -> None:
         """Stop waiting for a body: the server has no time left to answer."""
         if self._in_body and not self._ended:
-            self._refuse(error_response(time_is_over()))
+            self._refuse(error_response(shutting_down_error()))
 
     def body_bytes(self) -> int | None:
         """Return how many bytes of the body have arrived; None if no body is read at the moment."""
         return None if self.flow.read_paused else self._body_bytes
 
 
-class _Wire:
+class _ResponseTransport:
     """The transport that a response is written to, with another way to close it."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:

@@ -94,7 +94,7 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
             engine, private_dir / CHECKPOINT, private_dir, log_stats=not server.disable_log_stats
         )
         stack.callback(process.stop)
-        tree = _Tree(process, server.engine_timeout)
+        tree = _ProcessTree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
         for index, listener in enumerate(listeners):
             config = WorkerConfig(
@@ -109,14 +109,14 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
             )
             tree.workers.append(WorkerProcess(config, listener))
         scheme = "http" if server.ssl_certfile is None else "https"
-        in_order = tree.watch(stop, f"{scheme}://{_place(listeners[0])}", clock)
+        in_order = tree.watch(stop, f"{scheme}://{_host_and_port(listeners[0])}", clock)
         for listener in listeners:
             listener.close()
         in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
         return 0 if in_order and process.exit_status is None else 1
 
 
-class _Tree:
+class _ProcessTree:
     """The engine and the API workers, from their first report to their last exit status."""
 
     def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
@@ -149,9 +149,9 @@ class _Tree:
                     stop.recv(1)
                     return True
                 if not self.engine_ended and self.engine.sentinel in ready:
-                    self._tell_of_engine()
+                    self._report_engine_exit()
                 for worker in (lines[line] for line in ready if line in lines):
-                    if not self._hear(worker, url, clock):
+                    if not self._handle_report(worker, url, clock):
                         return False
                 for index, worker in enumerate(self.workers):
                     if worker.sentinel in ready and not self._replace(index, worker):
@@ -185,15 +185,15 @@ class _Tree:
         self.hung = True
         self.engine.stop()
 
-    def _tell_of_engine(self) -> None:
+    def _report_engine_exit(self) -> None:
         """Tell the workers how the engine has ended; the kernel tells that only to its parent, this
         process."""
         self.engine_ended = True
-        how = "killed as it showed no sign of life" if self.hung else self.engine.obituary()
+        how = "killed as it showed no sign of life" if self.hung else self.engine.describe_exit()
         for worker in self.workers:
             worker.engine_ended(how)
 
-    def _hear(self, worker: WorkerProcess, url: str, clock: StartupClock) -> bool:
+    def _handle_report(self, worker: WorkerProcess, url: str, clock: StartupClock) -> bool:
         """Receive a report of a worker; return whether the server can go on."""
         try:
             report: Report = worker.reports.recv()
@@ -216,7 +216,7 @@ class _Tree:
     def _replace(self, index: int, worker: WorkerProcess) -> bool:
         """Start a new worker in the place of one that has died; return whether the server can go
         on."""
-        what = f"API worker {index} (process {worker.pid}) has died, {worker.obituary()}"
+        what = f"API worker {index} (process {worker.pid}) has died, {worker.describe_exit()}"
         if not worker.is_ready or self.engine.exit_status is not None:
             logger.error("%s; the server ends.", what)
             return False
@@ -250,14 +250,14 @@ class _Tree:
 def _stop_signals() -> Iterator[socket.socket]:
     """Yield a socket that receives a byte for each SIGTERM or SIGINT that comes: the signal's
     number."""
-    told, teller = socket.socketpair()
-    with told, teller:
-        teller.setblocking(False)
-        signal.set_wakeup_fd(teller.fileno())
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for signum in PARENTS_SIGNALS:
             signal.signal(signum, lambda signum, frame: None)
         try:
-            yield told
+            yield reader
         finally:
             for signum in PARENTS_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)  # there is nothing left to interrupt
@@ -300,7 +300,7 @@ def _bind(server: ServerConfig, port: int, *options: int) -> socket.socket:
     return listener
 
 
-def _place(listener: socket.socket) -> str:
+def _host_and_port(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -69,7 +69,7 @@ class HttpServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Check the connections once a second."""
         if counter % _TICKS_A_SECOND == 0:
-            self.connections.sweep()
+            self.connections.end_late_connections()
         return await super().on_tick(counter)
 
     def _resume(self) -> None:

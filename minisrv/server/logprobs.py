@@ -96,7 +96,7 @@ class CompletionLogprobsWriter:
 
         `top_logprobs` holds the sampled token too: at most `num_top` + 1 entries.
 
-        starts: where each token begins; see `CompletionDelta.text_starts`.
+        starts: where each token begins; see `CompletionDelta.text_offsets`.
         text: the text that is sent together with these tokens.
         last: whether no text follows.
         """
@@ -118,7 +118,9 @@ class CompletionLogprobsWriter:
 
         scored: the logprobs of all prompt tokens but the first.
         """
-        for token_id, start, position in zip(token_ids, echo.starts, (None, *scored), strict=True):
+        for token_id, start, position in zip(
+            token_ids, echo.text_offsets, (None, *scored), strict=True
+        ):
             self._append(lists, token_id, start, position)
         self._begin = self._length = len(echo.text)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from minisrv.server.strict import SentBack, ShortText, Text, refuse
+from minisrv.server.strict import HistoryObject, ShortText, Text, refuse
 from minisrv.server.tools import MAX_CALLS, ToolCall
 from minisrv.server.unsupported import MESSAGE
 
@@ -18,7 +18,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 
 
-class TextPart(SentBack):
+class TextPart(HistoryObject):
     """A part of a message: a text, or the refusal that an assistant gave in place of an answer."""
 
     type: Literal["text", "refusal"]
@@ -34,7 +34,7 @@ class TextPart(SentBack):
         return self
 
     @property
-    def told(self) -> str:
+    def text_or_refusal(self) -> str:
         """The text, whichever of the two fields holds it."""
         return (self.text if self.type == "text" else self.refusal) or ""
 
@@ -54,7 +54,7 @@ _OF_ROLES = {
 }
 
 
-class Message(SentBack):
+class Message(HistoryObject):
     """A message of a chat."""
 
     unsupported = MESSAGE
@@ -111,7 +111,7 @@ class Message(SentBack):
     @property
     def _texts(self) -> list[str]:
         """The texts of the parts, always one or more."""
-        texts = [part.told for part in self.content or ()]
+        texts = [part.text_or_refusal for part in self.content or ()]
         return texts if any(texts) else [self.refusal or ""]
 
     def for_template(self, *, whole_calls: bool = False) -> dict[str, Any]:
@@ -121,21 +121,23 @@ class Message(SentBack):
         """
         texts = self._texts
         parts = [{"type": "text", "text": text} for text in texts]
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             # Either is converted to what the template takes: see `ChatTemplate`.
             "content": parts if len(parts) > 1 else texts[0],
         }
         if self.name is not None:
-            told["name"] = self.name
+            fields["name"] = self.name
         if self.tool_calls:
-            told["tool_calls"] = [call.for_template(whole=whole_calls) for call in self.tool_calls]
+            fields["tool_calls"] = [
+                call.for_template(whole=whole_calls) for call in self.tool_calls
+            ]
         if self.tool_call_id is not None:
-            told["tool_call_id"] = self.tool_call_id
+            fields["tool_call_id"] = self.tool_call_id
         reasoning = self.reasoning_content or self.reasoning
         if reasoning is not None:
-            told["reasoning_content"] = reasoning
-        return told
+            fields["reasoning_content"] = reasoning
+        return fields
 
 
 Messages: TypeAlias = Annotated[

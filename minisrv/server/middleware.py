@@ -19,7 +19,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minisrv.errors import BodiesFullError, RequestError, shortened
+from minisrv.errors import BodiesFullError, RequestError, truncated
 from minisrv.logs import REQUEST_ID
 from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
@@ -46,7 +46,7 @@ end leave room for most requests."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
-class Edge:
+class OuterMiddleware:
     """The outermost middleware.
 
     A request for another host, or without a key that it needs, is refused. `scope["key"]` is set to
@@ -57,8 +57,8 @@ class Edge:
     declared or not; a POST to one of `json_paths` that is not plain JSON with 415; and a large body
     that exceeds MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500.
     Each request is logged as one line when it has ended, with the fields that the response has put
-    into `scope["told"]`, unless `access_log` is off. `arrived` is called for every request, and
-    `failed` with the status of every response from 400 on under `/v1/`.
+    into `scope["log_fields"]`, unless `access_log` is off. `arrived` is called for every request,
+    and `failed` with the status of every response from 400 on under `/v1/`.
     """
 
     def __init__(
@@ -201,10 +201,10 @@ class Edge:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     """Log one line for a request that has ended. The path is logged as it was sent, with special
     characters escaped, as it may hold anything."""
-    told = scope.get("told", {})
-    status = told.pop("status", None) or status or CLIENT_CLOSED_REQUEST
+    fields_of_response = scope.get("log_fields", {})
+    status = fields_of_response.pop("status", None) or status or CLIENT_CLOSED_REQUEST
     if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):
         return
-    fields = {"status": status, "ms": round(1e3 * seconds, 1), **told}
-    path = shortened(scope["path"].encode("unicode_escape").decode())
+    fields = {"status": status, "ms": round(1e3 * seconds, 1), **fields_of_response}
+    path = truncated(scope["path"].encode("unicode_escape").decode())
     access.info("%s %s", scope["method"], path, extra={"fields": fields})

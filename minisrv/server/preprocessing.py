@@ -52,12 +52,12 @@ class AnswerFormat:
 class Echo:
     """A prompt as it stands at the beginning of a completion's text.
 
-    starts: the index in the text at which each token begins; needed for log-probabilities only, and
-        empty without them.
+    text_offsets: the index in the text at which each token begins; needed for log-probabilities
+        only, and empty without them.
     """
 
     text: str
-    starts: list[int]
+    text_offsets: list[int]
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,27 @@ class Prepared:
     echoes: list[Echo] | None = None
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, locate: bool) -> tuple[list[int], Echo]:
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, *, track_offsets: bool
+) -> tuple[list[int], Echo]:
     """Return the token ids of a prompt, and its echo.
 
-    locate: whether the echo holds where its tokens begin.
+    track_offsets: whether the echo holds where its tokens begin.
     """
-    if locate:
-        ids, starts = tokenizer.encode_with_starts(text)
+    if track_offsets:
+        ids, starts = tokenizer.encode_with_offsets(text)
         return ids, Echo(text, starts)
     return tokenizer.encode(text), Echo(text, [])
 
 
-def decode_prompt(tokenizer: Tokenizer, ids: list[int], *, locate: bool) -> Echo:
+def decode_prompt(tokenizer: Tokenizer, ids: list[int], *, track_offsets: bool) -> Echo:
     """Return the echo of a prompt that was sent as token ids; special tokens are spelled out in
     it."""
-    detokenizer = Detokenizer(tokenizer, keep=tokenizer.special_ids, locate=locate)
+    detokenizer = Detokenizer(
+        tokenizer, visible_special_ids=tokenizer.special_ids, track_offsets=track_offsets
+    )
     text = detokenizer.push(ids, final=True)
-    return Echo(text, detokenizer.take_starts(len(ids)))
+    return Echo(text, detokenizer.pop_text_offsets(len(ids)))
 
 
 def render_chat(
@@ -103,11 +107,13 @@ def render_chat(
     variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Render a chat as the text of a prompt. Raises what `Tokenizer.render_chat` raises."""
-    told_tools = [tool.for_template() for tool in tools]
+    template_tools = [tool.for_template() for tool in tools]
 
     def spell(whole_calls: bool) -> str:
-        told = [message.for_template(whole_calls=whole_calls) for message in messages]
-        return tokenizer.render_chat(told, add_generation_prompt, told_tools, variables)
+        template_messages = [message.for_template(whole_calls=whole_calls) for message in messages]
+        return tokenizer.render_chat(
+            template_messages, add_generation_prompt, template_tools, variables
+        )
 
     try:
         return spell(whole_calls=False)

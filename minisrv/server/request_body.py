@@ -27,18 +27,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minisrv.errors import RequestError
-from minisrv.machine import give_memory_back
-from minisrv.server.allowance import Allowance, TooManyValuesError
+from minisrv.machine import release_free_memory
 from minisrv.server.errors import http_error_response, validation_error
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import LARGE
 from minisrv.server.strict import RequestBody
+from minisrv.server.value_budget import TooManyValuesError, ValueBudget
 
 _Body = TypeVar("_Body", bound=RequestBody)
 
 _NUM_BYTES = "minisrv.num_bytes"
 """Key in the ASGI scope under which the body's size in bytes is kept."""
-_GIVE_BACK_ABOVE = 256 << 10
+_RELEASE_MEMORY_ABOVE = 256 << 10
 """Size of a body in bytes above which it is worth some milliseconds to return freed memory to the
 system."""
 
@@ -55,8 +55,8 @@ class BodyRoute(APIRoute):
         try:
             await super().handle(scope, receive, send)
         finally:
-            if scope.get(_NUM_BYTES, 0) > _GIVE_BACK_ABOVE:
-                _THREAD.submit(give_memory_back)
+            if scope.get(_NUM_BYTES, 0) > _RELEASE_MEMORY_ABOVE:
+                _THREAD.submit(release_free_memory)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the function that answers a request."""
@@ -95,11 +95,11 @@ def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
     The error is returned and not raised, as a raised one would keep alive the values of all frames
     that it passes through.
     """
-    allowance = Allowance()
+    allowance = ValueBudget()
     try:
         # Lone surrogates pass here and are refused later, with the name of their field.
         text = str(data, "utf-8-sig", "surrogatepass")
-        allowance.take(data)
+        allowance.spend(data)
         body = model.model_validate(value := json.loads(text), context=allowance)
     except UnicodeDecodeError:
         return RequestError("The request body cannot be parsed: it must be JSON in UTF-8.")
@@ -114,4 +114,4 @@ def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
         return RequestError(f"The request body {error}.")
     except ValueError:  # Python limits the digits of an integer
         return RequestError("The request body holds an integer of too many digits.")
-    return body.sent_in(len(data))
+    return body.with_num_bytes(len(data))

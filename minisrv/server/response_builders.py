@@ -321,7 +321,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         if echo is not None:
             writer.add_prompt(lists, echo, self._prompt_of(index), deltas[0].prompt_logprobs)
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-        starts = [start for delta in deltas for start in delta.text_starts]
+        starts = [start for delta in deltas for start in delta.text_offsets]
         writer.add(lists, logprobs, starts, text, last=deltas[-1].finish_reason is not None)
         return whole, lists if lists.tokens else None
 

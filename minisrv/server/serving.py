@@ -181,16 +181,20 @@ class Serving:
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
         info = self.engine_info()
-        repeats, locate = request.echo, request.logprobs is not None
+        repeats, track_offsets = request.echo, request.logprobs is not None
 
         def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
             """Return the token ids of a prompt, and its echo if it is echoed."""
             if isinstance(prompt, list):
                 _validate(request, prompt, info)  # before its ids are looked up
-                echo = decode_prompt(self.tokenizer, prompt, locate=locate) if repeats else None
+                echo = (
+                    decode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
+                    if repeats
+                    else None
+                )
                 return prompt, echo
             if repeats:
-                ids, echo = encode_prompt(self.tokenizer, prompt, locate=locate)
+                ids, echo = encode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
             else:
                 ids, echo = self.tokenizer.encode(prompt), None
             _validate(request, ids, info)
@@ -296,7 +300,7 @@ class Serving:
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
                 params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
-                cache_key=None if self.share_prefix_cache else key,
+                api_key_index=None if self.share_prefix_cache else key,
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 structured_output=prepared.form,
@@ -307,8 +311,8 @@ class Serving:
                 min_tokens=engine_request.params.min_tokens,
                 include_stop=request.include_stop_str_in_output,
                 prompt_token_ids=() if own_text else prompt,
-                keep=keep,
-                locate=not chat and request.num_logprobs is not None,
+                visible_special_ids=keep,
+                track_offsets=not chat and request.num_logprobs is not None,
             )
             processor = OutputProcessor(
                 detokenizer, index=index, include_graph_steps=request.include_graph_steps

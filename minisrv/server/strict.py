@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
-from minisrv.server.unsupported import asks_for_nothing, refusal
+from minisrv.server.unsupported import is_neutral, refusal
 
 MAX_TEXT = 1 << 24
 """Maximum number of characters of one text; the limit on the body's bytes is reached first."""
@@ -111,7 +111,7 @@ class Strict(BaseModel):
             if name in cls._names:
                 kept[name] = value
             elif name in cls.unsupported:
-                if not asks_for_nothing(value, cls.unsupported[name]):
+                if not is_neutral(value, cls.unsupported[name]):
                     raise refuse(name, refusal(name, cls.unsupported[name]))
             elif knows_all:
                 knows_all = False
@@ -129,13 +129,13 @@ class RequestBody(Strict):
         """Size of the body in bytes, as it was sent; 0 if it did not come from a client."""
         return self._num_bytes
 
-    def sent_in(self, num_bytes: int) -> Self:
+    def with_num_bytes(self, num_bytes: int) -> Self:
         """Set the size of the body in bytes, as it was sent, and return the body."""
         self._num_bytes = num_bytes
         return self
 
 
-class SentBack(Strict):
+class HistoryObject(Strict):
     """A JSON object of a chat's history, which clients send back as some server gave it to them.
 
     Unknown fields are ignored: servers add fields to their answers, and clients add fields of their

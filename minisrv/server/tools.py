@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import from_json
 
-from minisrv.server.allowance import Allowance
-from minisrv.server.strict import SentBack, Strict, Text
+from minisrv.server.strict import HistoryObject, Strict, Text
 from minisrv.server.structured import Schema
+from minisrv.server.value_budget import ValueBudget
 
 MAX_TOOLS = 128
 MAX_CALLS = 4096
@@ -39,12 +39,12 @@ class Function(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """Return the function as chat templates expect it."""
-        told: dict[str, Any] = {"name": self.name}
+        fields: dict[str, Any] = {"name": self.name}
         if self.description is not None:
-            told["description"] = self.description
+            fields["description"] = self.description
         if self.parameters is not None:
-            told["parameters"] = json.loads(self.parameters)
-        return told
+            fields["parameters"] = json.loads(self.parameters)
+        return fields
 
 
 class Tool(Strict):
@@ -78,14 +78,14 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
     """Return the arguments of a call, which clients send back as a JSON object or its text. Text
     that is not a JSON object, such as that of a call cut off by `max_tokens`, stays as it is.
 
-    Values inside the text count towards the limits of the request: see `Allowance`.
+    Values inside the text count towards the limits of the request: see `ValueBudget`.
     """
     if isinstance(value, dict):
         return value
     if not isinstance(value, str):
         raise ValueError("must be a JSON object, or its text")
-    allowance = info.context or Allowance()
-    allowance.take(value.encode(errors="replace"))
+    allowance = info.context or ValueBudget()
+    allowance.spend(value.encode(errors="replace"))
     try:
         arguments = json.loads(value) if value.strip() else {}
         json.dumps(arguments, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
@@ -94,7 +94,7 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
     return arguments if isinstance(arguments, dict) else value
 
 
-class CalledFunction(SentBack):
+class CalledFunction(HistoryObject):
     """The function that was called, and its arguments."""
 
     name: Text
@@ -107,7 +107,7 @@ class CalledFunction(SentBack):
     model unchanged."""
 
 
-class ToolCall(SentBack):
+class ToolCall(HistoryObject):
     """A tool call in an earlier answer."""
 
     id: Text | None = None
@@ -123,9 +123,9 @@ class ToolCall(SentBack):
         arguments = self.function.arguments
         if whole and isinstance(arguments, str):
             arguments = _readable(arguments)
-        told: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        fields: dict[str, Any] = {} if self.id is None else {"id": self.id}
         function = {"name": self.function.name, "arguments": arguments}
-        return {**told, "type": "function", "function": function}
+        return {**fields, "type": "function", "function": function}
 
 
 def _readable(arguments: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ MESSAGE: dict[str, tuple[object, ...]] = {
 }
 
 
-def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     """Whether `value` is one of the neutral values; true does not equal 1 here, but 1.0 does."""
     return any(
         isinstance(value, bool) == isinstance(candidate, bool) and value == candidate

@@ -38,7 +38,7 @@ from minisrv.server.listening import HttpServer
 from minisrv.server.worker_config import CHECKPOINT, Report, WorkerConfig
 from minisrv.text.tokenizer import Tokenizer
 
-OBITUARY_SECONDS = 5
+EXIT_REPORT_SECONDS = 5
 """Seconds that the launcher gets to report how the engine has ended. It is notified at once, but it
 may be stopped or busy, and without its report requests end with a less precise reason."""
 
@@ -73,7 +73,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     # This makes an allocation fail that would exhaust the machine's memory: a chat template is a
     # stranger's program, and can ask for as much as it likes.
     bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
-    client = EngineClient(config.address, config.engine_pid, config.name, OBITUARY_SECONDS)
+    client = EngineClient(config.address, config.engine_pid, config.name, EXIT_REPORT_SECONDS)
     settings = config.settings
     place = {"worker": config.index, "workers": config.number}
     connections = Connections()
@@ -97,11 +97,11 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             metrics=metrics,
             settings=settings,
             key_limit=key_limit,
-            max_open=connections.most_lasting,
+            max_open=connections.max_served,
             hosts=HostNames.of(settings, listener.getsockname()[0]),
         )
     except MinisrvError as error:
-        _tell(launcher, f"API worker {config.index} did not start: {error.message}")
+        _send_report(launcher, f"API worker {config.index} did not start: {error.message}")
         return
     # Objects that exist now stay for good: a garbage collection that went through all of them would
     # stall every stream.
@@ -201,9 +201,9 @@ async def _serve(
             server.should_exit = True
 
     loop.add_reader(launcher, hear)
-    await client.start(lambda *phase: _tell(launcher, Loading(*phase)))
+    await client.start(lambda *phase: _send_report(launcher, Loading(*phase)))
     settled = asyncio.create_task(_report(client, launcher))
-    life = asyncio.create_task(show_life())
+    life = asyncio.create_task(watch_event_loop())
     try:
         if config.engine_is_ready:
             await client.settled()  # the engine must confirm it before this worker serves
@@ -214,7 +214,7 @@ async def _serve(
         await client.close()
 
 
-async def show_life() -> None:
+async def watch_event_loop() -> None:
     """Let the kernel end this process, by SIGPROF, once its event loop has no more turns. A single
     operation of Python's in a stranger's chat template, as to compare lists that hold each other a
     billion times, may go on for ever and let no other thread run. Time in which the process is
@@ -232,11 +232,11 @@ async def _report(client: EngineClient, launcher: Connection) -> None:
     """Tell the launcher the outcome of the engine's start."""
     await client.settled()
     if client.state is EngineState.DEAD:
-        _tell(launcher, f"the engine did not start: {client.death.message}")
+        _send_report(launcher, f"the engine did not start: {client.death.message}")
     elif client.info is not None:
-        _tell(launcher, Ready(client.info))
+        _send_report(launcher, Ready(client.info))
 
 
-def _tell(launcher: Connection, report: Report) -> None:
+def _send_report(launcher: Connection, report: Report) -> None:
     with suppress(BrokenPipeError):  # the launcher wants this worker to end
         launcher.send(report)

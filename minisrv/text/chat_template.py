@@ -33,7 +33,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisrv.errors import ModelError, RequestError, shortened
+from minisrv.errors import ModelError, RequestError, truncated
 
 RENDER_SECONDS = 2.0
 """Seconds of processor time that one rendering may take. Messages of four megabytes take a
@@ -181,18 +181,18 @@ class ChatTemplate:
         templates know, as in transformers, and with its content in a form that the template takes:
         unchanged, or as a list with one part, or as the texts of its parts joined by newlines, as
         in vLLM."""
-        told = {key: value for key, value in message.items() if value is not None}
-        if reasoning := [told[key] for key in _REASONING if key in told]:
-            told = {"thinking": reasoning[0], **told, "reasoning_content": reasoning[0]}
-        content, role = told.get("content"), str(message.get("role"))
+        fields = {key: value for key, value in message.items() if value is not None}
+        if reasoning := [fields[key] for key in _REASONING if key in fields]:
+            fields = {"thinking": reasoning[0], **fields, "reasoning_content": reasoning[0]}
+        content, role = fields.get("content"), str(message.get("role"))
         if (name, role) not in self._forms:
             self._forms[name, role] = self._find_forms(name, role)
         forms = self._forms[name, role]
         if isinstance(content, str) and forms == {list}:
-            told["content"] = [{"type": "text", "text": content}]
+            fields["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list) and list not in forms:
-            told["content"] = "\n".join(part["text"] for part in content)
-        return told
+            fields["content"] = "\n".join(part["text"] for part in content)
+        return fields
 
     def _find_forms(self, name: str, role: str) -> set[type]:
         """Find which content types, string or list of parts, the template renders for messages of
@@ -350,11 +350,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _reason(error: Exception) -> str:
     """Return the reason for which a template failed: in Jinja's words, or in Python's own terms."""
     if isinstance(error, jinja2.TemplateError):
-        said = str(error) if isinstance(error, jinja2.TemplateSyntaxError) else error.message
-        reason = said or type(error).__name__
+        message = str(error) if isinstance(error, jinja2.TemplateSyntaxError) else error.message
+        reason = message or type(error).__name__
     else:
         reason = f"{type(error).__name__}: {error}"
-    return shortened(reason, _MAX_REASON)
+    return truncated(reason, _MAX_REASON)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -98,7 +98,7 @@ class _Closer:
 
         def beside(key: str, number: int = 0) -> _Declared:
             """Return what is declared for the same object by all pieces but one."""
-            rest = (said for place, said in pieces.items() if place != (key, number))
+            rest = (declared for place, declared in pieces.items() if place != (key, number))
             return _Declared.of_all([others, *rest])
 
         result: dict[str, Any] = {}
@@ -152,8 +152,8 @@ class _Closer:
             seen.add(pointer)
             target = self._target(pointer)
             # A schema that cannot be found may declare anything.
-            said = _Declared(open=True) if target is None else self._declared(target, seen)
-            pieces["$ref", 0] = said
+            declared = _Declared(open=True) if target is None else self._declared(target, seen)
+            pieces["$ref", 0] = declared
         return pieces
 
     def _declared(self, schema: Any, seen: set[str]) -> _Declared:
@@ -218,6 +218,6 @@ def _own(schema: dict[str, Any]) -> _Declared:
 
 def _leaves_open(schema: dict[str, Any]) -> bool:
     """Whether a schema declares properties, and does not say whether there may be others."""
-    said = "additionalProperties" in schema or "unevaluatedProperties" in schema
+    is_settled = "additionalProperties" in schema or "unevaluatedProperties" in schema
     declares = any(isinstance(schema.get(key), dict) for key in ("properties", "patternProperties"))
-    return declares and not said
+    return declares and not is_settled

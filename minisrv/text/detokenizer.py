@@ -33,8 +33,9 @@ class Detokenizer:
     include_stop: the text ends behind the stop string instead, and a stop token's text is part of
         it.
     prompt_token_ids: the prompt that the text continues; empty for a text of its own.
-    keep: special tokens that are decoded as text all the same, such as markers that a parser needs.
-    locate: record where in the text each token begins, for `take_starts`.
+    visible_special_ids: special tokens that are decoded as text all the same, such as markers that
+        a parser needs.
+    track_offsets: record where in the text each token begins, for `pop_text_offsets`.
     """
 
     def __init__(
@@ -45,12 +46,12 @@ class Detokenizer:
         min_tokens: int = 0,
         include_stop: bool = False,
         prompt_token_ids: Sequence[int] = (),
-        keep: frozenset[int] = frozenset(),
-        locate: bool = False,
+        visible_special_ids: frozenset[int] = frozenset(),
+        track_offsets: bool = False,
     ) -> None:
-        self._special = tokenizer.special_ids - keep
+        self._special = tokenizer.special_ids - visible_special_ids
         self._decoder = _decoder(tokenizer)
-        self._told = ""
+        self._prompt_rest = ""
         """Text of the prompt that the decoder has held back and may still return; it is not part of
         the completion."""
         prompt = [i for i in prompt_token_ids[-_CONTEXT:] if i not in self._special]
@@ -58,13 +59,13 @@ class Detokenizer:
             self._decoder.push(prompt, False)
             prompt_alone = _decoder(tokenizer)
             prompt_alone.push(prompt, False)
-            self._told = prompt_alone.push([], True)
+            self._prompt_rest = prompt_alone.push([], True)
         self._matcher = StopMatcher(stop, include_stop=include_stop) if stop else None
         self._include_stop = include_stop
         self._min_left = min_tokens if stop else 0
-        self._tokenizer = tokenizer if locate else None
-        self._starts: list[int] = []
-        self._last_start = 0
+        self._tokenizer = tokenizer if track_offsets else None
+        self._text_offsets: list[int] = []
+        self._last_offset = 0
         self._length = 0
         """Number of characters of the text so far, before any cut at a stop string; counted to
         locate tokens."""
@@ -103,50 +104,50 @@ class Detokenizer:
         text = matcher.push(text)
         return text + matcher.flush() if final else text
 
-    def take_starts(self, count: int) -> list[int]:
+    def pop_text_offsets(self, count: int) -> list[int]:
         """Return where in the text each of the last `count` tokens begins. Tokens that were not
         pushed, or came after a stop string, are placed at the end of the text so far. A stop string
         cuts the text, so an index may lie behind its end.
 
         Tokens that make up a character together begin where it does, and a token without text
-        begins where the next one may. Returns nothing unless `locate` is set.
+        begins where the next one may. Returns nothing unless `track_offsets` is set.
         """
         if self._tokenizer is None:
             return []
-        starts, self._starts = self._starts, []
+        starts, self._text_offsets = self._text_offsets, []
         return starts + [self._length] * (count - len(starts))
 
     def _decode(self, token_ids: Sequence[int], final: bool) -> str:
         if self._tokenizer is None:
-            return self._shown(token_ids, final)
+            return self._decode_visible(token_ids, final)
         texts = []
         for token_id in token_ids:
             before = self._length
-            text = self._shown([token_id], False)
+            text = self._decode_visible([token_id], False)
             self._length += len(text)
             # Text of this token may be held back, and text of earlier tokens come with it.
-            end = self._length + max(0, self._decoder.held - len(self._told))
+            end = self._length + max(0, self._decoder.held - len(self._prompt_rest))
             own = len(self._tokenizer.token_text(token_id)[0])
-            self._last_start = max(self._last_start, before, end - own)
-            self._starts.append(self._last_start)
+            self._last_offset = max(self._last_offset, before, end - own)
+            self._text_offsets.append(self._last_offset)
             texts.append(text)
         if final:
-            texts.append(self._shown((), True))
+            texts.append(self._decode_visible((), True))
             self._length += len(texts[-1])
             # Text that was held back may have been dropped, such as spaces that are stripped.
-            self._starts = [min(start, self._length) for start in self._starts]
+            self._text_offsets = [min(start, self._length) for start in self._text_offsets]
         return "".join(texts)
 
-    def _shown(self, token_ids: Sequence[int], final: bool) -> str:
+    def _decode_visible(self, token_ids: Sequence[int], final: bool) -> str:
         """Return the text of tokens, without special tokens and the prompt's text."""
         special = self._special
         text = self._decoder.push([i for i in token_ids if i not in special], final)
-        if self._told and text:
-            length = min(len(self._told), len(text))
-            if text[:length] != self._told[:length]:
-                self._told = ""  # the bytes at the prompt's end now begin a character
+        if self._prompt_rest and text:
+            length = min(len(self._prompt_rest), len(text))
+            if text[:length] != self._prompt_rest[:length]:
+                self._prompt_rest = ""  # the bytes at the prompt's end now begin a character
             else:
-                self._told, text = self._told[length:], text[length:]
+                self._prompt_rest, text = self._prompt_rest[length:], text[length:]
         return text
 
 

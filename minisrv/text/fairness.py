@@ -52,7 +52,7 @@ class TokenBucket:
         self._left = capacity
         self._seen: float | None = None
 
-    def take(self, amount: float, now: float) -> None:
+    def consume(self, amount: float, now: float) -> None:
         """Use an amount.
 
         now: the time in seconds, never less than in an earlier call.

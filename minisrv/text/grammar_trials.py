@@ -30,7 +30,7 @@ import msgspec
 
 from minisrv import threads
 from minisrv.errors import RequestError
-from minisrv.processes import bound_resource, die_with
+from minisrv.processes import bound_resource, die_with_parent
 from minisrv.request import StructuredOutput, StructuredOutputKind
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ MEMORY_BYTES = 2 << 30
 """Maximum number of bytes of private memory of a forked process, the tokenizer included."""
 _REHEARSED_TOKENS = 16
 _READ_BYTES = 1 << 16
-_FIRST_TO_GO = 1000
+_KILLED_FIRST = 1000
 """The `oom_score_adj` that makes the kernel kill a process before any other when memory runs
 out."""
 
 _LENGTH = struct.Struct("!I")
 
 
-class Trial(msgspec.Struct, frozen=True):
+class GrammarTrial(msgspec.Struct, frozen=True):
     """Message from the worker to this process: try a grammar.
 
     cpu_seconds, wall_seconds: processor time and wall-clock time that the trial may take.
@@ -68,7 +68,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     tokenizer is loaded."""
 
 
-class Outcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class GrammarOutcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Message from this process to the worker: a trial has ended.
 
     seconds: processor time that the trial took.
@@ -88,7 +88,7 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     failure: str = ""
 
 
-class _Said(msgspec.Struct, frozen=True):
+class _TrialResult(msgspec.Struct, frozen=True):
     """The result that a forked process writes before it ends."""
 
     lowered: str = ""
@@ -97,9 +97,9 @@ class _Said(msgspec.Struct, frozen=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode_report = msgspec.msgpack.Decoder(Beat | Outcome).decode
-_decode_trial = msgspec.msgpack.Decoder(Trial).decode
-_decode_said = msgspec.msgpack.Decoder(_Said).decode
+decode_report = msgspec.msgpack.Decoder(Beat | GrammarOutcome).decode
+_decode_trial = msgspec.msgpack.Decoder(GrammarTrial).decode
+_decode_result = msgspec.msgpack.Decoder(_TrialResult).decode
 
 
 def frame(body: bytes) -> bytes:
@@ -140,14 +140,14 @@ class _Child:
 
     deadline: when it must have ended, by `time.monotonic`.
     late: whether it was killed because its deadline was over.
-    said: the bytes of its result that it has written so far.
+    output: the bytes of its result that it has written so far.
     """
 
     pid: int
     number: int
     deadline: float
     late: bool = False
-    said: bytes = b""
+    output: bytes = b""
 
 
 class _Trials:
@@ -165,12 +165,12 @@ class _Trials:
         self._children: dict[int, _Child] = {}  # by the read end of the pipe that it writes to
         self._selector = selectors.DefaultSelector()
         self._selector.register(connection, selectors.EVENT_READ)
-        self._said_at = 0.0
+        self._sent_at = 0.0
 
     def run(self) -> None:
         """Run until the worker closes its end of the socket. Forked processes that are left end
         with this one."""
-        self._say(Beat())
+        self._send(Beat())
         while True:
             for key, _ in self._selector.select(BEAT_SECONDS if self._children else None):
                 if key.fileobj is not self._connection:
@@ -181,44 +181,44 @@ class _Trials:
                     return
                 self._start(_decode_trial(body))
             self._kill_late()
-            if self._children and time.monotonic() - self._said_at >= BEAT_SECONDS:
-                self._say(Beat())
+            if self._children and time.monotonic() - self._sent_at >= BEAT_SECONDS:
+                self._send(Beat())
 
-    def _say(self, report: Beat | Outcome) -> None:
+    def _send(self, report: Beat | GrammarOutcome) -> None:
         self._connection.sendall(frame(encode(report)))
-        self._said_at = time.monotonic()
+        self._sent_at = time.monotonic()
 
-    def _start(self, trial: Trial) -> None:
+    def _start(self, trial: GrammarTrial) -> None:
         read, write = os.pipe()
         this = os.getpid()
         pid = os.fork()
         if pid == 0:
             try:
                 os.close(read)
-                die_with(this)
-                self._be_tried(trial, write)
+                die_with_parent(this)
+                self._run_trial(trial, write)
             finally:
                 os._exit(1)
         os.close(write)
         self._children[read] = _Child(pid, trial.number, time.monotonic() + trial.wall_seconds)
         self._selector.register(read, selectors.EVENT_READ)
 
-    def _be_tried(self, trial: Trial, write: int) -> None:
+    def _run_trial(self, trial: GrammarTrial, write: int) -> None:
         """Try the grammar in the forked process; does not return."""
         os.nice(trial.nice)
-        Path("/proc/self/oom_score_adj").write_text(str(_FIRST_TO_GO))
+        Path("/proc/self/oom_score_adj").write_text(str(_KILLED_FIRST))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads messages of crashes here
         bound_resource(resource.RLIMIT_CORE, 0)
         bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
         signal.setitimer(signal.ITIMER_PROF, trial.cpu_seconds)
         try:
-            said = _try(self._backend, trial.spec, self._eos_token_ids)
+            result = _try(self._backend, trial.spec, self._eos_token_ids)
         except MemoryError:
             os.abort()  # llguidance aborts too
         except BaseException:  # a panic in Rust is not an Exception
-            said = _Said(failure=traceback.format_exc())
+            result = _TrialResult(failure=traceback.format_exc())
         signal.setitimer(signal.ITIMER_PROF, 0)
-        left = encode(said)
+        left = encode(result)
         while left:
             left = left[os.write(write, left) :]
         os._exit(0)  # closes the pipe last: its reader has nothing more to wait for
@@ -226,22 +226,22 @@ class _Trials:
     def _read(self, pipe: int) -> None:
         child = self._children[pipe]
         if piece := os.read(pipe, _READ_BYTES):
-            child.said += piece
+            child.output += piece
             return
         self._selector.unregister(pipe)
         os.close(pipe)
         del self._children[pipe]
         _, status, usage = os.wait4(child.pid, 0)
         seconds = usage.ru_utime + usage.ru_stime
-        outcome = Outcome(number=child.number, seconds=seconds, late=child.late)
+        outcome = GrammarOutcome(number=child.number, seconds=seconds, late=child.late)
         if os.WIFSIGNALED(status):
             outcome = msgspec.structs.replace(outcome, killed_by=os.WTERMSIG(status))
         elif status == 0:
-            said = msgspec.structs.asdict(_decode_said(child.said))
-            outcome = msgspec.structs.replace(outcome, **said)
+            result = msgspec.structs.asdict(_decode_result(child.output))
+            outcome = msgspec.structs.replace(outcome, **result)
         else:
             outcome = msgspec.structs.replace(outcome, failure=f"it ended with status {status}")
-        self._say(outcome)
+        self._send(outcome)
 
     def _kill_late(self) -> None:
         now = time.monotonic()
@@ -270,7 +270,7 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes | None:
     return bytes(body)
 
 
-def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> _Said:
+def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[int]) -> _TrialResult:
     """Compile a grammar, and follow it for a few tokens, which is where grammars with too many
     alternatives fail."""
     import numpy as np
@@ -282,14 +282,14 @@ def _try(backend: GrammarBackend, spec: StructuredOutput, eos_token_ids: list[in
         bare = msgspec.structs.replace(spec, reasoning_end="") if spec.reasoning_end else lowered
         matcher = backend.compile(bare)
     except RequestError as error:
-        return _Said(problem=error.message)
+        return _TrialResult(problem=error.message)
     row = np.zeros(backend.bitmask_words, np.int32)
     for _ in range(_REHEARSED_TOKENS):
-        matcher.fill(row)
+        matcher.fill_bitmask(row)
         allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
         texts = [token_id for token_id in allowed.tolist() if token_id not in eos_token_ids]
         if not texts or not matcher.accept(texts[:1]):
             break
     if matcher.error is not None:
-        return _Said(problem=matcher.error.message)
-    return _Said(lowered=lowered.text)
+        return _TrialResult(problem=matcher.error.message)
+    return _TrialResult(lowered=lowered.text)

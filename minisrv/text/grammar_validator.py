@@ -44,7 +44,7 @@ from minisrv.errors import (
     GrammarUnavailableError,
     MinisrvError,
     RequestError,
-    time_is_over,
+    shutting_down_error,
 )
 from minisrv.processes import ChildProcess
 from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
@@ -53,14 +53,14 @@ from minisrv.text.fairness import FairQueue, TokenBucket
 from minisrv.text.grammar_trials import (
     BEAT_SECONDS,
     HEAD_BYTES,
-    Outcome,
-    Trial,
+    GrammarOutcome,
+    GrammarTrial,
     decode_report,
     encode,
     frame,
     frame_length,
 )
-from minisrv.text.recently_used import RecentlyUsed
+from minisrv.text.lru_cache import LRUCache
 from minisrv.text.structured import CHEAP_SECONDS, grammar_error
 from minisrv.text.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ WALL_SECONDS = 30.0
 """Seconds of wall-clock time that one trial may take; it is reached only if the processors are very
 busy, or if something waits that should not."""
 SILENT_SECONDS = 5 * BEAT_SECONDS
-_LOOKS = 10
+_CHECKS = 10
 """Number of checks for a sign of life within the time limit, before the process is considered
 silent."""
 LOADING_SECONDS = 60.0
@@ -90,7 +90,7 @@ _TRIALS = 2
 _MAX_LOWERED = 4 * MAX_GRAMMAR_LENGTH
 """Maximum number of characters of a grammar in llguidance's format, of which the message for each
 choice holds a copy."""
-_REMEMBERED, _REMEMBERED_CHARACTERS = 4096, 64 << 20
+_MAX_CACHED, _MAX_CACHED_CHARACTERS = 4096, 64 << 20
 """Maximum numbers of grammars, and of their characters together, in the cache of those that have
 passed; the cache of those that have not passed has the same limits."""
 
@@ -119,9 +119,9 @@ class GrammarValidator:
         self._arguments = (vocab_size, eos_token_ids)
         self._seconds_per_key = seconds_per_key
         self._budgets: dict[int, TokenBucket] = {}
-        room, least = _REMEMBERED_CHARACTERS, _REMEMBERED_CHARACTERS / _REMEMBERED
-        self._passed: RecentlyUsed[bytes, StructuredOutput] = RecentlyUsed(room, least)
-        self._refused: RecentlyUsed[bytes, str] = RecentlyUsed(room, least)
+        max_weight, min_weight = _MAX_CACHED_CHARACTERS, _MAX_CACHED_CHARACTERS / _MAX_CACHED
+        self._passed: LRUCache[bytes, StructuredOutput] = LRUCache(max_weight, min_weight)
+        self._refused: LRUCache[bytes, str] = LRUCache(max_weight, min_weight)
         cores = threads.cores()
         self._fast = _Lane(CHEAP_SECONDS, nice=0, places=min(MAX_FAST, max(2, cores)))
         self._slow = _Lane(CPU_SECONDS, nice=_SLOW_NICE, places=min(MAX_SLOW, max(1, cores // 2)))
@@ -129,9 +129,9 @@ class GrammarValidator:
         self._running: dict[int, _Grammar] = {}
         self._number = 0
         self._process: ChildProcess | None = None
-        self._life: asyncio.Task[None] | None = None
-        self._watch: asyncio.Timeout | None = None
-        self._silence: asyncio.TimerHandle | None = None
+        self._process_task: asyncio.Task[None] | None = None
+        self._message_timeout: asyncio.Timeout | None = None
+        self._silence_timer: asyncio.TimerHandle | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._is_closed = False
 
@@ -147,7 +147,7 @@ class GrammarValidator:
         process has failed, EngineNotReadyError after `close`.
         """
         if self._is_closed:
-            raise time_is_over()
+            raise shutting_down_error()
         digest = hashlib.sha256(encode(spec)).digest()
         if passed := self._passed.get(digest):
             return passed
@@ -160,17 +160,19 @@ class GrammarValidator:
             # A second owner of a grammar does not wait for what its first owner has sent before it.
             grammar.owners.add(owner)
             grammar.lane.waiting.push(owner, grammar)
-        if self._life is None:
+        if self._process_task is None:
             # An empty context, so that its log lines do not carry the id of the request that
             # happens to be first.
-            self._life = asyncio.create_task(self._live(), context=Context())
-        grammar.askers += 1
+            self._process_task = asyncio.create_task(
+                self._keep_process_running(), context=Context()
+            )
+        grammar.num_waiting += 1
         try:
-            self._begin()
+            self._start_trials()
             verdict = await asyncio.shield(grammar.verdict)
         finally:
-            grammar.askers -= 1
-            if not grammar.askers and not grammar.is_running:
+            grammar.num_waiting -= 1
+            if not grammar.num_waiting and not grammar.is_running:
                 self._forget(grammar)
         if isinstance(verdict, MinisrvError):
             raise verdict
@@ -180,16 +182,16 @@ class GrammarValidator:
         """End the process, whatever it does, and the requests that wait for it. May be called
         twice."""
         self._is_closed = True
-        if self._life is not None:
-            self._life.cancel()
+        if self._process_task is not None:
+            self._process_task.cancel()
         if self._process is not None:
             self._process.stop()
         for grammar in [*self._pending.values()]:
-            self._end(grammar, time_is_over())
+            self._end(grammar, shutting_down_error())
 
     # ---- lanes and budgets --------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _start_trials(self) -> None:
         """Start trials in the places that are free, for those whose turn it is."""
         if self._writer is None:
             return
@@ -198,7 +200,7 @@ class GrammarValidator:
                 owner, grammar = lane.waiting.pop()
                 # The grammar may have been tried in another owner's turn, or nobody may wait for it
                 # any more.
-                waits = grammar.askers and not (grammar.is_running or grammar.is_over)
+                waits = grammar.num_waiting and not (grammar.is_running or grammar.is_over)
                 if waits and grammar.lane is lane and not self._is_overdrawn(owner, grammar):
                     self._try(grammar, owner)
 
@@ -206,11 +208,11 @@ class GrammarValidator:
         lane = grammar.lane
         lane.taken += 1
         if not self._running:
-            self._expect_a_word(SILENT_SECONDS)
+            self._expect_message(SILENT_SECONDS)
         self._number += 1
         self._running[self._number] = grammar
-        grammar.is_running, grammar.charged, grammar.trials = True, owner, grammar.trials + 1
-        trial = Trial(self._number, grammar.spec, lane.cpu_seconds, WALL_SECONDS, lane.nice)
+        grammar.is_running, grammar.charged_owner, grammar.trials = True, owner, grammar.trials + 1
+        trial = GrammarTrial(self._number, grammar.spec, lane.cpu_seconds, WALL_SECONDS, lane.nice)
         assert self._writer is not None
         self._writer.write(frame(encode(trial)))
 
@@ -245,17 +247,17 @@ class GrammarValidator:
 
     # ---- what comes of a trial ----------------------------------------------------------------
 
-    def _stopped(self, number: int) -> _Grammar:
+    def _remove_running(self, number: int) -> _Grammar:
         grammar = self._running.pop(number)
         grammar.lane.taken -= 1
         grammar.is_running = False
         return grammar
 
-    def _take(self, outcome: Outcome) -> None:
-        grammar = self._stopped(outcome.number)
+    def _handle_outcome(self, outcome: GrammarOutcome) -> None:
+        grammar = self._remove_running(outcome.number)
         spec = grammar.spec
-        if budget := self._budget(grammar.charged):
-            budget.take(outcome.seconds, time.monotonic())
+        if budget := self._budget(grammar.charged_owner):
+            budget.consume(outcome.seconds, time.monotonic())
         out_of_time = outcome.killed_by == signal.SIGPROF
         if out_of_time and grammar.lane is self._fast:
             self._queue_again(grammar, self._slow)
@@ -276,7 +278,11 @@ class GrammarValidator:
             self._refuse(grammar, f"it comes to more than {_MAX_LOWERED} characters")
         else:
             passed = msgspec.structs.replace(
-                spec, text=outcome.lowered, choices=(), lowered=True, seconds=outcome.seconds
+                spec,
+                text=outcome.lowered,
+                choices=(),
+                lowered=True,
+                compile_seconds=outcome.seconds,
             )
             self._passed.add(grammar.digest, passed, len(passed.text))
             self._end(grammar, passed)
@@ -287,7 +293,7 @@ class GrammarValidator:
         self._end(grammar, error)
 
     def _queue_again(self, grammar: _Grammar, lane: _Lane) -> None:
-        if not grammar.askers:
+        if not grammar.num_waiting:
             self._forget(grammar)
             return
         if lane is not grammar.lane:
@@ -305,7 +311,7 @@ class GrammarValidator:
 
     # ---- the process --------------------------------------------------------------------------
 
-    async def _live(self) -> None:
+    async def _keep_process_running(self) -> None:
         """Run the process until it ends. Another one is started afterwards if somebody waits."""
         why = "has ended"
         try:
@@ -320,12 +326,12 @@ class GrammarValidator:
             logger.exception("talking to the process that tries grammars failed")
         finally:
             is_loaded = self._writer is not None
-            self._writer = self._watch = self._life = None
-            self._expect_a_word(None)
+            self._writer = self._message_timeout = self._process_task = None
+            self._expect_message(None)
             if self._process is not None:
                 self._process.stop()
         logger.error("the process that tries grammars %s", why)
-        self._go_on_without(is_loaded=is_loaded)
+        self._recover(is_loaded=is_loaded)
 
     async def _run_process(self) -> None:
         """Start the process, and handle its messages. Raises TimeoutError if it hangs, EOFError or
@@ -337,42 +343,44 @@ class GrammarValidator:
                 "grammars", grammar_trials.serve, theirs, *self._arguments, private_dir=None
             )
             theirs.close()
-            async with asyncio.timeout(None) as self._watch:
-                self._expect_a_word(LOADING_SECONDS)
+            async with asyncio.timeout(None) as self._message_timeout:
+                self._expect_message(LOADING_SECONDS)
                 text = await asyncio.to_thread(self._tokenizer.to_json)
                 writer.write(frame(text.encode()))
                 while True:
                     head = await reader.readexactly(HEAD_BYTES)
                     report = decode_report(await reader.readexactly(frame_length(head)))
                     self._writer = writer  # its first message says that it has loaded the tokenizer
-                    if isinstance(report, Outcome):
-                        self._take(report)
-                    self._begin()
-                    self._expect_a_word(SILENT_SECONDS if self._running else None)
+                    if isinstance(report, GrammarOutcome):
+                        self._handle_outcome(report)
+                    self._start_trials()
+                    self._expect_message(SILENT_SECONDS if self._running else None)
 
-    def _expect_a_word(self, seconds: float | None) -> None:
+    def _expect_message(self, seconds: float | None) -> None:
         """Expect a message of the process within this many seconds; None if it has nothing to
         do."""
-        if self._silence is not None:
-            self._silence.cancel()
-            self._silence = None
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
+            self._silence_timer = None
         if seconds is not None:
-            self._be_patient(seconds / _LOOKS, _LOOKS)
+            self._wait_for_message(seconds / _CHECKS, _CHECKS)
 
-    def _be_patient(self, seconds: float, looks: int) -> None:
-        """Wait this many seconds for a message, `looks` times. Messages that have arrived are read
+    def _wait_for_message(self, seconds: float, checks: int) -> None:
+        """Wait this many seconds for a message, `checks` times. Messages that have arrived are read
         between two waits: if this worker was held up, the process is not taken for silent."""
         loop = asyncio.get_running_loop()
-        if looks:
-            self._silence = loop.call_later(seconds, self._be_patient, seconds, looks - 1)
-        elif self._watch is not None:
-            self._watch.reschedule(loop.time())
+        if checks:
+            self._silence_timer = loop.call_later(
+                seconds, self._wait_for_message, seconds, checks - 1
+            )
+        elif self._message_timeout is not None:
+            self._message_timeout.reschedule(loop.time())
 
-    def _go_on_without(self, *, is_loaded: bool) -> None:
+    def _recover(self, *, is_loaded: bool) -> None:
         """Try the grammars that were being tried once more, in another process. If the process did
         not even load, refuse all that wait."""
         for number in [*self._running]:
-            grammar = self._stopped(number)
+            grammar = self._remove_running(number)
             if grammar.trials < _TRIALS:
                 self._queue_again(grammar, grammar.lane)
             else:
@@ -381,7 +389,7 @@ class GrammarValidator:
             for grammar in [*self._pending.values()]:
                 self._end(grammar, _unavailable(grammar.spec, "nothing can be compiled"))
         if self._pending:
-            self._life = asyncio.create_task(self._live())
+            self._process_task = asyncio.create_task(self._keep_process_running())
 
 
 @dataclass
@@ -409,17 +417,17 @@ class _Grammar:
     owners: all owners that have asked for it, in whose queues of the lane it stands.
     askers: number of requests that wait for it.
     trials: number of trials that the lane has started for it.
-    charged: the owner in whose turn the last trial started, whose budget pays for it.
+    charged_owner: the owner in whose turn the last trial started, whose budget pays for it.
     """
 
     spec: StructuredOutput
     digest: bytes
     lane: _Lane
     owners: set[Hashable] = field(default_factory=set)
-    askers: int = 0
+    num_waiting: int = 0
     trials: int = 0
     is_running: bool = False
-    charged: Hashable = None
+    charged_owner: Hashable = None
     verdict: asyncio.Future[StructuredOutput | MinisrvError] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

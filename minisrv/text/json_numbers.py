@@ -17,7 +17,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from minisrv.errors import shortened
+from minisrv.errors import truncated
 
 _HELD = 2**53
 """Number up to which a double represents every integer exactly."""
@@ -68,9 +68,9 @@ def _bound(key: str, bound: Decimal, integers: bool) -> int | float:
     double = _nearest(bound)
     while not math.isinf(double):
         outside = any(read > bound if upper else read < bound for read in _readings(double))
-        told = None if outside else _told(double)
-        if told is not None:
-            return told
+        written = None if outside else _written(double)
+        if written is not None:
+            return written
         double = math.nextafter(double, inwards)
     raise ValueError(f"{key}: {_short(bound)} leaves no number that a double holds")
 
@@ -95,9 +95,9 @@ def _exact(key: str, number: int | float | Decimal) -> int | float:
     that would become another one."""
     exact = _decimal(number)
     double = _nearest(exact)
-    told = _told(double)
+    written = _written(double)
     if (
-        told is None
+        written is None
         or exact.copy_abs() >= _INT64
         or any(read != exact for read in _readings(double))
     ):
@@ -105,7 +105,7 @@ def _exact(key: str, number: int | float | Decimal) -> int | float:
             f"{key}: the number {_short(exact)} cannot be kept exactly, as those below 2**63 of up "
             "to 15 digits can; a string can be of any digits"
         )
-    return told
+    return written
 
 
 def _readings(double: float) -> tuple[Decimal, Decimal]:
@@ -143,7 +143,7 @@ def _nearest(number: int | float | Decimal) -> float:
     return float(min(max(_decimal(number), most.copy_negate()), most))
 
 
-def _told(double: float) -> int | float | None:
+def _written(double: float) -> int | float | None:
     """Return the number to write so that llguidance reads this double. Its reader (serde_json's) is
     sometimes off by one step, so the result may be a neighbouring double; None if none of them is
     read as this one."""
@@ -174,4 +174,4 @@ def plain(number: int | float | Decimal) -> int | float:
 
 
 def _short(number: Decimal) -> str:
-    return shortened(str(number), 40)
+    return truncated(str(number), 40)

@@ -49,7 +49,7 @@ class CompletionDelta:
     finish_reason: FinishReason | None = None
     graph_steps: dict[str, int] | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
-    text_starts: Sequence[int] = ()
+    text_offsets: Sequence[int] = ()
     stop_reason: int | str | None = None
 
     def extend(self, later: CompletionDelta) -> None:
@@ -58,7 +58,7 @@ class CompletionDelta:
         self.token_ids = self.token_ids + later.token_ids
         if later.logprobs is not None:
             self.logprobs = [*(self.logprobs or ()), *later.logprobs]
-            self.text_starts = [*self.text_starts, *later.text_starts]
+            self.text_offsets = [*self.text_offsets, *later.text_offsets]
         self.num_cached_tokens += later.num_cached_tokens
         self.finish_reason = later.finish_reason
         self.graph_steps = later.graph_steps
@@ -162,6 +162,6 @@ class OutputProcessor:
             reason,
             output.graph_steps if self._include_graph_steps else None,
             prompt_logprobs,
-            detokenizer.take_starts(len(output.logprobs or ())),
+            detokenizer.pop_text_offsets(len(output.logprobs or ())),
             stop_reason,
         )

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv import threads
-from minisrv.errors import RequestError, shortened
+from minisrv.errors import RequestError, truncated
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.closed_schema import closed
 from minisrv.text.json_schema import parse_schema, restate, restate_lark
@@ -95,7 +95,7 @@ class Matcher:
         self._matcher = matcher
         self._spec = spec
 
-    def fill(self, row: npt.NDArray[np.int32]) -> None:
+    def fill_bitmask(self, row: npt.NDArray[np.int32]) -> None:
         """Write the mask of tokens that may come next: bit `i % 32` of word `i // 32` is token `i`.
 
         row: contiguous int32 of `GrammarBackend.bitmask_words` words. The GIL is released
@@ -175,8 +175,10 @@ class GrammarBackend:
             raise grammar_error(spec, "cannot be compiled", matcher.get_error())
         return Matcher(matcher, spec)
 
-    def fill(self, matchers: Sequence[tuple[Matcher, int]], bitmask: npt.NDArray[np.int32]) -> None:
-        """Do `Matcher.fill` for a batch in several threads: each matcher fills its row.
+    def fill_bitmasks(
+        self, matchers: Sequence[tuple[Matcher, int]], bitmask: npt.NDArray[np.int32]
+    ) -> None:
+        """Do `Matcher.fill_bitmask` for a batch in several threads: each matcher fills its row.
 
         bitmask: contiguous int32 [rows, bitmask_words]; other rows stay as they are. A matcher must
             not come twice. The GIL is released meanwhile.
@@ -273,5 +275,5 @@ def grammar_error(spec: StructuredOutput, problem: str, reason: str) -> RequestE
     reason = " ".join(reason.removesuffix("<non-verbose/>").split()).rstrip(".")
     if reason.startswith("NoExtension"):  # llguidance gives only the name of the reason
         reason = "no text satisfies it"
-    why = shortened(reason, _MAX_REASON)
+    why = truncated(reason, _MAX_REASON)
     return RequestError(f"{spec.param}: the {_WHAT[spec.kind]} {problem}: {why}.", param=spec.param)

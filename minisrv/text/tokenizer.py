@@ -42,16 +42,18 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_description(cls, told: TokenizerDescription) -> Tokenizer:
+    def from_description(cls, description: TokenizerDescription) -> Tokenizer:
         """Make the tokenizer that a checkpoint describes. Raises ModelError."""
         try:
-            backend = tokenizers.Tokenizer.from_str(told.backend)
+            backend = tokenizers.Tokenizer.from_str(description.backend)
         except Exception as error:  # `tokenizers` raises nothing more precise
             raise ModelError(f"the tokenizer cannot be made: {error}") from error
-        backend.encode_special_tokens = told.splits_special_tokens
-        templates = told.chat_templates
+        backend.encode_special_tokens = description.splits_special_tokens
+        templates = description.chat_templates
         has_template = "default" in templates
-        return cls(backend, ChatTemplate(templates, told.special_tokens) if has_template else None)
+        return cls(
+            backend, ChatTemplate(templates, description.special_tokens) if has_template else None
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -91,7 +93,7 @@ class Tokenizer:
             raise RequestError(f"the model's tokenizer cannot encode the text: {error}") from error
         return found[0].ids
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """Return the token ids of `text`, with the tokens that the tokenizer puts around a text,
         and for each the index in `text` at which its part begins. A token that has no part in
         `text` begins at the end of the part before it. Tokens that share a character all begin with

@@ -60,7 +60,7 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
         start = time.perf_counter()
         graphs = sweep(
             engine.runner,
-            engine.scheduler.pool,
+            engine.scheduler.block_pool,
             lambda done, total: progress("certifying graphs", done, total),
         )
         seconds = time.perf_counter() - start

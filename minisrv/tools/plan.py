@@ -109,7 +109,7 @@ def print_measured_plan(config: EngineConfig) -> None:
     progress = StartupProgress()
     try:
         engine = build_engine(config, progress)
-        times = engine.times or time_graphs(engine.runner, engine.scheduler.pool)
+        times = engine.times or time_graphs(engine.runner, engine.scheduler.block_pool)
     finally:
         progress.close()
     _print_coverage(engine.config, engine.dispatcher)
@@ -121,7 +121,7 @@ def print_measured_plan(config: EngineConfig) -> None:
         kind = _kind(key)
         size = _size(key.num_tokens, key.num_tokens, _UNITS[kind])
         milliseconds, mib = (
-            f"{times[mode, key].median:.3f}",
+            f"{times[mode, key].median_ms:.3f}",
             f"{graphs[mode, key].nbytes / 2**20:.1f}",
         )
         table.add_row(kind, size, mode.name, _ENDS[key.output], milliseconds, mib)
@@ -132,11 +132,11 @@ def print_measured_plan(config: EngineConfig) -> None:
     if engine.config.kind.chooses_tiles:
         console.print(projections(runner.model.config, runner.model.dtype.itemsize))
         console.print(_legend(_KERNELS))
-    predicted, actual = engine.memory.graphs, sum(graph.nbytes for graph in graphs.values())
-    said = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
+    predicted, actual = engine.memory.graph_bytes, sum(graph.nbytes for graph in graphs.values())
+    prediction = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"
     info = engine.info
     console.print(
-        f"{len(graphs)} graphs take {mebibytes(actual)}{said}; the KV cache holds "
+        f"{len(graphs)} graphs take {mebibytes(actual)}{prediction}; the KV cache holds "
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
         soft_wrap=True,
     )
@@ -144,7 +144,7 @@ def print_measured_plan(config: EngineConfig) -> None:
 
 class Product(NamedTuple):
     """A projection: the shape [n, k] of its weight, and whether its result is gated, or added to
-    what its output holds (see `few_rows_op` in `kernels.linear`)."""
+    what its output holds (see `skinny_gemm_op` in `kernels.linear`)."""
 
     name: str
     n: int
@@ -171,15 +171,15 @@ def projections(model: ModelConfig, itemsize: int) -> Table:
 
     itemsize: bytes of an element of the weights.
     """
-    from minisrv.kernels.tiles import RUNGS, describe, tile
+    from minisrv.kernels.tiles import ROW_BUCKETS, describe, tile
 
     table = Table("projection", "weight", "rows", "kernel")
     for name, n, k, gated, add in products(model):
         weight, first = f"{n}x{k}", 1
-        tiles = [tile(rung, n, k, itemsize, gated=gated, add=add) for rung in RUNGS]
+        tiles = [tile(bucket, n, k, itemsize, gated=gated, add=add) for bucket in ROW_BUCKETS]
         kernels = [*map(describe, tiles), describe(None)]
         for index, kernel in enumerate(kernels):
-            last = RUNGS[index] if index < len(RUNGS) else None
+            last = ROW_BUCKETS[index] if index < len(ROW_BUCKETS) else None
             if kernel in kernels[index + 1 : index + 2]:
                 continue  # the next row of the table covers these rows as well
             rows = f"{first} and more" if last is None else _range(first, last)
@@ -204,8 +204,8 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     rows = dispatcher.coverage()
     for row in rows:
         size = _size(row.first, row.last, _UNITS[row.kind])
-        padding = "0" if row.rung is None else str(row.rung - row.first)
-        runs_as = "as it is" if row.rung is None else str(row.rung)
+        padding = "0" if row.padded_size is None else str(row.padded_size - row.first)
+        runs_as = "as it is" if row.padded_size is None else str(row.padded_size)
         table.add_row(row.kind, size, row.mode.name, runs_as, padding, row.reason.value)
     console.print(table)
     shown = {"runs as"}.union(*((row.kind, row.mode.name) for row in rows))

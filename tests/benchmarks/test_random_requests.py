@@ -95,8 +95,8 @@ def test_a_block_that_an_abort_leaves_behind_is_found(tmp_path, monkeypatch) -> 
 
     def leak(self: Scheduler, request_id: str) -> Any:
         event = abort(self, request_id)
-        if event is not None and self.pool.num_free:
-            self.pool.take()
+        if event is not None and self.block_pool.num_free:
+            self.block_pool.allocate()
         return event
 
     monkeypatch.setattr(Scheduler, "abort", leak)

@@ -1,5 +1,5 @@
-"""A scheduler that continues decode runs gives the same steps, outputs, slots and blocks as one
-that schedules every step anew."""
+"""A scheduler that continues decode runs gives the same steps, outputs, request indices and blocks
+as one that schedules every step anew."""
 
 from __future__ import annotations
 
@@ -30,19 +30,36 @@ def state_of(scheduler: Scheduler) -> Any:
     """Return all that the next step depends on, with the counters of the current run added to the
     requests that they stand for."""
     run = scheduler._run
-    ahead = dict.fromkeys(run.requests, (run.age, run.age - run.retired)) if run else {}
+    ahead = (
+        dict.fromkeys(run.requests, (run.step_index, run.step_index - run.num_retired_steps))
+        if run
+        else {}
+    )
     requests = []
     for request in [*scheduler.running, *scheduler.waiting, *scheduler._retiring]:
         age, in_flight = ahead.get(request, (0, 0))
         requests.append(
             (
-                *(request.request_id, request.slot, list(request.blocks), list(request.output)),
-                *(request.num_scheduled + age, request.last_step + age, request.num_published),
+                *(
+                    request.request_id,
+                    request.req_index,
+                    list(request.blocks),
+                    list(request.output_token_ids),
+                ),
+                *(
+                    request.num_computed_tokens + age,
+                    request.last_step_id + age,
+                    request.num_cached_blocks,
+                ),
                 # Nobody reads this counter of a request that has ended.
-                None if request.ended else request.num_in_flight + in_flight,
+                None if request.is_finished else request.num_in_flight + in_flight,
             )
         )
-    free = list(scheduler.slots._free), list(scheduler.pool._free), scheduler.pool._block_of
+    free = (
+        list(scheduler.req_indices._free),
+        list(scheduler.block_pool._free),
+        scheduler.block_pool._block_of,
+    )
     return requests, free, scheduler.num_preemptions, scheduler.prefix_cache_hits
 
 
@@ -50,7 +67,7 @@ def step_of(step: SchedulerOutput | None) -> Any:
     if step is None:
         return None
     numbers = step.step_id, step.num_decodes, step.num_tokens, step.needs_logits
-    return step.rows, step.new_slots, step.new_blocks, numbers
+    return step.rows, step.new_reqs, step.new_blocks, numbers
 
 
 class Both:
@@ -75,7 +92,7 @@ class Both:
             for kind in (Scheduler, Anew)
         )
         self.draw = draw
-        self.limit = min(24, self.with_runs.pool.capacity)
+        self.limit = min(24, self.with_runs.block_pool.capacity)
         self.in_flight: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
         self.counted = _GraphSteps()
         self.ran: dict[str, Counter[str]] = {}
@@ -114,7 +131,7 @@ class Both:
             return False
         sent = msgspec.msgpack.encode(step)
         assert msgspec.msgpack.decode(sent, type=SchedulerOutput) == step, "a step is plain data"
-        self.continued += step.advance > 0
+        self.continued += step.position_offset > 0
         key = self.draw.choice(("FULL/fits", "FULL/cheaper"))
         self.counted.count(step, key)
         for row in step.rows:
@@ -143,8 +160,8 @@ class Both:
         assert self.with_runs.has_room == self.anew.has_room
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_is_what_thinking_anew_gives(lag: int) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_run_is_what_thinking_anew_gives(steps_ahead: int) -> None:
     """Both schedulers agree through arrivals, aborts at every moment, stops, preemption and prefix
     cache hits, also with blocks of one token."""
     continued = preemptions = hits = 0
@@ -159,12 +176,12 @@ def test_a_run_is_what_thinking_anew_gives(lag: int) -> None:
             # The aborted request may be waiting, running, ended or newly added.
             if number and draw.random() < aborts:
                 both.abort(str(draw.randrange(number)))
-            while len(both.in_flight) <= lag and both.schedule():
+            while len(both.in_flight) <= steps_ahead and both.schedule():
                 if draw.random() < aborts:
                     both.abort(str(draw.randrange(number)))
             if both.in_flight:
                 both.retire()
-        assert both.with_runs.pool.num_used == both.with_runs.slots.num_used == 0
+        assert both.with_runs.block_pool.num_used == both.with_runs.req_indices.num_used == 0
         continued += both.continued
         preemptions += both.with_runs.num_preemptions
         hits += both.with_runs.prefix_cache_hits

@@ -57,7 +57,11 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
     keys = set(ladders.keys()) - epilogues
     for tokens, requests, decode in every_batch(ladders):
         found = dispatcher.dispatch(
-            tokens, requests, query_len=1 if decode else None, needs_logits=logits, masked=masked
+            tokens,
+            requests,
+            query_len=1 if decode else None,
+            needs_logits=logits,
+            has_structured_output_requests=masked,
         )
         key = found.descriptor
         ends = key.output is not StageOutput.HIDDEN
@@ -72,8 +76,8 @@ def test_every_batch_gets_the_smallest_graph_that_holds_it(mode, limits, sizes, 
                 assert behind.num_reqs == requests, "NONE never pads"
             else:
                 assert found.epilogue in epilogues, "what is dispatched was captured"
-                rungs = [d.num_reqs for _, d in epilogues]
-                assert behind.num_reqs == min(n for n in rungs if n >= requests)
+                capture_sizes = [d.num_reqs for _, d in epilogues]
+                assert behind.num_reqs == min(n for n in capture_sizes if n >= requests)
         if found.mode is NONE:
             assert key.num_tokens == tokens, "NONE never pads"
             # No captured graph could have held the batch.
@@ -125,7 +129,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
             continue
         before = least[first.mode, first.descriptor]
         others = [
-            times[m, d].median
+            times[m, d].median_ms
             for m, d in keys
             if d.num_tokens >= first.descriptor.num_tokens
             and (holds_any(d) or (first.descriptor.uniform_decode and d.output is output))
@@ -134,7 +138,7 @@ def test_a_graph_measured_to_be_cheaper_takes_the_place_of_the_smallest(
             assert found == first, "a difference of 5% is noise"
             continue
         assert found.reason is Reason.CHEAPER
-        assert times[found.mode, found.descriptor].median == min(others)
+        assert times[found.mode, found.descriptor].median_ms == min(others)
         assert found.descriptor.num_tokens >= tokens
         assert found.descriptor.num_reqs is None or found.descriptor.num_reqs >= requests
         if not holds_any(found.descriptor):
@@ -149,7 +153,7 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
     times[FULL, decode_descriptor(2, StageOutput.TOKENS)] = StepTime(1.2, 1.3)
     rows = [r for r in Dispatcher(ladders, times).coverage() if r.reason is Reason.CHEAPER]
-    assert [(r.kind, r.first, r.last, r.mode, r.rung) for r in rows] == [
+    assert [(r.kind, r.first, r.last, r.mode, r.padded_size) for r in rows] == [
         ("decode", 2, 2, PIECEWISE, 4)
     ]
 

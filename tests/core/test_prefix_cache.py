@@ -38,20 +38,20 @@ class Pool(RuleBasedStateMachine):
         """Find a cached prefix of a chain of hashes, take new blocks for the rest, and enter those
         into the prefix cache."""
         chain = [b"/".join(names[: i + 1]) for i in range(len(names))]
-        found = self.pool.find(chain)
+        found = self.pool.get_cached_blocks(chain)
         assert [self.keeps[block] for block in found] == chain[: len(found)]
         if len(found) < len(chain):
             assert chain[len(found)] not in self.keeps.values()
         for block in found:
-            self.pool.hold(block)
+            self.pool.touch(block)
             if block in self.freed:
                 self.freed.remove(block)
         blocks = list(found)
         for name in chain[len(found) :]:
-            blocks.append(self.pool.take())
+            blocks.append(self.pool.allocate())
             assert blocks[-1] == self.freed.pop(0), "not the least recently used"
             self.keeps.pop(blocks[-1], None)
-            self.pool.publish(blocks[-1], name)
+            self.pool.cache_full_block(blocks[-1], name)
             if name not in self.keeps.values():
                 self.keeps[blocks[-1]] = name
         self.holders.append((blocks, chain))
@@ -59,7 +59,7 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.pool.num_free)
     @rule()
     def take_one_without_publishing(self) -> None:
-        block = self.pool.take()
+        block = self.pool.allocate()
         assert block == self.freed.pop(0)
         self.keeps.pop(block, None)
         self.holders.append(([block], []))
@@ -69,7 +69,7 @@ class Pool(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         blocks, _ = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
         for block in reversed(blocks):
-            self.pool.give_back(block)
+            self.pool.free(block)
             if not any(block in others for others, _ in self.holders):
                 self.freed.append(block)
 
@@ -78,7 +78,9 @@ class Pool(RuleBasedStateMachine):
         self.pool.check_integrity(self.holders)
         assert self.pool.num_free == len(self.freed)
         assert self.pool.num_used == len({block for blocks, _ in self.holders for block in blocks})
-        assert all(self.pool.find([name]) == [block] for block, name in self.keeps.items())
+        assert all(
+            self.pool.get_cached_blocks([name]) == [block] for block, name in self.keeps.items()
+        )
 
 
 TestPool = Pool.TestCase
@@ -149,12 +151,12 @@ class Run:
         self.add(name, prompt, **others)
         step = self.schedule()
         [row] = [row for row in step.rows if row.request_id == name]
-        assert not row.decoding
-        assert row.token_ids == prompt[row.start :][: row.num_tokens]
+        assert not row.is_decode
+        assert row.token_ids == prompt[row.num_computed_tokens :][: row.num_tokens]
         first, *rest = [*self.retire(step), *self.finish()]
-        assert first.num_cached_tokens == row.start
+        assert first.num_cached_tokens == row.num_computed_tokens
         assert all(event.num_cached_tokens == 0 for event in rest)
-        return row.start
+        return row.num_computed_tokens
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_a_tail_of_one_token_is_prefill():
     run.start("a", TEXT[:9])
     run.add("b", TEXT[:9])
     step = run.schedule()
-    assert [(row.start, row.num_tokens) for row in step.rows] == [(8, 1)]
+    assert [(row.num_computed_tokens, row.num_tokens) for row in step.rows] == [(8, 1)]
     assert step.query_len is None
 
 
@@ -207,17 +209,19 @@ def test_a_running_request_shares_its_blocks():
     run = Run()
     run.add("a", TEXT[:9])
     run.retire(run.schedule())
-    used = run.scheduler.pool.num_used
+    used = run.scheduler.block_pool.num_used
     run.add("b", TEXT[:10])
     step = run.schedule()
-    assert run.scheduler.pool.num_used == used + 1
+    assert run.scheduler.block_pool.num_used == used + 1
     a, b = run.scheduler.running
     assert a.blocks[:2] == b.blocks[:2]
-    assert [block for slot, _, block in step.new_blocks if slot == b.slot] == b.blocks
+    assert [
+        block for req_index, _, block in step.new_blocks if req_index == b.req_index
+    ] == b.blocks
     run.scheduler.abort("a")
     run.retire(step)
     run.scheduler.abort("b")
-    assert run.scheduler.pool.num_used == 0
+    assert run.scheduler.block_pool.num_used == 0
 
 
 def test_keys_and_salts_keep_requests_apart():
@@ -226,7 +230,7 @@ def test_keys_and_salts_keep_requests_apart():
     salts = [(None, None), (None, "x"), (None, "y"), (0, None), (1, None), (1, "x"), (1, "0")]
     for times, start in enumerate((0, 8)):
         starts = [
-            run.start(f"{times} {key} {salt}", TEXT[:9], cache_key=key, cache_salt=salt)
+            run.start(f"{times} {key} {salt}", TEXT[:9], api_key_index=key, cache_salt=salt)
             for key, salt in salts
         ]
         assert starts == [start] * len(salts)
@@ -240,7 +244,7 @@ def test_nothing_is_found_or_hashed_when_it_is_off(monkeypatch):
 
 
 def starts(step: SchedulerOutput) -> dict[str, int]:
-    return {row.request_id: row.start for row in step.rows}
+    return {row.request_id: row.num_computed_tokens for row in step.rows}
 
 
 def test_a_block_is_found_once_its_step_has_retired():
@@ -270,7 +274,7 @@ def test_an_aborted_request_leaves_what_had_been_computed():
     run.retire(first)
     run.scheduler.abort("a")
     run.retire(second)
-    assert run.scheduler.pool.num_used == 0
+    assert run.scheduler.block_pool.num_used == 0
     assert run.start("b", TEXT[:24]) == 8
 
 
@@ -295,7 +299,7 @@ def test_what_is_found_but_held_by_nobody_counts_as_taken():
     run.start("first", TEXT[:17], most=1)
     run.add("old", [1] * 4, most=9)
     run.retire(run.schedule())
-    assert run.scheduler.pool.num_free == 5
+    assert run.scheduler.block_pool.num_free == 5
     # It needs five blocks, four of which are found in the cache and are free.
     run.add("new", TEXT[:17], most=1)
     assert starts(run.schedule()) == {"old": 4}
@@ -308,7 +312,7 @@ def test_what_others_hold_is_not_taken(blocks, admitted):
     run = Run(blocks=blocks, max_model_len=24)
     run.add("old", TEXT[:17], most=3)
     run.retire(run.schedule())
-    assert run.scheduler.pool.num_free == blocks - 6
+    assert run.scheduler.block_pool.num_free == blocks - 6
     run.add("new", TEXT[:17], most=3)
     assert ("new" in starts(run.schedule())) is admitted
 

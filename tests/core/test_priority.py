@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.scheduler import PASSES, Scheduler
+from minisrv.core.scheduler import MAX_OVERTAKES, Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.request import EngineRequest, SamplingParams
 
@@ -27,7 +27,13 @@ class Flow:
     """
 
     def __init__(
-        self, blocks: int, *, seqs: int, budget: int = 16, lag: int = 0, caching: bool = True
+        self,
+        blocks: int,
+        *,
+        seqs: int,
+        budget: int = 16,
+        steps_ahead: int = 0,
+        caching: bool = True,
     ) -> None:
         self.scheduler = Scheduler(
             BlockPool(blocks, BLOCK),
@@ -37,7 +43,7 @@ class Flow:
             max_waiting=1000,
             enable_prefix_caching=caching,
         )
-        self.lag = lag
+        self.lag = steps_ahead
         self.order: list[str] = []
         self.passed: Counter[str] = Counter()
         self.older: dict[str, int] = {}
@@ -81,14 +87,14 @@ class Flow:
     starved=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), min_size=1, max_size=4),
     seqs=st.integers(1, 4),
     blocks=st.integers(14, 30),
-    lag=st.integers(0, 1),
+    steps_ahead=st.integers(0, 1),
     length=st.integers(1, 20),
     draw=st.randoms(use_true_random=False),
 )
-def test_nobody_is_passed_over_for_ever(starved, seqs, blocks, lag, length, draw):
+def test_nobody_is_passed_over_for_ever(starved, seqs, blocks, steps_ahead, length, draw):
     """Less important requests end although each new request is more important than all before it
     and some always wait; the number of times that each is passed over is bounded."""
-    flow = Flow(blocks, seqs=seqs, lag=lag)
+    flow = Flow(blocks, seqs=seqs, steps_ahead=steps_ahead)
     arrivals = deque(sorted(starved))
     names: list[str] = []
     for clock in range(1500):
@@ -101,26 +107,26 @@ def test_nobody_is_passed_over_for_ever(starved, seqs, blocks, lag, length, draw
             break
     assert flow.ended >= set(names)
     for name, times in flow.passed.items():
-        assert times <= PASSES * (flow.older[name] + 1)
+        assert times <= MAX_OVERTAKES * (flow.older[name] + 1)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_nobody_is_preempted_for_ever(lag):
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_nobody_is_preempted_for_ever(steps_ahead):
     """A request ends although, whenever it runs, a more important one takes what is free of the
     cache and so preempts it. The more important ones never wait, so none of them is admitted before
     it: only the count of preemptions can help it."""
-    flow = Flow(blocks=40, seqs=2, budget=200, lag=lag)
+    flow = Flow(blocks=40, seqs=2, budget=200, steps_ahead=steps_ahead)
     name = flow.add(0, length=4, most=120)
     flow.step()
     for _ in range(1000):
-        pool, scheduler = flow.scheduler.pool, flow.scheduler
+        pool, scheduler = flow.scheduler.block_pool, flow.scheduler
         if len(scheduler.running) < 2 and not scheduler.waiting and pool.num_free > 2:
             flow.add(-1, length=(pool.num_free - 2) * BLOCK, most=12)
         flow.step()
         if name in flow.ended:
             break
     assert name in flow.ended
-    assert flow.preempted[name] == PASSES
+    assert flow.preempted[name] == MAX_OVERTAKES
     assert not flow.passed[name]
 
 
@@ -143,13 +149,13 @@ def test_most_requests_go_by_priority():
 @given(
     seqs=st.integers(1, 4),
     blocks=st.integers(10, 20),
-    lag=st.integers(0, 1),
+    steps_ahead=st.integers(0, 1),
     sizes=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 16)), min_size=1, max_size=20),
 )
-def test_among_equals_nobody_has_a_turn(seqs, blocks, lag, sizes):
+def test_among_equals_nobody_has_a_turn(seqs, blocks, steps_ahead, sizes):
     """Requests of equal priority are served first come, first served, however often the cache is
     full."""
-    flow = Flow(blocks, seqs=seqs, lag=lag)
+    flow = Flow(blocks, seqs=seqs, steps_ahead=steps_ahead)
     names = [flow.add(0, length, most) for length, most in sizes]
     while flow.scheduler.has_work:
         flow.step()
@@ -165,7 +171,7 @@ def test_one_whose_turn_has_come_is_before_all_that_have_had_none():
     """A request that was passed over so often that its turn came keeps its place while it runs:
     more important requests are preempted before it."""
     flow = Flow(blocks=13, seqs=3, budget=64)
-    for _ in range(PASSES):
+    for _ in range(MAX_OVERTAKES):
         flow.add(-1, most=1)
     name = flow.add(0, length=12, most=20)
     while name not in flow.order:

@@ -65,31 +65,31 @@ class Device:
     last_token: dict[int, int] = field(default_factory=dict)
 
     def run(self, step: SchedulerOutput) -> list[list[int]]:
-        for start in step.new_slots:
-            self.tables[start.slot] = {}
-        for slot, index, block in step.new_blocks:
-            self.tables[slot][index] = block
-        assert len({row.slot for row in step.rows}) == len(step.rows)
-        assert [row.decoding for row in step.rows] == sorted(
-            (row.decoding for row in step.rows), reverse=True
+        for start in step.new_reqs:
+            self.tables[start.req_index] = {}
+        for req_index, index, block in step.new_blocks:
+            self.tables[req_index][index] = block
+        assert len({row.req_index for row in step.rows}) == len(step.rows)
+        assert [row.is_decode for row in step.rows] == sorted(
+            (row.is_decode for row in step.rows), reverse=True
         ), "decode rows come first"
         for row in step.rows:
-            self.check(row, row.start)
+            self.check(row, row.num_computed_tokens)
         for row in step.rows:
             self.write(row)
         tokens = []
         for row in step.rows:
-            end = row.start + row.num_tokens
+            end = row.num_computed_tokens + row.num_tokens
             self.check(row, end)
             told = self.told[row.request_id]
-            self.last_token[row.slot] = sampled(told.seed, told.tokens[:end])
-            tokens.append([self.last_token[row.slot] if row.samples else -1])
+            self.last_token[row.req_index] = sampled(told.seed, told.tokens[:end])
+            tokens.append([self.last_token[row.req_index] if row.samples_token else -1])
         return tokens
 
     def write(self, row: ScheduledRow) -> None:
-        ids = row.token_ids or [self.last_token[row.slot]]
+        ids = row.token_ids or [self.last_token[row.req_index]]
         assert len(ids) == row.num_tokens
-        for position, token in enumerate(ids, row.start):
+        for position, token in enumerate(ids, row.num_computed_tokens):
             before = self.cache[self.place(row, position - 1)][1] if position else ()
             salt = self.told[row.request_id].salt
             self.cache[self.place(row, position)] = (salt, (*before, token))
@@ -101,17 +101,19 @@ class Device:
             assert entry == (told.salt, told.tokens[: position + 1]), "not its own prefix"
 
     def place(self, row: ScheduledRow, position: int) -> tuple[int, int]:
-        return self.tables[row.slot][position // BLOCK], position % BLOCK
+        return self.tables[row.req_index][position // BLOCK], position % BLOCK
 
     def named(self, step: SchedulerOutput) -> set[int]:
-        return {block for row in step.rows for block in self.tables[row.slot].values()}
+        return {block for row in step.rows for block in self.tables[row.req_index].values()}
 
 
 def taken(step: SchedulerOutput) -> set[int]:
     """Return the new blocks of a step that it writes; its other new blocks were found in the prefix
     cache."""
-    start = {row.slot: row.start for row in step.rows}
-    return {block for slot, index, block in step.new_blocks if index * BLOCK >= start[slot]}
+    start = {row.req_index: row.num_computed_tokens for row in step.rows}
+    return {
+        block for req_index, index, block in step.new_blocks if index * BLOCK >= start[req_index]
+    }
 
 
 def expected(
@@ -157,14 +159,16 @@ many_requests = st.integers(1, 12).flatmap(lambda n: st.tuples(*map(requests, ra
 @settings(max_examples=400)
 @given(
     drawn=many_requests,
-    lag=st.integers(0, 1),
+    steps_ahead=st.integers(0, 1),
     blocks=st.integers(14, 40),
     seqs=st.integers(1, 6),
     budget=st.integers(0, 20),
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 40), max_size=4),
     caching=st.sampled_from([True, True, True, False]),
 )
-def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, aborts, caching):
+def test_every_request_gives_its_own_tokens(
+    drawn, steps_ahead, blocks, seqs, budget, aborts, caching
+):
     """Each request gives its own tokens through shared prefixes, chunked prefill, preemption by a
     small cache, aborts and late arrivals."""
     scheduler = Scheduler(
@@ -191,7 +195,7 @@ def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, ab
             if when == clock and (output := scheduler.abort(str(index))):
                 assert output.finish_reason is FinishReason.ABORT
                 ended[str(index)] = FinishReason.ABORT
-        while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
+        while len(in_flight) <= steps_ahead and (step := scheduler.schedule()) is not None:
             busy = set().union(*(blocks_named for _, _, blocks_named in in_flight))
             assert not busy & taken(step), "reused too early"
             assert step.num_tokens <= seqs + budget
@@ -209,13 +213,13 @@ def test_every_request_gives_its_own_tokens(drawn, lag, blocks, seqs, budget, ab
             scheduler.check_integrity()
         elif not arrivals and not scheduler.has_work:
             break
-    assert scheduler.pool.num_used == 0
-    assert scheduler.slots.num_used == 0
+    assert scheduler.block_pool.num_used == 0
+    assert scheduler.req_indices.num_used == 0
     assert cached <= scheduler.prefix_cache_hits <= scheduler.prefix_cache_queries
     assert caching or not scheduler.prefix_cache_queries
     for request, told, _ in drawn:
         length, name = len(request.prompt_token_ids), request.request_id
-        limit = min(LIMIT, scheduler.pool.capacity)
+        limit = min(LIMIT, scheduler.block_pool.capacity)
         tokens, reason = expected(length, told, request.params, limit)
         if ended[name] is FinishReason.ABORT:
             assert got[name] == tokens[: len(got[name])]
@@ -243,7 +247,7 @@ def add(
 
 def shape(step: SchedulerOutput | None) -> list[tuple[str, int, bool]]:
     assert step is not None
-    return [(row.request_id, row.num_tokens, row.decoding) for row in step.rows]
+    return [(row.request_id, row.num_tokens, row.is_decode) for row in step.rows]
 
 
 def test_tokens_behind_the_one_that_ends_a_request_are_dropped():
@@ -270,7 +274,7 @@ def test_prefill_is_chunked_and_mixed_with_decode():
     add(scheduler, "b", 20)
     second = scheduler.schedule()
     assert shape(second) == [("a", 1, True), ("b", 15, False)]
-    assert [row.samples for row in second.rows] == [True, False]
+    assert [row.samples_token for row in second.rows] == [True, False]
     assert second.query_len is None
     scheduler.update(1, [[1], [1]])
     third = scheduler.schedule()
@@ -320,9 +324,11 @@ def test_the_newest_is_preempted_and_comes_back(caching, start):
     add(scheduler, "new", 3, 8)
     steps = run_steps(scheduler, 100)
     assert scheduler.num_preemptions == 1
-    _, again = [r for s in steps for r in s.rows if r.request_id == "new" and not r.decoding]
-    assert again.start == start
-    assert again.start + again.num_tokens > 3, "what had been sampled is part of the new prefill"
+    _, again = [r for s in steps for r in s.rows if r.request_id == "new" and not r.is_decode]
+    assert again.num_computed_tokens == start
+    assert again.num_computed_tokens + again.num_tokens > 3, (
+        "what had been sampled is part of the new prefill"
+    )
     assert scheduler.prefix_cache_hits == 0, "its own blocks are no news to whoever asks"
 
 
@@ -341,19 +347,19 @@ def test_stop_by_length_is_foreseen_under_lag():
 
 
 def test_blocks_and_slot_wait_for_the_step_in_flight():
-    """The blocks and the slot of an aborted request are not free before the last step that writes
-    to them has retired."""
+    """The blocks and the request index of an aborted request are not free before the last step that
+    writes to them has retired."""
     scheduler = make()
     add(scheduler, "a", 3, 5)
     scheduler.schedule()
     scheduler.schedule()
     assert scheduler.abort("a").finish_reason is FinishReason.ABORT
-    assert scheduler.pool.num_used == 1
+    assert scheduler.block_pool.num_used == 1
     assert scheduler.update(0, [[1]]) == []
-    assert scheduler.pool.num_used == 1, "step 1 still writes there"
+    assert scheduler.block_pool.num_used == 1, "step 1 still writes there"
     assert scheduler.update(1, [[1]]) == []
-    assert scheduler.pool.num_used == 0
-    assert scheduler.slots.num_used == 0
+    assert scheduler.block_pool.num_used == 0
+    assert scheduler.req_indices.num_used == 0
 
 
 @pytest.mark.parametrize(("length", "most"), [(10, 7), (16, None), (17, 0), (0, 1)])
@@ -367,7 +373,7 @@ def test_only_requests_that_fit_may_be_added(length, most):
 
 
 def test_queue_is_bounded_behind_the_free_slots():
-    """A request is refused if the free slots and `max_waiting` places are all taken."""
+    """A request is refused if the free request indices and `max_waiting` places are all taken."""
     scheduler = make(seqs=2, max_waiting=1)
     for name in "abc":
         add(scheduler, name, 3)
@@ -377,20 +383,20 @@ def test_queue_is_bounded_behind_the_free_slots():
     assert len(scheduler.waiting) == 1
     with pytest.raises(QueueFullError):
         add(scheduler, "d", 3)
-    # The aborted request's slot is not free before the step in flight has retired, but its place in
-    # the queue's limit is.
+    # The aborted request's request index is not free before the step in flight has retired, but its
+    # place in the queue's limit is.
     scheduler.abort("a")
     add(scheduler, "d", 3)
     with pytest.raises(QueueFullError):
         add(scheduler, "e", 3)
 
 
-def run_steps(scheduler: Scheduler, steps: int, lag: int = 0) -> list[SchedulerOutput]:
+def run_steps(scheduler: Scheduler, steps: int, steps_ahead: int = 0) -> list[SchedulerOutput]:
     """Run at most `steps` steps, where every sampled token is 2, and return them."""
     ran: list[SchedulerOutput] = []
     in_flight: deque[SchedulerOutput] = deque()
     while scheduler.has_work and len(ran) < steps:
-        while len(in_flight) <= lag and (step := scheduler.schedule()) is not None:
+        while len(in_flight) <= steps_ahead and (step := scheduler.schedule()) is not None:
             in_flight.append(step)
             ran.append(step)
         step = in_flight.popleft()
@@ -406,7 +412,7 @@ def test_a_preempted_request_is_admitted_before_those_behind_it():
     add(scheduler, "last", 9, 2)
     steps = run_steps(scheduler, 100)
     assert scheduler.num_preemptions == 1
-    prefills = [r.request_id for s in steps for r in s.rows if not r.decoding]
+    prefills = [r.request_id for s in steps for r in s.rows if not r.is_decode]
     assert prefills == ["old", "new", "new", "last"]
 
 
@@ -432,18 +438,18 @@ def run_steps_from(scheduler: Scheduler, first: int) -> None:
 @pytest.mark.parametrize(
     ("blocks", "prompt"), [(6, 9), (5, 2)], ids=["newest in its prefill", "newest decoding"]
 )
-@pytest.mark.parametrize("lag", [0, 1])
-def test_the_oldest_waits_one_step_at_most(lag, blocks, prompt):
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_the_oldest_waits_one_step_at_most(steps_ahead, blocks, prompt):
     """When the oldest request needs the newest one's blocks while the step in flight (lag 1) still
     uses them, the oldest is left out of one step and the newest is preempted in the next."""
     scheduler = make(blocks=blocks, budget=2, seqs=2, max_model_len=16)
     add(scheduler, "old", 2, 12)
     add(scheduler, "new", prompt, 6)
-    steps = run_steps(scheduler, 300, lag)
+    steps = run_steps(scheduler, 300, steps_ahead)
     assert not scheduler.has_work
     assert scheduler.num_preemptions >= 1
     ran = [step.step_id for step in steps for row in step.rows if row.request_id == "old"]
-    assert max(after - before for before, after in pairwise(ran)) <= 1 + lag
+    assert max(after - before for before, after in pairwise(ran)) <= 1 + steps_ahead
 
 
 @pytest.mark.parametrize(("wanted", "needs"), [(None, False), (0, True), (3, True)])
@@ -464,15 +470,15 @@ def counted(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[None]
     """Return a list that grows by one entry with every step that is scheduled anew instead of
     continuing a run."""
     anew: list[None] = []
-    schedule_anew = scheduler._schedule_anew
+    schedule_anew = scheduler._schedule_new_batch
     monkeypatch.setattr(
-        scheduler, "_schedule_anew", lambda: (anew.append(None), schedule_anew())[1]
+        scheduler, "_schedule_new_batch", lambda: (anew.append(None), schedule_anew())[1]
     )
     return anew
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, lag):
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, steps_ahead):
     """The steps of a run of decodes continue without new scheduling, even while requests wait: each
     has the same rows, one token further, and blocks as they are needed."""
     scheduler = make(blocks=64)
@@ -481,26 +487,30 @@ def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, lag):
     for index in range(90):
         add(scheduler, f"waiting {index}", length=5)
     anew = counted(scheduler, monkeypatch)
-    _, _, *steps = run_steps(scheduler, 23, lag)
+    _, _, *steps = run_steps(scheduler, 23, steps_ahead)
     assert len(anew) == 3, "two that hold prefill, and the run's first"
     for before, after in pairwise(steps):
-        assert [(row.request_id, row.start + 1) for row in before.rows] == [
-            (row.request_id, row.start) for row in after.rows
+        assert [(row.request_id, row.num_computed_tokens + 1) for row in before.rows] == [
+            (row.request_id, row.num_computed_tokens) for row in after.rows
         ]
         assert after.batch_id == before.batch_id
     for step in steps:
-        new = {slot: index for slot, index, _ in step.new_blocks}
-        assert new == {row.slot: row.start // BLOCK for row in step.rows if row.start % BLOCK == 0}
+        new = {req_index: index for req_index, index, _ in step.new_blocks}
+        assert new == {
+            row.req_index: row.num_computed_tokens // BLOCK
+            for row in step.rows
+            if row.num_computed_tokens % BLOCK == 0
+        }
     scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_ends_with_its_first_request(lag):
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_run_ends_with_its_first_request(steps_ahead):
     """A run of decode steps ends when the first of its requests does, and the others go on."""
     scheduler = make(blocks=64)
     for name, most in (("a", 9), ("b", 20)):
         add(scheduler, name, length=4, most=most)
-    steps = run_steps(scheduler, 40, lag)
+    steps = run_steps(scheduler, 40, steps_ahead)
     assert [len(step.rows) for step in steps] == [2] * 9 + [1] * 11
     assert not scheduler.has_work
-    assert scheduler.pool.num_used == 0
+    assert scheduler.block_pool.num_used == 0

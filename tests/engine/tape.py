@@ -97,7 +97,7 @@ class Played:
 
 
 def play(tape: list[Entry], config: EngineConfig) -> Played:
-    """Run the tape to its end and check that no block or slot is left in use."""
+    """Run the tape to its end and check that no block or request index is left in use."""
     engine = EngineCore(build_engine(config, check_addresses=True))
     tokens: dict[str, list[int]] = {entry.request.request_id: [] for entry in tape}
     reasons: dict[str, FinishReason] = {}
@@ -123,8 +123,8 @@ def play(tape: list[Entry], config: EngineConfig) -> Played:
         engine.scheduler.check_integrity()
         step += 1
     assert reasons.keys() == tokens.keys()
-    assert engine.scheduler.pool.num_used == 0
-    assert engine.scheduler.slots.num_used == 0
+    assert engine.scheduler.block_pool.num_used == 0
+    assert engine.scheduler.req_indices.num_used == 0
     return Played(tokens, reasons, engine)
 
 

@@ -61,14 +61,14 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
 
 @pytest.fixture
 def start(checkpoint: Path, tape_holds_mixed_batches: None) -> Any:
-    def make(mode: str = "none", lag: int = 0, **settings: Any) -> EngineCore:
+    def make(mode: str = "none", steps_ahead: int = 0, **settings: Any) -> EngineCore:
         limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4}
         config = EngineConfig(
             model=str(checkpoint),
             device="cpu",
             dtype="float32",
             cudagraph_mode=CUDAGraphMode(mode),
-            async_scheduling=bool(lag),
+            async_scheduling=bool(steps_ahead),
             **{**limits, **settings},
         )
         return EngineCore(build_engine(config, check_addresses=True))
@@ -106,7 +106,7 @@ def run(engine: EngineCore, *requests: EngineRequest) -> dict[str, list[EngineOu
         for output in engine.step():
             found.setdefault(output.request_id, []).append(output)
         engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.block_pool.num_used == 0
     assert not engine._grammars._matchers
     assert not engine._grammars.compiling
     for outputs in found.values():
@@ -131,15 +131,15 @@ def kept(schema: object, outputs: list[EngineOutput], tokenizer: Tokenizer) -> b
 
 
 def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, tokenizer) -> None:
-    """Every mode and lag (steps launched ahead) keeps to every schema and gives the same tokens, in
-    a cache so small that requests are preempted, beside requests without a grammar."""
+    """Every mode, with and without a step launched ahead, keeps to every schema and gives the same
+    tokens, in a cache so small that requests are preempted, beside requests without a grammar."""
     asked = [request(f"json {i}", schema_of(schema)) for i, schema in enumerate(SCHEMAS)]
     plain = [request(f"text {i}", max_tokens=40, logprobs=[None, 2][i % 2]) for i in range(6)]
     mixed = [r for pair in zip(asked, plain, strict=False) for r in pair] + asked[len(plain) :]
     seen: list[dict[str, list[int]]] = []
     for mode in MODES:
-        for lag in (0, 1):
-            engine = start(mode, lag, num_kv_blocks=60)
+        for steps_ahead in (0, 1):
+            engine = start(mode, steps_ahead, num_kv_blocks=60)
             found = run(engine, *mixed)
             assert engine.stats().preemptions, "the cache is small"
             assert not any(outputs[-1].error for outputs in found.values())
@@ -152,30 +152,30 @@ def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, token
         assert other == seen[0]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_others_get_the_tokens_that_they_get_alone(start, mode: str, lag: int) -> None:
+def test_others_get_the_tokens_that_they_get_alone(start, mode: str, steps_ahead: int) -> None:
     plain = [request(f"text {i}", max_tokens=30, temperature=i % 2) for i in range(4)]
     alone = {}
     for one in plain:
-        alone |= run(start(mode, lag), one)
+        alone |= run(start(mode, steps_ahead), one)
     grammars = [request(f"json {i}", schema_of(SCHEMAS[i]), max_tokens=40) for i in range(4)]
-    beside = run(start(mode, lag), *grammars[:2], *plain, *grammars[2:])
+    beside = run(start(mode, steps_ahead), *grammars[:2], *plain, *grammars[2:])
     for one in plain:
         assert tokens(beside[one.request_id]) == tokens(alone[one.request_id])
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_only_steps_with_a_grammar_wait(start, lag: int) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_only_steps_with_a_grammar_wait(start, steps_ahead: int) -> None:
     """Only the epilogues of steps with a grammar wait for the step before; the model itself still
     runs one step ahead."""
-    engine = start("full-and-piecewise", lag)
-    before: dict[str, list[tuple[bool, int]]] = {"start": [], "finish": []}
+    engine = start("full-and-piecewise", steps_ahead)
+    before: dict[str, list[tuple[bool, int]]] = {"execute_model": [], "sample_tokens": []}
 
     def watch(part: str, call: Any) -> Any:
         def watched(output: Any, dispatch: Any) -> Any:
             others = sum(step.output is not output for step in engine._in_flight)
-            before[part].append((output.masked, others))
+            before[part].append((output.has_structured_output_requests, others))
             return call(output, dispatch)
 
         return watched
@@ -188,18 +188,18 @@ def test_only_steps_with_a_grammar_wait(start, lag: int) -> None:
         engine.step()
     run(engine, request("grammar", choice))
     started, finished = ({n for masked, n in steps[1:] if masked} for steps in before.values())
-    assert sum(masked for masked, _ in before["finish"]) >= 8
-    assert (started, finished) == ({lag}, {0})
+    assert sum(masked for masked, _ in before["sample_tokens"]) >= 8
+    assert (started, finished) == ({steps_ahead}, {0})
     for steps in before.values():
         others = [n for masked, n in steps[1:] if not masked]
-        assert set(others[:6]) == set(others[-6:]) == {lag}
+        assert set(others[:6]) == set(others[-6:]) == {steps_ahead}
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, lag: int) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, steps_ahead: int) -> None:
     broken = request("broken", StructuredOutput(kind=Kind.REGEX, text="(a"))
-    alone = run(start(lag=lag), request("text", max_tokens=20))
-    found = run(start(lag=lag), request("text", max_tokens=20), broken)
+    alone = run(start(steps_ahead=steps_ahead), request("text", max_tokens=20))
+    found = run(start(steps_ahead=steps_ahead), request("text", max_tokens=20), broken)
     assert tokens(found["text"]) == tokens(alone["text"])
     [end] = found["broken"]
     assert end.error is not None
@@ -207,15 +207,15 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_own_request(start, lag: int)
     assert "unclosed group" in end.error.message
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("where", ["fill", "accept"])
 def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
-    start, monkeypatch: pytest.MonkeyPatch, lag: int, where: str
+    start, monkeypatch: pytest.MonkeyPatch, steps_ahead: int, where: str
 ) -> None:
     """A matcher that fails while it fills a mask or accepts a token ends its own request with an
     error, and no other request."""
     spec = StructuredOutput(kind=Kind.REGEX, text="a+b{20}")
-    engine = start(lag=lag)
+    engine = start(steps_ahead=steps_ahead)
     matchers = engine._grammars._matchers
 
     def break_one() -> None:
@@ -232,8 +232,8 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
         if where == "accept" and count == 4:
             break_one()
 
-    real_fill = engine._grammars.fill
-    monkeypatch.setattr(engine._grammars, "fill", fill)
+    real_fill = engine._grammars.fill_bitmask
+    monkeypatch.setattr(engine._grammars, "fill_bitmask", fill)
     found = run(engine, request("one", spec), request("two two", spec), request("text"))
     error = found["one"][-1].error
     assert error is not None
@@ -242,13 +242,15 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
     assert found["text"][-1].error is None
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_the_last_grammar_of_a_batch_ends_while_the_next_step_runs(start, lag: int) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_the_last_grammar_of_a_batch_ends_while_the_next_step_runs(start, steps_ahead: int) -> None:
     """The step launched ahead has a masked row whose grammar has ended meanwhile; llguidance
     accepts no empty batch, so it must not be called for that step."""
-    alone = run(start(lag=lag), request("text", max_tokens=20))
+    alone = run(start(steps_ahead=steps_ahead), request("text", max_tokens=20))
     spec = StructuredOutput(kind=Kind.CHOICE, choices=("a",))
-    found = run(start(lag=lag), request("text", max_tokens=20), request("short", spec))
+    found = run(
+        start(steps_ahead=steps_ahead), request("text", max_tokens=20), request("short", spec)
+    )
     assert found["short"][-1].finish_reason is FinishReason.STOP
     assert tokens(found["text"]) == tokens(alone["text"])
 
@@ -287,10 +289,10 @@ def test_log_probabilities_are_of_the_unmodified_distribution(start) -> None:
     assert masked.logprobs[0].top == free.logprobs[0].top
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
-    start, tokenizer: Tokenizer, mode: str, lag: int
+    start, tokenizer: Tokenizer, mode: str, steps_ahead: int
 ) -> None:
     """min_tokens does not keep the end token away where the grammar allows nothing else: such a
     mask would leave no token at all."""
@@ -312,7 +314,7 @@ def test_what_is_complete_ends_before_min_tokens_and_nothing_else_does(
             limits = {"min_tokens": 20, "max_tokens": 60, "stop_token_ids": stop}
             requests.append(request(f"{name} {number}", spec, **limits, **params))
     requests.append(request("plain", min_tokens=20, max_tokens=60))
-    found = run(start(mode, lag), *requests)
+    found = run(start(mode, steps_ahead), *requests)
     for name, outputs in found.items():
         ids = tokens(outputs)
         text = tokenizer.decode(ids)
@@ -368,7 +370,7 @@ class Compiling:
 
 def took(text: str, seconds: float) -> StructuredOutput:
     """Make a regular expression that took an API worker `seconds` to compile."""
-    return StructuredOutput(kind=Kind.REGEX, text=text, seconds=seconds)
+    return StructuredOutput(kind=Kind.REGEX, text=text, compile_seconds=seconds)
 
 
 def test_a_cheap_grammar_waits_for_no_costly_one(start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +426,8 @@ def test_the_same_grammar_is_compiled_once(start, tokenizer, monkeypatch) -> Non
 
 
 def test_as_many_are_kept_as_there_is_room_for(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisrv.engine.grammars.KEPT_SECONDS", 100)
-    monkeypatch.setattr("minisrv.engine.grammars.KEPT_GRAMMARS", 2)
+    monkeypatch.setattr("minisrv.engine.grammars.MAX_CACHED_SECONDS", 100)
+    monkeypatch.setattr("minisrv.engine.grammars.MAX_CACHED_GRAMMARS", 2)
     engine = start()
     compiling = Compiling(engine, monkeypatch)
     for number, text in enumerate("abacab"):
@@ -484,20 +486,23 @@ def test_a_model_without_an_end_is_told_why(checkpoint: Path, tmp_path: Path) ->
 def test_bits_are_columns(vocab_size: int) -> None:
     """Bit i of a row's mask stands for token i, and a mask that was applied allows everything
     again."""
-    rows = [ScheduledRow(str(i), i, 0, 1, [], True, True, None, masked=i != 1) for i in range(3)]
+    rows = [
+        ScheduledRow(str(i), i, 0, 1, [], True, True, None, use_structured_output=i != 1)
+        for i in range(3)
+    ]
 
     class Odd:
         bitmask_words = 4
 
-        def fill(self, rows: list[ScheduledRow], bitmask: Any) -> None:
+        def fill_bitmask(self, rows: list[ScheduledRow], bitmask: Any) -> None:
             for index, row in enumerate(rows):
-                if row.masked:
+                if row.use_structured_output:
                     bitmask[index] = 0x55555555 << index % 2
 
     logits = torch.randn(3, vocab_size)
     masked = logits.clone()
     bitmask = torch.full((4, -(-vocab_size // 32)), ALL, dtype=torch.int32)
-    TokenMasks(bitmask).send(rows, Odd())
+    TokenMasks(bitmask).upload(rows, Odd())
     apply_bitmask(masked, bitmask[:3])
     assert (bitmask == ALL).all(), "the next step finds that all is allowed"
     column = torch.arange(vocab_size)
@@ -514,7 +519,7 @@ def test_the_matcher_is_not_asked_for_chunks_that_sample_nothing(
     """A mask is filled only for steps that sample a token of the request."""
     fills = []
     monkeypatch.setattr(
-        "minisrv.text.structured.GrammarBackend.fill",
+        "minisrv.text.structured.GrammarBackend.fill_bitmasks",
         lambda self, matchers, bitmask: fills.extend(_fill_alone(matchers, bitmask)),
     )
     engine = start(max_num_batched_tokens=8)
@@ -525,5 +530,5 @@ def test_the_matcher_is_not_asked_for_chunks_that_sample_nothing(
 
 def _fill_alone(matchers: list[tuple[Matcher, int]], bitmask: Any) -> list[int]:
     for matcher, row in matchers:
-        matcher.fill(bitmask[row])
+        matcher.fill_bitmask(bitmask[row])
     return [row for _, row in matchers]

@@ -12,18 +12,20 @@ from minisrv.runner.results import DeviceTime, StepResult
 from tests.checkpoints import make_checkpoint
 
 
-@pytest.mark.parametrize("lag", [False, True])
-def test_an_engine_without_requests_does_not_idle(tmp_path, monkeypatch, lag):
+@pytest.mark.parametrize("steps_ahead", [False, True])
+def test_an_engine_without_requests_does_not_idle(tmp_path, monkeypatch, steps_ahead):
     """No idle time is counted while the engine has no requests, also when the last one was aborted,
     as is every request that ends at a stop string."""
-    monkeypatch.setattr(StepResult, "device_time", lambda self: DeviceTime(busy=1.0, idle=100.0))
+    monkeypatch.setattr(
+        StepResult, "device_time", lambda self: DeviceTime(busy_ms=1.0, idle_ms=100.0)
+    )
     config = EngineConfig(
         model=str(make_checkpoint(tmp_path)),
         device="cpu",
         enforce_eager=True,
         max_num_seqs=2,
         max_num_batched_tokens=8,
-        async_scheduling=lag,
+        async_scheduling=steps_ahead,
     )
     engine = EngineCore(build_engine(config))
 

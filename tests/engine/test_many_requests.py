@@ -1,4 +1,5 @@
-"""Many requests that come and go with one step launched ahead: blocks, slots and tokens."""
+"""Many requests that come and go with one step launched ahead: blocks, request indices and
+tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from tests.engine.tape import LIMITS, make_tape, play
     ("device", "number"), [("cpu", 400), pytest.param("cuda", 2000, marks=pytest.mark.gpu)]
 )
 def test_one_step_ahead(device, number):
-    """Blocks and slots are checked at every step, through random lengths, aborts, preemptions and
-    prefix cache hits. The tokens are those of an engine that waits for each step before the next,
-    except where rounding decides."""
+    """Blocks and request indices are checked at every step, through random lengths, aborts,
+    preemptions and prefix cache hits. The tokens are those of an engine that waits for each step
+    before the next, except where rounding decides."""
     tape = make_tape(number, 4096, seed=2)
     settings = {"device": device, "max_waiting": len(tape), **LIMITS}
     ahead = play(tape, EngineConfig(async_scheduling=True, **settings))

@@ -16,7 +16,7 @@ from minisrv.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint
 
 CONFIG = EngineConfig(max_num_seqs=3, block_size=4)
-SHAPE = KVCacheShape(per_block=100, per_row=5)
+SHAPE = KVCacheShape(bytes_per_block=100, blocks_per_context=5)
 
 
 @pytest.mark.parametrize(("available", "blocks"), [(600, 6), (1099, 10), (1600, 16), (10**9, 16)])
@@ -96,7 +96,7 @@ def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     few = {"max_num_seqs": 8, "max_num_batched_tokens": 8}
     engine = build_engine(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, **few))
     assert 16 <= engine.info.max_model_len < 512
-    assert engine.info.max_model_len == engine.scheduler.pool.capacity
+    assert engine.info.max_model_len == engine.scheduler.block_pool.capacity
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_the_probe_says_is_enough_and_little_more(share):
     )
     engine = build_engine(config)
     actual = sum(graph.nbytes for graph in engine.runner.graphs.values())
-    assert engine.memory.graphs is not None
-    assert actual <= engine.memory.graphs <= 2 * actual + (64 << 20)
+    assert engine.memory.graph_bytes is not None
+    assert actual <= engine.memory.graph_bytes <= 2 * actual + (64 << 20)
     free, total = torch.cuda.mem_get_info()
     assert total - free <= share * total

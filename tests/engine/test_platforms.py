@@ -246,7 +246,10 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
     """The cache gets the memory that remains: what loading has left cached does not count, what the
     largest step leaves cached does, and nothing of the probe stays."""
     gpu = Gpu(allowed=5000 * MIB, used=500 * MIB, kept=1000 * MIB)
-    config, shape = EngineConfig(max_num_seqs=3), KVCacheShape(per_block=MIB, per_row=5)
+    config, shape = (
+        EngineConfig(max_num_seqs=3),
+        KVCacheShape(bytes_per_block=MIB, blocks_per_context=5),
+    )
     sizes = []
 
     def make_runner(num_blocks: int) -> Probe:
@@ -256,14 +259,14 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
     with caplog.at_level(logging.INFO, logger="minisrv"):
         plan = gpu.plan_memory(config, shape, make_runner, 4321)
     assert sizes == [1 + 5 + 4 * 3]
-    assert plan == MemoryPlan(cache=(5000 - 500 - 30 - 70) * MIB, graphs=70 * MIB)
+    assert plan == MemoryPlan(kv_cache_bytes=(5000 - 500 - 30 - 70) * MIB, graph_bytes=70 * MIB)
     assert gpu.used_bytes() == 500 * MIB
     said = "steps take 30.0 MiB, graphs 70.0 MiB by a probe; 4400.0 MiB are left for the KV cache"
     assert said in caplog.text
 
 
 def test_a_cache_whose_size_is_given_needs_no_probe():
-    gpu, shape = Gpu(), KVCacheShape(per_block=100, per_row=5)
+    gpu, shape = Gpu(), KVCacheShape(bytes_per_block=100, blocks_per_context=5)
     asked = EngineConfig(kv_cache_memory=4321)
     blocks = EngineConfig(num_kv_blocks=7)
     assert gpu.plan_memory(asked, shape, None, 4321) == MemoryPlan(4321)
@@ -275,21 +278,21 @@ def test_a_cache_whose_size_is_given_needs_no_probe():
 def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoint):
     config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
     runner = build_engine(config).runner
-    shape = KVCacheShape(per_block=MIB, per_row=1)
-    plan = MemoryPlan(cache=1 << 30, graphs=5 * MIB)
+    shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=1)
+    plan = MemoryPlan(kv_cache_bytes=1 << 30, graph_bytes=5 * MIB)
     gpu = Gpu(used=900 * MIB, allowed=890 * MIB)
     with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
         gpu.check_plan(config, plan, shape, runner)
-    gpu.check_plan(config, MemoryPlan(cache=1 << 30), shape, runner)
+    gpu.check_plan(config, MemoryPlan(kv_cache_bytes=1 << 30), shape, runner)
     # Memory that torch keeps cached and nobody uses is released before the check.
     Gpu(used=900 * MIB, kept=10 * MIB, allowed=900 * MIB).check_plan(config, plan, shape, runner)
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "asked", "lag"),
+    ("on_gpu", "asked", "steps_ahead"),
     [(False, None, 0), (False, True, 1), (True, None, 1), (True, False, 0)],
 )
-def test_a_start_on_each_platform(on_gpu, asked, lag, checkpoint, monkeypatch, caplog):
+def test_a_start_on_each_platform(on_gpu, asked, steps_ahead, checkpoint, monkeypatch, caplog):
     """Each platform has its own phases of the line `ready in`, number of steps launched ahead, and
     choice of whether graphs are probed and timed."""
     if on_gpu:
@@ -308,12 +311,12 @@ def test_a_start_on_each_platform(on_gpu, asked, lag, checkpoint, monkeypatch, c
     if on_gpu:
         phases.remove("kernels")
     assert list(parts.info.startup_seconds) == phases
-    assert parts.lag == lag
+    assert parts.steps_ahead == steps_ahead
     assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)
     assert f"engine: {parts.info.summary}" in caplog.text
     keys = parts.dispatcher.ladders.keys()
     assert set(parts.times) == (set(keys) if on_gpu else set())
-    assert (parts.memory.graphs is not None) == on_gpu
+    assert (parts.memory.graph_bytes is not None) == on_gpu
     words = ("are left for the KV cache", "a probe had said")
     assert [text in caplog.text for text in words] == [on_gpu, on_gpu]
 

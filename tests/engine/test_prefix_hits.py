@@ -18,12 +18,12 @@ def checkpoint(tmp_path_factory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, lag):
+def test_the_same_prompt_twice_gives_the_same_tokens(checkpoint, mode, steps_ahead):
     """Both of two equal requests give the same tokens. Trap 2: what capture had left in the cache
     reached only the second one."""
-    llm = LLM(checkpoint, cudagraph_mode=mode, async_scheduling=lag, **LIMITS)
+    llm = LLM(checkpoint, cudagraph_mode=mode, async_scheduling=steps_ahead, **LIMITS)
 
     def null_block_is_finite() -> bool:
         if mode == "none":

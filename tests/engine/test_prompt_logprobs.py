@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
-def start(checkpoint: str, mode: str = "none", lag: bool = False, **settings) -> EngineCore:
+def start(checkpoint: str, mode: str = "none", steps_ahead: bool = False, **settings) -> EngineCore:
     limits = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": CHUNK,
@@ -44,7 +44,7 @@ def start(checkpoint: str, mode: str = "none", lag: bool = False, **settings) ->
         device="cpu",
         dtype="float32",
         cudagraph_mode=CUDAGraphMode(mode),
-        async_scheduling=lag,
+        async_scheduling=steps_ahead,
         **limits | settings,
     )
     return EngineCore(build_engine(config, check_addresses=True))
@@ -84,7 +84,7 @@ def run(engine: EngineCore) -> dict[str, Told]:
             told.cached += output.num_cached_tokens
             told.reason = output.finish_reason
         engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.block_pool.num_used == 0
     return found
 
 
@@ -112,15 +112,15 @@ def prompt_of(length: int, stem: int = 3) -> list[int]:
     return [(stem * i * i + 7 * i + stem) % VOCAB_SIZE for i in range(length)]
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_they_are_those_of_transformers(
-    checkpoint, mode, lag, tape_holds_mixed_batches, monkeypatch
+    checkpoint, mode, steps_ahead, tape_holds_mixed_batches, monkeypatch
 ):
     """The reports are right for prompts of one chunk and of several, also where the end of a chunk
     is the end of the prompt."""
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 5 * VOCAB_SIZE)
-    engine = start(checkpoint, mode, lag)
+    engine = start(checkpoint, mode, steps_ahead)
     prompts = {str(n): prompt_of(n, stem=n) for n in (1, 2, CHUNK, CHUNK + 1, 40, 2 * CHUNK)}
     for name, prompt in prompts.items():
         ask(engine, name, prompt, logprobs=1 if name == "40" else None)
@@ -133,9 +133,9 @@ def test_they_are_those_of_transformers(
     assert found["none"].tokens == found["40"].tokens, "asking changes nothing"
 
 
-@pytest.mark.parametrize("lag", [False, True])
-def test_cached_prompts_are_computed_again(checkpoint, lag):
-    engine = start(checkpoint, "full-and-piecewise", lag)
+@pytest.mark.parametrize("steps_ahead", [False, True])
+def test_cached_prompts_are_computed_again(checkpoint, steps_ahead):
+    engine = start(checkpoint, "full-and-piecewise", steps_ahead)
     prompt = prompt_of(30)
     ask(engine, "first", prompt)
     run(engine)
@@ -147,21 +147,27 @@ def test_cached_prompts_are_computed_again(checkpoint, lag):
     assert run(engine)["unasked"].cached == 28
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_a_prompt_preempted_between_two_chunks_is_told_once(checkpoint, lag, caching, monkeypatch):
+def test_a_prompt_preempted_between_two_chunks_is_told_once(
+    checkpoint, steps_ahead, caching, monkeypatch
+):
     """When a prompt is preempted between two chunks, tokens already reported may come from the
     cache afterwards, and tokens not reported yet are computed again; each is reported once."""
     scored: list[int] = []
     preempt = Scheduler._preempt
 
     def noted(scheduler: Scheduler, request: RequestState) -> None:
-        scored.append(request.num_scored)
+        scored.append(request.num_scored_tokens)
         preempt(scheduler, request)
 
     monkeypatch.setattr(Scheduler, "_preempt", noted)
     engine = start(
-        checkpoint, "full-and-piecewise", lag, num_kv_blocks=34, enable_prefix_caching=caching
+        checkpoint,
+        "full-and-piecewise",
+        steps_ahead,
+        num_kv_blocks=34,
+        enable_prefix_caching=caching,
     )
     for index in range(3):
         ask(engine, str(index), [index + 1] * 2, max_tokens=40, prompt_logprobs=None)
@@ -173,11 +179,15 @@ def test_a_prompt_preempted_between_two_chunks_is_told_once(checkpoint, lag, cac
     check(long, found["long"].prompt, num_top=2)
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_a_request_preempted_while_it_decodes_is_told_once(checkpoint, lag, caching):
+def test_a_request_preempted_while_it_decodes_is_told_once(checkpoint, steps_ahead, caching):
     engine = start(
-        checkpoint, "full-and-piecewise", lag, num_kv_blocks=24, enable_prefix_caching=caching
+        checkpoint,
+        "full-and-piecewise",
+        steps_ahead,
+        num_kv_blocks=24,
+        enable_prefix_caching=caching,
     )
     prompts = {str(n): prompt_of(n, stem=n) for n in (20, 25, 30)}
     for name, prompt in prompts.items():
@@ -190,11 +200,11 @@ def test_a_request_preempted_while_it_decodes_is_told_once(checkpoint, lag, cach
 
 
 @pytest.mark.parametrize("scored", [None, 1])
-@pytest.mark.parametrize("lag", [False, True])
-def test_no_token_at_all(checkpoint, lag, scored):
+@pytest.mark.parametrize("steps_ahead", [False, True])
+def test_no_token_at_all(checkpoint, steps_ahead, scored):
     """With max_tokens=0 a prompt may fill the whole context, and the request ends when its prefill
     does."""
-    engine = start(checkpoint, "full-and-piecewise", lag)
+    engine = start(checkpoint, "full-and-piecewise", steps_ahead)
     prompts = {str(n): prompt_of(n, stem=n) for n in (1, 17, 128)}
     for name, prompt in prompts.items():
         ask(engine, name, prompt, max_tokens=0, prompt_logprobs=scored)

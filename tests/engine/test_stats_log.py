@@ -65,8 +65,8 @@ def test_a_line_has_rates_since_the_last_one(records: list[Any]) -> None:
         "Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 50.0%, "
         "Steps: FULL 75.0%, PIECEWISE 25.0%"
     )
-    assert record.said["prompt_tokens_per_s"] == 20
-    assert record.said["steps_percent"] == {"FULL": 75, "PIECEWISE": 25}
+    assert record.json_fields["prompt_tokens_per_s"] == 20
+    assert record.json_fields["steps_percent"] == {"FULL": 75, "PIECEWISE": 25}
 
 
 def test_nothing_is_told_of_rest(records: list[Any]) -> None:
@@ -84,7 +84,7 @@ def test_nothing_is_told_of_rest(records: list[Any]) -> None:
     assert len(records) == 1
     more = EngineStats(generated_tokens=150, steps=[StepCount("NONE", "graphs_off", 150, 150, 0)])
     engine.tick(SECONDS, more)
-    assert records[1].said["generation_tokens_per_s"] == 10
+    assert records[1].json_fields["generation_tokens_per_s"] == 10
 
 
 def test_who_waits_is_told_without_a_step(records: list[Any]) -> None:

@@ -1,5 +1,5 @@
-"""The same tape gives the same tokens in every mode, with and without a step launched ahead (lag 1
-and 0), with and without the prefix cache, and they are those of transformers.
+"""The same tape gives the same tokens in every mode, with and without a step launched ahead, with
+and without the prefix cache, and they are those of transformers.
 
 Equal means (design decision 19): the same tokens, except where the best two scores are closer than
 EPSILON. A request that differs in this way goes on differently, so what follows is judged by the
@@ -31,8 +31,8 @@ def reference():
 
 @pytest.fixture(scope="module")
 def first():
-    """The run that the others are compared with: eager, at lag 0, every prompt computed without the
-    prefix cache."""
+    """The run that the others are compared with: eager, no step launched ahead, every prompt
+    computed without the prefix cache."""
     return play(
         TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
     )
@@ -65,13 +65,16 @@ def test_the_tape_is_hard_enough(first):
     assert sum(length > LIMITS["max_num_batched_tokens"] for length in lengths) >= 20
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_lag_gives_the_same_tokens(
-    mode, lag, first, reference, tape_holds_mixed_batches
+    mode, steps_ahead, first, reference, tape_holds_mixed_batches
 ):
     config = EngineConfig(
-        device="cpu", cudagraph_mode=CUDAGraphMode(mode), async_scheduling=bool(lag), **LIMITS
+        device="cpu",
+        cudagraph_mode=CUDAGraphMode(mode),
+        async_scheduling=bool(steps_ahead),
+        **LIMITS,
     )
     played = play(TAPE, config)
     close, total = 0, 0
@@ -89,7 +92,7 @@ def test_every_mode_and_lag_gives_the_same_tokens(
             assert (tokens, played.reasons[name]) == (others, first.reasons[name])
     stats = played.engine.stats()
     print(
-        f"mode {mode}, lag {lag}: {total} tokens, {close} decided by rounding; "
+        f"mode {mode}, lag {steps_ahead}: {total} tokens, {close} decided by rounding; "
         f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} prompt tokens cached"
     )
     assert not wrong

@@ -1,5 +1,5 @@
-"""The tape on a GPU: every mode, with and without a step launched ahead (lag 1 and 0), gives the
-tokens of transformers in float32."""
+"""The tape on a GPU: every mode, with and without a step launched ahead, gives the tokens of
+transformers in float32."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def judged():
     return {}
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_tokens_of_transformers(mode, lag, reference, judged):
+def test_the_tokens_of_transformers(mode, steps_ahead, reference, judged):
     config = EngineConfig(
         device="cuda",
         cudagraph_mode=CUDAGraphMode(mode),
-        async_scheduling=bool(lag),
+        async_scheduling=bool(steps_ahead),
         **LIMITS,
     )
     played = play(TAPE, config)
@@ -50,7 +50,7 @@ def test_the_tokens_of_transformers(mode, lag, reference, judged):
         ties, differing = judged[name, tokens]
         close, total = close + ties, total + len(tokens)
         wrong += differing
-    print(f"mode {mode}, lag {lag}: {total} tokens, {close} within epsilon of another")
+    print(f"mode {mode}, lag {steps_ahead}: {total} tokens, {close} within epsilon of another")
     assert not wrong
     assert close <= total / 1000
     assert played.engine.stats().preemptions >= 5

@@ -100,7 +100,7 @@ def test_only_pieces_take_the_metadata_of_their_replay(mode):
     with set_forward_context(replace(case.context, mode=mode)):
         wrapper.install(case.context.descriptor, wrapper.capture())
     for metadata in (case.metadata, later.metadata):
-        with set_forward_context(replace(case.context, mode=mode, attn=metadata)):
+        with set_forward_context(replace(case.context, mode=mode, attn_metadata=metadata)):
             wrapper()
         found.append(model.result.clone())
     assert torch.equal(*found) == (mode is FULL)
@@ -137,7 +137,7 @@ def test_an_error_between_pieces_leaves_nothing_recording():
 
     backend.begin()
     with (
-        set_forward_context(replace(case.context, break_at=fails)),
+        set_forward_context(replace(case.context, graph_break=fails)),
         pytest.raises(RuntimeError, match="stopped between"),
     ):
         model_of(case)()

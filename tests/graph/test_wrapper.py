@@ -43,8 +43,8 @@ class Model:
 
     def attention(self) -> None:
         context = get_forward_context()
-        if context.break_at is not None:
-            context.break_at(self.attention)
+        if context.graph_break is not None:
+            context.graph_break(self.attention)
             return
         self.attended.append(context)
         torch.mul(self.qkv, 2, out=self.out)

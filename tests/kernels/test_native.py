@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minisrv import cache
-from minisrv.cache import keep
+from minisrv.cache import write_cached
 from minisrv.kernels import native as module
 from minisrv.kernels.attention import _compiled
 from minisrv.kernels.native import native
@@ -149,7 +149,7 @@ def test_a_library_for_another_machine_is_compiled_again(
     by machines with other C libraries."""
     assert native() is not None
     [path] = fresh.iterdir()
-    keep(path, b"no library at all")
+    write_cached(path, b"no library at all")
     native.cache_clear()
     assert native() is not None
     assert len(compiled) == 2

@@ -65,9 +65,9 @@ class Chain:
         blocks = capacity // BLOCK
         shape = (rows * blocks + 1, BLOCK, 2, KV_HEADS, HEAD_DIM)
         self.caches = [draw(*shape) for _ in self.layers]
-        self.slots = torch.arange(1, rows + 1, device="cuda")
+        self.req_indices = torch.arange(1, rows + 1, device="cuda")
         self.last_token, self.next_position = zeros(rows + 1), zeros(rows + 1)
-        self.slot_blocks = zeros(rows + 1, blocks, dtype=torch.int32)
+        self.req_block_tables = zeros(rows + 1, blocks, dtype=torch.int32)
         self.inputs = (
             *(zeros(rows), zeros(rows), zeros(rows, dtype=torch.int32), zeros(rows)),
             zeros(rows, blocks, dtype=torch.int32),
@@ -80,12 +80,12 @@ class Chain:
 
     def draw_state(self) -> None:
         """Draw other lengths, tokens and blocks."""
-        g, blocks = self.g, self.slot_blocks.shape[1]
+        g, blocks = self.g, self.req_block_tables.shape[1]
         draw = partial(torch.randint, generator=g, device="cuda")
         self.next_position[1:] = draw(0, self.capacity, (self.rows,))
         self.last_token[1:] = draw(0, VOCAB, (self.rows,))
         order = torch.randperm(self.rows * blocks, generator=g, device="cuda") + 1
-        self.slot_blocks[1:] = order.view(self.rows, blocks)
+        self.req_block_tables[1:] = order.view(self.rows, blocks)
 
     def poison(self) -> None:
         """Fill inputs and results with values of no step, so that a kernel that reads one too early
@@ -97,7 +97,7 @@ class Chain:
 
     def run(self) -> None:
         ids, positions, lengths, mapping, table = self.inputs
-        state = self.slots, self.last_token, self.next_position, self.slot_blocks
+        state = self.req_indices, self.last_token, self.next_position, self.req_block_tables
         gather_decode_op(*state, *self.inputs, block_size=BLOCK)
         take_rows_op(self.embedding, ids, self.residual)
         metadata = AttentionMetadata(mapping, table, lengths, self.starts, max_query_len=1)

@@ -14,10 +14,12 @@ from torch._ops import OpOverload
 
 from minisrv import kernels
 from minisrv.kernels import DIRECT
-from minisrv.kernels.linear import few_rows_op
+from minisrv.kernels.linear import skinny_gemm_op
 from minisrv.kernels.registration import imported_at_first_call, register_op
 
-OPS = [value for value in vars(kernels).values() if isinstance(value, OpOverload)] + [few_rows_op]
+OPS = [value for value in vars(kernels).values() if isinstance(value, OpOverload)] + [
+    skinny_gemm_op
+]
 SOURCES = Path(kernels.__file__).parent.glob("*.py")
 PLACES = sorted(
     {

@@ -14,7 +14,7 @@ from minisrv.kernels.tiles import (
     IN_FLIGHT,
     MAX_SUMS,
     MEASURED,
-    RUNGS,
+    ROW_BUCKETS,
     SLICE,
     GemvTile,
     SlicedTile,
@@ -39,7 +39,7 @@ def power_of_2(number: int) -> bool:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("gated", "add"), [(False, False), (True, False), (False, True)])
 def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool) -> None:
-    for rows, outputs, k in product(range(1, RUNGS[-1] + 2), OUTPUTS, WIDTHS):
+    for rows, outputs, k in product(range(1, ROW_BUCKETS[-1] + 2), OUTPUTS, WIDTHS):
         n = 2 * outputs if gated else outputs
         found = tile(rows, n, k, itemsize, gated=gated, add=add)
         if found is None:
@@ -63,12 +63,12 @@ def test_every_shape_has_a_tile_that_fits(itemsize: int, gated: bool, add: bool)
             assert (found.stages + (not gated)) * stage <= SHARED_BYTES
         if isinstance(found, SlicedTile):
             assert itemsize == 2
-            assert 1 <= found.ahead <= -(-k // (found.warps * SLICE)), "what is ahead is there"
-            assert found.ahead * part_registers(found.outputs, rows, gated) <= IN_FLIGHT
+            assert 1 <= found.prefetch <= -(-k // (found.warps * SLICE)), "what is ahead is there"
+            assert found.prefetch * part_registers(found.outputs, rows, gated) <= IN_FLIGHT
             assert found.outputs * matrices * padded * 4 * found.warps <= SHARED_BYTES
 
 
-@pytest.mark.parametrize("rows", [0, RUNGS[-1] + 1])
+@pytest.mark.parametrize("rows", [0, ROW_BUCKETS[-1] + 1])
 def test_no_rows_and_many_are_the_library_s(rows: int) -> None:
     """No rows, and more rows than the largest size with a tile, are left to the library's
     product."""

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 pytest.importorskip("triton")
 from minisrv.kernels.linear import LINEAR_METHODS, Norm
-from minisrv.kernels.tiles import RUNGS, SLICE, GemvTile, SlicedTile, TallTile, Tile
+from minisrv.kernels.tiles import ROW_BUCKETS, SLICE, GemvTile, SlicedTile, TallTile, Tile
 from minisrv.kernels.triton_launch import arrivals
 from minisrv.kernels.triton_linear import multiply
 from tests.kernels.compile_sliced import WARPS
@@ -132,7 +132,7 @@ def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", sorted({*RUNGS, *(rung + 1 for rung in RUNGS)}))
+@pytest.mark.parametrize("rows", sorted({*ROW_BUCKETS, *(bucket + 1 for bucket in ROW_BUCKETS)}))
 @pytest.mark.parametrize(("n", "k"), [(6144, 1024), (1024, 3072), (2048, 8192), (15192, 1024)])
 def test_the_linear_method_of_a_gpu(n: int, k: int, rows: int) -> None:
     """The method gives right products, whichever kernel and tile it chooses."""

@@ -23,7 +23,7 @@ PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "seed")
 def make(
     rows: int, vocab: int, *, dtype: torch.dtype, ties: bool, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make logits, and the parameters of `rows` slots behind the null slot, with random
+    """Make logits, and the parameters of `rows` request indices behind the null index, with random
     combinations of every kind."""
     g = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(rows, vocab, generator=g)
@@ -36,7 +36,7 @@ def make(
         return torch.tensor(values, dtype=dtype)[index]
 
     return logits.to(dtype), {
-        "slots": 1 + torch.randperm(rows, generator=g),
+        "req_indices": 1 + torch.randperm(rows, generator=g),
         "positions": torch.randint(1 << 20, (rows,), generator=g),
         "temperature": choose([0.0, 0.7, 1.0, 1.9], torch.float32),
         "top_k": choose([0, 0, 1, 3, vocab // 2, 10 * vocab], torch.int64),
@@ -81,7 +81,7 @@ def test_a_bitmask_drops_what_the_cpu_drops_and_is_whole_again(
 
 def run(op: Any, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
     out = torch.full((len(logits),), -1, device=logits.device)
-    op(logits, given["slots"], given["positions"], *(given[n] for n in PARAMETERS), out)
+    op(logits, given["req_indices"], given["positions"], *(given[n] for n in PARAMETERS), out)
     return out
 
 
@@ -139,7 +139,7 @@ def test_a_graph_follows_its_parameters_and_nobody_waits() -> None:
     logits = logits.cuda()
     there = {name: tensor.cuda() for name, tensor in given_.items()}
     out = torch.empty(8, dtype=torch.int64, device="cuda")
-    args = (logits, there["slots"], there["positions"], *(there[n] for n in PARAMETERS), out)
+    args = (logits, there["req_indices"], there["positions"], *(there[n] for n in PARAMETERS), out)
     torch.cuda.set_sync_debug_mode("error")
     try:
         triton_sample(*args)

@@ -117,6 +117,6 @@ def broken_run(
     """Run the model with `break_at` set, and return the attention calls that the op handed
     over."""
     handed: list[Callable[[], None]] = []
-    with torch.inference_mode(), set_forward_context(replace(context, break_at=handed.append)):
+    with torch.inference_mode(), set_forward_context(replace(context, graph_break=handed.append)):
         forward(model, ids, positions)
     return handed

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisrv.certification import startup
 from minisrv.certification.batches import Batch
-from minisrv.certification.compare import Start
+from minisrv.certification.compare import InitialState
 from minisrv.certification.trial import StepTrial, TrialSpace
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
@@ -137,7 +137,7 @@ def capture_behind_a_run(
 ) -> tuple[CapturedGraph, float]:
     """Run the trial step once before the capture: a GPU loads kernels when they run first, which is
     not possible during a capture."""
-    trial.reset(Start.CLEAN)
+    trial.reset(InitialState.CLEAN)
     trial.run(None)
     return capture(), 0.0
 
@@ -175,7 +175,7 @@ class Step:
             output.num_rows,
             query_len=output.query_len,
             needs_logits=output.needs_logits,
-            masked=output.masked,
+            has_structured_output_requests=output.has_structured_output_requests,
         )
         return cls(engine, output, dispatch)
 
@@ -184,7 +184,7 @@ class Step:
         return self.dispatch.descriptor.num_tokens
 
     def launch(self) -> StepResult:
-        return self.engine.runner.execute(self.output, self.dispatch)
+        return self.engine.runner.run_step(self.output, self.dispatch)
 
     def retire(self, result: StepResult) -> None:
         self.engine.scheduler.update(self.output.step_id, result.tokens())
@@ -210,9 +210,9 @@ def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[s
 
 def tensors(runner: ModelRunner) -> dict[str, Tensor]:
     """Return everything that a step may find changed by the step before: the cache, the state of
-    slots, and the buffers."""
+    request indices, and the buffers."""
     found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
-    found |= {f"state.{name}": tensor for name, tensor in vars(runner.state).items()}
+    found |= {f"state.{name}": tensor for name, tensor in vars(runner.request_tensors).items()}
     found |= {f"model.{name}": tensor for name, tensor in attention_buffers(runner.model).items()}
     buffers = vars(runner.buffers).items()
     return found | {f"buffers.{name}": t for name, t in buffers if isinstance(t, Tensor)}
@@ -238,7 +238,7 @@ def graphs_attend_with(change: Callable[[AttentionMetadata], AttentionMetadata])
 
     def broken(qkv: Tensor, positions: Tensor, out: Tensor, layer: int) -> None:
         context = get_forward_context()
-        with set_forward_context(replace(context, attn=change(context.attn))):
+        with set_forward_context(replace(context, attn_metadata=change(context.attn_metadata))):
             DIRECT[attention_op](qkv, positions, out, layer)
 
     return DIRECT | {attention_op: broken}
@@ -266,7 +266,7 @@ def assert_equals_eager(trial: StepTrial, *, poisoned: bool = False) -> None:
     """
     seen = []
     for graph in (None, trial.runner.graphs[trial.key]):
-        trial.reset(Start.CLEAN)
+        trial.reset(InitialState.CLEAN)
         if poisoned and graph is not None:
             poison_the_pool(trial.runner.model_step.backend)
         try:

@@ -64,9 +64,9 @@ def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode, tape_h
     engine = start(checkpoint, mode)
     assert engine.info.graphs == len(engine.dispatcher.ladders.keys()) > 0
     runner = engine.runner
-    assert not runner.state.block_table.any()
-    assert not runner.state.last_token.any()
-    assert not runner.state.next_position.any()
+    assert not runner.request_tensors.block_table.any()
+    assert not runner.request_tensors.last_token.any()
+    assert not runner.request_tensors.next_position.any()
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 8])
@@ -94,23 +94,23 @@ def refused(checkpoint: str, mode: str, what: str) -> None:
 
 
 def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
-    """Trap 4: the padding rows keep the slots of the step before, and write there."""
-    fill = InputBuffers.fill
+    """Trap 4: the padding rows keep the request indices of the step before, and write there."""
+    fill = InputBuffers.prepare_inputs
 
     def leaves_the_tail(self, output, descriptor, epilogue_rows):
-        tail = self.slots[len(output.rows) :].clone()
+        tail = self.req_indices[len(output.rows) :].clone()
         attn = fill(self, output, descriptor, epilogue_rows)
-        self.slots[len(output.rows) :] = tail
+        self.req_indices[len(output.rows) :] = tail
         return attn
 
-    monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
+    monkeypatch.setattr(InputBuffers, "prepare_inputs", leaves_the_tail)
     refused(checkpoint, "full-decode-only", "with poisoned padding changed last_token of a slot")
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
     """Trap 1: padding tokens of a mixed batch write wherever the buffer says, and not to block
     0."""
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def leaves_the_tail(self, output, descriptor, epilogue_rows):
         tail = self.slot_mapping[output.num_tokens :].clone()
@@ -119,7 +119,7 @@ def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
             self.slot_mapping[output.num_tokens :] = tail + self.sizes.block_size
         return attn
 
-    monkeypatch.setattr(InputBuffers, "fill", leaves_the_tail)
+    monkeypatch.setattr(InputBuffers, "prepare_inputs", leaves_the_tail)
     refused(checkpoint, "piecewise", "with poisoned padding")
 
 
@@ -204,13 +204,13 @@ def test_a_step_that_changes_what_is_in_the_cache_already(checkpoint, monkeypatc
 
 
 def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
-    """Padding rows write their token and position to the null slot, which must be reset: the next
+    """Padding rows write their token and position to the null index, which must be reset: the next
     padding row must find token 0 and position 0 there."""
 
     def scatter(self, rows):
-        state, slots = self.state, self.slots[:rows]
-        state.last_token.index_copy_(0, slots, self.tokens[:rows])
-        state.next_position.index_copy_(0, slots, self.next_positions(rows).long())
+        state, req_indices = self.request_tensors, self.req_indices[:rows]
+        state.last_token.index_copy_(0, req_indices, self.sampled_token_ids[:rows])
+        state.next_position.index_copy_(0, req_indices, self.next_positions(rows).long())
 
     monkeypatch.setattr(InputBuffers, "scatter", scatter)
     refused(checkpoint, "full-decode-only", "changed last_token of a slot")
@@ -257,7 +257,7 @@ def test_the_probe_captures_two_of_each_kind(checkpoint, mode, tape_holds_mixed_
         wanted.setdefault(kind, []).append((runtime, key))
     for wrapper in runner.wrappers:
         wrapper.graphs.clear()
-    assert probe(runner, engine.scheduler.pool) > 0
+    assert probe(runner, engine.scheduler.block_pool) > 0
     assert set(runner.graphs) == {key for keys in wanted.values() for key in keys[:2]}
     assert len(wanted) == {"full-decode-only": 4, "full": 5, "full-and-piecewise": 5}[mode]
 
@@ -272,7 +272,7 @@ def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
         tensor.untyped_storage().data_ptr()
         for wrapper in engine.runner.wrappers
         for graph in wrapper.graphs.values()
-        for segment in graph.walk[::2]
+        for segment in graph.calls[::2]
         for _, args, kwargs in segment.calls
         for tensor in (*args, *kwargs.values())
         if isinstance(tensor, torch.Tensor)
@@ -285,7 +285,11 @@ def test_all_graphs_of_an_engine_share_one_arena(checkpoint, budget):
 def tensors_of(engine: EngineCore) -> list[torch.Tensor]:
     """Return all tensors that existed before the graphs."""
     runner = engine.runner
-    held = [*vars(runner.state).values(), *vars(runner.buffers).values(), *runner.kv_caches]
+    held = [
+        *vars(runner.request_tensors).values(),
+        *vars(runner.buffers).values(),
+        *runner.kv_caches,
+    ]
     model = [*runner.model.parameters(), *runner.model.buffers()]
     return [tensor for tensor in held + model if isinstance(tensor, torch.Tensor)]
 
@@ -309,7 +313,7 @@ def test_a_step_that_touches_a_slot_which_is_not_its_own(checkpoint, monkeypatch
 
     def writes_beyond(self, rows):
         scatter(self, rows)
-        getattr(self.state, field)[-1].add_(1)
+        getattr(self.request_tensors, field)[-1].add_(1)
 
     monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
     refused(checkpoint, "full-decode-only", f"changed {field} of a slot")
@@ -320,7 +324,7 @@ def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
 
     def clears(self, rows):
         scatter(self, rows)
-        self.state.block_table[1:].zero_()
+        self.request_tensors.block_table[1:].zero_()
 
     monkeypatch.setattr(InputBuffers, "scatter", clears)
     refused(checkpoint, "full-decode-only", "changed block_table of a slot")
@@ -328,7 +332,7 @@ def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
 
 def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
     """Trap 1 itself: a slot mapping of -1 means the cache's last entry."""
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def minus_one(self, output, descriptor, epilogue_rows):
         attn = fill(self, output, descriptor, epilogue_rows)
@@ -339,20 +343,20 @@ def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
         return attn
 
     runner_caches = start(checkpoint, "none").runner.kv_caches
-    monkeypatch.setattr(InputBuffers, "fill", minus_one)
+    monkeypatch.setattr(InputBuffers, "prepare_inputs", minus_one)
     refused(checkpoint, "piecewise", "cache entries of layer 0 outside of the step")
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 4])
 def test_a_mixed_trial_fills_its_graph(checkpoint, seqs):
-    """The trial batch of a mixed graph, however few slots there are, has one token less than the
-    padded size and is not all decodes."""
+    """The trial batch of a mixed graph, however few request indices there are, has one token less
+    than the padded size and is not all decodes."""
     runner = start(checkpoint, "none", max_num_seqs=seqs).runner
     limits = TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
     for tokens in (8, 48):
         batch = short_batch(BatchDescriptor(tokens), limits)
         assert sum(row.num_tokens for row in batch) == tokens - 1
-        assert not all(row.decoding for row in batch)
+        assert not all(row.is_decode for row in batch)
 
 
 def test_sampling_parameters_reach_their_slot(checkpoint):
@@ -360,10 +364,10 @@ def test_sampling_parameters_reach_their_slot(checkpoint):
     params = SamplingParams(temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, seed=-3)
     engine.add(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
     engine.step()
-    state, slot = engine.runner.state, engine.scheduler.running[0].slot
-    found = [getattr(state, name)[slot].item() for name in ("temperature", "top_p", "min_p")]
+    state, req_index = engine.runner.request_tensors, engine.scheduler.running[0].req_index
+    found = [getattr(state, name)[req_index].item() for name in ("temperature", "top_p", "min_p")]
     assert found == pytest.approx([0.7, 0.8, 0.1])
-    assert [state.top_k[slot].item(), state.seed[slot].item()] == [5, -3]
+    assert [state.top_k[req_index].item(), state.seed[req_index].item()] == [5, -3]
 
 
 def decode_beside(checkpoint: str, between, device: str = "cpu", **settings):
@@ -387,7 +391,7 @@ def decode_beside(checkpoint: str, between, device: str = "cpu", **settings):
         for output in engine.step():
             found.setdefault(output.request_id, []).append((output.token_ids, output.logprobs))
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.block_pool.num_used == 0
     return found
 
 
@@ -400,7 +404,7 @@ def certifies_between_steps() -> tuple[set[GraphKey], Callable[[EngineCore], Non
         keys = engine.runner.ladders.keys()
         for key in (keys[len(done) % len(keys)], keys[(len(done) + 1) % len(keys)]):
             before = engine.runner.graphs[key]
-            with reserved_space(engine.runner, engine.scheduler.pool) as space:
+            with reserved_space(engine.runner, engine.scheduler.block_pool) as space:
                 add_graph(engine.runner, space, key)
             assert engine.runner.graphs[key] is not before
             done.add(key)
@@ -434,13 +438,13 @@ def test_a_trial_that_writes_to_a_running_request_is_found(checkpoint, monkeypat
     def writes_beyond(self, rows):
         scatter(self, rows)
         if wrong[0]:
-            self.state.last_token[1] += 1
+            self.request_tensors.last_token[1] += 1
 
     def between(engine: EngineCore) -> None:
         wrong[0] = bool(engine.scheduler.running)
         if wrong[0]:
             key = engine.runner.ladders.keys()[-1]
-            with reserved_space(engine.runner, engine.scheduler.pool) as space:
+            with reserved_space(engine.runner, engine.scheduler.block_pool) as space:
                 add_graph(engine.runner, space, key)
 
     monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)

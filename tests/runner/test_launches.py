@@ -24,7 +24,7 @@ from tests.checkpoints import make_checkpoint
 LAYERS = 2
 EPILOGUE = 5
 """Number of operations behind the model: gather of the rows, lm_head, masks, sampling, and the
-write back to the slots."""
+write back to the request indices."""
 FORWARD = 1 + 11 * LAYERS + 1
 """Number of operations of the model: embedding, layers (see tests/nn/test_op_count.py), and the
 last norm."""

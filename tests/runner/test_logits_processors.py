@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
-from minisrv.core.step import ProcessorStart, ScheduledRow, SchedulerOutput, SlotStart
+from minisrv.core.step import LogitsProcessorData, NewRequestData, ScheduledRow, SchedulerOutput
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
@@ -93,10 +93,10 @@ def requests() -> list[EngineRequest]:
     return found
 
 
-@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_lag_gives_the_reference_s_tokens(
-    checkpoint, mode, lag, tape_holds_mixed_batches, monkeypatch
+    checkpoint, mode, steps_ahead, tape_holds_mixed_batches, monkeypatch
 ):
     monkeypatch.setattr(logits_processors, "LOGITS_AT_ONCE", 2 * VOCAB_SIZE)
     config = EngineConfig(
@@ -104,7 +104,7 @@ def test_every_mode_and_lag_gives_the_reference_s_tokens(
         device="cpu",
         dtype="float32",
         cudagraph_mode=CUDAGraphMode(mode),
-        async_scheduling=lag,
+        async_scheduling=steps_ahead,
         max_num_seqs=6,
         max_num_batched_tokens=16,
         max_model_len=64,
@@ -136,31 +136,37 @@ def test_every_mode_and_lag_gives_the_reference_s_tokens(
     assert len(engine.runner.processors.counts) <= 8, "a row for each that asked at once"
 
 
-def row(slot: int, *, samples: bool = True) -> ScheduledRow:
-    return ScheduledRow(str(slot), slot, 0, 1, [], True, samples, None, processed=True)
+def row(req_index: int, *, samples: bool = True) -> ScheduledRow:
+    return ScheduledRow(
+        str(req_index), req_index, 0, 1, [], True, samples, None, has_logits_processors=True
+    )
 
 
 def test_tables_grow_and_rows_are_used_again():
-    """Slots are used in turn, first in, first out; a row of the tables that is free again is used
-    before a new one is made."""
+    """Request indices are used in turn, first in, first out; a row of the tables that is free again
+    is used before a new one is made."""
     processors = LogitsProcessors(VOCAB_SIZE, torch.device("cpu"))
     params = SamplingParams(frequency_penalty=1.0)
     logits = torch.zeros(1, VOCAB_SIZE)
     freed: list[int] = []
-    for slot in range(1, 9):
-        start = SlotStart(slot, params, 0, ProcessorStart([1], [4, 4, slot + 10], frozenset()))
-        step = SchedulerOutput(slot, slot, [row(slot)], [start], [], 1, 1, freed_slots=freed)
-        processors.start(step)
-        processors.count(step, torch.tensor([5]))
-        found = processors.process(step, logits, torch.tensor([9]))
+    for req_index in range(1, 9):
+        start = NewRequestData(
+            req_index, params, 0, LogitsProcessorData([1], [4, 4, req_index + 10], frozenset())
+        )
+        step = SchedulerOutput(
+            req_index, req_index, [row(req_index)], [start], [], 1, 1, freed_req_indices=freed
+        )
+        processors.update_requests(step)
+        processors.count_sampled_tokens(step, torch.tensor([5]))
+        found = processors.apply(step, logits, torch.tensor([9]))
         expected = torch.zeros(VOCAB_SIZE)
-        expected[4], expected[5], expected[slot + 10] = -2, -1, -1
+        expected[4], expected[5], expected[req_index + 10] = -2, -1, -1
         assert torch.equal(found[0], expected)
-        freed = [slot]
+        freed = [req_index]
     assert len(processors.counts) == 1
     assert not logits.any(), "log-probabilities are of the logits as they were"
     unfinished = SchedulerOutput(9, 9, [row(8, samples=False)], [], [], 0, 1)
-    assert processors.process(unfinished, logits, torch.tensor([9])) is logits
+    assert processors.apply(unfinished, logits, torch.tensor([9])) is logits
 
 
 @pytest.mark.parametrize(

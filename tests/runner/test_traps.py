@@ -26,7 +26,7 @@ from minisrv.graph.forward_context import get_forward_context
 from minisrv.kernels import AttentionMetadata, attention
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 from minisrv.runner import model_runner
-from minisrv.runner.input_buffers import InputBuffers, SlotState
+from minisrv.runner.input_buffers import InputBuffers, RequestTensors
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.runner.results import StepResult
 from tests.checkpoints import make_checkpoint
@@ -62,14 +62,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
-# ---- trap 1: slot -1 is a real index -------------------------------------------------------------
+# ---- trap 1: request index -1 is a real index ----------------------------------------------------
 
 LAST_ENTRY = NUM_BLOCKS * BLOCK_SIZE - 1
 """The entry of the cache that index -1 means."""
 
 
 def pads_slot_mapping_with_minus_one(patch: Patch) -> None:
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def broken(self, output, descriptor, epilogue_rows):
         attn = fill(self, output, descriptor, epilogue_rows)
@@ -77,7 +77,7 @@ def pads_slot_mapping_with_minus_one(patch: Patch) -> None:
             self.slot_mapping[output.num_tokens : descriptor.num_tokens] = LAST_ENTRY
         return attn
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 def maps_the_null_slot_to_minus_one(patch: Patch) -> None:
@@ -85,7 +85,7 @@ def maps_the_null_slot_to_minus_one(patch: Patch) -> None:
 
     def broken(self, rows):
         gather(self, rows)
-        self.slot_mapping[:rows].masked_fill_(self.slots[:rows] == 0, LAST_ENTRY)
+        self.slot_mapping[:rows].masked_fill_(self.req_indices[:rows] == 0, LAST_ENTRY)
 
     patch.setattr(InputBuffers, "gather_decode", broken)
 
@@ -97,9 +97,12 @@ def launch_and_check_writes(step: Step) -> StepResult:
     before = [cache.clone() for cache in runner.kv_caches]
     result = step.launch()
     own = {
-        (int(runner.state.block_table[row.slot, position // BLOCK_SIZE]), position % BLOCK_SIZE)
+        (
+            int(runner.request_tensors.block_table[row.req_index, position // BLOCK_SIZE]),
+            position % BLOCK_SIZE,
+        )
         for row in step.output.rows
-        for position in range(row.start, row.start + row.num_tokens)
+        for position in range(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens)
     }
     for old, cache in zip(before, runner.kv_caches, strict=True):
         # Bits are compared, because memory that nobody has written may hold NaN.
@@ -137,13 +140,13 @@ def certification_leaves_its_poison(patch: Patch) -> None:
 
 
 def padding_scatters_its_position(patch: Patch) -> None:
-    """Mutant: the null slot is not reset, so its position grows with every step, in the end beyond
+    """Mutant: the null index is not reset, so its position grows with every step, in the end beyond
     the context."""
 
     def broken(self, rows):
-        state, slots = self.state, self.slots[:rows]
-        state.last_token.index_copy_(0, slots, self.tokens[:rows])
-        state.next_position.index_copy_(0, slots, self.next_positions(rows).long())
+        state, req_indices = self.request_tensors, self.req_indices[:rows]
+        state.last_token.index_copy_(0, req_indices, self.sampled_token_ids[:rows])
+        state.next_position.index_copy_(0, req_indices, self.next_positions(rows).long())
 
     patch.setattr(InputBuffers, "scatter", broken)
 
@@ -154,7 +157,7 @@ def padding_scatters_its_position(patch: Patch) -> None:
     on_cuda=(certification_leaves_its_poison,),
 )
 def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(model: Model):
-    """The null block and the null slot are clean behind capture and steps, also after
+    """The null block and the null index are clean behind capture and steps, also after
     certification, which fills the null block with NaN on purpose."""
     for certified in (False, True):
         engine = start(model, certified=certified)
@@ -166,7 +169,7 @@ def test_trap_02_null_block_and_null_slot_are_clean_behind_capture_and_steps(mod
 
 def assert_null_is_clean(runner: ModelRunner) -> None:
     assert all(cache[0].isfinite().all() for cache in runner.kv_caches)
-    state = runner.state
+    state = runner.request_tensors
     for tensor in (state.last_token, state.next_position, state.block_table):
         assert not tensor[0].any()
 
@@ -181,7 +184,7 @@ def padding_rows_have_length_0(patch: Patch) -> None:
         gather(self, rows)
         # The first row is left out: for a batch of padding alone, as at capture, attention would
         # divide by zero.
-        self.seq_lens[1:rows].masked_fill_(self.slots[1:rows] == 0, 0)
+        self.seq_lens[1:rows].masked_fill_(self.req_indices[1:rows] == 0, 0)
 
     patch.setattr(InputBuffers, "gather_decode", broken)
 
@@ -251,7 +254,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
         if not name.startswith("buffers"):
             tensor.copy_(values[name])
     for runner in (step.engine.runner, fresh.runner):
-        runner.execute(step.output, step.dispatch)
+        runner.run_step(step.output, step.dispatch)
     rows = step.dispatch.descriptor.num_reqs
     if rows is None:
         rows = len(step.output.rows)
@@ -266,7 +269,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
     unused = torch.arange(tables.shape[1], device=tables.device) >= used[:, None]
     assert torch.equal(tables.masked_fill(unused, 0), expected.masked_fill(unused, 0))
     attn, expected = (
-        runner.buffers.fill(step.output, step.dispatch.descriptor, 0)
+        runner.buffers.prepare_inputs(step.output, step.dispatch.descriptor, 0)
         for runner in (step.engine.runner, fresh.runner)
     )
     assert torch.equal(attn.query_start_loc, expected.query_start_loc)
@@ -278,15 +281,15 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
 
 
 def keeps_the_slots_of_the_step_before(patch: Patch) -> None:
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def broken(self, output, descriptor, epilogue_rows):
-        tail = self.slots[len(output.rows) :].clone()
+        tail = self.req_indices[len(output.rows) :].clone()
         attn = fill(self, output, descriptor, epilogue_rows)
-        self.slots[len(output.rows) :] = tail
+        self.req_indices[len(output.rows) :] = tail
         return attn
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 @fails_with(keeps_the_slots_of_the_step_before, on_cuda=(keeps_the_slots_of_the_step_before,))
@@ -306,7 +309,7 @@ def keeps(*names: str) -> Mutant:
     tokens."""
 
     def mutant(patch: Patch) -> None:
-        fill = InputBuffers._fill_tokens
+        fill = InputBuffers._prepare_tokens
 
         def broken(self, output, *sizes):
             tails = {name: getattr(self, name)[output.num_tokens :].clone() for name in names}
@@ -314,7 +317,7 @@ def keeps(*names: str) -> Mutant:
             for name, tail in tails.items():
                 getattr(self, name)[output.num_tokens :] = tail
 
-        patch.setattr(InputBuffers, "_fill_tokens", broken)
+        patch.setattr(InputBuffers, "_prepare_tokens", broken)
 
     mutant.__name__ = f"keeps_{'_'.join(names)}"
     return mutant
@@ -324,7 +327,7 @@ def keeps_rows(name: str, first: int = 0) -> Mutant:
     """Make a mutant: a buffer of a mixed step keeps its old values behind the step's own rows."""
 
     def mutant(patch: Patch) -> None:
-        fill = InputBuffers._fill_tokens
+        fill = InputBuffers._prepare_tokens
 
         def broken(self, output, *sizes):
             buffer = getattr(self, name)[first + len(output.rows) :]
@@ -332,14 +335,14 @@ def keeps_rows(name: str, first: int = 0) -> Mutant:
             fill(self, output, *sizes)
             buffer.copy_(tail)
 
-        patch.setattr(InputBuffers, "_fill_tokens", broken)
+        patch.setattr(InputBuffers, "_prepare_tokens", broken)
 
     mutant.__name__ = f"keeps_rows_of_{name}"
     return mutant
 
 
 def describes_rows_of_the_step_before(patch: Patch) -> None:
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def broken(self, output, descriptor, epilogue_rows):
         rows = len(output.rows) + 2
@@ -350,7 +353,7 @@ def describes_rows_of_the_step_before(patch: Patch) -> None:
             block_table=self.block_table[:rows],
         )
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 @fails_with(
@@ -442,7 +445,7 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
     lengths = (1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, CONTEXT)
     for rows in (1, 3):
         for length in lengths:
-            batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
+            batch = tuple(BatchRow(max(0, length - 1 - n), 1, is_decode=True) for n in range(rows))
             key = decode_descriptor(1 if rows == 1 else 4, StageOutput.HIDDEN)
             assert_equals_eager(trial_of(runner, FULL, key, batch))
 
@@ -450,7 +453,7 @@ def test_trap_05_a_graph_captured_at_length_1_serves_every_length(model: Model):
 def captures_the_rows_that_it_sees(patch: Patch) -> None:
     """Mutant: the graph holds as many rows as it sees at capture, which is one, because it is
     captured on padding alone."""
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def broken(self, output, descriptor, epilogue_rows):
         attn, rows = fill(self, output, descriptor, epilogue_rows), max(1, len(output.rows))
@@ -464,7 +467,7 @@ def captures_the_rows_that_it_sees(patch: Patch) -> None:
             block_table=attn.block_table[:rows],
         )
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 @fails_with(
@@ -479,7 +482,7 @@ def test_trap_05_a_graph_captured_on_empty_rows_serves_every_mixture(model: Mode
     runner = start(model).runner
     mode, key = runner.ladders.mixed_key(16)
     assert (mode, key.num_reqs) == (FULL, 8)
-    decodes = [BatchRow(length - 1, 1, decoding=True) for length in (1, BLOCK_SIZE, CONTEXT)]
+    decodes = [BatchRow(length - 1, 1, is_decode=True) for length in (1, BLOCK_SIZE, CONTEXT)]
     mixtures = [
         [BatchRow(0, 1)],
         [BatchRow(0, 16)],
@@ -612,13 +615,15 @@ def replay_all(model: Model) -> None:
 
 
 def results_are_views(patch: Patch) -> None:
-    execute = ModelRunner.execute
+    execute = ModelRunner.run_step
 
     def broken(self, output, dispatch):
         result = execute(self, output, dispatch)
-        return StepResult(self.buffers.tokens[: output.num_rows], result.logprobs, result.done)
+        return StepResult(
+            self.buffers.sampled_token_ids[: output.num_rows], result.logprobs, result.end_event
+        )
 
-    patch.setattr(ModelRunner, "execute", broken)
+    patch.setattr(ModelRunner, "run_step", broken)
 
 
 @fails_with(results_are_views, on_cuda=(results_are_views,))
@@ -634,8 +639,8 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
         step = Step.next(engine)
         result = step.launch()
         ran.append((step.dispatch.mode, step.padded))
-        if result.done is not None:
-            result.done.synchronize()
+        if result.end_event is not None:
+            result.end_event.synchronize()
         at_once = StepResult(result.token_ids.clone(), result.logprobs)
         read.append((result, at_once))
         step.retire(at_once)
@@ -652,7 +657,7 @@ def test_trap_08_a_result_read_late_is_the_result_of_its_step(model: Model):
 
 def moves_metadata(name: str) -> Mutant:
     def mutant(patch: Patch) -> None:
-        fill = InputBuffers.fill
+        fill = InputBuffers.prepare_inputs
 
         def broken(self, output, descriptor, epilogue_rows):
             attn = fill(self, output, descriptor, epilogue_rows)
@@ -661,7 +666,7 @@ def moves_metadata(name: str) -> Mutant:
             old = getattr(attn, name)
             return replace(attn, **{name: old + 1 if isinstance(old, int) else old.clone()})
 
-        patch.setattr(InputBuffers, "fill", broken)
+        patch.setattr(InputBuffers, "prepare_inputs", broken)
 
     mutant.__name__ = f"moves_{name}"
     return mutant
@@ -681,25 +686,25 @@ def moves_an_argument(patch: Patch) -> None:
 
 def moves_a_buffer(patch: Patch) -> None:
     # The old tensors are kept alive, or a later one could get their address again.
-    fill, left = InputBuffers.fill, []
+    fill, left = InputBuffers.prepare_inputs, []
 
     def broken(self, output, descriptor, epilogue_rows):
-        left.append(self.slots)
-        self.slots = self.slots.clone()
+        left.append(self.req_indices)
+        self.req_indices = self.req_indices.clone()
         return fill(self, output, descriptor, epilogue_rows)
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 def moves_the_state(patch: Patch) -> None:
-    apply, left = SlotState.apply, []
+    apply, left = RequestTensors.apply, []
 
     def broken(self, *args):
         left.append(self.last_token)
         self.last_token = self.last_token.clone()
         apply(self, *args)
 
-    patch.setattr(SlotState, "apply", broken)
+    patch.setattr(RequestTensors, "apply", broken)
 
 
 @fails_with(
@@ -751,13 +756,13 @@ def null_numbers_belong_to_the_pool(patch: Patch) -> None:
 def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
     """Mutant: padding writes to a block of the pool, which in a full cache is one that a request
     holds."""
-    fill = InputBuffers.fill
+    fill = InputBuffers.prepare_inputs
 
     def broken(self, output, descriptor, epilogue_rows):
-        self.state.block_table[0, 0] = SCANT_BLOCKS - 1
+        self.request_tensors.block_table[0, 0] = SCANT_BLOCKS - 1
         return fill(self, output, descriptor, epilogue_rows)
 
-    patch.setattr(InputBuffers, "fill", broken)
+    patch.setattr(InputBuffers, "prepare_inputs", broken)
 
 
 @fails_with(
@@ -766,8 +771,8 @@ def padding_gets_its_block_when_it_comes(patch: Patch) -> None:
     on_cuda=(null_numbers_belong_to_the_pool, padding_gets_its_block_when_it_comes),
 )
 def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(model: Model):
-    """A padded step needs no free block or slot: the null block and the null slot are reserved for
-    padding before there is any graph or request."""
+    """A padded step needs no free block or request index: the null block and the null index are
+    reserved for padding before there is any graph or request."""
     limits = {"max_num_seqs": 3, "num_kv_blocks": SCANT_BLOCKS, "cudagraph_capture_sizes": (4, 16)}
     played = []
     for engine in (start(model, **limits), start(model, enforce_eager=True, **limits)):
@@ -776,9 +781,9 @@ def test_trap_15_a_padded_step_runs_when_every_block_and_slot_is_held(model: Mod
         play(engine, 1)
         for _ in range(BLOCK_SIZE - 1):
             step = Step.next(engine)
-            assert (scheduler.pool.num_free, scheduler.slots.num_free) == (0, 0)
+            assert (scheduler.block_pool.num_free, scheduler.req_indices.num_free) == (0, 0)
             assert 0 not in [block for request in scheduler.running for block in request.blocks]
-            assert 0 not in [request.slot for request in scheduler.running]
+            assert 0 not in [request.req_index for request in scheduler.running]
             result = launch_and_check_writes(step)
             tokens.append(result.tokens())
             step.retire(result)

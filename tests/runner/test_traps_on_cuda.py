@@ -52,7 +52,7 @@ def test_trap_05_a_graph_captured_at_length_1_serves_2048(model):
     for rows in (1, 3):
         key = decode_descriptor(1 if rows == 1 else 4, StageOutput.HIDDEN)
         for length in lengths:
-            batch = tuple(BatchRow(max(0, length - 1 - n), 1, decoding=True) for n in range(rows))
+            batch = tuple(BatchRow(max(0, length - 1 - n), 1, is_decode=True) for n in range(rows))
             assert_equals_eager(trial_of(runner, FULL, key, batch), poisoned=True)
 
 
@@ -68,7 +68,7 @@ def test_trap_05_a_mixed_graph_captured_on_empty_rows_serves_2048(model):
             chunk = min(tokens, length)
             batches = [[BatchRow(length - chunk, chunk)]]
             if tokens > 1:
-                decode = BatchRow(length - 1, 1, decoding=True)
+                decode = BatchRow(length - 1, 1, is_decode=True)
                 chunk = min(tokens - 1, length)
                 batches += [[decode, BatchRow(length - chunk, chunk)], [decode, decode]]
             if tokens >= 8:
@@ -84,12 +84,12 @@ def one_place_for_results(patch: Patch) -> None:
     begin = ResultRing.begin
 
     def broken(self):
-        for place in self._places:
+        for place in self._entries:
             # Forget the result, because nobody reads it before the next one comes.
             place.result = None
         begin(self)
 
-    patch.setattr(results, "PLACES", 1)
+    patch.setattr(results, "RING_SIZE", 1)
     patch.setattr(ResultRing, "begin", broken)
 
 
@@ -145,8 +145,8 @@ def test_trap_09_inputs_are_copied_before_the_host_writes_the_next(model, mutant
 
 
 def _staggered(engine, *, late: bool) -> dict[str, list[int]]:
-    """Run requests that end one by one, so that two steps of one size have different slots; `late`
-    keeps the GPU busy before each launch."""
+    """Run requests that end one by one, so that two steps of one size have different request
+    indices; `late` keeps the GPU busy before each launch."""
     for n in range(1, 8):
         submit(engine, [n, n + 1, n + 2], max_tokens=2 + n)
     launch = engine._launch

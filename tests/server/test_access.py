@@ -218,7 +218,7 @@ async def test_each_key_has_a_prefix_cache_of_its_own(connect: Connect) -> None:
                 body = {"prompt": "x", "cache_salt": salt}
                 answer = await client.post("/v1/completions", json=body, headers=bearer(key))
                 assert answer.status_code == 200
-        return [(request.cache_key, request.cache_salt) for request in fake.requests]
+        return [(request.api_key_index, request.cache_salt) for request in fake.requests]
 
     every = [(key, salt) for key in KEYS.api_keys for salt in (None, "x", "0", "1")]
     found = await salts(KEYS, *every)

@@ -61,7 +61,7 @@ class Fake:
 def sweep(connections: Connections, seconds: int) -> None:
     """Let this many seconds pass for the connections."""
     for _ in range(seconds):
-        connections.sweep()
+        connections.end_late_connections()
 
 
 def test_a_head_has_its_time_from_the_last_thing_that_was_done() -> None:
@@ -72,7 +72,7 @@ def test_a_head_has_its_time_from_the_last_thing_that_was_done() -> None:
     connections.wait_for_head(second)
     sweep(connections, HEAD_SECONDS)
     connections.wait_for_head(first)
-    connections.sweep()
+    connections.end_late_connections()
     assert (first.end, second.end) == ("", "timed out")
     sweep(connections, HEAD_SECONDS)
     assert first.end == "timed out"
@@ -87,12 +87,12 @@ def test_a_body_has_time_for_what_has_come_of_it() -> None:
         connections.wait_for_body(connection)
     for _ in range(4 * BODY_SECONDS):
         slow.body, fast.body = slow.body + BODY_BYTES_PER_SECOND // 2, fast.body + 131_072
-        connections.sweep()
+        connections.end_late_connections()
     assert (slow.end, fast.end, unread.end) == ("timed out", "", "")
     unread.body = 0  # its time begins when the application reads it
     sweep(connections, BODY_SECONDS)
     assert unread.end == ""
-    connections.sweep()
+    connections.end_late_connections()
     assert unread.end == "timed out"
 
 
@@ -186,7 +186,7 @@ async def test_who_does_not_go_on_is_told_and_closed(sent: bytes, status: int | 
             await until(lambda begun=begun: app.begun > begun or b"\r\n\r\n" not in sent)
             reading = asyncio.create_task(read(reader))
             while not reading.done():
-                connections.sweep()
+                connections.end_late_connections()
                 await asyncio.sleep(0.001)
             received = await reading
             writer.close()
@@ -225,7 +225,7 @@ async def test_a_slow_line_brings_a_large_body() -> None:
             writer.write(b"x" * (128 << 10))
             await writer.drain()
             await asyncio.sleep(0.005)
-            connections.sweep()
+            connections.end_late_connections()
         async with asyncio.timeout(GUARD_SECONDS):
             assert await reader.readuntil(b"\r\n\r\n4194304")
         writer.close()
@@ -343,7 +343,7 @@ async def test_connections_in_their_handshake_count(tmp_path: Path) -> None:
             url = f"https://{address[0]}:{address[1]}/"
             assert (await http.get(url, timeout=GUARD_SECONDS)).status_code == 200
         while not all(reader.at_eof() for reader, _ in silent):
-            connections.sweep()
+            connections.end_late_connections()
             await asyncio.sleep(0.001)
         for _, writer in silent:
             writer.close()

@@ -205,13 +205,13 @@ async def test_offsets_where_a_stop_string_does_not_count_yet(
 def test_deltas_that_are_told_together() -> None:
     """When the deltas of a slow reader are merged, their tokens keep their offsets."""
     deltas = [
-        CompletionDelta(0, "a", [1], [token_logprobs(1, 0)], text_starts=[0]),
+        CompletionDelta(0, "a", [1], [token_logprobs(1, 0)], text_offsets=[0]),
         CompletionDelta(
-            0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_starts=[1, 2]
+            0, "bc", [2, 3], [token_logprobs(i, 0) for i in (2, 3)], text_offsets=[1, 2]
         ),
     ]
     [delta] = coalesce(deltas)
-    assert (delta.text, delta.text_starts) == ("abc", [0, 1, 2])
+    assert (delta.text, delta.text_offsets) == ("abc", [0, 1, 2])
     assert [position.token_id for position in delta.logprobs or ()] == [1, 2, 3]
 
 

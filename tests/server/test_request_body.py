@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from minisrv.errors import RequestError
 from minisrv.request import MAX_GRAMMAR_LENGTH
-from minisrv.server import allowance, preprocessing, request_body, serving
-from minisrv.server.allowance import Allowance, TooManyValuesError
+from minisrv.server import preprocessing, request_body, serving, value_budget
 from minisrv.server.offload import LARGE
 from minisrv.server.request_body import read_body
 from minisrv.server.request_schemas import (
@@ -29,6 +28,7 @@ from minisrv.server.request_schemas import (
 )
 from minisrv.server.response_builders import CompletionResponseBuilder
 from minisrv.server.strict import RequestBody
+from minisrv.server.value_budget import TooManyValuesError, ValueBudget
 from tests.server.fake_engine import FakeEngine, outputs
 from tests.waiting import GUARD_SECONDS
 
@@ -73,8 +73,8 @@ def counted(value: Any) -> tuple[int, int]:
 def test_values_are_counted_where_they_are_and_not_in_texts(value: Any, ascii_only: bool) -> None:
     """The count of a JSON text leaves out what stands inside its strings."""
     data = json.dumps(value, ensure_ascii=ascii_only).encode(errors="replace")
-    outside = allowance._outside_of_texts(data)
-    assert allowance._count(outside) == counted(value)
+    outside = value_budget._outside_of_texts(data)
+    assert value_budget._count(outside) == counted(value)
 
 
 def member_body(count: int) -> bytes:
@@ -108,8 +108,8 @@ async def test_a_body_of_too_many_values_is_refused(
     make: Callable[[int], bytes],
     words: str,
 ) -> None:
-    monkeypatch.setattr(allowance, "MAX_MEMBERS", 8000)
-    monkeypatch.setattr(allowance, "MAX_ELEMENTS", 8000)
+    monkeypatch.setattr(value_budget, "MAX_MEMBERS", 8000)
+    monkeypatch.setattr(value_budget, "MAX_ELEMENTS", 8000)
     async with connect(outputs([300])) as client:
         most = await client.post(path, content=make(8000), headers=HEADERS)
         assert "that a request may hold" not in most.text
@@ -132,7 +132,7 @@ def test_nothing_is_made_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_json_in_texts_counts_with_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON in strings, such as the arguments of tool calls, shares the limit of the body."""
-    monkeypatch.setattr(allowance, "MAX_MEMBERS", 5000)
+    monkeypatch.setattr(value_budget, "MAX_MEMBERS", 5000)
     arguments = json.dumps({"a": [[]] * 2000})
     messages = [{"role": "assistant", "tool_calls": [call(arguments)] * 2}]
     assert not isinstance(read(ChatCompletionRequest, messages=messages), RequestError)
@@ -146,7 +146,7 @@ def test_json_in_texts_counts_with_the_body(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_broken_text_counts_up_to_where_it_breaks() -> None:
     """A string with broken JSON counts up to the place where it breaks."""
     with pytest.raises(TooManyValuesError):
-        Allowance().take(b'{"x":[' + b"[]," * allowance.MAX_MEMBERS + b'"\\')
+        ValueBudget().spend(b'{"x":[' + b"[]," * value_budget.MAX_MEMBERS + b'"\\')
 
 
 PROPERTIES = {f"p{i}": {"type": "string", "description": "a, b: " * 20} for i in range(130)}
@@ -368,7 +368,7 @@ async def test_the_memory_of_a_large_body_is_given_back(
 ) -> None:
     """After a large body, the memory of its parsing is returned to the system."""
     given_back = threading.Event()
-    monkeypatch.setattr(request_body, "give_memory_back", given_back.set)
+    monkeypatch.setattr(request_body, "release_free_memory", given_back.set)
     async with connect(outputs([300])) as client:
         await client.post("/v1/completions", content=content, headers=HEADERS)
     request_body._THREAD.submit(lambda: None).result(GUARD_SECONDS)

@@ -78,7 +78,7 @@ async def test_what_the_engine_is_told(
         answer = await client.post(path, json=PATHS[path] | {field: value})
     assert answer.status_code == 200
     told = fake.requests[0].structured_output
-    assert told == (expected and in_llguidances_words(expected, told.seconds, tokenizer))
+    assert told == (expected and in_llguidances_words(expected, told.compile_seconds, tokenizer))
 
 
 def in_llguidances_words(
@@ -86,7 +86,7 @@ def in_llguidances_words(
 ) -> StructuredOutput:
     """The grammar in the form that llguidance reads, as the engine gets it."""
     backend = GrammarBackend(tokenizer, INFO.vocab_size, GENERATION.eos_token_ids)
-    return msgspec.structs.replace(backend.lower(spec), seconds=seconds)
+    return msgspec.structs.replace(backend.lower(spec), compile_seconds=seconds)
 
 
 @pytest.fixture

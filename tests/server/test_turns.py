@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from minisrv.processes import how_it_ended
+from minisrv.processes import describe_exit_status
 
 _PROGRAM = """\
 import asyncio, time
@@ -56,4 +56,4 @@ def test_a_loop_without_turns(last: str, status: int) -> None:
     assert done.returncode == status, done.stderr
     assert done.stdout == "lives\n"
     if status:
-        assert "would not end" in how_it_ended(done.returncode)
+        assert "would not end" in describe_exit_status(done.returncode)

@@ -163,7 +163,9 @@ def test_streamed_equals_decoded_at_once(
     """The text of a stream does not depend on its chunks, and equals that of `tokenizers`. Special
     tokens that are kept are text like others."""
     ids = [i for chunk in chunks for i in chunk]
-    make = partial(Detokenizer, decoded.tokenizer, keep=frozenset({ID[MARKER]} if keeps else ()))
+    make = partial(
+        Detokenizer, decoded.tokenizer, visible_special_ids=frozenset({ID[MARKER]} if keeps else ())
+    )
     whole = make().push(ids, final=True)
     assert stream(make(), chunks) == whole
     assert stream(make(), [[i] for i in ids]) == whole
@@ -216,11 +218,11 @@ def test_tokens_are_where_their_text_is(decoded: Decoded, chunks: list[list[int]
     """The start of each token, streamed or not, is where its own text stands in the text."""
     tokenizer = decoded.tokenizer
     ids = [i for chunk in chunks for i in chunk]
-    located, chunked = (Detokenizer(tokenizer, locate=True) for _ in range(2))
+    located, chunked = (Detokenizer(tokenizer, track_offsets=True) for _ in range(2))
     text = located.push(ids, final=True)
     assert stream(chunked, chunks) == text
-    starts = located.take_starts(len(ids))
-    assert starts == chunked.take_starts(len(ids)) == sorted(starts)
+    starts = located.pop_text_offsets(len(ids))
+    assert starts == chunked.pop_text_offsets(len(ids)) == sorted(starts)
     assert all(start <= len(text) for start in starts)
     if "strip" in decoded.name or "replace" in decoded.name or "\ufffd" in text:
         return
@@ -236,9 +238,9 @@ def test_tokens_are_where_their_text_is(decoded: Decoded, chunks: list[list[int]
 
 def test_a_token_that_is_stripped_stands_at_the_end() -> None:
     decoded = NAMED["strip the end"]
-    detokenizer = Detokenizer(decoded.tokenizer, locate=True)
+    detokenizer = Detokenizer(decoded.tokenizer, track_offsets=True)
     text = detokenizer.push([5, 58], final=True)
-    assert all(start <= len(text) for start in detokenizer.take_starts(2))
+    assert all(start <= len(text) for start in detokenizer.pop_text_offsets(2))
 
 
 def test_an_emoji_of_tokens_that_are_no_plain_bytes() -> None:

@@ -132,5 +132,5 @@ def test_a_special_token_that_is_kept_is_text(tokenizer: Tokenizer) -> None:
     text = tokenizer.decode([marker], skip_special_tokens=False)
     ids = [*tokenizer.encode("a"), marker, *tokenizer.encode("b")]
     assert Detokenizer(tokenizer).push(ids, final=True) == "ab"
-    kept = Detokenizer(tokenizer, keep=frozenset({marker}))
+    kept = Detokenizer(tokenizer, visible_special_ids=frozenset({marker}))
     assert kept.push(ids, final=True) == f"a{text}b"

@@ -21,10 +21,10 @@ def test_owners_take_turns() -> None:
 def test_what_is_used_up_comes_back_with_time() -> None:
     bucket = TokenBucket(30, 60)
     assert bucket.left(100) == 30
-    bucket.take(20, 100)
-    bucket.take(12, 104)
+    bucket.consume(20, 100)
+    bucket.consume(12, 104)
     assert bucket.left(104) == 0
-    bucket.take(3, 104)
+    bucket.consume(3, 104)
     assert (bucket.left(104), bucket.left(108)) == (-3, -1)
     assert bucket.seconds_until(1, 104) == 8
     assert bucket.left(10_000) == 30, "no more is saved"

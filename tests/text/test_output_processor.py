@@ -27,7 +27,7 @@ def test_the_last_delta_has_the_finish_reason(tokenizer: Tokenizer) -> None:
     processor = make(tokenizer, index=3)
     first = processor.process(one(tokenizer.encode("a")[0], num_cached_tokens=2))
     assert first == CompletionDelta(
-        3, "a", tokenizer.encode("a"), None, 2, prompt_logprobs=[], text_starts=[]
+        3, "a", tokenizer.encode("a"), None, 2, prompt_logprobs=[], text_offsets=[]
     )
     assert not processor.finished
     last = processor.process(one(tokenizer.encode("b")[0], finish_reason=FinishReason.LENGTH))

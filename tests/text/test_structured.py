@@ -136,10 +136,12 @@ def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokeni
     ]
     assert not matchers[4].accept([EOS])  # a matcher that has failed
     bitmask = np.full((12, backend.bitmask_words), -1, np.int32)
-    backend.fill([(matcher, 11 - digit) for digit, matcher in enumerate(matchers)], bitmask)
+    backend.fill_bitmasks(
+        [(matcher, 11 - digit) for digit, matcher in enumerate(matchers)], bitmask
+    )
     alone = np.empty(backend.bitmask_words, np.int32)
     for digit, matcher in enumerate(matchers):
-        matcher.fill(alone)
+        matcher.fill_bitmask(alone)
         assert (bitmask[11 - digit] == alone).all()
     assert (bitmask[:2] == -1).all()
 

@@ -17,7 +17,7 @@ EOS = 2
 def allowed(backend: GrammarBackend, matcher: Matcher) -> list[int]:
     """The ids of the tokens that may come next."""
     row = np.full(backend.bitmask_words, -1, np.int32)
-    matcher.fill(row)
+    matcher.fill_bitmask(row)
     return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
 
 

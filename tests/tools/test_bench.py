@@ -13,7 +13,7 @@ from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.tools.bench.measure import BLOCK, Bench
+from minisrv.tools.bench.measure import STEPS_PER_BLOCK, Bench
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
@@ -90,12 +90,12 @@ def test_drift_cancels(engine):
 
 def test_contexts_are_as_asked_for_in_the_middle_and_nothing_is_left(engine):
     [size] = measured(engine, 0, NONE=1, PIECEWISE=1, FULL=1).decode
-    steps = 3 * (1 + 2 * 2 * BLOCK)
+    steps = 3 * (1 + 2 * 2 * STEPS_PER_BLOCK)
     first, last = size.context
     assert last - first == pytest.approx(steps)
     assert first == pytest.approx(40 - steps / 2, abs=3)
     assert not engine.has_work
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.block_pool.num_used == 0
     assert engine.dispatcher.ladders == ladders_of(engine.config)
 
 

@@ -8,7 +8,7 @@ from minisrv.config import EngineConfig
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.engine.platforms.cpu import CPUPlatform
 from minisrv.engine.platforms.cuda import CUDAPlatform
-from minisrv.machine import no_gpu
+from minisrv.machine import no_gpu_error
 
 __all__ = ["CPUPlatform", "CUDAPlatform", "Platform", "Progress", "platform_of"]
 
@@ -20,7 +20,7 @@ def platform_of(config: EngineConfig) -> Platform:
     """
     there = torch.cuda.is_available()
     if config.device == "cuda" and not there:
-        raise no_gpu("torch sees no GPU here")
+        raise no_gpu_error("torch sees no GPU here")
     if config.device == "cpu" or not there:
         return CPUPlatform()
     return CUDAPlatform(torch.device("cuda", torch.cuda.current_device()))

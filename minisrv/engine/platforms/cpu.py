@@ -83,22 +83,24 @@ class CPUPlatform(Platform):
     ) -> None:
         """See `Platform`. A CPU's allocator hands out more memory than there is, and the process is
         killed when it is used up, so everything is added up first."""
-        shape = KVCacheShape.of(config, model, sizes.blocks_per_row * sizes.block_size, dtype)
+        shape = KVCacheShape.of(
+            config, model, sizes.max_num_blocks_per_req * sizes.block_size, dtype
+        )
         graphs = " and --cudagraph-capture-sizes" if config.cudagraph_capture_sizes else ""
         left = available_memory() - self.weight_bytes(config, model, dtype)
         for nbytes, what, flags in (
             (
                 sizes.bytes_of_rows(model, dtype.itemsize),
-                f"{sizes.rows} requests in a batch",
+                f"{sizes.max_num_reqs} requests in a batch",
                 f"--max-num-seqs{graphs}",
             ),
             (
                 sizes.bytes_of_tokens(model, dtype.itemsize),
-                f"{sizes.tokens} tokens in a step",
+                f"{sizes.max_num_tokens} tokens in a step",
                 f"--max-num-batched-tokens{graphs}",
             ),
             (
-                num_blocks * (shape.per_block + HOST_BYTES_PER_BLOCK),
+                num_blocks * (shape.bytes_per_block + HOST_BYTES_PER_BLOCK),
                 f"{num_blocks} KV blocks",
                 "--num-kv-blocks" if config.num_kv_blocks is not None else "--kv-cache-memory",
             ),

@@ -84,16 +84,16 @@ class CUDAPlatform(Platform):
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
-            return MemoryPlan(config.num_kv_blocks * shape.per_block)
+            return MemoryPlan(config.num_kv_blocks * shape.bytes_per_block)
         self.release()
         used = self.used_bytes()
-        blocks = 1 + shape.per_row + PROBE_BLOCKS * config.max_num_seqs
+        blocks = 1 + shape.blocks_per_context + PROBE_BLOCKS * config.max_num_seqs
         runner = make_runner(blocks)
         graphs = probe(runner, BlockPool(blocks, config.block_size))
         captured = sum(graph.nbytes for graph in runner.graphs.values())
         # The memory that torch has kept from the largest steps counts as theirs: such steps will
         # come again.
-        steps = self.used_bytes() - used - blocks * shape.per_block - captured
+        steps = self.used_bytes() - used - blocks * shape.bytes_per_block - captured
         del runner
         self.release()
         cache = self.allowed_bytes(config) - used - steps - graphs
@@ -110,18 +110,20 @@ class CUDAPlatform(Platform):
     ) -> None:
         """See `Platform`. The planned memory may have turned out larger than
         `gpu_memory_utilization` allows."""
-        if plan.graphs is None:
+        if plan.graph_bytes is None:
             return
         self.release()
         actual = sum(graph.nbytes for graph in runner.graphs.values())
-        logger.info("graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graphs)))
+        logger.info(
+            "graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graph_bytes))
+        )
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
-            cache = (runner.num_blocks - 1) * shape.per_block
+            cache = (runner.num_blocks - 1) * shape.bytes_per_block
             raise ConfigError(
                 f"{mebibytes(over)} of the GPU's memory are used beyond "
                 f"gpu_memory_utilization={config.gpu_memory_utilization}: graphs take "
-                f"{mebibytes(actual)}, and {mebibytes(plan.graphs)} were planned for. Give "
+                f"{mebibytes(actual)}, and {mebibytes(plan.graph_bytes)} were planned for. Give "
                 f"--kv-cache-memory {(cache - over) >> 20}M at most, or end what else uses the GPU."
             )
 

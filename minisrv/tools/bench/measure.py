@@ -37,8 +37,8 @@ from minisrv.tools.environment import Environment, environment
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 
-BLOCK = 6
-SETTLE = 2
+STEPS_PER_BLOCK = 6
+WARM_UP_STEPS = 2
 """Number of steps in a block, and of its first steps that are not counted. Those bring back into
 the processor's caches what the mode before has evicted; and if the engine launches one step ahead,
 only the second step follows one of its own mode."""
@@ -149,7 +149,7 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
             "bench compares eager steps with graphs, and there are none; leave out "
             "--enforce-eager and --cudagraph-mode none."
         )
-    course = Course(settings, ladders_of(config))
+    course = BenchPlan(settings, ladders_of(config))
 
     def check(context: int, kv_blocks: int | None) -> None:
         course.check(context, config.block_size, kv_blocks)
@@ -194,7 +194,7 @@ def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
     }
 
 
-class Course:
+class BenchPlan:
     """The plan of a measurement, from which follows how much of an engine it needs.
 
     batch_sizes: the sizes of the decode batches.
@@ -207,9 +207,9 @@ class Course:
     def __init__(self, settings: BenchConfig, ladders: Ladders) -> None:
         self.settings = settings
         self.ladders = ladders
-        self.batch_sizes = settings.batch_sizes or _every_rung(ladders)
+        self.batch_sizes = settings.batch_sizes or _every_capture_size(ladders)
         self.dispatchers = dispatchers(ladders)
-        self.steps = len(self.dispatchers) * (1 + 2 * settings.rounds * BLOCK)
+        self.steps = len(self.dispatchers) * (1 + 2 * settings.rounds * STEPS_PER_BLOCK)
         self.prompt_length = max(1, settings.context - self.steps // 2)
 
     def check(self, max_model_len: int, block_size: int, kv_blocks: int | None) -> None:
@@ -285,7 +285,7 @@ class Bench:
         self.engine = engine
         self.settings = settings
         self.clock = clock
-        course, info = Course(settings, engine.dispatcher.ladders), engine.info
+        course, info = BenchPlan(settings, engine.dispatcher.ladders), engine.info
         course.check(info.max_model_len, info.block_size, info.num_kv_blocks)
         self.batch_sizes = course.batch_sizes
         self.prompt_length = course.prompt_length
@@ -331,9 +331,13 @@ class Bench:
             fresh -= {output.request_id for output in engine.step()}
         running = list(engine.scheduler.running)
         assert len(running) == size, "the batch fits the engine"
-        first = mean(len(request.prompt) + len(request.output) for request in running)
+        first = mean(
+            len(request.prompt_token_ids) + len(request.output_token_ids) for request in running
+        )
         modes, ratios = self._compare(size, decode=True)
-        last = mean(len(request.prompt) + len(request.output) for request in running)
+        last = mean(
+            len(request.prompt_token_ids) + len(request.output_token_ids) for request in running
+        )
         for request in running:
             engine.abort(request.request_id)
         while engine.has_work:
@@ -410,14 +414,16 @@ class Bench:
         """Run a block of steps in `mode`, and return their times: the median of whole steps, and
         the means of host and GPU times."""
         before = self._steps_in(mode)
-        for _ in range(SETTLE):
+        for _ in range(WARM_UP_STEPS):
             self._step(mode, prepare)
         clock = HostClock()
         begin = self.engine.stats()
         with observing(self.engine.observers, clock):
-            times = [self._step(mode, prepare) for _ in range(BLOCK - SETTLE)]
+            times = [self._step(mode, prepare) for _ in range(STEPS_PER_BLOCK - WARM_UP_STEPS)]
         end = self.engine.stats()
-        assert self._steps_in(mode) == before + BLOCK, "every step ran in the mode that is measured"
+        assert self._steps_in(mode) == before + STEPS_PER_BLOCK, (
+            "every step ran in the mode that is measured"
+        )
         steps = len(times)
         return BlockTime(
             ms=median(times),
@@ -454,9 +460,11 @@ class Bench:
         return sum(steps.steps for steps in self.engine.stats().steps if steps.mode == mode.name)
 
 
-def _every_rung(ladders: Ladders) -> tuple[int, ...]:
+def _every_capture_size(ladders: Ladders) -> tuple[int, ...]:
     most = ladders.max_num_seqs
-    return tuple(sorted({min(rung, most) for rung in ladders.decode or ladders.mixed}))
+    return tuple(
+        sorted({min(capture_size, most) for capture_size in ladders.decode or ladders.mixed})
+    )
 
 
 def _median(values: Iterable[float | None]) -> float | None:

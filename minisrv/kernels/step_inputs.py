@@ -1,11 +1,12 @@
-"""A step's bookkeeping: writes the host's values, gathers inputs by slot, and scatters results.
+"""A step's bookkeeping: writes the host's values, gathers inputs by request index, and scatters
+results.
 
-A request owns a slot, a row of persistent tensors, so that the device finds the inputs of a step
-without the host. Each function is one launch on CUDA, because a step waits for it: torch's
-operations, about twenty of them, took a slow host 0.7 ms before the first step of a prompt. Knows
-nothing of requests.
+A request owns a request index, the index of a row of persistent tensors, so that the device finds
+the inputs of a step without the host. Each function is one launch on CUDA, because a step waits for
+it: torch's operations, about twenty of them, took a slow host 0.7 ms before the first step of a
+prompt. Knows nothing of requests.
 
-Slot 0, the null slot, belongs to padding: whatever is scattered to it, it remains 0.
+Request index 0, the null index, belongs to padding: whatever is scattered to it, it remains 0.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from minisrv.kernels.registration import imported_at_first_call, register_op
 
 
 def gather_decode(
-    slots: Tensor,
+    req_indices: Tensor,
     last_token: Tensor,
     next_position: Tensor,
-    slot_blocks: Tensor,
+    req_block_tables: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     seq_lens: Tensor,
@@ -36,17 +37,17 @@ def gather_decode(
 ) -> None:
     """Gather the inputs of R rows with one token each.
 
-    slots: [R] int64, the slot of each row.
-    last_token, next_position: [S] int64, by slot.
-    slot_blocks: [S, width] int32, block tables by slot.
+    slots: [R] int64, the request index of each row.
+    last_token, next_position: [S] int64, by request index.
+    slot_blocks: [S, width] int32, block tables by request index.
     input_ids, positions: [R] int64, written.
     seq_lens: [R] int32, written: the length including the token at the position.
     slot_mapping: [R] int64, written: where the cache keeps the token.
     block_table: [R, width] int32, written.
     """
-    torch.index_select(last_token, 0, slots, out=input_ids)
-    torch.index_select(next_position, 0, slots, out=positions)
-    torch.index_select(slot_blocks, 0, slots, out=block_table)
+    torch.index_select(last_token, 0, req_indices, out=input_ids)
+    torch.index_select(next_position, 0, req_indices, out=positions)
+    torch.index_select(req_block_tables, 0, req_indices, out=block_table)
     seq_lens.copy_(positions + 1)
     index = (positions // block_size)[:, None]
     blocks = block_table.gather(1, index).squeeze(1)
@@ -54,9 +55,9 @@ def gather_decode(
 
 
 def gather_mixed(
-    slots: Tensor,
+    req_indices: Tensor,
     last_token: Tensor,
-    slot_blocks: Tensor,
+    req_block_tables: Tensor,
     positions: Tensor,
     token_rows: Tensor,
     seq_lens: Tensor,
@@ -68,11 +69,11 @@ def gather_mixed(
     num_tokens: int,
     block_size: int,
 ) -> None:
-    """Gather those inputs of R rows with T tokens that are stored by slot.
+    """Gather those inputs of R rows with T tokens that are stored by request index.
 
-    slots: [R] int64, the slot of each row.
-    last_token: [S] int64, by slot.
-    slot_blocks: [S, width] int32, block tables by slot.
+    slots: [R] int64, the request index of each row.
+    last_token: [S] int64, by request index.
+    slot_blocks: [S, width] int32, block tables by request index.
     positions, token_rows: [T] int64, the position and the row of each token.
     seq_lens: [R] int32, the number of tokens in the cache once the step has written its own.
     input_ids: [T] int64; the first num_decodes tokens, which are those of the first rows, are
@@ -80,8 +81,8 @@ def gather_mixed(
     slot_mapping: [T] int64, written: where the cache keeps a token, 0 from num_tokens on.
     block_table: [R, width] int32; at least as much of it is written as seq_lens says.
     """
-    torch.index_select(last_token, 0, slots[:num_decodes], out=input_ids[:num_decodes])
-    torch.index_select(slot_blocks, 0, slots, out=block_table)
+    torch.index_select(last_token, 0, req_indices[:num_decodes], out=input_ids[:num_decodes])
+    torch.index_select(req_block_tables, 0, req_indices, out=block_table)
     position = positions[:num_tokens]
     blocks = block_table[token_rows[:num_tokens], position // block_size]
     torch.add(position % block_size, blocks, alpha=block_size, out=slot_mapping[:num_tokens])
@@ -92,12 +93,13 @@ class Write(NamedTuple):
     """Values for a contiguous tensor: int64 values for an int64 or int32 tensor, float64 values for
     a float32 tensor.
 
-    at: the index of each value in the flattened tensor; with None the values go to its beginning.
+    indices: the index of each value in the flattened tensor; with None the values go to its
+        beginning.
     """
 
     target: Tensor
     values: NDArray[np.int64] | NDArray[np.float64]
-    at: NDArray[np.int64] | None
+    indices: NDArray[np.int64] | None
 
 
 def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]], Tensor]) -> None:
@@ -116,44 +118,44 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
             flat.index_copy_(0, torch.from_numpy(at), new)
 
 
-_write_values_on_cuda = imported_at_first_call("minisrv.kernels.triton_slots:write_values")
+_write_values_on_cuda = imported_at_first_call("minisrv.kernels.triton_step_inputs:write_values")
 
 
 def scatter(
-    slots: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
+    req_indices: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
 ) -> None:
-    """Write R sampled tokens and their positions as the next inputs of their slots.
+    """Write R sampled tokens and their positions as the next inputs of their request indices.
 
-    slots, tokens: [R] int64.
+    request indices, tokens: [R] int64.
     seq_lens: [R] int32, which is the position of the new tokens.
     last_token, next_position: [S] int64, written.
     """
-    last_token.index_copy_(0, slots, tokens)
-    next_position.index_copy_(0, slots, seq_lens.to(torch.int64))
+    last_token.index_copy_(0, req_indices, tokens)
+    next_position.index_copy_(0, req_indices, seq_lens.to(torch.int64))
     last_token[:1].zero_()
     next_position[:1].zero_()
 
 
 gather_decode_op = register_op(
     "gather_decode",
-    "(Tensor slots, Tensor last_token, Tensor next_position, Tensor slot_blocks, "
+    "(Tensor req_indices, Tensor last_token, Tensor next_position, Tensor req_block_tables, "
     "Tensor(a!) input_ids, Tensor(b!) positions, Tensor(c!) seq_lens, Tensor(d!) slot_mapping, "
     "Tensor(e!) block_table, *, int block_size) -> ()",
     cpu=gather_decode,
-    cuda="minisrv.kernels.triton_slots:gather_decode",
+    cuda="minisrv.kernels.triton_step_inputs:gather_decode",
 )
 gather_mixed_op = register_op(
     "gather_mixed",
-    "(Tensor slots, Tensor last_token, Tensor slot_blocks, Tensor positions, Tensor token_rows, "
-    "Tensor seq_lens, Tensor(a!) input_ids, Tensor(b!) slot_mapping, Tensor(c!) block_table, *, "
-    "int num_decodes, int num_tokens, int block_size) -> ()",
+    "(Tensor req_indices, Tensor last_token, Tensor req_block_tables, Tensor positions, Tensor "
+    "token_rows, Tensor seq_lens, Tensor(a!) input_ids, Tensor(b!) slot_mapping, Tensor(c!) "
+    "block_table, *, int num_decodes, int num_tokens, int block_size) -> ()",
     cpu=gather_mixed,
-    cuda="minisrv.kernels.triton_slots:gather_mixed",
+    cuda="minisrv.kernels.triton_step_inputs:gather_mixed",
 )
 scatter_op = register_op(
     "scatter",
-    "(Tensor slots, Tensor tokens, Tensor seq_lens, Tensor(a!) last_token, "
+    "(Tensor req_indices, Tensor tokens, Tensor seq_lens, Tensor(a!) last_token, "
     "Tensor(b!) next_position) -> ()",
     cpu=scatter,
-    cuda="minisrv.kernels.triton_slots:scatter",
+    cuda="minisrv.kernels.triton_step_inputs:scatter",
 )

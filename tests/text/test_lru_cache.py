@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from minisrv.text.recently_used import RecentlyUsed
+from minisrv.text.lru_cache import LRUCache
 
 
 def test_what_was_asked_for_longest_ago_makes_room() -> None:
-    memory: RecentlyUsed[str, int] = RecentlyUsed(room=3, least=0)
+    memory: LRUCache[str, int] = LRUCache(max_weight=3, min_weight=0)
     for number, key in enumerate("abc"):
         memory.add(key, number, 1)
     assert memory.get("a") == 0
@@ -16,14 +16,14 @@ def test_what_was_asked_for_longest_ago_makes_room() -> None:
 
 def test_as_many_as_weigh_the_least() -> None:
     """Each entry counts with at least `least`, so that even empty ones are bounded."""
-    memory: RecentlyUsed[int, int] = RecentlyUsed(room=10, least=1)
+    memory: LRUCache[int, int] = LRUCache(max_weight=10, min_weight=1)
     for number in range(100):
         memory.add(number, number, 0)
     assert [number for number in range(100) if memory.get(number) is not None] == [*range(90, 100)]
 
 
 def test_what_comes_again_counts_once() -> None:
-    memory: RecentlyUsed[str, int] = RecentlyUsed(room=2, least=0)
+    memory: LRUCache[str, int] = LRUCache(max_weight=2, min_weight=0)
     memory.add("a", 0, 1)
     for number in range(100):
         memory.add("b", number, 1)
@@ -31,7 +31,7 @@ def test_what_comes_again_counts_once() -> None:
 
 
 def test_what_there_is_no_room_for_moves_nothing_out() -> None:
-    memory: RecentlyUsed[str, int] = RecentlyUsed(room=2, least=0)
+    memory: LRUCache[str, int] = LRUCache(max_weight=2, min_weight=0)
     memory.add("a", 0, 1)
     memory.add("b", 1, 3)
     assert (memory.get("a"), memory.get("b")) == (0, None)

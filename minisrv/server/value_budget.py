@@ -32,7 +32,7 @@ class TooManyValuesError(ValueError):
     too much: ..."), which says what is allowed; whoever catches it puts the subject in front."""
 
 
-class Allowance:
+class ValueBudget:
     """The remainder of both limits for one request, which its body and any JSON inside its strings
     use up together."""
 
@@ -40,7 +40,7 @@ class Allowance:
         self._members = MAX_MEMBERS
         self._elements = MAX_ELEMENTS
 
-    def take(self, data: bytes) -> None:
+    def spend(self, data: bytes) -> None:
         """Count the values of a JSON text, and take them from what is left. For a text that is not
         valid JSON, the count is at least what would be parsed before the error. Raises
         TooManyValuesError if the text holds more than is left."""

@@ -1,6 +1,6 @@
 """A step's bookkeeping on CUDA, in Triton, with one launch for each function.
 
-`kernels.slots` imports this when it first meets a CUDA tensor.
+`kernels.step_inputs` imports this when it first meets a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisrv.kernels.slots import Write
-from minisrv.kernels.triton_launch import follow, pdl
+from minisrv.kernels.step_inputs import Write
+from minisrv.kernels.triton_launch import pdl, wait_and_launch_dependents
 
 WIDTH = 1024
 """Number of entries of a block table that a program copies at once."""
 
 
 def gather_decode(
-    slots: Tensor,
+    req_indices: Tensor,
     last_token: Tensor,
     next_position: Tensor,
-    slot_blocks: Tensor,
+    req_block_tables: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     seq_lens: Tensor,
@@ -34,19 +34,19 @@ def gather_decode(
     *,
     block_size: int,
 ) -> None:
-    """See `kernels.slots.gather_decode`. Only that part of a block table is copied which the row
-    has filled."""
-    _gather[(len(slots),)](
-        slots,
+    """See `kernels.step_inputs.gather_decode`. Only that part of a block table is copied which the
+    row has filled."""
+    _gather[(len(req_indices),)](
+        req_indices,
         last_token,
         next_position,
-        slot_blocks,
+        req_block_tables,
         input_ids,
         positions,
         seq_lens,
         slot_mapping,
         block_table,
-        slot_blocks.stride(0),
+        req_block_tables.stride(0),
         block_table.stride(0),
         BLOCK_SIZE=block_size,
         WIDTH=WIDTH,
@@ -64,9 +64,9 @@ KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}
 
 
 def gather_mixed(
-    slots: Tensor,
+    req_indices: Tensor,
     last_token: Tensor,
-    slot_blocks: Tensor,
+    req_block_tables: Tensor,
     positions: Tensor,
     token_rows: Tensor,
     seq_lens: Tensor,
@@ -78,13 +78,13 @@ def gather_mixed(
     num_tokens: int,
     block_size: int,
 ) -> None:
-    """See `kernels.slots.gather_mixed`. Only that part of a block table is copied which the row has
-    filled."""
-    rows, padded = len(slots), len(positions)
+    """See `kernels.step_inputs.gather_mixed`. Only that part of a block table is copied which the
+    row has filled."""
+    rows, padded = len(req_indices), len(positions)
     _gather_mixed[(rows + triton.cdiv(padded, TOKENS),)](
-        slots,
+        req_indices,
         last_token,
-        slot_blocks,
+        req_block_tables,
         positions,
         token_rows,
         seq_lens,
@@ -95,7 +95,7 @@ def gather_mixed(
         padded,
         num_decodes,
         num_tokens,
-        slot_blocks.stride(0),
+        req_block_tables.stride(0),
         block_table.stride(0),
         BLOCK_SIZE=block_size,
         WIDTH=WIDTH,
@@ -104,8 +104,8 @@ def gather_mixed(
 
 
 def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]], Tensor]) -> None:
-    """See `kernels.slots.write_values`. The description of the writes is sent with the values, so
-    that everything is one copy and one launch."""
+    """See `kernels.step_inputs.write_values`. The description of the writes is sent with the
+    values, so that everything is one copy and one launch."""
     table = np.empty((len(writes), FIELDS), np.int64)
     parts, end, most = [table.ravel()], table.size, 0
     for line, (target, values, at) in zip(table, writes, strict=True):
@@ -122,38 +122,40 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
 
 
 def scatter(
-    slots: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
+    req_indices: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
 ) -> None:
-    """See `kernels.slots.scatter`."""
-    rows = len(slots)
+    """See `kernels.step_inputs.scatter`."""
+    rows = len(req_indices)
     block = triton.next_power_of_2(rows)
-    _scatter[(1,)](slots, tokens, seq_lens, last_token, next_position, rows, BLOCK=block, **pdl())
+    _scatter[(1,)](
+        req_indices, tokens, seq_lens, last_token, next_position, rows, BLOCK=block, **pdl()
+    )
 
 
 @triton.jit
 def _gather(
-    slots,
+    req_indices,
     last_token,
     next_position,
-    slot_blocks,
+    req_block_tables,
     input_ids,
     positions,
     seq_lens,
     slot_mapping,
     block_table,
-    slot_stride,
+    req_stride,
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
-    position = tl.load(next_position + slot)
-    source = slot_blocks + slot * slot_stride
+    req_index = tl.load(req_indices + row)
+    position = tl.load(next_position + req_index)
+    source = req_block_tables + req_index * req_stride
     block = tl.load(source + position // BLOCK_SIZE).to(tl.int64)
-    tl.store(input_ids + row, tl.load(last_token + slot))
+    tl.store(input_ids + row, tl.load(last_token + req_index))
     tl.store(positions + row, position)
     tl.store(seq_lens + row, (position + 1).to(tl.int32))
     tl.store(slot_mapping + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -166,9 +168,9 @@ def _gather(
 
 @triton.jit(do_not_specialize=["rows", "padded", "num_decodes", "num_tokens"])
 def _gather_mixed(
-    slots,
+    req_indices,
     last_token,
-    slot_blocks,
+    req_block_tables,
     positions,
     token_rows,
     seq_lens,
@@ -179,7 +181,7 @@ def _gather_mixed(
     padded,
     num_decodes,
     num_tokens,
-    slot_stride,
+    req_stride,
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -190,7 +192,7 @@ def _gather_mixed(
     program = tl.program_id(0)
     if program < rows:
         row = program.to(tl.int64)
-        source = slot_blocks + tl.load(slots + row) * slot_stride
+        source = req_block_tables + tl.load(req_indices + row) * req_stride
         used = tl.cdiv(tl.load(seq_lens + row), BLOCK_SIZE)
         for first in range(0, used, WIDTH):
             at = first + tl.arange(0, WIDTH)
@@ -199,13 +201,15 @@ def _gather_mixed(
     else:
         token = (program - rows) * TOKENS + tl.arange(0, TOKENS)
         real = token < num_tokens
-        slot = tl.load(slots + tl.load(token_rows + token, real, other=0), real, other=0)
+        req_index = tl.load(req_indices + tl.load(token_rows + token, real, other=0), real, other=0)
         position = tl.load(positions + token, real, other=0)
-        block = tl.load(slot_blocks + slot * slot_stride + position // BLOCK_SIZE, real, other=0)
+        block = tl.load(
+            req_block_tables + req_index * req_stride + position // BLOCK_SIZE, real, other=0
+        )
         place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         tl.store(slot_mapping + token, tl.where(real, place, 0), token < padded)
         decodes = token < num_decodes
-        tl.store(input_ids + token, tl.load(last_token + slot, decodes), decodes)
+        tl.store(input_ids + token, tl.load(last_token + req_index, decodes), decodes)
 
 
 @triton.jit
@@ -234,12 +238,19 @@ def _write(packed, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _scatter(
-    slots, tokens, seq_lens, last_token, next_position, rows, BLOCK: tl.constexpr, PDL: tl.constexpr
+    req_indices,
+    tokens,
+    seq_lens,
+    last_token,
+    next_position,
+    rows,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    follow(PDL)
+    wait_and_launch_dependents(PDL)
     row = tl.arange(0, BLOCK)
     there = row < rows
-    slot = tl.load(slots + row, there, other=0)
-    real = there & (slot != 0)
-    tl.store(last_token + slot, tl.load(tokens + row, there), real)
-    tl.store(next_position + slot, tl.load(seq_lens + row, there).to(tl.int64), real)
+    req_index = tl.load(req_indices + row, there, other=0)
+    real = there & (req_index != 0)
+    tl.store(last_token + req_index, tl.load(tokens + row, there), real)
+    tl.store(next_position + req_index, tl.load(seq_lens + row, there).to(tl.int64), real)

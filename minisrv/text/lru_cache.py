@@ -14,17 +14,17 @@ _Key = TypeVar("_Key", bound=Hashable)
 _T = TypeVar("_T")
 
 
-class RecentlyUsed(Generic[_Key, _T]):
+class LRUCache(Generic[_Key, _T]):
     """A least-recently-used cache. Methods may be called by any thread.
 
-    room: maximum total weight of the entries.
-    least: minimum weight that each entry counts with, so that there are at most room / least
+    max_weight: maximum total weight of the entries.
+    min_weight: minimum weight that each entry counts with, so that there are at most room / least
         entries.
     """
 
-    def __init__(self, room: float, least: float) -> None:
-        self._room = room
-        self._least = least
+    def __init__(self, max_weight: float, min_weight: float) -> None:
+        self._max_weight = max_weight
+        self._min_weight = min_weight
         self._found: OrderedDict[_Key, tuple[_T, float]] = OrderedDict()
         self._weight = 0.0
         self._lock = threading.Lock()
@@ -40,14 +40,14 @@ class RecentlyUsed(Generic[_Key, _T]):
     def add(self, key: _Key, value: _T, weight: float) -> None:
         """Keep a value, replacing the key's last one. A value that weighs more than the limit is
         not kept, and evicts nothing else."""
-        weight = max(weight, self._least)
+        weight = max(weight, self._min_weight)
         with self._lock:
             if key in self._found:
                 self._weight -= self._found.pop(key)[1]
-            if weight > self._room:
+            if weight > self._max_weight:
                 return
             self._found[key] = value, weight
             self._weight += weight
-            while self._weight > self._room:
+            while self._weight > self._max_weight:
                 _, (_, gone) = self._found.popitem(last=False)
                 self._weight -= gone

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisrv.kernels.slots import Write, gather_mixed, write_values
-from minisrv.kernels.triton_slots import gather_mixed as triton_gather_mixed
-from minisrv.kernels.triton_slots import write_values as triton_write_values
+from minisrv.kernels.step_inputs import Write, gather_mixed, write_values
+from minisrv.kernels.triton_step_inputs import gather_mixed as triton_gather_mixed
+from minisrv.kernels.triton_step_inputs import write_values as triton_write_values
 
 INTERPRETED = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no interpreter")
@@ -74,12 +74,12 @@ def test_what_lies_by_slot_is_gathered(
     pad = torch.zeros(padding, dtype=torch.int64)
     token_rows = torch.repeat_interleave(torch.arange(rows), counts)
     positions = torch.cat([starts[r] + torch.arange(int(n)) for r, n in enumerate(counts)])
-    slots = 1 + torch.randperm(20, generator=g)[:rows]
-    slots[len(lengths) :] = 0
+    req_indices = 1 + torch.randperm(20, generator=g)[:rows]
+    req_indices[len(lengths) :] = 0
     inputs: dict[str, Any] = {
-        "slots": slots,
+        "req_indices": req_indices,
         "last_token": torch.randint(1000, (21,), generator=g),
-        "slot_blocks": torch.randint(900, (21, width), generator=g, dtype=torch.int32),
+        "req_block_tables": torch.randint(900, (21, width), generator=g, dtype=torch.int32),
         "positions": torch.cat([positions, pad]),
         "token_rows": torch.cat([token_rows, pad]),
         "seq_lens": (starts + counts).to(torch.int32),
@@ -100,5 +100,5 @@ def test_what_lies_by_slot_is_gathered(
         assert torch.equal(own[:used], expected["block_table"][row, :used])
     assert (expected["slot_mapping"][tokens:] == 0).all()
     assert expected["input_ids"][:decodes].tolist() == [
-        int(inputs["last_token"][slot]) for slot in slots[:decodes]
+        int(inputs["last_token"][req_index]) for req_index in req_indices[:decodes]
     ]
