@@ -172,10 +172,12 @@ def test_a_bias_out_of_bounds_names_its_token(amount):
     assert caught.value.param == "logit_bias.7"
 
 
-@pytest.mark.parametrize("part", ["start", "finish"])
-@pytest.mark.parametrize("lag", [False, True])
-def test_an_interrupted_step_ends_the_engine_and_does_not_hang(checkpoint, lag, part, monkeypatch):
-    llm = LLM(checkpoint, enforce_eager=True, async_scheduling=lag, **LIMITS)
+@pytest.mark.parametrize("part", ["execute_model", "sample_tokens"])
+@pytest.mark.parametrize("steps_ahead", [False, True])
+def test_an_interrupted_step_ends_the_engine_and_does_not_hang(
+    checkpoint, steps_ahead, part, monkeypatch
+):
+    llm = LLM(checkpoint, enforce_eager=True, async_scheduling=steps_ahead, **LIMITS)
     launch, calls = getattr(llm.engine.runner, part), []
 
     def interrupted(*arguments):

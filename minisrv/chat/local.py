@@ -61,7 +61,7 @@ class LocalModel:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         form = ChatFormat.of_template(tokenizer.chat_template_source)
         markers = (tokenizer.token_id(marker) for marker in form.markers(None))
-        text = self._text(keep=frozenset(i for i in markers if i is not None))
+        text = self._text(visible_special_ids=frozenset(i for i in markers if i is not None))
         yield from self._generate(ids, text, form.parser(prompt), None)
 
     def _text(self, **options: Any) -> Detokenizer:

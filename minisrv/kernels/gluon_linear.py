@@ -46,9 +46,9 @@ def sliced(
 ):
     """Compute BLOCK_N outputs of ROWS rows, for `triton_linear.multiply`.
 
-    In each part of SLICES * BLOCK_K columns every warp multiplies its own BLOCK_K. AHEAD such parts
-    of the weight are being loaded at a time. In the end the products of the warps are added up, so
-    no program waits for another.
+    In each part of SLICES * BLOCK_K columns every warp multiplies its own BLOCK_K. PREFETCH such
+    parts of the weight are being loaded at a time. In the end the products of the warps are added
+    up, so no program waits for another.
     """
     launch_dependents(PDL)
     product: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SLICES, 1, 1], [1, 16, 8])

@@ -203,14 +203,14 @@ async def _serve(
     loop.add_reader(launcher, hear)
     await client.start(lambda *phase: _send_report(launcher, Loading(*phase)))
     settled = asyncio.create_task(_report(client, launcher))
-    life = asyncio.create_task(watch_event_loop())
+    watch = asyncio.create_task(watch_event_loop())
     try:
         if config.engine_is_ready:
             await client.settled()  # the engine must confirm it before this worker serves
         await server.serve()
     finally:
         settled.cancel()
-        life.cancel()
+        watch.cancel()
         await client.close()
 
 

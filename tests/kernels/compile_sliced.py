@@ -2,7 +2,7 @@
 
 It is a process of its own because Triton's interpreter, in which other tests run kernels without a
 GPU, has no Gluon.
-Arguments: K, outputs of a program, rows, ahead.
+Arguments: K, outputs of a program, rows, prefetch (see `SlicedTile`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from minisrv.kernels.tiles import SLICE
 WARPS = 8
 
 
-def ptx(k: int, outputs: int, rows: int, ahead: int) -> str:
+def ptx(k: int, outputs: int, rows: int, prefetch: int) -> str:
     """Return the PTX of a product without norm, bias, gate and sum, compiled for programmatic
     dependent launch."""
     constants = {
         **{"bias": None, "norm": None, "K": k, "GATED": False, "ADD": False, "ROWS": rows},
-        **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS, "AHEAD": ahead, "PDL": True},
+        **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS},
+        **{"PREFETCH": prefetch, "PDL": True},
     }
     types = {"rows": "i32", "n": "i32", "eps": "fp32"}
     names = sliced.arg_names

@@ -24,7 +24,7 @@ from tests.checkpoints import make_checkpoint
 LAYERS = 2
 EPILOGUE = 5
 """Number of operations behind the model: gather of the rows, lm_head, masks, sampling, and the
-write back to the request indices."""
+write back to the persistent tensors of the requests."""
 FORWARD = 1 + 11 * LAYERS + 1
 """Number of operations of the model: embedding, layers (see tests/nn/test_op_count.py), and the
 last norm."""
@@ -134,7 +134,7 @@ class Output(NamedTuple):
 
     num_rows: int
     needs_logits: bool
-    masked: bool
+    has_structured_output_requests: bool
 
 
 def test_a_count_is_of_one_kind_of_stage():

@@ -29,7 +29,7 @@ async def serve_with_connections(
     app: ASGIApp, **settings: Any
 ) -> AsyncIterator[tuple[tuple[str, int], Connections]]:
     """Run the server and yield its address and its connections, for which a test lets time pass by
-    calling `sweep`.
+    calling `end_late_connections`.
 
     settings: further settings of uvicorn.
     """

@@ -30,13 +30,13 @@ def compare():
     template.render([{"role": "user", "content": "x"}], True)
 
 async def main():
-    life = asyncio.create_task(worker.show_life())
+    watch = asyncio.create_task(worker.watch_event_loop())
     await asyncio.sleep(0)
     for _ in range(6):  # busy for longer than the limit, with turns
         await asyncio.to_thread(work, 0.5)
     print("lives", flush=True)
     {last}
-    life.cancel()
+    watch.cancel()
 
 asyncio.run(main())
 work(3)  # its end has time
