@@ -4,7 +4,7 @@
         'minisrv serve --max-num-seqs 8 --max-waiting 64 --request-timeout 5'
 
 There are three phases against one server. *At capacity*: twice `--max-num-seqs` clients send one
-request after the other, so that every slot is always taken. *Overload*: requests arrive at
+request after the other, so that the batch is always full. *Overload*: requests arrive at
 `--times` the rate that was served at capacity, evenly, whether or not earlier ones have ended (an
 open loop). *At capacity again*: shows how much the machine itself has changed meanwhile. Every
 request must end with tokens, a 429 or the error of a deadline; any other end makes the exit status

@@ -334,7 +334,7 @@ class Engine:
             "running": stats.running,
             "waiting": stats.waiting,
             "blocks": stats.kv_blocks_used,
-            "slots": self.core.scheduler.req_indices.num_used,
+            "request indices": self.core.scheduler.req_indices.num_used,
         }
         return {name: number for name, number in held.items() if number}
 
@@ -405,13 +405,11 @@ class Alone:
         there: a power of ten. None above NEAR_TIE."""
         with SampledFrom() as sampled:
             self._engine.run_alone(question, prepared, choice)
-        logits, req_indices, _, temperature, top_k, top_p, min_p, seed, _ = sampled.calls[place]
+        logits, indices, _, temperature, top_k, top_p, min_p, seed, _ = sampled.calls[place]
         parameters = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed
         }  # fmt: skip
-        rows = {
-            name: values[req_indices].expand(PERTURBATIONS) for name, values in parameters.items()
-        }
+        rows = {name: values[indices].expand(PERTURBATIONS) for name, values in parameters.items()}
         positions = sampled.calls[place][2].expand(PERTURBATIONS)
         noise = torch.rand(
             PERTURBATIONS, logits.shape[1], generator=torch.Generator().manual_seed(0)

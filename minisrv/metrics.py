@@ -265,11 +265,9 @@ def _engine_families(
         tokens.add_metric(labels, step.tokens)
         padded.add_metric(labels, step.padded_tokens)
     yield from (steps, tokens, padded)
+    yield GaugeMetricFamily("minisrv:num_requests_running", "Requests running.", stats.running)
     yield GaugeMetricFamily(
-        "minisrv:num_requests_running", "Requests that own a slot.", stats.running
-    )
-    yield GaugeMetricFamily(
-        "minisrv:num_requests_waiting", "Requests waiting for a slot.", stats.waiting
+        "minisrv:num_requests_waiting", "Requests waiting to run.", stats.waiting
     )
     yield GaugeMetricFamily(
         "minisrv:kv_cache_usage_perc",

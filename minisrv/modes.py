@@ -65,9 +65,9 @@ class StageOutput(enum.Enum):
 
     HIDDEN: the hidden states of every token. The rest (the gather of the rows that sample, lm_head
         and sampling) depends on the number of requests only, and is a stage of its own.
-    LOGITS: one row of logits per request; sampling follows outside the graph. TOKENS: the sampled
-    tokens; the next inputs of the requests are scattered to their rows of the persistent tensors
-    too.
+    LOGITS: one row of logits per request; sampling follows outside the graph.
+    TOKENS: the sampled tokens; the next inputs of the requests are scattered to their rows of the
+        persistent tensors too.
     """
 
     HIDDEN = "hidden"

@@ -74,8 +74,8 @@ def bound_resource(kind: int, limit: int) -> None:
     limit: the soft limit, in the unit of that kind.
     """
     soft, hard = resource.getrlimit(kind)
-    limits = (limit for limit in (limit, soft, hard) if limit != resource.RLIM_INFINITY)
-    resource.setrlimit(kind, (min(limits), hard))
+    bounds = (bound for bound in (limit, soft, hard) if bound != resource.RLIM_INFINITY)
+    resource.setrlimit(kind, (min(bounds), hard))
 
 
 class ChildProcess:

@@ -360,9 +360,9 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as an API worker hands it to the engine. It has one completion.
 
-    cache_key, cache_salt: requests share entries of the prefix cache only if both values are equal.
-        The first is the number of the client's API key, where keys do not share; the second is
-        chosen by the client.
+    api_key_index, cache_salt: requests share entries of the prefix cache only if both values are
+        equal. The first is the number of the client's API key, where keys do not share, and None
+        where they do; the second is chosen by the client.
     priority: requests with a lower number are admitted earlier and preempted later. The scheduler
         makes sure that no other request waits for ever.
     structured_output: the form that the text must have.

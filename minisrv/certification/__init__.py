@@ -1,7 +1,8 @@
 """Certification: a captured graph enters service only after it has reproduced eager runs.
 
-`batches`: the batches on which each graph is certified. `trial`: such a batch as a step with known
-values, on request indices and blocks that no request has. `compare`: the comparison of a graph with
-eager runs. `startup`: what a start-up does with every graph: capture, certification, timing, the
-memory probe. `sweep`: the certification of installed graphs on every kind of batch.
+`batches`: the batches on which each graph is certified.
+`trial`: such a batch as a step with known values, on request indices and blocks of its own.
+`compare`: the comparison of a graph with eager runs.
+`startup`: what a start-up does with every graph: capture, certification, timing, the memory probe.
+`sweep`: the certification of installed graphs on every kind of batch.
 """

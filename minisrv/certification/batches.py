@@ -59,12 +59,8 @@ def blocks_for_any_batch(limits: BatchLimits) -> int:
     as the context; the tokens of a step; and for each row two blocks, which a history around the
     edges of a block fills, with the one after them. One more is left for nobody, to be watched."""
     size = limits.block_size
-    return (
-        1
-        + -(-limits.max_model_len // size)
-        + -(-limits.max_num_tokens // size)
-        + 3 * limits.max_num_reqs
-    )
+    of_context, of_tokens = -(-limits.max_model_len // size), -(-limits.max_num_tokens // size)
+    return 1 + of_context + of_tokens + 3 * limits.max_num_reqs
 
 
 def describe(batch: Batch) -> str:
@@ -198,18 +194,15 @@ def _mixture(tokens: int, limits: BatchLimits) -> list[BatchRow]:
 def _spread(tokens: int, limits: BatchLimits) -> list[BatchRow]:
     """Return prefill in as many rows as the limits allow, of about the same length, after
     histories."""
-    lengths, context, rows = (
-        cycle(_edges(limits)),
-        limits.max_model_len,
-        min(tokens, limits.max_num_reqs),
-    )
+    lengths, context = cycle(_edges(limits)), limits.max_model_len
+    rows = min(tokens, limits.max_num_reqs)
     counts = [min(context, (tokens + row) // rows) for row in range(rows)]
     return [BatchRow(min(next(lengths), context - count), count) for count in counts]
 
 
 def _fitted(rows: list[BatchRow], limits: BatchLimits) -> Batch:
-    """Return `rows` cut to the available request indices and blocks. A row that is too long for the
-    blocks that the others leave loses history first, then tokens."""
+    """Return `rows` cut to the maximum number of requests and the available blocks. A row that is
+    too long for the blocks that the others leave loses history first, then tokens."""
     rows = rows[: min(limits.max_num_reqs, limits.num_blocks)]
     left, fitted = limits.num_blocks, []
     for others, row in zip(reversed(range(len(rows))), rows, strict=True):

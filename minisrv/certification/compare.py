@@ -93,10 +93,10 @@ def certify(
 
 
 def _check_no_unexpected_writes(trial: Trial, run: str) -> None:
-    if unexpected_writes := trial.unexpected_writes():
+    if writes := trial.unexpected_writes():
         raise CertificationError(
-            f"{trial.name}: {run} changed {', '.join(unexpected_writes)}, which no row of it owns. "
-            "It would change the results of other requests; report this."
+            f"{trial.name}: {run} changed {', '.join(writes)}, which no row of it owns. It would "
+            "change the results of other requests; report this."
         )
 
 

@@ -73,12 +73,8 @@ def sweep(
             reports.append(report)
             for batch in batches:
                 progress(done, total)
-                _try(
-                    StepTrial(runner, space, key, batch, full_batch_trial),
-                    graphs[key],
-                    batch,
-                    report,
-                )
+                trial = StepTrial(runner, space, key, batch, full_batch_trial)
+                _try(trial, graphs[key], batch, report)
                 done += 1
             full_batch_trial.clear()
         progress(done, total)
@@ -86,10 +82,8 @@ def sweep(
 
 
 def _batches(ladders: Ladders, key: BatchDescriptor, limits: BatchLimits) -> list[Batch]:
-    capture_sizes = ladders.capture_sizes_of(key)
-    below = max(
-        (capture_size for capture_size in capture_sizes if capture_size < key.num_tokens), default=0
-    )
+    sizes = ladders.capture_sizes_of(key)
+    below = max((size for size in sizes if size < key.num_tokens), default=0)
     return sweep_batches(key, below, limits)
 
 

@@ -89,8 +89,8 @@ class StepTrial:
 
     Blocks other than those of the batch are watched, so that any write to them is found.
 
-    full_batch_trial: the trial of a full batch in the same graph, which `InitialState.STALE`
-        replays first; without one, that start is left out.
+    full_batch_trial: the trial of a full batch in the same graph, which is replayed first for
+        `InitialState.STALE`; without one, that initial state is left out.
     params: the sampling parameters of the rows, in turn.
     """
 
@@ -107,9 +107,7 @@ class StepTrial:
         alone = " alone" if descriptor.stage is Stage.EPILOGUE else ""
         self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.output.name}{alone}"
         self.initial_states: Sequence[InitialState] = [
-            initial_state
-            for initial_state in InitialState
-            if full_batch_trial or initial_state is not InitialState.STALE
+            state for state in InitialState if full_batch_trial or state is not InitialState.STALE
         ]
         self.runner = runner
         self.space = space
@@ -132,10 +130,8 @@ class StepTrial:
         self.written_entries = self._entries(written)
         protected_positions = ~written
         protected_positions[NULL_BLOCK] = False  # padding writes there
-        self.protected_positions, self.protected_entries = (
-            protected_positions,
-            self._entries(protected_positions),
-        )
+        self.protected_positions = protected_positions
+        self.protected_entries = self._entries(protected_positions)
         # The values are made on the device that uses them: on the host those of the cache alone
         # would take longer than everything else.
         generator = torch.Generator(device).manual_seed(draw.getrandbits(63))
@@ -159,8 +155,8 @@ class StepTrial:
         self.masks[::2] = ALL
 
     def _positions(self, starts: dict[int, int], ends: dict[int, int]) -> Tensor:
-        """Return [watched, block_size] bool, which marks the cache positions of tokens
-        `initial_states` to `ends` by request index."""
+        """Return [watched, block_size] bool, which marks the cache positions of tokens `starts` to
+        `ends` by request index."""
         size = self.runner.block_size
         found = torch.zeros(len(self.watched_blocks), size, dtype=torch.bool)
         for req_index, index, block in self.output.new_blocks:
@@ -179,12 +175,12 @@ class StepTrial:
 
     def reset(self, initial_state: InitialState, graph: CapturedGraph | None = None) -> None:
         """See `compare.Trial`."""
-        poison, state = initial_state is InitialState.POISONED, self.runner.request_tensors
+        poison, tensors = initial_state is InitialState.POISONED, self.runner.request_tensors
         if initial_state is not InitialState.STALE:
             self._fill_buffers(poison)
             self._fill_slots(poison)
         else:
-            assert self.full_batch_trial is not None, "no full batch to be behind"
+            assert self.full_batch_trial is not None, "there is no full batch to replay first"
             self.full_batch_trial.reset(InitialState.CLEAN)
             self.full_batch_trial.run(graph)
         initial = self.cache
@@ -192,18 +188,18 @@ class StepTrial:
             initial = initial.masked_fill(~self.live_positions[:, :, None, None, None], NAN)
         for cache in self.runner.kv_caches:
             cache[self.watched_blocks] = initial
-        state.last_token[self.req_indices] = self.last_token
-        state.next_position[self.req_indices] = self.next_position
+        tensors.last_token[self.req_indices] = self.last_token
+        tensors.next_position[self.req_indices] = self.next_position
         if self.key[1].stage is Stage.EPILOGUE:
             buffers, rows = self.runner.buffers, len(self.req_indices)
             buffers.hidden[:rows] = self.hidden
             buffers.seq_lens[:rows] = self.next_position + 1
             buffers.bitmask[:rows] = self.masks
         upload = Upload()
-        state.apply(self.output, upload)
+        tensors.apply(self.output, upload)
         upload.send(self.req_indices.device)
         self.initial_cache = initial
-        self.initial_state = {name: tensor.clone() for name, tensor in vars(state).items()}
+        self.initial_state = {name: tensor.clone() for name, tensor in vars(tensors).items()}
 
     def _fill_buffers(self, poison: bool) -> None:
         buffers, model = self.runner.buffers, self.runner.model
@@ -221,13 +217,11 @@ class StepTrial:
         buffers.sampled_token_ids.fill_(0)
 
     def _fill_slots(self, poison: bool) -> None:
-        state, req_indices = (
-            self.runner.request_tensors,
-            slice(self.space.req_indices.start, self.space.req_indices.stop),
-        )
-        state.block_table[req_indices] = self.watched_blocks[-1] if poison else NULL_BLOCK
-        state.last_token[req_indices] = 0
-        state.next_position[req_indices] = 0
+        tensors, own = self.runner.request_tensors, self.space.req_indices
+        rows = slice(own.start, own.stop)
+        tensors.block_table[rows] = self.watched_blocks[-1] if poison else NULL_BLOCK
+        tensors.last_token[rows] = 0
+        tensors.next_position[rows] = 0
 
     def run(self, graph: CapturedGraph | None) -> None:
         """See `compare.Trial`."""
@@ -254,21 +248,19 @@ class StepTrial:
 
     def observe(self) -> dict[str, Tensor]:
         """See `compare.Trial`."""
-        buffers, state = self.runner.buffers, self.runner.request_tensors
+        buffers, tensors = self.runner.buffers, self.runner.request_tensors
         rows, tokens = len(self.output.rows), self.output.num_tokens
+        written = self.written_entries
         # otherwise they are not written
         logits = rows if self.key[1].output is StageOutput.LOGITS else 0
         return {
             "hidden states": buffers.hidden[:tokens].clone(),
             "logits": buffers.logits[:logits].clone(),
             "tokens": buffers.sampled_token_ids[:rows].clone(),
-            "last tokens": state.last_token[self.req_indices],
-            "next positions": state.next_position[self.req_indices],
+            "last tokens": tensors.last_token[self.req_indices],
+            "next positions": tensors.next_position[self.req_indices],
             "cache": torch.stack(
-                [
-                    c.flatten(0, 1).index_select(0, self.written_entries)
-                    for c in self.runner.kv_caches
-                ]
+                [c.flatten(0, 1).index_select(0, written) for c in self.runner.kv_caches]
             ),
         }
 
@@ -281,16 +273,16 @@ class StepTrial:
             changed[f"cache entries of layer {layer} outside of the step"] = found != expected
         for name, tensor in vars(self.runner.request_tensors).items():
             before = self.initial_state[name]
-            # the step writes these for its own request indices
+            # The step writes these for its own request indices.
             if name in ("last_token", "next_position"):
                 before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
-            changed[f"{name} of a slot"] = before != tensor
+            changed[f"{name} of a request index"] = before != tensor
         flags = torch.stack([difference.any() for difference in changed.values()]).tolist()
         return [what for what, flag in zip(changed, flags, strict=True) if flag]
 
     def clear(self) -> None:
-        """Leave the request indices and the buffers as in a new server, with no poison in the
-        cache."""
+        """Leave the rows of the request indices and the buffers as in a new server, with no poison
+        in the cache."""
         self.reset(InitialState.CLEAN)
         self._fill_slots(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)

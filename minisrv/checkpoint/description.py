@@ -173,15 +173,13 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
             answer.seek(0)
             body = answer.read()
             printed.seek(max(0, os.fstat(printed.fileno()).st_size - _LAST_WORDS))
-            printed_lines = printed.read().decode(errors="replace").strip().splitlines() or [
-                "nothing"
-            ]
+            text = printed.read().decode(errors="replace").strip() or "nothing"
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{what} failed: {error}") from error
     if done.returncode == -signal.SIGXCPU:
         raise ModelError(f"{what} took more than {PROCESSOR_SECONDS} s of processor time.")
     if done.returncode != 0:
-        last = truncated(printed_lines[-1], 400)
+        last = truncated(text.splitlines()[-1], 400)
         raise ModelError(
             f"{what} failed with status {done.returncode}; it said: {last} (It may take "
             f"{MEMORY_BYTES >> 30} GiB of memory.)"

@@ -17,14 +17,13 @@ class DecodeRun:
     """Consecutive steps of one batch in which every row decodes.
 
     Every step advances each request by one token, so a single number, the index of the step within
-    the run, says how far all of them are. The phase of a request is its position within a block
-    when the run began. From it follows in which step the request fills a block and in which it
-    needs another.
+    the run, says how far all of them are. In which steps a request fills a block and needs another
+    follows from its position within a block in the first step.
 
     first_step: the step with which the run began.
     requests: the requests, in the order of the rows.
-    rows_by_block_offset: the indices of the requests, grouped by position within a block in the
-        first step.
+    rows_by_block_offset: the indices of the rows, grouped by position within a block in the first
+        step.
     last_step_index: the index of the step in which the first of the requests has all its tokens
         scheduled.
     step_index: the index within the run of the last step; the first step has index 0.
@@ -70,9 +69,9 @@ class DecodeRun:
         )
 
     def rows_starting_a_block(self, step_index: int) -> list[int]:
-        """Return the indices of the requests whose token in that step is the first of a block."""
+        """Return the indices of the rows whose token in that step is the first of a block."""
         return self.rows_by_block_offset[-step_index % len(self.rows_by_block_offset)]
 
     def rows_filling_a_block(self, step_index: int) -> list[int]:
-        """Return the indices of the requests whose token in that step is the last of a block."""
+        """Return the indices of the rows whose token in that step is the last of a block."""
         return self.rows_by_block_offset[(-step_index - 1) % len(self.rows_by_block_offset)]

@@ -117,14 +117,14 @@ class Dispatcher:
         ladders = self.ladders
         uniform_decode = query_len is not None
         if query_len == ladders.query_len and (
-            capture_size := pad_to_capture_size(ladders.decode, num_reqs)
+            padded := pad_to_capture_size(ladders.decode, num_reqs)
         ):
             output = StageOutput.HIDDEN if separate_epilogue else StageOutput.TOKENS
-            key = decode_descriptor(capture_size, output, query_len)
+            key = decode_descriptor(padded, output, query_len)
             return Dispatch(CUDAGraphMode.FULL, key, Reason.PURE_DECODE)
-        if capture_size := pad_to_capture_size(ladders.mixed, num_tokens):
+        if padded := pad_to_capture_size(ladders.mixed, num_tokens):
             reason = Reason.NO_FULL_GRAPH if uniform_decode else Reason.HAS_PREFILL
-            return Dispatch(*ladders.mixed_key(capture_size), reason)
+            return Dispatch(*ladders.mixed_key(padded), reason)
         if ladders.mode is CUDAGraphMode.NONE:
             reason = Reason.GRAPHS_OFF
         elif uniform_decode or ladders.mixed:
@@ -171,14 +171,9 @@ def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> N
     padded_size = None if found.mode is CUDAGraphMode.NONE else found.descriptor.num_tokens
     row = CoverageRow(kind, size, size, found.mode, padded_size, found.reason)
     if rows:
-        last = rows[-1]
-        if (last.kind, last.mode, last.padded_size, last.reason) == (
-            kind,
-            row.mode,
-            padded_size,
-            row.reason,
-        ):
-            row = CoverageRow(kind, last.first, size, row.mode, padded_size, row.reason)
+        last = replace(rows[-1], last=size)
+        if replace(row, first=last.first) == last:  # it runs like the size before it
+            row = last
             rows.pop()
     rows.append(row)
 

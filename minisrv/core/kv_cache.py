@@ -1,4 +1,4 @@
-"""Allocation of KV cache blocks and of request indices for request state, as plain numbers.
+"""Allocation of KV cache blocks and request indices, as plain numbers.
 
 Knows: which numbers are free, how many requests hold a block, and which blocks can be found by the
 tokens that they keep (the prefix cache). Block 0 and request index 0 are the null ones: they belong

@@ -1,8 +1,8 @@
 """The ladders of captured sizes, and the check that they leave no gap.
 
-Knows: which padded sizes get a graph. The capture sizes of decode graphs and of epilogues count
-requests, and the capture sizes of graphs for mixed batches count tokens. Knows nothing of batches
-in flight (see the dispatcher), of tensors, or of what a graph costs.
+Knows: which padded sizes get a graph. The sizes of decode graphs and of epilogues count requests,
+and the sizes of graphs for mixed batches count tokens. Knows nothing of batches in flight (see the
+dispatcher), of tensors, or of what a graph costs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Ladders:
         return mode, epilogue_descriptor(capture_size or num_reqs, output)
 
     def mixed_key(self, num_tokens: int) -> GraphKey:
-        """Return the key of the graph of a mixed capture size.
+        """Return the key of the mixed graph of `num_tokens` tokens, which is a capture size.
 
         A FULL graph contains attention and so has a number of rows: as many as a batch of
         `num_tokens` tokens can have.
@@ -89,8 +89,8 @@ class Ladders:
         promised = self.mode.decode_mode
         if promised is CUDAGraphMode.NONE:
             return
-        capture_sizes = self.decode if promised is CUDAGraphMode.FULL else self.mixed
-        top = capture_sizes[-1] if capture_sizes else 0
+        sizes = self.decode if promised is CUDAGraphMode.FULL else self.mixed
+        top = sizes[-1] if sizes else 0
         if top < self.max_num_seqs:
             raise CoverageError(
                 f"cudagraph_capture_sizes leave decode batches of {top + 1} to "
@@ -110,8 +110,7 @@ def epilogue_descriptor(num_reqs: int, output: StageOutput) -> BatchDescriptor:
 
 
 def pad_to_capture_size(ladder: tuple[int, ...], size: int) -> int | None:
-    """Return the smallest capture size that holds `size`, or None if `size` is above the
-    largest."""
+    """Return the smallest capture size that holds `size`; None if the largest does not."""
     index = bisect_left(ladder, size)
     return ladder[index] if index < len(ladder) else None
 
@@ -124,9 +123,9 @@ def build_ladders(
 ) -> Ladders:
     """Return the ladders of `mode`, from the user's `sizes` or the default ones.
 
-    The last capture size of a default ladder is exactly the largest size that a batch can have (for
-    mixed batches at most `MAX_DEFAULT_MIXED_SIZE`). Of the user's sizes only those are left out
-    that no batch could ever reach (`plan` shows what is captured).
+    The last size of a default ladder is exactly the largest size that a batch can have (for mixed
+    batches at most `MAX_DEFAULT_MIXED_SIZE`). Only those of the user's sizes are left out that no
+    batch could ever reach (`plan` shows what is captured).
     """
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()

@@ -32,7 +32,7 @@ class RequestState:
         its tokens that were known when it was admitted.
     last_step_id: the id of the last step that uses its request index and blocks.
     block_hashes: the hashes of its first full blocks, as far as they have been needed.
-    num_published: the number of blocks, counted from the first, that are in the prefix cache
+    num_cached_blocks: the number of blocks, counted from the first, that are in the prefix cache
         because the request entered them or found them there.
     num_cached_tokens: the number of prompt tokens found in the prefix cache when the request was
         first admitted; None before that.
@@ -92,27 +92,24 @@ class RequestState:
         return self.num_scored_tokens if unscored else self.num_tokens - 1
 
     def next_prompt_logprobs(self, start: int, stop: int) -> PromptLogprobsRequest | None:
-        """Return the prompt tokens that a row of tokens `start` to `stop` has to report, or None,
-        and count them as scored."""
-        num_top = self.params.prompt_logprobs
-        if num_top is None:
+        """Return the prompt tokens whose log-probabilities a row of tokens `start` to `stop` has to
+        report, or None, and count them as scored."""
+        num_logprobs = self.params.prompt_logprobs
+        if num_logprobs is None:
             return None
         first, last = max(start, self.num_scored_tokens), min(stop, len(self.prompt_token_ids) - 1)
         if first >= last:
             return None
         self.num_scored_tokens = last
-        return PromptLogprobsRequest(
-            first - start, self.prompt_token_ids[first + 1 : last + 1], num_top
-        )
+        token_ids = self.prompt_token_ids[first + 1 : last + 1]
+        return PromptLogprobsRequest(first - start, token_ids, num_logprobs)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Return the ids of the known tokens `start` to `stop`; positions count the prompt, then
         the output."""
-        behind = len(self.prompt_token_ids)
-        return (
-            self.prompt_token_ids[start:stop]
-            + self.output_token_ids[max(0, start - behind) : max(0, stop - behind)]
-        )
+        length = len(self.prompt_token_ids)
+        output = self.output_token_ids[max(0, start - length) : max(0, stop - length)]
+        return self.prompt_token_ids[start:stop] + output
 
     def get_block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """Return the hashes of its first `count` blocks, whose tokens must be known. Each hash is

@@ -121,8 +121,8 @@ class Scheduler:
 
         seed: the seed of its sampling noise. The caller draws it if the request has none; it stays
             the same through preemptions.
-        waiting_for_grammar: whether the request is held back (until its grammar is compiled). It
-            counts as waiting, but cannot run until `grammar_ready` is called.
+        waiting_for_grammar: whether its grammar is not compiled yet. The request then counts as
+            waiting, but cannot run until `grammar_ready` is called.
 
         Raises QueueFullError when too many wait.
         """
@@ -164,7 +164,7 @@ class Scheduler:
             self._enqueue(state)
 
     def grammar_ready(self, request_id: str) -> None:
-        """Let a request that was held back, and has not ended, join the waiting queue."""
+        """Let a request that waited for its grammar, and has not ended, join the waiting queue."""
         self._enqueue(self.waiting_for_grammar.pop(request_id))
 
     def _enqueue(self, request: RequestState) -> None:
@@ -222,15 +222,14 @@ class Scheduler:
             or (self.waiting and self.req_indices.num_free)
         ):
             return None
-        starting = run.rows_starting_a_block(run.step_index + 1)
-        if len(starting) > self.block_pool.num_free:
+        rows = run.rows_starting_a_block(run.step_index + 1)
+        if len(rows) > self.block_pool.num_free:
             return None
         new_blocks = []
-        for index in starting:
+        for index in rows:
             request = run.requests[index]
-            new_blocks.append(
-                (request.req_index, len(request.blocks), self._allocate_block(request))
-            )
+            column = len(request.blocks)
+            new_blocks.append((request.req_index, column, self._allocate_block(request)))
         return run.next_step(self._next_step, new_blocks)
 
     def _schedule_new_batch(self) -> SchedulerOutput | None:
@@ -282,9 +281,8 @@ class Scheduler:
                         self._preempt(newest)
                 if not request.req_index or not self.block_pool.num_free:
                     continue
-                step.new_blocks.append(
-                    (request.req_index, len(request.blocks), self._allocate_block(request))
-                )
+                column = len(request.blocks)
+                step.new_blocks.append((request.req_index, column, self._allocate_block(request)))
             step.add(request)
         return to_preempt
 
@@ -298,11 +296,10 @@ class Scheduler:
             request = self.waiting[0]
             target = request.num_tokens
             cached_blocks = self._get_computed_blocks(request)
-            # A found block that nobody holds is itself free. So the number of free blocks falls by
+            # A cached block that nobody holds is itself free. So the number of free blocks falls by
             # all blocks but those that others already hold.
-            needed = self.block_pool.num_blocks_for(target) - sum(
-                map(self.block_pool.is_in_use, cached_blocks)
-            )
+            num_in_use = sum(map(self.block_pool.is_in_use, cached_blocks))
+            needed = self.block_pool.num_blocks_for(target) - num_in_use
             # NOTE: one block for each running request stays free. Otherwise the new request would
             # be preempted as soon as they grow.
             if needed + len(self.running) > self.block_pool.num_free and (
@@ -310,9 +307,8 @@ class Scheduler:
             ):
                 return
             self.waiting.popleft()
-            self._num_overtakes += (
-                bool(self.waiting) and request.priority < self.waiting[-1].priority
-            )
+            if self.waiting and request.priority < self.waiting[-1].priority:
+                self._num_overtakes += 1
             _insert_by_priority(self.running, request)
             request.req_index = self.req_indices.allocate()
             request.prefill_target = target
@@ -340,13 +336,12 @@ class Scheduler:
         if not self.enable_prefix_caching:
             return []
         size = self.block_pool.block_size
-        return self.block_pool.get_cached_blocks(
-            request.get_block_hashes(request.max_cache_hit_length // size, size)
-        )
+        hashes = request.get_block_hashes(request.max_cache_hit_length // size, size)
+        return self.block_pool.get_cached_blocks(hashes)
 
     def _use_cached_blocks(self, request: RequestState, cached_blocks: list[int]) -> None:
         """Give the request the blocks that `_get_computed_blocks` returned. This must be done
-        before other blocks are taken for it, because found blocks may themselves be free."""
+        before other blocks are allocated for it, because these blocks may themselves be free."""
         for block in cached_blocks:
             self.block_pool.touch(block)
         request.blocks = cached_blocks
@@ -414,8 +409,7 @@ class Scheduler:
                     outputs.append(EngineOutput(request.request_id))
                 continue
             request.num_in_flight -= 1
-            # the request asked for no token
-            if request.max_num_tokens == len(request.prompt_token_ids):
+            if request.max_num_tokens == len(request.prompt_token_ids):  # it asked for no token
                 self._finish_running(request)
                 cached = request.num_cached_tokens or 0
                 outputs.append(EngineOutput(request.request_id, [], FinishReason.LENGTH, cached))
@@ -430,8 +424,8 @@ class Scheduler:
     ) -> list[EngineOutput]:
         for index in run.rows_filling_a_block(step.position_offset):
             if not run.requests[index].is_finished:
-                start = step.batch_rows[index].num_computed_tokens + step.position_offset
-                self._cache_full_blocks(run.requests[index], start + 1)
+                position = step.batch_rows[index].num_computed_tokens + step.position_offset
+                self._cache_full_blocks(run.requests[index], position + 1)
         if run is self._run:
             run.num_retired_steps += 1
         else:
@@ -447,16 +441,14 @@ class Scheduler:
     def _extend(self, request: RequestState, token_ids: list[int]) -> FinishReason | None:
         """Append sampled tokens to the output of a request. If the request ends with one of them,
         end it, drop the tokens behind that one from `token_ids`, and return the reason."""
-        output, left = (
-            request.output_token_ids,
-            request.max_num_tokens - len(request.prompt_token_ids),
-        )
+        output = request.output_token_ids
+        max_tokens = request.max_num_tokens - len(request.prompt_token_ids)
         before = len(output)
         for token in token_ids:
             output.append(token)
             if token in request.stop_token_ids:
                 reason = FinishReason.STOP
-            elif len(output) >= left:
+            elif len(output) >= max_tokens:
                 reason = FinishReason.LENGTH
             else:
                 continue
@@ -526,25 +518,25 @@ class _StepBuilder:
     def add(self, request: RequestState) -> None:
         """Add the decode token of `request`, or as much of its prefill as the budget allows."""
         start = request.num_computed_tokens
-        decoding = request.is_decoding
-        count = 1 if decoding else min(self.budget, request.prefill_target - start)
-        samples = decoding or start + count == request.prefill_target
+        is_decode = request.is_decoding
+        count = 1 if is_decode else min(self.budget, request.prefill_target - start)
+        samples_token = is_decode or start + count == request.prefill_target
         row = ScheduledRow(
             request_id=request.request_id,
             req_index=request.req_index,
             num_computed_tokens=start,
             num_tokens=count,
-            token_ids=[] if decoding else request.token_ids(start, start + count),
-            is_decode=decoding,
-            samples_token=samples,
+            token_ids=[] if is_decode else request.token_ids(start, start + count),
+            is_decode=is_decode,
+            samples_token=samples_token,
             num_logprobs=request.params.logprobs,
-            use_structured_output=samples and request.use_structured_output,
+            use_structured_output=samples_token and request.use_structured_output,
             has_logits_processors=request.has_logits_processors,
             prompt_logprobs=request.next_prompt_logprobs(start, start + count),
         )
-        (self.decodes if decoding else self.prefills).append(row)
+        (self.decodes if is_decode else self.prefills).append(row)
         request.num_computed_tokens += count
-        request.num_in_flight += samples
+        request.num_in_flight += samples_token
         request.last_step_id = self.step_id
         self.budget -= count
 

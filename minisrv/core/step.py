@@ -30,7 +30,8 @@ class PromptLogprobsRequest(msgspec.Struct, frozen=True):
 class ScheduledRow(msgspec.Struct, frozen=True):
     """One request's part of a step.
 
-    num_computed_tokens: the position of its first token.
+    num_computed_tokens: the number of tokens before its own, which is the position of its first
+        token.
     num_tokens: the number of tokens that it computes.
     token_ids: their ids, for prefill. Empty for decode: the token is already on the device, and the
         host does not know it yet if the step is launched ahead.
@@ -41,7 +42,7 @@ class ScheduledRow(msgspec.Struct, frozen=True):
     use_structured_output: whether a grammar restricts the sampled token, depending on all earlier
         tokens of the request.
     has_logits_processors: whether its logits are changed before its token is sampled.
-    prompt_logprobs: the prompt tokens whose log-probabilities it has to report.
+    prompt_logprobs: the prompt tokens whose log-probabilities it has to report; None for none.
     """
 
     request_id: str
@@ -94,9 +95,9 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     batch_rows: the rows as they are in the first step of the batch.
     position_offset: the number of tokens by which every row is further than in the first step of
         the batch; 0 in that step.
-    new_slots: the request indices whose state must be written before the step.
-    freed_slots: the request indices with `processors` that have become free since the last such
-        list; this step may already use them for other requests.
+    new_reqs: the requests whose sampling parameters must be written before the step.
+    freed_req_indices: the request indices that have become free since the last such list, of
+        requests with `logits_processors`; this step may already use them for other requests.
     new_blocks: (request index, index in its block table, block) entries to be written before the
         step.
     needs_logits: whether the logits of some request are read or changed outside the graph.

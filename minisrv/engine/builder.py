@@ -89,18 +89,17 @@ def build_engine(
     ladders = ladders_of(config)
     with _timed(clock, "checkpoint"):
         checkpoint = checkpoint or open_checkpoint(config)
-    described_model = checkpoint.model
-    dtype = resolve_dtype(config, described_model, platform)
-    available = platform.cache_before_loading(config, described_model, dtype)
-    context = fit_context(
-        config, described_model, dtype, context_length(config, described_model), available
-    )
-    shape = KVCacheShape.of(config, described_model, context, dtype)
+    description = checkpoint.model
+    dtype = resolve_dtype(config, description, platform)
+    available = platform.cache_before_loading(config, description, dtype)
+    context = context_length(config, description)
+    context = fit_context(config, description, dtype, context, available)
+    shape = KVCacheShape.of(config, description, context, dtype)
     most_blocks = num_kv_blocks(config, shape, available)
     sizes = BufferSizes.of(ladders, context, config.block_size)
-    platform.check_sizes(config, described_model, dtype, sizes, most_blocks)
+    platform.check_sizes(config, description, dtype, sizes, most_blocks)
     before_loading(context, most_blocks)
-    model_config = described_model.for_context(context)
+    model_config = description.for_context(context)
     if platform.prepare_kernels(progress):
         clock.end("kernels")
     with _timed(clock, "weights"):

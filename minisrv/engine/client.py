@@ -86,7 +86,7 @@ class EngineClient:
     address: the address of the engine's socket.
     engine_pid: the process id of the engine.
     name: the name of this worker; a worker that replaces a dead one has the same name.
-    obituary_seconds: the number of seconds to wait for the engine's parent to say how the engine
+    exit_report_seconds: the number of seconds to wait for the engine's parent to say how the engine
         ended (`engine_ended`); the kernel tells this to nobody else.
     """
 
@@ -198,10 +198,10 @@ class EngineClient:
         """Return the engine's current counters. If it is loading, dead or in the middle of a long
         step, return its last known ones."""
         if self._info is not None and self._state is not EngineState.DEAD:
-            answered = self._loop.create_future()
-            self._stats_asked.append(answered)  # answers come in the order of the questions
+            answer = self._loop.create_future()
+            self._stats_asked.append(answer)  # answers come in the order of the questions
             self._send(AskStats())
-            await asyncio.wait((answered,), timeout=STATS_SECONDS)
+            await asyncio.wait((answer,), timeout=STATS_SECONDS)
         return self._stats
 
     async def close(self) -> None:

@@ -193,17 +193,15 @@ class EngineCore:
             self._gpu_busy_ms += time.busy_ms
             if step.had_work_throughout and time.idle_ms is not None:
                 self._gpu_idle_ms += time.idle_ms
-        errors = (
-            self._advance_grammars(outputs) if step.output.has_structured_output_requests else {}
-        )
+        errors: dict[str, MinisrvError] = {}
+        if step.output.has_structured_output_requests:
+            errors = self._advance_grammars(outputs)
         if result.logprobs is not None:
             _add_logprobs(outputs, step.output, result.logprobs)
         self._count_outputs(outputs)
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
-            failed += [
-                self._end_with_error(request_id, error) for request_id, error in errors.items()
-            ]
+            failed += [self._end_with_error(*failure) for failure in errors.items()]
         if self._masks_pending:
             self._sample(self._in_flight[0])
         return failed + outputs
@@ -266,7 +264,7 @@ class EngineCore:
         self._in_flight.append(step)
 
     def _sample(self, step: _InFlight) -> None:
-        """Launch the part of a step that has not been launched."""
+        """Launch the rest of a step whose model has been launched."""
         step.result = self.runner.sample_tokens(step.output, step.dispatch)
 
     def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:

@@ -73,8 +73,8 @@ def fit_context(
 
 def num_kv_blocks(config: EngineConfig, shape: KVCacheShape, available: int) -> int:
     """Return the number of blocks in the KV cache, including the null block: as many as fit into
-    `available` bytes, and no more than all request indices together can use. `fit_context` has
-    checked that one context fits."""
+    `available` bytes, and no more than `max_num_seqs` requests can use. `fit_context` has checked
+    that one context fits."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     return min(

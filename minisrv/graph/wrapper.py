@@ -110,11 +110,8 @@ class CUDAGraphWrapper:
         among the metadata if the graph contains attention. An empty tensor has no address: while
         pieces are captured, on padding only, there are no rows."""
         inputs: dict[str, Tensor | int] = {f"argument {n}": arg for n, arg in enumerate(args)}
-        if context.attn_metadata is not None:
-            inputs |= {
-                f"attn.{f.name}": getattr(context.attn_metadata, f.name)
-                for f in fields(context.attn_metadata)
-            }
+        if (metadata := context.attn_metadata) is not None:
+            inputs |= {f"attn.{f.name}": getattr(metadata, f.name) for f in fields(metadata)}
         described: dict[str, int] = {}
         for name, value in inputs.items():
             if isinstance(value, Tensor):

@@ -113,7 +113,7 @@ def sample(
     """Write one token for each row to `out`.
 
     logits: [R, V] of any float type.
-    slots: [R] int64, the request index of each row.
+    req_indices: [R] int64, the request index of each row.
     positions: [R] integers, the index of the token to be sampled.
     temperature, top_p, min_p: [S] float32, by request index; a temperature below MIN_TEMPERATURE is
         greedy.

@@ -1,7 +1,7 @@
 """A step's bookkeeping: writes the host's values, gathers inputs by request index, and scatters
 results.
 
-A request owns a request index, the index of a row of persistent tensors, so that the device finds
+A request owns a request index, the index of its row in persistent tensors, so that the device finds
 the inputs of a step without the host. Each function is one launch on CUDA, because a step waits for
 it: torch's operations, about twenty of them, took a slow host 0.7 ms before the first step of a
 prompt. Knows nothing of requests.
@@ -37,9 +37,9 @@ def gather_decode(
 ) -> None:
     """Gather the inputs of R rows with one token each.
 
-    slots: [R] int64, the request index of each row.
+    req_indices: [R] int64, the request index of each row.
     last_token, next_position: [S] int64, by request index.
-    slot_blocks: [S, width] int32, block tables by request index.
+    req_block_tables: [S, width] int32, block tables by request index.
     input_ids, positions: [R] int64, written.
     seq_lens: [R] int32, written: the length including the token at the position.
     slot_mapping: [R] int64, written: where the cache keeps the token.
@@ -71,9 +71,9 @@ def gather_mixed(
 ) -> None:
     """Gather those inputs of R rows with T tokens that are stored by request index.
 
-    slots: [R] int64, the request index of each row.
+    req_indices: [R] int64, the request index of each row.
     last_token: [S] int64, by request index.
-    slot_blocks: [S, width] int32, block tables by request index.
+    req_block_tables: [S, width] int32, block tables by request index.
     positions, token_rows: [T] int64, the position and the row of each token.
     seq_lens: [R] int32, the number of tokens in the cache once the step has written its own.
     input_ids: [T] int64; the first num_decodes tokens, which are those of the first rows, are
@@ -124,9 +124,9 @@ _write_values_on_cuda = imported_at_first_call("minisrv.kernels.triton_step_inpu
 def scatter(
     req_indices: Tensor, tokens: Tensor, seq_lens: Tensor, last_token: Tensor, next_position: Tensor
 ) -> None:
-    """Write R sampled tokens and their positions as the next inputs of their request indices.
+    """Write R sampled tokens and their positions as the next inputs of their requests.
 
-    request indices, tokens: [R] int64.
+    req_indices, tokens: [R] int64.
     seq_lens: [R] int32, which is the position of the new tokens.
     last_token, next_position: [S] int64, written.
     """
@@ -146,9 +146,9 @@ gather_decode_op = register_op(
 )
 gather_mixed_op = register_op(
     "gather_mixed",
-    "(Tensor req_indices, Tensor last_token, Tensor req_block_tables, Tensor positions, Tensor "
-    "token_rows, Tensor seq_lens, Tensor(a!) input_ids, Tensor(b!) slot_mapping, Tensor(c!) "
-    "block_table, *, int num_decodes, int num_tokens, int block_size) -> ()",
+    "(Tensor req_indices, Tensor last_token, Tensor req_block_tables, Tensor positions, "
+    "Tensor token_rows, Tensor seq_lens, Tensor(a!) input_ids, Tensor(b!) slot_mapping, "
+    "Tensor(c!) block_table, *, int num_decodes, int num_tokens, int block_size) -> ()",
     cpu=gather_mixed,
     cuda="minisrv.kernels.triton_step_inputs:gather_mixed",
 )

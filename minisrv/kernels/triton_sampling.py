@@ -173,11 +173,8 @@ def _is_unfiltered(
     """Whether this program's row is greedy or has no filters."""
     req_index = tl.load(req_indices + tl.program_id(0))
     k = tl.load(top_k + req_index)
-    filtered = (
-        ((k > 0) & (k < VOCAB))
-        | (tl.load(top_p + req_index) < 1)
-        | (tl.load(min_p + req_index) > 0)
-    )
+    filtered = (k > 0) & (k < VOCAB)
+    filtered |= (tl.load(top_p + req_index) < 1) | (tl.load(min_p + req_index) > 0)
     return (tl.load(temperature + req_index) < GREEDY) | (filtered == 0)
 
 

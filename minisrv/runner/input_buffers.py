@@ -71,16 +71,14 @@ class BufferSizes:
         )
 
     def bytes_of_rows(self, model: ModelConfig, itemsize: int) -> int:
-        """Return the minimum number of bytes that rows and request indices take: the buffers that
-        are allocated for them here, and logits once more in float32, which sampling makes.
+        """Return the minimum number of bytes that the requests of a step take: the buffers that are
+        allocated for them here, and logits once more in float32, which sampling makes.
 
         itemsize: the size of an element of the model's dtype, in bytes.
         """
-        per_row = (
-            4 * self.max_num_blocks_per_req + model.vocab_size // 8 + model.vocab_size * itemsize
-        )
-        per_row += 4 * model.vocab_size
-        return self.max_num_reqs * per_row + self.num_req_indices * 4 * self.max_num_blocks_per_req
+        block_table = 4 * self.max_num_blocks_per_req
+        per_row = block_table + model.vocab_size // 8 + model.vocab_size * (itemsize + 4)
+        return self.max_num_reqs * per_row + self.num_req_indices * block_table
 
     def bytes_of_tokens(self, model: ModelConfig, itemsize: int) -> int:
         """Return the minimum number of bytes that tokens take: the buffers that are allocated for
@@ -134,39 +132,36 @@ class RequestTensors:
     null index.
 
     last_token, next_position: [S] int64, the input of the next decode step.
-    block_table: [S, blocks_per_row] int32; entries beyond a request's blocks are stale.
+    block_table: [S, max_num_blocks_per_req] int32; entries beyond a request's blocks are stale.
     temperature, top_p, min_p: [S] float32, sampling parameters.
     top_k, seed: [S] int64, sampling parameters.
     """
 
     def __init__(self, sizes: BufferSizes, device: torch.device) -> None:
-        req_indices = sizes.num_req_indices
-        self.last_token = torch.zeros(req_indices, dtype=torch.int64, device=device)
-        self.next_position = torch.zeros(req_indices, dtype=torch.int64, device=device)
-        self.block_table = torch.zeros(
-            req_indices, sizes.max_num_blocks_per_req, dtype=torch.int32, device=device
-        )
-        self.temperature = torch.zeros(req_indices, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(req_indices, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(req_indices, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(req_indices, dtype=torch.float32, device=device)
-        self.seed = torch.zeros(req_indices, dtype=torch.int64, device=device)
+        count, width = sizes.num_req_indices, sizes.max_num_blocks_per_req
+        self.last_token = torch.zeros(count, dtype=torch.int64, device=device)
+        self.next_position = torch.zeros(count, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(count, width, dtype=torch.int32, device=device)
+        self.temperature = torch.zeros(count, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(count, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(count, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(count, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(count, dtype=torch.int64, device=device)
 
     def apply(self, output: SchedulerOutput, upload: Upload) -> None:
-        """Write the state of request indices that have a new request, and new entries of block
-        tables."""
+        """Write the sampling parameters of new requests, and new entries of block tables."""
         if new := output.new_reqs:
-            req_indices = np.array([start.req_index for start in new], np.int64)
-            floats = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in new]
+            req_indices = np.array([req.req_index for req in new], np.int64)
+            floats = [(r.params.temperature, r.params.top_p, r.params.min_p) for r in new]
             temperature, top_p, min_p = np.array(floats, np.float64).T.copy()
-            upload.add(self.top_k, np.array([s.params.top_k for s in new], np.int64), req_indices)
-            upload.add(self.seed, np.array([s.seed for s in new], np.int64), req_indices)
+            upload.add(self.top_k, np.array([r.params.top_k for r in new], np.int64), req_indices)
+            upload.add(self.seed, np.array([r.seed for r in new], np.int64), req_indices)
             upload.add(self.temperature, temperature, req_indices)
             upload.add(self.top_p, top_p, req_indices)
             upload.add(self.min_p, min_p, req_indices)
         if output.new_blocks:
-            req_indices, indices, blocks = np.array(output.new_blocks, np.int64).T.copy()
-            upload.add(self.block_table, blocks, req_indices * self.block_table.shape[1] + indices)
+            req_indices, columns, blocks = np.array(output.new_blocks, np.int64).T.copy()
+            upload.add(self.block_table, blocks, req_indices * self.block_table.shape[1] + columns)
 
 
 class InputBuffers:
@@ -175,7 +170,7 @@ class InputBuffers:
     req_indices: [R] int64, the request index of each row.
     input_ids, positions, slot_mapping: [T] int64.
     token_rows: [T] int64, the row that each token belongs to.
-    block_table: [R, blocks_per_row] int32.
+    block_table: [R, max_num_blocks_per_req] int32.
     seq_lens: [R] int32.
     query_start_loc: [R + 1] int32.
     hidden: [T, hidden] in the model's dtype.
@@ -224,16 +219,16 @@ class InputBuffers:
     def prepare_inputs(
         self, output: SchedulerOutput, descriptor: BatchDescriptor, epilogue_rows: int
     ) -> AttentionMetadata:
-        """Write a step into the state and the buffers, padded to the descriptor, and return its
-        description for attention.
+        """Write a step into the persistent tensors and the buffers, padded to the descriptor, and
+        return its description for attention.
 
         epilogue_rows: the padded number of rows of the epilogue that follows the hidden states; 0
             if none follows.
 
-        For a uniform decode step only the request indices, and the indices for its epilogue, are
-        written: the step itself gathers the rest (`gather_decode`), because only the device knows
-        the last tokens when the step is launched ahead. A step of the same batch as the step before
-        it needs neither.
+        For a uniform decode step only the request indices, and `logits_indices` for its epilogue,
+        are written: the step itself gathers the rest (`gather_decode`), because only the device
+        knows the last tokens when the step is launched ahead. A step of the same batch as the step
+        before it needs neither.
         """
         upload, previous = Upload(), self._last_prepared
         tokens, num_rows = descriptor.num_tokens, output.num_rows
@@ -269,15 +264,15 @@ class InputBuffers:
         padded: the number of tokens of the padded step.
         rows: the number of rows, including those of padding, which are empty.
         """
-        batch_rows, total, decodes = output.rows, output.num_tokens, output.num_decodes
+        step_rows, total, decodes = output.rows, output.num_tokens, output.num_decodes
         lengths, starts = np.zeros((2, rows), np.int64)
-        lengths[: len(batch_rows)] = [row.num_tokens for row in batch_rows]
-        starts[: len(batch_rows)] = [row.num_computed_tokens for row in batch_rows]
+        lengths[: len(step_rows)] = [row.num_tokens for row in step_rows]
+        starts[: len(step_rows)] = [row.num_computed_tokens for row in step_rows]
         ends = np.cumsum(lengths)
         ids, positions, token_rows = np.zeros((3, padded), np.int64)
         token_rows[:total] = np.repeat(np.arange(rows), lengths)
         positions[:total] = np.arange(total) + np.repeat(starts - ends + lengths, lengths)
-        prompt_ids = chain.from_iterable(row.token_ids for row in batch_rows)
+        prompt_ids = chain.from_iterable(row.token_ids for row in step_rows)
         ids[decodes:total] = np.fromiter(prompt_ids, np.int64, total - decodes)
         upload.add(self.query_start_loc, np.concatenate(([0], ends)))
         upload.add(self.seq_lens, starts + lengths)

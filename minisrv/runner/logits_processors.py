@@ -1,7 +1,7 @@
 """The changes to logits between lm_head and the sampler: logit bias, min_tokens and penalties.
 
-Knows: which request indices ask for such changes, and, in a row of device tables for each of them,
-the tokens whose logits are increased or decreased and how often the request has had each token. The
+Knows: which requests ask for such changes, and, in a row of device tables for each of them, the
+tokens whose logits are increased or decreased and how often the request has had each token. The
 counts are updated from the sampled tokens on the device, so that a step which is launched before
 the last step's tokens are known finds them. For a request that starts, or resumes after a
 preemption, they are computed from the tokens known then. Knows nothing of graphs: it runs after
@@ -70,43 +70,39 @@ class LogitsProcessors:
         self.penalties = torch.zeros(0, 3, dtype=torch.float32, device=device)
 
     def update_requests(self, output: SchedulerOutput) -> None:
-        """Register the request indices that get a new request with a step, and forget those that
-        were freed. This must be called before the step."""
+        """Enter the new requests of a step, and forget those whose request indices were freed. This
+        must be called before the step."""
         for req_index in output.freed_req_indices:
             self._free.append(self._table_row_of.pop(req_index))
-        for start in output.new_reqs:
-            if start.logits_processors is not None:
-                self._add_request(start, start.logits_processors)
+        for request in output.new_reqs:
+            if request.logits_processors is not None:
+                self._add_request(request, request.logits_processors)
 
-    def _add_request(self, start: NewRequestData, tokens: LogitsProcessorData) -> None:
-        params = start.params
-        first_stop = len(tokens.prompt_token_ids) + params.min_tokens
-        stops = tokens.stop_token_ids if params.min_tokens else ()
+    def _add_request(self, request: NewRequestData, data: LogitsProcessorData) -> None:
+        params, prompt, output = request.params, data.prompt_token_ids, data.output_token_ids
+        first_stop = len(prompt) + params.min_tokens
+        stops = data.stop_token_ids if params.min_tokens else ()
         entries = [(i, amount, _FOREVER) for i, amount in params.logit_bias.items()]
         entries += [(i, -np.inf, first_stop) for i in stops]
         self._make_room(len(entries))
-        table = self._table_row_of[start.req_index] = self._free.pop()
-        # -inf is not an integer, so the added numbers are sent as their bits.
+        table_row = self._table_row_of[request.req_index] = self._free.pop()
+        # -inf is not an integer, so the biases are sent as their bits.
         packed = np.zeros((3, self.biases.shape[1]), np.int64)
         if entries:
-            ids, added, until = zip(*entries, strict=True)
-            packed[:, : len(ids)] = ids, np.array(added, np.float64).view(np.int64), until
+            ids, biases, ends = zip(*entries, strict=True)
+            packed[:, : len(ids)] = ids, np.array(biases, np.float64).view(np.int64), ends
         sent = to_device(packed, self._device)
-        self.bias_token_ids[table] = sent[0]
-        self.biases[table] = sent[1].view(torch.float64).float()
-        self.bias_end_positions[table] = sent[2]
+        self.bias_token_ids[table_row] = sent[0]
+        self.biases[table_row] = sent[1].view(torch.float64).float()
+        self.bias_end_positions[table_row] = sent[2]
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         bits = np.array(penalties, np.float64).view(np.int64)
-        self.penalties[table] = to_device(bits, self._device).view(torch.float64).float()
-        counts = self.counts[table].zero_()
+        self.penalties[table_row] = to_device(bits, self._device).view(torch.float64).float()
+        counts = self.counts[table_row].zero_()
         if params.has_penalties:
-            known = to_device(
-                np.array(tokens.prompt_token_ids + tokens.output_token_ids, np.int64), self._device
-            )
-            prompt, sampled = known.split(
-                [len(tokens.prompt_token_ids), len(tokens.output_token_ids)]
-            )
-            counts.index_fill_(0, prompt, _IN_PROMPT)
+            known = to_device(np.array(prompt + output, np.int64), self._device)
+            in_prompt, sampled = known.split([len(prompt), len(output)])
+            counts.index_fill_(0, in_prompt, _IN_PROMPT)
             counts.scatter_add_(0, sampled, torch.ones_like(sampled, dtype=torch.int32))
 
     def _make_room(self, entries: int) -> None:
@@ -134,16 +130,15 @@ class LogitsProcessors:
         changed = self._changed_rows(step)
         if changed is None:
             return logits
-        processed = logits.to(torch.float32, copy=True)
+        result = logits.to(torch.float32, copy=True)
         at_once = max(1, LOGITS_AT_ONCE // logits.shape[1])
         for row_indices, table_rows in zip(
             changed.row_indices.split(at_once), changed.table_rows.split(at_once), strict=True
         ):
-            values = processed.index_select(0, row_indices)
-            processed.index_copy_(
-                0, row_indices, self._changed(values, table_rows, positions[row_indices])
-            )
-        return processed
+            values = result.index_select(0, row_indices)
+            values = self._changed(values, table_rows, positions[row_indices])
+            result.index_copy_(0, row_indices, values)
+        return result
 
     def _changed(self, values: Tensor, table_rows: Tensor, positions: Tensor) -> Tensor:
         """Return the changed logits of some rows, [N, vocab] float32.
@@ -178,11 +173,11 @@ class LogitsProcessors:
         for a batch: its rows are the same in each of its steps, and no other request gets their
         request indices meanwhile."""
         if step.batch_id != self._batch_id:
-            table_of = self._table_row_of
+            table_row_of = self._table_row_of
             found = [
-                (row_index, table_of[row.req_index])
+                (row_index, table_row_of[row.req_index])
                 for row_index, row in enumerate(step.batch_rows)
-                if row.samples_token and row.req_index in table_of
+                if row.samples_token and row.req_index in table_row_of
             ]
             self._rows = None
             if found:

@@ -71,11 +71,11 @@ def score_prompts(
     counts: list[int] = []
     ends = list(accumulate(row.num_tokens for row in rows))
     for row, end in zip(rows, ends, strict=True):
-        if (score := row.prompt_logprobs) is not None:
-            first, number = end - row.num_tokens + score.offset, len(score.token_ids)
+        if (wanted := row.prompt_logprobs) is not None:
+            first, number = end - row.num_tokens + wanted.offset, len(wanted.token_ids)
             places += range(first, first + number)
-            targets += score.token_ids
-            counts += [score.num_logprobs] * number
+            targets += wanted.token_ids
+            counts += [wanted.num_logprobs] * number
     found: list[TokenLogprobs] = []
     at, token_ids = to_device(np.array([places, targets], np.int64), hidden.device)
     at_once = max(1, LOGITS_AT_ONCE // vocab_size)

@@ -137,7 +137,7 @@ class ModelRunner:
         logprobs = None
         if dispatch.epilogue is not None:
             if output.has_structured_output_requests:
-                assert self.allowed_tokens is not None, "made for masked rows"
+                assert self.allowed_tokens is not None, "rows with a grammar need it"
                 self.token_masks.upload(output.batch_rows, self.allowed_tokens)
             self._lap(StepPart.FILL)
             logprobs = self.launch(dispatch.epilogue, output)
@@ -305,12 +305,10 @@ class ModelRunner:
         """
         mode, descriptor = key
         unscheduled = unscheduled_id()
-        empty_step = SchedulerOutput(
-            unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0
-        )
+        no_rows = SchedulerOutput(unscheduled, unscheduled, [], [], [], num_decodes=0, num_tokens=0)
         if descriptor.stage is Stage.EPILOGUE:
             self.buffers.hidden.zero_()
-        attn = self.prepare(empty_step, (key,))
+        attn = self.prepare(no_rows, (key,))
         context = ForwardContext(mode, descriptor, attn, self.model.attention_layers)
         with set_forward_context(context):
             return self._wrapper(key).capture(*self._inputs(descriptor))

@@ -14,7 +14,7 @@ from torch import Tensor
 from minisrv.runner.logprobs import LogprobReport
 
 RING_SIZE = 4
-"""Number of places in the ring. With one step launched ahead two are in use, and the events of the
+"""Number of entries in the ring. With one step launched ahead two are in use, and the events of the
 step before them are still read."""
 
 
@@ -68,16 +68,13 @@ class StepResult:
         """
         if self.start_event is None or self.end_event is None:
             return None
-        idle = (
-            None
-            if self.previous_end_event is None
-            else self.previous_end_event.elapsed_time(self.start_event)
-        )
-        return DeviceTime(self.start_event.elapsed_time(self.end_event), idle)
+        previous_end = self.previous_end_event
+        idle_ms = None if previous_end is None else previous_end.elapsed_time(self.start_event)
+        return DeviceTime(self.start_event.elapsed_time(self.end_event), idle_ms)
 
 
 class _RingEntry:
-    """One place in the ring: pinned memory for the tokens of a step, and its two events."""
+    """One entry of the ring: pinned memory for the tokens of a step, and its two events."""
 
     def __init__(self, rows: int) -> None:
         self.host_token_ids = torch.empty(rows, dtype=torch.int64, pin_memory=True)
@@ -112,12 +109,6 @@ class ResultRing:
         entry, previous = (self._entries[step % RING_SIZE] for step in (self._step, self._step - 1))
         host = entry.host_token_ids[: len(tokens)].copy_(tokens, non_blocking=True)
         entry.end_event.record()
-        first = previous.result is None
-        entry.result = StepResult(
-            host,
-            logprobs,
-            entry.end_event,
-            entry.start_event,
-            None if first else previous.end_event,
-        )
+        previous_end = None if previous.result is None else previous.end_event
+        entry.result = StepResult(host, logprobs, entry.end_event, entry.start_event, previous_end)
         return entry.result

@@ -334,11 +334,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return False
         assert self._running is not None
         self._sends_no_more = True
-        wire = cast(_ResponseTransport, self._running.transport)
+        transport = cast(_ResponseTransport, self._running.transport)
         if not self._running.response_started:
-            wire.begin(_STATUS_LINE_BEGINS)
+            transport.begin(_STATUS_LINE_BEGINS)
         elif self._running.chunked_encoding:
-            wire.write(_CHUNK_BEGINS)
+            transport.write(_CHUNK_BEGINS)
         file: int = self.transport.get_extra_info("socket").fileno()
         self._connections.abort_if_reset(file, self)
         return True

@@ -129,9 +129,8 @@ class Message(HistoryObject):
         if self.name is not None:
             fields["name"] = self.name
         if self.tool_calls:
-            fields["tool_calls"] = [
-                call.for_template(whole=whole_calls) for call in self.tool_calls
-            ]
+            calls = [call.for_template(whole=whole_calls) for call in self.tool_calls]
+            fields["tool_calls"] = calls
         if self.tool_call_id is not None:
             fields["tool_call_id"] = self.tool_call_id
         reasoning = self.reasoning_content or self.reasoning

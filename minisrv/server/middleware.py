@@ -201,10 +201,10 @@ class OuterMiddleware:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     """Log one line for a request that has ended. The path is logged as it was sent, with special
     characters escaped, as it may hold anything."""
-    fields_of_response = scope.get("log_fields", {})
-    status = fields_of_response.pop("status", None) or status or CLIENT_CLOSED_REQUEST
+    response_fields = scope.get("log_fields", {})
+    status = response_fields.pop("status", None) or status or CLIENT_CLOSED_REQUEST
     if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):
         return
-    fields = {"status": status, "ms": round(1e3 * seconds, 1), **fields_of_response}
+    fields = {"status": status, "ms": round(1e3 * seconds, 1), **response_fields}
     path = truncated(scope["path"].encode("unicode_escape").decode())
     access.info("%s %s", scope["method"], path, extra={"fields": fields})

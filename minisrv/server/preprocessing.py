@@ -110,10 +110,8 @@ def render_chat(
     template_tools = [tool.for_template() for tool in tools]
 
     def spell(whole_calls: bool) -> str:
-        template_messages = [message.for_template(whole_calls=whole_calls) for message in messages]
-        return tokenizer.render_chat(
-            template_messages, add_generation_prompt, template_tools, variables
-        )
+        chat = [message.for_template(whole_calls=whole_calls) for message in messages]
+        return tokenizer.render_chat(chat, add_generation_prompt, template_tools, variables)
 
     try:
         return spell(whole_calls=False)

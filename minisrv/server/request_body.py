@@ -95,12 +95,12 @@ def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
     The error is returned and not raised, as a raised one would keep alive the values of all frames
     that it passes through.
     """
-    allowance = ValueBudget()
+    budget = ValueBudget()
     try:
         # Lone surrogates pass here and are refused later, with the name of their field.
         text = str(data, "utf-8-sig", "surrogatepass")
-        allowance.spend(data)
-        body = model.model_validate(value := json.loads(text), context=allowance)
+        budget.spend(data)
+        body = model.model_validate(value := json.loads(text), context=budget)
     except UnicodeDecodeError:
         return RequestError("The request body cannot be parsed: it must be JSON in UTF-8.")
     except json.JSONDecodeError as error:

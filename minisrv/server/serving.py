@@ -187,12 +187,9 @@ class Serving:
             """Return the token ids of a prompt, and its echo if it is echoed."""
             if isinstance(prompt, list):
                 _validate(request, prompt, info)  # before its ids are looked up
-                echo = (
-                    decode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
-                    if repeats
-                    else None
-                )
-                return prompt, echo
+                if not repeats:
+                    return prompt, None
+                return prompt, decode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
             if repeats:
                 ids, echo = encode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
             else:

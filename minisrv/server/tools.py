@@ -84,8 +84,8 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
         return value
     if not isinstance(value, str):
         raise ValueError("must be a JSON object, or its text")
-    allowance = info.context or ValueBudget()
-    allowance.spend(value.encode(errors="replace"))
+    budget = info.context or ValueBudget()
+    budget.spend(value.encode(errors="replace"))
     try:
         arguments = json.loads(value) if value.strip() else {}
         json.dumps(arguments, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded

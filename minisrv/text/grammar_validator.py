@@ -415,7 +415,7 @@ class _Grammar:
     """A grammar that requests wait for.
 
     owners: all owners that have asked for it, in whose queues of the lane it stands.
-    askers: number of requests that wait for it.
+    num_waiting: number of requests that wait for it.
     trials: number of trials that the lane has started for it.
     charged_owner: the owner in whose turn the last trial started, whose budget pays for it.
     """

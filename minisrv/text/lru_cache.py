@@ -18,8 +18,8 @@ class LRUCache(Generic[_Key, _T]):
     """A least-recently-used cache. Methods may be called by any thread.
 
     max_weight: maximum total weight of the entries.
-    min_weight: minimum weight that each entry counts with, so that there are at most room / least
-        entries.
+    min_weight: minimum weight that each entry counts with, so that there are at most
+        max_weight / min_weight entries.
     """
 
     def __init__(self, max_weight: float, min_weight: float) -> None:

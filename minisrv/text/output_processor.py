@@ -35,8 +35,8 @@ class CompletionDelta:
         are included.
     prompt_logprobs: the log-probabilities at all prompt tokens but the first; set in the first
         delta, if they were requested.
-    text_starts: the index in the text at which each new token begins, or would begin if no stop
-        string had cut the text. Empty if the detokenizer does not locate tokens.
+    text_offsets: the index in the text at which each new token begins, or would begin if no stop
+        string had cut the text. Empty if the detokenizer does not track offsets.
     stop_reason: the stop string, or the member of the request's stop token ids, that ended the
         completion; None if anything else ended it.
     """

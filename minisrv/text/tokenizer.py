@@ -50,10 +50,9 @@ class Tokenizer:
             raise ModelError(f"the tokenizer cannot be made: {error}") from error
         backend.encode_special_tokens = description.splits_special_tokens
         templates = description.chat_templates
-        has_template = "default" in templates
-        return cls(
-            backend, ChatTemplate(templates, description.special_tokens) if has_template else None
-        )
+        if "default" not in templates:
+            return cls(backend, None)
+        return cls(backend, ChatTemplate(templates, description.special_tokens))
 
     @property
     def vocab_size(self) -> int:

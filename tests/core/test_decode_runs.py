@@ -30,36 +30,25 @@ def state_of(scheduler: Scheduler) -> Any:
     """Return all that the next step depends on, with the counters of the current run added to the
     requests that they stand for."""
     run = scheduler._run
-    ahead = (
-        dict.fromkeys(run.requests, (run.step_index, run.step_index - run.num_retired_steps))
-        if run
-        else {}
-    )
+    steps, in_flight = (run.step_index, run.step_index - run.num_retired_steps) if run else (0, 0)
     requests = []
     for request in [*scheduler.running, *scheduler.waiting, *scheduler._retiring]:
-        age, in_flight = ahead.get(request, (0, 0))
+        in_run = run is not None and request in run.requests
         requests.append(
             (
-                *(
-                    request.request_id,
-                    request.req_index,
-                    list(request.blocks),
-                    list(request.output_token_ids),
-                ),
-                *(
-                    request.num_computed_tokens + age,
-                    request.last_step_id + age,
-                    request.num_cached_blocks,
-                ),
+                request.request_id,
+                request.req_index,
+                list(request.blocks),
+                list(request.output_token_ids),
+                request.num_computed_tokens + in_run * steps,
+                request.last_step_id + in_run * steps,
+                request.num_cached_blocks,
                 # Nobody reads this counter of a request that has ended.
-                None if request.is_finished else request.num_in_flight + in_flight,
+                None if request.is_finished else request.num_in_flight + in_run * in_flight,
             )
         )
-    free = (
-        list(scheduler.req_indices._free),
-        list(scheduler.block_pool._free),
-        scheduler.block_pool._block_of,
-    )
+    pool = scheduler.block_pool
+    free = list(scheduler.req_indices._free), list(pool._free), pool._block_of
     return requests, free, scheduler.num_preemptions, scheduler.prefix_cache_hits
 
 

@@ -78,9 +78,8 @@ class Pool(RuleBasedStateMachine):
         self.pool.check_integrity(self.holders)
         assert self.pool.num_free == len(self.freed)
         assert self.pool.num_used == len({block for blocks, _ in self.holders for block in blocks})
-        assert all(
-            self.pool.get_cached_blocks([name]) == [block] for block, name in self.keeps.items()
-        )
+        for block, name in self.keeps.items():
+            assert self.pool.get_cached_blocks([name]) == [block]
 
 
 TestPool = Pool.TestCase
@@ -114,7 +113,7 @@ def test_what_a_hash_depends_on():
 
 class Run:
     """A scheduler for which every sampled token is 2; the test decides step by step how many steps
-    are launched ahead (the lag)."""
+    are launched ahead."""
 
     def __init__(self, blocks: int = 40, *, budget: int = 64, **others: int) -> None:
         settings = {"max_num_seqs": 4, "max_model_len": 64, "max_waiting": 100, **others}
@@ -139,7 +138,7 @@ class Run:
         return outputs
 
     def finish(self) -> list[EngineOutput]:
-        """Run everything that is left, each step retired before the next is scheduled (lag 0)."""
+        """Run everything that is left, each step retired before the next is scheduled."""
         outputs = []
         while self.scheduler.has_work:
             outputs += self.retire(self.schedule())
@@ -215,9 +214,7 @@ def test_a_running_request_shares_its_blocks():
     assert run.scheduler.block_pool.num_used == used + 1
     a, b = run.scheduler.running
     assert a.blocks[:2] == b.blocks[:2]
-    assert [
-        block for req_index, _, block in step.new_blocks if req_index == b.req_index
-    ] == b.blocks
+    assert [block for index, _, block in step.new_blocks if index == b.req_index] == b.blocks
     run.scheduler.abort("a")
     run.retire(step)
     run.scheduler.abort("b")

@@ -43,7 +43,7 @@ class Flow:
             max_waiting=1000,
             enable_prefix_caching=caching,
         )
-        self.lag = steps_ahead
+        self.steps_ahead = steps_ahead
         self.order: list[str] = []
         self.passed: Counter[str] = Counter()
         self.older: dict[str, int] = {}
@@ -66,7 +66,10 @@ class Flow:
 
     def step(self) -> None:
         running = {request.request_id for request in self.scheduler.running}
-        while len(self._in_flight) <= self.lag and (step := self.scheduler.schedule()) is not None:
+        while (
+            len(self._in_flight) <= self.steps_ahead
+            and (step := self.scheduler.schedule()) is not None
+        ):
             self._in_flight.append(step)
             for row in step.rows:
                 if row.request_id not in self.order:

@@ -1,5 +1,5 @@
 """The scheduler against a simulated device that remembers which request wrote which cache entry,
-with no step and with one step launched ahead (lag 0 and 1)."""
+with and without a step launched ahead."""
 
 from __future__ import annotations
 
@@ -383,7 +383,7 @@ def test_queue_is_bounded_behind_the_free_slots():
     assert len(scheduler.waiting) == 1
     with pytest.raises(QueueFullError):
         add(scheduler, "d", 3)
-    # The aborted request's request index is not free before the step in flight has retired, but its
+    # The index of the aborted request is not free before the step in flight has retired, but its
     # place in the queue's limit is.
     scheduler.abort("a")
     add(scheduler, "d", 3)
@@ -440,8 +440,8 @@ def run_steps_from(scheduler: Scheduler, first: int) -> None:
 )
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_the_oldest_waits_one_step_at_most(steps_ahead, blocks, prompt):
-    """When the oldest request needs the newest one's blocks while the step in flight (lag 1) still
-    uses them, the oldest is left out of one step and the newest is preempted in the next."""
+    """When the oldest request needs the newest one's blocks while a step in flight still uses them,
+    the oldest is left out of one step and the newest is preempted in the next."""
     scheduler = make(blocks=blocks, budget=2, seqs=2, max_model_len=16)
     add(scheduler, "old", 2, 12)
     add(scheduler, "new", prompt, 6)

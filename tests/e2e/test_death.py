@@ -53,12 +53,12 @@ def random_death(seed: int) -> Death:
     """Every signal at every moment, with one API worker and then three, as the seed counts up; the
     other flags are drawn at random."""
     rng = random.Random(seed)
-    lag = ["--async-scheduling"] * rng.randrange(2)
+    ahead = ["--async-scheduling"] * rng.randrange(2)
     eager = ["--enforce-eager"] * rng.randrange(2)
     return Death(
         (signal.SIGKILL, signal.SIGSTOP)[seed % 2],
         ("idle", "prefill", "decode", "loading")[seed // 2 % 4],
-        ("--api-workers", "13"[seed // 8 % 2], *lag, *eager),
+        ("--api-workers", "13"[seed // 8 % 2], *ahead, *eager),
     )
 
 

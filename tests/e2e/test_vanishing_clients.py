@@ -1,5 +1,5 @@
-"""Clients that go away without notice: their requests end, and their slots and KV cache blocks are
-free again."""
+"""Clients that go away without notice: their requests end, and their request indices and KV cache
+blocks are free again."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_at_any_moment(start: Callable[..., Server], tiny: Path, seed: int) -> N
     """Clients go away while their request is queued, in prefill or in decode, before all of it is
     sent or after the answer has come, streamed or not, by an orderly close or a reset, with and
     without asynchronous scheduling."""
-    lag = ["--async-scheduling"] * (seed % 2)
-    server = start(str(tiny), *FLAGS, *lag).wait_ready()
+    ahead = ["--async-scheduling"] * (seed % 2)
+    server = start(str(tiny), *FLAGS, *ahead).wait_ready()
     print(json.dumps(vanish_all(server, seed, CLIENTS)))
 
 

@@ -244,8 +244,8 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_the_last_grammar_of_a_batch_ends_while_the_next_step_runs(start, steps_ahead: int) -> None:
-    """The step launched ahead has a masked row whose grammar has ended meanwhile; llguidance
-    accepts no empty batch, so it must not be called for that step."""
+    """The step launched ahead has a row with a grammar that has ended meanwhile; llguidance accepts
+    no empty batch, so it must not be called for that step."""
     alone = run(start(steps_ahead=steps_ahead), request("text", max_tokens=20))
     spec = StructuredOutput(kind=Kind.CHOICE, choices=("a",))
     found = run(

@@ -246,10 +246,8 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
     """The cache gets the memory that remains: what loading has left cached does not count, what the
     largest step leaves cached does, and nothing of the probe stays."""
     gpu = Gpu(allowed=5000 * MIB, used=500 * MIB, kept=1000 * MIB)
-    config, shape = (
-        EngineConfig(max_num_seqs=3),
-        KVCacheShape(bytes_per_block=MIB, blocks_per_context=5),
-    )
+    config = EngineConfig(max_num_seqs=3)
+    shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
     sizes = []
 
     def make_runner(num_blocks: int) -> Probe:

@@ -162,13 +162,8 @@ def test_a_prompt_preempted_between_two_chunks_is_told_once(
         preempt(scheduler, request)
 
     monkeypatch.setattr(Scheduler, "_preempt", noted)
-    engine = start(
-        checkpoint,
-        "full-and-piecewise",
-        steps_ahead,
-        num_kv_blocks=34,
-        enable_prefix_caching=caching,
-    )
+    settings = {"num_kv_blocks": 34, "enable_prefix_caching": caching}
+    engine = start(checkpoint, "full-and-piecewise", steps_ahead, **settings)
     for index in range(3):
         ask(engine, str(index), [index + 1] * 2, max_tokens=40, prompt_logprobs=None)
     engine.step()
@@ -182,13 +177,8 @@ def test_a_prompt_preempted_between_two_chunks_is_told_once(
 @pytest.mark.parametrize("steps_ahead", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
 def test_a_request_preempted_while_it_decodes_is_told_once(checkpoint, steps_ahead, caching):
-    engine = start(
-        checkpoint,
-        "full-and-piecewise",
-        steps_ahead,
-        num_kv_blocks=24,
-        enable_prefix_caching=caching,
-    )
+    settings = {"num_kv_blocks": 24, "enable_prefix_caching": caching}
+    engine = start(checkpoint, "full-and-piecewise", steps_ahead, **settings)
     prompts = {str(n): prompt_of(n, stem=n) for n in (20, 25, 30)}
     for name, prompt in prompts.items():
         ask(engine, name, prompt, max_tokens=30)

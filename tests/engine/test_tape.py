@@ -31,7 +31,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def first():
-    """The run that the others are compared with: eager, no step launched ahead, every prompt
+    """The run that the others are compared with: eager, without a step launched ahead, every prompt
     computed without the prefix cache."""
     return play(
         TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
@@ -92,7 +92,7 @@ def test_every_mode_and_lag_gives_the_same_tokens(
             assert (tokens, played.reasons[name]) == (others, first.reasons[name])
     stats = played.engine.stats()
     print(
-        f"mode {mode}, lag {steps_ahead}: {total} tokens, {close} decided by rounding; "
+        f"mode {mode}, {steps_ahead} steps ahead: {total} tokens, {close} decided by rounding; "
         f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} prompt tokens cached"
     )
     assert not wrong

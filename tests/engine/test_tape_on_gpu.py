@@ -50,7 +50,7 @@ def test_the_tokens_of_transformers(mode, steps_ahead, reference, judged):
         ties, differing = judged[name, tokens]
         close, total = close + ties, total + len(tokens)
         wrong += differing
-    print(f"mode {mode}, lag {steps_ahead}: {total} tokens, {close} within epsilon of another")
+    print(f"mode {mode}, {steps_ahead} ahead: {total} tokens, {close} within epsilon of another")
     assert not wrong
     assert close <= total / 1000
     assert played.engine.stats().preemptions >= 5

@@ -36,7 +36,7 @@ class Chain:
     """The kernels of a decode step up to its last layer, launched as in a model, for `rows`
     requests of random lengths.
 
-    state: the tensors by slot from which the step gathers its inputs.
+    state: the tensors by request index from which the step gathers its inputs.
     inputs: the tensors that it gathers.
     """
 

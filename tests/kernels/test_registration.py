@@ -17,9 +17,7 @@ from minisrv.kernels import DIRECT
 from minisrv.kernels.linear import skinny_gemm_op
 from minisrv.kernels.registration import imported_at_first_call, register_op
 
-OPS = [value for value in vars(kernels).values() if isinstance(value, OpOverload)] + [
-    skinny_gemm_op
-]
+OPS = [op for op in vars(kernels).values() if isinstance(op, OpOverload)] + [skinny_gemm_op]
 SOURCES = Path(kernels.__file__).parent.glob("*.py")
 PLACES = sorted(
     {

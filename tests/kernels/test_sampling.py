@@ -11,13 +11,13 @@ from minisrv.kernels.sampling import gumbel_noise, sample, scores
 VOCAB = 64
 
 
-def parameters(req_indices: int, **given: object) -> dict[str, torch.Tensor]:
-    """Make parameters by request index, the same for all rows unless a list is given."""
+def parameters(count: int, **given: object) -> dict[str, torch.Tensor]:
+    """Make the parameters of `count` request indices, all the same unless a list is given."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     integers = {"top_k", "seed"}
     return {
         name: torch.tensor(
-            value if isinstance(value, list) else [value] * req_indices,
+            value if isinstance(value, list) else [value] * count,
             dtype=torch.int64 if name in integers else torch.float32,
         )
         for name, value in (defaults | given).items()

@@ -23,7 +23,7 @@ PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "seed")
 def make(
     rows: int, vocab: int, *, dtype: torch.dtype, ties: bool, seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make logits, and the parameters of `rows` request indices behind the null index, with random
+    """Make logits, and the parameters of `rows` request indices after the null index, with random
     combinations of every kind."""
     g = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(rows, vocab, generator=g)

@@ -114,7 +114,7 @@ def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
 def broken_run(
     model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
 ) -> list[Callable[[], None]]:
-    """Run the model with `break_at` set, and return the attention calls that the op handed
+    """Run the model with `graph_break` set, and return the attention calls that the op handed
     over."""
     handed: list[Callable[[], None]] = []
     with torch.inference_mode(), set_forward_context(replace(context, graph_break=handed.append)):

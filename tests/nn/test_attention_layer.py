@@ -1,4 +1,4 @@
-"""The interface of the attention layer to captured graphs: static buffers, `break_at`, and
+"""The interface of the attention layer to captured graphs: static buffers, `graph_break`, and
 capture."""
 
 from __future__ import annotations

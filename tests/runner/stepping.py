@@ -209,8 +209,8 @@ def generate(engine: EngineCore) -> tuple[dict[str, list[int]], dict[str, dict[s
 
 
 def tensors(runner: ModelRunner) -> dict[str, Tensor]:
-    """Return everything that a step may find changed by the step before: the cache, the state of
-    request indices, and the buffers."""
+    """Return everything that a step may find changed by the step before: the cache, the persistent
+    tensors of the requests, and the buffers."""
     found = {f"cache of layer {n}": cache for n, cache in enumerate(runner.kv_caches)}
     found |= {f"state.{name}": tensor for name, tensor in vars(runner.request_tensors).items()}
     found |= {f"model.{name}": tensor for name, tensor in attention_buffers(runner.model).items()}

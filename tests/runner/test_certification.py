@@ -104,7 +104,11 @@ def test_stale_slots_in_the_padding(checkpoint, monkeypatch):
         return attn
 
     monkeypatch.setattr(InputBuffers, "prepare_inputs", leaves_the_tail)
-    refused(checkpoint, "full-decode-only", "with poisoned padding changed last_token of a slot")
+    refused(
+        checkpoint,
+        "full-decode-only",
+        "with poisoned padding changed last_token of a request index",
+    )
 
 
 def test_stale_slot_mapping_in_the_padding(checkpoint, monkeypatch):
@@ -213,7 +217,7 @@ def test_a_null_slot_that_is_not_put_back(checkpoint, monkeypatch):
         state.next_position.index_copy_(0, req_indices, self.next_positions(rows).long())
 
     monkeypatch.setattr(InputBuffers, "scatter", scatter)
-    refused(checkpoint, "full-decode-only", "changed last_token of a slot")
+    refused(checkpoint, "full-decode-only", "changed last_token of a request index")
 
 
 def test_a_model_that_is_not_finite(checkpoint, monkeypatch):
@@ -316,7 +320,7 @@ def test_a_step_that_touches_a_slot_which_is_not_its_own(checkpoint, monkeypatch
         getattr(self.request_tensors, field)[-1].add_(1)
 
     monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
-    refused(checkpoint, "full-decode-only", f"changed {field} of a slot")
+    refused(checkpoint, "full-decode-only", f"changed {field} of a request index")
 
 
 def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
@@ -327,7 +331,7 @@ def test_a_step_that_changes_a_block_table(checkpoint, monkeypatch):
         self.request_tensors.block_table[1:].zero_()
 
     monkeypatch.setattr(InputBuffers, "scatter", clears)
-    refused(checkpoint, "full-decode-only", "changed block_table of a slot")
+    refused(checkpoint, "full-decode-only", "changed block_table of a request index")
 
 
 def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
@@ -448,5 +452,5 @@ def test_a_trial_that_writes_to_a_running_request_is_found(checkpoint, monkeypat
                 add_graph(engine.runner, space, key)
 
     monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
-    with pytest.raises(CertificationError, match="changed last_token of a slot"):
+    with pytest.raises(CertificationError, match="changed last_token of a request index"):
         decode_beside(checkpoint, between)

@@ -62,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
 
 
-# ---- trap 1: request index -1 is a real index ----------------------------------------------------
+# ---- trap 1: cache slot -1 is a real index -------------------------------------------------------
 
 LAST_ENTRY = NUM_BLOCKS * BLOCK_SIZE - 1
 """The entry of the cache that index -1 means."""
@@ -258,7 +258,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
     rows = step.dispatch.descriptor.num_reqs
     if rows is None:
         rows = len(step.output.rows)
-    by_row = ("slots", "seq_lens")
+    by_row = ("req_indices", "seq_lens")
     for name in (*by_row, "input_ids", "positions", "slot_mapping", "hidden"):
         size = rows if name in by_row else step.padded
         name = f"buffers.{name}"

@@ -84,9 +84,9 @@ def one_place_for_results(patch: Patch) -> None:
     begin = ResultRing.begin
 
     def broken(self):
-        for place in self._entries:
+        for entry in self._entries:
             # Forget the result, because nobody reads it before the next one comes.
-            place.result = None
+            entry.result = None
         begin(self)
 
     patch.setattr(results, "RING_SIZE", 1)

@@ -15,7 +15,7 @@ def test_what_was_asked_for_longest_ago_makes_room() -> None:
 
 
 def test_as_many_as_weigh_the_least() -> None:
-    """Each entry counts with at least `least`, so that even empty ones are bounded."""
+    """Each entry counts with at least `min_weight`, so that even empty ones are bounded."""
     memory: LRUCache[int, int] = LRUCache(max_weight=10, min_weight=1)
     for number in range(100):
         memory.add(number, number, 0)

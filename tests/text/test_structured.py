@@ -136,9 +136,8 @@ def test_a_batch_is_filled_row_by_row(backend: GrammarBackend, tokenizer: Tokeni
     ]
     assert not matchers[4].accept([EOS])  # a matcher that has failed
     bitmask = np.full((12, backend.bitmask_words), -1, np.int32)
-    backend.fill_bitmasks(
-        [(matcher, 11 - digit) for digit, matcher in enumerate(matchers)], bitmask
-    )
+    rows = [(matcher, 11 - digit) for digit, matcher in enumerate(matchers)]
+    backend.fill_bitmasks(rows, bitmask)
     alone = np.empty(backend.bitmask_words, np.int32)
     for digit, matcher in enumerate(matchers):
         matcher.fill_bitmask(alone)

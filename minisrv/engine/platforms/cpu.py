@@ -83,9 +83,8 @@ class CPUPlatform(Platform):
     ) -> None:
         """See `Platform`. A CPU's allocator hands out more memory than there is, and the process is
         killed when it is used up, so everything is added up first."""
-        shape = KVCacheShape.of(
-            config, model, sizes.max_num_blocks_per_req * sizes.block_size, dtype
-        )
+        context = sizes.max_num_blocks_per_req * sizes.block_size
+        shape = KVCacheShape.of(config, model, context, dtype)
         graphs = " and --cudagraph-capture-sizes" if config.cudagraph_capture_sizes else ""
         left = available_memory() - self.weight_bytes(config, model, dtype)
         for nbytes, what, flags in (

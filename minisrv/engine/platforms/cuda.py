@@ -114,9 +114,8 @@ class CUDAPlatform(Platform):
             return
         self.release()
         actual = sum(graph.nbytes for graph in runner.graphs.values())
-        logger.info(
-            "graphs take %s; a probe had said %s", *map(mebibytes, (actual, plan.graph_bytes))
-        )
+        sizes = map(mebibytes, (actual, plan.graph_bytes))
+        logger.info("graphs take %s; a probe had said %s", *sizes)
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
             cache = (runner.num_blocks - 1) * shape.bytes_per_block

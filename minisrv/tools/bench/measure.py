@@ -149,10 +149,10 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
             "bench compares eager steps with graphs, and there are none; leave out "
             "--enforce-eager and --cudagraph-mode none."
         )
-    course = BenchPlan(settings, ladders_of(config))
+    plan = BenchPlan(settings, ladders_of(config))
 
     def check(context: int, kv_blocks: int | None) -> None:
-        course.check(context, config.block_size, kv_blocks)
+        plan.check(context, config.block_size, kv_blocks)
 
     check(context_length(config, open_checkpoint(config, weights=False).model), None)
     engine = EngineCore(build_engine(config, progress, before_loading=check))
@@ -285,11 +285,11 @@ class Bench:
         self.engine = engine
         self.settings = settings
         self.clock = clock
-        course, info = BenchPlan(settings, engine.dispatcher.ladders), engine.info
-        course.check(info.max_model_len, info.block_size, info.num_kv_blocks)
-        self.batch_sizes = course.batch_sizes
-        self.prompt_length = course.prompt_length
-        self.dispatchers = course.dispatchers
+        plan, info = BenchPlan(settings, engine.dispatcher.ladders), engine.info
+        plan.check(info.max_model_len, info.block_size, info.num_kv_blocks)
+        self.batch_sizes = plan.batch_sizes
+        self.prompt_length = plan.prompt_length
+        self.dispatchers = plan.dispatchers
         self.has_clock = engine.config.kind.has_clock
         self.bandwidth = copy_bandwidth(engine.runner.buffers.device) if self.has_clock else None
         self._ids = count()
@@ -331,13 +331,13 @@ class Bench:
             fresh -= {output.request_id for output in engine.step()}
         running = list(engine.scheduler.running)
         assert len(running) == size, "the batch fits the engine"
-        first = mean(
-            len(request.prompt_token_ids) + len(request.output_token_ids) for request in running
-        )
+
+        def context() -> float:
+            return mean(len(r.prompt_token_ids) + len(r.output_token_ids) for r in running)
+
+        first = context()
         modes, ratios = self._compare(size, decode=True)
-        last = mean(
-            len(request.prompt_token_ids) + len(request.output_token_ids) for request in running
-        )
+        last = context()
         for request in running:
             engine.abort(request.request_id)
         while engine.has_work:
@@ -462,9 +462,7 @@ class Bench:
 
 def _every_capture_size(ladders: Ladders) -> tuple[int, ...]:
     most = ladders.max_num_seqs
-    return tuple(
-        sorted({min(capture_size, most) for capture_size in ladders.decode or ladders.mixed})
-    )
+    return tuple(sorted({min(size, most) for size in ladders.decode or ladders.mixed}))
 
 
 def _median(values: Iterable[float | None]) -> float | None:
