@@ -178,7 +178,7 @@ class StepTrial:
         poison, tensors = initial_state is InitialState.POISONED, self.runner.request_tensors
         if initial_state is not InitialState.STALE:
             self._fill_buffers(poison)
-            self._fill_slots(poison)
+            self._fill_request_tensors(poison)
         else:
             assert self.full_batch_trial is not None, "there is no full batch to replay first"
             self.full_batch_trial.reset(InitialState.CLEAN)
@@ -199,7 +199,7 @@ class StepTrial:
         tensors.apply(self.output, upload)
         upload.send(self.req_indices.device)
         self.initial_cache = initial
-        self.initial_state = {name: tensor.clone() for name, tensor in vars(tensors).items()}
+        self.tensors_before = {name: tensor.clone() for name, tensor in vars(tensors).items()}
 
     def _fill_buffers(self, poison: bool) -> None:
         buffers, model = self.runner.buffers, self.runner.model
@@ -216,7 +216,7 @@ class StepTrial:
         buffers.query_start_loc.fill_(buffers.sizes.max_num_tokens if poison else 0)
         buffers.sampled_token_ids.fill_(0)
 
-    def _fill_slots(self, poison: bool) -> None:
+    def _fill_request_tensors(self, poison: bool) -> None:
         tensors, own = self.runner.request_tensors, self.space.req_indices
         rows = slice(own.start, own.stop)
         tensors.block_table[rows] = self.watched_blocks[-1] if poison else NULL_BLOCK
@@ -272,7 +272,7 @@ class StepTrial:
             found = cache.flatten(0, 1).index_select(0, self.protected_entries).nan_to_num()
             changed[f"cache entries of layer {layer} outside of the step"] = found != expected
         for name, tensor in vars(self.runner.request_tensors).items():
-            before = self.initial_state[name]
+            before = self.tensors_before[name]
             # The step writes these for its own request indices.
             if name in ("last_token", "next_position"):
                 before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
@@ -284,7 +284,7 @@ class StepTrial:
         """Leave the rows of the request indices and the buffers as in a new server, with no poison
         in the cache."""
         self.reset(InitialState.CLEAN)
-        self._fill_slots(poison=False)
+        self._fill_request_tensors(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
 
 

@@ -25,7 +25,7 @@ from minisrv.server.generation_response import GenerationResponse
 from minisrv.server.hosts import HostNames
 from minisrv.server.middleware import OuterMiddleware
 from minisrv.server.offload import offload
-from minisrv.server.openapi import DocumentedApp, answered, told
+from minisrv.server.openapi import DocumentedApp, health_responses, route_responses
 from minisrv.server.pages import add_pages
 from minisrv.server.request_body import BodyRoute
 from minisrv.server.request_schemas import (
@@ -142,7 +142,9 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
     router = APIRouter(route_class=BodyRoute)
 
     @router.post(
-        _COMPLETIONS, response_class=JSON, responses=answered(CompletionResponse, streams=True)
+        _COMPLETIONS,
+        response_class=JSON,
+        responses=route_responses(CompletionResponse, streams=True),
     )
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
@@ -151,7 +153,7 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
         return GenerationResponse(serving, body, builder)
 
     @router.post(
-        _CHAT, response_class=JSON, responses=answered(ChatCompletionResponse, streams=True)
+        _CHAT, response_class=JSON, responses=route_responses(ChatCompletionResponse, streams=True)
     )
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
@@ -166,14 +168,14 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
 def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
     router = APIRouter(route_class=BodyRoute)
 
-    @router.post(_TOKENIZE, response_class=JSON, responses=answered(TokenizeResponse))
+    @router.post(_TOKENIZE, response_class=JSON, responses=route_responses(TokenizeResponse))
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Return the token ids of a prompt or a chat, as a generation would see them."""
         serving.model_name(body.model)
         tokens = await serving.tokenize(body, request.scope["key"])
         return await offload(lambda: JSON(tokens), body.num_bytes)
 
-    @router.post(_DETOKENIZE, response_class=JSON, responses=answered(DetokenizeResponse))
+    @router.post(_DETOKENIZE, response_class=JSON, responses=route_responses(DetokenizeResponse))
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of token ids, special tokens included."""
         serving.model_name(body.model)
@@ -196,27 +198,29 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
             max_model_len=None if info is None else info.max_model_len,
         )
 
-    @app.get("/v1/models", response_class=JSON, responses=answered(ModelList))
+    @app.get("/v1/models", response_class=JSON, responses=route_responses(ModelList))
     async def models() -> Response:
         """List the names under which the model is served."""
         data = [card(name) for name in serving.served_model_names]
         return JSON(ModelList(object="list", data=data))
 
-    @app.get("/v1/models/{model_id:path}", response_class=JSON, responses=answered(ModelCard))
+    @app.get(
+        "/v1/models/{model_id:path}", response_class=JSON, responses=route_responses(ModelCard)
+    )
     async def model(model_id: str) -> Response:
         """Describe the model under one of its names; 404 for any other name."""
         return JSON(card(serving.model_name(model_id)))
 
 
 def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
-    @app.get("/health", response_class=JSON, responses=told(HealthResponse))
+    @app.get("/health", response_class=JSON, responses=health_responses(HealthResponse))
     async def health() -> Response:
         """Answer 200 as long as the engine process lives, also while it loads or drains; else
         503."""
         state = client.state
         return JSON(HealthResponse(state), status_code=503 if state is EngineState.DEAD else 200)
 
-    @app.get("/ready", response_class=JSON, responses=told(ReadyResponse))
+    @app.get("/ready", response_class=JSON, responses=health_responses(ReadyResponse))
     async def ready() -> Response:
         """Answer 200 if the engine takes requests; else 503, with the progress while it loads."""
         state = client.state
@@ -232,7 +236,7 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
             loading = LoadingProgress(**asdict(client.loading))
         return JSON(ReadyResponse(state, loading), status_code=503, headers=headers)
 
-    @app.get("/version", response_class=JSON, responses=answered(VersionResponse))
+    @app.get("/version", response_class=JSON, responses=route_responses(VersionResponse))
     async def show_version() -> Response:
         """Return the version of minisrv."""
         return JSON(VersionResponse(app.version))

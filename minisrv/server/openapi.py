@@ -53,13 +53,13 @@ _STREAM = {
 }
 
 
-def answered(body: type[Body], *, streams: bool = False) -> Responses:
+def route_responses(body: type[Body], *, streams: bool = False) -> Responses:
     """Return the responses of a route: `body`, perhaps also as a stream, or an error."""
     content = _json(body) | (_STREAM if streams else {})
     return {200: {"content": content, "description": "Done"}, **_ERRORS}
 
 
-def told(body: type[Body]) -> Responses:
+def health_responses(body: type[Body]) -> Responses:
     """Return the responses of a health check: `body` with either status."""
     content = _json(body)
     return {
