@@ -62,18 +62,19 @@ class StepObserver:
 
 def entered(contexts: Iterable[AbstractContextManager[None] | None]) -> ExitStack:
     """Enter all contexts that are not None, and return a context that leaves them in reverse
-    order."""
-    stack = ExitStack()
-    for context in contexts:
-        if context is not None:
-            stack.enter_context(context)
-    return stack
+    order. If one cannot be made or entered, those before it are left."""
+    with ExitStack() as stack:
+        for context in contexts:
+            if context is not None:
+                stack.enter_context(context)
+        return stack.pop_all()
 
 
 @contextmanager
 def observing(observers: list[StepObserver], observer: StepObserver) -> Iterator[None]:
-    """Add an observer to `observers` for the block."""
-    observers.append(observer)
+    """Add an observer to `observers` for the block. Its contexts enclose those of the others, so
+    that a timer also sees the time that another observer makes a stage take."""
+    observers.insert(0, observer)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from minisrv.certification.startup import time_graphs
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import builder
@@ -168,6 +169,14 @@ def test_simulated_steps_can_be_counted(checkpoint, waits):
     add(engine, "a")
     assert steps(engine) == [PIECES + 1] + 5 * [1]
     assert [wait for wait in waits if wait] == [PIECES, 1] + 5 * [1]
+
+
+def test_timed_graphs_take_the_simulated_time_too(checkpoint):
+    """The times of `minisrv plan --measure` are those of the steps that the engine would run."""
+    engine = start(checkpoint, "full-decode-only", simulate_launch_us=2000.0)
+    times = time_graphs(engine.runner, engine.scheduler.block_pool)
+    assert times
+    assert min(time.min_ms for time in times.values()) >= 2.0
 
 
 def test_simulation_changes_no_token_and_says_so(checkpoint, waits, caplog):
