@@ -55,12 +55,17 @@ Batch = tuple[BatchRow, ...]
 
 
 def blocks_for_any_batch(limits: BatchLimits) -> int:
-    """Return a number of blocks that is enough for every batch within the limits: one row as long
-    as the context; the tokens of a step; and for each row two blocks, which a history around the
-    edges of a block fills, with the one after them. One more is left for nobody, to be watched."""
+    """Return a number of blocks that is enough for every batch within the limits: up to three rows
+    about as long as the context; the tokens of a step; and for each row two blocks, which a history
+    around the edges of a block fills, with the one after them. One more is left for nobody, to be
+    watched."""
     size = limits.block_size
-    of_context, of_tokens = -(-limits.max_model_len // size), -(-limits.max_num_tokens // size)
-    return 1 + of_context + of_tokens + 3 * limits.max_num_reqs
+    return (
+        1
+        + 3 * -(-limits.max_model_len // size)
+        + -(-limits.max_num_tokens // size)
+        + 3 * limits.max_num_reqs
+    )
 
 
 def describe(batch: Batch) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minisrv.certification.batches import (
     BatchLimits,
     BatchRow,
+    blocks_for_any_batch,
     describe,
     full_batch,
     short_batch,
@@ -68,6 +69,27 @@ def test_every_batch_could_be_scheduled(limits, capture_size, below, kind):
         if decode:
             assert all(decodes)
             assert all(row.num_tokens == 1 for row in batch)
+
+
+@settings(max_examples=150)
+@given(limits=limits(), capture_size=st.integers(1, 96), decode=st.booleans())
+def test_borrowed_blocks_hold_what_the_whole_cache_holds(limits, capture_size, decode):
+    """A trial that borrows `blocks_for_any_batch` blocks runs the batches for which it would borrow
+    the whole cache, and leaves a block that no batch uses. Once there was room for only one row as
+    long as the context, and the other long rows of a sweep lost their history."""
+    key = (
+        decode_descriptor(capture_size, StageOutput.TOKENS)
+        if decode
+        else BatchDescriptor(capture_size)
+    )
+    whole = replace(limits, num_blocks=1 << 20)
+    borrowed = replace(limits, num_blocks=blocks_for_any_batch(limits))
+    for make in (short_batch, full_batch, lambda key, limits: sweep_batches(key, 0, limits)):
+        assert make(key, borrowed) == make(key, whole)
+    for batch in sweep_batches(key, 0, borrowed):
+        lengths = [row.num_computed_tokens + row.num_tokens for row in batch]
+        used = sum(-(-length // limits.block_size) for length in lengths)
+        assert used < borrowed.num_blocks
 
 
 ROOMY = BatchLimits(
