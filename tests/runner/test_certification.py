@@ -454,3 +454,38 @@ def test_a_trial_that_writes_to_a_running_request_is_found(checkpoint, monkeypat
     monkeypatch.setattr(InputBuffers, "scatter", writes_beyond)
     with pytest.raises(CertificationError, match="changed last_token of a request index"):
         decode_beside(checkpoint, between)
+
+
+def test_a_certification_that_fails_leaves_nothing_behind(checkpoint, monkeypatch):
+    """If a replay fails while its batch is poisoned, no poison stays in the cache or the buffers,
+    the borrowed blocks are free again, and the graph that was installed before still is."""
+    engine = start(checkpoint)
+    runner, pool = engine.runner, engine.scheduler.block_pool
+    for cache in runner.kv_caches:
+        cache.zero_()  # what no step has written may be anything
+    graphs, num_free = runner.graphs, pool.num_free
+    launch, replays = ModelRunner.launch, []
+
+    def fails_on_poison(self, key, output, attn=None, graph=None):
+        if graph is not None:
+            replays.append(key)
+            if len(replays) == 2:
+                assert runner.buffers.hidden.isnan().any()
+                raise RuntimeError("this replay fails")
+        return launch(self, key, output, attn, graph)
+
+    monkeypatch.setattr(ModelRunner, "launch", fails_on_poison)
+    for key in runner.ladders.keys():  # noqa: SIM118  (not a mapping)
+        replays.clear()
+        with (
+            pytest.raises(CertificationError, match="poisoned padding failed: this replay fails"),
+            reserved_space(runner, pool) as space,
+        ):
+            add_graph(runner, space, key)
+        model = runner.model
+        for tensor in (*runner.kv_caches, model.qkv, model.attn_out, runner.buffers.hidden):
+            assert not tensor.isnan().any()
+        assert not runner.request_tensors.block_table.any()
+        assert (runner.buffers.bitmask == -1).all()
+        assert pool.num_free == num_free
+    assert runner.graphs == graphs
