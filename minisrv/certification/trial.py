@@ -223,6 +223,7 @@ class StepTrial:
         tensors.last_token[rows] = 0
         tensors.next_position[rows] = 0
 
+    @torch.no_grad()
     def run(self, graph: CapturedGraph | None) -> None:
         """See `compare.Trial`."""
         runner, (mode, descriptor) = self.runner, self.key

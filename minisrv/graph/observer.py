@@ -60,13 +60,12 @@ class StepObserver:
         return None
 
 
-def entered(contexts: Iterable[AbstractContextManager[None] | None]) -> ExitStack:
-    """Enter all contexts that are not None, and return a context that leaves them in reverse
-    order. If one cannot be made or entered, those before it are left."""
+def entered(contexts: Iterable[AbstractContextManager[None]]) -> ExitStack:
+    """Enter all contexts, and return a context that leaves them in reverse order. If one cannot be
+    entered, those before it are left."""
     with ExitStack() as stack:
         for context in contexts:
-            if context is not None:
-                stack.enter_context(context)
+            stack.enter_context(context)
         return stack.pop_all()
 
 

@@ -62,11 +62,13 @@ class CUDAGraphWrapper:
             raise GraphError(f"no {self.mode.name} graph is installed for {context.descriptor}.")
         if self.check_addresses:
             _compare(graph.captured_inputs, self._describe_inputs(context, args))
-        if context.observers:
-            with entered(observer.replay(len(graph.calls)) for observer in context.observers):
-                graph.replay()
-        else:
+        launches = len(graph.calls)
+        contexts = [made for observer in context.observers if (made := observer.replay(launches))]
+        if not contexts:
             graph.replay()
+        else:
+            with entered(contexts):
+                graph.replay()
 
     def install(self, descriptor: BatchDescriptor, graph: CapturedGraph) -> None:
         """Put a captured graph into service, in place of an earlier one of that descriptor."""

@@ -120,6 +120,7 @@ class ModelRunner:
         self.execute_model(output, dispatch)
         return self.sample_tokens(output, dispatch)
 
+    @torch.no_grad()
     def execute_model(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         """Launch the stage of the model. `sample_tokens` must be called for this step before
         another step is started."""
@@ -131,6 +132,7 @@ class ModelRunner:
         self.launch(dispatch.stages[0], output, attn)
         self._lap(StepPart.LAUNCH)
 
+    @torch.no_grad()
     def sample_tokens(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
         """Launch the rest of a step that has been started, and return its result. If a grammar
         restricts some of its rows, the tokens of all earlier steps must be on the host."""
@@ -160,7 +162,6 @@ class ModelRunner:
         attn = self.buffers.prepare_inputs(output, first, epilogue_rows)
         return attn if first.stage is Stage.MODEL else None
 
-    @torch.no_grad()
     def launch(
         self,
         key: GraphKey,
@@ -169,18 +170,19 @@ class ModelRunner:
         graph: CapturedGraph | None = None,
     ) -> LogprobReport | None:
         """Launch a stage of a step whose inputs are in the buffers, and return the report on
-        log-probabilities if the stage is an epilogue that makes one.
+        log-probabilities if the stage is an epilogue that makes one. To be called where torch
+        records no gradients.
 
         key: the mode of the stage and its padded shape.
         attn: the attention arguments; None for an epilogue.
         graph: a graph to replay in place of the installed one.
         """
-        observers = self.observers
         layers = self.model.attention_layers
-        context = ForwardContext(*key, attn, layers, graph, observers)
-        if not observers:
+        context = ForwardContext(*key, attn, layers, graph, self.observers)
+        contexts = [made for observer in self.observers if (made := observer.stage(key, output))]
+        if not contexts:
             return self._launch(context, output)
-        with entered(observer.stage(key, output) for observer in observers):
+        with entered(contexts):
             return self._launch(context, output)
 
     def _launch(self, context: ForwardContext, output: SchedulerOutput) -> LogprobReport | None:

@@ -27,7 +27,7 @@ def failing() -> Iterator[None]:
 
 def test_contexts_are_left_in_reverse_order():
     events: list[str] = []
-    with entered([noted("a", events), None, noted("b", events)]):
+    with entered([noted("a", events), noted("b", events)]):
         events.append("run")
     assert events == ["enter a", "enter b", "run", "leave b", "leave a"]
 

@@ -707,10 +707,22 @@ def moves_the_state(patch: Patch) -> None:
     patch.setattr(RequestTensors, "apply", broken)
 
 
+def moves_an_attention_buffer(patch: Patch) -> None:
+    prepare, left = ModelRunner.prepare, []
+
+    def broken(self, *args):
+        left.append(self.model.qkv)
+        self.model.qkv = self.model.qkv.clone()
+        return prepare(self, *args)
+
+    patch.setattr(ModelRunner, "prepare", broken)
+
+
 @fails_with(
     *MOVES,
     moves_an_argument,
     moves_a_buffer,
+    moves_an_attention_buffer,
     moves_the_state,
     on_cuda=(*MOVES, moves_an_argument),
     modes=BOTH,
