@@ -132,6 +132,19 @@ def test_the_table_of_the_house_names_every_part():
     assert told == {part: floor for part, floor in FLOORS.items() if part != "__init__"}
 
 
+def test_the_spine_can_be_read_in_an_afternoon():
+    """docs/architecture.md names the modules of the spine with their numbers of lines, at most
+    3,000 together. The numbers may be a little old."""
+    text = (ROOT / "docs/architecture.md").read_text().split("## The spine")[1].split("##")[0]
+    told = {name: int(lines) for name, lines in re.findall(r"^\| `(.+)` \| (\d+) \|", text, re.M)}
+    lines = {name: len((ROOT / "minisrv" / name).read_text().splitlines()) for name in told}
+    assert len(told) > 10
+    assert sum(lines.values()) <= 3000
+    assert {name: told[name] == pytest.approx(lines[name], rel=0.1, abs=5) for name in told} == (
+        dict.fromkeys(told, True)
+    )
+
+
 @pytest.mark.parametrize(
     "part",
     ["config", "device_kind", "errors", "request", "validation", "modes", "core", "text"],
