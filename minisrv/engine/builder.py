@@ -180,7 +180,7 @@ def build_engine(
         decode_capture_sizes=ladders.decode,
         mixed_capture_sizes=ladders.mixed,
     )
-    logger.info("engine: %s", info.summary)
+    logger.info("resolved settings: %s", info.summary)
     return EngineParts(
         config=config,
         scheduler=scheduler,

@@ -311,7 +311,7 @@ def test_a_start_on_each_platform(on_gpu, asked, steps_ahead, checkpoint, monkey
     assert list(parts.info.startup_seconds) == phases
     assert parts.steps_ahead == steps_ahead
     assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)
-    assert f"engine: {parts.info.summary}" in caplog.text
+    assert f"resolved settings: {parts.info.summary}" in caplog.text
     keys = parts.dispatcher.ladders.keys()
     assert set(parts.times) == (set(keys) if on_gpu else set())
     assert (parts.memory.graph_bytes is not None) == on_gpu
