@@ -22,8 +22,17 @@ class AttentionLayer:
     scale: the factor of scores before the softmax.
     q_norm, k_norm: [head_dim] RMSNorm weights of queries and keys, both or neither.
     eps: the number that these norms add to the mean square.
-    cos_sin: [max_positions, 2 * head_dim], the rotation table (`nn.rope`).
+    cos_sin: [max_positions, 2 * head_dim], the rotation table (`nn.rope`), for an even head_dim;
+        None where queries and keys are not rotated, or have been.
     kv_cache: [num_blocks, block_size, 2 (k, v), num_kv_heads, head_dim].
+    sliding_window: the number of positions that a query sees, at least 1, its own included:
+        position i sees those j for which i - sliding_window < j <= i. Entries before the window of
+        all queries of a row are not read, nor are their blocks looked up. None: it sees all.
+    logit_soft_cap: the bound, above 0, of scores after scaling: a score becomes
+        logit_soft_cap * tanh(score / logit_soft_cap). None: there is no bound.
+    sinks: [num_heads], one more score for each head, neither scaled nor bounded, which takes part
+        in the softmax without a value: it only makes the other weights smaller. None: there is
+        none.
 
     All tensors have the model's dtype.
     """
@@ -35,8 +44,11 @@ class AttentionLayer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     eps: float
-    cos_sin: Tensor
+    cos_sin: Tensor | None
     kv_cache: Tensor
+    sliding_window: int | None = None
+    logit_soft_cap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)

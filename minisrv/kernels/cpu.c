@@ -101,7 +101,7 @@ INLINE float sum_of_squares(int bf16, const void *x, int64_t size) {
 }
 
 /* One head [size], normed if there is a weight, then turned by the angles [2 * size] of its token
- * (nn/rope.py). */
+ * (nn/rope.py) if there are any. */
 INLINE void norm_and_rotate(int bf16, int64_t size, const void *head, const void *weight, float eps,
                             const void *angles, float *result) {
     float x[MAX_HEAD];
@@ -114,6 +114,10 @@ INLINE void norm_and_rotate(int bf16, int64_t size, const void *head, const void
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) x[i] = get(bf16, head, i);
     }
+    if (!angles) {
+        memcpy(result, x, size * sizeof(float));
+        return;
+    }
     const void *sines = at(bf16, angles, size);
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
@@ -125,7 +129,9 @@ INLINE void norm_and_rotate(int bf16, int64_t size, const void *head, const void
 
 /* The arguments of `attention`, with the meaning that they have in attention.py, and in the order of
  * its `_ARGUMENTS`. kv: the cache as [places, 2, num_kv_heads, head_dim]. q: [tokens, num_heads,
- * head_dim] float32, where the queries are left, normed, rotated and scaled. threads: at most. */
+ * head_dim] float32, where the queries are left, normed, rotated and scaled. threads: at most.
+ * cos_sin, q_norm, k_norm and sinks may be null, soft_cap may be 0; window is beyond all lengths where
+ * there is none. */
 struct attention {
     const void *qkv;
     const int64_t *positions;
@@ -138,6 +144,7 @@ struct attention {
     const void *cos_sin;
     const void *q_norm;
     const void *k_norm;
+    const void *sinks;
     float *q;
     int64_t tokens;
     int64_t rows;
@@ -147,16 +154,20 @@ struct attention {
     int64_t block_size;
     int64_t table_stride;
     int64_t threads;
+    int64_t window;
     double eps;
+    double scale;
+    double soft_cap;
 };
 
 /* A token: its queries to `q`, its keys and values to the cache. */
 INLINE void write_token(int bf16, int64_t size, const struct attention *a, int64_t token) {
     int64_t kv_width = a->num_kv_heads * size, place = a->slot_mapping[token];
     const void *row = at(bf16, a->qkv, token * (a->num_heads * size + 2 * kv_width));
-    const void *angles = at(bf16, a->cos_sin, a->positions[token] * 2 * size);
+    const void *angles =
+        a->cos_sin ? at(bf16, a->cos_sin, a->positions[token] * 2 * size) : a->cos_sin;
     float *q = a->q + token * a->num_heads * size;
-    float scale = 1.0f / sqrtf((float)size), k[MAX_HEAD];
+    float scale = (float)a->scale, k[MAX_HEAD];
     void *entry = (void *)at(bf16, a->kv, place * 2 * kv_width);
     for (int64_t head = 0; head < a->num_heads; head++) {
         norm_and_rotate(bf16, size, at(bf16, row, head * size), a->q_norm, (float)a->eps, angles,
@@ -191,23 +202,39 @@ INLINE void fetch(int bf16, int64_t size, const char *head) {
     for (int64_t i = 0; i < size * (bf16 ? 2 : 4); i += 64) __builtin_prefetch(head + i);
 }
 
+/* cap * tanh(x / cap), by e^-2|x / cap|. */
+INLINE float bounded(float x, float cap) {
+    float power = exponential(-2.0f * fabsf(x / cap));
+    return copysignf(cap * ((1.0f - power) / (1.0f + power)), x);
+}
+
+/* The first position that the last position of a row sees. */
+INLINE int64_t first_seen(const struct attention *a, int64_t length) {
+    return length > a->window ? length - a->window : 0;
+}
+
 /* A row of one query, for the key heads [first, last): softmax(q K) V, by chunks of keys with a
  * running maximum (Milakov and Gimelshein 2018). K and V are read where they lie in the cache. */
 INLINE void attend(int bf16, int64_t size, const struct attention *a, int64_t row, int64_t first,
                    int64_t last) {
     int64_t group = a->num_heads / a->num_kv_heads, heads = (last - first) * group;
     int64_t kv_width = a->num_kv_heads * size, token = a->query_start_loc[row];
-    int64_t length = a->seq_lens[row];
+    int64_t length = a->seq_lens[row], start = first_seen(a, length);
+    float cap = (float)a->soft_cap;
     const int32_t *blocks = a->block_table + row * a->table_stride;
     const float *q = a->q + (token * a->num_heads + first * group) * size;
     float sum[MAX_HEADS], most[MAX_HEADS], scores[MAX_HEADS][CHUNK];
     _Alignas(64) float mixed[MAX_QUERY];
     const char *places[2][CHUNK], **entries = places[0], **next = places[1];
     memset(mixed, 0, heads * size * sizeof(float));
-    for (int64_t h = 0; h < heads; h++) sum[h] = 0.0f, most[h] = -INFINITY;
-    find_entries(bf16, size, a, blocks, first, 0, length, next);
+    /* A sink is a score whose value is zero. */
+    for (int64_t h = 0; h < heads; h++) {
+        sum[h] = a->sinks ? 1.0f : 0.0f;
+        most[h] = a->sinks ? get(bf16, a->sinks, first * group + h) : -INFINITY;
+    }
+    find_entries(bf16, size, a, blocks, first, start, length, next);
 
-    for (int64_t begin = 0; begin < length; begin += CHUNK) {
+    for (int64_t begin = start; begin < length; begin += CHUNK) {
         int64_t n = length - begin < CHUNK ? length - begin : CHUNK;
         const char **swapped = entries;
         entries = next, next = swapped;
@@ -227,6 +254,8 @@ INLINE void attend(int bf16, int64_t size, const struct attention *a, int64_t ro
         }
         for (int64_t h = 0; h < heads; h++) {
             float top = most[h];
+            if (cap > 0.0f)
+                for (int64_t j = 0; j < n; j++) scores[h][j] = bounded(scores[h][j], cap);
             for (int64_t j = n; j < CHUNK; j++) scores[h][j] = -INFINITY;
 #pragma omp simd reduction(max : top)
             for (int64_t j = 0; j < CHUNK; j++) top = scores[h][j] > top ? scores[h][j] : top;
@@ -273,7 +302,7 @@ INLINE int64_t all_tokens(int bf16, int64_t size, const struct attention *a) {
     if (together > most) together = most;
     int64_t parts = (a->num_kv_heads + together - 1) / together, work = 0, others = 0;
     for (int64_t row = 0; row < a->rows; row++) {
-        work += a->seq_lens[row];
+        work += a->seq_lens[row] - first_seen(a, a->seq_lens[row]);
         others += a->query_start_loc[row + 1] - a->query_start_loc[row] > 1;
     }
     work *= a->num_kv_heads * size;

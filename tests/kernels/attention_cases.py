@@ -85,16 +85,22 @@ def make_case(
     pad_tokens: int = 0,
     pad_rows: int = 0,
     norm: bool = True,
+    rotate: bool = True,
     scale: float | None = None,
+    sliding_window: int | None = None,
+    logit_soft_cap: float | None = None,
+    sinks: bool = False,
     dtype: torch.dtype = torch.float32,
     poison: float = math.nan,
     seed: int = 0,
 ) -> Case:
     """Make a case of random tensors. Everything in the cache that no row may read is `poison`, and
-    block table entries that no row may follow point outside of all memory.
+    block table entries that no row may follow point outside of all memory; both also hold for what
+    lies before the window of a row's first query.
 
     pad_tokens: number of padding tokens behind those of all rows.
     scale: the factor of scores; None is the usual one.
+    sinks: whether there are sinks; one of them is so high that nearly all weight goes to it.
     pad_rows: number of padding rows behind all rows; they are empty, and no kernel may look at
         their lengths or blocks.
     """
@@ -111,7 +117,10 @@ def make_case(
         table[r, :used] = order[r, :used]
         places = torch.arange(history + n)
         row_slots = order[r][places // block_size] * block_size + places % block_size
-        cache[row_slots[:history]] = torch.randn(history, 2, num_kv_heads, head_dim, generator=g)
+        entries = torch.randn(history, 2, num_kv_heads, head_dim, generator=g)
+        unseen = 0 if sliding_window is None else max(history - sliding_window + 1, 0)
+        cache[row_slots[unseen:history]] = entries[unseen:]
+        table[r, : unseen // block_size] = STALE
         slots.append(row_slots[history:])
         positions.append(places[history:])
         starts.append(starts[-1] + n)
@@ -123,6 +132,9 @@ def make_case(
     qkv[starts[-1] :] = poison
     angles = torch.rand(max(h + n for h, n in rows), head_dim // 2, generator=g) * 6.3
     weights = [1 + 0.3 * torch.randn(head_dim, generator=g).to(dtype) for _ in range(2)]
+    sink_scores = torch.randn(heads, generator=g) * 2
+    sink_scores[-1] += 20
+    cos_sin = torch.cat((angles.cos(), angles.cos(), -angles.sin(), angles.sin()), dim=-1)
     args = {
         "qkv": qkv.to(dtype),
         "positions": torch.cat([*positions, pad]),
@@ -136,9 +148,7 @@ def make_case(
     one_each = pad_tokens == pad_rows == 0 and all(n == 1 for _, n in rows)
     options = {
         "max_query_len": 1 if one_each else max(2, tokens),
-        "cos_sin": torch.cat((angles.cos(), angles.cos(), -angles.sin(), angles.sin()), dim=-1).to(
-            dtype
-        ),
+        "cos_sin": cos_sin.to(dtype) if rotate else None,
         "q_norm": weights[0] if norm else None,
         "k_norm": weights[1] if norm else None,
         "eps": EPS,
@@ -146,6 +156,9 @@ def make_case(
         "num_heads": heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
+        "sliding_window": sliding_window,
+        "logit_soft_cap": logit_soft_cap,
+        "sinks": sink_scores.to(dtype) if sinks else None,
     }
     return Case(rows, args, options)
 
@@ -162,6 +175,8 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     def prepare(x: Tensor, weight: Tensor | None, position: int) -> Tensor:
         if weight is not None:
             x = x / math.sqrt(float(x.square().mean()) + EPS) * weight.double()
+        if o["cos_sin"] is None:
+            return x
         cos, _, _, sin = o["cos_sin"][position].double().chunk(4)
         first, second = x.chunk(2)
         return torch.cat((first * cos - second * sin, second * cos + first * sin))
@@ -177,14 +192,20 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     token = 0
     for row, (history, n) in enumerate(case.rows):
         for position in range(history, history + n):
-            places = torch.arange(position + 1)
+            window, cap, sinks = o["sliding_window"], o["logit_soft_cap"], o["sinks"]
+            first = 0 if window is None else max(position - window + 1, 0)
+            places = torch.arange(first, position + 1)
             blocks = a["block_table"][row][places // block_size].long()
             seen = cache[blocks * block_size + places % block_size]
             for head in range(heads):
                 q = prepare(packed[token, head], o["q_norm"], position)
                 kv = seen[:, :, head // (heads // kv_heads)]
-                weights = (kv[:, 0] @ q * o["scale"]).softmax(0)
-                out[token, head] = weights @ kv[:, 1]
+                scores = kv[:, 0] @ q * o["scale"]
+                if cap is not None:
+                    scores = cap * (scores / cap).tanh()
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head, None].double()))
+                out[token, head] = scores.softmax(0)[: len(kv)] @ kv[:, 1]
             token += 1
     return out.flatten(1), cache.view_as(a["kv_cache"])
 

@@ -6,14 +6,17 @@ Both ways to run it are tested: compiled, and by torch's operations as where the
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import masking_utils
 
 from minisrv.kernels import attention
 from tests.kernels.attention_cases import (
@@ -49,12 +52,16 @@ ROWS = st.lists(
     rows=ROWS,
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 6, 16, 48, 64, 128]),
+    head_dim=st.sampled_from([2, 6, 16, 48, 64, 128, 256]),
     block_size=st.sampled_from([1, 4, 5, 16]),
     pad_tokens=st.integers(0, 5),
     pad_rows=st.integers(0, 3),
     norm=st.booleans(),
+    rotate=st.booleans(),
     scale=st.sampled_from([None, 0.25]),
+    sliding_window=st.one_of(st.none(), st.integers(1, 24)),
+    logit_soft_cap=st.sampled_from([None, 0.5, 30.0]),
+    sinks=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     poison=st.sampled_from([math.nan, math.inf, -math.inf]),
     seed=st.integers(0, 1000),
@@ -86,15 +93,63 @@ def test_more_heads_than_a_task_holds(heads: tuple[int, int, int]) -> None:
     check(make_case([(3, 1), (40, 1)], num_kv_heads=num_kv_heads, group=group, head_dim=head_dim))
 
 
-def test_long_rows_beside_short_ones() -> None:
-    check(make_case([(600, 1), (2, 1), (300, 1), (40, 70)], block_size=16))
+@pytest.mark.parametrize("sliding_window", [None, 1, 16, 50, 256])
+def test_long_rows_beside_short_ones(sliding_window: int | None) -> None:
+    rows = [(600, 1), (2, 1), (300, 1), (40, 70), (400, 30)]
+    check(make_case(rows, block_size=16, sliding_window=sliding_window))
 
 
+def test_scores_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may have more scores than are held at once, even with a single query."""
+    monkeypatch.setattr(module, "MAX_SCORES", 300)
+    check(make_case([(20, 9), (100, 3)], logit_soft_cap=2.0, sliding_window=10))
+    check(make_case([(20, 9), (100, 3)], sinks=True))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
+def test_options_mean_what_they_mean_to_transformers(
+    model: str, sliding_window: int | None
+) -> None:
+    """The window, the soft cap of Gemma 2 and the sinks of gpt-oss are those of transformers."""
+    capped = model == "gemma2"
+    case = make_case(
+        [(0, 20)],
+        norm=False,
+        rotate=False,
+        scale=0.7,
+        sliding_window=sliding_window,
+        logit_soft_cap=1.5 if capped else None,
+        sinks=not capped,
+    )
+    layer, found = case.layer, case.copy().run(attention)
+    heads = case.args["qkv"].view(1, 20, -1, layer.head_dim).transpose(1, 2)
+    q, k, v = heads.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), dim=1)
+    kind = masking_utils.causal_mask_function
+    if sliding_window is not None:
+        kind = masking_utils.sliding_window_causal_mask_function(sliding_window)
+    position = torch.arange(20)
+    seen = kind(0, 0, position[:, None], position)
+    mask = torch.zeros(1, 1, 20, 20).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    groups = layer.num_heads // layer.num_kv_heads
+    attrs = {"num_key_value_groups": groups, "sinks": layer.sinks, "training": False}
+    its = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    options = {"softcap": layer.logit_soft_cap} if capped else {}
+    expected, _ = its.eager_attention_forward(
+        SimpleNamespace(**attrs), q, k, v, mask, scaling=layer.scale, dropout=0.0, **options
+    )
+    torch.testing.assert_close(found, expected.reshape(20, -1), atol=1e-5, rtol=1e-5)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"sliding_window": 20, "logit_soft_cap": 5.0, "sinks": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "with options"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decode_row_depends_on_nothing_else(dtype: torch.dtype) -> None:
+def test_a_decode_row_depends_on_nothing_else(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """A decode row's result is the same bit for bit alone and in a batch."""
     rows = [(200, 1), (31, 1), (16, 1), (5, 1)]
-    together = make_case(rows, head_dim=64, block_size=16, dtype=dtype)
+    together = make_case(rows, head_dim=64, block_size=16, dtype=dtype, **options)
     out = together.copy().run(attention)
     for row in range(len(rows)):
         alone = together.copy()
@@ -115,11 +170,13 @@ def test_the_default_dtype_does_not_matter() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "with options"])
 @pytest.mark.parametrize("rows", [[(900, 1)], [(400, 1)] * 5, [(900, 1), (2, 1)]])
-def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
+def test_threads_change_nothing(rows: list[tuple[int, int]], options: dict[str, Any]) -> None:
     """The number of threads changes no bit: there is enough work for several, and there are more
     threads than heads, or fewer than rows."""
-    case, before, found = make_case(rows, head_dim=64), torch.get_num_threads(), []
+    case = make_case(rows, head_dim=64, **options)
+    before, found = torch.get_num_threads(), []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         try:
@@ -130,13 +187,17 @@ def test_threads_change_nothing(rows: list[tuple[int, int]]) -> None:
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("sliding_window", [None, 3])
 @pytest.mark.parametrize("rows", [[(5, 1), (2, 1), (0, 1)], [(5, 1), (3, 6)], [(7, 9)]])
-def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
-    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks and
-    padding tokens hold."""
+def test_real_rows_do_not_depend_on_what_is_poisoned(
+    rows: list[tuple[int, int]], sliding_window: int | None
+) -> None:
+    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks,
+    entries before the window and padding tokens hold."""
+    options = {"pad_tokens": 3, "sliding_window": sliding_window}
     for pad_rows in (0, 2):
         clean, poisoned = (
-            make_case(rows, pad_tokens=3, pad_rows=pad_rows, poison=poison).run(attention)
+            make_case(rows, pad_rows=pad_rows, poison=poison, **options).run(attention)
             for poison in (0.0, math.nan)
         )
         assert torch.equal(clean, poisoned)
