@@ -17,8 +17,9 @@ follow from shapes and `max_query_len` alone, and all lengths, those of rows too
 device. So a graph captured on some rows replays on any others, even empty ones, and the host never
 waits.
 
-Cache entries beyond a row's length are not loaded, and stale entries of the block table are not
-followed. A program works for one row, so no value in a row, NaN included, reaches another.
+Cache entries beyond a row's length are not loaded, nor are those before the sliding window of all
+queries of a program, and stale entries of the block table are not followed. A program works for one
+row, so no value in a row, NaN included, reaches another.
 
 This module imports Triton; `kernels.attention` imports it for the first CUDA tensor.
 """
@@ -115,7 +116,11 @@ def attention(
     group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile = min(MAX_TILE, max(16, TILE_BYTES // (block_d * qkv.element_size())))
+    window, cap = layer.sliding_window, layer.logit_soft_cap
+    # Softmax is computed to base 2, and so is the cap's tanh, which is (e^2x - 1) / (e^2x + 1).
     scale = layer.scale * math.log2(math.e)
+    if cap is not None:
+        scale, cap = 2.0 * scale / cap, cap * math.log2(math.e)
     heads = {
         "GROUP": group,
         "NUM_KV_HEADS": num_kv_heads,
@@ -137,8 +142,10 @@ def attention(
             shape.tile_bytes // WARP_BYTES[qkv.element_size()],
             block_g * block_d // WARP_SUMS,
         )
-        capacity = table_width * block_size // max(MIN_SHARE, keys)
-        splits = num_splits(programs, capacity, shape.programs_per_sm * sms)
+        most = table_width * block_size
+        if window is not None:
+            most = min(most, window)
+        splits = num_splits(programs, most // max(MIN_SHARE, keys), shape.programs_per_sm * sms)
         block_s = triton.next_power_of_2(splits)
         queries = max(
             1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d))
@@ -163,11 +170,14 @@ def attention(
             layer.cos_sin,
             layer.q_norm,
             layer.k_norm,
+            layer.sinks,
             block_table.stride(0),
             splits,
             layer.eps,
             scale,
+            cap,
             **heads,
+            WINDOW=window,
             BLOCK_SIZE=block_size,
             BLOCK_G=block_g,
             BLOCK_S=block_s,
@@ -206,10 +216,13 @@ def attention(
         seq_lens,
         metadata.query_start_loc,
         out,
+        layer.sinks,
         block_table.stride(0),
         rows,
         scale,
+        cap,
         **heads,
+        WINDOW=window,
         BLOCK_SIZE=block_size,
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
@@ -238,36 +251,47 @@ def _rotation_factors(angles, weight, d, HEAD_DIM: tl.constexpr):
     """Return what rotates a head, float32 [1, BLOCK_D]: the factor of each element, and the factor
     of its partner, including the weights of the RMSNorm if there are any.
 
-    angles: the pointer to the token's row of `cos_sin`.
+    angles: the pointer to the token's row of `cos_sin`; None if heads are not rotated, which then
+        have no use for their partners.
     """
     there = d < HEAD_DIM
-    own = tl.load(angles + d, there, other=0.0).to(tl.float32)
-    partner = tl.load(angles + HEAD_DIM + d, there, other=0.0).to(tl.float32)
-    if weight is not None:
-        swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
-        own *= tl.load(weight + d, there, other=0.0).to(tl.float32)
-        partner *= tl.load(weight + swapped, there, other=0.0).to(tl.float32)
+    if angles is None:
+        own = tl.where(there, 1.0, 0.0)
+        if weight is not None:
+            own = tl.load(weight + d, there, other=0.0).to(tl.float32)
+        partner = own
+    else:
+        own = tl.load(angles + d, there, other=0.0).to(tl.float32)
+        partner = tl.load(angles + HEAD_DIM + d, there, other=0.0).to(tl.float32)
+        if weight is not None:
+            swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+            own *= tl.load(weight + d, there, other=0.0).to(tl.float32)
+            partner *= tl.load(weight + swapped, there, other=0.0).to(tl.float32)
     return own, partner
 
 
 @triton.jit
-def _load_with_partners(heads, mask, d, HEAD_DIM: tl.constexpr):
+def _load_with_partners(heads, mask, d, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Return [N, BLOCK_D] float32, twice: the elements of `heads`, and the partners that they are
-    rotated with.
+    rotated with if ROTATE.
 
     heads: the pointers to the first elements of the heads.
     """
     swapped = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
     x = tl.load(heads + d, mask, other=0.0).to(tl.float32)
-    y = tl.load(heads + swapped, mask, other=0.0).to(tl.float32)
+    y = tl.load(heads + swapped, mask, other=0.0).to(tl.float32) if ROTATE else x
     return x, y
 
 
 @triton.jit
-def _norm_and_rotate(x, y, own, partner, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _norm_and_rotate(
+    x, y, own, partner, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Return [N, BLOCK_D] float32: the heads of `_load_with_partners`, normed if NORM, and rotated
-    by the factors of `_rotation_factors`."""
-    turned = x * own + y * partner
+    by the factors of `_rotation_factors` if ROTATE."""
+    turned = x * own
+    if ROTATE:
+        turned += y * partner
     if NORM:
         turned *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
     return turned
@@ -318,25 +342,69 @@ def _load_kv(
 
 
 @triton.jit
-def _accumulate_tile(acc, peak, total, q, k, v, start, end, last, scale, TILE: tl.constexpr):
+def _bounded(scores, cap):
+    """Return the scores of a softmax to base 2 under the soft cap, if there is one: cap * tanh.
+
+    scores: scaled so that 2^score is e^2x for the x whose tanh is taken.
+    """
+    if cap is not None:
+        scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores))
+    return scores
+
+
+@triton.jit
+def _accumulate_tile(
+    acc,
+    peak,
+    total,
+    q,
+    k,
+    v,
+    start,
+    end,
+    last,
+    scale,
+    cap,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Add a tile to an online softmax (Milakov and Gimelshein 2018), and return the new acc [M,
     BLOCK_D], peak and total [M], float32.
 
     q: [M, BLOCK_D].
     k, v: [TILE, BLOCK_D], the keys and values from `start` on, of which those before `end` exist.
     last: the last key that each query sees, [M, 1] or one for all.
-    scale: the scale of scores, for softmax to base 2.
+    scale, cap: the scale of scores and their soft cap, for softmax to base 2 (`_bounded`).
+    WINDOW: the number of keys up to `last` that a query sees; None if it sees all.
     """
     keys = start + tl.arange(0, TILE)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = _bounded(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, cap)
     seen = (keys < end)[None, :] & (keys[None, :] <= last)
+    if WINDOW is not None:
+        seen &= keys[None, :] > last - WINDOW
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - higher[:, None])
-    decay = tl.exp2(peak - higher)
+    base = higher
+    if WINDOW is not None:  # A query need not have seen a key yet.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, higher, total
+
+
+@triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """Return the first key that the query at a position sees."""
+    return 0 if WINDOW is None else tl.maximum(position - WINDOW + 1, 0)
+
+
+@triton.jit
+def _load_sinks(sinks, head, there):
+    """Return the sinks of query heads, float32, as scores of a softmax to base 2."""
+    log2e: tl.constexpr = 1.4426950408889634
+    return tl.load(sinks + head, there, other=0.0).to(tl.float32) * log2e
 
 
 @triton.jit
@@ -360,14 +428,17 @@ def _decode(
     cos_sin,
     q_norm,
     k_norm,
+    sinks,
     table_stride,
     splits,
     eps,
     scale,
+    cap,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -388,8 +459,9 @@ def _decode(
     head = tl.program_id(1)
     split = tl.program_id(2)
     history = tl.load(seq_lens + row) - 1
-    share = _keys_per_split(history, splits, TILE)
-    begin = split * share
+    oldest = _first_seen(history, WINDOW)
+    share = _keys_per_split(history - oldest, splits, TILE)
+    begin = oldest + split * share
     if (split > 0) & (begin >= history):
         return
     end = tl.minimum(begin + share, history)
@@ -398,12 +470,15 @@ def _decode(
     member = tl.arange(0, BLOCK_G)
     mask = (member[:, None] < GROUP) & (d < HEAD_DIM)
     source = qkv + row * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
-    angles = cos_sin + tl.load(positions + row) * (2 * HEAD_DIM)
+    rotated: tl.constexpr = cos_sin is not None
+    angles = cos_sin + tl.load(positions + row) * (2 * HEAD_DIM) if rotated else None
     slot = tl.load(slot_mapping + row)
     table = block_table + row * table_stride
     normed: tl.constexpr = q_norm is not None
     q_own, q_partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
     k_own, k_partner = _rotation_factors(angles, k_norm, d, HEAD_DIM)
+    if sinks is not None:
+        sink = _load_sinks(sinks, head * GROUP + member, member < GROUP)
     # These entries were written by earlier steps, and the lengths and the table by a kernel that
     # has ended: between it and this one there is a kernel that calls `wait_and_launch_dependents`,
     # the attention of the layer before or the embedding.
@@ -416,19 +491,25 @@ def _decode(
     heads = source + (head * GROUP + member)[:, None] * HEAD_DIM
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
     own_key = (d < HEAD_DIM) & (split == 0)
-    q, q_partners = _load_with_partners(heads, mask, d, HEAD_DIM)
-    k, k_partners = _load_with_partners(key, own_key, d, HEAD_DIM)
+    q, q_partners = _load_with_partners(heads, mask, d, rotated, HEAD_DIM)
+    k, k_partners = _load_with_partners(key, own_key, d, rotated, HEAD_DIM)
     v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, own_key, other=0.0)
-    q = _norm_and_rotate(q, q_partners, q_own, q_partner, eps, normed, HEAD_DIM)
+    q = _norm_and_rotate(q, q_partners, q_own, q_partner, eps, normed, rotated, HEAD_DIM)
     q = q.to(kv_cache.dtype.element_ty)
 
     if split == 0:
-        turned = _norm_and_rotate(k, k_partners, k_own, k_partner, eps, normed, HEAD_DIM)
+        turned = _norm_and_rotate(k, k_partners, k_own, k_partner, eps, normed, rotated, HEAD_DIM)
         entry = turned.to(kv_cache.dtype.element_ty)
         _write_entry(kv_cache, slot, entry, v, head, d, NUM_KV_HEADS, HEAD_DIM)
-        peak = tl.sum(q.to(tl.float32) * entry.to(tl.float32), axis=1) * scale
+        peak = _bounded(tl.sum(q.to(tl.float32) * entry.to(tl.float32), axis=1) * scale, cap)
         total = tl.full([BLOCK_G], 1.0, tl.float32)
         acc = tl.broadcast_to(v.to(tl.float32), [BLOCK_G, BLOCK_D])
+        if sinks is not None:
+            own = peak
+            peak = tl.maximum(own, sink)
+            weight = tl.exp2(own - peak)
+            total = weight + tl.exp2(sink - peak)
+            acc *= weight[:, None]
     else:
         peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
@@ -436,17 +517,17 @@ def _decode(
 
     if begin < end:
         acc, peak, total = _accumulate_tile(
-            acc, peak, total, q, keys, values, begin, end, end, scale, TILE
+            acc, peak, total, q, keys, values, begin, end, end, scale, cap, None, TILE
         )
     for start in range(begin + TILE, end, TILE):
         keys, values = _load_kv(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
         slots = _cache_slots(table, start + TILE, end, BLOCK_SIZE, TILE)
         acc, peak, total = _accumulate_tile(
-            acc, peak, total, q, keys, values, start, end, end, scale, TILE
+            acc, peak, total, q, keys, values, start, end, end, scale, cap, None, TILE
         )
 
     first = row * (GROUP * NUM_KV_HEADS) + head * GROUP
-    used = tl.maximum(tl.cdiv(history, share), 1)
+    used = tl.maximum(tl.cdiv(history - oldest, share), 1)
     if (partial is None) | (used == 1):
         value = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + (first + member)[:, None] * HEAD_DIM + d, value, mask)
@@ -537,21 +618,22 @@ def _prepare(
     member = tl.arange(0, BLOCK_G)[:, None]
     mask = (member < GROUP) & (d < HEAD_DIM)
     source = qkv + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
-    angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM)
+    rotated: tl.constexpr = cos_sin is not None
+    angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM) if rotated else None
     slot = tl.load(slot_mapping + token)
     normed: tl.constexpr = q_norm is not None
     key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
     own, partner = _rotation_factors(angles, k_norm, d, HEAD_DIM)
-    k, partners = _load_with_partners(key, d < HEAD_DIM, d, HEAD_DIM)
-    k = _norm_and_rotate(k, partners, own, partner, eps, normed, HEAD_DIM).to(
+    k, partners = _load_with_partners(key, d < HEAD_DIM, d, rotated, HEAD_DIM)
+    k = _norm_and_rotate(k, partners, own, partner, eps, normed, rotated, HEAD_DIM).to(
         kv_cache.dtype.element_ty
     )
     v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, d < HEAD_DIM, other=0.0)
     _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS, HEAD_DIM)
     heads = source + (head * GROUP + member) * HEAD_DIM
     own, partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
-    q, partners = _load_with_partners(heads, mask, d, HEAD_DIM)
-    q = _norm_and_rotate(q, partners, own, partner, eps, normed, HEAD_DIM).to(
+    q, partners = _load_with_partners(heads, mask, d, rotated, HEAD_DIM)
+    q = _norm_and_rotate(q, partners, own, partner, eps, normed, rotated, HEAD_DIM).to(
         queries.dtype.element_ty
     )
     place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
@@ -568,13 +650,16 @@ def _attend(
     seq_lens,
     query_start_loc,
     out,
+    sinks,
     table_stride,
     rows,
     scale,
+    cap,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -616,11 +701,14 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:
+        peak = _load_sinks(sinks, head * GROUP + m % GROUP, there)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     table = block_table + row.to(tl.int64) * table_stride
-    for start in range(0, end, TILE):
+    for start in range(_first_seen(history + begin, WINDOW), end, TILE):
         slots = _cache_slots(table, start, end, BLOCK_SIZE, TILE)
         k, v = _load_kv(kv_cache, slots, start, end, head, d, NUM_KV_HEADS, HEAD_DIM, TILE)
         acc, peak, total = _accumulate_tile(
-            acc, peak, total, q, k, v, start, end, last, scale, TILE
+            acc, peak, total, q, k, v, start, end, last, scale, cap, WINDOW, TILE
         )
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask)

@@ -6,10 +6,13 @@ the bits for integers); float16 stands for both there.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +38,18 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 H100_SMS = 132
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {
+        "rotate": False,
+        "norm": False,
+        "sliding_window": 100,
+        "logit_soft_cap": 30.0,
+        "sinks": True,
+    },
+]
+"""Options of `make_case`: those of Llama's attention, and everything that others have."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +86,11 @@ def bits_of(case: Case, rows: slice = slice(None)) -> Tensor:
     pad_tokens=st.one_of(st.just(0), st.integers(0, 5)),
     pad_rows=st.one_of(st.just(0), st.integers(0, 9)),
     norm=st.booleans(),
+    rotate=st.booleans(),
     scale=st.sampled_from([None, 0.25]),
+    sliding_window=st.one_of(st.none(), st.integers(1, 200)),
+    logit_soft_cap=st.sampled_from([None, 0.5, 30.0]),
+    sinks=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     poison=st.sampled_from([math.nan, math.inf, -math.inf]),
     seed=st.integers(0, 1000),
@@ -114,6 +133,41 @@ def test_the_last_split_may_be_empty_or_not_full() -> None:
         patch.setattr(module, "MAX_KEYS", 16)
         for history in [0, 1, 15, 16, 17, 63, 64, 65, 66, 80, 81, 500, 511]:
             check(make_case([(history, 1)], num_kv_heads=1, block_size=256))
+            window = {"sliding_window": 65, "sinks": True}
+            check(make_case([(history, 1)], num_kv_heads=1, block_size=16, **window))
+
+
+@pytest.mark.parametrize("sliding_window", [1, 63, 64, 65])
+def test_windows_around_a_tile(sliding_window: int) -> None:
+    """A tile of keys may lie before the window of some of a tile's queries, which have then seen
+    nothing yet, and keys before the window of all of them are not loaded."""
+    shape = {"head_dim": 64, "block_size": 16, "sliding_window": sliding_window}
+    check(make_case([(300, 1), (63, 1), (64, 1), (0, 1)], **shape))
+    check(make_case([(100, 20), (0, 70), (128, 1)], pad_tokens=3, pad_rows=2, **shape))
+
+
+def test_long_windows_and_rows_are_split() -> None:
+    for window in (None, 200, 256, 400):
+        check(make_case([(700, 1)], num_kv_heads=1, block_size=16, sliding_window=window))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [(256, OPTIONS[0]), (256, OPTIONS[1]), (80, {**OPTIONS[1], "rotate": True})],
+    ids=["plain", "with options", "with options and rotation"],
+)
+def test_kernels_compile_and_fit(head_dim: int, options: dict[str, Any]) -> None:
+    """The compiler takes the kernels, and no program needs more than 99 KiB of shared memory, which
+    every GPU with tensor cores for bfloat16 has."""
+    script = Path(__file__).with_name("compile_attention.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, str(head_dim), json.dumps(options)]
+    printed = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    shared = [line.split() for line in printed.splitlines()]
+    assert [kernel for kernel, _ in shared] == ["_decode", "_decode", "_prepare", "_attend"]
+    assert all(int(size) <= 99 * 1024 for _, size in shared)
 
 
 @pytest.mark.parametrize("group", [1, 7, 16, 17, 40])
@@ -127,12 +181,15 @@ def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:
 @pytest.mark.parametrize(
     "rows", [[(5, 1), (2, 1), (0, 1)], [(200, 1), (150, 1)], [(5, 1), (3, 6)], [(7, 9), (140, 2)]]
 )
-def test_real_rows_do_not_depend_on_what_is_poisoned(rows: list[tuple[int, int]]) -> None:
-    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks and
-    padding tokens hold."""
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_real_rows_do_not_depend_on_what_is_poisoned(
+    rows: list[tuple[int, int]], sliding_window: int | None
+) -> None:
+    """Real rows are the same bit for bit whatever the null block, stale blocks, tails of blocks,
+    entries before the window and padding tokens hold."""
     for padding in ({}, {"pad_tokens": 3}, {"pad_tokens": 3, "pad_rows": 2}):
         clean, *poisoned = (
-            bits_of(make_case(rows, poison=poison, **padding))
+            bits_of(make_case(rows, poison=poison, sliding_window=sliding_window, **padding))
             for poison in (0.0, math.nan, math.inf)
         )
         assert all(torch.equal(clean, other) for other in poisoned)
@@ -168,12 +225,13 @@ def test_a_row_depends_on_no_other(rows: list[tuple[int, int]]) -> None:
         assert torch.equal(bits_of(case, own), bits_of(changed, own))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "with options"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_ways_agree(dtype: torch.dtype) -> None:
+def test_both_ways_agree(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Rows of one token each give the same results by the decode kernels and, with a padding token
     beside them, by the kernels for mixed batches."""
     rows = [(300, 1), (17, 1), (0, 1)]
-    case = make_case(rows, head_dim=128, block_size=16, dtype=dtype)
+    case = make_case(rows, head_dim=128, block_size=16, dtype=dtype, **options)
     padded = case.copy()
     for name in ("qkv", "positions", "slot_mapping", "out"):
         tensor = padded.args[name]
@@ -215,6 +273,7 @@ MORE = [(64, 4), (128, 1), (128, 2), (128, 8), (256, 2)]
 
 
 @gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "with options"])
 @pytest.mark.parametrize(
     ("head_dim", "group", "dtype"),
     [
@@ -222,9 +281,9 @@ MORE = [(64, 4), (128, 1), (128, 2), (128, 8), (256, 2)]
         *((*shape, torch.bfloat16) for shape in MORE),
     ],
 )
-def test_models(head_dim: int, group: int, dtype: torch.dtype) -> None:
+def test_models(head_dim: int, group: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Decode batches, with splits and without, and mixed batches, in the shapes of models."""
-    shape = {"head_dim": head_dim, "group": group, "block_size": 16, "dtype": dtype}
+    shape = {"head_dim": head_dim, "group": group, "block_size": 16, "dtype": dtype, **options}
     check(make_case([(3999, 1), (1, 1), (800, 1)], **shape))
     check(make_case([(n % 97 + n, 1) for n in range(256)], num_kv_heads=3, **shape))
     check(make_case([(0, 300), (900, 65), (3000, 1), (17, 1), (64, 64)], pad_tokens=7, **shape))
@@ -241,6 +300,7 @@ def test_through_the_dispatcher(dtype: torch.dtype) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "with options"])
 @pytest.mark.parametrize(
     ("rows", "padding"),
     [
@@ -253,11 +313,12 @@ def test_through_the_dispatcher(dtype: torch.dtype) -> None:
     ids=["split", "not split", "mixed", "mixed with empty rows", "decodes with empty rows"],
 )
 def test_captured_at_one_length_replays_at_others(
-    rows: list[tuple[int, int]], padding: dict[str, int]
+    rows: list[tuple[int, int]], padding: dict[str, int], options: dict[str, Any]
 ) -> None:
     """A graph captured on the null block alone is right for other lengths: nothing that depends on
     a length is frozen. The host never waits for the GPU, which a capture would not allow."""
-    case = make_case(rows, head_dim=128, block_size=16, dtype=torch.bfloat16, **padding)
+    shape = {"head_dim": 128, "block_size": 16, "dtype": torch.bfloat16, **options}
+    case = make_case(rows, **shape, **padding)
     eager = run(case)
     static = case.copy(DEVICE)
     null = {"positions": 0, "slot_mapping": 0, "block_table": 0, "seq_lens": 1}
