@@ -19,6 +19,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
 """torch's names of dtypes; half is float16, and float is float32."""
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+MODEL_IMPLS = ("auto", "minisrv", "transformers")
 QUANTIZATIONS = ("int8",)
 
 _T = TypeVar("_T")
@@ -61,6 +62,8 @@ class EngineConfig:
         with it, and otherwise takes float32 on a CPU and bfloat16 on a GPU; the log says why. half
         is float16, float is float32.
     device: the device to run on. auto is the GPU if there is one, else the CPU.
+    model_impl: whose code computes the model. minisrv has faster code of its own for some
+        architectures, which auto takes where there is one; transformers has code for most others.
     load_format: where the weights come from. auto reads safetensors files; dummy draws random
         weights and needs no file but config.json.
     quantization: int8 stores the weights of the projections with 8 bits each, on a CPU. By default
@@ -104,6 +107,7 @@ class EngineConfig:
     chat_template: Path | None = None
     dtype: str = _setting("auto", choices=DTYPES)
     device: str = _setting("auto", choices=DEVICES)
+    model_impl: str = _setting("auto", choices=MODEL_IMPLS)
     load_format: str = _setting("auto", choices=LOAD_FORMATS)
     quantization: str | None = _setting(None, choices=QUANTIZATIONS)
     max_model_len: int | None = _setting(None, bounds=(2, 1 << 27))

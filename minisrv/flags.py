@@ -165,7 +165,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("model", nargs="?", metavar="MODEL", help=flags.help("model"))
     group.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     flags.add("revision", "tokenizer", "chat_template")
-    flags.add("dtype", "device", "load_format", "quantization")
+    flags.add("dtype", "device", "model_impl", "load_format", "quantization")
     flags.add_as("max_model_len", type=length, metavar="N|auto")
     flags.add("seed")
     flags.group("batching")

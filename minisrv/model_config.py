@@ -3,8 +3,8 @@
 It is made from a configuration as transformers resolves it, with every default filled in, and never
 from a raw config.json.
 
-Knows: the architectures that are implemented, and which of their settings are.
-Knows nothing of torch, files or serving.
+Knows: the architectures that are implemented here, which of their settings are, and whose code
+computes a model. Knows nothing of torch, files or serving.
 """
 
 from __future__ import annotations
@@ -59,8 +59,13 @@ class RopeConfig:
 class ModelConfig:
     """The shape of a decoder model.
 
-    The boolean fields are all in which the supported architectures differ; the decoder in `nn` is
-    defined once and reads them.
+    The boolean fields are all in which the architectures that are implemented here differ; the
+    decoder in `nn` is defined once and reads them.
+
+    implementation: whose code computes the model, one of `IMPLEMENTATIONS`. For "transformers" the
+        shape describes what memory is planned by and what the attention op takes. `rms_norm_eps`,
+        `rope` and the boolean fields are then unused, except `tie_word_embeddings`.
+    counted_parameters: the exact number of parameters, where transformers has counted them.
     """
 
     architecture: str
@@ -80,6 +85,8 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    implementation: str = "minisrv"
+    counted_parameters: int | None = None
 
     @property
     def q_size(self) -> int:
@@ -98,8 +105,10 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters in the weights of a checkpoint, without biases and norms, which are
-        too small to matter where memory is planned."""
+        """Number of parameters in the weights of a checkpoint. Unless transformers has counted them
+        it is without biases and norms, which are too small to matter where memory is planned."""
+        if self.counted_parameters is not None:
+            return self.counted_parameters
         attention = self.hidden_size * (self.qkv_size + self.q_size)
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         embeddings = 1 if self.tie_word_embeddings else 2
@@ -153,18 +162,18 @@ class ModelConfig:
         setting that would change the computation and is not implemented.
         """
         check_implemented(config)
-        architecture = _architecture(config)
+        architecture = architecture_of(config)
         llama, qwen2, qwen3 = (
             architecture == f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")
         )
-        heads = _positive(config, "num_attention_heads")
-        hidden = _positive(config, "hidden_size")
-        kv_heads = _positive(config, "num_key_value_heads", heads)
+        heads = positive(config, "num_attention_heads")
+        hidden = positive(config, "hidden_size")
+        kv_heads = positive(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ConfigError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
             )
-        head_dim = _positive(config, "head_dim", hidden // heads)
+        head_dim = positive(config, "head_dim", hidden // heads)
         if head_dim % 2:
             raise ConfigError(
                 f"heads of head_dim={head_dim} elements cannot be turned by RoPE, which takes them "
@@ -181,15 +190,15 @@ class ModelConfig:
         bias = bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
+            vocab_size=positive(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            intermediate_size=positive(config, "intermediate_size"),
+            num_layers=positive(config, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=float(eps),
-            max_position_embeddings=_positive(config, "max_position_embeddings"),
+            max_position_embeddings=positive(config, "max_position_embeddings"),
             dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
             rope=rope,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -205,8 +214,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""The architectures that are implemented, and the `model_type` of each in transformers."""
+"""The architectures that are implemented here, and the `model_type` of each in transformers."""
 
+IMPLEMENTATIONS = ("minisrv", "transformers")
+"""Those whose code can compute a model: the decoder in `nn`, or transformers' own model code."""
 
 _OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}
 """Settings that transformers accepts for any architecture, with the values that change nothing."""
@@ -223,26 +234,28 @@ _MAX_INTEGER = 2**31 - 1
 """Largest dimension of a model; numbers of bytes that are computed from dimensions fit 64 bits."""
 
 
-def check_implemented(config: Mapping[str, Any]) -> None:
+def choose_implementation(config: Mapping[str, Any], model_impl: str) -> str:
+    """Return whose code computes a model, one of `IMPLEMENTATIONS`.
+
+    config: a raw config.json, or a configuration that transformers has resolved.
+    model_impl: the setting of that name; "auto" takes the decoder in `nn` for the architectures
+        that it implements.
+    """
+    if model_impl != "auto":
+        return model_impl
+    return "minisrv" if architecture_of(config) in ARCHITECTURES else "transformers"
+
+
+def check_implemented(config: Mapping[str, Any], implementation: str = "minisrv") -> None:
     """Refuse a configuration for settings that are wrong whatever the defaults are, so that
     `config` may be a raw config.json or one that transformers has resolved.
 
+    implementation: whose code computes the model, one of `IMPLEMENTATIONS`. What transformers' code
+        computes is checked by `checkpoint.transformers_decoder` besides.
     Raises UnknownArchitectureError, ConfigError.
     """
-    architecture = _architecture(config)
-    if architecture not in ARCHITECTURES:
-        raise UnknownArchitectureError(
-            f"architecture {shown(architecture)} is not implemented; "
-            f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
-        )
-    kind = config.get("model_type")
-    if kind != ARCHITECTURES[architecture]:
-        raise ConfigError(
-            f"config.json: model_type={shown(kind)} does not go with architecture {architecture}, "
-            f"whose model_type is {ARCHITECTURES[architecture]!r}."
-        )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act={shown(config['hidden_act'])} is not implemented; silu is.")
+    if implementation == "minisrv":
+        _check_implemented_here(config)
     if config.get("quantization_config"):
         raise ConfigError("quantized checkpoints are not implemented; load the original one.")
     for name, most in _LISTED.items():
@@ -253,6 +266,25 @@ def check_implemented(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"config.json: {name}={shown(value)} is not implemented; leave it out."
             )
+
+
+def _check_implemented_here(config: Mapping[str, Any]) -> None:
+    """Refuse what the decoder in `nn` does not compute."""
+    architecture = architecture_of(config)
+    if architecture not in ARCHITECTURES:
+        raise UnknownArchitectureError(
+            f"architecture {shown(architecture)} is not implemented; "
+            f"implemented are: {', '.join(sorted(ARCHITECTURES))}. transformers' own code may "
+            "compute it (--model-impl transformers)."
+        )
+    kind = config.get("model_type")
+    if kind != ARCHITECTURES[architecture]:
+        raise ConfigError(
+            f"config.json: model_type={shown(kind)} does not go with architecture {architecture}, "
+            f"whose model_type is {ARCHITECTURES[architecture]!r}."
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act={shown(config['hidden_act'])} is not implemented; silu is.")
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
         raise ConfigError(f"config.json: layer_types={shown(kinds)} must be a list.")
@@ -264,14 +296,14 @@ def check_implemented(config: Mapping[str, Any]) -> None:
         )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
     """Return the first of `architectures`, which some checkpoints write without a list."""
     names = config.get("architectures") or [None]
     name = names[0] if isinstance(names, list | tuple) else names
     return name if isinstance(name, str) else shown(name)
 
 
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """Return a positive integer of the configuration, or `default` if it is absent or null. Raises
     ConfigError."""
     value = config.get(key)
@@ -327,7 +359,7 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
             )
         return float(value)
 
-    longest = _positive(config, "max_position_embeddings")
+    longest = positive(config, "max_position_embeddings")
     original = number("original_max_position_embeddings", longest)
     rope = RopeConfig(
         theta=number("rope_theta", 10000.0),

@@ -15,7 +15,7 @@ _ONE_DEVICE = (
     "balance between them."
 )
 _NO_REMOTE_CODE = (
-    "code of a checkpoint is never run; Llama, Qwen2 and Qwen3 need none, so leave it out."
+    "code of a checkpoint is never run; the models that are served need none, so leave it out."
 )
 _NO_COMPILATION = (
     "torch.compile is not used; graphs are set by --cudagraph-mode, --cudagraph-capture-sizes and "
@@ -68,7 +68,7 @@ _REASONS: dict[str, str] = {
         ("--node-rank --master-addr --master-port --headless --worker-cls", _ONE_DEVICE),
         ("--disable-custom-all-reduce --max-parallel-loading-workers", _ONE_DEVICE),
         ("--api-server-count", "it is called --api-workers here."),
-        ("--trust-remote-code --code-revision --model-impl", _NO_REMOTE_CODE),
+        ("--trust-remote-code --code-revision", _NO_REMOTE_CODE),
         ("-O -cc --compilation-config --optimization-level", _NO_COMPILATION),
         ("--max-cudagraph-capture-size --max-seq-len-to-capture", _CAPTURE_SIZES),
         ("--max-context-len-to-capture --cuda-graph-sizes", _CAPTURE_SIZES),

@@ -205,7 +205,7 @@ def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for config, settings, said in (
-        ({"architectures": ["MambaForCausalLM"]}, {}, "Mamba"),
+        ({"architectures": ["MambaForCausalLM"]}, {"model_impl": "minisrv"}, "Mamba"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, {}, "tokenizer|longrope"),
         ({**LLAMA, "quantization_config": {"bits": 4}}, {}, "quantized checkpoints"),
         (LLAMA, {}, "holds no tokenizer"),
@@ -438,9 +438,9 @@ def test_a_second_start_imports_no_transformers(
     asked: list[tuple[Path | None, Path | None]] = []
     ask = description._ask_process
 
-    def counted(model: Path | None, tokenizer: Path | None) -> Descriptions:
+    def counted(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
         asked.append((model, tokenizer))
-        return ask(model, tokenizer)
+        return ask(model, tokenizer, implementation)
 
     monkeypatch.setattr(description, "_ask_process", counted)
     monkeypatch.delitem(sys.modules, "transformers")

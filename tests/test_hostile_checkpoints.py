@@ -199,7 +199,7 @@ def test_a_process_without_torch_reads_the_same(checkpoint: Path) -> None:
         "from pathlib import Path; from minisrv.checkpoint import by_transformers\n"
         "by_transformers.bound()\n"
         "try: bytes(by_transformers.schema.MEMORY_BYTES)\n"
-        "except MemoryError: print(by_transformers.describe_model(Path(sys.argv[1])))"
+        "except MemoryError: print(by_transformers.describe_model(Path(sys.argv[1]), 'minisrv'))"
     )
     command = [sys.executable, "-c", code, str(checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -3,9 +3,11 @@
 Run as a program it reads those of one model and one tokenizer, either of which may be empty, and
 writes the answer to a file descriptor that it inherits:
 
-    python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY DESCRIPTOR
+    python -P -m minisrv.checkpoint.by_transformers MODEL_DIRECTORY TOKENIZER_DIRECTORY
+        IMPLEMENTATION DESCRIPTOR
 
-As a program it prevents an import of torch: configurations and tokenizers do not need it, and the
+As a program it prevents an import of torch, unless the model is to be computed by transformers'
+code, whose shape only that code knows: configurations and tokenizers do not need torch, and the
 import would take longer than all the rest. No code of a checkpoint is ever run, and the hub is
 never asked.
 
@@ -28,7 +30,8 @@ from minisrv import threads
 
 if __name__ == "__main__":
     threads.without_blas()
-    sys.modules["torch"] = None  # type: ignore[assignment]  # every import of torch fails now
+    if "transformers" not in sys.argv[1:]:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # every import of torch fails now
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import msgspec
@@ -39,7 +42,7 @@ from minisrv.checkpoint.files import check_names
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.checkpoint.schema import Descriptions, ModelDescription
 from minisrv.errors import ConfigError, MinisrvError, ModelError, RequestError, shown, truncated
-from minisrv.model_config import ModelConfig
+from minisrv.model_config import ModelConfig, check_implemented
 from minisrv.processes import bound_resource
 from minisrv.request import SamplingParams
 from minisrv.text.chat_template import ChatTemplate
@@ -98,26 +101,26 @@ _NEUTRAL: dict[str, Any] = {
 """Other settings that change what transformers generates, with the values that change nothing."""
 
 
-def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
+def describe(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
     """Return the descriptions of a model and a tokenizer, or the error that reading their files
     raised.
 
     model, tokenizer: the directories, either of which may be None.
+    implementation: whose code computes the model (`ModelConfig.implementation`).
     """
     try:
         return Descriptions(
-            model=None if model is None else describe_model(model),
+            model=None if model is None else describe_model(model, implementation),
             tokenizer=None if tokenizer is None else describe_tokenizer(tokenizer),
         )
     except MinisrvError as error:
         return Descriptions(error=(type(error).__name__, error.message))
 
 
-def describe_model(directory: Path) -> ModelDescription:
-    """Return the shape of the model in `directory`, and its defaults for generation. Raises
-    ModelError, ConfigError and UnknownArchitectureError."""
+def read_config(directory: Path) -> PreTrainedConfig:
+    """Return the configuration in `directory` as transformers resolves it. Raises ModelError."""
 
-    def read_config() -> PreTrainedConfig:
+    def read() -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
@@ -127,8 +130,20 @@ def describe_model(directory: Path) -> ModelDescription:
         return config
 
     check_names(directory / CONFIG)
-    config = _by_transformers(directory / CONFIG, read_config)
-    model = ModelConfig.from_hf(config.to_dict())
+    return _by_transformers(directory / CONFIG, read)
+
+
+def describe_model(directory: Path, implementation: str) -> ModelDescription:
+    """Return the shape of the model in `directory`, and its defaults for generation.
+
+    implementation: whose code computes the model (`ModelConfig.implementation`).
+    Raises ModelError, ConfigError and UnknownArchitectureError.
+    """
+    config = read_config(directory)
+    if implementation == "minisrv":
+        model = ModelConfig.from_hf(config.to_dict())
+    else:
+        model = _shape_of_transformers_decoder(directory, config)
     path = directory / GENERATION_CONFIG
     if not path.is_file():
         path = directory / CONFIG  # old checkpoints have these settings there
@@ -150,6 +165,23 @@ def describe_model(directory: Path) -> ModelDescription:
             if generation_config.get(name) is not None and generation_config[name] != neutral
         ),
     )
+
+
+def _shape_of_transformers_decoder(directory: Path, config: PreTrainedConfig) -> ModelConfig:
+    """Return the shape of a model that transformers' code computes. Raises ModelError, ConfigError
+    and UnknownArchitectureError."""
+    import torch  # only where it is needed; see the docstring of the module
+
+    from minisrv.checkpoint import transformers_decoder
+
+    check_implemented(config.to_dict(), "transformers")
+    transformers_decoder.check_architecture(config)
+    decoder = _by_transformers(
+        directory / CONFIG,
+        lambda: transformers_decoder.make_on_meta(config, torch.float32),
+        "describes a model that cannot be served by transformers' code",
+    )
+    return transformers_decoder.describe(config, decoder)
 
 
 def describe_tokenizer(directory: Path) -> TokenizerDescription:
@@ -223,17 +255,20 @@ def _try_out(described: TokenizerDescription) -> str:
     return ""
 
 
-def _by_transformers(path: Path, read: Callable[[], _T]) -> _T:
+def _by_transformers(
+    path: Path, read: Callable[[], _T], fault: str = "cannot be read by transformers"
+) -> _T:
     """Return what `read` returns, and raise ModelError for whatever it raises, because the errors
     of transformers have no base class of their own.
 
     path: the file or directory that is read, for the message.
+    fault: what is wrong with it, for the message.
     """
     try:
         return read()
     except Exception as error:
         reason = truncated(" ".join(str(error).split()), _MAX_REASON) or type(error).__name__
-        raise ModelError(f"{path} cannot be read by transformers: {reason}") from error
+        raise ModelError(f"{path} {fault}: {reason}") from error
 
 
 def _generation(
@@ -302,10 +337,10 @@ def bound() -> None:
 def main() -> None:
     """Read the files that the command line names, and write the answer as msgpack."""
     bound()
-    *directories, descriptor = sys.argv[1:]
+    *directories, implementation, descriptor = sys.argv[1:]
     model, tokenizer = (Path(argument) if argument else None for argument in directories)
     with os.fdopen(int(descriptor), "wb") as answers:
-        answers.write(msgspec.msgpack.encode(describe(model, tokenizer)))
+        answers.write(msgspec.msgpack.encode(describe(model, tokenizer, implementation)))
 
 
 if __name__ == "__main__":

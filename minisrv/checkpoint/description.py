@@ -30,7 +30,7 @@ import msgspec
 from minisrv import errors, model_config, request
 from minisrv.cache import cache_directory, read_cached, write_cached
 from minisrv.checkpoint import schema
-from minisrv.checkpoint.files import matching_files
+from minisrv.checkpoint.files import matching_files, read_json
 from minisrv.checkpoint.location import CONFIG, GENERATION_CONFIG
 from minisrv.checkpoint.schema import (
     MEMORY_BYTES,
@@ -40,6 +40,7 @@ from minisrv.checkpoint.schema import (
 )
 from minisrv.errors import MinisrvError, ModelError, truncated
 from minisrv.import_path import ROOT, without_working_directory
+from minisrv.model_config import choose_implementation
 from minisrv.text import tokenizer_description
 from minisrv.text.tokenizer_description import TokenizerDescription
 
@@ -70,15 +71,18 @@ _OTHERS = ("*.json", "*.txt", "*.bpe", "*.spm", "*.tiktoken")
 checked too, as transformers may open them, but do not count for the cache."""
 
 _T = TypeVar("_T")
-_PACKAGES = ("transformers", "tokenizers")
+_PACKAGES = ("transformers", "tokenizers", "torch")
 _LAST_WORDS = 1 << 16
 """Number of bytes, at the end of what the process printed, in which its last line is looked for."""
 
 
-def describe_model(directory: Path) -> ModelDescription:
+def describe_model(directory: Path, model_impl: str = "auto") -> ModelDescription:
     """Return the description of the model in `directory`. Raises ModelError, ConfigError and
-    UnknownArchitectureError."""
-    found = describe(directory, None).model
+    UnknownArchitectureError.
+
+    model_impl: the setting of that name.
+    """
+    found = describe(directory, None, model_impl).model
     assert found is not None, "it was asked for"
     return found
 
@@ -90,14 +94,18 @@ def describe_tokenizer(directory: Path) -> TokenizerDescription:
     return found
 
 
-def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
+def describe(model: Path | None, tokenizer: Path | None, model_impl: str = "auto") -> Descriptions:
     """Return the descriptions of a model and of a tokenizer. Those that are not in the cache are
     read by one process together.
 
     model, tokenizer: the directories, either of which may be None.
+    model_impl: the setting of that name.
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
     place = _entries_directory()
+    implementation = "minisrv"
+    if model is not None:
+        implementation = choose_implementation(read_json(model / CONFIG), model_impl)
     asked = {
         "model": (model, MODEL_FILES),
         "tokenizer": (tokenizer, (CONFIG, *TOKENIZER_FILES)),
@@ -108,13 +116,15 @@ def describe(model: Path | None, tokenizer: Path | None) -> Descriptions:
         if directory is not None:
             matching_files(directory, _OTHERS)
             files = matching_files(directory, patterns)
-            entries[name] = place and _entry(place / name, directory, files)
+            entries[name] = place and _entry(place / name, directory, files, implementation)
     found = Descriptions(
         model=_read_entry(entries["model"], ModelDescription),
         tokenizer=_read_entry(entries["tokenizer"], TokenizerDescription),
     )
     read = _read(
-        model if found.model is None else None, tokenizer if found.tokenizer is None else None
+        model if found.model is None else None,
+        tokenizer if found.tokenizer is None else None,
+        implementation,
     )
     for name, entry in entries.items():
         if (description := getattr(read, name)) is not None:
@@ -128,7 +138,7 @@ def has_tokenizer(directory: Path) -> bool:
     return bool(matching_files(directory, TOKENIZER_FILES))
 
 
-def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
+def _read(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
     """Read the descriptions with transformers: in this process if it has imported that library
     already, or else in a new one. Raises the error that the answer names, or ModelError."""
     if model is None and tokenizer is None:
@@ -136,9 +146,9 @@ def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
     if "transformers" in sys.modules:
         from minisrv.checkpoint.by_transformers import describe as ask
 
-        answer = ask(model, tokenizer)
+        answer = ask(model, tokenizer, implementation)
     else:
-        answer = _ask_process(model, tokenizer)
+        answer = _ask_process(model, tokenizer, implementation)
     if answer.error is not None:
         kind, message = answer.error
         error: type[MinisrvError] = getattr(errors, kind)
@@ -146,7 +156,7 @@ def _read(model: Path | None, tokenizer: Path | None) -> Descriptions:
     return answer
 
 
-def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
+def _ask_process(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
     command = [sys.executable, "-P", "-m", "minisrv.checkpoint.by_transformers"]
     directories = [os.path.abspath(path) if path else "" for path in (model, tokenizer)]
     what = f"reading {model or tokenizer} with transformers"
@@ -161,7 +171,7 @@ def _ask_process(model: Path | None, tokenizer: Path | None) -> Descriptions:
             os.fdopen(os.memfd_create("minisrv-printed"), "r+b") as printed,
         ):
             done = subprocess.run(
-                [*command, *directories, str(answer.fileno())],
+                [*command, *directories, implementation, str(answer.fileno())],
                 stdout=subprocess.DEVNULL,
                 stderr=printed,
                 timeout=TIMEOUT,
@@ -196,16 +206,17 @@ def _entries_directory() -> Path | None:
         return None
 
 
-def _entry(kind: Path, directory: Path, files: Sequence[Path]) -> Path:
+def _entry(kind: Path, directory: Path, files: Sequence[Path], implementation: str) -> Path:
     """Return the path of a cached description. Its name is a digest of the files from which the
     description is made and of the code that makes it.
 
     kind: the directory of cached descriptions, and `model` or `tokenizer`.
     directory: the directory of the checkpoint.
     files: the files there on which the description depends.
+    implementation: whose code computes the model; the description of a model depends on it.
     Raises ModelError if they cannot be read.
     """
-    digest = hashlib.sha256(_code_digest())
+    digest = hashlib.sha256(_code_digest() + implementation.encode())
     try:
         for path in files:
             with path.open("rb") as file:
@@ -222,10 +233,11 @@ def _code_digest() -> bytes:
     code that makes it, and the versions of the libraries."""
     # The last three modules refuse settings, and what they accept is part of a cached description.
     reader = Path(__file__).with_name("by_transformers.py")
+    decoder = Path(__file__).with_name("transformers_decoder.py")  # imports torch
     # The path is spelled out, because an import of this module would import Jinja.
     template = Path(__file__).parents[1] / "text" / "chat_template.py"
     held = (schema.__file__, tokenizer_description.__file__)
-    sources = (__file__, reader, *held, template, model_config.__file__, request.__file__)
+    sources = (__file__, reader, decoder, *held, template, model_config.__file__, request.__file__)
     code = [Path(source).read_bytes() for source in sources]
     versions = [version(name).encode() for name in _PACKAGES]
     return hashlib.sha256(b"\0".join([*code, *versions])).digest()

@@ -26,7 +26,7 @@ from minisrv.checkpoint.location import (
 from minisrv.checkpoint.schema import GenerationConfig
 from minisrv.config import EngineConfig, read_text
 from minisrv.errors import ConfigError, EngineError, ModelError
-from minisrv.model_config import ModelConfig, check_implemented
+from minisrv.model_config import ModelConfig, check_implemented, choose_implementation
 from minisrv.text.tokenizer_description import TokenizerDescription
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
 def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
     dummy = config.load_format == "dummy"
     directory = resolve_checkpoint(config.model, config.revision)
-    check_implemented(read_json(directory / CONFIG))
+    settings = read_json(directory / CONFIG)
+    check_implemented(settings, choose_implementation(settings, config.model_impl))
     place = directory
     if config.tokenizer is not None:
         place = resolve_directory(config.tokenizer)
@@ -90,7 +91,7 @@ def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
             f"{place} holds no tokenizer; name a directory or hub id that does with --tokenizer, "
             "or serve random weights with a stand-in by --load-format dummy."
         )
-    found = describe(directory, place if there else None)
+    found = describe(directory, place if there else None, config.model_impl)
     assert found.model is not None
     model, tokenizer = found.model.model, found.tokenizer
     context_length(config, model)

@@ -39,7 +39,7 @@ from minisrv.graph.wrapper import CUDAGraphWrapper
 from minisrv.kernels import AttentionMetadata, apply_bitmask_op, sample_op, take_rows_op
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
-from minisrv.nn.decoder import Decoder
+from minisrv.nn.model import Model
 from minisrv.request import TokenLogprobs
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, RequestTensors
 from minisrv.runner.logits_processors import LogitsProcessors
@@ -61,7 +61,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         config: ModelConfig,
         ladders: Ladders,
         backend: GraphBackend,

@@ -12,7 +12,7 @@ from torch import Tensor
 from minisrv.graph.forward_context import ForwardContext, set_forward_context
 from minisrv.kernels import AttentionMetadata
 from minisrv.modes import BatchDescriptor, CUDAGraphMode
-from minisrv.nn.decoder import Decoder
+from minisrv.nn.model import Model
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Driver:
     """A decoder with a cache that is filled with NaN, for up to `rows` requests."""
 
     def __init__(
-        self, model: Decoder, *, rows: int = 4, max_len: int = 128, block_size: int = 8
+        self, model: Model, *, rows: int = 4, max_len: int = 128, block_size: int = 8
     ) -> None:
         config = model.config
         self.model = model
@@ -104,7 +104,7 @@ class Driver:
         return torch.cat(self.rows[index].logits)
 
 
-def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
+def forward(model: Model, ids: Tensor, positions: Tensor) -> Tensor:
     """Return the model's hidden states for these tokens, [T, hidden]."""
     hidden = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype)
     model(ids, positions, hidden)
@@ -112,7 +112,7 @@ def forward(model: Decoder, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def broken_run(
-    model: Decoder, ids: Tensor, positions: Tensor, context: ForwardContext
+    model: Model, ids: Tensor, positions: Tensor, context: ForwardContext
 ) -> list[Callable[[], None]]:
     """Run the model with `graph_break` set, and return the attention calls that the op handed
     over."""

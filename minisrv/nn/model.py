@@ -1,0 +1,61 @@
+"""The interface between a model and those who run it: the runner, certification and the engine.
+
+Knows: how a model is made ready and run. Knows nothing of whose code computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minisrv.kernels import AttentionLayer
+from minisrv.model_config import ModelConfig
+
+
+class Model(Protocol):
+    """A decoder with its weights. `prepare`, `allocate_buffers` and `bind_kv_cache` make it ready
+    to run, in this order; the last two are called again for another cache.
+
+    bytes_read: the number of bytes of weights that a decode step reads: all weights except an
+        embedding that is not the output projection too.
+    attention_layers: the layers as the attention op takes them, with their KV caches.
+    qkv: [max_num_tokens, qkv_size], the argument of the attention op, shared by all layers.
+    attn_out: [max_num_tokens, q_size], the result of the attention op, shared by all layers.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    bytes_read: int
+    attention_layers: list[AttentionLayer]
+    qkv: Tensor
+    attn_out: Tensor
+
+    @property
+    def __call__(self) -> Any:
+        """Run the model: input_ids [T] int64 and positions [T] int64 give out [T, hidden], after
+        the final norm.
+
+        It runs within a forward context, whose attention metadata are those of these T tokens and
+        whose layers are the model's `attention_layers`.
+        """
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, vocab] of the hidden states [R, hidden], in the dtype of
+        serving."""
+
+    def prepare(self, *, quantization: str | None = None) -> None:
+        """Make a model whose weights are filled ready to run: compute tensors that no checkpoint
+        holds, and give each projection its linear method.
+
+        quantization: the format of the weights of the projections, the output projection included;
+            a key of `LINEAR_METHODS`.
+        """
+
+    def allocate_buffers(self, max_num_tokens: int) -> None:
+        """Allocate the static buffers for steps of at most so many tokens."""
+
+    def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
+        """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""

@@ -1,0 +1,218 @@
+"""A decoder that transformers' own model code computes, with the server's attention.
+
+The code of transformers is left as it is. Its attention is the attention op, whose queries and keys
+are rotated already; its linear layers multiply by linear methods; and its output projection, with
+all that a model does to logits, is its own code as well, run on the hidden states of the rows that
+sample. It gets T tokens of all requests in one row, their positions, and neither a mask nor a
+cache.
+
+Knows: transformers' modules and the interface of their attention. Knows nothing of architectures,
+requests, batches or graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from minisrv.checkpoint.transformers_decoder import AttentionCall, MetaDecoder
+from minisrv.graph.attention import attention_op
+from minisrv.kernels import AttentionLayer
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod
+from minisrv.model_config import ModelConfig
+
+PAGED = "minisrv"
+"""The name under which the attention op is registered with transformers."""
+
+
+class PagedAttention:
+    """The attention op of one layer, as transformers' module of that layer calls it.
+
+    step: the tensors of the step that runs, shared by all layers.
+    index: the index of the layer in the model.
+    """
+
+    def __init__(self, step: StepTensors, index: int) -> None:
+        self.step = step
+        self.index = index
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the attention [1, T, num_heads, head_dim] of query [1, num_heads, T, head_dim]
+        over the cache, to which key and value [1, num_kv_heads, T, head_dim] are added. The result
+        is overwritten by the next layer."""
+        step = self.step
+        heads = step.qkv.view(query.shape[2], -1, query.shape[3])
+        begin = 0
+        for part in (query, key, value):
+            heads[:, begin : begin + part.shape[1]].copy_(part[0].transpose(0, 1))
+            begin += part.shape[1]
+        attention_op(step.qkv, step.positions, step.out, self.index)
+        return step.out.view(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+class StepTensors:
+    """The arguments of the attention op in the step that runs: views of static buffers.
+
+    qkv, out: [T, qkv_size] and [T, q_size].
+    positions: [T] int64.
+    """
+
+    qkv: Tensor
+    positions: Tensor
+    out: Tensor
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, as transformers calls it, by the `PagedAttention` of the module. What is
+    else passed is the same at every call, and part of the layer's `AttentionLayer`."""
+    attention: PagedAttention = module.paged_attention  # type: ignore[assignment]
+    return attention(query, key, value), None
+
+
+# No function for masks is registered under the name: transformers would make masks, and read values
+# back to do so, which a graph cannot hold.
+ALL_ATTENTION_FUNCTIONS.register(PAGED, paged_attention)
+
+
+class Linear(nn.Module):
+    """A linear layer of transformers, multiplied by a linear method."""
+
+    def __init__(self, method: LinearMethod, out_features: int) -> None:
+        super().__init__()
+        self.method = method
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projection [..., out] of x [..., in]."""
+        product = self.method.apply(x.reshape(-1, x.shape[-1]))
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+class GivenHidden(nn.Module):
+    """Takes the place of the backbone where only the output projection is to be computed.
+
+    output_class: the class of the backbone's result.
+    """
+
+    def __init__(self, output_class: type[Any]) -> None:
+        super().__init__()
+        self.output_class = output_class
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
+        """Return `inputs_embeds` as the hidden states that a backbone would return."""
+        return self.output_class(last_hidden_state=inputs_embeds)
+
+
+class TransformersModel(nn.Module):
+    """A decoder of transformers as a `minisrv.nn.model.Model`. Its parameters are on the meta
+    device; `nn.transformers_loader` fills them."""
+
+    qkv: Tensor
+    attn_out: Tensor
+
+    def __init__(self, config: ModelConfig, decoder: MetaDecoder, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.causal_lm = decoder.model
+        self.causal_lm.config._attn_implementation = PAGED
+        self.calls: Sequence[AttentionCall] = decoder.calls
+        self.decoder = decoder
+        self.step = StepTensors()
+        for index, call in enumerate(self.calls):
+            call.module.paged_attention = PagedAttention(self.step, index)  # type: ignore[assignment]
+        self.backbone: nn.Module
+        self.bytes_read: int
+        self.register_buffer("qkv", None, persistent=False)
+        self.register_buffer("attn_out", None, persistent=False)
+        self.attention_layers: list[AttentionLayer] = []
+
+    def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+        """See `Model`."""
+        tokens, step = len(input_ids), self.step
+        step.qkv, step.out = self.qkv[:tokens], self.attn_out[:tokens]
+        step.positions = positions
+        output = self.backbone(input_ids[None], position_ids=positions[None], use_cache=False)
+        out.copy_(output.last_hidden_state[0])
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """See `Model`."""
+        logits: Tensor = self.causal_lm(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits.to(self.dtype)
+
+    def prepare(self, *, quantization: str | None = None) -> None:
+        """See `Model`."""
+        model = self.causal_lm
+        embedding: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()
+        self.bytes_read = sum(parameter.nbytes for parameter in model.parameters())
+        if head.weight is not embedding.weight:
+            self.bytes_read -= embedding.weight.nbytes
+        self._compute_rotations()
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) in (nn.Linear, Conv1D):  # what is derived from them does more
+                    setattr(module, name, _linear(child, quantization))
+        # The output projection is computed by a model without its backbone.
+        self.backbone = model.get_submodule(self.decoder.backbone)
+        model.set_submodule(self.decoder.backbone, GivenHidden(self.decoder.output_class))
+
+    def _compute_rotations(self) -> None:
+        """Give every text the rotary frequencies that transformers uses for one as long as the
+        context, where they depend on the length: keys in the KV cache cannot be rotated again when
+        a text grows."""
+        module: Any
+        for module, kind in self.decoder.rotations:
+            frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](
+                module.config, None, seq_len=self.config.max_position_embeddings
+            )
+            module.inv_freq.copy_(frequencies)
+
+    def allocate_buffers(self, max_num_tokens: int) -> None:
+        """See `Model`."""
+        config = self.config
+        device = next(self.parameters()).device
+        self.qkv = torch.zeros(max_num_tokens, config.qkv_size, dtype=self.dtype, device=device)
+        self.attn_out = torch.zeros(max_num_tokens, config.q_size, dtype=self.dtype, device=device)
+
+    def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
+        """See `Model`."""
+        self.attention_layers = [
+            AttentionLayer(
+                num_heads=call.num_heads,
+                num_kv_heads=call.num_kv_heads,
+                head_dim=call.head_dim,
+                scale=call.scale,
+                q_norm=None,
+                k_norm=None,
+                eps=0.0,
+                cos_sin=None,
+                kv_cache=kv_cache,
+                sliding_window=call.sliding_window,
+                logit_soft_cap=call.logit_soft_cap,
+                sinks=None if call.sinks is None else getattr(call.module, call.sinks).detach(),
+            )
+            for call, kv_cache in zip(self.calls, kv_caches, strict=True)
+        ]
+
+
+def _linear(module: Any, quantization: str | None) -> Linear:
+    """Return the same `nn.Linear` or `Conv1D`, multiplied by its linear method."""
+    weight = module.weight.detach()
+    if isinstance(module, Conv1D):  # stores [in, out]
+        weight = weight.t().contiguous()
+    bias = None if module.bias is None else module.bias.detach()
+    return Linear(LINEAR_METHODS[quantization](weight, bias), weight.shape[0])
