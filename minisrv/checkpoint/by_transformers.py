@@ -179,7 +179,8 @@ def _shape_of_transformers_decoder(directory: Path, config: PreTrainedConfig) ->
     decoder = _by_transformers(
         directory / CONFIG,
         lambda: transformers_decoder.make_on_meta(config, torch.float32),
-        "describes a model that cannot be served by transformers' code",
+        "describes a model whose code in transformers cannot be run here, without data and with "
+        "attention that is replaced",
     )
     return transformers_decoder.describe(config, decoder)
 
@@ -258,14 +259,16 @@ def _try_out(described: TokenizerDescription) -> str:
 def _by_transformers(
     path: Path, read: Callable[[], _T], fault: str = "cannot be read by transformers"
 ) -> _T:
-    """Return what `read` returns, and raise ModelError for whatever it raises, because the errors
-    of transformers have no base class of their own.
+    """Return what `read` returns, and raise ModelError for whatever transformers raises, because
+    its errors have no base class of their own.
 
     path: the file or directory that is read, for the message.
     fault: what is wrong with it, for the message.
     """
     try:
         return read()
+    except MinisrvError:
+        raise
     except Exception as error:
         reason = truncated(" ".join(str(error).split()), _MAX_REASON) or type(error).__name__
         raise ModelError(f"{path} {fault}: {reason}") from error

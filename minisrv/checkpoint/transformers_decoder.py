@@ -4,8 +4,9 @@ ask of attention.
 A decoder is made on torch's meta device, where tensors have shapes and no memory, and a step is run
 there. A function registered with transformers takes the place of attention and records its
 arguments, so that one way finds the heads, scale and window of each layer whatever the architecture
-calls these settings. A decoder whose attention, positions or heads are not those that the attention
-op computes is refused by name.
+calls these settings. Another one takes the place of masks, and finds which tokens a layer's mask
+lets a token see. A decoder whose attention is not what the attention op computes is refused by
+name.
 
 Knows: transformers' model classes and the interface of their attention. Knows nothing of weights,
 files or serving.
@@ -14,7 +15,8 @@ files or serving.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,26 +25,28 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minisrv.errors import ConfigError, UnknownArchitectureError, shown
 from minisrv.model_config import ARCHITECTURES, ModelConfig, architecture_of, positive
 
-RECORDED = "minisrv-recorded"
-"""The name of the attention function that records its arguments."""
+RECORDED, RECORDED_MASKS = "minisrv-recorded", "minisrv-recorded-masks"
+"""The names of the attention function that records its arguments: without masks, as a decoder is
+served, and with masks."""
 
 _NEUTRAL: dict[str, Any] = {
-    "use_bidirectional_attention": False,
-    "attention_chunk_size": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
     "output_router_logits": False,
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
-"""Settings that change what attention sees or what a model returns, with the values that change
-nothing."""
+"""Settings that change what a model returns or reads, with the values that change nothing."""
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_FAR = 1 << 30
+"""A position beyond any window."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ class AttentionCall:
     num_heads, num_kv_heads, head_dim: the shapes of queries and keys.
     v_head_dim: the number of elements of a value.
     scale: the factor of scores before the softmax.
-    sliding_window: the number of tokens that a token sees, itself included; None for all.
     logit_soft_cap: the bound of scores by tanh; None for none.
     sinks: the name of the module's parameter with a logit for each head that takes part in the
         softmax only; None if there is none.
-    is_causal: whether a token sees no later ones.
+    mask: which tokens a token sees by the mask, if masks are recorded; None if there is none. The
+        mask is what holds: some layers pass a window to attention besides that their mask has not,
+        and some do not pass the one that their mask has.
     """
 
     module: nn.Module
@@ -66,10 +71,21 @@ class AttentionCall:
     head_dim: int
     v_head_dim: int
     scale: float
-    sliding_window: int | None
     logit_soft_cap: float | None
     sinks: str | None
+    mask: Mask | None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which tokens a mask lets a token see, itself included.
+
+    is_causal: whether they are earlier ones, all of them or those in a window.
+    sliding_window: their number; None for all.
+    """
+
     is_causal: bool
+    sliding_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +94,9 @@ class MetaDecoder:
 
     model: the decoder with its output projection.
     backbone: the name of the part of it that computes hidden states.
-    calls: what each layer asks of attention, in the order of the calls.
-    output_class: the class of the backbone's result.
+    calls: what each layer asks of attention, with its mask, in the order of the calls.
+    hidden_size: the width of the hidden states that it returns.
+    output_class: the class of its result.
     rotations: the modules whose rotary frequencies depend on the length of the text, with their
         `rope_type`. Here they compute frequencies no more (their `rope_type` is "default"), because
         that would read positions back.
@@ -88,6 +105,7 @@ class MetaDecoder:
     model: PreTrainedModel
     backbone: str
     calls: list[AttentionCall]
+    hidden_size: int
     output_class: type[Any]
     rotations: list[tuple[nn.Module, str]]
 
@@ -103,10 +121,8 @@ def record_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Stand in for attention, as transformers calls it, and record the call.
@@ -116,7 +132,6 @@ def record_attention(
     Returns an empty result [1, T, num_heads, v_head_dim], and no weights.
     """
     parameters = module.named_parameters(recurse=False)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     _calls.get().append(
         AttentionCall(
             module=module,
@@ -125,48 +140,96 @@ def record_attention(
             head_dim=query.shape[3],
             v_head_dim=value.shape[3],
             scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
-            sliding_window=sliding_window,
             logit_soft_cap=softcap,
             sinks=None if s_aux is None else next(n for n, p in parameters if p is s_aux),
-            is_causal=bool(causal) and attention_mask is None,
+            mask=getattr(attention_mask, "minisrv_mask", None),
         )
     )
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, value.shape[3]), None
 
 
-# No function for masks is registered under the name: transformers would make masks, and read values
-# back to do so.
+def record_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    local_size: int | None = None,
+    **others: Any,
+) -> Tensor:
+    """Stand in for the making of a mask, as transformers calls it.
+
+    mask_function: tells whether a token sees another, by batch, head and their two positions.
+    local_size: the window, where transformers names it.
+
+    Returns a mask [1, 1, q_length, kv_length] without values, which carries the `Mask`.
+    """
+    # Places around those where masks change, for one that has a window and for one that has not.
+    window = local_size or 1
+    near = [0, 1, 2, window - 1, window, window + 1, 2 * window + 1]
+    places = torch.tensor(sorted({*near, *(_FAR + place for place in near)}), device="cpu")
+    zero, q, k = torch.zeros((), dtype=torch.int64, device="cpu"), places[:, None], places[None]
+    mask = Mask(is_causal=False)
+    with suppress(RuntimeError):  # raised by a mask that depends on data, which has no values here
+        sees = mask_function(zero, zero, q, k)
+        for candidate in (None, local_size):
+            behind = q - (2 * _FAR if candidate is None else candidate)
+            if torch.equal(sees, (behind < k) & (k <= q)):
+                mask = Mask(True, candidate)
+    result = torch.empty(1, 1, q_length, kv_length, device="meta")
+    result.minisrv_mask = mask  # type: ignore[attr-defined]
+    return result
+
+
+# No function for masks is registered under the first name: transformers would make masks, and read
+# values back to do so.
 ALL_ATTENTION_FUNCTIONS.register(RECORDED, record_attention)
+ALL_ATTENTION_FUNCTIONS.register(RECORDED_MASKS, record_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_MASKS, record_mask)
 
 
 def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
-    """Return the decoder of a configuration on the meta device. Raises whatever transformers
-    raises for a configuration that its code cannot compute."""
-    config = copy.deepcopy(config)
-    for name in ("output_attentions", "output_hidden_states"):
-        setattr(config, name, False)
+    """Return the decoder of a configuration on the meta device.
+
+    Raises ConfigError for a model of recurrent layers, and whatever transformers raises for a
+    configuration that its code cannot compute.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
+            copy.deepcopy(config),
             dtype=dtype,
             trust_remote_code=False,
-            attn_implementation=RECORDED,
+            attn_implementation=RECORDED_MASKS,
             # Others read back which experts a batch uses.
             experts_implementation="batched_mm",
         ).eval()
         ids = torch.zeros(1, 2, dtype=torch.int64)
+        visible = torch.ones(1, 2, dtype=torch.bool)
+    _check_state(_name(config), model)
     rotations = list(_fix_rotations(model))
     backbone = model.get_decoder()
+    # transformers looks at the positions for masks of its own, unless it gets one.
+    calls, _ = _recorded(backbone, ids, attention_mask=visible)
+    model.config._attn_implementation = RECORDED
+    as_served, output = _recorded(backbone, ids)
+    assert len(as_served) == len(calls), "a mask changes no layers"
+    name = next(name for name, module in model.named_modules() if module is backbone)
+    hidden_size = output.last_hidden_state.shape[-1]
+    return MetaDecoder(model, name, calls, hidden_size, type(output), rotations)
+
+
+def _recorded(
+    backbone: nn.Module, ids: Tensor, **arguments: Any
+) -> tuple[list[AttentionCall], Any]:
+    """Return the calls of attention in a step, and the backbone's result."""
     calls: list[AttentionCall] = []
     token = _calls.set(calls)
     try:
         with torch.no_grad():
-            output = backbone(ids, position_ids=ids, use_cache=False)
+            output = backbone(ids, position_ids=ids, use_cache=False, **arguments)
     finally:
         _calls.reset(token)
-    name = next(name for name, module in model.named_modules() if module is backbone)
-    return MetaDecoder(model, name, calls, type(output), rotations)
+    return calls, output
 
 
 def _fix_rotations(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -183,7 +246,7 @@ def _fix_rotations(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def check_architecture(config: PreTrainedConfig) -> None:
     """Raise UnknownArchitectureError if transformers has no decoder of the configuration's
     architecture."""
-    architecture = architecture_of({"architectures": config.architectures})
+    architecture = _name(config)
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if architecture != decoder:
         raise UnknownArchitectureError(
@@ -198,64 +261,66 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
     """Return the shape of a decoder. Raises ConfigError, by name, for what the attention op does
     not compute."""
     calls = decoder.calls
-    _check_calls(config, calls)
-    parameters = {id(p): p.numel() for p in decoder.model.parameters()}
-    head = decoder.model.get_output_embeddings()
-    tied = set(decoder.model.all_tied_weights_keys)
-    untied = sum(p.numel() for n, p in decoder.model.named_parameters() if n not in tied)
-    hidden = positive(_setting(config, "hidden_size"), "hidden_size")
+    name = _name(config)
+    _check_settings(name, config)
+    _check_calls(name, config, calls)
+    model = decoder.model
+    head: Any = model.get_output_embeddings()
+    tied = model.all_tied_weights_keys.keys()
     return ModelConfig(
-        architecture=architecture_of({"architectures": config.architectures}),
-        vocab_size=positive(_setting(config, "vocab_size"), "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_intermediate_size(config, hidden),
+        architecture=name,
+        vocab_size=head.weight.shape[0],
+        hidden_size=decoder.hidden_size,
+        intermediate_size=_intermediate_size(config, decoder.hidden_size),
         num_layers=len(calls),
         num_heads=calls[0].num_heads,
         num_kv_heads=calls[0].num_kv_heads,
         head_dim=calls[0].head_dim,
         rms_norm_eps=0.0,
         max_position_embeddings=positive(
-            _setting(config, "max_position_embeddings"), "max_position_embeddings"
+            {"max_position_embeddings": getattr(config, "max_position_embeddings", None)},
+            "max_position_embeddings",
         ),
         dtype=str(config.dtype or "float32").removeprefix("torch."),
-        tie_word_embeddings=bool(tied) and head is not None,
+        tie_word_embeddings=bool(tied),
         implementation="transformers",
-        counted_parameters=min(untied, sum(parameters.values())),
+        counted_parameters=sum(p.numel() for n, p in model.named_parameters() if n not in tied),
     )
 
 
-def _check_calls(config: PreTrainedConfig, calls: Sequence[AttentionCall]) -> None:
-    name = architecture_of({"architectures": config.architectures})
+def _check_settings(name: str, config: PreTrainedConfig) -> None:
     for setting, neutral in _NEUTRAL.items():
         if (value := getattr(config, setting, None)) is not None and value != neutral:
             raise ConfigError(
                 f"config.json: {setting}={shown(value)} is not implemented for {name}; leave it "
                 "out."
             )
+
+
+def _check_state(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model in which a token learns of earlier ones by other means than attention."""
+    stateful = any(getattr(module, "_is_stateful", False) for module in model.modules())
+    if stateful or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise ConfigError(
+            f"{name} cannot be served: it has recurrent layers or convolutions, whose state is not "
+            "in the KV cache; decoders whose layers are attention and MLP can."
+        )
+
+
+def _check_calls(name: str, config: PreTrainedConfig, calls: Sequence[AttentionCall]) -> None:
     layers = getattr(config, "num_hidden_layers", None)
     if len(calls) != layers:
         raise ConfigError(
             f"{name} cannot be served: {len(calls)} of its {layers} layers call the attention that "
-            "transformers lets a server replace, and all must. Recurrent layers, and attention of "
-            "a form of its own, are not implemented."
+            "transformers lets a server replace, and all must, once each."
         )
-    kinds = getattr(config, "layer_types", None) or [None] * len(calls)
-    window = getattr(config, "sliding_window", None)
-    for index, (call, kind) in enumerate(zip(calls, kinds, strict=True)):
+    for index, call in enumerate(calls):
         where = f"layer {index} of {name}"
-        if kind is not None and kind not in _LAYER_TYPES:
+        if call.mask is None or not call.mask.is_causal:
             raise ConfigError(
-                f"{where} is of the kind {shown(kind)}; implemented are: {', '.join(_LAYER_TYPES)}."
+                f"{where} has a mask that is not implemented; implemented are causal attention to "
+                "all tokens, and to those in a sliding window."
             )
-        if kind is not None and call.sliding_window != (
-            window if kind == "sliding_attention" else None
-        ):
-            raise ConfigError(
-                f"{where} is of the kind {shown(kind)}, and its code asks for a window of "
-                f"{call.sliding_window} tokens: which of them holds cannot be known."
-            )
-        if not call.is_causal:
-            raise ConfigError(f"{where} is not causal, or has a mask; only causal attention is.")
         if call.head_dim != call.v_head_dim:
             raise ConfigError(
                 f"{where} has keys of {call.head_dim} and values of {call.v_head_dim} elements; "
@@ -270,9 +335,9 @@ def _check_calls(config: PreTrainedConfig, calls: Sequence[AttentionCall]) -> No
             calls[0],
             module=call.module,
             scale=call.scale,
-            sliding_window=call.sliding_window,
             logit_soft_cap=call.logit_soft_cap,
             sinks=call.sinks,
+            mask=call.mask,
         )
         if call != same:
             raise ConfigError(
@@ -280,9 +345,8 @@ def _check_calls(config: PreTrainedConfig, calls: Sequence[AttentionCall]) -> No
             )
 
 
-def _setting(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    """Return a setting by the name that transformers gives it in every architecture."""
-    return {name: getattr(config, name, None)}
+def _name(config: PreTrainedConfig) -> str:
+    return architecture_of({"architectures": config.architectures})
 
 
 def _intermediate_size(config: PreTrainedConfig, hidden: int) -> int:

@@ -201,7 +201,7 @@ class TransformersModel(nn.Module):
                 eps=0.0,
                 cos_sin=None,
                 kv_cache=kv_cache,
-                sliding_window=call.sliding_window,
+                sliding_window=None if call.mask is None else call.mask.sliding_window,
                 logit_soft_cap=call.logit_soft_cap,
                 sinks=None if call.sinks is None else getattr(call.module, call.sinks).detach(),
             )
