@@ -129,8 +129,10 @@ def print_measured_plan(config: EngineConfig) -> None:
     console.print(table)
     console.print(_legend(_MEASURED_WORDS))
     runner = engine.runner
-    if engine.config.kind.chooses_tiles:
-        console.print(projections(runner.model.config, runner.model.dtype.itemsize))
+    model = runner.model
+    # transformers' code has other projections, which are not merged.
+    if engine.config.kind.chooses_tiles and model.config.implementation == "minisrv":
+        console.print(projections(model.config, model.dtype.itemsize))
         console.print(_legend(_KERNELS))
     predicted, actual = engine.memory.graph_bytes, sum(graph.nbytes for graph in graphs.values())
     prediction = "" if predicted is None else f", {mebibytes(predicted)} by the probe before"

@@ -1,0 +1,90 @@
+"""An engine serves what transformers' code computes in every graph mode, with transformers' own
+tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minisrv import LLM, SamplingParams
+from tests.architectures import make_transformers_checkpoint
+from tests.checkpoints import make_checkpoint
+from tests.nn.test_logits import prompt
+
+PROMPTS = [prompt(length, length) for length in (3, 40, 17, 1, 25, 9)]
+NUM_TOKENS = 20
+LIMITS: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "block_size": 4,
+    "max_model_len": 128,
+    "num_kv_blocks": 40,  # fewer than four requests need, so some are preempted
+    "device": "cpu",
+    "dtype": "float32",
+}
+MODES = ("none", "piecewise", "full-and-piecewise", "full")
+
+
+def greedy(directory: Path) -> list[list[int]]:
+    """Return the tokens that transformers generates."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    found = []
+    for tokens in PROMPTS:
+        with torch.inference_mode():
+            ids = torch.tensor([tokens])
+            for _ in range(NUM_TOKENS):
+                ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+        found.append(ids[0, len(tokens) :].tolist())
+    return found
+
+
+def served(directory: Path, mode: str, **settings: Any) -> list[list[int]]:
+    """Return the tokens that an engine generates, the second time, when the prefix cache has the
+    prompts."""
+    llm = LLM(
+        str(directory),
+        cudagraph_mode=mode,
+        **{**LIMITS, "model_impl": "transformers", **settings},
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    first, second = (llm.generate(prompts, params, use_tqdm=False) for _ in range(2))
+    found = [[*output.outputs[0].token_ids] for output in second]
+    assert found == [[*output.outputs[0].token_ids] for output in first]
+    assert bool(llm.engine.runner.graphs) == (mode != "none")
+    return found
+
+
+@pytest.mark.usefixtures("tape_holds_mixed_batches")
+@pytest.mark.parametrize("variant", ["qwen3", "llama-tied"])
+def test_tokens_are_those_of_the_decoder_in_nn(variant: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, variant)
+    expected = served(directory, "none", model_impl="minisrv")
+    assert expected == greedy(directory)
+    for mode in MODES:
+        assert served(directory, mode) == expected, mode
+        assert served(directory, mode, async_scheduling=True) == expected, mode
+
+
+@pytest.mark.usefixtures("tape_holds_mixed_batches")
+@pytest.mark.parametrize(
+    "name", ["cohere2", "gemma2", "gpt2", "gpt_oss", "granite", "phi3", "qwen2_moe", "smollm3"]
+)
+def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, name)
+    expected = greedy(directory)
+    for mode in MODES:
+        assert served(directory, mode, async_scheduling=mode == "full") == expected, mode
+
+
+def test_int8(tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "mistral", dtype=torch.bfloat16)
+    settings = {"dtype": "auto", "quantization": "int8"}
+    eager = served(directory, "none", **settings)
+    assert served(directory, "full-and-piecewise", **settings) == eager

@@ -1,0 +1,274 @@
+"""Decoders that transformers' own code computes: logits equal those of transformers with its own
+attention, and what is not computed is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from minisrv.checkpoint import describe_model
+from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError, WeightsError
+from minisrv.nn.loader import load_model
+from minisrv.nn.model import Model
+from minisrv.nn.transformers_model import TransformersModel
+from tests.architectures import ARCHITECTURES, REFUSED, WINDOW, make_transformers_checkpoint
+from tests.checkpoints import VARIANTS, make_checkpoint, write_files
+from tests.nn.driver import Driver
+from tests.nn.test_logits import TOLERANCE, prompt, reference
+
+
+def load(
+    directory: Path, dtype: torch.dtype = torch.float32, *, quantization: str | None = None
+) -> Model:
+    config = describe_model(directory, "transformers").model
+    model = load_model(config, directory, dtype=dtype)
+    assert isinstance(model, TransformersModel)
+    model.prepare(quantization=quantization)
+    return model
+
+
+def assert_logits_are_transformers(directory: Path, model: Model) -> None:
+    """The steps hold prompts longer than a block and a window, chunks beside decodes, one-token
+    prompts, and padding."""
+    driver = Driver(model)
+    tokens = [prompt(length, seed) for seed, length in enumerate((40, 12))]
+    a, b = tokens
+    driver.step([(0, a[:17]), (1, b[:1])])
+    driver.step([(1, b[1:2]), (0, a[17:30])], pad_tokens=3)
+    for i in range(10):
+        driver.step([(0, a[30 + i : 31 + i]), (1, b[2 + i : 3 + i])], pad_rows=i % 2)
+    for index, row in enumerate(tokens):
+        torch.testing.assert_close(driver.logits(index), reference(directory, row), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_of_every_architecture(name: str, tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, name)
+    assert_logits_are_transformers(directory, load(directory))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_what_minisrv_has_code_for(variant: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, variant)
+    assert_logits_are_transformers(directory, load(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        (
+            "llama",
+            {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+)
+def test_scaled_rotation(name: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, name, rope_parameters=rope)
+    assert_logits_are_transformers(directory, load(directory))
+
+
+@pytest.mark.parametrize("context", [32, 512])
+def test_longrope_scales_for_the_context_that_is_served(context: int, tmp_path: Path) -> None:
+    """All texts get the frequencies that transformers uses for a text of that length."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0 + i for i in range(8)],
+        "original_max_position_embeddings": 36,
+        "factor": 8.0,
+    }
+    directory = make_transformers_checkpoint(tmp_path, "phi3", rope_parameters=rope)
+    config = describe_model(directory, "transformers").model.for_context(context)
+    model = load_model(config, directory, dtype=torch.float32)
+    model.prepare()
+    driver, tokens = Driver(model), prompt(40 if context > 36 else 30, 3)
+    driver.step([(0, tokens)])
+    torch.testing.assert_close(driver.logits(0), reference(directory, tokens), **TOLERANCE)
+
+
+def test_what_a_layer_asks_of_attention(tmp_path: Path) -> None:
+    model = load(make_transformers_checkpoint(tmp_path, "gemma2"))
+    Driver(model)
+    layers = model.attention_layers
+    assert [layer.sliding_window for layer in layers] == [WINDOW, None, WINDOW, None]
+    assert {layer.logit_soft_cap for layer in layers} == {3.0}
+    assert {layer.scale for layer in layers} == {20**-0.5}
+    assert {layer.cos_sin for layer in layers} == {None}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_computed_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    overrides, said = REFUSED[name]
+    settings = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, **overrides}
+    config = AutoConfig.for_model(name, **settings).to_dict()
+    architectures = {"mistral": "MistralForCausalLM"}
+    config["architectures"] = [architectures.get(name) or _decoder_of(name)]
+    write_files(tmp_path, config__json=config)
+    with pytest.raises((ConfigError, ModelError), match=said):
+        describe_model(tmp_path)
+
+
+def _decoder_of(name: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+
+
+def test_architectures_that_are_no_decoders_are_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, config__json={"architectures": ["T5Model"], "model_type": "t5"})
+    with pytest.raises(UnknownArchitectureError, match=r"T5Model.*Llama.*transformers 5"):
+        describe_model(tmp_path)
+
+
+def test_auto_takes_code_of_minisrv_where_there_is_some(tmp_path: Path) -> None:
+    llama = make_checkpoint(tmp_path / "llama", "llama")
+    mistral = make_transformers_checkpoint(tmp_path / "mistral", "mistral")
+    assert describe_model(llama).model.implementation == "minisrv"
+    assert describe_model(llama, "transformers").model.implementation == "transformers"
+    assert describe_model(mistral).model.implementation == "transformers"
+    with pytest.raises(UnknownArchitectureError, match=r"Mistral.*--model-impl transformers"):
+        describe_model(mistral, "minisrv")
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3-tied", "llama-mqa"])
+def test_both_implementations_describe_a_model_alike(variant: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, variant)
+    ours = describe_model(directory, "minisrv").model
+    theirs = describe_model(directory, "transformers").model
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+    names += ("num_kv_heads", "head_dim", "max_position_embeddings", "dtype", "architecture")
+    for name in (*names, "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    # ours is without norms
+    assert 0 <= theirs.num_parameters - ours.num_parameters < 0.02 * ours.num_parameters
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2"])
+def test_bfloat16_and_int8_are_as_close_as_they_allow(
+    name: str, quantization: str | None, tmp_path: Path
+) -> None:
+    directory = make_transformers_checkpoint(tmp_path, name, dtype=torch.bfloat16)
+    tokens = prompt(40, 3)
+    driver = Driver(load(directory, torch.bfloat16, quantization=quantization))
+    driver.step([(0, tokens[:30])])
+    for token in tokens[30:]:
+        driver.step([(0, [token])])
+    exact = reference(directory, tokens)
+    theirs = reference(directory, tokens, torch.bfloat16).float()
+    ours_off = (driver.logits(0).float() - exact).square().mean().sqrt()
+    theirs_off = (theirs - exact).square().mean().sqrt()
+    assert ours_off < (1.2 if quantization is None else 2.5) * theirs_off
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop(K_PROJ), f"1 missing: {K_PROJ}"),
+        (lambda w: w.update(extra=torch.ones(1)), "1 unexpected: extra"),
+        (lambda w: w.update({K_PROJ: torch.ones(3, 4)}), rf"1 misshapen: {K_PROJ} \[3, 4\]"),
+        (
+            lambda w: w.update({K_PROJ: w[K_PROJ].to(torch.int32)}),
+            f"1 of an unsupported dtype: {K_PROJ} I32",
+        ),
+        (lambda w: w.pop("lm_head.weight"), "1 missing: lm_head.weight"),
+    ],
+)
+def test_loading_is_strict(
+    change: Callable[[dict[str, Tensor]], object], said: str, tmp_path: Path
+) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "mistral")
+    edit(directory, change)
+    with pytest.raises(WeightsError, match=said):
+        load(directory)
+
+
+def test_duplicates_are_named(tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "mistral", max_shard_size="100KB")
+    first, *_, last = sorted(directory.glob("model-*.safetensors"))
+    tensors = load_file(last)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**tensors, name: tensor}, last, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=f"1 duplicate: {name}"):
+        load(directory)
+
+
+def test_a_missing_expert_is_told(tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "mixtral")
+    names = []
+
+    def drop(weights: dict[str, Tensor]) -> None:
+        names.append(next(name for name in weights if ".experts.1." in name))
+        del weights[names[0]]
+
+    edit(directory, drop)
+    with pytest.raises(WeightsError, match="experts"):
+        load(directory)
+
+
+def test_experts_are_merged_across_shards(tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(
+        tmp_path, "mixtral", max_shard_size="50KB", num_local_experts=12
+    )
+    assert len([*directory.glob("model-*.safetensors")]) > 4
+    assert_logits_are_transformers(directory, load(directory))
+
+
+@pytest.mark.parametrize("held", ["embedding", "head", "both", "different"])
+def test_weights_are_tied_as_transformers_ties_them(held: str, tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "mistral", tie_word_embeddings=True)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+
+    def change(weights: dict[str, Tensor]) -> None:
+        if held != "embedding":
+            weights[head] = weights[embedding].clone()
+        if held == "head":
+            del weights[embedding]
+        if held == "different":
+            weights[head] += 1.0
+
+    edit(directory, change)
+    assert_logits_are_transformers(directory, load(directory))
+
+
+def test_random_weights_need_a_config_only(tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "gemma3_text")
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    config = describe_model(directory).model
+    found = []
+    for _ in range(2):
+        model = load_model(config, directory, dtype=torch.float32, load_format="dummy", seed=3)
+        model.prepare()
+        driver = Driver(model)
+        driver.step([(0, prompt(12, 1))])
+        found.append(driver.logits(0))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
+    assert found[0].std() > 0.1
