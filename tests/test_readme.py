@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from docs import field_tables
 from minisrv import request
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core import scheduler
+from minisrv.model_config import ARCHITECTURES
 from minisrv.server import (
     app,
     connections,
@@ -21,6 +23,7 @@ from minisrv.server import (
     value_budget,
 )
 from minisrv.text import chat_template, grammar_trials, grammar_validator
+from tests import architectures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -93,3 +96,15 @@ def test_a_promise_names_the_test_that_keeps_it() -> None:
     promises = re.findall(r"^\| (?!promise)[^-].*$", page, re.MULTILINE)
     assert promises
     assert not [line for line in promises if "](../tests/" not in line]
+
+
+def test_the_table_of_models_is_what_the_tests_prove() -> None:
+    page = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (minisrv's|transformers') \| (.+) \|$", page, re.MULTILINE))
+    proved = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in architectures.ARCHITECTURES}
+    for code, names in (
+        ("minisrv's", ARCHITECTURES.keys()),
+        ("transformers'", proved - ARCHITECTURES.keys()),
+    ):
+        short = {re.sub(r"ForCausalLM$|LMHeadModel$", "", name) for name in names}
+        assert rows[code] == ", ".join(sorted(short, key=str.lower))
