@@ -83,6 +83,17 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert served(directory, mode, async_scheduling=mode == "full") == expected, mode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3_text", "gpt2", "gpt_oss", "granite", "mixtral", "phi3", "qwen3"]
+)
+def test_tokens_on_a_gpu(name: str, tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, name)
+    expected = greedy(directory)
+    for mode in MODES:
+        assert served(directory, mode, device="cuda") == expected, mode
+
+
 def test_int8(tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, "mistral", dtype=torch.bfloat16)
     settings = {"dtype": "auto", "quantization": "int8"}

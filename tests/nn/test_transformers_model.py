@@ -157,6 +157,23 @@ def test_both_implementations_describe_a_model_alike(variant: str, tmp_path: Pat
     assert 0 <= theirs.num_parameters - ours.num_parameters < 0.02 * ours.num_parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("gemma-3-1b", 999.9),
+        ("granite-3-2b", 2533.5),
+        ("olmo-2-1b", 1484.9),
+        ("phi-4-mini", 3836.0),
+        ("qwen3-30b-a3b", 30532.1),
+        ("smollm3-3b", 3075.1),
+    ],
+)
+def test_parameters_are_counted_without_making_any(name: str, millions: float) -> None:
+    """The numbers are those that are published with the models."""
+    model = describe_model(Path(__file__).parents[2] / "benchmarks" / "configs" / name).model
+    assert round(model.num_parameters / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2"])
 def test_bfloat16_and_int8_are_as_close_as_they_allow(
