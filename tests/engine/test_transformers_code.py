@@ -94,6 +94,16 @@ def test_tokens_on_a_gpu(name: str, tmp_path: Path) -> None:
         assert served(directory, mode, device="cuda") == expected, mode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "qwen3_moe"])
+def test_graphs_in_bfloat16_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Graphs are certified bit for bit, experts too, whose products are grouped."""
+    directory = make_transformers_checkpoint(tmp_path, name, dtype=torch.bfloat16)
+    settings = {"device": "cuda", "dtype": "bfloat16"}
+    found = [served(directory, mode, **settings) for mode in MODES]
+    assert all(tokens == found[0] for tokens in found[1:])
+
+
 def test_int8(tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, "mistral", dtype=torch.bfloat16)
     settings = {"dtype": "auto", "quantization": "int8"}
