@@ -15,6 +15,7 @@ files or serving.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -45,6 +46,10 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Settings that change what a model returns or reads, with the values that change nothing."""
 
+_UNUSED = ("dropout", "is_causal", "position_ids", "sliding_window", "use_cache")
+"""What layers pass to attention besides that is not needed: no token is dropped, and the mask says
+which ones are seen."""
+
 _FAR = 1 << 30
 """A position beyond any window."""
 
@@ -63,6 +68,7 @@ class AttentionCall:
     mask: which tokens a token sees by the mask, if masks are recorded; None if there is none. The
         mask is what holds: some layers pass a window to attention besides that their mask has not,
         and some do not pass the one that their mask has.
+    others: the names of what is passed besides, and is not implemented.
     """
 
     module: nn.Module
@@ -74,6 +80,7 @@ class AttentionCall:
     logit_soft_cap: float | None
     sinks: str | None
     mask: Mask | None
+    others: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ def record_attention(
             logit_soft_cap=softcap,
             sinks=None if s_aux is None else next(n for n, p in parameters if p is s_aux),
             mask=getattr(attention_mask, "minisrv_mask", None),
+            others=tuple(n for n, v in others.items() if v is not None and n not in _UNUSED),
         )
     )
     batch, heads, tokens, _ = query.shape
@@ -260,27 +268,28 @@ def check_architecture(config: PreTrainedConfig) -> None:
 def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
     """Return the shape of a decoder. Raises ConfigError, by name, for what the attention op does
     not compute."""
-    calls = decoder.calls
     name = _name(config)
     _check_settings(name, config)
-    _check_calls(name, config, calls)
-    model = decoder.model
+    _check_calls(name, config, decoder.calls)
+    model, layer = decoder.model, decoder.calls[0]
     head: Any = model.get_output_embeddings()
     tied = model.all_tied_weights_keys.keys()
+    sizes: dict[str, Any] = {
+        "vocab_size": head.weight.shape[0],
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": _intermediate_size(config, decoder.hidden_size),
+        "num_layers": len(decoder.calls),
+        "num_heads": layer.num_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+    }
+    for size in sizes:
+        positive(sizes, size)
     return ModelConfig(
         architecture=name,
-        vocab_size=head.weight.shape[0],
-        hidden_size=decoder.hidden_size,
-        intermediate_size=_intermediate_size(config, decoder.hidden_size),
-        num_layers=len(calls),
-        num_heads=calls[0].num_heads,
-        num_kv_heads=calls[0].num_kv_heads,
-        head_dim=calls[0].head_dim,
+        **sizes,
         rms_norm_eps=0.0,
-        max_position_embeddings=positive(
-            {"max_position_embeddings": getattr(config, "max_position_embeddings", None)},
-            "max_position_embeddings",
-        ),
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         tie_word_embeddings=bool(tied),
         implementation="transformers",
@@ -309,7 +318,7 @@ def _check_state(name: str, model: PreTrainedModel) -> None:
 
 def _check_calls(name: str, config: PreTrainedConfig, calls: Sequence[AttentionCall]) -> None:
     layers = getattr(config, "num_hidden_layers", None)
-    if len(calls) != layers:
+    if not calls or len(calls) != layers:
         raise ConfigError(
             f"{name} cannot be served: {len(calls)} of its {layers} layers call the attention that "
             "transformers lets a server replace, and all must, once each."
@@ -326,7 +335,14 @@ def _check_calls(name: str, config: PreTrainedConfig, calls: Sequence[AttentionC
                 f"{where} has keys of {call.head_dim} and values of {call.v_head_dim} elements; "
                 "implemented is attention in which both are the same."
             )
-        if call.num_heads % call.num_kv_heads:
+        window, cap = call.mask.sliding_window, call.logit_soft_cap
+        if (window is not None and window < 1) or not math.isfinite(call.scale):
+            raise ConfigError(
+                f"{where} has a window of {window} tokens and a scale of {call.scale}."
+            )
+        if cap is not None and not 0 < cap < math.inf:
+            raise ConfigError(f"{where} has a soft cap of {shown(cap)}, and it must be positive.")
+        if call.num_kv_heads < 1 or call.num_heads % call.num_kv_heads:
             raise ConfigError(
                 f"{where}: num_attention_heads={call.num_heads} is not a multiple of "
                 f"num_key_value_heads={call.num_kv_heads}."

@@ -128,6 +128,50 @@ def _decoder_of(name: str) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": 10**6},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"head_dim": 0},
+        {"hidden_size": 0},
+        {"hidden_size": 2**40},
+        {"vocab_size": 0},
+        {"vocab_size": -1},
+        {"vocab_size": "384"},
+        {"max_position_embeddings": 0},
+        {"sliding_window": 0},
+        {"sliding_window": "8"},
+        {"attn_logit_softcapping": 0.0},
+        {"attn_logit_softcapping": -1.0},
+        {"query_pre_attn_scalar": 0},
+        {"layer_types": ["chunked_attention"] * 4},
+        {"layer_types": ["full_attention"]},
+        {"rope_parameters": {"rope_type": "unknown"}},
+        {"quantization_config": {"bits": 4}},
+        {"output_attentions": True},
+        {"is_causal": False},
+        {"use_bidirectional_attention": True},
+        {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "unknown"},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    """Nothing but an error of minisrv is raised, whatever config.json says; one of these settings
+    changes nothing in this architecture, and the model is described."""
+    shape = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 384}
+    shape |= {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 32}
+    write_files(tmp_path, config__json={**shape, **change})
+    harmless = {"use_bidirectional_attention"}
+    try:
+        found = describe_model(tmp_path).model
+    except (ConfigError, ModelError):
+        return
+    assert change.keys() <= harmless, found
+
+
 def test_architectures_that_are_no_decoders_are_refused(tmp_path: Path) -> None:
     write_files(tmp_path, config__json={"architectures": ["T5Model"], "model_type": "t5"})
     with pytest.raises(UnknownArchitectureError, match=r"T5Model.*Llama.*transformers 5"):
