@@ -145,9 +145,9 @@ def _address(tensor: Tensor | None) -> int:
 NO_WINDOW = 2**62
 """A number of positions beyond the length of any sequence."""
 
-MAX_SCORES = 1 << 22
-"""Maximum number of scores that `_attend_by_scores` holds at once, 16 MiB of float32, unless those
-of one query are more."""
+MAX_SCORES = 1 << 20
+"""Maximum number of scores that `_attend_by_scores` computes at once, 4 MiB of float32, unless
+those of one query are more."""
 
 _ARGUMENTS = Struct("22q3d")
 """Layout of `struct attention` in `cpu.c`: thirteen addresses, nine integers, and eps, scale and
@@ -213,16 +213,19 @@ def _attend_by_scores(
     most = max(1, MAX_SCORES // (layer.num_heads * length))
     for first in range(0, n, most):
         q, out = (x[first : first + most].permute(1, 2, 0, 3) for x in (queries, results))
-        scores = (q.reshape(num_kv_heads, -1, head_dim) @ k.mT).view(*q.shape[:3], length)
+        position = length - n + first
+        begin, end = max(position - window + 1, 0), position + q.shape[2]
+        scores = q.reshape(num_kv_heads, -1, head_dim) @ k[:, begin:end].mT
+        scores = scores.view(*q.shape[:3], end - begin)
         if layer.logit_soft_cap is not None:
             scores.div_(layer.logit_soft_cap).tanh_().mul_(layer.logit_soft_cap)
-        seen = _mask(q.shape[2], length, length - n + first, window)
+        seen = _mask(q.shape[2], end - begin, position - begin, window)
         scores.masked_fill_(~seen, -torch.inf)
         if layer.sinks is not None:
             sinks = layer.sinks.float().view(num_kv_heads, group, 1, 1)
             scores = torch.cat((scores, sinks.expand(*q.shape[:3], 1)), dim=-1)
-        weights = scores.softmax(dim=-1)[..., :length]
-        out.copy_((weights.flatten(1, 2) @ v).view(q.shape))
+        weights = scores.softmax(dim=-1)[..., : end - begin]
+        out.copy_((weights.flatten(1, 2) @ v[:, begin:end]).view(q.shape))
 
 
 def _mask(n: int, length: int, first: int, window: int) -> Tensor:

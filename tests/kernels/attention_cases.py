@@ -24,6 +24,18 @@ TOLERANCE = {
 }
 STALE = 2**31 - 1
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {
+        "rotate": False,
+        "norm": False,
+        "sliding_window": 100,
+        "logit_soft_cap": 30.0,
+        "sinks": True,
+    },
+]
+"""Options of `make_case`: those of Qwen3's attention, and everything that others have."""
+
 
 @dataclass
 class Case:
