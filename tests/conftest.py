@@ -40,6 +40,9 @@ MOST_WORKERS = 4
 QUICK = ("core", "graph", "nn", "runner", "server", "text", "tools")
 """Directories whose tests start no servers, run no model for long and interpret no kernels."""
 
+NOT_QUICK = ("test_compile.py", "test_transformers_model.py")
+"""Files in these directories that compile models, or make one of every architecture."""
+
 
 @pytest.fixture
 def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +63,8 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.parent == here or item.path.relative_to(here).parts[0] in QUICK:
+        quick = item.path.parent == here or item.path.relative_to(here).parts[0] in QUICK
+        if quick and item.path.name not in NOT_QUICK:
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
