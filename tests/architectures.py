@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.checkpoints import EOS, VOCAB_SIZE
+from tests.checkpoints import EOS, VOCAB_SIZE, draw_weights
 from tests.text.tiny_tokenizer import save_chatml
 
 _SHAPE: dict[str, Any] = {
@@ -149,13 +149,7 @@ def make_transformers_model(name: str, *, seed: int = 0, **overrides: Any) -> Pr
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter, weight in model.named_parameters():
-            scale = 0.3 if weight.dim() == 1 else 1.5 * weight.shape[-1] ** -0.5
-            weight.normal_(0.0, scale, generator=generator)
-            if parameter.endswith("norm.weight"):
-                weight.add_(1.0)
+    draw_weights(model, seed)
     return model
 
 

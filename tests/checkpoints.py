@@ -82,6 +82,12 @@ def make_model(variant: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Pr
     config = config_class(**{**_SHAPE, **VARIANTS[variant], **overrides})
     config._attn_implementation = "eager"
     model = model_class(config).eval()
+    draw_weights(model, seed)
+    return model
+
+
+def draw_weights(model: PreTrainedModel, seed: int) -> None:
+    """Fill a model with random weights, norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -89,7 +95,6 @@ def make_model(variant: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Pr
             weight.normal_(0.0, scale, generator=generator)
             if name.endswith("norm.weight"):
                 weight.add_(1.0)
-    return model
 
 
 def make_checkpoint(

@@ -71,7 +71,9 @@ class TrialSpace:
 
 @contextmanager
 def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]:
-    """Take free blocks, as many as any trial needs, from the pool of the cache for the block."""
+    """Take free blocks, as many as any trial needs, from the pool of the cache for the block. At
+    least one block must be free; with few of them, batches are short."""
+    assert pool.num_free, "a trial needs a block"
     everything = TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
     blocks = pool.reserve(blocks_for_any_batch(everything))
     try:

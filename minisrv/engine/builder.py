@@ -43,7 +43,6 @@ class EngineParts:
     """The parts of an engine.
 
     config: the settings, as the device resolves them.
-    steps_ahead: the number of steps that are launched ahead of the one whose tokens are read.
     info: the description of the engine for others.
     memory: the plan for the KV cache.
     times: the duration of a step by each graph, if the platform has graphs timed.
@@ -54,7 +53,6 @@ class EngineParts:
     dispatcher: Dispatcher
     runner: ModelRunner
     grammars: Grammars
-    steps_ahead: int
     info: EngineInfo
     memory: MemoryPlan
     times: Mapping[GraphKey, StepTime]
@@ -187,7 +185,6 @@ def build_engine(
         dispatcher=Dispatcher(ladders, times),
         runner=runner,
         grammars=grammars,
-        steps_ahead=int(config.async_scheduling),
         info=info,
         memory=memory,
         times=times,

@@ -92,7 +92,7 @@ class EngineCore:
         self.info = parts.info
         self.observers = parts.runner.observers
         self._grammars = parts.grammars
-        self._steps_ahead = parts.steps_ahead
+        self._steps_ahead = int(parts.config.async_scheduling)
         self._interrupted = False
         self._had_work_throughout = False
         self._in_flight: deque[_InFlight] = deque()

@@ -115,11 +115,6 @@ class ModelRunner:
         self.allowed_tokens = allowed_tokens
         self.observers: list[StepObserver] = []
 
-    def run_step(self, output: SchedulerOutput, dispatch: Dispatch) -> StepResult:
-        """Launch a scheduled step as it was dispatched, and return its result."""
-        self.execute_model(output, dispatch)
-        return self.sample_tokens(output, dispatch)
-
     @torch.no_grad()
     def execute_model(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         """Launch the stage of the model. `sample_tokens` must be called for this step before

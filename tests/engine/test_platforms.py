@@ -287,11 +287,11 @@ def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoin
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "asked", "steps_ahead"),
-    [(False, None, 0), (False, True, 1), (True, None, 1), (True, False, 0)],
+    ("on_gpu", "asked", "ahead"),
+    [(False, None, False), (False, True, True), (True, None, True), (True, False, False)],
 )
-def test_a_start_on_each_platform(on_gpu, asked, steps_ahead, checkpoint, monkeypatch, caplog):
-    """Each platform has its own phases of the line `ready in`, number of steps launched ahead, and
+def test_a_start_on_each_platform(on_gpu, asked, ahead, checkpoint, monkeypatch, caplog):
+    """Each platform has its own phases of the line `ready in`, default of async scheduling, and
     choice of whether graphs are probed and timed."""
     if on_gpu:
         monkeypatch.setattr(builder, "platform_of", lambda config: Gpu())
@@ -309,7 +309,7 @@ def test_a_start_on_each_platform(on_gpu, asked, steps_ahead, checkpoint, monkey
     if on_gpu:
         phases.remove("kernels")
     assert list(parts.info.startup_seconds) == phases
-    assert parts.steps_ahead == steps_ahead
+    assert parts.config.async_scheduling is ahead
     assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)
     assert f"resolved settings: {parts.info.summary}" in caplog.text
     keys = parts.dispatcher.ladders.keys()

@@ -184,7 +184,12 @@ class Step:
         return self.dispatch.descriptor.num_tokens
 
     def launch(self) -> StepResult:
-        return self.engine.runner.run_step(self.output, self.dispatch)
+        return self.launch_on(self.engine.runner)
+
+    def launch_on(self, runner: ModelRunner) -> StepResult:
+        """Launch the step on a runner, which may be that of another engine."""
+        runner.execute_model(self.output, self.dispatch)
+        return runner.sample_tokens(self.output, self.dispatch)
 
     def retire(self, result: StepResult) -> None:
         self.engine.scheduler.update(self.output.step_id, result.tokens())

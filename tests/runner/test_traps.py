@@ -254,7 +254,7 @@ def compare_with_a_fresh_engine(model: Model, step: Step) -> None:
         if not name.startswith("buffers"):
             tensor.copy_(values[name])
     for runner in (step.engine.runner, fresh.runner):
-        runner.run_step(step.output, step.dispatch)
+        step.launch_on(runner)
     rows = step.dispatch.descriptor.num_reqs
     if rows is None:
         rows = len(step.output.rows)
@@ -615,15 +615,15 @@ def replay_all(model: Model) -> None:
 
 
 def results_are_views(patch: Patch) -> None:
-    execute = ModelRunner.run_step
+    sample_tokens = ModelRunner.sample_tokens
 
     def broken(self, output, dispatch):
-        result = execute(self, output, dispatch)
+        result = sample_tokens(self, output, dispatch)
         return StepResult(
             self.buffers.sampled_token_ids[: output.num_rows], result.logprobs, result.end_event
         )
 
-    patch.setattr(ModelRunner, "run_step", broken)
+    patch.setattr(ModelRunner, "sample_tokens", broken)
 
 
 @fails_with(results_are_views, on_cuda=(results_are_views,))
