@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from minisrv import LLM, SamplingParams
 from minisrv.certification.sweep import sweep
-from tests.architectures import make_transformers_checkpoint
+from tests.architectures import ARCHITECTURES, make_transformers_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.nn.test_logits import prompt
 
@@ -85,9 +85,7 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name", ["gemma2", "gemma3_text", "gpt2", "gpt_oss", "granite", "mixtral", "phi3", "qwen3"]
-)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_on_a_gpu(name: str, tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, name)
     expected = greedy(directory)

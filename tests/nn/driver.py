@@ -37,8 +37,12 @@ class Driver:
         self.max_blocks = -(-max_len // block_size)
         blocks = 1 + rows * self.max_blocks
         shape = (blocks, block_size, 2, config.num_kv_heads, config.head_dim)
-        caches = [torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(config.num_layers)]
         model.allocate_buffers(rows * max_len)
+        self.device = model.qkv.device
+        with self.device:
+            caches = [
+                torch.full(shape, torch.nan, dtype=model.dtype) for _ in range(config.num_layers)
+            ]
         model.bind_kv_cache(caches)
         self.caches = caches
         order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -72,16 +76,18 @@ class Driver:
         ids, positions, slots = (x + [0] * pad_tokens for x in (ids, positions, slots))
         self.model.qkv.fill_(torch.nan)
         self.model.attn_out.fill_(torch.nan)
-        attn = AttentionMetadata(
-            slot_mapping=torch.tensor(slots),
-            block_table=torch.tensor(tables, dtype=torch.int32),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
-            max_query_len=1 if len(ids) == len(lengths) else len(ids),
-        )
+        with self.device:
+            attn = AttentionMetadata(
+                slot_mapping=torch.tensor(slots),
+                block_table=torch.tensor(tables, dtype=torch.int32),
+                seq_lens=torch.tensor(lengths, dtype=torch.int32),
+                query_start_loc=torch.tensor(starts, dtype=torch.int32),
+                max_query_len=1 if len(ids) == len(lengths) else len(ids),
+            )
+            inputs = torch.tensor(ids), torch.tensor(positions)
         layers = self.model.attention_layers
         context = ForwardContext(CUDAGraphMode.NONE, BatchDescriptor(len(ids)), attn, layers)
-        return torch.tensor(ids), torch.tensor(positions), context
+        return (*inputs, context)
 
     def step(
         self, batch: list[tuple[int, list[int]]], *, pad_tokens: int = 0, pad_rows: int = 0
@@ -100,13 +106,13 @@ class Driver:
         return logits
 
     def logits(self, index: int) -> Tensor:
-        """Return the logits of all tokens so far of one row, [tokens, vocab]."""
-        return torch.cat(self.rows[index].logits)
+        """Return the logits of all tokens so far of one row, [tokens, vocab], on the CPU."""
+        return torch.cat(self.rows[index].logits).cpu()
 
 
 def forward(model: Model, ids: Tensor, positions: Tensor) -> Tensor:
     """Return the model's hidden states for these tokens, [T, hidden]."""
-    hidden = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype)
+    hidden = torch.empty(len(ids), model.config.hidden_size, dtype=model.dtype, device=ids.device)
     model(ids, positions, hidden)
     return hidden
 

@@ -23,12 +23,18 @@ from tests.checkpoints import VARIANTS, make_checkpoint, write_files
 from tests.nn.driver import Driver
 from tests.nn.test_logits import TOLERANCE, prompt, reference
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 
 def load(
-    directory: Path, dtype: torch.dtype = torch.float32, *, quantization: str | None = None
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    quantization: str | None = None,
 ) -> Model:
     config = describe_model(directory, "transformers").model
-    model = load_model(config, directory, dtype=dtype)
+    model = load_model(config, directory, dtype=dtype, device=device)
     assert isinstance(model, TransformersModel)
     model.prepare(quantization=quantization)
     return model
@@ -48,10 +54,11 @@ def assert_logits_are_transformers(directory: Path, model: Model) -> None:
         torch.testing.assert_close(driver.logits(index), reference(directory, row), **TOLERANCE)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_of_every_architecture(name: str, tmp_path: Path) -> None:
+def test_logits_of_every_architecture(name: str, device: str, tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, name)
-    assert_logits_are_transformers(directory, load(directory))
+    assert_logits_are_transformers(directory, load(directory, device=device))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
