@@ -58,9 +58,10 @@ def load(
     if files is not None:
         check_size(config, directory, files)
     decoder = make_on_meta(read_config(directory), dtype)
-    if torch.device(device).type == "cuda" and dtype == torch.bfloat16:
+    if torch.device(device).type == "cpu" or dtype == torch.bfloat16:
         # This form reads each expert once. That in which models are made copies an expert's weights
-        # for every token that it is chosen for, and has kernels for every dtype and device.
+        # for every token that it is chosen for; for other dtypes on CUDA there is none but that,
+        # as torch's product of groups reads their sizes back there, which a graph cannot hold.
         decoder.model.config._experts_implementation = "grouped_mm"
     weights = _Weights(decoder.model, device)
     if files is None:

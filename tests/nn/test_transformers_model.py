@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from minisrv.checkpoint import describe_model
@@ -241,6 +243,26 @@ def test_bfloat16_and_int8_are_as_close_as_they_allow(
     ours_off = (driver.logits(0).float() - exact).square().mean().sqrt()
     theirs_off = (theirs - exact).square().mean().sqrt()
     assert ours_off < (1.2 if quantization is None else 2.5) * theirs_off
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_step_copies_experts(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A step of many tokens makes no tensor as large as a copy of a weight for each choice of an
+    expert."""
+    made: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            made.extend(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+            return result
+
+    directory = make_transformers_checkpoint(tmp_path, "mixtral", dtype=dtype)
+    driver = Driver(load(directory, dtype))
+    with Sizes():
+        driver.step([(0, prompt(100, 1))])
+    experts_per_token, expert = 2, 64 * 96
+    assert max(made) < 100 * experts_per_token * expert
 
 
 # ---- loading ---------------------------------------------------------------------------------
