@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.checkpoints import EOS, VOCAB_SIZE, draw_weights
@@ -107,6 +109,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vaultgemma": {**_WINDOW, **_GEMMA},
 }
 """Each architecture by its `model_type`, with the settings that set it apart."""
+
+SINCE = {"codegen": "5.24", "gptj": "5.24"}
+"""The first version of transformers whose code of an architecture can be served, where that is not
+the oldest one that minisrv takes."""
+
+INSTALLED = [
+    name
+    for name in ARCHITECTURES
+    if Version(transformers.__version__) >= Version(SINCE.get(name, "5"))
+]
+"""The architectures that the installed version of transformers has code for that can be served."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({}, "BloomForCausalLM.* 0 of its 4 layers"),

@@ -101,7 +101,8 @@ class CUDAGraphWrapper:
             backend.abandon()
             if isinstance(error, RuntimeError):
                 raise GraphCaptureError(
-                    f"{context.descriptor} cannot be captured: {error}"
+                    f"{context.descriptor} cannot be captured: {error}\n--enforce-eager serves "
+                    "the model without graphs."
                 ) from error
             raise
         nbytes = backend.memory_used() - memory_before

@@ -64,7 +64,7 @@ def sliced(
     output = gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, left)))[None, :][:, :, None]
     output += gl.program_id(0) * BLOCK_N
     source = weight + output.to(gl.int64) * K
-    partner = source + n.to(gl.int64) * K
+    partner = source + gl.cast(n, gl.int64) * K
     there = output < n
     slices = gl.arange(0, SLICES, gl.SliceLayout(1, gl.SliceLayout(2, right)))[:, None][:, :, None]
     depth = gl.arange(0, BLOCK_K, gl.SliceLayout(0, gl.SliceLayout(2, right)))[None, :][:, :, None]

@@ -128,7 +128,7 @@ def _gemv(
     there = output < n
     inside = there[:, None]
     source = weight + output.to(tl.int64)[:, None] * K
-    partner = source + n.to(tl.int64) * K
+    partner = source + tl.cast(n, tl.int64) * K
     column = tl.arange(0, BLOCK_K)[None, :]
     w = tl.load(source + column, inside & (column < K), other=0.0)
     u = w
@@ -240,7 +240,7 @@ def _tall(
     inside = (output < n)[:, None]
     row = tl.arange(0, ROWS)
     source = weight + output.to(tl.int64)[:, None] * K
-    partner = source + n.to(tl.int64) * K
+    partner = source + tl.cast(n, tl.int64) * K
     column = tl.arange(0, BLOCK_K)[None, :]
     stages: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begins = stages * split // SPLITS * BLOCK_K

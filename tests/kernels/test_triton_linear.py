@@ -76,14 +76,14 @@ KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bia
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(RELATIVE), ids=str)
-@pytest.mark.parametrize(("n", "k"), [(5, 7), (64, 64), (33, 150)])
+@pytest.mark.parametrize(("n", "k"), [(1, 40), (5, 7), (64, 64), (33, 150)])
 def test_gemv(n: int, k: int, dtype: torch.dtype, kind: str) -> None:
     """The weight's rows are one tile of depth, or several, of which the last is not full."""
     tile = GemvTile(outputs=2, depth=64, warps=4)
     check(tile, dtype, n, k, 1, kind)
 
 
-SLICED = [(5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)]
+SLICED = [(1, 96, 4), (5, 17, 3), (64, 96, 16), (33, 300, 2), (40, 1100, 9), (100, 1100, 40)]
 """(n, k, rows) for which slices are empty, full, or several for a warp, and for which two programs
 share the rows."""
 
@@ -124,7 +124,7 @@ def test_sliced_loads_what_tensor_cores_take(k: int, outputs: int, ahead: int, r
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])], ids=str
 )
-@pytest.mark.parametrize(("n", "k", "rows"), [(5, 17, 3), (64, 96, 16), (33, 150, 17)])
+@pytest.mark.parametrize(("n", "k", "rows"), [(1, 17, 3), (5, 17, 3), (64, 96, 16), (33, 150, 17)])
 def test_tall(n: int, k: int, rows: int, dtype: torch.dtype, kind: str, splits: int) -> None:
     """Some products have fewer columns than their splits cover, so that a split may be empty."""
     tile = TallTile(outputs=16, depth=32, warps=1, stages=2, splits=splits)

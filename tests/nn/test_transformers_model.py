@@ -20,7 +20,7 @@ from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError, We
 from minisrv.nn.loader import load_model
 from minisrv.nn.model import Model
 from minisrv.nn.transformers_model import TransformersModel
-from tests.architectures import ARCHITECTURES, REFUSED, WINDOW, make_transformers_checkpoint
+from tests.architectures import INSTALLED, REFUSED, WINDOW, make_transformers_checkpoint
 from tests.checkpoints import VARIANTS, make_checkpoint, write_files
 from tests.nn.driver import Driver
 from tests.nn.test_logits import TOLERANCE, prompt, reference
@@ -57,7 +57,7 @@ def assert_logits_are_transformers(directory: Path, model: Model) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_logits_of_every_architecture(name: str, device: str, tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, name)
     assert_logits_are_transformers(directory, load(directory, device=device))
