@@ -63,7 +63,8 @@ class EngineConfig:
         is float16, float is float32.
     device: the device to run on. auto is the GPU if there is one, else the CPU.
     model_impl: whose code computes the model. minisrv has faster code of its own for some
-        architectures, which auto takes where there is one; transformers has code for most others.
+        architectures, which auto takes where it computes what the checkpoint asks for; transformers
+        has code for most others.
     load_format: where the weights come from. auto reads safetensors files; dummy draws random
         weights and needs no file but config.json.
     quantization: int8 stores the weights of the projections with 8 bits each, on a CPU. By default

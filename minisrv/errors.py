@@ -2,7 +2,8 @@
 
     MinisrvError
     |- ConfigError            a setting is wrong: the process exits 1 and prints the message
-    |  `- CoverageError       the capture sizes leave a decode batch without a graph
+    |  |- CoverageError       the capture sizes leave a decode batch without a graph
+    |  `- UnsupportedSettingError  the decoder in `nn` does not compute a model that is set so
     |- ModelError             a checkpoint cannot be served
     |  |- UnknownArchitectureError
     |  `- WeightsError        missing, unexpected or misshapen weights
@@ -103,6 +104,11 @@ class ConfigError(MinisrvError):
 
 class CoverageError(ConfigError):
     """The capture sizes leave some decode batch without a graph."""
+
+
+class UnsupportedSettingError(ConfigError):
+    """A setting of a checkpoint that changes the computation, and that the decoder in `nn` does not
+    implement; transformers' code may."""
 
 
 class ModelError(MinisrvError):

@@ -15,7 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from minisrv.errors import ConfigError, UnknownArchitectureError, shown
+from minisrv.errors import (
+    ConfigError,
+    UnknownArchitectureError,
+    UnsupportedSettingError,
+    shown,
+)
 
 
 class RopeScaling(enum.StrEnum):
@@ -158,8 +163,8 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Make the shape from a configuration of transformers (its `to_dict()`).
 
-        Raises UnknownArchitectureError, and ConfigError for a value that is not allowed or a
-        setting that would change the computation and is not implemented.
+        Raises UnknownArchitectureError, UnsupportedSettingError for a setting that would change the
+        computation and is not implemented, and ConfigError for a value that is not allowed.
         """
         check_implemented(config)
         architecture = architecture_of(config)
@@ -234,28 +239,14 @@ _MAX_INTEGER = 2**31 - 1
 """Largest dimension of a model; numbers of bytes that are computed from dimensions fit 64 bits."""
 
 
-def choose_implementation(config: Mapping[str, Any], model_impl: str) -> str:
-    """Return whose code computes a model, one of `IMPLEMENTATIONS`.
-
-    config: a raw config.json, or a configuration that transformers has resolved.
-    model_impl: the setting of that name; "auto" takes the decoder in `nn` for the architectures
-        that it implements.
-    """
-    if model_impl != "auto":
-        return model_impl
-    return "minisrv" if architecture_of(config) in ARCHITECTURES else "transformers"
-
-
 def check_implemented(config: Mapping[str, Any], implementation: str = "minisrv") -> None:
     """Refuse a configuration for settings that are wrong whatever the defaults are, so that
     `config` may be a raw config.json or one that transformers has resolved.
 
     implementation: whose code computes the model, one of `IMPLEMENTATIONS`. What transformers' code
         computes is checked by `checkpoint.transformers_decoder` besides.
-    Raises UnknownArchitectureError, ConfigError.
+    Raises ConfigError, and for "minisrv" UnknownArchitectureError and UnsupportedSettingError.
     """
-    if implementation == "minisrv":
-        _check_implemented_here(config)
     if config.get("quantization_config"):
         raise ConfigError("quantized checkpoints are not implemented; load the original one.")
     for name, most in _LISTED.items():
@@ -266,6 +257,8 @@ def check_implemented(config: Mapping[str, Any], implementation: str = "minisrv"
             raise ConfigError(
                 f"config.json: {name}={shown(value)} is not implemented; leave it out."
             )
+    if implementation == "minisrv":
+        _check_implemented_here(config)
 
 
 def _check_implemented_here(config: Mapping[str, Any]) -> None:
@@ -274,8 +267,7 @@ def _check_implemented_here(config: Mapping[str, Any]) -> None:
     if architecture not in ARCHITECTURES:
         raise UnknownArchitectureError(
             f"architecture {shown(architecture)} is not implemented; "
-            f"implemented are: {', '.join(sorted(ARCHITECTURES))}. transformers' own code may "
-            "compute it (--model-impl transformers)."
+            f"implemented are: {', '.join(sorted(ARCHITECTURES))}."
         )
     kind = config.get("model_type")
     if kind != ARCHITECTURES[architecture]:
@@ -284,13 +276,15 @@ def _check_implemented_here(config: Mapping[str, Any]) -> None:
             f"whose model_type is {ARCHITECTURES[architecture]!r}."
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act={shown(config['hidden_act'])} is not implemented; silu is.")
+        raise UnsupportedSettingError(
+            f"hidden_act={shown(config['hidden_act'])} is not implemented; silu is."
+        )
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
         raise ConfigError(f"config.json: layer_types={shown(kinds)} must be a list.")
     sliding = [kind for kind in kinds if kind != "full_attention"]
     if sliding:
-        raise ConfigError(
+        raise UnsupportedSettingError(
             f"layers of the kind {shown(sliding[0])} are not implemented; only full attention is "
             "(use_sliding_window and layer_types in config.json)."
         )
@@ -339,13 +333,13 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
         settings = full_attention
     kind = settings.get("rope_type", "default")
     if kind not in tuple(RopeScaling):
-        raise ConfigError(
+        raise UnsupportedSettingError(
             f"rope_type={shown(kind)} is not implemented; "
             f"implemented are: {', '.join(RopeScaling)}."
         )
     scaling = RopeScaling(kind)
     if (settings.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor other than 1.0 is not implemented.")
+        raise UnsupportedSettingError("partial_rotary_factor other than 1.0 is not implemented.")
 
     def number(name: str, default: float | None = None) -> float:
         """Return a positive number of the RoPE settings, or `default` if it is absent or null.

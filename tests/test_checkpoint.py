@@ -360,7 +360,7 @@ def test_broken_json_is_named(tmp_path: Path) -> None:
         ({"architectures": ["MambaForCausalLM"]}, UnknownArchitectureError, "Mamba.*Llama"),
         ({"architectures": None}, UnknownArchitectureError, "None"),
         ({"model_type": "mistral"}, ConfigError, "'mistral' does not go with.*'llama'"),
-        ({"hidden_act": "gelu"}, ConfigError, "hidden_act='gelu'"),
+        ({"hidden_act": "x"}, ModelError, "hidden_act='x'.*silu is.*transformers' code"),
         ({"hidden_size": 65}, ModelError, "multiple"),
         ({"num_attention_heads": "4"}, ModelError, "num_attention_heads"),
         (

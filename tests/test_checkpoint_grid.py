@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minisrv.checkpoint import describe_model
-from minisrv.errors import ConfigError, MinisrvError
+from minisrv.errors import ConfigError, MinisrvError, UnsupportedSettingError
 from minisrv.nn.loader import EMBEDDING, HEAD, load_model
 from tests.checkpoints import make_model, write_files
 from tests.nn.driver import Driver
@@ -191,6 +191,7 @@ RESHAPED: dict[str, Json] = {
     "other vocabulary": {"vocab_size": 80},
 }
 REFUSED: dict[str, tuple[Json, str]] = {
+    "activation": ({"hidden_act": "x"}, "hidden_act='x'.*silu is.*transformers' code"),
     "kind of RoPE": ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_type='su'"),
     "no kind of RoPE": ({"rope_scaling": {"rope_type": None}}, "rope_type=None"),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
@@ -199,7 +200,6 @@ REFUSED: dict[str, tuple[Json, str]] = {
     "endless theta": ({"rope_theta": float("inf"), "rope_parameters": {}}, "rope_theta=inf"),
     "words for mscale": (scaled(mscale="x", mscale_all_dim="y"), "mscale='x'"),
     "theta of one": (scaled(rope_theta=1.0), "rope_theta=1.0"),
-    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "two ways of RoPE": (
         {
             "rope_parameters": {"full_attention": YARN, "rope_type": "default"},
@@ -211,10 +211,6 @@ REFUSED: dict[str, tuple[Json, str]] = {
         {"rope_parameters": {"full_attention": None}, "layer_types": ["full_attention"]},
         "RoPE settings for full_attention do not go",
     ),
-    "windows": (
-        {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 8},
-        "'sliding_attention'",
-    ),
     "no causal mask": ({"is_causal": False}, "is_causal=False"),
     "layers apart": ({"per_layer_config": {"0": {"intermediate_size": 16}}}, "per_layer_config"),
     "other weights": ({"transformers_weights": "x.safetensors"}, "transformers_weights='x"),
@@ -223,6 +219,46 @@ REFUSED: dict[str, tuple[Json, str]] = {
     "negative heads": ({"num_key_value_heads": -2}, "num_key_value_heads=-2"),
     "endless layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
 }
+
+
+BY_TRANSFORMERS: dict[str, tuple[Json, str]] = {
+    "windows": (
+        {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 8},
+        "'sliding_attention'",
+    ),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "longrope": (
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0, 3.0, 4.0, 5.0],
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "head_dim": 8,
+        },
+        "rope_type='longrope'",
+    ),
+}
+"""Settings that the decoder in `nn` does not compute, and what is said of them."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", BY_TRANSFORMERS)
+def test_config_that_transformers_code_computes(
+    change: str, family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    told, said = BY_TRANSFORMERS[change]
+    refill(edited(bases[family], tmp_path, told))
+    found = describe_model(tmp_path)
+    assert found.model.implementation == "transformers"
+    assert said in found.refusal
+    assert_same_logits(tmp_path)
+    with pytest.raises(UnsupportedSettingError, match=f"{said}.*--model-impl transformers"):
+        describe_model(tmp_path, "minisrv")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +39,15 @@ from minisrv.checkpoint.schema import (
     Descriptions,
     ModelDescription,
 )
-from minisrv.errors import MinisrvError, ModelError, truncated
+from minisrv.errors import (
+    MinisrvError,
+    ModelError,
+    UnknownArchitectureError,
+    UnsupportedSettingError,
+    truncated,
+)
 from minisrv.import_path import ROOT, without_working_directory
-from minisrv.model_config import choose_implementation
+from minisrv.model_config import check_implemented
 from minisrv.text import tokenizer_description
 from minisrv.text.tokenizer_description import TokenizerDescription
 
@@ -99,13 +106,11 @@ def describe(model: Path | None, tokenizer: Path | None, model_impl: str = "auto
     read by one process together.
 
     model, tokenizer: the directories, either of which may be None.
-    model_impl: the setting of that name.
+    model_impl: the setting of that name; "auto" takes the decoder in `nn` for what it computes, and
+        transformers' code for all else.
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
     place = _entries_directory()
-    implementation = "minisrv"
-    if model is not None:
-        implementation = choose_implementation(read_json(model / CONFIG), model_impl)
     asked = {
         "model": (model, MODEL_FILES),
         "tokenizer": (tokenizer, (CONFIG, *TOKENIZER_FILES)),
@@ -116,15 +121,15 @@ def describe(model: Path | None, tokenizer: Path | None, model_impl: str = "auto
         if directory is not None:
             matching_files(directory, _OTHERS)
             files = matching_files(directory, patterns)
-            entries[name] = place and _entry(place / name, directory, files, implementation)
+            entries[name] = place and _entry(place / name, directory, files, model_impl)
     found = Descriptions(
         model=_read_entry(entries["model"], ModelDescription),
         tokenizer=_read_entry(entries["tokenizer"], TokenizerDescription),
     )
-    read = _read(
+    read = _read_by_first(
         model if found.model is None else None,
         tokenizer if found.tokenizer is None else None,
-        implementation,
+        model_impl,
     )
     for name, entry in entries.items():
         if (description := getattr(read, name)) is not None:
@@ -138,10 +143,40 @@ def has_tokenizer(directory: Path) -> bool:
     return bool(matching_files(directory, TOKENIZER_FILES))
 
 
+def _read_by_first(model: Path | None, tokenizer: Path | None, model_impl: str) -> Descriptions:
+    """Read the descriptions, that of the model for the first implementation that computes it among
+    those that `model_impl` allows. Raises the errors of `describe`."""
+    implementation = "minisrv" if model_impl == "auto" else model_impl
+    try:
+        return _read(model, tokenizer, implementation)
+    except (UnknownArchitectureError, UnsupportedSettingError) as error:
+        if implementation == "transformers":
+            raise
+        refusal = error
+    if model_impl == "minisrv":
+        raise type(refusal)(
+            f"{refusal.message} transformers' own code may compute it (--model-impl transformers)."
+        )
+    try:
+        read = _read(model, tokenizer, "transformers")
+    except MinisrvError as error:
+        if isinstance(refusal, UnknownArchitectureError):
+            raise  # it is enough to know what transformers' code cannot serve
+        raise type(error)(
+            f"{refusal.message} By transformers' code it cannot be served either: {error.message}"
+        ) from error
+    assert read.model is not None, "what was refused is a model"
+    read.model = replace(read.model, refusal=refusal.message)
+    return read
+
+
 def _read(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
     """Read the descriptions with transformers: in this process if it has imported that library
     already, or else in a new one. Raises the error that the answer names, or ModelError."""
-    if model is None and tokenizer is None:
+    if model is not None:
+        # What the raw file already shows needs no process.
+        check_implemented(read_json(model / CONFIG), implementation)
+    elif tokenizer is None:
         return Descriptions()
     if "transformers" in sys.modules:
         from minisrv.checkpoint.by_transformers import describe as ask
@@ -206,17 +241,17 @@ def _entries_directory() -> Path | None:
         return None
 
 
-def _entry(kind: Path, directory: Path, files: Sequence[Path], implementation: str) -> Path:
+def _entry(kind: Path, directory: Path, files: Sequence[Path], model_impl: str) -> Path:
     """Return the path of a cached description. Its name is a digest of the files from which the
     description is made and of the code that makes it.
 
     kind: the directory of cached descriptions, and `model` or `tokenizer`.
     directory: the directory of the checkpoint.
     files: the files there on which the description depends.
-    implementation: whose code computes the model; the description of a model depends on it.
+    model_impl: the setting of that name; the description of a model depends on it.
     Raises ModelError if they cannot be read.
     """
-    digest = hashlib.sha256(_code_digest() + implementation.encode())
+    digest = hashlib.sha256(_code_digest() + model_impl.encode())
     try:
         for path in files:
             with path.open("rb") as file:

@@ -14,9 +14,7 @@ from pathlib import Path
 import msgspec
 
 from minisrv.checkpoint.description import describe, has_tokenizer
-from minisrv.checkpoint.files import read_json
 from minisrv.checkpoint.location import (
-    CONFIG,
     GENERATION_CONFIG,
     fetch_weights,
     resolve_checkpoint,
@@ -26,7 +24,7 @@ from minisrv.checkpoint.location import (
 from minisrv.checkpoint.schema import GenerationConfig
 from minisrv.config import EngineConfig, read_text
 from minisrv.errors import ConfigError, EngineError, ModelError
-from minisrv.model_config import ModelConfig, check_implemented, choose_implementation
+from minisrv.model_config import ModelConfig
 from minisrv.text.tokenizer_description import TokenizerDescription
 
 logger = logging.getLogger(__name__)
@@ -80,20 +78,20 @@ def open_checkpoint(config: EngineConfig, *, weights: bool = True) -> Checkpoint
 def _opened(config: EngineConfig, weights: bool) -> Checkpoint:
     dummy = config.load_format == "dummy"
     directory = resolve_checkpoint(config.model, config.revision)
-    settings = read_json(directory / CONFIG)
-    check_implemented(settings, choose_implementation(settings, config.model_impl))
     place = directory
     if config.tokenizer is not None:
         place = resolve_directory(config.tokenizer)
-    there = has_tokenizer(place)
-    if not there and not (dummy and config.tokenizer is None):
+    found = describe(directory, place if has_tokenizer(place) else None, config.model_impl)
+    assert found.model is not None
+    model, tokenizer = found.model.model, found.tokenizer
+    if tokenizer is None and not (dummy and config.tokenizer is None):
         raise ModelError(
             f"{place} holds no tokenizer; name a directory or hub id that does with --tokenizer, "
             "or serve random weights with a stand-in by --load-format dummy."
         )
-    found = describe(directory, place if there else None, config.model_impl)
-    assert found.model is not None
-    model, tokenizer = found.model.model, found.tokenizer
+    refusal = found.model.refusal
+    why = f"; minisrv's own does not compute it: {refusal}" if refusal else ""
+    logger.info("%s is computed by the code of %s%s", model.architecture, model.implementation, why)
     context_length(config, model)
     if found.model.unused:
         logger.warning(

@@ -53,12 +53,15 @@ class GenerationConfig:
 class ModelDescription:
     """The content of config.json and generation_config.json.
 
+    refusal: why the decoder in `nn` does not compute the model, where transformers' code does for
+        that reason; else empty.
     unused: names of settings of generation_config.json that would change what transformers
         generates, and that minisrv does not implement.
     """
 
     model: ModelConfig
     generation: GenerationConfig
+    refusal: str = ""
     unused: tuple[str, ...] = ()
 
 

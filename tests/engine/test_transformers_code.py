@@ -85,6 +85,19 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         assert served(directory, mode, async_scheduling=mode == "full") == expected, mode
 
 
+def test_auto_serves_windows_of_qwen2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says whose code computes the model, and why; also when what the checkpoint says comes
+    from the cache."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    directory = make_checkpoint(tmp_path, "qwen2", **windows)
+    expected = greedy(directory)
+    with caplog.at_level("INFO"):
+        for mode in ("none", "full-and-piecewise"):
+            assert served(directory, mode, model_impl="auto") == expected
+    assert caplog.text.count("computed by the code of transformers; minisrv's own does not") == 2
+    assert caplog.text.count("'sliding_attention' are not implemented") == 2
+
+
 HOST_TENSORS = {"phimoe"}
 """Architectures whose code makes tensors on the host in each step and copies them to the device,
 which a CUDA graph cannot hold."""
