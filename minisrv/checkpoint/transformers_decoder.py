@@ -336,10 +336,13 @@ def _check_calls(name: str, config: PreTrainedConfig, calls: Sequence[AttentionC
                 "implemented is attention in which both are the same."
             )
         window, cap = call.mask.sliding_window, call.logit_soft_cap
-        if (window is not None and window < 1) or not math.isfinite(call.scale):
+        if window is not None and window < 1:
             raise ConfigError(
-                f"{where} has a window of {window} tokens and a scale of {call.scale}."
+                f"{where} has a sliding window of {window} tokens, in which a token does not see "
+                "even itself; sliding_window in config.json must be 1 at least, or null for none."
             )
+        if not math.isfinite(call.scale):
+            raise ConfigError(f"{where} scales scores by {call.scale}, which is no finite number.")
         if cap is not None and not 0 < cap < math.inf:
             raise ConfigError(f"{where} has a soft cap of {shown(cap)}, and it must be positive.")
         if call.num_kv_heads < 1 or call.num_heads % call.num_kv_heads:

@@ -50,6 +50,9 @@ class AttentionLayer:
     logit_soft_cap: float | None = None
     sinks: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        assert self.sliding_window is None or self.sliding_window > 0, "checked with the config"
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:

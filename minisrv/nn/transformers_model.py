@@ -181,6 +181,12 @@ class TransformersModel(nn.Module):
             )
             module.inv_freq.copy_(frequencies)
 
+    def _window(self, call: AttentionCall) -> int | None:
+        """Return the sliding window of a layer, None where no text is longer than it."""
+        assert call.mask is not None, "checked with the config"
+        window = call.mask.sliding_window
+        return None if (window or 0) >= self.config.max_position_embeddings else window
+
     def allocate_buffers(self, max_num_tokens: int) -> None:
         """See `Model`."""
         config = self.config
@@ -201,7 +207,7 @@ class TransformersModel(nn.Module):
                 eps=0.0,
                 cos_sin=None,
                 kv_cache=kv_cache,
-                sliding_window=None if call.mask is None else call.mask.sliding_window,
+                sliding_window=self._window(call),
                 logit_soft_cap=call.logit_soft_cap,
                 sinks=None if call.sinks is None else getattr(call.module, call.sinks).detach(),
             )

@@ -20,7 +20,13 @@ from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError, We
 from minisrv.nn.loader import load_model
 from minisrv.nn.model import Model
 from minisrv.nn.transformers_model import TransformersModel
-from tests.architectures import INSTALLED, REFUSED, WINDOW, make_transformers_checkpoint
+from tests.architectures import (
+    ARCHITECTURES,
+    INSTALLED,
+    REFUSED,
+    WINDOW,
+    make_transformers_checkpoint,
+)
 from tests.checkpoints import VARIANTS, make_checkpoint, write_files
 from tests.nn.driver import Driver
 from tests.nn.test_logits import TOLERANCE, prompt, reference
@@ -117,6 +123,34 @@ def test_what_a_layer_asks_of_attention(tmp_path: Path) -> None:
     assert {layer.logit_soft_cap for layer in layers} == {3.0}
     assert {layer.scale for layer in layers} == {20**-0.5}
     assert {layer.cos_sin for layer in layers} == {None}
+
+
+@pytest.mark.parametrize("context", [WINDOW - 1, WINDOW, WINDOW + 1])
+def test_windows_that_hold_the_whole_context_are_none(context: int, tmp_path: Path) -> None:
+    directory = make_transformers_checkpoint(tmp_path, "gemma2")
+    config = describe_model(directory).model.for_context(context)
+    model = load_model(config, directory, dtype=torch.float32)
+    model.prepare()
+    driver, tokens = Driver(model), prompt(context, 3)
+    windows = [WINDOW if context > WINDOW else None, None]
+    assert [layer.sliding_window for layer in model.attention_layers] == 2 * windows
+    driver.step([(0, tokens[:5])])
+    driver.step([(0, tokens[5:])])
+    torch.testing.assert_close(driver.logits(0), reference(directory, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+@pytest.mark.parametrize(
+    "name", ["cohere2", "gemma2", "gpt_oss", "mistral", "phi3", "qwen2", "qwen3_moe"]
+)
+def test_windows_without_a_token_are_refused(name: str, window: int, tmp_path: Path) -> None:
+    """transformers masks every token then, so that a window of 0 does not mean none."""
+    settings = {**ARCHITECTURES[name], "sliding_window": window, "use_sliding_window": True}
+    settings |= {"max_window_layers": 0, "num_hidden_layers": 4}
+    config = AutoConfig.for_model(name, **settings).to_dict()
+    write_files(tmp_path, config__json=config | {"architectures": [_decoder_of(name)]})
+    with pytest.raises(ConfigError, match=f"sliding window of {window} tokens.*sliding_window in"):
+        describe_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)
