@@ -71,6 +71,8 @@ class ModelConfig:
         shape describes what memory is planned by and what the attention op takes. `rms_norm_eps`,
         `rope` and the boolean fields are then unused, except `tie_word_embeddings`.
     counted_parameters: the exact number of parameters, where transformers has counted them.
+
+    Raises ConfigError for heads that no attention kernel takes.
     """
 
     architecture: str
@@ -92,6 +94,13 @@ class ModelConfig:
     qk_norm: bool = False
     implementation: str = "minisrv"
     counted_parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ConfigError(
+                f"heads of head_dim={self.head_dim} elements are not implemented; {MAX_HEAD_DIM} "
+                "is the most (head_dim in config.json, or hidden_size / num_attention_heads)."
+            )
 
     @property
     def q_size(self) -> int:
@@ -223,6 +232,10 @@ ARCHITECTURES = {
 
 IMPLEMENTATIONS = ("minisrv", "transformers")
 """Those whose code can compute a model: the decoder in `nn`, or transformers' own model code."""
+
+MAX_HEAD_DIM = 256
+"""Largest number of elements of a head, on every device. A tile of keys and values of larger heads
+does not fit into the shared memory of most GPUs, and the CPU's kernels hold a head on the stack."""
 
 _OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}
 """Settings that transformers accepts for any architecture, with the values that change nothing."""

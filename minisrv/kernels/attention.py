@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
-from minisrv.kernels.native import LANES, MAX_HEAD_DIM, MAX_HEADS, MAX_QUERY, native
+from minisrv.kernels.native import LANES, MAX_HEADS, MAX_QUERY, native
 
 
 def attention(
@@ -160,12 +160,7 @@ def _compiled(dtype: torch.dtype, group: int, head_dim: int) -> Callable[[bytes]
     function takes packed `_ARGUMENTS`, and returns the number of rows that have several queries,
     which are left to the caller."""
     library = native()
-    fits = (
-        head_dim % LANES == 0
-        and head_dim <= MAX_HEAD_DIM
-        and group <= MAX_HEADS
-        and group * head_dim <= MAX_QUERY
-    )
+    fits = head_dim % LANES == 0 and group <= MAX_HEADS and group * head_dim <= MAX_QUERY
     if library is None or not fits or dtype not in (torch.float32, torch.bfloat16):
         return None
     function = library[f"attention_{str(dtype).removeprefix('torch.')}"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from minisrv.model_config import MAX_HEAD_DIM
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -18,7 +20,7 @@ class AttentionLayer:
 
     num_heads, num_kv_heads: the numbers of query heads and of key heads; the first is a multiple of
         the second.
-    head_dim: the number of elements of a head.
+    head_dim: the number of elements of a head, `MAX_HEAD_DIM` at most; kernels take any number.
     scale: the factor of scores before the softmax.
     q_norm, k_norm: [head_dim] RMSNorm weights of queries and keys, both or neither.
     eps: the number that these norms add to the mean square.
@@ -51,6 +53,7 @@ class AttentionLayer:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
+        assert self.head_dim <= MAX_HEAD_DIM, "checked with the config"
         assert self.sliding_window is None or self.sliding_window > 0, "checked with the config"
 
 

@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define MAX_HEAD 256     /* native.MAX_HEAD_DIM */
+#define MAX_HEAD 256     /* model_config.MAX_HEAD_DIM */
 #define MAX_QUERY 8192   /* native.MAX_QUERY: elements of the queries that a task holds */
 #define MAX_HEADS 128    /* native.MAX_HEADS: of which there are so many */
 #define CHUNK 16         /* keys whose scores are held at once */

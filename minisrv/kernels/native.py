@@ -36,10 +36,9 @@ _FORMAT = b"a digest at its end"
 """Version of the format in which the library is kept; it is part of the key."""
 
 LANES = 16
-MAX_HEAD_DIM = 256
 MAX_QUERY = 8192
 MAX_HEADS = 128
-"""Maximum number of heads. This and the three constants above are the same as in `cpu.c`."""
+"""Maximum number of heads. This and the two constants above are the same as in `cpu.c`."""
 
 
 @lru_cache(maxsize=1)

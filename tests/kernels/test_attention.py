@@ -88,6 +88,15 @@ def test_edges(rows: list[tuple[int, int]]) -> None:
     check(make_case(rows, pad_tokens=2))
 
 
+@pytest.mark.parametrize("head_dim", [1, 7, 20, 40, 72, 112, 120, 192])
+def test_heads_of_any_size(head_dim: int) -> None:
+    """Heads need not fill a vector or a tile, and those that are not rotated may be odd."""
+    for rotate in {False, head_dim % 2 == 0}:
+        shape = {"head_dim": head_dim, "rotate": rotate}
+        check(make_case([(50, 1), (3, 1)], **shape))
+        check(make_case([(20, 9), (0, 1), (7, 3)], pad_tokens=2, **shape))
+
+
 @pytest.mark.parametrize("heads", [(200, 1, 16), (3, 70, 16), (2, 8, 256), (96, 2, 64)])
 def test_more_heads_than_a_task_holds(heads: tuple[int, int, int]) -> None:
     num_kv_heads, group, head_dim = heads

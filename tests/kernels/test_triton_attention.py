@@ -159,6 +159,15 @@ def test_kernels_compile_and_fit(head_dim: int, options: dict[str, Any]) -> None
     assert all(int(size) <= 99 * 1024 for _, size in shared)
 
 
+@pytest.mark.parametrize("head_dim", [1, 7, 20, 40, 72, 112, 120, 192])
+def test_heads_of_any_size(head_dim: int) -> None:
+    """Heads need not fill a vector or a tile, and those that are not rotated may be odd."""
+    for rotate in {False, head_dim % 2 == 0}:
+        shape = {"head_dim": head_dim, "rotate": rotate}
+        check(make_case([(50, 1), (3, 1)], **shape))
+        check(make_case([(20, 9), (0, 1), (7, 3)], pad_tokens=2, **shape))
+
+
 @pytest.mark.parametrize("group", [1, 7, 16, 17, 40])
 @pytest.mark.parametrize("rows", [[(300, 1), (20, 1)], [(70, 20), (0, 1)]], ids=["decode", "mixed"])
 def test_groups_of_any_size(rows: list[tuple[int, int]], group: int) -> None:

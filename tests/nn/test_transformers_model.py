@@ -153,6 +153,19 @@ def test_windows_without_a_token_are_refused(name: str, window: int, tmp_path: P
         describe_model(tmp_path)
 
 
+@pytest.mark.parametrize("model_impl", ["auto", "minisrv", "transformers"])
+def test_heads_that_are_too_large_are_refused(model_impl: str, tmp_path: Path) -> None:
+    shape = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_hidden_layers"), 2)
+    for head_dim in (256, 258, 512):
+        config = AutoConfig.for_model("qwen3", **shape, head_dim=head_dim).to_dict()
+        write_files(tmp_path, config__json=config | {"architectures": ["Qwen3ForCausalLM"]})
+        if head_dim == 256:
+            assert describe_model(tmp_path, model_impl).model.head_dim == head_dim
+            continue
+        with pytest.raises(ConfigError, match=f"head_dim={head_dim} .*; 256 is the most"):
+            describe_model(tmp_path, model_impl)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_computed_is_refused_by_name(name: str, tmp_path: Path) -> None:
     overrides, said = REFUSED[name]
