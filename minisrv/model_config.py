@@ -71,6 +71,8 @@ class ModelConfig:
         shape describes what memory is planned by and what the attention op takes. `rms_norm_eps`,
         `rope` and the boolean fields are then unused, except `tie_word_embeddings`.
     counted_parameters: the exact number of parameters, where transformers has counted them.
+    unused_parameters: how many of them a token leaves out: those of the experts of a mixture that
+        are not its own.
 
     Raises ConfigError for heads that no attention kernel takes.
     """
@@ -94,6 +96,7 @@ class ModelConfig:
     qk_norm: bool = False
     implementation: str = "minisrv"
     counted_parameters: int | None = None
+    unused_parameters: int = 0
 
     def __post_init__(self) -> None:
         if self.head_dim > MAX_HEAD_DIM:

@@ -19,13 +19,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -35,7 +36,11 @@ from minisrv.model_config import ARCHITECTURES, ModelConfig, architecture_of, po
 
 RECORDED, RECORDED_MASKS = "minisrv-recorded", "minisrv-recorded-masks"
 """The names of the attention function that records its arguments: without masks, as a decoder is
-served, and with masks."""
+served, and with masks. Under the second one the choice of experts is recorded too."""
+
+EXPERTS = "batched_mm"
+"""The form in which transformers computes experts that has kernels for every dtype and device;
+others read back which experts a batch uses."""
 
 _NEUTRAL: dict[str, Any] = {
     "output_attentions": False,
@@ -96,12 +101,41 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class ExpertsCall:
+    """What one layer asks of a mixture of experts.
+
+    module: the module that holds the weights of all experts, [num_experts, ...] each.
+    num_experts: the number of experts.
+    num_experts_per_token: the number of experts that a token uses.
+    """
+
+    module: nn.Module
+    num_experts: int
+    num_experts_per_token: int
+
+    def unused(self, size: Callable[[Tensor], int]) -> int:
+        """Return the part of the experts' weights that one token does not use, as the sum of
+        `size` over it."""
+        weights = sum(size(weight) for weight in self.module.parameters(recurse=False))
+        return weights - weights * self.num_experts_per_token // self.num_experts
+
+
+@dataclass
+class Recording:
+    """The calls of a step that are recorded, each kind in its order."""
+
+    attention: list[AttentionCall] = field(default_factory=list)
+    experts: list[ExpertsCall] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class MetaDecoder:
     """A decoder on the meta device.
 
     model: the decoder with its output projection.
     backbone: the name of the part of it that computes hidden states.
     calls: what each layer asks of attention, with its mask, in the order of the calls.
+    experts: what each layer that has experts asks of them.
     hidden_size: the width of the hidden states that it returns.
     output_class: the class of its result.
     rotations: the modules whose rotary frequencies depend on the length of the text, with their
@@ -112,12 +146,13 @@ class MetaDecoder:
     model: PreTrainedModel
     backbone: str
     calls: list[AttentionCall]
+    experts: list[ExpertsCall]
     hidden_size: int
     output_class: type[Any]
     rotations: list[tuple[nn.Module, str]]
 
 
-_calls: ContextVar[list[AttentionCall]] = ContextVar("calls")
+_recording: ContextVar[Recording] = ContextVar("recording")
 
 
 def record_attention(
@@ -139,7 +174,7 @@ def record_attention(
     Returns an empty result [1, T, num_heads, v_head_dim], and no weights.
     """
     parameters = module.named_parameters(recurse=False)
-    _calls.get().append(
+    _recording.get().attention.append(
         AttentionCall(
             module=module,
             num_heads=query.shape[1],
@@ -155,6 +190,20 @@ def record_attention(
     )
     batch, heads, tokens, _ = query.shape
     return query.new_empty(batch, tokens, heads, value.shape[3]), None
+
+
+def record_experts(
+    module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute the experts of tokens, as transformers calls it, and record the call.
+
+    hidden: [T, hidden].
+    top_k_index, top_k_weights: [T, num_experts_per_token], the experts of each token.
+    """
+    call = ExpertsCall(module, module.num_experts, top_k_index.shape[-1])
+    _recording.get().experts.append(call)
+    result: Tensor = ALL_EXPERTS_FUNCTIONS[EXPERTS](module, hidden, top_k_index, top_k_weights)
+    return result
 
 
 def record_mask(
@@ -194,6 +243,7 @@ def record_mask(
 ALL_ATTENTION_FUNCTIONS.register(RECORDED, record_attention)
 ALL_ATTENTION_FUNCTIONS.register(RECORDED_MASKS, record_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(RECORDED_MASKS, record_mask)
+ALL_EXPERTS_FUNCTIONS.register(RECORDED_MASKS, record_experts)
 
 
 def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
@@ -208,8 +258,7 @@ def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
             dtype=dtype,
             trust_remote_code=False,
             attn_implementation=RECORDED_MASKS,
-            # Others read back which experts a batch uses.
-            experts_implementation="batched_mm",
+            experts_implementation=EXPERTS,
         ).eval()
         ids = torch.zeros(1, 2, dtype=torch.int64)
         visible = torch.ones(1, 2, dtype=torch.bool)
@@ -217,27 +266,29 @@ def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
     rotations = list(_fix_rotations(model))
     backbone = model.get_decoder()
     # transformers looks at the positions for masks of its own, unless it gets one.
-    calls, _ = _recorded(backbone, ids, attention_mask=visible)
+    model.config._experts_implementation = RECORDED_MASKS
+    recorded, _ = _recorded(backbone, ids, attention_mask=visible)
     model.config._attn_implementation = RECORDED
+    model.config._experts_implementation = EXPERTS
     as_served, output = _recorded(backbone, ids)
-    assert len(as_served) == len(calls), "a mask changes no layers"
+    calls = recorded.attention
+    assert len(as_served.attention) == len(calls), "a mask changes no layers"
     name = next(name for name, module in model.named_modules() if module is backbone)
     hidden_size = output.last_hidden_state.shape[-1]
-    return MetaDecoder(model, name, calls, hidden_size, type(output), rotations)
+    experts = recorded.experts
+    return MetaDecoder(model, name, calls, experts, hidden_size, type(output), rotations)
 
 
-def _recorded(
-    backbone: nn.Module, ids: Tensor, **arguments: Any
-) -> tuple[list[AttentionCall], Any]:
-    """Return the calls of attention in a step, and the backbone's result."""
-    calls: list[AttentionCall] = []
-    token = _calls.set(calls)
+def _recorded(backbone: nn.Module, ids: Tensor, **arguments: Any) -> tuple[Recording, Any]:
+    """Return what is recorded of a step, and the backbone's result."""
+    recording = Recording()
+    token = _recording.set(recording)
     try:
         with torch.no_grad():
             output = backbone(ids, position_ids=ids, use_cache=False, **arguments)
     finally:
-        _calls.reset(token)
-    return calls, output
+        _recording.reset(token)
+    return recording, output
 
 
 def _fix_rotations(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -294,6 +345,7 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
         tie_word_embeddings=bool(tied),
         implementation="transformers",
         counted_parameters=sum(p.numel() for n, p in model.named_parameters() if n not in tied),
+        unused_parameters=sum(call.unused(Tensor.numel) for call in decoder.experts),
     )
 
 

@@ -19,8 +19,9 @@ class Model(Protocol):
     """A decoder with its weights. `prepare`, `allocate_buffers` and `bind_kv_cache` make it ready
     to run, in this order; the last two are called again for another cache.
 
-    bytes_read: the number of bytes of weights that a decode step reads: all weights except an
-        embedding that is not the output projection too.
+    bytes_read: the number of bytes of weights that a decode step reads at least: all weights except
+        an embedding that is not the output projection too, and those of the experts of a mixture
+        that a single token leaves out.
     attention_layers: the layers as the attention op takes them, with their KV caches.
     qkv: [max_num_tokens, qkv_size], the argument of the attention op, shared by all layers.
     attn_out: [max_num_tokens, q_size], the result of the attention op, shared by all layers.

@@ -161,6 +161,7 @@ class TransformersModel(nn.Module):
         self.bytes_read = sum(parameter.nbytes for parameter in model.parameters())
         if head.weight is not embedding.weight:
             self.bytes_read -= embedding.weight.nbytes
+        self.bytes_read -= sum(call.unused(_nbytes) for call in self.decoder.experts)
         self._compute_rotations()
         for module in list(model.modules()):
             for name, child in module.named_children():
@@ -213,6 +214,10 @@ class TransformersModel(nn.Module):
             )
             for call, kv_cache in zip(self.calls, kv_caches, strict=True)
         ]
+
+
+def _nbytes(weight: Tensor) -> int:
+    return weight.nbytes
 
 
 def _linear(module: Any, quantization: str | None) -> Linear:

@@ -84,9 +84,13 @@ def print_plan(config: EngineConfig) -> None:
     dispatcher = Dispatcher(ladders_of(resolved))
     model = open_checkpoint(config, weights=False).model
     if config.model is not None:
+        total = f"{model.num_parameters / 1e6:,.1f} million parameters"
+        if model.unused_parameters:
+            used = model.num_parameters - model.unused_parameters
+            total += f" ({used / 1e6:,.1f} used by a token)"
         Console().print(
-            f"{config.model}: {model.architecture}, {model.num_parameters / 1e6:,.1f} million "
-            f"parameters in {model.dtype}, context {context_length(config, model)}",
+            f"{config.model}: {model.architecture}, {total} in {model.dtype}, "
+            f"context {context_length(config, model)}",
             soft_wrap=True,
             highlight=False,
         )

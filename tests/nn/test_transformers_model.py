@@ -258,20 +258,37 @@ def test_both_implementations_describe_a_model_alike(variant: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),
+    ("name", "millions", "used"),
     [
-        ("gemma-3-1b", 999.9),
-        ("granite-3-2b", 2533.5),
-        ("olmo-2-1b", 1484.9),
-        ("phi-4-mini", 3836.0),
-        ("qwen3-30b-a3b", 30532.1),
-        ("smollm3-3b", 3075.1),
+        ("gemma-3-1b", 999.9, 999.9),
+        ("granite-3-2b", 2533.5, 2533.5),
+        ("olmo-2-1b", 1484.9, 1484.9),
+        ("phi-4-mini", 3836.0, 3836.0),
+        ("qwen3-30b-a3b", 30532.1, 3353.0),
+        ("smollm3-3b", 3075.1, 3075.1),
     ],
 )
-def test_parameters_are_counted_without_making_any(name: str, millions: float) -> None:
-    """The numbers are those that are published with the models."""
+def test_parameters_are_counted_without_making_any(name: str, millions: float, used: float) -> None:
+    """The numbers are those that are published with the models, 3.3 billion used by a token of the
+    one with experts."""
     model = describe_model(Path(__file__).parents[2] / "benchmarks" / "configs" / name).model
     assert round(model.num_parameters / 1e6, 1) == millions
+    assert round((model.num_parameters - model.unused_parameters) / 1e6, 1) == used
+    assert model.counted_parameters == model.num_parameters
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, settings in ARCHITECTURES.items() if "num_experts" in settings]
+)
+def test_a_step_reads_the_experts_of_one_token_at_least(name: str, tmp_path: Path) -> None:
+    """Where a token uses 2 experts, it does not matter how many more there are: only the router,
+    [num_experts, hidden] in each of 4 layers and sometimes with a bias, is larger then."""
+    read = []
+    for number in (4, 8):
+        number_of = {"num_experts": number, "num_local_experts": number}
+        directory = make_transformers_checkpoint(tmp_path / str(number), name, **number_of)
+        read.append(load(directory).bytes_read)
+    assert read[1] - read[0] in (4 * 4 * 64 * 4, 4 * 4 * 65 * 4)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])

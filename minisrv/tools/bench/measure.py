@@ -54,6 +54,8 @@ FORMULAS = (
     "GPU: median over blocks of the mean ms of a step on the GPU; idle: of the ms between two.",
     "host us: of a step, without waiting for its tokens; under --async-scheduling (the default on "
     "a GPU) it passes while the GPU runs the step before.",
+    "floor: ms in which the GPU can read weights and KV cache once, with as many experts as one "
+    "token uses, though a batch may use more. of floor: floor / GPU ms.",
     "tok/s: tokens of a step / ms, of the last mode.",
 )
 
@@ -106,8 +108,8 @@ class SizeResult(msgspec.Struct, frozen=True):
 
     size: number of requests in a decode batch, or of tokens in a prefill chunk.
     context: average number of tokens of a request before the first and after the last step.
-    floor_ms: milliseconds that the GPU needs to read the weights and the KV cache once; None on a
-        CPU and for prefill.
+    floor_ms: milliseconds that the GPU needs at least to read the weights (`Model.bytes_read`) and
+        the KV cache once; None on a CPU and for prefill.
     modes: results of every mode that has a graph for this size, by the name of the mode; NONE
         (eager) is the first.
     eager_over: eager time over the time of each other mode, by the name of the mode.
@@ -444,8 +446,8 @@ class Bench:
         return 1000 * (end - start)
 
     def _floor(self, size: int, context: float) -> float | None:
-        """Return the milliseconds in which the weights, and the KV cache of `size` requests, can be
-        read at `bandwidth`; None on a CPU.
+        """Return the milliseconds in which the weights (`Model.bytes_read`), and the KV cache of
+        `size` requests, can be read at `bandwidth`; None on a CPU.
 
         context: average number of tokens of a request.
         """
