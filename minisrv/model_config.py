@@ -68,8 +68,9 @@ class ModelConfig:
     decoder in `nn` is defined once and reads them.
 
     implementation: whose code computes the model, one of `IMPLEMENTATIONS`. For "transformers" the
-        shape describes what memory is planned by and what the attention op takes. `rms_norm_eps`,
-        `rope` and the boolean fields are then unused, except `tie_word_embeddings`.
+        shape describes what memory is planned by and what the attention op takes. `rms_norm_eps`
+        and the boolean fields are then unused, except `tie_word_embeddings`, and `rope` says only
+        how long a context may be.
     counted_parameters: the exact number of parameters, where transformers has counted them.
     unused_parameters: how many of them a token leaves out: those of the experts of a mixture that
         are not its own.
@@ -196,7 +197,7 @@ class ModelConfig:
                 f"heads of head_dim={head_dim} elements cannot be turned by RoPE, which takes them "
                 "in pairs: head_dim, or hidden_size / num_attention_heads, must be even."
             )
-        rope = _rope(config)
+        rope = rope_of(config)
         if rope.scaling is RopeScaling.DYNAMIC and head_dim == 2:
             raise ConfigError("heads of head_dim=2 elements leave dynamic RoPE nothing to scale.")
         eps = config.get("rms_norm_eps")
@@ -333,7 +334,12 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     )
 
 
-def _rope(config: Mapping[str, Any]) -> RopeConfig:
+def rope_of(config: Mapping[str, Any]) -> RopeConfig:
+    """Return the settings of RoPE in a configuration of transformers.
+
+    Raises UnsupportedSettingError for a kind that is not implemented here, and ConfigError for
+    values that are not allowed.
+    """
     settings: Mapping[str, Any] = config.get("rope_parameters") or {}
     kinds = config.get("layer_types") or ()
     nested = [key for key, value in settings.items() if isinstance(value, dict) or key in kinds]

@@ -32,7 +32,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minisrv.errors import ConfigError, UnknownArchitectureError, shown
-from minisrv.model_config import ARCHITECTURES, ModelConfig, architecture_of, positive
+from minisrv.model_config import (
+    ARCHITECTURES,
+    ModelConfig,
+    RopeConfig,
+    architecture_of,
+    positive,
+    rope_of,
+)
 
 RECORDED, RECORDED_MASKS = "minisrv-recorded", "minisrv-recorded-masks"
 """The names of the attention function that records its arguments: without masks, as a decoder is
@@ -120,6 +127,20 @@ class ExpertsCall:
         return weights - weights * self.num_experts_per_token // self.num_experts
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary frequencies that depend on the length of the text.
+
+    module: the module that has them.
+    kind: their `rope_type`.
+    layer_type: the kind of layers that they are for; None for all.
+    """
+
+    module: Any
+    kind: str
+    layer_type: str | None
+
+
 @dataclass
 class Recording:
     """The calls of a step that are recorded, each kind in its order."""
@@ -138,9 +159,9 @@ class MetaDecoder:
     experts: what each layer that has experts asks of them.
     hidden_size: the width of the hidden states that it returns.
     output_class: the class of its result.
-    rotations: the modules whose rotary frequencies depend on the length of the text, with their
-        `rope_type`. Here they compute frequencies no more (their `rope_type` is "default"), because
-        that would read positions back.
+    rotations: the rotary frequencies that depend on the length of the text. Their modules compute
+        them no more (the `rope_type` there is "default"): that would read positions back, and take
+        those of a whole batch for one text.
     """
 
     model: PreTrainedModel
@@ -149,7 +170,7 @@ class MetaDecoder:
     experts: list[ExpertsCall]
     hidden_size: int
     output_class: type[Any]
-    rotations: list[tuple[nn.Module, str]]
+    rotations: list[Rotation]
 
 
 _recording: ContextVar[Recording] = ContextVar("recording")
@@ -291,15 +312,20 @@ def _recorded(backbone: nn.Module, ids: Tensor, **arguments: Any) -> tuple[Recor
     return recording, output
 
 
-def _fix_rotations(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Keep the modules whose rotary frequencies depend on the length of the text from computing
-    them, and yield each with its `rope_type`."""
+def _fix_rotations(model: nn.Module) -> Iterator[Rotation]:
+    """Keep modules from computing rotary frequencies that depend on the length of the text, and
+    yield these."""
     module: Any
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
-            module.rope_type = "default"
-            yield module, kind
+        kinds: Any = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            if layer_type is None:
+                module.rope_type = "default"
+            else:
+                kinds[layer_type] = "default"
+            yield Rotation(module, kind, layer_type)
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
@@ -337,10 +363,14 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
     }
     for size in sizes:
         positive(sizes, size)
+    rope = RopeConfig()
+    with suppress(ConfigError):  # raised for scaling that does not reach beyond the sizes above
+        rope = rope_of(config.to_dict())
     return ModelConfig(
         architecture=name,
         **sizes,
         rms_norm_eps=0.0,
+        rope=rope,
         dtype=str(config.dtype or "float32").removeprefix("torch."),
         tie_word_embeddings=bool(tied),
         implementation="transformers",

@@ -175,12 +175,17 @@ class TransformersModel(nn.Module):
         """Give every text the rotary frequencies that transformers uses for one as long as the
         context, where they depend on the length: keys in the KV cache cannot be rotated again when
         a text grows."""
-        module: Any
-        for module, kind in self.decoder.rotations:
-            frequencies, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](
-                module.config, None, seq_len=self.config.max_position_embeddings
+        for rotation in self.decoder.rotations:
+            module, layer_type = rotation.module, rotation.layer_type
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rotation.kind](
+                module.config,
+                None,
+                seq_len=self.config.max_position_embeddings,
+                layer_type=layer_type,
             )
-            module.inv_freq.copy_(frequencies)
+            getattr(module, f"{prefix}inv_freq").copy_(frequencies)
+            setattr(module, f"{prefix}attention_scaling", scaling)
 
     def _window(self, call: AttentionCall) -> int | None:
         """Return the sliding window of a layer, None where no text is longer than it."""

@@ -95,24 +95,86 @@ def test_scaled_rotation(name: str, rope: dict[str, Any], tmp_path: Path) -> Non
     assert_logits_are_transformers(directory, load(directory))
 
 
-@pytest.mark.parametrize("context", [32, 512])
-def test_longrope_scales_for_the_context_that_is_served(context: int, tmp_path: Path) -> None:
-    """All texts get the frequencies that transformers uses for a text of that length."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0 + i for i in range(8)],
-        "original_max_position_embeddings": 36,
-        "factor": 8.0,
-    }
-    directory = make_transformers_checkpoint(tmp_path, "phi3", rope_parameters=rope)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 36,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LENGTHS = (20, 36, 37, 60)
+
+
+def lengths_as_transformers(directory: Path, context: int) -> list[int]:
+    """Return those of `LENGTHS` up to `context` at which a text's logits are those of transformers,
+    from an engine that serves that context."""
     config = describe_model(directory, "transformers").model.for_context(context)
     model = load_model(config, directory, dtype=torch.float32)
     model.prepare()
-    driver, tokens = Driver(model), prompt(40 if context > 36 else 30, 3)
-    driver.step([(0, tokens)])
-    torch.testing.assert_close(driver.logits(0), reference(directory, tokens), **TOLERANCE)
+    found = []
+    for length in LENGTHS:
+        driver, tokens = Driver(model), prompt(length, 3)
+        driver.step([(0, tokens)])
+        if length <= context and torch.allclose(
+            driver.logits(0), reference(directory, tokens), **TOLERANCE
+        ):
+            found.append(length)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 36}),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {**LONGROPE, "factor": 8.0}}}),
+    ],
+)
+def test_longrope_scales_for_the_context_that_is_served(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """All texts get the frequencies that transformers uses for a text as long as the context: where
+    that is longer than the original one, texts that are not have other logits than there."""
+    if name == "gemma3_text":
+        settings["rope_parameters"]["sliding_attention"] = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+        }
+        settings["head_dim"] = 16
+    directory = make_transformers_checkpoint(tmp_path, name, **settings)
+    assert lengths_as_transformers(directory, 36) == [20, 36]
+    assert lengths_as_transformers(directory, 64) == [37, 60]
+
+
+def test_dynamic_rotation_scales_for_the_context_that_is_served(tmp_path: Path) -> None:
+    """That is so whoever's code computes the model. Only texts as long as the context have the
+    logits of transformers, unless the context is not longer than max_position_embeddings."""
+    directory = make_checkpoint(
+        tmp_path, "llama", rope_parameters=DYNAMIC, max_position_embeddings=36
+    )
+    assert lengths_as_transformers(directory, 36) == [20, 36]
+    assert lengths_as_transformers(directory, 60) == [60]
+    found = []
+    for implementation in ("minisrv", "transformers"):
+        config = describe_model(directory, implementation).model.for_context(100)
+        model = load_model(config, directory, dtype=torch.float32)
+        model.prepare()
+        driver = Driver(model)
+        driver.step([(0, prompt(50, 3))])
+        found.append(driver.logits(0))
+    torch.testing.assert_close(*found, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [DYNAMIC, {**DYNAMIC, "rope_type": "yarn", "original_max_position_embeddings": 256}],
+    ids=["dynamic", "yarn"],
+)
+def test_contexts_are_as_long_by_both_implementations(rope: dict[str, Any], tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "llama", rope_parameters=rope)
+    ours, theirs = (describe_model(directory, name).model for name in ("minisrv", "transformers"))
+    assert theirs.default_context == ours.default_context
+    assert theirs.longest_context == ours.longest_context > 512
 
 
 def test_what_a_layer_asks_of_attention(tmp_path: Path) -> None:
