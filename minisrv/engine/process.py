@@ -130,6 +130,9 @@ class _EngineServer:
     def load(self, config: EngineConfig, checkpoint: Checkpoint, clock: StartupClock) -> None:
         """Make the engine, and report the progress to every worker."""
         clock.end("engine process")
+        # What imports make is not garbage, and collections would go through all of it again and
+        # again. Where memory is measured, a `Platform` collects.
+        gc.disable()
         logger.info("importing torch")  # no message reports progress before torch is imported
         # The imports are here so that workers can connect while torch is imported.
         from minisrv.engine.builder import build_engine
@@ -144,6 +147,7 @@ class _EngineServer:
         # delay a step.
         gc.collect()
         gc.freeze()
+        gc.enable()
         self.state = Ready(self.core.info)
         self._broadcast()
 
