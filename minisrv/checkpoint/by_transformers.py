@@ -16,6 +16,7 @@ Knows: transformers' classes. Knows nothing of caches or of how a description is
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -29,6 +30,9 @@ from typing import Any, TypeVar
 from minisrv import threads
 
 if __name__ == "__main__":
+    # Imports make hundreds of thousands of objects, of which none is garbage, and this process ends
+    # soon: collections would take a sixth of its time.
+    gc.disable()
     threads.without_blas()
     if "transformers" not in sys.argv[1:]:
         sys.modules["torch"] = None  # type: ignore[assignment]  # every import of torch fails now
@@ -176,9 +180,15 @@ def _shape_of_transformers_decoder(directory: Path, config: PreTrainedConfig) ->
 
     check_implemented(config.to_dict(), "transformers")
     transformers_decoder.check_architecture(config)
+
+    def tried() -> transformers_decoder.MetaDecoder:
+        decoder = transformers_decoder.make_on_meta(config, torch.float32)
+        transformers_decoder.try_as_served(decoder)
+        return decoder
+
     decoder = _by_transformers(
         directory / CONFIG,
-        lambda: transformers_decoder.make_on_meta(config, torch.float32),
+        tried,
         "describes a model whose code in transformers cannot be run here, without data and with "
         "attention that is replaced",
     )
@@ -338,12 +348,15 @@ def bound() -> None:
 
 
 def main() -> None:
-    """Read the files that the command line names, and write the answer as msgpack."""
+    """Read the files that the command line names, write the answer as msgpack, and end the
+    process."""
     bound()
     *directories, implementation, descriptor = sys.argv[1:]
     model, tokenizer = (Path(argument) if argument else None for argument in directories)
     with os.fdopen(int(descriptor), "wb") as answers:
         answers.write(msgspec.msgpack.encode(describe(model, tokenizer, implementation)))
+    # The interpreter would free torch and transformers object by object, which takes a second.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -288,16 +288,28 @@ def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
     backbone = model.get_decoder()
     # transformers looks at the positions for masks of its own, unless it gets one.
     model.config._experts_implementation = RECORDED_MASKS
-    recorded, _ = _recorded(backbone, ids, attention_mask=visible)
-    model.config._attn_implementation = RECORDED
+    recorded, output = _recorded(backbone, ids, attention_mask=visible)
     model.config._experts_implementation = EXPERTS
-    as_served, output = _recorded(backbone, ids)
-    calls = recorded.attention
-    assert len(as_served.attention) == len(calls), "a mask changes no layers"
     name = next(name for name, module in model.named_modules() if module is backbone)
     hidden_size = output.last_hidden_state.shape[-1]
-    experts = recorded.experts
-    return MetaDecoder(model, name, calls, experts, hidden_size, type(output), rotations)
+    return MetaDecoder(
+        model,
+        name,
+        recorded.attention,
+        recorded.experts,
+        hidden_size,
+        type(output),
+        rotations,
+    )
+
+
+def try_as_served(decoder: MetaDecoder) -> None:
+    """Run a step without masks, as an engine does. Raises whatever the code of the model raises if
+    it looks at data."""
+    decoder.model.config._attn_implementation = RECORDED
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    recorded, _ = _recorded(decoder.model.get_submodule(decoder.backbone), ids)
+    assert len(recorded.attention) == len(decoder.calls), "a mask changes no layers"
 
 
 def _recorded(backbone: nn.Module, ids: Tensor, **arguments: Any) -> tuple[Recording, Any]:

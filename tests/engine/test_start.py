@@ -1,0 +1,92 @@
+"""What an engine imports and computes before it is ready, and the state of its process after it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv.checkpoint import describe_model, open_checkpoint, transformers_decoder
+from minisrv.config import EngineConfig
+from minisrv.engine.heartbeat import Heartbeat
+from minisrv.engine.messages import Ready
+from minisrv.engine.process import _EngineServer
+from minisrv.nn.loader import load_model
+from minisrv.progress import StartupClock
+from tests.checkpoints import make_checkpoint
+
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "enforce_eager": True,
+    "num_kv_blocks": 8,
+    "max_model_len": 64,
+}
+
+IMPORTED = """
+import json, sys
+from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
+build_engine(EngineConfig(**json.loads(sys.argv[1])))
+print(json.dumps([*sys.modules]))
+"""
+
+OTHERS = {"jax", "pandas", "scipy", "sklearn", "tensorflow", "torchaudio", "torchvision"}
+"""Libraries that transformers uses for other models and tasks, where they are installed."""
+
+
+@pytest.mark.parametrize(
+    ("model_impl", "models"),
+    [("minisrv", set()), ("transformers", {"auto", "encoder_decoder", "llama"})],
+)
+def test_modules_that_an_engine_imports(model_impl: str, models: set[str], tmp_path: Path) -> None:
+    """An engine imports transformers only where its code computes the model, and then the code of
+    that model only (`encoder_decoder` comes with the table of all configurations)."""
+    settings = {"model": str(make_checkpoint(tmp_path, "llama")), "model_impl": model_impl}
+    command = [sys.executable, "-c", IMPORTED, json.dumps(settings | SETTINGS)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = [name.split(".") for name in json.loads(done.stdout)]
+    assert ("transformers" in {name[0] for name in found}) == bool(models)
+    assert {name[2] for name in found if name[:2] == ["transformers", "models"] and name[2:]} == (
+        models
+    )
+    assert not OTHERS & {name[0] for name in found}
+
+
+def test_an_engine_runs_one_step_on_the_meta_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a model with many layers and experts takes longer than making it. The steps in
+    which a model is tried out are those of its description, which is cached."""
+    directory = make_checkpoint(tmp_path, "llama")
+    steps = []
+    recorded = transformers_decoder._recorded
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        steps.append(kwargs)
+        return recorded(*args, **kwargs)
+
+    config = describe_model(directory, "transformers").model
+    monkeypatch.setattr(transformers_decoder, "_recorded", counted)
+    load_model(config, directory, dtype=torch.float32)
+    assert len(steps) == 1
+
+
+def test_garbage_is_collected_while_an_engine_serves(tmp_path: Path) -> None:
+    """Collections are off only while the engine loads."""
+    config = EngineConfig(model=str(make_checkpoint(tmp_path, "llama")), **SETTINGS)
+    server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
+    try:
+        server.load(config, open_checkpoint(config), StartupClock())
+        assert isinstance(server.state, Ready)
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        server.close()
