@@ -7,6 +7,7 @@ That they mean what transformers says is tested in `test_checkpoint_grid` and
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -560,3 +561,25 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
         "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("has_torch", [False, True])
+def test_what_an_engine_will_need_is_imported_meanwhile(has_torch: bool, tmp_path: Path) -> None:
+    """While another process reads a checkpoint for transformers' code, one that has torch, and so
+    will run that code, imports it; a launcher without torch does not."""
+    code = (
+        "import sys; from pathlib import Path; from minisrv.checkpoint import describe_model\n"
+        f"if {has_torch}: import torch\n"
+        "describe_model(Path(sys.argv[1]), 'transformers')\n"
+        "print(*({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    directory = make_checkpoint(tmp_path / "model", "llama")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(directory)],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    libraries = {"torch", "transformers"} if has_torch else set()
+    assert {*done.stdout.split()} == libraries

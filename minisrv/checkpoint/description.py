@@ -3,8 +3,8 @@
 The files are interpreted by transformers (`minisrv.checkpoint.by_transformers`), which runs in a
 process of its own, because importing it takes longer than the start of an API worker. Its answers
 are stored in the cache by the content of the files and the versions of the libraries, so that a
-second start does not import it. Nothing here imports transformers or torch, unless the process has
-imported transformers already.
+second start does not import it. Nothing here imports torch, and nothing transformers, unless the
+process has imported that library already, or torch for a model that transformers' code computes.
 
 Knows: which files a description depends on, the cache, and the process. Knows nothing of the
 meaning of the files.
@@ -205,28 +205,35 @@ def _ask_process(model: Path | None, tokenizer: Path | None, implementation: str
             os.fdopen(os.memfd_create("minisrv-answer"), "r+b") as answer,
             os.fdopen(os.memfd_create("minisrv-printed"), "r+b") as printed,
         ):
-            done = subprocess.run(
+            with subprocess.Popen(
                 [*command, *directories, implementation, str(answer.fileno())],
                 stdout=subprocess.DEVNULL,
                 stderr=printed,
-                timeout=TIMEOUT,
-                check=False,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                 cwd="/",  # holds no files of somebody who is not trusted, and is never removed
                 pass_fds=[answer.fileno()],
-            )
+            ) as process:
+                try:
+                    if implementation == "transformers" and "torch" in sys.modules:
+                        # An engine in this process will need that code too, and can import it
+                        # meanwhile.
+                        from minisrv.checkpoint import transformers_decoder  # noqa: F401
+                    status = process.wait(TIMEOUT)
+                except BaseException:
+                    process.kill()
+                    raise
             answer.seek(0)
             body = answer.read()
             printed.seek(max(0, os.fstat(printed.fileno()).st_size - _LAST_WORDS))
             text = printed.read().decode(errors="replace").strip() or "nothing"
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{what} failed: {error}") from error
-    if done.returncode == -signal.SIGXCPU:
+    if status == -signal.SIGXCPU:
         raise ModelError(f"{what} took more than {PROCESSOR_SECONDS} s of processor time.")
-    if done.returncode != 0:
+    if status != 0:
         last = truncated(text.splitlines()[-1], 400)
         raise ModelError(
-            f"{what} failed with status {done.returncode}; it said: {last} (It may take "
+            f"{what} failed with status {status}; it said: {last} (It may take "
             f"{MEMORY_BYTES >> 30} GiB of memory.)"
         )
     return msgspec.msgpack.decode(body, type=Descriptions)
