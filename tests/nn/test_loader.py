@@ -159,7 +159,7 @@ def test_what_is_told_of_a_weight_is_bounded(tmp_path: Path) -> None:
         {"hidden_size": 2**31 - 1},
         {"vocab_size": 10**9},
         {"num_layers": 10_000},
-        {"head_dim": 2**30},
+        {"num_heads": 2**30},
     ],
 )
 def test_nothing_is_made_for_a_config_that_describes_much_more(
