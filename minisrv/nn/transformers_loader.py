@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from minisrv.checkpoint.by_transformers import read_config
-from minisrv.checkpoint.transformers_decoder import make_on_meta
+from minisrv.checkpoint.transformers_decoder import MetaDecoder, make_on_meta
 from minisrv.model_config import ModelConfig
 from minisrv.nn.transformers_model import TransformersModel
 from minisrv.nn.weights import Problems, Progress, check_size, opened, read_tensor
@@ -58,10 +58,9 @@ def load(
     if files is not None:
         check_size(config, directory, files)
     decoder = make_on_meta(read_config(directory), dtype)
-    if torch.device(device).type == "cpu" or dtype == torch.bfloat16:
+    if _multiplies_groups(decoder, dtype, torch.device(device)):
         # This form reads each expert once. That in which models are made copies an expert's weights
-        # for every token that it is chosen for; for other dtypes on CUDA there is none but that,
-        # as torch's product of groups reads their sizes back there, which a graph cannot hold.
+        # for every token that it is chosen for.
         decoder.model.config._experts_implementation = "grouped_mm"
     weights = _Weights(decoder.model, device)
     if files is None:
@@ -69,6 +68,19 @@ def load(
     else:
         weights.read(files, progress)
     return TransformersModel(config, decoder, dtype=dtype).eval()
+
+
+def _multiplies_groups(decoder: MetaDecoder, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies the tokens of each expert by its weights as a group, in a way that a
+    graph can hold: on CUDA it reads the sizes of groups back for other dtypes than bfloat16, and
+    its kernels take rows of whole units of 16 bytes only."""
+    if device.type != "cpu" and dtype != torch.bfloat16:
+        return False
+    weights = [w for call in decoder.experts for w in call.module.parameters(recurse=False)]
+    # Of a weight [num_experts, a, b] both widths are those of rows: its own, the input's or the
+    # output's.
+    widths = [width * w.itemsize for w in weights if w.dim() == 3 for width in w.shape[1:]]
+    return all(width % 16 == 0 for width in widths)
 
 
 class _Weights:

@@ -28,7 +28,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 def reference(directory: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager"
+        directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([tokens])).logits[0]
