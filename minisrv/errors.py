@@ -91,11 +91,13 @@ def shown(value: object) -> str:
 
 def truncated(text: str, max_characters: int = MAX_SHOWN) -> str:
     """Return the beginning of a text that somebody else has written, for a message that repeats it
-    without quotes.
+    without quotes. Characters that would steer a terminal are escaped; lines stay as they are.
 
     max_characters: the number of characters above which the text is cut.
     """
-    return text if len(text) <= max_characters else f"{text[:max_characters]}..."
+    rest = "..." if len(text) > max_characters else ""
+    kept = text[:max_characters]
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in kept) + rest
 
 
 class ConfigError(MinisrvError):

@@ -349,7 +349,7 @@ def rope_of(config: Mapping[str, Any]) -> RopeConfig:
         full_attention = settings.get("full_attention")
         if not kinds or not isinstance(full_attention, dict) or len(nested) < len(settings):
             raise ConfigError(
-                f"config.json: RoPE settings for {', '.join(sorted(nested))} do not go with this "
+                f"config.json: RoPE settings for {shown(sorted(nested))} do not go with this "
                 "model's layers; give one set of rope_parameters."
             )
         settings = full_attention

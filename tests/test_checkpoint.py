@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from minisrv.checkpoint import (
 from minisrv.checkpoint.location import fetch_weights
 from minisrv.checkpoint.schema import Descriptions
 from minisrv.config import EngineConfig
-from minisrv.errors import ConfigError, ModelError, UnknownArchitectureError
+from minisrv.errors import ConfigError, MinisrvError, ModelError, UnknownArchitectureError
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tokenizer_description import TokenizerDescription
 from tests.checkpoints import make_checkpoint
@@ -378,6 +379,30 @@ def test_settings_that_cannot_be_served_are_named(
     save_chatml(tmp_path)
     with pytest.raises(error, match=said):
         open_checkpoint(EngineConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "\x1b[2J\r\x07"], ids=["long", "control"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: {"architectures": [text]},
+        lambda text: {"model_type": text},
+        lambda text: {"hidden_act": text},
+        lambda text: {"layer_types": [text]},
+        lambda text: {"hidden_act": "gelu", "dtype": text},
+        lambda text: {"rope_parameters": {text: {"rope_type": "default"}}},
+        lambda text: {"rope_parameters": {"rope_type": text}},
+    ],
+)
+def test_what_is_said_of_a_config_is_short_and_printable(
+    change: Callable[[str], dict[str, Any]], text: str, tmp_path: Path
+) -> None:
+    """A message may repeat a part of it from both implementations, and goes to a terminal."""
+    write(tmp_path, config__json={**LLAMA, **change(text)})
+    with pytest.raises(MinisrvError) as caught:
+        describe_model(tmp_path)
+    assert len(caught.value.message) < 2000
+    assert caught.value.message.isprintable()
 
 
 # ---- other tokenizers and templates --------------------------------------------------------------

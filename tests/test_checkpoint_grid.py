@@ -205,11 +205,11 @@ REFUSED: dict[str, tuple[Json, str]] = {
             "rope_parameters": {"full_attention": YARN, "rope_type": "default"},
             "layer_types": ["full_attention"],
         },
-        "RoPE settings for full_attention do not go",
+        r"RoPE settings for \['full_attention'\] do not go",
     ),
     "null for a kind": (
         {"rope_parameters": {"full_attention": None}, "layer_types": ["full_attention"]},
-        "RoPE settings for full_attention do not go",
+        r"RoPE settings for \['full_attention'\] do not go",
     ),
     "no causal mask": ({"is_causal": False}, "is_causal=False"),
     "layers apart": ({"per_layer_config": {"0": {"intermediate_size": 16}}}, "per_layer_config"),

@@ -40,6 +40,10 @@ def test_a_text_is_shown_to_its_limit() -> None:
     assert truncated("abc", 2) == "ab..."
 
 
+def test_a_text_steers_no_terminal() -> None:
+    assert truncated("né\x1b[2J\r\u202e\nÜ") == "né\\x1b[2J\\r\\u202e\nÜ"
+
+
 def test_a_parameter_of_any_length_makes_a_short_message() -> None:
     with pytest.raises(RequestError) as raised:
         SamplingParams(temperature="x" * 10**6)  # type: ignore[arg-type]

@@ -360,6 +360,11 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
     name = _name(config)
     _check_settings(name, config)
     _check_calls(name, config, decoder.calls)
+    if any(call.num_experts_per_token < 1 for call in decoder.experts):
+        raise ConfigError(
+            f"{name} has layers in which a token uses no expert; it must use one at least (the "
+            "number of experts, and of those that a token uses, in config.json)."
+        )
     model, layer = decoder.model, decoder.calls[0]
     head: Any = model.get_output_embeddings()
     tied = model.all_tied_weights_keys.keys()

@@ -290,6 +290,15 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], tmp_pat
     assert change.keys() <= harmless, found
 
 
+@pytest.mark.parametrize("number", [0, 4])
+def test_mixtures_in_which_a_token_uses_no_expert_are_refused(number: int, tmp_path: Path) -> None:
+    settings = {**ARCHITECTURES["mixtral"], "num_local_experts": number, "num_experts_per_tok": 0}
+    config = AutoConfig.for_model("mixtral", **settings, num_hidden_layers=2).to_dict()
+    write_files(tmp_path, config__json=config | {"architectures": ["MixtralForCausalLM"]})
+    with pytest.raises(ConfigError, match="a token uses no expert"):
+        describe_model(tmp_path)
+
+
 def test_architectures_that_are_no_decoders_are_refused(tmp_path: Path) -> None:
     write_files(tmp_path, config__json={"architectures": ["T5Model"], "model_type": "t5"})
     with pytest.raises(UnknownArchitectureError, match=r"T5Model.*Llama.*transformers 5"):
