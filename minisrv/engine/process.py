@@ -133,21 +133,23 @@ class _EngineServer:
         # What imports make is not garbage, and collections would go through all of it again and
         # again. Where memory is measured, a `Platform` collects.
         gc.disable()
-        logger.info("importing torch")  # no message reports progress before torch is imported
-        # The imports are here so that workers can connect while torch is imported.
-        from minisrv.engine.builder import build_engine
-        from minisrv.engine.core import EngineCore
+        try:
+            logger.info("importing torch")  # no message reports progress before torch is imported
+            # The imports are here so that workers can connect while torch is imported.
+            from minisrv.engine.builder import build_engine
+            from minisrv.engine.core import EngineCore
 
-        clock.end("imports")
-        threads.limit(beside=1)  # for the API worker
-        self.core = EngineCore(
-            build_engine(config, self._progress, checkpoint=checkpoint, clock=clock)
-        )
-        # Objects that exist now stay: a garbage collection that went through all of them would
-        # delay a step.
-        gc.collect()
-        gc.freeze()
-        gc.enable()
+            clock.end("imports")
+            threads.limit(beside=1)  # for the API worker
+            self.core = EngineCore(
+                build_engine(config, self._progress, checkpoint=checkpoint, clock=clock)
+            )
+            # Objects that exist now stay: a garbage collection that went through all of them would
+            # delay a step.
+            gc.collect()
+            gc.freeze()
+        finally:
+            gc.enable()
         self.state = Ready(self.core.info)
         self._broadcast()
 

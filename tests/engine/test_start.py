@@ -17,6 +17,7 @@ from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import Ready
 from minisrv.engine.process import _EngineServer
+from minisrv.errors import ModelError
 from minisrv.nn.loader import load_model
 from minisrv.progress import StartupClock
 from tests.checkpoints import make_checkpoint
@@ -88,5 +89,19 @@ def test_garbage_is_collected_while_an_engine_serves(tmp_path: Path) -> None:
         assert gc.get_freeze_count()
     finally:
         gc.unfreeze()
+        gc.enable()
+        server.close()
+
+
+def test_garbage_is_collected_after_an_engine_could_not_be_loaded(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(make_checkpoint(tmp_path, "llama")), **SETTINGS)
+    checkpoint = open_checkpoint(config)
+    (tmp_path / "model.safetensors").unlink()
+    server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
+    try:
+        with pytest.raises(ModelError):
+            server.load(config, checkpoint, StartupClock())
+        assert gc.isenabled()
+    finally:
         gc.enable()
         server.close()
