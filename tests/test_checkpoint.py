@@ -514,6 +514,26 @@ def test_the_oldest_descriptions_are_dropped(
     assert len(list(kept.iterdir())) == 2
 
 
+def test_files_that_change_while_they_are_read_are_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the content before the change would be known by what was read after it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "model"
+    read = description._read
+
+    def changed(*arguments: Any) -> Descriptions:
+        write(directory, config__json={**LLAMA, "hidden_size": 128})
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(description, "_read", changed)
+        write(directory, config__json={**LLAMA, "hidden_size": 64})
+        assert describe_model(directory).model.hidden_size == 128
+    write(directory, config__json={**LLAMA, "hidden_size": 64})
+    assert describe_model(directory).model.hidden_size == 64
+
+
 def test_a_process_tells_errors_of_the_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -110,18 +110,8 @@ def describe(model: Path | None, tokenizer: Path | None, model_impl: str = "auto
         transformers' code for all else.
     Raises ModelError, ConfigError and UnknownArchitectureError.
     """
-    place = _entries_directory()
-    asked = {
-        "model": (model, MODEL_FILES),
-        "tokenizer": (tokenizer, (CONFIG, *TOKENIZER_FILES)),
-    }
-    entries: dict[str, Path | None] = {}
-    for name, (directory, patterns) in asked.items():
-        entries[name] = None
-        if directory is not None:
-            matching_files(directory, _OTHERS)
-            files = matching_files(directory, patterns)
-            entries[name] = place and _entry(place / name, directory, files, model_impl)
+    place, directories = _entries_directory(), {"model": model, "tokenizer": tokenizer}
+    entries = _entries(place, directories, model_impl)
     found = Descriptions(
         model=_read_entry(entries["model"], ModelDescription),
         tokenizer=_read_entry(entries["tokenizer"], TokenizerDescription),
@@ -131,10 +121,15 @@ def describe(model: Path | None, tokenizer: Path | None, model_impl: str = "auto
         tokenizer if found.tokenizer is None else None,
         model_impl,
     )
+    if read.model is None and read.tokenizer is None:
+        return found
+    # What was read of files that have changed meanwhile is not kept under the digest of either.
+    after = _entries(place, directories, model_impl)
     for name, entry in entries.items():
         if (description := getattr(read, name)) is not None:
             setattr(found, name, description)
-            _write_entry(entry, description)
+            if entry == after[name]:
+                _write_entry(entry, description)
     return found
 
 
@@ -246,6 +241,26 @@ def _entries_directory() -> Path | None:
     except (OSError, RuntimeError) as error:
         logger.warning("what the checkpoint says is read anew at each start: %s", error)
         return None
+
+
+def _entries(
+    place: Path | None, directories: Mapping[str, Path | None], model_impl: str
+) -> dict[str, Path | None]:
+    """Return the paths of the cached descriptions of a model and a tokenizer, each None if there is
+    no directory of it or no cache.
+
+    place: the directory of cached descriptions; None if there is no cache.
+    directories: those of the checkpoint by `model` and `tokenizer`.
+    Raises ModelError.
+    """
+    patterns = {"model": MODEL_FILES, "tokenizer": (CONFIG, *TOKENIZER_FILES)}
+    entries: dict[str, Path | None] = dict.fromkeys(directories)
+    for name, directory in directories.items():
+        if directory is not None:
+            matching_files(directory, _OTHERS)
+            files = matching_files(directory, patterns[name])
+            entries[name] = place and _entry(place / name, directory, files, model_impl)
+    return entries
 
 
 def _entry(kind: Path, directory: Path, files: Sequence[Path], model_impl: str) -> Path:
