@@ -16,6 +16,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from minisrv.checkpoint.by_transformers import read_config
-from minisrv.checkpoint.transformers_decoder import MetaDecoder, make_on_meta
+from minisrv.checkpoint.location import CONFIG
+from minisrv.checkpoint.transformers_decoder import MetaDecoder, describe, make_on_meta
+from minisrv.errors import ModelError
 from minisrv.model_config import ModelConfig
 from minisrv.nn.transformers_model import TransformersModel
 from minisrv.nn.weights import Problems, Progress, check_size, opened, read_tensor
@@ -53,11 +56,19 @@ def load(
     seed: the seed of random weights.
     progress: is called as weights are loaded.
 
-    Raises WeightsError, ModelError.
+    Raises WeightsError, and ModelError if the files describe another model than `config`.
     """
     if files is not None:
         check_size(config, directory, files)
-    decoder = make_on_meta(read_config(directory), dtype)
+    hf_config = read_config(directory)
+    decoder = make_on_meta(hf_config, dtype)
+    found = describe(hf_config, decoder)
+    context = config.max_position_embeddings  # of all that is described, what an engine may choose
+    if replace(found, max_position_embeddings=context, rope=config.rope) != config:
+        raise ModelError(
+            f"{directory / CONFIG} describes another model than when it was read first: was it "
+            "changed? Start again."
+        )
     if _multiplies_groups(decoder, dtype, torch.device(device)):
         # This form reads each expert once. That in which models are made copies an expert's weights
         # for every token that it is chosen for.

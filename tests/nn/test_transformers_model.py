@@ -3,6 +3,7 @@ attention, and what is not computed is refused by name."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,21 @@ def test_loading_is_strict(
     edit(directory, change)
     with pytest.raises(WeightsError, match=said):
         load(directory)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": 4}, {"num_hidden_layers": 2}, {"sliding_window": 0}], ids=str
+)
+def test_a_config_that_changes_before_the_weights_are_read_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """The KV cache is planned by the description, and layers are made by the file."""
+    directory = make_transformers_checkpoint(tmp_path, "mistral")
+    config = describe_model(directory).model.for_context(100)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((ConfigError, ModelError), match=r"another model|sliding window of 0"):
+        load_model(config, directory, dtype=torch.float32, load_format="dummy")
 
 
 def test_duplicates_are_named(tmp_path: Path) -> None:
