@@ -67,8 +67,9 @@ class EngineConfig:
         has code for most others.
     load_format: where the weights come from. auto reads safetensors files; dummy draws random
         weights and needs no file but config.json.
-    quantization: int8 stores the weights of the projections with 8 bits each, on a CPU. By default
-        weights are not quantized.
+    quantization: int8 stores the weights of the projections with 8 bits each, on a CPU; those of
+        the embedding and of the experts of a mixture stay as they are. By default weights are not
+        quantized.
     max_model_len: maximum number of tokens of a request, prompt and completion together. By default
         the context length of the checkpoint, or as many tokens as the KV cache holds if those are
         fewer.

@@ -72,8 +72,8 @@ class ModelConfig:
         and the boolean fields are then unused, except `tie_word_embeddings`, and `rope` says only
         how long a context may be.
     counted_parameters: the exact number of parameters, where transformers has counted them.
-    unused_parameters: how many of them a token leaves out: those of the experts of a mixture that
-        are not its own.
+    expert_parameters: how many of them are those of the experts of a mixture.
+    unused_parameters: how many of these a token leaves out: those of experts that are not its own.
 
     Raises ConfigError for heads that no attention kernel takes.
     """
@@ -97,6 +97,7 @@ class ModelConfig:
     qk_norm: bool = False
     implementation: str = "minisrv"
     counted_parameters: int | None = None
+    expert_parameters: int = 0
     unused_parameters: int = 0
 
     def __post_init__(self) -> None:

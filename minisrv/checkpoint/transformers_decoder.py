@@ -120,10 +120,13 @@ class ExpertsCall:
     num_experts: int
     num_experts_per_token: int
 
+    def total(self, size: Callable[[Tensor], int]) -> int:
+        """Return the sum of `size` over the experts' weights."""
+        return sum(size(weight) for weight in self.module.parameters(recurse=False))
+
     def unused(self, size: Callable[[Tensor], int]) -> int:
-        """Return the part of the experts' weights that one token does not use, as the sum of
-        `size` over it."""
-        weights = sum(size(weight) for weight in self.module.parameters(recurse=False))
+        """Return the part of `total` that one token does not use."""
+        weights = self.total(size)
         return weights - weights * self.num_experts_per_token // self.num_experts
 
 
@@ -392,6 +395,7 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
         tie_word_embeddings=bool(tied),
         implementation="transformers",
         counted_parameters=sum(p.numel() for n, p in model.named_parameters() if n not in tied),
+        expert_parameters=sum(call.total(Tensor.numel) for call in decoder.experts),
         unused_parameters=sum(call.unused(Tensor.numel) for call in decoder.experts),
     )
 

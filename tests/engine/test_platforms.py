@@ -227,7 +227,14 @@ def test_a_tied_output_projection_takes_memory_of_its_own_on_a_cpu_alone():
         assert found == 4 * (model.num_parameters + extra)
     int8 = EngineConfig(device="cpu", quantization="int8")
     found = CPUPlatform().weight_bytes(int8, tied, torch.bfloat16)
-    assert found == tied.num_parameters + output
+    assert found == tied.num_parameters + 2 * output
+
+
+def test_int8_leaves_experts_as_they_are():
+    int8 = EngineConfig(device="cpu", quantization="int8")
+    kept = MODEL.vocab_size * MODEL.hidden_size + 1000
+    model = replace(MODEL, counted_parameters=kept + 500, expert_parameters=1000)
+    assert CPUPlatform().weight_bytes(int8, model, torch.bfloat16) == 2 * kept + 500
 
 
 def test_a_gpus_cache_is_at_most_what_weights_leave_of_what_is_allowed():

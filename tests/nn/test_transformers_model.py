@@ -363,6 +363,15 @@ def test_a_step_reads_the_experts_of_one_token_at_least(name: str, tmp_path: Pat
     assert read[1] - read[0] in (4 * 4 * 64 * 4, 4 * 4 * 65 * 4)
 
 
+def test_int8_leaves_the_weights_of_experts_as_they_are(tmp_path: Path) -> None:
+    """What memory is planned for them is what they take."""
+    directory = make_transformers_checkpoint(tmp_path, "qwen3_moe")
+    model = load(directory, torch.bfloat16, quantization="int8")
+    experts = [p for n, p in model.named_parameters() if ".experts." in n]
+    assert {p.dtype for p in experts} == {torch.bfloat16}
+    assert sum(p.numel() for p in experts) == model.config.expert_parameters > 0
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt2"])
 def test_bfloat16_and_int8_are_as_close_as_they_allow(

@@ -65,11 +65,14 @@ class Platform(ABC):
         take."""
 
     def weight_bytes(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-        """Return the number of bytes that the weights will take."""
-        return model.num_parameters * self.weight_itemsize(config, dtype)
+        """Return the number of bytes that the weights will take. Quantization leaves the embedding
+        and the experts of a mixture as they are."""
+        kept = model.vocab_size * model.hidden_size + model.expert_parameters
+        projections = model.num_parameters - kept
+        return projections * self.weight_itemsize(config, dtype) + kept * dtype.itemsize
 
     def weight_itemsize(self, config: EngineConfig, dtype: torch.dtype) -> int:
-        """Return the number of bytes of a parameter."""
+        """Return the number of bytes of an element of a projection's weight."""
         return 1 if config.quantization == "int8" else dtype.itemsize
 
     def cache_before_loading(

@@ -68,10 +68,9 @@ class CPUPlatform(Platform):
     def weight_bytes(self, config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
         """See `Platform`. The output projection has a layout of its own, even if it is tied to the
         embedding."""
-        parameters = model.num_parameters
-        if model.tie_word_embeddings:
-            parameters += model.vocab_size * model.hidden_size
-        return parameters * self.weight_itemsize(config, dtype)
+        output = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+        size = self.weight_itemsize(config, dtype)
+        return super().weight_bytes(config, model, dtype) + output * size
 
     def check_sizes(
         self,
