@@ -218,7 +218,7 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=float(eps),
             max_position_embeddings=positive(config, "max_position_embeddings"),
-            dtype=str(config.get("dtype") or "float32").removeprefix("torch."),
+            dtype=dtype_of(config),
             rope=rope,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=qwen2 or bias,
@@ -244,6 +244,12 @@ does not fit into the shared memory of most GPUs, and the CPU's kernels hold a h
 
 _OF_ANY_MODEL = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}
 """Settings that transformers accepts for any architecture, with the values that change nothing."""
+
+_DTYPES = {
+    **{name: name for name in ("float16", "bfloat16", "float32", "float64")},
+    **{"half": "float16", "float": "float32", "double": "float64"},
+}
+"""The data types that a checkpoint may say that its weights have, by torch's names for them."""
 
 _MAX_NUMBER = 1e18
 """Largest absolute value of a setting that is not a dimension; below it results that are computed
@@ -325,6 +331,18 @@ def positive(config: Mapping[str, Any], key: str, default: int | None = None) ->
             f"config.json: {key}={shown(value)} must be a positive integer, {_MAX_INTEGER} at most."
         )
     return value
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the data type of a configuration of transformers, float32 if it has none.
+    Raises ConfigError for one that weights cannot be read in."""
+    name = str(config.get("dtype") or "float32").removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(
+            f"config.json: dtype={shown(name)} is not implemented; implemented are: "
+            f"{', '.join(_DTYPES)}."
+        )
+    return _DTYPES[name]
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -534,6 +534,15 @@ def test_files_that_change_while_they_are_read_are_not_cached(
     assert describe_model(directory).model.hidden_size == 64
 
 
+def test_a_dtype_is_checked_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch is there, transformers finds the dtype by its name; in the process that reads the
+    files it does not."""
+    write(tmp_path, config__json={**LLAMA, "dtype": "\x1b[2J"})
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(ConfigError, match=r"dtype='\\x1b\[2J' is not implemented.*float16"):
+        describe_model(tmp_path)
+
+
 def test_a_process_tells_errors_of_the_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

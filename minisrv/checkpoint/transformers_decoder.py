@@ -37,6 +37,7 @@ from minisrv.model_config import (
     ModelConfig,
     RopeConfig,
     architecture_of,
+    dtype_of,
     positive,
     rope_of,
 )
@@ -391,7 +392,7 @@ def describe(config: PreTrainedConfig, decoder: MetaDecoder) -> ModelConfig:
         **sizes,
         rms_norm_eps=0.0,
         rope=rope,
-        dtype=str(config.dtype or "float32").removeprefix("torch."),
+        dtype=dtype_of({"dtype": config.dtype}),
         tie_word_embeddings=bool(tied),
         implementation="transformers",
         counted_parameters=sum(p.numel() for n, p in model.named_parameters() if n not in tied),
