@@ -514,6 +514,30 @@ def test_the_oldest_descriptions_are_dropped(
     assert len(list(kept.iterdir())) == 2
 
 
+def test_a_refusal_is_forgotten_with_the_version_that_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of a library may describe a model differently, or compute what this one does
+    not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = write(tmp_path / "model", config__json={**LLAMA, "hidden_act": "gelu"})
+    asked: list[str] = []
+    read = description._read
+
+    def counted(model: Path | None, tokenizer: Path | None, implementation: str) -> Descriptions:
+        if model is not None:
+            asked.append(implementation)
+        return read(model, tokenizer, implementation)
+
+    monkeypatch.setattr(description, "_read", counted)
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(description, "version", lambda _, version=version: version)
+        description._code_digest.cache_clear()
+        assert "gelu" in describe_model(directory).refusal
+    description._code_digest.cache_clear()
+    assert asked == 2 * ["minisrv", "transformers"]
+
+
 def test_files_that_change_while_they_are_read_are_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
