@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -249,10 +250,12 @@ def record_mask(
     # Places around those where masks change, for one that has a window and for one that has not.
     window = local_size or 1
     near = [0, 1, 2, window - 1, window, window + 1, 2 * window + 1]
-    places = torch.tensor(sorted({*near, *(_FAR + place for place in near)}), device="cpu")
-    zero, q, k = torch.zeros((), dtype=torch.int64, device="cpu"), places[:, None], places[None]
     mask = Mask(is_causal=False)
-    with suppress(RuntimeError):  # raised by a mask that depends on data, which has no values here
+    # Places have values even where a tracer makes tensors without. The error is raised by a mask
+    # that depends on data, which has none here.
+    with _disable_current_modes(), torch.device("cpu"), suppress(RuntimeError):
+        places = torch.tensor(sorted({*near, *(_FAR + place for place in near)}))
+        zero, q, k = torch.zeros((), dtype=torch.int64), places[:, None], places[None]
         sees = mask_function(zero, zero, q, k)
         for candidate in (None, local_size):
             behind = q - (2 * _FAR if candidate is None else candidate)

@@ -106,7 +106,8 @@ class CUDAGraphWrapper:
                 ) from error
             raise
         nbytes = backend.memory_used() - memory_before
-        return CapturedGraph(tuple(calls), self._describe_inputs(context, args), nbytes)
+        captured, calls[:] = tuple(calls), ()  # a recorded context leads back to the list
+        return CapturedGraph(captured, self._describe_inputs(context, args), nbytes)
 
     def _describe_inputs(self, context: ForwardContext, args: tuple[Tensor, ...]) -> dict[str, int]:
         """Return the addresses of the arguments and of the attention metadata, and the numbers

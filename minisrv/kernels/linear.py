@@ -17,8 +17,8 @@ oneDNN's layout 48 / 54 / 92 / 248; bfloat16 by `F.linear` 66 / 62 / 84 / 165, i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -66,9 +66,36 @@ class LinearMethod(ABC):
     the product; here, norm, product and gate are an op each.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """Return x W^T + b, [T, out], of x [T, in], as a new tensor."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is stored, of which `of_tensors` makes the method again."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[Tensor]) -> Self:
+        """Return the method that has these `tensors`. Nothing is computed or copied."""
+        method = cls.__new__(cls)
+        method.weight, method.bias = tensors[0], tensors[1] if len(tensors) > 1 else None
+        return method
+
+    @classmethod
+    def merged(cls, methods: Sequence[LinearMethod]) -> LinearMethod:
+        """Return the method of the weights of several methods of this class side by side, which are
+        copied."""
+        biases = [method.bias for method in methods if method.bias is not None]
+        weight = torch.cat([method.plain_weight() for method in methods])
+        return cls(weight, torch.cat(biases) if biases else None)  # type: ignore[call-arg]
+
+    def plain_weight(self) -> Tensor:
+        """Return the weight [out, in]."""
+        raise NotImplementedError(f"{type(self).__name__} has no plain weight")
 
     def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """Write norm(x) W^T + b to out [T, out]."""
@@ -98,6 +125,9 @@ class UnquantizedLinearMethod(LinearMethod):
         turned = weight.dtype == torch.float32 and weight.device.type == "cpu"
         self.weight = weight.t().contiguous() if turned else weight.t()
         self.bias = bias
+
+    def plain_weight(self) -> Tensor:
+        return self.weight.t()
 
     def apply(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -174,6 +204,9 @@ class OneDNNLinearMethod(LinearMethod):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.bias = bias
 
+    def plain_weight(self) -> Tensor:
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+
     def apply(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
@@ -187,6 +220,10 @@ class OneDNNLinearMethod(LinearMethod):
 
 
 if torch.backends.mkldnn.is_available():
+    # Weights without memory have shapes only, and no layout.
+    torch.library.register_fake(
+        "mkldnn::_reorder_linear_weight", lambda weight, *_: torch.empty_like(weight)
+    )
     # A trace needs the shape of an op's result. torch registers it for oneDNN's product, but not
     # for the product to which a tensor is added.
     torch.library.register_fake(
@@ -210,8 +247,34 @@ class Int8LinearMethod(LinearMethod):
         self.weight = wide.to(torch.int8)
         self.scale = scale
         self.bias = bias
-        self.few = INT8_ROWS if weight.shape[1] % INT8_STEP == 0 else 0
         self.many_rows = _unquantized((wide * scale.float()[:, None]).to(weight.dtype), bias)
+
+    @property
+    def few(self) -> int:
+        """The number of rows up to which the 8-bit weights are used."""
+        return INT8_ROWS if self.weight.shape[1] % INT8_STEP == 0 else 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight, self.scale, *self.many_rows.tensors]
+
+    @classmethod
+    def of_tensors(cls, tensors: list[Tensor]) -> Self:
+        method = cls.__new__(cls)
+        method.weight, method.scale = tensors[:2]
+        method.many_rows = _unquantized_method(tensors[2]).of_tensors(tensors[2:])
+        method.bias = method.many_rows.bias
+        return method
+
+    @classmethod
+    def merged(cls, methods: Sequence[LinearMethod]) -> LinearMethod:
+        parts = [method for method in methods if isinstance(method, Int8LinearMethod)]
+        many = [part.many_rows for part in parts]
+        weight, scale = (
+            torch.cat(tensors)
+            for tensors in zip(*(part.tensors[:2] for part in parts), strict=True)
+        )
+        return cls.of_tensors([weight, scale, *type(many[0]).merged(many).tensors])
 
     def apply(self, x: Tensor) -> Tensor:
         if len(x) > self.few:
@@ -246,12 +309,64 @@ All tensors are contiguous and of the same dtype.
 
 def _unquantized(weight: Tensor, bias: Tensor | None) -> LinearMethod:
     """Return the fastest method for a weight in its own dtype on its device."""
+    return _unquantized_method(weight)(weight, bias)
+
+
+def _unquantized_method(
+    weight: Tensor,
+) -> type[UnquantizedLinearMethod] | type[OneDNNLinearMethod]:
     if weight.device.type == "cuda":
         capable = torch.cuda.get_device_capability(weight.device) >= TENSOR_CORES
-        return (TensorCoreLinearMethod if capable else UnquantizedLinearMethod)(weight, bias)
-    if _onednn_takes(weight.dtype):
-        return OneDNNLinearMethod(weight, bias)
-    return UnquantizedLinearMethod(weight, bias)
+        return TensorCoreLinearMethod if capable else UnquantizedLinearMethod
+    return OneDNNLinearMethod if _onednn_takes(weight.dtype) else UnquantizedLinearMethod
+
+
+METHODS: dict[str, type[LinearMethod]] = {
+    method.__name__: method
+    for method in (
+        UnquantizedLinearMethod,
+        TensorCoreLinearMethod,
+        OneDNNLinearMethod,
+        Int8LinearMethod,
+    )
+}
+"""All methods by name."""
+
+
+def linear(x: Tensor, tensors: list[Tensor], out: Tensor, *, method: str) -> None:
+    """Write x W^T + b to out [T, out] by the method of that name that has these `tensors`."""
+    out.copy_(METHODS[method].of_tensors(tensors).apply(x))
+
+
+linear_op = register_op(
+    "linear",
+    "(Tensor x, Tensor[] tensors, Tensor(a!) out, *, str method) -> ()",
+    every_device=linear,
+)
+"""The op of a product for a compiler, which sees neither how the weight is stored nor which kernel
+multiplies: the kernel may depend on the number of rows, and a compiled program holds for any."""
+
+
+class TracedLinearMethod(LinearMethod):
+    """Takes the place of a method while a model is traced: the product is one op, and what other
+    methods fuse with it is left to the compiler.
+
+    out_features: the width of the product.
+    """
+
+    def __init__(self, method: LinearMethod, out_features: int) -> None:
+        self._tensors = method.tensors
+        self.name = type(method).__name__
+        self.out_features = out_features
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self._tensors
+
+    def apply(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], self.out_features)
+        linear_op(x, self._tensors, out, method=self.name)
+        return out
 
 
 LINEAR_METHODS: dict[str | None, Callable[[Tensor, Tensor | None], LinearMethod]] = {

@@ -88,7 +88,7 @@ def _loaded(compiler: list[str]) -> ctypes.CDLL:
     flags = [*FLAGS, *_vector_flags()]
     version = _run([*compiler, "--version"]).encode()
     key = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor(), _FORMAT])
+        b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, processor(), _FORMAT])
     ).hexdigest()[:16]
     try:
         library = cache_directory() / f"cpu-{key}.so"
@@ -144,7 +144,7 @@ def _vector_flags() -> list[str]:
     return ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """Return the description of the processor, which decides which instructions `-march=native` may
     use."""
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()

@@ -7,11 +7,13 @@ the forward context, past this module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from minisrv.compile.decorator import Compiled, support_torch_compile
 from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LINEAR_METHODS
 from minisrv.model_config import ModelConfig
@@ -46,6 +48,7 @@ class DecoderLayer(nn.Module):
         yield from _below("mlp", self.mlp.destinations())
 
 
+@support_torch_compile(dynamic_dims={"input_ids": 0, "positions": 0, "out": 0})
 class Decoder(nn.Module):
     """A decoder-only transformer. Its parameters are uninitialised; `nn.loader` fills them, and
     `prepare`, `allocate_buffers` and `bind_kv_cache` make it ready to run.
@@ -56,6 +59,8 @@ class Decoder(nn.Module):
     """
 
     cos_sin: Tensor
+    dynamic_dims: ClassVar[Mapping[str, int]]
+    compiled: Compiled | None
     qkv: Tensor
     attn_out: Tensor
 

@@ -37,7 +37,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = dict(parts)
-        width = sum(self.parts.values())
+        width = self.out_features = sum(self.parts.values())
         self.weight: nn.Parameter | None = parameter(width, in_features, dtype=dtype)
         self.bias = parameter(width, dtype=dtype) if bias else None
         self.method: LinearMethod

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minisrv.compile.decorator import Compilable
 from minisrv.kernels import AttentionLayer
 from minisrv.model_config import ModelConfig
 
 
-class Model(Protocol):
+class Model(Compilable, Protocol):
     """A decoder with its weights. `prepare`, `allocate_buffers` and `bind_kv_cache` make it ready
     to run, in this order; the last two are called again for another cache.
 
@@ -35,9 +36,13 @@ class Model(Protocol):
     attn_out: Tensor
 
     @property
+    def forward(self) -> Any:
+        """Run the model as its code is written: see `__call__`."""
+
+    @property
     def __call__(self) -> Any:
-        """Run the model: input_ids [T] int64 and positions [T] int64 give out [T, hidden], after
-        the final norm.
+        """Run the model, or in its place what it was compiled to: input_ids [T] int64 and positions
+        [T] int64 give out [T, hidden], after the final norm.
 
         It runs within a forward context, whose attention metadata are those of these T tokens and
         whose layers are the model's `attention_layers`.

@@ -12,8 +12,8 @@ requests, batches or graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from minisrv.checkpoint.transformers_decoder import AttentionCall, MetaDecoder
+from minisrv.compile.decorator import Compiled, support_torch_compile
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod
@@ -116,10 +117,13 @@ class GivenHidden(nn.Module):
         return self.output_class(last_hidden_state=inputs_embeds)
 
 
+@support_torch_compile(dynamic_dims={"input_ids": 0, "positions": 0, "out": 0})
 class TransformersModel(nn.Module):
     """A decoder of transformers as a `minisrv.nn.model.Model`. Its parameters are on the meta
     device; `nn.transformers_loader` fills them."""
 
+    dynamic_dims: ClassVar[Mapping[str, int]]
+    compiled: Compiled | None
     qkv: Tensor
     attn_out: Tensor
 

@@ -251,7 +251,7 @@ def test_what_is_kept_is_of_this_source_and_processor(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert native() is not None
-    monkeypatch.setattr(module, "_processor", lambda: b"another")
+    monkeypatch.setattr(module, "processor", lambda: b"another")
     native.cache_clear()
     assert native() is not None
     assert len(list(fresh.iterdir())) == 2

@@ -1,0 +1,29 @@
+"""A product in a compiled program is the one that the model's own forward computes: the kernel is
+chosen within the op, by the rows of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, TracedLinearMethod
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")],
+    ids=str,
+)
+def test_the_op_multiplies_as_the_method_does(
+    dtype: torch.dtype, quantization: str | None, bias: bool, rows: int
+):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 32, generator=generator).to(dtype) for n in (48, rows))
+    added = torch.randn(48, generator=generator).to(dtype) if bias else None
+    method: LinearMethod = LINEAR_METHODS[quantization](weight, added)
+    traced = TracedLinearMethod(method, 48)
+    assert torch.equal(traced.apply(x), method.apply(x))
+    again = type(method).of_tensors(method.tensors)
+    assert torch.equal(again.apply(x), method.apply(x))
