@@ -7,6 +7,7 @@
     |- ModelError             a checkpoint cannot be served
     |  |- UnknownArchitectureError
     |  `- WeightsError        missing, unexpected or misshapen weights
+    |- CompilationError       a model cannot be compiled, or what was compiled cannot be used
     |- GraphError             a graph cannot be used
     |  |- GraphCaptureError   the captured code did something that a graph cannot record
     |  `- CertificationError  a captured graph differs from eager
@@ -142,6 +143,10 @@ class CertificationError(GraphError):
     def __init__(self, message: str, *, difference: float = 0.0) -> None:
         super().__init__(message)
         self.difference = difference
+
+
+class CompilationError(MinisrvError):
+    """A model's forward cannot be compiled, or what was compiled cannot be used."""
 
 
 class RequestError(MinisrvError):

@@ -1,5 +1,5 @@
-"""Facts about this machine for which torch is not needed: its free memory, and whether there is a
-CUDA driver.
+"""Facts about this machine for which torch is not needed: its free memory, and whether there are a
+CUDA driver and a C++ compiler.
 
 Knows: Linux. Knows nothing of what the memory is used for.
 """
@@ -7,6 +7,9 @@ Knows: Linux. Knows nothing of what the memory is used for.
 from __future__ import annotations
 
 import ctypes
+import os
+import shlex
+import shutil
 from pathlib import Path
 
 from minisrv.config import EngineConfig
@@ -38,6 +41,12 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def has_cxx_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile would call: $CXX, or else g++."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return shutil.which(words[0]) is not None
 
 
 def check_driver(config: EngineConfig) -> None:

@@ -1,0 +1,122 @@
+"""The artifacts of compilation in the cache: packages of pieces, and descriptions of programs.
+
+A package is found by the key of its piece, and shared by all programs that have the piece. A
+program names the digest of each of its packages, which is compared before anything is loaded.
+
+Knows: where artifacts lie, and when one is trusted. Knows nothing of what a program does, nor of
+compilers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import torch
+
+from minisrv.cache import cache_directory, read_cached, write_cached
+from minisrv.errors import CompilationError
+from minisrv.kernels.native import processor
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "program.msgpack"
+_CODE = ("compile", "kernels", "nn", "graph", "checkpoint/transformers_decoder.py")
+"""The parts of the package on which the content of artifacts depends."""
+
+
+class Package(msgspec.Struct, frozen=True):
+    """A compiled piece.
+
+    written: the indices of the arguments that it writes.
+    body: the content of a .pt2 file.
+    """
+
+    written: list[int]
+    body: bytes
+
+
+def environment(device: str) -> tuple[str, ...]:
+    """Return what every artifact depends on besides its content: the device and the instructions
+    that it may use, the versions of torch and Python, and this package's code."""
+    instructions = hashlib.sha256(processor()).hexdigest()
+    python = ".".join(map(str, sys.version_info[:2]))
+    return device, instructions, torch.__version__, python, _code_digest()
+
+
+def program_directory(key: str) -> Path:
+    """Return the directory for the program of that key, and make it if it is missing. Raises
+    OSError and RuntimeError as `cache_directory` does."""
+    return cache_directory("compiled", "programs", key)
+
+
+def read_description(directory: Path) -> bytes:
+    """Return the description of the program that is kept in a directory. Raises CompilationError if
+    there is none that is trusted."""
+    body = read_cached(directory / PROGRAM)
+    if body is None:
+        raise CompilationError(f"{directory} holds no program that is trusted.")
+    return body
+
+
+def write_description(directory: Path, body: bytes) -> None:
+    """Keep the description of a program. Raises CompilationError if it cannot be kept."""
+    _write(directory / PROGRAM, body)
+
+
+def read_package(key: str, digest: str | None = None) -> Package:
+    """Return the package of a piece.
+
+    digest: the digest that its content must have; None for any.
+    Raises CompilationError if there is none, or none that is trusted, or another one. Raises
+    OSError and RuntimeError as `cache_directory` does.
+    """
+    path = _package_path(key)
+    body = read_cached(path)
+    if body is None:
+        raise CompilationError(f"{path} is no package that is trusted.")
+    if digest is not None and package_digest(body) != digest:
+        raise CompilationError(f"{path} is another package than the program was made with.")
+    try:
+        return msgspec.msgpack.decode(body, type=Package)
+    except msgspec.MsgspecError as error:
+        raise CompilationError(f"{path} is no package: {error}") from error
+
+
+def write_package(key: str, package: Package) -> str:
+    """Keep the package of a piece, and return the digest of its content. Raises CompilationError if
+    it cannot be kept."""
+    body = msgspec.msgpack.encode(package)
+    _write(_package_path(key), body)
+    return package_digest(body)
+
+
+def package_digest(body: bytes) -> str:
+    """Return the digest of a package as it is kept."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def _package_path(key: str) -> Path:
+    return cache_directory("compiled", "pieces") / f"{key}.pt2"
+
+
+def _write(path: Path, body: bytes) -> None:
+    write_cached(path, body)
+    if read_cached(path) != body:
+        raise CompilationError(
+            f"{path} cannot be kept; may this user write there, and is the disk full?"
+        )
+
+
+@cache
+def _code_digest() -> str:
+    root = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for part in _CODE:
+        for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,30 @@
+"""Rewrites of a traced graph before it is split.
+
+A pass is a function that changes a graph in place and returns how often it has found its pattern.
+It may add inputs, and then says where these are found. What a pass needs to know of a value is in
+the node's `meta["example_value"]`, which it gives to the nodes that it adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from minisrv.compile.passes.merged_projections import merge_projections
+from minisrv.compile.passes.no_op_views import remove_no_op_views
+from minisrv.compile.program import Source
+from minisrv.compile.trace import Trace
+
+Pass = Callable[[fx.Graph, dict[str, Source]], int]
+
+PASSES: dict[str, Pass] = {
+    "no-op views": remove_no_op_views,
+    "merged projections": merge_projections,
+}
+"""All passes by name, in the order in which they are applied."""
+
+
+def apply_passes(traced: Trace) -> dict[str, int]:
+    """Apply all passes to the graph of a trace, and return the number of matches of each."""
+    return {name: rewrite(traced.graph.graph, traced.sources) for name, rewrite in PASSES.items()}

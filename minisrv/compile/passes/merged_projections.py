@@ -1,0 +1,105 @@
+"""Products of one input, such as q, k and v, or gate and up: one product by the weights side by
+side.
+
+At few rows a product of small weights takes hardly longer than its launch. The merged weight is
+stored beside the others, which the model's own forward still uses, so only small ones are merged;
+large ones gain nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from minisrv.compile.program import Merged, Source, Weight
+from minisrv.compile.writes import written_by
+from minisrv.kernels.linear import METHODS, linear_op
+
+MOST_BYTES = 4 << 20
+"""Maximum size of a merged weight in bytes."""
+
+
+def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
+    """Merge the products of one input. It holds for any number of rows."""
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    writes: Counter[int] = Counter()
+    """How often each tensor's memory has been written so far."""
+    for node in graph.nodes:
+        if node.target == linear_op:
+            x, tensors, _ = node.args
+            key = (_origin(x), str(_shape(x)), node.kwargs["method"], len(tensors))
+            groups.setdefault((*key, writes[_storage(x)]), []).append(node)
+        writes.update(_storage(argument) for argument in written_by(node))
+    merged = [nodes for nodes in groups.values() if len(nodes) > 1 and _is_small(nodes)]
+    for nodes in merged:
+        _merge(graph, nodes, sources)
+    return len(merged)
+
+
+def _is_small(nodes: list[fx.Node]) -> bool:
+    sizes: list[int] = [_example(tensor).nbytes for node in nodes for tensor in _tensors(node)]
+    return sum(sizes) <= MOST_BYTES
+
+
+def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) -> None:
+    first = nodes[0]
+    x: Any = first.args[0]
+    method = METHODS[str(first.kwargs["method"])]
+    parts = [method.of_tensors([_example(tensor) for tensor in _tensors(node)]) for node in nodes]
+    paths = []
+    for node in nodes:
+        source = sources[_tensors(node)[0].name]
+        assert isinstance(source, Weight), "a product has a weight of the model"
+        paths.append(source.path[:-2])  # without "tensors" and the index
+    tensors = []
+    with graph.inserting_before(next(iter(graph.nodes))), _example(x).fake_mode:
+        for index, example in enumerate(method.merged(parts).tensors):
+            tensor = graph.placeholder(f"merged_{first.name}_{index}")
+            tensor.meta["example_value"] = example
+            sources[tensor.name] = Merged(tuple(paths), index)
+            tensors.append(tensor)
+    widths = [_shape(node.args[2])[1] for node in nodes]
+    with graph.inserting_before(first):
+        rows = graph.call_method("size", (x, 0))
+        rows.meta["example_value"] = _shape(x)[0]
+        out = graph.call_method("new_empty", (x, rows, sum(widths)))
+        out.meta["example_value"] = _example(x).new_empty(_shape(x)[0], sum(widths))
+        graph.call_function(linear_op, (x, tensors, out), {"method": first.kwargs["method"]})
+        begin = 0
+        for node, width in zip(nodes, widths, strict=True):
+            columns = (slice(None), slice(begin, begin + width))
+            part = graph.call_function(operator.getitem, (out, columns))
+            part.meta["example_value"] = _example(out)[columns]
+            begin += width
+            own: Any = node.args[2]
+            graph.erase_node(node)
+            own.replace_all_uses_with(part)
+            graph.erase_node(own)
+
+
+def _origin(node: Any) -> Any:
+    """Return the node of which this one is a view; the products of one input take views of it that
+    are alike."""
+    while node.op == "call_method" and node.target in ("reshape", "view"):
+        node = node.args[0]
+    return node
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    tensors: Any = node.args[1]
+    return list(tensors)
+
+
+def _example(node: Any) -> Any:
+    return node.meta["example_value"]
+
+
+def _storage(node: Any) -> int:
+    return int(_example(node).untyped_storage()._cdata)
+
+
+def _shape(node: Any) -> Any:
+    return _example(node).shape

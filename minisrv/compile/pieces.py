@@ -1,0 +1,52 @@
+"""Compiles the model of an engine in pieces: mode 3, as `engine.compilation` asks for it.
+
+Knows: what is compiled, where it is kept, and the process that compiles. Knows nothing of when
+compiled code enters service.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from minisrv.compile import artifacts
+from minisrv.compile.program import Program
+from minisrv.compile.worker import CompileJob, CompileProcess
+from minisrv.errors import CompilationError
+from minisrv.nn.model import Model
+
+
+class PieceCompiler:
+    """Compiles one model. It satisfies `minisrv.engine.compilation.Compiler`.
+
+    model: the engine's model, whose buffers are those that it serves with.
+    """
+
+    def __init__(self, job: CompileJob, model: Model) -> None:
+        self._job = job
+        self._model = model
+
+    def find(self) -> Path | None:
+        """Return the directory of the program if the cache has one that can be loaded. One that
+        cannot is compiled again; the log says why."""
+        directory = self._job.kept_program()
+        if directory is None or Program.load(directory, self._model) is None:
+            return None
+        return directory
+
+    def discard(self, directory: Path) -> None:
+        """Keep a program from being found again, because it may not serve. If the cache cannot be
+        written, nothing happens."""
+        with suppress(OSError):
+            (directory / artifacts.PROGRAM).unlink()
+
+    def start(self) -> CompileProcess:
+        """Start a process that compiles."""
+        return CompileProcess(self._job)
+
+    def load(self, directory: Path) -> Program:
+        """Return the program of a directory, bound to the model. Raises CompilationError."""
+        program = Program.load(directory, self._model)
+        if program is None:
+            raise CompilationError(f"the program in {directory} cannot be loaded; see the log.")
+        return program

@@ -1,0 +1,355 @@
+"""Programs: the compiled forward of a model, run with the model's own weights.
+
+A program is a schedule of calls, of compiled pieces and of the attention op. A call of a piece is
+one op for a recorder, whose arguments say which tensors it writes; they are the model's weights,
+its static buffers, the arguments of the forward, and buffers of the program. All are at the same
+addresses in every step, so that a graph may hold the calls.
+
+Knows: schedules, and how a package of machine code is loaded and called. Knows nothing of how they
+were made: neither Dynamo nor Inductor is imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path as FilePath
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
+import torch
+from torch import Tensor
+
+from minisrv.compile import artifacts
+from minisrv.errors import CompilationError
+from minisrv.graph.attention import attention_op
+from minisrv.kernels.linear import LinearMethod
+from minisrv.kernels.registration import register_op
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = "TMPDIR"
+
+Path = tuple[str, ...]
+"""The names of attributes that lead from a model to a tensor, or numbers where a list is."""
+
+
+class Weight(msgspec.Struct, frozen=True, tag=True):
+    """A tensor of the model that all steps use whole."""
+
+    path: Path
+
+
+class Static(msgspec.Struct, frozen=True, tag=True):
+    """The first rows of a static buffer of the model, as many as the step has."""
+
+    name: str
+
+
+class Argument(msgspec.Struct, frozen=True, tag=True):
+    """An argument of the forward."""
+
+    name: str
+
+
+class Merged(msgspec.Struct, frozen=True, tag=True):
+    """A tensor of the linear method whose weight is those of several side by side.
+
+    methods: the paths of the linear methods.
+    index: which of its tensors.
+    """
+
+    methods: tuple[Path, ...]
+    index: int
+
+
+class Intermediate(msgspec.Struct, frozen=True, tag=True):
+    """A value that outlives the piece that makes it, in a buffer of the program.
+
+    buffer: the number of the buffer.
+    shape: its sizes; None is the number of rows.
+    dtype: torch's name of its dtype.
+    """
+
+    buffer: int
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+Source = Weight | Merged | Argument
+"""Where an input of a whole forward is found."""
+
+Value = Source | Static | Intermediate
+"""Where an argument of a call is found."""
+
+
+class PieceCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of a piece.
+
+    piece: its index among the pieces of the program.
+    arguments: all its arguments, in the order that the piece has them.
+    """
+
+    piece: int
+    arguments: list[Value]
+
+
+class AttentionCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of the attention op for a layer."""
+
+    qkv: Value
+    positions: Value
+    out: Value
+    layer: int
+
+
+class PieceFile(msgspec.Struct, frozen=True):
+    """The package of a piece: its key in the cache, and the digest of its content."""
+
+    key: str
+    digest: str
+
+
+class Description(msgspec.Struct, frozen=True):
+    """All that is kept of a program.
+
+    max_rows: the most rows that its pieces were compiled for.
+    matches: how often each pass has found its pattern.
+    """
+
+    max_rows: int
+    matches: dict[str, int]
+    pieces: list[PieceFile]
+    calls: list[PieceCall | AttentionCall]
+
+
+class Model(Protocol):
+    """What a program needs of a model besides its weights."""
+
+    qkv: Tensor
+    attn_out: Tensor
+    dtype: torch.dtype
+
+
+class LoadedPiece:
+    """A piece whose package is loaded.
+
+    number: by which the op finds it, as long as it is referred to.
+    written: the indices of the arguments that it writes.
+    """
+
+    def __init__(self, package: artifacts.Package, num_arguments: int) -> None:
+        with _scratch_directory() as scratch:
+            # What was checked is what is loaded. The loader takes a file, and unpacks it.
+            file = scratch / "piece.pt2"
+            file.write_bytes(package.body)
+            # One thread runs it: no events are recorded between runs, which a capture would refuse.
+            make = torch._C._aoti.AOTIModelPackageLoader
+            self._package = make(str(file), "model", True, 1, -1)
+        self.written = package.written
+        self.read = [i for i in range(num_arguments) if i not in package.written]
+        places = {index: place for place, index in enumerate([*self.read, *self.written])}
+        self._order = [places[index] for index in range(num_arguments)]
+        self.number = next(_numbers)
+        loaded_pieces[self.number] = self
+
+    def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Run the piece on the arguments that it only reads and on those that it writes."""
+        given = [*read, *written]
+        self._package.boxed_run([given[place] for place in self._order])
+
+
+@contextmanager
+def _scratch_directory() -> Iterator[FilePath]:
+    """Make a directory in which the loader unpacks within this context, and remove it at the end:
+    what is loaded stays mapped, and a process that is killed leaves no files. Sets the
+    environment."""
+    before = os.environ.get(_TEMPORARY)
+    with tempfile.TemporaryDirectory(prefix="minisrv-") as scratch:
+        os.environ[_TEMPORARY] = scratch
+        try:
+            yield FilePath(scratch)
+        finally:
+            if before is None:
+                del os.environ[_TEMPORARY]
+            else:
+                os.environ[_TEMPORARY] = before
+
+
+loaded_pieces: WeakValueDictionary[int, LoadedPiece] = WeakValueDictionary()
+"""The pieces that are loaded, by number."""
+
+_numbers = count()
+
+
+def run_piece(read: list[Tensor], written: list[Tensor], *, piece: int) -> None:
+    """Run the loaded piece of this number."""
+    loaded_pieces[piece].run(read, written)
+
+
+piece_op = register_op(
+    "piece",
+    "(Tensor[] read, Tensor(a!)[] written, *, int piece) -> ()",
+    every_device=run_piece,
+)
+"""The op of a call of a piece."""
+
+
+class Program:
+    """The compiled forward of a model: `program(input_ids, positions, out)` does what the model's
+    own forward does, within a forward context.
+
+    max_rows: the most tokens of a step.
+    """
+
+    def __init__(
+        self, description: Description, pieces: Sequence[LoadedPiece], model: Model
+    ) -> None:
+        """Bind a program to a model that is ready to run; its static buffers must be those with
+        which it will be run."""
+        self.max_rows = min(description.max_rows, len(model.qkv))
+        self._pieces = pieces
+        self._model = model
+        self._weights: dict[Value, Tensor] = {}
+        self._merged: dict[tuple[Path, ...], LinearMethod] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._calls: list[tuple[_Call, tuple[Value, ...], tuple[Value, ...]]] = []
+        for call in description.calls:
+            if isinstance(call, AttentionCall):
+                read: tuple[Value, ...] = (call.qkv, call.positions)
+                self._calls.append((_attention(call.layer), read, (call.out,)))
+                continue
+            piece = pieces[call.piece]
+            read = tuple(call.arguments[index] for index in piece.read)
+            written = tuple(call.arguments[index] for index in piece.written)
+            self._calls.append((_piece(piece), read, written))
+        for _, read, written in self._calls:
+            for value in (*read, *written):
+                self._bind(value)
+
+    @classmethod
+    def load(cls, directory: FilePath, model: Model) -> Program | None:
+        """Return the program that is kept in a directory of the cache, bound to a model whose
+        buffers are allocated. None, with the reason in the log, if anything of it is not there, not
+        trusted, or damaged; no compiler is imported."""
+        try:
+            return cls._load(directory, model)
+        except (CompilationError, OSError, RuntimeError, msgspec.MsgspecError) as error:
+            logger.warning("the program in %s is not used: %s", directory, error)
+            return None
+
+    @classmethod
+    def _load(cls, directory: FilePath, model: Model) -> Program:
+        body = artifacts.read_description(directory)
+        description = msgspec.msgpack.decode(body, type=Description)
+        packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
+        sizes = {
+            call.piece: len(call.arguments)
+            for call in description.calls
+            if isinstance(call, PieceCall)
+        }
+        # Nothing is loaded before all of it has been checked.
+        pieces = [LoadedPiece(package, sizes[index]) for index, package in enumerate(packages)]
+        found = ", ".join(f"{name} {count}" for name, count in description.matches.items())
+        logger.info(
+            "a compiled program of %d calls, %d distinct pieces; matches of passes: %s",
+            len(description.calls),
+            len(pieces),
+            found,
+        )
+        return cls(description, pieces, model)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of the values that outlive a piece; a step overwrites what it reads."""
+        return list(self._buffers.values())
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Run the forward: input_ids [T] int64 and positions [T] int64 give out [T, hidden]."""
+        rows = len(input_ids)
+        assert rows <= self.max_rows, f"{rows} rows, and the program is for {self.max_rows}"
+        arguments = {"input_ids": input_ids, "positions": positions, "out": out}
+        values: dict[Value, Tensor] = {}
+
+        def of(value: Value) -> Tensor:
+            if value not in values:
+                values[value] = self._tensor(value, rows, arguments)
+            return values[value]
+
+        for call, read, written in self._calls:
+            call([of(value) for value in read], [of(value) for value in written])
+
+    def _tensor(self, value: Value, rows: int, arguments: dict[str, Tensor]) -> Tensor:
+        match value:
+            case Weight() | Merged():
+                return self._weights[value]
+            case Static():
+                buffer: Tensor = getattr(self._model, value.name)
+                return buffer[:rows]
+            case Argument():
+                return arguments[value.name]
+            case Intermediate():
+                sizes = [rows if size is None else size for size in value.shape]
+                # A step of fewer rows uses the beginning of the buffer, whatever dimension they
+                # are.
+                return self._buffers[value.buffer][: _product(sizes)].view(sizes)
+
+    def _bind(self, value: Value) -> None:
+        """Find a weight, or make a buffer."""
+        if isinstance(value, Weight) and value not in self._weights:
+            self._weights[value] = _find(self._model, value.path, Tensor).detach()
+        elif isinstance(value, Merged) and value not in self._weights:
+            if value.methods not in self._merged:
+                found = [_find(self._model, path, LinearMethod) for path in value.methods]  # type: ignore[type-abstract]
+                self._merged[value.methods] = type(found[0]).merged(found)
+            self._weights[value] = self._merged[value.methods].tensors[value.index]
+        elif isinstance(value, Intermediate) and value.buffer not in self._buffers:
+            most = [self.max_rows if size is None else size for size in value.shape]
+            dtype = getattr(torch, value.dtype)
+            if not isinstance(dtype, torch.dtype):
+                raise CompilationError(f"{value.dtype} is no dtype.")
+            made = torch.zeros(_product(most), dtype=dtype, device=self._model.qkv.device)
+            self._buffers[value.buffer] = made
+
+
+_T = TypeVar("_T")
+_Call = Callable[[list[Tensor], list[Tensor]], None]
+
+
+def _attention(layer: int) -> _Call:
+    def call(read: list[Tensor], written: list[Tensor]) -> None:
+        attention_op(*read, *written, layer)
+
+    return call
+
+
+def _piece(piece: LoadedPiece) -> _Call:
+    def call(read: list[Tensor], written: list[Tensor]) -> None:
+        piece_op(read, written, piece=piece.number)
+
+    return call
+
+
+def _find(model: Any, path: Path, kind: type[_T]) -> _T:
+    """Return what is found at a path. Raises CompilationError if there is no such thing."""
+    found = model
+    for name in path:
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            found = getattr(found, name, None)
+    if not isinstance(found, kind):
+        raise CompilationError(f"the model has no {kind.__name__} {'.'.join(path)}.")
+    return found
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,242 @@
+"""The process that compiles a model's forward while the engine serves.
+
+Torch's compiler changes the state of the process that it runs in, and takes its cores, so it runs
+in a child of its own: at the lowest priority, without weights, for a limited time, and never longer
+than its parent. What it makes is in the cache; the child only says where, and how far it has come.
+
+Knows: the steps of a compilation, and the child process. Knows nothing of how a program is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from minisrv.errors import CompilationError, MinisrvError
+from minisrv.model_config import ModelConfig
+from minisrv.processes import ChildProcess
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 1800
+"""Maximum number of seconds that a compilation may take."""
+
+LEAST_ROWS = 8192
+"""The number of rows for which pieces are compiled at least, so that servers with other limits
+share them."""
+
+_NICE = 19
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """What is compiled: the forward of a model.
+
+    model: the shape of the model, for the context that is served.
+    directory: the checkpoint, of which config.json is read.
+    dtype: torch's name of the dtype of serving.
+    quantization: a key of `LINEAR_METHODS`.
+    device: "cpu".
+    threads: the number of threads that will compute a step.
+    max_num_tokens: the most tokens of a step.
+    """
+
+    model: ModelConfig
+    directory: Path
+    dtype: str
+    quantization: str | None
+    device: str
+    threads: int
+    max_num_tokens: int
+
+    @property
+    def max_rows(self) -> int:
+        """The number of rows up to which the pieces are compiled."""
+        return max(LEAST_ROWS, 1 << (self.max_num_tokens - 1).bit_length())
+
+    def environment(self) -> tuple[str, ...]:
+        """Return what every piece of this job depends on besides its content."""
+        from minisrv.compile import artifacts
+
+        settings = (str(self.max_rows), str(self.threads))
+        return (*artifacts.environment(self.device), *settings)
+
+    def key(self) -> str:
+        """Return the key of the program in the cache. Raises OSError if the checkpoint cannot be
+        read."""
+        code = version("transformers") if self.model.implementation == "transformers" else ""
+        parts = (repr(self.model), self.dtype, str(self.quantization), code, *self.environment())
+        described = (self.directory / "config.json").read_bytes()
+        return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
+
+    def kept_program(self) -> Path | None:
+        """Return the directory of the program if one is in the cache; `Program.load` says whether
+        it can be used."""
+        from minisrv.compile import artifacts
+
+        try:
+            directory = artifacts.program_directory(self.key())
+        except (OSError, RuntimeError) as error:
+            logger.warning("no compiled program can be kept: %s", error)
+            return None
+        return directory if (directory / artifacts.PROGRAM).exists() else None
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a compilation has come.
+
+    phase: what is being done.
+    done, total: the number of pieces that are ready, and of all; 0 of 0 before they are known.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+
+def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path:
+    """Compile the forward of a model, and return the directory of the program in the cache. Pieces
+    that are in the cache are not compiled again.
+
+    progress: is called at each step.
+    Raises CompilationError, OSError and RuntimeError, and whatever torch raises.
+    """
+    import torch
+
+    from minisrv.compile import artifacts
+    from minisrv.compile.inductor import compile_piece
+    from minisrv.compile.passes import apply_passes
+    from minisrv.compile.program import Description, PieceFile
+    from minisrv.compile.split import split
+    from minisrv.compile.trace import trace
+    from minisrv.nn.loader import load_model
+
+    if job.device != "cpu":
+        raise CompilationError(
+            f"compilation for {job.device} is not allowed: it has not been tested there. Serve "
+            "without it, or on a CPU."
+        )
+    directory = artifacts.program_directory(job.key())
+    progress(Progress("tracing", 0, 0))
+
+    def make_model() -> Any:
+        dtype = getattr(torch, job.dtype)
+        model = load_model(
+            job.model, job.directory, dtype=dtype, device=job.device, load_format="dummy"
+        )
+        model.prepare(quantization=job.quantization)
+        return model
+
+    traced = trace(make_model, job.device)
+    matches = apply_passes(traced)
+    schedule = split(traced)
+    total, files = len(schedule.pieces), []
+    for index, piece in enumerate(schedule.pieces):
+        progress(Progress("compiling", index, total))
+        key = piece.digest(*job.environment())
+        try:
+            package = artifacts.read_package(key)
+        except CompilationError:
+            package = compile_piece(piece, job.max_rows, job.device, threads=job.threads)
+        files.append(PieceFile(key, artifacts.write_package(key, package)))
+    description = Description(job.max_rows, matches, files, schedule.calls)
+    artifacts.write_description(directory, msgspec.msgpack.encode(description))
+    progress(Progress("compiled", total, total))
+    return directory
+
+
+class CompileProcess:
+    """The engine's handle of the process that compiles. No method waits for it.
+
+    It is to be made and used by one thread, with which the process ends.
+    """
+
+    def __init__(self, job: CompileJob, *, timeout: float = TIMEOUT) -> None:
+        """Start the process at once.
+
+        timeout: number of seconds after which it is ended.
+        """
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="minisrv-compile-",
+            # A compiler of C++ that the process has started may still write there.
+            ignore_cleanup_errors=True,
+        )
+        self._answers, answers = Pipe(duplex=False)
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        scratch = Path(self._scratch.name)
+        self._errors = scratch / "stderr"
+        self._last: Progress | Path | MinisrvError = Progress("starting", 0, 0)
+        try:
+            self._process = ChildProcess("compile", _main, job, answers, scratch, private_dir=None)
+        except BaseException:
+            self._scratch.cleanup()
+            raise
+        finally:
+            answers.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def poll(self) -> Progress | Path | MinisrvError:
+        """Return how far it has come, the directory of the finished program, or the error with
+        which it has failed, at once. The last two are final."""
+        while isinstance(self._last, Progress) and self._answers.poll():
+            try:
+                self._last = self._answers.recv()
+            except (EOFError, OSError):
+                why = f"the compiler ended {self._process.describe_exit()}"
+                self._last = self._failure(why)
+        if isinstance(self._last, Progress) and time.monotonic() > self._deadline:
+            self._process.stop()
+            self._last = self._failure(f"it took longer than {self._timeout:g} s")
+        return self._last
+
+    def _failure(self, why: str) -> CompilationError:
+        said = ""
+        if self._errors.exists():
+            lines = self._errors.read_text(errors="replace").splitlines()
+            said = "\n".join(lines[-_LAST_LINES:])
+        return CompilationError(f"the model was not compiled: {why}. It said: {said or 'nothing'}")
+
+    def close(self) -> None:
+        """End the process, and remove its temporary files. May be called twice."""
+        self._process.stop()
+        self._answers.close()
+        self._scratch.cleanup()
+
+
+def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+    os.nice(_NICE)
+    with (scratch / "stderr").open("wb") as file:
+        os.dup2(file.fileno(), sys.__stderr__.fileno())  # type: ignore[union-attr]
+    os.environ |= {
+        # Its own processes would outlive it if it were killed.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TMPDIR": str(scratch),
+    }
+    tempfile.tempdir = None
+    try:
+        answers.send(compile_model(job, answers.send))
+    except Exception as error:
+        lines = traceback.format_exception(error)
+        said = "".join(lines).splitlines()[-_LAST_LINES:]
+        answers.send(CompilationError("the model was not compiled: " + "\n".join(said)))

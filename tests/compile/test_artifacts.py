@@ -1,0 +1,144 @@
+"""A program is loaded only if all of it is what was kept; whatever is wrong is a warning."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from minisrv.cache import cache_directory, read_cached, write_cached
+from minisrv.compile import artifacts
+from minisrv.compile.program import Description, LoadedPiece, Program
+from minisrv.errors import CompilationError
+from tests.compile.compiled import Compiled
+from tests.nn.driver import Driver
+
+pytestmark = pytest.mark.compiler
+
+
+@pytest.fixture
+def copy(
+    one_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """Return the files of the program's description and of its last package in a cache of their
+    own."""
+    cache = cache_directory("compiled")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mine = cache_directory("compiled")
+    shutil.copytree(cache, mine, dirs_exist_ok=True)
+    description = mine / "programs" / one_program.directory.name / artifacts.PROGRAM
+    body = read_cached(description)
+    assert body is not None
+    key = msgspec.msgpack.decode(body, type=Description).pieces[-1].key
+    return description, mine / "pieces" / f"{key}.pt2"
+
+
+def load(one_program: Compiled, description: Path) -> Program | None:
+    Driver(one_program.model)
+    return Program.load(description.parent, one_program.model)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def open_to_others(path: Path) -> None:
+    path.chmod(0o666)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+def other_content(path: Path) -> None:
+    """Put something else in the place that is whole and ours."""
+    write_cached(path, msgspec.msgpack.encode(artifacts.Package([], b"no package")))
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES = [cut, flip, empty, open_to_others, link, other_content, missing]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["description", "package"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_or_not_ours_is_not_loaded(
+    damage: Callable[[Path], None],
+    which: int,
+    copy: tuple[Path, Path],
+    one_program: Compiled,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    assert load(one_program, copy[0]) is not None
+    damage(copy[which])
+    made: list[object] = []
+    monkeypatch.setattr(LoadedPiece, "__init__", lambda *_: made.append(1))
+    caplog.clear()
+    assert load(one_program, copy[0]) is None
+    assert not made, "nothing is loaded before all of it is checked"
+    assert "is not used" in caplog.text
+
+
+def test_a_package_that_no_loader_takes_is_a_warning(
+    copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
+):
+    body = read_cached(copy[0])
+    assert body is not None
+    found = msgspec.msgpack.decode(body, type=Description)
+    key = found.pieces[0].key
+    digest = artifacts.write_package(key, artifacts.Package([], b"no package"))
+    pieces = [msgspec.structs.replace(found.pieces[0], digest=digest), *found.pieces[1:]]
+    changed = msgspec.structs.replace(found, pieces=pieces)
+    artifacts.write_description(copy[0].parent, msgspec.msgpack.encode(changed))
+    assert load(one_program, copy[0]) is None
+    assert "is not used" in caplog.text
+
+
+def test_a_program_of_another_model_is_not_bound(
+    copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
+):
+    Driver(one_program.model)
+    backbone = one_program.model.backbone
+    layers = backbone.layers
+    backbone.layers = layers[:2]
+    try:
+        assert Program.load(copy[0].parent, one_program.model) is None
+    finally:
+        backbone.layers = layers
+    assert "has no Tensor backbone.layers.2" in caplog.text
+
+
+def test_a_full_disk_is_an_answer(copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(artifacts, "write_cached", lambda path, body: None)
+    with pytest.raises(CompilationError, match="cannot be kept"):
+        artifacts.write_package("0" * 32, artifacts.Package([], b""))
+
+
+def test_a_cache_that_others_may_write_to_holds_no_programs(
+    copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
+):
+    assert one_program.job.kept_program() == copy[0].parent
+    copy[0].parent.parent.chmod(0o777)
+    assert one_program.job.kept_program() is None
+    assert "others may write" in caplog.text
+    caplog.clear()
+    copy[1].parent.chmod(0o777)
+    assert load(one_program, copy[0]) is None
+    assert "others may write" in caplog.text

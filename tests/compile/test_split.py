@@ -1,0 +1,75 @@
+"""A forward is traced once and split into pieces, of which those alike are one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch._dynamo.utils import counters
+
+from minisrv.compile.program import AttentionCall, PieceCall
+from tests.checkpoints import make_checkpoint
+from tests.compile.compiled import SHAPE, job_of, schedule_of
+
+
+@pytest.mark.parametrize("implementation", ["transformers", "minisrv"])
+def test_there_are_three_pieces_whatever_the_number_of_layers(implementation: str, tmp_path: Path):
+    contents = []
+    for layers in (2, 6):
+        directory = make_checkpoint(tmp_path / str(layers), num_hidden_layers=layers)
+        schedule = schedule_of(job_of(directory, implementation))
+        assert not counters["graph_break"]
+        kinds = [type(call) for call in schedule.calls]
+        assert kinds == [PieceCall, *[AttentionCall, PieceCall] * layers]
+        numbers = [call.piece for call in schedule.calls if isinstance(call, PieceCall)]
+        assert numbers == [0, *[1] * (layers - 1), 2]
+        contents.append([piece.content() for piece in schedule.pieces])
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "quantization"),
+    [("transformers", "bfloat16", "int8"), ("minisrv", "bfloat16", None)],
+)
+def test_other_formats_of_weights(
+    implementation: str, dtype: str, quantization: str | None, tmp_path: Path
+):
+    directory = make_checkpoint(tmp_path)
+    job = job_of(directory, implementation, dtype=dtype, quantization=quantization)
+    assert len(schedule_of(job).pieces) == 3
+
+
+def test_another_constant_is_another_piece(tmp_path: Path):
+    contents = []
+    for eps in (1e-5, 1e-6):
+        directory = make_checkpoint(tmp_path / str(eps), rms_norm_eps=eps)
+        schedule = schedule_of(job_of(directory, "minisrv"))
+        contents.append({piece.content() for piece in schedule.pieces})
+    assert not contents[0] & contents[1]
+
+
+KEYS = """
+import sys, resource
+from pathlib import Path
+from tests.compile.compiled import job_of, schedule_of
+job = job_of(Path(sys.argv[1]), "transformers")
+print(job.key(), *[piece.digest(*job.environment()) for piece in schedule_of(job).pieces])
+"""
+
+
+def test_keys_are_the_same_in_every_process_and_depend_on_what_is_compiled(tmp_path: Path):
+    directory = make_checkpoint(tmp_path, "qwen3", **SHAPE)
+    job = job_of(directory, "transformers")
+    digests = [piece.digest(*job.environment()) for piece in schedule_of(job).pieces]
+    program = [sys.executable, "-c", KEYS, str(directory)]
+    root = Path(__file__).parents[2]
+    told = subprocess.run(program, check=True, capture_output=True, text=True, cwd=root).stdout
+    assert told.split() == [job.key(), *digests]
+    other = job_of(directory, "transformers", threads=2)
+    assert other.key() != job.key()
+    assert other.environment() != job.environment()
+    # 9,000 tokens need pieces for more rows than those of 64 tokens.
+    assert job_of(directory, "transformers", max_num_tokens=9000).key() != job.key()
+    assert job_of(directory, "transformers", max_num_tokens=65).key() == job.key()

@@ -1,0 +1,123 @@
+"""The process that compiles: its priority, its memory, its end, and its answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minisrv.compile.worker import CompileProcess, Progress, compile_model
+from minisrv.errors import CompilationError
+from tests.checkpoints import make_checkpoint
+from tests.compile.compiled import Compiled, job_of, run
+
+
+def test_a_failure_is_an_answer(tmp_path: Path):
+    directory = make_checkpoint(tmp_path)
+    job = replace(job_of(directory, "minisrv"), dtype="float33")
+    answer = run(CompileProcess(job))
+    assert isinstance(answer, CompilationError)
+    assert "float33" in answer.message
+
+
+def test_a_gpu_is_refused_by_name(tmp_path: Path):
+    job = replace(job_of(make_checkpoint(tmp_path), "minisrv"), device="cuda")
+    with pytest.raises(CompilationError, match="cuda is not allowed: it has not been tested"):
+        compile_model(job, lambda progress: None)
+
+
+def test_a_death_is_an_answer(tmp_path: Path):
+    process = CompileProcess(job_of(make_checkpoint(tmp_path), "minisrv"))
+    os.kill(process.pid, 9)
+    answer = run(process)
+    assert isinstance(answer, CompilationError)
+    assert "by SIGKILL" in answer.message
+
+
+@pytest.mark.compiler
+def test_it_has_limited_time_and_the_lowest_priority(tmp_path: Path):
+    job = job_of(make_checkpoint(tmp_path), "transformers", threads=3)
+    process = CompileProcess(job, timeout=20)
+    while process.poll() == Progress("starting", 0, 0):
+        time.sleep(0.05)
+    assert isinstance(process.poll(), Progress)
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    process._deadline = time.monotonic()
+    answer = run(process)
+    assert isinstance(answer, CompilationError)
+    assert "longer than 20 s" in answer.message
+
+
+@pytest.mark.compiler
+def test_a_second_compilation_makes_no_pieces(one_program: Compiled):
+    began = os.stat(one_program.directory / "program.msgpack").st_mtime_ns
+    assert run(CompileProcess(one_program.job)) == one_program.directory
+    assert os.stat(one_program.directory / "program.msgpack").st_mtime_ns > began
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from minisrv.compile.worker import CompileProcess
+from tests.compile.compiled import job_of
+if __name__ == "__main__":
+    process = CompileProcess(job_of(Path(sys.argv[1]), "transformers", threads=3))
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_it_ends_with_its_parent(tmp_path: Path):
+    make_checkpoint(tmp_path / "model")
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, script, tmp_path / "model"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _runs(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.stdout.close()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+WEIGHTS = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.compile.compiled import job_of, schedule_of
+job = job_of(Path(sys.argv[1]), "minisrv")
+model = replace(job.model, vocab_size=256_000, hidden_size=4096)
+assert len(schedule_of(replace(job, model=model)).pieces) == 3
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_a_trace_takes_no_memory_for_weights(tmp_path: Path):
+    """The embedding alone is 4 GiB."""
+    make_checkpoint(tmp_path)
+    root = Path(__file__).parents[2]
+    told = subprocess.run(
+        [sys.executable, "-c", WEIGHTS, tmp_path], check=True, capture_output=True, cwd=root
+    )
+    assert int(told.stdout) < 2048
