@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,19 @@ class StepCountLike(Protocol):
     def padded_tokens(self) -> int: ...
 
 
+class CompilationLike(Protocol):
+    """Which generation of code and graphs serves, and what has become of compiled code."""
+
+    @property
+    def generation(self) -> int: ...
+    @property
+    def swaps(self) -> int: ...
+    @property
+    def refusals(self) -> Mapping[str, int]: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
 class StatsLike(Protocol):
     """A snapshot of the engine's state and counters; the counters begin at the start."""
 
@@ -86,6 +99,10 @@ class StatsLike(Protocol):
     def gpu_idle_ms(self) -> float: ...
     @property
     def steps(self) -> Sequence[StepCountLike]: ...
+    @property
+    def compiled_steps(self) -> int: ...
+    @property
+    def compilation(self) -> CompilationLike: ...
 
 
 _REASONS = ("stop", "length")
@@ -265,6 +282,10 @@ def _engine_families(
         tokens.add_metric(labels, step.tokens)
         padded.add_metric(labels, step.padded_tokens)
     yield from (steps, tokens, padded)
+    yield CounterMetricFamily(
+        "minisrv:compiled_steps", "Steps that ran by compiled code.", stats.compiled_steps
+    )
+    yield from _compilation_families(stats.compilation)
     yield GaugeMetricFamily("minisrv:num_requests_running", "Requests running.", stats.running)
     yield GaugeMetricFamily(
         "minisrv:num_requests_waiting", "Requests waiting to run.", stats.waiting
@@ -313,3 +334,32 @@ def _engine_families(
     for name in states:
         gauge.add_metric([name], float(name == state))
     yield gauge
+
+
+def _compilation_families(compilation: CompilationLike) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "minisrv:generation",
+        "Generation that serves: 0 is the model's own code, 1 compiled code.",
+        compilation.generation,
+    )
+    yield CounterMetricFamily(
+        "minisrv:generation_swaps",
+        "Generations that have taken the place of another one.",
+        compilation.swaps,
+    )
+    refusals = CounterMetricFamily(
+        "minisrv:generation_refusals",
+        "Compiled code that does not serve, by reason.",
+        labels=["reason"],
+    )
+    for reason, number in compilation.refusals.items():
+        refusals.add_metric([reason], number)
+    yield refusals
+    seconds = GaugeMetricFamily(
+        "minisrv:compilation_seconds",
+        "Seconds that each part of the way of compiled code into service took.",
+        labels=["phase"],
+    )
+    for phase, took in compilation.seconds.items():
+        seconds.add_metric([phase], took)
+    yield seconds

@@ -23,7 +23,8 @@ class CompletionOutput:
     finish_reason: the reason why the completion ended; None while it has not.
     stop_reason: the stop string or the member of `stop_token_ids` that ended the completion; None
         if anything else ended it.
-    graph_steps: the number of steps in which the request took part, by "MODE/reason".
+    graph_steps: the number of steps in which the request took part, by "MODE/reason", or
+        "MODE/reason/compiled" for steps by compiled code.
     """
 
     index: int = 0

@@ -416,7 +416,8 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     logprobs: the log-probabilities at each sampled token; None if they were not requested.
     prompt_logprobs: the log-probabilities of prompt tokens, beginning with the second; all of them
         have been sent when the first sampled token is sent.
-    graph_steps: the number of steps of the request by "MODE/reason", sent with the last output.
+    graph_steps: the number of steps of the request by "MODE/reason", or "MODE/reason/compiled" for
+        steps by compiled code, sent with the last output.
     """
 
     request_id: str

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from minisrv.engine.messages import EngineStats
+from minisrv.engine.messages import CompilationReport, CompilationState, EngineStats
 from minisrv.metrics import Metrics
 
+STATS = EngineStats(generated_tokens=7)
 
-def show(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    text = metrics.render(EngineStats(generated_tokens=7), "ready", ["ready", "dead"], 0.0)
+
+def show(metrics: Metrics, stats: EngineStats = STATS) -> dict[tuple[str, ...], float]:
+    text = metrics.render(stats, "ready", ["ready", "dead"], 0.0)
     return {
         (sample.name.removeprefix("minisrv:"), *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text.decode())
@@ -64,3 +66,23 @@ def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
     name = "inter_token_latency_seconds_bucket"
     assert [shown[name, bound] for bound in ("0.0005", "0.001", "5.0", "+Inf")] == [1, 3, 3, 4]
     assert shown["inter_token_latency_seconds_sum",] == 100.0021
+
+
+def test_the_generation_that_serves_and_what_was_refused_are_shown() -> None:
+    served = CompilationReport(
+        CompilationState.COMPILED, generation=1, swaps=1, seconds={"compile": 9.5, "certify": 2.0}
+    )
+    refused = CompilationReport(CompilationState.REFUSED, reason="it", refusals={"slower": 1})
+    shown = show(Metrics(), EngineStats(compiled_steps=12, compilation=served))
+    expected = {
+        ("compiled_steps_total",): 12,
+        ("generation",): 1,
+        ("generation_swaps_total",): 1,
+        ("compilation_seconds", "compile"): 9.5,
+        ("compilation_seconds", "certify"): 2.0,
+    }
+    assert shown.items() >= expected.items()
+    shown = show(Metrics(), EngineStats(compilation=refused))
+    expected = {("generation",): 0, ("generation_refusals_total", "slower"): 1}
+    assert shown.items() >= expected.items()
+    assert ("generation_refusals_total", "load") not in shown

@@ -11,7 +11,7 @@ mean: a `Trial` does.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -69,6 +69,20 @@ def certify(
     Raises CertificationError for a larger difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
+    runs = certify_by_runs(trial, graph, tolerance=tolerance)
+    while True:
+        try:
+            next(runs)
+        except StopIteration as end:
+            result: tuple[CapturedGraph, float] = end.value
+            return result
+
+
+def certify_by_runs(
+    trial: Trial, graph: Callable[[], CapturedGraph], *, tolerance: float = 0.0
+) -> Generator[None, None, tuple[CapturedGraph, float]]:
+    """Do what `certify` does, and yield between the runs, where other steps may run and leave any
+    values in the buffers."""
     trial.reset(InitialState.CLEAN)
     trial.run(None)
     reference = trial.observe()
@@ -76,9 +90,11 @@ def certify(
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
+    yield
     candidate = graph()
     largest = 0.0
     for initial_state in trial.initial_states:
+        yield
         try:
             trial.reset(initial_state, candidate)
             trial.run(candidate)

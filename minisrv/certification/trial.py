@@ -18,7 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisrv.certification.batches import Batch, BatchLimits, blocks_for_any_batch
+from minisrv.certification.batches import (
+    Batch,
+    BatchLimits,
+    blocks_for_any_batch,
+    short_batch,
+)
 from minisrv.certification.compare import InitialState
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
 from minisrv.core.step import NewRequestData, ScheduledRow, SchedulerOutput, unscheduled_id
@@ -74,13 +79,28 @@ def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]
     """Take free blocks, as many as any trial needs, from the pool of the cache for the block. At
     least one block must be free; with few of them, batches are short."""
     assert pool.num_free, "a trial needs a block"
-    everything = TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
-    blocks = pool.reserve(blocks_for_any_batch(everything))
+    blocks = pool.reserve(blocks_for_any_batch(_everything(runner)))
     try:
         yield TrialSpace.of(runner, blocks)
     finally:
-        for block in blocks:
-            pool.free(block)
+        pool.give_back(blocks)
+
+
+def borrow_space(runner: ModelRunner, pool: BlockPool, key: GraphKey) -> TrialSpace | None:
+    """Take as many free blocks as a short batch of a graph needs, but no more than half of the free
+    ones and none of the prefix cache, and return them with the request indices for trials. With few
+    blocks, the batch is shorter; None if there are none to take. `BlockPool.give_back` takes the
+    blocks back."""
+    everything = _everything(runner)
+    rows = short_batch(key[1], everything)
+    size = runner.block_size
+    needed = 1 + sum(-(-(row.num_computed_tokens + row.num_tokens) // size) for row in rows)
+    blocks = pool.reserve(min(needed, -(-pool.num_free // 2)))
+    return TrialSpace.of(runner, blocks) if blocks else None
+
+
+def _everything(runner: ModelRunner) -> BatchLimits:
+    return TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
 
 
 class StepTrial:
@@ -241,8 +261,9 @@ class StepTrial:
         for key in rest:
             runner.launch(key, self.output)
 
-    def time_replay(self, graph: CapturedGraph) -> float:
-        """Return the duration of a replay on a clean batch, in milliseconds."""
+    def time(self, graph: CapturedGraph | None) -> float:
+        """Return the duration of a replay on a clean batch, or of an eager run without a graph, in
+        milliseconds."""
         self.reset(InitialState.CLEAN)
         timer = LaunchTimer(self.req_indices.device)
         with observing(self.runner.observers, timer):

@@ -103,12 +103,20 @@ class BlockPool(FreeList):
         return block
 
     def reserve(self, count: int) -> list[int]:
-        """Take `count` free blocks, or all free ones if there are fewer, and return them in
-        ascending order. The last block of the cache is among them if it is free."""
-        last = self.total - 1
-        if last in self._free:
-            self._free.move_to_end(last, last=False)
-        return sorted(self.allocate() for _ in range(min(count, self.num_free)))
+        """Take up to `count` free blocks that the prefix cache cannot find, and return them in
+        ascending order. The last block of the cache is among them if it is such a block."""
+        found = [block for block in self._free if block not in self._hash_of]
+        found.sort(key=lambda block: block != self.total - 1)
+        for block in found[:count]:
+            self.touch(block)
+        return sorted(found[:count])
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Free blocks that `reserve` returned. They are handed out before all others, so that
+        nothing leaves the prefix cache any sooner."""
+        for block in reversed(blocks):
+            self.free(block)
+            self._free.move_to_end(block, last=False)
 
     def cache_full_block(self, block: int, block_hash: bytes) -> None:
         """Enter a full block into the prefix cache. Its holder must not write to it any more.

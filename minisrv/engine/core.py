@@ -43,7 +43,8 @@ class _InFlight:
 
 
 class _GraphSteps:
-    """The modes in which the steps of each open request ran, counted by "MODE/reason".
+    """The modes in which the steps of each open request ran, counted by "MODE/reason", to which
+    "/compiled" is added for steps by compiled code.
 
     The steps of one batch are counted once, for all of its rows, and written to each request when
     another batch comes or a request ends.
@@ -90,6 +91,7 @@ class EngineCore:
         self.dispatcher = parts.dispatcher
         self.runner = parts.runner
         self.info = parts.info
+        self.compilation = parts.compilation
         self.observers = parts.runner.observers
         self._grammars = parts.grammars
         self._steps_ahead = int(parts.config.async_scheduling)
@@ -104,6 +106,7 @@ class EngineCore:
         self._prompt_tokens = 0
         self._prefill_tokens = 0
         self._generated_tokens = 0
+        self._compiled_steps = 0
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -274,7 +277,9 @@ class EngineCore:
         counts[1] += output.num_tokens
         counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
         self._prefill_tokens += output.num_tokens - output.num_decodes
-        self._graph_steps.count(output, f"{mode}/{reason}")
+        compiled = self.compilation.generation > 0
+        self._compiled_steps += compiled
+        self._graph_steps.count(output, f"{mode}/{reason}{'/compiled' if compiled else ''}")
 
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
@@ -302,6 +307,8 @@ class EngineCore:
             gpu_busy_ms=self._gpu_busy_ms,
             gpu_idle_ms=self._gpu_idle_ms,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
+            compiled_steps=self._compiled_steps,
+            compilation=self.compilation.report,
         )
 
 

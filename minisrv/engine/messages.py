@@ -7,6 +7,8 @@ nothing of sockets.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
@@ -36,6 +38,39 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     total: int = 0
 
 
+class CompilationState(enum.StrEnum):
+    """What an engine does about compiled code."""
+
+    OFF = "off"
+    """No compiled code was asked for, or none can be made here."""
+    COMPILING = "compiling"
+    """Another process compiles."""
+    CERTIFYING = "certifying"
+    """Graphs of the compiled code are captured and certified, one run between two steps."""
+    COMPILED = "compiled"
+    """Steps run by the compiled code."""
+    REFUSED = "refused"
+    """Steps run by the model's own code, because the compiled code is missing, wrong or slower."""
+
+
+class CompilationReport(msgspec.Struct, frozen=True):
+    """The generation that serves, and why.
+
+    generation: 0 for the model's own code, 1 for the compiled code.
+    reason: why the compiled code does not serve; empty if it serves or may yet.
+    swaps: the number of generations that have taken the place of another one.
+    refusals: the number of times that compiled code was refused, by its `Refusal`.
+    seconds: the number of seconds that each part of its way into service took.
+    """
+
+    state: CompilationState = CompilationState.OFF
+    generation: int = 0
+    reason: str = ""
+    swaps: int = 0
+    refusals: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """The settings that a ready engine serves with, after every default has been resolved."""
 
@@ -60,23 +95,30 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """The numbers of requests for whose decode batches there are FULL graphs, ascending."""
     mixed_capture_sizes: tuple[int, ...] = ()
     """The numbers of tokens for whose mixed batches there are graphs, ascending."""
+    compilation_mode: str = "NONE"
+    compilation_reason: str = ""
+    """Why the model is compiled in that mode."""
+    compilation: CompilationReport = CompilationReport()
+    """The generation that serves. When it changes, the description is sent again."""
 
     @property
     def summary(self) -> str:
-        """The device, the dtype, the graphs, the scheduling and the KV cache in one line, for the
-        log."""
+        """The device, the dtype, the graphs, the compilation, the scheduling and the KV cache in
+        one line, for the log."""
         ladders = (("requests", self.decode_capture_sizes), ("tokens", self.mixed_capture_sizes))
         largest = ", ".join(f"{unit} up to {sizes[-1]}" for unit, sizes in ladders if sizes)
         return (
             f"{self.dtype} on {self.device}, mode {self.cudagraph_mode}, {self.graphs} graphs"
             f"{f' ({largest})' if largest else ''}, "
+            f"compilation {self.compilation_mode} ({self.compilation_reason}), "
             f"async scheduling {'on' if self.async_scheduling else 'off'}, "
             f"context {self.max_model_len}, {self.num_kv_blocks} KV blocks of {self.block_size}"
         )
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: every graph is captured and certified, and requests may be sent."""
+    """Engine to worker: every graph is captured and certified, and requests may be sent. It comes
+    again when the description of the engine has changed."""
 
     info: EngineInfo
 
@@ -105,6 +147,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_busy_ms, gpu_idle_ms: the milliseconds in which a GPU ran steps, and waited for the next one
         while there was work; both 0 on a CPU. The wait of a step with grammars for its masks counts
         as busy.
+    compiled_steps: the number of steps that ran by compiled code.
     """
 
     running: int = 0
@@ -120,6 +163,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_busy_ms: float = 0.0
     gpu_idle_ms: float = 0.0
     steps: list[StepCount] = []
+    compiled_steps: int = 0
+    compilation: CompilationReport = CompilationReport()
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from minisrv import threads
@@ -169,15 +170,35 @@ class _EngineServer:
     def run(self, *, log_stats: bool) -> None:
         """Serve until the process is told to end."""
         stats_log = StatsLog(self.core.stats) if log_stats else None
-        while True:
+        try:
+            while True:
+                self._turn()
+                if stats_log is not None:
+                    stats_log.tick()
+        finally:
+            self.core.compilation.close()
+
+    def _turn(self) -> None:
+        """Read what workers have sent, and run a step if there is one to run."""
+        self.heartbeat.beat()
+        while self.socket.poll(0 if self._has_work() else IDLE_MS):
+            self._receive()
             self.heartbeat.beat()
-            while self.socket.poll(0 if self.core.has_work else IDLE_MS):
-                self._receive()
-                self.heartbeat.beat()
-            if self.core.has_work:
-                self._deliver(self.core.step())
-            if stats_log is not None:
-                stats_log.tick()
+        if self.core.has_work:
+            self._deliver(self.core.step())
+        self._compile()
+
+    def _has_work(self) -> bool:
+        return self.core.has_work or self.core.compilation.has_work
+
+    def _compile(self) -> None:
+        """Go on with the way of compiled code into service, and tell every worker of a change."""
+        compilation = self.core.compilation
+        if compilation.advance(busy=self.core.has_work):
+            self.state = Ready(
+                msgspec.structs.replace(self.core.info, compilation=compilation.report)
+            )
+            self._broadcast()
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()

@@ -44,6 +44,7 @@ from minisrv.server.response_schemas import (
     ModelCard,
     ModelList,
     ReadyResponse,
+    ServingGeneration,
     TokenizeResponse,
     VersionResponse,
 )
@@ -225,7 +226,10 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
         """Answer 200 if the engine takes requests; else 503, with the progress while it loads."""
         state = client.state
         if state is EngineState.READY:
-            return JSON(ReadyResponse(state))
+            assert client.info is not None, "a ready engine has described itself"
+            report = client.info.compilation
+            serving = ServingGeneration(report.state, report.generation, report.reason)
+            return JSON(ReadyResponse(state, compilation=serving))
         headers = (
             {}
             if state is EngineState.DEAD

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from minisrv.engine.client import EngineState
+from minisrv.engine.messages import CompilationState
 
 
 class Body(Struct, forbid_unknown_fields=True):
@@ -86,7 +87,10 @@ _PromptLogprobs = Annotated[
 ]
 _GraphSteps = Annotated[
     dict[str, int] | UnsetType,
-    Meta(description="Number of steps by graph mode and reason. Only with include_graph_steps."),
+    Meta(
+        description="Number of steps by graph mode and reason; /compiled follows where compiled "
+        "code ran. Only with include_graph_steps."
+    ),
 ]
 
 
@@ -376,6 +380,16 @@ class LoadingProgress(Body):
     total: int
 
 
+class ServingGeneration(Body):
+    """The generation of code and graphs that serves."""
+
+    state: CompilationState
+    generation: Annotated[int, Meta(description="0 for the model's own code, 1 for compiled code.")]
+    reason: Annotated[
+        str, Meta(description="Why compiled code does not serve; empty if it does or may yet.")
+    ]
+
+
 class ReadyResponse(Body):
     """The response to GET /ready."""
 
@@ -383,6 +397,10 @@ class ReadyResponse(Body):
     loading: Annotated[
         LoadingProgress | UnsetType | None,
         Meta(description="Progress of the start-up; only while the engine loads."),
+    ] = UNSET
+    compilation: Annotated[
+        ServingGeneration | UnsetType,
+        Meta(description="The generation that serves; only while the engine takes requests."),
     ] = UNSET
 
 

@@ -12,12 +12,15 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq.asyncio
+from msgspec.structs import replace
 
 from minisrv import errors
 from minisrv.engine import client as client_module
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import (
     AskStats,
+    CompilationReport,
+    CompilationState,
     EngineInfo,
     EngineMessage,
     EngineStats,
@@ -116,6 +119,18 @@ async def test_the_requests_of_a_response_are_read_together_and_end_together(
         with pytest.raises(QueueFullError, match="full") as raised:
             await anext(outputs)
         assert raised.value.retry_after == client.admission.retry_after
+
+
+async def test_a_new_description_of_the_engine_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    """When another generation serves, the engine describes itself again; a worker that drains goes
+    on draining."""
+    async with connected(tmp_path) as (engine, client):
+        client.drain()
+        assert client.info is not None
+        report = CompilationReport(CompilationState.COMPILED, generation=1, swaps=1)
+        await engine.say(Ready(replace(client.info, compilation=report)))
+        await until(lambda: client.info is not None and client.info.compilation == report)
+        assert client.state is EngineState.DRAINING
 
 
 def test_an_error_is_the_same_behind_the_socket() -> None:

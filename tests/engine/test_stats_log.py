@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from minisrv.engine import stats_log
+from minisrv.engine.compilation import Compilation
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import EngineStats, StepCount
 from minisrv.engine.process import _EngineServer
 from minisrv.engine.stats_log import SECONDS, StatsLog
+from minisrv.graph.cpu_tape import CPUTapeBackend
 
 BUSY = EngineStats(
     running=3,
@@ -104,6 +106,7 @@ class _Core:
 
     def __init__(self) -> None:
         self.left = 3
+        self.compilation = Compilation(None, None, None, CPUTapeBackend)  # type: ignore[arg-type]
 
     def step(self) -> list[Any]:
         if not self.left:

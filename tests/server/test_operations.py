@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv.engine.client import EngineState
-from minisrv.engine.messages import Loading
+from minisrv.engine.messages import CompilationReport, CompilationState, Loading
 from minisrv.errors import EngineDeadError
 from minisrv.request import EngineOutput
 from tests.server.fake_engine import INFO, FakeEngine, outputs
@@ -62,6 +62,22 @@ async def test_health_and_readiness(connect: Connect, state: str, health: int, r
             3,
             9,
         )
+
+
+async def test_ready_says_which_generation_serves_and_why(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    assert (await get(engine, connect, "/ready")).json()["compilation"] == {
+        "state": "off",
+        "generation": 0,
+        "reason": "",
+    }
+    report = CompilationReport(CompilationState.REFUSED, reason="slower: by much.")
+    engine.info = replace(INFO, compilation=report)
+    assert (await get(engine, connect, "/ready")).json()["compilation"] == {
+        "state": "refused",
+        "generation": 0,
+        "reason": "slower: by much.",
+    }
 
 
 async def test_version(connect: Connect) -> None:

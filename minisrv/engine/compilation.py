@@ -1,0 +1,368 @@
+"""How compiled code comes into service: ready first, faster later.
+
+An engine is ready with the model's own code, generation 0. Then another process compiles; what it
+has made is loaded here, and its graphs are captured and certified a run at a time, between the
+steps of requests (`certification.generation`). When all have passed and are faster, they take the
+place of generation 0 between two steps, and the memory of that one is free. If anything fails on
+this way, the engine goes on as it is. A program that the cache has from an earlier start serves
+from the start. Its graphs are certified like all graphs; the code, which has passed before, is
+compared with the model's own for the smallest and the largest steps only, and is not timed again.
+
+Knows: the order of these events, when there is time for a part of the work, and what is told of it.
+Knows nothing of compilers: a `Compiler` does.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from minisrv.certification.generation import (
+    LEAST_SPEEDUP,
+    build_generation,
+    end_keys,
+    measure_speedup,
+    model_keys,
+)
+from minisrv.certification.startup import CaptureProgress, capture_graphs
+from minisrv.compile.decorator import Compiled
+from minisrv.core.kv_cache import BlockPool
+from minisrv.engine.messages import CompilationReport, CompilationState
+from minisrv.errors import CertificationError, MinisrvError
+from minisrv.graph.backend import GraphBackend
+from minisrv.runner.generation import Generation
+from minisrv.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+LEAST_GAP = 0.02
+"""Minimum number of seconds between two parts of the work while requests run."""
+
+REST = 4.0
+"""How many times as long as a part of the work the steps of requests run behind it, at least."""
+
+LONG_PART = 0.05
+"""Number of seconds beyond which a part of the work waits until no requests run."""
+
+PATIENCE = 120.0
+"""Number of seconds after the load of a program in which long parts wait; an engine that is never
+idle does them behind that."""
+
+WAIT_SECONDS = 0.05
+"""Number of seconds between two looks at a compilation that a start-up waits for."""
+
+
+class CompileProgress(Protocol):
+    """How much of a compilation is done."""
+
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
+class CompileProcess(Protocol):
+    """A process that compiles."""
+
+    def poll(self) -> CompileProgress | Path | MinisrvError:
+        """Return its progress, or the directory of the program that it has made, or why it has
+        made none, at once."""
+
+    def close(self) -> None:
+        """End the process if it runs."""
+
+
+class Compiler(Protocol):
+    """Compiles one model."""
+
+    def find(self) -> Path | None:
+        """Return the directory of the program if the cache has it, and it was not discarded."""
+
+    def discard(self, directory: Path) -> None:
+        """Keep a program from being found again, because it may not serve. If the cache cannot be
+        written, nothing happens."""
+
+    def start(self) -> CompileProcess:
+        """Start a process that compiles. Raises MinisrvError."""
+
+    def load(self, directory: Path) -> Compiled:
+        """Return the program of a directory, which computes with the weights of the engine's model.
+        Raises MinisrvError."""
+
+
+class Refusal(enum.StrEnum):
+    """Why compiled code does not serve."""
+
+    COMPILE = "compile"
+    """Compiling failed, or its process ended."""
+    LOAD = "load"
+    """What was compiled could not be loaded."""
+    CAPTURE = "capture"
+    """It could not be run or captured."""
+    CERTIFICATION = "certification"
+    """Its results differ, or a graph's do."""
+    SLOWER = "slower"
+    """Its steps are not faster by measurement."""
+
+
+class _RefusedError(Exception):
+    """Compiled code may not serve."""
+
+    def __init__(self, refusal: Refusal, reason: str) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+
+
+_Work = Generator[int, None, None]
+"""Work in parts, which yields before each part how many tokens it runs; 0 if it has to wait."""
+
+
+class Compilation:
+    """The way of compiled code into the service of one engine. All methods must be called from the
+    thread that runs steps.
+
+    compiler: compiles the model; None if compiled code is off.
+    pool: the blocks of the runner's cache.
+    make_backend: makes the backend of another generation's graphs.
+    clock: returns the time in seconds.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler | None,
+        runner: ModelRunner,
+        pool: BlockPool,
+        make_backend: Callable[[], GraphBackend],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._compiler = compiler
+        self._runner = runner
+        self._pool = pool
+        self._make_backend = make_backend
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._began = clock()
+        self._next_turn = 0.0
+        self._next_tokens = 0
+        self._took: dict[int, float] = {}
+        self._patient_until = 0.0
+        self._on_progress: CaptureProgress = lambda done, total: None
+        self._work: _Work | None = None
+        self.report = CompilationReport()
+        """The generation that serves, and why. A change replaces it."""
+        if compiler is not None:
+            self._work = self._compile(compiler)
+            self.report = CompilationReport(CompilationState.COMPILING)
+
+    @property
+    def generation(self) -> int:
+        """The number of the generation that serves."""
+        return self.report.generation
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether compiled code may yet come into service, or be refused."""
+        return self._work is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an idle engine should call `advance` at once, and not only now and then."""
+        return self.is_under_way and self._next_tokens > 0
+
+    # ---- before the engine is ready ----------------------------------------------------------
+
+    def capture_graphs(self, on_progress: CaptureProgress) -> None:
+        """Capture the graphs of a start-up: those of the program that the cache has, if there is
+        one and it passes, and otherwise those of the model's own code. Raises what
+        `startup.capture_graphs` does."""
+        if self._compiler is not None:
+            compiling, self._work = self._work, self._enter_cached(self._compiler, on_progress)
+            while self.is_under_way:
+                self.advance(busy=False)
+            if self.report.state is CompilationState.COMPILING:
+                self._work = compiling
+        if not self.generation:
+            capture_graphs(self._runner, self._pool, on_progress)
+
+    def wait(self, on_progress: CaptureProgress) -> None:
+        """Compile, and wait until the compiled code serves or has been refused.
+
+        on_progress: is called with the number of pieces that are compiled, and of all.
+        """
+        self._on_progress = on_progress
+        while self.is_under_way:
+            self.advance(busy=False)
+            if not self._next_tokens:
+                time.sleep(WAIT_SECONDS)
+
+    # ---- while the engine serves -------------------------------------------------------------
+
+    def advance(self, *, busy: bool) -> bool:
+        """Do the next part of the work, if there is one and it is time for it, and return whether
+        the report has changed. To be called between steps. It raises no error, because the engine
+        can go on as it is.
+
+        busy: whether requests run, whose steps must not wait long or often.
+        """
+        began = self._clock()
+        if self._work is None or (busy and self._must_wait(began)):
+            return False
+        before, tokens = self.report, self._next_tokens
+        try:
+            self._next_tokens = next(self._work)
+        except StopIteration:
+            self._work = None
+        except _RefusedError as error:
+            self._work = None
+            self._refuse(error)
+        ended = self._clock()
+        self._took[tokens] = ended - began
+        self._next_turn = ended + max(LEAST_GAP, REST * (ended - began))
+        return self.report is not before
+
+    def _must_wait(self, now: float) -> bool:
+        """Whether the steps of requests go before the next part of the work."""
+        if now < self._next_turn:
+            return True
+        tokens = self._next_tokens
+        known = [size for size in self._took if size >= tokens > 0]
+        size = min(known, default=0)
+        estimate = self._took[size] * tokens / size if size else 0.0
+        return estimate > LONG_PART and now < self._patient_until
+
+    def close(self) -> None:
+        """End what is under way, the process that compiles included."""
+        if self._work is not None:
+            self._work.close()
+            self._work = None
+
+    def _refuse(self, error: _RefusedError) -> None:
+        refusals = Counter(self.report.refusals) + Counter([error.refusal.value])
+        self._tell(
+            state=CompilationState.REFUSED,
+            reason=f"{error.refusal}: {error}",
+            refusals=dict(refusals),
+        )
+        logger.warning(
+            "compiled code does not serve (%s): %s The server goes on with the model's own code.",
+            error.refusal,
+            error,
+            exc_info=None if isinstance(error.__cause__, MinisrvError | None) else error.__cause__,
+        )
+
+    # ---- the work ----------------------------------------------------------------------------
+
+    def _compile(self, compiler: Compiler) -> _Work:
+        """Compile in another process, and bring what it makes into service."""
+        self._began = self._clock()
+        with _refused_as(Refusal.COMPILE):
+            process = compiler.start()
+            try:
+                while not isinstance(found := process.poll(), Path):
+                    if isinstance(found, MinisrvError):
+                        raise found
+                    self._on_progress(found.done, found.total)
+                    yield 0
+            finally:
+                process.close()
+        self._lap("compile")
+        new = self._load(compiler, found)
+        with self._discarded_if_refused(compiler, found):
+            keys = model_keys(self._runner)
+            yield from build_generation(self._runner, self._pool, new, keys)
+            speedup = yield from measure_speedup(self._runner, self._pool, new)
+            if speedup < LEAST_SPEEDUP:
+                raise _RefusedError(
+                    Refusal.SLOWER,
+                    f"its steps are {speedup:.2f} times as fast as those of the model's own code, "
+                    f"and {LEAST_SPEEDUP} times are asked for.",
+                )
+        self._lap("certify")
+        self._serve(new)
+        logger.info("steps by compiled code are %.2f times as fast", speedup)
+
+    def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
+        """Bring the program that the cache has into service, if there is one."""
+        with _refused_as(Refusal.LOAD):
+            found = compiler.find()
+        if found is None:
+            return
+        new = self._load(compiler, found)
+        with self._discarded_if_refused(compiler, found):
+            keys = end_keys(self._runner)
+            total = len(self._runner.ladders.keys())
+            for tokens in build_generation(self._runner, self._pool, new, keys):
+                on_progress(sum(map(len, new.graphs)), total)
+                yield tokens
+        self._lap("certify")
+        self._serve(new)
+
+    def _load(self, compiler: Compiler, directory: Path) -> Generation:
+        """Load a program, and return its generation, which has no graphs yet."""
+        self._tell(state=CompilationState.CERTIFYING)
+        self._began = self._clock()
+        with _refused_as(Refusal.LOAD):
+            program = compiler.load(directory)
+        self._lap("load")
+        self._patient_until = self._clock() + PATIENCE
+        return Generation.empty(self._runner, self._make_backend(), program)
+
+    @contextmanager
+    def _discarded_if_refused(self, compiler: Compiler, directory: Path) -> Iterator[None]:
+        """Refuse a program for any error of the block, and let the cache forget it."""
+        try:
+            with _refused_as(Refusal.CAPTURE):
+                yield
+        except _RefusedError:
+            compiler.discard(directory)
+            raise
+
+    def _serve(self, new: Generation) -> None:
+        """Put a generation into service in place of the other one."""
+        new.serve(self._runner)
+        self._tell(
+            state=CompilationState.COMPILED,
+            generation=self.report.generation + 1,
+            swaps=self.report.swaps + 1,
+        )
+        logger.info(
+            "generation %d serves: compiled code with %d graphs (%s)",
+            self.generation,
+            len(self._runner.graphs),
+            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self._seconds.items()),
+        )
+
+    def _tell(self, **changes: Any) -> None:
+        seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
+        self.report = msgspec.structs.replace(self.report, seconds=seconds, **changes)
+
+    def _lap(self, phase: str) -> None:
+        """Note the time since the last phase as that of this one."""
+        now = self._clock()
+        self._seconds[phase] = now - self._began
+        self._began = now
+
+
+@contextmanager
+def _refused_as(refusal: Refusal) -> Iterator[None]:
+    """Turn any error of the block into a refusal. A failed certification always is one of that
+    kind."""
+    try:
+        yield
+    except _RefusedError:
+        raise
+    except CertificationError as error:
+        raise _RefusedError(Refusal.CERTIFICATION, error.message) from error
+    except MinisrvError as error:
+        raise _RefusedError(refusal, error.message) from error
+    except Exception as error:
+        raise _RefusedError(refusal, f"{type(error).__name__}: {error}.") from error

@@ -1,0 +1,561 @@
+"""Compiled code enters service between the steps of requests, as a whole, certified, or not at all.
+
+Programs are made by hand here: the model's own forward stands for compiled code, and what makes a
+program wrong or slow is added to it. So that it is the faster one, the forward that the model
+itself runs is computed several times.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from minisrv.certification.generation import build_generation, model_keys
+from minisrv.compile.decorator import Compiled
+from minisrv.config import EngineConfig
+from minisrv.core.kv_cache import BlockPool, hash_block
+from minisrv.engine import compilation
+from minisrv.engine.builder import build_engine
+from minisrv.engine.compilation import LEAST_GAP, REST, Compilation
+from minisrv.engine.core import EngineCore
+from minisrv.engine.heartbeat import Heartbeat
+from minisrv.engine.messages import (
+    CompilationReport,
+    CompilationState,
+    EngineMessage,
+    Hello,
+    Ready,
+    StepOutputs,
+    Submit,
+    decode_engine_message,
+    encode,
+)
+from minisrv.engine.process import _EngineServer
+from minisrv.errors import CompilationError, MinisrvError
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.graph.observer import StepObserver
+from minisrv.modes import CUDAGraphMode
+from minisrv.nn.decoder import Decoder
+from minisrv.nn.model import Model
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner.generation import Generation
+from tests.checkpoints import make_checkpoint
+
+FORWARD = Decoder.forward
+TIMES = 4
+"""How often the model's own forward computes everything."""
+
+MADE = Path("program")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture(autouse=True)
+def slow_forward(monkeypatch) -> None:
+    def forward(self: Decoder, *args: Any) -> None:
+        for _ in range(TIMES):
+            FORWARD(self, *args)
+
+    monkeypatch.setattr(Decoder, "forward", forward)
+
+
+@pytest.fixture(autouse=True)
+def no_gaps(monkeypatch) -> None:
+    monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
+    monkeypatch.setattr(compilation, "REST", 0.0)
+
+
+@dataclass
+class Progress:
+    done: int = 1
+    total: int = 3
+
+
+@dataclass
+class Process:
+    """A process that compiles; it says each of `says` once, and its last word again and again."""
+
+    says: list[Progress | Path | MinisrvError]
+    closed: bool = False
+
+    def poll(self) -> Progress | Path | MinisrvError:
+        return self.says.pop(0) if len(self.says) > 1 else self.says[0]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def right(model: Decoder) -> Compiled:
+    return lambda *args: FORWARD(model, *args)
+
+
+@dataclass
+class FakeCompiler:
+    """Makes programs of a model.
+
+    program: makes the program that is loaded.
+    cached: whether the cache has it.
+    """
+
+    model: Any = None
+    program: Callable[[Decoder], Compiled] = right
+    process: Process = field(default_factory=lambda: Process([Progress(), MADE]))
+    cached: bool = False
+    started: int = 0
+    discarded: bool = False
+
+    def __call__(self, model: Model) -> FakeCompiler:
+        self.model = model
+        return self
+
+    def find(self) -> Path | None:
+        return MADE if self.cached else None
+
+    def discard(self, directory: Path) -> None:
+        assert directory == MADE
+        self.discarded = True
+
+    def start(self) -> Process:
+        self.started += 1
+        return self.process
+
+    def load(self, directory: Path) -> Compiled:
+        assert directory == MADE
+        return self.program(self.model)
+
+
+def start(checkpoint: str, compiler: FakeCompiler | None, **settings: Any) -> EngineCore:
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "device": "cpu"}
+    config = EngineConfig(
+        model=checkpoint, **{**limits, "num_kv_blocks": 80, "dtype": "float32", **settings}
+    )
+    return EngineCore(build_engine(config, make_compiler=compiler, check_addresses=True))
+
+
+def requests(count: int) -> Iterator[EngineRequest]:
+    for index in range(count):
+        kinds = ({"temperature": 0.0}, {"temperature": 0.9, "seed": index}, {"logprobs": 2})
+        params = SamplingParams(max_tokens=17 + index % 5, ignore_eos=True, **kinds[index % 3])
+        prompt = [7, 8, 9, 10, 11, *range(index, 2 * index)]
+        yield EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
+
+
+def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run requests to their ends, with parts of a compilation between all steps. Returns the tokens
+    and the log-probabilities of each request, and its steps by mode, reason and code."""
+    found: dict[str, Any] = {}
+    ran: dict[str, Any] = {}
+    for request in requests(count):
+        engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).append((output.token_ids, output.logprobs))
+            if output.graph_steps is not None:
+                ran[output.request_id] = output.graph_steps
+        for _ in range(3):
+            engine.compilation.advance(busy=True)
+    while engine.compilation.has_work:
+        engine.compilation.advance(busy=False)
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.block_pool.num_used == 0
+    return found, ran
+
+
+@pytest.mark.parametrize("mode", ["full-and-piecewise", "piecewise", "none"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_swap_under_running_requests_changes_no_token(checkpoint, ahead, mode):
+    """Between two steps of running requests compiled code takes over: every request gets the tokens
+    and log-probabilities that it would have got, and is told which of its steps ran by which
+    code."""
+    settings = {"async_scheduling": ahead, "cudagraph_mode": CUDAGraphMode(mode)}
+    expected, _ = serve(start(checkpoint, None, **settings))
+    compiler = FakeCompiler()
+    engine = start(checkpoint, compiler, **settings)
+    assert engine.info.compilation == CompilationReport(CompilationState.COMPILING)
+    before = engine.runner.graphs
+    found, ran = serve(engine)
+    assert found == expected
+    report = engine.stats().compilation
+    assert (report.state, report.generation, report.swaps) == (CompilationState.COMPILED, 1, 1)
+    assert report.seconds.keys() == {"compile", "load", "certify"}
+    assert (compiler.started, compiler.process.closed) == (1, True)
+    graphs = engine.runner.graphs
+    assert graphs.keys() == before.keys() == set(engine.runner.ladders.keys())
+    assert not set(map(id, graphs.values())) & set(map(id, before.values()))
+    codes = [{key.endswith("/compiled") for key in steps} for steps in ran.values()]
+    assert False in codes[0]
+    assert codes[-1] == {True}
+    assert {False, True} in codes
+    steps = engine.stats().compiled_steps
+    assert 0 < steps < sum(count.steps for count in engine.stats().steps)
+
+
+def test_nothing_is_left_of_the_old_generation(checkpoint):
+    """When a generation has taken over, the graphs and the memory of the other one are free at
+    once. They were kept by a circle of references, which an engine that has frozen its objects
+    never collects."""
+    engine = start(checkpoint, FakeCompiler())
+    runner = engine.runner
+    backend = runner.model_step.backend
+    assert isinstance(backend, CPUTapeBackend)
+    old = [
+        weakref.ref(backend),
+        weakref.ref(backend.arena),
+        *(weakref.ref(graph) for graph in runner.graphs.values()),
+        *(weakref.ref(call) for graph in runner.graphs.values() for call in graph.calls[::2]),
+    ]
+    del backend
+    gc.collect()
+    gc.disable()
+    try:
+        serve(engine)
+        assert engine.compilation.generation == 1
+        assert not [ref for ref in old if ref() is not None]
+    finally:
+        gc.enable()
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def adds(amount: float) -> Callable[[Decoder], Compiled]:
+    def program(model: Decoder) -> Compiled:
+        def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+            FORWARD(model, ids, positions, out)
+            out[:, 0] += amount
+
+        return run
+
+    return program
+
+
+def freezes(model: Decoder) -> Compiled:
+    """A program with a value that a graph keeps from its capture."""
+
+    def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        FORWARD(model, ids, positions, out)
+        out.add_(1e-7 * float(positions.numpy().sum()))
+
+    return run
+
+
+def reads_back(model: Decoder) -> Compiled:
+    def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        FORWARD(model, ids, positions, out)
+        out.mul_(1.0 if ids[0].item() >= 0 else 2.0)
+
+    return run
+
+
+def slow(model: Decoder) -> Compiled:
+    def run(*args: torch.Tensor) -> None:
+        for _ in range(2 * TIMES):
+            FORWARD(model, *args)
+
+    return run
+
+
+def fails(model: Decoder) -> Compiled:
+    def run(*args: torch.Tensor) -> None:
+        raise RuntimeError("this code does not run")
+
+    return run
+
+
+def cannot_be_loaded(model: Decoder) -> Compiled:
+    raise CompilationError("this program is broken.")
+
+
+REFUSED = {
+    "certification: .*log-probabilities .* differ": FakeCompiler(program=adds(1e-3)),
+    "certification: .*log-probabilities .* differ .*nan": FakeCompiler(program=adds(float("nan"))),
+    "certification: .*of the replay differs": FakeCompiler(program=freezes),
+    "capture: .*reads a value back to the host": FakeCompiler(program=reads_back),
+    "capture: RuntimeError: this code does not run": FakeCompiler(program=fails),
+    "slower: .* times as fast": FakeCompiler(program=slow),
+    "load: this program is broken": FakeCompiler(program=cannot_be_loaded),
+    "compile: the process was killed": FakeCompiler(
+        process=Process([Progress(), CompilationError("the process was killed.")])
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_wrong_or_slow_does_not_serve(checkpoint, caplog, reason):
+    """The server goes on as it is, with a line in the log and a count in the metrics."""
+    expected, _ = serve(start(checkpoint, None))
+    compiler = REFUSED[reason]
+    engine = start(checkpoint, compiler)
+    before = Generation.in_service(engine.runner)
+    with caplog.at_level(logging.WARNING):
+        found, ran = serve(engine)
+    assert found == expected
+    assert not [key for steps in ran.values() for key in steps if key.endswith("/compiled")]
+    report = engine.stats().compilation
+    kind = reason.split(":")[0]
+    assert (report.state, report.generation, report.swaps) == (CompilationState.REFUSED, 0, 0)
+    assert report.refusals == {kind: 1}
+    assert re.search(reason, report.reason)
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    assert f"({kind})" in caplog.text
+    assert compiler.discarded is (kind in ("certification", "capture", "slower"))
+    assert engine.stats().compiled_steps == 0
+    now = Generation.in_service(engine.runner)
+    assert (now.program, now.backend) == (None, before.backend)
+    assert all(a is b for a, b in zip(now.graphs, before.graphs, strict=True))
+    assert compiler.process.closed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "refused"), [("float32", 1e-6, 1e-3), ("bfloat16", 0.02, 0.3)]
+)
+def test_code_may_round_as_its_dtype_does(checkpoint, dtype, allowed, refused):
+    """Compiled code rounds at other places than the model's own. As much noise as the dtype has is
+    allowed, and far more is not."""
+
+    def program(model: Decoder, amount: float) -> Compiled:
+        def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+            FORWARD(model, ids, positions, out)
+            out.mul_(1 + amount * (-1.0) ** torch.arange(out.shape[1]))
+
+        return run
+
+    states = []
+    for amount in (allowed, refused):
+        compiler = FakeCompiler(cached=True, program=partial(program, amount=amount))
+        states.append(start(checkpoint, compiler, dtype=dtype).info.compilation.state)
+    assert states == [CompilationState.COMPILED, CompilationState.REFUSED]
+
+
+def test_an_engine_that_ends_ends_the_process_that_compiles(checkpoint):
+    compiler = FakeCompiler(process=Process([Progress()]))
+    engine = start(checkpoint, compiler)
+    engine.compilation.advance(busy=False)
+    assert not engine.compilation.has_work
+    engine.compilation.close()
+    assert compiler.process.closed
+    assert not engine.compilation.advance(busy=False)
+
+
+# ---- before the engine is ready ------------------------------------------------------------------
+
+
+def test_a_program_in_the_cache_serves_from_the_start(checkpoint):
+    """A restart compiles nothing: every graph is that of the program, and every step runs by it."""
+    expected, _ = serve(start(checkpoint, None))
+    compiler = FakeCompiler(cached=True)
+    engine = start(checkpoint, compiler)
+    assert engine.info.compilation.generation == 1
+    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    found, ran = serve(engine)
+    assert found == expected
+    assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
+    assert compiler.started == 0
+
+
+def test_a_program_in_the_cache_that_is_wrong_leaves_a_whole_server(checkpoint):
+    expected, _ = serve(start(checkpoint, None))
+    compiler = FakeCompiler(cached=True, program=adds(1e-3))
+    engine = start(checkpoint, compiler)
+    assert compiler.discarded
+    assert engine.info.compilation.refusals == {"certification": 1}
+    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    assert serve(engine)[0] == expected
+
+
+def test_compile_wait_is_ready_with_compiled_code(checkpoint):
+    engine = start(checkpoint, FakeCompiler(), compile_wait=True)
+    assert engine.info.compilation.generation == 1
+    _, ran = serve(engine, 3)
+    assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
+
+
+# ---- what workers are told -----------------------------------------------------------------------
+
+
+def test_every_worker_is_told_of_the_swap(checkpoint, tmp_path):
+    """The engine's process swaps while it serves: its workers get the whole answer to their request
+    and the new description of the engine, and so does one that comes later."""
+    server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
+    server.core = start(checkpoint, FakeCompiler())
+    server.state = Ready(server.core.info)
+    workers = []
+
+    def connect(name: str) -> zmq.Socket:
+        worker = server.context.socket(zmq.DEALER)
+        workers.append(worker)
+        worker.set(zmq.ROUTING_ID, name.encode())
+        worker.connect(f"ipc://{tmp_path}/engine")
+        worker.send(encode(Hello()))
+        return worker
+
+    def hear(worker: zmq.Socket) -> EngineMessage:
+        while not worker.poll(0):
+            server._turn()
+        return decode_engine_message(worker.recv())
+
+    try:
+        first, second = connect("api-0"), connect("api-1")
+        states = []
+        for worker in (first, second):
+            answer = hear(worker)
+            assert isinstance(answer, Ready)
+            states.append(answer.info.compilation.state)
+        first.send(encode(Submit(list(requests(1)))))
+        tokens = 0
+        while CompilationState.COMPILED not in states or tokens < 17:
+            match hear(first):
+                case Ready(info):
+                    states.append(info.compilation.state)
+                case StepOutputs(outputs):
+                    tokens += sum(len(output.token_ids) for output in outputs)
+        kinds = [CompilationState.COMPILING, CompilationState.CERTIFYING, CompilationState.COMPILED]
+        assert sorted(set(states), key=kinds.index) == kinds
+        assert tokens == 17
+        for worker in (second, connect("api-2")):
+            generation = 0
+            while not generation:
+                told = hear(worker)
+                assert isinstance(told, Ready)
+                generation = told.info.compilation.generation
+    finally:
+        for worker in workers:
+            worker.close(linger=0)
+        server.close()
+
+
+# ---- room and time -------------------------------------------------------------------------------
+
+
+def test_trials_take_nothing_from_the_prefix_cache():
+    """Blocks that the prefix cache can find are not lent, and lent blocks come back before them, so
+    that none of them is evicted any sooner."""
+    pool = BlockPool(8, 4)
+    held = [pool.allocate() for _ in range(4)]
+    for block in held[:3]:
+        pool.cache_full_block(block, hash_block((None, None), None, [block]))
+    for block in held:
+        pool.free(block)
+    assert pool.reserve(99) == [4, 5, 6, 7]
+    assert pool.num_free == 3
+    pool.give_back([4, 5, 6, 7])
+    assert [pool.allocate() for _ in range(4)] == [4, 5, 6, 7]
+    assert pool.get_cached_blocks([hash_block((None, None), None, [1])]) == [1]
+    assert pool.reserve(99) == []
+
+
+def test_a_certification_waits_for_blocks(checkpoint):
+    """While all free blocks belong to the prefix cache, nothing goes on, and an idle engine does
+    not spin; when there are others, it does."""
+    engine = start(checkpoint, None)
+    pool, runner = engine.scheduler.block_pool, engine.runner
+    held = [pool.allocate() for _ in range(pool.num_free)]
+    new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
+    work = build_generation(runner, pool, new, [])
+    assert next(work) == 0
+    assert next(work) == 0
+    pool.free(held.pop())
+    assert next(work) > 0
+    assert pool.num_free == 0
+    work.close()
+    assert pool.num_free == 1
+
+
+def test_between_two_parts_the_engine_is_as_it_was(checkpoint):
+    """After each part of the work the old generation is in service, nobody who observes steps has
+    been told of the part or is forgotten, and no poison of a trial is left."""
+    engine = start(checkpoint, None)
+    runner, told = engine.runner, []
+    observer = StepObserver()
+    observer.stage = lambda key, output: told.append(key)  # type: ignore[method-assign]
+    runner.observers.append(observer)
+    for cache in runner.kv_caches:
+        cache.zero_()  # what no step has written may be anything
+    before = Generation.in_service(runner)
+    new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
+    clean = [*runner.kv_caches, runner.model.qkv, runner.model.attn_out, runner.buffers.hidden]
+    work = build_generation(runner, engine.scheduler.block_pool, new, model_keys(runner))
+    parts = 0
+    for _ in work:
+        parts += 1
+        now = Generation.in_service(runner)
+        assert (now.program, now.backend) == (None, before.backend)
+        assert all(a is b for a, b in zip(now.graphs, before.graphs, strict=True))
+        assert runner.observers == [observer]
+        assert gc.isenabled()
+        assert not any(tensor.isnan().any() for tensor in clean)
+    assert parts > 4 * len(runner.ladders.keys())
+    assert not told
+    assert sum(map(len, new.graphs)) == len(runner.ladders.keys())
+
+
+def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
+    """Behind a part that took long, the steps of requests run for longer before the next one; an
+    idle engine does not wait."""
+    monkeypatch.setattr(compilation, "LEAST_GAP", LEAST_GAP)
+    monkeypatch.setattr(compilation, "REST", REST)
+    engine = start(checkpoint, None)
+    now = [0.0]
+    compiler = FakeCompiler(model=engine.runner.model)
+    took = []
+
+    def poll() -> Progress:
+        now[0] += 0.1
+        took.append(now[0])
+        return Progress()
+
+    monkeypatch.setattr(compiler.process, "poll", poll)
+    pool, runner = engine.scheduler.block_pool, engine.runner
+    work = Compilation(compiler, runner, pool, CPUTapeBackend, clock=lambda: now[0])
+    for _ in range(100):
+        work.advance(busy=True)
+        now[0] += 0.01
+    assert took == pytest.approx([0.1, 0.6, 1.1], abs=0.02)
+    for _ in range(3):
+        work.advance(busy=False)
+    assert len(took) == 6
+
+
+def test_a_long_part_waits_until_no_requests_run(checkpoint, monkeypatch):
+    """A part as long as one that took too long waits for an idle engine, but not for ever; a short
+    one does not."""
+    engine = start(checkpoint, None)
+    now, left = [0.0], []
+    runner, pool = engine.runner, engine.scheduler.block_pool
+    work = Compilation(FakeCompiler(), runner, pool, CPUTapeBackend, clock=lambda: now[0])
+
+    def parts(seconds: float) -> Iterator[int]:
+        for number in range(4):
+            left.append(number)
+            yield 64
+            now[0] += seconds
+
+    def busy_turns(seconds: float) -> int:
+        left.clear()
+        monkeypatch.setattr(work, "_work", parts(seconds))
+        monkeypatch.setattr(work, "_patient_until", now[0] + compilation.PATIENCE)
+        for _ in range(10):
+            work.advance(busy=True)
+        return len(left)
+
+    assert busy_turns(0.9 * compilation.LONG_PART) == 4
+    assert busy_turns(1.1 * compilation.LONG_PART) == 2
+    work.advance(busy=False)
+    assert len(left) == 3
+    now[0] += compilation.PATIENCE
+    work.advance(busy=True)
+    assert len(left) == 4
