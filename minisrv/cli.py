@@ -123,6 +123,14 @@ def _certify(options: argparse.Namespace) -> int:
         raise GraphError("interrupted: not every graph has been certified.") from None
 
 
+def _compile(options: argparse.Namespace) -> int:
+    config = _settings(EngineConfig, options)
+    _announce(config)
+    from minisrv.tools.compile import run_compile
+
+    return run_compile(config)
+
+
 def _bench(options: argparse.Namespace) -> int:
     engine, measurement = _settings(EngineConfig, options), _settings(BenchConfig, options)
     _announce(engine)
@@ -242,6 +250,16 @@ def _parser() -> CommandParser:
     add_engine_flags(certify)
     certify.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
     certify.set_defaults(run=_certify)
+
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile a model in pieces before it is served",
+        description="Compile a model as `serve` does with --compilation-mode 3, unless the cache "
+        "has it, certify the compiled code, and end. Give it the flags of `serve`: some of them "
+        "are part of what is compiled. Exits 1 if the compiled code would not serve.",
+    )
+    add_engine_flags(compile_)
+    compile_.set_defaults(run=_compile)
 
     bench = commands.add_parser(
         "bench",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
+from minisrv.compile.modes import CompilationMode
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 
@@ -91,12 +92,25 @@ class EngineConfig:
         on a GPU, which would otherwise wait for the host, and off on a CPU.
     enable_prefix_caching: let prompts that begin alike share the KV cache blocks of their common
         beginning. On by default.
-    enforce_eager: run every step eagerly, without graphs, whatever cudagraph_mode says.
+    enforce_eager: run every step eagerly, without graphs and uncompiled, whatever cudagraph_mode
+        and compilation_mode say.
     cudagraph_mode: which batches run as which graphs, in vLLM's terms: none, piecewise,
         full-decode-only, full-and-piecewise or full. The default is full on a GPU, and
-        full-and-piecewise on a CPU, where attention needs the lengths of a mixed batch on the host.
+        full-and-piecewise on a CPU, where attention needs the lengths of a mixed batch on the host;
+        it is none on a CPU if compilation_mode is 1 or 2.
     cudagraph_capture_sizes: the batch sizes to capture graphs for. They count requests in a decode
         batch, and tokens in any other. By default those that `minisrv plan` prints.
+    compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
+        0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
+        or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
+        a process of its own. The default is that of optimization_level, or else 3 on a CPU for
+        models in transformers' code, if there is a C++ compiler, and 0 for all others.
+    optimization_level: 0 stands for compilation_mode 0 and cudagraph_mode none; 1 for
+        compilation_mode 3 and cudagraph_mode piecewise; 2 and 3 for compilation_mode 3 and the
+        default cudagraph_mode. Either mode, if it is given too, goes before. By default no level is
+        chosen.
+    compile_wait: be ready only when compiled code serves or has been refused. Without it, steps run
+        by the model's own code until then if compilation_mode is 3.
     simulate_launch_us: microseconds to add to the time of every launch, which shows on a CPU what
         graphs save where launches are expensive. Results are then labelled as simulated. 0 adds
         nothing.
@@ -126,6 +140,9 @@ class EngineConfig:
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: tuple[int, ...] | None = _setting(None, bounds=(1, 1 << 20))
+    compilation_mode: CompilationMode | None = None
+    optimization_level: int | None = _setting(None, bounds=(0, 3))
+    compile_wait: bool = False
     simulate_launch_us: float = _setting(0.0, bounds=(0, 10_000))  # a GPU's launch takes about 10
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from minisrv.compile.modes import MIN_TOKENS, CompilationMode
 from minisrv.config import QUANTIZATIONS, EngineConfig
 from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
@@ -19,6 +20,8 @@ class ResolvedConfig(EngineConfig):
     has been replaced by a value.
 
     cudagraph_mode: which batches run as which graphs; NONE with `enforce_eager`.
+    compilation_mode: how the model is compiled; NONE with `enforce_eager`. None until the model is
+        known, if it is left to that (`choose_compilation`).
     async_scheduling: whether a step is scheduled before the tokens of the previous one are known.
     """
 
@@ -28,7 +31,7 @@ class ResolvedConfig(EngineConfig):
     @property
     def kind(self) -> DeviceKind:
         """The kind of the device."""
-        return _KINDS[self.device]
+        return KINDS[self.device]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class DeviceKind:
         attention kernels that read no lengths on the host.
     has_clock: whether the device measures the time of its own work, apart from the host's.
     chooses_tiles: whether `kernels.tiles` chooses the kernels of the projections.
+    compilation_modes: the modes of compilation that have been tested there.
+    captures_compiled: whether a graph may contain the kernels of code that is compiled as a whole,
+        which requires a graph that is recorded below torch.
     quantizations: the quantizations of weights that its kernels can multiply by.
     """
 
@@ -51,6 +57,8 @@ class DeviceKind:
     captures_mixed: bool
     has_clock: bool
     chooses_tiles: bool
+    compilation_modes: tuple[CompilationMode, ...]
+    captures_compiled: bool
     quantizations: tuple[str, ...] = ()
 
     def resolve(self, config: EngineConfig) -> ResolvedConfig:
@@ -59,16 +67,12 @@ class DeviceKind:
 
         Raises ConfigError for settings that this kind of device cannot serve.
         """
-        mode = self.cudagraph_mode if config.cudagraph_mode is None else config.cudagraph_mode
+        compilation, mode = self._modes(config)
         ahead = config.async_scheduling
-        if config.enforce_eager:
-            mode = CUDAGraphMode.NONE
-        if mode is CUDAGraphMode.FULL and not self.captures_mixed:
-            raise ConfigError(
-                "cudagraph_mode=full captures mixed batches in one graph, and on "
-                f"device={self.name} the attention kernels take the lengths of a mixed batch from "
-                "the host; use full-and-piecewise (the default here) or full-decode-only, or a GPU."
-            )
+        if why := self.why_not(compilation or CompilationMode.NONE, mode):
+            raise ConfigError(why)
+        if compilation is not None and compilation.whole:
+            _check_whole(config, compilation)
         if config.quantization is not None and config.quantization not in self.quantizations:
             raise ConfigError(
                 f"quantization={config.quantization} is for CPUs; leave it out, or use --device "
@@ -78,9 +82,47 @@ class DeviceKind:
         settings |= {
             "device": self.name,
             "cudagraph_mode": mode,
+            "compilation_mode": compilation,
             "async_scheduling": self.async_scheduling if ahead is None else ahead,
         }
         return ResolvedConfig(**settings)
+
+    def _modes(self, config: EngineConfig) -> tuple[CompilationMode | None, CUDAGraphMode]:
+        """Return the modes that settings ask for, or else those of their level, or else the
+        defaults; the model decides about a compilation mode that is None."""
+        if config.enforce_eager:
+            return CompilationMode.NONE, CUDAGraphMode.NONE
+        compilation, mode = config.compilation_mode, config.cudagraph_mode
+        if config.optimization_level is not None:
+            of_level = _LEVELS[config.optimization_level]
+            compilation = of_level[0] if compilation is None else compilation
+            mode = mode or of_level[1]
+        if mode is None and compilation is not None and compilation.whole:
+            mode = self.cudagraph_mode if self.captures_compiled else CUDAGraphMode.NONE
+        return compilation, mode or self.cudagraph_mode
+
+    def why_not(self, compilation: CompilationMode, mode: CUDAGraphMode) -> str | None:
+        """Return why the two modes are not served together on this kind of device, and what to do,
+        as a sentence; None if they are."""
+        if mode is CUDAGraphMode.FULL and not self.captures_mixed:
+            return (
+                "cudagraph_mode=full captures mixed batches in one graph, and on "
+                f"device={self.name} the attention kernels take the lengths of a mixed batch from "
+                "the host; use full-and-piecewise (the default here) or full-decode-only, or a GPU."
+            )
+        if compilation not in self.compilation_modes:
+            tested = " or ".join(known.name for known in self.compilation_modes)
+            return (
+                f"compilation_mode={compilation.name} has not been tested on device={self.name}; "
+                f"use {tested}, or another device."
+            )
+        if compilation.whole and mode is not CUDAGraphMode.NONE and not self.captures_compiled:
+            return (
+                f"compilation_mode={compilation.name} compiles the model as a whole, and a graph "
+                f"on device={self.name} records torch's operations, so that it would not see the "
+                "compiled ones; use cudagraph_mode=none with it, or another compilation_mode."
+            )
+        return None
 
 
 CPU = DeviceKind(
@@ -90,6 +132,8 @@ CPU = DeviceKind(
     captures_mixed=False,
     has_clock=False,
     chooses_tiles=False,
+    compilation_modes=tuple(CompilationMode),
+    captures_compiled=False,
     quantizations=QUANTIZATIONS,
 )
 CUDA = DeviceKind(
@@ -99,8 +143,20 @@ CUDA = DeviceKind(
     captures_mixed=True,
     has_clock=True,
     chooses_tiles=True,
+    compilation_modes=(CompilationMode.NONE,),
+    captures_compiled=True,
 )
-_KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+"""Every kind of device by its name."""
+
+_LEVELS: tuple[tuple[CompilationMode, CUDAGraphMode | None], ...] = (
+    (CompilationMode.NONE, CUDAGraphMode.NONE),
+    (CompilationMode.MINISRV_COMPILE, CUDAGraphMode.PIECEWISE),
+    (CompilationMode.MINISRV_COMPILE, None),
+    (CompilationMode.MINISRV_COMPILE, None),
+)
+"""The modes that each optimization level stands for, as in vLLM, where level 3 adds nothing to 2
+either. None is the device's default."""
 
 
 def expected_kind(config: EngineConfig) -> DeviceKind:
@@ -108,4 +164,48 @@ def expected_kind(config: EngineConfig) -> DeviceKind:
     at the machine's devices because they do without torch. For the device "auto" it is the CPU,
     unless only a GPU can serve the mode."""
     needs_gpu = config.cudagraph_mode is CUDAGraphMode.FULL and config.quantization is None
-    return _KINDS.get(config.device, CUDA if needs_gpu else CPU)
+    return KINDS.get(config.device, CUDA if needs_gpu else CPU)
+
+
+def choose_compilation(
+    config: ResolvedConfig, implementation: str, *, has_compiler: bool
+) -> tuple[CompilationMode, str]:
+    """Return the compilation mode with which a model is served, and the reason, for the log.
+
+    implementation: whose code computes the model, as in `ModelConfig`.
+    has_compiler: whether there is a C++ compiler, which a CPU needs.
+
+    Raises ConfigError if the mode that is asked for needs a compiler, and there is none.
+    """
+    mode, default = config.compilation_mode, CompilationMode.MINISRV_COMPILE
+    needs_compiler = config.kind is CPU and not has_compiler
+    if config.enforce_eager:
+        return CompilationMode.NONE, "enforce_eager"
+    if mode is not None:
+        if mode.whole and needs_compiler:
+            raise ConfigError(
+                f"compilation_mode={mode.name} compiles C++ here, and there is no compiler; "
+                "install g++, name a compiler in CXX, or use compilation_mode=NONE."
+            )
+        return mode, "as asked for"
+    if default not in config.kind.compilation_modes:
+        return CompilationMode.NONE, f"the default on device={config.device}"
+    if implementation != "transformers":
+        return CompilationMode.NONE, "this code of minisrv's is fused by hand"
+    if needs_compiler:
+        return CompilationMode.NONE, "there is no C++ compiler"
+    return default, "the default for transformers' code"
+
+
+def _check_whole(config: EngineConfig, mode: CompilationMode) -> None:
+    """Raise ConfigError for settings with which no model can be compiled as a whole."""
+    if config.max_num_batched_tokens < MIN_TOKENS:
+        raise ConfigError(
+            f"compilation_mode={mode.name} needs steps of {MIN_TOKENS} tokens; raise "
+            f"max_num_batched_tokens={config.max_num_batched_tokens} to that."
+        )
+    if config.simulate_launch_us:
+        raise ConfigError(
+            f"simulate_launch_us adds to the time of torch's operations, and compilation_mode="
+            f"{mode.name} leaves none to be seen; leave one of the two out."
+        )

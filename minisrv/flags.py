@@ -18,6 +18,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.modes import CUDAGraphMode
 from minisrv.vllm_flags import why_not_here
@@ -177,6 +178,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("enforce_eager")
     flags.add_as("cudagraph_mode", type=CUDAGraphMode.parse, metavar="MODE")
     flags.add("cudagraph_capture_sizes", "simulate_launch_us")
+    flags.group("compilation")
+    flags.add_as("compilation_mode", type=CompilationMode.parse, metavar="MODE")
+    flags.add_as("optimization_level", "-O", "--optimization-level")
+    flags.add("compile_wait")
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ import tokenizers
 from tqdm import tqdm
 
 from minisrv.checkpoint import GenerationConfig, open_checkpoint
+from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
@@ -88,8 +89,8 @@ class LLM:
     model: directory of a checkpoint, Hugging Face hub id, or None for the default model.
 
     All other options are fields of `EngineConfig`, whose documentation describes each;
-    `cudagraph_mode` and `chat_template` may be given as strings, `cudagraph_capture_sizes` as a
-    list.
+    `cudagraph_mode` and `chat_template` may be given as strings, `compilation_mode` as a string or
+    a number, `cudagraph_capture_sizes` as a list.
     Raises ConfigError, ModelError or GraphError (see `minisrv.errors`) if the model cannot be
     served; ConfigError also for an option that does not exist.
     """
@@ -120,6 +121,9 @@ class LLM:
         enforce_eager: bool = False,
         cudagraph_mode: CUDAGraphMode | str | None = None,
         cudagraph_capture_sizes: Sequence[int] | None = None,
+        compilation_mode: CompilationMode | str | int | None = None,
+        optimization_level: int | None = None,
+        compile_wait: bool = False,
         simulate_launch_us: float = 0.0,
         **unknown: Never,
     ) -> None:
@@ -128,6 +132,8 @@ class LLM:
             raise ConfigError(f"LLM has no option {name}; {name_hint(name, options)}")
         if isinstance(cudagraph_mode, str):
             cudagraph_mode = CUDAGraphMode.parse(cudagraph_mode)
+        if compilation_mode is not None:
+            compilation_mode = CompilationMode.parse(compilation_mode)
         sizes = None if cudagraph_capture_sizes is None else tuple(cudagraph_capture_sizes)
         config = EngineConfig(
             model=model,
@@ -153,6 +159,9 @@ class LLM:
             enforce_eager=enforce_eager,
             cudagraph_mode=cudagraph_mode,
             cudagraph_capture_sizes=sizes,
+            compilation_mode=compilation_mode,
+            optimization_level=optimization_level,
+            compile_wait=compile_wait,
             simulate_launch_us=simulate_launch_us,
         )
         checkpoint = open_checkpoint(config)
@@ -344,6 +353,7 @@ class LLM:
                     if job.processor.must_abort and (last := self.engine.abort(output.request_id)):
                         job.read(last)
                     progress.update(job.completion.finished())
+                self.engine.compilation.advance(busy=self.engine.has_work)
         finally:
             for request_id in jobs_by_id:
                 self.engine.abort(request_id)

@@ -8,8 +8,6 @@ Knows: names and reasons. Knows nothing of argparse, nor which flags minisrv has
 
 from __future__ import annotations
 
-import re
-
 _ONE_DEVICE = (
     "one engine serves from one GPU or one CPU; for more throughput start a server on each and "
     "balance between them."
@@ -18,8 +16,8 @@ _NO_REMOTE_CODE = (
     "code of a checkpoint is never run; the models that are served need none, so leave it out."
 )
 _NO_COMPILATION = (
-    "torch.compile is not used; graphs are set by --cudagraph-mode, --cudagraph-capture-sizes and "
-    "--enforce-eager."
+    "compilation is set by --compilation-mode, graphs by --cudagraph-mode and "
+    "--cudagraph-capture-sizes, both by --optimization-level."
 )
 _ALWAYS_CHUNKED = (
     "prompts are always computed in chunks of what --max-num-batched-tokens leaves beside the "
@@ -69,7 +67,7 @@ _REASONS: dict[str, str] = {
         ("--disable-custom-all-reduce --max-parallel-loading-workers", _ONE_DEVICE),
         ("--api-server-count", "it is called --api-workers here."),
         ("--trust-remote-code --code-revision", _NO_REMOTE_CODE),
-        ("-O -cc --compilation-config --optimization-level", _NO_COMPILATION),
+        ("-cc --compilation-config", _NO_COMPILATION),
         ("--max-cudagraph-capture-size --max-seq-len-to-capture", _CAPTURE_SIZES),
         ("--max-context-len-to-capture --cuda-graph-sizes", _CAPTURE_SIZES),
         ("--enable-chunked-prefill --max-num-partial-prefills", _ALWAYS_CHUNKED),
@@ -159,10 +157,10 @@ def why_not_here(flag: str) -> str | None:
     """Return the reason why minisrv lacks a flag of vLLM, as text that follows the flag's name in a
     message; None for a flag that vLLM does not have.
 
-    flag: the flag as it was typed, e.g. `--tensor_parallel_size`, `-O3`,
-        `--no-enable-chunked-prefill`, `--compilation-config.level`.
+    flag: the flag as it was typed, e.g. `--tensor_parallel_size`, `--no-enable-chunked-prefill`,
+        `--compilation-config.level`.
     """
-    name = re.sub(r"^(-O)\d+$", r"\1", flag.partition("=")[0].partition(".")[0].replace("_", "-"))
+    name = flag.partition("=")[0].partition(".")[0].replace("_", "-")
     for spelling in (name, "--" + name.removeprefix("--no-")):
         if spelling in _REASONS:
             return _REASONS[spelling]

@@ -17,6 +17,7 @@ import torch
 
 from minisrv import cli
 from minisrv.cli import engine_config, main
+from minisrv.compile.modes import CompilationMode
 from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
 from minisrv.engine.builder import dtype_name, resolve_dtype
 from minisrv.engine.platforms import CPUPlatform
@@ -42,9 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size is vLLM's, and not here: one"),
         (["m", "-tp", "2"], "-tp is vLLM's, and not here: one engine serves from one GPU"),
         (["--trust-remote-code"], "code of a checkpoint is never run"),
-        (["-O3"], "-O3 is vLLM's, and not here: torch.compile is not used; graphs are set by"),
-        (["-O", "3"], "-O is vLLM's"),
-        (["-O.level=3"], "torch.compile is not used"),
+        (["-cc.mode=3"], "-cc.mode is vLLM's, and not here: compilation is set by"),
         (["--compilation-config", "{}"], "--cudagraph-mode"),
         (["--compilation-config.cudagraph_mode=FULL"], "--cudagraph-mode"),
         (["--no-enable-chunked-prefill"], "prompts are always computed in chunks"),
@@ -136,6 +135,7 @@ def test_every_setting_is_documented_and_a_flag(kind: type, command: str) -> Non
 def test_flags_become_settings() -> None:
     given = ["m", "--max-num-seqs", "8", "--kv-cache-memory", "2G", "--no-async-scheduling"]
     given += ["--cudagraph-capture-sizes", "1", "2,4", "8", "--enforce-eager", "--dtype", "half"]
+    given += ["--compilation-mode", "vllm_compile", "-O2", "--compile-wait"]
     assert engine_config(given) == EngineConfig(
         model="m",
         max_num_seqs=8,
@@ -144,7 +144,12 @@ def test_flags_become_settings() -> None:
         cudagraph_capture_sizes=(1, 2, 4, 8),
         enforce_eager=True,
         dtype="half",
+        compilation_mode=CompilationMode.MINISRV_COMPILE,
+        optimization_level=2,
+        compile_wait=True,
     )
+    for level in (["-O1"], ["-O", "1"], ["-O=1"], ["--optimization-level", "1"]):
+        assert engine_config(level).optimization_level == 1
     assert engine_config([]) == EngineConfig()
     assert engine_config(["--model", "m"]) == EngineConfig(model="m")
 

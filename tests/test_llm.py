@@ -210,6 +210,7 @@ def test_options_are_the_engine_configs_fields():
     assert next(iter(options)) == "model"
     wider = {"cudagraph_mode": "CUDAGraphMode | str | None"}
     wider["cudagraph_capture_sizes"] = "Sequence[int] | None"
+    wider["compilation_mode"] = "CompilationMode | str | int | None"
     wider["chat_template"] = "Path | str | None"
     for field in fields(EngineConfig):
         option = options[field.name]
@@ -231,7 +232,8 @@ def test_every_option_reaches_the_engine(monkeypatch):
         "float": 0.5,
         "bool | None": False,
     }
-    of_their_own = {"quantization": "int8", "cudagraph_mode": "piecewise"}
+    of_their_own: dict[str, Any] = {"quantization": "int8", "cudagraph_mode": "piecewise"}
+    of_their_own |= {"compilation_mode": 1, "optimization_level": 3}
     of_their_own["cudagraph_capture_sizes"] = [1, 64]
     configs = []
 

@@ -9,27 +9,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from minisrv import threads
-from minisrv.certification.startup import capture_graphs, time_graphs
+from minisrv.certification.startup import time_graphs
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
+from minisrv.compile.modes import CompilationMode
+from minisrv.compile.pieces import PieceCompiler
+from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler
-from minisrv.device_kind import ResolvedConfig
+from minisrv.device_kind import ResolvedConfig, choose_compilation
+from minisrv.engine.compilation import Compilation, Compiler
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Platform, Progress, platform_of
 from minisrv.errors import ConfigError
+from minisrv.machine import has_cxx_compiler
 from minisrv.model_config import ModelConfig
 from minisrv.modes import GraphKey
 from minisrv.nn.loader import load_model
+from minisrv.nn.model import Model
 from minisrv.progress import StartupClock
 from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.launches import SimulatedLaunches
@@ -46,6 +53,7 @@ class EngineParts:
     info: the description of the engine for others.
     memory: the plan for the KV cache.
     times: the duration of a step by each graph, if the platform has graphs timed.
+    compilation: the way of compiled code into service.
     """
 
     config: ResolvedConfig
@@ -56,6 +64,7 @@ class EngineParts:
     info: EngineInfo
     memory: MemoryPlan
     times: Mapping[GraphKey, StepTime]
+    compilation: Compilation
 
 
 def build_engine(
@@ -65,6 +74,7 @@ def build_engine(
     checkpoint: Checkpoint | None = None,
     clock: StartupClock | None = None,
     before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
+    make_compiler: Callable[[Model], Compiler] | None = None,
     check_addresses: bool = False,
 ) -> EngineParts:
     """Load a model, capture its graphs and certify them.
@@ -74,9 +84,11 @@ def build_engine(
     clock: the clock of a start-up that began before this call and continues here.
     before_loading: is called with the context length and the number of KV blocks before weights are
         read; on a GPU these are upper bounds. A ConfigError that it raises is passed on.
+    make_compiler: makes what compiles the loaded model; None for what the compilation mode says.
     check_addresses: see `CUDAGraphWrapper`; for tests.
 
-    Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, GraphError).
+    Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, CompilationError,
+    GraphError).
     """
     threads.limit()
     clock = clock or StartupClock()
@@ -88,6 +100,10 @@ def build_engine(
     with _timed(clock, "checkpoint"):
         checkpoint = checkpoint or open_checkpoint(config)
     description = checkpoint.model
+    compilation_mode, why = choose_compilation(
+        config, description.implementation, has_compiler=has_cxx_compiler()
+    )
+    config = replace(config, compilation_mode=compilation_mode)
     dtype = resolve_dtype(config, description, platform)
     available = platform.cache_before_loading(config, description, dtype)
     context = context_length(config, description)
@@ -98,6 +114,17 @@ def build_engine(
     platform.check_sizes(config, description, dtype, sizes, most_blocks)
     before_loading(context, most_blocks)
     model_config = description.for_context(context)
+    if make_compiler is None and compilation_mode is CompilationMode.MINISRV_COMPILE:
+        job = CompileJob(
+            model=model_config,
+            directory=checkpoint.directory,
+            dtype=dtype_name(dtype),
+            quantization=config.quantization,
+            device=config.device,
+            threads=torch.get_num_threads(),
+            max_num_tokens=sizes.max_num_tokens,
+        )
+        make_compiler = partial(PieceCompiler, job)
     if platform.prepare_kernels(progress):
         clock.end("kernels")
     with _timed(clock, "weights"):
@@ -132,16 +159,32 @@ def build_engine(
         )
 
     with _timed(clock, "memory"):
-        memory = platform.plan_memory(config, shape, make_runner, available)
+        generations = 1 if make_compiler is None else 2
+        memory = platform.plan_memory(config, shape, make_runner, available, generations)
         context = fit_context(config, model_config, dtype, context, memory.kv_cache_bytes)
         shape = KVCacheShape.of(config, model_config, context, dtype)
         num_blocks = num_kv_blocks(config, shape, memory.kv_cache_bytes)
         runner = make_runner(num_blocks, context)
         pool = BlockPool(num_blocks, config.block_size)
+    if compilation_mode.whole:
+        with _timed(clock, "compilation"):
+            # torch's compiler takes seconds to import.
+            from minisrv.compile.whole import compile_whole
+
+            compile_whole(
+                model,
+                compilation_mode,
+                lambda done, total: progress("compiling the model", done, total),
+            )
+        logger.info("compiled the model in %.1f s", clock.seconds["compilation"])
     if not ladders.keys():
         logger.info("no graphs are captured: every step runs eagerly")
     with _timed(clock, "graphs"):
-        capture_graphs(runner, pool, lambda done, total: progress("capturing graphs", done, total))
+        compiler = None if make_compiler is None else make_compiler(model)
+        compilation = Compilation(compiler, runner, pool, platform.make_backend)
+        compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
+        if config.compile_wait:
+            compilation.wait(lambda done, total: progress("compiling", done, total))
         times = time_graphs(runner, pool) if platform.times_graphs else {}
         platform.check_plan(config, memory, shape, runner)
     if config.simulate_launch_us:
@@ -177,6 +220,9 @@ def build_engine(
         async_scheduling=config.async_scheduling,
         decode_capture_sizes=ladders.decode,
         mixed_capture_sizes=ladders.mixed,
+        compilation_mode=compilation_mode.name,
+        compilation_reason=why,
+        compilation=compilation.report,
     )
     logger.info("resolved settings: %s", info.summary)
     return EngineParts(
@@ -188,6 +234,7 @@ def build_engine(
         info=info,
         memory=memory,
         times=times,
+        compilation=compilation,
     )
 
 

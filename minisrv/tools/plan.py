@@ -2,8 +2,9 @@
 
 Without `--measure` it needs no torch, and only the small files of a model.
 
-Knows: the coverage of the dispatcher, the measured time and memory of each graph where an engine
-has captured them, the kernels by which a GPU multiplies, and how tables are printed.
+Knows: the coverage of the dispatcher, which modes are served together, the measured time and memory
+of each graph where an engine has captured them, the kernels by which a GPU multiplies, and how
+tables are printed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from minisrv.checkpoint import context_length, open_checkpoint
+from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
-from minisrv.device_kind import ResolvedConfig, expected_kind
+from minisrv.device_kind import KINDS, ResolvedConfig, choose_compilation, expected_kind
+from minisrv.machine import has_cxx_compiler
 from minisrv.model_config import ModelConfig
-from minisrv.modes import BatchDescriptor, Reason, Stage, StageOutput
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
 
 _WORDS = {
@@ -101,6 +104,8 @@ def print_plan(config: EngineConfig) -> None:
         dispatcher,
         ", the default on a CPU (that of a GPU: --device cuda)" if default else "",
     )
+    mode, why = choose_compilation(resolved, model.implementation, has_compiler=has_cxx_compiler())
+    print_modes(mode, why)
 
 
 def print_measured_plan(config: EngineConfig) -> None:
@@ -117,6 +122,7 @@ def print_measured_plan(config: EngineConfig) -> None:
     finally:
         progress.close()
     _print_coverage(engine.config, engine.dispatcher)
+    print_modes(CompilationMode[engine.info.compilation_mode], engine.info.compilation_reason)
     table = Table("batch", "size", "mode", "ends at", "ms", "MiB")
     for column in table.columns[4:]:
         column.justify = "right"
@@ -146,6 +152,23 @@ def print_measured_plan(config: EngineConfig) -> None:
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
         soft_wrap=True,
     )
+
+
+def print_modes(mode: CompilationMode, why: str) -> None:
+    """Print the compilation mode with its reason, and with which modes of graphs each kind of
+    device serves each compilation mode."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("device", "compilation", "cudagraph modes")
+    for kind in KINDS.values():
+        for compilation in CompilationMode:
+            served = [
+                graphs.value for graphs in CUDAGraphMode if not kind.why_not(compilation, graphs)
+            ]
+            name = f"{compilation.value} {compilation.name}"
+            table.add_row(kind.name, name, ", ".join(served) or "not served")
+    console = Console(highlight=False)
+    console.print(f"\nCompilation {mode.value} {mode.name}: {why}. What is served together:")
+    console.print(table)
 
 
 class Product(NamedTuple):

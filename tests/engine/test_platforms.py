@@ -157,15 +157,16 @@ def test_a_kind_of_device_resolves_settings(given, kind, mode, ahead):
         (
             {},
             "float32 on cpu, mode full-and-piecewise, 12 graphs (requests up to 2, tokens up to "
-            "8), async scheduling off, context 512, 65 KV blocks of 16",
+            "8), compilation NONE (this code of minisrv's is fused by hand), async scheduling off, "
+            "context 512, 65 KV blocks of 16",
         ),
         (
             {"cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY, "max_num_seqs": 1},
-            "mode full-decode-only, 4 graphs (requests up to 1), async scheduling off, context",
+            "mode full-decode-only, 4 graphs (requests up to 1), compilation NONE (",
         ),
         (
             {"enforce_eager": True, "async_scheduling": True},
-            "mode none, 0 graphs, async scheduling on, context",
+            "mode none, 0 graphs, compilation NONE (enforce_eager), async scheduling on, context",
         ),
     ],
 )
@@ -249,9 +250,11 @@ def test_a_gpus_cache_is_at_most_what_weights_leave_of_what_is_allowed():
         full.cache_before_loading(config, MODEL, torch.bfloat16)
 
 
-def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
+@pytest.mark.parametrize("generations", [1, 2])
+def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generations):
     """The cache gets the memory that remains: what loading has left cached does not count, what the
-    largest step leaves cached does, and nothing of the probe stays."""
+    largest step leaves cached does, and nothing of the probe stays. Where one generation of graphs
+    is built beside another, there is room for both."""
     gpu = Gpu(allowed=5000 * MIB, used=500 * MIB, kept=1000 * MIB)
     config = EngineConfig(max_num_seqs=3)
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
@@ -262,11 +265,14 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog):
         return Probe(gpu, num_blocks)
 
     with caplog.at_level(logging.INFO, logger="minisrv"):
-        plan = gpu.plan_memory(config, shape, make_runner, 4321)
+        plan = gpu.plan_memory(config, shape, make_runner, 4321, generations)
     assert sizes == [1 + 5 + 4 * 3]
-    assert plan == MemoryPlan(kv_cache_bytes=(5000 - 500 - 30 - 70) * MIB, graph_bytes=70 * MIB)
+    left = 5000 - 500 - 30 - generations * 70
+    assert plan == MemoryPlan(kv_cache_bytes=left * MIB, graph_bytes=70 * MIB)
     assert gpu.used_bytes() == 500 * MIB
-    said = "steps take 30.0 MiB, graphs 70.0 MiB by a probe; 4400.0 MiB are left for the KV cache"
+    said = (
+        f"steps take 30.0 MiB, graphs 70.0 MiB by a probe; {left}.0 MiB are left for the KV cache"
+    )
     assert said in caplog.text
 
 
@@ -274,10 +280,10 @@ def test_a_cache_whose_size_is_given_needs_no_probe():
     gpu, shape = Gpu(), KVCacheShape(bytes_per_block=100, blocks_per_context=5)
     asked = EngineConfig(kv_cache_memory=4321)
     blocks = EngineConfig(num_kv_blocks=7)
-    assert gpu.plan_memory(asked, shape, None, 4321) == MemoryPlan(4321)
-    assert gpu.plan_memory(blocks, shape, None, 4321) == MemoryPlan(700)
+    assert gpu.plan_memory(asked, shape, None, 4321, 1) == MemoryPlan(4321)
+    assert gpu.plan_memory(blocks, shape, None, 4321, 1) == MemoryPlan(700)
     for config in (EngineConfig(), asked, blocks):
-        assert CPUPlatform().plan_memory(config, shape, None, 4321) == MemoryPlan(4321)
+        assert CPUPlatform().plan_memory(config, shape, None, 4321, 1) == MemoryPlan(4321)
 
 
 def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoint):

@@ -116,11 +116,13 @@ class Platform(ABC):
         shape: KVCacheShape,
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
+        generations: int,
     ) -> MemoryPlan:
         """Return how large the KV cache may be, now that the weights are loaded.
 
         make_runner: makes a runner with the loaded model and that many blocks.
         before_loading: the result of `cache_before_loading`.
+        generations: the number of generations of graphs that exist at the same time.
         """
 
     @abstractmethod

@@ -116,6 +116,7 @@ class CPUPlatform(Platform):
         shape: KVCacheShape,
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
+        generations: int,
     ) -> MemoryPlan:
         """See `Platform`. The plan has not changed, because memory is only used when it is
         written."""

@@ -77,10 +77,12 @@ class CUDAPlatform(Platform):
         shape: KVCacheShape,
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
+        generations: int,
     ) -> MemoryPlan:
         """See `Platform`. Without `kv_cache_memory` and `num_kv_blocks`, the cache gets what
-        `gpu_memory_utilization` allows, minus what is used, minus what graphs and the largest steps
-        take according to a probe. The probe's memory is released before this returns."""
+        `gpu_memory_utilization` allows, minus what is used, minus what the graphs of all
+        generations and the largest steps take according to a probe. The probe's memory is released
+        before this returns."""
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
@@ -96,7 +98,7 @@ class CUDAPlatform(Platform):
         steps = self.used_bytes() - used - blocks * shape.bytes_per_block - captured
         del runner
         self.release()
-        cache = self.allowed_bytes(config) - used - steps - graphs
+        cache = self.allowed_bytes(config) - used - steps - generations * graphs
         logger.info(
             "steps take %s, graphs %s by a probe; %s are left for the KV cache",
             mebibytes(steps),

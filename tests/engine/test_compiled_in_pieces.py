@@ -1,0 +1,94 @@
+"""Mode 3 from the settings to the tokens: an engine compiles its model in another process and
+serves by it, and the next start finds what was compiled."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisrv import LLM, SamplingParams
+from minisrv.cli import main
+from minisrv.engine.messages import CompilationState
+from tests.checkpoints import make_checkpoint
+from tests.nn.test_logits import prompt
+
+PROMPTS = [{"prompt_token_ids": prompt(length, length)} for length in (3, 20, 1, 9)]
+LIMITS: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 16,
+    "max_model_len": 64,
+    "num_kv_blocks": 33,
+    "device": "cpu",
+    "dtype": "float32",
+    "model_impl": "transformers",
+}
+
+FLAGS = [
+    word for name, value in LIMITS.items() for word in (f"--{name.replace('_', '-')}", str(value))
+]
+
+
+def tokens(llm: LLM) -> tuple[list[list[int]], set[str]]:
+    """Return the tokens of each prompt, and the modes in which their steps ran."""
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    modes = {mode for output in outputs for mode in output.outputs[0].graph_steps}
+    return [[*output.outputs[0].token_ids] for output in outputs], modes
+
+
+@pytest.mark.compiler
+def test_what_is_compiled_serves_now_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A model of this size is not surely faster compiled.
+    monkeypatch.setattr("minisrv.engine.compilation.LEAST_SPEEDUP", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = str(make_checkpoint(tmp_path / "model", "llama"))
+    expected, own = tokens(LLM(checkpoint, compilation_mode=0, **LIMITS))
+
+    llm = LLM(checkpoint, compile_wait=True, **LIMITS)
+    report = llm.engine.info.compilation
+    assert (report.state, report.generation) == (CompilationState.COMPILED, 1), report.reason
+    said = "compilation MINISRV_COMPILE (the default for transformers' code)"
+    assert said in llm.engine.info.summary
+    found, modes = tokens(llm)
+    assert found == expected
+    assert modes == {f"{mode}/compiled" for mode in own}
+
+    def compile_again(*_: Any) -> Any:
+        raise AssertionError("a restart compiles nothing")
+
+    monkeypatch.setattr("minisrv.compile.pieces.CompileProcess", compile_again)
+    assert main(["compile", checkpoint, *FLAGS]) == 0
+    told = capsys.readouterr().out
+    assert re.match(
+        r"compiled code would serve \(load \S+ s, certify \S+ s\)\. It is kept in", told
+    )
+    again = LLM(checkpoint, **LIMITS)
+    assert again.engine.info.compilation.state is CompilationState.COMPILED
+    assert tokens(again) == (expected, modes)
+
+
+def test_only_what_is_compiled_in_pieces_is_compiled_ahead(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for flags in (["--compilation-mode", "2"], ["--enforce-eager"]):
+        assert main(["compile", *flags]) == 1
+        assert "leave out --compilation-mode and --enforce-eager" in capsys.readouterr().err
+
+
+def test_code_is_compiled_ahead_for_as_many_threads_as_a_server_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The number of threads is part of the key, so with another number the server would compile
+    again."""
+    left_free: list[int] = []
+    monkeypatch.setattr("minisrv.threads.limit", lambda beside=0: left_free.append(beside))
+    monkeypatch.setattr("minisrv.tools.compile.build_engine", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+        main(["compile"])
+    assert left_free == [1]

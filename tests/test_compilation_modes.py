@@ -1,0 +1,166 @@
+"""The modes of compilation: how they are named, what a kind of device serves, and what is chosen
+where nothing is asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from minisrv.compile.modes import CompilationMode
+from minisrv.config import EngineConfig
+from minisrv.device_kind import CPU, CUDA, DeviceKind, choose_compilation
+from minisrv.errors import ConfigError
+from minisrv.modes import CUDAGraphMode
+from minisrv.tools.plan import print_modes
+
+OFF, STOCK, ONCE, PIECES = CompilationMode
+NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
+MOST = CUDAGraphMode.FULL_AND_PIECEWISE
+ALL = set(CUDAGraphMode)
+SERVED = {
+    ("cpu", OFF): ALL - {FULL},
+    ("cpu", STOCK): {NONE},
+    ("cpu", ONCE): {NONE},
+    ("cpu", PIECES): ALL - {FULL},
+    ("cuda", OFF): ALL,
+    ("cuda", STOCK): set(),
+    ("cuda", ONCE): set(),
+    ("cuda", PIECES): set(),
+}
+"""The modes of graphs that each kind of device serves each compilation mode with."""
+KINDS = {"cpu": CPU, "cuda": CUDA}
+
+
+@pytest.mark.parametrize("mode", CompilationMode)
+def test_a_mode_has_a_number_and_a_name(mode: CompilationMode) -> None:
+    name = mode.name
+    for text in (int(mode), str(int(mode)), name, name.lower(), name.title().replace("_", "-")):
+        assert CompilationMode.parse(text) is mode
+
+
+def test_the_last_mode_has_two_names_and_there_is_no_other() -> None:
+    assert CompilationMode.parse("VLLM_compile") is PIECES
+    for text in ("4", -1, "", "O3", "inductor", True):
+        with pytest.raises(ConfigError, match=r"none of: 0 \(NONE\), 1 \(STOCK_TORCH_COMPILE\), 2"):
+            CompilationMode.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "graphs"), [*product(KINDS, CompilationMode, CUDAGraphMode)]
+)
+def test_every_pair_of_modes_is_served_or_refused_by_name(
+    device: str, mode: CompilationMode, graphs: CUDAGraphMode
+) -> None:
+    kind, config = KINDS[device], EngineConfig(compilation_mode=mode, cudagraph_mode=graphs)
+    if graphs in SERVED[device, mode]:
+        resolved = kind.resolve(config)
+        assert (resolved.compilation_mode, resolved.cudagraph_mode) == (mode, graphs)
+        assert kind.resolve(resolved) == resolved
+        return
+    with pytest.raises(ConfigError) as refused:
+        kind.resolve(config)
+    names = [f"compilation_mode={mode.name}", f"cudagraph_mode={graphs.value}"]
+    assert any(name in refused.value.message for name in names)
+    assert f"device={device}" in refused.value.message
+    assert "; use " in refused.value.message
+    eager = kind.resolve(replace(config, enforce_eager=True))
+    assert (eager.compilation_mode, eager.cudagraph_mode) == (OFF, NONE)
+
+
+def test_plan_prints_every_pair(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print_modes(ONCE, "as asked for")
+    first, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("Compilation 2 DYNAMO_TRACE_ONCE: as asked for.")
+    printed = {}
+    for row in rows:
+        device, mode, graphs = re.split(r"\s{2,}", row.strip())
+        names = [] if graphs == "not served" else graphs.split(", ")
+        printed[device, CompilationMode.parse(mode.split()[0])] = {*map(CUDAGraphMode.parse, names)}
+    assert printed == SERVED
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "expected"),
+    [
+        ({}, CPU, (None, MOST)),
+        ({}, CUDA, (None, FULL)),
+        ({"compilation_mode": STOCK}, CPU, (STOCK, NONE)),
+        ({"optimization_level": 0}, CPU, (OFF, NONE)),
+        ({"optimization_level": 0}, CUDA, (OFF, NONE)),
+        ({"optimization_level": 0, "cudagraph_mode": PIECEWISE}, CPU, (OFF, PIECEWISE)),
+        ({"optimization_level": 0, "compilation_mode": ONCE}, CPU, (ONCE, NONE)),
+        ({"optimization_level": 1}, CPU, (PIECES, PIECEWISE)),
+        ({"optimization_level": 2}, CPU, (PIECES, MOST)),
+        ({"optimization_level": 3}, CPU, (PIECES, MOST)),
+        ({"optimization_level": 3, "cudagraph_mode": NONE}, CPU, (PIECES, NONE)),
+        ({"optimization_level": 1, "compilation_mode": OFF}, CUDA, (OFF, PIECEWISE)),
+        ({"optimization_level": 3, "compilation_mode": OFF}, CUDA, (OFF, FULL)),
+        ({"optimization_level": 3, "enforce_eager": True}, CUDA, (OFF, NONE)),
+    ],
+)
+def test_a_level_stands_for_modes_and_a_mode_goes_before_it(
+    given: dict[str, Any],
+    kind: DeviceKind,
+    expected: tuple[CompilationMode | None, CUDAGraphMode],
+) -> None:
+    resolved = kind.resolve(EngineConfig(**given))
+    assert (resolved.compilation_mode, resolved.cudagraph_mode) == expected
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_level_that_compiles_is_refused_where_compiled_code_is_not_tested(level: int) -> None:
+    with pytest.raises(ConfigError, match=r"compilation_mode=MINISRV_COMPILE .* device=cuda; use"):
+        CUDA.resolve(EngineConfig(optimization_level=level))
+
+
+@pytest.mark.parametrize(
+    ("given", "implementation", "compiler", "mode", "why"),
+    [
+        ({}, "minisrv", True, OFF, "this code of minisrv's is fused by hand"),
+        ({}, "transformers", True, PIECES, "the default for transformers' code"),
+        ({}, "transformers", False, OFF, "there is no C++ compiler"),
+        ({"compilation_mode": PIECES}, "minisrv", False, PIECES, "as asked for"),
+        ({"compilation_mode": STOCK}, "minisrv", True, STOCK, "as asked for"),
+        ({"compilation_mode": ONCE, "enforce_eager": True}, "minisrv", False, OFF, "enforce_eager"),
+    ],
+)
+def test_the_mode_is_chosen_for_a_reason(
+    given: dict[str, Any], implementation: str, compiler: bool, mode: CompilationMode, why: str
+) -> None:
+    config = CPU.resolve(EngineConfig(**given))
+    assert choose_compilation(config, implementation, has_compiler=compiler) == (mode, why)
+
+
+def test_nothing_is_compiled_by_default_where_it_is_not_tested() -> None:
+    config = CUDA.resolve(EngineConfig())
+    chosen = choose_compilation(config, "transformers", has_compiler=True)
+    assert chosen == (OFF, "the default on device=cuda")
+
+
+def test_what_needs_a_compiler_is_refused_without_one() -> None:
+    config = CPU.resolve(EngineConfig(compilation_mode=ONCE))
+    with pytest.raises(ConfigError, match=r"DYNAMO_TRACE_ONCE compiles C\+\+ here.*install g\+\+"):
+        choose_compilation(config, "minisrv", has_compiler=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_num_batched_tokens": 2, "max_num_seqs": 1}, "needs steps of 3 tokens; raise"),
+        ({"simulate_launch_us": 10.0}, "simulate_launch_us .* leave one of the two out"),
+    ],
+)
+@pytest.mark.parametrize("mode", [STOCK, ONCE])
+def test_settings_with_which_no_whole_model_is_compiled(
+    mode: CompilationMode, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CPU.resolve(EngineConfig(compilation_mode=mode, **given))
+    CPU.resolve(EngineConfig(compilation_mode=OFF, **given))
