@@ -27,8 +27,8 @@ from tests import architectures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *("docs/api.md", "docs/architecture.md", "docs/graphs.md", "docs/load-testing.md"),
-    "docs/security.md",
+    *("docs/api.md", "docs/architecture.md", "docs/compile.md", "docs/graphs.md"),
+    *("docs/load-testing.md", "docs/security.md"),
 ]
 
 

@@ -210,6 +210,6 @@ def send(server: Server, count: int) -> dict[str, Any]:
 
 
 def test_hundreds(server: Server) -> None:
-    found = send(server, 600)
+    found = send(server, 300)
     print(found)
     assert found["outcomes"].keys() >= {"stream", "answer", "400"}

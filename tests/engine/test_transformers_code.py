@@ -27,6 +27,7 @@ LIMITS: dict[str, Any] = {
     "num_kv_blocks": 40,  # fewer than four requests need, so some are preempted
     "device": "cpu",
     "dtype": "float32",
+    "compilation_mode": 0,
 }
 MODES = ("none", "piecewise", "full-and-piecewise", "full")
 
@@ -75,9 +76,7 @@ def test_tokens_are_those_of_the_decoder_in_nn(variant: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("tape_holds_mixed_batches")
-@pytest.mark.parametrize(
-    "name", ["cohere2", "gemma2", "gpt2", "gpt_oss", "granite", "phi3", "qwen2_moe", "smollm3"]
-)
+@pytest.mark.parametrize("name", ["cohere2", "gemma2", "gpt_oss", "phi3", "qwen2_moe"])
 def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     directory = make_transformers_checkpoint(tmp_path, name)
     expected = greedy(directory)
