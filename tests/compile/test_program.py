@@ -104,10 +104,10 @@ def test_too_many_rows_are_refused_before_a_package_runs(
     assert not calls
 
 
-def test_a_program_that_is_forgotten_leaves_no_packages(own_program: Compiled):
-    Driver(own_program.model)
+def test_a_program_that_is_forgotten_leaves_no_packages(one_program: Compiled):
+    Driver(one_program.model)
     before = len(loaded_pieces)
-    found = Program.load(own_program.directory, own_program.model)
+    found = Program.load(one_program.directory, one_program.model)
     assert found is not None
     assert len(loaded_pieces) == before + 3
     del found
@@ -115,30 +115,30 @@ def test_a_program_that_is_forgotten_leaves_no_packages(own_program: Compiled):
 
 
 def test_loading_leaves_no_files(
-    own_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """An engine is ended by a signal, and could remove nothing then."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    Driver(own_program.model)
-    found = Program.load(own_program.directory, own_program.model)
+    Driver(one_program.model)
+    found = Program.load(one_program.directory, one_program.model)
     assert found is not None
     assert not list(tmp_path.iterdir())
     assert os.environ["TMPDIR"] == str(tmp_path)
 
 
-def test_loading_imports_no_compiler(own_program: Compiled):
+def test_loading_imports_no_compiler(one_program: Compiled):
     code = f"""
 import sys, torch
 from pathlib import Path
 from minisrv.checkpoint import describe_model
 from minisrv.compile.program import Program
 from minisrv.nn.loader import load_model
-directory = Path({str(own_program.job.directory)!r})
+directory = Path({str(one_program.job.directory)!r})
 model = load_model(describe_model(directory, "minisrv").model, directory, dtype=torch.float32)
 model.prepare()
 model.allocate_buffers(8)
-assert Program.load(Path({str(own_program.directory)!r}), model) is not None
+assert Program.load(Path({str(one_program.directory)!r}), model) is not None
 found = {{"torch._inductor", "torch._dynamo", "triton", "sympy"}} & sys.modules.keys()
 assert not found, found
 """
