@@ -14,4 +14,4 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def one_program(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compiled(tmp_path_factory.mktemp("model"), "transformers")
+    return compiled(tmp_path_factory.mktemp("model"), "minisrv")

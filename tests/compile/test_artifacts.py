@@ -115,14 +115,13 @@ def test_a_program_of_another_model_is_not_bound(
     copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
 ):
     Driver(one_program.model)
-    backbone = one_program.model.backbone
-    layers = backbone.layers
-    backbone.layers = layers[:2]
+    layers = one_program.model.layers
+    one_program.model.layers = layers[:2]
     try:
         assert Program.load(copy[0].parent, one_program.model) is None
     finally:
-        backbone.layers = layers
-    assert "has no Tensor backbone.layers.2" in caplog.text
+        one_program.model.layers = layers
+    assert "has no Tensor layers.2" in caplog.text
 
 
 def test_a_full_disk_is_an_answer(copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
