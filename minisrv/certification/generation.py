@@ -40,9 +40,8 @@ the model's own forward, in float32."""
 TYPICAL_DIFFERENCES = {torch.bfloat16: 0.1, torch.float16: 0.0125}
 """The root mean square allowed for these differences in other dtypes, as a share of the standard
 deviation of the log-probabilities. Every operation rounds there, and two codes that round at
-different places differ by 1 to 3% in bfloat16, for a model of 8 layers; so do the decoder of
-minisrv and the code of transformers, and either of them and float32. The share grows with the root
-of the number of layers, and float16 has three bits more."""
+different places differ, as the decoder of minisrv and the code of transformers do. float16 has
+three bits more."""
 
 COMPARED_ROWS = 16
 """Maximum number of rows of a batch whose log-probabilities are compared; the last row is one."""

@@ -25,13 +25,16 @@ class PieceCompiler:
     def __init__(self, job: CompileJob, model: Model) -> None:
         self._job = job
         self._model = model
+        self._found: tuple[Path, Program] | None = None
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
         cannot is compiled again; the log says why."""
         directory = self._job.kept_program()
-        if directory is None or Program.load(directory, self._model) is None:
+        program = None if directory is None else Program.load(directory, self._model)
+        if directory is None or program is None:
             return None
+        self._found = directory, program
         return directory
 
     def discard(self, directory: Path) -> None:
@@ -46,6 +49,9 @@ class PieceCompiler:
 
     def load(self, directory: Path) -> Program:
         """Return the program of a directory, bound to the model. Raises CompilationError."""
+        found, self._found = self._found, None
+        if found is not None and found[0] == directory:
+            return found[1]  # it need not be loaded twice
         program = Program.load(directory, self._model)
         if program is None:
             raise CompilationError(f"the program in {directory} cannot be loaded; see the log.")

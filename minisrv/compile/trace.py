@@ -90,8 +90,8 @@ def trace(make_model: Callable[[], Any], device: str) -> Trace:
 
         return stop
 
-    for argument in arguments:
-        torch._dynamo.mark_dynamic(argument, 0)
+    for name, argument in zip(ARGUMENTS, arguments, strict=True):
+        torch._dynamo.mark_dynamic(argument, model.dynamic_dims[name])
     torch._dynamo.reset()
     try:
         with torch.no_grad(), suppress(_TracedError):
