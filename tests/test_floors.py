@@ -35,6 +35,7 @@ FLOORS = {
     "outputs": 1,
     "progress": 1,
     "threads": 1,
+    "turns": 1,
     "processes": 1,
     "graph": 2,
     "compile": 3,

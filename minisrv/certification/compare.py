@@ -11,7 +11,7 @@ mean: a `Trial` does.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -57,7 +57,11 @@ class Trial(Protocol):
 
 
 def certify(
-    trial: Trial, graph: Callable[[], CapturedGraph], *, tolerance: float = 0.0
+    trial: Trial,
+    graph: Callable[[], CapturedGraph],
+    *,
+    tolerance: float = 0.0,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[CapturedGraph, float]:
     """Compare a graph with the eager run of the trial's step. Returns the graph, and the largest
     absolute difference of any value.
@@ -65,36 +69,24 @@ def certify(
     graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
         it may leave any values in the buffers and in the null block.
     tolerance: the largest difference allowed; 0 requires equal bits.
+    between: is called between the runs, and between a run and the look at what it has left.
 
     Raises CertificationError for a larger difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
-    runs = certify_by_runs(trial, graph, tolerance=tolerance)
-    while True:
-        try:
-            next(runs)
-        except StopIteration as end:
-            result: tuple[CapturedGraph, float] = end.value
-            return result
-
-
-def certify_by_runs(
-    trial: Trial, graph: Callable[[], CapturedGraph], *, tolerance: float = 0.0
-) -> Generator[None, None, tuple[CapturedGraph, float]]:
-    """Do what `certify` does, and yield between the runs, where other steps may run and leave any
-    values in the buffers."""
     trial.reset(InitialState.CLEAN)
     trial.run(None)
+    between()
     reference = trial.observe()
     _check_no_unexpected_writes(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
-    yield
+    between()
     candidate = graph()
     largest = 0.0
     for initial_state in trial.initial_states:
-        yield
+        between()
         try:
             trial.reset(initial_state, candidate)
             trial.run(candidate)
@@ -102,6 +94,7 @@ def certify_by_runs(
             raise CertificationError(
                 f"{trial.name}: the replay {initial_state.value} failed: {error}"
             ) from error
+        between()
         difference = _compare(trial.name, reference, trial.observe(), initial_state, tolerance)
         largest = max(largest, difference)
         _check_no_unexpected_writes(trial, f"the replay {initial_state.value}")

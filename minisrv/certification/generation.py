@@ -1,34 +1,38 @@
-"""The certification of a generation while another one serves, a run at a time.
+"""The certification of a generation while another one serves, in turns with the steps of requests.
 
 A generation enters service as a whole, and only if
 - its code, run eagerly, gives the log-probabilities of the model's own forward, within a bound;
 - each of its graphs reproduces its own eager run bit for bit, as at every start (`compare`);
 - its steps take less time, by measurement.
-All of this happens in parts of one run each, between which the steps of requests run by the
-generation in service. After each part that one is in service again, and the buffers are clean.
+All of this makes way for the steps of requests, which run by the generation in service: between two
+runs, and within a run at each attention op. Meanwhile that generation is in service, and the
+buffers are clean; what they held is put back before the run goes on.
 
-Knows: the order of the parts and the bounds. Knows nothing of where a generation's code comes from,
-nor of when there is time for a part.
+Knows: the order of the runs and the bounds. Knows nothing of where a generation's code comes from,
+nor of when it is time to make way.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import geometric_mean
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minisrv.certification.batches import short_batch
-from minisrv.certification.compare import InitialState, certify_by_runs
+from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.startup import TIMED_REPLAYS
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
 from minisrv.core.kv_cache import BlockPool
 from minisrv.errors import CertificationError
+from minisrv.graph.observer import StepObserver
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.runner.generation import Generation, serving
 from minisrv.runner.model_runner import ModelRunner
@@ -50,20 +54,36 @@ LEAST_SPEEDUP = 1.02
 """How many times as fast a new generation must be. A smaller difference is noise of the
 measurement."""
 
-Parts = Generator[int, None, None]
-"""Work in parts. Before each part it yields the number of tokens of the step that the part runs; 0
-means that it waits for blocks of the KV cache."""
+
+class Turn(Protocol):
+    """The time that the work has before the steps of requests go on."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the work has lasted long enough to make way."""
+
+    def make_way(self) -> None:
+        """Let steps of requests run, and return when the next turn begins."""
+
+    def wait(self) -> None:
+        """Do the same, because there is nothing to do at present."""
 
 
 def build_generation(
-    runner: ModelRunner, pool: BlockPool, new: Generation, compared: Collection[GraphKey]
-) -> Parts:
+    runner: ModelRunner,
+    pool: BlockPool,
+    new: Generation,
+    compared: Collection[GraphKey],
+    turn: Turn,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> None:
     """Capture every graph of a generation, certify it, and install it in this generation.
 
     pool: the blocks of the runner's cache, of which free ones that the prefix cache does not find
         are used meanwhile.
     compared: the keys of steps for which the code of the generation is compared with that of the
         generation in service.
+    on_progress: is called with the number of graphs that have been installed, at each.
 
     Raises GraphCaptureError, CertificationError, and what the code of the generation raises.
     """
@@ -71,16 +91,17 @@ def build_generation(
     seen: set[tuple[int, bool]] = set()
     for key in dict.fromkeys([*runner.ladders.keys(), *compared]):
         shape = (key[1].num_tokens, key[1].uniform_decode)
-        space = yield from _borrow(runner, pool, key)
-        try:
+        with _borrowed_space(runner, pool, key, turn) as space:
             trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
             if key in compared and shape not in seen:
                 seen.add(shape)
-                yield from _compare_code(runner, trial, old, new)
+                _compare_code(runner, trial, old, new, turn)
             if key[0] is not CUDAGraphMode.NONE:
-                yield from _add_graph(runner, trial, new)
-        finally:
-            pool.give_back(space.blocks)
+                with _Visit(runner, trial, new, turn) as visit:
+                    capture = partial(runner.capture, key)
+                    graph, _ = certify(trial, capture, between=visit.make_way)
+                    runner.install(key, graph)
+                on_progress(sum(map(len, new.graphs)))
 
 
 def model_keys(runner: ModelRunner) -> list[GraphKey]:
@@ -100,14 +121,14 @@ def end_keys(runner: ModelRunner) -> list[GraphKey]:
     return list(dict.fromkeys(key for keys in kinds.values() for key in (keys[0], keys[-1])))
 
 
-def _compare_code(runner: ModelRunner, trial: StepTrial, old: Generation, new: Generation) -> Parts:
+def _compare_code(
+    runner: ModelRunner, trial: StepTrial, old: Generation, new: Generation, turn: Turn
+) -> None:
     """Compare the eager run of the new generation with the one of the old. Raises
     CertificationError."""
-    yield trial.key[1].num_tokens
-    with _part(runner, trial, old):
+    with _Visit(runner, trial, old, turn):
         expected = _log_probabilities(trial)
-    yield trial.key[1].num_tokens
-    with _part(runner, trial, new):
+    with _Visit(runner, trial, new, turn):
         found = _log_probabilities(trial)
     dtype = runner.buffers.hidden.dtype
     if dtype is torch.float32:
@@ -135,22 +156,7 @@ def _log_probabilities(trial: StepTrial) -> Tensor:
     return logits.float().log_softmax(dim=-1)
 
 
-def _add_graph(runner: ModelRunner, trial: StepTrial, new: Generation) -> Parts:
-    runs = certify_by_runs(trial, partial(runner.capture, trial.key))
-    while True:
-        yield trial.key[1].num_tokens
-        with _part(runner, trial, new):
-            try:
-                next(runs)
-            except StopIteration as end:
-                graph, _ = end.value
-                runner.install(trial.key, graph)
-                return
-
-
-def measure_speedup(
-    runner: ModelRunner, pool: BlockPool, new: Generation
-) -> Generator[int, None, float]:
+def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn: Turn) -> float:
     """Return how many times as fast the steps of a generation are as those of the generation in
     service: the geometric mean over `end_keys`, of graphs if there are any."""
     old = Generation.in_service(runner)
@@ -158,45 +164,106 @@ def measure_speedup(
     graphs = [key for key in keys if key[0] is not CUDAGraphMode.NONE]
     speedups = []
     for key in graphs or keys:
-        space = yield from _borrow(runner, pool, key)
-        try:
+        with _borrowed_space(runner, pool, key, turn) as space:
             batch = short_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])
             least = {old: math.inf, new: math.inf}
             for _ in range(TIMED_REPLAYS):
                 for generation in (old, new):
-                    yield key[1].num_tokens
-                    with _part(runner, trial, generation):
-                        least[generation] = min(
-                            least[generation], trial.time(runner.graphs.get(key))
-                        )
-        finally:
-            pool.give_back(space.blocks)
+                    with _Visit(runner, trial, generation, turn) as visit:
+                        ms = trial.time(runner.graphs.get(key)) - 1000 * visit.seconds_away
+                    least[generation] = min(least[generation], ms)
         speedups.append(least[old] / least[new])
     return geometric_mean(speedups)
 
 
-def _borrow(
-    runner: ModelRunner, pool: BlockPool, key: GraphKey
-) -> Generator[int, None, TrialSpace]:
-    """Borrow blocks for a trial of a graph, and wait until there are any."""
+@contextmanager
+def _borrowed_space(
+    runner: ModelRunner, pool: BlockPool, key: GraphKey, turn: Turn
+) -> Iterator[TrialSpace]:
+    """Borrow blocks for a trial of a graph for the block; wait until there are any."""
     while (space := borrow_space(runner, pool, key)) is None:
-        yield 0
-    return space
+        turn.wait()
+    try:
+        yield space
+    finally:
+        pool.give_back(space.blocks)
+
+
+class _Visit(StepObserver):
+    """The block in which a trial runs by a generation, on the runner that serves.
+
+    A new visit makes way first if the turn is over, and so does a run at each piece. Those who
+    observe the steps of requests are not told of the runs, and no garbage is collected meanwhile,
+    which could disturb a capture.
+
+    seconds_away: how long the steps of requests have run during the visit.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, trial: StepTrial, generation: Generation, turn: Turn
+    ) -> None:
+        self.seconds_away = 0.0
+        self._runner = runner
+        self._trial = trial
+        self._generation = generation
+        self._turn = turn
+        self._observers: list[StepObserver] = []
+        self._here = ExitStack()
+
+    def __enter__(self) -> _Visit:
+        if self._turn.is_over:
+            self._turn.make_way()
+        self._observers = [self]
+        self._come()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trial.clear()
+        self._here.close()
+        self._observers = []  # a circle of references would keep the generation
+
+    def piece(self) -> None:
+        """See `StepObserver`."""
+        self.make_way()
+
+    def make_way(self) -> None:
+        """Let steps of requests run if the turn is over."""
+        if not self._turn.is_over:
+            return
+        began = time.perf_counter()
+        self._trial.suspend()
+        self._observers = list(self._runner.observers)  # a timer of the run is among them
+        self._here.close()
+        try:
+            self._turn.make_way()
+        finally:
+            self._come()
+        self._trial.resume()
+        self.seconds_away += time.perf_counter() - began
+
+    def _come(self) -> None:
+        self._here.enter_context(_observed_by(self._observers, self._runner))
+        self._here.enter_context(_no_collection())
+        self._here.enter_context(serving(self._runner, self._generation))
 
 
 @contextmanager
-def _part(runner: ModelRunner, trial: StepTrial, generation: Generation) -> Iterator[None]:
-    """Run one part of a trial by a generation. Those who observe the steps of requests are not told
-    of it, and no garbage is collected, which could disturb a capture."""
-    observers, collects = list(runner.observers), gc.isenabled()
-    runner.observers.clear()
+def _observed_by(observers: list[StepObserver], runner: ModelRunner) -> Iterator[None]:
+    before = list(runner.observers)
+    runner.observers[:] = observers
+    try:
+        yield
+    finally:
+        runner.observers[:] = before
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    collects = gc.isenabled()
     gc.disable()
     try:
-        with serving(runner, generation):
-            yield
+        yield
     finally:
-        trial.clear()
-        runner.observers[:] = observers
         if collects:
             gc.enable()

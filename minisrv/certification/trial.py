@@ -143,6 +143,8 @@ class StepTrial:
         watched_blocks = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
         self.watched_blocks = torch.tensor(watched_blocks, device=device)
         self._index_of = {block: index for index, block in enumerate(watched_blocks)}
+        self._saved: list[Tensor] = []
+        self._unexpected: list[str] = []
         ends = {row.req_index: row.num_computed_tokens + row.num_tokens for row in self.output.rows}
         starts = {row.req_index: row.num_computed_tokens for row in self.output.rows}
         self.req_indices = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
@@ -221,7 +223,8 @@ class StepTrial:
         tensors.apply(self.output, upload)
         upload.send(self.req_indices.device)
         self.initial_cache = initial
-        self.tensors_before = {name: tensor.clone() for name, tensor in vars(tensors).items()}
+        self._unexpected = []
+        self._keep_request_tensors()
 
     def _fill_buffers(self, poison: bool) -> None:
         buffers, model = self.runner.buffers, self.runner.model
@@ -295,14 +298,42 @@ class StepTrial:
         for layer, cache in enumerate(self.runner.kv_caches):
             found = cache.flatten(0, 1).index_select(0, self.protected_entries).nan_to_num()
             changed[f"cache entries of layer {layer} outside of the step"] = found != expected
+        changed |= self._changed_request_tensors()
+        return [*self._unexpected, *_true(changed)]
+
+    def _keep_request_tensors(self) -> None:
+        tensors = vars(self.runner.request_tensors)
+        self.tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def _changed_request_tensors(self) -> dict[str, Tensor]:
+        """Return where the tensors of the requests have changed since they were kept, except for
+        what the step writes for its own request indices."""
+        changed = {}
         for name, tensor in vars(self.runner.request_tensors).items():
             before = self.tensors_before[name]
-            # The step writes these for its own request indices.
             if name in ("last_token", "next_position"):
                 before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
             changed[f"{name} of a request index"] = before != tensor
-        flags = torch.stack([difference.any() for difference in changed.values()]).tolist()
-        return [what for what, flag in zip(changed, flags, strict=True) if flag]
+        return changed
+
+    # ---- between the steps of requests -------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Leave the buffers as in a new server, so that steps of requests may run before `resume`,
+        even in the middle of a run."""
+        self._unexpected += _true(self._changed_request_tensors())
+        model = self.runner.model
+        self._saved = [*self.runner.buffers.save(), model.qkv.clone(), model.attn_out.clone()]
+        self._fill_buffers(poison=False)
+
+    def resume(self) -> None:
+        """Put back what the buffers held at `suspend`."""
+        *saved, qkv, attn_out = self._saved
+        self.runner.buffers.restore(saved)
+        self.runner.model.qkv.copy_(qkv)
+        self.runner.model.attn_out.copy_(attn_out)
+        self._saved = []
+        self._keep_request_tensors()
 
     def clear(self) -> None:
         """Leave the rows of the request indices and the buffers as in a new server, with no poison
@@ -310,6 +341,12 @@ class StepTrial:
         self.reset(InitialState.CLEAN)
         self._fill_request_tensors(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
+
+
+def _true(flags: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of which any element is true."""
+    found = torch.stack([flag.any() for flag in flags.values()]).tolist()
+    return [name for name, flag in zip(flags, found, strict=True) if flag]
 
 
 def _step(

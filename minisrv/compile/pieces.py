@@ -6,6 +6,7 @@ compiled code enters service.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,12 +48,15 @@ class PieceCompiler:
         """Start a process that compiles."""
         return CompileProcess(self._job)
 
-    def load(self, directory: Path) -> Program:
-        """Return the program of a directory, bound to the model. Raises CompilationError."""
+    def load(self, directory: Path, between: Callable[[], None]) -> Program:
+        """Return the program of a directory, bound to the model. Raises CompilationError.
+
+        between: see `Program.load`.
+        """
         found, self._found = self._found, None
         if found is not None and found[0] == directory:
             return found[1]  # it need not be loaded twice
-        program = Program.load(directory, self._model)
+        program = Program.load(directory, self._model, between)
         if program is None:
             raise CompilationError(f"the program in {directory} cannot be loaded; see the log.")
         return program

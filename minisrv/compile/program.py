@@ -208,10 +208,17 @@ class Program:
     """
 
     def __init__(
-        self, description: Description, pieces: Sequence[LoadedPiece], model: Model
+        self,
+        description: Description,
+        pieces: Sequence[LoadedPiece],
+        model: Model,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         """Bind a program to a model that is ready to run; its static buffers must be those with
-        which it will be run."""
+        which it will be run.
+
+        between: see `load`.
+        """
         self.max_rows = min(description.max_rows, len(model.qkv))
         self._pieces = pieces
         self._model = model
@@ -231,20 +238,27 @@ class Program:
         for _, read, written in self._calls:
             for value in (*read, *written):
                 self._bind(value)
+                between()
 
     @classmethod
-    def load(cls, directory: FilePath, model: Model) -> Program | None:
+    def load(
+        cls, directory: FilePath, model: Model, between: Callable[[], None] = lambda: None
+    ) -> Program | None:
         """Return the program that is kept in a directory of the cache, bound to a model whose
         buffers are allocated. None, with the reason in the log, if anything of it is not there, not
-        trusted, or damaged; no compiler is imported."""
+        trusted, or damaged; no compiler is imported.
+
+        between: is called between packages, and between weights, where the caller may do something
+            else that does not use them.
+        """
         try:
-            return cls._load(directory, model)
+            return cls._load(directory, model, between)
         except (CompilationError, OSError, RuntimeError, msgspec.MsgspecError) as error:
             logger.warning("the program in %s is not used: %s", directory, error)
             return None
 
     @classmethod
-    def _load(cls, directory: FilePath, model: Model) -> Program:
+    def _load(cls, directory: FilePath, model: Model, between: Callable[[], None]) -> Program:
         body = artifacts.read_description(directory)
         description = msgspec.msgpack.decode(body, type=Description)
         packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
@@ -254,7 +268,10 @@ class Program:
             if isinstance(call, PieceCall)
         }
         # Nothing is loaded before all of it has been checked.
-        pieces = [LoadedPiece(package, sizes[index]) for index, package in enumerate(packages)]
+        pieces = []
+        for index, package in enumerate(packages):
+            pieces.append(LoadedPiece(package, sizes[index]))
+            between()
         found = ", ".join(f"{name} {count}" for name, count in description.matches.items())
         logger.info(
             "a compiled program of %d calls, %d distinct pieces; matches of passes: %s",
@@ -262,7 +279,7 @@ class Program:
             len(pieces),
             found,
         )
-        return cls(description, pieces, model)
+        return cls(description, pieces, model, between)
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -1,14 +1,15 @@
 """How compiled code comes into service: ready first, faster later.
 
 An engine is ready with the model's own code, generation 0. Then another process compiles; what it
-has made is loaded here, and its graphs are captured and certified a run at a time, between the
-steps of requests (`certification.generation`). When all have passed and are faster, they take the
-place of generation 0 between two steps, and the memory of that one is free. If anything fails on
-this way, the engine goes on as it is. A program that the cache has from an earlier start serves
-from the start. Its graphs are certified like all graphs; the code, which has passed before, is
-compared with the model's own for the smallest and the largest steps only, and is not timed again.
+has made is loaded here, and its graphs are captured and certified (`certification.generation`), in
+turns of some milliseconds between the steps of requests. When all have passed and are faster, they
+take the place of generation 0 between two steps, and the memory of that one is free. If anything
+fails on this way, the engine goes on as it is. A program that the cache has from an earlier start
+serves from the start. Its graphs are certified like all graphs; the code, which has passed before,
+is compared with the model's own for the smallest and the largest steps only, and is not timed
+again.
 
-Knows: the order of these events, when there is time for a part of the work, and what is told of it.
+Knows: the order of these events, when a turn of the work begins and ends, and what is told of it.
 Knows nothing of compilers: a `Compiler` does.
 """
 
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -40,21 +43,21 @@ from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
 from minisrv.runner.generation import Generation
 from minisrv.runner.model_runner import ModelRunner
+from minisrv.turns import MakeWay, in_turns
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+TURN = 0.01
+"""Number of seconds after which a turn of the work makes way for the steps of requests, at the next
+point where it can: between two layers of the model, or behind a graph, which nothing interrupts."""
+
 LEAST_GAP = 0.02
-"""Minimum number of seconds between two parts of the work while requests run."""
+"""Minimum number of seconds between two turns while requests run."""
 
 REST = 4.0
-"""How many times as long as a part of the work the steps of requests run behind it, at least."""
-
-LONG_PART = 0.05
-"""Number of seconds beyond which a part of the work waits until no requests run."""
-
-PATIENCE = 120.0
-"""Number of seconds after the load of a program in which long parts wait; an engine that is never
-idle does them behind that."""
+"""How many times as long as a turn the steps of requests run behind it, at least."""
 
 WAIT_SECONDS = 0.05
 """Number of seconds between two looks at a compilation that a start-up waits for."""
@@ -93,9 +96,12 @@ class Compiler(Protocol):
     def start(self) -> CompileProcess:
         """Start a process that compiles. Raises MinisrvError."""
 
-    def load(self, directory: Path) -> Compiled:
+    def load(self, directory: Path, between: Callable[[], None]) -> Compiled:
         """Return the program of a directory, which computes with the weights of the engine's model.
-        Raises MinisrvError."""
+
+        between: is called where the steps of requests may run.
+        Raises MinisrvError.
+        """
 
 
 class Refusal(enum.StrEnum):
@@ -121,8 +127,51 @@ class _RefusedError(Exception):
         self.refusal = refusal
 
 
-_Work = Generator[int, None, None]
-"""Work in parts, which yields before each part how many tokens it runs; 0 if it has to wait."""
+class _Turn:
+    """The turn of the work; see `certification.generation.Turn`.
+
+    ends: the time at which it is over.
+    waits: whether the last one ended because there was nothing to do.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.ends = math.inf
+        self.waits = True
+        self._clock = clock
+        self._make_way: MakeWay | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._clock() >= self.ends
+
+    def make_way(self) -> None:
+        assert self._make_way is not None, "only a function that runs in turns makes way"
+        self._make_way()
+
+    def wait(self) -> None:
+        self.waits = True
+        self.make_way()
+
+    def offer(self) -> None:
+        """Make way if the turn is over."""
+        if self.is_over:
+            self.make_way()
+
+    def take(self, function: Callable[[], T]) -> Generator[None, None, T]:
+        """Run a function that makes way by this object, and yield each time that it does."""
+
+        def run(make_way: MakeWay) -> T:
+            self._make_way = make_way
+            return function()
+
+        try:
+            return (yield from in_turns(run))
+        finally:
+            self._make_way = None
+
+
+_Work = Generator[None, None, None]
+"""Work that yields at the end of each turn."""
 
 
 class Compilation:
@@ -151,10 +200,8 @@ class Compilation:
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._began = clock()
+        self._turn = _Turn(clock)
         self._next_turn = 0.0
-        self._next_tokens = 0
-        self._took: dict[int, float] = {}
-        self._patient_until = 0.0
         self._on_progress: CaptureProgress = lambda done, total: None
         self._work: _Work | None = None
         self.report = CompilationReport()
@@ -176,7 +223,7 @@ class Compilation:
     @property
     def has_work(self) -> bool:
         """Whether an idle engine should call `advance` at once, and not only now and then."""
-        return self.is_under_way and self._next_tokens > 0
+        return self.is_under_way and not self._turn.waits
 
     # ---- before the engine is ready ----------------------------------------------------------
 
@@ -187,7 +234,7 @@ class Compilation:
         if self._compiler is not None:
             compiling, self._work = self._work, self._enter_cached(self._compiler, on_progress)
             while self.is_under_way:
-                self.advance(busy=False)
+                self._take_turn(math.inf)
             if self.report.state is CompilationState.COMPILING:
                 self._work = compiling
         if not self.generation:
@@ -200,44 +247,39 @@ class Compilation:
         """
         self._on_progress = on_progress
         while self.is_under_way:
-            self.advance(busy=False)
-            if not self._next_tokens:
+            self._take_turn(math.inf)
+            if self._turn.waits:
                 time.sleep(WAIT_SECONDS)
 
     # ---- while the engine serves -------------------------------------------------------------
 
     def advance(self, *, busy: bool) -> bool:
-        """Do the next part of the work, if there is one and it is time for it, and return whether
-        the report has changed. To be called between steps. It raises no error, because the engine
-        can go on as it is.
+        """Give the work a turn, if there is any and it is time for it, and return whether the
+        report has changed. To be called between steps. It raises no error, because the engine can
+        go on as it is.
 
-        busy: whether requests run, whose steps must not wait long or often.
+        busy: whether requests run, whose steps must not wait often.
         """
         began = self._clock()
-        if self._work is None or (busy and self._must_wait(began)):
+        if self._work is None or (busy and began < self._next_turn):
             return False
-        before, tokens = self.report, self._next_tokens
+        before = self.report
+        self._take_turn(began + TURN)
+        ended = self._clock()
+        self._next_turn = ended + max(LEAST_GAP, REST * (ended - began))
+        return self.report is not before
+
+    def _take_turn(self, ends: float) -> None:
+        """Go on with the work until it makes way, which it does after the time `ends`."""
+        assert self._work is not None, "there is work"
+        self._turn.ends, self._turn.waits = ends, False
         try:
-            self._next_tokens = next(self._work)
+            next(self._work)
         except StopIteration:
             self._work = None
         except _RefusedError as error:
             self._work = None
             self._refuse(error)
-        ended = self._clock()
-        self._took[tokens] = ended - began
-        self._next_turn = ended + max(LEAST_GAP, REST * (ended - began))
-        return self.report is not before
-
-    def _must_wait(self, now: float) -> bool:
-        """Whether the steps of requests go before the next part of the work."""
-        if now < self._next_turn:
-            return True
-        tokens = self._next_tokens
-        known = [size for size in self._took if size >= tokens > 0]
-        size = min(known, default=0)
-        estimate = self._took[size] * tokens / size if size else 0.0
-        return estimate > LONG_PART and now < self._patient_until
 
     def close(self) -> None:
         """End what is under way, the process that compiles included."""
@@ -271,15 +313,17 @@ class Compilation:
                     if isinstance(found, MinisrvError):
                         raise found
                     self._on_progress(found.done, found.total)
-                    yield 0
+                    self._turn.waits = True
+                    yield
             finally:
                 process.close()
         self._lap("compile")
-        new = self._load(compiler, found)
+        new = yield from self._load(compiler, found)
+        runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):
-            keys = model_keys(self._runner)
-            yield from build_generation(self._runner, self._pool, new, keys)
-            speedup = yield from measure_speedup(self._runner, self._pool, new)
+            keys = model_keys(runner)
+            yield from turn.take(partial(build_generation, runner, pool, new, keys, turn))
+            speedup = yield from turn.take(partial(measure_speedup, runner, pool, new, turn))
             if speedup < LEAST_SPEEDUP:
                 raise _RefusedError(
                     Refusal.SLOWER,
@@ -287,7 +331,7 @@ class Compilation:
                     f"and {LEAST_SPEEDUP} times are asked for.",
                 )
         self._lap("certify")
-        self._serve(new)
+        yield from self._serve(new)
         logger.info("steps by compiled code are %.2f times as fast", speedup)
 
     def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
@@ -296,24 +340,22 @@ class Compilation:
             found = compiler.find()
         if found is None:
             return
-        new = self._load(compiler, found)
+        new = yield from self._load(compiler, found)
+        runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):
-            keys = end_keys(self._runner)
-            total = len(self._runner.ladders.keys())
-            for tokens in build_generation(self._runner, self._pool, new, keys):
-                on_progress(sum(map(len, new.graphs)), total)
-                yield tokens
+            keys, total = end_keys(runner), len(runner.ladders.keys())
+            build_generation(runner, pool, new, keys, turn, lambda done: on_progress(done, total))
         self._lap("certify")
-        self._serve(new)
+        yield from self._serve(new)
 
-    def _load(self, compiler: Compiler, directory: Path) -> Generation:
+    def _load(self, compiler: Compiler, directory: Path) -> Generator[None, None, Generation]:
         """Load a program, and return its generation, which has no graphs yet."""
         self._tell(state=CompilationState.CERTIFYING)
         self._began = self._clock()
         with _refused_as(Refusal.LOAD):
-            program = compiler.load(directory)
+            load = partial(compiler.load, directory, self._turn.offer)
+            program = yield from self._turn.take(load)
         self._lap("load")
-        self._patient_until = self._clock() + PATIENCE
         return Generation.empty(self._runner, self._make_backend(), program)
 
     @contextmanager
@@ -326,8 +368,9 @@ class Compilation:
             compiler.discard(directory)
             raise
 
-    def _serve(self, new: Generation) -> None:
-        """Put a generation into service in place of the other one."""
+    def _serve(self, new: Generation) -> _Work:
+        """Put a generation into service in place of the other one, and free that one."""
+        old = Generation.in_service(self._runner)
         new.serve(self._runner)
         self._tell(
             state=CompilationState.COMPILED,
@@ -340,6 +383,11 @@ class Compilation:
             len(self._runner.graphs),
             ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self._seconds.items()),
         )
+        for graphs in old.graphs:
+            while graphs:
+                graphs.popitem()  # a graph of many operations takes a while to be freed
+                if self._turn.is_over:
+                    yield
 
     def _tell(self, **changes: Any) -> None:
         seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}

@@ -35,6 +35,8 @@ def attention(qkv: Tensor, positions: Tensor, out: Tensor, layer: int) -> None:
         return
     assert context.attn_metadata is not None, "an epilogue has no attention"
     kernels.attention(context.layers[layer], qkv, positions, context.attn_metadata, out)
+    for observer in context.observers:
+        observer.piece()
 
 
 attention_op = register_op(

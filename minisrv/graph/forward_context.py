@@ -26,7 +26,7 @@ class ForwardContext:
     attn_metadata: the metadata of the step; None for an epilogue.
     layers: the attention layers of the model, in the order of their indices.
     graph: the graph to replay instead of the installed one, because it is being certified.
-    observers: those who are told of each replay.
+    observers: those who are told of each replay, and of each piece of the model.
     graph_break: set while the pieces of a PIECEWISE graph are captured. Instead of computing
         attention, the op passes this function what must run between two pieces.
     """

@@ -59,6 +59,10 @@ class StepObserver:
         """
         return None
 
+    def piece(self) -> None:
+        """Called between two pieces of a model: behind each attention op that is not part of a FULL
+        graph, and where a capture in pieces breaks."""
+
 
 def entered(contexts: Iterable[AbstractContextManager[None]]) -> ExitStack:
     """Enter all contexts, and return a context that leaves them in reverse order. If one cannot be

@@ -88,14 +88,18 @@ class CUDAGraphWrapper:
         def graph_break(between: Replay) -> None:
             calls.append(backend.end())
             calls.append(between)
+            for observer in context.observers:
+                observer.piece()
             backend.begin()
 
         pieces = self.mode is CUDAGraphMode.PIECEWISE
+        # A graph that contains attention keeps this context, and no observer.
+        captured_in = replace(context, graph_break=graph_break if pieces else None, observers=())
         backend.begin()
         try:
-            with set_forward_context(replace(context, graph_break=graph_break if pieces else None)):
+            with set_forward_context(captured_in):
                 self.runnable(*args)
-            calls.append(backend.end())
+                calls.append(backend.end())
             backend.finish()
         except BaseException as error:
             backend.abandon()

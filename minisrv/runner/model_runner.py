@@ -306,7 +306,8 @@ class ModelRunner:
         if descriptor.stage is Stage.EPILOGUE:
             self.buffers.hidden.zero_()
         attn = self.prepare(no_rows, (key,))
-        context = ForwardContext(mode, descriptor, attn, self.model.attention_layers)
+        layers = self.model.attention_layers
+        context = ForwardContext(mode, descriptor, attn, layers, observers=self.observers)
         with set_forward_context(context):
             return self._wrapper(key).capture(*self._inputs(descriptor))
 

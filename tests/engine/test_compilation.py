@@ -15,19 +15,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import active_count
 from typing import Any
 
 import pytest
 import torch
 import zmq
 
-from minisrv.certification.generation import build_generation, model_keys
+from minisrv.certification.generation import build_generation, measure_speedup, model_keys
 from minisrv.compile.decorator import Compiled
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.engine import compilation
 from minisrv.engine.builder import build_engine
-from minisrv.engine.compilation import LEAST_GAP, REST, Compilation
+from minisrv.engine.compilation import LEAST_GAP, REST, TURN, Compilation
 from minisrv.engine.core import EngineCore
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
@@ -42,7 +43,7 @@ from minisrv.engine.messages import (
     encode,
 )
 from minisrv.engine.process import _EngineServer
-from minisrv.errors import CompilationError, MinisrvError
+from minisrv.errors import CertificationError, CompilationError, MinisrvError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.observer import StepObserver
 from minisrv.modes import CUDAGraphMode
@@ -77,6 +78,7 @@ def slow_forward(monkeypatch) -> None:
 def no_gaps(monkeypatch) -> None:
     monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
     monkeypatch.setattr(compilation, "REST", 0.0)
+    monkeypatch.setattr(compilation, "TURN", 0.0)
 
 
 @dataclass
@@ -133,8 +135,9 @@ class FakeCompiler:
         self.started += 1
         return self.process
 
-    def load(self, directory: Path) -> Compiled:
+    def load(self, directory: Path, between: Callable[[], None]) -> Compiled:
         assert directory == MADE
+        between()
         return self.program(self.model)
 
 
@@ -166,7 +169,7 @@ def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str
             found.setdefault(output.request_id, []).append((output.token_ids, output.logprobs))
             if output.graph_steps is not None:
                 ran[output.request_id] = output.graph_steps
-        for _ in range(3):
+        for _ in range(10):
             engine.compilation.advance(busy=True)
     while engine.compilation.has_work:
         engine.compilation.advance(busy=False)
@@ -458,6 +461,23 @@ def test_trials_take_nothing_from_the_prefix_cache():
     assert pool.reserve(99) == []
 
 
+class AlwaysOver:
+    """Turns that are over at once, so that the work makes way wherever it can.
+
+    between: is called instead of the steps of requests.
+    """
+
+    is_over = True
+
+    def __init__(self, between: Callable[[], None]) -> None:
+        self.make_way = between
+        self.waits = 0
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.make_way()
+
+
 def test_a_certification_waits_for_blocks(checkpoint):
     """While all free blocks belong to the prefix cache, nothing goes on, and an idle engine does
     not spin; when there are others, it does."""
@@ -465,19 +485,27 @@ def test_a_certification_waits_for_blocks(checkpoint):
     pool, runner = engine.scheduler.block_pool, engine.runner
     held = [pool.allocate() for _ in range(pool.num_free)]
     new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
-    work = build_generation(runner, pool, new, [])
-    assert next(work) == 0
-    assert next(work) == 0
-    pool.free(held.pop())
-    assert next(work) > 0
-    assert pool.num_free == 0
-    work.close()
+    free: list[int] = []
+
+    def between() -> None:
+        free.append(pool.num_free)
+        assert not any(new.graphs)
+        if turn.waits == 2:
+            pool.free(held.pop())
+            turn.make_way = lambda: free.append(pool.num_free)
+
+    turn = AlwaysOver(between)
+    build_generation(runner, pool, new, [], turn)
+    assert turn.waits == 2
+    assert free[:2] == [0, 0]
+    assert set(free[2:]) == {0}, "the block is lent"
     assert pool.num_free == 1
 
 
-def test_between_two_parts_the_engine_is_as_it_was(checkpoint):
-    """After each part of the work the old generation is in service, nobody who observes steps has
-    been told of the part or is forgotten, and no poison of a trial is left."""
+def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
+    """Wherever steps of requests may run, in the middle of the model too, the old generation is in
+    service, nobody who observes steps has been told of a trial or is forgotten, and no poison of a
+    trial is left. Steps that leave anything in the buffers there do not change the trial."""
     engine = start(checkpoint, None)
     runner, told = engine.runner, []
     observer = StepObserver()
@@ -487,20 +515,47 @@ def test_between_two_parts_the_engine_is_as_it_was(checkpoint):
         cache.zero_()  # what no step has written may be anything
     before = Generation.in_service(runner)
     new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
-    clean = [*runner.kv_caches, runner.model.qkv, runner.model.attn_out, runner.buffers.hidden]
-    work = build_generation(runner, engine.scheduler.block_pool, new, model_keys(runner))
-    parts = 0
-    for _ in work:
-        parts += 1
+    buffers = [runner.model.qkv, runner.model.attn_out, runner.buffers.hidden]
+    turns = 0
+
+    def between() -> None:
+        nonlocal turns
+        turns += 1
         now = Generation.in_service(runner)
         assert (now.program, now.backend) == (None, before.backend)
         assert all(a is b for a, b in zip(now.graphs, before.graphs, strict=True))
         assert runner.observers == [observer]
         assert gc.isenabled()
-        assert not any(tensor.isnan().any() for tensor in clean)
-    assert parts > 4 * len(runner.ladders.keys())
+        assert not any(tensor.isnan().any() for tensor in buffers)
+        for tensor in (*buffers, runner.buffers.positions, runner.buffers.block_table):
+            tensor.fill_(7)
+
+    turn, pool, keys = AlwaysOver(between), engine.scheduler.block_pool, runner.ladders.keys()
+    build_generation(runner, pool, new, model_keys(runner), turn)
+    pieces = [key for key in keys if key[0] is CUDAGraphMode.PIECEWISE]
+    layers = len(runner.kv_caches)
+    assert turns > 4 * len(keys) + 4 * layers * len(pieces)
     assert not told
-    assert sum(map(len, new.graphs)) == len(runner.ladders.keys())
+    assert not any(cache.isnan().any() for cache in runner.kv_caches)
+    assert sum(map(len, new.graphs)) == len(keys)
+    turns = 0
+    assert measure_speedup(runner, pool, new, turn) > 1
+    assert turns > layers
+    assert not told
+
+
+def test_what_a_run_changes_before_it_makes_way_is_found(checkpoint):
+    engine = start(checkpoint, None)
+    runner = engine.runner
+
+    def program(*args: torch.Tensor) -> None:
+        runner.request_tensors.seed[1] += 1
+        FORWARD(runner.model, *args)
+
+    new = Generation.empty(runner, CPUTapeBackend(), program)
+    turn = AlwaysOver(lambda: None)
+    with pytest.raises(CertificationError, match="changed seed of a request index"):
+        build_generation(runner, engine.scheduler.block_pool, new, [], turn)
 
 
 def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
@@ -530,32 +585,40 @@ def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
     assert len(took) == 6
 
 
-def test_a_long_part_waits_until_no_requests_run(checkpoint, monkeypatch):
-    """A part as long as one that took too long waits for an idle engine, but not for ever; a short
-    one does not."""
+def test_a_turn_ends_when_its_time_is_over(checkpoint, monkeypatch):
+    """The work goes on until the time of a turn is over, whether or not requests run, and then
+    makes way at the next point where it can."""
+    monkeypatch.setattr(compilation, "TURN", TURN)
     engine = start(checkpoint, None)
-    now, left = [0.0], []
+    now, done = [0.0], []
     runner, pool = engine.runner, engine.scheduler.block_pool
-    work = Compilation(FakeCompiler(), runner, pool, CPUTapeBackend, clock=lambda: now[0])
+    compiler = FakeCompiler(process=Process([MADE]))
 
-    def parts(seconds: float) -> Iterator[int]:
-        for number in range(4):
-            left.append(number)
-            yield 64
-            now[0] += seconds
+    def load(directory: Path, between: Callable[[], None]) -> Compiled:
+        for number in range(9):
+            done.append(number)
+            now[0] += 0.4 * TURN
+            between()
+        raise CompilationError("that is enough.")
 
-    def busy_turns(seconds: float) -> int:
-        left.clear()
-        monkeypatch.setattr(work, "_work", parts(seconds))
-        monkeypatch.setattr(work, "_patient_until", now[0] + compilation.PATIENCE)
-        for _ in range(10):
-            work.advance(busy=True)
-        return len(left)
-
-    assert busy_turns(0.9 * compilation.LONG_PART) == 4
-    assert busy_turns(1.1 * compilation.LONG_PART) == 2
-    work.advance(busy=False)
-    assert len(left) == 3
-    now[0] += compilation.PATIENCE
+    compiler.load = load  # type: ignore[method-assign]
+    work = Compilation(compiler, runner, pool, CPUTapeBackend, clock=lambda: now[0])
+    for turn, busy in enumerate((True, False, True), 1):
+        assert work.is_under_way
+        work.advance(busy=busy)
+        assert len(done) == 3 * turn
     work.advance(busy=True)
-    assert len(left) == 4
+    assert not work.is_under_way
+
+
+def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
+    """The thread in which a certification runs ends, and the blocks that it has borrowed are
+    free."""
+    engine = start(checkpoint, FakeCompiler())
+    free, threads = engine.scheduler.block_pool.num_free, active_count()
+    while engine.scheduler.block_pool.num_free == free:
+        engine.compilation.advance(busy=True)
+    assert active_count() == threads + 1
+    engine.compilation.close()
+    assert engine.scheduler.block_pool.num_free == free
+    assert active_count() == threads

@@ -1,0 +1,65 @@
+"""A function that runs in turns with its caller: never at the same time, and never left behind."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from threading import active_count
+
+import pytest
+
+from minisrv.turns import MakeWay, in_turns
+
+WHERE: ContextVar[str] = ContextVar("where")
+
+
+def test_the_two_take_turns():
+    events: list[str] = []
+
+    def work(make_way: MakeWay) -> str:
+        for name in ("a", "b"):
+            events.append(name)
+            make_way()
+        events.append(WHERE.get())
+        return "done"
+
+    WHERE.set("in the context of the caller")
+    turns = in_turns(work)
+    assert not events, "nothing runs before the first turn"
+    for number in (1, 2):
+        next(turns)
+        events.append(f"caller {number}")
+    with pytest.raises(StopIteration) as end:
+        next(turns)
+    assert end.value.value == "done"
+    assert events == ["a", "caller 1", "b", "caller 2", "in the context of the caller"]
+
+
+def test_the_caller_gets_its_error():
+    def work(make_way: MakeWay) -> None:
+        make_way()
+        raise ValueError("this work fails")
+
+    turns = in_turns(work)
+    next(turns)
+    with pytest.raises(ValueError, match="this work fails"):
+        next(turns)
+
+
+def test_work_that_is_left_cleans_up_and_ends():
+    threads, events = active_count(), []
+
+    def work(make_way: MakeWay) -> None:
+        try:
+            make_way()
+            events.append("never")
+        except Exception:
+            events.append("no error of the work")
+        finally:
+            events.append("cleaned up")
+
+    turns = in_turns(work)
+    next(turns)
+    assert active_count() == threads + 1
+    turns.close()
+    assert events == ["cleaned up"]
+    assert active_count() == threads
