@@ -45,6 +45,10 @@ PARAMS = (
 )
 """Sampling parameters of the rows, in turn."""
 
+SAMPLED_ROWS = 12
+"""Number of rows that are sampled by `PARAMS`; beyond it rows between them are greedy. On a CPU a
+random row takes as long as a small model's layers, and each row is sampled by itself."""
+
 
 @dataclass(frozen=True)
 class TrialSpace:
@@ -113,7 +117,7 @@ class StepTrial:
 
     full_batch_trial: the trial of a full batch in the same graph, which is replayed first for
         `InitialState.STALE`; without one, that initial state is left out.
-    params: the sampling parameters of the rows, in turn.
+    params: the sampling parameters of `SAMPLED_ROWS` rows, in turn; others are greedy.
     """
 
     def __init__(
@@ -365,9 +369,12 @@ def _step(
     new_reqs: list[NewRequestData] = []
     new_blocks: list[tuple[int, int, int]] = []
     turn = draw.randrange(len(params))
-    for req_index, row, count in zip(space.req_indices, batch, needed, strict=False):
+    distance = -(-len(batch) // SAMPLED_ROWS)
+    for place, (row, count) in enumerate(zip(batch, needed, strict=True)):
+        req_index = space.req_indices[place]
         new_blocks += [(req_index, index, blocks.pop()) for index in range(count)]
-        own = params[(req_index + turn) % len(params)]
+        number, between = divmod(place, distance)
+        own = GREEDY if between else params[(number + turn) % len(params)]
         new_reqs.append(NewRequestData(req_index, own, seed=draw.getrandbits(63)))
         prompt = [] if row.is_decode else draw.choices(range(vocab_size), k=row.num_tokens)
         rows.append(
