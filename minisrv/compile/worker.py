@@ -223,8 +223,15 @@ class CompileProcess:
         self._scratch.cleanup()
 
 
-def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+def _yield_the_cores() -> None:
+    """Let this process, and those that it starts, run only while nobody else wants their core."""
     os.nice(_NICE)
+    if hasattr(os, "SCHED_IDLE"):  # Linux; the scheduler then interrupts it at once for others
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+    _yield_the_cores()
     with (scratch / "stderr").open("wb") as file:
         os.dup2(file.fileno(), sys.__stderr__.fileno())  # type: ignore[union-attr]
     os.environ |= {
