@@ -266,7 +266,8 @@ def _parser() -> CommandParser:
         help="measure engine steps eagerly, by PIECEWISE and by FULL graphs, by turns",
         description="Load a model once and time whole engine steps in this process, with the same "
         "weights, the modes by turns in the order A B C C B A. All engine flags apply; FULL and "
-        "PIECEWISE graphs are compared with eager steps, for decode by batch and for prefill.",
+        "PIECEWISE graphs are compared with eager steps, for decode by batch and for prefill. With "
+        "a --compilation-mode, each of them is measured by compiled code too.",
     )
     add_engine_flags(bench)
     measurement = SettingsFlags(bench, BenchConfig)

@@ -69,6 +69,18 @@ class Turn(Protocol):
         """Do the same, because there is nothing to do at present."""
 
 
+class Always:
+    """A `Turn` without an end, where no requests run."""
+
+    is_over = False
+
+    def make_way(self) -> None:
+        """See `Turn`."""
+
+    def wait(self) -> None:
+        """See `Turn`."""
+
+
 def build_generation(
     runner: ModelRunner,
     pool: BlockPool,

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 from matplotlib import rc_context
 
 from minisrv.cli import main
+from minisrv.compile.decorator import Compiled
+from minisrv.compile.modes import CompilationMode
+from minisrv.compile.worker import CompileJob
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.ladder import ladders_of
+from minisrv.engine import builder
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.errors import ConfigError
+from minisrv.nn.decoder import Decoder
+from minisrv.tools.bench import measure
 from minisrv.tools.bench.measure import STEPS_PER_BLOCK, Bench
 from tests.checkpoints import make_checkpoint
 
@@ -45,9 +55,25 @@ def engine(checkpoint) -> EngineCore:
     )
 
 
+class OwnForward:
+    """A compiler whose cache has a program, which is the model's own forward."""
+
+    def __init__(self, job: CompileJob, model: Decoder) -> None:
+        self.model = model
+
+    def find(self) -> Path:
+        return Path("program")
+
+    def load(self, directory: Path, between: Callable[[], None]) -> Compiled:
+        return partial(Decoder.forward, self.model)
+
+    def discard(self, directory: Path) -> None:
+        raise AssertionError("the program passes")
+
+
 class Clock:
     """A clock by which each of the engine's steps takes `cost[mode]` seconds, and each one `drift`
-    seconds more than the one before."""
+    seconds more than the one before; by compiled code it takes half of it."""
 
     def __init__(self, engine: EngineCore, drift: float, **cost: float) -> None:
         self.engine, self.drift, self.cost = engine, drift, cost
@@ -57,7 +83,8 @@ class Clock:
     def __call__(self) -> float:
         if self.running:
             mode = self.engine.dispatcher.ladders.mode.decode_mode.name
-            self.now += self.cost[mode] + self.drift * self.steps
+            compiled = self.engine.runner.model.compiled is not None
+            self.now += self.cost[mode] / (1 + compiled) + self.drift * self.steps
             self.steps += 1
         self.running = not self.running
         return self.now
@@ -97,6 +124,51 @@ def test_contexts_are_as_asked_for_in_the_middle_and_nothing_is_left(engine):
     assert not engine.has_work
     assert engine.scheduler.block_pool.num_used == 0
     assert engine.dispatcher.ladders == ladders_of(engine.config)
+
+
+def test_compiled_and_own_code_are_measured_by_name(checkpoint, monkeypatch):
+    monkeypatch.setattr(builder, "PieceCompiler", OwnForward)
+    engine = EngineCore(
+        build_engine(
+            EngineConfig(
+                model=checkpoint,
+                max_num_seqs=4,
+                max_num_batched_tokens=24,
+                device="cpu",
+                dtype="float32",
+                compilation_mode=CompilationMode.MINISRV_COMPILE,
+            )
+        )
+    )
+    served = engine.runner.model.compiled
+    assert served is not None
+    [size] = measured(engine, 0, NONE=0.012, PIECEWISE=0.006, FULL=0.003).decode
+    assert {name: result.ms for name, result in size.modes.items()} == pytest.approx(
+        {
+            "NONE": 12,
+            "PIECEWISE": 6,
+            "FULL": 3,
+            "compiled NONE": 6,
+            "compiled PIECEWISE": 3,
+            "compiled FULL": 1.5,
+        }
+    )
+    assert size.eager_over["compiled FULL"].median == pytest.approx(8)
+    assert engine.runner.model.compiled is served
+
+
+def test_nothing_is_compiled_unless_asked_for(checkpoint, monkeypatch):
+    """What is called eager must not be code that an earlier start has compiled."""
+    modes = []
+
+    def build(config: EngineConfig, *_: object, **settings: object) -> None:
+        modes.append(config.compilation_mode)
+        raise ConfigError("that is enough.")
+
+    monkeypatch.setattr(measure, "build_engine", build)
+    for flags in ([], ["--compilation-mode", "3"], ["-O2"]):
+        assert run(checkpoint, "--model-impl", "transformers", *flags) == 1
+    assert modes == [CompilationMode.NONE, *2 * [CompilationMode.MINISRV_COMPILE]]
 
 
 def run(checkpoint: str, *flags: str) -> int:

@@ -1,8 +1,9 @@
 """Measures the same steps in every mode, by turns, in one engine.
 
 Knows: how to bring an engine to steady decode, how to have it run a step in a chosen mode (by
-another dispatcher over the captured graphs), and the order that cancels drift: a round runs a block
-of steps in each mode, and then the same blocks in reverse order (ABCCBA), so that whatever grows
+another dispatcher over the captured graphs) and by the compiled or the model's own code (by putting
+its generation into service for the step), and the order that cancels drift: a round runs a block of
+steps in each mode, and then the same blocks in reverse order (ABCCBA), so that whatever grows
 linearly, the contexts included, is the same for all modes.
 Knows nothing of how results are shown.
 """
@@ -20,7 +21,9 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from minisrv.certification.generation import Always, build_generation
 from minisrv.checkpoint import context_length, open_checkpoint
+from minisrv.compile.modes import CompilationMode
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import Ladders, ladders_of
@@ -28,10 +31,11 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Progress, platform_of
-from minisrv.errors import ConfigError
+from minisrv.errors import CompilationError, ConfigError
 from minisrv.graph.observer import StepObserver, StepPart, observing
 from minisrv.modes import CUDAGraphMode
 from minisrv.request import EngineRequest, SamplingParams
+from minisrv.runner.generation import Generation, serving
 from minisrv.runner.launches import LaunchCounter
 from minisrv.tools.environment import Environment, environment
 
@@ -42,6 +46,9 @@ WARM_UP_STEPS = 2
 """Number of steps in a block, and of its first steps that are not counted. Those bring back into
 the processor's caches what the mode before has evicted; and if the engine launches one step ahead,
 only the second step follows one of its own mode."""
+
+COMPILED = "compiled"
+"""Prefix of the names of modes whose steps run by compiled code."""
 
 PREFILL_CHUNKS = (128, 512, 2048)
 """Numbers of tokens of the measured prefill chunks; a chunk is cut to the maximum of a step."""
@@ -110,8 +117,8 @@ class SizeResult(msgspec.Struct, frozen=True):
     context: average number of tokens of a request before the first and after the last step.
     floor_ms: milliseconds that the GPU needs at least to read the weights (`Model.bytes_read`) and
         the KV cache once; None on a CPU and for prefill.
-    modes: results of every mode that has a graph for this size, by the name of the mode; NONE
-        (eager) is the first.
+    modes: results of every mode that has a graph for this size, by the name of the mode, such as
+        "FULL" or "compiled FULL"; NONE (eager) is the first.
     eager_over: eager time over the time of each other mode, by the name of the mode.
     """
 
@@ -143,21 +150,31 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -> Report:
-    """Start an engine and measure it. Raises the errors of `build_engine`, and, before weights are
-    read, ConfigError for settings that cannot be compared or do not fit."""
+    """Start an engine and measure it. The model is compiled only if the settings ask for a
+    compilation mode; then its compiled and its own code are measured by turns.
+
+    Raises the errors of `build_engine`, CompilationError if compiled code may not serve, and,
+    before weights are read, ConfigError for settings that cannot be compared or do not fit.
+    """
     config = platform_of(config).kind.resolve(config)
-    if config.cudagraph_mode is NONE:
+    mode = config.compilation_mode or CompilationMode.NONE
+    config = replace(config, compilation_mode=mode, compile_wait=True)
+    compiled = mode is not CompilationMode.NONE
+    if config.cudagraph_mode is NONE and not compiled:
         raise ConfigError(
-            "bench compares eager steps with graphs, and there are none; leave out "
-            "--enforce-eager and --cudagraph-mode none."
+            "bench compares eager steps with graphs and with compiled code, and there are none; "
+            "leave out --enforce-eager and --cudagraph-mode none, or give --compilation-mode."
         )
-    plan = BenchPlan(settings, ladders_of(config))
+    plan = BenchPlan(settings, ladders_of(config), compiled)
 
     def check(context: int, kv_blocks: int | None) -> None:
         plan.check(context, config.block_size, kv_blocks)
 
     check(context_length(config, open_checkpoint(config, weights=False).model), None)
     engine = EngineCore(build_engine(config, progress, before_loading=check))
+    report = engine.compilation.report
+    if compiled and engine.runner.model.compiled is None:
+        raise CompilationError(f"compiled code cannot be measured ({report.reason}).")
     return Bench(engine, settings).run(progress)
 
 
@@ -199,6 +216,7 @@ def dispatchers(ladders: Ladders) -> dict[CUDAGraphMode, Dispatcher]:
 class BenchPlan:
     """The plan of a measurement, from which follows how much of an engine it needs.
 
+    compiled: whether compiled code is measured beside the model's own.
     batch_sizes: the sizes of the decode batches.
     dispatchers: see the function `dispatchers`.
     steps: the number of decode steps at each size.
@@ -206,12 +224,14 @@ class BenchPlan:
         the context has the length that was asked for.
     """
 
-    def __init__(self, settings: BenchConfig, ladders: Ladders) -> None:
+    def __init__(self, settings: BenchConfig, ladders: Ladders, compiled: bool) -> None:
         self.settings = settings
         self.ladders = ladders
         self.batch_sizes = settings.batch_sizes or _every_capture_size(ladders)
         self.dispatchers = dispatchers(ladders)
-        self.steps = len(self.dispatchers) * (1 + 2 * settings.rounds * STEPS_PER_BLOCK)
+        self.steps = (
+            (1 + compiled) * len(self.dispatchers) * (1 + 2 * settings.rounds * STEPS_PER_BLOCK)
+        )
         self.prompt_length = max(1, settings.context - self.steps // 2)
 
     def check(self, max_model_len: int, block_size: int, kv_blocks: int | None) -> None:
@@ -271,6 +291,14 @@ class HostClock(StepObserver):
         return found
 
 
+class Way(NamedTuple):
+    """A way to run a step: the mode, a dispatcher that chooses it, and the code with its graphs."""
+
+    mode: CUDAGraphMode
+    dispatcher: Dispatcher
+    generation: Generation
+
+
 class Bench:
     """Measures one engine, which must be idle."""
 
@@ -287,11 +315,20 @@ class Bench:
         self.engine = engine
         self.settings = settings
         self.clock = clock
-        plan, info = BenchPlan(settings, engine.dispatcher.ladders), engine.info
+        runner, info = engine.runner, engine.info
+        served = Generation.in_service(runner)
+        compiled = served.program is not None
+        plan = BenchPlan(settings, engine.dispatcher.ladders, compiled)
         plan.check(info.max_model_len, info.block_size, info.num_kv_blocks)
         self.batch_sizes = plan.batch_sizes
         self.prompt_length = plan.prompt_length
-        self.dispatchers = plan.dispatchers
+        own = served if not compiled else _own_code(engine)
+        self.ways = {mode.name: Way(mode, by, own) for mode, by in plan.dispatchers.items()}
+        if compiled:
+            self.ways |= {
+                f"{COMPILED} {mode.name}": Way(mode, by, served)
+                for mode, by in plan.dispatchers.items()
+            }
         self.has_clock = engine.config.kind.has_clock
         self.bandwidth = copy_bandwidth(engine.runner.buffers.device) if self.has_clock else None
         self._ids = count()
@@ -367,28 +404,28 @@ class Bench:
     def _compare(
         self, size: int, *, decode: bool, prepare: Callable[[], object] = lambda: None
     ) -> tuple[dict[str, ModeResult], dict[str, Ratio]]:
-        """Measure steps of `size` tokens in every mode that has a graph for them. Returns the
-        results of each mode, and the ratios of eager time to the time of each other mode.
+        """Measure steps of `size` tokens in every way that has a graph for them. Returns the
+        results of each, and the ratios of eager time to the time of each other, by name.
 
         decode: whether the steps are decode steps of `size` requests, or else prefill steps.
         prepare: called before each step, outside of the time that is measured.
         """
         runs_as = {}
-        for mode, dispatcher in self.dispatchers.items():
-            found = dispatcher.dispatch(
+        for name, way in self.ways.items():
+            found = way.dispatcher.dispatch(
                 size, size if decode else 1, query_len=1 if decode else None
             )
-            if found.mode is mode:
-                runs_as[mode] = found.descriptor.num_tokens
-        launches = {mode: self._count(mode, prepare) for mode in runs_as}
-        blocks: dict[CUDAGraphMode, list[BlockTime]] = {mode: [] for mode in runs_as}
+            if found.mode is way.mode:
+                runs_as[name] = found.descriptor.num_tokens
+        launches = {name: self._count(self.ways[name], prepare) for name in runs_as}
+        blocks: dict[str, list[BlockTime]] = {name: [] for name in runs_as}
         for _ in range(self.settings.rounds):
-            for mode in (*runs_as, *reversed(runs_as)):
-                blocks[mode].append(self._block(mode, prepare))
+            for name in (*runs_as, *reversed(runs_as)):
+                blocks[name].append(self._block(self.ways[name], prepare))
         results = {
-            mode.name: ModeResult(
-                runs_as=runs_as[mode],
-                launches=launches[mode],
+            name: ModeResult(
+                runs_as=runs_as[name],
+                launches=launches[name],
                 ms=median(time.ms for time in times),
                 host_us={
                     part.value: median(time.host_us[part.value] for time in times)
@@ -399,31 +436,31 @@ class Bench:
                 tokens_per_s=1000 * size / median(time.ms for time in times),
                 blocks_ms=[time.ms for time in times],
             )
-            for mode, times in blocks.items()
+            for name, times in blocks.items()
         }
-        eager = _by_round(blocks.pop(NONE))
-        ratios = {mode.name: _ratio(eager, _by_round(times)) for mode, times in blocks.items()}
+        eager = _by_round(blocks.pop(NONE.name))
+        ratios = {name: _ratio(eager, _by_round(times)) for name, times in blocks.items()}
         return results, ratios
 
-    def _count(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> int:
-        """Run one step in `mode`, and return the number of its launches."""
+    def _count(self, way: Way, prepare: Callable[[], object]) -> int:
+        """Run one step, and return the number of its launches."""
         counter = LaunchCounter()
         with observing(self.engine.observers, counter):
-            self._step(mode, prepare)
+            self._step(way, prepare)
         return counter.count
 
-    def _block(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> BlockTime:
-        """Run a block of steps in `mode`, and return their times: the median of whole steps, and
-        the means of host and GPU times."""
-        before = self._steps_in(mode)
+    def _block(self, way: Way, prepare: Callable[[], object]) -> BlockTime:
+        """Run a block of steps, and return their times: the median of whole steps, and the means
+        of host and GPU times."""
+        before = self._steps_in(way.mode)
         for _ in range(WARM_UP_STEPS):
-            self._step(mode, prepare)
+            self._step(way, prepare)
         clock = HostClock()
         begin = self.engine.stats()
         with observing(self.engine.observers, clock):
-            times = [self._step(mode, prepare) for _ in range(STEPS_PER_BLOCK - WARM_UP_STEPS)]
+            times = [self._step(way, prepare) for _ in range(STEPS_PER_BLOCK - WARM_UP_STEPS)]
         end = self.engine.stats()
-        assert self._steps_in(mode) == before + STEPS_PER_BLOCK, (
+        assert self._steps_in(way.mode) == before + STEPS_PER_BLOCK, (
             "every step ran in the mode that is measured"
         )
         steps = len(times)
@@ -434,14 +471,15 @@ class Bench:
             gpu_idle_ms=(end.gpu_idle_ms - begin.gpu_idle_ms) / steps if self.has_clock else None,
         )
 
-    def _step(self, mode: CUDAGraphMode, prepare: Callable[[], object]) -> float:
-        """Run one step in `mode`, and return its milliseconds."""
+    def _step(self, way: Way, prepare: Callable[[], object]) -> float:
+        """Run one step, and return its milliseconds."""
         engine = self.engine
         prepare()
-        usual, engine.dispatcher = engine.dispatcher, self.dispatchers[mode]
-        start = self.clock()
-        engine.step()
-        end = self.clock()
+        usual, engine.dispatcher = engine.dispatcher, way.dispatcher
+        with serving(engine.runner, way.generation):
+            start = self.clock()
+            engine.step()
+            end = self.clock()
         engine.dispatcher = usual
         return 1000 * (end - start)
 
@@ -462,9 +500,18 @@ class Bench:
         return sum(steps.steps for steps in self.engine.stats().steps if steps.mode == mode.name)
 
 
+def _own_code(engine: EngineCore) -> Generation:
+    """Return a generation of the model's own code, with all graphs, for an engine that serves by
+    compiled code."""
+    runner = engine.runner
+    own = Generation.empty(runner, platform_of(engine.config).make_backend(), None)
+    build_generation(runner, engine.scheduler.block_pool, own, [], Always())
+    return own
+
+
 def _every_capture_size(ladders: Ladders) -> tuple[int, ...]:
     most = ladders.max_num_seqs
-    return tuple(sorted({min(size, most) for size in ladders.decode or ladders.mixed}))
+    return tuple(sorted({min(size, most) for size in ladders.decode or ladders.mixed or (1, most)}))
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -18,9 +18,9 @@ from rich.table import Table
 from minisrv.config import BenchConfig
 from minisrv.errors import ConfigError
 from minisrv.graph.observer import StepPart
-from minisrv.tools.bench.measure import Ratio, Report, SizeResult
+from minisrv.tools.bench.measure import COMPILED, Ratio, Report, SizeResult
 
-NAMES = {"NONE": "eager"}
+NAMES = {"NONE": "eager", f"{COMPILED} NONE": f"{COMPILED} eager"}
 """Names of modes in tables and plots, where they differ from the names of `CUDAGraphMode`."""
 
 
