@@ -372,6 +372,8 @@ class Compilation:
         """Put a generation into service in place of the other one, and free that one."""
         old = Generation.in_service(self._runner)
         new.serve(self._runner)
+        for observer in self._runner.observers:
+            observer.swapped()
         self._tell(
             state=CompilationState.COMPILED,
             generation=self.report.generation + 1,

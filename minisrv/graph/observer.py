@@ -63,6 +63,9 @@ class StepObserver:
         """Called between two pieces of a model: behind each attention op that is not part of a FULL
         graph, and where a capture in pieces breaks."""
 
+    def swapped(self) -> None:
+        """Called when other code has taken over the model, with graphs of its own."""
+
 
 def entered(contexts: Iterable[AbstractContextManager[None]]) -> ExitStack:
     """Enter all contexts, and return a context that leaves them in reverse order. If one cannot be

@@ -3,6 +3,7 @@
 A launch is
 - an operation that runs outside of a graph, unless it only makes a view or reserves memory;
 - a piece of a graph, and whatever runs between two pieces, which counts as one launch.
+A piece of compiled code is one operation, whatever it contains.
 So a FULL step is one launch, whatever it contains. Filling the static buffers and reading the
 result are copies that every mode has; they are not counted.
 
@@ -81,9 +82,9 @@ class SimulatedLaunches(StepObserver):
     """Makes every step that it observes longer by `microseconds` for each launch.
 
     Each stage waits once, for all its launches: intercepting each operation takes several
-    microseconds itself, for views too. The number of launches depends only on the key below (a
-    stage whose number depended on more could not be captured), and is counted when a key is seen
-    first.
+    microseconds itself, for views too. The number of launches depends only on the key below and
+    on the code of the model (a stage whose number depended on more could not be captured), and is
+    counted when a key is seen first.
 
     wait: the function that waits; it takes microseconds.
     """
@@ -106,6 +107,10 @@ class SimulatedLaunches(StepObserver):
                 yield
             self._counts[kind], self._counter = self._counter.count, None
         self._wait(self._counts[kind] * self._microseconds)
+
+    def swapped(self) -> None:
+        """See `StepObserver`. Other code has other numbers of launches."""
+        self._counts.clear()
 
     @contextmanager
     def replay(self, num_launches: int) -> Iterator[None]:

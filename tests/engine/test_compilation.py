@@ -190,8 +190,12 @@ def test_a_swap_under_running_requests_changes_no_token(checkpoint, ahead, mode)
     engine = start(checkpoint, compiler, **settings)
     assert engine.info.compilation == CompilationReport(CompilationState.COMPILING)
     before = engine.runner.graphs
+    observer, told = StepObserver(), []
+    observer.swapped = lambda: told.append(engine.runner.model.compiled)  # type: ignore[method-assign]
+    engine.observers.append(observer)
     found, ran = serve(engine)
     assert found == expected
+    assert told == [engine.runner.model.compiled], "once, when the steps run by the new code"
     report = engine.stats().compilation
     assert (report.state, report.generation, report.swaps) == (CompilationState.COMPILED, 1, 1)
     assert report.seconds.keys() == {"compile", "load", "certify"}

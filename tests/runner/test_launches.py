@@ -163,6 +163,20 @@ def test_a_count_is_of_one_kind_of_stage():
     assert waits == list(expected.values()) * 2
 
 
+def test_a_swap_forgets_the_counts():
+    """Other code has other numbers of launches; the count of the code before it stayed."""
+    waits: list[float] = []
+    simulated = SimulatedLaunches(1.0, waits.append)
+    stage = (CUDAGraphMode.NONE, BatchDescriptor(4)), Output(4, False, False)
+    for count, swaps in ((5, False), (9, False), (2, True), (9, False)):
+        if swaps:
+            simulated.swapped()
+        with simulated.stage(*stage):
+            for _ in range(count):
+                torch.zeros(1)
+    assert waits == [5, 5, 2, 2]
+
+
 def test_simulated_steps_can_be_counted(checkpoint, waits):
     """Two counters may work at once, as in bench under --simulate-launch-us."""
     engine = start(checkpoint, simulate_launch_us=1.0)
