@@ -103,8 +103,9 @@ class EngineConfig:
     compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
         0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
         or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
-        a process of its own. The default is that of optimization_level, or else 3 on a CPU for
-        models in transformers' code, if there is a C++ compiler, and 0 for all others.
+        a process of its own. The default is that of optimization_level, or else 3 for models in
+        transformers' code, if there is a C++ compiler (and on a GPU a CUDA toolkit), and 0 for all
+        others.
     optimization_level: 0 stands for compilation_mode 0 and cudagraph_mode none; 1 for
         compilation_mode 3 and cudagraph_mode piecewise; 2 and 3 for compilation_mode 3 and the
         default cudagraph_mode. Either mode, if it is given too, goes before. By default no level is

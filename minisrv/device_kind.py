@@ -45,7 +45,6 @@ class DeviceKind:
         attention kernels that read no lengths on the host.
     has_clock: whether the device measures the time of its own work, apart from the host's.
     chooses_tiles: whether `kernels.tiles` chooses the kernels of the projections.
-    compilation_modes: the modes of compilation that have been tested there.
     captures_compiled: whether a graph may contain the kernels of code that is compiled as a whole,
         which requires a graph that is recorded below torch.
     quantizations: the quantizations of weights that its kernels can multiply by.
@@ -57,7 +56,6 @@ class DeviceKind:
     captures_mixed: bool
     has_clock: bool
     chooses_tiles: bool
-    compilation_modes: tuple[CompilationMode, ...]
     captures_compiled: bool
     quantizations: tuple[str, ...] = ()
 
@@ -110,12 +108,6 @@ class DeviceKind:
                 f"device={self.name} the attention kernels take the lengths of a mixed batch from "
                 "the host; use full-and-piecewise (the default here) or full-decode-only, or a GPU."
             )
-        if compilation not in self.compilation_modes:
-            tested = " or ".join(known.name for known in self.compilation_modes)
-            return (
-                f"compilation_mode={compilation.name} has not been tested on device={self.name}; "
-                f"use {tested}, or another device."
-            )
         if compilation.whole and mode is not CUDAGraphMode.NONE and not self.captures_compiled:
             return (
                 f"compilation_mode={compilation.name} compiles the model as a whole, and a graph "
@@ -132,7 +124,6 @@ CPU = DeviceKind(
     captures_mixed=False,
     has_clock=False,
     chooses_tiles=False,
-    compilation_modes=tuple(CompilationMode),
     captures_compiled=False,
     quantizations=QUANTIZATIONS,
 )
@@ -143,7 +134,6 @@ CUDA = DeviceKind(
     captures_mixed=True,
     has_clock=True,
     chooses_tiles=True,
-    compilation_modes=(CompilationMode.NONE,),
     captures_compiled=True,
 )
 KINDS = {kind.name: kind for kind in (CPU, CUDA)}
@@ -168,33 +158,31 @@ def expected_kind(config: EngineConfig) -> DeviceKind:
 
 
 def choose_compilation(
-    config: ResolvedConfig, implementation: str, *, has_compiler: bool
+    config: ResolvedConfig, implementation: str, *, missing: str | None
 ) -> tuple[CompilationMode, str]:
     """Return the compilation mode with which a model is served, and the reason, for the log.
 
     implementation: whose code computes the model, as in `ModelConfig`.
-    has_compiler: whether there is a C++ compiler, which a CPU needs.
+    missing: what the machine lacks to compile a model in pieces, in words (`machine`). A CPU needs
+        it to compile a whole model too.
 
     Raises ConfigError if the mode that is asked for needs a compiler, and there is none.
     """
-    mode, default = config.compilation_mode, CompilationMode.MINISRV_COMPILE
-    needs_compiler = config.kind is CPU and not has_compiler
+    mode = config.compilation_mode
     if config.enforce_eager:
         return CompilationMode.NONE, "enforce_eager"
     if mode is not None:
-        if mode.whole and needs_compiler:
+        if mode.whole and config.kind is CPU and missing:
             raise ConfigError(
-                f"compilation_mode={mode.name} compiles C++ here, and there is no compiler; "
+                f"compilation_mode={mode.name} compiles C++ here, and there is no {missing}; "
                 "install g++, name a compiler in CXX, or use compilation_mode=NONE."
             )
         return mode, "as asked for"
-    if default not in config.kind.compilation_modes:
-        return CompilationMode.NONE, f"the default on device={config.device}"
     if implementation != "transformers":
         return CompilationMode.NONE, "this code of minisrv's is fused by hand"
-    if needs_compiler:
-        return CompilationMode.NONE, "there is no C++ compiler"
-    return default, "the default for transformers' code"
+    if missing:
+        return CompilationMode.NONE, f"there is no {missing}"
+    return CompilationMode.MINISRV_COMPILE, "the default for transformers' code"
 
 
 def _check_whole(config: EngineConfig, mode: CompilationMode) -> None:

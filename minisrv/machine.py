@@ -1,5 +1,5 @@
 """Facts about this machine for which torch is not needed: its free memory, and whether there are a
-CUDA driver and a C++ compiler.
+CUDA driver and what a model is compiled with.
 
 Knows: Linux. Knows nothing of what the memory is used for.
 """
@@ -43,10 +43,26 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def has_cxx_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile would call: $CXX, or else g++."""
+def missing_to_compile(device: str) -> str | None:
+    """Return what a model cannot be compiled without for a device and is not on this machine, in
+    words; None if everything is there.
+
+    device: "cpu" or "cuda".
+    """
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    return shutil.which(words[0]) is not None
+    if shutil.which(words[0]) is None:
+        return "C++ compiler"
+    if device == "cuda" and not (_cuda_toolkit() / "include" / "cuda.h").exists():
+        return "CUDA toolkit with its headers"
+    return None
+
+
+def _cuda_toolkit() -> Path:
+    """Return the directory in which torch looks for CUDA's headers, whether or not it exists."""
+    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(named)
+    compiler = shutil.which("nvcc")
+    return Path("/usr/local/cuda") if compiler is None else Path(compiler).parents[1]
 
 
 def check_driver(config: EngineConfig) -> None:

@@ -4,8 +4,10 @@ where nothing is asked for."""
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU, CUDA, DeviceKind, choose_compilation
 from minisrv.errors import ConfigError
+from minisrv.machine import missing_to_compile
 from minisrv.modes import CUDAGraphMode
 from minisrv.tools.plan import print_modes
 
@@ -27,9 +30,9 @@ SERVED = {
     ("cpu", ONCE): {NONE},
     ("cpu", PIECES): ALL - {FULL},
     ("cuda", OFF): ALL,
-    ("cuda", STOCK): set(),
-    ("cuda", ONCE): set(),
-    ("cuda", PIECES): set(),
+    ("cuda", STOCK): ALL,
+    ("cuda", ONCE): ALL,
+    ("cuda", PIECES): ALL,
 }
 """The modes of graphs that each kind of device serves each compilation mode with."""
 KINDS = {"cpu": CPU, "cuda": CUDA}
@@ -92,6 +95,7 @@ def test_plan_prints_every_pair(
         ({}, CPU, (None, MOST)),
         ({}, CUDA, (None, FULL)),
         ({"compilation_mode": STOCK}, CPU, (STOCK, NONE)),
+        ({"compilation_mode": STOCK}, CUDA, (STOCK, FULL)),
         ({"optimization_level": 0}, CPU, (OFF, NONE)),
         ({"optimization_level": 0}, CUDA, (OFF, NONE)),
         ({"optimization_level": 0, "cudagraph_mode": PIECEWISE}, CPU, (OFF, PIECEWISE)),
@@ -99,6 +103,8 @@ def test_plan_prints_every_pair(
         ({"optimization_level": 1}, CPU, (PIECES, PIECEWISE)),
         ({"optimization_level": 2}, CPU, (PIECES, MOST)),
         ({"optimization_level": 3}, CPU, (PIECES, MOST)),
+        ({"optimization_level": 1}, CUDA, (PIECES, PIECEWISE)),
+        ({"optimization_level": 3}, CUDA, (PIECES, FULL)),
         ({"optimization_level": 3, "cudagraph_mode": NONE}, CPU, (PIECES, NONE)),
         ({"optimization_level": 1, "compilation_mode": OFF}, CUDA, (OFF, PIECEWISE)),
         ({"optimization_level": 3, "compilation_mode": OFF}, CUDA, (OFF, FULL)),
@@ -114,40 +120,51 @@ def test_a_level_stands_for_modes_and_a_mode_goes_before_it(
     assert (resolved.compilation_mode, resolved.cudagraph_mode) == expected
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_a_level_that_compiles_is_refused_where_compiled_code_is_not_tested(level: int) -> None:
-    with pytest.raises(ConfigError, match=r"compilation_mode=MINISRV_COMPILE .* device=cuda; use"):
-        CUDA.resolve(EngineConfig(optimization_level=level))
-
-
 @pytest.mark.parametrize(
-    ("given", "implementation", "compiler", "mode", "why"),
+    ("given", "implementation", "missing", "mode", "why"),
     [
-        ({}, "minisrv", True, OFF, "this code of minisrv's is fused by hand"),
-        ({}, "transformers", True, PIECES, "the default for transformers' code"),
-        ({}, "transformers", False, OFF, "there is no C++ compiler"),
-        ({"compilation_mode": PIECES}, "minisrv", False, PIECES, "as asked for"),
-        ({"compilation_mode": STOCK}, "minisrv", True, STOCK, "as asked for"),
-        ({"compilation_mode": ONCE, "enforce_eager": True}, "minisrv", False, OFF, "enforce_eager"),
+        ({}, "minisrv", None, OFF, "this code of minisrv's is fused by hand"),
+        ({}, "transformers", None, PIECES, "the default for transformers' code"),
+        ({}, "transformers", "C++ compiler", OFF, "there is no C++ compiler"),
+        ({"compilation_mode": PIECES}, "minisrv", "C++ compiler", PIECES, "as asked for"),
+        ({"compilation_mode": STOCK}, "minisrv", None, STOCK, "as asked for"),
+        ({"compilation_mode": 2, "enforce_eager": True}, "minisrv", "all", OFF, "enforce_eager"),
     ],
 )
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_mode_is_chosen_for_a_reason(
-    given: dict[str, Any], implementation: str, compiler: bool, mode: CompilationMode, why: str
+    given: dict[str, Any],
+    implementation: str,
+    missing: str | None,
+    mode: CompilationMode,
+    why: str,
+    kind: DeviceKind,
 ) -> None:
-    config = CPU.resolve(EngineConfig(**given))
-    assert choose_compilation(config, implementation, has_compiler=compiler) == (mode, why)
-
-
-def test_nothing_is_compiled_by_default_where_it_is_not_tested() -> None:
-    config = CUDA.resolve(EngineConfig())
-    chosen = choose_compilation(config, "transformers", has_compiler=True)
-    assert chosen == (OFF, "the default on device=cuda")
+    config = kind.resolve(EngineConfig(**given))
+    assert choose_compilation(config, implementation, missing=missing) == (mode, why)
 
 
 def test_what_needs_a_compiler_is_refused_without_one() -> None:
-    config = CPU.resolve(EngineConfig(compilation_mode=ONCE))
+    config = EngineConfig(compilation_mode=ONCE)
     with pytest.raises(ConfigError, match=r"DYNAMO_TRACE_ONCE compiles C\+\+ here.*install g\+\+"):
-        choose_compilation(config, "minisrv", has_compiler=False)
+        choose_compilation(CPU.resolve(config), "minisrv", missing="C++ compiler")
+    # Triton compiles what a GPU runs.
+    chosen = choose_compilation(CUDA.resolve(config), "minisrv", missing="C++ compiler")
+    assert chosen == (ONCE, "as asked for")
+
+
+def test_a_machine_says_what_it_cannot_compile_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    assert missing_to_compile("cpu") == missing_to_compile("cuda") == "C++ compiler"
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert missing_to_compile("cpu") is None
+    assert missing_to_compile("cuda") == "CUDA toolkit with its headers"
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda.h").touch()
+    assert missing_to_compile("cuda") is None
 
 
 @pytest.mark.parametrize(

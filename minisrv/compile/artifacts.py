@@ -13,6 +13,7 @@ import hashlib
 import logging
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -42,10 +43,15 @@ class Package(msgspec.Struct, frozen=True):
 
 def environment(device: str) -> tuple[str, ...]:
     """Return what every artifact depends on besides its content: the device and the instructions
-    that it may use, the versions of torch and Python, and this package's code."""
+    that it may use, the versions of torch and Python, and this package's code; for "cuda" also the
+    current GPU and Triton, which compiles for it."""
     instructions = hashlib.sha256(processor()).hexdigest()
     python = ".".join(map(str, sys.version_info[:2]))
-    return device, instructions, torch.__version__, python, _code_digest()
+    gpu: tuple[str, ...] = ()
+    if device == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        gpu = torch.cuda.get_device_name(), capability, version("triton")
+    return device, *gpu, instructions, torch.__version__, python, _code_digest()
 
 
 def program_directory(key: str) -> Path:

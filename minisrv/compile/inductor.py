@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor
@@ -17,7 +18,7 @@ from minisrv.compile.artifacts import Package
 from minisrv.compile.split import Piece, TensorSpec
 from minisrv.compile.trace import EXAMPLE_ROWS, fake_mode
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     # A header that is compiled before saves time from the second package of a kind on.
     "aot_inductor.precompile_headers": False,
     # Graphs are this server's own.
@@ -25,11 +26,22 @@ OPTIONS = {
     # The number of threads is that of the process that runs the package.
     "cpp.dynamic_threads": True,
 }
+CUDA_OPTIONS: dict[str, Any] = {
+    # The files of a package are gone when its kernels are first launched.
+    "aot_inductor.embed_kernel_binary": True,
+    # The code of the host does no arithmetic. To try which vector instructions it could use takes
+    # longer than all else.
+    "cpp.vec_isa_ok": False,
+}
+"""Further options for a GPU."""
 
 
-def compile_piece(piece: Piece, max_rows: int, device: str, *, threads: int) -> Package:
-    """Compile a piece for 1 to `max_rows` rows, and for so many threads on a CPU. Raises whatever
-    torch raises."""
+def compile_piece(piece: Piece, max_rows: int, device: str, *, threads: int, cxx: str) -> Package:
+    """Compile a piece for 1 to `max_rows` rows, and for so many threads on a CPU.
+
+    cxx: the path of the C++ compiler.
+    Raises whatever torch raises.
+    """
     rows = torch.export.Dim("rows", min=2, max=max_rows)
     with fake_mode(), torch.no_grad():
         examples = tuple(_example(spec, device) for spec in piece.arguments)
@@ -41,8 +53,11 @@ def compile_piece(piece: Piece, max_rows: int, device: str, *, threads: int) -> 
     written = _written(exported.graph)
     with tempfile.TemporaryDirectory(prefix="minisrv-") as scratch:
         path = str(Path(scratch, "piece.pt2"))
+        options = OPTIONS | (CUDA_OPTIONS if device == "cuda" else {})
         torch._inductor.aoti_compile_and_package(
-            exported, package_path=path, inductor_configs={**OPTIONS, "cpp.threads": threads}
+            exported,
+            package_path=path,
+            inductor_configs={**options, "cpp.threads": threads, "cpp.cxx": (cxx,)},
         )
         return Package(written, Path(path).read_bytes())
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from minisrv.compile.toolchain import choose_cxx
 from minisrv.errors import CompilationError, MinisrvError
 from minisrv.model_config import ModelConfig
 from minisrv.processes import ChildProcess
@@ -51,8 +52,8 @@ class CompileJob:
     directory: the checkpoint, of which config.json is read.
     dtype: torch's name of the dtype of serving.
     quantization: a key of `LINEAR_METHODS`.
-    device: "cpu".
-    threads: the number of threads that will compute a step.
+    device: "cpu" or "cuda".
+    threads: the number of threads that will compute a step on a CPU.
     max_num_tokens: the most tokens of a step.
     """
 
@@ -73,7 +74,9 @@ class CompileJob:
         """Return what every piece of this job depends on besides its content."""
         from minisrv.compile import artifacts
 
-        settings = (str(self.max_rows), str(self.threads))
+        settings = [str(self.max_rows)]
+        if self.device == "cpu":
+            settings.append(str(self.threads))
         return (*artifacts.environment(self.device), *settings)
 
     def key(self) -> str:
@@ -121,17 +124,13 @@ def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path
     from minisrv.compile import artifacts
     from minisrv.compile.inductor import compile_piece
     from minisrv.compile.passes import apply_passes
-    from minisrv.compile.program import Description, PieceFile
+    from minisrv.compile.program import Description, LoadedPiece, PieceFile
     from minisrv.compile.split import split
     from minisrv.compile.trace import trace
     from minisrv.nn.loader import load_model
 
-    if job.device != "cpu":
-        raise CompilationError(
-            f"compilation for {job.device} is not allowed: it has not been tested there. Serve "
-            "without it, or on a CPU."
-        )
     directory = artifacts.program_directory(job.key())
+    compiler = choose_cxx()
     progress(Progress("tracing", 0, 0))
 
     def make_model() -> Any:
@@ -152,7 +151,11 @@ def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path
         try:
             package = artifacts.read_package(key)
         except CompilationError:
-            package = compile_piece(piece, job.max_rows, job.device, threads=job.threads)
+            package = compile_piece(
+                piece, job.max_rows, job.device, threads=job.threads, cxx=compiler
+            )
+        # A package that crashes when it is loaded ends this process, and is not kept.
+        LoadedPiece(package, len(piece.arguments))
         files.append(PieceFile(key, artifacts.write_package(key, package)))
     description = Description(job.max_rows, matches, files, schedule.calls)
     artifacts.write_description(directory, msgspec.msgpack.encode(description))

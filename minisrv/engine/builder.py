@@ -32,7 +32,7 @@ from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Platform, Progress, platform_of
 from minisrv.errors import ConfigError
-from minisrv.machine import has_cxx_compiler
+from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
 from minisrv.modes import GraphKey
 from minisrv.nn.loader import load_model
@@ -101,7 +101,7 @@ def build_engine(
         checkpoint = checkpoint or open_checkpoint(config)
     description = checkpoint.model
     compilation_mode, why = choose_compilation(
-        config, description.implementation, has_compiler=has_cxx_compiler()
+        config, description.implementation, missing=missing_to_compile(config.device)
     )
     config = replace(config, compilation_mode=compilation_mode)
     dtype = resolve_dtype(config, description, platform)

@@ -21,7 +21,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import KINDS, ResolvedConfig, choose_compilation, expected_kind
-from minisrv.machine import has_cxx_compiler
+from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
@@ -104,7 +104,8 @@ def print_plan(config: EngineConfig) -> None:
         dispatcher,
         ", the default on a CPU (that of a GPU: --device cuda)" if default else "",
     )
-    mode, why = choose_compilation(resolved, model.implementation, has_compiler=has_cxx_compiler())
+    missing = missing_to_compile(resolved.device)
+    mode, why = choose_compilation(resolved, model.implementation, missing=missing)
     print_modes(mode, why)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minisrv.kernels import tiles
 from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, TracedLinearMethod
 
 
@@ -27,3 +28,18 @@ def test_the_op_multiplies_as_the_method_does(
     assert torch.equal(traced.apply(x), method.apply(x))
     again = type(method).of_tensors(method.tensors)
     assert torch.equal(again.apply(x), method.apply(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 32, 33, 64, 65, 512])
+def test_the_op_takes_the_kernel_of_the_rows_on_a_gpu(rows: int):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (
+        torch.randn(n, 1024, generator=generator).to("cuda", torch.bfloat16) for n in (1024, rows)
+    )
+    method: LinearMethod = LINEAR_METHODS[None](weight, None)
+    chosen = [
+        tiles.tile(count, 1024, 1024, x.itemsize, gated=False, add=False) for count in (1, 512)
+    ]
+    assert [tile is None for tile in chosen] == [False, True], "there is a choice of kernels"
+    assert torch.equal(TracedLinearMethod(method, 1024).apply(x), method.apply(x))

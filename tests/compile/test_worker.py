@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minisrv.compile.worker import CompileProcess, Progress, compile_model
+from minisrv.compile.worker import CompileProcess, Progress
 from minisrv.errors import CompilationError
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import Compiled, job_of, run
@@ -23,12 +23,6 @@ def test_a_failure_is_an_answer(tmp_path: Path):
     answer = run(CompileProcess(job))
     assert isinstance(answer, CompilationError)
     assert "float33" in answer.message
-
-
-def test_a_gpu_is_refused_by_name(tmp_path: Path):
-    job = replace(job_of(make_checkpoint(tmp_path), "minisrv"), device="cuda")
-    with pytest.raises(CompilationError, match="cuda is not allowed: it has not been tested"):
-        compile_model(job, lambda progress: None)
 
 
 def test_a_death_is_an_answer(tmp_path: Path):

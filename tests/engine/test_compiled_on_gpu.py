@@ -1,0 +1,163 @@
+"""Compiled code on a GPU: each mode of compilation serves the tokens of the model's own code with
+each mode of graphs, and compiled pieces take over under running requests.
+
+Each start certifies its graphs: they equal the eager run of the same code bit for bit, and pieces
+give the log-probabilities of the model's own code within the bounds of
+`minisrv.certification.generation`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv import LLM, SamplingParams
+from minisrv.cache import cache_directory
+from minisrv.compile.pieces import PieceCompiler
+from minisrv.config import EngineConfig
+from minisrv.engine import compilation
+from minisrv.engine.builder import build_engine
+from minisrv.engine.core import EngineCore
+from minisrv.engine.messages import CompilationState
+from minisrv.modes import CUDAGraphMode
+from minisrv.request import EngineRequest
+from tests.nn.test_logits import prompt
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [prompt(length, length) for length in (3, 40, 17, 1, 70, 9)]
+LIMITS: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "max_model_len": 128,
+    "num_kv_blocks": 40,
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code serves also where it is not faster."""
+    monkeypatch.setattr(compilation, "LEAST_SPEEDUP", 0.0)
+
+
+def start(implementation: str, mode: int, **settings: Any) -> LLM:
+    return LLM(model_impl=implementation, compilation_mode=mode, **{**LIMITS, **settings})
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    return [[*output.outputs[0].token_ids] for output in outputs]
+
+
+@cache
+def expected() -> list[list[int]]:
+    """The tokens of uncompiled code."""
+    return tokens(start("transformers", 0))
+
+
+def compile_pieces(implementation: str, **settings: Any) -> LLM:
+    """Return an engine that serves by compiled pieces, which the cache has from then on."""
+    with (cache_directory() / "compiling.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        llm = start(implementation, 3, compile_wait=True, **settings)
+    report = llm.engine.compilation.report
+    assert report.state is CompilationState.COMPILED, report.reason
+    return llm
+
+
+@pytest.mark.parametrize("graphs", [mode.value for mode in CUDAGraphMode])
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_the_tokens_are_those_of_uncompiled_code(mode: int, graphs: str) -> None:
+    torch.compiler.reset()
+    settings = {"cudagraph_mode": graphs}
+    make = compile_pieces if mode == 3 else start
+    arguments = ("transformers",) if mode == 3 else ("transformers", mode)
+    assert tokens(make(*arguments, **settings)) == expected()
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_the_decoder_of_minisrv_can_be_compiled(mode: int) -> None:
+    torch.compiler.reset()
+    llm = compile_pieces("minisrv") if mode == 3 else start("minisrv", mode)
+    assert tokens(llm) == expected()
+
+
+def test_bfloat16_is_certified() -> None:
+    llm = compile_pieces("transformers", dtype="bfloat16")
+    assert all(len(found) == GREEDY.max_tokens for found in tokens(llm))
+
+
+class Finished:
+    """A process that has compiled."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def poll(self) -> Path:
+        return self.directory
+
+    def close(self) -> None:
+        pass
+
+
+class CompiledNow(PieceCompiler):
+    """Says that what the cache has was compiled by a process and not at an earlier start."""
+
+    def find(self) -> Path | None:
+        return None
+
+    def start(self) -> Any:
+        kept = self._job.kept_program()
+        assert kept is not None
+        return Finished(kept)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token is lost or repeated, and the memory of the first graphs is free afterwards."""
+    compile_pieces("transformers")
+    monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
+    monkeypatch.setattr(compilation, "REST", 0.0)
+    monkeypatch.setattr(compilation, "PATIENCE", 0.0)
+    monkeypatch.setattr("minisrv.engine.builder.PieceCompiler", CompiledNow)
+    settings = {"compilation_mode": 3, "model_impl": "transformers", "async_scheduling": ahead}
+    engine = EngineCore(build_engine(EngineConfig(**LIMITS, **settings)))
+    pool = engine.runner.model_step.backend.pool  # type: ignore[attr-defined]
+    assert pool in graph_pools()
+    found: dict[str, list[int]] = {}
+    steps: list[dict[str, int]] = []
+    rounds = 0
+    while engine.compilation.is_under_way:
+        for index, ids in enumerate(PROMPTS):
+            name = f"{rounds}.{index}"
+            engine.add(EngineRequest(request_id=name, prompt_token_ids=ids, params=GREEDY))
+        rounds += 1
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+                if output.graph_steps is not None:
+                    steps.append(output.graph_steps)
+            engine.compilation.advance(busy=True)
+    report = engine.compilation.report
+    assert (report.state, report.generation) == (CompilationState.COMPILED, 1), report.reason
+    for name, ids in found.items():
+        assert ids == expected()[int(name.split(".")[1])], name
+    assert len(found) == rounds * len(PROMPTS)
+    assert any({key.endswith("/compiled") for key in counts} == {False, True} for counts in steps)
+    assert pool not in graph_pools()
+    engine.scheduler.check_integrity()
+
+
+def graph_pools() -> set[tuple[int, int]]:
+    """Return the pools that have memory of the GPU."""
+    torch.cuda.synchronize()
+    return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
