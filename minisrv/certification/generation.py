@@ -30,6 +30,7 @@ from minisrv.certification.batches import short_batch
 from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.startup import TIMED_REPLAYS
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
+from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.errors import CertificationError
 from minisrv.graph.observer import StepObserver
@@ -182,11 +183,30 @@ def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn:
             least = {old: math.inf, new: math.inf}
             for _ in range(TIMED_REPLAYS):
                 for generation in (old, new):
-                    with _Visit(runner, trial, generation, turn) as visit:
-                        ms = trial.time(runner.graphs.get(key)) - 1000 * visit.seconds_away
+                    ms = _time(runner, trial, generation, turn)
                     least[generation] = min(least[generation], ms)
         speedups.append(least[old] / least[new])
     return geometric_mean(speedups)
+
+
+def time_generation(
+    runner: ModelRunner, pool: BlockPool, new: Generation, turn: Turn
+) -> dict[GraphKey, StepTime]:
+    """Do what `startup.time_graphs` does, for the graphs of a generation that is not in service."""
+    times = {}
+    for key in runner.ladders.keys():  # noqa: SIM118  (not a mapping)
+        with _borrowed_space(runner, pool, key, turn) as space:
+            batch = short_batch(key[1], space.limits(runner))
+            trial = StepTrial(runner, space, key, batch, params=[GREEDY])
+            found = [_time(runner, trial, new, turn) for _ in range(TIMED_REPLAYS)]
+        times[key] = StepTime.of(found)
+    return times
+
+
+def _time(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: Turn) -> float:
+    """Return the duration of the step of a trial by a generation, in milliseconds."""
+    with _Visit(runner, trial, generation, turn) as visit:
+        return trial.time(runner.graphs.get(trial.key)) - 1000 * visit.seconds_away
 
 
 @contextmanager

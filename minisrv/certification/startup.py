@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 from minisrv.certification.batches import full_batch, short_batch
 from minisrv.certification.compare import InitialState, certify
@@ -81,7 +80,7 @@ def time_graphs(runner: ModelRunner, pool: BlockPool) -> dict[GraphKey, StepTime
             batch = short_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])
             found = [trial.time(graphs[key]) for _ in range(TIMED_REPLAYS)]
-            times[key] = StepTime(min(found), median(found))
+            times[key] = StepTime.of(found)
             trial.clear()
     return times
 

@@ -181,11 +181,20 @@ def build_engine(
         logger.info("no graphs are captured: every step runs eagerly")
     with _timed(clock, "graphs"):
         compiler = None if make_compiler is None else make_compiler(model)
-        compilation = Compilation(compiler, runner, pool, platform.make_backend)
+        dispatcher = Dispatcher(ladders)
+        compilation = Compilation(
+            compiler,
+            runner,
+            pool,
+            platform.make_backend,
+            release=platform.release,
+            timed=dispatcher if platform.times_graphs else None,
+        )
         compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
         if config.compile_wait:
             compilation.wait(lambda done, total: progress("compiling", done, total))
         times = time_graphs(runner, pool) if platform.times_graphs else {}
+        dispatcher.use_times(times)
         platform.check_plan(config, memory, shape, runner)
     if config.simulate_launch_us:
         logger.warning(
@@ -228,7 +237,7 @@ def build_engine(
     return EngineParts(
         config=config,
         scheduler=scheduler,
-        dispatcher=Dispatcher(ladders, times),
+        dispatcher=dispatcher,
         runner=runner,
         grammars=grammars,
         info=info,

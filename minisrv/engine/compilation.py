@@ -20,7 +20,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,16 @@ from minisrv.certification.generation import (
     end_keys,
     measure_speedup,
     model_keys,
+    time_generation,
 )
 from minisrv.certification.startup import CaptureProgress, capture_graphs
 from minisrv.compile.decorator import Compiled
+from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
+from minisrv.modes import GraphKey
 from minisrv.runner.generation import Generation
 from minisrv.runner.model_runner import ModelRunner
 from minisrv.turns import MakeWay, in_turns
@@ -181,6 +184,9 @@ class Compilation:
     compiler: compiles the model; None if compiled code is off.
     pool: the blocks of the runner's cache.
     make_backend: makes the backend of another generation's graphs.
+    release: returns memory that nobody uses any more to the device.
+    timed: the dispatcher that chooses by the durations of graphs, which are measured for a
+        generation before it serves; None if they are not measured.
     clock: returns the time in seconds.
     """
 
@@ -191,12 +197,16 @@ class Compilation:
         pool: BlockPool,
         make_backend: Callable[[], GraphBackend],
         *,
+        release: Callable[[], None] = lambda: None,
+        timed: Dispatcher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._compiler = compiler
         self._runner = runner
         self._pool = pool
         self._make_backend = make_backend
+        self._release = release
+        self._timed = timed
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._began = clock()
@@ -330,8 +340,11 @@ class Compilation:
                     f"its steps are {speedup:.2f} times as fast as those of the model's own code, "
                     f"and {LEAST_SPEEDUP} times are asked for.",
                 )
+            times: Mapping[GraphKey, StepTime] = {}
+            if self._timed is not None:
+                times = yield from turn.take(partial(time_generation, runner, pool, new, turn))
         self._lap("certify")
-        yield from self._serve(new)
+        yield from self._serve(new, times)
         logger.info("steps by compiled code are %.2f times as fast", speedup)
 
     def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
@@ -346,7 +359,7 @@ class Compilation:
             keys, total = end_keys(runner), len(runner.ladders.keys())
             build_generation(runner, pool, new, keys, turn, lambda done: on_progress(done, total))
         self._lap("certify")
-        yield from self._serve(new)
+        yield from self._serve(new, {})  # all graphs of a start-up are measured behind this
 
     def _load(self, compiler: Compiler, directory: Path) -> Generator[None, None, Generation]:
         """Load a program, and return its generation, which has no graphs yet."""
@@ -368,10 +381,15 @@ class Compilation:
             compiler.discard(directory)
             raise
 
-    def _serve(self, new: Generation) -> _Work:
-        """Put a generation into service in place of the other one, and free that one."""
+    def _serve(self, new: Generation, times: Mapping[GraphKey, StepTime]) -> _Work:
+        """Put a generation into service in place of the other one, and free that one.
+
+        times: the durations of its graphs; empty if they were not measured.
+        """
         old = Generation.in_service(self._runner)
         new.serve(self._runner)
+        if self._timed is not None:
+            self._timed.use_times(times)
         for observer in self._runner.observers:
             observer.swapped()
         self._tell(
@@ -390,6 +408,8 @@ class Compilation:
                 graphs.popitem()  # a graph of many operations takes a while to be freed
                 if self._turn.is_over:
                     yield
+        yield
+        self._release()
 
     def _tell(self, **changes: Any) -> None:
         seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}

@@ -23,6 +23,7 @@ import torch
 import zmq
 
 from minisrv.certification.generation import build_generation, measure_speedup, model_keys
+from minisrv.certification.trial import StepTrial
 from minisrv.compile.decorator import Compiled
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool, hash_block
@@ -42,11 +43,12 @@ from minisrv.engine.messages import (
     decode_engine_message,
     encode,
 )
+from minisrv.engine.platforms import CPUPlatform
 from minisrv.engine.process import _EngineServer
 from minisrv.errors import CertificationError, CompilationError, MinisrvError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.observer import StepObserver
-from minisrv.modes import CUDAGraphMode
+from minisrv.modes import CUDAGraphMode, Reason
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.model import Model
 from minisrv.request import EngineRequest, SamplingParams
@@ -176,6 +178,26 @@ def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str
     engine.scheduler.check_integrity()
     assert engine.scheduler.block_pool.num_used == 0
     return found, ran
+
+
+def test_batches_are_dispatched_by_the_durations_of_the_generation_that_serves(
+    checkpoint, monkeypatch
+):
+    """Durations that were measured at the start once chose among the graphs of compiled code."""
+
+    def time(trial: StepTrial, graph: Any) -> float:
+        if trial.runner.model.compiled is None:
+            return 100.0
+        return 1.0 if trial.key[0] is CUDAGraphMode.PIECEWISE else 10.0
+
+    monkeypatch.setattr(CPUPlatform, "times_graphs", True)
+    monkeypatch.setattr(StepTrial, "time", time)
+    engine = start(checkpoint, FakeCompiler())
+    batch = {"num_tokens": 2, "num_reqs": 2, "query_len": 1}
+    assert engine.dispatcher.dispatch(**batch).reason is Reason.PURE_DECODE
+    serve(engine)
+    assert engine.compilation.generation == 1
+    assert engine.dispatcher.dispatch(**batch).reason is Reason.CHEAPER
 
 
 @pytest.mark.parametrize("mode", ["full-and-piecewise", "piecewise", "none"])

@@ -43,6 +43,10 @@ class Platform(ABC):
         """Return the backend that records and replays graphs."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Return memory that this process keeps, and nobody uses, to the device."""
+
+    @abstractmethod
     def prepare_kernels(self, progress: Progress) -> bool:
         """Prepare kernels before weights are loaded and return True; return False if each kernel is
         compiled when it first runs."""

@@ -43,6 +43,9 @@ class CPUPlatform(Platform):
         """See `Platform`."""
         return CPUTapeBackend()
 
+    def release(self) -> None:
+        """See `Platform`. The allocator keeps little."""
+
     def prepare_kernels(self, progress: Progress) -> bool:
         """Compile the C kernels, or find them in the cache, and return True."""
         progress("compiling kernels", 0, 1)

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 PROBE_BLOCKS = 4
 """Number of blocks that each row of a probe may use, besides one full context."""
 
+COMPILER_BYTES = 1 << 30
+"""Number of bytes of the GPU for the process that compiles: CUDA's context, and a tensor as large
+as each weight of a piece, on which its kernels are tried."""
+
 
 class CUDAPlatform(Platform):
     """See `Platform`."""
@@ -41,6 +45,11 @@ class CUDAPlatform(Platform):
     def make_backend(self) -> CUDABackend:
         """See `Platform`."""
         return CUDABackend(self.device)
+
+    def release(self) -> None:
+        """See `Platform`. Steps that were launched are finished first."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
 
     def prepare_kernels(self, progress: Progress) -> bool:
         """See `Platform`. Triton compiles each kernel when it is first launched."""
@@ -81,12 +90,13 @@ class CUDAPlatform(Platform):
     ) -> MemoryPlan:
         """See `Platform`. Without `kv_cache_memory` and `num_kv_blocks`, the cache gets what
         `gpu_memory_utilization` allows, minus what is used, minus what the graphs of all
-        generations and the largest steps take according to a probe. The probe's memory is released
-        before this returns."""
+        generations and the largest steps take according to a probe, minus what compiling a second
+        generation takes. The probe's memory is released before this returns."""
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
             return MemoryPlan(config.num_kv_blocks * shape.bytes_per_block)
+        gc.collect()
         self.release()
         used = self.used_bytes()
         blocks = 1 + shape.blocks_per_context + PROBE_BLOCKS * config.max_num_seqs
@@ -97,8 +107,10 @@ class CUDAPlatform(Platform):
         # come again.
         steps = self.used_bytes() - used - blocks * shape.bytes_per_block - captured
         del runner
+        gc.collect()
         self.release()
-        cache = self.allowed_bytes(config) - used - steps - generations * graphs
+        compiler = COMPILER_BYTES if generations > 1 else 0
+        cache = self.allowed_bytes(config) - used - steps - generations * graphs - compiler
         logger.info(
             "steps take %s, graphs %s by a probe; %s are left for the KV cache",
             mebibytes(steps),
@@ -114,6 +126,7 @@ class CUDAPlatform(Platform):
         `gpu_memory_utilization` allows."""
         if plan.graph_bytes is None:
             return
+        gc.collect()
         self.release()
         actual = sum(graph.nbytes for graph in runner.graphs.values())
         sizes = map(mebibytes, (actual, plan.graph_bytes))
@@ -138,9 +151,3 @@ class CUDAPlatform(Platform):
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
-
-    def release(self) -> None:
-        """Release the memory that torch keeps and nobody uses."""
-        gc.collect()
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
