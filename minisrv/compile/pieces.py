@@ -6,6 +6,7 @@ compiled code enters service.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob, CompileProcess
 from minisrv.errors import CompilationError
 from minisrv.nn.model import Model
+
+HELPED_CORES = 8
+"""The number of cores from which on two processes compile for a GPU at the same time."""
 
 
 class PieceCompiler:
@@ -46,7 +50,9 @@ class PieceCompiler:
 
     def start(self) -> CompileProcess:
         """Start a process that compiles."""
-        return CompileProcess(self._job)
+        # On a CPU the cores compute steps.
+        helped = self._job.device == "cuda" and len(os.sched_getaffinity(0)) >= HELPED_CORES
+        return CompileProcess(self._job, helped=helped)
 
     def load(self, directory: Path, between: Callable[[], None]) -> Program:
         """Return the program of a directory, bound to the model. Raises CompilationError.

@@ -9,6 +9,7 @@ Knows: the steps of a compilation, and the child process. Knows nothing of how a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import Pipe
@@ -112,11 +114,48 @@ class Progress(msgspec.Struct, frozen=True):
     total: int
 
 
-def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path:
+@contextmanager
+def _claim(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Claim a file for the block, and give whether no other process has claimed it. The claim of a
+    process that ends is void.
+
+    wait: whether to wait until no other process has.
+    """
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def share(keys: Sequence[str], claims: Path, make: Callable[[int], None], *, helps: bool) -> None:
+    """Call `make` for the index of each key that no other process makes at the moment: from the
+    first on, or, for the one that helps, from the last. Unless this one helps, wait for the others
+    then, and call `make` for what they have left.
+
+    claims: a directory in which the processes claim keys.
+    """
+    left = list(range(len(keys)))
+    if helps:
+        left.reverse()
+    for wait in (False,) if helps else (False, True):
+        for index in left[:]:
+            with _claim(claims / f"{keys[index]}.claim", wait=wait) as claimed:
+                if claimed:
+                    make(index)
+                    left.remove(index)
+
+
+def compile_model(
+    job: CompileJob, progress: Callable[[Progress], None], claims: Path, *, helps: bool = False
+) -> Path:
     """Compile the forward of a model, and return the directory of the program in the cache. Pieces
     that are in the cache are not compiled again.
 
     progress: is called at each step.
+    claims, helps: see `share`. Who helps compiles pieces, and makes no program of them.
     Raises CompilationError, OSError and RuntimeError, and whatever torch raises.
     """
     import torch
@@ -144,10 +183,12 @@ def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path
     traced = trace(make_model, job.device)
     matches = apply_passes(traced)
     schedule = split(traced)
-    total, files = len(schedule.pieces), []
-    for index, piece in enumerate(schedule.pieces):
-        progress(Progress("compiling", index, total))
-        key = piece.digest(*job.environment())
+    keys = [piece.digest(*job.environment()) for piece in schedule.pieces]
+    total, files = len(keys), dict[int, PieceFile]()
+
+    def make_piece(index: int) -> None:
+        progress(Progress("compiling", len(files), total))
+        piece, key = schedule.pieces[index], keys[index]
         try:
             package = artifacts.read_package(key)
         except CompilationError:
@@ -156,9 +197,13 @@ def compile_model(job: CompileJob, progress: Callable[[Progress], None]) -> Path
             )
         # A package that crashes when it is loaded ends this process, and is not kept.
         LoadedPiece(package, len(piece.arguments))
-        files.append(PieceFile(key, artifacts.write_package(key, package)))
-    description = Description(job.max_rows, matches, files, schedule.calls)
-    artifacts.write_description(directory, msgspec.msgpack.encode(description))
+        files[index] = PieceFile(key, artifacts.write_package(key, package))
+
+    share(keys, claims, make_piece, helps=helps)
+    if not helps:
+        found = [files[index] for index in range(total)]
+        description = Description(job.max_rows, matches, found, schedule.calls)
+        artifacts.write_description(directory, msgspec.msgpack.encode(description))
     progress(Progress("compiled", total, total))
     return directory
 
@@ -169,9 +214,10 @@ class CompileProcess:
     It is to be made and used by one thread, with which the process ends.
     """
 
-    def __init__(self, job: CompileJob, *, timeout: float = TIMEOUT) -> None:
+    def __init__(self, job: CompileJob, *, helped: bool = False, timeout: float = TIMEOUT) -> None:
         """Start the process at once.
 
+        helped: whether a second process takes a share of the pieces.
         timeout: number of seconds after which it is ended.
         """
         self._scratch = tempfile.TemporaryDirectory(
@@ -185,8 +231,11 @@ class CompileProcess:
         scratch = Path(self._scratch.name)
         self._errors = scratch / "stderr"
         self._last: Progress | Path | MinisrvError = Progress("starting", 0, 0)
+        self._helper: ChildProcess | None = None
         try:
             self._process = ChildProcess("compile", _main, job, answers, scratch, private_dir=None)
+            if helped:
+                self._helper = ChildProcess("compile2", _help, job, scratch, private_dir=None)
         except BaseException:
             self._scratch.cleanup()
             raise
@@ -220,8 +269,11 @@ class CompileProcess:
         return CompilationError(f"the model was not compiled: {why}. It said: {said or 'nothing'}")
 
     def close(self) -> None:
-        """End the process, and remove its temporary files. May be called twice."""
+        """End the process, its helper included, and remove their temporary files. May be called
+        twice."""
         self._process.stop()
+        if self._helper is not None:
+            self._helper.stop()
         self._answers.close()
         self._scratch.cleanup()
 
@@ -233,19 +285,34 @@ def _yield_the_cores() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+def _set_up(scratch: Path, errors: str) -> None:
+    """Prepare a process that compiles.
+
+    errors: the name of the file for what it says.
+    """
     _yield_the_cores()
-    with (scratch / "stderr").open("wb") as file:
+    with (scratch / errors).open("wb") as file:
         os.dup2(file.fileno(), sys.__stderr__.fileno())  # type: ignore[union-attr]
+    own = scratch / f"of-{errors}"  # what two processes write to the same place would be mixed
+    own.mkdir()
     os.environ |= {
         # Its own processes would outlive it if it were killed.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-        "TMPDIR": str(scratch),
+        "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
+        "TMPDIR": str(own),
     }
     tempfile.tempdir = None
+
+
+def _help(job: CompileJob, scratch: Path) -> None:
+    _set_up(scratch, "stderr2")
+    compile_model(job, lambda progress: None, scratch, helps=True)
+
+
+def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+    _set_up(scratch, "stderr")
     try:
-        answers.send(compile_model(job, answers.send))
+        answers.send(compile_model(job, answers.send, scratch))
     except Exception as error:
         lines = traceback.format_exception(error)
         said = "".join(lines).splitlines()[-_LAST_LINES:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minisrv.compile.worker import CompileProcess, Progress
+from minisrv.compile.worker import CompileProcess, Progress, share
 from minisrv.errors import CompilationError
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import Compiled, job_of, run
@@ -31,6 +32,25 @@ def test_a_death_is_an_answer(tmp_path: Path):
     answer = run(process)
     assert isinstance(answer, CompilationError)
     assert "by SIGKILL" in answer.message
+
+
+def test_who_helps_takes_what_nobody_makes_from_the_last_on(tmp_path: Path):
+    """What the other process has claimed is left to it, and made after its end if it has not."""
+    made: list[int] = []
+    keys = ["a", "b", "c", "d"]
+    with (tmp_path / "c.claim").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        share(keys, tmp_path, made.append, helps=True)
+        assert made == [3, 1, 0]
+        made.clear()
+
+        def make(index: int) -> None:
+            made.append(index)
+            if index == 3:
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        share(keys, tmp_path, make, helps=False)
+    assert made == [0, 1, 3, 2]
 
 
 @pytest.mark.compiler

@@ -66,7 +66,8 @@ def expected() -> list[list[int]]:
 
 def compile_pieces(implementation: str, **settings: Any) -> LLM:
     """Return an engine that serves by compiled pieces, which the cache has from then on."""
-    with (cache_directory() / "compiling.lock").open("w") as lock:
+    name = f"compiling-{implementation}-{settings.get('dtype')}.lock"
+    with (cache_directory() / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         llm = start(implementation, 3, compile_wait=True, **settings)
     report = llm.engine.compilation.report
