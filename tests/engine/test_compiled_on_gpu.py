@@ -18,6 +18,7 @@ import torch
 
 from minisrv import LLM, SamplingParams
 from minisrv.cache import cache_directory
+from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.config import EngineConfig
 from minisrv.engine import compilation
@@ -39,6 +40,7 @@ LIMITS: dict[str, Any] = {
     "max_model_len": 128,
     "num_kv_blocks": 40,
 }
+PIECES = CompilationMode.MINISRV_COMPILE
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
@@ -130,7 +132,7 @@ def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compilation, "REST", 0.0)
     monkeypatch.setattr(compilation, "PATIENCE", 0.0)
     monkeypatch.setattr("minisrv.engine.builder.PieceCompiler", CompiledNow)
-    settings = {"compilation_mode": 3, "model_impl": "transformers", "async_scheduling": ahead}
+    settings = {"compilation_mode": PIECES, "model_impl": "transformers", "async_scheduling": ahead}
     engine = EngineCore(build_engine(EngineConfig(**LIMITS, **settings)))
     pool = engine.runner.model_step.backend.pool  # type: ignore[attr-defined]
     assert pool in graph_pools()
