@@ -48,7 +48,7 @@ def run_compile(config: EngineConfig) -> int:
     seconds = ", ".join(f"{phase} {took:.2f} s" for phase, took in report.seconds.items())
     console.print(
         f"compiled code would serve ({seconds}). It is kept in {cache_directory('compiled')}, "
-        "which may be copied to machines with the same processor and software.",
+        "which may be copied to machines with the same processor, GPU and software.",
         markup=False,
     )
     return 0

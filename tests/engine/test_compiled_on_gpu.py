@@ -78,13 +78,15 @@ def compile_pieces(implementation: str, **settings: Any) -> LLM:
 
 
 @pytest.mark.parametrize("graphs", [mode.value for mode in CUDAGraphMode])
-@pytest.mark.parametrize("mode", [1, 2, 3])
-def test_the_tokens_are_those_of_uncompiled_code(mode: int, graphs: str) -> None:
+def test_compiled_pieces_serve_the_tokens_of_uncompiled_code(graphs: str) -> None:
+    assert tokens(compile_pieces("transformers", cudagraph_mode=graphs)) == expected()
+
+
+@pytest.mark.parametrize("graphs", ["none", "full", "full-and-piecewise"])
+@pytest.mark.parametrize("mode", [1, 2])
+def test_a_compiled_model_serves_the_tokens_of_uncompiled_code(mode: int, graphs: str) -> None:
     torch.compiler.reset()
-    settings = {"cudagraph_mode": graphs}
-    make = compile_pieces if mode == 3 else start
-    arguments = ("transformers",) if mode == 3 else ("transformers", mode)
-    assert tokens(make(*arguments, **settings)) == expected()
+    assert tokens(start("transformers", mode, cudagraph_mode=graphs)) == expected()
 
 
 @pytest.mark.parametrize("mode", [1, 2, 3])
