@@ -132,7 +132,6 @@ def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPa
     compile_pieces("transformers")
     monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
     monkeypatch.setattr(compilation, "REST", 0.0)
-    monkeypatch.setattr(compilation, "PATIENCE", 0.0)
     monkeypatch.setattr("minisrv.engine.builder.PieceCompiler", CompiledNow)
     settings = {"compilation_mode": PIECES, "model_impl": "transformers", "async_scheduling": ahead}
     engine = EngineCore(build_engine(EngineConfig(**LIMITS, **settings)))
