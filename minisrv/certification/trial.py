@@ -326,18 +326,22 @@ class StepTrial:
         """Leave the buffers as in a new server, so that steps of requests may run before `resume`,
         even in the middle of a run."""
         self._unexpected += _true(self._changed_request_tensors())
-        model = self.runner.model
-        self._saved = [*self.runner.buffers.save(), model.qkv.clone(), model.attn_out.clone()]
+        self._saved = [tensor.clone() for tensor in self._buffers]
         self._fill_buffers(poison=False)
 
     def resume(self) -> None:
         """Put back what the buffers held at `suspend`."""
-        *saved, qkv, attn_out = self._saved
-        self.runner.buffers.restore(saved)
-        self.runner.model.qkv.copy_(qkv)
-        self.runner.model.attn_out.copy_(attn_out)
+        for tensor, saved in zip(self._buffers, self._saved, strict=True):
+            tensor.copy_(saved)
         self._saved = []
+        self.runner.buffers.forget_last_step()
         self._keep_request_tensors()
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        """All static buffers."""
+        model, found = self.runner.model, vars(self.runner.buffers).values()
+        return [model.qkv, model.attn_out, *(t for t in found if isinstance(t, Tensor))]
 
     def clear(self) -> None:
         """Leave the rows of the request indices and the buffers as in a new server, with no poison

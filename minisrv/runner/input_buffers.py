@@ -296,19 +296,9 @@ class InputBuffers:
             block_size=self.sizes.block_size,
         )
 
-    def save(self) -> list[Tensor]:
-        """Return copies of all buffers, for `restore`."""
-        return [tensor.clone() for tensor in self._tensors]
-
-    def restore(self, saved: list[Tensor]) -> None:
-        """Put back what `save` has returned. The next step writes all of its inputs again."""
-        for tensor, contents in zip(self._tensors, saved, strict=True):
-            tensor.copy_(contents)
+    def forget_last_step(self) -> None:
+        """Let the next step write all of its inputs, because the buffers have been changed."""
         self._last_prepared = None
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def gather_decode(self, rows: int) -> None:
         """Gather the inputs of `rows` decode rows by request index. This runs inside the FULL
