@@ -75,6 +75,7 @@ def build_engine(
     clock: StartupClock | None = None,
     before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
     make_compiler: Callable[[Model], Compiler] | None = None,
+    serve_slower: bool = False,
     check_addresses: bool = False,
 ) -> EngineParts:
     """Load a model, capture its graphs and certify them.
@@ -85,6 +86,7 @@ def build_engine(
     before_loading: is called with the context length and the number of KV blocks before weights are
         read; on a GPU these are upper bounds. A ConfigError that it raises is passed on.
     make_compiler: makes what compiles the loaded model; None for what the compilation mode says.
+    serve_slower: see `Compilation`.
     check_addresses: see `CUDAGraphWrapper`; for tests.
 
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, CompilationError,
@@ -189,6 +191,7 @@ def build_engine(
             platform.make_backend,
             release=platform.release,
             timed=dispatcher if platform.times_graphs else None,
+            serve_slower=serve_slower,
         )
         compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
         if config.compile_wait:

@@ -187,6 +187,7 @@ class Compilation:
     release: returns memory that nobody uses any more to the device.
     timed: the dispatcher that chooses by the durations of graphs, which are measured for a
         generation before it serves; None if they are not measured.
+    serve_slower: whether compiled code serves even if it is not faster, to be measured.
     clock: returns the time in seconds.
     """
 
@@ -199,8 +200,10 @@ class Compilation:
         *,
         release: Callable[[], None] = lambda: None,
         timed: Dispatcher | None = None,
+        serve_slower: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._serve_slower = serve_slower
         self._compiler = compiler
         self._runner = runner
         self._pool = pool
@@ -334,7 +337,7 @@ class Compilation:
             keys = model_keys(runner)
             yield from turn.take(partial(build_generation, runner, pool, new, keys, turn))
             speedup = yield from turn.take(partial(measure_speedup, runner, pool, new, turn))
-            if speedup < LEAST_SPEEDUP:
+            if speedup < LEAST_SPEEDUP and not self._serve_slower:
                 raise _RefusedError(
                     Refusal.SLOWER,
                     f"its steps are {speedup:.2f} times as fast as those of the model's own code, "

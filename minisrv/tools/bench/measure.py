@@ -171,7 +171,9 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
         plan.check(context, config.block_size, kv_blocks)
 
     check(context_length(config, open_checkpoint(config, weights=False).model), None)
-    engine = EngineCore(build_engine(config, progress, before_loading=check))
+    # What is slower is measured too.
+    parts = build_engine(config, progress, before_loading=check, serve_slower=True)
+    engine = EngineCore(parts)
     report = engine.compilation.report
     if compiled and engine.runner.model.compiled is None:
         raise CompilationError(f"compiled code cannot be measured ({report.reason}).")
