@@ -3,10 +3,9 @@
 Knows: the runtime mode that it stands for, and the graphs that are installed, by descriptor. A
 graph is captured first and installed when it has passed its certification; until then it can be
 replayed only by a context that names it. The wrapper trusts the context: choosing a graph is the
-dispatcher's work. A wrapper whose mode is not the
-context's passes through, so wrappers can be nested: a FULL one around a step or the model, the
-PIECEWISE one around the model inside it. Knows nothing of how a backend records, nor of what the
-runnable computes.
+dispatcher's work. A wrapper whose mode is not the context's passes through, so wrappers can be
+nested: a FULL one around a step or the model, the PIECEWISE one around the model inside it. Knows
+nothing of how a backend records, nor of what the runnable computes.
 
 A capture is ended at every attention op and begun again after it (PIECEWISE), or contains it
 (FULL). A runnable returns nothing: it reads static buffers and leaves its results in static
