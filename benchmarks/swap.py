@@ -40,6 +40,8 @@ from loadgen.servers import Server
 from minisrv.tools.environment import environment
 
 POLL_S = 0.05
+APART_S = 0.5
+"""Seconds between the first requests of two streams, so that prompts do not come all at once."""
 PATIENCE_S = 900.0
 LARGEST = 12
 """Number of the largest gaps that are written down."""
@@ -91,8 +93,9 @@ async def load(config: RunConfig, phases: Phases, seconds: float) -> list[Reques
     `seconds` after the last phase has begun."""
     numbers, stopping = count(), asyncio.Event()
 
-    async def lane() -> list[RequestRecord]:
+    async def lane(place: int) -> list[RequestRecord]:
         records = []
+        await asyncio.sleep(APART_S * place)
         with Client(None) as client:
             while not stopping.is_set():
                 number = next(numbers)
@@ -100,7 +103,7 @@ async def load(config: RunConfig, phases: Phases, seconds: float) -> list[Reques
                 records.append(await send(client, endpoint(config), body, number, config))
         return records
 
-    lanes = [asyncio.create_task(lane()) for _ in range(config.concurrencies[0])]
+    lanes = [asyncio.create_task(lane(place)) for place in range(config.concurrencies[0])]
     deadline = clock() + PATIENCE_S
     with Client(None) as client:
         while phases.now != WITHOUT and phases.now not in ENDED:

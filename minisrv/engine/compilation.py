@@ -215,6 +215,7 @@ class Compilation:
         self._began = clock()
         self._turn = _Turn(clock)
         self._next_turn = 0.0
+        self._longest_turn = 0.0
         self._on_progress: CaptureProgress = lambda done, total: None
         self._work: _Work | None = None
         self.report = CompilationReport()
@@ -279,7 +280,10 @@ class Compilation:
         before = self.report
         self._take_turn(began + TURN)
         ended = self._clock()
-        self._next_turn = ended + max(LEAST_GAP, REST * (ended - began))
+        took = ended - began
+        self._next_turn = ended + max(LEAST_GAP, REST * took)
+        if busy:
+            self._longest_turn = max(self._longest_turn, took)
         return self.report is not before
 
     def _take_turn(self, ends: float) -> None:
@@ -348,7 +352,12 @@ class Compilation:
                 times = yield from turn.take(partial(time_generation, runner, pool, new, turn))
         self._lap("certify")
         yield from self._serve(new, times)
-        logger.info("steps by compiled code are %.2f times as fast", speedup)
+        logger.info(
+            "steps by compiled code are %.2f times as fast; requests waited %.0f ms at most for a "
+            "turn of this work",
+            speedup,
+            1000 * self._longest_turn,
+        )
 
     def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
         """Bring the program that the cache has into service, if there is one."""
