@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minisrv.certification.batches import short_batch
 from minisrv.certification.compare import InitialState, certify
-from minisrv.certification.startup import TIMED_REPLAYS
+from minisrv.certification.startup import TIMED_REPLAYS, step_time
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
@@ -199,7 +199,7 @@ def time_generation(
             batch = short_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])
             found = [_time(runner, trial, new, turn) for _ in range(TIMED_REPLAYS)]
-        times[key] = StepTime.of(found)
+        times[key] = step_time(found)
     return times
 
 

@@ -9,9 +9,8 @@ that no other key is returned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import median
 from types import MappingProxyType
 
 from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
@@ -36,11 +35,6 @@ class StepTime:
 
     min_ms: float
     median_ms: float
-
-    @classmethod
-    def of(cls, measured: Sequence[float]) -> StepTime:
-        """Return the duration of a step that was measured so often, in milliseconds."""
-        return cls(min(measured), median(measured))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +71,12 @@ class Dispatcher:
     def __init__(
         self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
     ) -> None:
-        """times: the duration of a step by each graph of the ladders; empty if graphs were not
-        timed."""
         self.ladders = ladders
-        self._cheaper: dict[GraphKey, GraphKey] = {}
         self.use_times(times)
 
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
-        """Choose by these durations from the next batch on, because the graphs are others than
-        before. For `times` see `__init__`."""
+        """Choose by these durations of a step by each graph of the ladders from the next batch on.
+        They are empty if graphs were not timed."""
         keys = [key for key in self.ladders.keys() if times and key[1].stage is Stage.MODEL]  # noqa: SIM118
         self._cheaper = {
             key: better for key in keys if (better := _cheapest(key, keys, times)) != key
