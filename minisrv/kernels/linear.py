@@ -87,10 +87,10 @@ class LinearMethod(ABC):
 
     @classmethod
     def merged(cls, methods: Sequence[LinearMethod]) -> LinearMethod:
-        """Return the method of the weights of several methods of this class side by side, which are
-        copied."""
+        """Return the method of the weights of several methods of this class side by side. They are
+        copied, unless they lie so in memory (`lay_side_by_side`)."""
         biases = [method.bias for method in methods if method.bias is not None]
-        weight = torch.cat([method.plain_weight() for method in methods])
+        weight = _joined([method.plain_weight() for method in methods])
         return cls(weight, torch.cat(biases) if biases else None)  # type: ignore[call-arg]
 
     def plain_weight(self) -> Tensor:
@@ -367,6 +367,35 @@ class TracedLinearMethod(LinearMethod):
         out = x.new_empty(x.shape[0], self.out_features)
         linear_op(x, self._tensors, out, method=self.name)
         return out
+
+
+def lay_side_by_side(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return weights [out, in] of which those of the same width and dtype follow each other in
+    memory, so that `LinearMethod.merged` need not copy them. On a CPU they are returned as they
+    are: the layouts of its methods are copies."""
+    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index, weight in enumerate(weights):
+        if weight.device.type != "cpu":
+            groups.setdefault((weight.shape[1], weight.dtype), []).append(index)
+    laid = list(weights)
+    for group in groups.values():
+        if len(group) > 1:
+            parts = [weights[index] for index in group]
+            for index, part in zip(group, torch.cat(parts).split([*map(len, parts)]), strict=True):
+                laid[index] = part
+    return laid
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Return weights [out, in] side by side: a view if they lie so in memory, or else a copy."""
+    first = weights[0]
+    memory, end = first.untyped_storage()._cdata, first.storage_offset()
+    for weight in weights:
+        begins = weight.untyped_storage()._cdata, weight.storage_offset()
+        if not weight.is_contiguous() or begins != (memory, end):
+            return torch.cat([*weights])
+        end += weight.numel()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
 LINEAR_METHODS: dict[str | None, Callable[[Tensor, Tensor | None], LinearMethod]] = {

@@ -25,7 +25,7 @@ from minisrv.checkpoint.transformers_decoder import AttentionCall, MetaDecoder
 from minisrv.compile.decorator import Compiled, support_torch_compile
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
-from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, lay_side_by_side
 from minisrv.model_config import ModelConfig
 
 PAGED = "minisrv"
@@ -168,9 +168,16 @@ class TransformersModel(nn.Module):
         self.bytes_read -= sum(call.unused(_nbytes) for call in self.decoder.experts)
         self._compute_rotations()
         for module in list(model.modules()):
-            for name, child in module.named_children():
-                if type(child) in (nn.Linear, Conv1D):  # what is derived from them does more
-                    setattr(module, name, _linear(child, quantization))
+            linears: dict[str, Any] = {
+                name: child
+                for name, child in module.named_children()
+                if type(child) in (nn.Linear, Conv1D)  # what is derived from them does more
+            }
+            weights = lay_side_by_side([_weight(child) for child in linears.values()])
+            for (name, child), weight in zip(linears.items(), weights, strict=True):
+                bias = None if child.bias is None else child.bias.detach()
+                method = LINEAR_METHODS[quantization](weight, bias)
+                setattr(module, name, Linear(method, len(weight)))
         # The output projection is computed by a model without its backbone.
         self.backbone = model.get_submodule(self.decoder.backbone)
         model.set_submodule(self.decoder.backbone, GivenHidden(self.decoder.output_class))
@@ -229,10 +236,7 @@ def _nbytes(weight: Tensor) -> int:
     return weight.nbytes
 
 
-def _linear(module: Any, quantization: str | None) -> Linear:
-    """Return the same `nn.Linear` or `Conv1D`, multiplied by its linear method."""
-    weight = module.weight.detach()
-    if isinstance(module, Conv1D):  # stores [in, out]
-        weight = weight.t().contiguous()
-    bias = None if module.bias is None else module.bias.detach()
-    return Linear(LINEAR_METHODS[quantization](weight, bias), weight.shape[0])
+def _weight(module: Any) -> Tensor:
+    """Return the weight [out, in] of an `nn.Linear` or `Conv1D`."""
+    weight: Tensor = module.weight.detach()
+    return weight.t().contiguous() if isinstance(module, Conv1D) else weight  # stores [in, out]

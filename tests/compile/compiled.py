@@ -46,8 +46,13 @@ def job_of(directory: Path, implementation: str, **changes: Any) -> CompileJob:
 
 
 def make(job: CompileJob, load_format: str = "auto") -> Any:
-    dtype = getattr(torch, job.dtype)
-    model = load_model(job.model, job.directory, dtype=dtype, load_format=load_format)
+    model = load_model(
+        job.model,
+        job.directory,
+        dtype=getattr(torch, job.dtype),
+        device=job.device,
+        load_format=load_format,
+    )
     model.prepare(quantization=job.quantization)
     return model
 

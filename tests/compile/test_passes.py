@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ from minisrv.compile.passes import apply_passes
 from minisrv.compile.passes.no_op_views import remove_no_op_views
 from minisrv.compile.program import Merged
 from minisrv.compile.trace import fake_mode, trace
-from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, linear_op
+from minisrv.kernels.linear import (
+    LINEAR_METHODS,
+    LinearMethod,
+    UnquantizedLinearMethod,
+    lay_side_by_side,
+    linear_op,
+)
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import job_of, make
 
@@ -55,6 +62,42 @@ def test_the_products_of_one_input_are_merged_in_each_layer(tmp_path: Path):
     names = {tuple(path[-2] for path in paths) for paths in merged}
     assert names == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
     assert all(len({path[2] for path in paths}) == 1 for paths in merged), "of one layer"
+
+
+@pytest.mark.gpu
+def test_weights_that_lie_side_by_side_are_merged_whatever_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU nothing is copied, so large products are merged there too."""
+    monkeypatch.setattr("minisrv.compile.passes.merged_projections.MOST_BYTES", 0)
+    found = {}
+    for device in ("cpu", "cuda"):
+        job = job_of(make_checkpoint(tmp_path / device), "transformers", device=device)
+        traced = trace(partial(make, job, "dummy"), device)
+        found[device] = apply_passes(traced)["merged projections"]
+    assert found == {"cpu": 0, "cuda": 2 * 2}
+
+
+def test_merged_weights_are_a_view_where_they_can_be():
+    with fake_mode():
+        apart = [torch.empty(rows, 8, device="cuda") for rows in (4, 2, 6)]
+        laid = lay_side_by_side(apart)
+        assert [weight.shape for weight in laid] == [weight.shape for weight in apart]
+        parts = [UnquantizedLinearMethod(weight, None) for weight in laid]
+        assert _shares(UnquantizedLinearMethod.merged(parts[1:]), laid[0])
+        assert not _shares(UnquantizedLinearMethod.merged([parts[0], parts[2]]), laid[0])
+        assert not _shares(UnquantizedLinearMethod.merged(parts[::-1]), laid[0])
+    weights = [torch.randn(rows, 8, dtype=torch.bfloat16) for rows in (4, 6)]
+    side_by_side = torch.cat(weights).split([4, 6])
+    merged = [
+        UnquantizedLinearMethod.merged([UnquantizedLinearMethod(one, None) for one in some])
+        for some in (weights, side_by_side)
+    ]
+    assert torch.equal(merged[0].tensors[0], merged[1].tensors[0])
+
+
+def _shares(method: LinearMethod, weight: Tensor) -> bool:
+    return method.tensors[0].untyped_storage()._cdata == weight.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,9 +1,9 @@
 """Products of one input, such as q, k and v, or gate and up: one product by the weights side by
 side.
 
-At few rows a product of small weights takes hardly longer than its launch. The merged weight is
-stored beside the others, which the model's own forward still uses, so only small ones are merged;
-large ones gain nothing.
+At few rows a product of small weights takes hardly longer than its launch. On a CPU the merged
+weight is stored beside the others, which the model's own forward still uses, so only small ones are
+merged; large ones gain nothing there. On a GPU it is where the others are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import fx
 
 from minisrv.compile.program import Merged, Source, Weight
 from minisrv.compile.writes import written_by
-from minisrv.kernels.linear import METHODS, linear_op
+from minisrv.kernels.linear import METHODS, LinearMethod, linear_op
 
 MOST_BYTES = 4 << 20
-"""Maximum size of a merged weight in bytes."""
+"""Maximum number of bytes that a merged weight takes beside the others."""
 
 
 def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
@@ -33,22 +33,33 @@ def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
             key = (_origin(x), str(_shape(x)), node.kwargs["method"], len(tensors))
             groups.setdefault((*key, writes[_storage(x)]), []).append(node)
         writes.update(_storage(argument) for argument in written_by(node))
-    merged = [nodes for nodes in groups.values() if len(nodes) > 1 and _is_small(nodes)]
+    merged = [nodes for nodes in groups.values() if len(nodes) > 1 and _takes_little(nodes)]
     for nodes in merged:
         _merge(graph, nodes, sources)
     return len(merged)
 
 
-def _is_small(nodes: list[fx.Node]) -> bool:
-    sizes: list[int] = [_example(tensor).nbytes for node in nodes for tensor in _tensors(node)]
-    return sum(sizes) <= MOST_BYTES
+def _takes_little(nodes: list[fx.Node]) -> bool:
+    """Whether the merged tensors of products take at most `MOST_BYTES` beside those that there
+    are."""
+    parts = _methods(nodes)
+    there = {tensor.untyped_storage()._cdata for part in parts for tensor in part.tensors}
+    with _example(nodes[0].args[0]).fake_mode:
+        made = type(parts[0]).merged(parts).tensors
+    more = [tensor for tensor in made if tensor.untyped_storage()._cdata not in there]
+    return sum(tensor.nbytes for tensor in more) <= MOST_BYTES
+
+
+def _methods(nodes: list[fx.Node]) -> list[LinearMethod]:
+    """Return the methods of products, of tensors that have shapes only."""
+    method = METHODS[str(nodes[0].kwargs["method"])]
+    return [method.of_tensors([_example(tensor) for tensor in _tensors(node)]) for node in nodes]
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) -> None:
     first = nodes[0]
     x: Any = first.args[0]
-    method = METHODS[str(first.kwargs["method"])]
-    parts = [method.of_tensors([_example(tensor) for tensor in _tensors(node)]) for node in nodes]
+    parts = _methods(nodes)
     paths = []
     for node in nodes:
         source = sources[_tensors(node)[0].name]
@@ -56,7 +67,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) ->
         paths.append(source.path[:-2])  # without "tensors" and the index
     tensors = []
     with graph.inserting_before(next(iter(graph.nodes))), _example(x).fake_mode:
-        for index, example in enumerate(method.merged(parts).tensors):
+        for index, example in enumerate(type(parts[0]).merged(parts).tensors):
             tensor = graph.placeholder(f"merged_{first.name}_{index}")
             tensor.meta["example_value"] = example
             sources[tensor.name] = Merged(tuple(paths), index)
