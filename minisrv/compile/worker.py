@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -230,7 +231,8 @@ class CompileProcess:
         self._timeout = timeout
         scratch = Path(self._scratch.name)
         self._errors = scratch / "stderr"
-        self._last: Progress | Path | MinisrvError = Progress("starting", 0, 0)
+        self._progress = Progress("starting", 0, 0)
+        self._answer: Path | MinisrvError | None = None
         self._helper: ChildProcess | None = None
         try:
             self._process = ChildProcess("compile", _main, job, answers, scratch, private_dir=None)
@@ -250,16 +252,25 @@ class CompileProcess:
     def poll(self) -> Progress | Path | MinisrvError:
         """Return how far it has come, the directory of the finished program, or the error with
         which it has failed, at once. The last two are final."""
-        while isinstance(self._last, Progress) and self._answers.poll():
+        while self._answer is None and self._answers.poll():
             try:
-                self._last = self._answers.recv()
+                said = self._answers.recv()
             except (EOFError, OSError):
                 why = f"the compiler ended {self._process.describe_exit()}"
-                self._last = self._failure(why)
-        if isinstance(self._last, Progress) and time.monotonic() > self._deadline:
+                self._answer = self._failure(why)
+            else:
+                if isinstance(said, Progress):
+                    self._progress = said
+                else:
+                    self._answer = said
+        late = time.monotonic() > self._deadline
+        if self._answer is None and late:
             self._process.stop()
-            self._last = self._failure(f"it took longer than {self._timeout:g} s")
-        return self._last
+            self._answer = self._failure(f"it took longer than {self._timeout:g} s")
+        # A process takes a while to give its memory back, for which `close` would wait.
+        if self._answer is None or (self._process.exit_status is None and not late):
+            return self._progress
+        return self._answer
 
     def _failure(self, why: str) -> CompilationError:
         said = ""
@@ -285,8 +296,10 @@ def _yield_the_cores() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _set_up(scratch: Path, errors: str) -> None:
-    """Prepare a process that compiles.
+@contextmanager
+def _prepared(scratch: Path, errors: str) -> Iterator[None]:
+    """Prepare a process that compiles, and remove its own temporary files at the end, so that the
+    engine need not.
 
     errors: the name of the file for what it says.
     """
@@ -302,17 +315,22 @@ def _set_up(scratch: Path, errors: str) -> None:
         "TMPDIR": str(own),
     }
     tempfile.tempdir = None
+    try:
+        yield
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _help(job: CompileJob, scratch: Path) -> None:
-    _set_up(scratch, "stderr2")
-    compile_model(job, lambda progress: None, scratch, helps=True)
+    with _prepared(scratch, "stderr2"):
+        compile_model(job, lambda progress: None, scratch, helps=True)
 
 
 def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
-    _set_up(scratch, "stderr")
     try:
-        answers.send(compile_model(job, answers.send, scratch))
+        with _prepared(scratch, "stderr"):
+            program = compile_model(job, answers.send, scratch)
+        answers.send(program)
     except Exception as error:
         lines = traceback.format_exception(error)
         said = "".join(lines).splitlines()[-_LAST_LINES:]

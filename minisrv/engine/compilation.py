@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-TURN = 0.01
+TURN = 0.005
 """Number of seconds after which a turn of the work makes way for the steps of requests, at the next
 point where it can: between two layers of the model, or behind a graph, which nothing interrupts."""
 
