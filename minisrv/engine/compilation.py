@@ -352,12 +352,11 @@ class Compilation:
                 times = yield from turn.take(partial(time_generation, runner, pool, new, turn))
         self._lap("certify")
         yield from self._serve(new, times)
-        logger.info(
-            "steps by compiled code are %.2f times as fast; requests waited %.0f ms at most for a "
-            "turn of this work",
-            speedup,
-            1000 * self._longest_turn,
-        )
+        logger.info("steps by compiled code are %.2f times as fast", speedup)
+        if self._longest_turn:
+            logger.info(
+                "a turn of this work made requests wait %.0f ms at most", 1000 * self._longest_turn
+            )
 
     def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
         """Bring the program that the cache has into service, if there is one."""

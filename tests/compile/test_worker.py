@@ -26,6 +26,17 @@ def test_a_failure_is_an_answer(tmp_path: Path):
     assert "float33" in answer.message
 
 
+def test_who_gets_an_answer_need_not_wait_for_the_end_of_the_process(tmp_path: Path):
+    """The answer comes when the process has ended, and it has left few files to be removed."""
+    job = replace(job_of(make_checkpoint(tmp_path), "minisrv"), dtype="float33")
+    process = CompileProcess(job)
+    while isinstance(process.poll(), Progress):
+        time.sleep(0.05)
+    assert process._process.exit_status is not None
+    assert [path.name for path in Path(process._scratch.name).iterdir()] == ["stderr"]
+    process.close()
+
+
 def test_a_death_is_an_answer(tmp_path: Path):
     process = CompileProcess(job_of(make_checkpoint(tmp_path), "minisrv"))
     os.kill(process.pid, 9)
@@ -61,6 +72,7 @@ def test_it_has_limited_time_and_the_lowest_priority(tmp_path: Path):
         time.sleep(0.05)
     assert isinstance(process.poll(), Progress)
     assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
     process._deadline = time.monotonic()
     answer = run(process)
     assert isinstance(answer, CompilationError)
