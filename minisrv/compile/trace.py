@@ -20,7 +20,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from minisrv.compile.program import Argument, Path, Source, Weight
 from minisrv.errors import CompilationError
-from minisrv.kernels.linear import LinearMethod, TracedLinearMethod
+from minisrv.kernels.linear import LinearMethod
+from minisrv.kernels.linear_op import TracedLinearMethod
 
 EXAMPLE_ROWS = 6
 """Number of tokens in the step that is traced. With one or none, Dynamo would make a graph for that

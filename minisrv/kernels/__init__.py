@@ -18,6 +18,7 @@ from minisrv.kernels.elementwise import (
     take_rows,
     take_rows_op,
 )
+from minisrv.kernels.linear_op import linear_op
 from minisrv.kernels.registration import DIRECT
 from minisrv.kernels.sampling import ALL, apply_bitmask, apply_bitmask_op, sample, sample_op
 from minisrv.kernels.step_inputs import (
@@ -42,6 +43,7 @@ __all__ = [
     "gather_decode",
     "gather_decode_op",
     "gather_mixed_op",
+    "linear_op",
     "rms_norm",
     "rms_norm_op",
     "sample",

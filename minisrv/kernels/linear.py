@@ -63,7 +63,7 @@ class LinearMethod(ABC):
     not influence each other.
 
     `apply` is all that a method must have. The other operations are for methods that fuse them with
-    the product; here, norm, product and gate are an op each.
+    the product, or write it where it is wanted; here, each is an op of its own.
     """
 
     weight: Tensor
@@ -97,18 +97,28 @@ class LinearMethod(ABC):
         """Return the weight [out, in]."""
         raise NotImplementedError(f"{type(self).__name__} has no plain weight")
 
+    def apply_to(self, x: Tensor, out: Tensor) -> None:
+        """Write x W^T + b to out [T, out]."""
+        out.copy_(self.apply(x))
+
     def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """Write norm(x) W^T + b to out [T, out]."""
-        out.copy_(self.apply(normed(x, norm)))
+        self.apply_to(normed(x, norm), out)
 
     def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
         b."""
         silu_and_mul_op(self.apply(normed(x, norm)), out)
 
+    def add_to(self, x: Tensor, residual: Tensor) -> None:
+        """Add x W^T + b to residual [T, out], in place, by one kernel where there is one."""
+        if self.fuses_residual(x.shape[0]):
+            self.apply_with_residual(x, residual)
+        else:
+            residual.add_(self.apply(x))
+
     def fuses_residual(self, rows: int) -> bool:
-        """Whether `apply_with_residual` may be called with this number of rows. Otherwise the
-        caller adds the result of `apply`."""
+        """Whether `apply_with_residual` may be called with this number of rows."""
         return False
 
     def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
@@ -134,11 +144,11 @@ class UnquantizedLinearMethod(LinearMethod):
             return torch.mm(x, self.weight)
         return torch.addmm(self.bias, x, self.weight)
 
-    def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+    def apply_to(self, x: Tensor, out: Tensor) -> None:
         if self.bias is None:
-            torch.mm(normed(x, norm), self.weight, out=out)
+            torch.mm(x, self.weight, out=out)
         else:
-            torch.addmm(self.bias, normed(x, norm), self.weight, out=out)
+            torch.addmm(self.bias, x, self.weight, out=out)
 
     def fuses_residual(self, rows: int) -> bool:
         return True
@@ -160,6 +170,12 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
         out = x.new_empty(len(x), self.weight.shape[1])
         self._skinny_gemm(x, None, out)
         return out
+
+    def apply_to(self, x: Tensor, out: Tensor) -> None:
+        if self._uses_skinny_gemm(x):
+            self._skinny_gemm(x, None, out)
+        else:
+            super().apply_to(x, out)
 
     def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         if self._uses_skinny_gemm(x):
@@ -331,42 +347,6 @@ METHODS: dict[str, type[LinearMethod]] = {
     )
 }
 """All methods by name."""
-
-
-def linear(x: Tensor, tensors: list[Tensor], out: Tensor, *, method: str) -> None:
-    """Write x W^T + b to out [T, out] by the method of that name that has these `tensors`."""
-    out.copy_(METHODS[method].of_tensors(tensors).apply(x))
-
-
-linear_op = register_op(
-    "linear",
-    "(Tensor x, Tensor[] tensors, Tensor(a!) out, *, str method) -> ()",
-    every_device=linear,
-)
-"""The op of a product for a compiler, which sees neither how the weight is stored nor which kernel
-multiplies: the kernel may depend on the number of rows, and a compiled program holds for any."""
-
-
-class TracedLinearMethod(LinearMethod):
-    """Takes the place of a method while a model is traced: the product is one op, and what other
-    methods fuse with it is left to the compiler.
-
-    out_features: the width of the product.
-    """
-
-    def __init__(self, method: LinearMethod, out_features: int) -> None:
-        self._tensors = method.tensors
-        self.name = type(method).__name__
-        self.out_features = out_features
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self._tensors
-
-    def apply(self, x: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[0], self.out_features)
-        linear_op(x, self._tensors, out, method=self.name)
-        return out
 
 
 def lay_side_by_side(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -69,13 +69,9 @@ class Projection(nn.Module):
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add x W^T + b to residual [T, out], in place."""
-        if self.method.fuses_residual(x.shape[0]):
-            self.method.apply_with_residual(x, residual)
-            return
-        product = self.method.apply(x)
-        # If each of several GPUs had some of the weight's input columns, their products would be
-        # summed here, and no method could fuse the residual.
-        residual.add_(product)
+        # If each of several GPUs had some of the weight's input columns, their products would have
+        # to be summed before, and no method could fuse the residual.
+        self.method.add_to(x, residual)
 
     def destinations(self) -> Iterator[Destination]:
         """Yield the name and the view of each merged weight, which a checkpoint stores as [out,

@@ -18,8 +18,8 @@ from minisrv.kernels.linear import (
     LinearMethod,
     UnquantizedLinearMethod,
     lay_side_by_side,
-    linear_op,
 )
+from minisrv.kernels.linear_op import linear_op
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import job_of, make
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minisrv.kernels import tiles
-from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, TracedLinearMethod
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, Norm
+from minisrv.kernels.linear_op import TracedLinearMethod
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 16])
@@ -21,13 +22,27 @@ def test_the_op_multiplies_as_the_method_does(
     dtype: torch.dtype, quantization: str | None, bias: bool, rows: int
 ):
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(n, 32, generator=generator).to(dtype) for n in (48, rows))
+    weight, x, residual = (
+        torch.randn(*size, generator=generator).to(dtype)
+        for size in ((48, 32), (rows, 32), (rows, 48))
+    )
     added = torch.randn(48, generator=generator).to(dtype) if bias else None
+    norm = Norm(torch.randn(32, generator=generator).to(dtype), 1e-5)
     method: LinearMethod = LINEAR_METHODS[quantization](weight, added)
-    traced = TracedLinearMethod(method, 48)
-    assert torch.equal(traced.apply(x), method.apply(x))
     again = type(method).of_tensors(method.tensors)
-    assert torch.equal(again.apply(x), method.apply(x))
+
+    def results(by: LinearMethod) -> list[torch.Tensor]:
+        found = [by.apply(x), *(x.new_empty(rows, width) for width in (48, 48, 24))]
+        by.apply_to(x, found[1])
+        by.apply_with_norm(x, norm, found[2])
+        by.apply_with_norm_and_gate(x, norm, found[3])
+        by.add_to(x, total := residual.clone())
+        return [*found, total]
+
+    expected = results(method)
+    for other in (TracedLinearMethod(method, 48), again):
+        for wanted, computed in zip(expected, results(other), strict=True):
+            assert torch.equal(computed, wanted)
 
 
 @pytest.mark.gpu

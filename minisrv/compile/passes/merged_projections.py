@@ -16,7 +16,8 @@ from torch import fx
 
 from minisrv.compile.program import Merged, Source, Weight
 from minisrv.compile.writes import written_by
-from minisrv.kernels.linear import METHODS, LinearMethod, linear_op
+from minisrv.kernels.linear import METHODS, LinearMethod
+from minisrv.kernels.linear_op import linear_op
 
 MOST_BYTES = 4 << 20
 """Maximum number of bytes that a merged weight takes beside the others."""
@@ -29,7 +30,7 @@ def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
     """How often each tensor's memory has been written so far."""
     for node in graph.nodes:
         if node.target == linear_op:
-            x, tensors, _ = node.args
+            x, tensors, _, _ = node.args
             key = (_origin(x), str(_shape(x)), node.kwargs["method"], len(tensors))
             groups.setdefault((*key, writes[_storage(x)]), []).append(node)
         writes.update(_storage(argument) for argument in written_by(node))
@@ -72,20 +73,20 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) ->
             tensor.meta["example_value"] = example
             sources[tensor.name] = Merged(tuple(paths), index)
             tensors.append(tensor)
-    widths = [_shape(node.args[2])[1] for node in nodes]
+    widths = [_shape(node.args[3])[1] for node in nodes]
     with graph.inserting_before(first):
         rows = graph.call_method("size", (x, 0))
         rows.meta["example_value"] = _shape(x)[0]
         out = graph.call_method("new_empty", (x, rows, sum(widths)))
         out.meta["example_value"] = _example(x).new_empty(_shape(x)[0], sum(widths))
-        graph.call_function(linear_op, (x, tensors, out), {"method": first.kwargs["method"]})
+        graph.call_function(linear_op, (x, tensors, None, out), {"method": first.kwargs["method"]})
         begin = 0
         for node, width in zip(nodes, widths, strict=True):
             columns = (slice(None), slice(begin, begin + width))
             part = graph.call_function(operator.getitem, (out, columns))
             part.meta["example_value"] = _example(out)[columns]
             begin += width
-            own: Any = node.args[2]
+            own: Any = node.args[3]
             graph.erase_node(node)
             own.replace_all_uses_with(part)
             graph.erase_node(own)
