@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path as FilePath
 from typing import Any, Protocol, TypeVar
@@ -26,111 +27,39 @@ import torch
 from torch import Tensor
 
 from minisrv.compile import artifacts
+from minisrv.compile.decorator import Compiled
+from minisrv.compile.values import (
+    Argument,
+    AttentionCall,
+    Description,
+    Intermediate,
+    Merged,
+    Path,
+    PieceCall,
+    Preparation,
+    Rotation,
+    Shifted,
+    Static,
+    Value,
+    Weight,
+)
 from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
+from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LinearMethod
 from minisrv.kernels.registration import register_op
+from minisrv.model_config import ModelConfig
+from minisrv.nn.rope import rotation_table
 
 logger = logging.getLogger(__name__)
 
 _TEMPORARY = "TMPDIR"
 
-Path = tuple[str, ...]
-"""The names of attributes that lead from a model to a tensor, or numbers where a list is."""
-
-
-class Weight(msgspec.Struct, frozen=True, tag=True):
-    """A tensor of the model that all steps use whole."""
-
-    path: Path
-
-
-class Static(msgspec.Struct, frozen=True, tag=True):
-    """The first rows of a static buffer of the model, as many as the step has."""
-
-    name: str
-
-
-class Argument(msgspec.Struct, frozen=True, tag=True):
-    """An argument of the forward."""
-
-    name: str
-
-
-class Merged(msgspec.Struct, frozen=True, tag=True):
-    """A tensor of the linear method whose weight is those of several side by side.
-
-    methods: the paths of the linear methods.
-    index: which of its tensors.
-    """
-
-    methods: tuple[Path, ...]
-    index: int
-
-
-class Intermediate(msgspec.Struct, frozen=True, tag=True):
-    """A value that outlives the piece that makes it, in a buffer of the program.
-
-    buffer: the number of the buffer.
-    shape: its sizes; None is the number of rows.
-    dtype: torch's name of its dtype.
-    """
-
-    buffer: int
-    shape: tuple[int | None, ...]
-    dtype: str
-
-
-Source = Weight | Merged | Argument
-"""Where an input of a whole forward is found."""
-
-Value = Source | Static | Intermediate
-"""Where an argument of a call is found."""
-
-
-class PieceCall(msgspec.Struct, frozen=True, tag=True):
-    """The call of a piece.
-
-    piece: its index among the pieces of the program.
-    arguments: all its arguments, in the order that the piece has them.
-    """
-
-    piece: int
-    arguments: list[Value]
-
-
-class AttentionCall(msgspec.Struct, frozen=True, tag=True):
-    """The call of the attention op for a layer."""
-
-    qkv: Value
-    positions: Value
-    out: Value
-    layer: int
-
-
-class PieceFile(msgspec.Struct, frozen=True):
-    """The package of a piece: its key in the cache, and the digest of its content."""
-
-    key: str
-    digest: str
-
-
-class Description(msgspec.Struct, frozen=True):
-    """All that is kept of a program.
-
-    max_rows: the most rows that its pieces were compiled for.
-    matches: how often each pass has found its pattern.
-    """
-
-    max_rows: int
-    matches: dict[str, int]
-    pieces: list[PieceFile]
-    calls: list[PieceCall | AttentionCall]
-
 
 class Model(Protocol):
     """What a program needs of a model besides its weights."""
 
+    config: ModelConfig
     qkv: Tensor
     attn_out: Tensor
     dtype: torch.dtype
@@ -200,7 +129,7 @@ piece_op = register_op(
 """The op of a call of a piece."""
 
 
-class Program:
+class Program(Compiled):
     """The compiled forward of a model: `program(input_ids, positions, out)` does what the model's
     own forward does, within a forward context.
 
@@ -225,11 +154,17 @@ class Program:
         self._weights: dict[Value, Tensor] = {}
         self._merged: dict[tuple[Path, ...], LinearMethod] = {}
         self._buffers: dict[int, Tensor] = {}
+        self._preparations: dict[int, Preparation] = {}
+        """What the attention op does besides for each layer, by index."""
+        self._layers: tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]] = ([], [])
+        """The model's own layers, and what was made of them."""
         self._calls: list[tuple[_Call, tuple[Value, ...], tuple[Value, ...]]] = []
         for call in description.calls:
             if isinstance(call, AttentionCall):
                 read: tuple[Value, ...] = (call.qkv, call.positions)
                 self._calls.append((_attention(call.layer), read, (call.out,)))
+                if call.preparation is not None:
+                    self._preparations[call.layer] = call.preparation
                 continue
             piece = pieces[call.piece]
             read = tuple(call.arguments[index] for index in piece.read)
@@ -239,6 +174,11 @@ class Program:
             for value in (*read, *written):
                 self._bind(value)
                 between()
+        for done in self._preparations.values():
+            for source in (done.q_norm, done.k_norm, done.rotation):
+                if source is not None:
+                    self._bind(source)
+                    between()
 
     @classmethod
     def load(
@@ -286,6 +226,29 @@ class Program:
         """The buffers of the values that outlive a piece; a step overwrites what it reads."""
         return list(self._buffers.values())
 
+    def attention_layers(self, own: Sequence[AttentionLayer]) -> Sequence[AttentionLayer]:
+        """See `Compiled`."""
+        if self._layers[0] is not own:
+            layers = [self._prepared(index, layer) for index, layer in enumerate(own)]
+            self._layers = own, layers
+        return self._layers[1]
+
+    def _prepared(self, index: int, layer: AttentionLayer) -> AttentionLayer:
+        done = self._preparations.get(index)
+        if done is None:
+            return layer
+
+        def of(source: Value | None) -> Tensor | None:
+            return None if source is None else self._weights[source]
+
+        return replace(
+            layer,
+            q_norm=of(done.q_norm),
+            k_norm=of(done.k_norm),
+            eps=done.eps,
+            cos_sin=of(done.rotation),
+        )
+
     def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
         """Run the forward: input_ids [T] int64 and positions [T] int64 give out [T, hidden]."""
         rows = len(input_ids)
@@ -303,7 +266,7 @@ class Program:
 
     def _tensor(self, value: Value, rows: int, arguments: dict[str, Tensor]) -> Tensor:
         match value:
-            case Weight() | Merged():
+            case Weight() | Merged() | Shifted() | Rotation():
                 return self._weights[value]
             case Static():
                 buffer: Tensor = getattr(self._model, value.name)
@@ -317,21 +280,33 @@ class Program:
                 return self._buffers[value.buffer][: _product(sizes)].view(sizes)
 
     def _bind(self, value: Value) -> None:
-        """Find a weight, or make a buffer."""
-        if isinstance(value, Weight) and value not in self._weights:
-            self._weights[value] = _find(self._model, value.path, Tensor).detach()
-        elif isinstance(value, Merged) and value not in self._weights:
-            if value.methods not in self._merged:
-                found = [_find(self._model, path, LinearMethod) for path in value.methods]  # type: ignore[type-abstract]
-                self._merged[value.methods] = type(found[0]).merged(found)
-            self._weights[value] = self._merged[value.methods].tensors[value.index]
-        elif isinstance(value, Intermediate) and value.buffer not in self._buffers:
-            most = [self.max_rows if size is None else size for size in value.shape]
-            dtype = getattr(torch, value.dtype)
-            if not isinstance(dtype, torch.dtype):
-                raise CompilationError(f"{value.dtype} is no dtype.")
-            made = torch.zeros(_product(most), dtype=dtype, device=self._model.qkv.device)
-            self._buffers[value.buffer] = made
+        """Find a weight, compute one that the model does not have, or make a buffer."""
+        if value in self._weights:
+            return
+        match value:
+            case Weight():
+                self._weights[value] = _find(self._model, value.path, Tensor).detach()
+            case Shifted():
+                weight = _find(self._model, value.path, Tensor).detach()
+                self._weights[value] = (weight.float() + value.by).to(weight.dtype)
+            case Rotation():
+                frequencies = _find(self._model, value.frequencies, Tensor)
+                positions = self._model.config.max_position_embeddings
+                self._weights[value] = rotation_table(
+                    frequencies, value.scale, positions, self._model.dtype
+                )
+            case Merged():
+                if value.methods not in self._merged:
+                    found = [_find(self._model, path, LinearMethod) for path in value.methods]  # type: ignore[type-abstract]
+                    self._merged[value.methods] = type(found[0]).merged(found)
+                self._weights[value] = self._merged[value.methods].tensors[value.index]
+            case Intermediate() if value.buffer not in self._buffers:
+                most = [self.max_rows if size is None else size for size in value.shape]
+                dtype = getattr(torch, value.dtype)
+                if not isinstance(dtype, torch.dtype):
+                    raise CompilationError(f"{value.dtype} is no dtype.")
+                made = torch.zeros(_product(most), dtype=dtype, device=self._model.qkv.device)
+                self._buffers[value.buffer] = made
 
 
 _T = TypeVar("_T")

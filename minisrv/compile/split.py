@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name
 
-from minisrv.compile.program import (
+from minisrv.compile.nodes import example, origin, shape, storage
+from minisrv.compile.trace import Trace
+from minisrv.compile.values import (
     AttentionCall,
     Intermediate,
     PieceCall,
@@ -29,13 +31,15 @@ from minisrv.compile.program import (
     Value,
     Weight,
 )
-from minisrv.compile.trace import Trace
 from minisrv.compile.writes import written_by
 from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
 
 STATIC = ("qkv", "attn_out")
 """The static buffers of a model, of which a step uses the first rows."""
+
+PREPARATION = "preparation"
+"""The key of the `Preparation` in the `meta` of a node of the attention op that has one."""
 
 _WITHOUT_EFFECT = (torch._C._log_api_usage_once, torch.ops.aten._assert_scalar.default)
 
@@ -109,17 +113,17 @@ class _Splitter:
         self.values: dict[fx.Node, Value] = {}
         """Where each tensor is found that is not made in the piece that uses it."""
         self.buffers = _Buffers()
-        self._static: set[int] = set()
-        self._last_writes: dict[int, int] = {}
+        self._static: set[int | None] = set()
+        self._last_writes: dict[int | None, int] = {}
         """The number of the last segment that writes each memory."""
-        self._outliving: dict[int, fx.Node] = {}
+        self._outliving: dict[int | None, fx.Node] = {}
         """The nodes that are kept in buffers, by the memory that they had in the trace."""
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name in traced.sources:
                 source = traced.sources[node.name]
                 self.values[node] = source
                 if _static_name(source) is not None:
-                    self._static.add(_storage(node))
+                    self._static.add(storage(node))
 
     def run(self) -> Schedule:
         schedule, known = Schedule(), dict[str, int]()
@@ -127,12 +131,13 @@ class _Splitter:
         last_uses = self._last_uses(segments)
         for number, segment in enumerate(segments):
             for node in _nodes(segment):
-                self._last_writes |= {_storage(one): number for one in written_by(node)}
+                self._last_writes |= {storage(one): number for one in written_by(node)}
         for number, segment in enumerate(segments):
             if isinstance(segment, fx.Node):
                 qkv, positions, out = (self.values[node] for node in segment.all_input_nodes)
                 layer: Any = segment.args[3]
-                schedule.calls.append(AttentionCall(qkv, positions, out, layer))
+                preparation = segment.meta.get(PREPARATION)
+                schedule.calls.append(AttentionCall(qkv, positions, out, layer, preparation))
             else:
                 piece, nodes = self._piece(segment, number, last_uses)
                 index = known.setdefault(piece.content(), len(schedule.pieces))
@@ -178,7 +183,7 @@ class _Splitter:
         uses: dict[fx.Node, int] = {}
         for number, segment in enumerate(segments):
             for node in _nodes(segment):
-                uses |= dict.fromkeys(node.all_input_nodes, number)
+                uses |= dict.fromkeys(map(self._whole, node.all_input_nodes), number)
         return uses
 
     def _piece(
@@ -186,20 +191,21 @@ class _Splitter:
     ) -> tuple[Piece, list[fx.Node]]:
         """Return the piece of a segment, and the nodes whose values are its arguments."""
         made = set(segment)
-        used = dict.fromkeys(n for node in segment for n in node.all_input_nodes if n not in made)
-        given = [node for node in used if isinstance(_example(node), Tensor)]
+        used = (n for node in segment for n in node.all_input_nodes if n not in made)
+        given = [n for n in dict.fromkeys(map(self._whole, used)) if n not in made]
+        given = [node for node in given if isinstance(example(node), Tensor)]
         kept = [
             node
             for node in segment
-            if last_uses.get(node, -1) > number and isinstance(_example(node), Tensor)
+            if last_uses.get(node, -1) > number and isinstance(example(node), Tensor)
         ]
         for node in kept:
-            if _storage(node) in self._static:
+            if storage(node) in self._static:
                 raise CompilationError(
                     f"{node} is a view of a static buffer that outlives a piece."
                 )
-            other = self._outliving.setdefault(_storage(node), node)
-            if other is not node and self._last_writes.get(_storage(node), -1) > number:
+            other = self._outliving.setdefault(storage(node), node)
+            if other is not node and self._last_writes.get(storage(node), -1) > number:
                 raise CompilationError(
                     f"{other} and {node} are views of one memory that a later piece writes."
                 )
@@ -214,7 +220,12 @@ class _Splitter:
 
         def copied(node: fx.Node) -> fx.Node:
             if node not in copies:
-                copies[node] = self._size(graph, node, copied, given, copies)
+                whole = self._whole(node)
+                if whole is node:
+                    copies[node] = self._size(graph, node, copied, given, copies)
+                else:
+                    dims = (-1 if self._equals_rows(size) else size for size in shape(node))
+                    copies[node] = graph.call_method("view", (copied(whole), *dims))
             return copies[node]
 
         for node in segment:
@@ -223,6 +234,12 @@ class _Splitter:
             graph.call_method("copy_", (output, copies[node]))
         graph.output(())
         return Piece(fx.GraphModule({}, graph), specs), [*given, *kept]
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """Return the tensor of which a node is another shape, if it is made by the graph. A piece
+        is given that one, so that no two of its arguments are the same memory."""
+        whole: fx.Node = origin(node)
+        return node if isinstance(self.values.get(whole), Source | Static) else whole
 
     def _inputs(self) -> dict[fx.Node, Value]:
         return {n: v for n, v in self.values.items() if isinstance(v, Source)}
@@ -234,28 +251,28 @@ class _Splitter:
         if not self._is_rows(node):
             return graph.node_copy(node, copied)
         for tensor in given:
-            for dim, size in enumerate(_example(tensor).shape):
+            for dim, size in enumerate(example(tensor).shape):
                 if self._equals_rows(size):
                     return graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
         raise CompilationError("a piece has no argument that has the rows of the step.")
 
     def _is_rows(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and self._equals_rows(_example(node))
+        return isinstance(node, fx.Node) and self._equals_rows(example(node))
 
     def _equals_rows(self, size: Any) -> bool:
         return isinstance(size, torch.SymInt) and bool(size.node.expr == self.rows.node.expr)
 
     def _spec(self, node: fx.Node, *, kept: bool) -> TensorSpec:
         """Return the spec of a node's value; a value that is kept in a buffer is contiguous."""
-        example: Tensor = _example(node)
-        shape = tuple(None if self._equals_rows(size) else size for size in example.shape)
-        if any(isinstance(size, torch.SymInt) for size in shape):
+        value: Tensor = example(node)
+        known = tuple(None if self._equals_rows(size) else size for size in value.shape)
+        if any(isinstance(size, torch.SymInt) for size in known):
             raise CompilationError(
-                f"{node} has the shape {tuple(example.shape)}; sizes are constants, or the number "
+                f"{node} has the shape {tuple(value.shape)}; sizes are constants, or the number "
                 "of rows."
             )
-        dense = kept or example.is_contiguous()
-        return TensorSpec(shape, example.dtype, None if dense else tuple(example.stride()))
+        dense = kept or value.is_contiguous()
+        return TensorSpec(known, value.dtype, None if dense else tuple(value.stride()))
 
 
 class _Buffers:
@@ -294,14 +311,6 @@ def _static_name(value: Value | None) -> str | None:
     if isinstance(value, Weight) and len(value.path) == 1 and value.path[0] in STATIC:
         return value.path[0]
     return None
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
-
-
-def _storage(node: fx.Node) -> int:
-    return int(_example(node).untyped_storage()._cdata)
 
 
 def _qualified_name(target: Any) -> str:

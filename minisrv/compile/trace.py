@@ -18,7 +18,7 @@ from torch._dynamo.exc import Unsupported
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from minisrv.compile.program import Argument, Path, Source, Weight
+from minisrv.compile.values import Argument, Path, Source, Weight
 from minisrv.errors import CompilationError
 from minisrv.kernels.linear import LinearMethod
 from minisrv.kernels.linear_op import TracedLinearMethod

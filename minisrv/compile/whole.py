@@ -35,8 +35,21 @@ from minisrv.nn.model import Model
 
 logger = logging.getLogger(__name__)
 
+Forward = Callable[[Tensor, Tensor, Tensor], None]
+"""A forward as `Compiled` runs it."""
+
 TRACED_TOKENS = 8
 """Maximum number of tokens of the step that is traced. See also `MIN_TOKENS`."""
+
+
+class _Whole(Compiled):
+    """What torch.compile made of a forward."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+        self._forward(input_ids, positions, out)
 
 
 def compile_whole(
@@ -70,7 +83,7 @@ def compile_whole(
             "--compilation-mode NONE."
         ) from error
     progress(len(sizes), len(sizes))
-    model.compiled = compiled
+    model.compiled = _Whole(compiled)
 
 
 def warm_up_sizes(max_num_tokens: int) -> Iterator[int]:
@@ -93,12 +106,12 @@ def _choose_directory() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
 
 
-def _stock(model: Model) -> Compiled:
-    compiled: Compiled = torch.compile(model.forward, dynamic=True)
+def _stock(model: Model) -> Forward:
+    compiled: Forward = torch.compile(model.forward, dynamic=True)
     return compiled
 
 
-def _traced_once(model: Model) -> Compiled:
+def _traced_once(model: Model) -> Forward:
     """Return the forward of a model, traced at its first call and never again.
 
     Errors of the second trace are raised by the call that would need it.
@@ -115,7 +128,7 @@ def _traced_once(model: Model) -> Compiled:
 
         return compile_fx(graph, inputs)
 
-    traced: Compiled = torch.compile(
+    traced: Forward = torch.compile(
         model.forward,
         fullgraph=True,
         dynamic=False,  # all but the dimensions that are marked
@@ -142,7 +155,7 @@ def _arguments(model: Model, num_tokens: int, *, mark_dynamic: bool) -> tuple[Te
 
 
 @torch.no_grad()
-def _run(model: Model, compiled: Compiled, arguments: tuple[Tensor, ...]) -> None:
+def _run(model: Model, compiled: Forward, arguments: tuple[Tensor, ...]) -> None:
     """Run a compiled forward without attention."""
     context = ForwardContext(
         CUDAGraphMode.NONE, BatchDescriptor(len(arguments[0])), graph_break=lambda attention: None

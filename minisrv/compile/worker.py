@@ -164,9 +164,10 @@ def compile_model(
     from minisrv.compile import artifacts
     from minisrv.compile.inductor import compile_piece
     from minisrv.compile.passes import apply_passes
-    from minisrv.compile.program import Description, LoadedPiece, PieceFile
+    from minisrv.compile.program import LoadedPiece
     from minisrv.compile.split import split
     from minisrv.compile.trace import trace
+    from minisrv.compile.values import Description, PieceFile
     from minisrv.nn.loader import load_model
 
     directory = artifacts.program_directory(job.key())

@@ -55,12 +55,13 @@ class Decoder(nn.Module):
 
     qkv: [max_num_tokens, qkv_size], the argument of the attention op, shared by all layers.
     attn_out: [max_num_tokens, q_size], the result of the attention op, shared by all layers.
-    attention_layers: the layers as the attention op takes them, with their KV caches.
+    own_attention_layers: the layers as the attention op takes them, with their KV caches.
     """
 
     cos_sin: Tensor
     dynamic_dims: ClassVar[Mapping[str, int]]
     compiled: Compiled | None
+    attention_layers: Sequence[AttentionLayer]
     qkv: Tensor
     attn_out: Tensor
 
@@ -88,7 +89,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos_sin", table, persistent=False)
         self.register_buffer("qkv", None, persistent=False)
         self.register_buffer("attn_out", None, persistent=False)
-        self.attention_layers: list[AttentionLayer] = []
+        self.own_attention_layers: Sequence[AttentionLayer] = []
 
     def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
         """Run the model: input_ids [T] int64 and positions [T] int64 give out [T, hidden], after
@@ -117,10 +118,11 @@ class Decoder(nn.Module):
 
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
-        self.attention_layers = []
+        layers = []
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             assert isinstance(layer, DecoderLayer)
-            self.attention_layers.append(layer.attention.bind(kv_cache, self.cos_sin))
+            layers.append(layer.attention.bind(kv_cache, self.cos_sin))
+        self.own_attention_layers = layers
 
     def prepare(self, *, quantization: str | None = None) -> None:
         """Make a model whose weights are filled ready to run: compute tensors that no checkpoint

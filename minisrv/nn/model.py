@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from minisrv.compile.decorator import Compilable
-from minisrv.kernels import AttentionLayer
 from minisrv.model_config import ModelConfig
 
 
@@ -23,7 +22,6 @@ class Model(Compilable, Protocol):
     bytes_read: the number of bytes of weights that a decode step reads at least: all weights except
         an embedding that is not the output projection too, and those of the experts of a mixture
         that a single token leaves out.
-    attention_layers: the layers as the attention op takes them, with their KV caches.
     qkv: [max_num_tokens, qkv_size], the argument of the attention op, shared by all layers.
     attn_out: [max_num_tokens, q_size], the result of the attention op, shared by all layers.
     """
@@ -31,7 +29,6 @@ class Model(Compilable, Protocol):
     config: ModelConfig
     dtype: torch.dtype
     bytes_read: int
-    attention_layers: list[AttentionLayer]
     qkv: Tensor
     attn_out: Tensor
 

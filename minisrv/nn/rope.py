@@ -31,16 +31,27 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 def cos_sin_table(
     rope: RopeConfig, head_dim: int, max_positions: int, dtype: torch.dtype
 ) -> Tensor:
+    """Return the `rotation_table` of a model."""
+    frequencies = inverse_frequencies(rope, head_dim)
+    return rotation_table(frequencies, rope.attention_factor, max_positions, dtype)
+
+
+def rotation_table(
+    frequencies: Tensor, scale: float, max_positions: int, dtype: torch.dtype
+) -> Tensor:
     """Return [max_positions, 2 * head_dim]: for each element of a head the cosine of its angle,
     then the sine, negative for the first half. The rotation of x is x * cos + (x with its halves
     swapped) * sin.
 
+    frequencies: [head_dim / 2] float32, the radians per position of each rotated pair.
+    scale: the factor of cosines and sines.
+
     The table is computed in float32 and rounded to the dtype of serving, as transformers does at
     each use. Pair i of a head consists of its elements i and i + head_dim / 2.
     """
-    positions = torch.arange(max_positions, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
-    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    positions = torch.arange(max_positions, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(positions, frequencies)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos, -sin, sin), dim=-1).to(dtype)
 
 

@@ -124,6 +124,7 @@ class TransformersModel(nn.Module):
 
     dynamic_dims: ClassVar[Mapping[str, int]]
     compiled: Compiled | None
+    attention_layers: Sequence[AttentionLayer]
     qkv: Tensor
     attn_out: Tensor
 
@@ -142,7 +143,7 @@ class TransformersModel(nn.Module):
         self.bytes_read: int
         self.register_buffer("qkv", None, persistent=False)
         self.register_buffer("attn_out", None, persistent=False)
-        self.attention_layers: list[AttentionLayer] = []
+        self.own_attention_layers: Sequence[AttentionLayer] = []
 
     def forward(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
         """See `Model`."""
@@ -213,7 +214,7 @@ class TransformersModel(nn.Module):
 
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """See `Model`."""
-        self.attention_layers = [
+        self.own_attention_layers = [
             AttentionLayer(
                 num_heads=call.num_heads,
                 num_kv_heads=call.num_kv_heads,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from minisrv.compile.passes import apply_passes
-from minisrv.compile.program import Description, LoadedPiece, Program, loaded_pieces
+from minisrv.compile.program import LoadedPiece, Program, loaded_pieces
 from minisrv.compile.split import Piece, split
 from minisrv.compile.trace import trace
+from minisrv.compile.values import Description
 from minisrv.graph.forward_context import set_forward_context
 from tests.architectures import make_transformers_checkpoint
 from tests.compile.compiled import job_of, make

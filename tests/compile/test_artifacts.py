@@ -11,7 +11,8 @@ import pytest
 
 from minisrv.cache import cache_directory, read_cached, write_cached
 from minisrv.compile import artifacts
-from minisrv.compile.program import Description, LoadedPiece, Program
+from minisrv.compile.program import LoadedPiece, Program
+from minisrv.compile.values import Description
 from minisrv.errors import CompilationError
 from tests.compile.compiled import Compiled
 from tests.nn.driver import Driver

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from minisrv.compile.passes import apply_passes
 from minisrv.compile.passes.no_op_views import remove_no_op_views
-from minisrv.compile.program import Merged
 from minisrv.compile.trace import fake_mode, trace
+from minisrv.compile.values import Merged
 from minisrv.kernels.linear import (
     LINEAR_METHODS,
     LinearMethod,

@@ -34,6 +34,12 @@ def step_of(driver: Driver, rows: int) -> Step:
     return driver.context(batch)
 
 
+def as_compiled(step: Step, program: Program, driver: Driver) -> Step:
+    """Return a step with the attention layers that a program calls the op for."""
+    layers = program.attention_layers(driver.model.attention_layers)
+    return (*step[:2], replace(step[2], layers=layers))
+
+
 def run(function: Callable[..., None], step: Step, width: int) -> Tensor:
     """Return the hidden states of a step."""
     ids, positions, context = step
@@ -60,6 +66,7 @@ def test_a_step_is_that_of_the_models_own_forward(driver: Driver, loaded: Progra
     model, step = driver.model, step_of(driver, rows)
     width = model.config.hidden_size
     expected = run(model.forward, step, width)
+    step = as_compiled(step, loaded, driver)
     computed = run(loaded, step, width)
     torch.testing.assert_close(computed, expected, atol=1e-4, rtol=0)
     with torch.inference_mode():
@@ -75,7 +82,7 @@ def test_a_step_is_that_of_the_models_own_forward(driver: Driver, loaded: Progra
 def test_a_replay_is_bit_equal_to_the_run(
     driver: Driver, loaded: Program, mode: CUDAGraphMode, rows: int
 ):
-    ids, positions, context = step_of(driver, rows)
+    ids, positions, context = as_compiled(step_of(driver, rows), loaded, driver)
     width = driver.model.config.hidden_size
     expected = run(loaded, (ids, positions, context), width)
     wrapper = CUDAGraphWrapper(loaded, mode, CPUTapeBackend())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch._dynamo.utils import counters
 
-from minisrv.compile.program import AttentionCall, PieceCall
+from minisrv.compile.values import AttentionCall, PieceCall
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import SHAPE, job_of, schedule_of
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from minisrv.compile.decorator import support_torch_compile
+from minisrv.compile.decorator import Compiled, support_torch_compile
 
 
 @support_torch_compile(dynamic_dims={"input_ids": 0, "positions": 0, "out": 0})
@@ -44,3 +46,20 @@ def test_what_is_compiled_is_no_part_of_the_model():
     assert [*model.modules()] == [model]
     assert model.state_dict() == {}
     assert Sum.dynamic_dims == {"input_ids": 0, "positions": 0, "out": 0}
+
+
+def test_compiled_code_may_describe_its_attention_layers_in_another_way():
+    model = Sum()
+    model.own_attention_layers = ["own"]
+    assert model.attention_layers == ["own"]
+
+    class Other(Compiled):
+        def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None: ...
+
+        def attention_layers(self, own: Any) -> Any:
+            return [*own, "other"]
+
+    model.compiled = Other()
+    assert model.attention_layers == ["own", "other"]
+    model.compiled = None
+    assert model.attention_layers == ["own"]

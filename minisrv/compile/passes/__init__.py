@@ -13,8 +13,8 @@ from torch import fx
 
 from minisrv.compile.passes.merged_projections import merge_projections
 from minisrv.compile.passes.no_op_views import remove_no_op_views
-from minisrv.compile.program import Source
 from minisrv.compile.trace import Trace
+from minisrv.compile.values import Source
 
 Pass = Callable[[fx.Graph, dict[str, Source]], int]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from minisrv.compile.program import Merged, Source, Weight
+from minisrv.compile.values import Merged, Source, Weight
 from minisrv.compile.writes import written_by
 from minisrv.kernels.linear import METHODS, LinearMethod
 from minisrv.kernels.linear_op import linear_op

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from minisrv.compile.program import Source
+from minisrv.compile.values import Source
 
 _METHODS = ("view", "reshape", "contiguous", "to", "float", "expand", "expand_as")
 

@@ -1,0 +1,132 @@
+"""A program as data: the calls of a forward, and where the arguments of each are found.
+
+Knows: what is kept of a program in the cache. Knows nothing of how it is made or run.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+Path = tuple[str, ...]
+"""The names of attributes that lead from a model to a tensor, or numbers where a list is."""
+
+
+class Weight(msgspec.Struct, frozen=True, tag=True):
+    """A tensor of the model that all steps use whole."""
+
+    path: Path
+
+
+class Static(msgspec.Struct, frozen=True, tag=True):
+    """The first rows of a static buffer of the model, as many as the step has."""
+
+    name: str
+
+
+class Argument(msgspec.Struct, frozen=True, tag=True):
+    """An argument of the forward."""
+
+    name: str
+
+
+class Merged(msgspec.Struct, frozen=True, tag=True):
+    """A tensor of the linear method whose weight is those of several side by side.
+
+    methods: the paths of the linear methods.
+    index: which of its tensors.
+    """
+
+    methods: tuple[Path, ...]
+    index: int
+
+
+class Shifted(msgspec.Struct, frozen=True, tag=True):
+    """A tensor of the model to which a number is added, in its own dtype."""
+
+    path: Path
+    by: float
+
+
+class Rotation(msgspec.Struct, frozen=True, tag=True):
+    """The table of cosines and sines (`nn.rope`) of all positions that the model serves.
+
+    frequencies: the path of the radians per position of each rotated pair.
+    scale: the factor of cosines and sines.
+    """
+
+    frequencies: Path
+    scale: float
+
+
+class Intermediate(msgspec.Struct, frozen=True, tag=True):
+    """A value that outlives the piece that makes it, in a buffer of the program.
+
+    buffer: the number of the buffer.
+    shape: its sizes; None is the number of rows.
+    dtype: torch's name of its dtype.
+    """
+
+    buffer: int
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+Source = Weight | Merged | Shifted | Rotation | Argument
+"""Where an input of a whole forward is found."""
+
+Value = Source | Static | Intermediate
+"""Where an argument of a call is found."""
+
+
+class PieceCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of a piece.
+
+    piece: its index among the pieces of the program.
+    arguments: all its arguments, in the order that the piece has them.
+    """
+
+    piece: int
+    arguments: list[Value]
+
+
+class Preparation(msgspec.Struct, frozen=True):
+    """What the attention op does to queries and keys of a layer in a program, where the model's own
+    forward does it before the op: see `AttentionLayer`."""
+
+    q_norm: Source | None
+    k_norm: Source | None
+    eps: float
+    rotation: Rotation | None
+
+
+class AttentionCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of the attention op for a layer.
+
+    preparation: None if the layer is described as for the model's own forward.
+    """
+
+    qkv: Value
+    positions: Value
+    out: Value
+    layer: int
+    preparation: Preparation | None = None
+
+
+class PieceFile(msgspec.Struct, frozen=True):
+    """The package of a piece: its key in the cache, and the digest of its content."""
+
+    key: str
+    digest: str
+
+
+class Description(msgspec.Struct, frozen=True):
+    """All that is kept of a program.
+
+    max_rows: the most rows that its pieces were compiled for.
+    matches: how often each pass has found its pattern.
+    """
+
+    max_rows: int
+    matches: dict[str, int]
+    pieces: list[PieceFile]
+    calls: list[PieceCall | AttentionCall]
