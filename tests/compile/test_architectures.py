@@ -3,38 +3,40 @@ compiled. The pieces are run by torch's operations here."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from minisrv.compile.passes import apply_passes
-from minisrv.compile.program import LoadedPiece, Program, loaded_pieces
-from minisrv.compile.split import Piece, split
+from minisrv.compile.program import Program
+from minisrv.compile.split import split
 from minisrv.compile.trace import trace
 from minisrv.compile.values import Description
 from minisrv.graph.forward_context import set_forward_context
 from tests.architectures import make_transformers_checkpoint
 from tests.compile.compiled import job_of, make
+from tests.compile.interpreted import InterpretedPiece
 from tests.nn.driver import Driver
 
 
-class InterpretedPiece(LoadedPiece):
-    """Takes the place of a piece that is loaded."""
-
-    def __init__(self, piece: Piece) -> None:
-        self.piece = piece
-        self.read, self.written = list(range(len(piece.arguments))), []
-        self.number = -1 - len(loaded_pieces)
-        loaded_pieces[self.number] = self
-
-    def run(self, read: list[Tensor], written: list[Tensor]) -> None:
-        self.piece.graph(*read)
-
-
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma3_text", "gpt2", "mixtral", "smollm3", "cohere2", "gpt_oss", "opt"]
+    "name",
+    [
+        "llama",
+        "qwen3",
+        "gemma",
+        "olmo2",
+        "phi3",
+        "gemma3_text",
+        "gpt2",
+        "mixtral",
+        "smollm3",
+        "cohere2",
+        "gpt_oss",
+        "opt",
+    ],
 )
 def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
     job = job_of(make_transformers_checkpoint(tmp_path, name), "transformers")
@@ -45,10 +47,12 @@ def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
     driver = Driver(model, max_len=32)
     pieces = [InterpretedPiece(piece) for piece in schedule.pieces]
     program = Program(Description(128, {}, [], schedule.calls), pieces, model)
+    layers = program.attention_layers(model.attention_layers)
     for rows in (1, 9):
         ids, positions, context = driver.context([(0, list(range(3, 3 + rows)))])
         expected, computed = (torch.empty(rows, model.config.hidden_size) for _ in range(2))
         with torch.inference_mode(), set_forward_context(context):
             model.forward(ids, positions, expected)
+        with torch.inference_mode(), set_forward_context(replace(context, layers=layers)):
             program(ids, positions, computed)
         torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)

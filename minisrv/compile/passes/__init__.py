@@ -11,8 +11,12 @@ from collections.abc import Callable
 
 from torch import fx
 
+from minisrv.compile.passes.fused_attention import fuse_attention
+from minisrv.compile.passes.fused_gates import fuse_gates
+from minisrv.compile.passes.fused_norms import fuse_norms
 from minisrv.compile.passes.merged_projections import merge_projections
 from minisrv.compile.passes.no_op_views import remove_no_op_views
+from minisrv.compile.passes.residual_adds import add_to_residuals
 from minisrv.compile.trace import Trace
 from minisrv.compile.values import Source
 
@@ -21,6 +25,10 @@ Pass = Callable[[fx.Graph, dict[str, Source]], int]
 PASSES: dict[str, Pass] = {
     "no-op views": remove_no_op_views,
     "merged projections": merge_projections,
+    "products added to residuals": add_to_residuals,
+    "norms in products": fuse_norms,
+    "gates in products": fuse_gates,
+    "norms and rotations in attention": fuse_attention,
 }
 """All passes by name, in the order in which they are applied."""
 

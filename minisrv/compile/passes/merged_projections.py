@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from minisrv.compile.nodes import erase_unused, example, origin, replace, shape, storage
 from minisrv.compile.values import Merged, Source, Weight
 from minisrv.compile.writes import written_by
 from minisrv.kernels.linear import METHODS, LinearMethod
@@ -26,14 +27,14 @@ MOST_BYTES = 4 << 20
 def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
     """Merge the products of one input. It holds for any number of rows."""
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-    writes: Counter[int] = Counter()
+    writes: Counter[int | None] = Counter()
     """How often each tensor's memory has been written so far."""
     for node in graph.nodes:
         if node.target == linear_op:
             x, tensors, _, _ = node.args
-            key = (_origin(x), str(_shape(x)), node.kwargs["method"], len(tensors))
-            groups.setdefault((*key, writes[_storage(x)]), []).append(node)
-        writes.update(_storage(argument) for argument in written_by(node))
+            key = (origin(x), str(shape(x)), node.kwargs["method"], len(tensors))
+            groups.setdefault((*key, writes[storage(x)]), []).append(node)
+        writes.update(storage(argument) for argument in written_by(node))
     merged = [nodes for nodes in groups.values() if len(nodes) > 1 and _takes_little(nodes)]
     for nodes in merged:
         _merge(graph, nodes, sources)
@@ -45,7 +46,7 @@ def _takes_little(nodes: list[fx.Node]) -> bool:
     are."""
     parts = _methods(nodes)
     there = {tensor.untyped_storage()._cdata for part in parts for tensor in part.tensors}
-    with _example(nodes[0].args[0]).fake_mode:
+    with example(nodes[0].args[0]).fake_mode:
         made = type(parts[0]).merged(parts).tensors
     more = [tensor for tensor in made if tensor.untyped_storage()._cdata not in there]
     return sum(tensor.nbytes for tensor in more) <= MOST_BYTES
@@ -54,7 +55,7 @@ def _takes_little(nodes: list[fx.Node]) -> bool:
 def _methods(nodes: list[fx.Node]) -> list[LinearMethod]:
     """Return the methods of products, of tensors that have shapes only."""
     method = METHODS[str(nodes[0].kwargs["method"])]
-    return [method.of_tensors([_example(tensor) for tensor in _tensors(node)]) for node in nodes]
+    return [method.of_tensors([example(tensor) for tensor in _tensors(node)]) for node in nodes]
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) -> None:
@@ -67,51 +68,31 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) ->
         assert isinstance(source, Weight), "a product has a weight of the model"
         paths.append(source.path[:-2])  # without "tensors" and the index
     tensors = []
-    with graph.inserting_before(next(iter(graph.nodes))), _example(x).fake_mode:
-        for index, example in enumerate(type(parts[0]).merged(parts).tensors):
+    with graph.inserting_before(next(iter(graph.nodes))), example(x).fake_mode:
+        for index, value in enumerate(type(parts[0]).merged(parts).tensors):
             tensor = graph.placeholder(f"merged_{first.name}_{index}")
-            tensor.meta["example_value"] = example
+            tensor.meta["example_value"] = value
             sources[tensor.name] = Merged(tuple(paths), index)
             tensors.append(tensor)
-    widths = [_shape(node.args[3])[1] for node in nodes]
+    widths = [shape(node.args[3])[1] for node in nodes]
     with graph.inserting_before(first):
         rows = graph.call_method("size", (x, 0))
-        rows.meta["example_value"] = _shape(x)[0]
+        rows.meta["example_value"] = shape(x)[0]
         out = graph.call_method("new_empty", (x, rows, sum(widths)))
-        out.meta["example_value"] = _example(x).new_empty(_shape(x)[0], sum(widths))
+        out.meta["example_value"] = example(x).new_empty(shape(x)[0], sum(widths))
         graph.call_function(linear_op, (x, tensors, None, out), {"method": first.kwargs["method"]})
         begin = 0
         for node, width in zip(nodes, widths, strict=True):
             columns = (slice(None), slice(begin, begin + width))
             part = graph.call_function(operator.getitem, (out, columns))
-            part.meta["example_value"] = _example(out)[columns]
+            part.meta["example_value"] = example(out)[columns]
             begin += width
             own: Any = node.args[3]
             graph.erase_node(node)
-            own.replace_all_uses_with(part)
-            graph.erase_node(own)
-
-
-def _origin(node: Any) -> Any:
-    """Return the node of which this one is a view; the products of one input take views of it that
-    are alike."""
-    while node.op == "call_method" and node.target in ("reshape", "view"):
-        node = node.args[0]
-    return node
+            replace(own, part)
+            erase_unused(own)
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     tensors: Any = node.args[1]
     return list(tensors)
-
-
-def _example(node: Any) -> Any:
-    return node.meta["example_value"]
-
-
-def _storage(node: Any) -> int:
-    return int(_example(node).untyped_storage()._cdata)
-
-
-def _shape(node: Any) -> Any:
-    return _example(node).shape
