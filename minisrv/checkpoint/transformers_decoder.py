@@ -31,6 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from minisrv.errors import ConfigError, UnknownArchitectureError, shown
 from minisrv.model_config import (
@@ -50,6 +51,9 @@ served, and with masks. Under the second one the choice of experts is recorded t
 EXPERTS = "batched_mm"
 """The form in which transformers computes experts that has kernels for every dtype and device;
 others read back which experts a batch uses."""
+
+LINEARS = (nn.Linear, Conv1D)
+"""The classes of linear layers. What is derived from them does more."""
 
 _NEUTRAL: dict[str, Any] = {
     "output_attentions": False,
@@ -148,10 +152,14 @@ class Rotation:
 
 @dataclass
 class Recording:
-    """The calls of a step that are recorded, each kind in its order."""
+    """The calls of a step that are recorded, each kind in its order.
+
+    linears: the linear layers, each once, with the input of its first call.
+    """
 
     attention: list[AttentionCall] = field(default_factory=list)
     experts: list[ExpertsCall] = field(default_factory=list)
+    linears: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,8 @@ class MetaDecoder:
     rotations: the rotary frequencies that depend on the length of the text. Their modules compute
         them no more (the `rope_type` there is "default"): that would read positions back, and take
         those of a whole batch for one text.
+    siblings: the names in the model of linear layers that get the same input, in the order of
+        their calls; in each group all have a bias, or none.
     """
 
     model: PreTrainedModel
@@ -176,6 +186,7 @@ class MetaDecoder:
     hidden_size: int
     output_class: type[Any]
     rotations: list[Rotation]
+    siblings: list[list[str]]
 
 
 _recording: ContextVar[Recording] = ContextVar("recording")
@@ -307,7 +318,17 @@ def make_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> MetaDecoder:
         hidden_size,
         type(output),
         rotations,
+        _siblings(model, recorded),
     )
+
+
+def _siblings(model: nn.Module, recorded: Recording) -> list[list[str]]:
+    """Return the names of the linear layers that are recorded with the same input."""
+    names = {module: name for name, module in model.named_modules()}
+    groups: dict[tuple[int, bool], list[str]] = {}
+    for module, x in recorded.linears.items():
+        groups.setdefault((id(x), module.bias is not None), []).append(names[module])
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def try_as_served(decoder: MetaDecoder) -> None:
@@ -322,12 +343,23 @@ def try_as_served(decoder: MetaDecoder) -> None:
 def _recorded(backbone: nn.Module, ids: Tensor, **arguments: Any) -> tuple[Recording, Any]:
     """Return what is recorded of a step, and the backbone's result."""
     recording = Recording()
+
+    def record_linear(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        recording.linears.setdefault(module, arguments[0])
+
+    hooks = [
+        module.register_forward_pre_hook(record_linear)
+        for module in backbone.modules()
+        if type(module) in LINEARS
+    ]
     token = _recording.set(recording)
     try:
         with torch.no_grad():
             output = backbone(ids, position_ids=ids, use_cache=False, **arguments)
     finally:
         _recording.reset(token)
+        for hook in hooks:
+            hook.remove()
     return recording, output
 
 

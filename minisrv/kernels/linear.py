@@ -87,10 +87,10 @@ class LinearMethod(ABC):
 
     @classmethod
     def merged(cls, methods: Sequence[LinearMethod]) -> LinearMethod:
-        """Return the method of the weights of several methods of this class side by side. They are
-        copied, unless they lie so in memory (`lay_side_by_side`)."""
+        """Return the method of the weights of several methods of this class side by side, which are
+        copied, unless they lie so already (`methods_of_one_input`)."""
         biases = [method.bias for method in methods if method.bias is not None]
-        weight = _joined([method.plain_weight() for method in methods])
+        weight = torch.cat([method.plain_weight() for method in methods])
         return cls(weight, torch.cat(biases) if biases else None)  # type: ignore[call-arg]
 
     def plain_weight(self) -> Tensor:
@@ -135,6 +135,17 @@ class UnquantizedLinearMethod(LinearMethod):
         turned = weight.dtype == torch.float32 and weight.device.type == "cpu"
         self.weight = weight.t().contiguous() if turned else weight.t()
         self.bias = bias
+
+    @classmethod
+    def merged(cls, methods: Sequence[LinearMethod]) -> LinearMethod:
+        tensors = [_whole(parts) for parts in zip(*(one.tensors for one in methods), strict=True)]
+        found = [tensor for tensor in tensors if tensor is not None]
+        return cls.of_tensors(found) if len(found) == len(tensors) else super().merged(methods)
+
+    def parts(self, widths: Sequence[int]) -> list[Self]:
+        """Return the methods of so many outputs each, whose weights are views of this one's."""
+        tensors = zip(*(one.split(widths, dim=-1) for one in self.tensors), strict=True)
+        return [self.of_tensors(list(part)) for part in tensors]
 
     def plain_weight(self) -> Tensor:
         return self.weight.t()
@@ -349,41 +360,44 @@ METHODS: dict[str, type[LinearMethod]] = {
 """All methods by name."""
 
 
-def lay_side_by_side(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return weights [out, in] of which those of the same width and dtype follow each other in
-    memory, so that `LinearMethod.merged` need not copy them. On a CPU they are returned as they
-    are: the layouts of its methods are copies."""
-    groups: dict[tuple[int, torch.dtype], list[int]] = {}
-    for index, weight in enumerate(weights):
-        if weight.device.type != "cpu":
-            groups.setdefault((weight.shape[1], weight.dtype), []).append(index)
-    laid = list(weights)
-    for group in groups.values():
-        if len(group) > 1:
-            parts = [weights[index] for index in group]
-            for index, part in zip(group, torch.cat(parts).split([*map(len, parts)]), strict=True):
-                laid[index] = part
-    return laid
-
-
-def _joined(weights: Sequence[Tensor]) -> Tensor:
-    """Return weights [out, in] side by side: a view if they lie so in memory, or else a copy."""
-    first = weights[0]
-    memory, end = first.untyped_storage()._cdata, first.storage_offset()
-    for weight in weights:
-        begins = weight.untyped_storage()._cdata, weight.storage_offset()
-        if not weight.is_contiguous() or begins != (memory, end):
-            return torch.cat([*weights])
-        end += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
-
-
 LINEAR_METHODS: dict[str | None, Callable[[Tensor, Tensor | None], LinearMethod]] = {
     None: _unquantized,
     "int8": Int8LinearMethod,
 }
 """For each quantisation of the settings, the function that makes the method of a weight [out, in]
 and a bias [out]. The weight may be dropped afterwards."""
+
+
+def methods_of_one_input(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], quantization: str | None
+) -> list[LinearMethod]:
+    """Return the methods of weights [out, in], by which the same x is multiplied, and their biases,
+    which all have or none. Where the layout allows it, the weights lie side by side, so that a
+    merged method of them takes no more memory."""
+    if quantization is None and len(weights) > 1:
+        chosen = _unquantized_method(weights[0])
+        if issubclass(chosen, UnquantizedLinearMethod):
+            added = [bias for bias in biases if bias is not None]
+            whole = chosen(torch.cat(list(weights)), torch.cat(added) if added else None)
+            return list(whole.parts([len(weight) for weight in weights]))
+    return [
+        LINEAR_METHODS[quantization](weight, bias)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor of which these are parts that lie side by side in the last dimension; None
+    if they do not."""
+    first, width = parts[0], 0
+    for part in parts:
+        begin = first.storage_offset() + width * first.stride(-1)
+        same_memory = part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same_memory or part.stride() != first.stride() or part.storage_offset() != begin:
+            return None
+        width += part.shape[-1]
+    shape = (*first.shape[:-1], width)
+    return first.as_strided(shape, first.stride(), first.storage_offset())
 
 
 def multiplies_bfloat16() -> bool:

@@ -21,11 +21,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from minisrv.checkpoint.transformers_decoder import AttentionCall, MetaDecoder
+from minisrv.checkpoint.transformers_decoder import LINEARS, AttentionCall, MetaDecoder
 from minisrv.compile.decorator import Compiled, support_torch_compile
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
-from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, lay_side_by_side
+from minisrv.kernels.linear import LinearMethod, methods_of_one_input
 from minisrv.model_config import ModelConfig
 
 PAGED = "minisrv"
@@ -168,17 +168,14 @@ class TransformersModel(nn.Module):
             self.bytes_read -= embedding.weight.nbytes
         self.bytes_read -= sum(call.unused(_nbytes) for call in self.decoder.experts)
         self._compute_rotations()
+        for names in self.decoder.siblings:
+            linears = _linears(list(map(model.get_submodule, names)), quantization)
+            for name, linear in zip(names, linears, strict=True):
+                model.set_submodule(name, linear)
         for module in list(model.modules()):
-            linears: dict[str, Any] = {
-                name: child
-                for name, child in module.named_children()
-                if type(child) in (nn.Linear, Conv1D)  # what is derived from them does more
-            }
-            weights = lay_side_by_side([_weight(child) for child in linears.values()])
-            for (name, child), weight in zip(linears.items(), weights, strict=True):
-                bias = None if child.bias is None else child.bias.detach()
-                method = LINEAR_METHODS[quantization](weight, bias)
-                setattr(module, name, Linear(method, len(weight)))
+            for name, child in module.named_children():
+                if type(child) in LINEARS:
+                    setattr(module, name, *_linears([child], quantization))
         # The output projection is computed by a model without its backbone.
         self.backbone = model.get_submodule(self.decoder.backbone)
         model.set_submodule(self.decoder.backbone, GivenHidden(self.decoder.output_class))
@@ -237,7 +234,14 @@ def _nbytes(weight: Tensor) -> int:
     return weight.nbytes
 
 
-def _weight(module: Any) -> Tensor:
-    """Return the weight [out, in] of an `nn.Linear` or `Conv1D`."""
-    weight: Tensor = module.weight.detach()
-    return weight.t().contiguous() if isinstance(module, Conv1D) else weight  # stores [in, out]
+def _linears(modules: Sequence[Any], quantization: str | None) -> list[Linear]:
+    """Return the same linear layers of transformers, which get the same input, multiplied by linear
+    methods."""
+    weights, biases = [], []
+    for module in modules:
+        weight = module.weight.detach()
+        # Conv1D stores [in, out].
+        weights.append(weight.t().contiguous() if isinstance(module, Conv1D) else weight)
+        biases.append(None if module.bias is None else module.bias.detach())
+    methods = methods_of_one_input(weights, biases, quantization)
+    return [Linear(method, len(weight)) for method, weight in zip(methods, weights, strict=True)]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx
 
-from minisrv.compile.passes import apply_passes
+from minisrv.compile.passes import apply_passes, merged_projections
 from minisrv.compile.passes.no_op_views import remove_no_op_views
 from minisrv.compile.trace import fake_mode, trace
 from minisrv.compile.values import Merged
-from minisrv.kernels.linear import (
-    LINEAR_METHODS,
-    LinearMethod,
-    UnquantizedLinearMethod,
-    lay_side_by_side,
-)
+from minisrv.kernels import linear
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod, methods_of_one_input
 from minisrv.kernels.linear_op import linear_op
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import job_of, make
@@ -64,40 +59,40 @@ def test_the_products_of_one_input_are_merged_in_each_layer(tmp_path: Path):
     assert all(len({path[2] for path in paths}) == 1 for paths in merged), "of one layer"
 
 
-@pytest.mark.gpu
-def test_weights_that_lie_side_by_side_are_merged_whatever_their_size(
+def test_large_products_are_merged_only_where_their_weights_lie_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """On a GPU nothing is copied, so large products are merged there too."""
-    monkeypatch.setattr("minisrv.compile.passes.merged_projections.MOST_BYTES", 0)
-    found = {}
-    for device in ("cpu", "cuda"):
-        job = job_of(make_checkpoint(tmp_path / device), "transformers", device=device)
-        traced = trace(partial(make, job, "dummy"), device)
-        found[device] = apply_passes(traced)["merged projections"]
-    assert found == {"cpu": 0, "cuda": 2 * 2}
+    monkeypatch.setattr(merged_projections, "MOST_BYTES", 0)
+    job = job_of(make_checkpoint(tmp_path, num_hidden_layers=1), "transformers")
+
+    def merged() -> int:
+        return apply_passes(trace(lambda: make(job, "dummy"), "cpu"))["merged projections"]
+
+    assert merged() == 0, "in the layout of oneDNN"
+    monkeypatch.setattr(linear, "_onednn_takes", lambda dtype: False)
+    assert merged() == 2
 
 
-def test_merged_weights_are_a_view_where_they_can_be():
-    with fake_mode():
-        apart = [torch.empty(rows, 8, device="cuda") for rows in (4, 2, 6)]
-        laid = lay_side_by_side(apart)
-        assert [weight.shape for weight in laid] == [weight.shape for weight in apart]
-        parts = [UnquantizedLinearMethod(weight, None) for weight in laid]
-        assert _shares(UnquantizedLinearMethod.merged(parts[1:]), laid[0])
-        assert not _shares(UnquantizedLinearMethod.merged([parts[0], parts[2]]), laid[0])
-        assert not _shares(UnquantizedLinearMethod.merged(parts[::-1]), laid[0])
-    weights = [torch.randn(rows, 8, dtype=torch.bfloat16) for rows in (4, 6)]
-    side_by_side = torch.cat(weights).split([4, 6])
-    merged = [
-        UnquantizedLinearMethod.merged([UnquantizedLinearMethod(one, None) for one in some])
-        for some in (weights, side_by_side)
-    ]
-    assert torch.equal(merged[0].tensors[0], merged[1].tensors[0])
-
-
-def _shares(method: LinearMethod, weight: Tensor) -> bool:
-    return method.tensors[0].untyped_storage()._cdata == weight.untyped_storage()._cdata
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_merged_weight_of_one_input_takes_no_memory(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(linear, "_onednn_takes", lambda dtype: False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 32, generator=generator)
+    weights = [torch.randn(width, 32, generator=generator) for width in (48, 16, 8)]
+    biases = [torch.randn(len(w), generator=generator) if bias else None for w in weights]
+    methods = methods_of_one_input(weights, biases, None)
+    for method, weight, added in zip(methods, weights, biases, strict=True):
+        torch.testing.assert_close(method.apply(x), torch.nn.functional.linear(x, weight, added))
+    for some in (methods, methods[1:]):
+        merged = type(some[0]).merged(some)
+        assert torch.equal(merged.apply(x), torch.cat([method.apply(x) for method in some], 1))
+        assert merged.weight.data_ptr() == some[0].weight.data_ptr()
+    others = [methods[0], methods[2]]
+    copied = type(others[0]).merged(others)
+    assert copied.weight.data_ptr() != others[0].weight.data_ptr(), "others are between"
+    torch.testing.assert_close(copied.apply(x), torch.cat([m.apply(x) for m in others], 1))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,9 +1,9 @@
 """Products of one input, such as q, k and v, or gate and up: one product by the weights side by
 side.
 
-At few rows a product of small weights takes hardly longer than its launch. On a CPU the merged
-weight is stored beside the others, which the model's own forward still uses, so only small ones are
-merged; large ones gain nothing there. On a GPU it is where the others are.
+At few rows a product of small weights takes hardly longer than its launch, and a product that is
+alone can norm its argument and gate its halves. Where a merged weight has to be stored beside the
+others, which the model's own forward still uses, only small ones are merged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import fx
 from minisrv.compile.nodes import erase_unused, example, origin, replace, shape, storage
 from minisrv.compile.values import Merged, Source, Weight
 from minisrv.compile.writes import written_by
-from minisrv.kernels.linear import METHODS, LinearMethod
+from minisrv.kernels.linear import METHODS
 from minisrv.kernels.linear_op import linear_op
 
 MOST_BYTES = 4 << 20
-"""Maximum number of bytes that a merged weight takes beside the others."""
+"""Maximum size in bytes of a merged weight that is a copy."""
 
 
 def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
@@ -35,41 +35,28 @@ def merge_projections(graph: fx.Graph, sources: dict[str, Source]) -> int:
             key = (origin(x), str(shape(x)), node.kwargs["method"], len(tensors))
             groups.setdefault((*key, writes[storage(x)]), []).append(node)
         writes.update(storage(argument) for argument in written_by(node))
-    merged = [nodes for nodes in groups.values() if len(nodes) > 1 and _takes_little(nodes)]
-    for nodes in merged:
-        _merge(graph, nodes, sources)
-    return len(merged)
+    return sum(_merge(graph, nodes, sources) for nodes in groups.values() if len(nodes) > 1)
 
 
-def _takes_little(nodes: list[fx.Node]) -> bool:
-    """Whether the merged tensors of products take at most `MOST_BYTES` beside those that there
-    are."""
-    parts = _methods(nodes)
-    there = {tensor.untyped_storage()._cdata for part in parts for tensor in part.tensors}
-    with example(nodes[0].args[0]).fake_mode:
-        made = type(parts[0]).merged(parts).tensors
-    more = [tensor for tensor in made if tensor.untyped_storage()._cdata not in there]
-    return sum(tensor.nbytes for tensor in more) <= MOST_BYTES
-
-
-def _methods(nodes: list[fx.Node]) -> list[LinearMethod]:
-    """Return the methods of products, of tensors that have shapes only."""
-    method = METHODS[str(nodes[0].kwargs["method"])]
-    return [method.of_tensors([example(tensor) for tensor in _tensors(node)]) for node in nodes]
-
-
-def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) -> None:
+def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) -> bool:
     first = nodes[0]
     x: Any = first.args[0]
-    parts = _methods(nodes)
+    method = METHODS[str(first.kwargs["method"])]
+    stored = [[example(tensor) for tensor in _tensors(node)] for node in nodes]
+    with example(x).fake_mode:
+        merged = method.merged([method.of_tensors(tensors) for tensors in stored]).tensors
+    memory = {tensor.untyped_storage()._cdata for tensors in stored for tensor in tensors}
+    copied = [one for one in merged if one.untyped_storage()._cdata not in memory]
+    if sum(tensor.nbytes for tensor in copied) > MOST_BYTES:
+        return False
     paths = []
     for node in nodes:
         source = sources[_tensors(node)[0].name]
         assert isinstance(source, Weight), "a product has a weight of the model"
         paths.append(source.path[:-2])  # without "tensors" and the index
     tensors = []
-    with graph.inserting_before(next(iter(graph.nodes))), example(x).fake_mode:
-        for index, value in enumerate(type(parts[0]).merged(parts).tensors):
+    with graph.inserting_before(next(iter(graph.nodes))):
+        for index, value in enumerate(merged):
             tensor = graph.placeholder(f"merged_{first.name}_{index}")
             tensor.meta["example_value"] = value
             sources[tensor.name] = Merged(tuple(paths), index)
@@ -91,6 +78,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], sources: dict[str, Source]) ->
             graph.erase_node(node)
             replace(own, part)
             erase_unused(own)
+    return True
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
