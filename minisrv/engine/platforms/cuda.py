@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 PROBE_BLOCKS = 4
 """Number of blocks that each row of a probe may use, besides one full context."""
 
-COMPILER_BYTES = 1 << 30
-"""Number of bytes of the GPU for the process that compiles: CUDA's context, and a tensor as large
-as each weight of a piece, on which its kernels are tried."""
+COMPILER_BYTES = 3 << 29
+"""Number of bytes of the GPU for the two processes that compile: in each CUDA's context, and
+tensors as large as the weights that a kernel of its pieces reads, on which the kernel is tried."""
 
 
 class CUDAPlatform(Platform):
