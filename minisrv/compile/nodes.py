@@ -105,12 +105,6 @@ def origin(node: Any) -> Any:
     return node
 
 
-def is_owned(node: Any) -> bool:
-    """Whether the memory of a node's tensor is made by the graph, and no input of it."""
-    inputs = {storage(one) for one in node.graph.nodes if one.op == "placeholder"}
-    return storage(node) not in inputs
-
-
 def is_only_for(value: fx.Node, users: Collection[fx.Node]) -> bool:
     """Whether nothing but these nodes uses the elements of a value, or of views of it."""
     return all(
@@ -119,17 +113,22 @@ def is_only_for(value: fx.Node, users: Collection[fx.Node]) -> bool:
     )
 
 
-def nodes_after(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes that run after a node."""
-    following = node.next
-    while following.op != "root":
-        yield following
-        following = following.next
+def users_of_memory(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """Return the nodes that take each memory as an argument, in their order."""
+    found: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for memory in {storage(one) for one in node.all_input_nodes}:
+            found.setdefault(memory, []).append(node)
+    return found
 
 
-def writes(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a node writes the memory of a value."""
-    return any(storage(one) == storage(value) for one in written_by(node))
+def writers_of_memory(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """Return the nodes that write each memory, in their order."""
+    found: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for one in written_by(node):
+            found.setdefault(storage(one), []).append(node)
+    return found
 
 
 def readers(result: fx.Node, x: fx.Node) -> list[fx.Node]:

@@ -134,6 +134,7 @@ class Program(Compiled):
     own forward does, within a forward context.
 
     max_rows: the most tokens of a step.
+    summary: a line about its size, and how often each pass has found its pattern.
     """
 
     def __init__(
@@ -149,6 +150,11 @@ class Program(Compiled):
         between: see `load`.
         """
         self.max_rows = min(description.max_rows, len(model.qkv))
+        matches = ", ".join(f"{name} {count}" for name, count in description.matches.items())
+        self.summary = (
+            f"a compiled program of {len(description.calls)} calls, {len(pieces)} distinct pieces; "
+            f"matches of passes: {matches}"
+        )
         self._pieces = pieces
         self._model = model
         self._weights: dict[Value, Tensor] = {}
@@ -212,14 +218,9 @@ class Program(Compiled):
         for index, package in enumerate(packages):
             pieces.append(LoadedPiece(package, sizes[index]))
             between()
-        found = ", ".join(f"{name} {count}" for name, count in description.matches.items())
-        logger.info(
-            "a compiled program of %d calls, %d distinct pieces; matches of passes: %s",
-            len(description.calls),
-            len(pieces),
-            found,
-        )
-        return cls(description, pieces, model, between)
+        program = cls(description, pieces, model, between)
+        logger.info("loaded %s", program.summary)
+        return program
 
     @property
     def buffers(self) -> list[Tensor]:

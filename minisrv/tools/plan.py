@@ -113,6 +113,7 @@ def print_measured_plan(config: EngineConfig) -> None:
     """Start the engine, and print the coverage with which it serves and the time and memory of each
     graph. Raises the errors of start-up (ConfigError, ModelError, GraphError)."""
     from minisrv.certification.startup import time_graphs
+    from minisrv.compile.program import Program
     from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes
 
@@ -124,6 +125,8 @@ def print_measured_plan(config: EngineConfig) -> None:
         progress.close()
     _print_coverage(engine.config, engine.dispatcher)
     print_modes(CompilationMode[engine.info.compilation_mode], engine.info.compilation_reason)
+    if isinstance(compiled := engine.runner.model.compiled, Program):
+        Console(highlight=False).print(f"Served by {compiled.summary}.", soft_wrap=True)
     table = Table("batch", "size", "mode", "ends at", "ms", "MiB")
     for column in table.columns[4:]:
         column.justify = "right"

@@ -20,7 +20,8 @@ from minisrv.compile.nodes import (
     origin,
     readers,
     replace,
-    writes,
+    storage,
+    writers_of_memory,
 )
 from minisrv.compile.passes.norms import match_norm
 from minisrv.compile.values import Source
@@ -29,14 +30,19 @@ from minisrv.kernels.linear_op import linear_op
 
 def fuse_norms(graph: fx.Graph, sources: dict[str, Source]) -> int:
     """Let products norm their argument. It holds for any number of rows."""
-    matches = 0
+    writers, matches = writers_of_memory(graph), 0
     for node in list(graph.nodes):
         if node.target == linear_op and node.args[2] is None and not node.kwargs.get("add"):
-            matches += _fuse(graph, node, sources)
+            matches += _fuse(graph, node, sources, writers)
     return matches
 
 
-def _fuse(graph: fx.Graph, node: fx.Node, sources: dict[str, Source]) -> bool:
+def _fuse(
+    graph: fx.Graph,
+    node: fx.Node,
+    sources: dict[str, Source],
+    writers: dict[int | None, list[fx.Node]],
+) -> bool:
     x: Any = node.args[0]
     _, tensors, _, out = node.args
     normed = origin(x)
@@ -44,8 +50,8 @@ def _fuse(graph: fx.Graph, node: fx.Node, sources: dict[str, Source]) -> bool:
     if norm is None or not example(norm.x).is_contiguous() or not _only_for(normed, node):
         return False
     first = min(readers(normed, norm.x))
-    writers = [one for one in graph.nodes if writes(one, norm.x) and one < node]
-    if not writers or writers[-1].target != linear_op or writers[-1] > first:
+    before = [one for one in writers.get(storage(norm.x), []) if one < node]
+    if not before or before[-1].target != linear_op or before[-1] > first:
         return False
     weight = norm.weight_input(graph, sources)
     with graph.inserting_before(x):
