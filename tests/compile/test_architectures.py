@@ -3,12 +3,15 @@ compiled. The pieces are run by torch's operations here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minisrv.compile.passes import apply_passes
 from minisrv.compile.program import Program
@@ -49,12 +52,54 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", [*MATCHES, "opt"])
 def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
-    settings = {"num_hidden_layers": LAYERS, **SETTINGS.get(name, {})}
-    directory = make_transformers_checkpoint(tmp_path, name, **settings)
+    matches = rewritten(tmp_path, name, **SETTINGS.get(name, {}))
+    assert matches == MATCHES.get(name, matches)
+
+
+def by_matmul(angles: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the rotation as older versions of transformers do."""
+    frequencies = angles.inv_freq[None, :, None].float().expand(len(position_ids), -1, 1)
+    each = (frequencies @ position_ids[:, None, :].float()).transpose(1, 2)
+    both = torch.cat((each, each), dim=-1)
+    cos, sin = both.cos() * angles.attention_scaling, both.sin() * angles.attention_scaling
+    return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def swapped(angles: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = by_matmul(angles, x, position_ids)
+    return sin, cos
+
+
+def shifted(angles: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    return by_matmul(angles, x, position_ids + 1)
+
+
+def reversed_frequencies(angles: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = by_matmul(angles, x, position_ids)
+    return cos.flip(-1), sin.flip(-1)
+
+
+@pytest.mark.parametrize(
+    ("angles", "matches"), [(by_matmul, 2), (swapped, 0), (shifted, 0), (reversed_frequencies, 0)]
+)
+def test_other_rotations(
+    angles: Callable[..., tuple[Tensor, Tensor]],
+    matches: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", angles)
+    assert rewritten(tmp_path, "llama")[-1] == matches
+
+
+def rewritten(directory: Path, name: str, **settings: Any) -> tuple[int, ...]:
+    """Return the matches of the passes that fuse, once the result of a model has been found to be
+    that of the model's own forward."""
+    settings = {"num_hidden_layers": LAYERS, **settings}
+    make_transformers_checkpoint(directory, name, **settings)
     job = job_of(directory, "transformers")
     traced = trace(lambda: make(job, "dummy"), "cpu")
     matches = tuple(apply_passes(traced).values())[-4:]
-    assert matches == MATCHES.get(name, matches)
     schedule = split(traced)
     model = make(job)
     driver = Driver(model, max_len=32)
@@ -69,3 +114,4 @@ def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
         with torch.inference_mode(), set_forward_context(replace(context, layers=layers)):
             program(ids, positions, computed)
         torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
+    return matches

@@ -125,11 +125,18 @@ def _base(node: Any) -> Any:
     heads, or is of a leading dimension of one; None if it is no tensor of heads."""
     if _order(node) is None:
         return None
-    while operation(node) in _RESHAPES and _order(node.args[0]) is not None:
-        if operation(node) == "view" and _order(node.args[0]) != _order(node):
+    while operation(node) in _RESHAPES and _has_elements_of(node, node.args[0]):
+        before = _order(node.args[0])
+        if before is None or (operation(node) == "view" and before != _order(node)):
             break
         node = node.args[0]
     return node
+
+
+def _has_elements_of(node: Any, other: Any) -> bool:
+    """Whether the sizes of two tensors are the same, besides those of one and their order."""
+    before, after = Counter(sizes(other)), Counter(sizes(node))
+    return all(before[size] == after[size] for size in {*before, *after} - {1})
 
 
 def _order(node: Any) -> bool | None:
@@ -137,7 +144,7 @@ def _order(node: Any) -> bool | None:
     as [heads, T, head_dim], with leading dimensions of one; None if it is neither. The number of
     tokens is a symbol, so that it is no other size."""
     value = example(node)
-    if not isinstance(value, torch.Tensor) or value.dim() < 3:
+    if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.stride()[-1] != 1:
         return None
     if any(size != 1 for size in sizes(node)[:-3]):
         return None
@@ -217,10 +224,8 @@ def _match_angles(
 
 def _leaf(node: Any) -> Any:
     """Return what a node is a view or a conversion of, with the same elements once."""
-    while operation(node) in (*_RESHAPES, "expand", "float", "to", "type_as", "reshape"):
-        before, after = (Counter(sizes(one)) for one in (node.args[0], node))
-        if any(before[size] != after[size] for size in {*before, *after} - {1}):
-            break
+    names = (*_RESHAPES, "expand", "float", "to", "type_as", "reshape")
+    while operation(node) in names and _has_elements_of(node, node.args[0]):
         node = node.args[0]
     return node
 
