@@ -29,6 +29,20 @@ class Compiled(ABC):
         return own
 
 
+Forward = Callable[[Tensor, Tensor, Tensor], None]
+"""A forward as `Compiled` runs it."""
+
+
+class CompiledForward(Compiled):
+    """A function that calls the attention op as the model's own forward does."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
+        self._forward(input_ids, positions, out)
+
+
 class Compilable(Protocol):
     """An instance of a decorated class.
 

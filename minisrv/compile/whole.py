@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minisrv.cache import cache_directory
-from minisrv.compile.decorator import Compiled
+from minisrv.compile.decorator import CompiledForward, Forward
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.trace import make_products_ops
 from minisrv.errors import CompilationError
@@ -35,21 +35,8 @@ from minisrv.nn.model import Model
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Tensor, Tensor, Tensor], None]
-"""A forward as `Compiled` runs it."""
-
 TRACED_TOKENS = 8
 """Maximum number of tokens of the step that is traced. See also `MIN_TOKENS`."""
-
-
-class _Whole(Compiled):
-    """What torch.compile made of a forward."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-
-    def __call__(self, input_ids: Tensor, positions: Tensor, out: Tensor) -> None:
-        self._forward(input_ids, positions, out)
 
 
 def compile_whole(
@@ -83,7 +70,7 @@ def compile_whole(
             "--compilation-mode NONE."
         ) from error
     progress(len(sizes), len(sizes))
-    model.compiled = _Whole(compiled)
+    model.compiled = CompiledForward(compiled)
 
 
 def warm_up_sizes(max_num_tokens: int) -> Iterator[int]:

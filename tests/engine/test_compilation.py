@@ -24,7 +24,7 @@ import zmq
 
 from minisrv.certification.generation import build_generation, measure_speedup, model_keys
 from minisrv.certification.trial import StepTrial
-from minisrv.compile.decorator import Compiled
+from minisrv.compile.decorator import Compiled, CompiledForward, Forward
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.engine import compilation
@@ -103,7 +103,7 @@ class Process:
         self.closed = True
 
 
-def right(model: Decoder) -> Compiled:
+def right(model: Decoder) -> Forward:
     return lambda *args: FORWARD(model, *args)
 
 
@@ -116,7 +116,7 @@ class FakeCompiler:
     """
 
     model: Any = None
-    program: Callable[[Decoder], Compiled] = right
+    program: Callable[[Decoder], Forward] = right
     process: Process = field(default_factory=lambda: Process([Progress(), MADE]))
     cached: bool = False
     started: int = 0
@@ -140,7 +140,7 @@ class FakeCompiler:
     def load(self, directory: Path, between: Callable[[], None]) -> Compiled:
         assert directory == MADE
         between()
-        return self.program(self.model)
+        return CompiledForward(self.program(self.model))
 
 
 def start(checkpoint: str, compiler: FakeCompiler | None, **settings: Any) -> EngineCore:
@@ -261,8 +261,8 @@ def test_nothing_is_left_of_the_old_generation(checkpoint):
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def adds(amount: float) -> Callable[[Decoder], Compiled]:
-    def program(model: Decoder) -> Compiled:
+def adds(amount: float) -> Callable[[Decoder], Forward]:
+    def program(model: Decoder) -> Forward:
         def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
             FORWARD(model, ids, positions, out)
             out[:, 0] += amount
@@ -272,7 +272,7 @@ def adds(amount: float) -> Callable[[Decoder], Compiled]:
     return program
 
 
-def freezes(model: Decoder) -> Compiled:
+def freezes(model: Decoder) -> Forward:
     """A program with a value that a graph keeps from its capture."""
 
     def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
@@ -282,7 +282,7 @@ def freezes(model: Decoder) -> Compiled:
     return run
 
 
-def reads_back(model: Decoder) -> Compiled:
+def reads_back(model: Decoder) -> Forward:
     def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         FORWARD(model, ids, positions, out)
         out.mul_(1.0 if ids[0].item() >= 0 else 2.0)
@@ -290,7 +290,7 @@ def reads_back(model: Decoder) -> Compiled:
     return run
 
 
-def slow(model: Decoder) -> Compiled:
+def slow(model: Decoder) -> Forward:
     def run(*args: torch.Tensor) -> None:
         for _ in range(2 * TIMES):
             FORWARD(model, *args)
@@ -298,7 +298,7 @@ def slow(model: Decoder) -> Compiled:
     return run
 
 
-def binds_another_layer(model: Decoder) -> Compiled:
+def binds_another_layer(model: Decoder) -> Forward:
     """A program with the weights of the right shapes in the wrong places."""
 
     def run(*args: torch.Tensor) -> None:
@@ -310,14 +310,14 @@ def binds_another_layer(model: Decoder) -> Compiled:
     return run
 
 
-def fails(model: Decoder) -> Compiled:
+def fails(model: Decoder) -> Forward:
     def run(*args: torch.Tensor) -> None:
         raise RuntimeError("this code does not run")
 
     return run
 
 
-def cannot_be_loaded(model: Decoder) -> Compiled:
+def cannot_be_loaded(model: Decoder) -> Forward:
     raise CompilationError("this program is broken.")
 
 
@@ -369,7 +369,7 @@ def test_code_may_round_as_its_dtype_does(checkpoint, dtype, allowed, refused):
     """Compiled code rounds at other places than the model's own. As much noise as the dtype has is
     allowed, and far more is not."""
 
-    def program(model: Decoder, amount: float) -> Compiled:
+    def program(model: Decoder, amount: float) -> Forward:
         def run(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
             FORWARD(model, ids, positions, out)
             out.mul_(1 + amount * (-1.0) ** torch.arange(out.shape[1]))
@@ -523,7 +523,7 @@ def test_a_certification_waits_for_blocks(checkpoint):
     engine = start(checkpoint, None)
     pool, runner = engine.scheduler.block_pool, engine.runner
     held = [pool.allocate() for _ in range(pool.num_free)]
-    new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
+    new = Generation.empty(runner, CPUTapeBackend(), CompiledForward(right(runner.model)))
     free: list[int] = []
 
     def between() -> None:
@@ -553,7 +553,7 @@ def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
     for cache in runner.kv_caches:
         cache.zero_()  # what no step has written may be anything
     before = Generation.in_service(runner)
-    new = Generation.empty(runner, CPUTapeBackend(), right(runner.model))
+    new = Generation.empty(runner, CPUTapeBackend(), CompiledForward(right(runner.model)))
     buffers = [runner.model.qkv, runner.model.attn_out, runner.buffers.hidden]
     turns = 0
 
@@ -591,7 +591,7 @@ def test_what_a_run_changes_before_it_makes_way_is_found(checkpoint):
         runner.request_tensors.seed[1] += 1
         FORWARD(runner.model, *args)
 
-    new = Generation.empty(runner, CPUTapeBackend(), program)
+    new = Generation.empty(runner, CPUTapeBackend(), CompiledForward(program))
     turn = AlwaysOver(lambda: None)
     with pytest.raises(CertificationError, match="changed seed of a request index"):
         build_generation(runner, engine.scheduler.block_pool, new, [], turn)
