@@ -12,7 +12,7 @@ import pytest
 from matplotlib import rc_context
 
 from minisrv.cli import main
-from minisrv.compile.decorator import Compiled
+from minisrv.compile.decorator import Compiled, CompiledForward
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.worker import CompileJob
 from minisrv.config import BenchConfig, EngineConfig
@@ -65,7 +65,7 @@ class OwnForward:
         return Path("program")
 
     def load(self, directory: Path, between: Callable[[], None]) -> Compiled:
-        return partial(Decoder.forward, self.model)
+        return CompiledForward(partial(Decoder.forward, self.model))
 
     def discard(self, directory: Path) -> None:
         raise AssertionError("the program passes")
