@@ -1,11 +1,13 @@
 """Attention on CUDA, in Triton.
 
-A batch with one token in each row (`max_query_len` 1) is one launch: each program takes a key head
-of a row and a share of its history, norms and rotates the queries, writes the new entry to the
-cache and attends (FlashDecoding, Dao et al. 2023). Where a row has several shares, the program that
-ends last combines them. Any other batch is two launches: one prepares the tokens (q/k-norm,
-rotation, cache write), one attends in tiles of queries (FlashAttention-2, Dao 2023); a tile finds
-its row on the device, as in vLLM's unified Triton attention.
+A row of one token is the work of `_decode`: each program takes a key head of a row and a share of
+its history, norms and rotates the queries, writes the new entry to the cache and attends
+(FlashDecoding, Dao et al. 2023). Where a row has several shares, the program that ends last
+combines them. A batch with one token in each row (`max_query_len` 1) needs no other launch. In any
+other batch of several rows `_decode` passes over the rows that have more tokens or none. Two more
+launches are for those: one prepares the tokens (q/k-norm, rotation, cache write), one attends in
+tiles of queries (FlashAttention-2, Dao 2023); a tile finds its row on the device, as in vLLM's
+unified Triton attention.
 
 A decode batch must read K and V once: batch * context * 2 * num_kv_heads * head_dim elements a
 layer. On an H100 it does so at 90% of a copy's speed or more, from 32 requests with 1,024 tokens on
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.triton_launch import arrivals, multiprocessors, pdl, wait_and_launch_dependents
+from minisrv.kernels.triton_ragged import locate, num_tiles
 
 
 class DecodeShape(NamedTuple):
@@ -104,96 +107,27 @@ def attention(
     rows of `block_table`.
 
     The dtypes are float32, bfloat16 and float16. Products have the tensors' dtype (float32 is not
-    shortened to TF32); sums, norms, rotation and softmax are float32. Where every row has one
-    token, a cache slot that a row writes is read by no other row, because the slots of one step
-    belong to one row or to padding.
+    shortened to TF32); sums, norms, rotation and softmax are float32. No row reads a cache slot
+    that another row writes, because the slots of one step belong to one row or to padding.
     """
-    kv_cache, head_dim = layer.kv_cache, layer.head_dim
-    num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
-    block_table, seq_lens = metadata.block_table, metadata.seq_lens
-    tokens, rows = qkv.shape[0], seq_lens.shape[0]
-    block_size, table_width = kv_cache.shape[1], block_table.shape[1]
-    group = num_heads // num_kv_heads
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = min(MAX_TILE, max(16, TILE_BYTES // (block_d * qkv.element_size())))
-    window, cap = layer.sliding_window, layer.logit_soft_cap
-    # Softmax is computed to base 2, and so is the cap's tanh, which is (e^2x - 1) / (e^2x + 1).
-    scale = layer.scale * math.log2(math.e)
-    if cap is not None:
-        scale, cap = 2.0 * scale / cap, cap * math.log2(math.e)
-    heads = {
-        "GROUP": group,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-    }
-    # tl.dot multiplies at least 16 rows.
-    block_g = max(16, triton.next_power_of_2(group))
-
+    tokens, rows = qkv.shape[0], metadata.seq_lens.shape[0]
     if metadata.max_query_len == 1:
         assert tokens == rows, "one token a row and no padding behind them"
-        sms = multiprocessors(qkv.device)
-        programs = rows * num_kv_heads
-        shape = decode_shape(programs, sms)
-        keys = shape.tile_bytes // (block_d * qkv.element_size())
-        keys = max(16, min(MAX_KEYS, keys))
-        warps = max(
-            keys // shape.warp_keys,
-            shape.tile_bytes // WARP_BYTES[qkv.element_size()],
-            block_g * block_d // WARP_SUMS,
-        )
-        most = table_width * block_size
-        if window is not None:
-            most = min(most, window)
-        splits = num_splits(programs, most // max(MIN_SHARE, keys), shape.programs_per_sm * sms)
-        block_s = triton.next_power_of_2(splits)
-        queries = max(
-            1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d))
-        )
-        partial = sums = arrived = None
-        if splits > 1:
-            parts = (rows, num_heads, splits)
-            partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=qkv.device)
-            sums = torch.empty(*parts, 2, dtype=torch.float32, device=qkv.device)
-            arrived = arrivals(qkv.device)
-        _decode[(rows, num_kv_heads, splits)](
-            qkv,
-            positions,
-            kv_cache,
-            metadata.slot_mapping,
-            block_table,
-            seq_lens,
-            out,
-            partial,
-            sums,
-            arrived,
-            layer.cos_sin,
-            layer.q_norm,
-            layer.k_norm,
-            layer.sinks,
-            block_table.stride(0),
-            splits,
-            layer.eps,
-            scale,
-            cap,
-            **heads,
-            WINDOW=window,
-            BLOCK_SIZE=block_size,
-            BLOCK_G=block_g,
-            BLOCK_S=block_s,
-            QUERIES=queries,
-            TILE=keys,
-            num_warps=warps,
-            num_stages=1,
-            **pdl(),
-        )
+        _attend_single(layer, qkv, positions, metadata, None, out)
         return
 
-    queries = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    # One row alone needs no launch for rows of one token; the tiles do for it.
+    split_single = rows > 1
+    if split_single:
+        _attend_single(layer, qkv, positions, metadata, metadata.query_start_loc, out)
+    num_kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
+    group = layer.num_heads // num_kv_heads
+    queries = qkv.new_empty(num_kv_heads, tokens, group, head_dim)
+    heads = _heads(layer)
     _prepare[(tokens, num_kv_heads)](
         qkv,
         positions,
-        kv_cache,
+        layer.kv_cache,
         metadata.slot_mapping,
         metadata.query_start_loc,
         queries,
@@ -205,29 +139,131 @@ def attention(
         layer.eps,
         **heads,
         BLOCK_G=triton.next_power_of_2(group),
-        num_warps=1 if group * block_d <= 512 else 4,
+        num_warps=1 if group * heads["BLOCK_D"] <= 512 else 4,
     )
-    block_m = max(MAX_QUERIES[qkv.element_size()], block_g)
+    scale, cap = _scale_and_cap(layer)
+    element_size = qkv.element_size()
+    tile = min(MAX_TILE, max(16, TILE_BYTES // (heads["BLOCK_D"] * element_size)))
+    block_m = max(MAX_QUERIES[element_size], _block_g(group))
     block_q = block_m // group
-    _attend[(tokens // block_q + rows, num_kv_heads)](
+    _attend[(num_tiles(tokens, rows, block_q), num_kv_heads)](
         queries,
-        kv_cache,
-        block_table,
-        seq_lens,
+        layer.kv_cache,
+        metadata.block_table,
+        metadata.seq_lens,
         metadata.query_start_loc,
         out,
         layer.sinks,
-        block_table.stride(0),
+        metadata.block_table.stride(0),
+        tokens,
         rows,
         scale,
         cap,
         **heads,
-        WINDOW=window,
-        BLOCK_SIZE=block_size,
+        WINDOW=layer.sliding_window,
+        BLOCK_SIZE=layer.kv_cache.shape[1],
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
         TILE=tile,
+        SKIP_SINGLE=split_single,
         **PREFILL,
+    )
+
+
+def _heads(layer: AttentionLayer) -> dict[str, int]:
+    """Return the constants by which all kernels know the layer's heads."""
+    return {
+        "GROUP": layer.num_heads // layer.num_kv_heads,
+        "NUM_KV_HEADS": layer.num_kv_heads,
+        "HEAD_DIM": layer.head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(layer.head_dim)),
+    }
+
+
+def _block_g(group: int) -> int:
+    """Return the number of rows for a group of queries; tl.dot multiplies at least 16."""
+    return max(16, int(triton.next_power_of_2(group)))
+
+
+def _scale_and_cap(layer: AttentionLayer) -> tuple[float, float | None]:
+    """Return the factor of scores and their soft cap for a softmax to base 2, whose tanh is
+    (e^2x - 1) / (e^2x + 1)."""
+    scale, cap = layer.scale * math.log2(math.e), layer.logit_soft_cap
+    if cap is None:
+        return scale, None
+    return 2.0 * scale / cap, cap * math.log2(math.e)
+
+
+def _attend_single(
+    layer: AttentionLayer,
+    qkv: Tensor,
+    positions: Tensor,
+    metadata: AttentionMetadata,
+    query_start_loc: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Compute the rows that have one token, from `qkv` to `out` and the cache.
+
+    query_start_loc: the first token of each row; None where every row has one token.
+    """
+    kv_cache, block_table = layer.kv_cache, metadata.block_table
+    rows, num_kv_heads = metadata.seq_lens.shape[0], layer.num_kv_heads
+    heads, element_size = _heads(layer), qkv.element_size()
+    group, block_d = heads["GROUP"], heads["BLOCK_D"]
+    block_g, block_size = _block_g(group), kv_cache.shape[1]
+    scale, cap = _scale_and_cap(layer)
+    sms = multiprocessors(qkv.device)
+    programs = rows * num_kv_heads
+    shape = decode_shape(programs, sms)
+    keys = max(16, min(MAX_KEYS, shape.tile_bytes // (block_d * element_size)))
+    warps = max(
+        keys // shape.warp_keys,
+        shape.tile_bytes // WARP_BYTES[element_size],
+        block_g * block_d // WARP_SUMS,
+    )
+    most = block_table.shape[1] * block_size
+    if layer.sliding_window is not None:
+        most = min(most, layer.sliding_window)
+    splits = num_splits(programs, most // max(MIN_SHARE, keys), shape.programs_per_sm * sms)
+    block_s = triton.next_power_of_2(splits)
+    queries = max(1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d)))
+    partial = sums = arrived = None
+    if splits > 1:
+        parts = (rows, layer.num_heads, splits)
+        partial = torch.empty(*parts, layer.head_dim, dtype=torch.float32, device=qkv.device)
+        sums = torch.empty(*parts, 2, dtype=torch.float32, device=qkv.device)
+        arrived = arrivals(qkv.device)
+    _decode[(rows, num_kv_heads, splits)](
+        qkv,
+        positions,
+        kv_cache,
+        metadata.slot_mapping,
+        block_table,
+        metadata.seq_lens,
+        query_start_loc,
+        out,
+        partial,
+        sums,
+        arrived,
+        layer.cos_sin,
+        layer.q_norm,
+        layer.k_norm,
+        layer.sinks,
+        block_table.stride(0),
+        splits,
+        layer.eps,
+        scale,
+        cap,
+        **heads,
+        WINDOW=layer.sliding_window,
+        BLOCK_SIZE=block_size,
+        BLOCK_G=block_g,
+        BLOCK_S=block_s,
+        QUERIES=queries,
+        TILE=keys,
+        num_warps=warps,
+        num_stages=1,
+        **pdl(),
     )
 
 
@@ -421,6 +457,7 @@ def _decode(
     slot_mapping,
     block_table,
     seq_lens,
+    query_start_loc,
     out,
     partial,
     sums,
@@ -454,10 +491,18 @@ def _decode(
     arrived: int32 counters, zero before and after.
 
     These three are None where rows are not split. A split beyond the row's history writes nothing.
+    query_start_loc: None where every row has one token; other rows are passed over.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    token = row
+    if query_start_loc is not None:
+        token = tl.load(query_start_loc + row).to(tl.int64)
+        if tl.load(query_start_loc + row + 1) - token != 1:
+            # If no program waited, this kernel could end before the one that it follows.
+            wait_and_launch_dependents(PDL)
+            return
     history = tl.load(seq_lens + row) - 1
     oldest = _first_seen(history, WINDOW)
     share = _keys_per_split(history - oldest, splits, TILE)
@@ -469,10 +514,10 @@ def _decode(
     d = tl.arange(0, BLOCK_D)[None, :]
     member = tl.arange(0, BLOCK_G)
     mask = (member[:, None] < GROUP) & (d < HEAD_DIM)
-    source = qkv + row * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+    source = qkv + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
     rotated: tl.constexpr = cos_sin is not None
-    angles = cos_sin + tl.load(positions + row) * (2 * HEAD_DIM) if rotated else None
-    slot = tl.load(slot_mapping + row)
+    angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM) if rotated else None
+    slot = tl.load(slot_mapping + token)
     table = block_table + row * table_stride
     normed: tl.constexpr = q_norm is not None
     q_own, q_partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
@@ -526,7 +571,9 @@ def _decode(
             acc, peak, total, q, keys, values, start, end, end, scale, cap, None, TILE
         )
 
+    # Shares lie in the order of rows, results in that of tokens.
     first = row * (GROUP * NUM_KV_HEADS) + head * GROUP
+    out += (token - row) * (GROUP * NUM_KV_HEADS * HEAD_DIM)
     used = tl.maximum(tl.cdiv(history - oldest, share), 1)
     if (partial is None) | (used == 1):
         value = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -610,8 +657,9 @@ def _prepare(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Prepare one token and key head: write its entry to the cache and its queries to `queries` [T,
-    num_heads, head_dim], in the model's dtype; write zeros to `out` if it is padding."""
+    """Prepare one token and key head: write its entry to the cache and its queries to `queries`
+    [num_kv_heads, T, group, head_dim], in the model's dtype; write zeros to `out` if it is
+    padding."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -636,13 +684,14 @@ def _prepare(
     q = _norm_and_rotate(q, partners, own, partner, eps, normed, rotated, HEAD_DIM).to(
         queries.dtype.element_ty
     )
-    place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
+    place = ((head * tl.num_programs(0) + token) * GROUP + member) * HEAD_DIM + d
     tl.store(queries + place, q, mask)
     if token >= tl.load(query_start_loc + rows):
+        place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
         tl.store(out + place, tl.zeros([BLOCK_G, BLOCK_D], out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["table_stride", "rows"])
+@triton.jit(do_not_specialize=["table_stride", "tokens", "rows"])
 def _attend(
     queries,
     kv_cache,
@@ -652,6 +701,7 @@ def _attend(
     out,
     sinks,
     table_stride,
+    tokens,
     rows,
     scale,
     cap,
@@ -664,27 +714,20 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr,
+    SKIP_SINGLE: tl.constexpr,
 ):
     """Compute one key head and tile: BLOCK_Q tokens of a row, and for each the head's group of
-    queries.
+    queries. Rows of one token are left out if SKIP_SINGLE.
 
-    Row r's tiles begin at query_start_loc[r] // BLOCK_Q + r. So a row has as many tiles as it
-    needs, or one more, which has no token, and the grid follows from the numbers of tokens and
-    rows.
+    queries: [num_kv_heads, T, group, head_dim].
     """
-    tile = tl.program_id(0)
     head = tl.program_id(1)
-    row, behind = tl.full([], 0, tl.int32), rows
-    while behind - row > 1:
-        middle = (row + behind) // 2
-        before = tl.load(query_start_loc + middle) // BLOCK_Q + middle <= tile
-        row = tl.where(before, middle, row)
-        behind = tl.where(before, behind, middle)
-    first = tl.load(query_start_loc + row)
-    count = tl.load(query_start_loc + row + 1) - first
-    begin = (tile - first // BLOCK_Q - row) * BLOCK_Q
+    row, first, count, begin = locate(tl.program_id(0), rows, query_start_loc, BLOCK_Q)
     if begin >= count:
         return
+    if SKIP_SINGLE:
+        if count == 1:
+            return
     history = tl.load(seq_lens + row) - count
     end = history + tl.minimum(begin + BLOCK_Q, count)
 
@@ -694,7 +737,7 @@ def _attend(
     there = (m < BLOCK_Q * GROUP) & (query < count)
     mask = there[:, None] & (d < HEAD_DIM)
     token = (first + query).to(tl.int64)
-    place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + m % GROUP)[:, None] * HEAD_DIM + d
+    place = ((head * tokens + token) * GROUP + m % GROUP)[:, None] * HEAD_DIM + d
     q = tl.load(queries + place, mask, other=0.0)
     last = (history + query)[:, None]
 
@@ -711,4 +754,5 @@ def _attend(
         acc, peak, total = _accumulate_tile(
             acc, peak, total, q, k, v, start, end, last, scale, cap, WINDOW, TILE
         )
+    place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + m % GROUP)[:, None] * HEAD_DIM + d
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask)
