@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_bandwidth, mixed_load, step_kernels, tiles
+from benchmarks import attention_bandwidth, mixed_load, prompt_attention, step_kernels, tiles
 from benchmarks.clients.needs import needs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -76,7 +76,7 @@ def test_only_what_is_missing_is_said_to_be() -> None:
         _ = 1 // 0
 
 
-@pytest.mark.parametrize("script", [attention_bandwidth, step_kernels, tiles])
+@pytest.mark.parametrize("script", [attention_bandwidth, prompt_attention, step_kernels, tiles])
 def test_what_needs_a_gpu_says_so(script, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["script", str(FOLDER / "configs/qwen3-0.6b")])

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import NoneType
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from benchmarks import step_kernels, tiles
+from benchmarks.prompt_attention import Step
 from benchmarks.tiles import candidates
 from minisrv import kernels
 from minisrv.checkpoint import describe_model
@@ -22,6 +24,7 @@ from minisrv.tools.plan import products
 
 ROOT = Path(__file__).parents[2]
 QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
@@ -90,6 +93,25 @@ def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
     assert eight["own_us"] == 64 + 16 + 32 + 16 + 64
     assert eight["best_us"] == 5 * 16
     assert "(1, 1024, 3072, False, True): GemvTile(outputs=2," in capsys.readouterr().out
+
+
+def test_a_step_of_prompts() -> None:
+    model = describe_model(QWEN).model
+    assert Step.parse("4x2048") == (4, 2048, 0)
+    step = Step.parse("2x3+5")
+    assert step == (2, 3, 5)
+    seen = 2 * (6 + 7 + 8)
+    assert step.flops(model) == 4 * seen * model.num_heads * model.head_dim
+    assert step.flops(model, masked=False) == 4 * 2 * 3 * 8 * model.num_heads * model.head_dim
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="it compares kernels for Hopper")
+def test_prompt_attention_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.prompt_attention", QWEN, "--steps", "1x64,2x8+70"]
+    subprocess.run([*command, "--json", str(out)], cwd=ROOT, check=True, timeout=250)
+    assert [one["step"]["rows"] for one in json.loads(out.read_text())["results"]] == [1, 2]
 
 
 @pytest.mark.gpu
