@@ -1,7 +1,7 @@
 """The step loop without a process around it: requests in, tokens out.
 
 Knows: the order of a step (schedule, dispatch, run, update) with no or one step launched ahead.
-Counts every step by mode and reason, and by request. Knows nothing of how its parts are made, nor
+Tells what it counts of every step to `StepCounters`. Knows nothing of how its parts are made, nor
 of sockets, text or HTTP.
 """
 
@@ -12,9 +12,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from minisrv.core.dispatcher import Dispatch
-from minisrv.core.step import ScheduledRow, SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import EngineParts
-from minisrv.engine.messages import EngineStats, StepCount
+from minisrv.engine.messages import EngineStats
+from minisrv.engine.step_counters import StepCounters
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
@@ -42,46 +43,6 @@ class _InFlight:
     result: StepResult | None = None
 
 
-class _GraphSteps:
-    """The modes in which the steps of each open request ran, counted by "MODE/reason", to which
-    "/compiled" is added for steps by compiled code.
-
-    The steps of one batch are counted once, for all of its rows, and written to each request when
-    another batch comes or a request ends.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[str, dict[str, int]] = {}
-        self._batch_id: int | None = None
-        self._rows: list[ScheduledRow] = []
-        self._pending: dict[str, int] = {}
-
-    def open(self, request_id: str) -> None:
-        """Register a request that has had no step."""
-        self._counts[request_id] = {}
-
-    def count(self, step: SchedulerOutput, key: str) -> None:
-        """Count a step that was launched."""
-        if step.batch_id != self._batch_id:
-            self._write()
-            self._batch_id, self._rows = step.batch_id, step.batch_rows
-        self._pending[key] = self._pending.get(key, 0) + 1
-
-    def close(self, request_id: str) -> dict[str, int]:
-        """Return the counts of a request that has ended, and forget it. They include a step that is
-        still in flight, whose token is dropped."""
-        self._write()
-        return self._counts.pop(request_id)
-
-    def _write(self) -> None:
-        for key, steps in self._pending.items():
-            for row in self._rows:
-                counts = self._counts.get(row.request_id)
-                if counts is not None:  # None if it has ended
-                    counts[key] = counts.get(key, 0) + steps
-        self._pending = {}
-
-
 class EngineCore:
     """An engine, made of the parts that `builder.build_engine` returns."""
 
@@ -99,14 +60,11 @@ class EngineCore:
         self._had_work_throughout = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
-        self._steps: dict[tuple[str, str], list[int]] = {}
-        self._graph_steps = _GraphSteps()
+        self._counters = StepCounters()
         self._gpu_busy_ms = 0.0
         self._gpu_idle_ms = 0.0
         self._prompt_tokens = 0
-        self._prefill_tokens = 0
         self._generated_tokens = 0
-        self._compiled_steps = 0
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -137,7 +95,7 @@ class EngineCore:
             self._grammars.compile(request.request_id, grammar, request.params)
         self._had_work_throughout &= had_work
         self._prompt_tokens += len(request.prompt_token_ids)
-        self._graph_steps.open(request.request_id)
+        self._counters.open(request.request_id)
 
     @property
     def has_room(self) -> bool:
@@ -257,7 +215,7 @@ class EngineCore:
             has_structured_output_requests=output.has_structured_output_requests,
         )
         self._lap(StepPart.DISPATCH)
-        self._count(output, dispatch)
+        self._counters.count(output, dispatch, compiled=self.compilation.generation > 0)
         step = _InFlight(output, dispatch, self._had_work_throughout)
         self._had_work_throughout = True
         self._lap(StepPart.REST)
@@ -270,24 +228,13 @@ class EngineCore:
         """Launch the rest of a step whose model has been launched."""
         step.result = self.runner.sample_tokens(step.output, step.dispatch)
 
-    def _count(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
-        mode, reason = dispatch.mode.name, dispatch.reason.value
-        counts = self._steps.setdefault((mode, reason), [0, 0, 0])
-        counts[0] += 1
-        counts[1] += output.num_tokens
-        counts[2] += dispatch.descriptor.num_tokens - output.num_tokens
-        self._prefill_tokens += output.num_tokens - output.num_decodes
-        compiled = self.compilation.generation > 0
-        self._compiled_steps += compiled
-        self._graph_steps.count(output, f"{mode}/{reason}{'/compiled' if compiled else ''}")
-
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
         and forget the request."""
         for output in outputs:
             self._generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:
-                output.graph_steps = self._graph_steps.close(output.request_id)
+                output.graph_steps = self._counters.close(output.request_id)
                 self._grammars.remove(output.request_id)
 
     def stats(self) -> EngineStats:
@@ -300,14 +247,14 @@ class EngineCore:
             kv_blocks_total=scheduler.block_pool.total - 1,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
-            prefill_tokens=self._prefill_tokens,
+            prefill_tokens=self._counters.prefill_tokens,
             generated_tokens=self._generated_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             gpu_busy_ms=self._gpu_busy_ms,
             gpu_idle_ms=self._gpu_idle_ms,
-            steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
-            compiled_steps=self._compiled_steps,
+            steps=self._counters.steps(),
+            compiled_steps=self._counters.compiled_steps,
             compilation=self.compilation.report,
         )
 

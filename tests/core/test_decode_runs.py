@@ -10,10 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
-from minisrv.engine.core import _GraphSteps
+from minisrv.engine.step_counters import StepCounters
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
 from minisrv.request import EngineRequest, SamplingParams
 
 EOS = 7
@@ -61,7 +63,7 @@ def step_of(step: SchedulerOutput | None) -> Any:
 
 class Both:
     """A scheduler that continues runs beside one that does not, both given the same requests; it
-    also counts each request's steps one by one, to check `_GraphSteps`."""
+    also counts each request's steps one by one, to check `StepCounters`."""
 
     def __init__(self, draw: random.Random) -> None:
         seqs, size = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 4))
@@ -83,7 +85,7 @@ class Both:
         self.draw = draw
         self.limit = min(24, self.with_runs.block_pool.capacity)
         self.in_flight: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
-        self.counted = _GraphSteps()
+        self.counted = StepCounters()
         self.ran: dict[str, Counter[str]] = {}
         self.continued = 0
 
@@ -121,8 +123,10 @@ class Both:
         sent = msgspec.msgpack.encode(step)
         assert msgspec.msgpack.decode(sent, type=SchedulerOutput) == step, "a step is plain data"
         self.continued += step.position_offset > 0
-        key = self.draw.choice(("FULL/fits", "FULL/cheaper"))
-        self.counted.count(step, key)
+        reason = self.draw.choice((Reason.PURE_DECODE, Reason.CHEAPER))
+        dispatch = Dispatch(CUDAGraphMode.FULL, BatchDescriptor(step.num_tokens), reason)
+        self.counted.count(step, dispatch, compiled=False)
+        key = f"FULL/{reason.value}"
         for row in step.rows:
             if row.request_id in self.ran:
                 self.ran[row.request_id][key] += 1
