@@ -26,7 +26,13 @@ from minisrv.certification.batches import (
 )
 from minisrv.certification.compare import InitialState
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
-from minisrv.core.step import NewRequestData, ScheduledRow, SchedulerOutput, unscheduled_id
+from minisrv.core.step import (
+    AttentionWork,
+    NewRequestData,
+    ScheduledRow,
+    SchedulerOutput,
+    unscheduled_id,
+)
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.observer import observing
 from minisrv.kernels import ALL
@@ -402,4 +408,5 @@ def _step(
         new_blocks=new_blocks,
         num_decodes=sum(row.is_decode for row in batch),
         num_tokens=sum(row.num_tokens for row in batch),
+        batch_work=AttentionWork.of(batch),
     )

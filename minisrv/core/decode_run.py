@@ -66,6 +66,7 @@ class DecodeRun:
             has_structured_output_requests=first_step.has_structured_output_requests,
             position_offset=self.step_index,
             query_len=first_step.query_len,
+            batch_work=first_step.batch_work,
         )
 
     def rows_starting_a_block(self, step_index: int) -> list[int]:

@@ -47,6 +47,7 @@ from minisrv.core.decode_run import DecodeRun
 from minisrv.core.kv_cache import BlockPool, FreeList
 from minisrv.core.request_state import RequestState
 from minisrv.core.step import (
+    AttentionWork,
     LogitsProcessorData,
     NewRequestData,
     ScheduledRow,
@@ -559,6 +560,7 @@ class _StepBuilder:
             num_decodes=len(self.decodes),
             num_tokens=sum(row.num_tokens for row in rows),
             query_len=self._query_len(),
+            batch_work=AttentionWork.of(rows),
             freed_req_indices=freed_req_indices,
             needs_logits=any(
                 row.num_logprobs is not None

@@ -6,11 +6,46 @@ process as it is. Knows: the shape of a step. Knows nothing of who makes it or r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from minisrv.request import SamplingParams
+
+
+class RowLike(Protocol):
+    """What a row of a step computes, and behind how many tokens of its request."""
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def is_decode(self) -> bool: ...
+
+
+class AttentionWork(NamedTuple):
+    """The work of a step that depends on the lengths of its rows and not on their number.
+
+    cached_tokens: the number of tokens whose keys and values attention reads, over all rows.
+    prefill_pairs: the number of pairs of a query and a key in the attention of prefill rows: a row
+        of n tokens behind h tokens has n * (h + n / 2).
+    """
+
+    cached_tokens: int = 0
+    prefill_pairs: float = 0.0
+
+    @classmethod
+    def of(cls, rows: Iterable[RowLike]) -> AttentionWork:
+        """Return the work of the rows of a step."""
+        cached_tokens, prefill_pairs = 0, 0.0
+        for row in rows:
+            cached_tokens += row.num_computed_tokens + row.num_tokens
+            if not row.is_decode:
+                prefill_pairs += row.num_tokens * (row.num_computed_tokens + row.num_tokens / 2)
+        return cls(cached_tokens, prefill_pairs)
 
 
 class PromptLogprobsRequest(msgspec.Struct, frozen=True):
@@ -105,6 +140,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
         host finds out from the request's last token.
     query_len: the number of tokens of each row, if every request is decoding and has as many; None
         for any other batch.
+    batch_work: the work of attention in the first step of the batch.
     """
 
     step_id: int
@@ -119,6 +155,13 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     has_structured_output_requests: bool = False
     position_offset: int = 0
     query_len: int | None = None
+    batch_work: AttentionWork = AttentionWork()
+
+    @property
+    def work(self) -> AttentionWork:
+        """The work of attention in this step. Only a batch of decode rows has later steps."""
+        cached_tokens, prefill_pairs = self.batch_work
+        return AttentionWork(cached_tokens + self.position_offset * self.num_rows, prefill_pairs)
 
     @property
     def num_rows(self) -> int:

@@ -13,7 +13,7 @@ import pytest
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
-from minisrv.core.step import SchedulerOutput
+from minisrv.core.step import AttentionWork, SchedulerOutput
 from minisrv.engine.step_counters import StepCounters
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
 from minisrv.request import EngineRequest, SamplingParams
@@ -123,6 +123,7 @@ class Both:
         sent = msgspec.msgpack.encode(step)
         assert msgspec.msgpack.decode(sent, type=SchedulerOutput) == step, "a step is plain data"
         self.continued += step.position_offset > 0
+        assert step.work == AttentionWork.of(step.rows)
         reason = self.draw.choice((Reason.PURE_DECODE, Reason.CHEAPER))
         dispatch = Dispatch(CUDAGraphMode.FULL, BatchDescriptor(step.num_tokens), reason)
         self.counted.count(step, dispatch, compiled=False)
