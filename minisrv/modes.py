@@ -1,7 +1,8 @@
 """The terms that scheduler, dispatcher and graphs share: modes, graph keys and reasons.
 
 Knows: which runtime modes exist, what identifies a captured graph, and every reason for which a
-step can run in a mode. Knows nothing of tensors, requests or models.
+step can run in a mode, or with a number of prompt tokens. Knows nothing of tensors, requests or
+models.
 """
 
 from __future__ import annotations
@@ -126,3 +127,20 @@ class Reason(enum.StrEnum):
     launches is small beside such a step."""
     GRAPHS_OFF = "graphs_off"
     """NONE: `--enforce-eager` was given, or the configured mode is `none`."""
+
+
+class BudgetReason(enum.StrEnum):
+    """The reason for which a step has its number of prompt tokens. Every step for which prompt
+    tokens waited is counted by it."""
+
+    ALL_WAITING = "all_waiting"
+    """All prompt tokens that waited are in the step."""
+    STEP_LIMIT = "step_limit"
+    """The step has `max_num_batched_tokens` tokens."""
+    ITL_TARGET = "itl_target"
+    """A larger step was predicted to take longer than `itl_target_ms`."""
+    FASTEST = "fastest"
+    """A larger step was predicted to compute fewer tokens per millisecond."""
+    OVER_ITL_TARGET = "over_itl_target"
+    """Every step with prompt tokens was predicted to take longer than `itl_target_ms`, and this one
+    does not take much longer than the shortest of them."""

@@ -6,8 +6,8 @@ which steps are in flight. It hands out steps (`schedule`) and takes their sampl
 step N runs. Knows nothing of tensors, of graphs, of text or of sockets.
 
 Policy, by priority, and first come first served among equals:
-- every decoding request gets one token; the rest of the token budget goes to prefill, in chunks,
-  the oldest request first; then to waiting requests;
+- every decoding request gets one token; then as many prompt tokens as the prefill budget says
+  (`budget`) are computed, in chunks, the oldest request first; waiting requests come last;
 - a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
   filled its last one. Blocks of its beginning that the prefix cache has are shared, not computed;
   at least one token is computed, because its result is the next token, and its cache entry goes to
@@ -40,19 +40,16 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import MutableSequence, Sequence
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
+from minisrv.core.budget import Chunk, PrefillBudget
 from minisrv.core.decode_run import DecodeRun
 from minisrv.core.kv_cache import BlockPool, FreeList
 from minisrv.core.request_state import RequestState
-from minisrv.core.step import (
-    AttentionWork,
-    LogitsProcessorData,
-    NewRequestData,
-    ScheduledRow,
-    SchedulerOutput,
-)
+from minisrv.core.step import SchedulerOutput
+from minisrv.core.step_builder import StepBuilder, new_request_data
 from minisrv.errors import QueueFullError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 
@@ -75,8 +72,8 @@ class Scheduler:
     that has not been retired.
 
     block_pool: the blocks of the KV cache.
+    budget: chooses the number of prompt tokens of each step.
     max_num_seqs: the maximum number of running requests.
-    max_num_batched_tokens: the maximum number of tokens in a step.
     max_model_len: the maximum number of tokens of a request, prompt and completion together.
     max_waiting: the maximum number of requests beyond `max_num_seqs`.
     eos_token_ids: the end-of-sequence tokens of the model.
@@ -85,18 +82,18 @@ class Scheduler:
     def __init__(
         self,
         block_pool: BlockPool,
+        budget: PrefillBudget,
         *,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
         max_model_len: int,
         max_waiting: int,
         eos_token_ids: Sequence[int] = (),
         enable_prefix_caching: bool = True,
     ) -> None:
         self.block_pool = block_pool
+        self.budget = budget
         self.enable_prefix_caching = enable_prefix_caching
         self.req_indices = FreeList(max_num_seqs + 1)
-        self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.max_waiting = max_waiting
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -235,10 +232,23 @@ class Scheduler:
 
     def _schedule_new_batch(self) -> SchedulerOutput | None:
         self._end_run()
-        step = _StepBuilder(self._next_step, self.max_num_batched_tokens)
+        step = StepBuilder(self._next_step)
         to_preempt = self._schedule_decodes(step)
-        for request in self.running:
-            if not request.is_decoding and request is not to_preempt and step.budget:
+        prefills = [
+            request
+            for request in self.running
+            if not request.is_decoding and request is not to_preempt
+        ]
+        chunks = [
+            Chunk(request.num_computed_tokens, request.prefill_target - request.num_computed_tokens)
+            for request in prefills
+        ]
+        started = sum(chunk.num_tokens for chunk in chunks)
+        chunks += self._admissible_chunks(self.budget.max_num_batched_tokens - started)
+        if chunks:
+            step.set_budget(self.budget, chunks)
+        for request in prefills:
+            if step.num_prefill_tokens:
                 step.add(request)
         # The request admitted here is never one that was preempted in this step: what that one
         # freed is less than it needs.
@@ -260,7 +270,7 @@ class Scheduler:
                 request.num_in_flight += run.step_index - run.num_retired_steps
                 request.last_step_id += run.step_index
 
-    def _schedule_decodes(self, step: _StepBuilder) -> RequestState | None:
+    def _schedule_decodes(self, step: StepBuilder) -> RequestState | None:
         """Add a decode row for every decoding request that gets a block for its next token, and
         preempt the newest requests where no block is free.
 
@@ -290,22 +300,39 @@ class Scheduler:
     def _is_in_flight(self, request: RequestState) -> bool:
         return bool(self._in_flight) and request.last_step_id >= self._in_flight[0].step.step_id
 
-    def _admit(self, step: _StepBuilder) -> None:
-        while self.waiting and step.budget and self.req_indices.num_free:
+    def _admissible_chunks(self, most: int) -> list[Chunk]:
+        """Return the prompts of the waiting requests that could be admitted now: the first of them
+        that have `most` tokens together."""
+        chunks: list[Chunk] = []
+        num_free = self.block_pool.num_free
+        for request in islice(self.waiting, self.req_indices.num_free):
+            if most <= 0:
+                break
+            cached_blocks = self._get_computed_blocks(request)
+            needed = self._num_blocks_needed(request, cached_blocks)
+            if not _fits(needed, num_free, num_others=len(self.running) + len(chunks)):
+                break
+            start = len(cached_blocks) * self.block_pool.block_size
+            chunks.append(Chunk(start, request.num_tokens - start))
+            num_free, most = num_free - needed, most - chunks[-1].num_tokens
+        return chunks
+
+    def _num_blocks_needed(self, request: RequestState, cached_blocks: Sequence[int]) -> int:
+        """Return by how much the number of free blocks falls when a request is admitted. A cached
+        block that nobody holds is itself free, so these are all its blocks but those that others
+        already hold."""
+        num_in_use = sum(map(self.block_pool.is_in_use, cached_blocks))
+        return self.block_pool.num_blocks_for(request.num_tokens) - num_in_use
+
+    def _admit(self, step: StepBuilder) -> None:
+        while self.waiting and step.num_prefill_tokens and self.req_indices.num_free:
             if self._num_overtakes >= MAX_OVERTAKES:
                 self._give_turn()
             request = self.waiting[0]
             target = request.num_tokens
             cached_blocks = self._get_computed_blocks(request)
-            # A cached block that nobody holds is itself free. So the number of free blocks falls by
-            # all blocks but those that others already hold.
-            num_in_use = sum(map(self.block_pool.is_in_use, cached_blocks))
-            needed = self.block_pool.num_blocks_for(target) - num_in_use
-            # NOTE: one block for each running request stays free. Otherwise the new request would
-            # be preempted as soon as they grow.
-            if needed + len(self.running) > self.block_pool.num_free and (
-                self.running or needed > self.block_pool.num_free
-            ):
+            needed = self._num_blocks_needed(request, cached_blocks)
+            if not _fits(needed, self.block_pool.num_free, num_others=len(self.running)):
                 return
             self.waiting.popleft()
             if self.waiting and request.priority < self.waiting[-1].priority:
@@ -313,7 +340,7 @@ class Scheduler:
             _insert_by_priority(self.running, request)
             request.req_index = self.req_indices.allocate()
             request.prefill_target = target
-            step.new_reqs.append(_new_request_data(request))
+            step.new_reqs.append(new_request_data(request))
             self._use_cached_blocks(request, cached_blocks)
             while len(request.blocks) < self.block_pool.num_blocks_for(target):
                 self._allocate_block(request)
@@ -504,72 +531,11 @@ class Scheduler:
         assert set(self._requests.values()) == {*self.running, *queued}
 
 
-class _StepBuilder:
-    """Collects the rows of one step within the token budget; decode rows come before prefill
-    rows."""
-
-    def __init__(self, step_id: int, budget: int) -> None:
-        self.step_id = step_id
-        self.budget = budget
-        self.decodes: list[ScheduledRow] = []
-        self.prefills: list[ScheduledRow] = []
-        self.new_reqs: list[NewRequestData] = []
-        self.new_blocks: list[tuple[int, int, int]] = []
-
-    def add(self, request: RequestState) -> None:
-        """Add the decode token of `request`, or as much of its prefill as the budget allows."""
-        start = request.num_computed_tokens
-        is_decode = request.is_decoding
-        count = 1 if is_decode else min(self.budget, request.prefill_target - start)
-        samples_token = is_decode or start + count == request.prefill_target
-        row = ScheduledRow(
-            request_id=request.request_id,
-            req_index=request.req_index,
-            num_computed_tokens=start,
-            num_tokens=count,
-            token_ids=[] if is_decode else request.token_ids(start, start + count),
-            is_decode=is_decode,
-            samples_token=samples_token,
-            num_logprobs=request.params.logprobs,
-            use_structured_output=samples_token and request.use_structured_output,
-            has_logits_processors=request.has_logits_processors,
-            prompt_logprobs=request.next_prompt_logprobs(start, start + count),
-        )
-        (self.decodes if is_decode else self.prefills).append(row)
-        request.num_computed_tokens += count
-        request.num_in_flight += samples_token
-        request.last_step_id = self.step_id
-        self.budget -= count
-
-    def _query_len(self) -> int | None:
-        """Return the `query_len` of the step."""
-        lengths = {row.num_tokens for row in self.decodes}
-        return lengths.pop() if len(lengths) == 1 and not self.prefills else None
-
-    def build(self, freed_req_indices: list[int]) -> SchedulerOutput | None:
-        """Return the step, which is the first of a new batch; None if no request was added."""
-        rows = self.decodes + self.prefills
-        if not rows:
-            return None
-        return SchedulerOutput(
-            step_id=self.step_id,
-            batch_id=self.step_id,
-            batch_rows=rows,
-            new_reqs=self.new_reqs,
-            new_blocks=self.new_blocks,
-            num_decodes=len(self.decodes),
-            num_tokens=sum(row.num_tokens for row in rows),
-            query_len=self._query_len(),
-            batch_work=AttentionWork.of(rows),
-            freed_req_indices=freed_req_indices,
-            needs_logits=any(
-                row.num_logprobs is not None
-                or row.has_logits_processors
-                or row.prompt_logprobs is not None
-                for row in rows
-            ),
-            has_structured_output_requests=any(row.use_structured_output for row in rows),
-        )
+def _fits(needed: int, num_free: int, *, num_others: int) -> bool:
+    """Return whether a request that needs so many blocks may be admitted beside others. One block
+    for each of them stays free: otherwise the new request would be preempted as soon as they
+    grow."""
+    return needed + num_others <= num_free
 
 
 def _insert_by_priority(
@@ -582,14 +548,3 @@ def _insert_by_priority(
         return
     place = bisect_left if first else bisect_right
     queue.insert(place(queue, request.priority, key=lambda each: each.priority), request)
-
-
-def _new_request_data(request: RequestState) -> NewRequestData:
-    processors = None
-    if request.has_logits_processors:
-        output = list(request.output_token_ids)  # a copy, because the output of the request grows
-        # For a request with a grammar, the mask implements `min_tokens`: it knows whether any other
-        # token may follow.
-        stops = frozenset[int]() if request.use_structured_output else request.stop_token_ids
-        processors = LogitsProcessorData(request.prompt_token_ids, output, stops)
-    return NewRequestData(request.req_index, request.params, request.seed, processors)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from minisrv.modes import BudgetReason
 from minisrv.request import SamplingParams
 
 
@@ -38,13 +39,19 @@ class AttentionWork(NamedTuple):
     prefill_pairs: float = 0.0
 
     @classmethod
+    def of_chunk(cls, num_computed_tokens: int, num_tokens: int) -> AttentionWork:
+        """Return the work of a prefill row."""
+        pairs = num_tokens * (num_computed_tokens + num_tokens / 2)
+        return cls(num_computed_tokens + num_tokens, pairs)
+
+    @classmethod
     def of(cls, rows: Iterable[RowLike]) -> AttentionWork:
         """Return the work of the rows of a step."""
         cached_tokens, prefill_pairs = 0, 0.0
         for row in rows:
-            cached_tokens += row.num_computed_tokens + row.num_tokens
-            if not row.is_decode:
-                prefill_pairs += row.num_tokens * (row.num_computed_tokens + row.num_tokens / 2)
+            cached, pairs = cls.of_chunk(row.num_computed_tokens, row.num_tokens)
+            cached_tokens += cached
+            prefill_pairs += 0.0 if row.is_decode else pairs
         return cls(cached_tokens, prefill_pairs)
 
 
@@ -141,6 +148,8 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     query_len: the number of tokens of each row, if every request is decoding and has as many; None
         for any other batch.
     batch_work: the work of attention in the first step of the batch.
+    budget_reason: why the step has as many prompt tokens as it has; None if none waited that could
+        be computed.
     """
 
     step_id: int
@@ -156,6 +165,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     position_offset: int = 0
     query_len: int | None = None
     batch_work: AttentionWork = AttentionWork()
+    budget_reason: BudgetReason | None = None
 
     @property
     def work(self) -> AttentionWork:

@@ -21,6 +21,7 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
+from minisrv.core.budget import PrefillBudget
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
@@ -207,8 +208,8 @@ def build_engine(
         runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
     scheduler = Scheduler(
         pool,
+        PrefillBudget(config.max_num_batched_tokens),
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=context,
         max_waiting=config.max_waiting,
         eos_token_ids=checkpoint.generation.eos_token_ids,

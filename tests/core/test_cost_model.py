@@ -65,7 +65,7 @@ samples = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(fitted=samples, served=samples, repeats=st.integers(1, 12), draw=st.randoms())
 def test_a_step_that_holds_more_never_takes_less_time(fitted, served, repeats, draw):
     """However little the samples have to do with each other, predictions are neither negative nor

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from minisrv.core.budget import PrefillBudget
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
@@ -68,13 +69,18 @@ class Both:
     def __init__(self, draw: random.Random) -> None:
         seqs, size = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 4))
         blocks = draw.randint(24, 60) // size + 2
-        budget = seqs + draw.choice((0, 1, 7, 40))
+        budget = PrefillBudget(
+            seqs + draw.choice((0, 1, 7, 40)),
+            sizes=(4, 8, 16),
+            predict_ms=lambda num_tokens, work: num_tokens + 0.1 * work.prefill_pairs,
+            itl_target_ms=draw.choice((1, 8, 100)),
+        )
         caching = draw.random() < 0.7
         self.with_runs, self.anew = (
             kind(
                 BlockPool(blocks, size),
+                budget,
                 max_num_seqs=seqs,
-                max_num_batched_tokens=budget,
                 max_model_len=30,
                 max_waiting=1000,
                 eos_token_ids=[EOS],

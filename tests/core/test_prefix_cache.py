@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minisrv.core import request_state
+from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
@@ -117,9 +118,7 @@ class Run:
 
     def __init__(self, blocks: int = 40, *, budget: int = 64, **others: int) -> None:
         settings = {"max_num_seqs": 4, "max_model_len": 64, "max_waiting": 100, **others}
-        self.scheduler = Scheduler(
-            BlockPool(blocks, BLOCK), max_num_batched_tokens=budget, **settings
-        )
+        self.scheduler = Scheduler(BlockPool(blocks, BLOCK), PrefillBudget(budget), **settings)
 
     def add(self, name: str, prompt: list[int], most: int = 3, **others: Any) -> None:
         params = SamplingParams(max_tokens=most)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import MAX_OVERTAKES, Scheduler
 from minisrv.core.step import SchedulerOutput
@@ -37,8 +38,8 @@ class Flow:
     ) -> None:
         self.scheduler = Scheduler(
             BlockPool(blocks, BLOCK),
+            PrefillBudget(budget),
             max_num_seqs=seqs,
-            max_num_batched_tokens=budget,
             max_model_len=160,
             max_waiting=1000,
             enable_prefix_caching=caching,

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import ScheduledRow, SchedulerOutput
@@ -173,8 +174,8 @@ def test_every_request_gives_its_own_tokens(
     small cache, aborts and late arrivals."""
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK),
+        PrefillBudget(seqs + budget),
         max_num_seqs=seqs,
-        max_num_batched_tokens=seqs + budget,
         max_model_len=LIMIT,
         max_waiting=100,
         eos_token_ids=[EOS],
@@ -229,9 +230,7 @@ def test_every_request_gives_its_own_tokens(
 
 def make(blocks: int = 40, *, seqs: int = 4, budget: int = 16, **others: Any) -> Scheduler:
     settings = {"max_model_len": 64, "max_waiting": 100, **others}
-    return Scheduler(
-        BlockPool(blocks, BLOCK), max_num_seqs=seqs, max_num_batched_tokens=budget, **settings
-    )
+    return Scheduler(BlockPool(blocks, BLOCK), PrefillBudget(budget), max_num_seqs=seqs, **settings)
 
 
 def add(

@@ -1,0 +1,152 @@
+"""The prefill budget: how many prompt tokens the next step takes, as a pure function.
+
+A step in which requests decode makes them wait for the prompts that share it. A large share of
+prompt tokens uses the device better, because the step's fixed costs (weights, launches, the keys
+and values that decode rows read) are paid once for more tokens; a small one lets requests decode
+sooner. The budget takes the share with the most tokens per millisecond whose step is predicted to
+stay within the target, which is a bound for the time between two tokens of a decoding request
+(inter-token latency, ITL).
+
+Only sizes are tried that fill a step up to a captured size, so that no padding is computed while
+prompt tokens wait, and all tokens that wait, if a step may have so many. If no step with prompt
+tokens stays within the target, prompts still advance, and decode steps become at most
+`MOST_SLOWDOWN` times as long as the shortest step with prompt tokens.
+
+Knows: predicted times, and how many prompt tokens wait behind how much history. Knows nothing of
+requests, nor of how times are predicted (see `cost_model`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from minisrv.core.step import AttentionWork
+from minisrv.modes import BudgetReason
+
+MARGIN = 0.05
+"""Share of the largest number of tokens per millisecond up to which a larger budget is preferred to
+the one that has it: a smaller difference is noise, and fewer steps are less work for the host."""
+
+MOST_SLOWDOWN = 1.25
+"""The longest step, as a multiple of the shortest with prompt tokens, where none stays within the
+target."""
+
+PredictMs = Callable[[int, AttentionWork], float]
+"""Predicts the milliseconds of a step with prefill from its number of tokens, before padding, and
+the work of its attention."""
+
+
+class Chunk(NamedTuple):
+    """The tokens of one prompt that wait to be computed.
+
+    num_computed_tokens: the number of tokens of the request before them.
+    num_tokens: their number, at least 1.
+    """
+
+    num_computed_tokens: int
+    num_tokens: int
+
+
+class Budget(NamedTuple):
+    """The number of prompt tokens that a step takes, and the reason for it."""
+
+    tokens: int
+    reason: BudgetReason
+
+
+class PrefillBudget:
+    """Chooses the number of prompt tokens of each step.
+
+    max_num_batched_tokens: the maximum number of tokens in a step, decode rows included.
+    sizes: the numbers of tokens to which steps with prefill are filled, ascending.
+    predict_ms: predicts the time of a step. Without it, steps are taken to cost nothing, and take
+        as many tokens as they may have.
+    itl_target_ms: the time in milliseconds that a step in which requests decode should not exceed.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        *,
+        sizes: Sequence[int] = (),
+        predict_ms: PredictMs = lambda num_tokens, work: 0.0,
+        itl_target_ms: float = math.inf,
+    ) -> None:
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.itl_target_ms = itl_target_ms
+        self._sizes = sizes
+        self._predict_ms = predict_ms
+
+    def choose(self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk]) -> Budget:
+        """Return how many of the waiting prompt tokens the next step takes.
+
+        num_decodes: the number of decode rows in the step.
+        decode_context: the number of tokens whose keys and values they read together.
+        chunks: the prompts that wait, at least one, in the order in which they are served. Those
+            that a step cannot reach may be left out.
+        """
+        waiting = sum(chunk.num_tokens for chunk in chunks)
+        most = max(0, min(waiting, self.max_num_batched_tokens - num_decodes))
+        at_most = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
+        if not num_decodes or not most:
+            return Budget(most, at_most)
+        steps = self._steps(num_decodes, decode_context, chunks, most)
+        first = next(steps)
+        limit_ms, over_limit = self.itl_target_ms, BudgetReason.ITL_TARGET
+        if first.ms > limit_ms:
+            limit_ms, over_limit = MOST_SLOWDOWN * first.ms, BudgetReason.OVER_ITL_TARGET
+        allowed = [first]
+        for step in steps:
+            if step.ms > limit_ms:
+                break
+            allowed.append(step)
+        fastest = max(step.tokens_per_ms for step in allowed)
+        chosen = max(
+            (step for step in allowed if step.tokens_per_ms >= (1 - MARGIN) * fastest),
+            key=lambda step: step.tokens,
+        )
+        if chosen.tokens == most:
+            reason = at_most
+        else:
+            reason = BudgetReason.FASTEST if chosen is not allowed[-1] else over_limit
+        return Budget(chosen.tokens, reason)
+
+    def _steps(
+        self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk], most: int
+    ) -> Iterator[_Step]:
+        """Yield the possible steps, the smallest first. The last one has `most` prompt tokens."""
+        filled = (size - num_decodes for size in self._sizes)
+        remaining = iter(chunks)
+        chunk = next(remaining)
+        # The work of the chunks before this one.
+        before, cached, pairs = 0, decode_context, 0.0
+        for tokens in [*(tokens for tokens in filled if 0 < tokens < most), most]:
+            while before + chunk.num_tokens < tokens:
+                work = AttentionWork.of_chunk(*chunk)
+                before += chunk.num_tokens
+                cached, pairs = cached + work.cached_tokens, pairs + work.prefill_pairs
+                chunk = next(remaining)
+            work = AttentionWork.of_chunk(chunk.num_computed_tokens, tokens - before)
+            work = AttentionWork(cached + work.cached_tokens, pairs + work.prefill_pairs)
+            size = num_decodes + tokens
+            # The attention of prompts costs the same in whichever step it is computed, so it says
+            # nothing about how well a step uses the device.
+            shared_ms = self._predict_ms(size, AttentionWork(work.cached_tokens))
+            rate = size / shared_ms if shared_ms else math.inf
+            yield _Step(tokens, self._predict_ms(size, work), rate)
+
+
+class _Step(NamedTuple):
+    """A step that could be next.
+
+    tokens: the number of its prompt tokens.
+    ms: its predicted time.
+    tokens_per_ms: its tokens, decode included, for each millisecond without the attention of
+        prompts.
+    """
+
+    tokens: int
+    ms: float
+    tokens_per_ms: float
