@@ -76,7 +76,13 @@ class EngineConfig:
         fewer.
     max_num_seqs: maximum number of requests that run at the same time, and so in one decode batch.
         Unless capture sizes are given, the largest decode graph has this size too.
-    max_num_batched_tokens: maximum number of tokens in one step, over all requests.
+    max_num_batched_tokens: maximum number of tokens in one step, over all requests. Steps in which
+        requests decode have fewer if itl_target_ms asks for it.
+    itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
+        the next while the prompts of others are computed. A step gets as many prompt tokens as are
+        predicted to fit that time, and 0 gives it as many as it may have, whatever they cost. By
+        default 16 times the step in which max_num_seqs requests decode, as it is measured at
+        start-up.
     block_size: number of tokens in a block of the KV cache.
     num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By
         default as many as kv_cache_memory allows.
@@ -130,6 +136,7 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, bounds=(2, 1 << 27))
     max_num_seqs: int = _setting(64, bounds=(1, 8192))
     max_num_batched_tokens: int = _setting(512, bounds=(1, 1 << 20))
+    itl_target_ms: float | None = _setting(None, bounds=(0, 3_600_000))
     block_size: int = _setting(16, bounds=(1, 4096))
     num_kv_blocks: int | None = _setting(None, bounds=(2, 1 << 27))
     kv_cache_memory: int | None = _setting(None, bounds=(1, 1 << 50))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -72,6 +73,30 @@ class CompilationLike(Protocol):
     def seconds(self) -> Mapping[str, float]: ...
 
 
+class BudgetCountLike(Protocol):
+    """The number of steps whose number of prompt tokens was chosen for one reason since the start,
+    and of their prompt tokens."""
+
+    @property
+    def reason(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+class ErrorHistogramLike(Protocol):
+    """The relative errors of predicted step times since the start: the bounds of the buckets, the
+    number of steps in each and in one without bound, and the sum of all errors."""
+
+    @property
+    def bounds(self) -> Sequence[float]: ...
+    @property
+    def counts(self) -> Sequence[int]: ...
+    @property
+    def total(self) -> float: ...
+
+
 class StatsLike(Protocol):
     """A snapshot of the engine's state and counters; the counters begin at the start."""
 
@@ -101,6 +126,10 @@ class StatsLike(Protocol):
     def steps(self) -> Sequence[StepCountLike]: ...
     @property
     def compiled_steps(self) -> int: ...
+    @property
+    def budgets(self) -> Sequence[BudgetCountLike]: ...
+    @property
+    def step_time_errors(self) -> ErrorHistogramLike: ...
     @property
     def compilation(self) -> CompilationLike: ...
 
@@ -285,6 +314,7 @@ def _engine_families(
     yield CounterMetricFamily(
         "minisrv:compiled_steps", "Steps that ran by compiled code.", stats.compiled_steps
     )
+    yield from _budget_families(stats)
     yield from _compilation_families(stats.compilation)
     yield GaugeMetricFamily("minisrv:num_requests_running", "Requests running.", stats.running)
     yield GaugeMetricFamily(
@@ -334,6 +364,30 @@ def _engine_families(
     for name in states:
         gauge.add_metric([name], float(name == state))
     yield gauge
+
+
+def _budget_families(stats: StatsLike) -> Iterator[Metric]:
+    steps = CounterMetricFamily(
+        "minisrv:prefill_budget_steps",
+        "Steps for which prompt tokens waited, by why they took so many of them.",
+        labels=["reason"],
+    )
+    tokens = CounterMetricFamily(
+        "minisrv:prefill_budget_tokens", "Prompt tokens of those steps.", labels=["reason"]
+    )
+    for budget in stats.budgets:
+        steps.add_metric([budget.reason], budget.steps)
+        tokens.add_metric([budget.reason], budget.tokens)
+    yield from (steps, tokens)
+    errors = stats.step_time_errors
+    bounds = (*map(str, errors.bounds), "+Inf")
+    yield HistogramMetricFamily(
+        "minisrv:step_time_error_ratio",
+        "Difference between the predicted and the measured time of a step, as a share of the "
+        "measured one.",
+        list(zip(bounds, accumulate(errors.counts), strict=True)),
+        errors.total,
+    )
 
 
 def _compilation_families(compilation: CompilationLike) -> Iterator[Metric]:

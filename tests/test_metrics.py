@@ -6,7 +6,13 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from minisrv.engine.messages import CompilationReport, CompilationState, EngineStats
+from minisrv.engine.messages import (
+    BudgetCount,
+    CompilationReport,
+    CompilationState,
+    EngineStats,
+    ErrorHistogram,
+)
 from minisrv.metrics import Metrics
 
 STATS = EngineStats(generated_tokens=7)
@@ -86,3 +92,23 @@ def test_the_generation_that_serves_and_what_was_refused_are_shown() -> None:
     expected = {("generation",): 0, ("generation_refusals_total", "slower"): 1}
     assert shown.items() >= expected.items()
     assert ("generation_refusals_total", "load") not in shown
+
+
+def test_the_budgets_of_steps_and_the_errors_of_predictions() -> None:
+    stats = EngineStats(
+        budgets=[BudgetCount("itl_target", 3, 700), BudgetCount("all_waiting", 1, 20)],
+        step_time_errors=ErrorHistogram((0.05, 0.1), (6, 3, 1), 0.9),
+    )
+    shown = show(Metrics(), stats)
+    expected = {
+        ("prefill_budget_steps_total", "itl_target"): 3,
+        ("prefill_budget_tokens_total", "itl_target"): 700,
+        ("prefill_budget_tokens_total", "all_waiting"): 20,
+        ("step_time_error_ratio_bucket", "0.05"): 6,
+        ("step_time_error_ratio_bucket", "0.1"): 9,
+        ("step_time_error_ratio_bucket", "+Inf"): 10,
+        ("step_time_error_ratio_sum",): 0.9,
+    }
+    assert shown.items() >= expected.items()
+    # An engine that is not ready has counted nothing.
+    assert show(Metrics(), EngineStats())["step_time_error_ratio_bucket", "+Inf"] == 0

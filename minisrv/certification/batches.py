@@ -18,6 +18,10 @@ from minisrv.modes import BatchDescriptor
 SMALL_CAPTURE_SIZE = 8
 """Largest padded size whose graph is certified with every batch size that it holds."""
 
+LONG_TOKENS = 32768
+"""Number of tokens that the rows of a long batch have in the cache together. More would show no
+other times, and take more memory than there may be when the cache has been allocated."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
@@ -108,6 +112,24 @@ def full_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
     return _fitted(rows, limits)
 
 
+def long_batches(key: BatchDescriptor, limits: BatchLimits) -> list[Batch]:
+    """Return batches that fill the graph and have much for attention to do, in different ways:
+    decode rows with long contexts, a prompt, and a chunk of a prompt behind a long history. They
+    read about `LONG_TOKENS` tokens from the cache, or fewer where the context or the blocks are
+    few."""
+    size, context = min(key.num_tokens, _most(key, limits)), limits.max_model_len
+    longest = min(context, LONG_TOKENS, limits.num_blocks * limits.block_size)
+    if key.uniform_decode:
+        return [_fitted(_long_decodes(size, limits), limits)]
+    decodes, chunk = min(size // 2, limits.max_num_reqs - 1), min(size, longest)
+    batches = [
+        [BatchRow(0, chunk)],
+        [BatchRow(longest - chunk, chunk)],
+        [*_long_decodes(decodes, limits), BatchRow(0, min(size - decodes, context))],
+    ]
+    return list(dict.fromkeys(_fitted(rows, limits) for rows in batches))
+
+
 def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list[Batch]:
     """Return every batch on which a graph is certified: the full batch, and further each
     composition. A small padded size gets each composition at every batch size. A larger one gets
@@ -149,6 +171,14 @@ def _lengths(limits: BatchLimits) -> list[int]:
 
 def _decodes(lengths: Iterable[int]) -> list[BatchRow]:
     return [BatchRow(length - 1, 1, is_decode=True) for length in lengths]
+
+
+def _long_decodes(count: int, limits: BatchLimits) -> list[BatchRow]:
+    """Return decode rows of the same length, which have `LONG_TOKENS` tokens together or as many as
+    the context and the blocks allow, with a block for another row."""
+    size = limits.block_size
+    most = min(LONG_TOKENS, (limits.num_blocks - 1) * size) // max(1, count)
+    return _decodes([max(1, min(limits.max_model_len, most // size * size))] * count)
 
 
 def _decode_batches(count: int, limits: BatchLimits) -> Iterator[list[BatchRow]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minisrv.certification.batches import short_batch
 from minisrv.certification.compare import InitialState, certify
-from minisrv.certification.startup import TIMED_REPLAYS, step_time
+from minisrv.certification.timing import TIMED_REPLAYS, step_time
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool

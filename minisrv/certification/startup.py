@@ -1,4 +1,4 @@
-"""The graphs of a start-up: capture, certification, installation, timing, and a memory probe.
+"""The graphs of a start-up: capture, certification, installation, and a memory probe.
 
 Knows: in which order graphs are captured, on which batch each is certified, and what a probe has to
 try. Knows nothing of how a graph is compared (see `compare`), nor of how memory is divided. Nothing
@@ -9,14 +9,12 @@ while they run.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 from minisrv.certification.batches import full_batch, short_batch
 from minisrv.certification.compare import InitialState, certify
-from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, reserved_space
-from minisrv.core.dispatcher import StepTime
+from minisrv.certification.trial import StepTrial, TrialSpace, reserved_space
 from minisrv.core.kv_cache import BlockPool
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.runner.model_runner import ModelRunner
@@ -24,8 +22,6 @@ from minisrv.runner.model_runner import ModelRunner
 DRIVER_BYTES = 2 << 20
 """Number of bytes in which CUDA's driver allocates memory for graphs; several graphs share a
 piece."""
-
-TIMED_REPLAYS = 5
 
 CaptureProgress = Callable[[int, int], None]
 """Function that is called with the number of graphs captured so far and the number of all."""
@@ -69,26 +65,6 @@ def add_graph(runner: ModelRunner, space: TrialSpace, key: GraphKey) -> None:
     finally:
         trial.clear()
     runner.install(key, graph)
-
-
-def time_graphs(runner: ModelRunner, pool: BlockPool) -> dict[GraphKey, StepTime]:
-    """Return the duration of a step by every graph, including its epilogue, and of epilogues alone,
-    on a greedy batch that leaves little padding."""
-    times = {}
-    graphs = runner.graphs
-    with reserved_space(runner, pool) as space:
-        for key in runner.ladders.keys():  # noqa: SIM118  (not a mapping)
-            batch = short_batch(key[1], space.limits(runner))
-            trial = StepTrial(runner, space, key, batch, params=[GREEDY])
-            found = [trial.time(graphs[key]) for _ in range(TIMED_REPLAYS)]
-            times[key] = step_time(found)
-            trial.clear()
-    return times
-
-
-def step_time(measured: Sequence[float]) -> StepTime:
-    """Return the duration of a step that was measured so often, in milliseconds."""
-    return StepTime(min(measured), median(measured))
 
 
 def probe(runner: ModelRunner, pool: BlockPool) -> int:

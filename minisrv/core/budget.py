@@ -50,10 +50,12 @@ class Chunk(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The number of prompt tokens that a step takes, and the reason for it."""
+    """The number of prompt tokens that a step takes, the reason for it, and the predicted time of
+    the step in milliseconds."""
 
     tokens: int
     reason: BudgetReason
+    ms: float
 
 
 class PrefillBudget:
@@ -90,9 +92,8 @@ class PrefillBudget:
         waiting = sum(chunk.num_tokens for chunk in chunks)
         most = max(0, min(waiting, self.max_num_batched_tokens - num_decodes))
         at_most = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
-        if not num_decodes or not most:
-            return Budget(most, at_most)
-        steps = self._steps(num_decodes, decode_context, chunks, most)
+        sizes = self._sizes if num_decodes else ()  # otherwise nobody waits for the step
+        steps = self._steps(sizes, num_decodes, decode_context, chunks, most)
         first = next(steps)
         limit_ms, over_limit = self.itl_target_ms, BudgetReason.ITL_TARGET
         if first.ms > limit_ms:
@@ -111,13 +112,19 @@ class PrefillBudget:
             reason = at_most
         else:
             reason = BudgetReason.FASTEST if chosen is not allowed[-1] else over_limit
-        return Budget(chosen.tokens, reason)
+        return Budget(chosen.tokens, reason, chosen.ms)
 
     def _steps(
-        self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk], most: int
+        self,
+        sizes: Sequence[int],
+        num_decodes: int,
+        decode_context: int,
+        chunks: Sequence[Chunk],
+        most: int,
     ) -> Iterator[_Step]:
-        """Yield the possible steps, the smallest first. The last one has `most` prompt tokens."""
-        filled = (size - num_decodes for size in self._sizes)
+        """Yield the steps that fill one of the sizes, the smallest first, and last the one with
+        `most` prompt tokens."""
+        filled = (size - num_decodes for size in sizes)
         remaining = iter(chunks)
         chunk = next(remaining)
         # The work of the chunks before this one.

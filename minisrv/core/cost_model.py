@@ -23,7 +23,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
 
@@ -126,8 +125,7 @@ class _Curve:
                 for sample in by_size[size]
             ]  # fmt: skip
             bases.append(max(0.0, median(rest)))
-        bases = list(accumulate(bases, max))
-        return cls(sizes, bases, per_token, per_pair, [[] for _ in sizes])
+        return cls(sizes, _ascending(bases), per_token, per_pair, [[] for _ in sizes])
 
     def predict(self, size: int, work: AttentionWork) -> float:
         """Return the duration of a step of `size` padded tokens."""
@@ -231,6 +229,19 @@ def _fit_rates(groups: Iterable[Sequence[StepSample]]) -> tuple[float, float]:
         return a * a * tt + 2 * a * b * tp + b * b * pp - 2 * (a * ty + b * py)
 
     return min(candidates, key=squared_error)
+
+
+def _ascending(values: Sequence[float]) -> list[float]:
+    """Return the values that never descend and have the least squared distance to these: neighbours
+    that descend are replaced by their mean (the pool adjacent violators algorithm)."""
+    pools: list[tuple[float, int]] = []  # the mean of each pool of neighbours, and their number
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, others = pools.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _centred(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
+from minisrv.core.step import NO_WORK, AttentionWork
 from minisrv.modes import (
     BatchDescriptor,
     CUDAGraphMode,
@@ -31,10 +32,12 @@ the chosen graph's minimum, because a disturbance makes a measurement longer."""
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The duration of a step in milliseconds, from several measurements."""
+    """The duration of a step in milliseconds, from several measurements, and the work of its
+    attention."""
 
     min_ms: float
     median_ms: float
+    work: AttentionWork = NO_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,14 @@ class Dispatch:
     epilogue: GraphKey | None = None
 
     @property
+    def key(self) -> GraphKey:
+        """The key of the model's stage."""
+        return self.mode, self.descriptor
+
+    @property
     def stages(self) -> tuple[GraphKey, ...]:
         """The keys of the stages, in the order in which they are launched."""
-        model = (self.mode, self.descriptor)
-        return (model,) if self.epilogue is None else (model, self.epilogue)
+        return (self.key,) if self.epilogue is None else (self.key, self.epilogue)
 
 
 class Dispatcher:
@@ -102,7 +109,7 @@ class Dispatcher:
         """
         separate_epilogue = needs_logits or has_structured_output_requests
         found = self._static_choice(num_tokens, num_reqs, query_len, separate_epilogue)
-        better = self._cheaper.get((found.mode, found.descriptor))
+        better = self._cheaper.get(found.key)
         if better is not None:
             found = Dispatch(*better, Reason.CHEAPER)
         if found.descriptor.output is not StageOutput.HIDDEN:

@@ -42,6 +42,14 @@ class Ladders:
     max_num_batched_tokens: int
     query_len: int = 1
 
+    @property
+    def eager_sizes(self) -> tuple[int, ...]:
+        """The numbers of tokens, ascending, to which steps with prefill are filled that no graph
+        holds: default sizes above the mixed ladder."""
+        top = self.mixed[-1] if self.mixed else 0
+        most = self.max_num_batched_tokens
+        return tuple(size for size in _default_mixed(most) if size > top) if most > top else ()
+
     def keys(self) -> list[GraphKey]:
         """Return the key of every graph to capture, the largest of each kind first: the first
         capture determines the size of the memory that the smaller ones share. Epilogues come before

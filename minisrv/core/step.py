@@ -55,6 +55,10 @@ class AttentionWork(NamedTuple):
         return cls(cached_tokens, prefill_pairs)
 
 
+NO_WORK = AttentionWork()
+"""The work of a step whose rows are empty."""
+
+
 class PromptLogprobsRequest(msgspec.Struct, frozen=True):
     """The prompt tokens whose log-probabilities a row has to report.
 
@@ -164,7 +168,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     has_structured_output_requests: bool = False
     position_offset: int = 0
     query_len: int | None = None
-    batch_work: AttentionWork = AttentionWork()
+    batch_work: AttentionWork = NO_WORK
     budget_reason: BudgetReason | None = None
 
     @property

@@ -40,7 +40,7 @@ class StepBuilder:
         """Choose how many of the prompt tokens that wait are computed beside the decode rows."""
         context = AttentionWork.of(self.decodes).cached_tokens
         chosen = budget.choose(len(self.decodes), context, chunks)
-        self.num_prefill_tokens, self.budget_reason = chosen
+        self.num_prefill_tokens, self.budget_reason = chosen.tokens, chosen.reason
 
     def add(self, request: RequestState) -> None:
         """Add the decode token of `request`, or as much of its prefill as the budget allows."""

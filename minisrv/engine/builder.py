@@ -15,17 +15,19 @@ from functools import partial
 import torch
 
 from minisrv import threads
-from minisrv.certification.startup import time_graphs
+from minisrv.certification.timing import sample_costs, time_graphs
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.budget import PrefillBudget
+from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler
+from minisrv.core.step import NO_WORK, AttentionWork
 from minisrv.device_kind import ResolvedConfig, choose_compilation
 from minisrv.engine.compilation import Compilation, Compiler
 from minisrv.engine.grammars import Grammars
@@ -43,6 +45,11 @@ from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.launches import SimulatedLaunches
 from minisrv.runner.model_runner import ModelRunner
 
+ITL_TARGET_STEPS = 16
+"""Default target for the time between two tokens of a request, as a multiple of the time of the
+largest decode step with short contexts. It leaves room for prompts that make good use of the
+device, and requests still decode many times a second."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,18 +60,22 @@ class EngineParts:
     config: the settings, as the device resolves them.
     info: the description of the engine for others.
     memory: the plan for the KV cache.
+    cost_model: predicts the time of steps, and learns from those that are served.
     times: the duration of a step by each graph, if the platform has graphs timed.
+    samples: the timed steps to which the cost model was fitted; none if there is no target.
     compilation: the way of compiled code into service.
     """
 
     config: ResolvedConfig
     scheduler: Scheduler
     dispatcher: Dispatcher
+    cost_model: CostModel
     runner: ModelRunner
     grammars: Grammars
     info: EngineInfo
     memory: MemoryPlan
     times: Mapping[GraphKey, StepTime]
+    samples: list[StepSample]
     compilation: Compilation
 
 
@@ -197,18 +208,24 @@ def build_engine(
         compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
         if config.compile_wait:
             compilation.wait(lambda done, total: progress("compiling", done, total))
+        if config.simulate_launch_us:
+            logger.warning(
+                "SIMULATED: every launch takes %g us longer; no time is the machine's own",
+                config.simulate_launch_us,
+            )
+            runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
         times = time_graphs(runner, pool) if platform.times_graphs else {}
         dispatcher.use_times(times)
+        samples = [] if config.itl_target_ms == 0 else sample_costs(runner, pool, times)
         platform.check_plan(config, memory, shape, runner)
-    if config.simulate_launch_us:
-        logger.warning(
-            "SIMULATED: every launch takes %g us longer; no time is the machine's own",
-            config.simulate_launch_us,
-        )
-        runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
+    cost_model = CostModel(samples)
+    target_ms = config.itl_target_ms
+    if target_ms is None:
+        target_ms = default_itl_target_ms(dispatcher, cost_model)
+    budget = make_budget(target_ms, dispatcher, cost_model)
     scheduler = Scheduler(
         pool,
-        PrefillBudget(config.max_num_batched_tokens),
+        budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=context,
         max_waiting=config.max_waiting,
@@ -223,6 +240,7 @@ def build_engine(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        itl_target_ms=target_ms,
         max_waiting=config.max_waiting,
         dtype=dtype_name(dtype),
         device=str(device),
@@ -242,12 +260,43 @@ def build_engine(
         config=config,
         scheduler=scheduler,
         dispatcher=dispatcher,
+        cost_model=cost_model,
         runner=runner,
         grammars=grammars,
         info=info,
         memory=memory,
         times=times,
+        samples=samples,
         compilation=compilation,
+    )
+
+
+def default_itl_target_ms(dispatcher: Dispatcher, cost_model: CostModel) -> float:
+    """Return the default target: `ITL_TARGET_STEPS` times the step in which as many requests as
+    possible decode."""
+    ladders = dispatcher.ladders
+    most, query_len = ladders.max_num_seqs, ladders.query_len
+    decode = dispatcher.dispatch(most * query_len, most, query_len=query_len)
+    return ITL_TARGET_STEPS * cost_model.predict(decode.key, NO_WORK)
+
+
+def make_budget(
+    itl_target_ms: float, dispatcher: Dispatcher, cost_model: CostModel
+) -> PrefillBudget:
+    """Return the budget that keeps a target. If that is 0, steps take as many prompt tokens as they
+    may, whatever they cost."""
+    ladders = dispatcher.ladders
+    if not itl_target_ms:
+        return PrefillBudget(ladders.max_num_batched_tokens)
+
+    def predict_ms(num_tokens: int, work: AttentionWork) -> float:
+        return cost_model.predict(dispatcher.dispatch(num_tokens, 1, query_len=None).key, work)
+
+    return PrefillBudget(
+        ladders.max_num_batched_tokens,
+        sizes=(*ladders.mixed, *ladders.eager_sizes),
+        predict_ms=predict_ms,
+        itl_target_ms=itl_target_ms,
     )
 
 

@@ -11,6 +11,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
+from minisrv.core.cost_model import StepSample
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import EngineParts
@@ -20,7 +21,7 @@ from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.logprobs import LogprobReport
-from minisrv.runner.results import StepResult
+from minisrv.runner.results import DeviceTime, StepResult
 from minisrv.validation import validate_request
 
 GRAMMAR_SECONDS = 0.01
@@ -50,6 +51,7 @@ class EngineCore:
         self.config = parts.config
         self.scheduler = parts.scheduler
         self.dispatcher = parts.dispatcher
+        self.cost_model = parts.cost_model
         self.runner = parts.runner
         self.info = parts.info
         self.compilation = parts.compilation
@@ -150,10 +152,7 @@ class EngineCore:
         self._lap(StepPart.WAIT)
         outputs = self.scheduler.update(step.output.step_id, tokens)
         self._lap(StepPart.UPDATE)
-        if (time := result.device_time()) is not None:
-            self._gpu_busy_ms += time.busy_ms
-            if step.had_work_throughout and time.idle_ms is not None:
-                self._gpu_idle_ms += time.idle_ms
+        self._count_time(step, result.device_time())
         errors: dict[str, MinisrvError] = {}
         if step.output.has_structured_output_requests:
             errors = self._advance_grammars(outputs)
@@ -228,6 +227,20 @@ class EngineCore:
         """Launch the rest of a step whose model has been launched."""
         step.result = self.runner.sample_tokens(step.output, step.dispatch)
 
+    def _count_time(self, step: _InFlight, time: DeviceTime) -> None:
+        """Count the time of a step, and let the cost model learn from it. A step that waits for the
+        host between its stages is no example of any other."""
+        output = step.output
+        if self.config.kind.has_clock:
+            self._gpu_busy_ms += time.busy_ms
+            if step.had_work_throughout and time.idle_ms is not None:
+                self._gpu_idle_ms += time.idle_ms
+        if not (output.needs_logits or output.has_structured_output_requests):
+            key, work = step.dispatch.key, output.work
+            if predicted_ms := self.cost_model.predict(key, work):
+                self._counters.count_error(predicted_ms, time.busy_ms)
+            self.cost_model.observe(StepSample(key, work, time.busy_ms))
+
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
         and forget the request."""
@@ -255,6 +268,8 @@ class EngineCore:
             gpu_idle_ms=self._gpu_idle_ms,
             steps=self._counters.steps(),
             compiled_steps=self._counters.compiled_steps,
+            budgets=self._counters.budgets(),
+            step_time_errors=self._counters.errors(),
             compilation=self.compilation.report,
         )
 

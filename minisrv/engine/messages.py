@@ -86,6 +86,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     cudagraph_mode: str
     graphs: int
     startup_seconds: dict[str, float]
+    itl_target_ms: float = 0.0
+    """Time that a step in which requests decode should not exceed, in milliseconds; 0 for no such
+    target."""
     simulated_launch_us: float = 0.0
     """Simulated time of each launch in microseconds. If it is not 0, times measured on this engine
     are not those of the machine."""
@@ -103,16 +106,18 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     @property
     def summary(self) -> str:
-        """The device, the dtype, the graphs, the compilation, the scheduling and the KV cache in
-        one line, for the log."""
+        """The device, the dtype, the graphs, the compilation, the scheduling, the KV cache and the
+        limits of a step in one line, for the log."""
         ladders = (("requests", self.decode_capture_sizes), ("tokens", self.mixed_capture_sizes))
+        target = f"{self.itl_target_ms:.1f} ms" if self.itl_target_ms else "none"
         largest = ", ".join(f"{unit} up to {sizes[-1]}" for unit, sizes in ladders if sizes)
         return (
             f"{self.dtype} on {self.device}, mode {self.cudagraph_mode}, {self.graphs} graphs"
             f"{f' ({largest})' if largest else ''}, "
             f"compilation {self.compilation_mode} ({self.compilation_reason}), "
             f"async scheduling {'on' if self.async_scheduling else 'off'}, "
-            f"context {self.max_model_len}, {self.num_kv_blocks} KV blocks of {self.block_size}"
+            f"context {self.max_model_len}, {self.num_kv_blocks} KV blocks of {self.block_size}, "
+            f"at most {self.max_num_batched_tokens} tokens a step, ITL target {target}"
         )
 
 
@@ -139,6 +144,28 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
     padded_tokens: int
 
 
+class BudgetCount(msgspec.Struct, frozen=True, array_like=True):
+    """The number of steps whose number of prompt tokens was chosen for one reason, since the start,
+    and of their prompt tokens."""
+
+    reason: str
+    steps: int
+    tokens: int
+
+
+class ErrorHistogram(msgspec.Struct, frozen=True, array_like=True):
+    """The relative errors of predicted step times, since the start.
+
+    bounds: the upper bounds of the buckets; one more bucket has no bound.
+    counts: the number of steps in each bucket.
+    total: the sum of all errors.
+    """
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total: float = 0.0
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Engine to worker, when asked: a snapshot of its counters, which count from the start.
 
@@ -148,6 +175,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
         while there was work; both 0 on a CPU. The wait of a step with grammars for its masks counts
         as busy.
     compiled_steps: the number of steps that ran by compiled code.
+    budgets: the steps for which prompt tokens waited, by the reason for their number.
+    step_time_errors: by how much the predicted times of steps differed from the measured ones.
     """
 
     running: int = 0
@@ -164,6 +193,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_idle_ms: float = 0.0
     steps: list[StepCount] = []
     compiled_steps: int = 0
+    budgets: list[BudgetCount] = []
+    step_time_errors: ErrorHistogram = ErrorHistogram()
     compilation: CompilationReport = CompilationReport()
 
 

@@ -1,11 +1,13 @@
 """The result of a step, which reaches the host without making anybody wait.
 
-Knows: the ring of pinned memory into which sampled tokens are copied, and the events that tell when
-a step began and ended on the device. Knows nothing of what a step computes.
+Knows: the ring of pinned memory into which sampled tokens are copied, and the events, or on a CPU
+the clock, that tell when a step began and ended on the device. Knows nothing of what a step
+computes.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +22,12 @@ step before them are still read."""
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """The time of a step on a GPU, in milliseconds.
+    """The time of a step on the device, in milliseconds.
 
     busy_ms: the time from its launch to its end, including a wait for grammar masks between its
         parts.
     idle_ms: the time from the end of the step before it to its launch, including copies of its
-        inputs; None for the first step.
+        inputs; None for the first step, and on a CPU.
     """
 
     busy_ms: float
@@ -42,6 +44,8 @@ class StepResult:
     end_event: the event at the end of the step; None where the host does the work itself.
     start_event: the event at the launch of the step.
     previous_end_event: the event at the end of the step before it.
+    host_ms: the milliseconds from the launch of the step to its end, where the host does the work
+        itself.
     """
 
     token_ids: Tensor
@@ -49,6 +53,7 @@ class StepResult:
     end_event: torch.cuda.Event | None = None
     start_event: torch.cuda.Event | None = None
     previous_end_event: torch.cuda.Event | None = None
+    host_ms: float = 0.0
     _ids: list[list[int]] | None = field(default=None, repr=False)
 
     def tokens(self) -> list[list[int]]:
@@ -60,14 +65,14 @@ class StepResult:
             self._ids = ids
         return self._ids
 
-    def device_time(self) -> DeviceTime | None:
-        """Return the time that the GPU took, or None on a CPU.
+    def device_time(self) -> DeviceTime:
+        """Return the time that the device took.
 
         It must be called after `tokens`, and before more than one other step has been launched: the
         events of the ring are reused.
         """
         if self.start_event is None or self.end_event is None:
-            return None
+            return DeviceTime(self.host_ms, None)
         previous_end = self.previous_end_event
         idle_ms = None if previous_end is None else previous_end.elapsed_time(self.start_event)
         return DeviceTime(self.start_event.elapsed_time(self.end_event), idle_ms)
@@ -91,6 +96,7 @@ class ResultRing:
             [_RingEntry(rows) for _ in range(RING_SIZE)] if device.type == "cuda" else []
         )
         self._step = -1
+        self._began = 0.0
 
     def begin(self) -> None:
         """Begin the next step, which is launched after everything launched so far."""
@@ -100,12 +106,15 @@ class ResultRing:
             if entry.result is not None:
                 entry.result.tokens()  # it has been read by now, or it would be lost
             entry.start_event.record()
+        else:
+            self._began = time.perf_counter()
 
     def end(self, tokens: Tensor, logprobs: LogprobReport | None) -> StepResult:
         """Return the result of the step, which has been launched; its `tokens` may still be on
         their way."""
         if not self._entries:
-            return StepResult(tokens.clone(), logprobs)
+            host_ms = 1000 * (time.perf_counter() - self._began)
+            return StepResult(tokens.clone(), logprobs, host_ms=host_ms)
         entry, previous = (self._entries[step % RING_SIZE] for step in (self._step, self._step - 1))
         host = entry.host_token_ids[: len(tokens)].copy_(tokens, non_blocking=True)
         entry.end_event.record()

@@ -112,7 +112,7 @@ def print_plan(config: EngineConfig) -> None:
 def print_measured_plan(config: EngineConfig) -> None:
     """Start the engine, and print the coverage with which it serves and the time and memory of each
     graph. Raises the errors of start-up (ConfigError, ModelError, GraphError)."""
-    from minisrv.certification.startup import time_graphs
+    from minisrv.certification.timing import time_graphs
     from minisrv.compile.program import Program
     from minisrv.engine.builder import build_engine
     from minisrv.engine.memory import mebibytes

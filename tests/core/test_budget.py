@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.core.budget import MARGIN, MOST_SLOWDOWN, Budget, Chunk, PrefillBudget
+from minisrv.core.budget import MARGIN, MOST_SLOWDOWN, Chunk, PrefillBudget
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import AttentionWork, SchedulerOutput
@@ -32,9 +32,11 @@ def predict_ms(num_tokens: int, work: AttentionWork) -> float:
 
 def choose(
     num_decodes: int, context: int, *chunks: tuple[int, int], target: float = 1e9, top: int = TOP
-) -> Budget:
+) -> tuple[int, BudgetReason]:
     budget = PrefillBudget(top, sizes=SIZES, predict_ms=predict_ms, itl_target_ms=target)
-    return budget.choose(num_decodes, context, [Chunk(*chunk) for chunk in chunks])
+    chosen = budget.choose(num_decodes, context, [Chunk(*chunk) for chunk in chunks])
+    assert chosen.ms == pytest.approx(step_ms(num_decodes, context, [*chunks], chosen.tokens))
+    return chosen.tokens, chosen.reason
 
 
 def step_ms(num_decodes: int, context: int, chunks: list[tuple[int, int]], tokens: int) -> float:
@@ -106,7 +108,7 @@ def test_a_larger_target_never_makes_a_smaller_step(num_decodes, context, chunks
     if step_ms(num_decodes, context, chunks, min(least, waiting)) > small:
         return
     before, after = (
-        choose(num_decodes, context, *chunks, target=target).tokens for target in (small, large)
+        choose(num_decodes, context, *chunks, target=target)[0] for target in (small, large)
     )
     # A larger step that is allowed only by the larger target may raise the rate to compare with.
     assert after >= before
@@ -127,12 +129,12 @@ def test_a_size_at_which_the_device_is_faster_is_preferred():
     slow = PrefillBudget(
         1024, sizes=(256, 512, 1024), predict_ms=lambda n, work: 1 + n / 1000 + 3 * (n > 512)
     )
-    assert slow.choose(8, 800, [Chunk(0, 5000)]) == (512 - 8, BudgetReason.FASTEST)
+    assert slow.choose(8, 800, [Chunk(0, 5000)])[:2] == (512 - 8, BudgetReason.FASTEST)
     # A difference within the margin is none: larger steps are fewer steps.
     even = PrefillBudget(
         1024, sizes=(512, 1024), predict_ms=lambda n, work: n / (1 - 0.9 * MARGIN * (n > 512))
     )
-    assert even.choose(8, 800, [Chunk(0, 5000)]) == (1024 - 8, BudgetReason.STEP_LIMIT)
+    assert even.choose(8, 800, [Chunk(0, 5000)])[:2] == (1024 - 8, BudgetReason.STEP_LIMIT)
 
 
 def test_the_attention_of_prompts_bounds_a_step_but_does_not_count_as_slow():

@@ -58,6 +58,13 @@ def test_steps_that_run_alike_have_costs_of_their_own():
     assert model.predict((NONE, BatchDescriptor(64)), LONG[0]) == 0, "nothing is known of these"
 
 
+def test_a_smaller_size_that_took_longer_shares_its_time_with_the_larger_one():
+    """Noise is averaged: neither of the two measurements is taken to be the right one."""
+    times = {1: 1.0, 2: 3.0, 4: 2.0, 8: 4.0}
+    model = CostModel([StepSample(mixed(size), NOTHING, ms) for size, ms in times.items()])
+    assert [model.predict(mixed(size), NOTHING) for size in times] == [1.0, 2.5, 2.5, 4.0]
+
+
 works = st.builds(AttentionWork, st.integers(0, 100_000), st.floats(0, 1e9))
 sizes = st.integers(1, 4096)
 samples = st.lists(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from minisrv.config import EngineConfig
+from minisrv.device_kind import CPU, KINDS
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.request import EngineRequest, SamplingParams
@@ -19,6 +22,7 @@ def test_an_engine_without_requests_does_not_idle(tmp_path, monkeypatch, steps_a
     monkeypatch.setattr(
         StepResult, "device_time", lambda self: DeviceTime(busy_ms=1.0, idle_ms=100.0)
     )
+    monkeypatch.setitem(KINDS, "cpu", replace(CPU, has_clock=True))
     config = EngineConfig(
         model=str(make_checkpoint(tmp_path)),
         device="cpu",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minisrv.certification.startup import time_graphs
+from minisrv.certification.timing import time_graphs
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import builder
@@ -116,10 +116,20 @@ def waits(monkeypatch) -> list[float]:
     return found
 
 
-def test_each_step_waits_for_its_launches_and_the_start_for_none(checkpoint, waits):
+def test_each_step_waits_for_its_launches_and_no_capture_for_any(checkpoint, waits, monkeypatch):
+    """Capture and certification do not wait; the steps that are timed for the cost model do."""
+    sample_costs, before_timing = builder.sample_costs, []
+
+    def sampled(*arguments):
+        before_timing.extend(waits)
+        return sample_costs(*arguments)
+
+    monkeypatch.setattr(builder, "sample_costs", sampled)
     engine = start(checkpoint, simulate_launch_us=2.5)
     assert engine.info.graphs > 0
-    assert waits == [], "capture and certification do not wait"
+    assert before_timing == []
+    assert waits
+    waits.clear()
     for name in ("a", "b"):
         add(engine, name)
         while engine.has_work:
@@ -180,6 +190,7 @@ def test_a_swap_forgets_the_counts():
 def test_simulated_steps_can_be_counted(checkpoint, waits):
     """Two counters may work at once, as in bench under --simulate-launch-us."""
     engine = start(checkpoint, simulate_launch_us=1.0)
+    waits.clear()
     add(engine, "a")
     assert steps(engine) == [PIECES + 1] + 5 * [1]
     assert [wait for wait in waits if wait] == [PIECES, 1] + 5 * [1]
