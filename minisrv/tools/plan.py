@@ -4,13 +4,13 @@ Without `--measure` it needs no torch, and only the small files of a model.
 
 Knows: the coverage of the dispatcher, which modes are served together, the measured time and memory
 of each graph where an engine has captured them, the kernels by which a GPU multiplies, and how
-tables are printed.
+tables are printed. What steps cost is in `costs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,10 @@ from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
+from minisrv.tools.costs import COST_WORDS, budget_table, budget_words, cost_table, fit_summary
+
+if TYPE_CHECKING:
+    from minisrv.engine.builder import EngineParts
 
 _WORDS = {
     "decode": "a batch whose requests have all read their prompts: one token of each",
@@ -142,6 +146,8 @@ def print_measured_plan(config: EngineConfig) -> None:
     console = Console()
     console.print(table)
     console.print(_legend(_MEASURED_WORDS))
+    if engine.samples:
+        _print_costs(console, engine)
     runner = engine.runner
     model = runner.model
     # transformers' code has other projections, which are not merged.
@@ -156,6 +162,21 @@ def print_measured_plan(config: EngineConfig) -> None:
         f"{(info.num_kv_blocks - 1) * info.block_size} tokens",
         soft_wrap=True,
     )
+
+
+def _print_costs(console: Console, engine: EngineParts) -> None:
+    """Print what steps cost by the model, and how many prompt tokens they take because of it."""
+    console.print(cost_table(engine.cost_model, engine.samples))
+    console.print(_legend(COST_WORDS))
+    console.print(fit_summary(engine.cost_model, engine.samples), soft_wrap=True)
+    budget, info = engine.scheduler.budget, engine.info
+    console.print(
+        f"\nPrompt tokens of a step while prompts wait, within {budget.itl_target_ms:.2f} ms "
+        "(--itl-target-ms):",
+        soft_wrap=True,
+    )
+    console.print(budget_table(budget, info.max_num_seqs, info.max_model_len))
+    console.print(_legend(budget_words()))
 
 
 def print_modes(mode: CompilationMode, why: str) -> None:

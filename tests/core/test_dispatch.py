@@ -16,7 +16,15 @@ from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
 from minisrv.device_kind import CPU
 from minisrv.errors import CoverageError
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
+from minisrv.modes import (
+    BatchDescriptor,
+    BudgetReason,
+    CUDAGraphMode,
+    Reason,
+    Stage,
+    StageOutput,
+)
+from minisrv.tools.costs import BUDGET_REASONS
 from minisrv.tools.plan import REASONS, print_plan
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -339,6 +347,13 @@ def test_a_measured_plan_says_what_each_graph_costs():
         assert float(milliseconds) > 0
         assert float(mebibytes) >= 0
     assert any(float(line.split("│")[-2]) > 0 for line in costs)
+    predicted = [
+        line for line in lines if line.startswith(("│ mixed ", "│ decode ")) and "%" in line
+    ]
+    assert {line.split("│")[3].strip() for line in predicted} == {"PIECEWISE", "FULL"}
+    assert all(float(line.split("│")[7]) > 0 for line in predicted)
+    assert any("predictions differ from the measured times by" in line for line in lines)
+    assert BUDGET_REASONS.keys() == set(BudgetReason)
     assert "14 graphs take" in lines[-1]
 
 
