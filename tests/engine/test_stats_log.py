@@ -12,7 +12,7 @@ import pytest
 from minisrv.engine import stats_log
 from minisrv.engine.compilation import Compilation
 from minisrv.engine.heartbeat import Heartbeat
-from minisrv.engine.messages import EngineStats, StepCount
+from minisrv.engine.messages import BudgetCount, EngineStats, StepCount
 from minisrv.engine.process import _EngineServer
 from minisrv.engine.stats_log import SECONDS, StatsLog
 from minisrv.graph.cpu_tape import CPUTapeBackend
@@ -32,6 +32,7 @@ BUSY = EngineStats(
         StepCount("FULL", "cheaper", 15, 45, 0),
         StepCount("PIECEWISE", "has_prefill", 25, 400, 9),
     ],
+    budgets=[BudgetCount("all_waiting", 5, 30), BudgetCount("itl_target", 20, 370)],
 )
 
 
@@ -65,10 +66,12 @@ def test_a_line_has_rates_since_the_last_one(records: list[Any]) -> None:
     assert record.getMessage() == (
         "Avg prompt throughput: 20.0 tokens/s, Avg generation throughput: 10.0 tokens/s, "
         "Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 50.0%, "
-        "Steps: FULL 75.0%, PIECEWISE 25.0%"
+        "Steps: FULL 75.0%, PIECEWISE 25.0%, "
+        "Prefill budgets: itl_target 80.0%, all_waiting 20.0%"
     )
     assert record.json_fields["prompt_tokens_per_s"] == 20
     assert record.json_fields["steps_percent"] == {"FULL": 75, "PIECEWISE": 25}
+    assert record.json_fields["prefill_budgets_percent"] == {"itl_target": 80, "all_waiting": 20}
 
 
 def test_nothing_is_told_of_rest(records: list[Any]) -> None:
@@ -92,7 +95,7 @@ def test_nothing_is_told_of_rest(records: list[Any]) -> None:
 def test_who_waits_is_told_without_a_step(records: list[Any]) -> None:
     engine = Engine()
     engine.tick(SECONDS, EngineStats(waiting=4))
-    assert records[0].getMessage().endswith("Steps: none")
+    assert records[0].getMessage().endswith("Steps: none, Prefill budgets: none")
 
 
 class _EndError(Exception):
