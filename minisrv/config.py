@@ -82,7 +82,7 @@ class EngineConfig:
     itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
         the next while the prompts of others are computed. A step gets as many prompt tokens as are
         predicted to fit that time, and 0 gives it as many as it may have, whatever they cost. By
-        default 16 times the step in which max_num_seqs requests decode, as it is measured at
+        default 32 times the step in which max_num_seqs requests decode, as it is measured at
         start-up.
     block_size: number of tokens in a block of the KV cache.
     num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By

@@ -45,7 +45,7 @@ from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.launches import SimulatedLaunches
 from minisrv.runner.model_runner import ModelRunner
 
-ITL_TARGET_STEPS = 16
+ITL_TARGET_STEPS = 32
 """Default target for the time between two tokens of a request, as a multiple of the time of the
 largest decode step with short contexts. It leaves room for prompts that make good use of the
 device, and requests still decode many times a second."""
