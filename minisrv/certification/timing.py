@@ -11,10 +11,10 @@ from statistics import median
 
 from minisrv.certification.batches import Batch, long_batches, short_batch
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, reserved_space
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.core.cost_model import StepSample
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.step import NO_WORK, AttentionWork
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.runner.model_runner import ModelRunner
 

@@ -25,9 +25,9 @@ from minisrv.certification.batches import (
     short_batch,
 )
 from minisrv.certification.compare import InitialState
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
 from minisrv.core.step import (
-    AttentionWork,
     NewRequestData,
     ScheduledRow,
     SchedulerOutput,

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from minisrv.core.step import AttentionWork
+from minisrv.core.attention_work import AttentionWork
 from minisrv.modes import BudgetReason
 
 MARGIN = 0.05
@@ -84,13 +84,14 @@ class PrefillBudget:
     def choose(self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk]) -> Budget:
         """Return how many of the waiting prompt tokens the next step takes.
 
-        num_decodes: the number of decode rows in the step.
+        num_decodes: the number of decode rows in the step, which has room for more tokens.
         decode_context: the number of tokens whose keys and values they read together.
         chunks: the prompts that wait, at least one, in the order in which they are served. Those
             that a step cannot reach may be left out.
         """
         waiting = sum(chunk.num_tokens for chunk in chunks)
-        most = max(0, min(waiting, self.max_num_batched_tokens - num_decodes))
+        most = min(waiting, self.max_num_batched_tokens - num_decodes)
+        assert most > 0, "every request that runs fits a step"
         at_most = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
         sizes = self._sizes if num_decodes else ()  # otherwise nobody waits for the step
         steps = self._steps(sizes, num_decodes, decode_context, chunks, most)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from minisrv.core.step import AttentionWork
+from minisrv.core.attention_work import AttentionWork
 from minisrv.modes import CUDAGraphMode, GraphKey
 
 WINDOW = 9

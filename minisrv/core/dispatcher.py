@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
-from minisrv.core.step import NO_WORK, AttentionWork
 from minisrv.modes import (
     BatchDescriptor,
     CUDAGraphMode,

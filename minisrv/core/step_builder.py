@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.budget import Chunk, PrefillBudget
 from minisrv.core.request_state import RequestState
 from minisrv.core.step import (
-    AttentionWork,
     LogitsProcessorData,
     NewRequestData,
     ScheduledRow,

@@ -21,13 +21,13 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.core.scheduler import Scheduler
-from minisrv.core.step import NO_WORK, AttentionWork
 from minisrv.device_kind import ResolvedConfig, choose_compilation
 from minisrv.engine.compilation import Compilation, Compiler
 from minisrv.engine.grammars import Grammars

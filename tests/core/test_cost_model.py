@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.cost_model import GAIN, WINDOW, CostModel, StepSample
 from minisrv.core.ladder import decode_descriptor
-from minisrv.core.step import AttentionWork
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, StageOutput
 
 FULL, NONE = CUDAGraphMode.FULL, CUDAGraphMode.NONE

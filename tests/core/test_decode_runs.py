@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
-from minisrv.core.step import AttentionWork, SchedulerOutput
+from minisrv.core.step import SchedulerOutput
 from minisrv.engine.step_counters import StepCounters
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
 from minisrv.request import EngineRequest, SamplingParams

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from minisrv.config import EngineConfig
-from minisrv.core.step import NO_WORK, AttentionWork
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.engine.builder import ITL_TARGET_STEPS, build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.modes import BudgetReason, CUDAGraphMode
