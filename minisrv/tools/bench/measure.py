@@ -158,8 +158,7 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
     """
     config = platform_of(config).kind.resolve(config)
     mode = config.compilation_mode or CompilationMode.NONE
-    # Steps have the tokens with which they are to be measured, whatever they cost.
-    config = replace(config, compilation_mode=mode, compile_wait=True, itl_target_ms=0.0)
+    config = replace(config, compilation_mode=mode, compile_wait=True)
     compiled = mode is not CompilationMode.NONE
     if config.cudagraph_mode is NONE and not compiled:
         raise ConfigError(
