@@ -21,7 +21,7 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
-from minisrv.core.attention_work import NO_WORK, AttentionWork
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
@@ -44,11 +44,6 @@ from minisrv.progress import StartupClock
 from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.launches import SimulatedLaunches
 from minisrv.runner.model_runner import ModelRunner
-
-ITL_TARGET_STEPS = 32
-"""Default target for the time between two tokens of a request, as a multiple of the time of the
-largest decode step with short contexts. It leaves room for prompts that make good use of the
-device, and requests still decode many times a second."""
 
 logger = logging.getLogger(__name__)
 
@@ -216,13 +211,10 @@ def build_engine(
             runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
         times = time_graphs(runner, pool) if platform.times_graphs else {}
         dispatcher.use_times(times)
-        samples = [] if config.itl_target_ms == 0 else sample_costs(runner, pool, times)
+        samples = sample_costs(runner, pool, times) if config.itl_target_ms else []
         platform.check_plan(config, memory, shape, runner)
     cost_model = CostModel(samples)
-    target_ms = config.itl_target_ms
-    if target_ms is None:
-        target_ms = default_itl_target_ms(dispatcher, cost_model)
-    budget = make_budget(target_ms, dispatcher, cost_model)
+    budget = make_budget(config.itl_target_ms, dispatcher, cost_model)
     scheduler = Scheduler(
         pool,
         budget,
@@ -240,7 +232,7 @@ def build_engine(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        itl_target_ms=target_ms,
+        itl_target_ms=config.itl_target_ms,
         max_waiting=config.max_waiting,
         dtype=dtype_name(dtype),
         device=str(device),
@@ -269,15 +261,6 @@ def build_engine(
         samples=samples,
         compilation=compilation,
     )
-
-
-def default_itl_target_ms(dispatcher: Dispatcher, cost_model: CostModel) -> float:
-    """Return the default target: `ITL_TARGET_STEPS` times the step in which as many requests as
-    possible decode."""
-    ladders = dispatcher.ladders
-    most, query_len = ladders.max_num_seqs, ladders.query_len
-    decode = dispatcher.dispatch(most * query_len, most, query_len=query_len)
-    return ITL_TARGET_STEPS * cost_model.predict(decode.key, NO_WORK)
 
 
 def make_budget(

@@ -145,8 +145,6 @@ class FakeCompiler:
 
 def start(checkpoint: str, compiler: FakeCompiler | None, **settings: Any) -> EngineCore:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "device": "cpu"}
-    # Without a target, steps are the same whatever they cost, and round alike.
-    limits["itl_target_ms"] = 0.0
     config = EngineConfig(
         model=checkpoint, **{**limits, "num_kv_blocks": 80, "dtype": "float32", **settings}
     )

@@ -118,7 +118,6 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         "max_model_len": CONTEXT,
         "block_size": BLOCK_SIZE,
         "num_kv_blocks": NUM_BLOCKS,
-        "itl_target_ms": 0.0,
     }
     limits |= {"model": model.checkpoint, "device": model.device, "cudagraph_mode": model.mode}
     with Patch.context() as patch:
