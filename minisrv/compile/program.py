@@ -1,9 +1,9 @@
 """Programs: the compiled forward of a model, run with the model's own weights.
 
-A program is a schedule of calls, of compiled pieces and of the attention op. A call of a piece is
-one op for a recorder, whose arguments say which tensors it writes; they are the model's weights,
-its static buffers, the arguments of the forward, and buffers of the program. All are at the same
-addresses in every step, so that a graph may hold the calls.
+A program is a schedule of calls, of compiled pieces, of products and of the attention op. A call of
+a piece is one op for a recorder, whose arguments say which tensors it writes; they are the model's
+weights, its static buffers, the arguments of the forward, and buffers of the program. All are at
+the same addresses in every step, so that a graph may hold the calls.
 
 Knows: schedules, and how a package of machine code is loaded and called. Knows nothing of how they
 were made: neither Dynamo nor Inductor is imported here.
@@ -37,6 +37,7 @@ from minisrv.compile.values import (
     Path,
     PieceCall,
     Preparation,
+    ProductCall,
     Rotation,
     Shifted,
     Static,
@@ -47,6 +48,7 @@ from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LinearMethod
+from minisrv.kernels.linear_op import linear
 from minisrv.kernels.registration import register_op
 from minisrv.model_config import ModelConfig
 from minisrv.nn.rope import rotation_table
@@ -171,6 +173,10 @@ class Program(Compiled):
                 self._calls.append((_attention(call.layer), read, (call.out,)))
                 if call.preparation is not None:
                     self._preparations[call.layer] = call.preparation
+                continue
+            if isinstance(call, ProductCall):
+                norm = [] if call.norm is None else [call.norm]
+                self._calls.append((_multiply(call), (call.x, *call.tensors, *norm), (call.out,)))
                 continue
             piece = pieces[call.piece]
             read = tuple(call.arguments[index] for index in piece.read)
@@ -317,6 +323,24 @@ _Call = Callable[[list[Tensor], list[Tensor]], None]
 def _attention(layer: int) -> _Call:
     def call(read: list[Tensor], written: list[Tensor]) -> None:
         attention_op(*read, *written, layer)
+
+    return call
+
+
+def _multiply(product: ProductCall) -> _Call:
+    settings: dict[str, Any] = {
+        "method": product.method,
+        "eps": product.eps,
+        "gated": product.gated,
+        "add": product.add,
+    }
+    count = len(product.tensors)
+
+    def call(read: list[Tensor], written: list[Tensor]) -> None:
+        # The function and not the op: a graph holds the operations of the method, as it does for
+        # the model's own forward.
+        x, tensors, norm = read[0], read[1 : 1 + count], read[1 + count :]
+        linear(x, tensors, norm[0] if norm else None, *written, **settings)
 
     return call
 

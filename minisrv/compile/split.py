@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name
 
-from minisrv.compile.nodes import example, origin, shape, storage
+from minisrv.compile.nodes import example, origin, shape, sizes, storage
 from minisrv.compile.trace import Trace
 from minisrv.compile.values import (
     AttentionCall,
+    Call,
     Intermediate,
     PieceCall,
+    ProductCall,
     Source,
     Static,
     Value,
@@ -34,6 +36,7 @@ from minisrv.compile.values import (
 from minisrv.compile.writes import written_by
 from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
+from minisrv.kernels.linear_op import linear_op
 
 STATIC = ("qkv", "attn_out")
 """The static buffers of a model, of which a step uses the first rows."""
@@ -97,7 +100,7 @@ class Schedule:
     """
 
     pieces: list[Piece] = field(default_factory=list)
-    calls: list[PieceCall | AttentionCall] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
 
 def split(traced: Trace) -> Schedule:
@@ -138,6 +141,8 @@ class _Splitter:
                 layer: Any = segment.args[3]
                 preparation = segment.meta.get(PREPARATION)
                 schedule.calls.append(AttentionCall(qkv, positions, out, layer, preparation))
+            elif self._has_only_products(segment):
+                schedule.calls += self._products(segment, number, last_uses)
             else:
                 piece, nodes = self._piece(segment, number, last_uses)
                 index = known.setdefault(piece.content(), len(schedule.pieces))
@@ -185,6 +190,54 @@ class _Splitter:
             for node in _nodes(segment):
                 uses |= dict.fromkeys(map(self._whole, node.all_input_nodes), number)
         return uses
+
+    def _has_only_products(self, segment: list[fx.Node]) -> bool:
+        """Whether nothing in a segment is for a compiler: it consists of products, of tensors for
+        their results, and of other shapes of these."""
+        made = {node for node in segment if node.target == "new_empty"}
+
+        def is_found(node: Any) -> bool:
+            whole = origin(node)
+            value = self.values.get(whole)
+            resized = isinstance(value, Intermediate) or whole in made
+            return resized or (value is not None and sizes(whole) == sizes(node))
+
+        return all(
+            all(map(is_found, node.all_input_nodes))
+            if node.target == linear_op
+            else node in made or origin(node) is not node or isinstance(example(node), torch.SymInt)
+            for node in segment
+        )
+
+    def _products(
+        self, segment: list[fx.Node], number: int, last_uses: dict[fx.Node, int]
+    ) -> list[ProductCall]:
+        """Return the calls of a segment that consists of products only."""
+
+        def value(node: Any) -> Value:
+            found = self.values[origin(node)]
+            if not isinstance(found, Intermediate):
+                return found
+            return Intermediate(found.buffer, self._spec(node, kept=True).shape, found.dtype)
+
+        calls = []
+        for node in segment:
+            if node.target == "new_empty":
+                spec = self._spec(node, kept=True)
+                self.values[node] = self.buffers.take(spec, number, last_uses.get(node, number))
+            elif node.target == linear_op:
+                x, tensors, norm, out = node.args
+                given: Any = tensors
+                calls.append(
+                    ProductCall(
+                        value(x),
+                        [value(tensor) for tensor in given],
+                        None if norm is None else value(norm),
+                        value(out),
+                        **node.kwargs,  # type: ignore[arg-type]
+                    )
+                )
+        return calls
 
     def _piece(
         self, segment: list[fx.Node], number: int, last_uses: dict[fx.Node, int]

@@ -112,6 +112,22 @@ class AttentionCall(msgspec.Struct, frozen=True, tag=True):
     preparation: Preparation | None = None
 
 
+class ProductCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of a product between pieces: see `kernels.linear_op`."""
+
+    x: Value
+    tensors: list[Value]
+    norm: Value | None
+    out: Value
+    method: str
+    eps: float = 0.0
+    gated: bool = False
+    add: bool = False
+
+
+Call = PieceCall | AttentionCall | ProductCall
+
+
 class PieceFile(msgspec.Struct, frozen=True):
     """The package of a piece: its key in the cache, and the digest of its content."""
 
@@ -129,4 +145,4 @@ class Description(msgspec.Struct, frozen=True):
     max_rows: int
     matches: dict[str, int]
     pieces: list[PieceFile]
-    calls: list[PieceCall | AttentionCall]
+    calls: list[Call]

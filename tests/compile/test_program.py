@@ -116,7 +116,7 @@ def test_a_program_that_is_forgotten_leaves_no_packages(one_program: Compiled):
     before = len(loaded_pieces)
     found = Program.load(one_program.directory, one_program.model)
     assert found is not None
-    assert len(loaded_pieces) == before + 3
+    assert len(loaded_pieces) == before + 2
     del found
     assert len(loaded_pieces) == before
 

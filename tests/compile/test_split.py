@@ -1,4 +1,4 @@
-"""A forward is traced once and split into pieces, of which those alike are one."""
+"""A forward is traced once and split into pieces, of which those alike are one, and products."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 from torch._dynamo.utils import counters
 
-from minisrv.compile.values import AttentionCall, PieceCall
+from minisrv.compile.values import AttentionCall, PieceCall, ProductCall
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import SHAPE, job_of, schedule_of
 
 
 @pytest.mark.parametrize("implementation", ["transformers", "minisrv"])
-def test_there_are_three_pieces_whatever_the_number_of_layers(implementation: str, tmp_path: Path):
+def test_there_are_two_pieces_whatever_the_number_of_layers(implementation: str, tmp_path: Path):
     contents = []
     for layers in (2, 6):
         directory = make_checkpoint(tmp_path / str(layers), num_hidden_layers=layers)
         schedule = schedule_of(job_of(directory, implementation))
         assert not counters["graph_break"]
         kinds = [type(call) for call in schedule.calls]
-        assert kinds == [PieceCall, *[AttentionCall, PieceCall] * layers]
+        layer = [AttentionCall, *[ProductCall] * 4]
+        assert kinds == [PieceCall, *layer * (layers - 1), AttentionCall, PieceCall]
         numbers = [call.piece for call in schedule.calls if isinstance(call, PieceCall)]
-        assert numbers == [0, *[1] * (layers - 1), 2]
+        assert numbers == [0, 1], "nothing in the other layers is for a compiler"
         contents.append([piece.content() for piece in schedule.pieces])
     assert contents[0] == contents[1]
 
@@ -38,7 +39,7 @@ def test_other_formats_of_weights(
 ):
     directory = make_checkpoint(tmp_path)
     job = job_of(directory, implementation, dtype=dtype, quantization=quantization)
-    assert len(schedule_of(job).pieces) == 3
+    assert len(schedule_of(job).pieces) == 2
 
 
 def test_another_constant_is_another_piece(tmp_path: Path):
