@@ -42,9 +42,12 @@ class AttentionWork(NamedTuple):
         """Return the work of the rows of a step."""
         cached_tokens, prefill_pairs = 0, 0.0
         for row in rows:
-            cached, pairs = cls.of_chunk(row.num_computed_tokens, row.num_tokens)
-            cached_tokens += cached
-            prefill_pairs += 0.0 if row.is_decode else pairs
+            if row.is_decode:  # most rows: each step has this loop
+                cached_tokens += row.num_computed_tokens + row.num_tokens
+            else:
+                cached, pairs = cls.of_chunk(row.num_computed_tokens, row.num_tokens)
+                cached_tokens += cached
+                prefill_pairs += pairs
         return cls(cached_tokens, prefill_pairs)
 
 
