@@ -81,6 +81,11 @@ class PrefillBudget:
         self._sizes = sizes
         self._predict_ms = predict_ms
 
+    @property
+    def has_target(self) -> bool:
+        """Whether a step in which requests decode may have to take less than it could."""
+        return math.isfinite(self.itl_target_ms)
+
     def choose(self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk]) -> Budget:
         """Return how many of the waiting prompt tokens the next step takes.
 

@@ -239,14 +239,9 @@ class Scheduler:
             for request in self.running
             if not request.is_decoding and request is not to_preempt
         ]
-        chunks = [
-            Chunk(request.num_computed_tokens, request.prefill_target - request.num_computed_tokens)
-            for request in prefills
-        ]
-        started = sum(chunk.num_tokens for chunk in chunks)
-        chunks += self._admissible_chunks(self.budget.max_num_batched_tokens - started)
-        if chunks:
-            step.set_budget(self.budget, chunks)
+        step.num_prefill_tokens = self.budget.max_num_batched_tokens - len(step.decodes)
+        if step.decodes and self.budget.has_target:
+            self._choose_budget(step, prefills)
         for request in prefills:
             if step.num_prefill_tokens:
                 step.add(request)
@@ -300,6 +295,22 @@ class Scheduler:
     def _is_in_flight(self, request: RequestState) -> bool:
         return bool(self._in_flight) and request.last_step_id >= self._in_flight[0].step.step_id
 
+    def _choose_budget(self, step: StepBuilder, prefills: Sequence[RequestState]) -> None:
+        """Let the budget choose the number of prompt tokens beside decode rows, from those of the
+        requests in prefill and of those that can be admitted."""
+        chunks = [
+            Chunk(request.num_computed_tokens, request.prefill_target - request.num_computed_tokens)
+            for request in prefills
+        ]
+        most = step.num_prefill_tokens - sum(chunk.num_tokens for chunk in chunks)
+        if most > 0 and self.req_indices.num_free:
+            self._give_turn_if_due()
+            chunks += self._admissible_chunks(most)
+        if chunks:
+            step.set_budget(self.budget, chunks)
+        else:
+            step.num_prefill_tokens = 0
+
     def _admissible_chunks(self, most: int) -> list[Chunk]:
         """Return the prompts of the waiting requests that could be admitted now: the first of them
         that have `most` tokens together."""
@@ -326,8 +337,7 @@ class Scheduler:
 
     def _admit(self, step: StepBuilder) -> None:
         while self.waiting and step.num_prefill_tokens and self.req_indices.num_free:
-            if self._num_overtakes >= MAX_OVERTAKES:
-                self._give_turn()
+            self._give_turn_if_due()
             request = self.waiting[0]
             target = request.num_tokens
             cached_blocks = self._get_computed_blocks(request)
@@ -347,9 +357,11 @@ class Scheduler:
             step.new_blocks += [(request.req_index, i, b) for i, b in enumerate(request.blocks)]
             step.add(request)
 
-    def _give_turn(self) -> None:
-        """Put the oldest waiting request that has had no turn before all requests that have had
-        none."""
+    def _give_turn_if_due(self) -> None:
+        """After `MAX_OVERTAKES` overtakes, put the oldest waiting request that has had no turn
+        before all requests that have had none."""
+        if self._num_overtakes < MAX_OVERTAKES:
+            return
         self._num_overtakes = 0
         others = [request for request in self.waiting if request.priority > -math.inf]
         if others:

@@ -22,9 +22,10 @@ from minisrv.modes import BudgetReason
 
 class StepBuilder:
     """Collects the rows of one step. Decode rows are added first, then the number of prefill tokens
-    is chosen (`set_budget`), then prefill rows are added.
+    is set, or chosen by what they cost (`set_budget`), then prefill rows are added.
 
     num_prefill_tokens: the number of prefill tokens that may still be added.
+    budget_reason: the reason for the chosen number, if it was chosen by what the tokens cost.
     """
 
     def __init__(self, step_id: int) -> None:
@@ -72,6 +73,12 @@ class StepBuilder:
         lengths = {row.num_tokens for row in self.decodes}
         return lengths.pop() if len(lengths) == 1 and not self.prefills else None
 
+    def _reason(self) -> BudgetReason | None:
+        """Return the `budget_reason` of the step."""
+        if self.budget_reason is not None or not self.prefills:
+            return self.budget_reason
+        return BudgetReason.ALL_WAITING if self.num_prefill_tokens else BudgetReason.STEP_LIMIT
+
     def build(self, freed_req_indices: list[int]) -> SchedulerOutput | None:
         """Return the step, which is the first of a new batch; None if no request was added."""
         rows = self.decodes + self.prefills
@@ -87,7 +94,7 @@ class StepBuilder:
             num_tokens=sum(row.num_tokens for row in rows),
             query_len=self._query_len(),
             batch_work=AttentionWork.of(rows),
-            budget_reason=self.budget_reason,
+            budget_reason=self._reason(),
             freed_req_indices=freed_req_indices,
             needs_logits=any(
                 row.num_logprobs is not None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.budget import MARGIN, MOST_SLOWDOWN, Chunk, PrefillBudget
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.scheduler import Scheduler
+from minisrv.core.scheduler import MAX_OVERTAKES, Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.modes import BudgetReason
 from minisrv.request import EngineRequest, SamplingParams
@@ -159,12 +159,21 @@ def scheduler(target: float = 1e9, *, blocks: int = 4000, seqs: int = 64) -> Sch
 
 
 def add(
-    scheduler: Scheduler, name: str, length: int, *, most: int = 200, first: int | None = None
+    scheduler: Scheduler,
+    name: str,
+    length: int,
+    *,
+    most: int = 200,
+    first: int | None = None,
+    priority: int = 0,
 ) -> None:
     """Add a request. Its prompt begins like that of others with the same `first`."""
     prompt = [ord(name[0]) if first is None else first] * length
     params = SamplingParams(max_tokens=most)
-    scheduler.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params), seed=0)
+    scheduler.add(
+        EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, priority=priority),
+        seed=0,
+    )
 
 
 def run(scheduler: Scheduler) -> SchedulerOutput:
@@ -248,3 +257,33 @@ def test_prompts_for_which_no_block_is_free_do_not_count():
     assert rows(step) == [("a", 1), ("b", 50)]
     assert step.budget_reason is BudgetReason.ALL_WAITING
     assert run(queue).budget_reason is None
+
+
+def test_without_a_target_a_step_is_filled_whatever_was_expected_to_fit():
+    """Both requests begin like one that has ended. The blocks of that prompt are free before the
+    first of them is admitted and in use behind it, so the second one needs but one block more."""
+    budget = PrefillBudget(TOP)
+    queue = Scheduler(
+        BlockPool(1 + 13, 16), budget, max_num_seqs=4, max_model_len=999, max_waiting=9
+    )
+    add(queue, "ended", 160, most=1, first=9)
+    run(queue)
+    for name in ("a", "b"):
+        add(queue, name, 165, most=20, first=9)
+    step = run(queue)
+    assert rows(step) == [("a", 5), ("b", 5)]
+    assert step.budget_reason is BudgetReason.ALL_WAITING
+
+
+def test_the_turn_of_an_overtaken_request_comes_while_an_important_one_does_not_fit():
+    """A target leaves it as it is when a request has its turn: after enough others have overtaken
+    it, and even where the first of those that wait has to wait for blocks."""
+    queue = scheduler(blocks=1 + 24, seqs=2)
+    add(queue, "decoding", 100)
+    run(queue)
+    add(queue, "overtaken", 20, priority=1)
+    for number in range(MAX_OVERTAKES):
+        add(queue, str(number), 20, most=1)
+    add(queue, "large", 300, most=50)
+    admitted = [rows(run(queue))[1][0] for _ in range(MAX_OVERTAKES + 1)]
+    assert admitted == [*map(str, range(MAX_OVERTAKES)), "overtaken"]
