@@ -81,7 +81,7 @@ class EngineConfig:
     itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
         the next while the prompts of others are computed. A step gets as many prompt tokens as are
         predicted to fit that time. The default of 0 is no target: a step gets as many as it may
-        have, whatever they cost, and no steps are timed.
+        have, whatever they cost, and nothing is predicted.
     block_size: number of tokens in a block of the KV cache.
     num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By
         default as many as kv_cache_memory allows.

@@ -34,7 +34,8 @@ WINDOW = 9
 disturbed."""
 
 GAIN = 0.5
-"""Share of the median error that one correction removes."""
+"""Share of the median error that one correction removes, if the time has one part; if it has
+several, each is corrected less."""
 
 MOST_LEARNT = 2.0
 """Largest ratio of measured to predicted time that one correction takes into account."""

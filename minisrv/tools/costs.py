@@ -1,5 +1,5 @@
-"""Tables of what steps cost, for `minisrv plan --measure`: predicted beside measured times, and the
-number of prompt tokens that steps take.
+"""Tables of what steps cost, for `minisrv plan --measure` with a target for ITL: predicted beside
+measured times, and the number of prompt tokens that steps take.
 
 Knows: the cost model and the budget of an engine, and how tables are printed.
 """

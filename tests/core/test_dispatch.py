@@ -336,7 +336,9 @@ def test_plan_explains_each_of_its_words_and_no_other(
 
 
 def test_a_measured_plan_says_what_each_graph_costs():
-    done = run_plan("--measure", "--max-num-seqs", "2", "--max-num-batched-tokens", "32")
+    """And, with a target, what steps are predicted to cost, and the budgets that follow."""
+    limits = ("--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--itl-target-ms", "50")
+    done = run_plan("--measure", *limits)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     ends = ("│ tokens ", "│ logits ", "│ hidden states ")
