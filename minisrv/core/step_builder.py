@@ -107,6 +107,7 @@ class StepBuilder:
 
 
 def new_request_data(request: RequestState) -> NewRequestData:
+    """Return what a step says of a request that it admits."""
     processors = None
     if request.has_logits_processors:
         output = list(request.output_token_ids)  # a copy, because the output of the request grows
