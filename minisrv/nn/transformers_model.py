@@ -12,6 +12,7 @@ requests, batches or graphs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -57,8 +58,9 @@ class PagedAttention:
         return step.out.view(1, query.shape[2], query.shape[1], query.shape[3])
 
 
-class StepTensors:
-    """The arguments of the attention op in the step that runs: views of static buffers.
+class StepTensors(threading.local):
+    """The arguments of the attention op in the step that runs: views of static buffers. Each thread
+    has its own, because a step of another one may run between two layers (`minisrv.turns`).
 
     qkv, out: [T, qkv_size] and [T, q_size].
     positions: [T] int64.

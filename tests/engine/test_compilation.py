@@ -143,12 +143,17 @@ class FakeCompiler:
         return CompiledForward(self.program(self.model))
 
 
-def start(checkpoint: str, compiler: FakeCompiler | None, **settings: Any) -> EngineCore:
+def start(
+    checkpoint: str, compiler: FakeCompiler | None, *, serve_slower: bool = False, **settings: Any
+) -> EngineCore:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "device": "cpu"}
     config = EngineConfig(
         model=checkpoint, **{**limits, "num_kv_blocks": 80, "dtype": "float32", **settings}
     )
-    return EngineCore(build_engine(config, make_compiler=compiler, check_addresses=True))
+    parts = build_engine(
+        config, make_compiler=compiler, serve_slower=serve_slower, check_addresses=True
+    )
+    return EngineCore(parts)
 
 
 def requests(count: int) -> Iterator[EngineRequest]:
@@ -231,6 +236,18 @@ def test_a_swap_under_running_requests_changes_no_token(checkpoint, ahead, mode)
     assert {False, True} in codes
     steps = engine.stats().compiled_steps
     assert 0 < steps < sum(count.steps for count in engine.stats().steps)
+
+
+def test_a_run_of_the_models_own_code_is_interrupted_by_steps_of_other_sizes(checkpoint):
+    """Transformers' code, as it is served, keeps the arguments of its attention for all layers. A
+    step of requests between two layers once left its own there, and compiled code was refused."""
+    settings = {"model_impl": "transformers", "cudagraph_mode": CUDAGraphMode.NONE}
+    expected, _ = serve(start(checkpoint, None, **settings), 3)
+    compiler = FakeCompiler(program=lambda model: model.forward)
+    engine = start(checkpoint, compiler, serve_slower=True, **settings)
+    found, _ = serve(engine, 3)
+    assert found == expected
+    assert engine.compilation.generation == 1, engine.compilation.report.reason
 
 
 def test_nothing_is_left_of_the_old_generation(checkpoint):
