@@ -268,10 +268,13 @@ class CompileProcess:
         if self._answer is None and late:
             self._process.stop()
             self._answer = self._failure(f"it took longer than {self._timeout:g} s")
-        # A process takes a while to give its memory back, for which `close` would wait.
-        if self._answer is None or (self._process.exit_status is None and not late):
+        if self._answer is None:
             return self._progress
-        return self._answer
+        if self._helper is not None:
+            self._helper.kill()
+        # A process takes a while to give its memory back, for which `close` would wait.
+        ended = [one.exit_status is not None for one in (self._process, self._helper) if one]
+        return self._answer if late or all(ended) else self._progress
 
     def _failure(self, why: str) -> CompilationError:
         said = ""

@@ -14,6 +14,7 @@ import pytest
 
 from minisrv.compile.worker import CompileProcess, Progress, share
 from minisrv.errors import CompilationError
+from minisrv.processes import ChildProcess
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import Compiled, job_of, run
 
@@ -27,12 +28,15 @@ def test_a_failure_is_an_answer(tmp_path: Path):
 
 
 def test_who_gets_an_answer_need_not_wait_for_the_end_of_the_process(tmp_path: Path):
-    """The answer comes when the process has ended, and it has left few files to be removed."""
+    """The answer comes when the process and its helper have ended, and it has left few files to be
+    removed."""
     job = replace(job_of(make_checkpoint(tmp_path), "minisrv"), dtype="float33")
     process = CompileProcess(job)
+    process._helper = ChildProcess("compile2", time.sleep, 60, private_dir=None)
     while isinstance(process.poll(), Progress):
         time.sleep(0.05)
     assert process._process.exit_status is not None
+    assert process._helper.exit_status is not None
     assert [path.name for path in Path(process._scratch.name).iterdir()] == ["stderr"]
     process.close()
 
