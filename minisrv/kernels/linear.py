@@ -207,6 +207,8 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
             super().apply_with_residual(x, residual)
 
     def _uses_skinny_gemm(self, x: Tensor, *, gated: bool = False, add: bool = False) -> bool:
+        if not x.is_contiguous():  # such as some of the columns of a merged product
+            return False
         k, n = self.weight.shape
         return tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add) is not None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisrv.config import QUANTIZATIONS
+from minisrv.kernels import linear, tiles
 from minisrv.kernels.linear import (
     INT8_ROWS,
     LINEAR_METHODS,
@@ -138,3 +139,29 @@ def test_old_gpus_have_no_kernels_for_few_rows(
     with FakeTensorMode():
         weight = torch.empty(4, 4, device="cuda", dtype=torch.float16)
         assert type(LINEAR_METHODS[None](weight, None)) is kind
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_for_few_rows_get_contiguous_rows(bias: bool, monkeypatch: pytest.MonkeyPatch):
+    """They read one row directly behind the other. Columns of a wider tensor, as a merged product
+    makes them, were once read as if they were that."""
+    calls: list[int] = []
+
+    def skinny_gemm(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object, **_: object):
+        calls.append(len(x))
+        out = rest[1]
+        assert isinstance(out, Tensor)
+        dense = x.as_strided(x.shape, (x.shape[1], 1))
+        out.copy_(torch.nn.functional.linear(dense, weight, bias))
+
+    monkeypatch.setattr(tiles, "tile", lambda *args, **kwargs: "a tile")
+    monkeypatch.setattr(linear, "skinny_gemm_op", skinny_gemm)
+    weight, added = make(torch.float32, bias)
+    method = TensorCoreLinearMethod(weight, added)
+    wide = torch.randn(4, 2 * weight.shape[1])
+    x = wide[:, : weight.shape[1]]
+    expected = torch.nn.functional.linear(x, weight, added)
+    torch.testing.assert_close(method.apply(x), expected)
+    assert not calls
+    torch.testing.assert_close(method.apply(x.contiguous()), expected)
+    assert calls == [4]
