@@ -47,7 +47,7 @@ class Tiny(nn.Module):
 
         self.embedding, self.weight, self.bias = drawn(10, HIDDEN), drawn(HIDDEN), drawn(HIDDEN)
         self.first, self.second, self.up = linear(HIDDEN), linear(HIDDEN), linear(HIDDEN)
-        self.gate_up = linear(2 * HIDDEN)
+        self.gate_up, self.down = linear(2 * HIDDEN), linear(HIDDEN, 2 * HIDDEN)
 
     def allocate_buffers(self, max_num_tokens: int) -> None:
         self.qkv = self.attn_out = torch.zeros(max_num_tokens, 1)
@@ -136,6 +136,14 @@ def of_layer(model: Tiny, x: Tensor) -> Tensor:
 def test_what_looks_like_a_norm_is_none(norm: Block):
     matches = rewritten(lambda model, x: model.second(norm(model, x)))
     assert matches["norms in products"] == 0
+
+
+def test_a_norm_of_each_head_is_not_fused():
+    def block(model: Tiny, x: Tensor) -> Tensor:
+        heads = llama(model, model.gate_up(x).unflatten(-1, (2, HIDDEN)))
+        return model.down(heads.flatten(-2))
+
+    assert rewritten(block)["norms in products"] == 0
 
 
 def test_a_norm_that_something_else_needs_is_not_fused():

@@ -20,6 +20,7 @@ from minisrv.compile.nodes import (
     origin,
     readers,
     replace,
+    sizes,
     storage,
     writers_of_memory,
 )
@@ -48,6 +49,8 @@ def _fuse(
     normed = origin(x)
     norm = match_norm(normed, sources)
     if norm is None or not example(norm.x).is_contiguous() or not _only_for(normed, node):
+        return False
+    if sizes(norm.x)[-1] != sizes(x)[-1]:  # each head is normed by itself
         return False
     first = min(readers(normed, norm.x))
     before = [one for one in writers.get(storage(norm.x), []) if one < node]
