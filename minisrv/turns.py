@@ -2,7 +2,8 @@
 
 The function runs in a thread of its own and says where it may be interrupted. One of the two
 threads always waits for the other, so nothing runs at the same time and nothing needs a lock; the
-thread is only a second stack. It has the context variables of its caller and, on a GPU, its stream.
+thread is only a second stack. It has the context variables of its caller, as many threads for an
+operation and, on a GPU, its stream.
 
 Knows: threads. Knows nothing of what is computed, nor of when it is time to make way.
 """
@@ -48,6 +49,7 @@ class _Turns(Generic[T]):
     def __init__(self, function: Callable[[MakeWay], T]) -> None:
         self._function = function
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self._num_threads = torch.get_num_threads()
         self._results: list[T] = []
         self._error: BaseException | None = None
         self._closed = False
@@ -83,6 +85,9 @@ class _Turns(Generic[T]):
 
     def _run(self) -> None:
         self._own.acquire()
+        # OpenMP's number is one of each thread. It would be that of the cores until torch runs a
+        # large operation of its own, also for oneDNN, compiled code and the kernels in C.
+        torch.set_num_threads(self._num_threads)
         try:
             with torch.cuda.stream(self._stream):
                 self._results.append(self._function(self._make_way))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from contextvars import ContextVar
+from pathlib import Path
 from threading import active_count
 
 import pytest
+import torch
 
 from minisrv.turns import MakeWay, in_turns
 
@@ -32,6 +36,23 @@ def test_the_two_take_turns():
         next(turns)
     assert end.value.value == "done"
     assert events == ["a", "caller 1", "b", "caller 2", "in the context of the caller"]
+
+
+def test_operations_have_as_many_threads_as_those_of_the_caller():
+    """They had one a core once, whatever the limit."""
+    maps = Path("/proc/self/maps").read_text().split()
+    runtimes = [path for path in maps if Path(path).name.startswith("libgomp")]
+    if not runtimes:
+        pytest.skip("torch's OpenMP is not GNU's here")
+    openmp, before = ctypes.CDLL(runtimes[0]), torch.get_num_threads()
+    torch.set_num_threads(1 + (os.cpu_count() or 1))
+    try:
+        turns = in_turns(lambda make_way: openmp.omp_get_max_threads())
+        with pytest.raises(StopIteration) as end:
+            next(turns)
+        assert end.value.value == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_caller_gets_its_error():
