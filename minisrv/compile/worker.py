@@ -153,7 +153,7 @@ def compile_model(
     job: CompileJob, progress: Callable[[Progress], None], claims: Path, *, helps: bool = False
 ) -> Path:
     """Compile the forward of a model, and return the directory of the program in the cache. Pieces
-    that are in the cache are not compiled again.
+    that are in the cache, and can be loaded, are not compiled again.
 
     progress: is called at each step.
     claims, helps: see `share`. Who helps compiles pieces, and makes no program of them.
@@ -193,12 +193,13 @@ def compile_model(
         piece, key = schedule.pieces[index], keys[index]
         try:
             package = artifacts.read_package(key)
-        except CompilationError:
+            LoadedPiece(package, len(piece.arguments))
+        except (CompilationError, RuntimeError):
             package = compile_piece(
                 piece, job.max_rows, job.device, threads=job.threads, cxx=compiler
             )
-        # A package that crashes when it is loaded ends this process, and is not kept.
-        LoadedPiece(package, len(piece.arguments))
+            # A package that crashes when it is loaded ends this process, and is not kept.
+            LoadedPiece(package, len(piece.arguments))
         files[index] = PieceFile(key, artifacts.write_package(key, package))
 
     share(keys, claims, make_piece, helps=helps)

@@ -10,9 +10,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from minisrv.compile.worker import CompileProcess, Progress, share
+from minisrv.compile import inductor, program, worker
+from minisrv.compile.artifacts import Package, read_description, read_package
+from minisrv.compile.values import Description
+from minisrv.compile.worker import CompileProcess, Progress, compile_model, share
 from minisrv.errors import CompilationError
 from minisrv.processes import ChildProcess
 from tests.checkpoints import make_checkpoint
@@ -39,6 +43,32 @@ def test_who_gets_an_answer_need_not_wait_for_the_end_of_the_process(tmp_path: P
     assert process._helper.exit_status is not None
     assert [path.name for path in Path(process._scratch.name).iterdir()] == ["stderr"]
     process.close()
+
+
+def test_a_kept_piece_that_cannot_be_loaded_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was tried again at each start once, and the model was never compiled."""
+    broken = set[bytes]()
+
+    def compile_piece(*_: object, **__: object) -> Package:
+        return Package([], body)
+
+    def load(package: Package, _: int) -> None:
+        if package.body in broken:
+            raise RuntimeError("this machine has another libstdc++")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(program, "LoadedPiece", load)
+    monkeypatch.setattr(inductor, "compile_piece", compile_piece)
+    monkeypatch.setattr(worker, "choose_cxx", lambda: "g++")
+    job = job_of(make_checkpoint(tmp_path), "minisrv")
+    for body in (b"first", b"second"):
+        directory = compile_model(job, lambda progress: None, tmp_path)
+        described = msgspec.msgpack.decode(read_description(directory), type=Description)
+        kept = {read_package(file.key, file.digest).body for file in described.pieces}
+        assert kept == {body}
+        broken.add(body)
 
 
 def test_a_death_is_an_answer(tmp_path: Path):
