@@ -88,10 +88,11 @@ class ChildProcess:
 
         name: its name in logs; `ps` and `top` show `minisrv-` and this name, of which together the
             kernel keeps 15 characters.
-        private_dir: the parent's own directory, which the child removes if the parent dies. None
-            for a child that has none to remove: it then has no thread that watches the parent, so
-            that it may fork, and the kernel kills it, suspended or not, when the thread ends that
-            makes this object.
+        private_dir: the parent's own directory, which the child removes if the parent dies. The
+            child's temporary files, and those of its own children, lie there too. None for a child
+            that has none to remove: it then has no thread that watches the parent, so that it may
+            fork, and the kernel kills it, suspended or not, when the thread ends that makes this
+            object.
         """
         context = multiprocessing.get_context("spawn")
         self._process: BaseProcess = context.Process(
@@ -249,6 +250,7 @@ def _run(
         # resumes a suspended child and does nothing to a running one. If the parent died before
         # this call, the thread sees that.
         _signal_at_parents_death(signal.SIGCONT)
+        os.environ["TMPDIR"] = str(private_dir)
         ends = (parent, private_dir)
         threading.Thread(target=_end_with_parent, args=ends, daemon=True).start()
     try:

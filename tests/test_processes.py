@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,14 @@ def test_only_the_command_changes_its_own_path(monkeypatch: pytest.MonkeyPatch) 
     assert not is_ours(["-m", "minisrv"], ["python", "-m", "app", "minisrv"])
     assert not is_ours(["-c"], ["python", "-c", "import minisrv"])
     assert not is_ours([""], ["python"])
+
+
+def test_temporary_files_of_a_child_go_with_the_directory_of_its_parent(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    child = ChildProcess("test", tempfile.mkdtemp, private_dir=private)
+    assert child.wait() == 0
+    assert len(list(private.iterdir())) == 1
 
 
 def end_by(how: int) -> None:
