@@ -1,7 +1,8 @@
 """The artifacts of compilation in the cache: packages of pieces, and descriptions of programs.
 
 A package is found by the key of its piece, and shared by all programs that have the piece. A
-program names the digest of each of its packages, which is compared before anything is loaded.
+program names the digest of each of its packages, which is compared before anything is loaded. Each
+file begins with its key, so that it is not taken for another one.
 
 Knows: where artifacts lie, and when one is trusted. Knows nothing of what a program does, nor of
 compilers.
@@ -66,12 +67,15 @@ def read_description(directory: Path) -> bytes:
     body = read_cached(directory / PROGRAM)
     if body is None:
         raise CompilationError(f"{directory} holds no program that is trusted.")
-    return body
+    named = directory.name.encode()
+    if not body.startswith(named):
+        raise CompilationError(f"{directory} holds the program of another key.")
+    return body[len(named) :]
 
 
 def write_description(directory: Path, body: bytes) -> None:
     """Keep the description of a program. Raises CompilationError if it cannot be kept."""
-    _write(directory / PROGRAM, body)
+    _write(directory / PROGRAM, directory.name.encode() + body)
 
 
 def read_package(key: str, digest: str | None = None) -> Package:
@@ -87,8 +91,11 @@ def read_package(key: str, digest: str | None = None) -> Package:
         raise CompilationError(f"{path} is no package that is trusted.")
     if digest is not None and package_digest(body) != digest:
         raise CompilationError(f"{path} is another package than the program was made with.")
+    named = key.encode()
+    if not body.startswith(named):
+        raise CompilationError(f"{path} holds the package of another piece.")
     try:
-        return msgspec.msgpack.decode(body, type=Package)
+        return msgspec.msgpack.decode(memoryview(body)[len(named) :], type=Package)
     except msgspec.MsgspecError as error:
         raise CompilationError(f"{path} is no package: {error}") from error
 
@@ -96,7 +103,7 @@ def read_package(key: str, digest: str | None = None) -> Package:
 def write_package(key: str, package: Package) -> str:
     """Keep the package of a piece, and return the digest of its content. Raises CompilationError if
     it cannot be kept."""
-    body = msgspec.msgpack.encode(package)
+    body = key.encode() + msgspec.msgpack.encode(package)
     _write(_package_path(key), body)
     return package_digest(body)
 

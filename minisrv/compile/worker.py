@@ -25,7 +25,7 @@ from importlib.metadata import version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,6 +33,10 @@ from minisrv.compile.toolchain import choose_cxx
 from minisrv.errors import CompilationError, MinisrvError
 from minisrv.model_config import ModelConfig
 from minisrv.processes import ChildProcess
+
+if TYPE_CHECKING:  # they import torch
+    from minisrv.compile.artifacts import Package
+    from minisrv.compile.values import PieceFile
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +153,32 @@ def share(keys: Sequence[str], claims: Path, make: Callable[[int], None], *, hel
                     left.remove(index)
 
 
+def keep_piece(key: str, num_arguments: int, make: Callable[[], Package]) -> PieceFile:
+    """Return the file of a piece in the cache, whose package is made unless one is there that can
+    be loaded. Raises what `artifacts.write_package` and `make` do, and RuntimeError if a package
+    that is made cannot be loaded."""
+    from minisrv.compile import artifacts
+    from minisrv.compile.program import LoadedPiece
+    from minisrv.compile.values import PieceFile
+
+    def kept() -> Package | None:
+        try:
+            package = artifacts.read_package(key)
+            LoadedPiece(package, num_arguments)
+        except (CompilationError, RuntimeError):
+            return None
+        return package
+
+    package = kept()
+    if package is None:
+        made = make()
+        # A package that crashes when it is loaded ends this process, and is not kept.
+        LoadedPiece(made, num_arguments)
+        # If another server has made the piece meanwhile, its program names the digest of that one.
+        package = kept() or made
+    return PieceFile(key, artifacts.write_package(key, package))
+
+
 def compile_model(
     job: CompileJob, progress: Callable[[Progress], None], claims: Path, *, helps: bool = False
 ) -> Path:
@@ -164,10 +194,9 @@ def compile_model(
     from minisrv.compile import artifacts
     from minisrv.compile.inductor import compile_piece
     from minisrv.compile.passes import apply_passes
-    from minisrv.compile.program import LoadedPiece
     from minisrv.compile.split import split
     from minisrv.compile.trace import trace
-    from minisrv.compile.values import Description, PieceFile
+    from minisrv.compile.values import Description
     from minisrv.nn.loader import load_model
 
     directory = artifacts.program_directory(job.key())
@@ -186,21 +215,17 @@ def compile_model(
     matches = apply_passes(traced)
     schedule = split(traced)
     keys = [piece.digest(*job.environment()) for piece in schedule.pieces]
-    total, files = len(keys), dict[int, PieceFile]()
+    total = len(keys)
+    files: dict[int, PieceFile] = {}
 
     def make_piece(index: int) -> None:
         progress(Progress("compiling", len(files), total))
-        piece, key = schedule.pieces[index], keys[index]
-        try:
-            package = artifacts.read_package(key)
-            LoadedPiece(package, len(piece.arguments))
-        except (CompilationError, RuntimeError):
-            package = compile_piece(
-                piece, job.max_rows, job.device, threads=job.threads, cxx=compiler
-            )
-            # A package that crashes when it is loaded ends this process, and is not kept.
-            LoadedPiece(package, len(piece.arguments))
-        files[index] = PieceFile(key, artifacts.write_package(key, package))
+        piece = schedule.pieces[index]
+
+        def make() -> Package:
+            return compile_piece(piece, job.max_rows, job.device, threads=job.threads, cxx=compiler)
+
+        files[index] = keep_piece(keys[index], len(piece.arguments), make)
 
     share(keys, claims, make_piece, helps=helps)
     if not helps:

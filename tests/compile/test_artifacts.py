@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from minisrv.cache import cache_directory, read_cached, write_cached
+from minisrv.cache import cache_directory, write_cached
 from minisrv.compile import artifacts
 from minisrv.compile.program import LoadedPiece, Program
 from minisrv.compile.values import Description
+from minisrv.compile.worker import keep_piece
 from minisrv.errors import CompilationError
 from tests.compile.compiled import Compiled
 from tests.nn.driver import Driver
@@ -31,8 +32,7 @@ def copy(
     mine = cache_directory("compiled")
     shutil.copytree(cache, mine, dirs_exist_ok=True)
     description = mine / "programs" / one_program.directory.name / artifacts.PROGRAM
-    body = read_cached(description)
-    assert body is not None
+    body = artifacts.read_description(description.parent)
     key = msgspec.msgpack.decode(body, type=Description).pieces[-1].key
     return description, mine / "pieces" / f"{key}.pt2"
 
@@ -100,8 +100,7 @@ def test_what_is_damaged_or_not_ours_is_not_loaded(
 def test_a_package_that_no_loader_takes_is_a_warning(
     copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
 ):
-    body = read_cached(copy[0])
-    assert body is not None
+    body = artifacts.read_description(copy[0].parent)
     found = msgspec.msgpack.decode(body, type=Description)
     key = found.pieces[0].key
     digest = artifacts.write_package(key, artifacts.Package([], b"no package"))
@@ -110,6 +109,50 @@ def test_a_package_that_no_loader_takes_is_a_warning(
     artifacts.write_description(copy[0].parent, msgspec.msgpack.encode(changed))
     assert load(one_program, copy[0]) is None
     assert "is not used" in caplog.text
+
+
+def test_a_package_in_the_place_of_another_piece_is_made_again(
+    copy: tuple[Path, Path], one_program: Compiled
+):
+    """It is whole and ours, and would compute something else."""
+    body = artifacts.read_description(copy[0].parent)
+    file = msgspec.msgpack.decode(body, type=Description).pieces[-1]
+    good = artifacts.read_package(file.key)
+    path, other = copy[1], copy[1].with_name(f"{'0' * len(file.key)}.pt2")
+    path.rename(other)
+    with pytest.raises(CompilationError, match="of another piece"):
+        artifacts.read_package("0" * len(file.key))
+    other.rename(path)
+    artifacts.write_package(file.key, artifacts.Package([], b"no package"))
+    assert keep_piece(file.key, 99, lambda: good) == file
+    assert load(one_program, copy[0]) is not None
+
+
+def test_a_program_in_the_place_of_another_is_not_loaded(
+    copy: tuple[Path, Path], one_program: Compiled, caplog: pytest.LogCaptureFixture
+):
+    """That of another dtype would read the weights as what they are not."""
+    other = copy[0].parent.with_name("0" * 32)
+    copy[0].parent.rename(other)
+    assert load(one_program, other / artifacts.PROGRAM) is None
+    assert "of another key" in caplog.text
+
+
+def test_a_piece_that_another_server_has_made_meanwhile_is_taken(
+    copy: tuple[Path, Path], one_program: Compiled
+):
+    """The programs of both name the digest of the package that is kept."""
+    body = artifacts.read_description(copy[0].parent)
+    file = msgspec.msgpack.decode(body, type=Description).pieces[-1]
+    good = artifacts.read_package(file.key)
+    copy[1].unlink()
+
+    def make() -> artifacts.Package:
+        assert artifacts.write_package(file.key, good) == file.digest  # the other server's
+        return artifacts.Package([*good.written, 0], good.body)
+
+    assert keep_piece(file.key, 99, make) == file
+    assert load(one_program, copy[0]) is not None
 
 
 def test_a_program_of_another_model_is_not_bound(
