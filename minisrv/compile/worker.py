@@ -361,6 +361,8 @@ def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
         with _prepared(scratch, "stderr"):
             program = compile_model(job, answers.send, scratch)
         answers.send(program)
+    except MinisrvError as error:
+        answers.send(CompilationError(f"the model was not compiled: {error.message}"))
     except Exception as error:
         lines = traceback.format_exception(error)
         said = "".join(lines).splitlines()[-_LAST_LINES:]

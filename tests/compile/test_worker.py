@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import msgspec
@@ -29,6 +31,19 @@ def test_a_failure_is_an_answer(tmp_path: Path):
     answer = run(CompileProcess(job))
     assert isinstance(answer, CompilationError)
     assert "float33" in answer.message
+
+
+def test_a_reason_in_words_has_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(worker, "choose_cxx", refuse)
+    answers, theirs = Pipe(duplex=False)
+    monkeypatch.setattr(worker, "_prepared", lambda scratch, errors: nullcontext())
+    worker._main(job_of(make_checkpoint(tmp_path), "minisrv"), theirs, tmp_path)
+    assert answers.recv().message == "the model was not compiled: there is no compiler."
+
+
+def refuse() -> str:
+    raise CompilationError("there is no compiler.")
 
 
 def test_who_gets_an_answer_need_not_wait_for_the_end_of_the_process(tmp_path: Path):
@@ -123,6 +138,7 @@ def test_a_second_compilation_makes_no_pieces(one_program: Compiled):
 PARENT = """
 import sys, time
 from pathlib import Path
+from minisrv.compile import worker
 from minisrv.compile.worker import CompileProcess
 from tests.compile.compiled import job_of
 if __name__ == "__main__":
@@ -163,7 +179,9 @@ def _runs(pid: int) -> bool:
 
 WEIGHTS = """
 import resource, sys
+from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from tests.compile.compiled import job_of, schedule_of
 job = job_of(Path(sys.argv[1]), "minisrv")
