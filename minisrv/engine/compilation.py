@@ -260,10 +260,14 @@ class Compilation:
         on_progress: is called with the number of pieces that are compiled, and of all.
         """
         self._on_progress = on_progress
-        while self.is_under_way:
-            self._take_turn(math.inf)
-            if self._turn.waits:
-                time.sleep(WAIT_SECONDS)
+        try:
+            while self.is_under_way:
+                self._take_turn(math.inf)
+                if self._turn.waits:
+                    time.sleep(WAIT_SECONDS)
+        except BaseException:  # Ctrl-C: this process would not end before the one that compiles
+            self.close()
+            raise
 
     # ---- while the engine serves -------------------------------------------------------------
 

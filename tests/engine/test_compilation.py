@@ -678,3 +678,18 @@ def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
     engine.compilation.close()
     assert engine.scheduler.block_pool.num_free == free
     assert active_count() == threads
+
+
+def test_a_start_up_that_is_interrupted_ends_the_process_that_compiles(checkpoint):
+    """multiprocessing would wait for it before this process ends."""
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    compiler = FakeCompiler(process=Process([Progress()]))
+    compilation = start(checkpoint, compiler).compilation
+    compilation._turn.waits = True
+    with pytest.raises(KeyboardInterrupt):
+        compilation.wait(interrupt)
+    assert compiler.process.closed
+    assert not compilation.is_under_way
