@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from minisrv import __version__, logs
 from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
-from minisrv.errors import ConfigError, GraphError, MinisrvError
+from minisrv.errors import CompilationError, ConfigError, GraphError, MinisrvError
 from minisrv.flags import (
     CommandParser,
     SettingsFlags,
@@ -126,9 +126,12 @@ def _certify(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     config = _settings(EngineConfig, options)
     _announce(config)
-    from minisrv.tools.compile import run_compile
+    try:
+        from minisrv.tools.compile import run_compile
 
-    return run_compile(config)
+        return run_compile(config)
+    except KeyboardInterrupt:
+        raise CompilationError("interrupted: the model has not been compiled.") from None
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -259,3 +259,14 @@ def test_a_file_that_a_flag_names_is_read_within_bounds(tmp_path: Path) -> None:
         read_text("--api-key-file", Path("/dev/zero"))
     with pytest.raises(ConfigError, match="/nowhere cannot be read: .*No such file"):
         read_text("--chat-template", Path("/nowhere"))
+
+
+def test_a_compilation_that_is_interrupted_is_an_error(monkeypatch, capsys):
+    def interrupt(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minisrv.tools.compile.build_engine", interrupt)
+    assert main(["compile"]) == 1
+    assert (
+        "minisrv: error: interrupted: the model has not been compiled." in capsys.readouterr().err
+    )
