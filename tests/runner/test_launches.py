@@ -125,7 +125,7 @@ def test_each_step_waits_for_its_launches_and_no_capture_for_any(checkpoint, wai
         return sample_costs(*arguments)
 
     monkeypatch.setattr(builder, "sample_costs", sampled)
-    engine = start(checkpoint, simulate_launch_us=2.5)
+    engine = start(checkpoint, simulate_launch_us=2.5, itl_target_ms=1000.0)
     assert engine.info.graphs > 0
     assert before_timing == []
     assert waits
