@@ -192,7 +192,7 @@ def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn:
 def time_generation(
     runner: ModelRunner, pool: BlockPool, new: Generation, turn: Turn
 ) -> dict[GraphKey, StepTime]:
-    """Do what `startup.time_graphs` does, for the graphs of a generation that is not in service."""
+    """Do what `timing.time_graphs` does, for the graphs of a generation that is not in service."""
     times = {}
     for key in runner.ladders.keys():  # noqa: SIM118  (not a mapping)
         with _borrowed_space(runner, pool, key, turn) as space:

@@ -228,14 +228,15 @@ class EngineCore:
         step.result = self.runner.sample_tokens(step.output, step.dispatch)
 
     def _count_time(self, step: _InFlight, time: DeviceTime) -> None:
-        """Count the time of a step, and let the cost model learn from it. A step that waits for the
-        host between its stages is no example of any other."""
+        """Count the time of a step, and let the cost model learn from it if there is a target. A
+        step that waits for the host between its stages is no example of any other."""
         output = step.output
         if self.config.kind.has_clock:
             self._gpu_busy_ms += time.busy_ms
             if step.had_work_throughout and time.idle_ms is not None:
                 self._gpu_idle_ms += time.idle_ms
-        if not (output.needs_logits or output.has_structured_output_requests):
+        waits_for_host = output.needs_logits or output.has_structured_output_requests
+        if self.config.itl_target_ms and not waits_for_host:
             key, work = step.dispatch.key, output.work
             if predicted_ms := self.cost_model.predict(key, work):
                 self._counters.count_error(predicted_ms, time.busy_ms)
