@@ -5,11 +5,15 @@
 A step is so many prompts, or chunks of prompts, of equal length behind a history of equal length.
 TFLOP/s counts the products of queries with the keys that they see, and with their values. `op` is
 the whole attention op, which also norms and rotates, writes the cache and reads it by blocks;
-`alone` is its kernel for tiles of queries; `triton` is that kernel on GPUs for which there is no
-other. torch's scaled_dot_product_attention gets contiguous K and V. It is the faster of its two
-kernels for the purpose, cuDNN's and FlashAttention, with one exception: behind a history torch
-gives a causal mask to FlashAttention only, so there cuDNN is timed without a mask and its TFLOP/s
-count the products that it computes.
+`alone` is its kernel for tiles of queries; `triton` is the op as it is on GPUs for which there is
+no other kernel than Triton's. torch's scaled_dot_product_attention gets contiguous K and V. It is
+the faster of its two kernels for the purpose, cuDNN's and FlashAttention, with one exception:
+behind a history torch gives a causal mask to FlashAttention only, so there cuDNN is timed without a
+mask and its TFLOP/s count the products that it computes.
+
+A step "1x512+2048@8x3584" has 8 more rows, which decode with a context of 3,584 tokens each, and
+empty rows beside them, as many as make 128, as in a graph for any batch of 128 requests. Of such a
+step only the op is timed, and TFLOP/s counts its prompts alone.
 
 All are captured as CUDA graphs which are replayed by turns, so that a GPU that slows down under
 load slows down all of them.
@@ -22,6 +26,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -43,26 +48,34 @@ from minisrv.nn.rope import cos_sin_table
 from minisrv.tools.environment import environment
 
 STEPS = "1x2048,1x8192,4x2048,1x512+2048,1x512+8192,1x512+30720"
-STEPS += ",1x2048+2048,1x2048+8192,1x2048+30720"
+STEPS += ",1x2048+2048,1x2048+8192,1x2048+30720,1x512+2048@8x3584,1x2048+2048@32x3584"
 BLOCK_SIZE = 16
 SETS = 3
 """Number of caches that launches take by turns, as the layers of a model do."""
 
 LAUNCHES, REPLAYS = 6, 10
+GRAPH_ROWS = 128
+"""Number of rows of a step in which some rows decode, with the empty ones."""
 
 
 class Step(NamedTuple):
-    """A step of `rows` rows with `tokens` tokens each behind `history` tokens."""
+    """A step of `rows` rows with `tokens` tokens each behind `history` tokens, beside `decodes`
+    rows with one token each, which see `context` tokens."""
 
     rows: int
     tokens: int
     history: int
 
+    decodes: int = 0
+    context: int = 0
+
     @classmethod
     def parse(cls, text: str) -> Step:
-        rows, _, rest = text.partition("x")
+        prompts, _, decodes = text.partition("@")
+        rows, _, rest = prompts.partition("x")
         tokens, _, history = rest.partition("+")
-        return cls(int(rows), int(tokens), int(history or 0))
+        beside = map(int, decodes.split("x")) if decodes else ()
+        return cls(int(rows), int(tokens), int(history or 0), *beside)
 
     def flops(self, model: ModelConfig, masked: bool = True) -> float:
         """Return the operations of the products, with the keys that the queries see or with all."""
@@ -81,23 +94,33 @@ class Prompts:
     """The arguments of attention for a step."""
 
     def __init__(self, model: ModelConfig, step: Step) -> None:
-        length = step.history + step.tokens
-        each = -(-length // BLOCK_SIZE)
-        blocks = torch.randperm(step.rows * each, device="cuda").to(torch.int32) + 1
-        table = blocks.view(step.rows, each)
-        places = torch.arange(step.history, length, device="cuda")
-        slots = table[:, places // BLOCK_SIZE].long() * BLOCK_SIZE + places % BLOCK_SIZE
-        starts = torch.arange(step.rows + 1, dtype=torch.int32, device="cuda") * step.tokens
+        # Decode rows come first, as in the scheduler's steps.
+        lengths = [step.context] * step.decodes + [step.history + step.tokens] * step.rows
+        counts = [1] * step.decodes + [step.tokens] * step.rows
+        empty = max(0, GRAPH_ROWS - len(counts)) if step.decodes else 0
+        longest = max(lengths)
+        each = -(-longest // BLOCK_SIZE)
+        blocks = torch.randperm(len(lengths) * each, device="cuda").to(torch.int32) + 1
+        table = blocks.view(len(lengths), each)
+        places = [
+            torch.arange(length - count, length, device="cuda")
+            for length, count in zip(lengths, counts, strict=True)
+        ]
+        slots = [
+            row[at // BLOCK_SIZE].long() * BLOCK_SIZE + at % BLOCK_SIZE
+            for row, at in zip(table, places, strict=True)
+        ]
+        ends = torch.tensor([0, *accumulate(counts), *[sum(counts)] * empty], dtype=torch.int32)
         self.metadata = AttentionMetadata(
-            slot_mapping=slots.flatten(),
-            block_table=table,
-            seq_lens=torch.full((step.rows,), length, dtype=torch.int32, device="cuda"),
-            query_start_loc=starts,
+            slot_mapping=torch.cat(slots),
+            block_table=torch.cat((table, table.new_zeros(empty, each))),
+            seq_lens=torch.tensor([*lengths, *[0] * empty], dtype=torch.int32, device="cuda"),
+            query_start_loc=ends.cuda(),
             max_query_len=step.tokens,
         )
-        self.positions = places.repeat(step.rows)
+        self.positions = torch.cat(places)
         norm = draw(model.head_dim) if model.qk_norm else None
-        shape = (step.rows * each + 1, BLOCK_SIZE, 2, model.num_kv_heads, model.head_dim)
+        shape = (len(lengths) * each + 1, BLOCK_SIZE, 2, model.num_kv_heads, model.head_dim)
         self.layer = AttentionLayer(
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
@@ -106,25 +129,29 @@ class Prompts:
             q_norm=norm,
             k_norm=norm,
             eps=model.rms_norm_eps,
-            cos_sin=cos_sin_table(model.rope, model.head_dim, length, torch.bfloat16).cuda(),
+            cos_sin=cos_sin_table(model.rope, model.head_dim, longest, torch.bfloat16).cuda(),
             kv_cache=draw(*shape),
         )
-        tokens = step.rows * step.tokens
+        tokens = sum(counts)
         self.qkv, self.out = draw(tokens, model.qkv_size), draw(tokens, model.q_size)
         group = model.num_heads // model.num_kv_heads
         self.queries = draw(model.num_kv_heads, tokens, group, model.head_dim)
-        self.next_tile = torch.zeros(LAUNCHES, 4, dtype=torch.int32, device="cuda")
+        self.surveys = torch.zeros(LAUNCHES, 4, dtype=torch.int32, device="cuda")
 
     def op(self, _: int) -> None:
         attention(self.layer, self.qkv, self.positions, self.metadata, self.out)
 
     def alone(self, launch: int) -> None:
         from minisrv.kernels import gluon_attention
+        from minisrv.kernels.triton_ragged import END_TILE, num_tiles
 
-        if launch < SETS:  # The first launch of a graph with these counters.
-            self.next_tile.zero_()
+        if launch < SETS:  # The first launch of a graph with these surveys.
+            rows, tokens = len(self.metadata.seq_lens), len(self.positions)
+            block_q = gluon_attention.block_q(self.layer, tokens, self.qkv.device)
+            self.surveys.zero_()
+            self.surveys[:, END_TILE.value] = num_tiles(tokens, rows, block_q)
         gluon_attention.attend(
-            self.layer, self.queries, self.metadata, self.next_tile[launch], 1.0, 1, self.out
+            self.layer, self.queries, self.metadata, self.surveys[launch], 1.0, 1, self.out
         )
 
 
@@ -205,10 +232,12 @@ def measure(model: ModelConfig, step: Step) -> dict[str, Any]:
     sets = [Prompts(model, step) for _ in range(SETS)]
     ops = [partial(sets[at % SETS].op, at) for at in range(LAUNCHES)]
     graphs, host = {"op": captured(ops)}, {"op": host_us(sets)}
-    graphs["alone"] = captured([partial(sets[at % SETS].alone, at) for at in range(LAUNCHES)])
     with triton_only():
         graphs["triton"], host["triton"] = captured(ops), host_us(sets)
-    for name, launches in library(model, step).items():
+    others = {} if step.decodes else library(model, step)
+    if not step.decodes:
+        graphs["alone"] = captured([partial(sets[at % SETS].alone, at) for at in range(LAUNCHES)])
+    for name, launches in others.items():
         with suppress(RuntimeError):  # torch has not got the kernel for every GPU.
             graphs[name] = captured(launches)
     flops = dict.fromkeys(graphs, step.flops(model))

@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.triton_launch import multiprocessors
-from minisrv.kernels.triton_ragged import locate, num_tiles
+from minisrv.kernels.triton_ragged import END_TILE, FIRST_TILE, NEXT_TILE, locate, num_tiles
 
 HOPPER = 9
 """Major compute capability of the only GPUs that have these instructions."""
@@ -116,11 +116,19 @@ def num_groups(most: int, tokens: int, num_kv_heads: int, group: int, sms: int) 
     return 2 if tokens // (2 * (ROWS // group)) * num_kv_heads <= sms else most
 
 
+def block_q(layer: AttentionLayer, tokens: int, device: torch.device) -> int:
+    """Return the number of tokens in a tile of queries, for a step of `tokens` tokens."""
+    group = layer.num_heads // layer.num_kv_heads
+    most = SHAPES[layer.head_dim].groups
+    groups = num_groups(most, tokens, layer.num_kv_heads, group, multiprocessors(device))
+    return groups * (ROWS // group)
+
+
 def attend(
     layer: AttentionLayer,
     queries: Tensor,
     metadata: AttentionMetadata,
-    next_tile: Tensor,
+    survey: Tensor,
     scale: float,
     fewest: int,
     out: Tensor,
@@ -128,18 +136,16 @@ def attend(
     """Compute the attention of prepared queries over the cache.
 
     queries: [num_kv_heads, T, group, head_dim], normed and rotated.
-    next_tile: [1] int32, zero; it counts the tiles that have been taken.
+    survey: the survey of the step's rows for tiles of `block_q` tokens.
     scale: the factor of scores for a softmax to base 2.
     fewest: the number of tokens that a row must have, or it is left out.
     out: [T, num_heads * head_dim]; only the tokens of rows are written.
     """
     num_kv_heads, tokens, group, head_dim = queries.shape
     rows, block_size = metadata.seq_lens.shape[0], layer.kv_cache.shape[1]
-    stages, most = SHAPES[head_dim]
-    sms = multiprocessors(queries.device)
-    groups = num_groups(most, tokens, num_kv_heads, group, sms)
-    tiles = num_tiles(tokens, rows, groups * (ROWS // group))
-    _attend[(min(sms, tiles * num_kv_heads),)](
+    tile = block_q(layer, tokens, queries.device)
+    programs = num_tiles(tokens, rows, tile) * num_kv_heads
+    _attend[(min(multiprocessors(queries.device), programs),)](
         TensorDescriptor.from_tensor(queries.view(-1, head_dim), [ROWS, COLUMNS], SWIZZLED),
         TensorDescriptor.from_tensor(
             layer.kv_cache.view(-1, 2 * num_kv_heads * head_dim), [block_size, COLUMNS], SWIZZLED
@@ -147,37 +153,35 @@ def attend(
         metadata.block_table,
         metadata.seq_lens,
         metadata.query_start_loc,
-        next_tile,
+        survey,
         out,
         metadata.block_table.stride(0),
         tokens,
         rows,
-        tiles,
         fewest,
         scale,
         GROUP=group,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         TILE=TILE,
-        STAGES=stages,
-        GROUPS=groups,
+        STAGES=SHAPES[head_dim].stages,
+        GROUPS=tile // (ROWS // group),
         num_warps=4,
     )
 
 
-@gluon.jit(do_not_specialize=["table_stride", "tokens", "rows", "tiles", "fewest"])
+@gluon.jit(do_not_specialize=["table_stride", "tokens", "rows", "fewest"])
 def _attend(
     queries,
     kv_cache,
     block_table,
     seq_lens,
     query_start_loc,
-    next_tile,
+    survey,
     out,
     table_stride,
     tokens,
     rows,
-    tiles,
     fewest,
     scale,
     GROUP: gl.constexpr,
@@ -230,8 +234,8 @@ def _attend(
     # consumers: the lists are of warps and registers, without those of the first consumer, which
     # has four warps and the registers that are left.
     memory = (work, keys, values)
-    step = (block_table, seq_lens, query_start_loc, table_stride, tokens, rows, tiles, fewest)
-    loaded = (queries, kv_cache, step, next_tile, memory)
+    step = (block_table, seq_lens, query_start_loc, survey, table_stride, tokens, rows, fewest)
+    loaded = (queries, kv_cache, step, memory)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -268,8 +272,8 @@ def _produce(
     For each tile that is not empty, in a row of `fewest` tokens or more, the consumers get its
     queries and the numbers that describe it.
     """
-    queries, kv_cache, step, next_tile, memory = loaded
-    block_table, seq_lens, query_start_loc, table_stride, tokens, rows, tiles, fewest = step
+    queries, kv_cache, step, memory = loaded
+    block_table, seq_lens, query_start_loc, survey, table_stride, tokens, rows, fewest = step
     work, keys, values = memory
     fields, parts_of_queries, full, empty = work
     group_rows: gl.constexpr = queries.block_shape[0]
@@ -284,9 +288,11 @@ def _produce(
     filled = gl.to_tensor(0)
     handed = gl.to_tensor(0)
     taken = gl.program_id(0)
+    end_tile = gl.load(survey + END_TILE)
+    tiles = end_tile - gl.load(survey + FIRST_TILE)
     while taken < tiles * NUM_KV_HEADS:
         head = taken % NUM_KV_HEADS
-        tile = tiles - 1 - taken // NUM_KV_HEADS
+        tile = end_tile - 1 - taken // NUM_KV_HEADS
         row, first, count, begin = locate(tile, rows, query_start_loc, block_q)
         if (begin < count) & (count >= fewest):
             history = gl.load(seq_lens + row) - count
@@ -322,7 +328,7 @@ def _produce(
                 column += NUM_KV_HEADS * HEAD_DIM
                 _load_tile(kv_cache, places, column, values, stage, phase, HEAD_DIM, TILE)
                 filled += 1
-        taken = gl.atomic_add(next_tile, 1) + gl.num_programs(0)
+        taken = gl.atomic_add(survey + NEXT_TILE, 1) + gl.num_programs(0)
     mbarrier.wait(empty, (handed & 1) ^ 1)
     fields.store(gl.zeros_like(field))
     mbarrier.arrive(full, count=1)

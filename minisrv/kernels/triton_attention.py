@@ -4,9 +4,9 @@ A row of one token is the work of `_decode`: each program takes a key head of a 
 its history, norms and rotates the queries, writes the new entry to the cache and attends
 (FlashDecoding, Dao et al. 2023). Where a row has several shares, the program that ends last
 combines them. A batch with one token in each row (`max_query_len` 1) needs no other launch. In any
-other batch of several rows `_decode` passes over the rows that have more tokens or none. Two more
-launches are for those: one prepares the tokens (q/k-norm, rotation, cache write), one attends in
-tiles of queries (FlashAttention-2, Dao 2023); a tile finds its row on the device, as in vLLM's
+other batch three launches follow each other: one prepares the tokens (q/k-norm, rotation, cache
+write) and surveys the rows, `_decode` takes the rows of one token, and one attends in tiles of
+queries (FlashAttention-2, Dao 2023) to the rest; a tile finds its row on the device, as in vLLM's
 unified Triton attention. On Hopper GPUs `gluon_attention` does the last part where it supports the
 layer.
 
@@ -15,10 +15,11 @@ layer. On an H100 it does so at 90% of a copy's speed or more, from 32 requests 
 (heads of 128; of 64: 84%). A single request takes 3.9 us a layer, where its bytes alone would take
 0.2.
 
-Knows: the arguments and layouts of `kernels.attention`. Grids, allocations and the number of splits
-follow from shapes and `max_query_len` alone, and all lengths, those of rows too, are read on the
-device. So a graph captured on some rows replays on any others, even empty ones, and the host never
-waits.
+Knows: the arguments and layouts of `kernels.attention`. Grids and allocations follow from shapes
+and `max_query_len` alone, and all lengths, those of rows too, are read on the device. So a graph
+captured on some rows replays on any others, even empty ones, and the host never waits. A graph for
+any batch has as many rows as a batch can have, so there the number of splits follows from the
+survey: a few long rows are split as if they were alone.
 
 Cache entries beyond a row's length are not loaded, nor are those before the sliding window of all
 queries of a program, and stale entries of the block table are not followed. A program works for one
@@ -40,7 +41,7 @@ from torch import Tensor
 from minisrv.kernels import gluon_attention
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.triton_launch import arrivals, multiprocessors, pdl, wait_and_launch_dependents
-from minisrv.kernels.triton_ragged import locate, num_tiles
+from minisrv.kernels.triton_ragged import SINGLES, SURVEY, locate, num_tiles, survey_rows
 
 
 class DecodeShape(NamedTuple):
@@ -94,6 +95,10 @@ MAX_SPLITS = 64
 """Minimum number of keys in a share, below which a split is not worth it, and maximum number of
 splits of a row. Rows are split until all SMs are full."""
 
+MAX_SPLITS_BESIDE = 32
+"""Maximum number of splits of a row beside rows of more tokens. The program that combines them has
+the registers of few warps there, because its shape is that of many rows."""
+
 COMBINED = 2048
 """Number of elements of shares that a warp combines at once."""
 
@@ -119,15 +124,18 @@ def attention(
         return
 
     # One row alone needs no launch for rows of one token; the tiles do for it.
-    fewest = 1
-    if rows > 1:
-        fewest = 2
-        _attend_single(layer, qkv, positions, metadata, metadata.query_start_loc, out)
+    fewest = 1 if rows == 1 else 2
     num_kv_heads, head_dim = layer.num_kv_heads, layer.head_dim
     group = layer.num_heads // num_kv_heads
     queries = qkv.new_empty(num_kv_heads, tokens, group, head_dim)
-    next_tile = torch.empty(1, dtype=torch.int32, device=qkv.device)
-    heads = _heads(layer)
+    survey = torch.empty(SURVEY, dtype=torch.int32, device=qkv.device)
+    heads, element_size = _heads(layer), qkv.element_size()
+    on_hopper = gluon_attention.supports(layer, qkv.device)
+    if on_hopper:
+        block_q = gluon_attention.block_q(layer, tokens, qkv.device)
+    else:
+        block_m = max(MAX_QUERIES[element_size], _block_g(group))
+        block_q = block_m // group
     _prepare[(tokens, num_kv_heads)](
         qkv,
         positions,
@@ -135,25 +143,26 @@ def attention(
         metadata.slot_mapping,
         metadata.query_start_loc,
         queries,
-        next_tile,
+        survey,
         out,
         layer.cos_sin,
         layer.q_norm,
         layer.k_norm,
         rows,
+        fewest,
         layer.eps,
         **heads,
         BLOCK_G=triton.next_power_of_2(group),
+        BLOCK_Q=block_q,
         num_warps=1 if group * heads["BLOCK_D"] <= 512 else 4,
     )
+    if rows > 1:
+        _attend_single(layer, qkv, positions, metadata, survey, out)
     scale, cap = _scale_and_cap(layer)
-    if gluon_attention.supports(layer, qkv.device):
-        gluon_attention.attend(layer, queries, metadata, next_tile, scale, fewest, out)
+    if on_hopper:
+        gluon_attention.attend(layer, queries, metadata, survey, scale, fewest, out)
         return
-    element_size = qkv.element_size()
     tile = min(MAX_TILE, max(16, TILE_BYTES // (heads["BLOCK_D"] * element_size)))
-    block_m = max(MAX_QUERIES[element_size], _block_g(group))
-    block_q = block_m // group
     _attend[(num_tiles(tokens, rows, block_q), num_kv_heads)](
         queries,
         layer.kv_cache,
@@ -207,12 +216,12 @@ def _attend_single(
     qkv: Tensor,
     positions: Tensor,
     metadata: AttentionMetadata,
-    query_start_loc: Tensor | None,
+    survey: Tensor | None,
     out: Tensor,
 ) -> None:
     """Compute the rows that have one token, from `qkv` to `out` and the cache.
 
-    query_start_loc: the first token of each row; None where every row has one token.
+    survey: the step's survey; None where every row has one token.
     """
     kv_cache, block_table = layer.kv_cache, metadata.block_table
     rows, num_kv_heads = metadata.seq_lens.shape[0], layer.num_kv_heads
@@ -232,23 +241,32 @@ def _attend_single(
     most = block_table.shape[1] * block_size
     if layer.sliding_window is not None:
         most = min(most, layer.sliding_window)
-    splits = num_splits(programs, most // max(MIN_SHARE, keys), shape.programs_per_sm * sms)
+    wanted, max_splits = shape.programs_per_sm * sms, most // max(MIN_SHARE, keys)
+    if survey is None:
+        splits = num_splits(programs, max_splits, wanted)
+        grid: tuple[int, ...] = (rows, num_kv_heads, splits)
+        programs *= splits
+    else:  # The survey says how many rows share the programs.
+        splits = num_splits(num_kv_heads, min(max_splits, MAX_SPLITS_BESIDE), wanted)
+        programs = max(programs, wanted)
+        grid = (programs,)
     block_s = triton.next_power_of_2(splits)
     queries = max(1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d)))
     partial = sums = arrived = None
     if splits > 1:
-        parts = (rows, layer.num_heads, splits)
-        partial = torch.empty(*parts, layer.head_dim, dtype=torch.float32, device=qkv.device)
-        sums = torch.empty(*parts, 2, dtype=torch.float32, device=qkv.device)
+        parts = programs * group
+        partial = torch.empty(parts, layer.head_dim, dtype=torch.float32, device=qkv.device)
+        sums = torch.empty(parts, 2, dtype=torch.float32, device=qkv.device)
         arrived = arrivals(qkv.device)
-    _decode[(rows, num_kv_heads, splits)](
+    _decode[grid](
         qkv,
         positions,
         kv_cache,
         metadata.slot_mapping,
         block_table,
         metadata.seq_lens,
-        query_start_loc,
+        metadata.query_start_loc if survey is not None else None,
+        survey,
         out,
         partial,
         sums,
@@ -259,6 +277,7 @@ def _attend_single(
         layer.sinks,
         block_table.stride(0),
         splits,
+        wanted,
         layer.eps,
         scale,
         cap,
@@ -271,7 +290,7 @@ def _attend_single(
         TILE=keys,
         num_warps=warps,
         num_stages=1,
-        **pdl(),
+        **(pdl() if survey is None else {"PDL": False}),
     )
 
 
@@ -457,7 +476,17 @@ def _keys_per_split(history, splits, TILE: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(history, splits), TILE), 1) * TILE
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@triton.jit
+def _splits_of(singles, splits, wanted, NUM_KV_HEADS: tl.constexpr):
+    """Return the number of splits of each row, as `num_splits` has it for `singles` rows."""
+    most = tl.minimum(wanted // (singles * NUM_KV_HEADS), splits)
+    found = 1
+    while 2 * found <= most:
+        found *= 2
+    return found
+
+
+@triton.jit(do_not_specialize=["table_stride", "splits", "wanted"])
 def _decode(
     qkv,
     positions,
@@ -466,6 +495,7 @@ def _decode(
     block_table,
     seq_lens,
     query_start_loc,
+    survey,
     out,
     partial,
     sums,
@@ -476,6 +506,7 @@ def _decode(
     sinks,
     table_stride,
     splits,
+    wanted,
     eps,
     scale,
     cap,
@@ -494,22 +525,32 @@ def _decode(
     """Compute one row, key head and split. The row's new token belongs to split 0, which has it in
     registers: no program reads an entry that this launch writes.
 
+    query_start_loc, survey: None where every row has one token, and then the grid is [rows,
+        num_kv_heads, splits]. Otherwise the programs of a grid of one dimension share the rows that
+        the survey counts, in at most `splits` splits of each, and in as many as make `wanted`
+        programs; rows of several tokens or none are passed over.
     partial: [rows, num_heads, splits, head_dim] float32, the products before they are divided.
     sums: [rows, num_heads, splits, 2] float32, the highest score and the sum of weights.
     arrived: int32 counters, zero before and after.
 
-    These three are None where rows are not split. A split beyond the row's history writes nothing.
-    query_start_loc: None where every row has one token; other rows are passed over.
+    The last three are None where rows are not split. A split beyond the row's history writes
+    nothing.
     """
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    token = row
-    if query_start_loc is not None:
+    if survey is None:
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        split = tl.program_id(2)
+        token = row
+    else:
+        singles = tl.load(survey + SINGLES)
+        if singles == 0:
+            return
+        splits = _splits_of(singles, splits, wanted, NUM_KV_HEADS)
+        row = (tl.program_id(0) % singles).to(tl.int64)
+        head = tl.program_id(0) // singles % NUM_KV_HEADS
+        split = tl.program_id(0) // singles // NUM_KV_HEADS
         token = tl.load(query_start_loc + row).to(tl.int64)
-        if tl.load(query_start_loc + row + 1) - token != 1:
-            # If no program waited, this kernel could end before the one that it follows.
-            wait_and_launch_dependents(PDL)
+        if (split >= splits) | (tl.load(query_start_loc + row + 1) - token != 1):
             return
     history = tl.load(seq_lens + row) - 1
     oldest = _first_seen(history, WINDOW)
@@ -645,7 +686,7 @@ def _combine(
     tl.store(place, value.to(out.dtype.element_ty), (query < count) & (d < HEAD_DIM))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "fewest"])
 def _prepare(
     qkv,
     positions,
@@ -653,26 +694,28 @@ def _prepare(
     slot_mapping,
     query_start_loc,
     queries,
-    next_tile,
+    survey,
     out,
     cos_sin,
     q_norm,
     k_norm,
     rows,
+    fewest,
     eps,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
     """Prepare one token and key head: write its entry to the cache and its queries to `queries`
     [num_kv_heads, T, group, head_dim], in the model's dtype; write zeros to `out` if it is padding.
-    Set the counter `next_tile` to zero for the next kernel."""
+    One program surveys the rows for the kernels behind this one."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if (token == 0) & (head == 0):
-        tl.store(next_tile, 0)
+        survey_rows(query_start_loc, survey, rows, fewest, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)[None, :]
     member = tl.arange(0, BLOCK_G)[:, None]
     mask = (member < GROUP) & (d < HEAD_DIM)

@@ -2,13 +2,26 @@
 
 Row r's tiles begin at tile query_start_loc[r] // BLOCK_Q + r. So a row has as many tiles as it
 needs, or one more, which has no token, and the number of tiles follows from the numbers of tokens
-and rows alone, as a captured launch must. Knows nothing of what is computed for a tile.
+and rows alone, as a captured launch must. A graph has as many rows as a batch can have, so most of
+its tiles may be empty: a survey of the rows, made on the device, tells the kernels where there is
+work. Knows nothing of what is computed for a tile.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+NEXT_TILE, SINGLES, FIRST_TILE, END_TILE = (tl.constexpr(place) for place in range(4))
+"""Places in a survey of a step's rows. NEXT_TILE is 0, for programs that count the tiles that they
+take. SINGLES is the number of rows up to the last one that has one token; where decode rows come
+first it is their number. All tiles with work lie from FIRST_TILE to before END_TILE."""
+
+SURVEY = 4
+"""Number of int32 in a survey."""
+
+SURVEYED = tl.constexpr(128)
+"""Number of rows that a survey looks at together."""
 
 
 def num_tiles(tokens: int, rows: int, block_q: int) -> int:
@@ -30,3 +43,23 @@ def locate(tile, rows, query_start_loc, BLOCK_Q: tl.constexpr):
     count = tl.load(query_start_loc + row + 1) - first
     begin = (tile - first // BLOCK_Q - row) * BLOCK_Q
     return row, first, count, begin
+
+
+@triton.jit
+def survey_rows(query_start_loc, survey, rows, fewest, BLOCK_Q: tl.constexpr):
+    """Write the survey of rows, of which those of `fewest` tokens or more have tiles."""
+    singles, first_tile, end_tile = 0, 2147483647, 0
+    for start in range(0, rows, SURVEYED):
+        row = start + tl.arange(0, SURVEYED)
+        first = tl.load(query_start_loc + row, row < rows, other=0)
+        count = tl.load(query_start_loc + row + 1, row < rows, other=0) - first
+        singles = tl.maximum(singles, tl.max(tl.where(count == 1, row + 1, 0)))
+        tile = first // BLOCK_Q + row
+        tiled = (count > 0) & (count >= fewest)
+        first_tile = tl.minimum(first_tile, tl.min(tl.where(tiled, tile, 2147483647)))
+        behind = tile + tl.cdiv(count, BLOCK_Q)
+        end_tile = tl.maximum(end_tile, tl.max(tl.where(tiled, behind, 0)))
+    tl.store(survey + NEXT_TILE, 0)
+    tl.store(survey + SINGLES, singles)
+    tl.store(survey + FIRST_TILE, first_tile)
+    tl.store(survey + END_TILE, end_tile)

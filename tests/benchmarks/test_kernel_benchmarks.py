@@ -97,9 +97,10 @@ def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
 
 def test_a_step_of_prompts() -> None:
     model = describe_model(QWEN).model
-    assert Step.parse("4x2048") == (4, 2048, 0)
+    assert Step.parse("4x2048") == (4, 2048, 0, 0, 0)
+    assert Step.parse("1x512+70@8x900") == (1, 512, 70, 8, 900)
     step = Step.parse("2x3+5")
-    assert step == (2, 3, 5)
+    assert step == (2, 3, 5, 0, 0)
     seen = 2 * (6 + 7 + 8)
     assert step.flops(model) == 4 * seen * model.num_heads * model.head_dim
     assert step.flops(model, masked=False) == 4 * 2 * 3 * 8 * model.num_heads * model.head_dim
@@ -109,9 +110,16 @@ def test_a_step_of_prompts() -> None:
 @pytest.mark.skipif(not HOPPER, reason="it compares kernels for Hopper")
 def test_prompt_attention_on_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.prompt_attention", QWEN, "--steps", "1x64,2x8+70"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.prompt_attention",
+        QWEN,
+        "--steps",
+        "1x64,2x8+70,1x8+9@2x300",
+    ]
     subprocess.run([*command, "--json", str(out)], cwd=ROOT, check=True, timeout=250)
-    assert [one["step"]["rows"] for one in json.loads(out.read_text())["results"]] == [1, 2]
+    assert [one["step"]["rows"] for one in json.loads(out.read_text())["results"]] == [1, 2, 1]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ from tests.kernels.attention_cases import (
 
 # Triton 3.6's interpreter cannot loop over a range with NumPy 2.4 (triton-lang/triton#9171).
 pytest.importorskip("triton", minversion="3.6" if torch.cuda.is_available() else "3.7")
+import triton
+import triton.language as tl
+
 from minisrv.kernels import triton_attention as module
 from minisrv.kernels.triton_attention import DECODE_FEW, DECODE_MANY, attention, num_splits
+from minisrv.kernels.triton_ragged import SURVEY, survey_rows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -42,9 +46,10 @@ H100_SMS = 132
 
 
 @pytest.fixture(autouse=True)
-def _as_many_splits_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after the other, so it stands for a GPU of few SMs."""
     if not GPU:
-        monkeypatch.setattr(module, "multiprocessors", lambda _: H100_SMS)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 16)
 
 
 def run(case: Case) -> Case:
@@ -254,6 +259,59 @@ def test_splits_follow_from_shapes() -> None:
     assert num_splits(64 * 8, 40960 // 128, many) == 2
     assert num_splits(256 * 8, 40960 // 128, many) == 1
     assert num_splits(1, 0, few) == 1
+
+
+@triton.jit
+def _write_splits(found, splits, wanted, heads: tl.constexpr):
+    singles = tl.program_id(0) + 1
+    tl.store(found + singles - 1, module._splits_of(singles, splits, wanted, heads))
+
+
+def test_rows_beside_prompts_are_split_as_if_they_were_alone() -> None:
+    """In a graph for any batch, the number of splits follows from the rows that have one token, not
+    from the rows of the graph: by the device as by the host."""
+    wanted = DECODE_MANY.programs_per_sm * H100_SMS
+    found = torch.zeros(160, dtype=torch.int32, device=DEVICE)
+    _write_splits[(len(found),)](found, 32, wanted, 8)
+    assert found.tolist() == [num_splits(8 * (row + 1), 32, wanted) for row in range(len(found))]
+
+
+@triton.jit
+def _write_survey(query_start_loc, survey, rows, fewest, block_q: tl.constexpr):
+    survey_rows(query_start_loc, survey, rows, fewest, block_q)
+
+
+@settings(max_examples=60)
+@given(
+    counts=st.one_of(
+        st.lists(st.integers(0, 40), min_size=1, max_size=12),
+        st.tuples(st.integers(0, 200), st.integers(0, 3), st.integers(0, 140)).map(
+            lambda n: [1] * n[0] + [17] * n[1] + [0] * n[2] or [0]
+        ),
+    ),
+    fewest=st.integers(1, 2),
+    block_q=st.sampled_from([16, 64]),
+)
+def test_a_survey_says_where_there_is_work(counts: list[int], fewest: int, block_q: int) -> None:
+    """Every tile with work lies between those that the survey names, and both of these have work;
+    the rows of one token lie before the one that it names."""
+    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=DEVICE)
+    survey = torch.full((SURVEY,), -1, dtype=torch.int32, device=DEVICE)
+    _write_survey[(1,)](starts, survey, len(counts), fewest, block_q)
+    first = starts.tolist()
+    tiles = [
+        first[row] // block_q + row + tile
+        for row, count in enumerate(counts)
+        if count >= fewest
+        for tile in range(-(-count // block_q))
+    ]
+    next_tile, singles, first_tile, end_tile = survey.tolist()
+    assert next_tile == 0
+    assert singles == max((row + 1 for row, count in enumerate(counts) if count == 1), default=0)
+    if tiles:
+        assert (first_tile, end_tile) == (min(tiles), max(tiles) + 1)
+    else:
+        assert first_tile >= end_tile
 
 
 def test_triton_is_imported_by_cuda_tensors_only() -> None:
