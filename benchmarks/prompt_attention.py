@@ -136,19 +136,19 @@ class Prompts:
         self.qkv, self.out = draw(tokens, model.qkv_size), draw(tokens, model.q_size)
         group = model.num_heads // model.num_kv_heads
         self.queries = draw(model.num_kv_heads, tokens, group, model.head_dim)
-        self.surveys = torch.zeros(LAUNCHES, 4, dtype=torch.int32, device="cuda")
 
     def op(self, _: int) -> None:
         attention(self.layer, self.qkv, self.positions, self.metadata, self.out)
 
     def alone(self, launch: int) -> None:
         from minisrv.kernels import gluon_attention
-        from minisrv.kernels.triton_ragged import END_TILE, num_tiles
+        from minisrv.kernels.triton_ragged import END_ROW, END_TILE, SURVEY, num_tiles
 
         if launch < SETS:  # The first launch of a graph with these surveys.
             rows, tokens = len(self.metadata.seq_lens), len(self.positions)
             block_q = gluon_attention.block_q(self.layer, tokens, self.qkv.device)
-            self.surveys.zero_()
+            self.surveys = torch.zeros(LAUNCHES, SURVEY, dtype=torch.int32, device="cuda")
+            self.surveys[:, END_ROW.value] = rows
             self.surveys[:, END_TILE.value] = num_tiles(tokens, rows, block_q)
         gluon_attention.attend(
             self.layer, self.queries, self.metadata, self.surveys[launch], 1.0, 1, self.out

@@ -44,7 +44,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.triton_launch import multiprocessors
-from minisrv.kernels.triton_ragged import END_TILE, FIRST_TILE, NEXT_TILE, locate, num_tiles
+from minisrv.kernels.triton_ragged import (
+    END_ROW,
+    END_TILE,
+    FIRST_ROW,
+    FIRST_TILE,
+    NEXT_TILE,
+    locate,
+    num_tiles,
+)
 
 HOPPER = 9
 """Major compute capability of the only GPUs that have these instructions."""
@@ -157,7 +165,6 @@ def attend(
         out,
         metadata.block_table.stride(0),
         tokens,
-        rows,
         fewest,
         scale,
         GROUP=group,
@@ -170,7 +177,7 @@ def attend(
     )
 
 
-@gluon.jit(do_not_specialize=["table_stride", "tokens", "rows", "fewest"])
+@gluon.jit(do_not_specialize=["table_stride", "tokens", "fewest"])
 def _attend(
     queries,
     kv_cache,
@@ -181,7 +188,6 @@ def _attend(
     out,
     table_stride,
     tokens,
-    rows,
     fewest,
     scale,
     GROUP: gl.constexpr,
@@ -234,7 +240,7 @@ def _attend(
     # consumers: the lists are of warps and registers, without those of the first consumer, which
     # has four warps and the registers that are left.
     memory = (work, keys, values)
-    step = (block_table, seq_lens, query_start_loc, survey, table_stride, tokens, rows, fewest)
+    step = (block_table, seq_lens, query_start_loc, survey, table_stride, tokens, fewest)
     loaded = (queries, kv_cache, step, memory)
     if GROUPS == 2:
         gl.warp_specialize(
@@ -273,7 +279,7 @@ def _produce(
     queries and the numbers that describe it.
     """
     queries, kv_cache, step, memory = loaded
-    block_table, seq_lens, query_start_loc, survey, table_stride, tokens, rows, fewest = step
+    block_table, seq_lens, query_start_loc, survey, table_stride, tokens, fewest = step
     work, keys, values = memory
     fields, parts_of_queries, full, empty = work
     group_rows: gl.constexpr = queries.block_shape[0]
@@ -290,10 +296,11 @@ def _produce(
     taken = gl.program_id(0)
     end_tile = gl.load(survey + END_TILE)
     tiles = end_tile - gl.load(survey + FIRST_TILE)
+    first_row, end_row = gl.load(survey + FIRST_ROW), gl.load(survey + END_ROW)
     while taken < tiles * NUM_KV_HEADS:
         head = taken % NUM_KV_HEADS
         tile = end_tile - 1 - taken // NUM_KV_HEADS
-        row, first, count, begin = locate(tile, rows, query_start_loc, block_q)
+        row, first, count, begin = locate(tile, first_row, end_row, query_start_loc, block_q)
         if (begin < count) & (count >= fewest):
             history = gl.load(seq_lens + row) - count
             end = history + gl.minimum(begin + block_q, count)

@@ -99,6 +99,9 @@ MAX_SPLITS_BESIDE = 32
 """Maximum number of splits of a row beside rows of more tokens. The program that combines them has
 the registers of few warps there, because its shape is that of many rows."""
 
+PREPARED = 512
+"""Number of elements of queries that a warp prepares."""
+
 COMBINED = 2048
 """Number of elements of shares that a warp combines at once."""
 
@@ -136,7 +139,8 @@ def attention(
     else:
         block_m = max(MAX_QUERIES[element_size], _block_g(group))
         block_q = block_m // group
-    _prepare[(tokens, num_kv_heads)](
+    block_h = triton.next_power_of_2(layer.num_heads)
+    _prepare[(tokens,)](
         qkv,
         positions,
         layer.kv_cache,
@@ -152,9 +156,10 @@ def attention(
         fewest,
         layer.eps,
         **heads,
-        BLOCK_G=triton.next_power_of_2(group),
+        BLOCK_H=block_h,
+        BLOCK_K=triton.next_power_of_2(num_kv_heads),
         BLOCK_Q=block_q,
-        num_warps=1 if group * heads["BLOCK_D"] <= 512 else 4,
+        num_warps=min(16, max(1, block_h * heads["BLOCK_D"] // PREPARED)),
     )
     if rows > 1:
         _attend_single(layer, qkv, positions, metadata, survey, out)
@@ -706,43 +711,47 @@ def _prepare(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Prepare one token and key head: write its entry to the cache and its queries to `queries`
-    [num_kv_heads, T, group, head_dim], in the model's dtype; write zeros to `out` if it is padding.
-    One program surveys the rows for the kernels behind this one."""
+    """Prepare one token: write its entries to the cache and its queries to `queries` [num_kv_heads,
+    T, group, head_dim], in the model's dtype; write zeros to `out` if it is padding. One program
+    surveys the rows for the kernels behind this one."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    if (token == 0) & (head == 0):
+    if token == 0:
         survey_rows(query_start_loc, survey, rows, fewest, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)[None, :]
-    member = tl.arange(0, BLOCK_G)[:, None]
-    mask = (member < GROUP) & (d < HEAD_DIM)
+    num_heads: tl.constexpr = GROUP * NUM_KV_HEADS
     source = qkv + token * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
     rotated: tl.constexpr = cos_sin is not None
     angles = cos_sin + tl.load(positions + token) * (2 * HEAD_DIM) if rotated else None
     slot = tl.load(slot_mapping + token)
     normed: tl.constexpr = q_norm is not None
-    key = source + (GROUP * NUM_KV_HEADS + head) * HEAD_DIM
+    head = tl.arange(0, BLOCK_K)[:, None]
+    mask = (head < NUM_KV_HEADS) & (d < HEAD_DIM)
+    key = source + (num_heads + head) * HEAD_DIM
     own, partner = _rotation_factors(angles, k_norm, d, HEAD_DIM)
-    k, partners = _load_with_partners(key, d < HEAD_DIM, d, rotated, HEAD_DIM)
+    k, partners = _load_with_partners(key, mask, d, rotated, HEAD_DIM)
     k = _norm_and_rotate(k, partners, own, partner, eps, normed, rotated, HEAD_DIM).to(
         kv_cache.dtype.element_ty
     )
-    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, d < HEAD_DIM, other=0.0)
-    _write_entry(kv_cache, slot, k, v, head, d, NUM_KV_HEADS, HEAD_DIM)
-    heads = source + (head * GROUP + member) * HEAD_DIM
+    v = tl.load(key + NUM_KV_HEADS * HEAD_DIM + d, mask, other=0.0)
+    entry = kv_cache + (slot * 2 * NUM_KV_HEADS + head) * HEAD_DIM + d
+    tl.store(entry, k, mask)
+    tl.store(entry + NUM_KV_HEADS * HEAD_DIM, v, mask)
+    head = tl.arange(0, BLOCK_H)[:, None]
+    mask = (head < num_heads) & (d < HEAD_DIM)
     own, partner = _rotation_factors(angles, q_norm, d, HEAD_DIM)
-    q, partners = _load_with_partners(heads, mask, d, rotated, HEAD_DIM)
+    q, partners = _load_with_partners(source + head * HEAD_DIM, mask, d, rotated, HEAD_DIM)
     q = _norm_and_rotate(q, partners, own, partner, eps, normed, rotated, HEAD_DIM).to(
         queries.dtype.element_ty
     )
-    place = ((head * tl.num_programs(0) + token) * GROUP + member) * HEAD_DIM + d
-    tl.store(queries + place, q, mask)
+    place = (head // GROUP * tl.num_programs(0) + token) * GROUP + head % GROUP
+    tl.store(queries + place * HEAD_DIM + d, q, mask)
     if token >= tl.load(query_start_loc + rows):
-        place = (token * (GROUP * NUM_KV_HEADS) + head * GROUP + member) * HEAD_DIM + d
-        tl.store(out + place, tl.zeros([BLOCK_G, BLOCK_D], out.dtype.element_ty), mask)
+        padding = out + (token * num_heads + head) * HEAD_DIM + d
+        tl.store(padding, tl.zeros([BLOCK_H, BLOCK_D], out.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["table_stride", "tokens", "rows", "fewest"])
@@ -776,7 +785,7 @@ def _attend(
     queries: [num_kv_heads, T, group, head_dim].
     """
     head = tl.program_id(1)
-    row, first, count, begin = locate(tl.program_id(0), rows, query_start_loc, BLOCK_Q)
+    row, first, count, begin = locate(tl.program_id(0), 0, rows, query_start_loc, BLOCK_Q)
     if (begin >= count) | (count < fewest):
         return
     history = tl.load(seq_lens + row) - count

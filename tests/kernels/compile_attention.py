@@ -62,5 +62,5 @@ if __name__ == "__main__":
     for name in ("_decode", "_prepare", "_attend"):
         setattr(triton_attention, name, Compiled(getattr(triton_attention, name)))
     shape = {"head_dim": int(sys.argv[1]), "dtype": torch.bfloat16, **json.loads(sys.argv[2])}
-    for rows in ([(300, 1)], [(300, 1)] * 200, [(300, 2)]):
+    for rows in ([(300, 1)], [(300, 1)] * 200, [(300, 2)], [(300, 1), (0, 2)]):
         make_case(rows, block_size=16, **shape).run(triton_attention.attention)

@@ -27,7 +27,7 @@ def compiled(head_dim: int, groups: int, block_size: int) -> Any:
         **{"STAGES": SHAPES[head_dim].stages, "GROUPS": groups},
     }
     types = {
-        **dict.fromkeys(("table_stride", "tokens", "rows", "fewest"), "i32"),
+        **dict.fromkeys(("table_stride", "tokens", "fewest"), "i32"),
         **dict.fromkeys(("block_table", "seq_lens", "query_start_loc", "survey"), "*i32"),
         **{"scale": "fp32", "out": "*bf16"},
         "queries": f"tensordesc<bf16[{ROWS}, {COLUMNS}],{SWIZZLED!r}>",

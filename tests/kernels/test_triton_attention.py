@@ -160,7 +160,12 @@ def test_kernels_compile_and_fit(head_dim: int, options: dict[str, Any]) -> None
         command, env=environment, check=True, capture_output=True, text=True
     ).stdout
     shared = [line.split() for line in printed.splitlines()]
-    assert [kernel for kernel, _ in shared] == ["_decode", "_decode", "_prepare", "_attend"]
+    decode, prompt, mixed = (
+        ["_decode"] * 2,
+        ["_prepare", "_attend"],
+        ["_prepare", "_decode", "_attend"],
+    )
+    assert [kernel for kernel, _ in shared] == decode + prompt + mixed
     assert all(int(size) <= 99 * 1024 for _, size in shared)
 
 
@@ -305,11 +310,13 @@ def test_a_survey_says_where_there_is_work(counts: list[int], fewest: int, block
         if count >= fewest
         for tile in range(-(-count // block_q))
     ]
-    next_tile, singles, first_tile, end_tile = survey.tolist()
+    next_tile, singles, first_tile, end_tile, first_row, end_row = survey.tolist()
+    tiled = [row for row, count in enumerate(counts) if count >= max(1, fewest)]
     assert next_tile == 0
     assert singles == max((row + 1 for row, count in enumerate(counts) if count == 1), default=0)
     if tiles:
         assert (first_tile, end_tile) == (min(tiles), max(tiles) + 1)
+        assert (first_row, end_row) == (tiled[0], tiled[-1] + 1)
     else:
         assert first_tile >= end_tile
 
