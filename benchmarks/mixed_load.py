@@ -66,6 +66,7 @@ def configure(config: EngineConfig, mode: str, chunk: int) -> EngineConfig:
         config,
         cudagraph_mode=MODES[mode],
         max_num_batched_tokens=chunk,
+        itl_target_ms=0.0,
         max_num_seqs=min(config.max_num_seqs, chunk),
         cudagraph_capture_sizes=tuple(sorted(sizes)),
         enable_prefix_caching=False,

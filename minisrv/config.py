@@ -77,7 +77,8 @@ class EngineConfig:
     max_num_seqs: maximum number of requests that run at the same time, and so in one decode batch.
         Unless capture sizes are given, the largest decode graph has this size too.
     max_num_batched_tokens: maximum number of tokens in one step, over all requests. Steps in which
-        requests decode have fewer if itl_target_ms asks for it.
+        requests decode have fewer if itl_target_ms asks for it. By default 8192 on a GPU, and 512
+        on a CPU.
     itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
         the next while the prompts of others are computed. A step gets as many prompt tokens as are
         predicted to fit that time. The default of 0 is no target: a step gets as many as it may
@@ -134,7 +135,7 @@ class EngineConfig:
     quantization: str | None = _setting(None, choices=QUANTIZATIONS)
     max_model_len: int | None = _setting(None, bounds=(2, 1 << 27))
     max_num_seqs: int = _setting(64, bounds=(1, 8192))
-    max_num_batched_tokens: int = _setting(512, bounds=(1, 1 << 20))
+    max_num_batched_tokens: int | None = _setting(None, bounds=(1, 1 << 20))
     itl_target_ms: float = _setting(0.0, bounds=(0, 3_600_000))
     block_size: int = _setting(16, bounds=(1, 4096))
     num_kv_blocks: int | None = _setting(None, bounds=(2, 1 << 27))
@@ -164,19 +165,20 @@ class EngineConfig:
                 f"gpu_memory_utilization={self.gpu_memory_utilization} is not allowed; it must be "
                 "in (0, 1]."
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
-                f"max_num_seqs={self.max_num_seqs}, or a full decode batch does not fit a step."
-            )
-        sizes = self.cudagraph_capture_sizes
+        sizes, most = self.cudagraph_capture_sizes, self.max_num_batched_tokens
         if sizes is not None and not sizes:
             raise ConfigError("cudagraph_capture_sizes is empty; name a size, or leave it out.")
-        if sizes is not None and max(sizes) > self.max_num_batched_tokens:
+        if most is None:  # the device says (`ResolvedConfig`)
+            return
+        if most < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={most} must be at least max_num_seqs={self.max_num_seqs}, "
+                "or a full decode batch does not fit a step."
+            )
+        if sizes is not None and max(sizes) > most:
             raise ConfigError(
                 f"cudagraph_capture_sizes name {max(sizes)}, and no step has more than "
-                f"max_num_batched_tokens={self.max_num_batched_tokens} tokens; leave out what is "
-                "larger, or raise that."
+                f"max_num_batched_tokens={most} tokens; leave out what is larger, or raise that."
             )
 
 

@@ -23,8 +23,10 @@ class ResolvedConfig(EngineConfig):
     compilation_mode: how the model is compiled; NONE with `enforce_eager`. None until the model is
         known, if it is left to that (`choose_compilation`).
     async_scheduling: whether a step is scheduled before the tokens of the previous one are known.
+    max_num_batched_tokens: the maximum number of tokens in a step.
     """
 
+    max_num_batched_tokens: int = 512
     cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE
     async_scheduling: bool = False
 
@@ -39,6 +41,7 @@ class DeviceKind:
     """A kind of device.
 
     name: its name in the settings and in torch.
+    max_num_batched_tokens: the default maximum number of tokens in a step.
     cudagraph_mode: the default mode.
     async_scheduling: whether steps are scheduled ahead by default.
     captures_mixed: whether a graph may contain the attention of mixed batches, which requires
@@ -51,6 +54,7 @@ class DeviceKind:
     """
 
     name: str
+    max_num_batched_tokens: int
     cudagraph_mode: CUDAGraphMode
     async_scheduling: bool
     captures_mixed: bool
@@ -66,11 +70,12 @@ class DeviceKind:
         Raises ConfigError for settings that this kind of device cannot serve.
         """
         compilation, mode = self._modes(config)
-        ahead = config.async_scheduling
+        ahead, most = config.async_scheduling, config.max_num_batched_tokens
+        most = self.max_num_batched_tokens if most is None else most
         if why := self.why_not(compilation or CompilationMode.NONE, mode):
             raise ConfigError(why)
         if compilation is not None and compilation.whole:
-            _check_whole(config, compilation)
+            _check_whole(config, most, compilation)
         if config.quantization is not None and config.quantization not in self.quantizations:
             raise ConfigError(
                 f"quantization={config.quantization} is for CPUs; leave it out, or use --device "
@@ -79,6 +84,7 @@ class DeviceKind:
         settings = {field.name: getattr(config, field.name) for field in fields(EngineConfig)}
         settings |= {
             "device": self.name,
+            "max_num_batched_tokens": most,
             "cudagraph_mode": mode,
             "compilation_mode": compilation,
             "async_scheduling": self.async_scheduling if ahead is None else ahead,
@@ -119,6 +125,7 @@ class DeviceKind:
 
 CPU = DeviceKind(
     "cpu",
+    512,
     CUDAGraphMode.FULL_AND_PIECEWISE,
     async_scheduling=False,
     captures_mixed=False,
@@ -129,6 +136,7 @@ CPU = DeviceKind(
 )
 CUDA = DeviceKind(
     "cuda",
+    8192,
     CUDAGraphMode.FULL,
     async_scheduling=True,
     captures_mixed=True,
@@ -185,12 +193,12 @@ def choose_compilation(
     return CompilationMode.MINISRV_COMPILE, "the default for transformers' code"
 
 
-def _check_whole(config: EngineConfig, mode: CompilationMode) -> None:
+def _check_whole(config: EngineConfig, max_num_batched_tokens: int, mode: CompilationMode) -> None:
     """Raise ConfigError for settings with which no model can be compiled as a whole."""
-    if config.max_num_batched_tokens < MIN_TOKENS:
+    if max_num_batched_tokens < MIN_TOKENS:
         raise ConfigError(
             f"compilation_mode={mode.name} needs steps of {MIN_TOKENS} tokens; raise "
-            f"max_num_batched_tokens={config.max_num_batched_tokens} to that."
+            f"max_num_batched_tokens={max_num_batched_tokens} to that."
         )
     if config.simulate_launch_us:
         raise ConfigError(

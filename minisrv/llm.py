@@ -109,7 +109,7 @@ class LLM:
         quantization: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         itl_target_ms: float = 0.0,
         block_size: int = 16,
         num_kv_blocks: int | None = None,

@@ -17,8 +17,8 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, Stage
 MAX_DEFAULT_MIXED_SIZE = 2048
 """Largest default capture size of the mixed ladder, in tokens. On an H100 an eager step of
 Qwen3-0.6B takes 1.8 times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048
-(docs/results): above that there is little to win, and the memory of a graph grows with its
-tokens."""
+(docs/results): above that there is little to win. The memory of a graph and the time to certify it
+grow with its tokens, and an eager step has no padding."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,14 @@ class Ladders:
     @property
     def eager_sizes(self) -> tuple[int, ...]:
         """The numbers of tokens, ascending, to which steps with prefill are filled that no graph
-        holds: default sizes above the mixed ladder."""
-        top = self.mixed[-1] if self.mixed else 0
+        holds: a sixteenth of the largest step apart, or without a mixed ladder the default sizes.
+        Such a step is not padded, so any number would do; these are enough to choose from."""
         most = self.max_num_batched_tokens
-        return tuple(size for size in _default_mixed(most) if size > top) if most > top else ()
+        if not self.mixed:
+            return _default_mixed(most)
+        apart = -(-most // 16)
+        sizes = range(self.mixed[-1] + apart, most, apart)
+        return (*sizes, most) if self.mixed[-1] < most else ()
 
     def keys(self) -> list[GraphKey]:
         """Return the key of every graph to capture, the largest of each kind first: the first

@@ -253,6 +253,18 @@ def test_reasons(mode, decode, tokens, mode_found, reason):
     assert (found.mode, found.reason) == (mode_found, reason)
 
 
+@given(limits=limits, mode=st.sampled_from(list(CUDAGraphMode)), sizes=sizes)
+def test_eager_sizes_continue_the_mixed_ladder(limits, mode, sizes):
+    """Together with the mixed sizes they ascend to the largest step, and there are few of them."""
+    ladders = build_ladders(mode, *limits, sizes)
+    filled = [*ladders.mixed, *ladders.eager_sizes]
+    assert filled == sorted(set(filled))
+    assert filled[-1] >= ladders.max_num_batched_tokens
+    assert len(ladders.eager_sizes) <= 24
+    for size in ladders.eager_sizes:
+        assert Dispatcher(ladders).dispatch(size, 1, query_len=None).mode is NONE
+
+
 def test_one_token_prompt_is_no_decode():
     """A one-token prompt has the shape of a decode (vllm#26892); the dispatcher goes by what the
     request says it is and not by its shape."""
@@ -300,7 +312,7 @@ def test_plan_prints_the_table():
 def test_plan_needs_no_device_to_say_what_full_would_capture():
     done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
     assert done.returncode == 0, done.stderr
-    assert "\n34 graphs: decode 10 FULL, mixed 14 FULL, epilogue 10 FULL.\n" in done.stdout
+    assert "\n38 graphs: decode 10 FULL, mixed 18 FULL, epilogue 10 FULL.\n" in done.stdout
     assert "PIECEWISE" not in done.stdout
 
 

@@ -158,7 +158,8 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
     """
     config = platform_of(config).kind.resolve(config)
     mode = config.compilation_mode or CompilationMode.NONE
-    config = replace(config, compilation_mode=mode, compile_wait=True)
+    # Steps have the tokens with which they are to be measured, whatever they cost.
+    config = replace(config, compilation_mode=mode, compile_wait=True, itl_target_ms=0.0)
     compiled = mode is not CompilationMode.NONE
     if config.cudagraph_mode is NONE and not compiled:
         raise ConfigError(
