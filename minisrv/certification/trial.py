@@ -193,10 +193,17 @@ class StepTrial:
         `ends` by request index."""
         size = self.runner.block_size
         found = torch.zeros(len(self.watched_blocks), size, dtype=torch.bool)
-        for req_index, index, block in self.output.new_blocks:
-            first, end = starts[req_index] - index * size, ends[req_index] - index * size
-            at = self._index_of[block]
-            found[at, max(0, first) : max(0, min(size, end))] = True
+        of_blocks = [
+            (
+                self._index_of[block],
+                starts[req_index] - index * size,
+                ends[req_index] - index * size,
+            )
+            for req_index, index, block in self.output.new_blocks
+        ]
+        at, first, end = torch.tensor(of_blocks, dtype=torch.int64).reshape(-1, 3, 1).unbind(dim=1)
+        place = torch.arange(size)
+        found[at[:, 0]] = (first <= place) & (place < end)
         return found.to(self.watched_blocks.device)
 
     def _entries(self, positions: Tensor) -> Tensor:
