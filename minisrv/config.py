@@ -81,8 +81,9 @@ class EngineConfig:
         on a CPU.
     itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
         the next while the prompts of others are computed. A step gets as many prompt tokens as are
-        predicted to fit that time. The default of 0 is no target: a step gets as many as it may
-        have, whatever they cost, and nothing is predicted.
+        predicted to fit that time. 0 is no target, which is the default on a CPU: a step gets as
+        many as it may have, whatever they cost, and nothing is predicted. The default on a GPU is
+        32 times the step in which max_num_seqs requests decode, as it is measured.
     block_size: number of tokens in a block of the KV cache.
     num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By
         default as many as kv_cache_memory allows.
@@ -136,7 +137,7 @@ class EngineConfig:
     max_model_len: int | None = _setting(None, bounds=(2, 1 << 27))
     max_num_seqs: int = _setting(64, bounds=(1, 8192))
     max_num_batched_tokens: int | None = _setting(None, bounds=(1, 1 << 20))
-    itl_target_ms: float = _setting(0.0, bounds=(0, 3_600_000))
+    itl_target_ms: float | None = _setting(None, bounds=(0, 3_600_000))
     block_size: int = _setting(16, bounds=(1, 4096))
     num_kv_blocks: int | None = _setting(None, bounds=(2, 1 << 27))
     kv_cache_memory: int | None = _setting(None, bounds=(1, 1 << 50))

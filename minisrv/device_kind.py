@@ -24,6 +24,8 @@ class ResolvedConfig(EngineConfig):
         known, if it is left to that (`choose_compilation`).
     async_scheduling: whether a step is scheduled before the tokens of the previous one are known.
     max_num_batched_tokens: the maximum number of tokens in a step.
+    itl_target_ms: the target for the time between two tokens; 0 for none. None until a decode step
+        has been measured, if it follows from that.
     """
 
     max_num_batched_tokens: int = 512
@@ -42,6 +44,8 @@ class DeviceKind:
 
     name: its name in the settings and in torch.
     max_num_batched_tokens: the default maximum number of tokens in a step.
+    itl_target_ms: the default target for the time between two tokens; None if it follows from the
+        measured time of a decode step.
     cudagraph_mode: the default mode.
     async_scheduling: whether steps are scheduled ahead by default.
     captures_mixed: whether a graph may contain the attention of mixed batches, which requires
@@ -50,17 +54,21 @@ class DeviceKind:
     chooses_tiles: whether `kernels.tiles` chooses the kernels of the projections.
     captures_compiled: whether a graph may contain the kernels of code that is compiled as a whole,
         which requires a graph that is recorded below torch.
+    long_context: a number of tokens behind which the attention of a chunk takes much of a step's
+        time, and that are soon computed.
     quantizations: the quantizations of weights that its kernels can multiply by.
     """
 
     name: str
     max_num_batched_tokens: int
+    itl_target_ms: float | None
     cudagraph_mode: CUDAGraphMode
     async_scheduling: bool
     captures_mixed: bool
     has_clock: bool
     chooses_tiles: bool
     captures_compiled: bool
+    long_context: int
     quantizations: tuple[str, ...] = ()
 
     def resolve(self, config: EngineConfig) -> ResolvedConfig:
@@ -72,6 +80,7 @@ class DeviceKind:
         compilation, mode = self._modes(config)
         ahead, most = config.async_scheduling, config.max_num_batched_tokens
         most = self.max_num_batched_tokens if most is None else most
+        target_ms = config.itl_target_ms
         if why := self.why_not(compilation or CompilationMode.NONE, mode):
             raise ConfigError(why)
         if compilation is not None and compilation.whole:
@@ -85,6 +94,7 @@ class DeviceKind:
         settings |= {
             "device": self.name,
             "max_num_batched_tokens": most,
+            "itl_target_ms": self.itl_target_ms if target_ms is None else target_ms,
             "cudagraph_mode": mode,
             "compilation_mode": compilation,
             "async_scheduling": self.async_scheduling if ahead is None else ahead,
@@ -126,23 +136,27 @@ class DeviceKind:
 CPU = DeviceKind(
     "cpu",
     512,
+    0.0,
     CUDAGraphMode.FULL_AND_PIECEWISE,
     async_scheduling=False,
     captures_mixed=False,
     has_clock=False,
     chooses_tiles=False,
     captures_compiled=False,
+    long_context=2048,
     quantizations=QUANTIZATIONS,
 )
 CUDA = DeviceKind(
     "cuda",
     8192,
+    None,
     CUDAGraphMode.FULL,
     async_scheduling=True,
     captures_mixed=True,
     has_clock=True,
     chooses_tiles=True,
     captures_compiled=True,
+    long_context=16384,
 )
 KINDS = {kind.name: kind for kind in (CPU, CUDA)}
 """Every kind of device by its name."""

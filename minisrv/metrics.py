@@ -127,6 +127,8 @@ class StatsLike(Protocol):
     @property
     def compiled_steps(self) -> int: ...
     @property
+    def itl_target_ms(self) -> float: ...
+    @property
     def budgets(self) -> Sequence[BudgetCountLike]: ...
     @property
     def step_time_errors(self) -> ErrorHistogramLike: ...
@@ -379,6 +381,11 @@ def _budget_families(stats: StatsLike) -> Iterator[Metric]:
         steps.add_metric([budget.reason], budget.steps)
         tokens.add_metric([budget.reason], budget.tokens)
     yield from (steps, tokens)
+    yield GaugeMetricFamily(
+        "minisrv:itl_target_seconds",
+        "Time that a step in which requests decode should not exceed; 0 for no target.",
+        stats.itl_target_ms / 1000,
+    )
     errors = stats.step_time_errors
     bounds = (*map(str, errors.bounds), "+Inf")
     yield HistogramMetricFamily(

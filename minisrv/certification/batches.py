@@ -19,7 +19,7 @@ SMALL_CAPTURE_SIZE = 8
 """Largest padded size whose graph is certified with every batch size that it holds."""
 
 LONG_TOKENS = 32768
-"""Number of tokens that the rows of a long batch have in the cache together. More would show no
+"""Number of tokens that decode rows of a long batch have in the cache together. More would show no
 other times, and take more memory than there may be when the cache has been allocated."""
 
 
@@ -112,22 +112,35 @@ def full_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
     return _fitted(rows, limits)
 
 
-def long_batches(key: BatchDescriptor, limits: BatchLimits) -> list[Batch]:
-    """Return batches that fill the graph and have much for attention to do, in different ways:
-    decode rows with long contexts, a prompt, and a chunk of a prompt behind a long history. They
-    read about `LONG_TOKENS` tokens from the cache, or fewer where the context or the blocks are
-    few."""
-    size, context = min(key.num_tokens, _most(key, limits)), limits.max_model_len
-    longest = min(context, LONG_TOKENS, limits.num_blocks * limits.block_size)
+def plain_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
+    """Return a batch on which a step by the graph is timed: decode rows with short contexts, or
+    beside some of them one prompt, as in most steps with prefill."""
     if key.uniform_decode:
-        return [_fitted(_long_decodes(size, limits), limits)]
-    decodes, chunk = min(size // 2, limits.max_num_reqs - 1), min(size, longest)
-    batches = [
-        [BatchRow(0, chunk)],
-        [BatchRow(longest - chunk, chunk)],
-        [*_long_decodes(decodes, limits), BatchRow(0, min(size - decodes, context))],
-    ]
-    return list(dict.fromkeys(_fitted(rows, limits) for rows in batches))
+        return short_batch(key, limits)
+    size = min(key.num_tokens, _most(key, limits))
+    decodes = min(size, limits.max_num_reqs) // 4
+    prompt = BatchRow(0, min(size - decodes, limits.max_model_len))
+    return _fitted([*_decodes(islice(cycle(_edges(limits)), decodes)), prompt], limits)
+
+
+def long_decodes(key: BatchDescriptor, limits: BatchLimits) -> Batch:
+    """Return a batch whose decode rows have long contexts. They fill a graph for pure decode, and
+    half of another one, beside a prompt. They read about `LONG_TOKENS` tokens from the cache, or
+    fewer where the context or the blocks are few."""
+    size, context = min(key.num_tokens, _most(key, limits)), limits.max_model_len
+    if key.uniform_decode:
+        return _fitted(_long_decodes(size, limits), limits)
+    count = min(size // 2, limits.max_num_reqs - 1)
+    prompt = BatchRow(0, min(size - count, context))
+    return _fitted([*_long_decodes(count, limits), prompt], limits)
+
+
+def long_chunk(key: BatchDescriptor, longest: int, limits: BatchLimits) -> Batch:
+    """Return a batch of one chunk of a prompt, which fills the graph and ends at most `longest`
+    tokens behind the beginning of its request, or where the context or the blocks do."""
+    longest = min(longest, limits.max_model_len, limits.num_blocks * limits.block_size)
+    size = min(key.num_tokens, limits.max_num_tokens, longest)
+    return (BatchRow(longest - size, size),)
 
 
 def sweep_batches(key: BatchDescriptor, below: int, limits: BatchLimits) -> list[Batch]:

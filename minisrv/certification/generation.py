@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minisrv.certification.batches import short_batch
+from minisrv.certification.batches import plain_batch, short_batch
 from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.timing import TIMED_REPLAYS, step_time
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
@@ -190,16 +190,17 @@ def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn:
 
 
 def time_generation(
-    runner: ModelRunner, pool: BlockPool, new: Generation, turn: Turn
+    runner: ModelRunner, pool: BlockPool, new: Generation, keys: Collection[GraphKey], turn: Turn
 ) -> dict[GraphKey, StepTime]:
-    """Do what `timing.time_graphs` does, for the graphs of a generation that is not in service."""
+    """Return what `timing.time_graphs` does, for some steps of a generation that is not in
+    service."""
     times = {}
-    for key in runner.ladders.keys():  # noqa: SIM118  (not a mapping)
+    for key in keys:
         with _borrowed_space(runner, pool, key, turn) as space:
-            batch = short_batch(key[1], space.limits(runner))
+            batch = plain_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])
             found = [_time(runner, trial, new, turn) for _ in range(TIMED_REPLAYS)]
-        times[key] = step_time(found)
+        times[key] = step_time(found, trial.output.work)
     return times
 
 

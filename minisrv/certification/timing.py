@@ -6,28 +6,33 @@ model can be fitted. Knows nothing of what follows from the times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
-from minisrv.certification.batches import Batch, long_batches, short_batch
+from minisrv.certification.batches import Batch, long_chunk, long_decodes, plain_batch
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, reserved_space
-from minisrv.core.attention_work import NO_WORK, AttentionWork
+from minisrv.core.attention_work import AttentionWork
 from minisrv.core.cost_model import StepSample
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import Ladders
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.runner.model_runner import ModelRunner
 
 TIMED_REPLAYS = 5
 """Number of times that a step is timed, unless it takes long."""
 
-ENOUGH_MS = 10.0
+ENOUGH_MS = 30.0
 """Number of milliseconds after which a step is not timed again, if it has been timed twice: long
 steps vary less, and a start should not take longer than it must."""
 
 SPARSE = 8
 """Ratio of the sizes at which the model of costs knows the time of a step, where graphs are not
 timed one by one. Between them it takes the time for linear."""
+
+LONG_CHUNK = 2048
+"""Maximum number of tokens in a chunk behind a long history. More of them would show the same time
+for each, and take longer."""
 
 
 def time_graphs(runner: ModelRunner, pool: BlockPool) -> dict[GraphKey, StepTime]:
@@ -36,60 +41,84 @@ def time_graphs(runner: ModelRunner, pool: BlockPool) -> dict[GraphKey, StepTime
     with reserved_space(runner, pool) as space:
         limits = space.limits(runner)
         return {
-            key: _time(runner, space, key, short_batch(key[1], limits))
+            key: _time(runner, space, key, plain_batch(key[1], limits))
             for key in runner.ladders.keys()  # noqa: SIM118  (not a mapping)
         }
 
 
 def sample_costs(
-    runner: ModelRunner, pool: BlockPool, times: Mapping[GraphKey, StepTime]
+    runner: ModelRunner,
+    pool: BlockPool,
+    times: Mapping[GraphKey, StepTime],
+    long_context: int,
 ) -> list[StepSample]:
-    """Return timed steps to which a cost model can be fitted: for each way in which steps run,
-    short batches of several sizes, and long ones of one size. The shortest of several measurements
-    counts, as a disturbance makes a measurement longer.
+    """Return timed steps to which a cost model can be fitted: the steps of `cost_keys` with short
+    contexts; further decode rows with long contexts, and chunks of two sizes behind a long history.
+    The shortest of several measurements counts, as a disturbance makes a measurement longer.
 
-    times: the times of all graphs, if they have been measured; their short batches are not timed
-        again.
+    times: the times of all graphs, if they have been measured; they are not timed again with short
+        contexts.
+    long_context: the number of tokens up to the end of the chunks.
     """
-    samples = [
+    keys = cost_keys(runner.ladders)
+    decode = [key for key in keys if key[1].uniform_decode]
+    large, small = _long_chunk_keys([key for key in keys if not key[1].uniform_decode])
+    with reserved_space(runner, pool) as space:
+        limits = space.limits(runner)
+        batches = [(key, plain_batch(key[1], limits)) for key in keys if key not in times]
+        # Of steps with prefill, contexts take most of the time in small ones.
+        batches += [(key, long_decodes(key[1], limits)) for key in (*decode[:1], small)]
+        batches += [
+            (key, long_chunk(key[1], long_context, limits)) for key in dict.fromkeys((large, small))
+        ]
+        timed = [(key, _time(runner, space, key, batch)) for key, batch in batches]
+    return cost_samples(times) + [StepSample(key, time.work, time.min_ms) for key, time in timed]
+
+
+def _long_chunk_keys(prefill: Sequence[GraphKey]) -> tuple[GraphKey, GraphKey]:
+    """Return two steps with prefill, of which the second is smaller by `SPARSE` or more if there is
+    such a step, and the first has at most `LONG_CHUNK` tokens. Attention costs the same in every
+    mode, so any modes will do."""
+    by_size = sorted(prefill, key=lambda key: key[1].num_tokens, reverse=True)
+    large = next((key for key in by_size if key[1].num_tokens <= LONG_CHUNK), by_size[-1])
+    most = large[1].num_tokens // SPARSE
+    return large, next((key for key in by_size if key[1].num_tokens <= most), by_size[-1])
+
+
+def cost_samples(times: Mapping[GraphKey, StepTime]) -> list[StepSample]:
+    """Return the steps among those that have been timed, without the epilogues."""
+    return [
         StepSample(key, time.work, time.min_ms)
         for key, time in times.items()
         if key[1].stage is Stage.MODEL
     ]
-    with reserved_space(runner, pool) as space:
-        limits = space.limits(runner)
-        for keys in _kinds(runner):
-            sparse = _sparse(keys)
-            batches = [(key, short_batch(key[1], limits)) for key in sparse if key not in times]
-            # The largest decode batch is the one whose rows read most; a large prompt takes long.
-            long = sparse[0] if sparse[0][1].uniform_decode else sparse[:2][-1]
-            batches += [(long, batch) for batch in long_batches(long[1], limits)]
-            for key, batch in batches:
-                time = _time(runner, space, key, batch)
-                samples.append(StepSample(key, time.work, time.min_ms))
-    return samples
 
 
-def _kinds(runner: ModelRunner) -> Iterator[list[GraphKey]]:
-    """Yield the keys of steps that run alike, the largest first, for each way in which steps can
-    run."""
-    ladders = runner.ladders
-    by_kind: dict[bool, dict[int, GraphKey]] = {}
-    for key in ladders.keys():  # noqa: SIM118  (not a mapping)
-        if key[1].stage is Stage.MODEL:
-            by_kind.setdefault(key[1].uniform_decode, {})[key[1].num_tokens] = key
-    for keys in by_kind.values():
-        yield list(keys.values())
-    if ladders.eager_sizes:
-        yield [(CUDAGraphMode.NONE, BatchDescriptor(size)) for size in ladders.eager_sizes[::-1]]
+def cost_keys(ladders: Ladders) -> list[GraphKey]:
+    """Return steps of several sizes for each way in which steps run. Between the sizes a step is
+    taken to cost what lies between their costs."""
+    return [key for keys in _kinds(ladders) for key in _sparse(keys)]
+
+
+def _kinds(ladders: Ladders) -> list[list[GraphKey]]:
+    """Return the keys of steps that run alike, the largest first: those of pure decode, of which
+    there may be none, and then those of each way in which steps with prefill can run."""
+    keys = [key for key in ladders.keys() if key[1].stage is Stage.MODEL]  # noqa: SIM118
+    # Of each size the last graph is taken, which holds the whole step.
+    decode = {key[1].num_tokens: key for key in keys if key[1].uniform_decode}
+    mixed = [key for key in keys if not key[1].uniform_decode]
+    eager = [(CUDAGraphMode.NONE, BatchDescriptor(size)) for size in ladders.eager_sizes[::-1]]
+    if ladders.eager_sizes and ladders.mixed:
+        eager.append((CUDAGraphMode.NONE, BatchDescriptor(ladders.mixed[-1] + 1)))
+    return [list(decode.values()), *(kind for kind in (mixed, eager) if kind)]
 
 
 def _sparse(keys: Sequence[GraphKey]) -> list[GraphKey]:
     """Return the first key, further each that is smaller by `SPARSE` than the one before it, and
     the last."""
-    chosen = [keys[0]]
-    for key in keys[1:]:
-        if key[1].num_tokens * SPARSE <= chosen[-1][1].num_tokens or key is keys[-1]:
+    chosen: list[GraphKey] = []
+    for key in keys:
+        if not chosen or key is keys[-1] or key[1].num_tokens * SPARSE <= chosen[-1][1].num_tokens:
             chosen.append(key)
     return chosen
 
@@ -105,7 +134,7 @@ def _time(runner: ModelRunner, space: TrialSpace, key: GraphKey, batch: Batch) -
     return step_time(found, trial.output.work)
 
 
-def step_time(measured: Sequence[float], work: AttentionWork = NO_WORK) -> StepTime:
+def step_time(measured: Sequence[float], work: AttentionWork) -> StepTime:
     """Return the duration of a step that was measured so often, in milliseconds.
 
     work: the work of its attention.

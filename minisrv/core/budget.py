@@ -65,7 +65,8 @@ class PrefillBudget:
     sizes: the numbers of tokens to which steps with prefill are filled, ascending.
     predict_ms: predicts the time of a step. Without it, steps are taken to cost nothing, and take
         as many tokens as they may have.
-    itl_target_ms: the time in milliseconds that a step in which requests decode should not exceed.
+    itl_target_ms: the time in milliseconds that a step in which requests decode should not exceed;
+        infinite for no target.
     """
 
     def __init__(
@@ -85,6 +86,11 @@ class PrefillBudget:
     def has_target(self) -> bool:
         """Whether a step in which requests decode may have to take less than it could."""
         return math.isfinite(self.itl_target_ms)
+
+    @property
+    def target_or_zero(self) -> float:
+        """The target in milliseconds; 0 for none."""
+        return self.itl_target_ms if self.has_target else 0.0
 
     def choose(self, num_decodes: int, decode_context: int, chunks: Sequence[Chunk]) -> Budget:
         """Return how many of the waiting prompt tokens the next step takes.
@@ -133,20 +139,18 @@ class PrefillBudget:
         filled = (size - num_decodes for size in sizes)
         remaining = iter(chunks)
         chunk = next(remaining)
-        # The work of the chunks before this one.
-        before, cached, pairs = 0, decode_context, 0.0
+        before, work_before = 0, AttentionWork(decode_context)  # of the chunks before this one
         for tokens in [*(tokens for tokens in filled if 0 < tokens < most), most]:
             while before + chunk.num_tokens < tokens:
-                work = AttentionWork.of_chunk(*chunk)
                 before += chunk.num_tokens
-                cached, pairs = cached + work.cached_tokens, pairs + work.prefill_pairs
+                work_before = work_before.beside(AttentionWork.of_chunk(*chunk))
                 chunk = next(remaining)
-            work = AttentionWork.of_chunk(chunk.num_computed_tokens, tokens - before)
-            work = AttentionWork(cached + work.cached_tokens, pairs + work.prefill_pairs)
+            last = AttentionWork.of_chunk(chunk.num_computed_tokens, tokens - before)
+            work = work_before.beside(last)
             size = num_decodes + tokens
-            # The attention of prompts costs the same in whichever step it is computed, so it says
-            # nothing about how well a step uses the device.
-            shared_ms = self._predict_ms(size, AttentionWork(work.cached_tokens))
+            # A pair costs the same in whichever step it is computed, so the pairs say nothing about
+            # how well a step uses the device.
+            shared_ms = self._predict_ms(size, work._replace(prefill_pairs=0.0))
             rate = size / shared_ms if shared_ms else math.inf
             yield _Step(tokens, self._predict_ms(size, work), rate)
 
@@ -156,8 +160,8 @@ class _Step(NamedTuple):
 
     tokens: the number of its prompt tokens.
     ms: its predicted time.
-    tokens_per_ms: its tokens, decode included, for each millisecond without the attention of
-        prompts.
+    tokens_per_ms: its tokens, decode included, for each millisecond that they share: all but the
+        time of the pairs in the attention of prompts.
     """
 
     tokens: int

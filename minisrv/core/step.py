@@ -130,8 +130,7 @@ class SchedulerOutput(msgspec.Struct, frozen=True):
     @property
     def work(self) -> AttentionWork:
         """The work of attention in this step. Only a batch of decode rows has later steps."""
-        cached_tokens, prefill_pairs = self.batch_work
-        return AttentionWork(cached_tokens + self.position_offset * self.num_rows, prefill_pairs)
+        return self.batch_work.reading(self.position_offset * self.num_rows)
 
     @property
     def num_rows(self) -> int:

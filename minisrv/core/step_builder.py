@@ -39,7 +39,7 @@ class StepBuilder:
 
     def set_budget(self, budget: PrefillBudget, chunks: Sequence[Chunk]) -> None:
         """Choose how many of the prompt tokens that wait are computed beside the decode rows."""
-        context = AttentionWork.of(self.decodes).cached_tokens
+        context = AttentionWork.of(self.decodes).decode_context
         chosen = budget.choose(len(self.decodes), context, chunks)
         self.num_prefill_tokens, self.budget_reason = chosen.tokens, chosen.reason
 

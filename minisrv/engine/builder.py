@@ -15,14 +15,11 @@ from functools import partial
 import torch
 
 from minisrv import threads
-from minisrv.certification.timing import sample_costs, time_graphs
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
-from minisrv.core.attention_work import AttentionWork
-from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
@@ -34,6 +31,7 @@ from minisrv.engine.grammars import Grammars
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Platform, Progress, platform_of
+from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
@@ -52,7 +50,7 @@ logger = logging.getLogger(__name__)
 class EngineParts:
     """The parts of an engine.
 
-    config: the settings, as the device resolves them.
+    config: the settings, as the device and the model resolve them.
     info: the description of the engine for others.
     memory: the plan for the KV cache.
     cost_model: predicts the time of steps, and learns from those that are served.
@@ -190,14 +188,17 @@ def build_engine(
         logger.info("no graphs are captured: every step runs eagerly")
     with _timed(clock, "graphs"):
         compiler = None if make_compiler is None else make_compiler(model)
-        dispatcher = Dispatcher(ladders)
+        costs = StepCosts(
+            Dispatcher(ladders), config.itl_target_ms, chooses_graphs=platform.times_graphs
+        )
         compilation = Compilation(
             compiler,
             runner,
             pool,
             platform.make_backend,
             release=platform.release,
-            timed=dispatcher if platform.times_graphs else None,
+            timed=costs.timed_keys,
+            use_times=costs.use_times,
             serve_slower=serve_slower,
         )
         compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
@@ -209,15 +210,12 @@ def build_engine(
                 config.simulate_launch_us,
             )
             runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
-        times = time_graphs(runner, pool) if platform.times_graphs else {}
-        dispatcher.use_times(times)
-        samples = sample_costs(runner, pool, times) if config.itl_target_ms else []
+        costs.measure(runner, pool, config.kind.long_context)
         platform.check_plan(config, memory, shape, runner)
-    cost_model = CostModel(samples)
-    budget = make_budget(config.itl_target_ms, dispatcher, cost_model)
+    config = replace(config, itl_target_ms=costs.itl_target_ms)
     scheduler = Scheduler(
         pool,
-        budget,
+        costs.budget,
         max_num_seqs=config.max_num_seqs,
         max_model_len=context,
         max_waiting=config.max_waiting,
@@ -232,7 +230,7 @@ def build_engine(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        itl_target_ms=config.itl_target_ms,
+        itl_target_ms=costs.itl_target_ms,
         max_waiting=config.max_waiting,
         dtype=dtype_name(dtype),
         device=str(device),
@@ -251,35 +249,15 @@ def build_engine(
     return EngineParts(
         config=config,
         scheduler=scheduler,
-        dispatcher=dispatcher,
-        cost_model=cost_model,
+        dispatcher=costs.dispatcher,
+        cost_model=costs.cost_model,
         runner=runner,
         grammars=grammars,
         info=info,
         memory=memory,
-        times=times,
-        samples=samples,
+        times=costs.times,
+        samples=costs.samples,
         compilation=compilation,
-    )
-
-
-def make_budget(
-    itl_target_ms: float, dispatcher: Dispatcher, cost_model: CostModel
-) -> PrefillBudget:
-    """Return the budget that keeps a target. If that is 0, steps take as many prompt tokens as they
-    may, whatever they cost."""
-    ladders = dispatcher.ladders
-    if not itl_target_ms:
-        return PrefillBudget(ladders.max_num_batched_tokens)
-
-    def predict_ms(num_tokens: int, work: AttentionWork) -> float:
-        return cost_model.predict(dispatcher.dispatch(num_tokens, 1, query_len=None).key, work)
-
-    return PrefillBudget(
-        ladders.max_num_batched_tokens,
-        sizes=(*ladders.mixed, *ladders.eager_sizes),
-        predict_ms=predict_ms,
-        itl_target_ms=itl_target_ms,
     )
 
 

@@ -20,7 +20,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from minisrv.certification.generation import (
 )
 from minisrv.certification.startup import CaptureProgress, capture_graphs
 from minisrv.compile.decorator import Compiled
-from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
@@ -185,8 +185,8 @@ class Compilation:
     pool: the blocks of the runner's cache.
     make_backend: makes the backend of another generation's graphs.
     release: returns memory that nobody uses any more to the device.
-    timed: the dispatcher that chooses by the durations of graphs, which are measured for a
-        generation before it serves; None if they are not measured.
+    timed: the steps whose durations are measured for a generation before it serves.
+    use_times: is called with these durations when it serves.
     serve_slower: whether compiled code serves even if it is not faster, to be measured.
     clock: returns the time in seconds.
     """
@@ -199,7 +199,8 @@ class Compilation:
         make_backend: Callable[[], GraphBackend],
         *,
         release: Callable[[], None] = lambda: None,
-        timed: Dispatcher | None = None,
+        timed: Collection[GraphKey] = (),
+        use_times: Callable[[Mapping[GraphKey, StepTime]], None] = lambda times: None,
         serve_slower: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -210,6 +211,7 @@ class Compilation:
         self._make_backend = make_backend
         self._release = release
         self._timed = timed
+        self._use_times = use_times
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._began = clock()
@@ -351,9 +353,9 @@ class Compilation:
                     f"its steps are {speedup:.2f} times as fast as those of the model's own code, "
                     f"and {LEAST_SPEEDUP} times are asked for.",
                 )
-            times: Mapping[GraphKey, StepTime] = {}
-            if self._timed is not None:
-                times = yield from turn.take(partial(time_generation, runner, pool, new, turn))
+            times = yield from turn.take(
+                partial(time_generation, runner, pool, new, self._timed, turn)
+            )
         self._lap("certify")
         yield from self._serve(new, times)
         logger.info("steps by compiled code are %.2f times as fast", speedup)
@@ -403,8 +405,8 @@ class Compilation:
         """
         old = Generation.in_service(self._runner)
         new.serve(self._runner)
-        if self._timed is not None:
-            self._timed.use_times(times)
+        if times:
+            self._use_times(times)
         for observer in self._runner.observers:
             observer.swapped()
         self._tell(

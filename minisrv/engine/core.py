@@ -11,11 +11,13 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from minisrv.core.cost_model import StepSample
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import EngineParts
-from minisrv.engine.messages import EngineStats
+from minisrv.engine.messages import EngineInfo, EngineStats
 from minisrv.engine.step_counters import StepCounters
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
@@ -236,7 +238,7 @@ class EngineCore:
             if step.had_work_throughout and time.idle_ms is not None:
                 self._gpu_idle_ms += time.idle_ms
         waits_for_host = output.needs_logits or output.has_structured_output_requests
-        if self.config.itl_target_ms and not waits_for_host:
+        if self.scheduler.budget.has_target and not waits_for_host:
             key, work = step.dispatch.key, output.work
             if predicted_ms := self.cost_model.predict(key, work):
                 self._counters.count_error(predicted_ms, time.busy_ms)
@@ -250,6 +252,15 @@ class EngineCore:
             if output.finish_reason is not None:
                 output.graph_steps = self._counters.close(output.request_id)
                 self._grammars.remove(output.request_id)
+
+    def describe(self) -> EngineInfo:
+        """Return the description of the engine as it is now, after another generation may have
+        taken over."""
+        return msgspec.structs.replace(
+            self.info,
+            compilation=self.compilation.report,
+            itl_target_ms=self.scheduler.budget.target_or_zero,
+        )
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
@@ -270,6 +281,7 @@ class EngineCore:
             steps=self._counters.steps(),
             compiled_steps=self._counters.compiled_steps,
             budgets=self._counters.budgets(),
+            itl_target_ms=self.scheduler.budget.target_or_zero,
             step_time_errors=self._counters.errors(),
             compilation=self.compilation.report,
         )

@@ -175,6 +175,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
         while there was work; both 0 on a CPU. The wait of a step with grammars for its masks counts
         as busy.
     compiled_steps: the number of steps that ran by compiled code.
+    itl_target_ms: the time that a step in which requests decode should not exceed; 0 for no target.
     budgets: the steps for which prompt tokens waited, by the reason for their number.
     step_time_errors: by how much the predicted times of steps differed from the measured ones.
     """
@@ -193,6 +194,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_idle_ms: float = 0.0
     steps: list[StepCount] = []
     compiled_steps: int = 0
+    itl_target_ms: float = 0.0
     budgets: list[BudgetCount] = []
     step_time_errors: ErrorHistogram = ErrorHistogram()
     compilation: CompilationReport = CompilationReport()

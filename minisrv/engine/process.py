@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from minisrv import threads
@@ -195,9 +194,7 @@ class _EngineServer:
         """Go on with the way of compiled code into service, and tell every worker of a change."""
         compilation = self.core.compilation
         if compilation.advance(busy=self.core.has_work):
-            self.state = Ready(
-                msgspec.structs.replace(self.core.info, compilation=compilation.report)
-            )
+            self.state = Ready(self.core.describe())
             self._broadcast()
 
     def _receive(self) -> None:

@@ -27,16 +27,17 @@ BUDGET_REASONS = {
 """Explanations of the reasons for the number of prompt tokens, for the readers of the plan."""
 
 COST_WORDS = {
-    "reads": "tokens whose keys and values attention reads",
+    "reads": "tokens whose keys and values decode rows read",
     "pairs": "thousands of pairs of a query and a key in the attention of prompts",
-    "predicted": "the time by the model that was fitted to these steps, in milliseconds",
+    "keys": "keys of the query that has most of them in the attention of prompts",
+    "fitted": "the time by the model that was fitted to these steps, in milliseconds",
 }
 """Explanations of the words in the table of costs."""
 
 
 def cost_table(model: CostModel, samples: Sequence[StepSample]) -> Table:
-    """Return a table of timed steps with the times that the model predicts for them."""
-    table = Table("batch", "tokens", "mode", "reads", "pairs", "ms", "predicted", "error")
+    """Return a table of timed steps with the times that the model has for them."""
+    table = Table("batch", "size", "mode", "reads", "pairs", "keys", "ms", "fitted", "error")
     for column in table.columns[3:]:
         column.justify = "right"
     for (mode, key), work, ms in samples:
@@ -45,10 +46,11 @@ def cost_table(model: CostModel, samples: Sequence[StepSample]) -> Table:
             "decode" if key.uniform_decode else "mixed",
             str(key.num_tokens),
             mode.name,
-            str(work.cached_tokens),
+            str(work.decode_context),
             f"{work.prefill_pairs / 1000:.0f}",
-            f"{ms:.3f}",
-            f"{predicted:.3f}",
+            str(work.longest_prefill),
+            f"{ms:.2f}",
+            f"{predicted:.2f}",
             f"{100 * (predicted / ms - 1):+.1f}%",
         )
     return table

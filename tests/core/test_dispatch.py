@@ -365,7 +365,7 @@ def test_a_measured_plan_says_what_each_graph_costs():
         line for line in lines if line.startswith(("│ mixed ", "│ decode ")) and "%" in line
     ]
     assert {line.split("│")[3].strip() for line in predicted} == {"PIECEWISE", "FULL"}
-    assert all(float(line.split("│")[7]) > 0 for line in predicted)
+    assert all(float(line.split("│")[8]) > 0 for line in predicted)
     assert any("predictions differ from the measured times by" in line for line in lines)
     assert BUDGET_REASONS.keys() == set(BudgetReason)
     assert "14 graphs take" in lines[-1]

@@ -62,14 +62,14 @@ def test_every_step_has_a_prediction_from_the_start(checkpoint: str, mode: str):
 def test_served_steps_are_compared_and_learnt_from(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every step takes 70 ms here, much more than predicted, and in the end is predicted to."""
+    """Every step takes 70 ms here, much more than measured at start, and soon is predicted to."""
     monkeypatch.setattr(StepResult, "device_time", lambda self: DeviceTime(70.0, None))
     engine = start(checkpoint)
     generate(engine, 5, max_tokens=200)
     stats = engine.stats()
     errors = stats.step_time_errors
     assert sum(errors.counts) == sum(step.steps for step in stats.steps) == 200
-    assert errors.total == pytest.approx(200, rel=0.6), "at first predictions are far below"
+    assert 4 < errors.total < 20, "at first predictions are far below, and soon no more"
     key = engine.dispatcher.dispatch(1, 1, query_len=1).key
     assert engine.cost_model.predict(key, AttentionWork(200)) == pytest.approx(70, rel=0.1)
     # Log-probabilities make the host wait in the middle of a step.

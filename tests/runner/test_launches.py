@@ -11,7 +11,7 @@ import torch
 from minisrv.certification.timing import time_graphs
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import epilogue_descriptor
-from minisrv.engine import builder
+from minisrv.engine import builder, step_costs
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ConfigError
@@ -118,13 +118,13 @@ def waits(monkeypatch) -> list[float]:
 
 def test_each_step_waits_for_its_launches_and_no_capture_for_any(checkpoint, waits, monkeypatch):
     """Capture and certification do not wait; the steps that are timed for the cost model do."""
-    sample_costs, before_timing = builder.sample_costs, []
+    sample_costs, before_timing = step_costs.sample_costs, []
 
     def sampled(*arguments):
         before_timing.extend(waits)
         return sample_costs(*arguments)
 
-    monkeypatch.setattr(builder, "sample_costs", sampled)
+    monkeypatch.setattr(step_costs, "sample_costs", sampled)
     engine = start(checkpoint, simulate_launch_us=2.5, itl_target_ms=1000.0)
     assert engine.info.graphs > 0
     assert before_timing == []

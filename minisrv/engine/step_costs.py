@@ -1,0 +1,107 @@
+"""What steps cost in one engine: measured at start-up and whenever other code takes over the model,
+and followed by the choice of graphs and by the number of prompt tokens of a step.
+
+Knows: who chooses by which times. Knows nothing of how steps are timed, nor of how a choice is made
+(`core.dispatcher`, `core.cost_model`, `core.budget`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, time_graphs
+from minisrv.core.attention_work import NO_WORK, AttentionWork
+from minisrv.core.budget import PrefillBudget
+from minisrv.core.cost_model import CostModel, StepSample
+from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.kv_cache import BlockPool
+from minisrv.modes import GraphKey
+from minisrv.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+ITL_TARGET_STEPS = 32
+"""Default target for the time between two tokens of a request on a GPU, as a multiple of the step
+in which as many requests as possible decode with short contexts. It leaves room for prompts that
+make good use of the device, and requests still decode many times a second."""
+
+
+class StepCosts:
+    """The costs of steps, and those who choose by them: a dispatcher, and a budget with its target.
+
+    itl_target_ms: the target; 0 for none, and None for the one that follows from the measured time
+        of a decode step (`ITL_TARGET_STEPS`). Without a target, nothing is predicted.
+    chooses_graphs: whether the dispatcher chooses by measured times.
+    times: the durations that were measured of steps by each graph; none unless the dispatcher
+        chooses by them.
+    samples: the timed steps to which the cost model was fitted; none if there is no target.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, itl_target_ms: float | None, *, chooses_graphs: bool
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.cost_model = CostModel()
+        self.times: Mapping[GraphKey, StepTime] = {}
+        self.samples: list[StepSample] = []
+        self._target_ms = itl_target_ms
+        self._chooses_graphs = chooses_graphs
+        ladders = dispatcher.ladders
+        self.budget = PrefillBudget(ladders.max_num_batched_tokens)
+        if itl_target_ms != 0:
+            self.budget = PrefillBudget(
+                ladders.max_num_batched_tokens,
+                sizes=(*ladders.mixed, *ladders.eager_sizes),
+                predict_ms=self._predict_ms,
+                itl_target_ms=math.inf if itl_target_ms is None else itl_target_ms,
+            )
+
+    @property
+    def itl_target_ms(self) -> float:
+        """The target that is kept; 0 for none."""
+        return self.budget.target_or_zero
+
+    @property
+    def timed_keys(self) -> list[GraphKey]:
+        """The steps whose times `use_times` is to be given."""
+        ladders = self.dispatcher.ladders
+        graphs = ladders.keys() if self._chooses_graphs else []
+        costs = [] if self._target_ms == 0 else cost_keys(ladders)
+        return list(dict.fromkeys([*graphs, *costs]))
+
+    def measure(self, runner: ModelRunner, pool: BlockPool, long_context: int) -> None:
+        """Time the steps of a runner that serves nobody yet.
+
+        long_context: see `sample_costs`.
+        """
+        if self._chooses_graphs:
+            self.times = time_graphs(runner, pool)
+            self.dispatcher.use_times(self.times)
+        if self._target_ms != 0:
+            self.samples = sample_costs(runner, pool, self.times, long_context)
+            self.cost_model.fit(self.samples)
+            self._set_default_target()
+
+    def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
+        """Choose by the durations of the `timed_keys` of other code, which has taken over."""
+        if self._chooses_graphs:
+            self.dispatcher.use_times(times)
+        if self._target_ms != 0:
+            self.cost_model.rebase(cost_samples(times))
+            self._set_default_target()
+            logger.info("ITL target %.1f ms", self.budget.itl_target_ms)
+
+    def _set_default_target(self) -> None:
+        if self._target_ms is None:
+            ladders = self.dispatcher.ladders
+            most, query_len = ladders.max_num_seqs, ladders.query_len
+            decode = self.dispatcher.dispatch(most * query_len, most, query_len=query_len)
+            decode_ms = self.cost_model.predict(decode.key, NO_WORK)
+            self.budget.itl_target_ms = ITL_TARGET_STEPS * decode_ms
+
+    def _predict_ms(self, num_tokens: int, work: AttentionWork) -> float:
+        """Predict a step with prefill (`core.budget.PredictMs`)."""
+        key = self.dispatcher.dispatch(num_tokens, 1, query_len=None).key
+        return self.cost_model.predict(key, work)
