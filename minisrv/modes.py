@@ -139,8 +139,8 @@ class BudgetReason(enum.StrEnum):
     """The step has `max_num_batched_tokens` tokens."""
     ITL_TARGET = "itl_target"
     """A larger step was predicted to take longer than `itl_target_ms`."""
-    FASTEST = "fastest"
-    """A larger step was predicted to compute fewer tokens per millisecond."""
+    FAST_ENOUGH = "fast_enough"
+    """A larger step was predicted to compute hardly more tokens per millisecond, or fewer."""
     OVER_ITL_TARGET = "over_itl_target"
     """Every step with prompt tokens was predicted to take longer than `itl_target_ms`, and this one
     does not take much longer than the shortest of them."""

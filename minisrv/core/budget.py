@@ -1,14 +1,21 @@
 """The prefill budget: how many prompt tokens the next step takes, as a pure function.
 
-A step in which requests decode makes them wait for the prompts that share it. A large share of
-prompt tokens uses the device better, because the step's fixed costs (weights, launches, the keys
-and values that decode rows read) are paid once for more tokens; a small one lets requests decode
-sooner. The budget takes the share with the most tokens per millisecond whose step is predicted to
-stay within the target, which is a bound for the time between two tokens of a decoding request
-(inter-token latency, ITL).
+A step in which requests decode makes them wait for the prompts that share it, and makes those wait
+that come meanwhile. A large share of prompt tokens uses the device better, because what a step
+costs at least (weights, launches) is paid once for more tokens; from some size on a larger one
+hardly helps. The budget takes the smallest share whose step computes nearly as many tokens per
+millisecond as any (`MARGIN`), among those predicted to stay within the target, which is a bound for
+the time between two tokens of a decoding request (inter-token latency, ITL).
+
+What attention costs does not count there. A prompt's pairs of a query and a key cost the same in
+whichever step they are computed, and a decode row reads its keys and values once for each token
+that it generates, whatever is beside it. Where prompts wait all the time, the time of a request
+is the number of steps for its prompt times what is left of a step's cost; this is what becomes
+smaller with a better size.
 
 Only sizes are tried that fill a step up to a captured size, so that no padding is computed while
-prompt tokens wait, and all tokens that wait, if a step may have so many. If no step with prompt
+prompt tokens wait, and all tokens that wait, if a step may have so many. A prompt that is alone,
+beside no request that decodes, is computed in as few steps as possible. If no step with prompt
 tokens stays within the target, prompts still advance, and decode steps become at most
 `MOST_SLOWDOWN` times as long as the shortest step with prompt tokens.
 
@@ -26,12 +33,15 @@ from minisrv.core.attention_work import AttentionWork
 from minisrv.modes import BudgetReason
 
 MARGIN = 0.05
-"""Share of the largest number of tokens per millisecond up to which a larger budget is preferred to
-the one that has it: a smaller difference is noise, and fewer steps are less work for the host."""
+"""Share of the largest number of tokens per millisecond that a smaller step may lack to be
+preferred."""
 
 MOST_SLOWDOWN = 1.25
 """The longest step, as a multiple of the shortest with prompt tokens, where none stays within the
 target."""
+
+MIN_MS = 1e-6
+"""The time below which no step is taken to be, in milliseconds."""
 
 PredictMs = Callable[[int, AttentionWork], float]
 """Predicts the milliseconds of a step with prefill from its number of tokens, before padding, and
@@ -104,7 +114,8 @@ class PrefillBudget:
         most = min(waiting, self.max_num_batched_tokens - num_decodes)
         assert most > 0, "every request that runs fits a step"
         at_most = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
-        sizes = self._sizes if num_decodes else ()  # otherwise nobody waits for the step
+        somebody_waits = num_decodes or len(chunks) > 1
+        sizes = self._sizes if somebody_waits else ()
         steps = self._steps(sizes, num_decodes, decode_context, chunks, most)
         first = next(steps)
         limit_ms, over_limit = self.itl_target_ms, BudgetReason.ITL_TARGET
@@ -116,14 +127,18 @@ class PrefillBudget:
                 break
             allowed.append(step)
         fastest = max(step.tokens_per_ms for step in allowed)
-        chosen = max(
-            (step for step in allowed if step.tokens_per_ms >= (1 - MARGIN) * fastest),
-            key=lambda step: step.tokens,
-        )
+        chosen = next(step for step in allowed if step.tokens_per_ms >= (1 - MARGIN) * fastest)
+        last = allowed[-1]
+        if last.tokens == waiting:
+            # What a smaller step leaves costs another step.
+            rest = num_decodes + waiting - chosen.tokens
+            rest_ms = self._shared_ms(rest, last.work) if rest > num_decodes else 0.0
+            if last.shared_ms < (1 - MARGIN) * (chosen.shared_ms + rest_ms):
+                chosen = last
         if chosen.tokens == most:
             reason = at_most
         else:
-            reason = BudgetReason.FASTEST if chosen is not allowed[-1] else over_limit
+            reason = BudgetReason.FAST_ENOUGH if chosen is not last else over_limit
         return Budget(chosen.tokens, reason, chosen.ms)
 
     def _steps(
@@ -148,22 +163,28 @@ class PrefillBudget:
             last = AttentionWork.of_chunk(chunk.num_computed_tokens, tokens - before)
             work = work_before.beside(last)
             size = num_decodes + tokens
-            # A pair costs the same in whichever step it is computed, so the pairs say nothing about
-            # how well a step uses the device.
-            shared_ms = self._predict_ms(size, work._replace(prefill_pairs=0.0))
-            rate = size / shared_ms if shared_ms else math.inf
-            yield _Step(tokens, self._predict_ms(size, work), rate)
+            shared_ms = self._shared_ms(size, work)
+            yield _Step(tokens, work, self._predict_ms(size, work), shared_ms, size / shared_ms)
+
+    def _shared_ms(self, size: int, work: AttentionWork) -> float:
+        """Return the predicted time of a step without the part in proportion to the work of its
+        attention, in milliseconds; more than 0."""
+        shared = AttentionWork(longest_prefill=work.longest_prefill)
+        return max(self._predict_ms(size, shared), MIN_MS)
 
 
 class _Step(NamedTuple):
     """A step that could be next.
 
     tokens: the number of its prompt tokens.
+    work: the work of its attention.
     ms: its predicted time.
-    tokens_per_ms: its tokens, decode included, for each millisecond that they share: all but the
-        time of the pairs in the attention of prompts.
+    shared_ms: the time that its tokens share (`PrefillBudget._shared_ms`).
+    tokens_per_ms: its tokens, decode included, for each millisecond of that time.
     """
 
     tokens: int
+    work: AttentionWork
     ms: float
+    shared_ms: float
     tokens_per_ms: float

@@ -20,7 +20,7 @@ BUDGET_REASONS = {
     BudgetReason.ALL_WAITING: "all prompt tokens that wait are in the step",
     BudgetReason.STEP_LIMIT: "the step has --max-num-batched-tokens",
     BudgetReason.ITL_TARGET: "a larger step would take longer than --itl-target-ms",
-    BudgetReason.FASTEST: "a larger step would compute fewer tokens per millisecond",
+    BudgetReason.FAST_ENOUGH: "a larger step would compute hardly more tokens per millisecond",
     BudgetReason.OVER_ITL_TARGET: "any step would take longer than --itl-target-ms, so this is "
     "hardly longer than the shortest",
 }

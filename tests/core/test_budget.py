@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.core.attention_work import AttentionWork
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.core.budget import MARGIN, MOST_SLOWDOWN, Chunk, PrefillBudget
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import MAX_OVERTAKES, Scheduler
@@ -52,6 +52,11 @@ def step_ms(num_decodes: int, context: int, chunks: list[tuple[int, int]], token
     return predict_ms(num_decodes + tokens, work)
 
 
+def shared_ms(num_decodes: int, chunks: list[tuple[int, int]], tokens: int) -> float:
+    """The time of the step without the work of its attention."""
+    return predict_ms(num_decodes + tokens, NO_WORK)
+
+
 chunk_lists = st.lists(
     st.tuples(st.integers(0, 8000), st.integers(1, 3000)), min_size=1, max_size=5
 )
@@ -72,7 +77,7 @@ def test_properties_of_the_choice(num_decodes, context, chunks, target, top):
     assert 1 <= tokens <= most, "prompts advance, and a step has no more than it may"
     if tokens < most:
         assert num_decodes + tokens in SIZES, "no padding while prompt tokens wait"
-    if not num_decodes:
+    if not num_decodes and len(chunks) == 1:
         assert tokens == most, "nobody waits for the step"
         return
     ms = step_ms(num_decodes, context, chunks, tokens)
@@ -87,6 +92,15 @@ def test_properties_of_the_choice(num_decodes, context, chunks, target, top):
         # The next larger size would have been over the target.
         larger = min(SIZES[SIZES.index(num_decodes + tokens) + 1] - num_decodes, most)
         assert step_ms(num_decodes, context, chunks, larger) > target
+    if reason is BudgetReason.FAST_ENOUGH:
+        # Of all steps within the target, none computes its tokens much faster.
+        rates = [
+            (num_decodes + count) / shared_ms(num_decodes, chunks, count)
+            for count in {*(size - num_decodes for size in SIZES), most}
+            if 0 < count <= most and step_ms(num_decodes, context, chunks, count) <= target
+        ]
+        rate = (num_decodes + tokens) / shared_ms(num_decodes, chunks, tokens)
+        assert rate >= (1 - MARGIN) * max(rates, default=0.0) - 1e-9
     assert (reason is BudgetReason.ALL_WAITING) == (tokens == waiting)
     assert (reason is BudgetReason.STEP_LIMIT) == (tokens == most < waiting)
 
@@ -127,12 +141,29 @@ def test_a_size_at_which_the_device_is_faster_is_preferred():
     slow = PrefillBudget(
         1024, sizes=(256, 512, 1024), predict_ms=lambda n, work: 1 + n / 1000 + 3 * (n > 512)
     )
-    assert slow.choose(8, 800, [Chunk(0, 5000)])[:2] == (512 - 8, BudgetReason.FASTEST)
-    # A difference within the margin is none: larger steps are fewer steps.
+    assert slow.choose(8, 800, [Chunk(0, 5000)])[:2] == (512 - 8, BudgetReason.FAST_ENOUGH)
+
+
+@pytest.mark.parametrize(("gain", "tokens"), [(0.9 * MARGIN, 512), (1.1 * MARGIN, 1024)])
+def test_a_smaller_step_is_preferred_if_it_is_nearly_as_fast(gain: float, tokens: int):
+    """Requests decode sooner, and those that come meanwhile wait less. So it is if several prompts
+    wait and none decodes; one prompt alone has nobody who waits for it."""
     even = PrefillBudget(
-        1024, sizes=(512, 1024), predict_ms=lambda n, work: n / (1 - 0.9 * MARGIN * (n > 512))
+        1024, sizes=(512, 1024), predict_ms=lambda n, work: n * (1 - gain * (n > 512))
     )
-    assert even.choose(8, 800, [Chunk(0, 5000)])[:2] == (1024 - 8, BudgetReason.STEP_LIMIT)
+    assert even.choose(8, 800, [Chunk(0, 5000)]).tokens == tokens - 8
+    assert even.choose(0, 0, [Chunk(0, 400), Chunk(0, 5000)]).tokens == tokens
+    assert even.choose(0, 0, [Chunk(0, 5000)]).tokens == 1024
+
+
+def test_no_step_is_left_for_a_few_tokens():
+    """A step of 512 tokens is nearly as fast as any, but the 20 tokens that it would leave cost a
+    step of their own."""
+    budget = PrefillBudget(
+        1024, sizes=(16, 32, 512, 1024), predict_ms=lambda n, work: 0.3 + max(n, 300) / 100
+    )
+    assert budget.choose(8, 800, [Chunk(0, 524)]).tokens == 524
+    assert budget.choose(8, 800, [Chunk(0, 5000)]).tokens == 504
 
 
 def test_the_attention_of_prompts_bounds_a_step_but_does_not_count_as_slow():
@@ -152,7 +183,7 @@ def test_a_history_that_any_chunk_pays_for_makes_a_large_one_better():
         return 1 + num_tokens / 1000 + 3 * (num_tokens > 512) + pairs / 1e6
 
     budget = PrefillBudget(1024, sizes=(256, 512, 1024), predict_ms=ms)
-    assert budget.choose(8, 800, [Chunk(0, 5000)])[:2] == (512 - 8, BudgetReason.FASTEST)
+    assert budget.choose(8, 800, [Chunk(0, 5000)])[:2] == (512 - 8, BudgetReason.FAST_ENOUGH)
     assert budget.choose(8, 800, [Chunk(20_000, 5000)])[:2] == (1024 - 8, BudgetReason.STEP_LIMIT)
 
 
