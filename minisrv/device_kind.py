@@ -44,6 +44,8 @@ class DeviceKind:
 
     name: its name in the settings and in torch.
     max_num_batched_tokens: the default maximum number of tokens in a step.
+    max_default_mixed: the largest default capture size of the mixed ladder, in tokens. The time to
+        capture and certify a graph grows with them.
     itl_target_ms: the default target for the time between two tokens; None if it follows from the
         measured time of a decode step.
     cudagraph_mode: the default mode.
@@ -61,6 +63,7 @@ class DeviceKind:
 
     name: str
     max_num_batched_tokens: int
+    max_default_mixed: int
     itl_target_ms: float | None
     cudagraph_mode: CUDAGraphMode
     async_scheduling: bool
@@ -136,6 +139,7 @@ class DeviceKind:
 CPU = DeviceKind(
     "cpu",
     512,
+    2048,
     0.0,
     CUDAGraphMode.FULL_AND_PIECEWISE,
     async_scheduling=False,
@@ -148,6 +152,7 @@ CPU = DeviceKind(
 )
 CUDA = DeviceKind(
     "cuda",
+    8192,
     8192,
     None,
     CUDAGraphMode.FULL,

@@ -14,13 +14,6 @@ from minisrv.device_kind import ResolvedConfig
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 
-MAX_DEFAULT_MIXED_SIZE = 2048
-"""Largest default capture size of the mixed ladder, in tokens. On an H100 an eager step of
-Qwen3-0.6B takes 1.8 times as long as a PIECEWISE one at 1,024 tokens and 1.16 times at 2,048
-(docs/results): above that there is little to win. The memory of a graph and the time to certify it
-grow with its tokens, and an eager step has no padding."""
-
-
 @dataclass(frozen=True)
 class Ladders:
     """The captured sizes of one server, ascending. If a ladder is empty, no graph of its kind is
@@ -132,11 +125,13 @@ def build_ladders(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     sizes: tuple[int, ...] | None = None,
+    *,
+    max_default_mixed: int = 2048,
 ) -> Ladders:
     """Return the ladders of `mode`, from the user's `sizes` or the default ones.
 
     The last size of a default ladder is exactly the largest size that a batch can have (for mixed
-    batches at most `MAX_DEFAULT_MIXED_SIZE`). Only those of the user's sizes are left out that no
+    batches at most `max_default_mixed`). Only those of the user's sizes are left out that no
     batch could ever reach (`plan` shows what is captured).
     """
     decode: tuple[int, ...] = ()
@@ -146,7 +141,7 @@ def build_ladders(
         decode = _reachable(sizes or _default_decode(max_num_seqs), max_num_seqs)
         epilogues = _reachable(sizes or _default_epilogues(max_num_seqs), max_num_seqs)
     if mode.mixed_mode is not CUDAGraphMode.NONE:
-        top = min(max_num_batched_tokens, MAX_DEFAULT_MIXED_SIZE)
+        top = min(max_num_batched_tokens, max_default_mixed)
         mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
@@ -158,6 +153,7 @@ def ladders_of(config: ResolvedConfig) -> Ladders:
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.cudagraph_capture_sizes,
+        max_default_mixed=config.kind.max_default_mixed,
     )
     ladders.check_coverage()
     return ladders
@@ -178,8 +174,10 @@ def _default_epilogues(top: int) -> tuple[int, ...]:
 
 
 def _default_mixed(top: int) -> tuple[int, ...]:
-    """Return the powers of two up to `top`, from 32 on with the sizes halfway between them."""
+    """Return the powers of two up to `top`, from 32 on with the sizes halfway between them, and
+    from 2,048 on with three sizes between them: there each token of padding costs its full time."""
     sizes = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
+    sizes += [quarters << bits for bits in range(9, top.bit_length()) for quarters in range(4, 8)]
     return (*(size for size in sizes if size < top), top)
 
 

@@ -312,7 +312,7 @@ def test_plan_prints_the_table():
 def test_plan_needs_no_device_to_say_what_full_would_capture():
     done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
     assert done.returncode == 0, done.stderr
-    assert "\n38 graphs: decode 10 FULL, mixed 18 FULL, epilogue 10 FULL.\n" in done.stdout
+    assert "\n46 graphs: decode 10 FULL, mixed 26 FULL, epilogue 10 FULL.\n" in done.stdout
     assert "PIECEWISE" not in done.stdout
 
 
