@@ -14,6 +14,7 @@ from minisrv.device_kind import ResolvedConfig
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 
+
 @dataclass(frozen=True)
 class Ladders:
     """The captured sizes of one server, ascending. If a ladder is empty, no graph of its kind is

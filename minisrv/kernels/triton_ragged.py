@@ -18,7 +18,7 @@ NEXT_TILE, SINGLES, FIRST_TILE, END_TILE, FIRST_ROW, END_ROW = (
 """Places in a survey of a step's rows. NEXT_TILE is 0, for programs that count the tiles that they
 take. SINGLES is the number of rows up to the last one that has one token; where decode rows come
 first it is their number. All tiles with work lie from FIRST_TILE to before END_TILE, and their rows
-from FIRST_ROW to before END_ROW."""
+from FIRST_ROW to before END_ROW; where there are none, these four are 0."""
 
 SURVEY = 6
 """Number of int32 in a survey."""
@@ -69,7 +69,7 @@ def survey_rows(query_start_loc, survey, rows, fewest, BLOCK_Q: tl.constexpr):
         end_row = tl.maximum(end_row, tl.max(tl.where(tiled, row + 1, 0)))
     tl.store(survey + NEXT_TILE, 0)
     tl.store(survey + SINGLES, singles)
-    tl.store(survey + FIRST_TILE, first_tile)
+    tl.store(survey + FIRST_TILE, tl.minimum(first_tile, end_tile))
     tl.store(survey + END_TILE, end_tile)
-    tl.store(survey + FIRST_ROW, first_row)
+    tl.store(survey + FIRST_ROW, tl.minimum(first_row, end_row))
     tl.store(survey + END_ROW, end_row)

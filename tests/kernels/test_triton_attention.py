@@ -314,11 +314,9 @@ def test_a_survey_says_where_there_is_work(counts: list[int], fewest: int, block
     tiled = [row for row, count in enumerate(counts) if count >= max(1, fewest)]
     assert next_tile == 0
     assert singles == max((row + 1 for row, count in enumerate(counts) if count == 1), default=0)
-    if tiles:
-        assert (first_tile, end_tile) == (min(tiles), max(tiles) + 1)
-        assert (first_row, end_row) == (tiled[0], tiled[-1] + 1)
-    else:
-        assert first_tile >= end_tile
+    found = (first_tile, end_tile, first_row, end_row)
+    none = (0, 0, 0, 0)
+    assert found == ((min(tiles), max(tiles) + 1, tiled[0], tiled[-1] + 1) if tiles else none)
 
 
 def test_triton_is_imported_by_cuda_tensors_only() -> None:
