@@ -96,11 +96,13 @@ def test_the_generation_that_serves_and_what_was_refused_are_shown() -> None:
 
 def test_the_budgets_of_steps_and_the_errors_of_predictions() -> None:
     stats = EngineStats(
+        itl_target_ms=25.0,
         budgets=[BudgetCount("itl_target", 3, 700), BudgetCount("all_waiting", 1, 20)],
         step_time_errors=ErrorHistogram((0.05, 0.1), (6, 3, 1), 0.9),
     )
     shown = show(Metrics(), stats)
     expected = {
+        ("itl_target_seconds",): 0.025,
         ("prefill_budget_steps_total", "itl_target"): 3,
         ("prefill_budget_tokens_total", "itl_target"): 700,
         ("prefill_budget_tokens_total", "all_waiting"): 20,

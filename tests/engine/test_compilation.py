@@ -12,7 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import active_count
@@ -22,10 +22,12 @@ import pytest
 import torch
 import zmq
 
+from minisrv import device_kind
 from minisrv.certification.generation import build_generation, measure_speedup, model_keys
 from minisrv.certification.trial import StepTrial
 from minisrv.compile.decorator import Compiled, CompiledForward, Forward
 from minisrv.config import EngineConfig
+from minisrv.core.attention_work import NO_WORK
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.engine import compilation
 from minisrv.engine.builder import build_engine
@@ -45,6 +47,7 @@ from minisrv.engine.messages import (
 )
 from minisrv.engine.platforms import CPUPlatform
 from minisrv.engine.process import _EngineServer
+from minisrv.engine.step_costs import ITL_TARGET_STEPS
 from minisrv.errors import CertificationError, CompilationError, MinisrvError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.observer import StepObserver
@@ -203,6 +206,45 @@ def test_batches_are_dispatched_by_the_durations_of_the_generation_that_serves(
     serve(engine)
     assert engine.compilation.generation == 1
     assert engine.dispatcher.dispatch(**batch).reason is Reason.CHEAPER
+
+
+@pytest.mark.parametrize("mode", ["full-and-piecewise", "none"])
+def test_predictions_and_the_default_target_follow_the_generation_that_serves(
+    checkpoint, monkeypatch, mode
+):
+    """Compiled code is five times as fast here. Steps are predicted to be so, whether a graph holds
+    them or not, when not one of them has been served, and the target falls with them. A target that
+    was asked for stays."""
+
+    def time(trial: StepTrial, graph: Any) -> float:
+        return (50.0 if trial.runner.model.compiled is None else 10.0) + trial.output.num_tokens
+
+    def target(engine: EngineCore) -> float:
+        return engine.stats().itl_target_ms
+
+    monkeypatch.setattr(StepTrial, "time", time)
+    monkeypatch.setattr(device_kind, "KINDS", {"cpu": replace(device_kind.CPU, itl_target_ms=None)})
+    monkeypatch.setattr(CPUPlatform, "kind", device_kind.KINDS["cpu"])
+    settings = {"cudagraph_mode": CUDAGraphMode(mode), "max_num_batched_tokens": 64}
+    for asked in (None, 70.0):
+        engine = start(checkpoint, FakeCompiler(), itl_target_ms=asked, **settings)
+        keys = [engine.dispatcher.dispatch(size, 1, query_len=None).key for size in (1, 16, 64)]
+        before = [engine.cost_model.predict(key, NO_WORK) for key in keys]
+        rows = engine.config.max_num_seqs
+        decode = engine.dispatcher.dispatch(rows, rows, query_len=1).key
+        steps_ms = ITL_TARGET_STEPS * engine.cost_model.predict(decode, NO_WORK)
+        first = engine.config.itl_target_ms
+        assert first == engine.info.itl_target_ms == (asked or pytest.approx(steps_ms))
+        while engine.compilation.is_under_way:
+            engine.compilation.advance(busy=False)
+        assert engine.compilation.generation == 1
+        after = [engine.cost_model.predict(key, NO_WORK) for key in keys]
+        assert [old - new for old, new in zip(before, after, strict=True)] == [
+            pytest.approx(40.0, abs=1.0)
+        ] * 3
+        steps_ms = ITL_TARGET_STEPS * engine.cost_model.predict(decode, NO_WORK)
+        assert target(engine) == engine.describe().itl_target_ms == (asked or steps_ms)
+        assert (target(engine) < first / 3) == (asked is None)
 
 
 @pytest.mark.parametrize("mode", ["full-and-piecewise", "piecewise", "none"])

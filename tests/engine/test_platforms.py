@@ -152,6 +152,21 @@ def test_a_kind_of_device_resolves_settings(given, kind, mode, ahead):
 
 
 @pytest.mark.parametrize(
+    ("given", "kind", "tokens", "target_ms"),
+    [
+        ({}, CPU, 512, 0.0),
+        ({}, CUDA, 8192, None),  # the target follows from a measurement
+        ({"max_num_batched_tokens": 64, "itl_target_ms": 5.0}, CPU, 64, 5.0),
+        ({"max_num_batched_tokens": 64, "itl_target_ms": 0.0}, CUDA, 64, 0.0),
+    ],
+)
+def test_each_kind_of_device_has_its_own_size_of_steps(given, kind, tokens, target_ms):
+    resolved = kind.resolve(EngineConfig(max_num_seqs=3, **given))
+    assert (resolved.max_num_batched_tokens, resolved.itl_target_ms) == (tokens, target_ms)
+    assert kind.resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         (

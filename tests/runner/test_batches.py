@@ -15,6 +15,9 @@ from minisrv.certification.batches import (
     blocks_for_any_batch,
     describe,
     full_batch,
+    long_chunk,
+    long_decodes,
+    plain_batch,
     short_batch,
     sweep_batches,
 )
@@ -57,7 +60,9 @@ def test_every_batch_could_be_scheduled(limits, capture_size, below, kind):
     below = min(below, most - 1)
     batches = sweep_batches(key, below, limits)
     assert batches
-    for batch in (short_batch(key, limits), full_batch(key, limits), *batches):
+    timed = [plain_batch(key, limits), long_decodes(key, limits)]
+    timed += [] if decode else [long_chunk(key, 77, limits)]
+    for batch in (short_batch(key, limits), full_batch(key, limits), *timed, *batches):
         assert 1 <= len(batch) <= limits.max_num_reqs
         assert sum(row.num_tokens for row in batch) <= most
         assert all(row.num_computed_tokens >= 0 and row.num_tokens >= 1 for row in batch)
