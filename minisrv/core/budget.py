@@ -43,6 +43,11 @@ target."""
 MIN_MS = 1e-6
 """The time below which no step is taken to be, in milliseconds."""
 
+ITL_TARGET_STEPS = 32
+"""Default target on a GPU, as a multiple of the step in which as many requests as possible decode
+with short contexts. It leaves room for prompts that make good use of the device, and requests still
+decode many times a second."""
+
 PredictMs = Callable[[int, AttentionWork], float]
 """Predicts the milliseconds of a step with prefill from its number of tokens, before padding, and
 the work of its attention."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, time_graphs
 from minisrv.core.attention_work import NO_WORK, AttentionWork
-from minisrv.core.budget import PrefillBudget
+from minisrv.core.budget import ITL_TARGET_STEPS, PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
@@ -21,11 +21,6 @@ from minisrv.modes import GraphKey
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
-
-ITL_TARGET_STEPS = 32
-"""Default target for the time between two tokens of a request on a GPU, as a multiple of the step
-in which as many requests as possible decode with short contexts. It leaves room for prompts that
-make good use of the device, and requests still decode many times a second."""
 
 
 class StepCosts:
@@ -91,7 +86,7 @@ class StepCosts:
         if self._target_ms != 0:
             self.cost_model.rebase(cost_samples(times))
             self._set_default_target()
-            logger.info("ITL target %.1f ms", self.budget.itl_target_ms)
+            logger.info("ITL target %.1f ms", self.itl_target_ms)
 
     def _set_default_target(self) -> None:
         if self._target_ms is None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
+from minisrv.core.budget import ITL_TARGET_STEPS
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import KINDS, ResolvedConfig, choose_compilation, expected_kind
@@ -254,6 +255,7 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     console = Console(highlight=False)
     console.print(f"Mode {config.cudagraph_mode.value}{about_mode}.")
     console.print(f"{len(kinds)} graphs{': ' if counts else ''}{', '.join(counts)}.")
+    console.print(f"A step has at most {config.max_num_batched_tokens} tokens; {_target(config)}.")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
     rows = dispatcher.coverage()
     for row in rows:
@@ -269,6 +271,13 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     if "epilogue" in kinds:
         words["epilogue"] = _EPILOGUE
     console.print(_legend(words))
+
+
+def _target(config: ResolvedConfig) -> str:
+    """Return the target for the time between two tokens, in words."""
+    if config.itl_target_ms is None:
+        return f"ITL target {ITL_TARGET_STEPS} decode steps, as measured at start-up"
+    return f"ITL target {config.itl_target_ms:.1f} ms" if config.itl_target_ms else "no ITL target"
 
 
 _UNITS = {"decode": "request", "mixed": "token", "epilogue": "request"}

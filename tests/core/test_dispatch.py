@@ -313,6 +313,7 @@ def test_plan_needs_no_device_to_say_what_full_would_capture():
     done = run_plan("--cudagraph-mode", "full", "--max-num-seqs", "12")
     assert done.returncode == 0, done.stderr
     assert "\n46 graphs: decode 10 FULL, mixed 26 FULL, epilogue 10 FULL.\n" in done.stdout
+    assert "\nA step has at most 8192 tokens; ITL target 32 decode steps, as " in done.stdout
     assert "PIECEWISE" not in done.stdout
 
 
@@ -353,6 +354,7 @@ def test_a_measured_plan_says_what_each_graph_costs():
     done = run_plan("--measure", *limits)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
+    assert "A step has at most 32 tokens; ITL target 50.0 ms." in lines
     ends = ("│ tokens ", "│ logits ", "│ hidden states ")
     costs = [line for line in lines if any(end in line for end in ends)]
     assert len(costs) == 14

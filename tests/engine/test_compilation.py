@@ -28,6 +28,7 @@ from minisrv.certification.trial import StepTrial
 from minisrv.compile.decorator import Compiled, CompiledForward, Forward
 from minisrv.config import EngineConfig
 from minisrv.core.attention_work import NO_WORK
+from minisrv.core.budget import ITL_TARGET_STEPS
 from minisrv.core.kv_cache import BlockPool, hash_block
 from minisrv.engine import compilation
 from minisrv.engine.builder import build_engine
@@ -47,7 +48,6 @@ from minisrv.engine.messages import (
 )
 from minisrv.engine.platforms import CPUPlatform
 from minisrv.engine.process import _EngineServer
-from minisrv.engine.step_costs import ITL_TARGET_STEPS
 from minisrv.errors import CertificationError, CompilationError, MinisrvError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.observer import StepObserver
