@@ -41,6 +41,7 @@ class StepCosts:
         self.cost_model = CostModel()
         self.times: Mapping[GraphKey, StepTime] = {}
         self.samples: list[StepSample] = []
+        self._keys: dict[int, GraphKey] = {}  # of steps with prefill, which are asked for often
         self._target_ms = itl_target_ms
         self._chooses_graphs = chooses_graphs
         ladders = dispatcher.ladders
@@ -73,7 +74,7 @@ class StepCosts:
         """
         if self._chooses_graphs:
             self.times = time_graphs(runner, pool)
-            self.dispatcher.use_times(self.times)
+            self._choose_graphs(self.times)
         if self._target_ms != 0:
             self.samples = sample_costs(runner, pool, self.times, long_context)
             self.cost_model.fit(self.samples)
@@ -82,11 +83,15 @@ class StepCosts:
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
         """Choose by the durations of the `timed_keys` of other code, which has taken over."""
         if self._chooses_graphs:
-            self.dispatcher.use_times(times)
+            self._choose_graphs(times)
         if self._target_ms != 0:
             self.cost_model.rebase(cost_samples(times))
             self._set_default_target()
             logger.info("ITL target %.1f ms", self.itl_target_ms)
+
+    def _choose_graphs(self, times: Mapping[GraphKey, StepTime]) -> None:
+        self.dispatcher.use_times(times)
+        self._keys.clear()
 
     def _set_default_target(self) -> None:
         if self._target_ms is None:
@@ -98,5 +103,8 @@ class StepCosts:
 
     def _predict_ms(self, num_tokens: int, work: AttentionWork) -> float:
         """Predict a step with prefill (`core.budget.PredictMs`)."""
-        key = self.dispatcher.dispatch(num_tokens, 1, query_len=None).key
+        key = self._keys.get(num_tokens)
+        if key is None:
+            key = self.dispatcher.dispatch(num_tokens, 1, query_len=None).key
+            self._keys[num_tokens] = key
         return self.cost_model.predict(key, work)
