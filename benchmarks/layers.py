@@ -92,7 +92,7 @@ class Layers:
         ids = torch.randint(0, config.vocab_size, (rows,), device="cuda")
         hidden = torch.randn(rows, config.hidden_size, dtype=torch.bfloat16, device="cuda")
         layers = self.model.attention_layers
-        step = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(rows, True), attn, layers)
+        step = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(rows, rows, 1), attn, layers)
 
         def run() -> None:
             with set_forward_context(step):
