@@ -90,7 +90,7 @@ def compiled(job: tuple[int, Product, Tile | None]) -> bool:
     norm = None if add or name == "lm_head" else draw(k)
     try:
         x, weight, out = draw(rows, k), draw(n, k), draw(rows, n // 2 if gated else n)
-        multiply(x, weight, None, norm, out, 1e-6, gated, add, tile)
+        multiply(x, weight, None, norm, out, 1e-6, "silu" if gated else None, add, tile)
         torch.cuda.synchronize()
     except Exception:  # the compiler's, e.g. for too many registers or too much shared memory
         return False
@@ -105,7 +105,7 @@ def descend(layers: Layers, rows: int, found: dict[Product, list[Tile | None]]) 
     """
     chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
     rule = tiles.tile
-    tiles.tile = lambda rows, n, k, itemsize, *, gated, add: chosen[n, k, gated, add]
+    tiles.tile = lambda rows, n, k, itemsize, *, gated, add, normed=True: chosen[n, k, gated, add]
     first = best = median_us(layers.capture(rows, CONTEXT))
     own, log = dict(chosen), []
     for _ in range(2):

@@ -331,7 +331,7 @@ def _multiply(product: ProductCall) -> _Call:
     settings: dict[str, Any] = {
         "method": product.method,
         "eps": product.eps,
-        "gated": product.gated,
+        "gate": product.gate,
         "add": product.add,
     }
     count = len(product.tensors)

@@ -121,7 +121,7 @@ class ProductCall(msgspec.Struct, frozen=True, tag=True):
     out: Value
     method: str
     eps: float = 0.0
-    gated: bool = False
+    gate: str | None = None
     add: bool = False
 
 

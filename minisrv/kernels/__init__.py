@@ -11,6 +11,8 @@ from __future__ import annotations
 from minisrv.kernels.attention import attention
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.elementwise import (
+    gelu_tanh_and_mul,
+    gelu_tanh_and_mul_op,
     rms_norm,
     rms_norm_op,
     silu_and_mul,
@@ -43,6 +45,8 @@ __all__ = [
     "gather_decode",
     "gather_decode_op",
     "gather_mixed_op",
+    "gelu_tanh_and_mul",
+    "gelu_tanh_and_mul_op",
     "linear_op",
     "rms_norm",
     "rms_norm_op",

@@ -357,8 +357,9 @@ void rms_norm_float32(ROWWISE) { norm_rows(0, x, weight, out, rows, size, thread
 
 void rms_norm_bfloat16(ROWWISE) { norm_rows(1, x, weight, out, rows, size, threads, eps); }
 
-/* x: [rows, 2 * size], gate beside up. silu(x) = x / (1 + e^-x), by e^-|x|. */
-INLINE void gate_rows(int bf16, const void *x, void *out, int64_t rows, int64_t size,
+/* x: [rows, 2 * size], gate beside up. silu(x) = x sigmoid(x), and GELU by tanh is x sigmoid(2 u) with
+ * u = sqrt(2 / pi) (x + 0.044715 x^3). sigmoid(z) = 1 / (1 + e^-z), by e^-|z|. */
+INLINE void gate_rows(int bf16, int gelu, const void *x, void *out, int64_t rows, int64_t size,
                       int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * size > SERIAL)
     for (int64_t row = 0; row < rows; row++) {
@@ -366,8 +367,10 @@ INLINE void gate_rows(int bf16, const void *x, void *out, int64_t rows, int64_t 
         void *to = (void *)at(bf16, out, row * size);
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) {
-            float gate = get(bf16, gates, i), power = exponential(gate < 0.0f ? gate : -gate);
-            float sigmoid = (gate < 0.0f ? power : 1.0f) / (1.0f + power);
+            float gate = get(bf16, gates, i);
+            float z = gelu ? 1.59576912f * (gate + 0.044715f * gate * gate * gate) : gate;
+            float power = exponential(z < 0.0f ? z : -z);
+            float sigmoid = (z < 0.0f ? power : 1.0f) / (1.0f + power);
             put(bf16, to, i, gate * sigmoid * get(bf16, ups, i));
         }
     }
@@ -375,10 +378,20 @@ INLINE void gate_rows(int bf16, const void *x, void *out, int64_t rows, int64_t 
 
 void silu_and_mul_float32(ROWWISE) {
     (void)weight, (void)eps;
-    gate_rows(0, x, out, rows, size, threads);
+    gate_rows(0, 0, x, out, rows, size, threads);
 }
 
 void silu_and_mul_bfloat16(ROWWISE) {
     (void)weight, (void)eps;
-    gate_rows(1, x, out, rows, size, threads);
+    gate_rows(1, 0, x, out, rows, size, threads);
+}
+
+void gelu_tanh_and_mul_float32(ROWWISE) {
+    (void)weight, (void)eps;
+    gate_rows(0, 1, x, out, rows, size, threads);
+}
+
+void gelu_tanh_and_mul_bfloat16(ROWWISE) {
+    (void)weight, (void)eps;
+    gate_rows(1, 1, x, out, rows, size, threads);
 }

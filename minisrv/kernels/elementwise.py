@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU's product, and rows of a table.
+"""RMSNorm, the products of gated linear units, and rows of a table.
 
 Each is one op, so that a fused kernel needs one launch. All of them write to `out`, so that a graph
 gives them an address. This is the version for CPUs: `cpu.c`, or torch's operations if there is no
@@ -41,13 +41,31 @@ def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     gate_up: [T, 2 * size], gate beside up, contiguous.
     out: [T, size], contiguous, of the same dtype.
     """
+    _gate_and_mul("silu", gate_up, out)
+
+
+def gelu_tanh_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """Compute out = gelu(gate) * up, with the approximation of GELU by tanh (Hendrycks and Gimpel
+    2016); the tensors are those of `silu_and_mul`."""
+    _gate_and_mul("gelu_tanh", gate_up, out)
+
+
+def _gate_and_mul(gate: str, gate_up: Tensor, out: Tensor) -> None:
     rows, size = out.shape
-    kernel = _compiled("silu_and_mul", out.dtype)
+    kernel = _compiled(f"{gate}_and_mul", out.dtype)
     if kernel is None:
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        out.copy_(silu(gate).mul_(up))
+        gates, up = gate_up.float().chunk(2, dim=-1)
+        out.copy_(_FUNCTIONS[gate](gates).mul_(up))
         return
     kernel(gate_up.data_ptr(), 0, out.data_ptr(), rows, size, torch.get_num_threads(), 0.0)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """Compute GELU by tanh as x * sigmoid(2 u), which is exact where 1 + tanh(u) is near 0."""
+    return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu_tanh": _gelu_tanh}
 
 
 def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -68,6 +86,16 @@ silu_and_mul_op = register_op(
     cpu=silu_and_mul,
     cuda="minisrv.kernels.triton_elementwise:silu_and_mul",
 )
+gelu_tanh_and_mul_op = register_op(
+    "gelu_tanh_and_mul",
+    "(Tensor gate_up, Tensor(a!) out) -> ()",
+    cpu=gelu_tanh_and_mul,
+    cuda="minisrv.kernels.triton_elementwise:gelu_tanh_and_mul",
+)
+GATES = {"silu": silu_and_mul_op, "gelu_tanh": gelu_tanh_and_mul_op}
+"""The op that gates the halves of a product, by the name of the function that is applied to the
+first half."""
+
 take_rows_op = register_op(
     "take_rows",
     "(Tensor table, Tensor rows, Tensor(a!) out) -> ()",

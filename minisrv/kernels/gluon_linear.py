@@ -35,7 +35,7 @@ def sliced(
     n,
     eps,
     K: gl.constexpr,
-    GATED: gl.constexpr,
+    GATE: gl.constexpr,
     ADD: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -82,7 +82,7 @@ def sliced(
         if part < parts:
             at = part * SLICES * BLOCK_K + column
             w = w + (gl.load(source + at, there & (at < K), other=0.0),)
-            if GATED:
+            if GATE is not None:
                 u = u + (gl.load(partner + at, there & (at < K), other=0.0),)
             if norm is not None:
                 at = part * SLICES * BLOCK_K + depth
@@ -92,7 +92,7 @@ def sliced(
     second = None
     if bias is not None:
         first = gl.load(bias + output, output < n, other=0.0)
-        if GATED:
+        if GATE is not None:
             second = gl.load(bias + n + output, output < n, other=0.0)
     row = gl.arange(0, ROWS, gl.SliceLayout(0, flat))[None, :] + gl.program_id(1) * ROWS
     place = out + row * n + output
@@ -117,12 +117,12 @@ def sliced(
             squares += wide * wide
             value = (wide * gains[part].to(gl.float32)).to(value.dtype)
         y = mma_v2(w[part], value, y)
-        if GATED:
+        if GATE is not None:
             z = mma_v2(u[part], value, z)
         if part + PREFETCH < parts:
             at = (part + PREFETCH) * SLICES * BLOCK_K + column
             w = w + (gl.load(source + at, there & (at < K), other=0.0),)
-            if GATED:
+            if GATE is not None:
                 u = u + (gl.load(partner + at, there & (at < K), other=0.0),)
             at = (part + PREFETCH) * SLICES * BLOCK_K + depth
             if norm is not None:
@@ -130,11 +130,11 @@ def sliced(
             v = v + (gl.load(values + at, real & (at < K), other=0.0),)
     total = gl.sum(gl.convert_layout(y, sums), axis=0)
     other = None
-    if GATED:
+    if GATE is not None:
         other = gl.sum(gl.convert_layout(z, sums), axis=0)
     scale = None
     if norm is not None:
         square = gl.convert_layout(gl.sum(squares, axis=1), gl.SliceLayout(1, sums))
         scale = gl.rsqrt(gl.sum(square[:, None, :], axis=0) / K + eps)
-    total = gemm_epilogue(total, other, scale, first, second, before)
+    total = gemm_epilogue(total, other, scale, first, second, before, GATE)
     gl.store(place, total.to(out.dtype.element_ty), inside)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minisrv.kernels import tiles
-from minisrv.kernels.elementwise import rms_norm_op, silu_and_mul_op
+from minisrv.kernels.elementwise import GATES, rms_norm_op
 from minisrv.kernels.registration import register_op
 
 INT8_ROWS = 4
@@ -105,10 +105,13 @@ class LinearMethod(ABC):
         """Write norm(x) W^T + b to out [T, out]."""
         self.apply_to(normed(x, norm), out)
 
-    def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
-        b."""
-        silu_and_mul_op(self.apply(normed(x, norm)), out)
+    def apply_gated(self, x: Tensor, norm: Norm | None, gate: str, out: Tensor) -> None:
+        """Write f(first) * second to out [T, out / 2]; first and second are the halves of norm(x)
+        W^T + b, or of x W^T + b without a norm.
+
+        gate: the name of f, a key of `GATES`.
+        """
+        GATES[gate](self.apply(x if norm is None else normed(x, norm)), out)
 
     def add_to(self, x: Tensor, residual: Tensor) -> None:
         """Add x W^T + b to residual [T, out], in place, by one kernel where there is one."""
@@ -194,11 +197,11 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
         else:
             super().apply_with_norm(x, norm, out)
 
-    def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
+    def apply_gated(self, x: Tensor, norm: Norm | None, gate: str, out: Tensor) -> None:
         if self._uses_skinny_gemm(x, gated=True):
-            self._skinny_gemm(x, norm, out, gated=True)
+            self._skinny_gemm(x, norm, out, gate=gate)
         else:
-            silu_and_mul_op(super().apply(normed(x, norm)), out)
+            GATES[gate](super().apply(x if norm is None else normed(x, norm)), out)
 
     def apply_with_residual(self, x: Tensor, residual: Tensor) -> None:
         if self._uses_skinny_gemm(x, add=True):
@@ -218,11 +221,11 @@ class TensorCoreLinearMethod(UnquantizedLinearMethod):
         norm: Norm | None,
         out: Tensor,
         *,
-        gated: bool = False,
+        gate: str | None = None,
         add: bool = False,
     ) -> None:
         weight, eps = (None, 0.0) if norm is None else norm
-        skinny_gemm_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gated=gated, add=add)
+        skinny_gemm_op(x, self.weight.t(), self.bias, weight, out, eps=eps, gate=gate, add=add)
 
 
 class OneDNNLinearMethod(LinearMethod):
@@ -321,14 +324,15 @@ class Int8LinearMethod(LinearMethod):
 skinny_gemm_op = register_op(
     "skinny_gemm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, Tensor(a!) out, *, float eps, "
-    "bool gated, bool add) -> ()",
+    "str? gate, bool add) -> ()",
     cuda="minisrv.kernels.triton_linear:skinny_gemm",
 )
 """The op that computes out [T, out] = x [T, in] weight^T + bias for few rows T, for which
 `tiles.tile` has a tile; sums are float32.
 
-weight: [out, in]. With `gated`, which requires a norm, it is [2 * out, in], and out is silu of the
-    first half times the second.
+weight: [out, in]; [2 * out, in] with a gate.
+gate: the name of the function by which the first half of the product becomes a factor of the second
+    (`GATES`); None for a product without a gate.
 norm: [in], the weight of the RMSNorm, with `eps`, that is applied to x before.
 add: whether the result is added to what `out` holds.
 

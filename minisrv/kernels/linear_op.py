@@ -19,17 +19,17 @@ def linear(
     *,
     method: str,
     eps: float = 0.0,
-    gated: bool = False,
+    gate: str | None = None,
     add: bool = False,
 ) -> None:
     """Compute `linear_op` by the operation of the method that fuses what is asked for."""
     by = METHODS[method].of_tensors(tensors)
     if add:
         by.add_to(x, out)
+    elif gate is not None:
+        by.apply_gated(x, None if norm is None else Norm(norm, eps), gate, out)
     elif norm is None:
         by.apply_to(x, out)
-    elif gated:
-        by.apply_with_norm_and_gate(x, Norm(norm, eps), out)
     else:
         by.apply_with_norm(x, Norm(norm, eps), out)
 
@@ -37,7 +37,7 @@ def linear(
 linear_op = register_op(
     "linear",
     "(Tensor x, Tensor[] tensors, Tensor? norm, Tensor(a!) out, *, str method, float eps=0.0, "
-    "bool gated=False, bool add=False) -> ()",
+    "str? gate=None, bool add=False) -> ()",
     every_device=linear,
 )
 """The op of a product for a compiler: out [T, out] = x [T, in] W^T + b. The compiler sees neither
@@ -47,8 +47,8 @@ and a compiled program holds for any.
 tensors: those of the method.
 norm: [in], the weight of the RMSNorm, with `eps`, that is applied to x before; None for no norm.
 method: the name of the method, a key of `METHODS`.
-gated: whether out is silu of the first half of the product times the second half, which requires a
-    norm.
+gate: the name of the function (`GATES`) by which the first half of the product becomes a factor of
+    the second half, which is written to out; None for the whole product.
 add: whether the product, of x without a norm, is added to what `out` holds.
 """
 
@@ -80,8 +80,9 @@ class TracedLinearMethod(LinearMethod):
     def apply_with_norm(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         linear_op(x, self._tensors, norm.weight, out, method=self.name, eps=norm.eps)
 
-    def apply_with_norm_and_gate(self, x: Tensor, norm: Norm, out: Tensor) -> None:
-        linear_op(x, self._tensors, norm.weight, out, method=self.name, eps=norm.eps, gated=True)
+    def apply_gated(self, x: Tensor, norm: Norm | None, gate: str, out: Tensor) -> None:
+        weight, eps = (None, 0.0) if norm is None else norm
+        linear_op(x, self._tensors, weight, out, method=self.name, eps=eps, gate=gate)
 
     def add_to(self, x: Tensor, residual: Tensor) -> None:
         linear_op(x, self._tensors, None, residual, method=self.name, add=True)

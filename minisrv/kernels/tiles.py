@@ -99,9 +99,14 @@ gated, added)."""
 
 
 @cache
-def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) -> Tile | None:
+def tile(
+    rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool, normed: bool = True
+) -> Tile | None:
     """Return the tile for the product of `rows` rows with a weight [n, k], gated or added to a
-    tensor (see `kernels.linear`). None means that cuBLAS does it."""
+    tensor (see `kernels.linear`). None means that cuBLAS does it.
+
+    normed: whether the rows of a gated product are normed; other tiles are for both.
+    """
     if not 0 < rows <= ROW_BUCKETS[-1]:
         return None
     bucket = next(bucket for bucket in ROW_BUCKETS if rows <= bucket)
@@ -112,7 +117,7 @@ def tile(rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool) ->
     outputs = n // 2 if gated else n
     if itemsize == 2 and n * k <= LARGEST_SLICED.get(bucket, n * k):
         return _sliced(bucket, outputs, k, gated)
-    return _tall(outputs, k, itemsize, gated) if bucket <= 32 else None
+    return _tall(outputs, k, itemsize, gated, normed) if bucket <= 32 else None
 
 
 def part_registers(outputs: int, rows: int, gated: bool) -> int:
@@ -160,10 +165,14 @@ def _sliced(rows: int, outputs: int, k: int, gated: bool) -> SlicedTile:
     return SlicedTile(width, warps, parts if parts <= room else min(4, room))
 
 
-def _tall(outputs: int, k: int, itemsize: int, gated: bool) -> TallTile:
+def _tall(outputs: int, k: int, itemsize: int, gated: bool, normed: bool) -> TallTile:
     """Choose as many splits as can run beside each other, each of at least one tile."""
     wide, narrow = (256, 128) if itemsize == 2 else (64, 32)
     parts = -(-outputs // 64)
+    if gated and not normed:
+        # Triton keeps x in shared memory for one stage more if it goes to the tensor cores as it
+        # is. There is room for that beside two matrices if a stage is half as deep.
+        wide, narrow = wide // 2, narrow // 2
     if parts > SMS:  # more than one program has to run after another
         return TallTile(128, narrow, 8, 3, 1) if gated else TallTile(32, narrow, 4, 3, 1)
     splits = min(8, _power_of_2(max(1, 128 // parts)), _power_of_2(max(1, k // wide)))

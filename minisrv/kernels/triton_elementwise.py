@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU's product and rows of a table on CUDA, in Triton.
+"""RMSNorm, the products of gated linear units and rows of a table on CUDA, in Triton.
 
 `kernels.elementwise` imports this when it first meets a CUDA tensor. A program takes a row, or a
 part of one; the arithmetic is float32. `gemm_epilogue` is the elementwise work that the kernels of
@@ -19,7 +19,8 @@ from minisrv.kernels.triton_launch import (
 )
 
 PART = 1024
-"""Number of elements of a row that a program of `silu_and_mul` or `take_rows` takes."""
+"""Number of elements of a row that a program of `silu_and_mul`, `gelu_tanh_and_mul` or `take_rows`
+takes."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
@@ -33,9 +34,18 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
     """See `kernels.elementwise.silu_and_mul`."""
+    _gate("silu", gate_up, out)
+
+
+def gelu_tanh_and_mul(gate_up: Tensor, out: Tensor) -> None:
+    """See `kernels.elementwise.gelu_tanh_and_mul`."""
+    _gate("gelu_tanh", gate_up, out)
+
+
+def _gate(gate: str, gate_up: Tensor, out: Tensor) -> None:
     rows, size = out.shape
-    _silu_and_mul[(rows, triton.cdiv(size, PART))](
-        gate_up, out, size, BLOCK=PART, num_warps=4, **pdl()
+    _gate_and_mul[(rows, triton.cdiv(size, PART))](
+        gate_up, out, size, GATE=gate, BLOCK=PART, num_warps=4, **pdl()
     )
 
 
@@ -48,13 +58,18 @@ def take_rows(table: Tensor, rows: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
-def silu(x):
-    """Return x * sigmoid(x), float32."""
-    return x / (1 + tl.exp(-x))
+def gated(x, GATE: tl.constexpr):
+    """Return the gate of x, float32: x * sigmoid(x) for silu. GELU by tanh is written with a
+    sigmoid too, as (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    tl.static_assert(GATE == "silu" or GATE == "gelu_tanh")
+    z = x
+    if GATE == "gelu_tanh":
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x / (1 + tl.exp(-z))
 
 
 @triton.jit
-def gemm_epilogue(y, z, scale, first, second, before):
+def gemm_epilogue(y, z, scale, first, second, before, GATE: tl.constexpr):
     """Do the work of a layer that follows a product, in float32: the scale of the row's norm, the
     bias, the gate, and the sum with a tensor.
 
@@ -63,6 +78,7 @@ def gemm_epilogue(y, z, scale, first, second, before):
     scale: the scale of the row's norm.
     first, second: the biases of y and z.
     before: the values to which the result is added.
+    GATE: the name of the gate.
 
     Each is None if it does not apply, and all broadcast with y.
     """
@@ -75,7 +91,7 @@ def gemm_epilogue(y, z, scale, first, second, before):
             z *= scale
         if second is not None:
             z += second.to(tl.float32)
-        y = silu(y) * z
+        y = gated(y, GATE) * z
     if before is not None:
         y += before.to(tl.float32)
     return y
@@ -105,12 +121,12 @@ def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr)
 
 
 @triton.jit
-def _silu_and_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gate_and_mul(gate_up, out, size, GATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_and_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < size
     gate = tl.load(gate_up + row * 2 * size + at, there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, there, other=0.0).to(tl.float32)
-    value = silu(gate) * up
+    value = gated(gate, GATE) * up
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)

@@ -41,14 +41,15 @@ def skinny_gemm(
     out: Tensor,
     *,
     eps: float,
-    gated: bool,
+    gate: str | None,
     add: bool,
 ) -> None:
     """See `kernels.linear.skinny_gemm_op`."""
     n, k = weight.shape
-    tile = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add)
+    gated, normed = gate is not None, norm is not None
+    tile = tiles.tile(len(x), n, k, x.itemsize, gated=gated, add=add, normed=normed)
     assert tile is not None, "a product that is not cuBLAS's"
-    multiply(x, weight, bias, norm, out, eps, gated, add, tile)
+    multiply(x, weight, bias, norm, out, eps, gate, add, tile)
 
 
 def multiply(
@@ -58,15 +59,14 @@ def multiply(
     norm: Tensor | None,
     out: Tensor,
     eps: float,
-    gated: bool,
+    gate: str | None,
     add: bool,
     tile: Tile,
 ) -> None:
     """Compute `skinny_gemm` with the kernel of `tile`."""
-    assert norm is not None or not gated, "tiles of gated products are for those with a norm"
     (rows, k), n = x.shape, out.shape[1]
     operands, parts = (x, weight, bias, norm, out), triton.cdiv(n, tile.outputs)
-    shape = {"K": k, "GATED": gated, "ADD": add, "BLOCK_N": tile.outputs, "num_warps": tile.warps}
+    shape = {"K": k, "GATE": gate, "ADD": add, "BLOCK_N": tile.outputs, "num_warps": tile.warps}
     padded = triton.next_power_of_2(rows)
     if isinstance(tile, GemvTile):
         _gemv[(parts,)](*operands, n, eps, BLOCK_K=tile.depth, **shape, **pdl())
@@ -87,7 +87,7 @@ def multiply(
     else:
         block, partial, counters = max(16, padded), None, None
         if tile.splits > 1:
-            width = tile.outputs * (2 if gated else 1) + 1
+            width = tile.outputs * (1 if gate is None else 2) + 1
             share = (parts, tile.splits, width, block)
             partial = torch.empty(share, dtype=torch.float32, device=x.device)
             counters = arrivals(x.device)
@@ -117,7 +117,7 @@ def _gemv(
     n,
     eps,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,7 +132,7 @@ def _gemv(
     column = tl.arange(0, BLOCK_K)[None, :]
     w = tl.load(source + column, inside & (column < K), other=0.0)
     u = w
-    if GATED:
+    if GATE is not None:
         u = tl.load(partner + column, inside & (column < K), other=0.0)
     gain = tl.zeros([1, BLOCK_K], tl.float32)
     if norm is not None:
@@ -141,7 +141,7 @@ def _gemv(
     second = None
     if bias is not None:
         first = tl.load(bias + output, there, other=0.0)
-        if GATED:
+        if GATE is not None:
             second = tl.load(bias + n + output, there, other=0.0)
     launch_dependents(PDL)
     wait_for_previous_kernel(PDL)
@@ -155,7 +155,7 @@ def _gemv(
         at = begin + column
         if begin > 0:
             w = tl.load(source + at, inside & (at < K), other=0.0)
-            if GATED:
+            if GATE is not None:
                 u = tl.load(partner + at, inside & (at < K), other=0.0)
             if norm is not None:
                 gain = tl.load(norm + at, at < K, other=0.0).to(tl.float32)
@@ -164,16 +164,16 @@ def _gemv(
             squares += value * value
             value *= gain
         products += w.to(tl.float32) * value
-        if GATED:
+        if GATE is not None:
             others += u.to(tl.float32) * value
     y = tl.sum(products, axis=1)
     z = None
-    if GATED:
+    if GATE is not None:
         z = tl.sum(others, axis=1)
     scale = None
     if norm is not None:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
-    y = gemm_epilogue(y, z, scale, first, second, before)
+    y = gemm_epilogue(y, z, scale, first, second, before, GATE)
     tl.store(out + output, y.to(out.dtype.element_ty), there)
 
 
@@ -190,7 +190,7 @@ def _multiply(
     z,
     squares,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Add the columns `at` of x, multiplied with w and u of the weight, to the products y and z,
@@ -203,7 +203,7 @@ def _multiply(
         wide *= tl.load(norm + at, at < last, other=0.0).to(tl.float32)
         value = wide.to(value.dtype)
     y = tl.dot(w, tl.trans(value), y, input_precision="ieee")
-    if GATED:
+    if GATE is not None:
         z = tl.dot(u, tl.trans(value), z, input_precision="ieee")
     return y, z, squares
 
@@ -221,7 +221,7 @@ def _tall(
     n,
     eps,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -248,7 +248,7 @@ def _tall(
     at = begins + column
     w = tl.load(source + at, inside & (at < last), other=0.0)
     u = w
-    if GATED:
+    if GATE is not None:
         u = tl.load(partner + at, inside & (at < last), other=0.0)
     wait_for_previous_kernel(PDL)
     place = out + row[None, :] * n + output[:, None]
@@ -259,21 +259,21 @@ def _tall(
     y = tl.zeros([BLOCK_N, ROWS], tl.float32)
     z = tl.zeros([BLOCK_N, ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    y, z, squares = _multiply(x, norm, rows, at, last, w, u, y, z, squares, K, GATED, ROWS)
+    y, z, squares = _multiply(x, norm, rows, at, last, w, u, y, z, squares, K, GATE, ROWS)
     for begin in tl.range(begins + BLOCK_K, last, BLOCK_K, num_stages=STAGES):
         at = begin + column
         w = tl.load(source + at, inside & (at < last), other=0.0)
         u = w
-        if GATED:
+        if GATE is not None:
             u = tl.load(partner + at, inside & (at < last), other=0.0)
-        y, z, squares = _multiply(x, norm, rows, at, last, w, u, y, z, squares, K, GATED, ROWS)
+        y, z, squares = _multiply(x, norm, rows, at, last, w, u, y, z, squares, K, GATE, ROWS)
     if SPLITS > 1:
-        width: tl.constexpr = BLOCK_N * (2 if GATED else 1) + 1
+        width: tl.constexpr = BLOCK_N * (1 if GATE is None else 2) + 1
         shares = partial + part.to(tl.int64) * SPLITS * width * ROWS
         share = shares + split * width * ROWS
         cell = tl.arange(0, BLOCK_N)[:, None] * ROWS + row[None, :]
         tl.store(share + cell, y)
-        if GATED:
+        if GATE is not None:
             tl.store(share + BLOCK_N * ROWS + cell, z)
         if norm is not None:
             tl.store(share + (width - 1) * ROWS + row, squares)
@@ -288,7 +288,7 @@ def _tall(
         for other in range(SPLITS):
             share = shares + other * width * ROWS
             y += tl.load(share + cell, cache_modifier=".cg")
-            if GATED:
+            if GATE is not None:
                 z += tl.load(share + BLOCK_N * ROWS + cell, cache_modifier=".cg")
             if norm is not None:
                 squares += tl.load(share + (width - 1) * ROWS + row, cache_modifier=".cg")
@@ -299,7 +299,7 @@ def _tall(
     second = None
     if bias is not None:
         first = tl.load(bias + output, output < n, other=0.0)[:, None]
-        if GATED:
+        if GATE is not None:
             second = tl.load(bias + n + output, output < n, other=0.0)[:, None]
-    y = gemm_epilogue(y, z if GATED else None, scale, first, second, before)
+    y = gemm_epilogue(y, z if GATE is not None else None, scale, first, second, before, GATE)
     tl.store(place, y.to(out.dtype.element_ty), there)

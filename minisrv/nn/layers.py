@@ -65,7 +65,7 @@ class Projection(nn.Module):
     def write_gated_to(self, out: Tensor, x: Tensor, norm: RMSNorm) -> None:
         """Write silu(gate) * up to out [T, out / 2]; gate and up are the halves of norm(x) W^T +
         b."""
-        self.method.apply_with_norm_and_gate(x, norm.as_kernel_argument(), out)
+        self.method.apply_gated(x, norm.as_kernel_argument(), "silu", out)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add x W^T + b to residual [T, out], in place."""

@@ -32,11 +32,11 @@ MATCHES = {
     "qwen3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
     "smollm3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
     "phi3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "gemma": (2 * LAYERS, 2 * LAYERS - 1, 0, LAYERS),  # GELU's gate
-    "gemma3_text": (0, 0, 0, LAYERS),  # norms behind products
+    "gemma": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "gemma3_text": (0, 0, LAYERS, LAYERS),  # norms behind products
     "mixtral": (LAYERS, 0, 0, LAYERS),  # a router needs the norm too, and experts are no products
     "gpt_oss": (LAYERS, 0, 0, 0),  # its rotation is written in another way
-    "cohere2": (2 * LAYERS, 0, 0, 0),  # LayerNorm, and a rotation of neighbours
+    "cohere2": (2 * LAYERS, 0, 0, 0),  # LayerNorm, a rotation of neighbours, and one product of all
     "gpt2": (2 * LAYERS, 0, 0, LAYERS),  # LayerNorm, and no rotation
 }
 """For each architecture the number of matches of the passes that fuse: residuals, norms, gates and

@@ -32,10 +32,11 @@ def test_the_op_multiplies_as_the_method_does(
     again = type(method).of_tensors(method.tensors)
 
     def results(by: LinearMethod) -> list[torch.Tensor]:
-        found = [by.apply(x), *(x.new_empty(rows, width) for width in (48, 48, 24))]
+        found = [by.apply(x), *(x.new_empty(rows, width) for width in (48, 48, 24, 24))]
         by.apply_to(x, found[1])
         by.apply_with_norm(x, norm, found[2])
-        by.apply_with_norm_and_gate(x, norm, found[3])
+        by.apply_gated(x, norm, "silu", found[3])
+        by.apply_gated(x, None, "gelu_tanh", found[4])
         by.add_to(x, total := residual.clone())
         return [*found, total]
 

@@ -23,7 +23,7 @@ def ptx(k: int, outputs: int, rows: int, prefetch: int) -> str:
     """Return the PTX of a product without norm, bias, gate and sum, compiled for programmatic
     dependent launch."""
     constants = {
-        **{"bias": None, "norm": None, "K": k, "GATED": False, "ADD": False, "ROWS": rows},
+        **{"bias": None, "norm": None, "K": k, "GATE": None, "ADD": False, "ROWS": rows},
         **{"BLOCK_N": outputs, "BLOCK_K": SLICE, "SLICES": WARPS},
         **{"PREFETCH": prefetch, "PDL": True},
     }

@@ -1,9 +1,10 @@
-"""RMSNorm, SwiGLU's product and the gather of a table's rows, compiled and by torch, against
+"""RMSNorm, gated linear units and the gather of a table's rows, compiled and by torch, against
 float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 from minisrv.kernels import (
     elementwise,
+    gelu_tanh_and_mul,
+    gelu_tanh_and_mul_op,
     rms_norm,
     rms_norm_op,
     silu_and_mul,
@@ -26,6 +30,7 @@ pytest.importorskip("triton")
 from minisrv.kernels.triton_elementwise import take_rows as triton_take_rows
 
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
+FUNCTIONS = {silu_and_mul: silu, gelu_tanh_and_mul: partial(gelu, approximate="tanh")}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Relative tolerance: half a unit in the last place, and the error of the arithmetic in float32."""
@@ -57,13 +62,14 @@ def test_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: 
 
 @settings(max_examples=200)
 @given(dtype=DTYPES, scale=st.sampled_from([0.1, 1.0, 30.0]), **SHAPES)
-def test_silu_and_mul(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
+def test_gates(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = (scale * torch.randn(rows, 2 * size, generator=generator)).to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    expected = torch.nn.functional.silu(gate) * up
-    for out in both_ways(silu_and_mul, x, shape=(rows, size)):
-        torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
+    for op, function in FUNCTIONS.items():
+        expected = function(gate) * up
+        for out in both_ways(op, x, shape=(rows, size)):
+            torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-6)
 
 
 def test_large_and_strange_numbers() -> None:
@@ -72,9 +78,10 @@ def test_large_and_strange_numbers() -> None:
     gates = [-3e38, -1e4, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e4, torch.inf, torch.nan]
     gate = torch.tensor([gates])
     x = torch.cat((gate, torch.ones_like(gate)), dim=-1)
-    for out in both_ways(silu_and_mul, x, shape=(1, len(gates))):
-        expected = torch.nn.functional.silu(gate)
-        torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-33, equal_nan=True)
+    for op, function in FUNCTIONS.items():
+        for out in both_ways(op, x, shape=(1, len(gates))):
+            expected = function(gate)
+            torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-33, equal_nan=True)
     norms = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0]])
     for out in both_ways(rms_norm, norms, torch.ones(2), shape=(3, 2), eps=1e-6):
         assert out[0].isnan().all()
@@ -107,6 +114,7 @@ def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
     for op, direct, args, kwargs in (
         (rms_norm_op, rms_norm, (x[:, :size].contiguous(), weight), {"eps": 1e-6}),
         (silu_and_mul_op, silu_and_mul, (x,), {}),
+        (gelu_tanh_and_mul_op, gelu_tanh_and_mul, (x,), {}),
     ):
         expected, out = (
             torch.empty(rows, size, dtype=dtype),

@@ -79,10 +79,14 @@ def test_fused_forms_are_the_plain_ones(
     norm = Norm(torch.rand(48).bfloat16(), 1e-5)
     for rows in ROWS:
         x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows)).bfloat16()
-        for fused, width in (("apply_with_norm", 72), ("apply_with_norm_and_gate", 36)):
+        for fused, arguments, width in (
+            ("apply_with_norm", (norm,), 72),
+            ("apply_gated", (norm, "silu"), 36),
+            ("apply_gated", (None, "gelu_tanh"), 36),
+        ):
             found, expected = (x.new_empty(rows, width) for _ in range(2))
-            getattr(method, fused)(x, norm, found)
-            getattr(LinearMethod, fused)(method, x, norm, expected)
+            getattr(method, fused)(x, *arguments, found)
+            getattr(LinearMethod, fused)(method, x, *arguments, expected)
             assert torch.equal(found, expected), (fused, rows)
 
 

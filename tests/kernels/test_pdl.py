@@ -116,7 +116,7 @@ class Chain:
             )
             attention(layer, self.qkv, positions, metadata, self.out)
             o.apply_with_residual(self.out, self.residual)
-            gate_up.apply_with_norm_and_gate(self.residual, self.norm, self.gated)
+            gate_up.apply_gated(self.residual, self.norm, "silu", self.gated)
             down.apply_with_residual(self.gated, self.residual)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 pytest.importorskip("triton")
+from minisrv.kernels.elementwise import GATES
 from minisrv.kernels.linear import LINEAR_METHODS, Norm
 from minisrv.kernels.tiles import ROW_BUCKETS, SLICE, GemvTile, SlicedTile, TallTile, Tile
 from minisrv.kernels.triton_launch import arrivals
@@ -37,7 +38,7 @@ def draw(n: int, k: int, dtype: torch.dtype, rows: int) -> tuple[Tensor, ...]:
 
 
 def expect(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, gated: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, gate: str | None
 ) -> Tensor:
     """Return the expected product in float64."""
     wide = x.double()
@@ -46,32 +47,35 @@ def expect(
     y = wide @ weight.double().t()
     if bias is not None:
         y += bias.double()
-    if gated:
-        gate, up = y.chunk(2, dim=1)
-        y = silu(gate) * up
+    if gate is not None:
+        first, second = y.chunk(2, dim=1)
+        y = (silu(first) if gate == "silu" else gelu(first, approximate="tanh")) * second
     return y
 
 
 def check(tile: Tile, dtype: torch.dtype, n: int, k: int, rows: int, kind: str) -> None:
     """Check one product with the given tile.
 
-    kind: words that say what belongs to the product besides: gated, add, norm and bias.
+    kind: words that say what belongs to the product besides: silu, gelu_tanh, add, norm and bias.
     """
-    gated = "gated" in kind
-    x, weight, bias, norm, out = draw(2 * n if gated else n, k, dtype, rows)
+    gate = next((gate for gate in GATES if gate in kind), None)
+    x, weight, bias, norm, out = draw(n if gate is None else 2 * n, k, dtype, rows)
     out = out[:, :n].contiguous()
     operands = x, weight, bias if "bias" in kind else None, norm if "norm" in kind else None
-    expected = expect(*operands, gated)
+    expected = expect(*operands, gate)
     if "add" in kind:
         expected += out.double()
     else:
         out.fill_(torch.nan)
-    multiply(*operands, out, EPS, gated, "add" in kind, tile)
+    multiply(*operands, out, EPS, gate, "add" in kind, tile)
     torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=2e-2)
     assert int(arrivals(out.device).count_nonzero()) == 0
 
 
-KINDS = ["plain", "norm", "add bias", "norm gated", "norm gated bias", "norm bias"]
+KINDS = [
+    *("plain", "norm", "add bias", "norm bias"),
+    *("silu", "norm silu", "norm silu bias", "gelu_tanh bias", "norm gelu_tanh"),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,14 +146,17 @@ def test_the_linear_method_of_a_gpu(n: int, k: int, rows: int) -> None:
     def close(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=0.05)
 
-    plain = expect(x, weight, bias, None, False)
+    plain = expect(x, weight, bias, None, None)
     close(method.apply(x), plain)
     out = torch.full_like(plain, torch.nan, dtype=torch.bfloat16)
     method.apply_with_norm(x, norm, out)
-    close(out, expect(x, weight, bias, weights, False))
+    close(out, expect(x, weight, bias, weights, None))
     before = out.double()
     method.apply_with_residual(x, out)
     close(out, before + plain)
     half = torch.empty(rows, n // 2, device=x.device, dtype=x.dtype)
-    method.apply_with_norm_and_gate(x, norm, half)
-    close(half, expect(x, weight, bias, weights, True))
+    for gate in GATES:
+        method.apply_gated(x, norm, gate, half)
+        close(half, expect(x, weight, bias, weights, gate))
+        method.apply_gated(x, None, gate, half)
+        close(half, expect(x, weight, bias, None, gate))

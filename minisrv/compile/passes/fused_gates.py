@@ -1,7 +1,6 @@
-"""SwiGLU's product: a product that norms its argument gates its halves itself.
+"""Gated linear units (Shazeer 2020), such as SwiGLU and GEGLU: a product gates its halves itself.
 
-Only silu is fused, and only behind a norm, as linear methods do. GELU's product, and products
-without a norm, are one kernel of the compiler.
+The gates are those that kernels have: silu, and GELU by tanh.
 """
 
 from __future__ import annotations
@@ -30,19 +29,31 @@ def fuse_gates(graph: fx.Graph, _: dict[str, Source]) -> int:
     products = {
         storage(node.args[3]): node
         for node in graph.nodes
-        if node.target == linear_op and node.args[2] is not None
+        if node.target == linear_op and not node.kwargs.get("add")
     }
     matches = 0
     for node in list(graph.nodes):
         for gated, up in operands(node, "mul"):
             product = products.get(storage(up))
-            if operation(gated) == "silu" and product is not None:
-                matches += _fuse(graph, node, gated, up, product)
+            gate = _gate(gated)
+            if gate is not None and product is not None:
+                matches += _fuse(graph, node, gate, gated, up, product)
                 break
     return matches
 
 
-def _fuse(graph: fx.Graph, node: fx.Node, gated: fx.Node, up: fx.Node, product: fx.Node) -> bool:
+def _gate(node: fx.Node) -> str | None:
+    """Return the name of the gate that a node computes; None if it is none of those that products
+    have."""
+    if operation(node) == "silu":
+        return "silu"
+    by_tanh = operation(node) == "gelu" and node.kwargs.get("approximate") == "tanh"
+    return "gelu_tanh" if by_tanh else None
+
+
+def _fuse(
+    graph: fx.Graph, node: fx.Node, gate: str, gated: fx.Node, up: fx.Node, product: fx.Node
+) -> bool:
     x, tensors, norm, out = product.args
     assert isinstance(out, fx.Node), "an op writes to a tensor"
     size = shape(out)[1] // 2
@@ -53,7 +64,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, gated: fx.Node, up: fx.Node, product: 
     with graph.inserting_before(product):
         half = add_method(graph, "new_empty", like, rows, size)  # type: ignore[arg-type]
     product.args = (x, tensors, norm, half)
-    product.kwargs = {**product.kwargs, "gated": True}
+    product.kwargs = {**product.kwargs, "gate": gate}
     with graph.inserting_before(node):
         result = half
         for _ in shape(node)[:-2]:

@@ -40,7 +40,7 @@ def add_to_residuals(graph: fx.Graph, _: dict[str, Source]) -> int:
 
 def _fuses(node: fx.Node) -> bool:
     """Whether a product is something else than a product already."""
-    return node.args[2] is not None or bool(node.kwargs.get("add") or node.kwargs.get("gated"))
+    return node.args[2] is not None or bool(node.kwargs.get("add") or node.kwargs.get("gate"))
 
 
 def _add_in_place(
