@@ -11,6 +11,8 @@ from __future__ import annotations
 from minisrv.kernels.attention import attention
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
 from minisrv.kernels.elementwise import (
+    add_rms_norm,
+    add_rms_norm_op,
     gelu_tanh_and_mul,
     gelu_tanh_and_mul_op,
     rms_norm,
@@ -39,6 +41,8 @@ __all__ = [
     "AttentionLayer",
     "AttentionMetadata",
     "Write",
+    "add_rms_norm",
+    "add_rms_norm_op",
     "apply_bitmask",
     "apply_bitmask_op",
     "attention",

@@ -341,21 +341,54 @@ int64_t attention_bfloat16(const struct attention *a) { return any_head(1, a); }
 #define ROWWISE const void *x, const void *weight, void *out, int64_t rows, int64_t size, \
                 int64_t threads, double eps
 
+INLINE float norm_scale(int bf16, const void *row, int64_t size, double eps) {
+    return 1.0f / sqrtf(sum_of_squares(bf16, row, size) / (float)size + (float)eps);
+}
+
+INLINE void norm_row(int bf16, const void *from, const void *weight, void *to, int64_t size,
+                     double eps) {
+    float scale = norm_scale(bf16, from, size, eps);
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++)
+        put(bf16, to, i, get(bf16, from, i) * scale * get(bf16, weight, i));
+}
+
 INLINE void norm_rows(int bf16, ROWWISE) {
 #pragma omp parallel for num_threads(threads) if (rows * size > SERIAL)
-    for (int64_t row = 0; row < rows; row++) {
-        const void *from = at(bf16, x, row * size);
-        void *to = (void *)at(bf16, out, row * size);
-        float scale = 1.0f / sqrtf(sum_of_squares(bf16, from, size) / (float)size + (float)eps);
-#pragma omp simd
-        for (int64_t i = 0; i < size; i++)
-            put(bf16, to, i, get(bf16, from, i) * scale * get(bf16, weight, i));
-    }
+    for (int64_t row = 0; row < rows; row++)
+        norm_row(bf16, at(bf16, x, row * size), weight, (void *)at(bf16, out, row * size), size, eps);
 }
 
 void rms_norm_float32(ROWWISE) { norm_rows(0, x, weight, out, rows, size, threads, eps); }
 
 void rms_norm_bfloat16(ROWWISE) { norm_rows(1, x, weight, out, rows, size, threads, eps); }
+
+/* The rows of elementwise.add_rms_norm: residual += norm(x), and out = norm(residual) if there is a
+ * weight `after` for it. */
+#define ADDED_ROWS const void *x, const void *weight, void *residual, const void *after, void *out, \
+                   int64_t rows, int64_t size, int64_t threads, double eps
+
+INLINE void add_normed_rows(int bf16, ADDED_ROWS) {
+#pragma omp parallel for num_threads(threads) if (rows * size > SERIAL)
+    for (int64_t row = 0; row < rows; row++) {
+        const void *from = at(bf16, x, row * size);
+        void *total = (void *)at(bf16, residual, row * size);
+        float scale = norm_scale(bf16, from, size, eps);
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++)
+            put(bf16, total, i,
+                get(bf16, total, i) + get(bf16, from, i) * scale * get(bf16, weight, i));
+        if (after) norm_row(bf16, total, after, (void *)at(bf16, out, row * size), size, eps);
+    }
+}
+
+void add_rms_norm_float32(ADDED_ROWS) {
+    add_normed_rows(0, x, weight, residual, after, out, rows, size, threads, eps);
+}
+
+void add_rms_norm_bfloat16(ADDED_ROWS) {
+    add_normed_rows(1, x, weight, residual, after, out, rows, size, threads, eps);
+}
 
 /* x: [rows, 2 * size], gate beside up. silu(x) = x sigmoid(x), and GELU by tanh is x sigmoid(2 u) with
  * u = sqrt(2 / pi) (x + 0.044715 x^3). sigmoid(z) = 1 / (1 + e^-z), by e^-|z|. */

@@ -1,4 +1,4 @@
-"""RMSNorm, the products of gated linear units, and rows of a table.
+"""RMSNorm, also of what is added to a residual, gated linear units, and rows of a table.
 
 Each is one op, so that a fused kernel needs one launch. All of them write to `out`, so that a graph
 gives them an address. This is the version for CPUs: `cpu.c`, or torch's operations if there is no
@@ -33,6 +33,44 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
         return
     threads = torch.get_num_threads()
     kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, threads, eps)
+
+
+def add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    after: Tensor | None,
+    out: Tensor | None,
+    *,
+    eps: float,
+) -> None:
+    """Add x / sqrt(mean(x^2) + eps) * weight to a residual, in place; then norm that, as it is in
+    its dtype, in the same way: what lies between two products of a model that norms behind its
+    products.
+
+    x, residual: [T, size], contiguous.
+    weight, after: [size], of the same dtype as x; `after` is the weight of the second norm, None if
+        there is none.
+    out: [T, size], contiguous, for the second norm; None if there is none.
+    """
+    rows, size = x.shape
+    kernel = _compiled("add_rms_norm", x.dtype, 5)
+    if kernel is None:
+        normed = torch.rms_norm(x.float(), (size,), weight.float(), eps)
+        residual.copy_(normed.add_(residual))
+        if after is not None and out is not None:
+            rms_norm(residual, after, out, eps=eps)
+        return
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (after, out)]
+    threads = torch.get_num_threads()
+    kernel(
+        *(tensor.data_ptr() for tensor in (x, weight, residual)),
+        *addresses,
+        rows,
+        size,
+        threads,
+        eps,
+    )
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -80,6 +118,13 @@ rms_norm_op = register_op(
     cpu=rms_norm,
     cuda="minisrv.kernels.triton_elementwise:rms_norm",
 )
+add_rms_norm_op = register_op(
+    "add_rms_norm",
+    "(Tensor x, Tensor weight, Tensor(a!) residual, Tensor? after, Tensor(b!)? out, *, float eps) "
+    "-> ()",
+    cpu=add_rms_norm,
+    cuda="minisrv.kernels.triton_elementwise:add_rms_norm",
+)
 silu_and_mul_op = register_op(
     "silu_and_mul",
     "(Tensor gate_up, Tensor(a!) out) -> ()",
@@ -103,18 +148,18 @@ take_rows_op = register_op(
     cuda="minisrv.kernels.triton_elementwise:take_rows",
 )
 
-_Kernel = Callable[[int, int, int, int, int, int, float], None]
+_Kernel = Callable[..., None]
 
 
 @cache
-def _compiled(name: str, dtype: torch.dtype) -> _Kernel | None:
-    """Return the function of `cpu.c` for a dtype, or None if there is none. Its arguments are x,
-    weight and out (addresses), rows, size, threads and eps."""
+def _compiled(name: str, dtype: torch.dtype, tensors: int = 3) -> _Kernel | None:
+    """Return the function of `cpu.c` for a dtype, or None if there is none. Its arguments are the
+    addresses of so many tensors, rows, size, threads and eps."""
     library = native()
     if library is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     function = library[f"{name}_{str(dtype).removeprefix('torch.')}"]
     address, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [address, address, address, number, number, number, ctypes.c_double]
+    function.argtypes = [*[address] * tensors, number, number, number, ctypes.c_double]
     function.restype = None
     return cast(_Kernel, function)

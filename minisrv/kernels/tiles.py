@@ -169,14 +169,16 @@ def _tall(outputs: int, k: int, itemsize: int, gated: bool, normed: bool) -> Tal
     """Choose as many splits as can run beside each other, each of at least one tile."""
     wide, narrow = (256, 128) if itemsize == 2 else (64, 32)
     parts = -(-outputs // 64)
+    stages = (3, 2) if gated else (3, 3)
     if gated and not normed:
-        # Triton keeps x in shared memory for one stage more if it goes to the tensor cores as it
-        # is. There is room for that beside two matrices if a stage is half as deep.
-        wide, narrow = wide // 2, narrow // 2
+        # Triton keeps a stage more in shared memory if x goes to the tensor cores as it is. There
+        # is room for that beside two matrices if a stage is half as deep, and there are more.
+        wide, narrow, stages = wide // 2, narrow // 2, (4, 4)
     if parts > SMS:  # more than one program has to run after another
-        return TallTile(128, narrow, 8, 3, 1) if gated else TallTile(32, narrow, 4, 3, 1)
+        outputs, warps = (128, 8) if gated else (32, 4)
+        return TallTile(outputs, narrow, warps, stages[0], 1)
     splits = min(8, _power_of_2(max(1, 128 // parts)), _power_of_2(max(1, k // wide)))
-    return TallTile(64, wide, 4, 2 if gated else 3, splits)
+    return TallTile(64, wide, 4, stages[1], splits)
 
 
 def _power_of_2(number: int) -> int:

@@ -1,4 +1,4 @@
-"""RMSNorm, the products of gated linear units and rows of a table on CUDA, in Triton.
+"""RMSNorm, gated linear units and rows of a table on CUDA, in Triton.
 
 `kernels.elementwise` imports this when it first meets a CUDA tensor. A program takes a row, or a
 part of one; the arithmetic is float32. `gemm_epilogue` is the elementwise work that the kernels of
@@ -25,11 +25,29 @@ takes."""
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """See `kernels.elementwise.rms_norm`."""
-    rows, size = x.shape
-    block = triton.next_power_of_2(size)
-    _rms_norm[(rows,)](
-        x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)), **pdl()
+    _rms_norm[(len(x),)](x, weight, out, x.shape[1], eps, **_whole_row(x.shape[1]), **pdl())
+
+
+def add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    after: Tensor | None,
+    out: Tensor | None,
+    *,
+    eps: float,
+) -> None:
+    """See `kernels.elementwise.add_rms_norm`."""
+    size = x.shape[1]
+    _add_rms_norm[(len(x),)](
+        x, weight, residual, after, out, size, eps, **_whole_row(size), **pdl()
     )
+
+
+def _whole_row(size: int) -> dict[str, int]:
+    """Return the block and the warps of a program that takes a row of this size."""
+    block = triton.next_power_of_2(size)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
@@ -118,6 +136,30 @@ def _rms_norm(x, weight, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr)
     scale = tl.rsqrt(tl.sum(value * value) / size + eps)
     value *= scale * gain
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _add_rms_norm(
+    x, weight, residual, after, out, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    launch_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < size
+    gain = tl.load(weight + at, there, other=0.0).to(tl.float32)
+    next_gain = gain
+    if after is not None:
+        next_gain = tl.load(after + at, there, other=0.0).to(tl.float32)
+    wait_for_previous_kernel(PDL)
+    value = tl.load(x + row * size + at, there, other=0.0).to(tl.float32)
+    total = tl.load(residual + row * size + at, there, other=0.0).to(tl.float32)
+    total += value * tl.rsqrt(tl.sum(value * value) / size + eps) * gain
+    rounded = total.to(residual.dtype.element_ty)
+    tl.store(residual + row * size + at, rounded, there)
+    if after is not None:
+        value = rounded.to(tl.float32)
+        value *= tl.rsqrt(tl.sum(value * value) / size + eps) * next_gain
+        tl.store(out + row * size + at, value.to(out.dtype.element_ty), there)
 
 
 @triton.jit

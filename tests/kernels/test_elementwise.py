@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from minisrv.kernels import (
+    add_rms_norm,
+    add_rms_norm_op,
     elementwise,
     gelu_tanh_and_mul,
     gelu_tanh_and_mul_op,
@@ -27,6 +29,7 @@ from minisrv.kernels import (
 )
 
 pytest.importorskip("triton")
+from minisrv.kernels.triton_elementwise import add_rms_norm as triton_add_rms_norm
 from minisrv.kernels.triton_elementwise import take_rows as triton_take_rows
 
 SHAPES = {"rows": st.integers(0, 9), "size": st.integers(1, 70), "seed": st.integers(0, 1000)}
@@ -58,6 +61,32 @@ def test_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: 
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     for out in both_ways(rms_norm, x, weight, shape=(rows, size), eps=1e-6):
         torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
+
+
+@settings(max_examples=200)
+@given(dtype=DTYPES, scale=st.sampled_from([1e-3, 1.0, 100.0]), **SHAPES)
+def test_add_rms_norm(dtype: torch.dtype, scale: float, rows: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, size, generator=generator)).to(dtype)
+    before = torch.randn(rows, size, generator=generator).to(dtype)
+    weight, after = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    residual, alone = torch.empty_like(before), torch.empty_like(before)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.double()
+        return wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+    def op(x: Tensor, out: Tensor) -> None:
+        add_rms_norm(x, weight, residual.copy_(before), after, out, eps=1e-6)
+        add_rms_norm(x, weight, alone.copy_(before), None, None, eps=1e-6)
+
+    total = before.double() + norm(x, weight)
+    for out in both_ways(op, x, shape=(rows, size)):
+        torch.testing.assert_close(residual.double(), total, rtol=RELATIVE[dtype], atol=2e-6)
+        # What is normed is the residual as it is stored, which the next layers read too.
+        expected = norm(residual, after)
+        torch.testing.assert_close(out.double(), expected, rtol=RELATIVE[dtype], atol=1e-7)
+        assert torch.equal(alone, residual)
 
 
 @settings(max_examples=200)
@@ -97,12 +126,18 @@ def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
     normed, gated = torch.empty_like(x), torch.empty(70, 500, dtype=dtype)
     rms_norm(x, weight, normed, eps=1e-6)
     silu_and_mul(x, gated)
+    before = torch.randn(70, 1000).to(dtype)
+    totals, both = before.clone(), torch.empty_like(x)
+    add_rms_norm(x, weight, totals, weight, both, eps=1e-6)
     row = torch.empty(1, 1000, dtype=dtype)
     for index in (0, 33, 69):
         rms_norm(x[index : index + 1], weight, row, eps=1e-6)
         assert torch.equal(row, normed[index : index + 1])
         silu_and_mul(x[index : index + 1], row[:, :500])
         assert torch.equal(row[:, :500], gated[index : index + 1])
+        add_rms_norm(x[index : index + 1], weight, total := before[[index]], weight, row, eps=1e-6)
+        assert torch.equal(row, both[index : index + 1])
+        assert torch.equal(total, totals[index : index + 1])
 
 
 @pytest.mark.gpu
@@ -123,6 +158,26 @@ def test_on_a_gpu(rows: int, size: int, dtype: torch.dtype) -> None:
         direct(*args, expected, **kwargs)
         op(*(arg.cuda() for arg in args), out, **kwargs)
         torch.testing.assert_close(out.cpu(), expected, rtol=4 * RELATIVE[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize("dtype", list(RELATIVE), ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 1000), (64, 1152), (7, 3072)])
+def test_the_triton_kernel_that_adds_what_it_norms(
+    rows: int, size: int, dtype: torch.dtype, second: bool
+) -> None:
+    """It runs on the GPU where there is one, and otherwise in Triton's interpreter; it agrees with
+    the CPU's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, residual = (torch.randn(rows, size).to(dtype) for _ in range(2))
+    weight, after = (torch.randn(size).to(dtype) for _ in range(2))
+    out = torch.zeros(rows, size, dtype=dtype)
+    there = [tensor.to(device, copy=True) for tensor in (x, weight, residual, after, out)]
+    op = add_rms_norm_op if device == "cuda" else triton_add_rms_norm
+    for function, tensors in ((add_rms_norm, [x, weight, residual, after, out]), (op, there)):
+        function(*tensors[:3], *(tensors[3:] if second else (None, None)), eps=1e-6)
+    for found, expected in ((there[2], residual), (there[4], out)):
+        torch.testing.assert_close(found.cpu(), expected, rtol=4 * RELATIVE[dtype], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 64, 1000, 1024, 3072])
