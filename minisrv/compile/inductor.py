@@ -76,7 +76,8 @@ def _written(graph: fx.Graph) -> list[int]:
     for node in graph.nodes:
         if isinstance(node.target, OpOverload):
             for declared, value in zip(node.target._schema.arguments, node.args, strict=False):
-                if declared.alias_info is not None and declared.alias_info.is_write:
+                written = declared.alias_info is not None and declared.alias_info.is_write
+                if written and isinstance(value, fx.Node):
                     storages.add(_storage(value))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     return [index for index, node in enumerate(inputs) if _storage(node) in storages]

@@ -29,6 +29,7 @@ from torch import Tensor
 from minisrv.compile import artifacts
 from minisrv.compile.decorator import Compiled
 from minisrv.compile.values import (
+    AddNormCall,
     Argument,
     AttentionCall,
     Description,
@@ -47,6 +48,7 @@ from minisrv.compile.values import (
 from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
+from minisrv.kernels.elementwise import add_rms_norm_op
 from minisrv.kernels.linear import LinearMethod
 from minisrv.kernels.linear_op import linear
 from minisrv.kernels.registration import register_op
@@ -177,6 +179,11 @@ class Program(Compiled):
             if isinstance(call, ProductCall):
                 norm = [] if call.norm is None else [call.norm]
                 self._calls.append((_multiply(call), (call.x, *call.tensors, *norm), (call.out,)))
+                continue
+            if isinstance(call, AddNormCall):
+                read = tuple(one for one in (call.x, call.weight, call.after) if one is not None)
+                written = tuple(one for one in (call.residual, call.out) if one is not None)
+                self._calls.append((_add_normed(call.eps), read, written))
                 continue
             piece = pieces[call.piece]
             read = tuple(call.arguments[index] for index in piece.read)
@@ -341,6 +348,17 @@ def _multiply(product: ProductCall) -> _Call:
         # the model's own forward.
         x, tensors, norm = read[0], read[1 : 1 + count], read[1 + count :]
         linear(x, tensors, norm[0] if norm else None, *written, **settings)
+
+    return call
+
+
+def _add_normed(eps: float) -> _Call:
+    def call(read: list[Tensor], written: list[Tensor]) -> None:
+        x, weight, *after = read
+        residual, *out = written
+        add_rms_norm_op(
+            x, weight, residual, after[0] if after else None, out[0] if out else None, eps=eps
+        )
 
     return call
 

@@ -23,6 +23,7 @@ from torch.fx.node import _get_qualified_name
 from minisrv.compile.nodes import example, origin, shape, sizes, storage
 from minisrv.compile.trace import Trace
 from minisrv.compile.values import (
+    AddNormCall,
     AttentionCall,
     Call,
     Intermediate,
@@ -36,6 +37,7 @@ from minisrv.compile.values import (
 from minisrv.compile.writes import written_by
 from minisrv.errors import CompilationError
 from minisrv.graph.attention import attention_op
+from minisrv.kernels.elementwise import add_rms_norm_op
 from minisrv.kernels.linear_op import linear_op
 
 STATIC = ("qkv", "attn_out")
@@ -43,6 +45,9 @@ STATIC = ("qkv", "attn_out")
 
 PREPARATION = "preparation"
 """The key of the `Preparation` in the `meta` of a node of the attention op that has one."""
+
+_KERNELS = (linear_op, add_rms_norm_op)
+"""The ops of the server's own kernels that passes put into a graph, besides attention."""
 
 _WITHOUT_EFFECT = (torch._C._log_api_usage_once, torch.ops.aten._assert_scalar.default)
 
@@ -141,8 +146,8 @@ class _Splitter:
                 layer: Any = segment.args[3]
                 preparation = segment.meta.get(PREPARATION)
                 schedule.calls.append(AttentionCall(qkv, positions, out, layer, preparation))
-            elif self._has_only_products(segment):
-                schedule.calls += self._products(segment, number, last_uses)
+            elif self._has_only_kernels(segment):
+                schedule.calls += self._kernels(segment, number, last_uses)
             else:
                 piece, nodes = self._piece(segment, number, last_uses)
                 index = known.setdefault(piece.content(), len(schedule.pieces))
@@ -191,9 +196,9 @@ class _Splitter:
                 uses |= dict.fromkeys(map(self._whole, node.all_input_nodes), number)
         return uses
 
-    def _has_only_products(self, segment: list[fx.Node]) -> bool:
-        """Whether nothing in a segment is for a compiler: it consists of products, of tensors for
-        their results, and of other shapes of these."""
+    def _has_only_kernels(self, segment: list[fx.Node]) -> bool:
+        """Whether nothing in a segment is for a compiler: it consists of ops of this server's own
+        kernels, of tensors for their results, and of other shapes of these."""
         made = {node for node in segment if node.target == "new_empty"}
 
         def is_found(node: Any) -> bool:
@@ -204,39 +209,37 @@ class _Splitter:
 
         return all(
             all(map(is_found, node.all_input_nodes))
-            if node.target == linear_op
+            if node.target in _KERNELS
             else node in made or origin(node) is not node or isinstance(example(node), torch.SymInt)
             for node in segment
         )
 
-    def _products(
+    def _kernels(
         self, segment: list[fx.Node], number: int, last_uses: dict[fx.Node, int]
-    ) -> list[ProductCall]:
-        """Return the calls of a segment that consists of products only."""
+    ) -> list[Call]:
+        """Return the calls of a segment that consists of the server's own kernels only."""
 
-        def value(node: Any) -> Value:
+        def value(node: Any) -> Any:
+            if node is None:
+                return None
             found = self.values[origin(node)]
             if not isinstance(found, Intermediate):
                 return found
             return Intermediate(found.buffer, self._spec(node, kept=True).shape, found.dtype)
 
-        calls = []
+        calls: list[Call] = []
         for node in segment:
+            settings: dict[str, Any] = node.kwargs
             if node.target == "new_empty":
                 spec = self._spec(node, kept=True)
                 self.values[node] = self.buffers.take(spec, number, last_uses.get(node, number))
             elif node.target == linear_op:
                 x, tensors, norm, out = node.args
                 given: Any = tensors
-                calls.append(
-                    ProductCall(
-                        value(x),
-                        [value(tensor) for tensor in given],
-                        None if norm is None else value(norm),
-                        value(out),
-                        **node.kwargs,  # type: ignore[arg-type]
-                    )
-                )
+                stored = [value(tensor) for tensor in given]
+                calls.append(ProductCall(value(x), stored, value(norm), value(out), **settings))
+            elif node.target == add_rms_norm_op:
+                calls.append(AddNormCall(*map(value, node.args), **settings))
         return calls
 
     def _piece(

@@ -125,7 +125,19 @@ class ProductCall(msgspec.Struct, frozen=True, tag=True):
     add: bool = False
 
 
-Call = PieceCall | AttentionCall | ProductCall
+class AddNormCall(msgspec.Struct, frozen=True, tag=True):
+    """The call of a norm between pieces whose result is added to a residual: see
+    `kernels.elementwise.add_rms_norm`."""
+
+    x: Value
+    weight: Value
+    residual: Value
+    after: Value | None
+    out: Value | None
+    eps: float
+
+
+Call = PieceCall | AttentionCall | ProductCall | AddNormCall
 
 
 class PieceFile(msgspec.Struct, frozen=True):

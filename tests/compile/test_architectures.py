@@ -28,19 +28,29 @@ LAYERS = 2
 """The number of layers."""
 
 MATCHES = {
-    "llama": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "qwen3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "smollm3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "phi3": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "gemma": (2 * LAYERS, 2 * LAYERS - 1, LAYERS, LAYERS),
-    "gemma3_text": (0, 0, LAYERS, LAYERS),  # norms behind products
-    "mixtral": (LAYERS, 0, 0, LAYERS),  # a router needs the norm too, and experts are no products
-    "gpt_oss": (LAYERS, 0, 0, 0),  # its rotation is written in another way
-    "cohere2": (2 * LAYERS, 0, 0, 0),  # LayerNorm, a rotation of neighbours, and one product of all
-    "gpt2": (2 * LAYERS, 0, 0, LAYERS),  # LayerNorm, and no rotation
+    "llama": (2 * LAYERS, 0, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "qwen3": (2 * LAYERS, 0, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "smollm3": (2 * LAYERS, 0, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "phi3": (2 * LAYERS, 0, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "gemma": (2 * LAYERS, 0, 2 * LAYERS - 1, LAYERS, LAYERS),
+    "gemma2": (0, 2 * LAYERS - 1, 0, LAYERS, LAYERS),
+    "gemma3_text": (0, 2 * LAYERS - 1, 0, LAYERS, LAYERS),
+    "glm4": (0, 2 * LAYERS - 1, 0, LAYERS, 0),  # a rotation of neighbours
+    "olmo2": (0, 2 * LAYERS - 1, 0, LAYERS, LAYERS),
+    "mixtral": (LAYERS, 0, 0, 0, LAYERS),  # a router needs the norm, and experts are no products
+    "gpt_oss": (LAYERS, 0, 0, 0, 0),  # its rotation is written in another way
+    "cohere2": (
+        2 * LAYERS,
+        0,
+        0,
+        0,
+        0,
+    ),  # LayerNorm, and one product of a layer's input
+    "gpt2": (2 * LAYERS, 0, 0, 0, LAYERS),  # LayerNorm, and no rotation
 }
-"""For each architecture the number of matches of the passes that fuse: residuals, norms, gates and
-attention. The norm of the first layer stays with the embedding."""
+"""For each architecture the number of matches of the passes that fuse: residuals, residuals with
+norms behind products, norms, gates and attention. The norm of the first layer stays with the
+embedding, and that behind the last product with the norm of the model's result."""
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -99,7 +109,7 @@ def rewritten(directory: Path, name: str, **settings: Any) -> tuple[int, ...]:
     make_transformers_checkpoint(directory, name, **settings)
     job = job_of(directory, "transformers")
     traced = trace(lambda: make(job, "dummy"), "cpu")
-    matches = tuple(apply_passes(traced).values())[-4:]
+    matches = tuple(apply_passes(traced).values())[-5:]
     schedule = split(traced)
     model = make(job)
     driver = Driver(model, max_len=32)

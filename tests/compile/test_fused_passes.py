@@ -171,6 +171,62 @@ def test_a_norm_of_what_has_changed_since_is_not_fused():
     assert matches["norms in products"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_normed_product_is_added_and_normed_for_the_next(norm: Block, dtype: torch.dtype):
+    def block(model: Tiny, x: Tensor) -> Tensor:
+        total = x + norm(model, model.second(2 * x))
+        return norm(model, model.up(norm(model, total))) + total
+
+    matches = rewritten(block, dtype)
+    assert matches["normed products added to residuals"] == 1, "no product comes behind the second"
+    assert matches["norms in products"] == 0, "it has been done"
+
+
+def test_a_normed_product_is_added_for_a_product_without_a_norm():
+    def block(model: Tiny, x: Tensor) -> Tensor:
+        total = llama(model, model.second(2 * x)) + x
+        return model.up(total) * total
+
+    assert rewritten(block)["normed products added to residuals"] == 1
+
+
+def test_a_norm_with_another_eps_is_left_alone():
+    def block(model: Tiny, x: Tensor) -> Tensor:
+        total = x + llama(model, model.second(2 * x))
+        return model.up(rms_norm(total, (HIDDEN,), model.weight, 2 * EPS))
+
+    assert rewritten(block)["normed products added to residuals"] == 0
+
+
+def test_what_looks_like_a_normed_product_that_is_added_is_none():
+    def fused(added: Block) -> int:
+        matches = rewritten(lambda model, x: model.up(added(model, x)))
+        return matches["normed products added to residuals"]
+
+    def used_twice(model: Tiny, x: Tensor) -> Tensor:
+        normed = llama(model, model.second(2 * x))
+        return x + normed + normed
+
+    def of_both_halves(model: Tiny, x: Tensor) -> Tensor:
+        heads = llama(model, model.gate_up(x).unflatten(-1, (2, HIDDEN)))
+        return (x[:, :, None] + heads).sum(-2)
+
+    assert fused(lambda model, x: x + llama(model, model.second(2 * x))) == 1
+    assert fused(lambda model, x: x + llama(model, model.second(x).tanh())) == 0
+    assert fused(lambda model, x: x - llama(model, model.second(x))) == 0
+    assert fused(lambda model, x: (x + llama(model, model.second(x))) * x) == 0
+    assert fused(used_twice) == 0
+    assert fused(of_both_halves) == 0
+
+
+def test_a_residual_is_not_overwritten_by_what_is_normed_if_it_is_read_later():
+    def block(model: Tiny, x: Tensor) -> Tensor:
+        return model.up(x + llama(model, model.second(2 * x))) * x
+
+    assert rewritten(block)["normed products added to residuals"] == 0
+
+
 def test_a_residual_that_is_read_later_is_kept():
     def block(model: Tiny, x: Tensor) -> Tensor:
         return (x + model.second(x)) * x

@@ -16,6 +16,7 @@ from minisrv.compile.passes.fused_gates import fuse_gates
 from minisrv.compile.passes.fused_norms import fuse_norms
 from minisrv.compile.passes.merged_projections import merge_projections
 from minisrv.compile.passes.no_op_views import remove_no_op_views
+from minisrv.compile.passes.normed_products import add_normed_products
 from minisrv.compile.passes.residual_adds import add_to_residuals
 from minisrv.compile.trace import Trace
 from minisrv.compile.values import Source
@@ -26,6 +27,7 @@ PASSES: dict[str, Pass] = {
     "no-op views": remove_no_op_views,
     "merged projections": merge_projections,
     "products added to residuals": add_to_residuals,
+    "normed products added to residuals": add_normed_products,
     "norms in products": fuse_norms,
     "gates in products": fuse_gates,
     "norms and rotations in attention": fuse_attention,
