@@ -66,6 +66,12 @@ def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
     assert matches == MATCHES.get(name, matches)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text", "olmo2", "qwen3"])
+def test_the_pieces_compute_the_forward_on_a_gpu(name: str, tmp_path: Path):
+    assert rewritten(tmp_path, name, "cuda") == MATCHES[name]
+
+
 def by_matmul(angles: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the rotation as older versions of transformers do."""
     frequencies = angles.inv_freq[None, :, None].float().expand(len(position_ids), -1, 1)
@@ -102,13 +108,13 @@ def test_other_rotations(
     assert rewritten(tmp_path, "llama")[-1] == matches
 
 
-def rewritten(directory: Path, name: str, **settings: Any) -> tuple[int, ...]:
+def rewritten(directory: Path, name: str, device: str = "cpu", **settings: Any) -> tuple[int, ...]:
     """Return the matches of the passes that fuse, once the result of a model has been found to be
     that of the model's own forward."""
     settings = {"num_hidden_layers": LAYERS, **settings}
     make_transformers_checkpoint(directory, name, **settings)
-    job = job_of(directory, "transformers")
-    traced = trace(lambda: make(job, "dummy"), "cpu")
+    job = job_of(directory, "transformers", device=device)
+    traced = trace(lambda: make(job, "dummy"), device)
     matches = tuple(apply_passes(traced).values())[-5:]
     schedule = split(traced)
     model = make(job)
@@ -118,10 +124,12 @@ def rewritten(directory: Path, name: str, **settings: Any) -> tuple[int, ...]:
     layers = program.attention_layers(model.attention_layers)
     for rows in (1, 9):
         ids, positions, context = driver.context([(0, list(range(3, 3 + rows)))])
-        expected, computed = (torch.empty(rows, model.config.hidden_size) for _ in range(2))
+        shape = (rows, model.config.hidden_size)
+        expected, computed = (torch.empty(shape, device=device) for _ in range(2))
         with torch.inference_mode(), set_forward_context(context):
             model.forward(ids, positions, expected)
         with torch.inference_mode(), set_forward_context(replace(context, layers=layers)):
             program(ids, positions, computed)
-        torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
+        tolerance = 1e-5 if device == "cpu" else 1e-4
+        torch.testing.assert_close(computed, expected, atol=tolerance, rtol=tolerance)
     return matches

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch._dynamo.utils import counters
 
-from minisrv.compile.values import AttentionCall, PieceCall, ProductCall
+from minisrv.compile.values import AddNormCall, AttentionCall, PieceCall, ProductCall
+from tests.architectures import make_transformers_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import SHAPE, job_of, schedule_of
 
@@ -28,6 +29,17 @@ def test_there_are_two_pieces_whatever_the_number_of_layers(implementation: str,
         assert numbers == [0, 1], "nothing in the other layers is for a compiler"
         contents.append([piece.content() for piece in schedule.pieces])
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_nothing_of_a_layer_that_norms_behind_products_is_for_a_compiler(name: str, tmp_path: Path):
+    make_transformers_checkpoint(tmp_path, name, num_hidden_layers=4)
+    schedule = schedule_of(job_of(tmp_path, "transformers", dtype="bfloat16"))
+    kinds = [type(call) for call in schedule.calls]
+    mlp = [AddNormCall, ProductCall, ProductCall, AddNormCall]
+    layer = [AttentionCall, ProductCall, *mlp, ProductCall]
+    assert kinds == [PieceCall, *layer * 3, AttentionCall, PieceCall]
+    assert len(schedule.pieces) == 2
 
 
 @pytest.mark.parametrize(

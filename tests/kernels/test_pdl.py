@@ -15,8 +15,10 @@ pytest.importorskip("triton")
 from minisrv.kernels import (
     AttentionLayer,
     AttentionMetadata,
+    add_rms_norm_op,
     attention,
     gather_decode_op,
+    rms_norm_op,
     take_rows_op,
     tiles,
     triton_launch,
@@ -36,11 +38,13 @@ class Chain:
     """The kernels of a decode step up to its last layer, launched as in a model, for `rows`
     requests of random lengths.
 
+    behind: whether the model norms behind its products too, as Gemma does.
     state: the tensors by request index from which the step gathers its inputs.
     inputs: the tensors that it gathers.
     """
 
-    def __init__(self, rows: int, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int, behind: bool) -> None:
+        self.behind = behind
         self.g = g = torch.Generator("cuda").manual_seed(rows)
         self.rows, self.capacity = rows, capacity
         width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -76,6 +80,7 @@ class Chain:
         self.cos_sin = draw(capacity, 2 * HEAD_DIM)
         self.qkv, self.out = draw(rows, width), draw(rows, HEADS * HEAD_DIM)
         self.gated, self.residual = draw(rows, INTERMEDIATE), draw(rows, HIDDEN)
+        self.product, self.normed = draw(rows, HIDDEN), draw(rows, HIDDEN)
         self.draw_state()
 
     def draw_state(self) -> None:
@@ -90,7 +95,8 @@ class Chain:
     def poison(self) -> None:
         """Fill inputs and results with values of no step, so that a kernel that reads one too early
         gives another result."""
-        for tensor in (self.residual, self.qkv, self.out, self.gated):
+        made = self.residual, self.qkv, self.out, self.gated, self.product, self.normed
+        for tensor in made:
             tensor.fill_(torch.nan)
         for tensor in self.inputs:
             tensor.zero_()
@@ -101,8 +107,13 @@ class Chain:
         gather_decode_op(*state, *self.inputs, block_size=BLOCK)
         take_rows_op(self.embedding, ids, self.residual)
         metadata = AttentionMetadata(mapping, table, lengths, self.starts, max_query_len=1)
+        if self.behind:
+            rms_norm_op(self.residual, self.norm.weight, self.normed, eps=self.norm.eps)
         for (qkv, o, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
-            qkv.apply_with_norm(self.residual, self.norm, self.qkv)
+            if self.behind:
+                qkv.apply_to(self.normed, self.qkv)
+            else:
+                qkv.apply_with_norm(self.residual, self.norm, self.qkv)
             layer = AttentionLayer(
                 num_heads=HEADS,
                 num_kv_heads=KV_HEADS,
@@ -115,9 +126,21 @@ class Chain:
                 kv_cache=cache,
             )
             attention(layer, self.qkv, positions, metadata, self.out)
+            if self.behind:
+                o.apply_to(self.out, self.product)
+                self.add_normed()
+                gate_up.apply_gated(self.normed, None, "gelu_tanh", self.gated)
+                down.apply_to(self.gated, self.product)
+                self.add_normed()
+                continue
             o.apply_with_residual(self.out, self.residual)
             gate_up.apply_gated(self.residual, self.norm, "silu", self.gated)
             down.apply_with_residual(self.gated, self.residual)
+
+    def add_normed(self) -> None:
+        """Add the normed product to the residual, and norm that."""
+        weight, eps = self.norm
+        add_rms_norm_op(self.product, weight, self.residual, weight, self.normed, eps=eps)
 
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -141,10 +164,11 @@ def edge_types(graph: torch.cuda.CUDAGraph) -> list[int]:
     return [data[8 * index + 2] for index in range(number.value)]
 
 
+@pytest.mark.parametrize(("behind", "kernels"), [(False, 2 + 5 * LAYERS), (True, 3 + 7 * LAYERS)])
 @pytest.mark.parametrize("rows", [1, 8, 32])
-def test_the_captured_edges_are_programmatic(rows: int) -> None:
-    types = edge_types(captured(Chain(rows, 256).run))
-    assert types.count(PROGRAMMATIC) == 5 * LAYERS + 1, "all but the first kernel's"
+def test_the_captured_edges_are_programmatic(rows: int, behind: bool, kernels: int) -> None:
+    types = edge_types(captured(Chain(rows, 256, behind).run))
+    assert types.count(PROGRAMMATIC) == kernels - 1, "all but the first kernel's"
 
 
 def test_a_chain_may_hold_cublas() -> None:
@@ -161,8 +185,11 @@ def test_a_chain_may_hold_cublas() -> None:
 
 @pytest.mark.parametrize("capacity", [128, 2048])
 @pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 65])
-def test_no_bit_depends_on_it(rows: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = Chain(rows, capacity)
+@pytest.mark.parametrize("behind", [False, True])
+def test_no_bit_depends_on_it(
+    behind: bool, rows: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(rows, capacity, behind)
     caches = [cache.clone() for cache in chain.caches]
 
     def replayed(graph: torch.cuda.CUDAGraph) -> list[Tensor]:
