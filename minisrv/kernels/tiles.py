@@ -70,6 +70,9 @@ MAX_SUMS = 128
 """Maximum number of sums that a thread keeps in registers when it multiplies without tensor
 cores."""
 
+FEW_OUTPUTS = 2048
+"""Maximum number of outputs of a product of one row that are few for all SMs."""
+
 SLICE = 64
 """Number of 16-bit columns that a warp multiplies at once: one line of the cache."""
 
@@ -113,7 +116,7 @@ def tile(
     if itemsize == 2 and (bucket, n, k, gated, add) in MEASURED:
         return MEASURED[bucket, n, k, gated, add]
     if bucket == 1:
-        return _gemv(k, gated, add)
+        return _gemv(n, k, gated, add)
     outputs = n // 2 if gated else n
     if itemsize == 2 and n * k <= LARGEST_SLICED.get(bucket, n * k):
         return _sliced(bucket, outputs, k, gated)
@@ -141,10 +144,12 @@ def describe(found: Tile | None) -> str:
     return text
 
 
-def _gemv(k: int, gated: bool, add: bool) -> GemvTile:
-    """Choose a tile in which a thread has at most MAX_SUMS sums."""
+def _gemv(n: int, k: int, gated: bool, add: bool) -> GemvTile:
+    """Choose a tile in which a thread has at most MAX_SUMS sums. What is added to a residual has
+    few outputs, as other products have where n is small: these are shared by more programs, which
+    load more of a row at once."""
     width = _power_of_2(2 * k - 1)  # the smallest one that holds k
-    if add:
+    if add or (n <= FEW_OUTPUTS and not gated):
         depth = min(4096, width)
         return GemvTile(4, depth, min(8, max(1, depth // 256)))
     depth = max(64, min(1024, width // 2))
