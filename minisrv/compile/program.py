@@ -1,9 +1,10 @@
 """Programs: the compiled forward of a model, run with the model's own weights.
 
-A program is a schedule of calls, of compiled pieces, of products and of the attention op. A call of
-a piece is one op for a recorder, whose arguments say which tensors it writes; they are the model's
-weights, its static buffers, the arguments of the forward, and buffers of the program. All are at
-the same addresses in every step, so that a graph may hold the calls.
+A program is a schedule of calls, of compiled pieces, of products, of norms that are added to the
+residual, and of the attention op. A call of a piece is one op for a recorder, whose arguments say
+which tensors it writes; they are the model's weights, its static buffers, the arguments of the
+forward, and buffers of the program. All are at the same addresses in every step, so that a graph
+may hold the calls.
 
 Knows: schedules, and how a package of machine code is loaded and called. Knows nothing of how they
 were made: neither Dynamo nor Inductor is imported here.

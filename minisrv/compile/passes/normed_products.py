@@ -15,6 +15,7 @@ from minisrv.compile.nodes import (
     add_method,
     as_rows,
     erase_unused,
+    example,
     operands,
     origin,
     readers,
@@ -45,31 +46,41 @@ def add_normed_products(graph: fx.Graph, sources: dict[str, Source]) -> int:
         if norm is not None and sizes(norm.x) == sizes(node):
             norms.setdefault(origin(norm.x), (node, norm))
     for total in list(graph.nodes):
-        for term, residual in operands(total, "add"):
-            norm = match_norm(term, sources)
-            product = None if norm is None else _product(norm, writers)
-            if norm is None or product is None or len(term.users) > 1:
-                continue
-            if not sums.may_become(residual, total, total):
-                continue
-            after = norms.get(total)
-            if after is not None and not _may_norm(*after, norm.eps, writers):
-                after = None
-            if after is not None or total in inputs:
-                _fuse(graph, sources, product, norm, residual, total, after)
-                sums.put(residual, total)
-                matches += 1
-                break
+        found = _match_sum(total, sources, writers, sums)
+        if found is None:
+            continue
+        product, norm, residual = found
+        after = norms.get(total)
+        if after is not None and not _may_norm(*after, norm.eps, writers):
+            after = None
+        if after is not None or total in inputs:
+            _fuse(graph, sources, product, norm, residual, total, after)
+            sums.put(residual, total)
+            matches += 1
     return matches
 
 
-def _product(norm: MatchedNorm, writers: _Writers) -> fx.Node | None:
-    """Return the result [T, size] of the product whose rows are normed; None if they are something
-    else."""
-    out = origin(norm.x)
-    written = writers.get(storage(out), [])
-    whole = out.target == "new_empty" and sizes(out)[1:] == sizes(norm.x)[-1:]
-    return out if whole and [one.target for one in written] == [linear_op] else None
+def _match_sum(
+    total: fx.Node, sources: dict[str, Source], writers: _Writers, sums: InPlaceSums
+) -> tuple[fx.Node, MatchedNorm, fx.Node] | None:
+    """Return the result [T, size] of a product, its norm, and the residual of which a node is the
+    sum, if the residual may be changed into it; None if the node is something else."""
+    for term, residual in operands(total, "add"):
+        norm = match_norm(term, sources)
+        if norm is None or len(term.users) > 1:
+            continue
+        product = origin(norm.x)
+        written = writers.get(storage(product), [])
+        if (
+            product.target == "new_empty"
+            and [one.target for one in written] == [linear_op]
+            and sizes(product)[1:] == sizes(norm.x)[-1:]
+            and example(product).dtype == example(residual).dtype
+            and storage(product) != storage(residual)
+            and sums.may_become(residual, total, total)
+        ):
+            return product, norm, residual
+    return None
 
 
 def _may_norm(result: fx.Node, norm: MatchedNorm, eps: float, writers: _Writers) -> bool:
