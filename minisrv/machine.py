@@ -15,6 +15,9 @@ from pathlib import Path
 from minisrv.config import EngineConfig
 from minisrv.errors import ConfigError
 
+CXX_CANDIDATES = ("g++", "c++", "/usr/bin/g++", "/usr/bin/c++")
+"""The C++ compilers that are looked for behind the one in CXX."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -43,14 +46,26 @@ def release_free_memory() -> None:
         trim(0)
 
 
+def cxx_compilers() -> list[str]:
+    """Return the paths of the C++ compilers that this machine has, each once: that in CXX, and then
+    those of `CXX_CANDIDATES`."""
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quote that is not closed
+        named = []
+    # The empty words of PATH stand for the working directory, which may belong to anybody.
+    path = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
+    found = [shutil.which(name, path=path) for name in (*named[:1], *CXX_CANDIDATES)]
+    return list(dict.fromkeys(compiler for compiler in found if compiler is not None))
+
+
 def missing_to_compile(device: str) -> str | None:
     """Return what a model cannot be compiled without for a device and is not on this machine, in
     words; None if everything is there.
 
     device: "cpu" or "cuda".
     """
-    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(words[0]) is None:
+    if not cxx_compilers():
         return "C++ compiler"
     if device == "cuda" and not (_cuda_toolkit() / "include" / "cuda.h").exists():
         return "CUDA toolkit with its headers"

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from minisrv import machine
 from minisrv.compile.modes import CompilationMode
+from minisrv.compile.toolchain import choose_cxx
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU, CUDA, DeviceKind, choose_compilation
-from minisrv.errors import ConfigError
+from minisrv.errors import CompilationError, ConfigError
 from minisrv.machine import missing_to_compile
 from minisrv.modes import CUDAGraphMode
 from minisrv.tools.plan import print_modes
@@ -156,6 +158,7 @@ def test_what_needs_a_compiler_is_refused_without_one() -> None:
 def test_a_machine_says_what_it_cannot_compile_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(machine, "CXX_CANDIDATES", ("no-such-compiler",))
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))
     assert missing_to_compile("cpu") == missing_to_compile("cuda") == "C++ compiler"
     monkeypatch.setenv("CXX", sys.executable)
@@ -165,6 +168,29 @@ def test_a_machine_says_what_it_cannot_compile_without(
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "cuda.h").touch()
     assert missing_to_compile("cuda") is None
+
+
+def test_a_compiler_that_would_compile_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine whose compiler is called c++, or has a CXX that does not exist beside its g++, was
+    said to have none, though the process that compiles would have found it. One that lies in the
+    working directory was said to be there, and would not have been used."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor name in "$@"; do :; done\necho libstdc++.so > "$name"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(machine, "CXX_CANDIDATES", ("g++", "c++"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for named in ("", "no-such-compiler", "'"):
+        monkeypatch.setenv("CXX", named)
+        assert missing_to_compile("cpu") is None
+        assert choose_cxx() == str(compiler)
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", ":/nowhere")
+    assert missing_to_compile("cpu") == "C++ compiler"
+    with pytest.raises(CompilationError):
+        choose_cxx()
 
 
 @pytest.mark.parametrize(

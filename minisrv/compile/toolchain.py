@@ -4,22 +4,17 @@ A package is a shared library that torch's process loads. If a compiler links th
 of C++ into it statically, there are two of them in the process, which share some of their symbols,
 and the load crashes. So a compiler is tried on a small library before it is used.
 
-Knows: where compilers are looked for, and what is asked of them. Knows nothing of torch.
+Knows: what is asked of a compiler. Knows nothing of where compilers are (`machine`), nor of torch.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from minisrv import machine
 from minisrv.errors import CompilationError
-
-CANDIDATES = ("g++", "c++", "/usr/bin/g++", "/usr/bin/c++")
-"""The compilers that are tried behind the one in CXX."""
 
 TIMEOUT = 60
 """Timeout of a compiler run in seconds."""
@@ -29,22 +24,18 @@ _LIBRARY = b"libstdc++.so"
 
 
 def choose_cxx() -> str:
-    """Return the path of the first C++ compiler whose libraries use the standard library that the
-    process has: CXX, or one of `CANDIDATES`.
+    """Return the path of the first C++ compiler of this machine whose libraries use the standard
+    library that the process has.
 
     Raises CompilationError if there is none.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
-    # The empty words of PATH stand for the working directory, which may belong to anybody.
-    path = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
-    found = [shutil.which(name, path=path) for name in (*named[:1], *CANDIDATES)]
-    tried = list(dict.fromkeys(compiler for compiler in found if compiler is not None))
+    tried = machine.cxx_compilers()
     for compiler in tried:
         if _links_dynamically(compiler):
             return compiler
+    names = ", ".join(tried) or f"CXX and {', '.join(machine.CXX_CANDIDATES)}"
     raise CompilationError(
-        "there is no C++ compiler that can be used: of "
-        f"{', '.join(tried) or 'CXX and ' + ', '.join(CANDIDATES)}, none makes a library that uses "
+        f"there is no C++ compiler that can be used: of {names}, none makes a library that uses "
         "the shared libstdc++; install g++, or name another compiler in CXX."
     )
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from minisrv.cache import cache_directory
 from minisrv.compile.decorator import CompiledForward, Forward
 from minisrv.compile.modes import CompilationMode
+from minisrv.compile.toolchain import choose_cxx
 from minisrv.compile.trace import make_products_ops
 from minisrv.errors import CompilationError
 from minisrv.graph.forward_context import ForwardContext, set_forward_context
@@ -58,7 +59,9 @@ def compile_whole(
     make_products_ops(model)
     sizes = list(warm_up_sizes(max_num_tokens))
     stock = mode is CompilationMode.STOCK_TORCH_COMPILE
-    compiled = _stock(model) if stock else _traced_once(model)
+    # What a GPU runs is compiled by Triton.
+    options = {"cpp.cxx": (choose_cxx(),)} if model.qkv.device.type == "cpu" else {}
+    compiled = _stock(model, options) if stock else _traced_once(model, options)
     try:
         for done, size in enumerate(sizes):
             progress(done, len(sizes))
@@ -93,14 +96,19 @@ def _choose_directory() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
 
 
-def _stock(model: Model) -> Forward:
-    compiled: Forward = torch.compile(model.forward, dynamic=True)
+def _stock(model: Model, options: dict[str, Any]) -> Forward:
+    """Return the forward of a model by torch.compile.
+
+    options: settings of Inductor.
+    """
+    compiled: Forward = torch.compile(model.forward, dynamic=True, options=options)
     return compiled
 
 
-def _traced_once(model: Model) -> Forward:
+def _traced_once(model: Model, options: dict[str, Any]) -> Forward:
     """Return the forward of a model, traced at its first call and never again.
 
+    options: settings of Inductor.
     Errors of the second trace are raised by the call that would need it.
     """
     traces = 0
@@ -113,7 +121,7 @@ def _traced_once(model: Model) -> Forward:
         # Inductor takes more than a second to import.
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs)
+        return compile_fx(graph, inputs, config_patches=options)
 
     traced: Forward = torch.compile(
         model.forward,
