@@ -117,8 +117,9 @@ class EngineConfig:
         compilation_mode 3 and cudagraph_mode piecewise; 2 and 3 for compilation_mode 3 and the
         default cudagraph_mode. Either mode, if it is given too, goes before. By default no level is
         chosen.
-    compile_wait: be ready only when compiled code serves or has been refused. Without it, steps run
-        by the model's own code until then if compilation_mode is 3.
+    compile_wait: be ready only when compiled code serves or has been refused, also if an earlier
+        start has refused it because it was slower. Without it, steps run by the model's own code
+        until then if compilation_mode is 3.
     simulate_launch_us: microseconds to add to the time of every launch, which shows on a CPU what
         graphs save where launches are expensive. Results are then labelled as simulated. 0 adds
         nothing.

@@ -134,6 +134,13 @@ def end_keys(runner: ModelRunner) -> list[GraphKey]:
     return list(dict.fromkeys(key for keys in kinds.values() for key in (keys[0], keys[-1])))
 
 
+def timed_keys(runner: ModelRunner) -> list[GraphKey]:
+    """Return the keys of the steps by which two generations are compared: `end_keys`, those of
+    graphs if there are any."""
+    keys = end_keys(runner)
+    return [key for key in keys if key[0] is not CUDAGraphMode.NONE] or keys
+
+
 def _compare_code(
     runner: ModelRunner, trial: StepTrial, old: Generation, new: Generation, turn: Turn
 ) -> None:
@@ -171,12 +178,10 @@ def _log_probabilities(trial: StepTrial) -> Tensor:
 
 def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn: Turn) -> float:
     """Return how many times as fast the steps of a generation are as those of the generation in
-    service: the geometric mean over `end_keys`, of graphs if there are any."""
+    service: the geometric mean over `timed_keys`."""
     old = Generation.in_service(runner)
-    keys = end_keys(runner)
-    graphs = [key for key in keys if key[0] is not CUDAGraphMode.NONE]
     speedups = []
-    for key in graphs or keys:
+    for key in timed_keys(runner):
         with _borrowed_space(runner, pool, key, turn) as space:
             batch = short_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])

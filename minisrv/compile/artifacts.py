@@ -1,4 +1,5 @@
-"""The artifacts of compilation in the cache: packages of pieces, and descriptions of programs.
+"""The artifacts of compilation in the cache: packages of pieces, descriptions of programs, and the
+results of measuring those that are too slow to serve.
 
 A package is found by the key of its piece, and shared by all programs that have the piece. A
 program names the digest of each of its packages, which is compared before anything is loaded. Each
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,7 @@ from minisrv.kernels.native import processor
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = "program.msgpack"
+PROGRAM, SLOWNESS = "program.msgpack", "slowness.msgpack"
 _CODE = ("compile", "kernels", "nn", "graph", "checkpoint/transformers_decoder.py")
 """The parts of the package on which the content of artifacts depends."""
 
@@ -40,6 +42,17 @@ class Package(msgspec.Struct, frozen=True):
 
     written: list[int]
     body: bytes
+
+
+class Slowness(msgspec.Struct, frozen=True):
+    """The measurement after which a program did not serve.
+
+    steps: the steps that were measured, in words.
+    speedup: how many times as fast they were as those of the model's own code.
+    """
+
+    steps: str
+    speedup: float
 
 
 def environment(device: str) -> tuple[str, ...]:
@@ -64,18 +77,34 @@ def program_directory(key: str) -> Path:
 def read_description(directory: Path) -> bytes:
     """Return the description of the program that is kept in a directory. Raises CompilationError if
     there is none that is trusted."""
-    body = read_cached(directory / PROGRAM)
-    if body is None:
-        raise CompilationError(f"{directory} holds no program that is trusted.")
-    named = directory.name.encode()
-    if not body.startswith(named):
-        raise CompilationError(f"{directory} holds the program of another key.")
-    return body[len(named) :]
+    return _read_of_program(directory, PROGRAM)
 
 
 def write_description(directory: Path, body: bytes) -> None:
     """Keep the description of a program. Raises CompilationError if it cannot be kept."""
-    _write(directory / PROGRAM, directory.name.encode() + body)
+    _write_of_program(directory, PROGRAM, body)
+
+
+def forget(directory: Path, name: str) -> None:
+    """Remove what is kept of a program under a name, `PROGRAM` or `SLOWNESS`. If the cache cannot
+    be written, nothing happens."""
+    with suppress(OSError):
+        (directory / name).unlink()
+
+
+def read_slowness(directory: Path) -> Slowness | None:
+    """Return the measurement that is kept beside a program; None if there is none that is
+    trusted."""
+    try:
+        body = _read_of_program(directory, SLOWNESS)
+        return msgspec.msgpack.decode(body, type=Slowness)
+    except (CompilationError, msgspec.MsgspecError):
+        return None
+
+
+def write_slowness(directory: Path, slowness: Slowness) -> None:
+    """Keep a measurement beside a program. Raises CompilationError if it cannot be kept."""
+    _write_of_program(directory, SLOWNESS, msgspec.msgpack.encode(slowness))
 
 
 def read_package(key: str, digest: str | None = None) -> Package:
@@ -111,6 +140,20 @@ def write_package(key: str, package: Package) -> str:
 def package_digest(body: bytes) -> str:
     """Return the digest of a package as it is kept."""
     return hashlib.sha256(body).hexdigest()
+
+
+def _read_of_program(directory: Path, name: str) -> bytes:
+    body = read_cached(directory / name)
+    if body is None:
+        raise CompilationError(f"{directory} holds no {name} that is trusted.")
+    key = directory.name.encode()
+    if not body.startswith(key):
+        raise CompilationError(f"{directory} holds the {name} of another key.")
+    return body[len(key) :]
+
+
+def _write_of_program(directory: Path, name: str, body: bytes) -> None:
+    _write(directory / name, directory.name.encode() + body)
 
 
 def _package_path(key: str) -> Path:

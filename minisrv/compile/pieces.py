@@ -6,9 +6,9 @@ compiled code enters service.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from minisrv.compile import artifacts
@@ -16,6 +16,8 @@ from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob, CompileProcess
 from minisrv.errors import CompilationError
 from minisrv.nn.model import Model
+
+logger = logging.getLogger(__name__)
 
 HELPED_CORES = 8
 """The number of cores from which on two processes compile for a GPU at the same time."""
@@ -25,11 +27,14 @@ class PieceCompiler:
     """Compiles one model. It satisfies `minisrv.engine.compilation.Compiler`.
 
     model: the engine's model, whose buffers are those that it serves with.
+    again: whether a program is made and measured once more that was found to be slower.
     """
 
-    def __init__(self, job: CompileJob, model: Model) -> None:
+    def __init__(self, job: CompileJob, model: Model, *, again: bool = False) -> None:
         self._job = job
         self._model = model
+        self._again = again
+        self._directory = job.program_directory()
         self._found: tuple[Path, Program] | None = None
 
     def find(self) -> Path | None:
@@ -45,11 +50,30 @@ class PieceCompiler:
     def discard(self, directory: Path) -> None:
         """Keep a program from being found again, because it may not serve. If the cache cannot be
         written, nothing happens."""
-        with suppress(OSError):
-            (directory / artifacts.PROGRAM).unlink()
+        artifacts.forget(directory, artifacts.PROGRAM)
+
+    def slowness(self, steps: str) -> float | None:
+        """Return how many times as fast the program was where an earlier start has measured these
+        steps and found it too slow to serve; None if none has, or it is to be tried again."""
+        if self._directory is None or self._again:
+            return None
+        kept = artifacts.read_slowness(self._directory)
+        return None if kept is None or kept.steps != steps else kept.speedup
+
+    def remember_slowness(self, directory: Path, steps: str, speedup: float) -> None:
+        """Discard a program, and remember its speed. If the cache cannot be written, it is made and
+        measured again at the next start, and the log says so."""
+        self.discard(directory)
+        try:
+            artifacts.write_slowness(directory, artifacts.Slowness(steps, speedup))
+        except CompilationError as error:
+            logger.warning("the next start compiles this model again: %s", error.message)
 
     def start(self) -> CompileProcess:
-        """Start a process that compiles."""
+        """Start a process that compiles. What an earlier start has measured is void from here
+        on."""
+        if self._directory is not None:
+            artifacts.forget(self._directory, artifacts.SLOWNESS)
         # On a CPU the cores compute steps.
         helped = self._job.device == "cuda" and len(os.sched_getaffinity(0)) >= HELPED_CORES
         return CompileProcess(self._job, helped=helped)

@@ -94,17 +94,25 @@ class CompileJob:
         described = (self.directory / "config.json").read_bytes()
         return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
 
+    def program_directory(self) -> Path | None:
+        """Return the directory of the cache for the program; None, with the reason in the log, if
+        there can be none."""
+        from minisrv.compile import artifacts
+
+        try:
+            return artifacts.program_directory(self.key())
+        except (OSError, RuntimeError) as error:
+            logger.warning("no compiled program can be kept: %s", error)
+            return None
+
     def kept_program(self) -> Path | None:
         """Return the directory of the program if one is in the cache; `Program.load` says whether
         it can be used."""
         from minisrv.compile import artifacts
 
-        try:
-            directory = artifacts.program_directory(self.key())
-        except (OSError, RuntimeError) as error:
-            logger.warning("no compiled program can be kept: %s", error)
-            return None
-        return directory if (directory / artifacts.PROGRAM).exists() else None
+        directory = self.program_directory()
+        kept = directory is not None and (directory / artifacts.PROGRAM).exists()
+        return directory if kept else None
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -131,7 +131,7 @@ def build_engine(
             threads=torch.get_num_threads(),
             max_num_tokens=sizes.max_num_tokens,
         )
-        make_compiler = partial(PieceCompiler, job)
+        make_compiler = partial(PieceCompiler, job, again=config.compile_wait)
     if platform.prepare_kernels(progress):
         clock.end("kernels")
     with _timed(clock, "weights"):

@@ -7,7 +7,7 @@ take the place of generation 0 between two steps, and the memory of that one is 
 fails on this way, the engine goes on as it is. A program that the cache has from an earlier start
 serves from the start. Its graphs are certified like all graphs; the code, which has passed before,
 is compared with the model's own for the smallest and the largest steps only, and is not timed
-again.
+again. One that an earlier start has found too slow is neither compiled nor timed again.
 
 Knows: the order of these events, when a turn of the work begins and ends, and what is told of it.
 Knows nothing of compilers: a `Compiler` does.
@@ -35,6 +35,7 @@ from minisrv.certification.generation import (
     measure_speedup,
     model_keys,
     time_generation,
+    timed_keys,
 )
 from minisrv.certification.startup import CaptureProgress, capture_graphs
 from minisrv.compile.decorator import Compiled
@@ -95,6 +96,13 @@ class Compiler(Protocol):
     def discard(self, directory: Path) -> None:
         """Keep a program from being found again, because it may not serve. If the cache cannot be
         written, nothing happens."""
+
+    def slowness(self, steps: str) -> float | None:
+        """Return how many times as fast the program was where an earlier start has measured these
+        steps and found it too slow to serve; None if none has, or it is to be tried again."""
+
+    def remember_slowness(self, directory: Path, steps: str, speedup: float) -> None:
+        """Discard a program because of its speed in these steps, and remember that."""
 
     def start(self) -> CompileProcess:
         """Start a process that compiles. Raises MinisrvError."""
@@ -347,12 +355,10 @@ class Compilation:
             keys = model_keys(runner)
             yield from turn.take(partial(build_generation, runner, pool, new, keys, turn))
             speedup = yield from turn.take(partial(measure_speedup, runner, pool, new, turn))
-            if speedup < LEAST_SPEEDUP and not self._serve_slower:
-                raise _RefusedError(
-                    Refusal.SLOWER,
-                    f"its steps are {speedup:.2f} times as fast as those of the model's own code, "
-                    f"and {LEAST_SPEEDUP} times are asked for.",
-                )
+            if speedup < LEAST_SPEEDUP:
+                compiler.remember_slowness(found, self._timed_steps, speedup)
+                if not self._serve_slower:
+                    raise _RefusedError(Refusal.SLOWER, _too_slow(speedup))
             times = yield from turn.take(
                 partial(time_generation, runner, pool, new, self._timed, turn)
             )
@@ -368,6 +374,13 @@ class Compilation:
         """Bring the program that the cache has into service, if there is one."""
         with _refused_as(Refusal.LOAD):
             found = compiler.find()
+            speedup = None if found else compiler.slowness(self._timed_steps)
+        if speedup is not None and speedup < LEAST_SPEEDUP:
+            raise _RefusedError(
+                Refusal.SLOWER,
+                f"{_too_slow(speedup)} An earlier start has measured that, so nothing is compiled; "
+                "with --compile-wait it is measured again.",
+            )
         if found is None:
             return
         new = yield from self._load(compiler, found)
@@ -428,6 +441,12 @@ class Compilation:
         yield
         self._release()
 
+    @property
+    def _timed_steps(self) -> str:
+        """The steps that are measured, in words."""
+        keys = timed_keys(self._runner)
+        return ", ".join(f"{mode.name} {descriptor.num_tokens}" for mode, descriptor in keys)
+
     def _tell(self, **changes: Any) -> None:
         seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
         self.report = msgspec.structs.replace(self.report, seconds=seconds, **changes)
@@ -437,6 +456,13 @@ class Compilation:
         now = self._clock()
         self._seconds[phase] = now - self._began
         self._began = now
+
+
+def _too_slow(speedup: float) -> str:
+    return (
+        f"its steps are {speedup:.2f} times as fast as those of the model's own code, and "
+        f"{LEAST_SPEEDUP} times are asked for."
+    )
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class FakeCompiler:
 
     program: makes the program that is loaded.
     cached: whether the cache has it.
+    slow: the speed of the program, by the steps for which it was found too slow.
     """
 
     model: Any = None
@@ -124,6 +125,7 @@ class FakeCompiler:
     cached: bool = False
     started: int = 0
     discarded: bool = False
+    slow: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, model: Model) -> FakeCompiler:
         self.model = model
@@ -135,6 +137,13 @@ class FakeCompiler:
     def discard(self, directory: Path) -> None:
         assert directory == MADE
         self.discarded = True
+
+    def slowness(self, steps: str) -> float | None:
+        return self.slow.get(steps)
+
+    def remember_slowness(self, directory: Path, steps: str, speedup: float) -> None:
+        self.discard(directory)
+        self.slow[steps] = speedup
 
     def start(self) -> Process:
         self.started += 1
@@ -414,6 +423,7 @@ def test_what_is_wrong_or_slow_does_not_serve(checkpoint, caplog, reason):
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     assert f"({kind})" in caplog.text
     assert compiler.discarded is (kind in ("certification", "capture", "slower"))
+    assert bool(compiler.slow) is (kind == "slower")
     assert engine.stats().compiled_steps == 0
     now = Generation.in_service(engine.runner)
     assert (now.program, now.backend) == (None, before.backend)
@@ -483,6 +493,33 @@ def test_compile_wait_is_ready_with_compiled_code(checkpoint):
     assert engine.info.compilation.generation == 1
     _, ran = serve(engine, 3)
     assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
+
+
+def test_what_was_measured_to_be_slow_is_not_compiled_again(checkpoint, caplog):
+    """Each restart once compiled and measured it anew, beside the requests that it served. Where
+    other steps are measured, the outcome may be another one."""
+    compiler = FakeCompiler(program=slow)
+    serve(start(checkpoint, compiler))
+    assert (compiler.started, len(compiler.slow)) == (1, 1)
+    with caplog.at_level(logging.WARNING):
+        engine = start(checkpoint, compiler)
+    assert "An earlier start has measured that" in caplog.text
+    assert "with --compile-wait it is measured again" in engine.info.compilation.reason
+    assert engine.info.compilation.refusals == {"slower": 1}
+    assert not engine.compilation.is_under_way
+    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    assert compiler.started == 1
+    assert start(checkpoint, compiler, max_num_seqs=2).compilation.is_under_way
+
+
+def test_a_start_that_serves_slower_code_remembers_that_others_should_not(checkpoint):
+    """`minisrv bench` measures slower code too. What it had left in the cache then served at the
+    next start of a server, which does not time what it finds."""
+    compiler = FakeCompiler(program=slow)
+    engine = start(checkpoint, compiler, serve_slower=True, compile_wait=True)
+    assert engine.info.compilation.state is CompilationState.COMPILED
+    assert compiler.discarded
+    assert start(checkpoint, compiler).info.compilation.refusals == {"slower": 1}
 
 
 # ---- what workers are told -----------------------------------------------------------------------

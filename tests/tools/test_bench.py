@@ -58,7 +58,7 @@ def engine(checkpoint) -> EngineCore:
 class OwnForward:
     """A compiler whose cache has a program, which is the model's own forward."""
 
-    def __init__(self, job: CompileJob, model: Decoder) -> None:
+    def __init__(self, job: CompileJob, model: Decoder, *, again: bool) -> None:
         self.model = model
 
     def find(self) -> Path:
