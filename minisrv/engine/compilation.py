@@ -128,6 +128,8 @@ class Refusal(enum.StrEnum):
     """Its results differ, or a graph's do."""
     SLOWER = "slower"
     """Its steps are not faster by measurement."""
+    SWAP = "swap"
+    """It could not take the place of the model's own code."""
 
 
 class _RefusedError(Exception):
@@ -398,8 +400,9 @@ class Compilation:
         with _refused_as(Refusal.LOAD):
             load = partial(compiler.load, directory, self._turn.offer)
             program = yield from self._turn.take(load)
+            new = Generation.empty(self._runner, self._make_backend(), program)
         self._lap("load")
-        return Generation.empty(self._runner, self._make_backend(), program)
+        return new
 
     @contextmanager
     def _discarded_if_refused(self, compiler: Compiler, directory: Path) -> Iterator[None]:
@@ -417,11 +420,16 @@ class Compilation:
         times: the durations of its graphs; empty if they were not measured.
         """
         old = Generation.in_service(self._runner)
-        new.serve(self._runner)
-        if times:
-            self._use_times(times)
-        for observer in self._runner.observers:
-            observer.swapped()
+        with _refused_as(Refusal.SWAP):
+            try:
+                new.serve(self._runner)
+                for observer in self._runner.observers:
+                    observer.swapped()
+                if times:
+                    self._use_times(times)  # the last, so that nothing follows times of other code
+            except BaseException:
+                old.serve(self._runner)
+                raise
         self._tell(
             state=CompilationState.COMPILED,
             generation=self.report.generation + 1,

@@ -23,7 +23,12 @@ import torch
 import zmq
 
 from minisrv import device_kind
-from minisrv.certification.generation import build_generation, measure_speedup, model_keys
+from minisrv.certification.generation import (
+    build_generation,
+    measure_speedup,
+    model_keys,
+    timed_keys,
+)
 from minisrv.certification.trial import StepTrial
 from minisrv.compile.decorator import Compiled, CompiledForward, Forward
 from minisrv.config import EngineConfig
@@ -757,6 +762,51 @@ def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
     engine.compilation.close()
     assert engine.scheduler.block_pool.num_free == free
     assert active_count() == threads
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["compiled now", "in the cache"])
+@pytest.mark.parametrize("failing", ["times", "observer", "backend"])
+def test_an_error_of_the_swap_itself_is_a_refusal(checkpoint, monkeypatch, failing, cached):
+    """It once ended the engine, with the requests that ran. The model's own code serves on, whole,
+    and batches are dispatched as before."""
+    expected, _ = serve(start(checkpoint, None))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not now")
+
+    compiler = FakeCompiler()
+    engine = start(checkpoint, compiler, serve_slower=True)
+    runner, pool, made = engine.runner, engine.scheduler.block_pool, CPUTapeBackend
+    before = Generation.in_service(runner)
+    if failing == "observer":
+        monkeypatch.setattr(StepObserver, "swapped", fail)
+        engine.observers.append(StepObserver())
+    elif failing == "backend":
+        made = fail
+    use_times = fail if failing == "times" else lambda times: None
+    engine.compilation.close()
+    compiler.cached = cached
+    engine.compilation = Compilation(
+        compiler,
+        runner,
+        pool,
+        made,
+        timed=timed_keys(runner),
+        use_times=use_times,
+        serve_slower=True,
+    )
+    if cached:
+        engine.compilation.capture_graphs(lambda done, total: None)
+    found, ran = serve(engine)
+    assert found == expected
+    assert not [key for steps in ran.values() for key in steps if key.endswith("/compiled")]
+    report = engine.stats().compilation
+    assert (report.state, report.generation) == (CompilationState.REFUSED, 0)
+    assert report.refusals == {"load" if failing == "backend" else "swap": 1}
+    assert "not now" in report.reason
+    now = Generation.in_service(runner)
+    assert (now.program, now.backend) == (None, before.backend)
+    assert all(a is b for a, b in zip(now.graphs, before.graphs, strict=True))
 
 
 def test_a_start_up_that_is_interrupted_ends_the_process_that_compiles(checkpoint):
