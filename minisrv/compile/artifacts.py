@@ -44,6 +44,16 @@ class Package(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class PackageAside(msgspec.Struct, frozen=True):
+    """A package that has crashed the process that loaded it.
+
+    times: how often packages of this piece have done that.
+    """
+
+    package: Package
+    times: int
+
+
 class Slowness(msgspec.Struct, frozen=True):
     """The measurement after which a program did not serve.
 
@@ -137,6 +147,36 @@ def write_package(key: str, package: Package) -> str:
     return package_digest(body)
 
 
+def set_aside(key: str, package: Package) -> Path:
+    """Keep the package of a piece where nobody loads it, because it has crashed a process that did,
+    and return the path. Raises what `write_package` does."""
+    path, before = _path_aside(key), read_aside(key)
+    times = 1 if before is None else before.times + 1
+    _write(path, key.encode() + msgspec.msgpack.encode(PackageAside(package, times)))
+    with suppress(OSError):
+        _package_path(key).unlink()
+    return path
+
+
+def read_aside(key: str) -> PackageAside | None:
+    """Return the package of a piece that was set aside last; None if none was, or it is not
+    trusted."""
+    body = read_cached(_path_aside(key))
+    if body is None or not body.startswith(key.encode()):
+        return None
+    try:
+        return msgspec.msgpack.decode(memoryview(body)[len(key) :], type=PackageAside)
+    except msgspec.MsgspecError:
+        return None
+
+
+def forget_aside(key: str) -> None:
+    """Remove the package of a piece that was set aside, if there is one. If the cache cannot be
+    written, nothing happens."""
+    with suppress(OSError):
+        _path_aside(key).unlink()
+
+
 def package_digest(body: bytes) -> str:
     """Return the digest of a package as it is kept."""
     return hashlib.sha256(body).hexdigest()
@@ -158,6 +198,10 @@ def _write_of_program(directory: Path, name: str, body: bytes) -> None:
 
 def _package_path(key: str) -> Path:
     return cache_directory("compiled", "pieces") / f"{key}.pt2"
+
+
+def _path_aside(key: str) -> Path:
+    return _package_path(key).with_suffix(".crashed")
 
 
 def _write(path: Path, body: bytes) -> None:

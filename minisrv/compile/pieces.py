@@ -27,7 +27,7 @@ class PieceCompiler:
     """Compiles one model. It satisfies `minisrv.engine.compilation.Compiler`.
 
     model: the engine's model, whose buffers are those that it serves with.
-    again: whether a program is made and measured once more that was found to be slower.
+    again: whether a program is made once more that was found to be slower, or has crashed.
     """
 
     def __init__(self, job: CompileJob, model: Model, *, again: bool = False) -> None:
@@ -76,7 +76,7 @@ class PieceCompiler:
             artifacts.forget(self._directory, artifacts.SLOWNESS)
         # On a CPU the cores compute steps.
         helped = self._job.device == "cuda" and len(os.sched_getaffinity(0)) >= HELPED_CORES
-        return CompileProcess(self._job, helped=helped)
+        return CompileProcess(self._job, helped=helped, again=self._again)
 
     def load(self, directory: Path, between: Callable[[], None]) -> Program:
         """Return the program of a directory, bound to the model. Raises CompilationError.

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,15 @@ TIMEOUT = 1800
 LEAST_ROWS = 8192
 """The number of rows for which pieces are compiled at least, so that servers with other limits
 share them."""
+
+MOST_CRASHES = 2
+"""The number of crashes by packages of one piece after which it is not made again."""
+
+_FAULTS = {-getattr(signal, f"SIG{name}") for name in ("SEGV", "BUS", "ILL", "FPE", "ABRT")}
+"""The exit statuses of a process that has crashed by itself."""
+
+_TRIAL = ".trial"
+"""Suffix of the name of a file with the package that a process loads."""
 
 _NICE = 19
 _LAST_LINES = 12
@@ -161,40 +171,97 @@ def share(keys: Sequence[str], claims: Path, make: Callable[[int], None], *, hel
                     left.remove(index)
 
 
-def keep_piece(key: str, num_arguments: int, make: Callable[[], Package]) -> PieceFile:
+def keep_piece(
+    key: str,
+    num_arguments: int,
+    make: Callable[[], Package],
+    scratch: Path,
+    *,
+    again: bool = False,
+) -> PieceFile:
     """Return the file of a piece in the cache, whose package is made unless one is there that can
-    be loaded. Raises what `artifacts.write_package` and `make` do, and RuntimeError if a package
-    that is made cannot be loaded."""
+    be loaded.
+
+    A package may crash the process that loads it. It is written down meanwhile, so that the parent
+    of this process can set it aside.
+
+    scratch: a directory that the parent reads if this process crashes.
+    again: whether a piece is made again that has crashed `MOST_CRASHES` processes.
+
+    Raises what `artifacts.write_package` and `make` do, RuntimeError if a package that is made
+    cannot be loaded, and CompilationError if the piece is not made again.
+    """
     from minisrv.compile import artifacts
     from minisrv.compile.program import LoadedPiece
     from minisrv.compile.values import PieceFile
 
+    def load(package: Package) -> None:
+        trial = scratch / f"{key}.{os.getpid()}{_TRIAL}"
+        trial.write_bytes(msgspec.msgpack.encode(package))
+        try:
+            LoadedPiece(package, num_arguments)
+        finally:
+            trial.unlink()
+
     def kept() -> Package | None:
         try:
             package = artifacts.read_package(key)
-            LoadedPiece(package, num_arguments)
+            load(package)
         except (CompilationError, RuntimeError):
             return None
         return package
 
-    package = kept()
+    package, aside = kept(), artifacts.read_aside(key)
     if package is None:
+        if aside is not None and aside.times >= MOST_CRASHES and not again:
+            raise CompilationError(
+                f"packages of the piece {key} have crashed {aside.times} processes that loaded "
+                "them; it is not made again, but with --compile-wait."
+            )
         made = make()
-        # A package that crashes when it is loaded ends this process, and is not kept.
-        LoadedPiece(made, num_arguments)
+        load(made)
         # If another server has made the piece meanwhile, its program names the digest of that one.
         package = kept() or made
-    return PieceFile(key, artifacts.write_package(key, package))
+    file = PieceFile(key, artifacts.write_package(key, package))
+    if aside is not None:
+        artifacts.forget_aside(key)
+    return file
+
+
+def _set_aside(scratch: Path, process: ChildProcess) -> str:
+    """Set the package aside that a process has loaded when it crashed, and say so in a sentence,
+    which is empty if there is none."""
+    from minisrv.compile import artifacts
+
+    trials = list(scratch.glob(f"*.{process.pid}{_TRIAL}"))
+    if process.exit_status not in _FAULTS or not trials:
+        return ""
+    [trial] = trials
+    key = trial.name.split(".")[0]
+    try:
+        package = msgspec.msgpack.decode(trial.read_bytes(), type=artifacts.Package)
+        path = artifacts.set_aside(key, package)
+    except (CompilationError, OSError, RuntimeError, msgspec.MsgspecError) as error:
+        return f" It loaded the package of the piece {key}, which cannot be set aside: {error}"
+    return f" It loaded the package of the piece {key}, which is set aside as {path}."
 
 
 def compile_model(
-    job: CompileJob, progress: Callable[[Progress], None], claims: Path, *, helps: bool = False
+    job: CompileJob,
+    progress: Callable[[Progress], None],
+    scratch: Path,
+    *,
+    helps: bool = False,
+    again: bool = False,
 ) -> Path:
     """Compile the forward of a model, and return the directory of the program in the cache. Pieces
     that are in the cache, and can be loaded, are not compiled again.
 
     progress: is called at each step.
-    claims, helps: see `share`. Who helps compiles pieces, and makes no program of them.
+    scratch: the directory of the processes that compile together: the `claims` of `share`, and that
+        of `keep_piece`.
+    helps: see `share`. Who helps compiles pieces, and makes no program of them.
+    again: see `keep_piece`.
     Raises CompilationError, OSError and RuntimeError, and whatever torch raises.
     """
     import torch
@@ -233,9 +300,10 @@ def compile_model(
         def make() -> Package:
             return compile_piece(piece, job.max_rows, job.device, threads=job.threads, cxx=compiler)
 
-        files[index] = keep_piece(keys[index], len(piece.arguments), make)
+        size = len(piece.arguments)
+        files[index] = keep_piece(keys[index], size, make, scratch, again=again)
 
-    share(keys, claims, make_piece, helps=helps)
+    share(keys, scratch, make_piece, helps=helps)
     if not helps:
         found = [files[index] for index in range(total)]
         description = Description(job.max_rows, matches, found, schedule.calls)
@@ -250,10 +318,18 @@ class CompileProcess:
     It is to be made and used by one thread, with which the process ends.
     """
 
-    def __init__(self, job: CompileJob, *, helped: bool = False, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        job: CompileJob,
+        *,
+        helped: bool = False,
+        again: bool = False,
+        timeout: float = TIMEOUT,
+    ) -> None:
         """Start the process at once.
 
         helped: whether a second process takes a share of the pieces.
+        again: see `keep_piece`.
         timeout: number of seconds after which it is ended.
         """
         self._scratch = tempfile.TemporaryDirectory(
@@ -270,9 +346,10 @@ class CompileProcess:
         self._answer: Path | MinisrvError | None = None
         self._helper: ChildProcess | None = None
         try:
-            self._process = ChildProcess("compile", _main, job, answers, scratch, private_dir=None)
+            given = job, scratch, again
+            self._process = ChildProcess("compile", _main, *given, answers, private_dir=None)
             if helped:
-                self._helper = ChildProcess("compile2", _help, job, scratch, private_dir=None)
+                self._helper = ChildProcess("compile2", _help, *given, private_dir=None)
         except BaseException:
             self._scratch.cleanup()
             raise
@@ -292,7 +369,10 @@ class CompileProcess:
                 said = self._answers.recv()
             except (EOFError, OSError):
                 why = f"the compiler ended {self._process.describe_exit()}"
-                self._answer = self._failure(why)
+                scratch = self._errors.parent
+                both = [one for one in (self._process, self._helper) if one is not None]
+                aside = "".join(_set_aside(scratch, process) for process in both)
+                self._answer = self._failure(why, aside)
             else:
                 if isinstance(said, Progress):
                     self._progress = said
@@ -310,12 +390,14 @@ class CompileProcess:
         ended = [one.exit_status is not None for one in (self._process, self._helper) if one]
         return self._answer if late or all(ended) else self._progress
 
-    def _failure(self, why: str) -> CompilationError:
+    def _failure(self, why: str, aside: str = "") -> CompilationError:
         said = ""
         if self._errors.exists():
             lines = self._errors.read_text(errors="replace").splitlines()
             said = "\n".join(lines[-_LAST_LINES:])
-        return CompilationError(f"the model was not compiled: {why}. It said: {said or 'nothing'}")
+        return CompilationError(
+            f"the model was not compiled: {why}.{aside} It said: {said or 'nothing'}"
+        )
 
     def close(self) -> None:
         """End the process, its helper included, and remove their temporary files. May be called
@@ -359,15 +441,15 @@ def _prepared(scratch: Path, errors: str) -> Iterator[None]:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _help(job: CompileJob, scratch: Path) -> None:
+def _help(job: CompileJob, scratch: Path, again: bool) -> None:
     with _prepared(scratch, "stderr2"):
-        compile_model(job, lambda progress: None, scratch, helps=True)
+        compile_model(job, lambda progress: None, scratch, helps=True, again=again)
 
 
-def _main(job: CompileJob, answers: Connection, scratch: Path) -> None:
+def _main(job: CompileJob, scratch: Path, again: bool, answers: Connection) -> None:
     try:
         with _prepared(scratch, "stderr"):
-            program = compile_model(job, answers.send, scratch)
+            program = compile_model(job, answers.send, scratch, again=again)
         answers.send(program)
     except MinisrvError as error:
         answers.send(CompilationError(f"the model was not compiled: {error.message}"))

@@ -112,7 +112,7 @@ def test_a_package_that_no_loader_takes_is_a_warning(
 
 
 def test_a_package_in_the_place_of_another_piece_is_made_again(
-    copy: tuple[Path, Path], one_program: Compiled
+    copy: tuple[Path, Path], one_program: Compiled, tmp_path: Path
 ):
     """It is whole and ours, and would compute something else."""
     body = artifacts.read_description(copy[0].parent)
@@ -124,7 +124,7 @@ def test_a_package_in_the_place_of_another_piece_is_made_again(
         artifacts.read_package("0" * len(file.key))
     other.rename(path)
     artifacts.write_package(file.key, artifacts.Package([], b"no package"))
-    assert keep_piece(file.key, 99, lambda: good) == file
+    assert keep_piece(file.key, 99, lambda: good, tmp_path) == file
     assert load(one_program, copy[0]) is not None
 
 
@@ -139,7 +139,7 @@ def test_a_program_in_the_place_of_another_is_not_loaded(
 
 
 def test_a_piece_that_another_server_has_made_meanwhile_is_taken(
-    copy: tuple[Path, Path], one_program: Compiled
+    copy: tuple[Path, Path], one_program: Compiled, tmp_path: Path
 ):
     """The programs of both name the digest of the package that is kept."""
     body = artifacts.read_description(copy[0].parent)
@@ -151,7 +151,7 @@ def test_a_piece_that_another_server_has_made_meanwhile_is_taken(
         assert artifacts.write_package(file.key, good) == file.digest  # the other server's
         return artifacts.Package([*good.written, 0], good.body)
 
-    assert keep_piece(file.key, 99, make) == file
+    assert keep_piece(file.key, 99, make, tmp_path) == file
     assert load(one_program, copy[0]) is not None
 
 

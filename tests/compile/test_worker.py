@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from io import BytesIO
 from multiprocessing import Pipe
 from pathlib import Path
+from zipfile import ZipFile
 
 import msgspec
 import pytest
 
-from minisrv.compile import inductor, program, worker
+from minisrv.compile import artifacts, inductor, program, worker
 from minisrv.compile.artifacts import Package, read_description, read_package
+from minisrv.compile.toolchain import choose_cxx
 from minisrv.compile.values import Description
 from minisrv.compile.worker import CompileProcess, Progress, compile_model, share
 from minisrv.errors import CompilationError
@@ -38,7 +42,7 @@ def test_a_reason_in_words_has_no_traceback(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(worker, "choose_cxx", refuse)
     answers, theirs = Pipe(duplex=False)
     monkeypatch.setattr(worker, "_prepared", lambda scratch, errors: nullcontext())
-    worker._main(job_of(make_checkpoint(tmp_path), "minisrv"), theirs, tmp_path)
+    worker._main(job_of(make_checkpoint(tmp_path), "minisrv"), tmp_path, False, theirs)
     assert answers.recv().message == "the model was not compiled: there is no compiler."
 
 
@@ -84,6 +88,64 @@ def test_a_kept_piece_that_cannot_be_loaded_is_compiled_again(
         kept = {read_package(file.key, file.digest).body for file in described.pieces}
         assert kept == {body}
         broken.add(body)
+
+
+CRASHING = """
+#include <cstdlib>
+struct Crash { Crash() { std::abort(); } } crash;
+"""
+
+
+@pytest.mark.compiler
+def test_a_package_that_crashes_is_set_aside_and_in_the_end_not_made_again(
+    one_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The library of a package runs code when it is loaded, which no check can rule out. Such a
+    package ended the process that compiles at each start."""
+    cache = artifacts.cache_directory("compiled")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mine = artifacts.cache_directory("compiled")
+    shutil.copytree(cache, mine, dirs_exist_ok=True)
+    description = read_description(mine / "programs" / one_program.directory.name)
+    key = msgspec.msgpack.decode(description, type=Description).pieces[0].key
+    good = read_package(key)
+    bad = with_another_library(good, tmp_path)
+
+    artifacts.write_package(key, bad)
+    told = run(CompileProcess(one_program.job))
+    assert isinstance(told, CompilationError)
+    path = mine / "pieces" / f"{key}.crashed"
+    assert "by SIGABRT" in told.message
+    assert f"the package of the piece {key}, which is set aside as {path}" in told.message
+    assert artifacts.read_aside(key) == artifacts.PackageAside(bad, times=1)
+    with pytest.raises(CompilationError):
+        read_package(key)
+
+    # The piece is made again, and crashes once more: here by a package that comes from elsewhere.
+    artifacts.write_package(key, bad)
+    assert isinstance(run(CompileProcess(one_program.job)), CompilationError)
+    assert artifacts.read_aside(key) == artifacts.PackageAside(bad, times=2)
+    told = run(CompileProcess(one_program.job))
+    assert isinstance(told, CompilationError)
+    assert f"packages of the piece {key} have crashed 2 processes" in told.message
+    assert "by SIG" not in told.message
+
+    assert run(CompileProcess(one_program.job, again=True)).name == one_program.directory.name
+    assert read_package(key).written == good.written
+    assert artifacts.read_aside(key) is None
+
+
+def with_another_library(package: Package, scratch: Path) -> Package:
+    """Return a package with a library that ends the process when it is loaded."""
+    source, library, file = (scratch / name for name in ("crash.cpp", "crash.so", "crash.pt2"))
+    source.write_text(CRASHING)
+    command = [choose_cxx(), "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    with ZipFile(BytesIO(package.body)) as before, ZipFile(file, "w") as after:
+        for info in before.infolist():
+            is_library = info.filename.endswith(".so")
+            after.writestr(info, library.read_bytes() if is_library else before.read(info))
+    return Package(package.written, file.read_bytes())
 
 
 def test_a_death_is_an_answer(tmp_path: Path):
@@ -181,8 +243,10 @@ WEIGHTS = """
 import resource, sys
 from contextlib import nullcontext
 from dataclasses import replace
+from io import BytesIO
 from multiprocessing import Pipe
 from pathlib import Path
+from zipfile import ZipFile
 from tests.compile.compiled import job_of, schedule_of
 job = job_of(Path(sys.argv[1]), "minisrv")
 model = replace(job.model, vocab_size=256_000, hidden_size=4096)

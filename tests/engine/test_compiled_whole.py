@@ -157,13 +157,13 @@ def test_mode_2_takes_the_kernel_of_each_number_of_rows(tmp_path: Path) -> None:
     assert not torch.equal(method.apply(x), method.many_rows.apply(x)), "the kernels round alike"
 
 
-@pytest.mark.compiler
 def test_a_failing_compiler_is_an_error_with_a_remedy(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of registers")
 
+    monkeypatch.setattr("minisrv.compile.whole.choose_cxx", lambda: "g++")
     monkeypatch.setattr("minisrv.compile.whole._stock", lambda *_: fail)
     with pytest.raises(CompilationError, match=r"out of registers\); serve it with --compilation-"):
         LLM(str(checkpoint), compilation_mode="stock_torch_compile", **LIMITS)
