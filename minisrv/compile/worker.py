@@ -3,6 +3,8 @@
 Torch's compiler changes the state of the process that it runs in, and takes its cores, so it runs
 in a child of its own: at the lowest priority, without weights, for a limited time, and never longer
 than its parent. What it makes is in the cache; the child only says where, and how far it has come.
+Where others use all cores all the time, the lowest priority may get none of them: then the child is
+started once more at a low one, which gets some.
 
 Knows: the steps of a compilation, and the child process. Knows nothing of how a program is used.
 """
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 1800
 """Maximum number of seconds that a compilation may take."""
+
+PATIENCE = 300
+"""Number of seconds without progress after which a compilation goes on at a higher priority."""
 
 LEAST_ROWS = 8192
 """The number of rows for which pieces are compiled at least, so that servers with other limits
@@ -337,22 +342,29 @@ class CompileProcess:
             # A compiler of C++ that the process has started may still write there.
             ignore_cleanup_errors=True,
         )
-        self._answers, answers = Pipe(duplex=False)
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
-        scratch = Path(self._scratch.name)
-        self._errors = scratch / "stderr"
+        self._errors = Path(self._scratch.name, "stderr")
         self._progress = Progress("starting", 0, 0)
         self._answer: Path | MinisrvError | None = None
-        self._helper: ChildProcess | None = None
+        self._given = job, Path(self._scratch.name), again
+        self._helped = helped
+        self._yields, self._starts_again = True, False
         try:
-            given = job, scratch, again
-            self._process = ChildProcess("compile", _main, *given, answers, private_dir=None)
-            if helped:
-                self._helper = ChildProcess("compile2", _help, *given, private_dir=None)
+            self._start()
         except BaseException:
             self._scratch.cleanup()
             raise
+
+    def _start(self) -> None:
+        self._answers, answers = Pipe(duplex=False)
+        self._heard = time.monotonic()
+        self._helper: ChildProcess | None = None
+        given = (*self._given, self._yields)
+        try:
+            self._process = ChildProcess("compile", _main, *given, answers, private_dir=None)
+            if self._helped:
+                self._helper = ChildProcess("compile2", _help, *given, private_dir=None)
         finally:
             answers.close()
 
@@ -364,6 +376,12 @@ class CompileProcess:
     def poll(self) -> Progress | Path | MinisrvError:
         """Return how far it has come, the directory of the finished program, or the error with
         which it has failed, at once. The last two are final."""
+        if self._starts_again:
+            if not self._has_ended:
+                return self._progress
+            self._answers.close()
+            self._start()
+            self._starts_again = False
         while self._answer is None and self._answers.poll():
             try:
                 said = self._answers.recv()
@@ -374,11 +392,15 @@ class CompileProcess:
                 aside = "".join(_set_aside(scratch, process) for process in both)
                 self._answer = self._failure(why, aside)
             else:
+                self._heard = time.monotonic()
                 if isinstance(said, Progress):
                     self._progress = said
                 else:
                     self._answer = said
-        late = time.monotonic() > self._deadline
+        now = time.monotonic()
+        if self._answer is None and self._yields and now > self._heard + PATIENCE:
+            self._take_cores()
+        late = now > self._deadline
         if self._answer is None and late:
             self._process.stop()
             self._answer = self._failure(f"it took longer than {self._timeout:g} s")
@@ -387,8 +409,30 @@ class CompileProcess:
         if self._helper is not None:
             self._helper.kill()
         # A process takes a while to give its memory back, for which `close` would wait.
-        ended = [one.exit_status is not None for one in (self._process, self._helper) if one]
-        return self._answer if late or all(ended) else self._progress
+        return self._answer if late or self._has_ended else self._progress
+
+    @property
+    def _has_ended(self) -> bool:
+        both = (one for one in (self._process, self._helper) if one is not None)
+        return all(one.exit_status is not None for one in both)
+
+    def _take_cores(self) -> None:
+        """End the process, to start it again at a higher priority. The kernel gives it none while
+        it runs: for that a user needs a privilege."""
+        logger.warning(
+            "the compilation (%s, %d of %d pieces) has made no progress for %g s, as others use "
+            "every core: it starts again as a usual process of the least priority (nice %d). "
+            "Pieces that are ready are not compiled again.",
+            self._progress.phase,
+            self._progress.done,
+            self._progress.total,
+            PATIENCE,
+            _NICE,
+        )
+        self._yields, self._starts_again = False, True
+        self._process.kill()
+        if self._helper is not None:
+            self._helper.kill()
 
     def _failure(self, why: str, aside: str = "") -> CompilationError:
         said = ""
@@ -409,24 +453,30 @@ class CompileProcess:
         self._scratch.cleanup()
 
 
-def _yield_the_cores() -> None:
-    """Let this process, and those that it starts, run only while nobody else wants their core."""
+def _lower_priority(yields: bool) -> None:
+    """Give this process, and those that it starts, the lowest priority.
+
+    yields: whether they run only while nobody else wants their core.
+    """
     os.nice(_NICE)
-    if hasattr(os, "SCHED_IDLE"):  # Linux; the scheduler then interrupts it at once for others
+    # Linux has that policy; the scheduler then interrupts them at once for others.
+    if yields and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextmanager
-def _prepared(scratch: Path, errors: str) -> Iterator[None]:
+def _prepared(scratch: Path, errors: str, yields: bool) -> Iterator[None]:
     """Prepare a process that compiles, and remove its own temporary files at the end, so that the
     engine need not.
 
     errors: the name of the file for what it says.
+    yields: see `_lower_priority`.
     """
-    _yield_the_cores()
+    _lower_priority(yields)
     with (scratch / errors).open("wb") as file:
         os.dup2(file.fileno(), sys.__stderr__.fileno())  # type: ignore[union-attr]
-    own = scratch / f"of-{errors}"  # what two processes write to the same place would be mixed
+    # What two processes write to the same place would be mixed.
+    own = scratch / f"of-{errors}-{os.getpid()}"
     own.mkdir()
     os.environ |= {
         # Its own processes would outlive it if it were killed.
@@ -441,14 +491,14 @@ def _prepared(scratch: Path, errors: str) -> Iterator[None]:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _help(job: CompileJob, scratch: Path, again: bool) -> None:
-    with _prepared(scratch, "stderr2"):
+def _help(job: CompileJob, scratch: Path, again: bool, yields: bool) -> None:
+    with _prepared(scratch, "stderr2", yields):
         compile_model(job, lambda progress: None, scratch, helps=True, again=again)
 
 
-def _main(job: CompileJob, scratch: Path, again: bool, answers: Connection) -> None:
+def _main(job: CompileJob, scratch: Path, again: bool, yields: bool, answers: Connection) -> None:
     try:
-        with _prepared(scratch, "stderr"):
+        with _prepared(scratch, "stderr", yields):
             program = compile_model(job, answers.send, scratch, again=again)
         answers.send(program)
     except MinisrvError as error:

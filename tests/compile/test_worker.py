@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,8 +42,8 @@ def test_a_reason_in_words_has_no_traceback(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(worker, "choose_cxx", refuse)
     answers, theirs = Pipe(duplex=False)
-    monkeypatch.setattr(worker, "_prepared", lambda scratch, errors: nullcontext())
-    worker._main(job_of(make_checkpoint(tmp_path), "minisrv"), tmp_path, False, theirs)
+    monkeypatch.setattr(worker, "_prepared", lambda scratch, errors, yields: nullcontext())
+    worker._main(job_of(make_checkpoint(tmp_path), "minisrv"), tmp_path, False, True, theirs)
     assert answers.recv().message == "the model was not compiled: there is no compiler."
 
 
@@ -188,6 +189,47 @@ def test_it_has_limited_time_and_the_lowest_priority(tmp_path: Path):
     answer = run(process)
     assert isinstance(answer, CompilationError)
     assert "longer than 20 s" in answer.message
+
+
+def test_a_compilation_that_gets_no_core_goes_on_at_a_higher_priority(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Where others used every core, the process that yields to them starved until its time was
+    over, at each start. It starts again, once, and ends as another does."""
+    process = CompileProcess(job_of(make_checkpoint(tmp_path), "minisrv", dtype="float33"))
+    before = process._process
+    process.poll()
+    assert process.pid == before.pid
+    process._heard -= worker.PATIENCE
+    while process.pid == before.pid:
+        assert isinstance(process.poll(), Progress)
+        time.sleep(0.01)
+    assert before.exit_status == -signal.SIGKILL
+    assert "has made no progress for 300 s" in caplog.text
+    assert "starts again as a usual process" in caplog.text
+    while os.getpriority(os.PRIO_PROCESS, process.pid) != 19:
+        time.sleep(0.01)
+    process._heard -= worker.PATIENCE
+    answer = run(process)
+    assert isinstance(answer, CompilationError)
+    assert "float33" in answer.message
+    assert len([record for record in caplog.records if "no progress" in record.message]) == 1
+
+
+@pytest.mark.parametrize(("yields", "policy"), [(True, os.SCHED_IDLE), (False, os.SCHED_OTHER)])
+def test_the_priority_is_the_lowest_of_its_policy(yields: bool, policy: int):
+    told = subprocess.run(
+        [sys.executable, "-c", PRIORITY.format(yields)], check=True, capture_output=True, text=True
+    )
+    assert told.stdout.split() == ["19", str(policy)]
+
+
+PRIORITY = """
+import os
+from minisrv.compile import worker
+worker._lower_priority({})
+print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0))
+"""
 
 
 @pytest.mark.compiler
