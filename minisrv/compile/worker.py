@@ -77,6 +77,7 @@ class CompileJob:
     device: "cpu" or "cuda".
     threads: the number of threads that will compute a step on a CPU.
     max_num_tokens: the most tokens of a step.
+    passes: the names of the passes that rewrite its graph; None for all.
     """
 
     model: ModelConfig
@@ -86,6 +87,7 @@ class CompileJob:
     device: str
     threads: int
     max_num_tokens: int
+    passes: tuple[str, ...] | None = None
 
     @property
     def max_rows(self) -> int:
@@ -105,7 +107,8 @@ class CompileJob:
         """Return the key of the program in the cache. Raises OSError if the checkpoint cannot be
         read."""
         code = version("transformers") if self.model.implementation == "transformers" else ""
-        parts = (repr(self.model), self.dtype, str(self.quantization), code, *self.environment())
+        settings = (self.dtype, str(self.quantization), str(self.passes))
+        parts = (repr(self.model), *settings, code, *self.environment())
         described = (self.directory / "config.json").read_bytes()
         return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
 
@@ -292,7 +295,7 @@ def compile_model(
         return model
 
     traced = trace(make_model, job.device)
-    matches = apply_passes(traced)
+    matches = apply_passes(traced, job.passes)
     schedule = split(traced)
     keys = [piece.digest(*job.environment()) for piece in schedule.pieces]
     total = len(keys)

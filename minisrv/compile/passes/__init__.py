@@ -7,7 +7,7 @@ the node's `meta["example_value"]`, which it gives to the nodes that it adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import fx
 
@@ -35,6 +35,14 @@ PASSES: dict[str, Pass] = {
 """All passes by name, in the order in which they are applied."""
 
 
-def apply_passes(traced: Trace) -> dict[str, int]:
-    """Apply all passes to the graph of a trace, and return the number of matches of each."""
-    return {name: rewrite(traced.graph.graph, traced.sources) for name, rewrite in PASSES.items()}
+def apply_passes(traced: Trace, names: Collection[str] | None = None) -> dict[str, int]:
+    """Apply passes to the graph of a trace in their order, and return the number of matches of
+    each.
+
+    names: the passes that are applied; None for all.
+    """
+    return {
+        name: rewrite(traced.graph.graph, traced.sources)
+        for name, rewrite in PASSES.items()
+        if names is None or name in names
+    }
