@@ -229,6 +229,7 @@ class Compilation:
         self._next_turn = 0.0
         self._longest_turn = 0.0
         self._on_progress: CaptureProgress = lambda done, total: None
+        self._is_awaited = False
         self._work: _Work | None = None
         self.report = CompilationReport()
         """The generation that serves, and why. A change replaces it."""
@@ -269,9 +270,12 @@ class Compilation:
     def wait(self, on_progress: CaptureProgress) -> None:
         """Compile, and wait until the compiled code serves or has been refused.
 
+        The graphs that serve are not timed: a start-up times them all behind this.
+
         on_progress: is called with the number of pieces that are compiled, and of all.
         """
         self._on_progress = on_progress
+        self._is_awaited = True
         try:
             while self.is_under_way:
                 self._take_turn(math.inf)
@@ -361,9 +365,8 @@ class Compilation:
                 compiler.remember_slowness(found, self._timed_steps, speedup)
                 if not self._serve_slower:
                     raise _RefusedError(Refusal.SLOWER, _too_slow(speedup))
-            times = yield from turn.take(
-                partial(time_generation, runner, pool, new, self._timed, turn)
-            )
+            timed = () if self._is_awaited else self._timed
+            times = yield from turn.take(partial(time_generation, runner, pool, new, timed, turn))
         self._lap("certify")
         yield from self._serve(new, times)
         logger.info("steps by compiled code are %.2f times as fast", speedup)

@@ -500,6 +500,25 @@ def test_compile_wait_is_ready_with_compiled_code(checkpoint):
     assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
 
 
+def test_a_start_that_waits_times_each_graph_once(checkpoint, monkeypatch):
+    """It timed those of compiled code when these were certified, and again when it was ready."""
+    timed: list[object] = []
+
+    def time_generation(*_: Any) -> dict[Any, Any]:
+        timed.append(1)
+        return {}
+
+    monkeypatch.setattr(CPUPlatform, "times_graphs", True)
+    monkeypatch.setattr(compilation, "time_generation", time_generation)
+    engine = start(checkpoint, FakeCompiler(), compile_wait=True)
+    assert engine.info.compilation.generation == 1
+    assert not timed
+    engine = start(checkpoint, FakeCompiler())
+    serve(engine, 3)
+    assert engine.compilation.generation == 1
+    assert timed == [1]
+
+
 def test_what_was_measured_to_be_slow_is_not_compiled_again(checkpoint, caplog):
     """Each restart once compiled and measured it anew, beside the requests that it served. Where
     other steps are measured, the outcome may be another one."""
