@@ -213,15 +213,13 @@ class Program(Compiled):
         """
         try:
             return cls._load(directory, model, between)
-        except (CompilationError, OSError, RuntimeError, msgspec.MsgspecError) as error:
+        except _UNREADABLE as error:
             logger.warning("the program in %s is not used: %s", directory, error)
             return None
 
     @classmethod
     def _load(cls, directory: FilePath, model: Model, between: Callable[[], None]) -> Program:
-        body = artifacts.read_description(directory)
-        description = msgspec.msgpack.decode(body, type=Description)
-        packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
+        description, packages = _read(directory)
         sizes = {
             call.piece: len(call.arguments)
             for call in description.calls
@@ -235,6 +233,15 @@ class Program(Compiled):
         program = cls(description, pieces, model, between)
         logger.info("loaded %s", program.summary)
         return program
+
+    @staticmethod
+    def is_whole(directory: FilePath) -> bool:
+        """Whether everything of a program in the cache is there, and trusted. Nothing is loaded."""
+        try:
+            _read(directory)
+        except _UNREADABLE:
+            return False
+        return True
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -322,6 +329,19 @@ class Program(Compiled):
                     raise CompilationError(f"{value.dtype} is no dtype.")
                 made = torch.zeros(_product(most), dtype=dtype, device=self._model.qkv.device)
                 self._buffers[value.buffer] = made
+
+
+_UNREADABLE = (CompilationError, OSError, RuntimeError, msgspec.MsgspecError)
+"""What is raised for a program that cannot be used."""
+
+
+def _read(directory: FilePath) -> tuple[Description, list[artifacts.Package]]:
+    """Return the description of a program in the cache, and the packages of its pieces. All of them
+    have been checked. Raises one of `_UNREADABLE`."""
+    body = artifacts.read_description(directory)
+    description = msgspec.msgpack.decode(body, type=Description)
+    packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
+    return description, packages
 
 
 _T = TypeVar("_T")

@@ -18,6 +18,7 @@ from minisrv import threads
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
+from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.cost_model import CostModel, StepSample
@@ -91,7 +92,8 @@ def build_engine(
     before_loading: is called with the context length and the number of KV blocks before weights are
         read; on a GPU these are upper bounds. A ConfigError that it raises is passed on.
     make_compiler: makes what compiles the loaded model; None for what the compilation mode says.
-    serve_slower: see `Compilation`.
+    serve_slower: see `Compilation`. There is memory for two generations then, so that compiled code
+        can be measured beside the model's own.
     check_addresses: see `CUDAGraphWrapper`; for tests.
 
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, CompilationError,
@@ -121,6 +123,7 @@ def build_engine(
     platform.check_sizes(config, description, dtype, sizes, most_blocks)
     before_loading(context, most_blocks)
     model_config = description.for_context(context)
+    builds_beside = make_compiler is not None
     if make_compiler is None and compilation_mode is CompilationMode.MINISRV_COMPILE:
         job = CompileJob(
             model=model_config,
@@ -132,6 +135,9 @@ def build_engine(
             max_num_tokens=sizes.max_num_tokens,
         )
         make_compiler = partial(PieceCompiler, job, again=config.compile_wait)
+        kept = job.kept_program()
+        # What the cache has serves from the start, and no other graphs are captured.
+        builds_beside = kept is None or not Program.is_whole(kept)
     if platform.prepare_kernels(progress):
         clock.end("kernels")
     with _timed(clock, "weights"):
@@ -166,7 +172,8 @@ def build_engine(
         )
 
     with _timed(clock, "memory"):
-        generations = 1 if make_compiler is None else 2
+        compares = serve_slower and compilation_mode is not CompilationMode.NONE
+        generations = 2 if builds_beside or compares else 1
         memory = platform.plan_memory(config, shape, make_runner, available, generations)
         context = fit_context(config, model_config, dtype, context, memory.kv_cache_bytes)
         shape = KVCacheShape.of(config, model_config, context, dtype)

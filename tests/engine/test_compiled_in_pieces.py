@@ -12,11 +12,20 @@ import pytest
 
 from minisrv import LLM, SamplingParams
 from minisrv.cli import main
+from minisrv.compile import artifacts
+from minisrv.compile.modes import CompilationMode
+from minisrv.compile.pieces import PieceCompiler
+from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
+from minisrv.engine.memory import MemoryPlan
 from minisrv.engine.messages import CompilationState
+from minisrv.engine.platforms import CPUPlatform
+from minisrv.errors import CompilationError, ConfigError
 from tests.checkpoints import make_checkpoint
 from tests.nn.test_logits import prompt
 
 PROMPTS = [{"prompt_token_ids": prompt(length, length)} for length in (3, 20, 1, 9)]
+PLAN_MEMORY = CPUPlatform.plan_memory
 LIMITS: dict[str, Any] = {
     "max_num_seqs": 2,
     "max_num_batched_tokens": 16,
@@ -47,6 +56,13 @@ def test_what_is_compiled_serves_now_and_after_a_restart(
     # A model of this size is not surely faster compiled.
     monkeypatch.setattr("minisrv.engine.compilation.LEAST_SPEEDUP", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    planned: list[int] = []
+
+    def plan_memory(*given: Any) -> MemoryPlan:
+        planned.append(given[-1])
+        return PLAN_MEMORY(*given)
+
+    monkeypatch.setattr(CPUPlatform, "plan_memory", plan_memory)
     checkpoint = str(make_checkpoint(tmp_path / "model", "llama"))
     expected, own = tokens(LLM(checkpoint, compilation_mode=0, **LIMITS))
 
@@ -71,6 +87,34 @@ def test_what_is_compiled_serves_now_and_after_a_restart(
     again = LLM(checkpoint, **LIMITS)
     assert again.engine.info.compilation.state is CompilationState.COMPILED
     assert tokens(again) == (expected, modes)
+    # Only a start that compiles has graphs of both codes; a damaged program is compiled again.
+    assert planned == [1, 2, 1, 1]
+    [description] = (tmp_path / "cache").rglob(artifacts.PROGRAM)
+    description.write_bytes(b"")
+    monkeypatch.setattr(PieceCompiler, "start", refuse_to_start)
+    LLM(checkpoint, **LIMITS)
+    assert planned[4:] == [2]
+
+
+def refuse_to_start(compiler: PieceCompiler) -> Any:
+    raise CompilationError("that is enough.")
+
+
+@pytest.mark.parametrize("mode", [CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE])
+def test_code_that_is_measured_beside_the_models_own_has_memory_for_both(
+    mode: CompilationMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`minisrv bench` captures the graphs of a model's own code too, for which a GPU had left no
+    memory where the model was compiled as a whole."""
+
+    def plan_memory(*given: Any) -> MemoryPlan:
+        assert given[-1] == (1 if mode is CompilationMode.NONE else 2)
+        raise ConfigError("that is enough.")
+
+    monkeypatch.setattr(CPUPlatform, "plan_memory", plan_memory)
+    checkpoint = str(make_checkpoint(tmp_path, "llama"))
+    with pytest.raises(ConfigError, match="that is enough"):
+        build_engine(EngineConfig(checkpoint, compilation_mode=mode, **LIMITS), serve_slower=True)
 
 
 def test_only_what_is_compiled_in_pieces_is_compiled_ahead(
