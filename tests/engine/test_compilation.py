@@ -502,17 +502,17 @@ def test_compile_wait_is_ready_with_compiled_code(checkpoint):
 
 def test_a_start_that_waits_times_each_graph_once(checkpoint, monkeypatch):
     """It timed those of compiled code when these were certified, and again when it was ready."""
-    timed: list[object] = []
+    timed: list[bool] = []
 
-    def time_generation(*_: Any) -> dict[Any, Any]:
-        timed.append(1)
+    def time_generation(runner: Any, pool: Any, new: Any, keys: Any, turn: Any) -> dict[Any, Any]:
+        timed.append(bool(keys))
         return {}
 
     monkeypatch.setattr(CPUPlatform, "times_graphs", True)
     monkeypatch.setattr(compilation, "time_generation", time_generation)
     engine = start(checkpoint, FakeCompiler(), compile_wait=True)
     assert engine.info.compilation.generation == 1
-    assert not timed
+    assert timed == [False]
     engine = start(checkpoint, FakeCompiler())
     serve(engine, 3)
     assert engine.compilation.generation == 1
