@@ -147,7 +147,7 @@ class StepTrial:
         self.full_batch_trial = full_batch_trial
         # All random choices depend on the batch only, so a trial can be repeated.
         draw = random.Random(repr(batch))
-        self.output = _step(batch, space, runner.block_size, runner.vocab_size, draw, params)
+        self.output = make_step(batch, space, runner, draw, params)
         used, blocks = len(self.output.new_blocks), space.blocks
         device = runner.kv_caches[0].device
         watched_blocks = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
@@ -370,16 +370,19 @@ def _true(flags: dict[str, Tensor]) -> list[str]:
     return [name for name, flag in zip(flags, found, strict=True) if flag]
 
 
-def _step(
+def make_step(
     batch: Batch,
     space: TrialSpace,
-    block_size: int,
-    vocab_size: int,
+    runner: ModelRunner,
     draw: random.Random,
     params: Sequence[SamplingParams],
 ) -> SchedulerOutput:
     """Return a step with the rows of the batch: request indices of the space are assigned in order,
-    and the first blocks in random order."""
+    and the first blocks in random order.
+
+    params: the sampling parameters of `SAMPLED_ROWS` rows, in turn; others are greedy.
+    """
+    block_size, vocab_size = runner.block_size, runner.vocab_size
     needed = [-(-(row.num_computed_tokens + row.num_tokens) // block_size) for row in batch]
     blocks = draw.sample(space.blocks[: sum(needed)], sum(needed))
     rows: list[ScheduledRow] = []

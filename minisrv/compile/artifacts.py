@@ -75,7 +75,7 @@ def environment(device: str) -> tuple[str, ...]:
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         gpu = torch.cuda.get_device_name(), capability, version("triton")
-    return device, *gpu, instructions, torch.__version__, python, _code_digest()
+    return device, *gpu, instructions, torch.__version__, python, code_digest(_CODE)
 
 
 def program_directory(key: str) -> Path:
@@ -213,10 +213,14 @@ def _write(path: Path, body: bytes) -> None:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Return the digest of parts of the package.
+
+    parts: the paths of packages and modules in minisrv.
+    """
     root = Path(__file__).parents[1]
     found = hashlib.sha256()
-    for part in _CODE:
+    for part in parts:
         for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
             found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()

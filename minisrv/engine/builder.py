@@ -1,6 +1,6 @@
 """Builds the parts of an engine from settings and a checkpoint.
 
-Knows: the order of a start-up (device, checkpoint, kernels, weights, memory, graphs), and the
+Knows: the order of a start-up (device, checkpoint, weights, kernels, memory, graphs), and the
 arguments of each part. Knows nothing of steps.
 """
 
@@ -29,11 +29,13 @@ from minisrv.core.scheduler import Scheduler
 from minisrv.device_kind import ResolvedConfig, choose_compilation
 from minisrv.engine.compilation import Compilation, Compiler
 from minisrv.engine.grammars import Grammars
+from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Platform, Progress, platform_of
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError
+from minisrv.kernels.gpu import gpu_of
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
 from minisrv.modes import GraphKey
@@ -138,23 +140,31 @@ def build_engine(
         kept = job.kept_program()
         # What the cache has serves from the start, and no other graphs are captured.
         builds_beside = kept is None or not Program.is_whole(kept)
-    if platform.prepare_kernels(progress):
-        clock.end("kernels")
-    with _timed(clock, "weights"):
-        model = load_model(
-            model_config,
-            checkpoint.directory,
-            dtype=dtype,
-            device=device,
-            load_format=config.load_format,
-            seed=config.seed,
-            progress=lambda done, total: progress("loading weights", done, total),
-        )
-        model.prepare(quantization=config.quantization)
-    with _timed(clock, "tokenizer"):
-        grammars = Grammars(
-            checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
-        )
+    kernels = KernelJob(
+        model=model_config,
+        directory=checkpoint.directory,
+        dtype=dtype_name(dtype),
+        quantization=config.quantization,
+        ladders=ladders,
+        block_size=config.block_size,
+        gpu=gpu_of(device),
+    )
+    with _timed(clock, "kernels"), platform.compiled_kernels(kernels, progress):
+        with _timed(clock, "weights"):
+            model = load_model(
+                model_config,
+                checkpoint.directory,
+                dtype=dtype,
+                device=device,
+                load_format=config.load_format,
+                seed=config.seed,
+                progress=lambda done, total: progress("loading weights", done, total),
+            )
+            model.prepare(quantization=config.quantization)
+        with _timed(clock, "tokenizer"):
+            grammars = Grammars(
+                checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
+            )
 
     def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
         return ModelRunner(

@@ -49,7 +49,7 @@ def attention(
     queries share their key head without copies of it: query head h uses key head h // (num_heads //
     num_kv_heads).
     """
-    function = _by_triton() if qkv.is_cuda else attention_on_cpu
+    function = attention_on_cpu if qkv.is_cpu else _by_triton()
     function(layer, qkv, positions, metadata, out)
 
 

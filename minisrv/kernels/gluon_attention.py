@@ -26,7 +26,6 @@ Knows: the layout of the cache, and queries as `triton_attention` prepares them.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minisrv.kernels.attention_arguments import AttentionLayer, AttentionMetadata
+from minisrv.kernels.gpu import gpu_of
 from minisrv.kernels.triton_launch import multiprocessors
 from minisrv.kernels.triton_ragged import (
     END_ROW,
@@ -97,9 +97,9 @@ first token in the step, the number of the row's tokens from there on, the posit
 them, and the number of keys that any of its queries sees, which is 0 in the end."""
 
 
-@cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.capability[0] == HOPPER
 
 
 def supports(layer: AttentionLayer, device: torch.device) -> bool:

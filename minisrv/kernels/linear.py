@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minisrv.kernels import tiles
 from minisrv.kernels.elementwise import GATES, rms_norm_op
+from minisrv.kernels.gpu import gpu_of
 from minisrv.kernels.registration import register_op
 
 INT8_ROWS = 4
@@ -348,8 +349,8 @@ def _unquantized(weight: Tensor, bias: Tensor | None) -> LinearMethod:
 def _unquantized_method(
     weight: Tensor,
 ) -> type[UnquantizedLinearMethod] | type[OneDNNLinearMethod]:
-    if weight.device.type == "cuda":
-        capable = torch.cuda.get_device_capability(weight.device) >= TENSOR_CORES
+    if (gpu := gpu_of(weight.device)) is not None:
+        capable = gpu.capability >= TENSOR_CORES
         return TensorCoreLinearMethod if capable else UnquantizedLinearMethod
     return OneDNNLinearMethod if _onednn_takes(weight.dtype) else UnquantizedLinearMethod
 

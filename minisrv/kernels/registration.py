@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from minisrv.kernels.gpu import is_rehearsing
+
 Function = Callable[..., None]
 
 DIRECT: dict[OpOverload, Function] = {}
@@ -50,7 +52,8 @@ def register_op(
 
     schema: arguments and results in torch.library's language. An op returns nothing and writes to
         those of its arguments that the schema marks as written, so that a trace needs no more than
-        the schema.
+        the schema. Tensors without memory, which have nothing to compute, reach the implementation
+        for CUDA only while its launches are rehearsed (`kernels.gpu`).
     cpu: the implementation for CPUs.
     cuda: the place of the implementation for CUDA, see `imported_at_first_call`.
     every_device: one implementation for all devices, in place of the other two.
@@ -68,7 +71,13 @@ def register_op(
     for device, implementation in implementations.items():
         if implementation is not None:
             torch.library.impl(qualified, device, implementation)
-    torch.library.register_fake(qualified, lambda *args, **kwargs: None)
+    on_gpu = every_device or implementations["cuda"]
+
+    def without_memory(*args: Any, **kwargs: Any) -> None:
+        if on_gpu is not None and is_rehearsing():
+            on_gpu(*args, **kwargs)
+
+    torch.library.register_fake(qualified, without_memory)
     op: OpOverload = getattr(torch.ops.minisrv, name).default
     plain = cpu or every_device
     if plain is not None:

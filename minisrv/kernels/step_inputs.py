@@ -107,7 +107,7 @@ def write_values(writes: Sequence[Write], to_device: Callable[[NDArray[np.int64]
 
     to_device: a function that copies an array to the device of the targets.
     """
-    if writes[0].target.is_cuda:
+    if not writes[0].target.is_cpu:
         _write_values_on_cuda(writes, to_device)
         return
     for target, values, at in writes:

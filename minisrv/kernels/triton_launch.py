@@ -30,6 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from minisrv.kernels.gpu import current_gpu, gpu_of
+
 MAX_ARRIVALS = 1 << 16
 """Maximum number of groups of programs in one launch."""
 
@@ -38,9 +40,8 @@ MAX_ARRIVALS = 1 << 16
 def enabled() -> bool:
     """Whether PDL is on, as on GPUs that have it (compute capability 9.0 or higher) unless
     MINISRV_PDL is 0."""
-    if os.environ.get("MINISRV_PDL") == "0" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= (9, 0)
+    gpu = current_gpu()
+    return os.environ.get("MINISRV_PDL") != "0" and gpu is not None and gpu.capability >= (9, 0)
 
 
 def pdl() -> dict[str, Any]:
@@ -78,7 +79,8 @@ def wait_and_launch_dependents(PDL: tl.constexpr):
     launch_dependents(PDL)
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
     """Return the number of SMs of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = gpu_of(device)
+    assert gpu is not None, "only a GPU has SMs"
+    return gpu.multiprocessors

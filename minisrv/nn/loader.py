@@ -21,7 +21,7 @@ from minisrv.model_config import ModelConfig
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.model import Model
 from minisrv.nn.registry import model_class
-from minisrv.nn.weights import Problems, Progress, check_size, opened, read_tensor
+from minisrv.nn.weights import Problems, Progress, check_size, generator, opened, read_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +131,9 @@ def _is_harmless(name: str) -> bool:
 def _init_dummy_weights(model: Decoder, seed: int) -> None:
     """Fill the model with random weights that keep activations near unit size; they are the same
     for the same seed and dtype."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn_by = generator(next(model.parameters()).device, seed)
     for name, tensor in model.destinations():
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         else:
-            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=drawn_by)

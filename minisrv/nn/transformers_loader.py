@@ -32,7 +32,7 @@ from minisrv.checkpoint.transformers_decoder import MetaDecoder, describe, make_
 from minisrv.errors import ModelError
 from minisrv.model_config import ModelConfig
 from minisrv.nn.transformers_model import TransformersModel
-from minisrv.nn.weights import Problems, Progress, check_size, opened, read_tensor
+from minisrv.nn.weights import Problems, Progress, check_size, generator, opened, read_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class _Weights:
     def draw(self, seed: int) -> None:
         """Fill matrices with random weights that keep activations near unit size, and all else with
         what transformers begins a training with. They are the same for the same seed and dtype."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn_by = generator(self.device, seed)
         tied = self.model.all_tied_weights_keys
         for name, parameter in self.wanted.items():
             if name in tied:
@@ -151,7 +151,7 @@ class _Weights:
             self.missing.discard(name)
             tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
             if tensor.dim() > 1:
-                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=drawn_by)
             self._set(name, tensor, is_filled=tensor.dim() > 1)
         self._tie()
         self._compute_buffers()

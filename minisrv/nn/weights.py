@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +29,13 @@ MAX_CHARACTERS = 200
 """Maximum number of characters that an error spends on a weight and what is wrong with it."""
 
 _DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def generator(device: torch.device | str, seed: int) -> torch.Generator | None:
+    """Return what draws random weights on a device; None for the meta device, whose tensors have no
+    values."""
+    device = torch.device(device)
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def check_size(config: ModelConfig, directory: Path, files: Sequence[Path]) -> None:

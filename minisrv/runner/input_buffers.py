@@ -95,8 +95,8 @@ def to_device(values: NDArray[np.int64], device: torch.device) -> Tensor:
     memory before the copy from it has finished, as the host may be a step ahead.
     """
     tensor = torch.from_numpy(values)
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

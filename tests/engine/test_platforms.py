@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,9 @@ from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU, CUDA, expected_kind
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine, resolve_dtype
+from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan
-from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, cpu, cuda, platform_of
+from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, Progress, cpu, cuda, platform_of
 from minisrv.errors import ConfigError
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
@@ -42,6 +44,9 @@ class Gpu(CUDAPlatform):
 
     def make_backend(self) -> CPUTapeBackend:
         return CPUTapeBackend()
+
+    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
+        return CPUPlatform().compiled_kernels(job, progress)
 
     def allowed_bytes(self, config: EngineConfig) -> int:
         return self.allowed
@@ -334,9 +339,7 @@ def test_a_start_on_each_platform(on_gpu, asked, ahead, checkpoint, monkeypatch,
     )
     with caplog.at_level(logging.INFO, logger="minisrv"):
         parts = build_engine(config)
-    phases = ["device", "checkpoint", "kernels", "weights", "tokenizer", "memory", "graphs"]
-    if on_gpu:
-        phases.remove("kernels")
+    phases = ["device", "checkpoint", "weights", "tokenizer", "kernels", "memory", "graphs"]
     assert list(parts.info.startup_seconds) == phases
     assert parts.config.async_scheduling is ahead
     assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
 from minisrv.config import EngineConfig
 from minisrv.device_kind import DeviceKind
+from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
@@ -47,9 +49,9 @@ class Platform(ABC):
         """Return memory that this process keeps, and nobody uses, to the device."""
 
     @abstractmethod
-    def prepare_kernels(self, progress: Progress) -> bool:
-        """Prepare kernels before weights are loaded and return True; return False if each kernel is
-        compiled when it first runs."""
+    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
+        """Return the context behind which kernels are compiled: those of `job`, or all of the
+        device. What can be done beside the block is done beside it."""
 
     @abstractmethod
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:

@@ -5,12 +5,14 @@ Knows: how much memory the machine has. Knows nothing of how many threads comput
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU
+from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.errors import ConfigError
@@ -46,12 +48,14 @@ class CPUPlatform(Platform):
     def release(self) -> None:
         """See `Platform`. The allocator keeps little."""
 
-    def prepare_kernels(self, progress: Progress) -> bool:
-        """Compile the C kernels, or find them in the cache, and return True."""
+    @contextmanager
+    def compiled_kernels(self, job: KernelJob, progress: Progress) -> Iterator[None]:
+        """See `Platform`. The C kernels are the same for all models; they are compiled, or found in
+        the cache, behind the block."""
+        yield
         progress("compiling kernels", 0, 1)
         native()
         progress("compiling kernels", 1, 1)
-        return True
 
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         """See `Platform`. bfloat16 is served as it is if the CPU multiplies it natively, because it

@@ -11,6 +11,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -18,6 +20,7 @@ from minisrv.certification.startup import probe
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.device_kind import CUDA
+from minisrv.engine.kernels import KernelJob, compiled_kernels
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.errors import ConfigError
@@ -51,9 +54,9 @@ class CUDAPlatform(Platform):
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
-    def prepare_kernels(self, progress: Progress) -> bool:
-        """See `Platform`. Triton compiles each kernel when it is first launched."""
-        return False
+    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
+        """See `Platform`. The kernels of Triton are those of the model."""
+        return compiled_kernels(job, partial(progress, "compiling kernels"))
 
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         """See `Platform`. Half precision is served as it is, and everything else is rounded to

@@ -1,0 +1,338 @@
+"""Triton's kernels are compiled by other processes while the weights load.
+
+Triton compiles a kernel when it is first launched, one after the other, and graphs are captured of
+kernels that have been launched. All launches of an engine follow from its settings, so one process
+rehearses them without a GPU (`certification.rehearsal`), and as many as there are cores compile
+what it has recorded into Triton's cache. A list of what has been compiled is kept; a start that
+finds all of it in Triton's cache starts no process.
+
+Nothing depends on it: a kernel that is not in the cache is compiled when it is first launched. So
+whatever fails here is told as a warning.
+
+Knows: Triton's cache, and the processes that fill it. Knows nothing of what a kernel computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from minisrv import threads
+from minisrv.cache import cache_directory, read_cached, write_cached
+from minisrv.compile import artifacts
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import Ladders
+from minisrv.kernels.gpu import GPU
+from minisrv.model_config import ModelConfig
+from minisrv.processes import ChildProcess, die_with_parent
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Function that is called with the number of kernels that have been compiled, and of all."""
+
+MOST_PROCESSES = 16
+"""Maximum number of processes that compile at a time. Each takes about 200 MiB, and with more the
+longest kernel would determine the time."""
+
+TIMEOUT = 300.0
+"""Number of seconds after which a start no longer waits for the processes."""
+
+_CACHE = "TRITON_CACHE_DIR"
+_CODE = ("kernels", "nn", "runner", "certification", "core")
+"""The parts of the package on which the launches of an engine depend."""
+
+
+@dataclass(frozen=True)
+class KernelJob:
+    """What decides which kernels an engine launches.
+
+    directory: the checkpoint, of which config.json is read.
+    dtype: torch's name of the dtype of serving.
+    quantization: a key of `LINEAR_METHODS`.
+    gpu: the GPU that launches them; None for a CPU, whose kernels are the same for all models.
+    """
+
+    model: ModelConfig
+    directory: Path
+    dtype: str
+    quantization: str | None
+    ladders: Ladders
+    block_size: int
+    gpu: GPU | None
+
+    def key(self) -> str:
+        """Return the key of the list of what was compiled for this job. Raises OSError if the
+        checkpoint cannot be read."""
+        settings = [
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("TRITON_", "MINISRV_PDL")) and name != _CACHE
+        ]
+        versions = torch.__version__, version("triton"), artifacts.code_digest(_CODE)
+        parts = (repr(self), *versions, *settings)
+        described = (self.directory / "config.json").read_bytes()
+        return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
+
+
+class Compiled(msgspec.Struct, frozen=True):
+    """What has been compiled.
+
+    files: the size in bytes of each file, by its path in Triton's cache.
+    kernels: the number of kernels.
+    problems: what could not be compiled, and why, in words.
+    seconds: how long it took.
+    processes: the number of processes that compiled.
+    """
+
+    files: dict[str, int]
+    kernels: int
+    problems: list[str]
+    seconds: float
+    processes: int
+
+
+@contextmanager
+def compiled_kernels(job: KernelJob, progress: Progress) -> Iterator[None]:
+    """Compile the kernels of a job beside the block, and wait for them behind it. If an error ends
+    the block, nothing is waited for."""
+    try:
+        process = _start(job)
+    except Exception as error:  # as on a machine where no process can be started
+        _warn(f"{type(error).__name__}: {error}")
+        yield
+        return
+    if process is None:
+        yield
+        return
+    try:
+        yield
+        found = process.wait(progress)
+    finally:
+        process.close()
+    if isinstance(found, str):
+        _warn(found)
+        return
+    text = "compiled %d kernels in %.1f s by %d processes"
+    logger.info(text, found.kernels, found.seconds, found.processes)
+    if found.problems:
+        _warn(f"{len(found.problems)} times something failed, first {found.problems[0]}")
+    else:
+        _keep(job, found)
+
+
+def _warn(why: str) -> None:
+    logger.warning("not all kernels were compiled ahead, and are when they first run: %s", why)
+
+
+def _start(job: KernelJob) -> KernelProcess | None:
+    """Start to compile; return None if everything is in the cache."""
+    from minisrv.kernels import triton_recording
+
+    directory = triton_recording.cache_directory()
+    if (listed := _listed(job)) is not None:
+        damaged = [name for name, size in listed.items() if _size(directory / name) != size]
+        if not damaged:
+            logger.info("all kernels are in %s", directory)
+            return None
+        _forget(directory, damaged)
+    if not _is_writable(directory):
+        scratch = tempfile.mkdtemp(prefix="minisrv-triton-")
+        os.environ[_CACHE] = scratch
+        logger.warning(
+            "kernels cannot be kept in %s, and are compiled again at the next start; set %s to a "
+            "directory that can be written to.",
+            directory,
+            _CACHE,
+        )
+    return KernelProcess(job)
+
+
+def _listed(job: KernelJob) -> dict[str, int] | None:
+    """Return the list of what was compiled for a job, if there is one."""
+    path = _list_path(job)
+    body = None if path is None else read_cached(path)
+    if body is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(body, type=dict[str, int])
+    except msgspec.MsgspecError:
+        return None
+
+
+def _keep(job: KernelJob, compiled: Compiled) -> None:
+    if (path := _list_path(job)) is not None:
+        write_cached(path, msgspec.msgpack.encode(compiled.files))
+
+
+def _list_path(job: KernelJob) -> Path | None:
+    try:
+        return cache_directory("kernels") / f"{job.key()}.msgpack"
+    except (OSError, RuntimeError) as error:
+        logger.warning("no list of compiled kernels can be kept: %s", error)
+        return None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _forget(directory: Path, damaged: list[str]) -> None:
+    """Remove what is left of kernels that are not whole, so that Triton does not use it."""
+    for name in damaged:
+        for path in (directory / name).parent.glob("*"):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
+
+
+class KernelProcess:
+    """The engine's handle of the process that records kernels and has them compiled. It is to be
+    made and used by one thread, with which the process ends."""
+
+    def __init__(self, job: KernelJob, timeout: float = TIMEOUT) -> None:
+        """Start the process at once.
+
+        timeout: number of seconds after which `wait` gives up.
+        """
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._answers, answers = Pipe(duplex=False)
+        try:
+            self._process = ChildProcess("kernels", _main, job, answers, private_dir=None)
+        finally:
+            answers.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def wait(self, progress: Progress) -> Compiled | str:
+        """Wait until the process has finished, and return what it has compiled, or why it has
+        failed."""
+        while self._answers.poll(max(0.0, self._deadline - time.monotonic())):
+            try:
+                said = self._answers.recv()
+            except (EOFError, OSError):
+                return f"the process ended {self._process.describe_exit()}"
+            if isinstance(said, Compiled | str):
+                return said
+            progress(*said)
+        return f"it took longer than {self._timeout:g} s"
+
+    def close(self) -> None:
+        """End the process if it runs."""
+        self._process.stop()
+        self._answers.close()
+
+
+# ---- in the process ------------------------------------------------------------------------------
+
+_recorded: list[Callable[[], Any]] = []
+"""The recorded kernels, which the processes that compile have from the one that forks them."""
+
+
+def _main(job: KernelJob, answers: Connection) -> None:
+    try:
+        answers.send(compile_kernels(job, lambda done, total: answers.send((done, total))))
+    except Exception as error:
+        logger.debug("kernels could not be recorded", exc_info=True)
+        answers.send(traceback.format_exception_only(error)[-1].strip())
+
+
+def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
+    """Record the kernels of a job, compile them in forked processes, and return what was compiled.
+    Raises whatever loading the model raises."""
+    from minisrv.kernels import triton_recording
+
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    kernels, problems = record(job)
+    _recorded[:] = kernels.values()
+    total, directory = len(_recorded), triton_recording.cache_directory()
+    processes = max(1, min(threads.cores(), MOST_PROCESSES, total))
+    files: dict[str, int] = {}
+    progress(0, total)
+    fork = multiprocessing.get_context("fork")
+    end = partial(die_with_parent, os.getpid())
+    with ProcessPoolExecutor(processes, mp_context=fork, initializer=end) as pool:
+        futures = [pool.submit(_compile, index) for index in range(total)]
+        for done, future in enumerate(as_completed(futures), 1):
+            try:
+                made = future.result()
+            except Exception as error:
+                problems.append(traceback.format_exception_only(error)[-1].strip())
+            else:
+                files |= {str(path.relative_to(directory)): size for path, size in made.items()}
+            progress(done, total)
+    seconds = time.monotonic() - began
+    return Compiled(files, total, problems, seconds, processes)
+
+
+def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    """Return the functions that compile the kernels of a job, by their keys in Triton's cache, and
+    why launches are missing, in words. Raises whatever loading the model raises."""
+    from minisrv.certification.batches import BatchLimits, blocks_for_any_batch
+    from minisrv.certification.rehearsal import rehearse
+    from minisrv.graph.cpu_tape import CPUTapeBackend
+    from minisrv.kernels.triton_recording import Recording
+    from minisrv.nn.loader import load_model
+    from minisrv.runner.model_runner import ModelRunner
+
+    dtype, meta = getattr(torch, job.dtype), torch.device("meta")
+    context, ladders = job.model.max_position_embeddings, job.ladders
+    sizes = ladders.max_num_seqs, ladders.max_num_batched_tokens, context
+    blocks = 1 + blocks_for_any_batch(BatchLimits(*sizes, num_blocks=1, block_size=job.block_size))
+    assert job.gpu is not None, "a CPU launches nothing of Triton's"
+    with Recording(job.gpu) as recording, torch.no_grad():
+        model = load_model(job.model, job.directory, dtype=dtype, device=meta, load_format="dummy")
+        model.prepare(quantization=job.quantization)
+        runner = ModelRunner(
+            model,
+            job.model,
+            ladders,
+            CPUTapeBackend(),  # no graph is captured
+            num_blocks=blocks,
+            block_size=job.block_size,
+            max_model_len=context,
+            dtype=dtype,
+            device=meta,
+        )
+        problems = rehearse(runner, BlockPool(blocks, job.block_size))
+    return recording.kernels, problems
+
+
+def _compile(index: int) -> dict[Path, int]:
+    from minisrv.kernels.triton_recording import compile_recorded
+
+    return {path: path.stat().st_size for path in compile_recorded(_recorded[index])}

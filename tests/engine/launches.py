@@ -1,0 +1,114 @@
+"""Print as JSON the keys in Triton's cache that an engine on an H100, which need not be there, asks
+for.
+
+It is a process of its own because Triton's interpreter, in which other tests run kernels without a
+GPU, compiles nothing, and because a process that has recorded launches nothing any more.
+Arguments: "rehearsed", for the launches that are rehearsed before a start, or "made", for those of
+the trials of a start-up, whose tensors have memory, that of the CPU; the checkpoint; the
+implementation of the model; the graph mode.
+"""
+
+# ruff: noqa: E402, the ops are defined by an import
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+H100 = (9, 0), 132
+LIMITS = {"max_num_seqs": 12, "max_num_batched_tokens": 96}
+
+_impl = torch.library.impl
+
+
+def _impl_of_gpu(op: str, device: str, function: Callable[..., None]) -> None:
+    """Have the implementation for CUDA take the tensors of the CPU."""
+    if device != "cpu":
+        _impl(op, "default", function)
+
+
+if sys.argv[1] == "made":
+    torch.library.impl = _impl_of_gpu
+    import minisrv.graph.attention  # noqa: F401, which defines all ops
+
+    torch.library.impl = _impl
+
+from minisrv.certification.batches import full_batch, short_batch
+from minisrv.certification.compare import InitialState
+from minisrv.certification.trial import StepTrial, reserved_space
+from minisrv.checkpoint import describe_model
+from minisrv.config import EngineConfig
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import ladders_of
+from minisrv.device_kind import CUDA
+from minisrv.engine.kernels import KernelJob, record
+from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.kernels import (
+    attention,
+    gluon_attention,
+    linear,
+    triton_attention,
+    triton_launch,
+    triton_step_inputs,
+)
+from minisrv.kernels.gpu import GPU
+from minisrv.kernels.triton_recording import Recording
+from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.nn.loader import load_model
+from minisrv.runner import input_buffers
+from minisrv.runner.model_runner import ModelRunner
+
+
+def job_of(directory: Path, implementation: str, mode: str, **changes: int) -> KernelJob:
+    """Return the job of an engine that serves a checkpoint."""
+    config = CUDA.resolve(
+        EngineConfig(device="cuda", cudagraph_mode=CUDAGraphMode(mode), **{**LIMITS, **changes})
+    )
+    model = describe_model(directory, implementation).model.for_context(256)
+    return KernelJob(model, directory, "bfloat16", None, ladders_of(config), 16, GPU(*H100))
+
+
+def made(job: KernelJob) -> dict[str, Any]:
+    """Return the kernels that the trials of a start-up launch."""
+    assert job.gpu is not None
+    for module in (gluon_attention, linear, triton_launch):
+        module.gpu_of = lambda device: job.gpu  # type: ignore[attr-defined]
+    sys.modules[attention.__module__].attention_on_cpu = triton_attention.attention
+    input_buffers.write_values = triton_step_inputs.write_values
+    cpu, dtype, blocks = torch.device("cpu"), torch.bfloat16, 120
+    with Recording(job.gpu) as recording, torch.no_grad():
+        model = load_model(job.model, job.directory, dtype=dtype, load_format="dummy")
+        model.prepare()
+        runner = ModelRunner(
+            model,
+            job.model,
+            job.ladders,
+            CPUTapeBackend(),
+            num_blocks=blocks,
+            block_size=job.block_size,
+            max_model_len=job.model.max_position_embeddings,
+            dtype=dtype,
+            device=cpu,
+        )
+        with reserved_space(runner, BlockPool(blocks, job.block_size)) as space:
+            limits = space.limits(runner)
+            largest = BatchDescriptor(job.ladders.max_num_batched_tokens)
+            trials = [((CUDAGraphMode.NONE, largest), full_batch(largest, limits))]
+            trials += [(key, short_batch(key[1], limits)) for key in job.ladders.keys()]  # noqa: SIM118
+            for key, batch in trials:
+                trial = StepTrial(runner, space, key, batch)
+                trial.reset(InitialState.CLEAN)
+                trial.run(None)
+    return recording.kernels
+
+
+if __name__ == "__main__":
+    what, directory, *how = sys.argv[1:]
+    job = job_of(Path(directory), *how)
+    kernels = made(job) if what == "made" else record(job)[0]
+    print(json.dumps(sorted(kernels)))

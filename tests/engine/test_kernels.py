@@ -1,0 +1,213 @@
+"""Triton's kernels are compiled ahead: those that launches ask for, and a start is right without
+them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from minisrv.checkpoint import describe_model
+from minisrv.config import EngineConfig
+from minisrv.core.ladder import ladders_of
+from minisrv.device_kind import CUDA
+from minisrv.engine import kernels
+from minisrv.engine.kernels import Compiled, KernelJob, KernelProcess, compiled_kernels
+from minisrv.kernels.gpu import GPU
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this directory, in which Triton compiles."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mode"),
+    [("minisrv", "full"), ("minisrv", "piecewise"), ("transformers", "full")],
+)
+def test_the_kernels_that_are_rehearsed_are_those_that_launches_ask_for(
+    implementation: str, mode: str, tmp_path: Path
+) -> None:
+    """The keys in Triton's cache say so, which depend on types, constants, alignments, launch
+    options and the GPU."""
+    checkpoint = make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16)
+    rehearsed, made = (
+        set(json.loads(run("launches.py", what, checkpoint, implementation, mode).stdout))
+        for what in ("rehearsed", "made")
+    )
+    assert made
+    assert made <= rehearsed
+    if mode == "full":  # where rows are not padded, a step of more rows is rehearsed too
+        assert made == rehearsed
+
+
+def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    cache = tmp_path / "triton"
+    caches = {"TRITON_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+
+    def start() -> list[str]:
+        return run("compile_kernels.py", checkpoint, **caches).stdout.splitlines()
+
+    first = start()
+    assert len(first) == 1
+    assert first[0].startswith("compiled ")
+    assert start() == [f"all kernels are in {cache}"]
+    damaged = next(cache.rglob("*.cubin"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:10])
+    assert start()[0].startswith("compiled ")
+    assert damaged.read_bytes() == whole
+    assert start() == [f"all kernels are in {cache}"]
+
+
+def job_of(directory: Path, **changes: Any) -> KernelJob:
+    config = CUDA.resolve(EngineConfig(device="cuda", max_num_seqs=1, max_num_batched_tokens=8))
+    job = {
+        "model": describe_model(directory, "minisrv").model,
+        "directory": directory,
+        "dtype": "bfloat16",
+        "quantization": None,
+        "ladders": ladders_of(config),
+        "block_size": 16,
+        "gpu": GPU((9, 0), 132),
+    }
+    return KernelJob(**{**job, **changes})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory for the cache of Triton."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "triton"
+
+
+def test_a_start_goes_on_where_nothing_can_be_compiled(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = False
+    with compiled_kernels(job_of(checkpoint, dtype="no dtype"), lambda done, total: None):
+        ran = True
+    assert ran
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "are when they first run" in record.message
+    assert "no dtype" in record.message
+
+
+def test_the_death_of_the_process_is_told(checkpoint: Path) -> None:
+    process = KernelProcess(job_of(checkpoint))
+    try:
+        os.kill(process.pid, signal.SIGKILL)
+        assert "ended by SIGKILL" in str(process.wait(lambda done, total: None))
+    finally:
+        process.close()
+
+
+def test_nothing_is_waited_for_longer_than_the_timeout(checkpoint: Path) -> None:
+    process = KernelProcess(job_of(checkpoint), timeout=0.0)
+    try:
+        assert process.wait(lambda done, total: None) == "it took longer than 0 s"
+    finally:
+        process.close()
+
+
+class Ready:
+    """Stands for a process that has compiled everything, or nothing."""
+
+    made: Compiled | str = Compiled({}, 3, [], 1.5, 2)
+    closed = 0
+
+    def __init__(self, job: KernelJob) -> None:
+        self.job = job
+
+    def wait(self, progress: kernels.Progress) -> Compiled | str:
+        return self.made
+
+    def close(self) -> None:
+        type(self).closed += 1
+
+
+def test_what_was_compiled_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "KernelProcess", Ready)
+    with (
+        caplog.at_level(logging.INFO, logger="minisrv"),
+        compiled_kernels(job_of(checkpoint), lambda done, total: None),
+    ):
+        pass
+    assert [record.message for record in caplog.records] == [
+        "compiled 3 kernels in 1.5 s by 2 processes"
+    ]
+
+
+def test_a_kernel_that_could_not_be_compiled_is_tried_again_at_the_next_start(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Ready):
+        made = Compiled({}, 3, ["RuntimeError: no ptxas"], 1.5, 2)
+
+    monkeypatch.setattr(kernels, "KernelProcess", Broken)
+    for _ in range(2):
+        with compiled_kernels(job_of(checkpoint), lambda done, total: None):
+            pass
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 2
+    assert all("first RuntimeError: no ptxas" in message for message in warnings)
+
+
+def test_an_error_while_weights_load_ends_the_process(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unwanted(Ready):
+        closed = 0
+
+        def wait(self, progress: kernels.Progress) -> Compiled | str:
+            raise AssertionError("nobody needs the kernels any more")
+
+    monkeypatch.setattr(kernels, "KernelProcess", Unwanted)
+    with (
+        pytest.raises(MemoryError),
+        compiled_kernels(job_of(checkpoint), lambda done, total: None),
+    ):
+        raise MemoryError
+    assert Unwanted.closed == 1
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_for_this_start(
+    checkpoint: Path,
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    empty_cache.write_text("a file where the directory should be")
+    monkeypatch.setattr(kernels, "KernelProcess", Ready)
+    with compiled_kernels(job_of(checkpoint), lambda done, total: None):
+        pass
+    used = Path(os.environ["TRITON_CACHE_DIR"])
+    assert used != empty_cache
+    assert used.is_dir()
+    [record] = caplog.records
+    assert record.message.startswith(f"kernels cannot be kept in {empty_cache}")
