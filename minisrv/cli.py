@@ -256,10 +256,11 @@ def _parser() -> CommandParser:
 
     compile_ = commands.add_parser(
         "compile",
-        help="compile a model in pieces before it is served",
+        help="compile a model, and on a GPU its kernels, before it is served",
         description="Compile a model as `serve` does with --compilation-mode 3, unless the cache "
         "has it, certify the compiled code, and end. Give it the flags of `serve`: some of them "
-        "are part of what is compiled. Exits 1 if the compiled code would not serve.",
+        "are part of what is compiled. Exits 1 if the compiled code would not serve. On a GPU the "
+        "kernels are compiled as well, and for code that `serve` would not compile only they are.",
     )
     add_engine_flags(compile_)
     compile_.set_defaults(run=_compile)

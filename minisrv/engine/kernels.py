@@ -139,15 +139,21 @@ def compiled_kernels(job: KernelJob, progress: Progress) -> Iterator[None]:
         _keep(job, found)
 
 
+def kernel_cache() -> Path:
+    """Return the directory of Triton's cache, which may not exist yet. Raises ImportError without
+    Triton."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
+
+
 def _warn(why: str) -> None:
     logger.warning("not all kernels were compiled ahead, and are when they first run: %s", why)
 
 
 def _start(job: KernelJob) -> KernelProcess | None:
     """Start to compile; return None if everything is in the cache."""
-    from minisrv.kernels import triton_recording
-
-    directory = triton_recording.cache_directory()
+    directory = kernel_cache()
     if (listed := _listed(job)) is not None:
         damaged = [name for name, size in listed.items() if _size(directory / name) != size]
         if not damaged:
@@ -273,13 +279,11 @@ def _main(job: KernelJob, answers: Connection) -> None:
 def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     """Record the kernels of a job, compile them in forked processes, and return what was compiled.
     Raises whatever loading the model raises."""
-    from minisrv.kernels import triton_recording
-
     began = time.monotonic()
     torch.set_num_threads(1)
     kernels, problems = record(job)
     _recorded[:] = kernels.values()
-    total, directory = len(_recorded), triton_recording.cache_directory()
+    total, directory = len(_recorded), kernel_cache()
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total))
     files: dict[str, int] = {}
     progress(0, total)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime._async_compile import AsyncCompileMode
@@ -95,8 +94,3 @@ def compile_recorded(compile_fn: Callable[[], Any]) -> list[Path]:
     if hasattr(nvidia, "make_launcher"):  # Triton before 3.7 also compiles what launches a kernel
         nvidia.CudaLauncher(kernel.src, kernel.metadata)
     return [Path(path) for path in kernel.metadata_group.values()]
-
-
-def cache_directory() -> Path:
-    """Return the directory of Triton's cache, which may not exist yet."""
-    return Path(knobs.cache.dir)

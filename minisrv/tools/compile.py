@@ -1,8 +1,8 @@
-"""`minisrv compile`: compiles a model in pieces before it is served, so that its first start finds
-what was compiled.
+"""`minisrv compile`: compiles a model before it is served, so that its first start finds what was
+compiled: the model in pieces, and on a GPU Triton's kernels.
 
-Knows: how to start the engine that would serve, and where compiled programs are kept. Knows nothing
-of how a model is compiled.
+Knows: how to start the engine that would serve, and where what it compiles is kept. Knows nothing
+of how a model or a kernel is compiled.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from minisrv import threads
 from minisrv.cache import cache_directory
 from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
+from minisrv.device_kind import CUDA
 from minisrv.engine.builder import build_engine
+from minisrv.engine.kernels import kernel_cache
 from minisrv.engine.messages import CompilationState
+from minisrv.engine.platforms import platform_of
 from minisrv.errors import ConfigError
 from minisrv.progress import StartupProgress
 
@@ -24,7 +27,8 @@ from minisrv.progress import StartupProgress
 def run_compile(config: EngineConfig) -> int:
     """Compile a model in pieces unless that has been done, certify what was compiled as a server
     would, and print the outcome. Returns the exit status: 0 if the compiled code would serve, or
-    else 1.
+    else 1. On a GPU, code that is served uncompiled unless that is asked for is left so, and only
+    its kernels are compiled; the exit status is 1 if they could not be kept.
 
     Raises the errors of start-up, and ConfigError for another compilation mode.
     """
@@ -35,13 +39,28 @@ def run_compile(config: EngineConfig) -> int:
             "out --compilation-mode and --enforce-eager."
         )
     threads.limit(beside=1)  # as in a server: code is compiled for a number of threads
+    on_gpu = platform_of(config).kind is CUDA
+    mode = config.compilation_mode if on_gpu else pieces
+    kernels = kernel_cache() if on_gpu else None
     progress = StartupProgress()
     try:
-        engine = build_engine(replace(config, compilation_mode=pieces, compile_wait=True), progress)
+        engine = build_engine(replace(config, compilation_mode=mode, compile_wait=True), progress)
     finally:
         progress.close()
     report = engine.compilation.report
     console = Console(highlight=False, soft_wrap=True)
+    if on_gpu:
+        if kernel_cache() != kernels:
+            console.print(f"kernels cannot be kept in {kernels}.", markup=False)
+            return 1
+        console.print(
+            f"the kernels are kept in {kernels}, and the list of them in "
+            f"{cache_directory('kernels')}. Both may be copied to the same places on machines with "
+            "the same GPU and software.",
+            markup=False,
+        )
+    if engine.config.compilation_mode is CompilationMode.NONE:
+        return 0
     if report.state is not CompilationState.COMPILED:
         console.print(f"compiled code would not serve: {report.reason}", markup=False)
         return 1

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minisrv.config import QUANTIZATIONS
 from minisrv.kernels import linear, tiles
+from minisrv.kernels.gpu import GPU
 from minisrv.kernels.linear import (
     INT8_ROWS,
     LINEAR_METHODS,
@@ -139,7 +140,7 @@ def test_old_gpus_have_no_kernels_for_few_rows(
     capability: tuple[int, int], kind: type[LinearMethod], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU below compute capability 8.0 gets torch's matmul and none of the Triton kernels."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(linear, "gpu_of", lambda device: GPU(capability, multiprocessors=100))
     with FakeTensorMode():
         weight = torch.empty(4, 4, device="cuda", dtype=torch.float16)
         assert type(LINEAR_METHODS[None](weight, None)) is kind
