@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import Pipe
@@ -41,6 +41,7 @@ from minisrv.compile import artifacts
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
 from minisrv.kernels.gpu import GPU
+from minisrv.machine import available_memory
 from minisrv.model_config import ModelConfig
 from minisrv.processes import ChildProcess, die_with_parent
 
@@ -50,8 +51,11 @@ Progress = Callable[[int, int], None]
 """Function that is called with the number of kernels that have been compiled, and of all."""
 
 MOST_PROCESSES = 16
-"""Maximum number of processes that compile at a time. Each takes about 200 MiB, and with more the
-longest kernel would determine the time."""
+"""Maximum number of processes that compile at a time: with more, the kernel that takes longest
+would determine the time."""
+
+PROCESS_BYTES = 128 << 20
+"""Number of bytes of memory that a process, with the assembler that it runs, takes for itself."""
 
 TIMEOUT = 300.0
 """Number of seconds after which a start no longer waits for the processes."""
@@ -284,7 +288,8 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     kernels, problems = record(job)
     _recorded[:] = kernels.values()
     total, directory = len(_recorded), kernel_cache()
-    processes = max(1, min(threads.cores(), MOST_PROCESSES, total))
+    room = available_memory() // PROCESS_BYTES
+    processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
     files: dict[str, int] = {}
     progress(0, total)
     fork = multiprocessing.get_context("fork")
@@ -314,16 +319,19 @@ def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     from minisrv.runner.model_runner import ModelRunner
 
     dtype, meta = getattr(torch, job.dtype), torch.device("meta")
-    context, ladders = job.model.max_position_embeddings, job.ladders
+    described, ladders = job.model, job.ladders
+    if described.implementation == "minisrv":  # all layers of this code launch the same
+        described = replace(described, num_layers=1)
+    context = described.max_position_embeddings
     sizes = ladders.max_num_seqs, ladders.max_num_batched_tokens, context
     blocks = 1 + blocks_for_any_batch(BatchLimits(*sizes, num_blocks=1, block_size=job.block_size))
     assert job.gpu is not None, "a CPU launches nothing of Triton's"
     with Recording(job.gpu) as recording, torch.no_grad():
-        model = load_model(job.model, job.directory, dtype=dtype, device=meta, load_format="dummy")
+        model = load_model(described, job.directory, dtype=dtype, device=meta, load_format="dummy")
         model.prepare(quantization=job.quantization)
         runner = ModelRunner(
             model,
-            job.model,
+            described,
             ladders,
             CPUTapeBackend(),  # no graph is captured
             num_blocks=blocks,
