@@ -61,7 +61,10 @@ TIMEOUT = 300.0
 """Number of seconds after which a start no longer waits for the processes."""
 
 _CACHE = "TRITON_CACHE_DIR"
-_CODE = ("kernels", "nn", "runner", "certification", "core")
+_CODE = (
+    *("core", "kernels", "graph", "nn", "runner", "certification"),
+    *("checkpoint/transformers_decoder.py", "engine/kernels.py"),
+)
 """The parts of the package on which the launches of an engine depend."""
 
 
@@ -91,7 +94,8 @@ class KernelJob:
             for name, value in sorted(os.environ.items())
             if name.startswith(("TRITON_", "MINISRV_PDL")) and name != _CACHE
         ]
-        versions = torch.__version__, version("triton"), artifacts.code_digest(_CODE)
+        code = version("transformers") if self.model.implementation == "transformers" else ""
+        versions = torch.__version__, version("triton"), code, artifacts.code_digest(_CODE)
         parts = (repr(self), *versions, *settings)
         described = (self.directory / "config.json").read_bytes()
         return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
@@ -102,14 +106,17 @@ class Compiled(msgspec.Struct, frozen=True):
 
     files: the size in bytes of each file, by its path in Triton's cache.
     kernels: the number of kernels.
-    problems: what could not be compiled, and why, in words.
+    unknown: why launches could not be rehearsed, in words, so that their kernels are not known; it
+        would be the same at the next start.
+    failed: why kernels could not be compiled, in words.
     seconds: how long it took.
     processes: the number of processes that compiled.
     """
 
     files: dict[str, int]
     kernels: int
-    problems: list[str]
+    unknown: list[str]
+    failed: list[str]
     seconds: float
     processes: int
 
@@ -137,9 +144,9 @@ def compiled_kernels(job: KernelJob, progress: Progress) -> Iterator[None]:
         return
     text = "compiled %d kernels in %.1f s by %d processes"
     logger.info(text, found.kernels, found.seconds, found.processes)
-    if found.problems:
-        _warn(f"{len(found.problems)} times something failed, first {found.problems[0]}")
-    else:
+    for why in (*found.unknown, *found.failed):
+        _warn(why)
+    if not found.failed:
         _keep(job, found)
 
 
@@ -161,7 +168,7 @@ def _start(job: KernelJob) -> KernelProcess | None:
     if (listed := _listed(job)) is not None:
         damaged = [name for name, size in listed.items() if _size(directory / name) != size]
         if not damaged:
-            logger.info("all kernels are in %s", directory)
+            logger.info("the kernels are in %s", directory)
             return None
         _forget(directory, damaged)
     if not _is_writable(directory):
@@ -276,21 +283,28 @@ def _main(job: KernelJob, answers: Connection) -> None:
     try:
         answers.send(compile_kernels(job, lambda done, total: answers.send((done, total))))
     except Exception as error:
-        logger.debug("kernels could not be recorded", exc_info=True)
-        answers.send(traceback.format_exception_only(error)[-1].strip())
+        answers.send(_said(error))
+
+
+def _said(error: Exception) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
 
 
 def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
-    """Record the kernels of a job, compile them in forked processes, and return what was compiled.
-    Raises whatever loading the model raises."""
+    """Record the kernels of a job, compile them in forked processes, and return what was
+    compiled."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    kernels, problems = record(job)
+    try:
+        kernels, unknown = record(job)
+    except Exception as error:  # a model's own code does not expect tensors without memory
+        kernels, unknown = {}, [_said(error)]
     _recorded[:] = kernels.values()
     total, directory = len(_recorded), kernel_cache()
     room = available_memory() // PROCESS_BYTES
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
     files: dict[str, int] = {}
+    failed: list[str] = []
     progress(0, total)
     fork = multiprocessing.get_context("fork")
     end = partial(die_with_parent, os.getpid())
@@ -300,12 +314,12 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
             try:
                 made = future.result()
             except Exception as error:
-                problems.append(traceback.format_exception_only(error)[-1].strip())
+                failed.append(_said(error))
             else:
                 files |= {str(path.relative_to(directory)): size for path, size in made.items()}
             progress(done, total)
     seconds = time.monotonic() - began
-    return Compiled(files, total, problems, seconds, processes)
+    return Compiled(files, total, unknown, failed, seconds, processes)
 
 
 def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:

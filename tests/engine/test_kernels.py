@@ -67,13 +67,13 @@ def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(tmp_path: Pa
     first = start()
     assert len(first) == 1
     assert first[0].startswith("compiled ")
-    assert start() == [f"all kernels are in {cache}"]
+    assert start() == [f"the kernels are in {cache}"]
     damaged = next(cache.rglob("*.cubin"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:10])
     assert start()[0].startswith("compiled ")
     assert damaged.read_bytes() == whole
-    assert start() == [f"all kernels are in {cache}"]
+    assert start() == [f"the kernels are in {cache}"]
 
 
 def job_of(directory: Path, **changes: Any) -> KernelJob:
@@ -136,7 +136,7 @@ def test_nothing_is_waited_for_longer_than_the_timeout(checkpoint: Path) -> None
 class Ready:
     """Stands for a process that has compiled everything, or nothing."""
 
-    made: Compiled | str = Compiled({}, 3, [], 1.5, 2)
+    made: Compiled | str = Compiled({}, 3, [], [], 1.5, 2)
     closed = 0
 
     def __init__(self, job: KernelJob) -> None:
@@ -167,7 +167,7 @@ def test_a_kernel_that_could_not_be_compiled_is_tried_again_at_the_next_start(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(Ready):
-        made = Compiled({}, 3, ["RuntimeError: no ptxas"], 1.5, 2)
+        made = Compiled({}, 3, [], ["RuntimeError: no ptxas"], 1.5, 2)
 
     monkeypatch.setattr(kernels, "KernelProcess", Broken)
     for _ in range(2):
@@ -175,7 +175,23 @@ def test_a_kernel_that_could_not_be_compiled_is_tried_again_at_the_next_start(
             pass
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == 2
-    assert all("first RuntimeError: no ptxas" in message for message in warnings)
+    assert all(message.endswith("RuntimeError: no ptxas") for message in warnings)
+
+
+def test_a_launch_that_cannot_be_rehearsed_is_told_once(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next start would find out the same, and be late by it."""
+
+    class Partial(Ready):
+        made = Compiled({}, 3, ["RuntimeError: no values here"], [], 1.5, 2)
+
+    monkeypatch.setattr(kernels, "KernelProcess", Partial)
+    for _ in range(2):
+        with compiled_kernels(job_of(checkpoint), lambda done, total: None):
+            pass
+    [record] = caplog.records
+    assert record.message.endswith("RuntimeError: no values here")
 
 
 def test_an_error_while_weights_load_ends_the_process(
