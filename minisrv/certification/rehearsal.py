@@ -13,14 +13,21 @@ import logging
 import random
 from collections.abc import Iterator
 
+import msgspec
 import torch
 
 from minisrv.certification.batches import Batch, BatchLimits, full_batch, short_batch
 from minisrv.certification.trial import PARAMS, make_step, reserved_space
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import build_ladders
-from minisrv.core.step import SchedulerOutput
+from minisrv.core.step import (
+    LogitsProcessorData,
+    NewRequestData,
+    SchedulerOutput,
+    unscheduled_id,
+)
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Stage, StageOutput
+from minisrv.request import SamplingParams
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -40,6 +47,8 @@ def rehearse(runner: ModelRunner, pool: BlockPool) -> list[str]:
             step = make_step(batch, space, runner, random.Random(0), PARAMS)
             try:
                 _launch(runner, descriptor, step)
+                if descriptor.output is StageOutput.LOGITS:
+                    _launch(runner, descriptor, with_changed_logits(step))
             except Exception as error:  # a model's own code does not expect tensors without memory
                 logger.debug("%s cannot be rehearsed", descriptor, exc_info=True)
                 problems[f"{type(error).__name__}: {error}".splitlines()[0]] = None
@@ -63,6 +72,21 @@ def _steps(runner: ModelRunner, limits: BatchLimits) -> Iterator[tuple[BatchDesc
             yield descriptor, full_batch(descriptor, limits)
 
 
+def with_changed_logits(step: SchedulerOutput) -> SchedulerOutput:
+    """Return the step with penalties and a grammar for all of its requests: the logits that they
+    sample from have another dtype."""
+    data = LogitsProcessorData([0], [], frozenset())
+    params = SamplingParams(repetition_penalty=1.1)
+    requests = [NewRequestData(req.req_index, params, req.seed, data) for req in step.new_reqs]
+    return msgspec.structs.replace(
+        step,
+        batch_id=unscheduled_id(),
+        new_reqs=requests,
+        needs_logits=True,
+        has_structured_output_requests=True,
+    )
+
+
 @torch.no_grad()
 def _launch(runner: ModelRunner, descriptor: BatchDescriptor, step: SchedulerOutput) -> None:
     """Launch a stage of a step without a graph, and after hidden states the epilogue as well."""
@@ -70,6 +94,7 @@ def _launch(runner: ModelRunner, descriptor: BatchDescriptor, step: SchedulerOut
     if descriptor.stage is Stage.MODEL and descriptor.output is StageOutput.HIDDEN:
         _, epilogue = runner.ladders.epilogue_key(step.num_rows, needs_logits=False)
         stages.append((CUDAGraphMode.NONE, epilogue))
+    runner.processors.update_requests(step)
     attn = runner.prepare(step, tuple(stages))
     for stage in stages:
         runner.launch(stage, step, attn if stage[1].stage is Stage.MODEL else None)

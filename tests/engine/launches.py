@@ -4,8 +4,8 @@ for.
 It is a process of its own because Triton's interpreter, in which other tests run kernels without a
 GPU, compiles nothing, and because a process that has recorded launches nothing any more.
 Arguments: "rehearsed", for the launches that are rehearsed before a start, or "made", for those of
-the trials of a start-up, whose tensors have memory, that of the CPU; the checkpoint; the
-implementation of the model; the graph mode.
+the trials of a start-up and of steps with penalties, whose tensors have memory, that of the CPU;
+the checkpoint; the implementation of the model; the graph mode.
 """
 
 # ruff: noqa: E402, the ops are defined by an import
@@ -40,6 +40,7 @@ if sys.argv[1] == "made":
 
 from minisrv.certification.batches import full_batch, short_batch
 from minisrv.certification.compare import InitialState
+from minisrv.certification.rehearsal import with_changed_logits
 from minisrv.certification.trial import StepTrial, reserved_space
 from minisrv.checkpoint import describe_model
 from minisrv.config import EngineConfig
@@ -58,7 +59,7 @@ from minisrv.kernels import (
 )
 from minisrv.kernels.gpu import GPU
 from minisrv.kernels.triton_recording import Recording
-from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 from minisrv.nn.loader import load_model
 from minisrv.runner import input_buffers
 from minisrv.runner.model_runner import ModelRunner
@@ -104,6 +105,10 @@ def made(job: KernelJob) -> dict[str, Any]:
                 trial = StepTrial(runner, space, key, batch)
                 trial.reset(InitialState.CLEAN)
                 trial.run(None)
+                if key[1].output is StageOutput.LOGITS:
+                    trial.output = with_changed_logits(trial.output)
+                    runner.processors.update_requests(trial.output)
+                    trial.run(None)
     return recording.kernels
 
 
