@@ -7,6 +7,8 @@ thread, as several tests run at a time, and Hypothesis to measure no times.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "minisrv.engine.platforms.CPUPlatform.kind", replace(CPU, captures_mixed=True)
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_are_compiled_by_launches() -> Iterator[None]:
+    """Let engines in the process of a test compile the few kernels that they launch: a process that
+    does it ahead takes longer to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.cuda.is_available():
+            ahead = "minisrv.engine.platforms.cuda.compiled_kernels"
+            patch.setattr(ahead, lambda job, progress: nullcontext())
+        yield
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -304,7 +304,7 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     room = available_memory() // PROCESS_BYTES
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
     files: dict[str, int] = {}
-    failed: list[str] = []
+    failed: dict[str, None] = {}  # if a process ends, what is left fails for the same reason
     progress(0, total)
     fork = multiprocessing.get_context("fork")
     end = partial(die_with_parent, os.getpid())
@@ -314,12 +314,12 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
             try:
                 made = future.result()
             except Exception as error:
-                failed.append(_said(error))
+                failed[_said(error)] = None
             else:
                 files |= {str(path.relative_to(directory)): size for path, size in made.items()}
             progress(done, total)
     seconds = time.monotonic() - began
-    return Compiled(files, total, unknown, failed, seconds, processes)
+    return Compiled(files, total, unknown, list(failed), seconds, processes)
 
 
 def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
