@@ -36,6 +36,11 @@ if __name__ == "__main__":
 """
 
 
+def _paths() -> list[str]:
+    """Return where this process finds packages besides."""
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -52,7 +57,7 @@ def test_this_process_compiles_nothing(settings: dict[str, Any], tmp_path: Path)
     script.write_text(START)
     done = subprocess.run(
         [sys.executable, script, json.dumps(settings)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **caches},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()]), **caches},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
