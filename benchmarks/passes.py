@@ -198,11 +198,12 @@ def capture(parts: EngineParts, generation: Generation, steps: list[Step]) -> No
 
 
 def make_ways(
-    parts: EngineParts, config: EngineConfig, steps: list[Step], compilers: int
+    parts: EngineParts, config: EngineConfig, steps: list[Step], modes: list[int], compilers: int
 ) -> tuple[dict[str, Way], dict[str, float], dict[str, str]]:
     """Return the ways to run the steps, the seconds that compiling took, and why any way is
     missing. Raises MinisrvError if a program cannot be made.
 
+    modes: the numbers of the modes in which the model is compiled as a whole.
     compilers: the number of processes that compile at once.
     """
     runner, make_backend = parts.runner, platform_of(config).make_backend
@@ -216,7 +217,7 @@ def make_ways(
     eager = not parts.config.kind.captures_compiled
     if eager:
         ways["mode 0, eager"] = Way(own, eager)
-    for mode in (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE):
+    for mode in map(CompilationMode, modes):
         name = f"mode {mode.value}{', eager' if eager else ''}"
         try:
             code = whole(parts, config, jobs["no passes"].directory, mode)
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--engine-flags", default="")
     parser.add_argument("--batches", type=numbers, default="1,4,16,64")
     parser.add_argument("--prompts", type=numbers, default="512,2048")
+    parser.add_argument("--modes", type=numbers, default="1,2", help="of models as a whole")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compilers", type=int, default=1, help="processes that compile at once")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -339,7 +341,7 @@ def main() -> None:
     where = environment("transformers")
     parts = build_engine(config)
     steps = steps_of(parts, options.batches, options.prompts)
-    ways, seconds, failures = make_ways(parts, config, steps, options.compilers)
+    ways, seconds, failures = make_ways(parts, config, steps, options.modes, options.compilers)
     gc.collect()
     gc.disable()
     measurement = Measurement(parts, ways, options.rounds)
