@@ -105,7 +105,7 @@ class Compiled(msgspec.Struct, frozen=True):
     """What has been compiled.
 
     files: the size in bytes of each file, by its path in Triton's cache.
-    kernels: the number of kernels.
+    kernels: the number of kernels that are in the cache now.
     unknown: why launches could not be rehearsed, in words, so that their kernels are not known; it
         would be the same at the next start.
     failed: why kernels could not be compiled, in words.
@@ -303,7 +303,7 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     total, directory = len(_recorded), kernel_cache()
     room = available_memory() // PROCESS_BYTES
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
-    files: dict[str, int] = {}
+    found: list[dict[Path, int]] = []
     failed: dict[str, None] = {}  # if a process ends, what is left fails for the same reason
     progress(0, total)
     fork = multiprocessing.get_context("fork")
@@ -312,14 +312,14 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
         futures = [pool.submit(_compile, index) for index in range(total)]
         for done, future in enumerate(as_completed(futures), 1):
             try:
-                made = future.result()
+                found.append(future.result())
             except Exception as error:
                 failed[_said(error)] = None
-            else:
-                files |= {str(path.relative_to(directory)): size for path, size in made.items()}
             progress(done, total)
+    sizes = {path: size for made in found for path, size in made.items()}
+    files = {str(path.relative_to(directory)): size for path, size in sizes.items()}
     seconds = time.monotonic() - began
-    return Compiled(files, total, unknown, list(failed), seconds, processes)
+    return Compiled(files, len(found), unknown, list(failed), seconds, processes)
 
 
 def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
