@@ -60,6 +60,8 @@ def run_compile(config: EngineConfig) -> int:
             markup=False,
         )
     if engine.config.compilation_mode is CompilationMode.NONE:
+        why = engine.info.compilation_reason
+        console.print(f"the model's own code is served uncompiled: {why}.", markup=False)
         return 0
     if report.state is not CompilationState.COMPILED:
         console.print(f"compiled code would not serve: {report.reason}", markup=False)

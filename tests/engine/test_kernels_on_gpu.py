@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,24 @@ def test_this_process_compiles_nothing(settings: dict[str, Any], tmp_path: Path)
     assert at_start == []
     assert while_serving == []
     assert list((tmp_path / "triton").rglob("*.cubin"))
+
+
+def test_kernels_are_compiled_before_a_model_is_served(tmp_path: Path) -> None:
+    """`minisrv compile` fills the cache, and the first start then starts no process that
+    compiles."""
+    caches = {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    command = [sys.executable, "-P", "-m", "minisrv.cli", "compile", "--device", "cuda"]
+    command += ["--dtype", "bfloat16", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **caches},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+        outputs.append(done.stdout)
+    assert [bool(re.search(r"compiled \d+ kernels in", said)) for said in outputs] == [True, False]
+    assert all("the model's own code is served uncompiled" in said for said in outputs)
