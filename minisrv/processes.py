@@ -27,6 +27,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from minisrv import logs
@@ -78,6 +79,19 @@ def bound_resource(kind: int, limit: int) -> None:
     resource.setrlimit(kind, (min(bounds), hard))
 
 
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Hide the main module from a process that is started in the block. A spawned process imports
+    it otherwise, so that a user's script without a guard of its name would run once more in each
+    child, and one that is read from standard input would end it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class ChildProcess:
     """The parent's handle for a child process that runs `target(*arguments)`."""
 
@@ -99,7 +113,7 @@ class ChildProcess:
             target=_run, args=(name, private_dir, target, arguments), name=f"minisrv-{name}"
         )
         try:
-            with safe_path(), _signals_blocked():
+            with safe_path(), _signals_blocked(), _hidden_main():
                 self._process.start()
         except BaseException:
             self.stop()

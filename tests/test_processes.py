@@ -127,6 +127,29 @@ def test_the_directory_of_the_users_program_stays(here: Path, package: bool) -> 
     subprocess.run([sys.executable, *program], check=True, env=env)
 
 
+@pytest.mark.parametrize("from_stdin", [False, True])
+def test_a_script_without_a_guard_runs_once(from_stdin: bool, tmp_path: Path) -> None:
+    """A spawned process imports the main module, if it is not hidden."""
+    script = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from minisrv.processes import ChildProcess\n"
+        "print('script', flush=True)\n"
+        "print(ChildProcess('test', os.getpid, private_dir=Path('private')).wait())\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-" if from_stdin else "script.py"],
+        input=script,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
+    assert done.stdout == "script\n0\n"
+
+
 def test_only_the_command_changes_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_ours(argv: list[str], started_as: list[str]) -> bool:
         monkeypatch.setattr(sys, "argv", argv)
