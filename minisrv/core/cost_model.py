@@ -128,7 +128,8 @@ class CostModel:
     def observe(self, sample: StepSample) -> None:
         """Learn from a step that has been served."""
         key, work, ms = sample
-        if fitted_ms := self._fitted_ms(key, work):
+        fitted_ms = self._fitted_ms(key, work)
+        if ms > 0 and fitted_ms > 0:  # a clock may be too coarse
             self._observe_at_pace(StepSample(key, work, ms / self._pace))
             self._ratios.append(ms / fitted_ms)
             self._pace = median(self._ratios)
@@ -170,8 +171,12 @@ def _kind(key: GraphKey) -> _Kind:
 def _by_kind_and_size(
     samples: Iterable[StepSample],
 ) -> dict[_Kind, dict[int, list[StepSample]]]:
+    """Return the samples by the way in which their steps run and by their padded size, without
+    those that a clock was too coarse for."""
     found: dict[_Kind, dict[int, list[StepSample]]] = {}
     for sample in samples:
+        if sample.ms <= 0:
+            continue
         by_size = found.setdefault(_kind(sample.key), {})
         by_size.setdefault(sample.key[1].num_tokens, []).append(sample)
     return found

@@ -157,6 +157,15 @@ def test_a_few_disturbed_steps_teach_nothing():
     assert model.predict(mixed(512), LONG[2]) == pytest.approx(expected)
 
 
+def test_a_clock_that_shows_no_time_teaches_nothing():
+    model = CostModel(MEASURED)
+    model.rebase([StepSample(mixed(512), NOTHING, ms) for ms in (0.0, -2.0)])
+    for _ in range(20):
+        model.observe(StepSample(mixed(512), NOTHING, 0.0))
+    expected = CostModel(MEASURED).predict(mixed(512), NOTHING)
+    assert model.predict(mixed(512), NOTHING) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("slower", [0.7, 1.4, 5.0])
 def test_a_machine_that_becomes_slower_or_faster_is_soon_followed(slower: float):
     """For all steps, also those that have not been served since, and when it is over as soon."""
