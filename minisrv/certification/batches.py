@@ -9,7 +9,7 @@ blocks and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 
@@ -56,6 +56,9 @@ class BatchRow:
 
 Batch = tuple[BatchRow, ...]
 """The rows of one step. Decode rows come first."""
+
+BatchMaker = Callable[[BatchDescriptor, BatchLimits], Batch]
+"""Makes a batch of a graph within limits."""
 
 
 def blocks_for_any_batch(limits: BatchLimits) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from minisrv.certification.batches import (
     Batch,
     BatchLimits,
+    BatchMaker,
     blocks_for_any_batch,
     short_batch,
 )
@@ -96,13 +97,15 @@ def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]
         pool.give_back(blocks)
 
 
-def borrow_space(runner: ModelRunner, pool: BlockPool, key: GraphKey) -> TrialSpace | None:
-    """Take as many free blocks as a short batch of a graph needs, but no more than half of the free
-    ones and none of the prefix cache, and return them with the request indices for trials. With few
+def borrow_space(
+    runner: ModelRunner, pool: BlockPool, key: GraphKey, make_batch: BatchMaker = short_batch
+) -> TrialSpace | None:
+    """Take as many free blocks as a batch of a graph needs, but no more than half of the free ones
+    and none of the prefix cache, and return them with the request indices for trials. With few
     blocks, the batch is shorter; None if there are none to take. `BlockPool.give_back` takes the
     blocks back."""
     everything = _everything(runner)
-    rows = short_batch(key[1], everything)
+    rows = make_batch(key[1], everything)
     size = runner.block_size
     needed = 1 + sum(-(-(row.num_computed_tokens + row.num_tokens) // size) for row in rows)
     blocks = pool.reserve(min(needed, -(-pool.num_free // 2)))

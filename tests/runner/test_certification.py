@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from minisrv import kernels
-from minisrv.certification.batches import short_batch
+from minisrv.certification.batches import plain_batch, short_batch
 from minisrv.certification.startup import add_graph, probe
-from minisrv.certification.trial import TrialSpace, reserved_space
+from minisrv.certification.trial import TrialSpace, borrow_space, reserved_space
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import build_ladders
 from minisrv.engine import builder
@@ -42,6 +42,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, "device": "cpu"}
+    limits |= {"itl_target_ms": 0.0}  # else the tokens of a step would depend on times
     return EngineCore(
         build_engine(
             EngineConfig(
@@ -362,6 +363,21 @@ def test_a_mixed_trial_fills_its_graph(checkpoint, seqs):
         batch = short_batch(BatchDescriptor(tokens), limits)
         assert sum(row.num_tokens for row in batch) == tokens - 1
         assert not all(row.is_decode for row in batch)
+
+
+@pytest.mark.parametrize("make_batch", [short_batch, plain_batch])
+def test_blocks_are_borrowed_for_the_whole_batch(checkpoint, make_batch):
+    """Blocks for another batch once left the prompt out of the one that was timed."""
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 256, "num_kv_blocks": 400}
+    engine = start(checkpoint, "none", **limits)
+    runner, pool = engine.runner, engine.scheduler.block_pool
+    wanted = TrialSpace.of(runner, range(1, 400)).limits(runner)
+    for size in (16, 64, 256):
+        key = (CUDAGraphMode.NONE, BatchDescriptor(size))
+        space = borrow_space(runner, pool, key, make_batch)
+        assert space is not None
+        assert make_batch(key[1], space.limits(runner)) == make_batch(key[1], wanted)
+        pool.give_back(space.blocks)
 
 
 def test_sampling_parameters_reach_their_slot(checkpoint):
