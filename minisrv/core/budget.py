@@ -45,8 +45,7 @@ MIN_MS = 1e-6
 
 ITL_TARGET_STEPS = 32
 """Default target on a GPU, as a multiple of the step in which as many requests as possible decode
-with short contexts. It leaves room for prompts that make good use of the device, and requests still
-decode many times a second."""
+with short contexts. It leaves room for prompts that make good use of the device."""
 
 PredictMs = Callable[[int, AttentionWork], float]
 """Predicts the milliseconds of a step with prefill from its number of tokens, before padding, and

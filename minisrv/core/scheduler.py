@@ -240,7 +240,8 @@ class Scheduler:
             if not request.is_decoding and request is not to_preempt
         ]
         step.num_prefill_tokens = self.budget.max_num_batched_tokens - len(step.decodes)
-        if step.decodes and self.budget.has_target:
+        somebody_waits = step.decodes or len(prefills) + len(self.waiting) > 1
+        if somebody_waits and self.budget.has_target:
             self._choose_budget(step, prefills)
         for request in prefills:
             if step.num_prefill_tokens:
@@ -296,8 +297,8 @@ class Scheduler:
         return bool(self._in_flight) and request.last_step_id >= self._in_flight[0].step.step_id
 
     def _choose_budget(self, step: StepBuilder, prefills: Sequence[RequestState]) -> None:
-        """Let the budget choose the number of prompt tokens beside decode rows, from those of the
-        requests in prefill and of those that can be admitted."""
+        """Let the budget choose the number of prompt tokens, from those of the requests in prefill
+        and of those that can be admitted."""
         chunks = [
             Chunk(request.num_computed_tokens, request.prefill_target - request.num_computed_tokens)
             for request in prefills

@@ -231,6 +231,24 @@ def rows(step: SchedulerOutput) -> list[tuple[str, int]]:
     return [(row.request_id, row.num_tokens) for row in step.rows]
 
 
+def test_prompts_that_wait_for_each_other_share_no_larger_step_than_helps():
+    """A step of 512 tokens is as fast as any. Nothing decodes, but a prompt that is finished in the
+    first step decodes in the second. A prompt that is alone takes all that a step may have."""
+    budget = PrefillBudget(
+        TOP, sizes=(512, 1024, TOP), predict_ms=lambda n, work: n / 100, itl_target_ms=1e9
+    )
+    queue = Scheduler(
+        BlockPool(4000, 16), budget, max_num_seqs=64, max_model_len=32_000, max_waiting=100
+    )
+    add(queue, "alone", 3000)
+    assert rows(run(queue)) == [("alone", TOP)]
+    for name in ("a", "b", "c"):
+        add(queue, name, 300)
+    step = run(queue)
+    assert rows(step) == [("alone", 512)]
+    assert step.budget_reason is BudgetReason.FAST_ENOUGH
+
+
 def test_short_prompts_share_a_step_with_the_tail_of_a_long_one():
     queue = scheduler()
     add(queue, "long", 2 * TOP + 500)
