@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 def _paths() -> list[str]:
     """Return where this process finds packages besides."""
-    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_this_process_compiles_nothing(settings: dict[str, Any], tmp_path: Path)
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        timeout=400,
     )
     at_start, while_serving = json.loads(done.stdout.splitlines()[-1])
     assert at_start == []
@@ -79,11 +80,12 @@ def test_kernels_are_compiled_before_a_model_is_served(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **caches},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()]), **caches},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=True,
+            timeout=400,
         )
         outputs.append(done.stdout)
     assert [bool(re.search(r"compiled \d+ kernels in", said)) for said in outputs] == [True, False]
