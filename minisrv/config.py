@@ -80,10 +80,11 @@ class EngineConfig:
         requests decode have fewer if itl_target_ms asks for it. By default 8192 on a GPU, and 512
         on a CPU.
     itl_target_ms: milliseconds that a request which decodes should at most wait from one token to
-        the next while the prompts of others are computed. A step gets as many prompt tokens as are
-        predicted to fit that time. 0 is no target, which is the default on a CPU: a step gets as
-        many as it may have, whatever they cost, and nothing is predicted. The default on a GPU is
-        32 times the step in which max_num_seqs requests decode, as it is measured.
+        the next while the prompts of others are computed. A step gets as many prompt tokens as use
+        the device well and are predicted to fit that time. 0 is no target, which is the default on
+        a CPU: a step gets as many as it may have, whatever they cost, and nothing is predicted. The
+        default on a GPU is 32 times the step in which max_num_seqs requests decode, as it is
+        measured.
     block_size: number of tokens in a block of the KV cache.
     num_kv_blocks: number of blocks in the KV cache, one of which is reserved for padding. By
         default as many as kv_cache_memory allows.

@@ -423,8 +423,9 @@ class CompileProcess:
         """End the process, to start it again at a higher priority. The kernel gives it none while
         it runs: for that a user needs a privilege."""
         logger.warning(
-            "the compilation (%s, %d of %d pieces) has made no progress for %g s, as others use "
-            "every core: it starts again as a usual process of the least priority (nice %d). "
+            "the compilation (%s, %d of %d pieces) has made no progress for %g s, probably "
+            "because others use every core: it starts again as a usual process of the least "
+            "priority (nice %d). "
             "Pieces that are ready are not compiled again.",
             self._progress.phase,
             self._progress.done,
