@@ -14,10 +14,12 @@ Knows: Triton's cache, and the processes that fill it. Knows nothing of what a k
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 import traceback
@@ -164,23 +166,38 @@ def _warn(why: str) -> None:
 
 def _start(job: KernelJob) -> KernelProcess | None:
     """Start to compile; return None if everything is in the cache."""
-    directory = kernel_cache()
+    directory = kept = kernel_cache()
+    if not _is_writable(kept):  # whatever the list says, a launch may need a kernel besides
+        directory = _use_scratch(kept)
     if (listed := _listed(job)) is not None:
-        damaged = [name for name, size in listed.items() if _size(directory / name) != size]
+        damaged = _damaged(directory, listed)
         if not damaged:
-            logger.info("the kernels are in %s", directory)
+            logger.info("the kernels are in %s", kept)
             return None
         _forget(directory, damaged)
-    if not _is_writable(directory):
-        scratch = tempfile.mkdtemp(prefix="minisrv-triton-")
-        os.environ[_CACHE] = scratch
+    if directory != kept:
         logger.warning(
             "kernels cannot be kept in %s, and are compiled again at the next start; set %s to a "
             "directory that can be written to.",
-            directory,
+            kept,
             _CACHE,
         )
     return KernelProcess(job)
+
+
+def _use_scratch(kept: Path) -> Path:
+    """Have Triton use a directory of this process in place of its cache, in which it finds
+    everything that the cache has. The directory is removed when the process exits."""
+    scratch = Path(tempfile.mkdtemp(prefix="minisrv-triton-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    os.environ[_CACHE] = str(scratch)
+    # The directories are new, because Triton writes to that of a kernel that is not whole.
+    for path in kept.glob("*/*"):
+        if path.is_file():
+            link = scratch / path.parent.name / path.name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.absolute())
+    return scratch
 
 
 def _listed(job: KernelJob) -> dict[str, int] | None:
@@ -213,6 +230,11 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
+
+
+def _damaged(directory: Path, listed: dict[str, int]) -> list[str]:
+    """Return the files that are not whole."""
+    return [name for name, size in listed.items() if _size(directory / name) != size]
 
 
 def _forget(directory: Path, damaged: list[str]) -> None:
@@ -300,7 +322,7 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     except Exception as error:  # a model's own code does not expect tensors without memory
         kernels, unknown = {}, [_said(error)]
     _recorded[:] = kernels.values()
-    total, directory = len(_recorded), kernel_cache()
+    total = len(_recorded)
     room = available_memory() // PROCESS_BYTES
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
     found: list[dict[Path, int]] = []
@@ -317,7 +339,8 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
                 failed[_said(error)] = None
             progress(done, total)
     sizes = {path: size for made in found for path, size in made.items()}
-    files = {str(path.relative_to(directory)): size for path, size in sizes.items()}
+    # Triton names the place where it wrote a file, which need not be the cache's of today.
+    files = {f"{path.parent.name}/{path.name}": size for path, size in sizes.items()}
     seconds = time.monotonic() - began
     return Compiled(files, len(found), unknown, list(failed), seconds, processes)
 

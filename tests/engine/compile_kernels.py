@@ -1,5 +1,6 @@
 """Compile the kernels of a small engine on an H100, which need not be there, as a start does, and
-print what is logged.
+print what is logged. Then compile a kernel that no engine has, as a launch does of a kernel
+that was not compiled ahead.
 
 It is a process of its own because Triton's interpreter, in which other tests run kernels without a
 GPU, compiles nothing. Argument: the checkpoint.
@@ -11,6 +12,11 @@ import logging
 import sys
 from pathlib import Path
 
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from minisrv.checkpoint import describe_model
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
@@ -18,6 +24,13 @@ from minisrv.device_kind import CUDA
 from minisrv.engine import kernels
 from minisrv.engine.kernels import KernelJob, compiled_kernels
 from minisrv.kernels.gpu import GPU
+
+
+@triton.jit
+def unlisted(pointer):
+    """Do what no kernel of an engine does."""
+    tl.store(pointer, 1)
+
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
@@ -29,3 +42,4 @@ if __name__ == "__main__":
     job = KernelJob(model, directory, "bfloat16", None, ladders, 16, GPU((9, 0), 132))
     with compiled_kernels(job, lambda done, total: None):
         pass
+    triton.compile(ASTSource(unlisted, {"pointer": "*i32"}, {}), target=GPUTarget("cuda", 90, 32))

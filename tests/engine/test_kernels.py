@@ -3,9 +3,11 @@ them."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +30,24 @@ from tests.checkpoints import make_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+"""Linux's numbers of the call and the capability by which root loses its right to write to files
+whose mode forbids it."""
+
+
+def obey_modes() -> None:
+    """Let the program that is executed next obey the modes of files, also as root."""
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)
+
+
 def run(script: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script of this directory, in which Triton compiles."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
-    return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return subprocess.run(
+        command, env=env, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=obey_modes
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +88,42 @@ def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(tmp_path: Pa
     assert start()[0].startswith("compiled ")
     assert damaged.read_bytes() == whole
     assert start() == [f"the kernels are in {cache}"]
+
+
+def test_a_cache_that_is_read_only_is_used_and_others_than_its_kernels_are_compiled(
+    tmp_path: Path,
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    cache, temporary = tmp_path / "triton", tmp_path / "tmp"
+    temporary.mkdir()
+    variables = {
+        "TRITON_CACHE_DIR": str(cache),
+        "XDG_CACHE_HOME": str(tmp_path / "xdg"),
+        "TMPDIR": str(temporary),
+    }
+
+    def start() -> list[str]:
+        return run("compile_kernels.py", checkpoint, **variables).stdout.splitlines()
+
+    def set_mode(mode: int) -> None:
+        for directory in (cache, *cache.iterdir()):
+            directory.chmod(mode)
+
+    start()
+    [unlisted] = cache.rglob("unlisted.cubin")
+    shutil.rmtree(unlisted.parent)
+    before = sorted(cache.rglob("*"))
+    set_mode(0o500)
+    try:
+        assert start() == [f"the kernels are in {cache}"]
+        next(cache.rglob("*.cubin")).write_bytes(b"cut off")
+        warning, done = start()
+    finally:
+        set_mode(0o700)
+    assert warning.startswith(f"kernels cannot be kept in {cache}")
+    assert done.startswith("compiled ")
+    assert sorted(cache.rglob("*")) == before
+    assert not list(temporary.iterdir())
 
 
 def job_of(directory: Path, **changes: Any) -> KernelJob:
@@ -133,10 +183,13 @@ def test_nothing_is_waited_for_longer_than_the_timeout(checkpoint: Path) -> None
         process.close()
 
 
+FILES = {"key/kernel.cubin": 3, "key/kernel.json": 2}
+
+
 class Ready:
     """Stands for a process that has compiled everything, or nothing."""
 
-    made: Compiled | str = Compiled({}, 3, [], [], 1.5, 2)
+    made: Compiled | str = Compiled(FILES, 3, [], [], 1.5, 2)
     closed = 0
 
     def __init__(self, job: KernelJob) -> None:
@@ -179,14 +232,19 @@ def test_a_kernel_that_could_not_be_compiled_is_tried_again_at_the_next_start(
 
 
 def test_a_launch_that_cannot_be_rehearsed_is_told_once(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoint: Path,
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The next start would find out the same, and be late by it."""
 
     class Partial(Ready):
-        made = Compiled({}, 3, ["RuntimeError: no values here"], [], 1.5, 2)
+        made = Compiled({"key/kernel.json": 2}, 3, ["RuntimeError: no values here"], [], 1.5, 2)
 
     monkeypatch.setattr(kernels, "KernelProcess", Partial)
+    (empty_cache / "key").mkdir(parents=True)
+    (empty_cache / "key/kernel.json").write_text("{}")
     for _ in range(2):
         with compiled_kernels(job_of(checkpoint), lambda done, total: None):
             pass
