@@ -238,9 +238,14 @@ def _damaged(directory: Path, listed: dict[str, int]) -> list[str]:
 
 
 def _forget(directory: Path, damaged: list[str]) -> None:
-    """Remove what is left of kernels that are not whole, so that Triton does not use it."""
+    """Have Triton compile kernels again that are not whole.
+
+    Only the list is removed by which Triton finds a kernel's files. Triton replaces each file as a
+    whole and writes the list last, so a process that compiles the same kernel meanwhile loses none
+    of the files that its list names.
+    """
     for name in damaged:
-        for path in (directory / name).parent.glob("*"):
+        for path in (directory / name).parent.glob("__grp__*.json"):
             with suppress(OSError):
                 path.unlink()
 

@@ -285,3 +285,21 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_start(
     assert used.is_dir()
     [record] = caplog.records
     assert record.message.startswith(f"kernels cannot be kept in {empty_cache}")
+
+
+def test_a_kernel_that_another_server_compiles_loses_none_of_its_files(
+    checkpoint: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a damaged kernel only the list of its files is removed, without which Triton compiles it
+    again."""
+    monkeypatch.setattr(kernels, "KernelProcess", Ready)
+    kernel = empty_cache / "key"
+    kernel.mkdir(parents=True)
+    (kernel / "__grp__kernel.json").write_text("{}")
+    (kernel / "kernel.json").write_text("{}")
+    (kernel / "kernel.cubin").write_bytes(b"abc")
+    with compiled_kernels(job_of(checkpoint), lambda done, total: None):
+        pass
+    (kernel / "kernel.json").unlink()
+    with compiled_kernels(job_of(checkpoint), lambda done, total: None):
+        assert [path.name for path in kernel.iterdir()] == ["kernel.cubin"]
