@@ -40,6 +40,7 @@ def rehearse(runner: ModelRunner, pool: BlockPool) -> list[str]:
 
     runner: a runner on the meta device.
     pool: the blocks of its cache.
+    Raises OSError and MemoryError, which are not the launches' own.
     """
     problems: dict[str, None] = {}
     with reserved_space(runner, pool) as space:
@@ -49,6 +50,8 @@ def rehearse(runner: ModelRunner, pool: BlockPool) -> list[str]:
                 _launch(runner, descriptor, step)
                 if descriptor.output is StageOutput.LOGITS:
                     _launch(runner, descriptor, with_changed_logits(step))
+            except (OSError, MemoryError):
+                raise
             except Exception as error:  # a model's own code does not expect tensors without memory
                 logger.debug("%s cannot be rehearsed", descriptor, exc_info=True)
                 problems[f"{type(error).__name__}: {error}".splitlines()[0]] = None

@@ -110,7 +110,8 @@ class Compiled(msgspec.Struct, frozen=True):
     kernels: the number of kernels that are in the cache now.
     unknown: why launches could not be rehearsed, in words, so that their kernels are not known; it
         would be the same at the next start.
-    failed: why kernels could not be compiled, in words.
+    failed: why kernels could not be compiled, or not even be recorded, in words; the next start
+        tries again.
     seconds: how long it took.
     processes: the number of processes that compiled.
     """
@@ -148,7 +149,7 @@ def compiled_kernels(job: KernelJob, progress: Progress) -> Iterator[None]:
     logger.info(text, found.kernels, found.seconds, found.processes)
     for why in (*found.unknown, *found.failed):
         _warn(why)
-    if not found.failed:
+    if found.files and not found.failed:
         _keep(job, found)
 
 
@@ -322,16 +323,17 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
     compiled."""
     began = time.monotonic()
     torch.set_num_threads(1)
+    failed: dict[str, None] = {}  # if a process ends, what is left fails for the same reason
     try:
         kernels, unknown = record(job)
-    except Exception as error:  # a model's own code does not expect tensors without memory
-        kernels, unknown = {}, [_said(error)]
+    except Exception as error:  # as where the disk or the memory is full
+        kernels, unknown = {}, []
+        failed[_said(error)] = None
     _recorded[:] = kernels.values()
     total = len(_recorded)
     room = available_memory() // PROCESS_BYTES
     processes = max(1, min(threads.cores(), MOST_PROCESSES, total, room))
     found: list[dict[Path, int]] = []
-    failed: dict[str, None] = {}  # if a process ends, what is left fails for the same reason
     progress(0, total)
     fork = multiprocessing.get_context("fork")
     end = partial(die_with_parent, os.getpid())
@@ -352,7 +354,7 @@ def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:
 
 def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     """Return the functions that compile the kernels of a job, by their keys in Triton's cache, and
-    why launches are missing, in words. Raises whatever loading the model raises."""
+    why launches are missing, in words. Raises whatever loading the model and `rehearse` raise."""
     from minisrv.certification.batches import BatchLimits, blocks_for_any_batch
     from minisrv.certification.rehearsal import rehearse
     from minisrv.graph.cpu_tape import CPUTapeBackend
