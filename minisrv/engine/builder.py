@@ -60,6 +60,7 @@ class EngineParts:
     times: the duration of a step by each graph, if the platform has graphs timed.
     samples: the timed steps to which the cost model was fitted; none if there is no target.
     compilation: the way of compiled code into service.
+    kernels: what decides which kernels the engine launches.
     """
 
     config: ResolvedConfig
@@ -73,6 +74,7 @@ class EngineParts:
     times: Mapping[GraphKey, StepTime]
     samples: list[StepSample]
     compilation: Compilation
+    kernels: KernelJob
 
 
 def build_engine(
@@ -275,6 +277,7 @@ def build_engine(
         times=costs.times,
         samples=costs.samples,
         compilation=compilation,
+        kernels=kernels,
     )
 
 

@@ -161,6 +161,14 @@ def kernel_cache() -> Path:
     return Path(knobs.cache.dir)
 
 
+def kept_list(job: KernelJob, directory: Path) -> Path | None:
+    """Return the file that lists the kernels of a job, if there is one and all of them are in a
+    directory of Triton's cache."""
+    path = _list_path(job)
+    listed = _listed(path)
+    return None if listed is None or _damaged(directory, listed) else path
+
+
 def _warn(why: str) -> None:
     logger.warning("not all kernels were compiled ahead, and are when they first run: %s", why)
 
@@ -170,7 +178,7 @@ def _start(job: KernelJob) -> KernelProcess | None:
     directory = kept = kernel_cache()
     if not _is_writable(kept):  # whatever the list says, a launch may need a kernel besides
         directory = _use_scratch(kept)
-    if (listed := _listed(job)) is not None:
+    if (listed := _listed(_list_path(job))) is not None:
         damaged = _damaged(directory, listed)
         if not damaged:
             logger.info("the kernels are in %s", kept)
@@ -201,9 +209,8 @@ def _use_scratch(kept: Path) -> Path:
     return scratch
 
 
-def _listed(job: KernelJob) -> dict[str, int] | None:
+def _listed(path: Path | None) -> dict[str, int] | None:
     """Return the list of what was compiled for a job, if there is one."""
-    path = _list_path(job)
     body = None if path is None else read_cached(path)
     if body is None:
         return None

@@ -17,7 +17,7 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CUDA
 from minisrv.engine.builder import build_engine
-from minisrv.engine.kernels import kernel_cache
+from minisrv.engine.kernels import kept_list, kernel_cache
 from minisrv.engine.messages import CompilationState
 from minisrv.engine.platforms import platform_of
 from minisrv.errors import ConfigError
@@ -28,7 +28,7 @@ def run_compile(config: EngineConfig) -> int:
     """Compile a model in pieces unless that has been done, certify what was compiled as a server
     would, and print the outcome. Returns the exit status: 0 if the compiled code would serve, or
     else 1. On a GPU, code that is served uncompiled unless that is asked for is left so, and only
-    its kernels are compiled; the exit status is 1 if they could not be kept.
+    its kernels are compiled; the exit status is 1 if not all of them are kept.
 
     Raises the errors of start-up, and ConfigError for another compilation mode.
     """
@@ -41,7 +41,7 @@ def run_compile(config: EngineConfig) -> int:
     threads.limit(beside=1)  # as in a server: code is compiled for a number of threads
     on_gpu = platform_of(config).kind is CUDA
     mode = config.compilation_mode if on_gpu else pieces
-    kernels = kernel_cache() if on_gpu else None
+    kernels = kernel_cache() if on_gpu else None  # before the engine uses another directory
     progress = StartupProgress()
     try:
         engine = build_engine(replace(config, compilation_mode=mode, compile_wait=True), progress)
@@ -49,14 +49,15 @@ def run_compile(config: EngineConfig) -> int:
         progress.close()
     report = engine.compilation.report
     console = Console(highlight=False, soft_wrap=True)
-    if on_gpu:
-        if kernel_cache() != kernels:
-            console.print(f"kernels cannot be kept in {kernels}.", markup=False)
+    if kernels is not None:
+        kept = kept_list(engine.kernels, kernels)
+        if kept is None:
+            text = f"not all kernels are kept in {kernels}; the log says why."
+            console.print(text, markup=False)
             return 1
         console.print(
-            f"the kernels are kept in {kernels}, and the list of them in "
-            f"{cache_directory('kernels')}. Both may be copied to the same places on machines with "
-            "the same GPU and software.",
+            f"the kernels are kept in {kernels}, and the list of them in {kept.parent}. Both may "
+            "be copied to the same places on machines with the same GPU and software.",
             markup=False,
         )
     if engine.config.compilation_mode is CompilationMode.NONE:

@@ -23,8 +23,12 @@ from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CUDA
 from minisrv.engine import kernels
+from minisrv.engine.builder import EngineParts, build_engine
 from minisrv.engine.kernels import Compiled, KernelJob, KernelProcess, compiled_kernels
+from minisrv.engine.platforms import CUDAPlatform
 from minisrv.kernels.gpu import GPU
+from minisrv.progress import StartupProgress
+from minisrv.tools import compile as compile_tool
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -317,3 +321,52 @@ def test_a_kernel_that_another_server_compiles_loses_none_of_its_files(
     (kernel / "kernel.json").unlink()
     with compiled_kernels(job_of(checkpoint), lambda done, total: None):
         assert [path.name for path in kernel.iterdir()] == ["kernel.cubin"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "list_directory", "status"),
+    [
+        (Compiled(FILES, 3, [], [], 1.5, 2), "xdg", 0),
+        (Compiled(FILES, 3, [], [], 1.5, 2), "file", 1),
+        (Compiled(FILES, 3, [], ["RuntimeError: no ptxas"], 1.5, 2), "xdg", 1),
+        (Compiled({"key/missing": 2}, 3, [], [], 1.5, 2), "xdg", 1),
+        ("it took longer than 300 s", "xdg", 1),
+    ],
+    ids=["all kept", "no list", "some failed", "some missing", "timeout"],
+)
+def test_minisrv_compile_succeeds_only_if_all_kernels_are_kept(
+    compiled: Compiled | str,
+    list_directory: str,
+    status: int,
+    checkpoint: Path,
+    empty_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The engine is that of a CPU, with the kernels of one on a GPU."""
+
+    class Done(Ready):
+        made = compiled
+
+    def build(config: EngineConfig, progress: StartupProgress) -> EngineParts:
+        engine = build_engine(config, progress)
+        with compiled_kernels(engine.kernels, lambda done, total: None):
+            pass
+        return engine
+
+    monkeypatch.setattr(kernels, "KernelProcess", Done)
+    monkeypatch.setattr(compile_tool, "build_engine", build)
+    gpu = CUDAPlatform(torch.device("cpu"))
+    monkeypatch.setattr(compile_tool, "platform_of", lambda config: gpu)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / list_directory))
+    (empty_cache / "key").mkdir(parents=True)
+    for name, size in FILES.items():
+        (empty_cache / name).write_bytes(bytes(size))
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 64}
+    config = EngineConfig(str(checkpoint), device="cpu", num_kv_blocks=33, **limits)
+    assert compile_tool.run_compile(config) == status
+    said = capsys.readouterr().out
+    assert (f"the kernels are kept in {empty_cache}," in said) == (status == 0)
+    assert (f"not all kernels are kept in {empty_cache};" in said) == (status == 1)
