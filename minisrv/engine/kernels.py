@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is first launched, one after the other, and graphs are captured of
 kernels that have been launched. All launches of an engine follow from its settings, so one process
-rehearses them without a GPU (`certification.rehearsal`), and as many as there are cores compile
-what it has recorded into Triton's cache. A list of what has been compiled is kept; a start that
-finds all of it in Triton's cache starts no process.
+rehearses them without a GPU (`certification.rehearsal`), and as many as there are cores, within
+limits, compile what it has recorded into Triton's cache. A list of what has been compiled is kept;
+a start that finds all of it in Triton's cache starts no process.
 
 Nothing depends on it: a kernel that is not in the cache is compiled when it is first launched. So
 whatever fails here is told as a warning.
