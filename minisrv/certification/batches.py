@@ -23,6 +23,11 @@ LONG_TOKENS = 32768
 other times, and take more memory than there may be when the cache has been allocated."""
 
 
+PLAIN_PROMPT = 1024
+"""Maximum number of tokens of a prompt in a plain batch. The time of its attention is little beside
+that of the other tokens, which a model of costs is to learn from the batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """The limits of one step.
@@ -117,13 +122,14 @@ def full_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
 
 def plain_batch(key: BatchDescriptor, limits: BatchLimits) -> Batch:
     """Return a batch on which a step by the graph is timed: decode rows with short contexts, or
-    beside some of them one prompt, as in most steps with prefill."""
+    beside some of them prompts of at most `PLAIN_PROMPT` tokens."""
     if key.uniform_decode:
         return short_batch(key, limits)
     size = min(key.num_tokens, _most(key, limits))
     decodes = min(size, limits.max_num_reqs) // 4
-    prompt = BatchRow(0, min(size - decodes, limits.max_model_len))
-    return _fitted([*_decodes(islice(cycle(_edges(limits)), decodes)), prompt], limits)
+    tokens, longest = size - decodes, min(PLAIN_PROMPT, limits.max_model_len)
+    prompts = [BatchRow(0, min(longest, tokens - begin)) for begin in range(0, tokens, longest)]
+    return _fitted([*_decodes(islice(cycle(_edges(limits)), decodes)), *prompts], limits)
 
 
 def long_decodes(key: BatchDescriptor, limits: BatchLimits) -> Batch:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from minisrv.core.attention_work import AttentionWork
+from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.modes import BudgetReason
 
 MARGIN = 0.05
@@ -172,9 +172,13 @@ class PrefillBudget:
 
     def _shared_ms(self, size: int, work: AttentionWork) -> float:
         """Return the predicted time of a step without the part in proportion to the work of its
-        attention, in milliseconds; more than 0."""
-        shared = AttentionWork(longest_prefill=work.longest_prefill)
-        return max(self._predict_ms(size, shared), MIN_MS)
+        attention, in milliseconds; more than 0. What it takes longer than its pairs because of its
+        longest prompt is a part of it."""
+        pairs = AttentionWork(prefill_pairs=work.prefill_pairs)
+        prefill = pairs._replace(longest_prefill=work.longest_prefill)
+        predict = self._predict_ms
+        longer_ms = predict(size, prefill) - predict(size, pairs)
+        return max(predict(size, NO_WORK) + longer_ms, MIN_MS)
 
 
 class _Step(NamedTuple):
