@@ -60,6 +60,10 @@ def test_the_steps_are_full_and_run_by_the_graphs_that_a_server_has(parts: Engin
     assert prompt.batch == (BatchRow(0, 32),)
 
 
+NO_MATCH = {"normed products added to residuals"}
+"""The passes for what the model of this test does not have: norms behind products."""
+
+
 def test_every_pass_leaves_fewer_operations(parts: EngineParts, config: EngineConfig) -> None:
     """Pieces are run by torch's operations here, which count one by one. Every graph is certified
     when it is captured."""
@@ -70,7 +74,7 @@ def test_every_pass_leaves_fewer_operations(parts: EngineParts, config: EngineCo
         traced = trace(lambda job=job: make(job, "dummy"), "cpu")
         matches = apply_passes(traced, job.passes)
         assert list(matches) == [one for one in PASSES if one in (job.passes or ())]
-        assert all(matches.values()), name
+        assert all(matches[one] for one in matches if one not in NO_MATCH), name
         schedule = split(traced)
         pieces = [InterpretedPiece(piece) for piece in schedule.pieces]
         description = Description(job.max_rows, matches, [], schedule.calls)

@@ -48,7 +48,7 @@ def test_slowness_is_kept_for_the_steps_that_were_measured(
 
 
 def test_other_code_is_measured(job: CompileJob, directory: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(artifacts, "_code_digest", lambda: "another version")
+    monkeypatch.setattr(artifacts, "code_digest", lambda parts: "another version")
     assert compiler(job).slowness(STEPS) is None
 
 
