@@ -168,7 +168,8 @@ def save_plot(entries: Sequence[dict[str, Any]], path: Path) -> None:
             x, y = point.get("ITL p99 ms"), point["tokens/s"]
             if x is not None:
                 panel.plot(x, y, "o", color=f"C{labels.index(label)}", label=label)
-        panel.set(title=str(load), xlabel="ITL p99, ms", xlim=(0, None), ylim=(0, None))
+        panel.set(title=str(load), xlabel="ITL p99, ms")
+        panel.set(xlim=(0, 1.15 * panel.get_xlim()[1]), ylim=(0, 1.15 * panel.get_ylim()[1]))
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="tokens/s")
     panels[0].legend(fontsize=8)
