@@ -95,8 +95,6 @@ def test_a_line_is_made_where_it_is_logged(log: Log) -> None:
 
 WAYS = """
 import asyncio, gc, logging, sys, threading, traceback, warnings
-from minisrv import logs
-from minisrv.processes import ChildProcess
 
 class Bad:
     def __del__(self):
@@ -128,6 +126,12 @@ def write():
     logging.getLogger("minisrv").error("%d", "no number")
     print("no end", end="", file=sys.stderr)
     raise ValueError("of the process")
+"""
+
+MAIN = """
+from minisrv import logs
+from minisrv.processes import ChildProcess
+from ways import write
 
 if __name__ == "__main__":
     logs.configure()
@@ -142,8 +146,9 @@ if __name__ == "__main__":
 def test_whatever_python_says_goes_one_way(tmp_path: Path, format: str) -> None:
     """All output of Python goes through the log, in the process that a user starts and in a child.
     In JSON format every line is an object."""
-    path = tmp_path / "ways.py"
-    path.write_text(WAYS)
+    (tmp_path / "ways.py").write_text(WAYS)
+    path = tmp_path / "main.py"
+    path.write_text(MAIN)
     done = subprocess.run(
         [sys.executable, str(path)],
         capture_output=True,
