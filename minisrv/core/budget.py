@@ -79,7 +79,7 @@ class PrefillBudget:
     sizes: the numbers of tokens to which steps with prefill are filled, ascending.
     predict_ms: predicts the time of a step. Without it, steps are taken to cost nothing, and take
         as many tokens as they may have.
-    itl_target_ms: the time in milliseconds that a step in which requests decode should not exceed;
+    itl_target_ms: the time in milliseconds that a step for which requests wait should not exceed;
         infinite for no target.
     """
 
@@ -133,10 +133,10 @@ class PrefillBudget:
         fastest = max(step.tokens_per_ms for step in allowed)
         chosen = next(step for step in allowed if step.tokens_per_ms >= (1 - MARGIN) * fastest)
         last = allowed[-1]
-        if last.tokens == waiting:
+        if last.tokens == waiting and chosen is not last:
             # What a smaller step leaves costs another step.
             rest = num_decodes + waiting - chosen.tokens
-            rest_ms = self._shared_ms(rest, last.work) if rest > num_decodes else 0.0
+            rest_ms = self._shared_ms(rest, last.work, self._predict_ms(rest, last.work))
             if last.shared_ms < (1 - MARGIN) * (chosen.shared_ms + rest_ms):
                 chosen = last
         if chosen.tokens == most:
@@ -167,18 +167,19 @@ class PrefillBudget:
             last = AttentionWork.of_chunk(chunk.num_computed_tokens, tokens - before)
             work = work_before.beside(last)
             size = num_decodes + tokens
-            shared_ms = self._shared_ms(size, work)
-            yield _Step(tokens, work, self._predict_ms(size, work), shared_ms, size / shared_ms)
+            ms = self._predict_ms(size, work)
+            shared_ms = self._shared_ms(size, work, ms)
+            yield _Step(tokens, work, ms, shared_ms, size / shared_ms)
 
-    def _shared_ms(self, size: int, work: AttentionWork) -> float:
+    def _shared_ms(self, size: int, work: AttentionWork, ms: float) -> float:
         """Return the predicted time of a step without the part in proportion to the work of its
         attention, in milliseconds; more than 0. What it takes longer than its pairs because of its
-        longest prompt is a part of it."""
-        pairs = AttentionWork(prefill_pairs=work.prefill_pairs)
-        prefill = pairs._replace(longest_prefill=work.longest_prefill)
-        predict = self._predict_ms
-        longer_ms = predict(size, prefill) - predict(size, pairs)
-        return max(predict(size, NO_WORK) + longer_ms, MIN_MS)
+        longest prompt is a part of it.
+
+        ms: the predicted time of the whole step.
+        """
+        in_proportion = self._predict_ms(size, work._replace(longest_prefill=0))
+        return max(ms - in_proportion + self._predict_ms(size, NO_WORK), MIN_MS)
 
 
 class _Step(NamedTuple):
