@@ -104,7 +104,7 @@ class CostModel:
         """Learn the bases from timed steps of another code of the model, whose attention costs what
         it did. Those of steps that run unlike all of them stay."""
         at_pace = [StepSample(key, work, ms / self._pace) for key, work, ms in samples]
-        self._bases |= {
+        self._bases = self._bases | {
             kind: _Bases.fit(by_size, self._rates[kind[1]])
             for kind, by_size in _by_kind_and_size(at_pace).items()
         }

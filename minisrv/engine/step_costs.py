@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, time_graphs
 from minisrv.core.attention_work import NO_WORK, AttentionWork
@@ -81,17 +82,19 @@ class StepCosts:
             self._set_default_target()
 
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
-        """Choose by the durations of the `timed_keys` of other code, which has taken over."""
-        if self._chooses_graphs:
-            self._choose_graphs(times)
-        if self._target_ms != 0:
-            self.cost_model.rebase(cost_samples(times))
-            self._set_default_target()
-            logger.info("ITL target %.1f ms", self.itl_target_ms)
+        """Choose by the durations of the `timed_keys` of other code, which has taken over. If
+        anything fails, all choices are as before."""
+        with _undone_by_errors(self, self.dispatcher, self.cost_model, self.budget):
+            if self._chooses_graphs:
+                self._choose_graphs(times)
+            if self._target_ms != 0:
+                self.cost_model.rebase(cost_samples(times))
+                self._set_default_target()
+                logger.info("ITL target %.1f ms", self.itl_target_ms)
 
     def _choose_graphs(self, times: Mapping[GraphKey, StepTime]) -> None:
         self.dispatcher.use_times(times)
-        self._keys.clear()
+        self._keys = {}
 
     def _set_default_target(self) -> None:
         if self._target_ms is None:
@@ -108,3 +111,16 @@ class StepCosts:
             key = self.dispatcher.dispatch(num_tokens, 1, query_len=None).key
             self._keys[num_tokens] = key
         return self.cost_model.predict(key, work)
+
+
+@contextmanager
+def _undone_by_errors(*parts: object) -> Iterator[None]:
+    """Put the attributes of objects back if the block raises an error. The block replaces what they
+    refer to, and does not change it."""
+    before = [vars(part).copy() for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, attributes in zip(parts, before, strict=True):
+            vars(part).update(attributes)
+        raise

@@ -8,9 +8,14 @@ import pytest
 
 from minisrv.config import EngineConfig
 from minisrv.core.attention_work import NO_WORK, AttentionWork
+from minisrv.core.cost_model import CostModel
+from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.ladder import build_ladders
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.modes import BudgetReason, CUDAGraphMode
+from minisrv.engine.step_costs import StepCosts
+from minisrv.engine.step_costs import logger as costs_logger
+from minisrv.modes import BudgetReason, CUDAGraphMode, GraphKey
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner.results import DeviceTime, StepResult
 from tests.checkpoints import make_checkpoint
@@ -95,3 +100,34 @@ def test_a_target_changes_the_steps_and_no_token(checkpoint: str):
     steps = [sum(number for number, _ in each.values()) for each in counted]
     assert steps[0] > steps[1] == 5
     assert sum(free.stats().step_time_errors.counts) == 0
+
+
+def test_times_that_cannot_be_used_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Whatever fails on the way, graphs, predictions and the target all follow the times of the
+    code that serves. The dispatcher once kept those of code that did not."""
+    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 64)
+    costs = StepCosts(Dispatcher(ladders), None, chooses_graphs=True)
+
+    def times(full_ms: float, piecewise_ms: float) -> dict[GraphKey, StepTime]:
+        by_mode = {CUDAGraphMode.FULL: full_ms, CUDAGraphMode.PIECEWISE: piecewise_ms}
+        found = {key: by_mode.get(key[0], 9.0) + key[1].num_tokens for key in costs.timed_keys}
+        return {key: StepTime(ms, ms) for key, ms in found.items()}
+
+    def state() -> tuple[object, ...]:
+        keys = [costs.dispatcher.dispatch(size, size, query_len=1).key for size in range(1, 5)]
+        predicted = [costs.budget._predict_ms(size, NO_WORK) for size in range(1, 65)]
+        return keys, predicted, costs.itl_target_ms
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("not now")
+
+    costs.use_times(times(1.0, 5.0))
+    before, other = state(), times(8.0, 0.5)
+    for part, name in ((CostModel, "rebase"), (CostModel, "predict"), (costs_logger, "info")):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, name, fail)
+            with pytest.raises(RuntimeError):
+                costs.use_times(other)
+        assert state() == before, name
+    costs.use_times(other)
+    assert all(new != old for new, old in zip(state(), before, strict=True))
