@@ -5,16 +5,25 @@ A package is found by the key of its piece, and shared by all programs that have
 program names the digest of each of its packages, which is compared before anything is loaded. Each
 file begins with its key, so that it is not taken for another one.
 
+A package is machine code, which may end the process that tries it. Where a process that compiles
+does, its parent sets the package aside. An engine has nobody to do that, and would end at each
+start; so it leaves a note in the cache as long as it tries a package (`tried`). Who finds the note
+of a process that has ended sets the package aside.
+
 Knows: where artifacts lie, and when one is trusted. Knows nothing of what a program does, nor of
 compilers.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
+import os
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +32,7 @@ import msgspec
 import torch
 
 from minisrv.cache import cache_directory, read_cached, write_cached
-from minisrv.errors import CompilationError
+from minisrv.errors import CompilationError, CrashError
 from minisrv.kernels.native import processor
 
 logger = logging.getLogger(__name__)
@@ -31,6 +40,9 @@ logger = logging.getLogger(__name__)
 PROGRAM, SLOWNESS = "program.msgpack", "slowness.msgpack"
 _CODE = ("compile", "kernels", "nn", "graph", "checkpoint/transformers_decoder.py")
 """The parts of the package on which the content of artifacts depends."""
+
+_NOTE = ".tried"
+"""Suffix of the name of a note that a process tries a package."""
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -45,13 +57,16 @@ class Package(msgspec.Struct, frozen=True):
 
 
 class PackageAside(msgspec.Struct, frozen=True):
-    """A package that has crashed the process that loaded it.
+    """A package that has crashed a process that tried it.
 
     times: how often packages of this piece have done that.
+    engine: whether one of these processes was an engine. An engine tries only what a process that
+        compiles could load, so that one would not find out about another package either.
     """
 
     package: Package
     times: int
+    engine: bool = False
 
 
 class Slowness(msgspec.Struct, frozen=True):
@@ -98,8 +113,7 @@ def write_description(directory: Path, body: bytes) -> None:
 def forget(directory: Path, name: str) -> None:
     """Remove what is kept of a program under a name, `PROGRAM` or `SLOWNESS`. If the cache cannot
     be written, nothing happens."""
-    with suppress(OSError):
-        (directory / name).unlink()
+    _remove(directory / name)
 
 
 def read_slowness(directory: Path) -> Slowness | None:
@@ -121,9 +135,11 @@ def read_package(key: str, digest: str | None = None) -> Package:
     """Return the package of a piece.
 
     digest: the digest that its content must have; None for any.
-    Raises CompilationError if there is none, or none that is trusted, or another one. Raises
-    OSError and RuntimeError as `cache_directory` does.
+    Raises CompilationError if there is none, or none that is trusted, or another one, and
+    CrashError if an engine has ended while it tried a package of this piece. Raises OSError and
+    RuntimeError as `cache_directory` does.
     """
+    check_aside(key)
     path = _package_path(key)
     body = read_cached(path)
     if body is None:
@@ -134,9 +150,15 @@ def read_package(key: str, digest: str | None = None) -> Package:
     if not body.startswith(named):
         raise CompilationError(f"{path} holds the package of another piece.")
     try:
-        return msgspec.msgpack.decode(memoryview(body)[len(named) :], type=Package)
+        package = msgspec.msgpack.decode(memoryview(body)[len(named) :], type=Package)
     except msgspec.MsgspecError as error:
         raise CompilationError(f"{path} is no package: {error}") from error
+    if notes := _notes_left(key):
+        set_aside(key, package, engine=True)
+        for note in notes:
+            _remove(note)
+        check_aside(key)
+    return package
 
 
 def write_package(key: str, package: Package) -> str:
@@ -147,14 +169,58 @@ def write_package(key: str, package: Package) -> str:
     return package_digest(body)
 
 
-def set_aside(key: str, package: Package) -> Path:
-    """Keep the package of a piece where nobody loads it, because it has crashed a process that did,
-    and return the path. Raises what `write_package` does."""
+@contextmanager
+def tried(key: str) -> Iterator[None]:
+    """Note in the cache, for the block, that this engine tries the package of a piece. The note is
+    left if the process ends in the block. That should not take long: to be killed there looks like
+    a crash. If the cache cannot be written, there is no note."""
+    with ExitStack() as left:
+        with suppress(OSError, RuntimeError):
+            directory = _package_path(key).parent
+            file = left.enter_context(tempfile.NamedTemporaryFile(dir=directory, delete=False))
+            note = Path(file.name)
+            left.callback(lambda: _remove(note))
+            # The lock tells others that this process lives, so it comes before the name that they
+            # look for.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            note = note.rename(directory / f"{key}.{note.name}{_NOTE}")
+        yield
+
+
+def _notes_left(key: str) -> list[Path]:
+    """Return the notes of processes that have ended while they tried a package of a piece."""
+    found = []
+    for note in _package_path(key).parent.glob(f"{key}.*{_NOTE}"):
+        with suppress(OSError), note.open("rb") as file:
+            # A process that lives has locked it exclusively. Others may look at the same time.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:  # it has not been removed meanwhile
+                found.append(note)
+    return found
+
+
+def check_aside(key: str) -> None:
+    """Raise CrashError if an engine has ended while it tried a package of a piece."""
+    aside = read_aside(key)
+    if aside is not None and aside.engine:
+        raise CrashError(
+            f"an engine has ended while it tried the package of the piece {key}, which is set "
+            f"aside as {_path_aside(key)}. It is tried again when that file has been removed."
+        )
+
+
+def set_aside(key: str, package: Package, *, engine: bool = False) -> Path:
+    """Keep the package of a piece where nobody loads it, because it has crashed a process that
+    tried it, and return the path. Raises what `write_package` does.
+
+    engine: whether that process was an engine.
+    """
     path, before = _path_aside(key), read_aside(key)
-    times = 1 if before is None else before.times + 1
-    _write(path, key.encode() + msgspec.msgpack.encode(PackageAside(package, times)))
-    with suppress(OSError):
-        _package_path(key).unlink()
+    aside = PackageAside(package, 1, engine)
+    if before is not None:
+        aside = PackageAside(package, before.times + 1, engine or before.engine)
+    _write(path, key.encode() + msgspec.msgpack.encode(aside))
+    _remove(_package_path(key))
     return path
 
 
@@ -173,8 +239,7 @@ def read_aside(key: str) -> PackageAside | None:
 def forget_aside(key: str) -> None:
     """Remove the package of a piece that was set aside, if there is one. If the cache cannot be
     written, nothing happens."""
-    with suppress(OSError):
-        _path_aside(key).unlink()
+    _remove(_path_aside(key))
 
 
 def package_digest(body: bytes) -> str:
@@ -202,6 +267,12 @@ def _package_path(key: str) -> Path:
 
 def _path_aside(key: str) -> Path:
     return _package_path(key).with_suffix(".crashed")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, if it is there and the cache can be written."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def _write(path: Path, body: bytes) -> None:

@@ -23,6 +23,14 @@ HELPED_CORES = 8
 """The number of cores from which on two processes compile for a GPU at the same time."""
 
 
+def known_slowness(job: CompileJob, steps: str) -> float | None:
+    """Return how many times as fast the program of a job was where an earlier start has measured
+    these steps and found it too slow to serve; None if none has."""
+    directory = job.program_directory()
+    kept = None if directory is None else artifacts.read_slowness(directory)
+    return None if kept is None or kept.steps != steps else kept.speedup
+
+
 class PieceCompiler:
     """Compiles one model. It satisfies `minisrv.engine.compilation.Compiler`.
 
@@ -39,7 +47,8 @@ class PieceCompiler:
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
-        cannot is compiled again; the log says why."""
+        cannot is compiled again; the log says why. Raises CrashError if an engine has ended while
+        it tried a package of it, which is not compiled again."""
         directory = self._job.kept_program()
         program = None if directory is None else Program.load(directory, self._model)
         if directory is None or program is None:
@@ -55,10 +64,7 @@ class PieceCompiler:
     def slowness(self, steps: str) -> float | None:
         """Return how many times as fast the program was where an earlier start has measured these
         steps and found it too slow to serve; None if none has, or it is to be tried again."""
-        if self._directory is None or self._again:
-            return None
-        kept = artifacts.read_slowness(self._directory)
-        return None if kept is None or kept.steps != steps else kept.speedup
+        return None if self._again else known_slowness(self._job, steps)
 
     def remember_slowness(self, directory: Path, steps: str, speedup: float) -> None:
         """Discard a program, and remember its speed. If the cache cannot be written, it is made and

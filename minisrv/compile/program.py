@@ -16,8 +16,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path as FilePath
 from typing import Any, Protocol, TypeVar
@@ -46,7 +47,7 @@ from minisrv.compile.values import (
     Value,
     Weight,
 )
-from minisrv.errors import CompilationError
+from minisrv.errors import CompilationError, CrashError
 from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
 from minisrv.kernels.elementwise import add_rms_norm_op
@@ -77,8 +78,19 @@ class LoadedPiece:
     written: the indices of the arguments that it writes.
     """
 
-    def __init__(self, package: artifacts.Package, num_arguments: int) -> None:
-        with _scratch_directory() as scratch:
+    def __init__(
+        self,
+        package: artifacts.Package,
+        num_arguments: int,
+        tried: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Load a package. Raises RuntimeError.
+
+        tried: returns the context in which its code is tried: when it is loaded, and when it runs
+            for the first time.
+        """
+        self._tried: Callable[[], AbstractContextManager[None]] | None = tried
+        with tried(), _scratch_directory() as scratch:
             # What was checked is what is loaded. The loader takes a file, and unpacks it.
             file = scratch / "piece.pt2"
             file.write_bytes(package.body)
@@ -95,7 +107,13 @@ class LoadedPiece:
     def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
         """Run the piece on the arguments that it only reads and on those that it writes."""
         given = [*read, *written]
-        self._package.boxed_run([given[place] for place in self._order])
+        arguments = [given[place] for place in self._order]
+        if self._tried is None:
+            self._package.boxed_run(arguments)
+            return
+        with self._tried():
+            self._package.boxed_run(arguments)
+        self._tried = None
 
 
 @contextmanager
@@ -210,9 +228,13 @@ class Program(Compiled):
 
         between: is called between packages, and between weights, where the caller may do something
             else that does not use them.
+
+        Raises CrashError if an engine has ended while it tried a package of the program.
         """
         try:
             return cls._load(directory, model, between)
+        except CrashError:
+            raise
         except _UNREADABLE as error:
             logger.warning("the program in %s is not used: %s", directory, error)
             return None
@@ -228,7 +250,8 @@ class Program(Compiled):
         # Nothing is loaded before all of it has been checked.
         pieces = []
         for index, package in enumerate(packages):
-            pieces.append(LoadedPiece(package, sizes[index]))
+            tried = partial(artifacts.tried, description.pieces[index].key)
+            pieces.append(LoadedPiece(package, sizes[index], tried))
             between()
         program = cls(description, pieces, model, between)
         logger.info("loaded %s", program.summary)
@@ -236,9 +259,12 @@ class Program(Compiled):
 
     @staticmethod
     def is_whole(directory: FilePath) -> bool:
-        """Whether everything of a program in the cache is there, and trusted. Nothing is loaded."""
+        """Whether everything of a program in the cache is there, and trusted. Nothing is loaded.
+        Raises CrashError as `load` does."""
         try:
             _read(directory)
+        except CrashError:
+            raise
         except _UNREADABLE:
             return False
         return True

@@ -197,7 +197,8 @@ def keep_piece(
     again: whether a piece is made again that has crashed `MOST_CRASHES` processes.
 
     Raises what `artifacts.write_package` and `make` do, RuntimeError if a package that is made
-    cannot be loaded, and CompilationError if the piece is not made again.
+    cannot be loaded, CompilationError if the piece is not made again, and CrashError if that is
+    because of an engine.
     """
     from minisrv.compile import artifacts
     from minisrv.compile.program import LoadedPiece
@@ -221,6 +222,7 @@ def keep_piece(
 
     package, aside = kept(), artifacts.read_aside(key)
     if package is None:
+        artifacts.check_aside(key)
         if aside is not None and aside.times >= MOST_CRASHES and not again:
             raise CompilationError(
                 f"packages of the piece {key} have crashed {aside.times} processes that loaded "
