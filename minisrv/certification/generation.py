@@ -32,6 +32,7 @@ from minisrv.certification.timing import TIMED_REPLAYS, step_time
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import Ladders
 from minisrv.errors import CertificationError
 from minisrv.graph.observer import StepObserver
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
@@ -120,27 +121,26 @@ def build_generation(
                 on_progress(sum(map(len, new.graphs)))
 
 
-def model_keys(runner: ModelRunner) -> list[GraphKey]:
+def model_keys(ladders: Ladders) -> list[GraphKey]:
     """Return the keys of every graph that contains the model, the largest of each kind first, and
     of the largest and the smallest step without a graph."""
-    sizes = (runner.ladders.max_num_batched_tokens, 1)
+    sizes = (ladders.max_num_batched_tokens, 1)
     eager = [(CUDAGraphMode.NONE, BatchDescriptor(size)) for size in sizes]
-    keys = runner.ladders.keys()
-    return [key for key in keys if key[1].stage is Stage.MODEL] + eager
+    return [key for key in ladders.keys() if key[1].stage is Stage.MODEL] + eager  # noqa: SIM118
 
 
-def end_keys(runner: ModelRunner) -> list[GraphKey]:
+def end_keys(ladders: Ladders) -> list[GraphKey]:
     """Return the first and the last of each kind of `model_keys`."""
     kinds: dict[tuple[CUDAGraphMode, bool], list[GraphKey]] = {}
-    for key in model_keys(runner):
+    for key in model_keys(ladders):
         kinds.setdefault((key[0], key[1].uniform_decode), []).append(key)
     return list(dict.fromkeys(key for keys in kinds.values() for key in (keys[0], keys[-1])))
 
 
-def timed_keys(runner: ModelRunner) -> list[GraphKey]:
+def timed_keys(ladders: Ladders) -> list[GraphKey]:
     """Return the keys of the steps by which two generations are compared: `end_keys`, those of
     graphs if there are any."""
-    keys = end_keys(runner)
+    keys = end_keys(ladders)
     return [key for key in keys if key[0] is not CUDAGraphMode.NONE] or keys
 
 
@@ -184,7 +184,7 @@ def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn:
     service: the geometric mean over `timed_keys`."""
     old = Generation.in_service(runner)
     speedups = []
-    for key in timed_keys(runner):
+    for key in timed_keys(runner.ladders):
         with _borrowed_space(runner, pool, key, turn) as space:
             batch = short_batch(key[1], space.limits(runner))
             trial = StepTrial(runner, space, key, batch, params=[GREEDY])

@@ -17,24 +17,24 @@ import torch
 from minisrv import threads
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
-from minisrv.compile.pieces import PieceCompiler
+from minisrv.compile.pieces import PieceCompiler, known_slowness
 from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.ladder import ladders_of
+from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.core.scheduler import Scheduler
 from minisrv.device_kind import ResolvedConfig, choose_compilation
-from minisrv.engine.compilation import Compilation, Compiler
+from minisrv.engine.compilation import Compilation, Compiler, is_too_slow, timed_steps
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.platforms import Platform, Progress, platform_of
 from minisrv.engine.step_costs import StepCosts
-from minisrv.errors import ConfigError
+from minisrv.errors import ConfigError, CrashError
 from minisrv.kernels.gpu import gpu_of
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
@@ -139,9 +139,7 @@ def build_engine(
             max_num_tokens=sizes.max_num_tokens,
         )
         make_compiler = partial(PieceCompiler, job, again=config.compile_wait)
-        kept = job.kept_program()
-        # What the cache has serves from the start, and no other graphs are captured.
-        builds_beside = kept is None or not Program.is_whole(kept)
+        builds_beside = _builds_beside(job, ladders, again=config.compile_wait)
     kernels = KernelJob(
         model=model_config,
         directory=checkpoint.directory,
@@ -296,6 +294,22 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig, platform: Platform) 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype, e.g. "float16", which may have been asked for as "half"."""
     return str(dtype).removeprefix("torch.")
+
+
+def _builds_beside(job: CompileJob, ladders: Ladders, *, again: bool) -> bool:
+    """Whether a start builds another generation beside the one that it is ready with: unless the
+    cache has the program, which serves from the start, or knows that it may not serve.
+
+    again: whether a program that was found to be too slow is made and measured once more.
+    """
+    kept = job.kept_program()
+    try:
+        if kept is not None and Program.is_whole(kept):
+            return False
+    except CrashError:
+        return False
+    speedup = None if again else known_slowness(job, timed_steps(ladders))
+    return speedup is None or not is_too_slow(speedup)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from minisrv.certification.startup import CaptureProgress, capture_graphs
 from minisrv.compile.decorator import Compiled
 from minisrv.core.dispatcher import StepTime
 from minisrv.core.kv_cache import BlockPool
+from minisrv.core.ladder import Ladders
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
@@ -91,7 +92,8 @@ class Compiler(Protocol):
     """Compiles one model."""
 
     def find(self) -> Path | None:
-        """Return the directory of the program if the cache has it, and it was not discarded."""
+        """Return the directory of the program if the cache has it, and it was not discarded. Raises
+        MinisrvError if it may not be used, and no other may be made."""
 
     def discard(self, directory: Path) -> None:
         """Keep a program from being found again, because it may not serve. If the cache cannot be
@@ -358,11 +360,11 @@ class Compilation:
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):
-            keys = model_keys(runner)
+            keys = model_keys(runner.ladders)
             yield from turn.take(partial(build_generation, runner, pool, new, keys, turn))
             speedup = yield from turn.take(partial(measure_speedup, runner, pool, new, turn))
-            if speedup < LEAST_SPEEDUP:
-                compiler.remember_slowness(found, self._timed_steps, speedup)
+            if is_too_slow(speedup):
+                compiler.remember_slowness(found, timed_steps(runner.ladders), speedup)
                 if not self._serve_slower:
                     raise _RefusedError(Refusal.SLOWER, _too_slow(speedup))
             timed = () if self._is_awaited else self._timed
@@ -379,8 +381,9 @@ class Compilation:
         """Bring the program that the cache has into service, if there is one."""
         with _refused_as(Refusal.LOAD):
             found = compiler.find()
-            speedup = None if found else compiler.slowness(self._timed_steps)
-        if speedup is not None and speedup < LEAST_SPEEDUP:
+            steps = timed_steps(self._runner.ladders)
+            speedup = None if found else compiler.slowness(steps)
+        if speedup is not None and is_too_slow(speedup):
             raise _RefusedError(
                 Refusal.SLOWER,
                 f"{_too_slow(speedup)} An earlier start has measured that, so nothing is compiled; "
@@ -391,7 +394,7 @@ class Compilation:
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):
-            keys, total = end_keys(runner), len(runner.ladders.keys())
+            keys, total = end_keys(runner.ladders), len(runner.ladders.keys())
             build_generation(runner, pool, new, keys, turn, lambda done: on_progress(done, total))
         self._lap("certify")
         yield from self._serve(new, {})  # all graphs of a start-up are measured behind this
@@ -452,12 +455,6 @@ class Compilation:
         yield
         self._release()
 
-    @property
-    def _timed_steps(self) -> str:
-        """The steps that are measured, in words."""
-        keys = timed_keys(self._runner)
-        return ", ".join(f"{mode.name} {descriptor.num_tokens}" for mode, descriptor in keys)
-
     def _tell(self, **changes: Any) -> None:
         seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
         self.report = msgspec.structs.replace(self.report, seconds=seconds, **changes)
@@ -467,6 +464,18 @@ class Compilation:
         now = self._clock()
         self._seconds[phase] = now - self._began
         self._began = now
+
+
+def timed_steps(ladders: Ladders) -> str:
+    """Return the steps that are measured before compiled code serves, in words."""
+    keys = timed_keys(ladders)
+    return ", ".join(f"{mode.name} {descriptor.num_tokens}" for mode, descriptor in keys)
+
+
+def is_too_slow(speedup: float) -> bool:
+    """Whether steps that are so many times as fast as those of the model's own code do not
+    serve."""
+    return speedup < LEAST_SPEEDUP
 
 
 def _too_slow(speedup: float) -> str:

@@ -690,7 +690,7 @@ def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
             tensor.fill_(7)
 
     turn, pool, keys = AlwaysOver(between), engine.scheduler.block_pool, runner.ladders.keys()
-    build_generation(runner, pool, new, model_keys(runner), turn)
+    build_generation(runner, pool, new, model_keys(runner.ladders), turn)
     pieces = [key for key in keys if key[0] is CUDAGraphMode.PIECEWISE]
     layers = len(runner.kv_caches)
     assert turns > 4 * len(keys) + 4 * layers * len(pieces)
@@ -818,7 +818,7 @@ def test_an_error_of_the_swap_itself_is_a_refusal(checkpoint, monkeypatch, faili
         runner,
         pool,
         made,
-        timed=timed_keys(runner),
+        timed=timed_keys(runner.ladders),
         use_times=use_times,
         serve_slower=True,
     )

@@ -4,10 +4,13 @@ serves by it, and the next start finds what was compiled."""
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minisrv import LLM, SamplingParams
@@ -15,13 +18,16 @@ from minisrv.cli import main
 from minisrv.compile import artifacts
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
+from minisrv.compile.values import Description
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
+from minisrv.engine.compilation import timed_steps
 from minisrv.engine.memory import MemoryPlan
 from minisrv.engine.messages import CompilationState
 from minisrv.engine.platforms import CPUPlatform
 from minisrv.errors import CompilationError, ConfigError
 from tests.checkpoints import make_checkpoint
+from tests.compile.test_worker import with_another_library
 from tests.nn.test_logits import prompt
 
 PROMPTS = [{"prompt_token_ids": prompt(length, length)} for length in (3, 20, 1, 9)]
@@ -87,13 +93,57 @@ def test_what_is_compiled_serves_now_and_after_a_restart(
     again = LLM(checkpoint, **LIMITS)
     assert again.engine.info.compilation.state is CompilationState.COMPILED
     assert tokens(again) == (expected, modes)
-    # Only a start that compiles has graphs of both codes; a damaged program is compiled again.
+    # Only a start that compiles has graphs of both codes.
     assert planned == [1, 2, 1, 1]
+
+    # An engine that dies of a package does so once; what is left of the program is not compiled.
     [description] = (tmp_path / "cache").rglob(artifacts.PROGRAM)
-    description.write_bytes(b"")
+    whole = description.read_bytes()
+    crash(description.parent, tmp_path)
+    ended = subprocess.run([sys.executable, "-c", START, checkpoint, repr(LIMITS)], cwd=ROOT)
+    assert ended.returncode == -signal.SIGABRT
+    crashed = LLM(checkpoint, **LIMITS)
+    report = crashed.engine.info.compilation
+    assert report.refusals == {"load": 1}
+    assert "an engine has ended while it tried the package" in report.reason
+    assert tokens(crashed) == (expected, own)
+    assert planned[4:] == [1]
+
+    # A damaged program is compiled again, unless an earlier start has found it too slow.
+    description.write_bytes(whole[:-1])
+    [aside] = (tmp_path / "cache").rglob("*.crashed")
+    aside.unlink()
     monkeypatch.setattr(PieceCompiler, "start", refuse_to_start)
     LLM(checkpoint, **LIMITS)
-    assert planned[4:] == [2]
+    monkeypatch.setattr("minisrv.engine.compilation.LEAST_SPEEDUP", 1.02)
+    slow = artifacts.Slowness(timed_steps(llm.engine.runner.ladders), 0.9)
+    artifacts.write_slowness(description.parent, slow)
+    known = LLM(checkpoint, **LIMITS)
+    assert known.engine.info.compilation.refusals == {"slower": 1}
+    waited = LLM(checkpoint, compile_wait=True, **LIMITS)
+    assert waited.engine.info.compilation.refusals == {"compile": 1}
+    assert planned[5:] == [2, 1, 2]
+
+
+ROOT = Path(__file__).parents[2]
+
+START = """
+import ast, sys
+from minisrv import LLM
+LLM(sys.argv[1], **ast.literal_eval(sys.argv[2]))
+"""
+
+
+def crash(directory: Path, scratch: Path) -> None:
+    """Have a program name a package that ends the process which loads it."""
+    described = msgspec.msgpack.decode(artifacts.read_description(directory), type=Description)
+    first, *others = described.pieces
+    package = with_another_library(artifacts.read_package(first.key), scratch)
+    digest = artifacts.write_package(first.key, package)
+    changed = msgspec.structs.replace(
+        described, pieces=[msgspec.structs.replace(first, digest=digest), *others]
+    )
+    artifacts.write_description(directory, msgspec.msgpack.encode(changed))
 
 
 def refuse_to_start(compiler: PieceCompiler) -> Any:
