@@ -138,7 +138,8 @@ class GraphCaptureError(GraphError):
 class CertificationError(GraphError):
     """A captured graph gave other results than the eager run of the same padded shape.
 
-    difference: the largest absolute difference that was found; 0 if something else was wrong.
+    difference: the largest absolute difference of a number that was found; 0 if something else was
+        wrong.
     """
 
     def __init__(self, message: str, *, difference: float = 0.0) -> None:

@@ -49,8 +49,8 @@ class Trial(Protocol):
         """Run the step at the padded shape by replaying a graph, or eagerly without one."""
 
     def observe(self) -> dict[str, Tensor]:
-        """Return copies of the values that the step of a real row computes, by name. None of them
-        may depend on the poison."""
+        """Return the values that the step of a real row computes, by name, as copies or digests.
+        None of them may depend on the poison."""
 
     def unexpected_writes(self) -> list[str]:
         """Return descriptions of everything that the last run changed although it must not."""
@@ -60,18 +60,15 @@ def certify(
     trial: Trial,
     graph: Callable[[], CapturedGraph],
     *,
-    tolerance: float = 0.0,
     between: Callable[[], None] = lambda: None,
-) -> tuple[CapturedGraph, float]:
-    """Compare a graph with the eager run of the trial's step. Returns the graph, and the largest
-    absolute difference of any value.
+) -> CapturedGraph:
+    """Compare a graph with the eager run of the trial's step, and return the graph.
 
     graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
         it may leave any values in the buffers and in the null block.
-    tolerance: the largest difference allowed; 0 requires equal bits.
     between: is called between the runs, and between a run and the look at what it has left.
 
-    Raises CertificationError for a larger difference, for a run that changes what it must not, for
+    Raises CertificationError for any difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
     trial.reset(InitialState.CLEAN)
@@ -84,7 +81,6 @@ def certify(
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
     between()
     candidate = graph()
-    largest = 0.0
     for initial_state in trial.initial_states:
         between()
         try:
@@ -95,10 +91,9 @@ def certify(
                 f"{trial.name}: the replay {initial_state.value} failed: {error}"
             ) from error
         between()
-        difference = _compare(trial.name, reference, trial.observe(), initial_state, tolerance)
-        largest = max(largest, difference)
+        _compare(trial.name, reference, trial.observe(), initial_state)
         _check_no_unexpected_writes(trial, f"the replay {initial_state.value}")
-    return candidate, largest
+    return candidate
 
 
 def _check_no_unexpected_writes(trial: Trial, run: str) -> None:
@@ -114,20 +109,20 @@ def _compare(
     reference: dict[str, Tensor],
     found: dict[str, Tensor],
     initial_state: InitialState,
-    tolerance: float,
-) -> float:
+) -> None:
+    """Raise CertificationError for the first value that differs."""
     assert reference.keys() == found.keys(), "a trial observes the same things every time"
-    largest = 0.0
     for name, expected in reference.items():
-        if not torch.equal(expected, found[name]):
+        if torch.equal(expected, found[name]):
+            continue
+        number = int((expected != found[name]).sum())
+        words, largest = f"in {number} of {expected.numel()} places", 0.0
+        if expected.is_floating_point():  # a token or a digest is not larger or smaller
             difference = (expected.double() - found[name].double()).abs()
-            largest = max(largest, float(difference.nan_to_num(float("inf")).max()))
-            if largest > tolerance:
-                raise CertificationError(
-                    f"{trial}: {name} of the replay differs from the eager run's "
-                    f"{initial_state.value} (largest difference {largest:.3g}, allowed "
-                    f"{tolerance:.3g}). The graph may not serve; run with --enforce-eager and "
-                    "report this.",
-                    difference=largest,
-                )
-    return largest
+            largest = float(difference.nan_to_num(float("inf")).max())
+            words += f", by at most {largest:.3g}"
+        raise CertificationError(
+            f"{trial}: {name} of the replay differs from the eager run's {initial_state.value}: "
+            f"{words}. The graph may not serve; run with --enforce-eager and report this.",
+            difference=largest,
+        )

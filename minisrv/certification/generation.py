@@ -116,7 +116,7 @@ def build_generation(
             if key[0] is not CUDAGraphMode.NONE:
                 with _Visit(runner, trial, new, turn) as visit:
                     capture = partial(runner.capture, key)
-                    graph, _ = certify(trial, capture, between=visit.make_way)
+                    graph = certify(trial, capture, between=visit.make_way)
                     runner.install(key, graph)
                 on_progress(sum(map(len, new.graphs)))
 

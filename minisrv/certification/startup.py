@@ -61,7 +61,7 @@ def add_graph(runner: ModelRunner, space: TrialSpace, key: GraphKey) -> None:
     """
     trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
     try:
-        graph, _ = certify(trial, partial(runner.capture, key))
+        graph = certify(trial, partial(runner.capture, key))
     finally:
         trial.clear()
     runner.install(key, graph)

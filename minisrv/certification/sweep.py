@@ -88,10 +88,9 @@ def _batches(ladders: Ladders, key: BatchDescriptor, limits: BatchLimits) -> lis
 
 
 def _try(trial: StepTrial, graph: CapturedGraph, batch: Batch, report: GraphReport) -> None:
-    try:
-        _, difference = certify(trial, lambda: graph)
-    except CertificationError as error:
-        difference = error.difference
-        report.failures.append(Failure(describe(batch), difference, error.message))
     report.trials += 1
-    report.largest_difference = max(report.largest_difference, difference)
+    try:
+        certify(trial, lambda: graph)
+    except CertificationError as error:
+        report.failures.append(Failure(describe(batch), error.difference, error.message))
+        report.largest_difference = max(report.largest_difference, error.difference)

@@ -26,6 +26,7 @@ from minisrv.certification.batches import (
     short_batch,
 )
 from minisrv.certification.compare import InitialState
+from minisrv.certification.digest import digest_
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
 from minisrv.core.step import (
@@ -173,7 +174,7 @@ class StepTrial:
         # would take longer than everything else.
         generator = torch.Generator(device).manual_seed(draw.getrandbits(63))
         shape = (len(self.watched_blocks), *runner.kv_caches[0].shape[1:])
-        cache = torch.rand(shape, generator=generator, device=device) - 0.5
+        cache = torch.rand(shape, generator=generator, device=device).sub_(0.5)
         self.cache = cache.to(runner.kv_caches[0].dtype)
         self.last_token = torch.randint(
             runner.vocab_size,
@@ -297,27 +298,39 @@ class StepTrial:
         """See `compare.Trial`."""
         buffers, tensors = self.runner.buffers, self.runner.request_tensors
         rows, tokens = len(self.output.rows), self.output.num_tokens
-        written = self.written_entries
         # otherwise they are not written
         logits = rows if self.key[1].output is StageOutput.LOGITS else 0
+        cache_sums, cache_digests = self._written_cache()
         return {
             "hidden states": buffers.hidden[:tokens].clone(),
             "logits": buffers.logits[:logits].clone(),
             "tokens": buffers.sampled_token_ids[:rows].clone(),
             "last tokens": tensors.last_token[self.req_indices],
             "next positions": tensors.next_position[self.req_indices],
-            "cache": torch.stack(
-                [c.flatten(0, 1).index_select(0, written) for c in self.runner.kv_caches]
-            ),
+            "sums of the cache": cache_sums,
+            "bits of the cache": cache_digests,
         }
+
+    def _written_cache(self) -> tuple[Tensor, Tensor]:
+        """Return the sums and the digests, [layers, written], of the cache entries that the step
+        writes. Their copy is that of one layer at a time: all layers of a large step would take
+        more memory than the step itself."""
+        sums, digests = [], []
+        for cache in self.runner.kv_caches:
+            entries = cache.flatten(0, 1).index_select(0, self.written_entries)
+            sums.append(entries.flatten(1).sum(dim=1, dtype=torch.float32))
+            digests.append(digest_(entries))
+        return torch.stack(sums), torch.stack(digests)
 
     def unexpected_writes(self) -> list[str]:
         """See `compare.Trial`."""
         expected = self.initial_cache[self.protected_positions].nan_to_num()
-        changed: dict[str, Tensor] = {}  # compared on the device, with one wait at the end
+        changed: dict[str, Tensor] = {}  # found on the device, with one wait at the end
         for layer, cache in enumerate(self.runner.kv_caches):
             found = cache.flatten(0, 1).index_select(0, self.protected_entries).nan_to_num()
-            changed[f"cache entries of layer {layer} outside of the step"] = found != expected
+            changed[f"cache entries of layer {layer} outside of the step"] = (
+                found != expected
+            ).any()
         changed |= self._changed_request_tensors()
         return [*self._unexpected, *_true(changed)]
 

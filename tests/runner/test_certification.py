@@ -11,11 +11,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisrv import kernels
-from minisrv.certification.batches import plain_batch, short_batch
+from minisrv.certification.batches import full_batch, plain_batch, short_batch
+from minisrv.certification.compare import InitialState, certify
+from minisrv.certification.digest import digest_
 from minisrv.certification.startup import add_graph, probe
-from minisrv.certification.trial import TrialSpace, borrow_space, reserved_space
+from minisrv.certification.trial import StepTrial, TrialSpace, borrow_space, reserved_space
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import build_ladders
 from minisrv.engine import builder
@@ -351,6 +356,102 @@ def test_padding_tokens_that_write_to_the_last_block(checkpoint, monkeypatch):
     runner_caches = start(checkpoint, "none").runner.kv_caches
     monkeypatch.setattr(InputBuffers, "prepare_inputs", minus_one)
     refused(checkpoint, "piecewise", "cache entries of layer 0 outside of the step")
+
+
+def changes_two_signs(entry: torch.Tensor) -> None:
+    """Exchange 1 and -1, which are far apart, so that the sum stays the same."""
+    entry.view(-1)[0], entry.view(-1)[-1] = -1.0, 1.0
+
+
+def exchanges_keys_and_values(entry: torch.Tensor) -> None:
+    entry.copy_(entry.flip(0))
+
+
+def changes_the_last_bit(entry: torch.Tensor) -> None:
+    entry.view(-1).view(torch.int16)[-1] ^= 1
+
+
+@pytest.mark.parametrize(
+    "break_", [changes_two_signs, exchanges_keys_and_values, changes_the_last_bit]
+)
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("place", [0, -1])
+def test_keys_and_values_that_are_wrong_without_changing_a_result(checkpoint, break_, layer, place):
+    """A graph that writes wrong keys and values behind its last read of them is refused, whichever
+    entry it is: the next step would read them. What is compared are digests."""
+    engine = start(checkpoint, dtype="bfloat16")
+    runner = engine.runner
+    for key in (runner.ladders.mixed_key(48), runner.ladders.keys()[-1]):
+        with reserved_space(runner, engine.scheduler.block_pool) as space:
+            trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
+            run = trial.run
+
+            def breaks(graph, trial=trial, run=run):
+                run(graph)
+                entry = runner.kv_caches[layer].flatten(0, 1)[trial.written_entries[place]]
+                entry.view(-1)[0], entry.view(-1)[-1] = 1.0, -1.0
+                if graph is not None:
+                    break_(entry)
+
+            trial.run = breaks
+            with pytest.raises(CertificationError, match=r"of the cache of the replay differs"):
+                certify(trial, lambda key=key: runner.graphs[key])
+            trial.run = run
+            certify(trial, lambda key=key: runner.graphs[key])
+            trial.clear()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Takes note of the bytes of the largest tensor that an operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.nbytes = max(self.nbytes, result.nbytes)
+        return result
+
+
+def test_certification_copies_one_layer_at_a_time(checkpoint):
+    """What a large step writes to all layers is several times as large as what it needs itself, and
+    the cache would have to make room for copies of that."""
+    engine = start(checkpoint, max_num_batched_tokens=512)
+    runner = engine.runner
+    key = runner.ladders.mixed_key(512)
+    with reserved_space(runner, engine.scheduler.block_pool) as space:
+        trial = StepTrial(runner, space, key, full_batch(key[1], space.limits(runner)))
+        trial.reset(InitialState.CLEAN)
+        trial.run(None)
+        with LargestTensor() as largest:
+            seen = trial.observe()
+        trial.clear()
+    entry = runner.kv_caches[0][0, 0].nbytes
+    assert largest.nbytes == len(trial.written_entries) * entry
+    assert len(trial.written_entries) > 400
+    kept = sum(value.nbytes for name, value in seen.items() if "cache" in name)
+    assert kept == 12 * len(runner.kv_caches) * len(trial.written_entries)
+
+
+@given(
+    values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=8),
+    places=st.tuples(st.integers(0, 7), st.integers(0, 7)),
+    bits=st.tuples(st.integers(0, 63), st.integers(0, 63)),
+)
+def test_other_bits_have_another_digest(values, places, bits):
+    """One bit that changes, two that do, and two values that change places."""
+    numbers = torch.tensor(values, dtype=torch.int64)
+    first, second = (place % len(values) for place in places)
+    one, two, exchanged = (numbers.clone() for _ in range(3))
+    flips = torch.tensor([1 << bit if bit < 63 else -(2**63) for bit in bits])
+    one[first] ^= flips[0]
+    two[first] ^= flips[0]
+    two[second] ^= flips[1]
+    exchanged[[first, second]] = numbers[[second, first]]
+    rows = torch.stack([numbers, one, two, exchanged])
+    found = digest_(rows.clone()).tolist()
+    assert [digest == found[0] for digest in found] == [torch.equal(row, numbers) for row in rows]
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 4])
