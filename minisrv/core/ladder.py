@@ -25,6 +25,7 @@ class Ladders:
         says.
     epilogues: the padded numbers of requests with a FULL graph of everything that follows the
         hidden states.
+    max_num_batched_tokens: the number of tokens of the largest step.
     query_len: the number of tokens per request in a graph for pure decode.
     """
 
@@ -127,14 +128,20 @@ def build_ladders(
     max_num_batched_tokens: int,
     sizes: tuple[int, ...] | None = None,
     *,
+    max_model_len: int | None = None,
     max_default_mixed: int = 2048,
 ) -> Ladders:
     """Return the ladders of `mode`, from the user's `sizes` or the default ones.
+
+    max_model_len: the maximum number of tokens of a request, if it is known. It bounds the tokens
+        of a step, as a request has at most one row in it.
 
     The last size of a default ladder is exactly the largest size that a batch can have (for mixed
     batches at most `max_default_mixed`). Only those of the user's sizes are left out that no
     batch could ever reach (`plan` shows what is captured).
     """
+    if max_model_len is not None:
+        max_num_batched_tokens = min(max_num_batched_tokens, max_num_seqs * max_model_len)
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
     epilogues: tuple[int, ...] = ()
@@ -147,13 +154,17 @@ def build_ladders(
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
 
-def ladders_of(config: ResolvedConfig) -> Ladders:
-    """Return the ladders with which a configuration is served. Raises CoverageError for a gap."""
+def ladders_of(config: ResolvedConfig, max_model_len: int | None = None) -> Ladders:
+    """Return the ladders with which a configuration is served. Raises CoverageError for a gap.
+
+    max_model_len: see `build_ladders`. It changes nothing about gaps.
+    """
     ladders = build_ladders(
         config.cudagraph_mode,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.cudagraph_capture_sizes,
+        max_model_len=max_model_len,
         max_default_mixed=config.kind.max_default_mixed,
     )
     ladders.check_coverage()

@@ -109,7 +109,6 @@ def build_engine(
         platform = platform_of(config)
     device = platform.device
     config = platform.kind.resolve(config)
-    ladders = ladders_of(config)
     with _timed(clock, "checkpoint"):
         checkpoint = checkpoint or open_checkpoint(config)
     description = checkpoint.model
@@ -121,6 +120,7 @@ def build_engine(
     available = platform.cache_before_loading(config, description, dtype)
     context = context_length(config, description)
     context = fit_context(config, description, dtype, context, available)
+    ladders = ladders_of(config, context)
     shape = KVCacheShape.of(config, description, context, dtype)
     most_blocks = num_kv_blocks(config, shape, available)
     sizes = BufferSizes.of(ladders, context, config.block_size)
@@ -246,7 +246,7 @@ def build_engine(
         num_kv_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=ladders.max_num_batched_tokens,
         itl_target_ms=costs.itl_target_ms,
         max_waiting=config.max_waiting,
         dtype=dtype_name(dtype),

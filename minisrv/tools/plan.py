@@ -89,16 +89,16 @@ def print_plan(config: EngineConfig) -> None:
     size and context. Raises the errors that `serve` would raise for the settings and for the small
     files of the checkpoint."""
     resolved = expected_kind(config).resolve(config)
-    dispatcher = Dispatcher(ladders_of(resolved))
     model = open_checkpoint(config, weights=False).model
+    context = context_length(config, model)
+    dispatcher = Dispatcher(ladders_of(resolved, context))
     if config.model is not None:
         total = f"{model.num_parameters / 1e6:,.1f} million parameters"
         if model.unused_parameters:
             used = model.num_parameters - model.unused_parameters
             total += f" ({used / 1e6:,.1f} used by a token)"
         Console().print(
-            f"{config.model}: {model.architecture}, {total} in {model.dtype}, "
-            f"context {context_length(config, model)}",
+            f"{config.model}: {model.architecture}, {total} in {model.dtype}, context {context}",
             soft_wrap=True,
             highlight=False,
         )
@@ -255,7 +255,7 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     console = Console(highlight=False)
     console.print(f"Mode {config.cudagraph_mode.value}{about_mode}.")
     console.print(f"{len(kinds)} graphs{': ' if counts else ''}{', '.join(counts)}.")
-    console.print(f"A step has at most {config.max_num_batched_tokens} tokens; {_target(config)}.")
+    console.print(f"A step has at most {ladders.max_num_batched_tokens} tokens; {_target(config)}.")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
     rows = dispatcher.coverage()
     for row in rows:

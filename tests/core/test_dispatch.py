@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -208,6 +209,47 @@ def test_default_ladders_leave_no_gap_and_hold_their_exact_top(mode, limits):
         assert ladders.decode[-1] == ladders.max_num_seqs
     if ladders.mixed:
         assert ladders.mixed[-1] == min(2048, ladders.max_num_batched_tokens)
+
+
+@pytest.mark.parametrize("mode", [FULL, CUDAGraphMode.FULL_AND_PIECEWISE])
+@pytest.mark.parametrize("sizes", [None, (1, 5, 7, 40), (64,)])
+def test_every_captured_size_is_reached_and_every_step_that_can_be_has_one(mode, sizes):
+    """Over all small limits: a step has at most one row of each request, and a row at most the
+    context, so larger sizes would be captured for nobody. Each size that is left is the smallest
+    for some batch, and the default sizes hold the largest step exactly."""
+    for seqs, context, extra in product(range(1, 7), range(1, 14), (0, 1, 9, 60)):
+        ladders = build_ladders(mode, seqs, seqs + extra, sizes, max_model_len=context)
+        most = min(seqs + extra, seqs * context)
+        assert ladders.max_num_batched_tokens == most
+        dispatcher = Dispatcher(ladders)
+        mixed = [dispatcher.dispatch(n, 1, query_len=None) for n in range(1, most + 1)]
+        used = {found.descriptor.num_tokens for found in mixed if found.mode is not NONE}
+        assert used == set(ladders.mixed)
+        if sizes is None:
+            assert ladders.mixed[-1] == most
+            ladders.check_coverage()
+        decodes = [dispatcher.dispatch(n, n, query_len=1) for n in range(1, seqs + 1)]
+        used = {d.descriptor.num_tokens for d in decodes if d.descriptor.uniform_decode}
+        assert used == set(ladders.decode)
+
+
+def test_the_context_changes_nothing_about_gaps():
+    """So the launcher may look for them before it knows the model."""
+    for seqs, context, top in product(range(1, 9), range(1, 9), range(1, 9)):
+        for mode in CUDAGraphMode:
+            known, unknown = (
+                build_ladders(mode, seqs, 8, (top,), max_model_len=bound)
+                for bound in (context, None)
+            )
+            assert covers(known) == covers(unknown)
+
+
+def covers(ladders: Ladders) -> bool:
+    try:
+        ladders.check_coverage()
+    except CoverageError:
+        return False
+    return True
 
 
 @given(mode=st.sampled_from(CUDAGraphMode), limits=limits, sizes=sizes)

@@ -87,6 +87,20 @@ def test_user_sizes_above_the_limits_certify(checkpoint):
     assert engine.dispatcher.ladders.mixed == (4, 64)
 
 
+def test_no_graph_is_larger_than_all_requests_together(checkpoint):
+    """Two requests of 40 tokens fill the largest graph, and a larger one is not captured."""
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 512, "max_model_len": 40}
+    engine = start(checkpoint, num_kv_blocks=30, **limits)
+    assert engine.dispatcher.ladders.mixed[-1] == engine.info.max_num_batched_tokens == 80
+    for name in ("a", "b"):
+        params = SamplingParams(max_tokens=0)
+        prompt = [*range(40)]
+        engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
+    step = engine.scheduler.schedule()
+    assert step is not None
+    assert step.num_tokens == 80
+
+
 def test_a_context_that_ends_within_a_block(checkpoint):
     """A trial batch stays within a context that ends within a block. It once took the rest of the
     block too, beyond the rotary table: an IndexError at start-up."""

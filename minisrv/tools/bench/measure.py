@@ -166,12 +166,13 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
             "bench compares eager steps with graphs and with compiled code, and there are none; "
             "leave out --enforce-eager and --cudagraph-mode none, or give --compilation-mode."
         )
-    plan = BenchPlan(settings, ladders_of(config), compiled)
+    longest = context_length(config, open_checkpoint(config, weights=False).model)
+    plan = BenchPlan(settings, ladders_of(config, longest), compiled)
 
     def check(context: int, kv_blocks: int | None) -> None:
         plan.check(context, config.block_size, kv_blocks)
 
-    check(context_length(config, open_checkpoint(config, weights=False).model), None)
+    check(longest, None)
     # What is slower is measured too.
     parts = build_engine(config, progress, before_loading=check, serve_slower=True)
     engine = EngineCore(parts)
