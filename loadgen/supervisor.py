@@ -22,6 +22,7 @@ import time
 from contextlib import suppress
 
 _LINE = 0
+_ENDED = b"ended"
 _SIGNS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _HEEDED = _SIGNS | {signal.SIGCHLD}
 
@@ -31,6 +32,7 @@ def main() -> None:
     patience_s, *command = sys.argv[1:]
     told, teller = os.pipe()
     os.set_blocking(teller, False)
+    guard = _start_guard()
     # NOTE: signals are blocked until there is a child to end; otherwise one could end this process
     # and leave the child behind.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _HEEDED)
@@ -45,20 +47,42 @@ def main() -> None:
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them; not so the command
         )
     except OSError as error:
-        _say(str(error))
+        _tell(_LINE, str(error).encode())
         sys.exit(1)
-    _say(f"{time.perf_counter()} {child}")
+    _tell(guard, f"{child}\n".encode())
+    _tell(_LINE, f"{time.perf_counter()} {child}".encode())
     signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
     for number in _HEEDED:
         signal.signal(number, lambda number, frame: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, held - _HEEDED)
     status = _watch(child, told, float(patience_s))
+    _tell(guard, _ENDED)
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def _start_guard() -> int:
+    """Fork the guard, and return the descriptor of the pipe that it reads. It kills the process
+    group whose number is written there, unless `_ENDED` follows before the pipe is closed, which
+    the end of this process does."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(reader)
+        return writer
+    os.setsid()  # a signal to the group of this process must not reach the guard
+    os.close(writer)
+    os.closerange(0, 3)  # nobody may wait for the guard to read the end of the log or of the socket
+    heard = b""
+    while part := os.read(reader, 64):
+        heard += part
+    group, _, rest = heard.partition(b"\n")
+    if group and rest != _ENDED:
+        _kill_group(int(group))
+    os._exit(0)
 
 
 def _watch(child: int, told: int, patience_s: float) -> int:
@@ -93,9 +117,9 @@ def _watch(child: int, told: int, patience_s: float) -> int:
             deadline_s = None
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # the other end is closed, which `_watch` notices too
-        os.write(_LINE, text.encode())
+def _tell(line: int, text: bytes) -> None:
+    with suppress(OSError):  # the other end is closed; `_watch` notices it for the socket
+        os.write(line, text)
 
 
 def _kill_group(leader: int) -> None:

@@ -353,6 +353,40 @@ def test_a_supervisor_ends_its_command_in_order_and_then_at_once(
     ours.close()
 
 
+@pytest.mark.parametrize("with_parent", [False, True])
+def test_nothing_outlives_a_killed_supervisor(
+    bench: Bench, tmp_path: Path, with_parent: bool
+) -> None:
+    """After SIGKILL to the supervisor, alone or with the process that started it, neither its
+    command is left, nor what that has started, nor the guard, which waits for this."""
+    code = (
+        "import sys, time; from pathlib import Path; from loadgen.servers import Server\n"
+        "with Server('a', sys.argv[1], Path(sys.argv[2])) as server:\n"
+        "    print(server.pid, flush=True); time.sleep(1000)"
+    )
+    command = shlex.join([sys.executable, str(SERVE), "a", str(bench.directory)])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, command, str(tmp_path / "log")], stdout=subprocess.PIPE
+    )
+    offspring: set[int] = set()
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline()
+        until(lambda: len(bench.alive()) == 2, "the server and its child are started")
+        (supervisor,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        offspring = descendants(int(supervisor))
+        assert offspring > set(bench.alive())
+        if with_parent:
+            parent.kill()
+        os.kill(int(supervisor), signal.SIGKILL)
+        until(lambda: all(state(str(pid)) in "ZX" for pid in offspring), "all have ended")
+    finally:
+        for pid in (parent.pid, *offspring):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        parent.communicate()
+
+
 def test_simulated_launches_are_written_on_everything(bench: Bench, tmp_path: Path) -> None:
     out, plot = tmp_path / "out.json", tmp_path / "out.svg"
     metrics = shlex.quote("# TYPE x gauge\nminisrv:simulated_launch_us 40.0\nother 1\n")
