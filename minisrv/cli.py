@@ -143,6 +143,15 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _launch_cost(options: argparse.Namespace) -> int:
+    engine, measurement = _settings(EngineConfig, options), _settings(BenchConfig, options)
+    _announce(engine)
+    from minisrv.tools.launch_cost import launch_cost
+
+    launch_cost(engine, measurement)
+    return 0
+
+
 def _chat(options: argparse.Namespace) -> int:
     chat = _settings(ChatConfig, options)
     if len((options.model or "").split()) > 1 and not Path(options.model).exists():
@@ -274,10 +283,20 @@ def _parser() -> CommandParser:
         "a --compilation-mode, each of them is measured by compiled code too.",
     )
     add_engine_flags(bench)
-    measurement = SettingsFlags(bench, BenchConfig)
-    measurement.group("measurement")
-    measurement.add("batch_sizes", "context", "rounds", "json", "plot")
+    _add_measurement(bench)
     bench.set_defaults(run=_bench)
+
+    launch_cost = commands.add_parser(
+        "launch-cost",
+        help="measure what launches cost, and where eager steps meet graphs",
+        description="Measure as `bench` does what a launch costs on this machine, predict from it "
+        "and from the launches of each step how long eager steps take, and print and plot that "
+        "beside their measured times: why a graph helps small decode batches, and hardly helps "
+        "long prompts. On a CPU, --simulate-launch-us shows a GPU's launches.",
+    )
+    add_engine_flags(launch_cost)
+    _add_measurement(launch_cost)
+    launch_cost.set_defaults(run=_launch_cost)
 
     chat = commands.add_parser(
         "chat",
@@ -297,6 +316,13 @@ def _parser() -> CommandParser:
     for command in commands.choices.values():
         command.commands = commands.choices
     return parser
+
+
+def _add_measurement(command: CommandParser) -> None:
+    """Add the flags that are fields of `BenchConfig`."""
+    measurement = SettingsFlags(command, BenchConfig)
+    measurement.group("measurement")
+    measurement.add("batch_sizes", "context", "rounds", "json", "plot")
 
 
 if __name__ == "__main__":

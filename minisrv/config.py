@@ -262,7 +262,8 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The settings of `minisrv bench`: what it measures, and which files it writes.
+    """The settings of `minisrv bench` and `minisrv launch-cost`: what they measure, and which files
+    they write.
 
     batch_sizes: numbers of requests in the decode batches to measure. By default every captured
         size.

@@ -63,8 +63,8 @@ def print_report(report: Report) -> None:
         console.print(formula, style="dim", markup=False)
 
 
-def save_json(report: Report, path: Path) -> None:
-    """Write the whole report as JSON, the medians of all blocks included."""
+def save_json(report: msgspec.Struct, path: Path) -> None:
+    """Write a whole report as JSON, the medians of all blocks included."""
     text = json.dumps(_rounded(msgspec.to_builtins(report, enc_hook=str)), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
 
