@@ -103,9 +103,16 @@ def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     ("flags", "words"),
     [
         ({"max_num_seqs": 8192, "max_num_batched_tokens": 8192}, "8192 requests .*--max-num-seqs"),
-        ({"max_num_batched_tokens": 1 << 20}, "1048576 tokens .*--max-num-batched-tokens"),
         (
-            {"max_num_batched_tokens": 6000, "cudagraph_capture_sizes": (1, 2, 6000)},
+            {"max_num_batched_tokens": 1 << 20, "max_num_seqs": 2048},
+            "1048576 tokens .*--max-num-batched-tokens",
+        ),
+        (
+            {
+                "max_num_batched_tokens": 6000,
+                "max_num_seqs": 64,
+                "cudagraph_capture_sizes": (1, 2, 6000),
+            },
             "6000 requests in a batch .*--max-num-seqs and --cudagraph-capture-sizes",
         ),
         ({"num_kv_blocks": 10**7}, "10000000 KV blocks .*--num-kv-blocks"),
