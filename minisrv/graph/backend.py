@@ -8,6 +8,7 @@ them. A segment may end, and the next one begin, within an operation, which is t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 Replay = Callable[[], None]
@@ -28,6 +29,10 @@ class GraphBackend(Protocol):
 
     def abandon(self) -> None:
         """Stop recording and forget the capture, which an error has ended."""
+
+    def interrupted(self, between: Callable[[], None]) -> AbstractContextManager[None]:
+        """Return a context in which `between` is called between the operations of each replay, if
+        the host launches these one by one. It may replay graphs of other backends."""
 
     def memory_used(self) -> int:
         """Return the number of bytes in use where graphs allocate their memory. Its growth during a

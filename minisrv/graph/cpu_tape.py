@@ -18,6 +18,7 @@ purpose of the tape is exactness more than speed. Knows nothing of models, batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cache
@@ -113,22 +114,33 @@ class _Segment:
     the numbers with which its kernels were launched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: CPUTapeBackend) -> None:
         self.calls: list[_Call] = []
         self._context = copy_context()
+        self._backend = backend
 
     def __call__(self) -> None:
         self._context.run(self._run)
 
     def _run(self) -> None:
+        between = self._backend.between
+        if between is None:
+            for function, args, kwargs in self.calls:
+                function(*args, **kwargs)
+            return
         for function, args, kwargs in self.calls:
             function(*args, **kwargs)
+            between()
 
 
 class CPUTapeBackend:
-    """A `GraphBackend` for the CPU; the docstring of the module describes it."""
+    """A `GraphBackend` for the CPU; the docstring of the module describes it.
+
+    between: is called between the operations of a replay, if it is set.
+    """
 
     def __init__(self) -> None:
+        self.between: Callable[[], None] | None = None
         self.arena = torch.empty(0, dtype=torch.uint8)
         self._extent = 0
         self._capture = _Capture()
@@ -145,7 +157,7 @@ class CPUTapeBackend:
     def end(self) -> Replay:
         """See `GraphBackend`."""
         assert self._recorder is not None, "no segment is being recorded"
-        segment = _Segment()
+        segment = _Segment(self)
         self._capture.segments.append((segment, self._recorder.end_segment()))
         return segment
 
@@ -169,6 +181,15 @@ class CPUTapeBackend:
         """See `GraphBackend`."""
         self._stop()
         self._capture = _Capture()
+
+    @contextmanager
+    def interrupted(self, between: Callable[[], None]) -> Iterator[None]:
+        """See `GraphBackend`. Graphs of this backend share its arena."""
+        self.between = between
+        try:
+            yield
+        finally:
+            self.between = None
 
     def memory_used(self) -> int:
         """Return the number of bytes of the arena that some graph uses."""

@@ -9,7 +9,8 @@ time. Knows nothing of models, batches or modes.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 
 import torch
@@ -53,6 +54,10 @@ class CUDABackend:
 
     def finish(self) -> None:
         """Do nothing: intermediates were given their places while they were recorded."""
+
+    def interrupted(self, between: Callable[[], None]) -> AbstractContextManager[None]:
+        """See `GraphBackend`. The device runs a replay as a whole."""
+        return nullcontext()
 
     def memory_used(self) -> int:
         """Return the number of bytes of the GPU that any process uses: a graph takes memory of the
