@@ -231,6 +231,73 @@ def rows(step: SchedulerOutput) -> list[tuple[str, int]]:
     return [(row.request_id, row.num_tokens) for row in step.rows]
 
 
+CUT = (BudgetReason.ITL_TARGET, BudgetReason.FAST_ENOUGH, BudgetReason.OVER_ITL_TARGET)
+"""Reasons of a step that leaves prompt tokens for the next one although it could hold more."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 6),  # steps since the arrival before
+            st.integers(1, 3000),  # prompt tokens
+            st.integers(1, 12),  # generated tokens
+            st.integers(0, 1),  # priority
+        ),
+        min_size=1,
+        max_size=14,
+    ),
+    target=st.floats(0.5, 20),
+    blocks=st.sampled_from((220, 400, 4000)),
+    seqs=st.sampled_from((2, 5, 64)),
+    steps_ahead=st.integers(0, 1),
+)
+def test_properties_of_served_requests(arrivals, target, blocks, seqs, steps_ahead):
+    """Whatever arrives: prompts advance in every step while some can, a step that leaves tokens for
+    the next one is not padded, equals are served in the order in which they came, a later prompt
+    has tokens in a step only if those before it have all of theirs, and every request ends."""
+    queue = scheduler(target, blocks=blocks, seqs=seqs)
+    pending = [(f"{number}", *arrival) for number, arrival in enumerate(arrivals)]
+    lengths = {name: length for name, _, length, _, _ in pending}
+    priorities = {name: priority for name, *_, priority in pending}
+    begun: list[str] = []
+    computed: Counter[str] = Counter()
+    in_flight: list[SchedulerOutput] = []
+    num_steps, wait = 0, pending[0][1]
+    while pending or queue.has_work or in_flight:
+        while pending and not wait:
+            name, _, length, most, priority = pending.pop(0)
+            add(queue, name, length, most=most, first=1000 + int(name), priority=priority)
+            wait = pending[0][1] if pending else 0
+        wait -= bool(wait)
+        while len(in_flight) <= steps_ahead and (step := queue.schedule()) is not None:
+            in_flight.append(step)
+            num_steps += 1
+            prefills = [row for row in step.rows if not row.is_decode]
+            if step.budget_reason in CUT:
+                assert step.num_tokens in SIZES
+            assert step.num_tokens <= TOP
+            assert prefills or not any(
+                request.req_index and not request.is_decoding for request in queue.running
+            )
+            for row in prefills[:-1]:
+                assert row.samples_token, "all tokens before those of the next prompt"
+            for row in prefills:
+                if row.request_id not in begun:
+                    begun.append(row.request_id)
+                computed[row.request_id] += row.num_tokens
+        if in_flight:
+            step = in_flight.pop(0)
+            queue.update(step.step_id, [[1]] * step.num_rows)
+        queue.check_integrity()
+    assert sorted(begun, key=int) == list(lengths)
+    assert all(computed[name] >= length for name, length in lengths.items())
+    for priority in (0, 1):
+        equals = [int(name) for name in begun if priorities[name] == priority]
+        assert equals == sorted(equals)
+    assert num_steps <= sum(length + most for _, length, most, _ in arrivals)
+
+
 def test_prompts_that_wait_for_each_other_share_no_larger_step_than_helps():
     """A step of 512 tokens is as fast as any. Nothing decodes, but a prompt that is finished in the
     first step decodes in the second. A prompt that is alone takes all that a step may have."""
