@@ -23,7 +23,7 @@ from minisrv.errors import DeadlineError
 from minisrv.server import sse
 from minisrv.server.auth import owner
 from minisrv.server.choices import Generation, coalesce
-from minisrv.server.errors import JSON, error_object, error_status
+from minisrv.server.errors import JSON, error_status
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import offload
 from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
@@ -145,7 +145,7 @@ class GenerationResponse(Response):
                 raise
             self._serving.metrics.failed(error_status(error))
             self._log_fields["error"] = getattr(error, "code", None) or "internal_error"
-            last = sse.event(error_object(error)) + sse.DONE
+            last = builder.error_events(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _first_events(self, deltas: list[CompletionDelta]) -> bytes:

@@ -1,4 +1,5 @@
-"""Turns deltas into OpenAI's response bodies: completions and chat, streamed or not.
+"""Turns deltas into response bodies: what all builders have in common, and OpenAI's completions and
+chat, streamed or not.
 
 A builder is made for one response and fed every delta once, either through `events` (streamed) or
 through `add` and then `response` (not streamed).
@@ -18,10 +19,12 @@ from msgspec import UNSET, UnsetType
 
 from minisrv.request import TokenLogprobs
 from minisrv.server import sse
+from minisrv.server.errors import error_object
 from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
 from minisrv.server.preprocessing import Prepared
 from minisrv.server.request_schemas import CompletionRequest, GenerationRequest
 from minisrv.server.response_schemas import (
+    Body,
     ChatCompletionChoice,
     ChatCompletionLogprobs,
     ChatCompletionResponse,
@@ -56,31 +59,19 @@ from minisrv.text.tokenizer import Tokenizer
 
 
 class ResponseBuilder(ABC):
-    """Common part of the responses of completions and chat completions: id, usage, extensions."""
+    """What every response has: an id, the counts of its tokens, and the deltas of its choices."""
 
     id_prefix: ClassVar[str]
 
     def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
         self._model = model
         self._tokenizer = tokenizer
         self._num_logprobs = request.num_logprobs or 0
         self._prompt_logprobs = request.prompt_logprobs
-        self._return_token_ids = request.return_token_ids
-        self._report_steps = request.include_graph_steps
         self._choices_per_prompt = request.n
-        self._include_usage = request.include_usage
-        self._continuous_usage = request.continuous_usage
-        self._text_is_all = not (self._return_token_ids or self._continuous_usage)
-        """Whether a delta that is neither the first nor the last of its choice has nothing to
-        report but its text and logprobs, with the text passed on unchanged."""
-        self._chunks = sse.ChunkEncoder(self._new_chunk([], None if self._include_usage else UNSET))
         self._prompts: Sequence[list[int]] = ()
         self._deltas: list[list[CompletionDelta]] = []
-        self._plain: dict[int, tuple[bytes, bytes]] = {}
-        """The bytes before and behind the text in an event that reports nothing else, for each
-        choice that has begun."""
         self._first: float | None = None
         """When the first delta came, by `time.perf_counter`; None before that."""
         self._completion_tokens: list[int] = []
@@ -97,23 +88,6 @@ class ResponseBuilder(ABC):
         self._completion_tokens = [0] * number
         self._cached_tokens = [0] * number
 
-    def _prompt_of(self, index: int) -> list[int]:
-        """Return the prompt of a choice."""
-        return self._prompts[index // self._choices_per_prompt]
-
-    def events(self, delta: CompletionDelta) -> bytes:
-        """Return the events of a delta as bytes; empty if there is nothing to report."""
-        self._count(delta)
-        plain = self._plain.get(delta.index)
-        if plain is None:
-            self._plain[delta.index] = self._around_text(delta.index)
-        elif self._text_is_all and delta.finish_reason is None and not delta.logprobs:
-            before, after = plain
-            return before + sse.encode_text(delta.text) + after if delta.text else b""
-        first = plain is None
-        tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
-        return self._events(delta, first, tells)
-
     def log_fields(self, arrival: float) -> dict[str, Any]:
         """Return the numbers that the access log may hold about this response.
 
@@ -125,12 +99,6 @@ class ResponseBuilder(ABC):
             "prompt_tokens": sum(map(len, self._prompts)),
             "completion_tokens": sum(self._completion_tokens),
         }
-
-    def last_events(self) -> bytes:
-        """Return the events that end a stream."""
-        if not self._include_usage:
-            return sse.DONE
-        return sse.event(self._new_chunk([], self._usage())) + sse.DONE
 
     def add(self, delta: CompletionDelta) -> None:
         """Keep a delta for `response`."""
@@ -149,9 +117,71 @@ class ResponseBuilder(ABC):
         return told + self.size_of(deltas[0] for deltas in self._deltas)
 
     @abstractmethod
-    def response(self) -> CompletionResponse | ChatCompletionResponse:
+    def events(self, delta: CompletionDelta) -> bytes:
+        """Return the events of a delta as bytes; empty if there is nothing to report."""
+
+    @abstractmethod
+    def last_events(self) -> bytes:
+        """Return the events that end a stream. Must be called after the last delta."""
+
+    @abstractmethod
+    def error_events(self, error: Exception) -> bytes:
+        """Return the events that end a stream early, because of `error`."""
+
+    @abstractmethod
+    def response(self) -> Body:
         """Return the body of a response that is not streamed. Must be called after the last
         delta."""
+
+    def _count(self, delta: CompletionDelta) -> None:
+        if self._first is None:
+            self._first = time.perf_counter()
+        self._completion_tokens[delta.index] += len(delta.token_ids)
+        self._cached_tokens[delta.index] += delta.num_cached_tokens
+
+
+class OpenAIResponseBuilder(ResponseBuilder):
+    """Common part of the responses of completions and chat completions: chunks, usage,
+    extensions."""
+
+    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(request, model, tokenizer)
+        self._created = int(time.time())
+        self._return_token_ids = request.return_token_ids
+        self._report_steps = request.include_graph_steps
+        self._include_usage = request.include_usage
+        self._continuous_usage = request.continuous_usage
+        self._text_is_all = not (self._return_token_ids or self._continuous_usage)
+        """Whether a delta that is neither the first nor the last of its choice has nothing to
+        report but its text and logprobs, with the text passed on unchanged."""
+        self._chunks = sse.ChunkEncoder(self._new_chunk([], None if self._include_usage else UNSET))
+        self._plain: dict[int, tuple[bytes, bytes]] = {}
+        """The bytes before and behind the text in an event that reports nothing else, for each
+        choice that has begun."""
+
+    def _prompt_of(self, index: int) -> list[int]:
+        """Return the prompt of a choice."""
+        return self._prompts[index // self._choices_per_prompt]
+
+    def events(self, delta: CompletionDelta) -> bytes:
+        self._count(delta)
+        plain = self._plain.get(delta.index)
+        if plain is None:
+            self._plain[delta.index] = self._around_text(delta.index)
+        elif self._text_is_all and delta.finish_reason is None and not delta.logprobs:
+            before, after = plain
+            return before + sse.encode_text(delta.text) + after if delta.text else b""
+        first = plain is None
+        tells = bool(delta.text or delta.logprobs or (self._return_token_ids and delta.token_ids))
+        return self._events(delta, first, tells)
+
+    def last_events(self) -> bytes:
+        if not self._include_usage:
+            return sse.DONE
+        return sse.event(self._new_chunk([], self._usage())) + sse.DONE
+
+    def error_events(self, error: Exception) -> bytes:
+        return sse.event(error_object(error)) + sse.DONE
 
     def _if_asked(self, token_ids: list[int]) -> list[int] | None:
         """Return the token ids if they were asked for; else null, as in vLLM."""
@@ -194,12 +224,6 @@ class ResponseBuilder(ABC):
             return self._chunks.encode(choice)
         return sse.event(self._new_chunk([choice], self._usage_of(choice.index)))
 
-    def _count(self, delta: CompletionDelta) -> None:
-        if self._first is None:
-            self._first = time.perf_counter()
-        self._completion_tokens[delta.index] += len(delta.token_ids)
-        self._cached_tokens[delta.index] += delta.num_cached_tokens
-
     def _usage(self) -> UsageInfo:
         """Return the usage of all choices; a prompt counts once."""
         return _usage(
@@ -223,10 +247,10 @@ def _usage(prompt: int, completion: int, cached: int) -> UsageInfo:
     )
 
 
-class CompletionResponseBuilder(ResponseBuilder):
+class CompletionResponseBuilder(OpenAIResponseBuilder):
     """A `text_completion`: the choices of all prompts."""
 
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
 
     def __init__(self, request: CompletionRequest, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model, tokenizer)
@@ -326,10 +350,10 @@ class CompletionResponseBuilder(ResponseBuilder):
         return whole, lists if lists.tokens else None
 
 
-class ChatResponseBuilder(ResponseBuilder):
+class ChatResponseBuilder(OpenAIResponseBuilder):
     """A `chat.completion`: the choices of one conversation."""
 
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def begin(self, prepared: Prepared) -> None:
         super().begin(prepared)
