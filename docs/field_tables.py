@@ -8,24 +8,29 @@ A test (tests/test_readme.py) fails if the tables in the page are not up to date
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
 from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
+from minisrv.server.strict import RequestBody
 
 PAGE = Path(__file__).with_name("api.md")
-BEGIN, END = "<!-- fields: python docs/field_tables.py -->", "<!-- /fields -->"
-ENDPOINTS = {"completions": CompletionRequest, "chat": ChatCompletionRequest}
+SECTIONS: dict[str, dict[str, type[RequestBody]]] = {
+    "fields": {"completions": CompletionRequest, "chat": ChatCompletionRequest},
+    "fields of messages": {"messages": MessagesRequest, "count_tokens": CountTokensRequest},
+}
+"""The endpoints whose fields share their tables, by the marker around the tables."""
 
 
-def tables() -> str:
-    """Return both tables: of the supported fields, and of those that are known but refused."""
-    documents = {name: kind.model_json_schema() for name, kind in ENDPOINTS.items()}
+def tables(endpoints: dict[str, type[RequestBody]]) -> str:
+    """Return both tables of two endpoints: of the supported fields, and of those that are known but
+    refused."""
+    documents = {name: kind.model_json_schema() for name, kind in endpoints.items()}
     supported: dict[str, dict[str, str]] = {}
     refused: dict[str, dict[str, str]] = {}
     about: dict[str, dict[str, str]] = {}
-    for endpoint, kind in ENDPOINTS.items():
+    for endpoint, kind in endpoints.items():
         document = documents[endpoint]
         for name, field in document["properties"].items():
             if name in kind.unsupported:
@@ -99,11 +104,13 @@ def _number(value: float) -> str:
 
 def with_tables(page: str) -> str:
     """Return the page with its tables replaced by the current ones."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    text = f"{BEGIN}\n{tables()}\n{END}"
-    found, number = pattern.subn(lambda _: text, page)
-    assert number == 1, f"the page needs one {BEGIN} and one {END}"
-    return found
+    for name, endpoints in SECTIONS.items():
+        begin, end = f"<!-- {name}: python docs/field_tables.py -->", f"<!-- /{name} -->"
+        assert page.count(begin) == page.count(end) == 1, f"the page needs one {begin} and {end}"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n{tables(endpoints)}\n{end}{after}"
+    return page
 
 
 if __name__ == "__main__":

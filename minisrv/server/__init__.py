@@ -1,2 +1,2 @@
-"""The HTTP side of minisrv: OpenAI's completions and chat completions, served through the engine
-client."""
+"""The HTTP side of minisrv: OpenAI's completions and chat completions, and Anthropic's messages,
+served through the engine client."""

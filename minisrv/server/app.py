@@ -19,13 +19,21 @@ from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.errors import EngineNotReadyError
 from minisrv.metrics import CONTENT_TYPE, Metrics
+from minisrv.server.anthropic_builder import MessageResponseBuilder
+from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
+from minisrv.server.anthropic_responses import MESSAGES, AnthropicMessage, MessageTokensCount
 from minisrv.server.auth import ApiKeys, KeyLimit
 from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.generation_response import GenerationResponse
 from minisrv.server.hosts import HostNames
 from minisrv.server.middleware import OuterMiddleware
 from minisrv.server.offload import offload
-from minisrv.server.openapi import DocumentedApp, health_responses, route_responses
+from minisrv.server.openapi import (
+    DocumentedApp,
+    anthropic_responses_of,
+    health_responses,
+    route_responses,
+)
 from minisrv.server.pages import add_pages
 from minisrv.server.request_body import BodyRoute
 from minisrv.server.request_schemas import (
@@ -56,6 +64,7 @@ DEFAULT_MAX_BODY_BYTES = 4 << 20
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
+_COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
 
 def create_app(
@@ -116,7 +125,9 @@ def create_app(
         hosts=hosts or HostNames(),
         keys=ApiKeys(settings.api_keys),
         max_body_bytes=max_body_bytes,
-        json_paths=frozenset({_COMPLETIONS, _CHAT, _TOKENIZE, _DETOKENIZE}),
+        json_paths=frozenset(
+            {_COMPLETIONS, _CHAT, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
+        ),
         arrived=metrics.arrived,
         failed=metrics.failed,
         access_log=not settings.disable_uvicorn_access_log,
@@ -163,6 +174,15 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
             serving, body, ChatResponseBuilder(body, model, serving.tokenizer)
         )
 
+    @router.post(MESSAGES, response_class=JSON, responses=anthropic_responses_of(AnthropicMessage))
+    async def messages(body: MessagesRequest) -> Response:
+        """Answer a chat, as Anthropic's API does."""
+        model = serving.model_name(body.model)
+        chat = await offload(lambda: body.as_chat(serving.chat_format), body.num_bytes)
+        return GenerationResponse(
+            serving, chat, MessageResponseBuilder(chat, model, serving.tokenizer)
+        )
+
     app.include_router(router)
 
 
@@ -182,6 +202,15 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
         serving.model_name(body.model)
         prompt = await serving.detokenize(body, request.scope["key"])
         return await offload(lambda: JSON(prompt), body.num_bytes)
+
+    @router.post(
+        _COUNT_TOKENS, response_class=JSON, responses=anthropic_responses_of(MessageTokensCount)
+    )
+    async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
+        """Return the number of tokens of the prompt that the same message would have."""
+        serving.model_name(body.model)
+        chat = await offload(lambda: body.as_chat(serving.chat_format), body.num_bytes)
+        return JSON(MessageTokensCount(await serving.count_tokens(chat, request.scope["key"])))
 
     app.include_router(router)
 

@@ -38,20 +38,25 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, path: str, authorization: str) -> int | None:
+    def check(self, path: str, headers: Mapping[str, str]) -> int | None:
         """Return the index of the API key that a request carries; None if the request needs none.
 
+        headers: the request's, by names in lower case. `authorization` comes before `x-api-key`,
+            which Anthropic's clients send.
         Raises AuthenticationError.
         """
         if not self._digests or path in OPEN_PATHS:
             return None
-        bearer = authorization[: len(_SCHEME)].lower() == _SCHEME
-        given = _digest(authorization[len(_SCHEME) :].strip() if bearer else "")
+        sent = headers.get("x-api-key")
+        authorization = headers.get("authorization", "")
+        if authorization[: len(_SCHEME)].lower() == _SCHEME:
+            sent = authorization[len(_SCHEME) :]
+        given = _digest((sent or "").strip())
         found = [i for i, key in enumerate(self._digests) if hmac.compare_digest(given, key)]
-        if not found or not bearer:
+        if not found:
             raise AuthenticationError(
                 "This server needs an API key, and what was sent is none of its own: send "
-                "'Authorization: Bearer KEY'."
+                "'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
         return found[0]
 

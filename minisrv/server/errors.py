@@ -1,4 +1,5 @@
-"""Turns every error into OpenAI's error object: `{"error": {message, type, param, code}}`.
+"""Turns every error into an error object: OpenAI's, `{"error": {message, type, param, code}}`, or
+under `/v1/messages` Anthropic's, `{"type": "error", "error": {type, message}, request_id}`.
 
 Knows: the exception tree, FastAPI's own errors and how each looks in a response. An error that the
 client did not cause is logged, and shown without its internals.
@@ -23,6 +24,12 @@ from minisrv.errors import (
     shown,
     truncated,
 )
+from minisrv.logs import REQUEST_ID
+from minisrv.server.anthropic_responses import (
+    AnthropicError,
+    AnthropicErrorResponse,
+    is_anthropic,
+)
 from minisrv.server.response_schemas import ErrorInfo, ErrorResponse
 
 logger = logging.getLogger("minisrv.server")
@@ -38,6 +45,17 @@ _HTTP_CODES = {
 }
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's error types, by status."""
+
+
 class JSON(JSONResponse):
     """A JSON body, encoded by msgspec."""
 
@@ -47,12 +65,13 @@ class JSON(JSONResponse):
         return msgspec.json.encode(content)
 
 
-def error_object(error: Exception) -> ErrorResponse:
-    """Return `error` as OpenAI's error object; log it if the client did not cause it."""
-    if isinstance(error, MinisrvError) and error.http_status != 500:
-        return _object(error.message, error.type, error.param, error.code)
+def error_object(error: Exception, path: str = "") -> ErrorResponse | AnthropicErrorResponse:
+    """Return `error` as the error object of a `path`; log it if the client did not cause it."""
+    status = error_status(error)
+    if isinstance(error, MinisrvError) and status != 500:
+        return _object(path, status, error.message, error.type, error.param, error.code)
     logger.error("a request failed", exc_info=error)
-    return _object("The server failed to process the request.", "internal_error")
+    return _object(path, 500, "The server failed to process the request.", "internal_error")
 
 
 def error_status(error: Exception) -> int:
@@ -60,32 +79,33 @@ def error_status(error: Exception) -> int:
     return error.http_status if isinstance(error, MinisrvError) else 500
 
 
-def error_response(error: Exception) -> JSON:
-    """Return the response to a request that failed with `error` before anything was sent."""
+def error_response(error: Exception, path: str = "") -> JSON:
+    """Return the response to a request for `path` that failed with `error` before anything was
+    sent. The path is empty where it is not known."""
     headers = {}
     if isinstance(error, MinisrvError) and error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
-    return JSON(error_object(error), status_code=error_status(error), headers=headers)
+    return JSON(error_object(error, path), status_code=error_status(error), headers=headers)
 
 
 def http_error_response(
-    status: int, message: str, headers: Mapping[str, str] | None = None
+    status: int, message: str, path: str = "", headers: Mapping[str, str] | None = None
 ) -> JSON:
-    """Return the response to an error that has an HTTP status but no class in the exception
-    tree."""
+    """Return the response to an error that has an HTTP status but no class in the exception tree.
+    The path is empty where it is not known."""
     kind = "invalid_request_error" if status < 500 else "internal_error"
-    return JSON(
-        _object(message, kind, None, _HTTP_CODES.get(status)), status_code=status, headers=headers
-    )
+    code = _HTTP_CODES.get(status)
+    body = _object(path, status, message, kind, code=code)
+    return JSON(body, status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Make `app` answer each of its errors with an error object."""
 
     async def ours(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -93,16 +113,29 @@ def install_error_handlers(app: FastAPI) -> None:
         if error.status_code in (404, 405):
             what = "Invalid URL" if error.status_code == 404 else "Method not allowed"
             message = f"{what} ({request.method} {request.url.path})"
-        return http_error_response(error.status_code, message, error.headers)
+        return http_error_response(
+            error.status_code, message, request.url.path, headers=error.headers
+        )
 
     app.add_exception_handler(MinisrvError, ours)
     app.add_exception_handler(HTTPException, http)
 
 
 def _object(
-    message: str, type: str, param: str | None = None, code: str | None = None
-) -> ErrorResponse:
-    return ErrorResponse(ErrorInfo(_clean(message), type, param and _clean(param), code))
+    path: str,
+    status: int,
+    message: str,
+    type: str,
+    param: str | None = None,
+    code: str | None = None,
+) -> ErrorResponse | AnthropicErrorResponse:
+    message = _clean(message)
+    if is_anthropic(path):
+        kind = _ANTHROPIC_TYPES.get(
+            status, "invalid_request_error" if status < 500 else "api_error"
+        )
+        return AnthropicErrorResponse(AnthropicError(kind, message), REQUEST_ID.get())
+    return ErrorResponse(ErrorInfo(message, type, param and _clean(param), code))
 
 
 def _clean(text: str) -> str:

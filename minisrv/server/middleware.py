@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisrv.errors import BodiesFullError, RequestError, truncated
 from minisrv.logs import REQUEST_ID
+from minisrv.server.anthropic_responses import is_anthropic
 from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
 from minisrv.server.hosts import HostNames
@@ -50,8 +51,9 @@ class OuterMiddleware:
     """The outermost middleware.
 
     A request for another host, or without a key that it needs, is refused. `scope["key"]` is set to
-    the index of the request's API key, or None. Every response carries `x-request-id`: the client's
-    own, if it is short and plain, or a new one. If a client waits for `100 Continue` before it
+    the index of the request's API key, or None. Every response carries `x-request-id` (and
+    `request-id`, where its clients look for that): the client's own, if it is short and plain, or a
+    new one. If a client waits for `100 Continue` before it
     sends its body and gets the final response instead, the connection is closed after that
     response. A body of more than `max_body_bytes` is answered with 413, whether its length was
     declared or not; a POST to one of `json_paths` that is not plain JSON with 415; and a large body
@@ -110,6 +112,8 @@ class OuterMiddleware:
                 status = message["status"]
                 answer_headers = MutableHeaders(scope=message)
                 answer_headers["x-request-id"] = request_id
+                if is_anthropic(scope["path"]):
+                    answer_headers["request-id"] = request_id
                 if holds_back:
                     answer_headers["connection"] = "close"
                 if message["status"] >= 400 and scope["path"].startswith("/v1/"):
@@ -126,7 +130,7 @@ class OuterMiddleware:
             except Exception as error:
                 if status:
                     raise  # the status has been sent: the server closes the connection
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope["path"])(scope, receive, send_with_id)
         finally:
             if self._access_log:
                 _log(scope, status, time.perf_counter() - began)
@@ -134,27 +138,28 @@ class OuterMiddleware:
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """Return the response to a request that its headers alone are reason enough to refuse, or
         None."""
+        path = scope["path"]
         try:
             self._hosts.check(scope["http_version"], headers.getlist("host"))
-            scope["key"] = self._keys.check(scope["path"], headers.get("authorization", ""))
+            scope["key"] = self._keys.check(path, headers)
         except RequestError as error:
-            return error_response(error)
+            return error_response(error, path)
         length = headers.get("content-length", "")
         # Python refuses to parse integers of thousands of digits; 18 digits are too many bytes
         # already.
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            return http_error_response(413, self._too_large())
-        if scope["method"] != "POST" or scope["path"] not in self._json_paths:
+            return http_error_response(413, self._too_large(), path)
+        if scope["method"] != "POST" or path not in self._json_paths:
             return None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             return http_error_response(
-                415, f"The content type must be application/json, not {kind or 'absent'}."
+                415, f"The content type must be application/json, not {kind or 'absent'}.", path
             )
         coding = headers.get("content-encoding", "identity").strip().lower()
         if coding != "identity":
             return http_error_response(
-                415, f"The content encoding must be absent or identity, not {coding}."
+                415, f"The content encoding must be absent or identity, not {coding}.", path
             )
         return None
 

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from minisrv.server import response_schemas
+from minisrv.server import anthropic_responses, response_schemas
+from minisrv.server.anthropic_responses import AnthropicErrorResponse, AnthropicMessage
 from minisrv.server.auth import OPEN_PATHS
 from minisrv.server.response_schemas import Body, ErrorResponse
 
@@ -25,38 +26,57 @@ def _json(body: type[Body]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _SCHEMA.format(name=body.__name__)}}}
 
 
-_ERRORS: Responses = {
-    "4XX": {
-        "content": _json(ErrorResponse),
-        "description": "400 the request is at fault, 401 it holds no key that is accepted, 404 no "
-        "such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, 421 another host, "
-        "429 too many requests (see the header retry-after), 431",
-    },
-    "5XX": {
-        "content": _json(ErrorResponse),
-        "description": "500, 503 the engine is loading, draining or dead, or too many large bodies "
-        "arrive, 504 the deadline is over",
-    },
-}
-
-_STREAM = {
-    "text/event-stream": {
-        # The schema describes each event.
-        "schema": {
-            "type": "object",
-            "properties": {
-                "data": {"type": "string", "description": "A chunk as JSON; at the end [DONE]."}
-            },
-            "required": ["data"],
+def _errors(body: type[Body]) -> Responses:
+    """Return the responses to requests that fail, whose JSON is `body`."""
+    return {
+        "4XX": {
+            "content": _json(body),
+            "description": "400 the request is at fault, 401 it holds no key that is accepted, "
+            "404 no such model or URL, 405, 408 too slow, 413 too large, 415 no plain JSON, "
+            "421 another host, 429 too many requests (see the header retry-after), 431",
+        },
+        "5XX": {
+            "content": _json(body),
+            "description": "500, 503 the engine is loading, draining or dead, or too many large "
+            "bodies arrive, 504 the deadline is over",
         },
     }
-}
+
+
+def _stream(**fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a stream; the schema describes the fields of each event."""
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    return {"text/event-stream": {"schema": schema}}
+
+
+_CHUNKS = _stream(data={"type": "string", "description": "A chunk as JSON; at the end [DONE]."})
+
+_EVENTS = _stream(
+    event={"type": "string", "description": "The type of the data."},
+    data={
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {
+            "oneOf": [
+                {"$ref": _SCHEMA.format(name=event.__name__)}
+                for event in anthropic_responses.MESSAGE_STREAM_EVENTS
+            ]
+        },
+    },
+)
 
 
 def route_responses(body: type[Body], *, streams: bool = False) -> Responses:
-    """Return the responses of a route: `body`, perhaps also as a stream, or an error."""
-    content = _json(body) | (_STREAM if streams else {})
-    return {200: {"content": content, "description": "Done"}, **_ERRORS}
+    """Return the responses of a route: `body`, perhaps also as a stream of chunks, or an error."""
+    content = _json(body) | (_CHUNKS if streams else {})
+    return {200: {"content": content, "description": "Done"}, **_errors(ErrorResponse)}
+
+
+def anthropic_responses_of(body: type[Body]) -> Responses:
+    """Return the responses of a route of Anthropic's: `body`, a message also as a stream of events,
+    or an error."""
+    content = _json(body) | (_EVENTS if body is AnthropicMessage else {})
+    return {200: {"content": content, "description": "Done"}, **_errors(AnthropicErrorResponse)}
 
 
 def health_responses(body: type[Body]) -> Responses:
@@ -107,13 +127,19 @@ _BODIES = [
     response_schemas.HealthResponse,
     response_schemas.ReadyResponse,
     response_schemas.VersionResponse,
+    anthropic_responses.AnthropicMessage,
+    anthropic_responses.MessageTokensCount,
+    *anthropic_responses.MESSAGE_STREAM_EVENTS,
 ]
 
 
 def _add_keys(document: dict[str, Any]) -> None:
     """Add API keys to the document of a server that asks for them."""
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{"key": []}]
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    document["security"] = [{"key": []}, {"header": []}]
     for path in OPEN_PATHS:
         for operation in document["paths"][path].values():
             operation["security"] = []

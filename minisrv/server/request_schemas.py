@@ -291,6 +291,12 @@ class GenerationRequest(RequestBody):
         return self.max_tokens
 
     @property
+    def cuts_token_limit(self) -> bool:
+        """Whether a maximum number of tokens that does not fit into the context is cut to what
+        fits; if not, the request is refused."""
+        return False
+
+    @property
     def num_logprobs(self) -> int | None:
         """Number of alternatives to report for each token; None reports no log-probabilities at
         all."""

@@ -164,20 +164,27 @@ class Serving:
         info = self.engine_info()
 
         def prepare() -> Prepared:
-            tools = request.offered_tools
-            text = render_chat(
-                self.tokenizer, request.messages, True, tools, request.chat_template_kwargs
-            )
-            parser = tool_parser(request, self.chat_format)
-            answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+            ids, answer = self._encode_chat(request)
             form = answer_form(request, answer, self.tokenizer)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
             _validate(request, ids, info)
             return Prepared([ids], form, answer)
 
         # Required tools always run in a thread: even a small schema may combine objects in a great
         # many ways.
         return await offload(prepare, math.inf if request.required_tools else request.num_bytes)
+
+    def _encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], AnswerFormat]:
+        """Return the token ids of a chat's prompt, and how the answer is parsed."""
+        text = render_chat(
+            self.tokenizer,
+            request.messages,
+            True,
+            request.offered_tools,
+            request.chat_template_kwargs,
+        )
+        parser = tool_parser(request, self.chat_format)
+        answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+        return self.tokenizer.encode(text, add_special_tokens=False), answer
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
         info = self.engine_info()
@@ -230,6 +237,14 @@ class Serving:
 
         with self._places_of_key(key):
             return await offload(tokenize, request.num_bytes)
+
+    async def count_tokens(self, request: ChatCompletionRequest, key: int | None) -> int:
+        """Return the number of tokens of a chat's prompt. The request counts like one of
+        `tokenize`. Raises RequestError, and what `engine_info` raises."""
+        self.engine_info()
+        with self._places_of_key(key):
+            ids, _ = await offload(lambda: self._encode_chat(request), request.num_bytes)
+        return len(ids)
 
     async def detokenize(self, request: DetokenizeRequest, key: int | None) -> DetokenizeResponse:
         """Return the body of the response, with special tokens spelled out. The request counts like
@@ -331,7 +346,7 @@ def _validate(
 ) -> None:
     validate_request(
         prompt_token_ids,
-        max_tokens=request.token_limit,
+        max_tokens=None if request.cuts_token_limit else request.token_limit,
         stop_token_ids=request.stop_token_ids,
         logit_bias=request.logit_bias,
         max_model_len=info.max_model_len,
@@ -349,6 +364,6 @@ def _max_tokens(request: GenerationRequest, room: int, default: int | None) -> i
     """
     asked = request.token_limit
     if asked is not None:
-        return asked
+        return min(asked, room) if request.cuts_token_limit else asked
     chat = isinstance(request, ChatCompletionRequest)
     return min(room, default or (room if chat else DEFAULT_COMPLETION_TOKENS))

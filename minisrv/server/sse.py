@@ -1,4 +1,4 @@
-"""Server-sent events, framed as OpenAI does.
+"""Server-sent events, framed as OpenAI does, or with names, as Anthropic does.
 
 Knows: bytes. All chunks of a stream are equal but for their choice, so the rest is encoded once.
 """
@@ -26,6 +26,11 @@ encode_text: Callable[[str], bytes] = _encode
 def event(data: Any) -> bytes:
     """Return one event with `data` as JSON."""
     return b"data: " + _encode(data) + b"\n\n"
+
+
+def named_event(name: str, data: Any) -> bytes:
+    """Return one event with a name and `data` as JSON."""
+    return b"event: %b\n%b" % (name.encode(), event(data))
 
 
 class ChunkEncoder:

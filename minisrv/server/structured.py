@@ -14,7 +14,7 @@ Knows: the fields and their bounds. Knows nothing of tokens.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator, model_validator
 
@@ -86,6 +86,9 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """Format that the text must have. Exactly one of the fields must be set."""
 
+    param: ClassVar[str] = "structured_outputs"
+    """The field of the request that errors name."""
+
     json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
     """The text is JSON that follows this JSON schema, which is sent as an object or as its text."""
     regex: GrammarText | None = None
@@ -110,7 +113,7 @@ class StructuredOutputs(Strict):
         kinds = StructuredOutputKind
         if self.choice is not None:
             choices = tuple(self.choice)
-            return StructuredOutput(kind=kinds.CHOICE, choices=choices, param="structured_outputs")
+            return StructuredOutput(kind=kinds.CHOICE, choices=choices, param=self.param)
         texts = {
             kinds.JSON_SCHEMA: self.json_,
             kinds.REGEX: self.regex,
@@ -118,4 +121,4 @@ class StructuredOutputs(Strict):
             kinds.JSON_OBJECT: self.json_object and "",
         }
         [(kind, text)] = [(kind, text) for kind, text in texts.items() if text is not None]
-        return StructuredOutput(kind=kind, text=text, param="structured_outputs")
+        return StructuredOutput(kind=kind, text=text, param=self.param)

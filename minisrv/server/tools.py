@@ -122,13 +122,13 @@ class ToolCall(HistoryObject):
         """
         arguments = self.function.arguments
         if whole and isinstance(arguments, str):
-            arguments = _readable(arguments)
+            arguments = readable_arguments(arguments)
         fields: dict[str, Any] = {} if self.id is None else {"id": self.id}
         function = {"name": self.function.name, "arguments": arguments}
         return {**fields, "type": "function", "function": function}
 
 
-def _readable(arguments: str) -> dict[str, Any]:
+def readable_arguments(arguments: str) -> dict[str, Any]:
     """Return what can be parsed of a JSON object that was cut off; an empty object for anything
     else."""
     try:

@@ -1,4 +1,4 @@
-"""The fields of OpenAI's and vLLM's APIs that are known here and not supported.
+"""The fields of OpenAI's, vLLM's and Anthropic's APIs that are known here and not supported.
 
 Each maps to the values that ask for nothing, which are accepted, as clients send them without
 thinking. Any other value is refused by name, because ignoring it would give another answer than the
@@ -68,6 +68,25 @@ TOKENIZE: dict[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "mm_processor_kwargs": ({},),
     "tools": ([],),
+}
+
+MESSAGES_PROMPT: dict[str, tuple[object, ...]] = {
+    # Anthropic
+    "container": (),
+    "context_management": ({"edits": []},),
+    "diagnostics": (),
+    "inference_geo": (),
+    "mcp_servers": ([],),
+}
+
+MESSAGES_OUTPUT: dict[str, tuple[object, ...]] = {
+    "effort": ("high",),  # which is Anthropic's default
+}
+
+MESSAGES_TOOL: dict[str, tuple[object, ...]] = {
+    "allowed_callers": (["direct"],),
+    "defer_loading": (False,),
+    "input_examples": ([],),
 }
 
 MESSAGE: dict[str, tuple[object, ...]] = {

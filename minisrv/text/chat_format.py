@@ -71,6 +71,7 @@ class ChatFormat:
     tool_parser: the parser that finds the model's tool calls; None if the model has not learned to
         make any, or not in a way that is known here.
     reasons: whether the model reasons before it answers.
+    switches_reasoning: whether the template's variable `enable_thinking` says if it does.
     knows_tools: whether the template writes tools into the prompt.
     spells_calls: whether the template writes the calls of earlier turns into the prompt.
     why: the reason for this tool parser, or for none.
@@ -78,6 +79,7 @@ class ChatFormat:
 
     tool_parser: type[ToolParser] | None
     reasons: bool
+    switches_reasoning: bool
     knows_tools: bool
     spells_calls: bool
     why: str
@@ -87,7 +89,14 @@ class ChatFormat:
         """Detect the format from the text of a chat template."""
         tool_parser, why = _tool_parser(template)
         reasons, calls = REASONING_END in template, "tool_calls" in template
-        return cls(tool_parser, reasons, "tools" in template.replace("tool_calls", ""), calls, why)
+        return cls(
+            tool_parser,
+            reasons,
+            switches_reasoning="enable_thinking" in template,
+            knows_tools="tools" in template.replace("tool_calls", ""),
+            spells_calls=calls,
+            why=why,
+        )
 
     @property
     def forced_parser(self) -> type[ToolParser]:

@@ -42,6 +42,8 @@ def bearer(key: str) -> dict[str, str]:
 ROUTES = [
     COMPLETION,
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ("POST", "/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}),
+    ("POST", "/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
     ("POST", "/tokenize", {"prompt": "x"}),
     ("POST", "/detokenize", {"tokens": [1]}),
     ("GET", "/v1/models", None),
@@ -68,7 +70,10 @@ async def test_every_path_needs_a_key(
             bearer("first key zweiter"),
             {"authorization": "first key"},
             {"authorization": "Basic Zmlyc3Qga2V5"},
-            {"x-api-key": "first key"},
+            {"x-api-key": "third"},
+            {"x-api-key": ""},
+            {"x-api-key": "Bearer first key"},
+            bearer("third") | {"x-api-key": "first key"},
             {"authorization": "Bearer first key"[:-1], "host": "test/health"},
         ):
             refused = await client.request(method, path, json=body, headers=headers)
@@ -76,10 +81,17 @@ async def test_every_path_needs_a_key(
             assert refused.headers["www-authenticate"] == "Bearer"
             assert refused.headers["x-request-id"]
             error = refused.json()["error"]
-            assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+            assert error["type"] == "authentication_error"
+            if not path.startswith("/v1/messages"):
+                assert error["code"] == "invalid_api_key"
             assert "zweiter" not in refused.text
         assert not fake.requests
-        for headers in (bearer("first key"), {"authorization": "bearer  zweiter "}):
+        for headers in (
+            bearer("first key"),
+            {"authorization": "bearer  zweiter "},
+            {"x-api-key": "zweiter"},
+            {"x-api-key": "zweiter", "authorization": "Basic Zmlyc3Qga2V5"},
+        ):
             assert (await client.request(method, path, json=body, headers=headers)).is_success
 
 

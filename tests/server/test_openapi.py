@@ -79,7 +79,14 @@ def described(tokenizer: Tokenizer) -> Iterator[Any]:
     app.state.close()
 
 
-POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+POSTS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
 GETS = ("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics")
 
 
@@ -125,6 +132,9 @@ REPORTED = {"return_token_ids": True, "include_graph_steps": True}
             "/v1/chat/completions",
             {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **EVERYTHING},
         ),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5, "stream": True}),
+        ("/v1/messages/count_tokens", {"messages": MESSAGES}),
         ("/tokenize", {"messages": MESSAGES, "return_token_strs": True}),
         ("/detokenize", {"tokens": [300]}),
     ],
@@ -179,7 +189,7 @@ def test_every_response_is_described(tokenizer: Tokenizer) -> None:
     document = make(tokenizer).openapi()
     assert document["paths"].keys() == {*POSTS, *GETS}
     assert "HTTPValidationError" not in document["components"]["schemas"]
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages"):
         responses = document["paths"][path]["post"]["responses"]
         assert responses.keys() == {"200", "4XX", "5XX"}
         assert responses["200"]["content"].keys() == {"application/json", "text/event-stream"}
@@ -187,6 +197,6 @@ def test_every_response_is_described(tokenizer: Tokenizer) -> None:
 
 def test_the_document_tells_of_keys_where_there_are_any(tokenizer: Tokenizer) -> None:
     closed = make(tokenizer, settings=ServerConfig(api_keys=("key",))).openapi()
-    assert closed["security"] == [{"key": []}]
+    assert closed["security"] == [{"key": []}, {"header": []}]
     assert closed["paths"]["/health"]["get"]["security"] == []
     assert "security" not in make(tokenizer).openapi()
