@@ -19,6 +19,7 @@ import shutil
 import stat
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,20 @@ def cache_directory(*parts: str) -> Path:
                 f"others may put another in the place of {directory}: all may write to {parent}."
             )
     return directory
+
+
+@cache
+def code_digest(parts: tuple[str, ...]) -> str:
+    """Return the digest of parts of the package, for results that depend on its code.
+
+    parts: the paths of packages and modules in minisrv.
+    """
+    root = Path(__file__).parent
+    found = hashlib.sha256()
+    for part in parts:
+        for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def read_cached(path: Path) -> bytes | None:

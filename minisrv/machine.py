@@ -83,12 +83,17 @@ def _cuda_toolkit() -> Path:
 def check_driver(config: EngineConfig) -> None:
     """Raise ConfigError if a GPU is asked for and the library of the CUDA driver is missing, which
     can be found out before torch is imported."""
-    if config.device != "cuda":
-        return
+    if config.device == "cuda" and not has_driver():
+        raise no_gpu_error("there is no CUDA driver here")
+
+
+def has_driver() -> bool:
+    """Whether this machine has the library of the CUDA driver."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        raise no_gpu_error("there is no CUDA driver here") from None
+        return False
+    return True
 
 
 def no_gpu_error(why: str) -> ConfigError:

@@ -1,6 +1,6 @@
 """Opens the checkpoint that the settings name: finds it, reads its small files, and checks it.
 
-One that cannot be served is refused before its weights are fetched or torch is imported.
+One that cannot be served is refused before its weights are fetched. Nothing here imports torch.
 
 Knows: which settings concern the checkpoint. Knows nothing of devices or of how a model runs.
 """

@@ -24,14 +24,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import torch
 
-from minisrv.cache import cache_directory, read_cached, write_cached
+from minisrv.cache import cache_directory, code_digest, read_cached, write_cached
 from minisrv.errors import CompilationError, CrashError
 from minisrv.kernels.native import processor
 
@@ -281,17 +280,3 @@ def _write(path: Path, body: bytes) -> None:
         raise CompilationError(
             f"{path} cannot be kept; may this user write there, and is the disk full?"
         )
-
-
-@cache
-def code_digest(parts: tuple[str, ...]) -> str:
-    """Return the digest of parts of the package.
-
-    parts: the paths of packages and modules in minisrv.
-    """
-    root = Path(__file__).parents[1]
-    found = hashlib.sha256()
-    for part in parts:
-        for path in sorted([root / part] if part.endswith(".py") else (root / part).rglob("*.py")):
-            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()

@@ -29,6 +29,7 @@ from minisrv.core.scheduler import Scheduler
 from minisrv.device_kind import ResolvedConfig, choose_compilation
 from minisrv.engine.compilation import Compilation, Compiler, is_too_slow, timed_steps
 from minisrv.engine.grammars import Grammars
+from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo
@@ -83,6 +84,7 @@ def build_engine(
     *,
     checkpoint: Checkpoint | None = None,
     clock: StartupClock | None = None,
+    early_kernels: KernelProcess | None = None,
     before_loading: Callable[[int, int], None] = lambda context, kv_blocks: None,
     make_compiler: Callable[[Model], Compiler] | None = None,
     serve_slower: bool = False,
@@ -93,6 +95,7 @@ def build_engine(
     progress: is called during loading and capturing.
     checkpoint: the checkpoint that `config` names, if it has been opened already.
     clock: the clock of a start-up that began before this call and continues here.
+    early_kernels: the process that compiles kernels, if it has been started already.
     before_loading: is called with the context length and the number of KV blocks before weights are
         read; on a GPU these are upper bounds. A ConfigError that it raises is passed on.
     make_compiler: makes what compiles the loaded model; None for what the compilation mode says.
@@ -149,7 +152,7 @@ def build_engine(
         block_size=config.block_size,
         gpu=gpu_of(device),
     )
-    with _timed(clock, "kernels"), platform.compiled_kernels(kernels, progress):
+    with _timed(clock, "kernels"), platform.compiled_kernels(kernels, progress, early_kernels):
         with _timed(clock, "weights"):
             model = load_model(
                 model_config,

@@ -15,11 +15,13 @@ Knows: Triton's cache, and the processes that fill it. Knows nothing of what a k
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -28,29 +30,33 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 import torch
 
 from minisrv import threads
-from minisrv.cache import cache_directory, read_cached, write_cached
-from minisrv.compile import artifacts
+from minisrv.cache import read_cached, write_cached
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
+from minisrv.engine.kernel_process import (
+    TRITON_CACHE,
+    Compiled,
+    KernelProcess,
+    Progress,
+    lists_directory,
+)
 from minisrv.kernels.gpu import GPU
 from minisrv.machine import available_memory
 from minisrv.model_config import ModelConfig
-from minisrv.processes import ChildProcess, die_with_parent
+from minisrv.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Function that is called with the number of kernels that have been compiled, and of all."""
 
 MOST_PROCESSES = 16
 """Maximum number of processes that compile at a time: with more, the kernel that takes longest
@@ -58,16 +64,6 @@ would determine the time."""
 
 PROCESS_BYTES = 128 << 20
 """Number of bytes of memory that a process, with the assembler that it runs, takes for itself."""
-
-TIMEOUT = 300.0
-"""Number of seconds after which a start no longer waits for the processes."""
-
-_CACHE = "TRITON_CACHE_DIR"
-_CODE = (
-    *("core", "kernels", "graph", "nn", "runner", "certification"),
-    *("checkpoint/transformers_decoder.py", "engine/kernels.py"),
-)
-"""The parts of the package on which the launches of an engine depend."""
 
 
 @dataclass(frozen=True)
@@ -89,52 +85,32 @@ class KernelJob:
     gpu: GPU | None
 
     def key(self) -> str:
-        """Return the key of the list of what was compiled for this job. Raises OSError if the
-        checkpoint cannot be read."""
-        settings = [
-            f"{name}={value}"
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("TRITON_", "MINISRV_PDL")) and name != _CACHE
-        ]
+        """Return the key of the list of what was compiled for this job, among the lists of the same
+        code. Raises OSError if the checkpoint cannot be read."""
         code = version("transformers") if self.model.implementation == "transformers" else ""
-        versions = torch.__version__, version("triton"), code, artifacts.code_digest(_CODE)
-        parts = (repr(self), *versions, *settings)
+        parts = repr(self), code
         described = (self.directory / "config.json").read_bytes()
         return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
 
 
-class Compiled(msgspec.Struct, frozen=True):
-    """What has been compiled.
-
-    files: the size in bytes of each file, by its path in Triton's cache.
-    kernels: the number of kernels that are in the cache now.
-    unknown: why launches could not be rehearsed, in words, so that their kernels are not known; it
-        would be the same at the next start.
-    failed: why kernels could not be compiled, or not even be recorded, in words; the next start
-        tries again.
-    seconds: how long it took.
-    processes: the number of processes that compiled.
-    """
-
-    files: dict[str, int]
-    kernels: int
-    unknown: list[str]
-    failed: list[str]
-    seconds: float
-    processes: int
-
-
 @contextmanager
-def compiled_kernels(job: KernelJob, progress: Progress) -> Iterator[None]:
+def compiled_kernels(
+    job: KernelJob, progress: Progress, early: KernelProcess | None = None
+) -> Iterator[None]:
     """Compile the kernels of a job beside the block, and wait for them behind it. If an error ends
-    the block, nothing is waited for."""
+    the block, nothing is waited for.
+
+    early: a process that was started before the job was known; None starts one if need be. It has
+        ended when this returns.
+    """
+    process = None
     try:
-        process = _start(job)
+        process = _start(job, early)
     except Exception as error:  # as on a machine where no process can be started
         _warn(f"{type(error).__name__}: {error}")
-        yield
-        return
     if process is None:
+        if early is not None:
+            early.close()
         yield
         return
     try:
@@ -173,8 +149,9 @@ def _warn(why: str) -> None:
     logger.warning("not all kernels were compiled ahead, and are when they first run: %s", why)
 
 
-def _start(job: KernelJob) -> KernelProcess | None:
-    """Start to compile; return None if everything is in the cache."""
+def _start(job: KernelJob, early: KernelProcess | None) -> KernelProcess | None:
+    """Start to compile, by a process that has been started early or else by a new one; return None
+    if everything is in the cache."""
     directory = kept = kernel_cache()
     if not _is_writable(kept):  # whatever the list says, a launch may need a kernel besides
         directory = _use_scratch(kept)
@@ -189,9 +166,11 @@ def _start(job: KernelJob) -> KernelProcess | None:
             "kernels cannot be kept in %s, and are compiled again at the next start; set %s to a "
             "directory that can be written to.",
             kept,
-            _CACHE,
+            TRITON_CACHE,
         )
-    return KernelProcess(job)
+    process = early or KernelProcess()
+    process.compile(job, directory)
+    return process
 
 
 def _use_scratch(kept: Path) -> Path:
@@ -199,7 +178,7 @@ def _use_scratch(kept: Path) -> Path:
     everything that the cache has. The directory is removed when the process exits."""
     scratch = Path(tempfile.mkdtemp(prefix="minisrv-triton-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    os.environ[_CACHE] = str(scratch)
+    os.environ[TRITON_CACHE] = str(scratch)
     # The directories are new, because Triton writes to that of a kernel that is not whole.
     for path in kept.glob("*/*"):
         if path.is_file():
@@ -227,7 +206,7 @@ def _keep(job: KernelJob, compiled: Compiled) -> None:
 
 def _list_path(job: KernelJob) -> Path | None:
     try:
-        return cache_directory("kernels") / f"{job.key()}.msgpack"
+        return lists_directory() / f"{job.key()}.msgpack"
     except (OSError, RuntimeError) as error:
         logger.warning("no list of compiled kernels can be kept: %s", error)
         return None
@@ -267,62 +246,52 @@ def _is_writable(directory: Path) -> bool:
         return False
 
 
-class KernelProcess:
-    """The engine's handle of the process that records kernels and has them compiled. It is to be
-    made and used by one thread, with which the process ends."""
-
-    def __init__(self, job: KernelJob, timeout: float = TIMEOUT) -> None:
-        """Start the process at once.
-
-        timeout: number of seconds after which `wait` gives up.
-        """
-        self._deadline = time.monotonic() + timeout
-        self._timeout = timeout
-        self._answers, answers = Pipe(duplex=False)
-        try:
-            self._process = ChildProcess("kernels", _main, job, answers, private_dir=None)
-        finally:
-            answers.close()
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
-
-    def wait(self, progress: Progress) -> Compiled | str:
-        """Wait until the process has finished, and return what it has compiled, or why it has
-        failed."""
-        while self._answers.poll(max(0.0, self._deadline - time.monotonic())):
-            try:
-                said = self._answers.recv()
-            except (EOFError, OSError):
-                return f"the process ended {self._process.describe_exit()}"
-            if isinstance(said, Compiled | str):
-                return said
-            progress(*said)
-        return f"it took longer than {self._timeout:g} s"
-
-    def close(self) -> None:
-        """End the process if it runs."""
-        self._process.stop()
-        self._answers.close()
-
-
 # ---- in the process ------------------------------------------------------------------------------
 
 _recorded: list[Callable[[], Any]] = []
 """The recorded kernels, which the processes that compile have from the one that forks them."""
 
 
-def _main(job: KernelJob, answers: Connection) -> None:
+def run(line: Connection) -> None:
+    """Run in the process: import what is needed, compile the job that comes, and send progress and
+    the result."""
     try:
-        answers.send(compile_kernels(job, lambda done, total: answers.send((done, total))))
+        _import_ahead()
+        gc.freeze()  # so that processes that are forked do not copy what they do not change
+        gc.enable()
+        job: KernelJob
+        job, cache = line.recv()
+        os.environ[TRITON_CACHE] = str(cache)
+        if job.model.implementation == "minisrv":
+            _leave_out_compiler()
+        line.send(compile_kernels(job, lambda done, total: line.send((done, total))))
+    except EOFError:
+        return  # nothing is to be compiled
     except Exception as error:
-        answers.send(_said(error))
+        line.send(_said(error))
 
 
 def _said(error: Exception) -> str:
     return traceback.format_exception_only(error)[-1].strip()
+
+
+def _leave_out_compiler() -> None:
+    """Keep torch's compiler from being imported, which takes longer than recording all kernels.
+    Operations on tensors without memory import it at the first call, only to tell it not to compile
+    them."""
+    compiler = ModuleType("torch._dynamo")
+    compiler.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
+    sys.modules[compiler.__name__] = torch._dynamo = compiler
+
+
+def _import_ahead() -> None:
+    """Import what recording kernels needs, and compute what is the same for all of them, before it
+    is known which are to be compiled."""
+    for name in ("sympy", "minisrv.certification.rehearsal", "minisrv.kernels.triton_recording"):
+        import_module(name)  # sympy is what torch computes shapes with
+    from triton.runtime.cache import triton_key
+
+    triton_key()  # a digest of all of Triton's files
 
 
 def compile_kernels(job: KernelJob, progress: Progress) -> Compiled:

@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import zmq
@@ -26,6 +31,7 @@ from minisrv import threads
 from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.heartbeat import Heartbeat
+from minisrv.engine.kernel_process import start_early
 from minisrv.engine.messages import (
     AskStats,
     EngineMessage,
@@ -52,15 +58,17 @@ IDLE_MS = 500
 thread that beats during loading."""
 
 
+FIRST_WORKER_MS = 5000
+"""Maximum time in milliseconds for which an engine that could not be loaded waits for a worker to
+tell it to: workers import their modules meanwhile."""
+
+
 class EngineProcess(ChildProcess):
     """The parent's handle of an engine process."""
 
-    def __init__(
-        self, config: EngineConfig, checkpoint: Path, private_dir: Path, *, log_stats: bool = False
-    ) -> None:
-        """Start the process at once.
+    def __init__(self, config: EngineConfig, private_dir: Path, *, log_stats: bool = False) -> None:
+        """Start the process at once. It imports its modules, and then waits for `load`.
 
-        checkpoint: the file in which a `Checkpoint` has been saved.
         private_dir: the directory for its socket.
         log_stats: whether it logs throughput and queue while there is work.
 
@@ -75,8 +83,18 @@ class EngineProcess(ChildProcess):
         self.address = f"ipc://{path}"
         beats = private_dir / "heartbeat"
         self._heartbeat = Heartbeat(beats)
-        arguments = config, checkpoint, self.address, beats, log_stats, time.monotonic()
-        super().__init__("engine", _main, *arguments, private_dir=private_dir)
+        theirs, self._checkpoint = Pipe(duplex=False)
+        arguments = config, theirs, self.address, beats, log_stats, time.monotonic()
+        with theirs:
+            super().__init__("engine", _main, *arguments, private_dir=private_dir)
+
+    def load(self, checkpoint: Path) -> None:
+        """Let the process load the model. May be called once.
+
+        checkpoint: the file in which a `Checkpoint` has been saved.
+        """
+        with self._checkpoint, suppress(OSError):  # raised if the process has ended
+            self._checkpoint.send(checkpoint)
 
     @property
     def silent_seconds(self) -> float:
@@ -87,7 +105,7 @@ class EngineProcess(ChildProcess):
 
 def _main(
     config: EngineConfig,
-    checkpoint: Path,
+    checkpoint: Connection,
     address: str,
     heartbeat: Path,
     log_stats: bool,
@@ -97,7 +115,7 @@ def _main(
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
         with server.heartbeat.beating(IDLE_MS / 1000):
-            server.load(config, Checkpoint.load(checkpoint), clock)
+            server.load(config, lambda: _received(checkpoint), clock)
         server.run(log_stats=log_stats)
     except MinisrvError as error:
         if not server.fail(error):
@@ -109,6 +127,16 @@ def _main(
         sys.exit(1)
     finally:
         server.close()
+
+
+def _received(line: Connection) -> Checkpoint:
+    """Wait until the parent has saved the checkpoint, and return it."""
+    try:
+        path: Path = line.recv()
+    except EOFError:  # the parent has died, and a thread ends this process (`ChildProcess`)
+        signal.pause()
+        raise
+    return Checkpoint.load(path)
 
 
 class _EngineServer:
@@ -127,12 +155,19 @@ class _EngineServer:
         self.owners: dict[str, bytes] = {}
         self.state: EngineMessage = Loading("starting")
 
-    def load(self, config: EngineConfig, checkpoint: Checkpoint, clock: StartupClock) -> None:
-        """Make the engine, and report the progress to every worker."""
+    def load(
+        self, config: EngineConfig, read_checkpoint: Callable[[], Checkpoint], clock: StartupClock
+    ) -> None:
+        """Make the engine, and report the progress to every worker.
+
+        read_checkpoint: returns the checkpoint; it is called once the modules are imported, and may
+            wait for what another process reads meanwhile.
+        """
         clock.end("engine process")
         # What imports make is not garbage, and collections would go through all of it again and
         # again. Where memory is measured, a `Platform` collects.
         gc.disable()
+        early_kernels = start_early(config)
         try:
             logger.info("importing torch")  # no message reports progress before torch is imported
             # The imports are here so that workers can connect while torch is imported.
@@ -140,9 +175,17 @@ class _EngineServer:
             from minisrv.engine.core import EngineCore
 
             clock.end("imports")
+            checkpoint = read_checkpoint()
+            clock.end("checkpoint")
             threads.limit(beside=1)  # for the API worker
             self.core = EngineCore(
-                build_engine(config, self._progress, checkpoint=checkpoint, clock=clock)
+                build_engine(
+                    config,
+                    self._progress,
+                    checkpoint=checkpoint,
+                    clock=clock,
+                    early_kernels=early_kernels,
+                )
             )
             # Objects that exist now stay: a garbage collection that went through all of them would
             # delay a step.
@@ -150,6 +193,8 @@ class _EngineServer:
             gc.freeze()
         finally:
             gc.enable()
+            if early_kernels is not None:
+                early_kernels.close()
         self.state = Ready(self.core.info)
         self._broadcast()
 
@@ -257,8 +302,8 @@ class _EngineServer:
 
     def fail(self, error: MinisrvError) -> bool:
         """Tell every worker why the engine ends, and return whether there is one, which then logs
-        it."""
-        while self.socket.poll(0):
+        it. If there is none yet, the first one is waited for."""
+        while self.socket.poll(0 if self.workers else FIRST_WORKER_MS):
             worker, _ = self.socket.recv_multipart()
             self.workers.add(worker)
         self.state = Failed(RequestFailure.of(error))

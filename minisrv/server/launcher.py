@@ -1,10 +1,11 @@
 """`minisrv serve`: starts, watches and ends the server's processes.
 
-This process starts the engine, then the API workers, which import their modules and open the port
-while the engine loads: `/health` answers soon, `/ready` once the engine is ready. After that it
-only watches. A worker that dies is replaced; one that dies before it was ready ends the server.
-SIGTERM and SIGINT stop admission, give open requests `shutdown_timeout` seconds, and end all
-processes; a second SIGINT ends them at once. An engine that shows no sign of life for
+This process starts the engine, which imports its modules while the small files of the checkpoint
+are read here, then the API workers, which import their modules and open the port while the engine
+loads: `/health` answers soon, `/ready` once the engine is ready. After that it only watches.
+A worker that dies is replaced; one that dies before it was ready ends the server. SIGTERM and
+SIGINT stop admission, give open requests `shutdown_timeout` seconds, and end all processes; a
+second SIGINT ends them at once. An engine that shows no sign of life for
 `engine_timeout` seconds (while it loads, for at least `LOADING_SECONDS`) is killed: the workers see
 it die and end its requests, or report that it did not start.
 
@@ -66,11 +67,10 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
     server could not start or go on, or the engine had died by then.
 
     clock: measures the start-up, which has begun already.
-    Raises ConfigError or ModelError for what can be seen to be wrong before anything is started.
+    Raises ConfigError or ModelError for what can be seen to be wrong before weights are read.
     """
-    clock.end("launcher")
-    # Until there are child processes to end in order, SIGTERM interrupts the current work, as
-    # SIGINT does.
+    # Until there are child processes that have to end in order, SIGTERM interrupts the current
+    # work, as SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise_descriptor_limit()
     ladders_of(expected_kind(engine).resolve(engine))
@@ -80,20 +80,18 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
         listeners = listen(server)
         for listener in listeners:
             stack.enter_context(listener)
+        with _temporary_directory():
+            private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
+        clock.end("launcher")
+        process = EngineProcess(engine, private_dir, log_stats=not server.disable_log_stats)
+        stack.callback(process.stop)
         checkpoint = open_checkpoint(engine)
         root = engine.model or checkpoint.directory.name
         names = server.served_model_names or (root,)
         stop = stack.enter_context(_stop_signals())
-        try:
-            private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
+        with _temporary_directory():
             checkpoint.save(private_dir / CHECKPOINT)
-        except OSError as error:
-            raise unusable_temporary_directory(error) from error
-        clock.end("checkpoint")
-        process = EngineProcess(
-            engine, private_dir / CHECKPOINT, private_dir, log_stats=not server.disable_log_stats
-        )
-        stack.callback(process.stop)
+        process.load(private_dir / CHECKPOINT)
         tree = _ProcessTree(process, server.engine_timeout)
         stack.callback(tree.stop_workers)
         for index, listener in enumerate(listeners):
@@ -262,6 +260,15 @@ def _stop_signals() -> Iterator[socket.socket]:
             for signum in PARENTS_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)  # there is nothing left to interrupt
             signal.set_wakeup_fd(-1)
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[None]:
+    """Raise ConfigError where the block cannot make a temporary directory or a file in it."""
+    try:
+        yield
+    except OSError as error:
+        raise unusable_temporary_directory(error) from error
 
 
 def listen(server: ServerConfig) -> list[socket.socket]:

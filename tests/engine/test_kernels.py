@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from minisrv.checkpoint import describe_model
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CUDA
-from minisrv.engine import kernels
+from minisrv.engine import kernel_process, kernels
 from minisrv.engine.builder import EngineParts, build_engine
-from minisrv.engine.kernels import Compiled, KernelJob, KernelProcess, compiled_kernels
+from minisrv.engine.kernel_process import KernelProcess, lists_directory, start_early
+from minisrv.engine.kernels import Compiled, KernelJob, compiled_kernels
 from minisrv.engine.platforms import CUDAPlatform
 from minisrv.kernels.gpu import GPU
 from minisrv.progress import StartupProgress
@@ -178,18 +180,20 @@ def test_a_start_goes_on_where_nothing_can_be_compiled(
         assert "no dtype" in record.message
 
 
-def test_the_death_of_the_process_is_told(checkpoint: Path) -> None:
-    process = KernelProcess(job_of(checkpoint))
+def test_the_death_of_the_process_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    process = KernelProcess()
     try:
+        process.compile(job_of(checkpoint), tmp_path)
         os.kill(process.pid, signal.SIGKILL)
         assert "ended by SIGKILL" in str(process.wait(lambda done, total: None))
     finally:
         process.close()
 
 
-def test_nothing_is_waited_for_longer_than_the_timeout(checkpoint: Path) -> None:
-    process = KernelProcess(job_of(checkpoint), timeout=0.0)
+def test_nothing_is_waited_for_longer_than_the_timeout(checkpoint: Path, tmp_path: Path) -> None:
+    process = KernelProcess(timeout=0.0)
     try:
+        process.compile(job_of(checkpoint), tmp_path)
         assert process.wait(lambda done, total: None) == "it took longer than 0 s"
     finally:
         process.close()
@@ -204,7 +208,7 @@ class Ready:
     made: Compiled | str = Compiled(FILES, 3, [], [], 1.5, 2)
     closed = 0
 
-    def __init__(self, job: KernelJob) -> None:
+    def compile(self, job: KernelJob, cache: Path) -> None:
         self.job = job
 
     def wait(self, progress: kernels.Progress) -> Compiled | str:
@@ -226,6 +230,39 @@ def test_what_was_compiled_is_told(
     assert [record.message for record in caplog.records] == [
         "compiled 3 kernels in 1.5 s by 2 processes"
     ]
+
+
+def test_a_process_that_was_started_early_is_used(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends also if nothing is to be compiled, and if that cannot be found out."""
+    for made, listed in ((Ready.made, False), (Ready.made, True), ("of no use", False)):
+        early = KernelProcess()
+        monkeypatch.setattr(early, "wait", lambda progress, made=made: made)
+        monkeypatch.setattr(kernels, "_listed", lambda path, listed=listed: {} if listed else None)
+        monkeypatch.setattr(kernels, "KernelProcess", None)
+        with compiled_kernels(job_of(checkpoint), lambda done, total: None, early):
+            pass
+        with pytest.raises(ProcessLookupError):
+            os.kill(early.pid, 0)
+    [record] = warnings(caplog)
+    assert record.message.endswith("of no use")
+
+
+def test_a_process_is_started_early_on_a_machine_that_has_compiled_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_process, "KernelProcess", Ready)
+    config = EngineConfig(str(checkpoint))
+    monkeypatch.setattr(kernel_process, "has_driver", lambda: False)
+    assert start_early(config) is None
+    monkeypatch.setattr(kernel_process, "has_driver", lambda: True)
+    assert start_early(replace(config, device="cpu")) is None
+    assert start_early(config) is not None
+    (lists_directory() / "a-list.msgpack").touch()
+    assert start_early(config) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert start_early(config) is None
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_garbage_is_collected_while_an_engine_serves(tmp_path: Path) -> None:
     config = EngineConfig(model=str(make_checkpoint(tmp_path, "llama")), **SETTINGS)
     server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
     try:
-        server.load(config, open_checkpoint(config), StartupClock())
+        server.load(config, lambda: open_checkpoint(config), StartupClock())
         assert isinstance(server.state, Ready)
         assert gc.isenabled()
         assert gc.get_freeze_count()
@@ -100,7 +100,7 @@ def test_garbage_is_collected_after_an_engine_could_not_be_loaded(tmp_path: Path
     server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
     try:
         with pytest.raises(ModelError):
-            server.load(config, checkpoint, StartupClock())
+            server.load(config, lambda: checkpoint, StartupClock())
         assert gc.isenabled()
     finally:
         gc.enable()

@@ -14,6 +14,7 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.device_kind import DeviceKind
+from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.errors import ConfigError
@@ -49,9 +50,14 @@ class Platform(ABC):
         """Return memory that this process keeps, and nobody uses, to the device."""
 
     @abstractmethod
-    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
+    def compiled_kernels(
+        self, job: KernelJob, progress: Progress, early: KernelProcess | None
+    ) -> AbstractContextManager[None]:
         """Return the context behind which kernels are compiled: those of `job`, or all of the
-        device. What can be done beside the block is done beside it."""
+        device. What can be done beside the block is done beside it.
+
+        early: a process that was started before the job was known, if there is one.
+        """
 
     @abstractmethod
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU
+from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
@@ -49,7 +50,9 @@ class CPUPlatform(Platform):
         """See `Platform`. The allocator keeps little."""
 
     @contextmanager
-    def compiled_kernels(self, job: KernelJob, progress: Progress) -> Iterator[None]:
+    def compiled_kernels(
+        self, job: KernelJob, progress: Progress, early: KernelProcess | None
+    ) -> Iterator[None]:
         """See `Platform`. The C kernels are the same for all models; they are compiled, or found in
         the cache, behind the block."""
         yield

@@ -20,6 +20,7 @@ from minisrv.certification.startup import probe
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.device_kind import CUDA
+from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob, compiled_kernels
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
@@ -54,9 +55,11 @@ class CUDAPlatform(Platform):
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
-    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
+    def compiled_kernels(
+        self, job: KernelJob, progress: Progress, early: KernelProcess | None
+    ) -> AbstractContextManager[None]:
         """See `Platform`. The kernels of Triton are those of the model."""
-        return compiled_kernels(job, partial(progress, "compiling kernels"))
+        return compiled_kernels(job, partial(progress, "compiling kernels"), early)
 
     def choose_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         """See `Platform`. Half precision is served as it is, and everything else is rounded to
