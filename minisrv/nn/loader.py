@@ -1,9 +1,9 @@
 """Loads a model from safetensors onto its device, strictly.
 
 Every weight of the checkpoint is used once and every parameter is filled once, or the model is not
-loaded. Shards are read lazily, tensor by tensor, directly into their place; tensors that the
-checkpoint has in another dtype are converted on the way. Knows nothing of the model's structure:
-the model names its destinations.
+loaded. Shards are mapped, and tensors are copied from there directly into their place (`copying`);
+those that the checkpoint has in another dtype are converted on the way. Knows nothing of the
+model's structure: the model names its destinations.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from minisrv.checkpoint import weight_files
 from minisrv.model_config import ModelConfig
+from minisrv.nn.copying import Copies
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.model import Model
 from minisrv.nn.registry import model_class
@@ -100,21 +102,28 @@ def _load(
 ) -> None:
     filled: set[str] = set()
     problems = Problems()
-    for path in files:
-        with opened(path) as shard:
-            for name in shard.keys():  # noqa: SIM118  (no mapping)
-                if name in filled:
-                    problems.note("duplicate", f"{name} (again in {path.name})")
-                elif name in destinations:
-                    filled.add(name)
-                    destination = destinations[name]
-                    tensor = read_tensor(name, shard, problems, destination.shape)
-                    if tensor is not None:
-                        destination.copy_(tensor)
-                    if progress is not None:
-                        progress(len(filled), len(destinations))
-                elif not _is_harmless(name):
-                    problems.note("unexpected", name)
+    copied = count(1)
+
+    def on_copied() -> None:
+        done = next(copied)
+        if progress is not None:
+            progress(done, len(destinations))
+
+    device = next(iter(destinations.values())).device
+    with Copies(device, on_copied) as copies:
+        for path in files:
+            with opened(path) as shard:
+                for name in shard.keys():  # noqa: SIM118  (no mapping)
+                    if name in filled:
+                        problems.note("duplicate", f"{name} (again in {path.name})")
+                    elif name in destinations:
+                        filled.add(name)
+                        destination = destinations[name]
+                        tensor = read_tensor(name, shard, problems, destination.shape)
+                        if tensor is not None:
+                            copies.add(destination, tensor)
+                    elif not _is_harmless(name):
+                        problems.note("unexpected", name)
     for name in destinations:
         if name not in filled:
             problems.note("missing", name)

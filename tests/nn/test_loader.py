@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minisrv.checkpoint import describe_model
 from minisrv.errors import WeightsError
+from minisrv.nn import copying
 from minisrv.nn.decoder import Decoder
 from minisrv.nn.loader import load_model
 from tests.checkpoints import VARIANTS, make_checkpoint
@@ -83,6 +84,20 @@ def test_weights_are_converted(stored: torch.dtype, served: torch.dtype, tmp_pat
     assert {p.dtype for p in model.parameters()} == {served}
     expected = load_file(tmp_path / "model.safetensors")[K_PROJ].to(served)
     assert torch.equal(weights(model)[K_PROJ], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("served", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_the_same_weights(
+    stored: torch.dtype, served: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads copy them, and those that are larger than a buffer in pieces."""
+    monkeypatch.setattr(copying, "BUFFER_BYTES", 1000)
+    directory = make_checkpoint(tmp_path, dtype=stored, max_shard_size="100KB")
+    copied = weights(load(directory, dtype=served, device="cuda"))
+    for name, tensor in weights(load(directory, dtype=served)).items():
+        assert torch.equal(copied[name].cpu(), tensor), name
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
