@@ -96,6 +96,15 @@ def has_driver() -> bool:
     return True
 
 
+def open_gpu() -> None:
+    """Initialise the CUDA driver, and make the context of the first GPU that can be seen, which
+    torch then finds: a process has one for each GPU. Raises OSError without a driver."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    gpu, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(gpu), 0) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
+
+
 def no_gpu_error(why: str) -> ConfigError:
     """Return the error for a configuration that asks for a GPU where none can be used.
 

@@ -30,6 +30,7 @@ import zmq
 from minisrv import threads
 from minisrv.checkpoint import Checkpoint
 from minisrv.config import EngineConfig
+from minisrv.engine.ahead import prepare_gpu
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.kernel_process import start_early
 from minisrv.engine.messages import (
@@ -168,6 +169,7 @@ class _EngineServer:
         # again. Where memory is measured, a `Platform` collects.
         gc.disable()
         early_kernels = start_early(config)
+        prepare_gpu(config)
         try:
             logger.info("importing torch")  # no message reports progress before torch is imported
             # The imports are here so that workers can connect while torch is imported.
