@@ -187,7 +187,7 @@ def build_engine(
     with _timed(clock, "memory"):
         compares = serve_slower and compilation_mode is not CompilationMode.NONE
         generations = 2 if builds_beside or compares else 1
-        memory = platform.plan_memory(config, shape, make_runner, available, generations)
+        memory = platform.plan_memory(config, shape, make_runner, available, generations, kernels)
         context = fit_context(config, model_config, dtype, context, memory.kv_cache_bytes)
         shape = KVCacheShape.of(config, model_config, context, dtype)
         num_blocks = num_kv_blocks(config, shape, memory.kv_cache_bytes)

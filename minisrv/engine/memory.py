@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -89,10 +90,12 @@ class MemoryPlan:
     kv_cache_bytes: the number of bytes that the KV cache may take.
     graph_bytes: the number of bytes that graphs will take according to a probe; None if nothing
         depends on it.
+    kept: the file from which the probe's result was read; None if it was measured now.
     """
 
     kv_cache_bytes: int
     graph_bytes: int | None = None
+    kept: Path | None = None
 
 
 def mebibytes(nbytes: int) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from minisrv.config import EngineConfig
+from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CPU, CUDA, expected_kind
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine, resolve_dtype
+from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan
 from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, Progress, cpu, cuda, platform_of
@@ -45,8 +49,13 @@ class Gpu(CUDAPlatform):
     def make_backend(self) -> CPUTapeBackend:
         return CPUTapeBackend()
 
-    def compiled_kernels(self, job: KernelJob, progress: Progress) -> AbstractContextManager[None]:
-        return CPUPlatform().compiled_kernels(job, progress)
+    def compiled_kernels(
+        self, job: KernelJob, progress: Progress, early: KernelProcess | None
+    ) -> AbstractContextManager[None]:
+        return CPUPlatform().compiled_kernels(job, progress, early)
+
+    def identity(self) -> tuple[object, ...]:
+        return ("a GPU",)
 
     def allowed_bytes(self, config: EngineConfig) -> int:
         return self.allowed
@@ -95,6 +104,20 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> None:
         "probe",
         lambda runner, pool: runner.probe() if isinstance(runner, Probe) else real(runner, pool),
     )
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory for what starts keep."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg"
+
+
+@pytest.fixture
+def job(tmp_path) -> KernelJob:
+    (tmp_path / "config.json").write_text("{}")
+    ladders = ladders_of(CUDA.resolve(EngineConfig()))
+    return KernelJob(MODEL, tmp_path, "bfloat16", None, ladders, 16, None)
 
 
 @pytest.fixture
@@ -271,7 +294,7 @@ def test_a_gpus_cache_is_at_most_what_weights_leave_of_what_is_allowed():
 
 
 @pytest.mark.parametrize("generations", [1, 2])
-def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generations):
+def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generations, job):
     """The cache gets the memory that remains: what loading has left cached does not count, what the
     largest step leaves cached does, and nothing of the probe stays. Where one generation of graphs
     is built beside another, there is room for both and for those who compile."""
@@ -285,7 +308,7 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generatio
         return Probe(gpu, num_blocks)
 
     with caplog.at_level(logging.INFO, logger="minisrv"):
-        plan = gpu.plan_memory(config, shape, make_runner, 4321, generations)
+        plan = gpu.plan_memory(config, shape, make_runner, 4321, generations, job)
     assert sizes == [1 + 5 + 4 * 3]
     compilers = 1536 if generations > 1 else 0
     left = 5000 - 500 - 30 - generations * 70 - compilers
@@ -297,14 +320,54 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generatio
     assert said in caplog.text
 
 
-def test_a_cache_whose_size_is_given_needs_no_probe():
+def test_the_next_start_of_the_same_engine_makes_no_probe(caplog, job, checkpoint, empty_cache):
+    """It has the same plan. If the plan does not hold, the start after that measures again."""
+    shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
+    probes = 0
+
+    def plan(job: KernelJob, **settings: int) -> MemoryPlan:
+        gpu = Gpu(allowed=5000 * MIB, used=500 * MIB)
+
+        def make_runner(num_blocks: int) -> Probe:
+            nonlocal probes
+            probes += 1
+            return Probe(gpu, num_blocks)
+
+        return gpu.plan_memory(EngineConfig(**settings), shape, make_runner, 4321, 1, job)
+
+    first, second = plan(job), plan(job)
+    assert probes == 1
+    assert first.kept is None
+    assert second == replace(first, kept=second.kept)
+    assert second.kept is not None
+    plan(replace(job, dtype="float16"))
+    plan(job, max_num_seqs=3)
+    assert probes == 3
+
+    config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
+    runner = build_engine(config).runner
+    with pytest.raises(ConfigError, match="--kv-cache-memory"):
+        Gpu(used=900 * MIB, allowed=890 * MIB).check_plan(config, second, shape, runner)
+    plan(job)
+    assert probes == 4
+    second.kept.write_bytes(b"cut off")
+    assert plan(job) == first
+    assert probes == 5
+
+    shutil.rmtree(empty_cache)
+    empty_cache.write_text("no directory")
+    assert plan(job) == first
+    assert "the result of the memory probe is not kept" in caplog.text
+
+
+def test_a_cache_whose_size_is_given_needs_no_probe(job):
     gpu, shape = Gpu(), KVCacheShape(bytes_per_block=100, blocks_per_context=5)
     asked = EngineConfig(kv_cache_memory=4321)
     blocks = EngineConfig(num_kv_blocks=7)
-    assert gpu.plan_memory(asked, shape, None, 4321, 1) == MemoryPlan(4321)
-    assert gpu.plan_memory(blocks, shape, None, 4321, 1) == MemoryPlan(700)
+    assert gpu.plan_memory(asked, shape, None, 4321, 1, job) == MemoryPlan(4321)
+    assert gpu.plan_memory(blocks, shape, None, 4321, 1, job) == MemoryPlan(700)
     for config in (EngineConfig(), asked, blocks):
-        assert CPUPlatform().plan_memory(config, shape, None, 4321, 1) == MemoryPlan(4321)
+        assert CPUPlatform().plan_memory(config, shape, None, 4321, 1, job) == MemoryPlan(4321)
 
 
 def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoint):

@@ -129,12 +129,14 @@ class Platform(ABC):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
         generations: int,
+        job: KernelJob,
     ) -> MemoryPlan:
         """Return how large the KV cache may be, now that the weights are loaded.
 
         make_runner: makes a runner with the loaded model and that many blocks.
         before_loading: the result of `cache_before_loading`.
         generations: the number of generations of graphs that exist at the same time.
+        job: what decides which kernels the engine launches.
         """
 
     @abstractmethod

@@ -127,6 +127,7 @@ class CPUPlatform(Platform):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
         generations: int,
+        job: KernelJob,
     ) -> MemoryPlan:
         """See `Platform`. The plan has not changed, because memory is only used when it is
         written."""

@@ -24,6 +24,7 @@ from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob, compiled_kernels
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
+from minisrv.engine.probes import ProbeResult, keep_result, read_result, result_path
 from minisrv.errors import ConfigError
 from minisrv.graph.cuda import CUDABackend
 from minisrv.model_config import ModelConfig
@@ -93,11 +94,13 @@ class CUDAPlatform(Platform):
         make_runner: Callable[[int], ModelRunner],
         before_loading: int,
         generations: int,
+        job: KernelJob,
     ) -> MemoryPlan:
         """See `Platform`. Without `kv_cache_memory` and `num_kv_blocks`, the cache gets what
         `gpu_memory_utilization` allows, minus what is used, minus what the graphs of all
         generations and the largest steps take according to a probe, minus what compiling a second
-        generation takes. The probe's memory is released before this returns."""
+        generation takes. The probe's memory is released before this returns. Its result is kept,
+        and the next start of the same engine makes no probe."""
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
@@ -106,6 +109,38 @@ class CUDAPlatform(Platform):
         self.release()
         used = self.used_bytes()
         blocks = 1 + shape.blocks_per_context + PROBE_BLOCKS * config.max_num_seqs
+        path = result_path(job, shape, blocks, *self.identity())
+        result = None if path is None else read_result(path)
+        known = result is not None
+        if result is None:
+            result = self._probe(config, shape, make_runner, blocks, used)
+            if path is not None:
+                keep_result(path, result)
+        compiler = COMPILER_BYTES if generations > 1 else 0
+        steps, graphs = result.step_bytes, result.graph_bytes
+        cache = self.allowed_bytes(config) - used - steps - generations * graphs - compiler
+        logger.info(
+            "steps take %s, graphs %s by a probe%s; %s are left for the KV cache",
+            mebibytes(steps),
+            mebibytes(graphs),
+            " of an earlier start" if known else "",
+            mebibytes(cache),
+        )
+        return MemoryPlan(cache, graphs, path if known else None)
+
+    def _probe(
+        self,
+        config: EngineConfig,
+        shape: KVCacheShape,
+        make_runner: Callable[[int], ModelRunner],
+        blocks: int,
+        used: int,
+    ) -> ProbeResult:
+        """Measure what the largest steps and the graphs take.
+
+        blocks: the number of blocks in the probe's cache.
+        used: the number of bytes in use before.
+        """
         runner = make_runner(blocks)
         graphs = probe(runner, BlockPool(blocks, config.block_size))
         captured = sum(graph.nbytes for graph in runner.graphs.values())
@@ -115,15 +150,7 @@ class CUDAPlatform(Platform):
         del runner
         gc.collect()
         self.release()
-        compiler = COMPILER_BYTES if generations > 1 else 0
-        cache = self.allowed_bytes(config) - used - steps - generations * graphs - compiler
-        logger.info(
-            "steps take %s, graphs %s by a probe; %s are left for the KV cache",
-            mebibytes(steps),
-            mebibytes(graphs),
-            mebibytes(cache),
-        )
-        return MemoryPlan(cache, graphs)
+        return ProbeResult(steps, graphs)
 
     def check_plan(
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
@@ -139,6 +166,8 @@ class CUDAPlatform(Platform):
         logger.info("graphs take %s; a probe had said %s", *sizes)
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
+            if plan.kept is not None:  # so that the next start measures again
+                plan.kept.unlink(missing_ok=True)
             cache = (runner.num_blocks - 1) * shape.bytes_per_block
             raise ConfigError(
                 f"{mebibytes(over)} of the GPU's memory are used beyond "
@@ -146,6 +175,11 @@ class CUDAPlatform(Platform):
                 f"{mebibytes(actual)}, and {mebibytes(plan.graph_bytes)} were planned for. Give "
                 f"--kv-cache-memory {(cache - over) >> 20}M at most, or end what else uses the GPU."
             )
+
+    def identity(self) -> tuple[object, ...]:
+        """Return what tells this GPU from those on which the same graphs take other memory."""
+        found = torch.cuda.get_device_properties(self.device)
+        return found.name, found.total_memory
 
     def allowed_bytes(self, config: EngineConfig) -> int:
         """Return the number of bytes of the GPU that `gpu_memory_utilization` allows."""
