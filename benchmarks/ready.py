@@ -1,13 +1,13 @@
-"""Measures how long servers take from exec until they are ready, by turns.
+"""Measures how long servers take from exec until they are ready and give a first token, by turns.
 
     python benchmarks/ready.py --rounds 5 --json ready.json \\
         --server 'graphs=minisrv serve DIR --load-format dummy' \\
         --server 'eager=minisrv serve DIR --load-format dummy --enforce-eager'
 
 A round starts each server once, alone, on a free port, requests `/ready` every 20 ms until it
-answers 200, and ends the server. Seconds count from before the process is created. Phases are those
-in the server's own log line "ready in", which add up to the time that the server itself has
-measured from the start of its process.
+answers 200, requests a completion of one token at once, and ends the server. Seconds count from
+before the process is created. Phases are those in the server's own log line "ready in", which add
+up to the time that the server itself has measured from the start of its process.
 
 The caches are those of the environment, and each server is started once before without being
 measured. With --cold each start has empty directories in place of those in CACHES, and there is no
@@ -53,10 +53,12 @@ class Start(NamedTuple):
     """One start of a server.
 
     seconds: seconds until it was ready.
+    first_token: seconds until it had answered a request of one token that was sent then.
     phases: seconds of each phase by its name, as the server reports them.
     """
 
     seconds: float
+    first_token: float
     phases: dict[str, float]
 
 
@@ -73,13 +75,15 @@ def start(label: str, command: str, *, cold: bool) -> Start:
             began = time.perf_counter()
             with server:
                 seconds = wait_ready(server, began)
+                complete(server.url)
+                first_token = time.perf_counter() - began
         except LoadgenError as error:
             raise SystemExit(str(error)) from None
         # The line is logged a moment after /ready answers, and certainly before the server ends.
         said = _SAID.search(log.read_text(errors="replace"))
     if said is None:
         raise SystemExit(f"{label} does not say what its start took; is it `minisrv serve`?")
-    return Start(round(seconds, 3), phases(said[1]))
+    return Start(round(seconds, 3), round(first_token, 3), phases(said[1]))
 
 
 def wait_ready(server: Server, began: float) -> float:
@@ -107,6 +111,22 @@ def is_ready(url: str) -> bool:
         connection.close()
 
 
+def complete(url: str) -> None:
+    """Request a completion of one token. Raises SystemExit if it fails."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
+    body = json.dumps({"prompt": [5, 6, 7], "max_tokens": 1})
+    try:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(
+                f"a completion is answered with {response.status}: {response.read()!r}"
+            )
+        response.read()
+    finally:
+        connection.close()
+
+
 def phases(text: str) -> dict[str, float]:
     """Parse the seconds of phases by name, from a text such as "weights 0.1, graphs 2.4"."""
     words = (part.rsplit(" ", 1) for part in text.split(", "))
@@ -125,7 +145,9 @@ def measure(servers: dict[str, str], rounds: int, *, cold: bool) -> dict[str, li
     for turn in turns:
         for label, command in servers.items():
             found = start(label, command, cold=cold)
-            print(f"{turn}: {label} {found.seconds:.2f} s ({say(found.phases)})", file=sys.stderr)
+            first = f"first token {found.first_token:.2f} s"
+            said = f"{found.seconds:.2f} s, {first} ({say(found.phases)})"
+            print(f"{turn}: {label} {said}", file=sys.stderr)
             if turn != "warm-up":
                 starts[label].append(found)
     return starts
@@ -145,13 +167,15 @@ def machine() -> Environment:
 
 def table(starts: dict[str, list[Start]]) -> Table:
     """Return a table with a row for each server."""
-    shown = Table("server", "least s", "median", "most", "phases, median", box=None)
+    columns = ("least s", "median", "most", "first token", "phases, median")
+    shown = Table("server", *columns, box=None)
     for label, found in starts.items():
         seconds = [one.seconds for one in found]
         middle = {name: median(one.phases[name] for one in found) for name in found[0].phases}
         shown.add_row(
             label,
             *(f"{value:.2f}" for value in (min(seconds), median(seconds), max(seconds))),
+            f"{median(one.first_token for one in found):.2f}",
             say(middle),
         )
     return shown

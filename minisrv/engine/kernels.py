@@ -263,7 +263,7 @@ def run(line: Connection) -> None:
         job, cache = line.recv()
         os.environ[TRITON_CACHE] = str(cache)
         if job.model.implementation == "minisrv":
-            _leave_out_compiler()
+            leave_out_compiler()
         line.send(compile_kernels(job, lambda done, total: line.send((done, total))))
     except EOFError:
         return  # nothing is to be compiled
@@ -275,7 +275,7 @@ def _said(error: Exception) -> str:
     return traceback.format_exception_only(error)[-1].strip()
 
 
-def _leave_out_compiler() -> None:
+def leave_out_compiler() -> None:
     """Keep torch's compiler from being imported, which takes longer than recording all kernels.
     Operations on tensors without memory import it at the first call, only to tell it not to compile
     them."""

@@ -47,7 +47,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CUDA
-from minisrv.engine.kernels import KernelJob, record
+from minisrv.engine.kernels import KernelJob, leave_out_compiler, record
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels import (
     attention,
@@ -115,5 +115,7 @@ def made(job: KernelJob) -> dict[str, Any]:
 if __name__ == "__main__":
     what, directory, *how = sys.argv[1:]
     job = job_of(Path(directory), *how)
+    if what == "rehearsed" and job.model.implementation == "minisrv":
+        leave_out_compiler()
     kernels = made(job) if what == "made" else record(job)[0]
     print(json.dumps(sorted(kernels)))
