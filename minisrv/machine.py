@@ -7,6 +7,7 @@ Knows: Linux. Knows nothing of what the memory is used for.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import shlex
 import shutil
@@ -36,6 +37,12 @@ def available_memory() -> int:
     except (OSError, ValueError, StopIteration):  # no control group of version 2 sets a limit
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def resident_memory() -> int:
+    """Return the number of bytes of the machine's memory that this process has in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE
 
 
 def release_free_memory() -> None:

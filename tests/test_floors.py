@@ -26,6 +26,7 @@ FLOORS = {
     "compile/modes": 0,
     "core": 1,
     "text": 1,
+    "arena": 1,
     "kernels": 1,
     "metrics": 1,
     "checkpoint": 1,

@@ -7,7 +7,7 @@ the forward context, past this module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from minisrv.compile.decorator import Compiled, support_torch_compile
 from minisrv.kernels import AttentionLayer
-from minisrv.kernels.linear import LINEAR_METHODS
+from minisrv.kernels.linear import LINEAR_METHODS, LinearMethod
 from minisrv.model_config import ModelConfig
 from minisrv.nn.attention import Attention
 from minisrv.nn.layers import Destination, Embedding, GatedMLP, Projection, RMSNorm
+from minisrv.nn.model import tensors_of
 from minisrv.nn.rope import cos_sin_table
 
 
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
             self.lm_head = Projection(
                 config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype
             )
-        self.head: Callable[[Tensor], Tensor]
+        self.head: LinearMethod
         self.bytes_read = sum(parameter.nbytes for parameter in self.parameters())
         """Number of bytes of weights that a decode step reads: all weights except an embedding that
         is not the output projection too."""
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, vocab] of the hidden states [R, hidden], in the dtype of
         serving."""
-        return self.head(hidden)
+        return self.head.apply(hidden)
 
     def allocate_buffers(self, max_num_tokens: int) -> None:
         """Allocate the static buffers for steps of at most so many tokens."""
@@ -137,8 +138,15 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Projection):
                 module.prepare(quantization=quantization)
-        # Tied embeddings are stored a second time, because a gather needs plain rows.
-        self.head = self.lm_head or LINEAR_METHODS[quantization](self.embed.weight, None).apply
+        if self.lm_head is None:
+            # Tied embeddings are stored a second time, because a gather needs plain rows.
+            self.head = LINEAR_METHODS[quantization](self.embed.weight, None)
+        else:
+            self.head = self.lm_head.method
+
+    def stored_tensors(self) -> list[Tensor]:
+        """See `Model`."""
+        return tensors_of(self, self.head)
 
     def destinations(self) -> Iterator[Destination]:
         """Yield every checkpoint name and the view that it fills; together they fill every

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisrv.compile.decorator import Compilable
+from minisrv.kernels.linear import LinearMethod
 from minisrv.model_config import ModelConfig
 
 
@@ -57,8 +58,26 @@ class Model(Compilable, Protocol):
             a key of `LINEAR_METHODS`.
         """
 
+    def stored_tensors(self) -> list[Tensor]:
+        """Return all tensors that a model keeps which is prepared and has no buffers yet. Their
+        order, shapes and layouts are the same whenever such a model is made."""
+
     def allocate_buffers(self, max_num_tokens: int) -> None:
         """Allocate the static buffers for steps of at most so many tokens."""
 
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
+
+
+def tensors_of(model: nn.Module, *methods: LinearMethod) -> list[Tensor]:
+    """Return the parameters and the buffers of a model, and what the linear methods of its modules
+    store, each once.
+
+    methods: linear methods that belong to no module.
+    """
+    found = [*model.parameters(), *model.buffers()]
+    of_modules = (getattr(module, "method", None) for module in model.modules())
+    for method in (*of_modules, *methods):
+        if isinstance(method, LinearMethod):
+            found += method.tensors
+    return list({id(tensor): tensor for tensor in found}.values())

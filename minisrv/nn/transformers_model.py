@@ -28,6 +28,7 @@ from minisrv.graph.attention import attention_op
 from minisrv.kernels import AttentionLayer
 from minisrv.kernels.linear import LinearMethod, methods_of_one_input
 from minisrv.model_config import ModelConfig
+from minisrv.nn.model import tensors_of
 
 PAGED = "minisrv"
 """The name under which the attention op is registered with transformers."""
@@ -181,6 +182,10 @@ class TransformersModel(nn.Module):
         # The output projection is computed by a model without its backbone.
         self.backbone = model.get_submodule(self.decoder.backbone)
         model.set_submodule(self.decoder.backbone, GivenHidden(self.decoder.output_class))
+
+    def stored_tensors(self) -> list[Tensor]:
+        """See `Model`."""
+        return tensors_of(self)
 
     def _compute_rotations(self) -> None:
         """Give every text the rotary frequencies that transformers uses for one as long as the

@@ -20,6 +20,8 @@ be launched only when the masks are known, and the model need not wait for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ class ModelRunner:
     num_blocks: the number of blocks in the KV cache, the null block included.
     block_size: the number of tokens in a block.
     max_model_len: the maximum number of tokens of a request.
+    empty: allocates the KV cache, with the arguments of `torch.empty`.
     observers: those who are told how each step goes; empty in service.
     """
 
@@ -72,6 +75,7 @@ class ModelRunner:
         dtype: torch.dtype,
         device: torch.device,
         allowed_tokens: AllowedTokens | None = None,
+        empty: Callable[..., Tensor] = torch.empty,
         check_addresses: bool = False,
     ) -> None:
         sizes = BufferSizes.of(ladders, max_model_len, block_size)
@@ -92,7 +96,7 @@ class ModelRunner:
         cache = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         try:
             self.kv_caches = [
-                torch.empty(cache, dtype=dtype, device=device) for _ in range(config.num_layers)
+                empty(cache, dtype=dtype, device=device) for _ in range(config.num_layers)
             ]
         except RuntimeError as error:
             raise ConfigError(

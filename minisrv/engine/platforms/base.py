@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from minisrv.arena import Arena
 from minisrv.config import EngineConfig
 from minisrv.device_kind import DeviceKind
 from minisrv.engine.kernel_process import KernelProcess
@@ -48,6 +49,15 @@ class Platform(ABC):
     @abstractmethod
     def release(self) -> None:
         """Return memory that this process keeps, and nobody uses, to the device."""
+
+    @abstractmethod
+    def make_arena(self) -> Arena:
+        """Return an arena for tensors on the device."""
+
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Return the number of bytes of the device's memory that are in use: by this process on a
+        CPU, by any process on a GPU, which does not tell them apart."""
 
     @abstractmethod
     def compiled_kernels(

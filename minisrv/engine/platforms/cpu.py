@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from minisrv.arena import CPUArena
 from minisrv.config import EngineConfig
 from minisrv.device_kind import CPU
 from minisrv.engine.kernel_process import KernelProcess
@@ -20,7 +21,7 @@ from minisrv.errors import ConfigError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
-from minisrv.machine import available_memory
+from minisrv.machine import available_memory, resident_memory
 from minisrv.model_config import ModelConfig
 from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
@@ -48,6 +49,14 @@ class CPUPlatform(Platform):
 
     def release(self) -> None:
         """See `Platform`. The allocator keeps little."""
+
+    def make_arena(self) -> CPUArena:
+        """See `Platform`."""
+        return CPUArena()
+
+    def held_bytes(self) -> int:
+        """See `Platform`."""
+        return resident_memory()
 
     @contextmanager
     def compiled_kernels(

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from minisrv.arena.cuda import CUDAArena
 from minisrv.certification.startup import probe
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
@@ -55,6 +56,14 @@ class CUDAPlatform(Platform):
         """See `Platform`. Steps that were launched are finished first."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+
+    def make_arena(self) -> CUDAArena:
+        """See `Platform`."""
+        return CUDAArena(self.device)
+
+    def held_bytes(self) -> int:
+        """See `Platform`."""
+        return self.used_bytes()
 
     def compiled_kernels(
         self, job: KernelJob, progress: Progress, early: KernelProcess | None

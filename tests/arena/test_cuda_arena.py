@@ -1,0 +1,103 @@
+"""An arena on a GPU: memory goes and comes back, and addresses and graphs stay valid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisrv.arena.cuda import CHUNK_BYTES, CUDAArena
+
+pytestmark = pytest.mark.gpu
+
+MIB = 1 << 20
+DEVICE = torch.device("cuda", 0)
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def arena() -> CUDAArena:
+    return CUDAArena(DEVICE)
+
+
+def test_memory_is_free_for_others_while_it_is_released() -> None:
+    made, before = arena(), used()
+    cache = made.empty((512, MIB), dtype=torch.uint8, device=DEVICE)
+    assert used() - before >= 512 * MIB
+    address = cache.data_ptr()
+    for _ in range(3):
+        cache.fill_(3)
+        made.release(keep=False)
+        assert used() - before < 8 * MIB
+        made.restore()
+        assert used() - before >= 512 * MIB
+        assert cache.data_ptr() == address
+    del made, cache
+    assert used() - before < 8 * MIB
+
+
+def test_weights_of_several_chunks_come_back_with_their_views() -> None:
+    made = arena()
+    draw = torch.Generator("cuda").manual_seed(0)
+    sizes = (CHUNK_BYTES // 2 + 3, 17, CHUNK_BYTES // 2, 5 * MIB)
+    weights = [torch.randn(size, generator=draw, device="cuda") for size in sizes]
+    views = [weights[0][4:], weights[3].view(5, MIB).t()]
+    parameter = torch.nn.Parameter(weights[2], requires_grad=False)
+    copies = [weight.clone() for weight in (*weights, *views)]
+    before = used()
+    made.adopt([*weights, *views, parameter])
+    tensors = [*weights, *views]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert views[0].data_ptr() == weights[0].data_ptr() + 16
+    assert parameter.data_ptr() == weights[2].data_ptr()
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in weights)
+    assert abs(used() - before) < 16 * MIB
+    for _ in range(2):
+        made.release(keep=True)
+        assert before - used() > 4 * sum(sizes) - 16 * MIB
+        made.restore()
+        assert [tensor.data_ptr() for tensor in tensors] == addresses
+        assert all(map(torch.equal, tensors, copies))
+
+
+def test_a_graph_is_valid_behind_a_release() -> None:
+    made = arena()
+    weight = torch.randn(512, 512, device="cuda")
+    made.adopt([weight])
+    x, out = torch.randn(4, 512, device="cuda"), torch.empty(4, 512, device="cuda")
+    torch.mm(x, weight, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.mm(x, weight, out=out)
+        weight_copy = weight.clone()
+    graph.replay()
+    expected = out.clone()
+    made.release(keep=True)
+    made.restore()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+    assert torch.equal(weight_copy, weight)
+
+
+def test_memory_that_is_not_to_be_had() -> None:
+    """What was mapped before the driver had no more is free again, and a later attempt succeeds."""
+    made = arena()
+    small, large = (made.empty((64, MIB), dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    made.release(keep=False)
+    before = used()
+    free, _ = torch.cuda.mem_get_info()
+    others = torch.empty(free - 96 * MIB, dtype=torch.uint8, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        made.restore()
+    assert made.is_released
+    del others
+    assert used() - before < 8 * MIB
+    made.restore()
+    small.fill_(1)
+    large.fill_(2)
+    assert (small == 1).all()
