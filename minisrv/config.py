@@ -121,6 +121,8 @@ class EngineConfig:
     compile_wait: be ready only when compiled code serves or has been refused, also if an earlier
         start has refused it because it was slower. Without it, steps run by the model's own code
         until then if compilation_mode is 3.
+    enable_sleep_mode: let the engine be put to sleep, in which the memory of its weights and its KV
+        cache is released: by POST /sleep of a server, or LLM.sleep.
     simulate_launch_us: microseconds to add to the time of every launch, which shows on a CPU what
         graphs save where launches are expensive. Results are then labelled as simulated. 0 adds
         nothing.
@@ -154,6 +156,7 @@ class EngineConfig:
     compilation_mode: CompilationMode | None = None
     optimization_level: int | None = _setting(None, bounds=(0, 3))
     compile_wait: bool = False
+    enable_sleep_mode: bool = False
     simulate_launch_us: float = _setting(0.0, bounds=(0, 10_000))  # a GPU's launch takes about 10
 
     def __post_init__(self) -> None:

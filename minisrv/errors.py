@@ -25,6 +25,8 @@
        |- GrammarUnavailableError  it could not be found out whether its grammar compiles
        |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
+       |- EngineAsleepError   asleep, or about to be
+       |- SleepError          it cannot fall asleep, or not wake up
        `- EngineDeadError     the engine process is gone
 
 Every message says what was wrong, what is allowed and, where there is a remedy, what to do.
@@ -255,6 +257,29 @@ class EngineNotReadyError(EngineError):
     type = "service_unavailable"
     code = "not_ready"
     retry_after = 2
+
+
+class EngineAsleepError(EngineError):
+    """The engine sleeps, or is about to, and serves again when somebody wakes it up."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "asleep"
+    retry_after = 5
+
+
+class SleepError(EngineError):
+    """The engine cannot fall asleep, or not wake up, because something is missing for it. It stays
+    as it is."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "sleep_failed"
+
+
+def asleep_error() -> EngineAsleepError:
+    """Return the error for requests that an engine has or gets when it sleeps, or is about to."""
+    return EngineAsleepError("The model has been put to sleep; send the request again later.")
 
 
 def shutting_down_error() -> EngineNotReadyError:

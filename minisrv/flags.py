@@ -168,7 +168,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("revision", "tokenizer", "chat_template")
     flags.add("dtype", "device", "model_impl", "load_format", "quantization")
     flags.add_as("max_model_len", type=length, metavar="N|auto")
-    flags.add("seed")
+    flags.add("seed", "enable_sleep_mode")
     flags.group("batching")
     flags.add("max_num_seqs", "max_num_batched_tokens", "itl_target_ms", "max_waiting")
     flags.add("block_size")

@@ -26,6 +26,7 @@ from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.engine.messages import SleepTag, sleep_level, sleep_word
 from minisrv.errors import ConfigError, RequestError, name_hint
 from minisrv.modes import CUDAGraphMode
 from minisrv.outputs import CompletionOutput, RequestOutput
@@ -125,6 +126,7 @@ class LLM:
         compilation_mode: CompilationMode | str | int | None = None,
         optimization_level: int | None = None,
         compile_wait: bool = False,
+        enable_sleep_mode: bool = False,
         simulate_launch_us: float = 0.0,
         **unknown: Never,
     ) -> None:
@@ -164,6 +166,7 @@ class LLM:
             compilation_mode=compilation_mode,
             optimization_level=optimization_level,
             compile_wait=compile_wait,
+            enable_sleep_mode=enable_sleep_mode,
             simulate_launch_us=simulate_launch_us,
         )
         checkpoint = open_checkpoint(config)
@@ -261,6 +264,32 @@ class LLM:
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             prompts.append(_Prompt(ids, text))
         return self._run(prompts, sampling_params, use_tqdm, continues=False)
+
+    def sleep(self, level: int = 1) -> None:
+        """Release the memory of the weights and the KV cache until `wake_up`; see
+        `minisrv.engine.sleep`. Prompts are refused meanwhile.
+
+        level: 1 keeps the weights in the memory of the host, 2 reads them from the checkpoint
+            again.
+        Raises RequestError for another level, ConfigError without `enable_sleep_mode`, SleepError
+        if the host has no memory for the weights.
+        """
+        level = sleep_level(level)
+        while self.engine.sleeper.is_busy:
+            self.engine.compilation.advance(busy=False)
+        self.engine.sleeper.sleep(level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Restore the memory that `sleep` released.
+
+        tags: the parts to restore, "weights" and "kv_cache"; None for both. Prompts can be served
+            when both are restored.
+        Raises RequestError for another tag, ConfigError without `enable_sleep_mode`, SleepError if
+        the memory or the checkpoint is not to be had, and EngineError if the model would compute
+        something else than before.
+        """
+        wanted = SleepTag if tags is None else tags
+        self.engine.sleeper.wake_up([sleep_word(SleepTag, tag, "tags") for tag in wanted])
 
     @cached_property
     def _transformers_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -24,8 +24,8 @@ _ALWAYS_CHUNKED = (
     "decodes; leave it out."
 )
 _NO_SWAPPING = (
-    "weights and KV cache stay where they are; a preempted request is computed again, and "
-    "--kv-cache-memory sizes the cache."
+    "weights and KV cache of a server that is awake stay where they are; a preempted request is "
+    "computed again, and --kv-cache-memory sizes the cache."
 )
 _CACHE_DTYPE = "the KV cache has the serving dtype; --dtype sets both."
 _TOOLS = (
@@ -73,7 +73,7 @@ _REASONS: dict[str, str] = {
         ("--enable-chunked-prefill --max-num-partial-prefills", _ALWAYS_CHUNKED),
         ("--max-long-partial-prefills --long-prefill-token-threshold", _ALWAYS_CHUNKED),
         ("--num-scheduler-steps --num-lookahead-slots --scheduler-delay-factor", _ALWAYS_CHUNKED),
-        ("--swap-space --cpu-offload-gb --preemption-mode --enable-sleep-mode", _NO_SWAPPING),
+        ("--swap-space --cpu-offload-gb --preemption-mode", _NO_SWAPPING),
         ("--kv-offloading-size --kv-offloading-backend --kv-transfer-config", _NO_SWAPPING),
         ("--kv-cache-dtype --calculate-kv-scales", _CACHE_DTYPE),
         ("--kv-cache-memory-bytes", "it is called --kv-cache-memory here."),

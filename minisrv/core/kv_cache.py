@@ -139,6 +139,11 @@ class BlockPool(FreeList):
             blocks.append(block)
         return blocks
 
+    def clear_prefix_cache(self) -> None:
+        """Forget what every block keeps. Nobody may hold a block."""
+        assert not self.num_used, "some request holds a block"
+        self._hash_of, self._block_of = {}, {}
+
     def is_in_use(self, block: int) -> bool:
         """Whether somebody holds the block, so that one more holder does not reduce the free
         blocks."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from minisrv import threads
 from minisrv.checkpoint import Checkpoint, context_length, open_checkpoint
@@ -32,8 +33,9 @@ from minisrv.engine.grammars import Grammars
 from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
-from minisrv.engine.messages import EngineInfo
+from minisrv.engine.messages import EngineInfo, SleepTag
 from minisrv.engine.platforms import Platform, Progress, platform_of
+from minisrv.engine.sleep import Sleeper
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError, CrashError
 from minisrv.kernels.gpu import gpu_of
@@ -62,6 +64,7 @@ class EngineParts:
     samples: the timed steps to which the cost model was fitted; none if there is no target.
     compilation: the way of compiled code into service.
     kernels: what decides which kernels the engine launches.
+    sleeper: what puts the engine to sleep.
     """
 
     config: ResolvedConfig
@@ -76,6 +79,7 @@ class EngineParts:
     samples: list[StepSample]
     compilation: Compilation
     kernels: KernelJob
+    sleeper: Sleeper
 
 
 def build_engine(
@@ -143,6 +147,23 @@ def build_engine(
         )
         make_compiler = partial(PieceCompiler, job, again=config.compile_wait)
         builds_beside = _builds_beside(job, ladders, again=config.compile_wait)
+
+    sleep_tags = SleepTag if config.enable_sleep_mode else ()
+
+    def make_model() -> Model:
+        """Return the model with its weights, ready to run."""
+        model = load_model(
+            model_config,
+            checkpoint.directory,
+            dtype=dtype,
+            device=device,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=lambda done, total: progress("loading weights", done, total),
+        )
+        model.prepare(quantization=config.quantization)
+        return model
+
     kernels = KernelJob(
         model=model_config,
         directory=checkpoint.directory,
@@ -154,22 +175,20 @@ def build_engine(
     )
     with _timed(clock, "kernels"), platform.compiled_kernels(kernels, progress, early_kernels):
         with _timed(clock, "weights"):
-            model = load_model(
-                model_config,
-                checkpoint.directory,
-                dtype=dtype,
-                device=device,
-                load_format=config.load_format,
-                seed=config.seed,
-                progress=lambda done, total: progress("loading weights", done, total),
-            )
-            model.prepare(quantization=config.quantization)
+            model = make_model()
+            # Whatever refers to the weights from here on finds them where they stay.
+            stored = model.stored_tensors()
+            arenas = {tag: platform.make_arena() for tag in sleep_tags}
+            if arenas:
+                arenas[SleepTag.WEIGHTS].adopt(stored)
         with _timed(clock, "tokenizer"):
             grammars = Grammars(
                 checkpoint.tokenizer, model_config.vocab_size, checkpoint.generation.eos_token_ids
             )
 
-    def make_runner(num_blocks: int, context: int = context) -> ModelRunner:
+    def make_runner(
+        num_blocks: int, context: int = context, empty: Callable[..., Tensor] = torch.empty
+    ) -> ModelRunner:
         return ModelRunner(
             model,
             model_config,
@@ -181,6 +200,7 @@ def build_engine(
             dtype=dtype,
             device=device,
             allowed_tokens=grammars,
+            empty=empty,
             check_addresses=check_addresses,
         )
 
@@ -191,7 +211,8 @@ def build_engine(
         context = fit_context(config, model_config, dtype, context, memory.kv_cache_bytes)
         shape = KVCacheShape.of(config, model_config, context, dtype)
         num_blocks = num_kv_blocks(config, shape, memory.kv_cache_bytes)
-        runner = make_runner(num_blocks, context)
+        empty = arenas[SleepTag.KV_CACHE].empty if arenas else torch.empty
+        runner = make_runner(num_blocks, context, empty)
         pool = BlockPool(num_blocks, config.block_size)
     if compilation_mode.whole:
         with _timed(clock, "compilation"):
@@ -266,6 +287,16 @@ def build_engine(
         compilation=compilation.report,
     )
     logger.info("resolved settings: %s", info.summary)
+    sleeper = Sleeper(
+        arenas,
+        runner,
+        pool,
+        compilation,
+        stored,
+        lambda: make_model().stored_tensors(),
+        release=platform.release,
+        held_bytes=platform.held_bytes,
+    )
     return EngineParts(
         config=config,
         scheduler=scheduler,
@@ -279,6 +310,7 @@ def build_engine(
         samples=costs.samples,
         compilation=compilation,
         kernels=kernels,
+        sleeper=sleeper,
     )
 
 

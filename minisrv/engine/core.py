@@ -58,6 +58,7 @@ class EngineCore:
         self.info = parts.info
         self.compilation = parts.compilation
         self.observers = parts.runner.observers
+        self.sleeper = parts.sleeper
         self._grammars = parts.grammars
         self._steps_ahead = int(parts.config.async_scheduling)
         self._interrupted = False
@@ -85,8 +86,8 @@ class EngineCore:
         )
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises what `check` raises, or QueueFullError, and then queues
-        nothing."""
+        """Queue a request, or raise what `check` does, QueueFullError or EngineAsleepError."""
+        self.sleeper.check_awake()
         self.check(request)
         seed, grammar = request.params.seed, request.structured_output
         had_work = self.scheduler.has_work
@@ -254,12 +255,12 @@ class EngineCore:
                 self._grammars.remove(output.request_id)
 
     def describe(self) -> EngineInfo:
-        """Return the description of the engine as it is now, after another generation may have
-        taken over."""
+        """Return the description of the engine as it is now: it may sleep, or run other code."""
         return msgspec.structs.replace(
             self.info,
             compilation=self.compilation.report,
             itl_target_ms=self.scheduler.budget.target_or_zero,
+            sleep=self.sleeper.report,
         )
 
     def stats(self) -> EngineStats:
@@ -284,6 +285,7 @@ class EngineCore:
             itl_target_ms=self.scheduler.budget.target_or_zero,
             step_time_errors=self._counters.errors(),
             compilation=self.compilation.report,
+            sleep=self.sleeper.report,
         )
 
 

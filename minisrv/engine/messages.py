@@ -8,9 +8,11 @@ nothing of sockets.
 from __future__ import annotations
 
 import enum
+from typing import TypeVar
 
 import msgspec
 
+from minisrv.errors import RequestError, shown
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
 
@@ -28,6 +30,29 @@ class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 class AskStats(msgspec.Struct, frozen=True, tag=True):
     """Worker to engine: a request for the counters. They are sent when a scrape asks for them, so
     that steps need not send them."""
+
+
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Worker to engine: release the memory of weights and KV cache. Commands, of all workers, are
+    carried out one after the other, and each is answered when it has been."""
+
+    level: int
+    mode: SleepMode
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag=True):
+    """Worker to engine: restore the memory of these tags; it is a command as `Sleep` is."""
+
+    tags: list[SleepTag]
+
+
+class CommandDone(msgspec.Struct, frozen=True, tag=True):
+    """Engine to worker: the first command that has not been answered has been carried out.
+
+    failure: why it could not be.
+    """
+
+    failure: RequestFailure | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -71,6 +96,68 @@ class CompilationReport(msgspec.Struct, frozen=True):
     seconds: dict[str, float] = {}
 
 
+class SleepTag(enum.StrEnum):
+    """A part of an engine's memory that sleep releases."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+class SleepMode(enum.StrEnum):
+    """What becomes of the requests that an engine has when it is put to sleep."""
+
+    ABORT = "abort"
+    """They end with an error that says why."""
+    WAIT = "wait"
+    """The engine sleeps when they have ended."""
+
+
+class SleepReport(msgspec.Struct, frozen=True):
+    """Whether an engine sleeps.
+
+    level: the level at which it sleeps; 0 if it is awake.
+    released: the parts of its memory that are released.
+    sleep_seconds, wake_up_seconds: the number of seconds that the last sleep, and the last waking
+        up, took to be complete; 0 if there was none.
+    """
+
+    level: int = 0
+    released: tuple[SleepTag, ...] = ()
+    sleep_seconds: float = 0.0
+    wake_up_seconds: float = 0.0
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether any memory is released, so that no request can run."""
+        return bool(self.released)
+
+
+SLEEP_LEVELS = (1, 2)
+"""The levels of sleep: 1 keeps a copy of the weights on the host, 2 keeps nothing."""
+
+
+def sleep_level(level: object) -> int:
+    """Return the level of sleep that a number, or its text, stands for. Raises RequestError."""
+    for known in SLEEP_LEVELS:
+        if str(level) == str(known):
+            return known
+    raise RequestError(f"level must be 1 or 2, not {shown(level)}.", param="level")
+
+
+_E = TypeVar("_E", bound=enum.StrEnum)
+
+
+def sleep_word(kind: type[_E], word: object, param: str) -> _E:
+    """Return the `SleepMode` or `SleepTag` of a name. Raises RequestError.
+
+    param: the parameter that names it.
+    """
+    for known in kind:
+        if word == known.value:
+            return known
+    raise RequestError(f"{param} must be one of {', '.join(kind)}, not {shown(word)}.", param=param)
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """The settings that a ready engine serves with, after every default has been resolved."""
 
@@ -103,6 +190,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Why the model is compiled in that mode."""
     compilation: CompilationReport = CompilationReport()
     """The generation that serves. When it changes, the description is sent again."""
+    sleep: SleepReport = SleepReport()
+    """Whether the engine sleeps. When it changes, the description is sent again."""
 
     @property
     def summary(self) -> str:
@@ -198,6 +287,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     budgets: list[BudgetCount] = []
     step_time_errors: ErrorHistogram = ErrorHistogram()
     compilation: CompilationReport = CompilationReport()
+    sleep: SleepReport = SleepReport()
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -206,8 +296,9 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     outputs: list[EngineOutput]
 
 
-WorkerMessage = Hello | Submit | AskStats
-EngineMessage = Loading | Ready | Failed | EngineStats | StepOutputs
+Command = Sleep | WakeUp
+WorkerMessage = Hello | Submit | AskStats | Command
+EngineMessage = Loading | Ready | Failed | EngineStats | StepOutputs | CommandDone
 
 encode = msgspec.msgpack.Encoder().encode
 decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode

@@ -1,0 +1,227 @@
+"""Sleep and wake of an engine: what is released, what is refused, and the same tokens behind it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv import LLM, SamplingParams
+from minisrv.arena import CPUArena
+from minisrv.engine.messages import SleepTag
+from minisrv.errors import (
+    ConfigError,
+    EngineAsleepError,
+    EngineError,
+    RequestError,
+    SleepError,
+)
+from minisrv.kernels.linear import multiplies_bfloat16
+from tests.checkpoints import make_checkpoint
+
+LIMITS: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "block_size": 4,
+    "num_kv_blocks": 60,
+    "device": "cpu",
+    "dtype": "float32",
+}
+PROMPTS = [[5, 6, 7], list(range(3, 40)), [9] * 17]
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+"""Sizes of weights that cover whole pages, so that they are really gone."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", **WIDE)
+
+
+def start(model: Path | None, **settings: Any) -> LLM:
+    return LLM(
+        None if model is None else str(model), **LIMITS | {"enable_sleep_mode": True} | settings
+    )
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=20) for i in range(3)]
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+def weights(llm: LLM) -> list[torch.Tensor]:
+    plain = (tensor for tensor in llm.engine.sleeper._stored if not tensor.is_mkldnn)
+    return [tensor for tensor in plain if tensor.nbytes > 1 << 16]
+
+
+@pytest.mark.usefixtures("tape_holds_mixed_batches")
+@pytest.mark.parametrize("steps_ahead", [False, True])
+@pytest.mark.parametrize(
+    "mode", ["none", "piecewise", "full-decode-only", "full", "full-and-piecewise"]
+)
+def test_every_mode_gives_the_same_tokens(checkpoint: Path, mode: str, steps_ahead: bool) -> None:
+    llm = start(checkpoint, cudagraph_mode=mode, async_scheduling=steps_ahead)
+    before = tokens(llm)
+    addresses = [tensor.data_ptr() for tensor in (*weights(llm), *llm.engine.runner.kv_caches)]
+    for level in (1, 2, 1):
+        llm.sleep(level)
+        llm.wake_up()
+        assert tokens(llm) == before, level
+    found = [tensor.data_ptr() for tensor in (*weights(llm), *llm.engine.runner.kv_caches)]
+    assert found == addresses
+    llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("llama-tied", {}),
+        ("llama-biases", {"model_impl": "transformers", "compilation_mode": 0}),
+        ("qwen3-tied", {"model_impl": "transformers", "compilation_mode": 0}),
+        ("qwen2", {"quantization": "int8", "dtype": "auto"}),
+        ("qwen3", {"load_format": "dummy", "seed": 3}),
+    ],
+)
+def test_whatever_the_loader_makes_comes_back(
+    variant: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    llm = start(make_checkpoint(tmp_path, variant, **WIDE), **settings)
+    before = tokens(llm)
+    llm.sleep(2)
+    assert all(not tensor.flatten()[len(tensor.flatten()) // 2].any() for tensor in weights(llm))
+    llm.wake_up()
+    assert tokens(llm) == before
+
+
+def test_weights_in_bfloat16_come_back(checkpoint: Path) -> None:
+    if not multiplies_bfloat16():
+        pytest.skip("this CPU does not multiply bfloat16")
+    llm = start(checkpoint, dtype="bfloat16")
+    before = tokens(llm)
+    llm.sleep(2)
+    llm.wake_up()
+    assert tokens(llm) == before
+
+
+def test_level_1_keeps_the_weights_until_level_2_drops_them(checkpoint: Path) -> None:
+    llm = start(checkpoint)
+    before, copies = tokens(llm), [tensor.clone() for tensor in weights(llm)]
+    llm.sleep(1)
+    assert llm.engine.sleeper.report.level == 1
+    assert all(map(torch.equal, weights(llm), copies))
+    llm.sleep(1)
+    assert llm.engine.sleeper.report.level == 1
+    llm.sleep(2)
+    assert llm.engine.sleeper.report.level == 2
+    assert not any(map(torch.equal, weights(llm), copies))
+    llm.sleep(1)  # what is gone cannot be kept
+    assert llm.engine.sleeper.report.level == 2
+    llm.wake_up()
+    assert llm.engine.sleeper.report.level == 0
+    assert all(map(torch.equal, weights(llm), copies))
+    assert tokens(llm) == before
+
+
+@pytest.mark.parametrize("first", ["weights", "kv_cache"])
+def test_an_engine_wakes_up_by_parts(checkpoint: Path, first: str) -> None:
+    llm = start(checkpoint)
+    before = tokens(llm)
+    llm.sleep()
+    for _ in range(2):
+        llm.wake_up([first])
+        assert llm.engine.sleeper.report.is_asleep
+        assert SleepTag(first) not in llm.engine.sleeper.report.released
+        with pytest.raises(EngineAsleepError):
+            tokens(llm)
+    llm.sleep(2)
+    assert llm.engine.sleeper.report.released == tuple(SleepTag)
+    llm.wake_up()
+    llm.wake_up()  # nothing happens
+    assert tokens(llm) == before
+
+
+def test_a_prompt_is_refused_and_the_prefix_cache_is_forgotten(checkpoint: Path) -> None:
+    llm = start(checkpoint)
+    params = SamplingParams(max_tokens=1)
+    prompt = [list(range(3, 30))]
+    llm.generate(prompt, params)
+    assert llm.generate(prompt, params)[0].num_cached_tokens
+    llm.sleep()
+    with pytest.raises(EngineAsleepError, match="put to sleep"):
+        llm.generate(prompt, params)
+    assert not llm.engine.has_work
+    llm.wake_up()
+    assert not llm.generate(prompt, params)[0].num_cached_tokens
+
+
+def test_what_cannot_be_asked_for(checkpoint: Path) -> None:
+    llm = start(checkpoint)
+    for level in (0, 3, "x"):
+        with pytest.raises(RequestError, match="level must be 1 or 2"):
+            llm.sleep(level)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="tags must be one of weights, kv_cache"):
+        llm.wake_up(["weight"])
+    never = start(checkpoint, enable_sleep_mode=False)
+    with pytest.raises(ConfigError, match="enable_sleep_mode"):
+        never.sleep()
+    assert tokens(never) == tokens(llm)
+
+
+def test_a_checkpoint_that_is_gone_keeps_the_engine_asleep(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "qwen3")
+    llm = start(model)
+    before = tokens(llm)
+    llm.sleep(2)
+    file = model / "model.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(SleepError, match="cannot be read again"):
+            llm.wake_up()
+        assert llm.engine.sleeper.report.released == tuple(SleepTag)
+    (tmp_path / "elsewhere").rename(file)
+    llm.wake_up()
+    assert tokens(llm) == before
+
+
+def test_other_weights_than_before_do_not_serve(tmp_path: Path) -> None:
+    llm = start(make_checkpoint(tmp_path / "model", "qwen3"))
+    llm.sleep(2)
+    shutil.rmtree(tmp_path / "model")
+    make_checkpoint(tmp_path / "model", "qwen3", seed=1)
+    with pytest.raises(EngineError, match="does not compute what it did"):
+        llm.wake_up()
+
+
+def test_a_graph_that_lost_its_memory_is_found(checkpoint: Path) -> None:
+    """A weight that the wake-up forgot would change every token, and nobody would know."""
+    llm = start(checkpoint)
+    llm.sleep(1)
+    weights(llm)[0].zero_()
+    with pytest.raises(EngineError, match="does not compute what it did"):
+        llm.wake_up()
+
+
+class Taken(CPUArena):
+    """An arena whose memory others have taken, once."""
+
+    taken = True
+
+    def _restore(self) -> None:
+        if self.taken:
+            self.taken = False
+            raise torch.OutOfMemoryError("others have it")
+
+
+@pytest.mark.parametrize("tag", [*SleepTag])
+def test_memory_that_others_have_taken(checkpoint: Path, tag: SleepTag) -> None:
+    llm = start(checkpoint)
+    before = tokens(llm)
+    llm.sleep()
+    llm.engine.sleeper._arenas[tag].__class__ = Taken
+    with pytest.raises(SleepError, match=f"memory of {tag.value} is not to be had"):
+        llm.wake_up()
+    assert tag in llm.engine.sleeper.report.released
+    llm.wake_up()
+    assert tokens(llm) == before

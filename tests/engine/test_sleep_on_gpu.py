@@ -1,0 +1,52 @@
+"""Sleep on a GPU: memory is really free, and every graph mode gives the same tokens behind it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisrv import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+MIB = 1 << 20
+KV_CACHE = 512 * MIB
+PROMPTS = [[5, 6, 7], list(range(3, 40)), [9] * 17]
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("steps_ahead", [False, True])
+@pytest.mark.parametrize(
+    "mode", ["none", "piecewise", "full-decode-only", "full", "full-and-piecewise"]
+)
+def test_tokens_are_the_same_and_memory_was_free(mode: str, steps_ahead: bool) -> None:
+    llm = LLM(
+        enable_sleep_mode=True,
+        cudagraph_mode=mode,
+        async_scheduling=steps_ahead,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        kv_cache_memory=KV_CACHE,
+    )
+    before = tokens(llm)
+    arenas = llm.engine.sleeper._arenas.values()
+    held = sum(span.nbytes for arena in arenas for span in arena._spans)
+    assert held > 16 * MIB
+    for level in (1, 1, 2):
+        awake = used()
+        llm.sleep(level)
+        assert awake - used() >= held
+        llm.wake_up(["weights"])
+        assert llm.engine.sleeper.report.is_asleep
+        llm.wake_up()
+        assert tokens(llm) == before, (mode, level)
