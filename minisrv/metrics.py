@@ -73,6 +73,18 @@ class CompilationLike(Protocol):
     def seconds(self) -> Mapping[str, float]: ...
 
 
+class SleepLike(Protocol):
+    """Whether an engine sleeps: the level, 0 if it is awake, and the seconds that the last sleep
+    and the last waking up took to be complete."""
+
+    @property
+    def level(self) -> int: ...
+    @property
+    def sleep_seconds(self) -> float: ...
+    @property
+    def wake_up_seconds(self) -> float: ...
+
+
 class BudgetCountLike(Protocol):
     """The number of steps whose number of prompt tokens was chosen for one reason since the start,
     and of their prompt tokens."""
@@ -134,7 +146,12 @@ class StatsLike(Protocol):
     def step_time_errors(self) -> ErrorHistogramLike: ...
     @property
     def compilation(self) -> CompilationLike: ...
+    @property
+    def sleep(self) -> SleepLike: ...
 
+
+_SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""vLLM's names of the levels of sleep, from 0 on."""
 
 _REASONS = ("stop", "length")
 _STATUSES = range(400, 600)
@@ -318,6 +335,7 @@ def _engine_families(
     )
     yield from _budget_families(stats)
     yield from _compilation_families(stats.compilation)
+    yield from _sleep_families(stats.sleep)
     yield GaugeMetricFamily("minisrv:num_requests_running", "Requests running.", stats.running)
     yield GaugeMetricFamily(
         "minisrv:num_requests_waiting", "Requests waiting to run.", stats.waiting
@@ -424,3 +442,18 @@ def _compilation_families(compilation: CompilationLike) -> Iterator[Metric]:
     for phase, took in compilation.seconds.items():
         seconds.add_metric([phase], took)
     yield seconds
+
+
+def _sleep_families(sleep: SleepLike) -> Iterator[Metric]:
+    state = GaugeMetricFamily(
+        "minisrv:engine_sleep_state",
+        "1 for whether the engine is awake, or what of it sleep has released.",
+        labels=["sleep_state"],
+    )
+    for level, name in enumerate(_SLEEP_STATES):
+        state.add_metric([name], float(level == sleep.level))
+    yield state
+    for what, seconds in (("sleep", sleep.sleep_seconds), ("wake_up", sleep.wake_up_seconds)):
+        yield GaugeMetricFamily(
+            f"minisrv:last_{what}_seconds", f"Seconds that the last {what} took.", seconds
+        )

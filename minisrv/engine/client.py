@@ -23,6 +23,8 @@ import zmq
 from minisrv.engine.admission import Admission
 from minisrv.engine.messages import (
     AskStats,
+    Command,
+    CommandDone,
     EngineInfo,
     EngineMessage,
     EngineStats,
@@ -53,8 +55,15 @@ class EngineState(enum.StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    ASLEEP = "asleep"
     DRAINING = "draining"
     DEAD = "dead"
+
+    @property
+    def is_served(self) -> bool:
+        """Whether requests go to the engine, which decides about each. Only the engine knows for
+        sure whether it sleeps."""
+        return self in (EngineState.READY, EngineState.ASLEEP)
 
 
 LAST_WORDS_SECONDS = 0.05
@@ -105,6 +114,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._stats_asked: deque[asyncio.Future[None]] = deque()
+        self._commands: deque[asyncio.Future[None]] = deque()
         self._loading = Loading("starting")
         self._exit_report_seconds = exit_report_seconds
         self._death_timer: asyncio.TimerHandle | None = None
@@ -204,6 +214,25 @@ class EngineClient:
             await asyncio.wait((answer,), timeout=STATS_SECONDS)
         return self._stats
 
+    async def command(self, command: Command) -> None:
+        """Have the engine carry out a command, and wait until it has.
+
+        Raises EngineNotReadyError, EngineDeadError, and what keeps the engine from it.
+        """
+        self.check_serving()
+        done = self._loop.create_future()
+        self._commands.append(done)  # answers come in the order of the commands
+        self._send(command)
+        await asyncio.shield(done)  # the engine answers also if nobody waits
+
+    def check_serving(self) -> None:
+        """Raise EngineNotReadyError while the engine loads or drains, EngineDeadError if it is
+        dead."""
+        if self._state is EngineState.DEAD:
+            raise self.death
+        if not self._state.is_served:
+            raise EngineNotReadyError(f"the server is {self._state}; try again later.")
+
     async def close(self) -> None:
         """Stop watching the engine and disconnect; requests that are still open end with an
         error."""
@@ -224,10 +253,7 @@ class EngineClient:
         Raises EngineNotReadyError, EngineDeadError; RequestError (or a subclass) if the engine
         refuses one of the requests.
         """
-        if self._state is EngineState.DEAD:
-            raise self.death
-        if self._state is not EngineState.READY:
-            raise EngineNotReadyError(f"the server is {self._state}; try again later.")
+        self.check_serving()
         box = _Mailbox()
         running = len(requests)
         for request in requests:
@@ -306,9 +332,18 @@ class EngineClient:
                 self._on_loading(message.phase, message.done, message.total)
             case Ready(info):
                 self._info = info
-                if self._state is EngineState.LOADING:  # and not draining already
-                    self._state = EngineState.READY
+                if self._state is EngineState.LOADING or self._state.is_served:  # and not draining
+                    asleep = info.sleep.is_asleep
+                    self._state = EngineState.ASLEEP if asleep else EngineState.READY
                 self._settled.set()
+            case CommandDone(failure):
+                done = self._commands.popleft()
+                if done.done():
+                    pass  # a shutdown has ended the wait
+                elif failure is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(failure.as_exception())
             case Failed(failure):
                 self._known_cause = EngineDeadError(failure.message)
 
@@ -353,6 +388,9 @@ class EngineClient:
             box.error = error
             box.wake()
         self._open.clear()
+        for done in self._commands:
+            if not done.done():
+                done.set_exception(error)
         while self._stats_asked:
             self._stats_asked.popleft().set_result(None)
 

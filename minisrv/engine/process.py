@@ -18,7 +18,7 @@ import logging
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -35,19 +35,31 @@ from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.kernel_process import start_early
 from minisrv.engine.messages import (
     AskStats,
+    Command,
+    CommandDone,
     EngineMessage,
     EngineStats,
     Failed,
     Hello,
     Loading,
     Ready,
+    Sleep,
+    SleepMode,
     StepOutputs,
     Submit,
+    WakeUp,
     decode_worker_message,
     encode,
 )
 from minisrv.engine.stats_log import StatsLog
-from minisrv.errors import ConfigError, EngineError, EngineNotReadyError, MinisrvError
+from minisrv.errors import (
+    ConfigError,
+    EngineError,
+    EngineNotReadyError,
+    MinisrvError,
+    SleepError,
+    asleep_error,
+)
 from minisrv.processes import ChildProcess
 from minisrv.progress import StartupClock
 from minisrv.request import EngineOutput, RequestFailure
@@ -154,6 +166,8 @@ class _EngineServer:
         self.socket.bind(address)
         self.workers: set[bytes] = set()
         self.owners: dict[str, bytes] = {}
+        self.commands: deque[tuple[bytes | None, Command]] = deque()
+        """The commands that have not been carried out, with the worker that is to be answered."""
         self.state: EngineMessage = Loading("starting")
 
     def load(
@@ -233,16 +247,56 @@ class _EngineServer:
         if self.core.has_work:
             self._deliver(self.core.step())
         self._compile()
+        while self.commands and self._is_due(self.commands[0][1]):
+            self._carry_out(*self.commands.popleft())
 
     def _has_work(self) -> bool:
-        return self.core.has_work or self.core.compilation.has_work
+        core = self.core
+        compiles = core.compilation.has_work and not core.sleeper.report.is_asleep
+        return core.has_work or compiles or bool(self.commands)
 
     def _compile(self) -> None:
-        """Go on with the way of compiled code into service, and tell every worker of a change."""
-        compilation = self.core.compilation
-        if compilation.advance(busy=self.core.has_work):
-            self.state = Ready(self.core.describe())
-            self._broadcast()
+        """Go on with the way of compiled code into service, as far as the engine's memory is there,
+        and tell every worker of a change."""
+        core = self.core
+        if not core.sleeper.report.is_asleep and core.compilation.advance(busy=core.has_work):
+            self._tell_change()
+
+    def _tell_change(self) -> None:
+        """Tell every worker that the description of the engine has changed."""
+        self.state = Ready(self.core.describe())
+        self._broadcast()
+
+    def _is_due(self, command: Command) -> bool:
+        """Whether the first command can be carried out. One to sleep has new requests refused until
+        it can, and ends those that it is not to wait for."""
+        if isinstance(command, WakeUp):
+            return True
+        self.core.sleeper.refuse_requests()
+        if command.mode is SleepMode.ABORT:
+            failure = RequestFailure.of(asleep_error())
+            ended = [EngineOutput(request_id=each, error=failure) for each in self.owners]
+            for output in ended:
+                self.core.abort(output.request_id)
+            self._deliver(ended)
+        return not self.core.has_work and not self.core.sleeper.is_busy
+
+    def _carry_out(self, worker: bytes | None, command: Command) -> None:
+        """Sleep or wake up, and answer the worker that asked for it."""
+        failure = None
+        with self.heartbeat.beating(IDLE_MS / 1000):
+            try:
+                match command:
+                    case Sleep(level):
+                        self.core.sleeper.sleep(level)
+                    case WakeUp(tags):
+                        self.core.sleeper.wake_up(tags)
+            except (SleepError, ConfigError) as error:
+                logger.error("%s", error.message)
+                failure = RequestFailure.of(error)
+        self._tell_change()
+        if worker is not None:
+            self._send(worker, CommandDone(failure))
 
     def _receive(self) -> None:
         worker, body = self.socket.recv_multipart()
@@ -258,17 +312,28 @@ class _EngineServer:
             case AskStats():
                 ready = isinstance(self.state, Ready)
                 self._send(worker, self.core.stats() if ready else EngineStats())
+            case Sleep() | WakeUp():
+                self._command(worker, message)
             case Hello():
                 self._drop_requests_of(worker)
                 self.workers.add(worker)
                 self._send(worker, self.state)
 
     def _drop_requests_of(self, worker: bytes) -> None:
-        """Abort the requests that a dead worker of this name has left open."""
+        """Abort the requests that a dead worker of this name has left open. Its commands are
+        carried out, and nobody is answered."""
         left = [request_id for request_id, owner in self.owners.items() if owner == worker]
         for request_id in left:
             self.core.abort(request_id)
             del self.owners[request_id]
+        self.commands = deque((None if each == worker else each, c) for each, c in self.commands)
+
+    def _command(self, worker: bytes, command: Command) -> None:
+        if isinstance(self.state, Ready):
+            self.commands.append((worker, command))
+            return
+        loading = EngineNotReadyError("the engine is still loading; try again later.")
+        self._send(worker, CommandDone(RequestFailure.of(loading)))
 
     def _submit(self, worker: bytes, message: Submit) -> None:
         outputs = self._abort(message.aborts)  # first, because this makes room

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from msgspec.structs import asdict
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -17,7 +18,8 @@ from starlette.responses import PlainTextResponse, Response
 from minisrv.checkpoint import GenerationConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
-from minisrv.errors import EngineNotReadyError
+from minisrv.engine.messages import Sleep, SleepMode, SleepTag, WakeUp, sleep_level, sleep_word
+from minisrv.errors import EngineNotReadyError, RequestError, name_hint, shown
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.anthropic_builder import MessageResponseBuilder
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
@@ -53,6 +55,7 @@ from minisrv.server.response_schemas import (
     ModelList,
     ReadyResponse,
     ServingGeneration,
+    SleepResponse,
     TokenizeResponse,
     VersionResponse,
 )
@@ -65,6 +68,7 @@ _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 _COUNT_TOKENS = f"{MESSAGES}/count_tokens"
+_SLEEP, _WAKE_UP = "/sleep", "/wake_up"
 
 
 def create_app(
@@ -76,6 +80,7 @@ def create_app(
     root: str = "",
     metrics: Metrics | None = None,
     settings: ServerConfig | None = None,
+    enable_sleep_mode: bool = False,
     key_limit: KeyLimit | None = None,
     max_open: int = sys.maxsize,
     hosts: HostNames | None = None,
@@ -90,6 +95,7 @@ def create_app(
     metrics: the counters of this worker; None makes new ones, for a worker that is alone.
     settings: the server's settings, such as API keys and timeouts; None takes the defaults, which
         ask for no key and set no time limit.
+    enable_sleep_mode: whether clients may put the engine to sleep.
     key_limit: limits what each API key may have open; None sets no limit.
     max_open: maximum number of open choices of all keys together, where the engine would take more.
     hosts: the host names that the server answers to; None for any.
@@ -128,6 +134,7 @@ def create_app(
         json_paths=frozenset(
             {_COMPLETIONS, _CHAT, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
         ),
+        command_paths=frozenset({_SLEEP, _WAKE_UP} if enable_sleep_mode else ()),
         arrived=metrics.arrived,
         failed=metrics.failed,
         access_log=not settings.disable_uvicorn_access_log,
@@ -146,6 +153,8 @@ def create_app(
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
     _add_operation_routes(app, client, metrics)
+    if enable_sleep_mode:
+        _add_sleep_routes(app, client)
     add_pages(app, serving, keyed=bool(settings.api_keys))
     return app
 
@@ -284,3 +293,50 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
             client.info.simulated_launch_us if client.info else 0.0,
         )
         return Response(text, media_type=CONTENT_TYPE)
+
+
+def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
+    async def report() -> Response:
+        sleep = (await client.stats()).sleep
+        tags = [tag.value for tag in sleep.released]
+        return JSON(SleepResponse(sleep.is_asleep, sleep.level, tags))
+
+    @app.post(_SLEEP, response_class=JSON, responses=route_responses(SleepResponse))
+    async def sleep(
+        request: Request,
+        level: Annotated[str, Query(description="1 or 2")] = "1",
+        mode: Annotated[str, Query(description="abort or wait")] = SleepMode.ABORT.value,
+    ) -> Response:
+        """Release the memory of weights and KV cache. Level 1 keeps the weights in the memory of
+        the host, level 2 reads them from the checkpoint at the next wake-up. Requests end with an
+        error (abort), or are waited for (wait); new ones are refused."""
+        _check_names(request, "level", "mode")
+        asked = sleep_word(SleepMode, mode, "mode")
+        await client.command(Sleep(sleep_level(level), asked))
+        return await report()
+
+    @app.post(_WAKE_UP, response_class=JSON, responses=route_responses(SleepResponse))
+    async def wake_up(
+        request: Request,
+        tags: Annotated[
+            list[str] | None, Query(description="weights, kv_cache; both if none")
+        ] = None,
+    ) -> Response:
+        """Restore the memory, or that of the tags; requests are served when all is restored."""
+        _check_names(request, "tags")
+        asked = [sleep_word(SleepTag, tag, "tags") for tag in tags or SleepTag]
+        await client.command(WakeUp(asked))
+        return await report()
+
+    @app.get("/is_sleeping", response_class=JSON, responses=route_responses(SleepResponse))
+    async def is_sleeping() -> Response:
+        """Return whether the engine sleeps."""
+        return await report()
+
+
+def _check_names(request: Request, *known: str) -> None:
+    """Raise RequestError for a parameter of the query string that is none of those known."""
+    for name in request.query_params:
+        if name not in known:
+            hint = name_hint(name, known)
+            raise RequestError(f"{shown(name)} is no parameter of this path; {hint}", param=name)

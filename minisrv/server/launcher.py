@@ -104,6 +104,7 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
                 root=root,
                 served_model_names=names,
                 settings=server,
+                enable_sleep_mode=engine.enable_sleep_mode,
             )
             tree.workers.append(WorkerProcess(config, listener))
         scheme = "http" if server.ssl_certfile is None else "https"

@@ -56,7 +56,8 @@ class OuterMiddleware:
     new one. If a client waits for `100 Continue` before it
     sends its body and gets the final response instead, the connection is closed after that
     response. A body of more than `max_body_bytes` is answered with 413, whether its length was
-    declared or not; a POST to one of `json_paths` that is not plain JSON with 415; and a large body
+    declared or not; a POST to one of `json_paths`, or from a web page to one of `command_paths`,
+    that is not plain JSON with 415; and a large body
     that exceeds MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500.
     Each request is logged as one line when it has ended, with the fields that the response has put
     into `scope["log_fields"]`, unless `access_log` is off. `arrived` is called for every request,
@@ -71,6 +72,7 @@ class OuterMiddleware:
         keys: ApiKeys,
         max_body_bytes: int,
         json_paths: frozenset[str],
+        command_paths: frozenset[str],
         arrived: Callable[[], None],
         failed: Callable[[int], None],
         access_log: bool = True,
@@ -80,6 +82,7 @@ class OuterMiddleware:
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._json_paths = json_paths
+        self._command_paths = command_paths
         self._arrived = arrived
         self._failed = failed
         self._access_log = access_log
@@ -149,7 +152,11 @@ class OuterMiddleware:
         # already.
         if length.isdecimal() and (len(length) > 18 or int(length) > self._max_body_bytes):
             return http_error_response(413, self._too_large(), path)
-        if scope["method"] != "POST" or path not in self._json_paths:
+        # Browsers name the page that sends a POST. They send one of JSON only if the server allows
+        # that page to.
+        from_page = path in self._command_paths and "origin" in headers
+        wants_json = from_page or path in self._json_paths
+        if scope["method"] != "POST" or not wants_json:
             return None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":

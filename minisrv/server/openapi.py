@@ -126,6 +126,7 @@ _BODIES = [
     response_schemas.ModelList,
     response_schemas.HealthResponse,
     response_schemas.ReadyResponse,
+    response_schemas.SleepResponse,
     response_schemas.VersionResponse,
     anthropic_responses.AnthropicMessage,
     anthropic_responses.MessageTokensCount,

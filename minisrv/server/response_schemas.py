@@ -408,3 +408,13 @@ class VersionResponse(Body):
     """The response to GET /version."""
 
     version: str
+
+
+class SleepResponse(Body):
+    """The response to POST /sleep, POST /wake_up and GET /is_sleeping."""
+
+    is_sleeping: bool
+    level: Annotated[int, Meta(description="Level of the sleep; 0 if the engine is awake.")]
+    released: Annotated[
+        list[str], Meta(description="Parts of the memory that are released: weights, kv_cache.")
+    ]

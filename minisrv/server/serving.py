@@ -108,7 +108,7 @@ class Serving:
         state, info = self.client.state, self.client.info
         if state is EngineState.DEAD:
             raise EngineDeadError("The engine has died; the server must be restarted.")
-        if state is not EngineState.READY or info is None:
+        if not state.is_served or info is None:
             raise EngineNotReadyError(f"The engine is {state.value}; try again later.")
         return info
 

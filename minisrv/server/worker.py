@@ -96,6 +96,7 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
             root=config.root,
             metrics=metrics,
             settings=settings,
+            enable_sleep_mode=config.enable_sleep_mode,
             key_limit=key_limit,
             max_open=connections.max_served,
             hosts=HostNames.of(settings, listener.getsockname()[0]),

@@ -33,6 +33,7 @@ class WorkerConfig:
         lies.
     root: the checkpoint as the operator named it, which served_model_names stand for.
     settings: the settings of the server.
+    enable_sleep_mode: whether clients may put the engine to sleep.
     engine_is_ready: whether the engine is ready; if not, it is starting too, and the worker answers
         that it is loading.
     """
@@ -45,6 +46,7 @@ class WorkerConfig:
     root: str
     served_model_names: tuple[str, ...]
     settings: ServerConfig
+    enable_sleep_mode: bool
     engine_is_ready: bool = False
 
     @property

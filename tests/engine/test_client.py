@@ -19,6 +19,7 @@ from minisrv.engine import client as client_module
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import (
     AskStats,
+    CommandDone,
     CompilationReport,
     CompilationState,
     EngineInfo,
@@ -27,13 +28,25 @@ from minisrv.engine.messages import (
     Failed,
     Hello,
     Ready,
+    Sleep,
+    SleepMode,
+    SleepReport,
+    SleepTag,
     StepOutputs,
     Submit,
+    WakeUp,
     WorkerMessage,
     decode_worker_message,
     encode,
 )
-from minisrv.errors import EngineDeadError, EngineError, MinisrvError, QueueFullError
+from minisrv.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    MinisrvError,
+    QueueFullError,
+    SleepError,
+)
 from minisrv.request import (
     EngineOutput,
     EngineRequest,
@@ -262,3 +275,64 @@ async def test_an_engine_that_had_ended_before_anybody_watched(tmp_path: Path, t
     assert client.state is EngineState.DEAD
     assert ("by SIGSEGV" in client.death.message) is told
     await client.close()
+
+
+SLEEP, WAKE_UP = Sleep(1, SleepMode.ABORT), WakeUp([SleepTag.WEIGHTS])
+
+
+async def test_commands_are_answered_in_their_order(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        first, second = (asyncio.ensure_future(client.command(c)) for c in (SLEEP, WAKE_UP))
+        assert [await engine.hear(), await engine.hear()] == [SLEEP, WAKE_UP]
+        await engine.say(CommandDone(RequestFailure.of(SleepError("no memory"))))
+        with pytest.raises(SleepError, match="no memory"):
+            await first
+        assert not second.done()
+        await engine.say(CommandDone())
+        await second
+
+
+async def test_the_engine_decides_whether_it_is_awake(tmp_path: Path) -> None:
+    """A client that has not heard yet that the engine is awake again refuses nothing."""
+    async with connected(tmp_path) as (engine, client):
+        assert client.info is not None
+        asleep = SleepReport(level=1, released=tuple(SleepTag))
+        await engine.say(Ready(replace(client.info, sleep=asleep)))
+        await until(lambda: client.state is EngineState.ASLEEP)
+        first = asyncio.ensure_future(anext(client.generate([request("a")])))
+        assert await engine.hear() == Submit([request("a")])
+        await engine.say(Ready(replace(client.info, sleep=SleepReport())))
+        await engine.say(StepOutputs([token("a", 1)]))
+        assert await first == [token("a", 1)]
+        assert client.state is EngineState.READY
+
+
+async def test_a_command_that_nobody_will_answer(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        waits = asyncio.ensure_future(client.command(SLEEP))
+        assert await engine.hear() == SLEEP
+        client.drain()
+        with pytest.raises(EngineNotReadyError, match="draining"):
+            await client.command(WAKE_UP)
+        client.end_open()
+        with pytest.raises(EngineNotReadyError, match="shutting down"):
+            await waits
+        before = client.num_messages
+        await engine.say(CommandDone())  # too late, and no harm
+        await until(lambda: client.num_messages > before)
+        assert client.state is EngineState.DRAINING
+
+
+async def test_an_engine_that_dies_asleep(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (engine, client):
+        assert client.info is not None
+        asleep = SleepReport(level=2, released=tuple(SleepTag))
+        await engine.say(Ready(replace(client.info, sleep=asleep)))
+        await until(lambda: client.state is EngineState.ASLEEP)
+        waits = asyncio.ensure_future(client.command(WAKE_UP))
+        assert await engine.hear() == WAKE_UP
+        client.engine_ended("by SIGKILL")
+        for command in (waits, client.command(WAKE_UP)):
+            with pytest.raises(EngineDeadError, match="by SIGKILL"):
+                await command
+        assert client.state is EngineState.DEAD

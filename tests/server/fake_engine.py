@@ -9,7 +9,7 @@ from typing import Any
 
 from minisrv.engine.admission import Admission
 from minisrv.engine.client import EngineState
-from minisrv.engine.messages import EngineInfo, EngineStats, Loading, StepCount
+from minisrv.engine.messages import Command, EngineInfo, EngineStats, Loading, StepCount
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
@@ -57,6 +57,7 @@ class FakeEngine:
     requests: the requests that were submitted.
     aborted: the ids of requests whose stream was closed before their end.
     asked_to_abort: the ids of requests for which `abort` was called.
+    commands: the commands that it was given.
     """
 
     def __init__(self, script: Script) -> None:
@@ -70,6 +71,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.started = asyncio.Event()
         self.asked_to_abort: set[str] = set()
+        self.commands: list[Command] = []
+
+    async def command(self, command: Command) -> None:
+        self.commands.append(command)
 
     async def stats(self) -> EngineStats:
         return STATS

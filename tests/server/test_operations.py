@@ -44,7 +44,13 @@ async def test_models(connect: Connect) -> None:
 
 @pytest.mark.parametrize(
     ("state", "health", "ready"),
-    [("loading", 200, 503), ("ready", 200, 200), ("draining", 200, 503), ("dead", 503, 503)],
+    [
+        ("loading", 200, 503),
+        ("ready", 200, 200),
+        ("asleep", 200, 503),
+        ("draining", 200, 503),
+        ("dead", 503, 503),
+    ],
 )
 async def test_health_and_readiness(connect: Connect, state: str, health: int, ready: int) -> None:
     engine = FakeEngine(outputs([300]))
@@ -55,6 +61,7 @@ async def test_health_and_readiness(connect: Connect, state: str, health: int, r
     response = await get(engine, connect, "/ready")
     assert response.status_code == ready
     assert response.json()["state"] == state
+    assert ("retry-after" in response.headers) == (state in ("loading", "asleep", "draining"))
     if state == "loading":
         progress = response.json()["loading"]
         assert (progress["phase"], progress["done"], progress["total"]) == (
