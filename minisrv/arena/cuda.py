@@ -10,13 +10,13 @@ import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisrv.arena.base import Arena
+from minisrv.machine import available_memory
 
 CHUNK_BYTES = 256 << 20
 """Number of bytes of a piece in which the memory of adopted tensors is mapped and copied. A power
@@ -57,6 +57,9 @@ class Driver:
     """Virtual memory of one GPU. Every method raises RuntimeError if the driver refuses.
 
     device: the index of the GPU, as torch counts.
+    granularity: the number of bytes of which sizes and addresses are multiples.
+
+    OSError is raised if there is no driver.
     """
 
     def __init__(self, device: int, library: str = "libcuda.so.1") -> None:
@@ -64,10 +67,6 @@ class Driver:
         place = _Location(_DEVICE, device)
         self._properties = _Properties(type=_PINNED, location=place)
         self._access = _Access(place, _READ_WRITE)
-
-    @cached_property
-    def granularity(self) -> int:
-        """Number of bytes of which sizes and addresses are multiples."""
         found = ctypes.c_size_t()
         self._call(
             "cuMemGetAllocationGranularity",
@@ -75,7 +74,7 @@ class Driver:
             ctypes.byref(self._properties),
             _RECOMMENDED,
         )
-        return found.value
+        self.granularity: int = found.value
 
     def reserve(self, nbytes: int) -> int:
         """Return the first address of a new range, behind which there is no memory yet."""
@@ -235,6 +234,7 @@ class CUDAArena(Arena):
 
     def forget(self) -> None:
         """See `Arena`."""
+        torch.cuda.synchronize(self._device)  # no copy is under way
         self._kept.clear()
         # torch would keep what was pinned for itself.
         torch._C._host_emptyCache()
@@ -248,14 +248,19 @@ class CUDAArena(Arena):
             self.forget()
 
     def _keep(self) -> None:
-        kept = []
-        for span in self._spans:
-            for begin in range(0, span.nbytes, span.chunk):
-                chunk = span.bytes(begin, min(span.chunk, span.nbytes - begin))
-                host = torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True)
-                kept.append(host.copy_(chunk, non_blocking=True))
-        torch.cuda.synchronize(self._device)
-        self._kept = kept
+        needed, available = sum(span.nbytes for span in self._spans), available_memory()
+        if needed > available:  # the kernel would end this process, or another one
+            raise RuntimeError(f"{needed} bytes are needed, and {available} are available")
+        try:
+            for span in self._spans:
+                for begin in range(0, span.nbytes, span.chunk):
+                    chunk = span.bytes(begin, min(span.chunk, span.nbytes - begin))
+                    host = torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True)
+                    self._kept.append(host.copy_(chunk, non_blocking=True))
+            torch.cuda.synchronize(self._device)
+        except BaseException:
+            self.forget()
+            raise
 
     def _restore(self) -> None:
         kept = iter(self._kept)

@@ -37,8 +37,8 @@ def _errors(body: type[Body]) -> Responses:
         },
         "5XX": {
             "content": _json(body),
-            "description": "500, 503 the engine is loading, draining or dead, or too many large "
-            "bodies arrive, 504 the deadline is over",
+            "description": "500, 503 the engine is loading, asleep, draining or dead, or too many "
+            "large bodies arrive, 504 the deadline is over",
         },
     }
 

@@ -11,6 +11,7 @@ import torch
 
 from minisrv import LLM, SamplingParams
 from minisrv.arena import CPUArena
+from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import SleepTag
 from minisrv.errors import (
     ConfigError,
@@ -21,6 +22,8 @@ from minisrv.errors import (
 )
 from minisrv.kernels.linear import multiplies_bfloat16
 from tests.checkpoints import make_checkpoint
+from tests.engine.test_compilation import MADE, FakeCompiler, Process, Progress, serve
+from tests.engine.test_compilation import start as compiling
 
 LIMITS: dict[str, Any] = {
     "max_num_seqs": 4,
@@ -225,3 +228,55 @@ def test_memory_that_others_have_taken(checkpoint: Path, tag: SleepTag) -> None:
     assert tag in llm.engine.sleeper.report.released
     llm.wake_up()
     assert tokens(llm) == before
+
+
+def seeded(engine: EngineCore) -> dict[str, Any]:
+    """Serve requests, and return what those gave whose tokens do not depend on the engine's own
+    seeds."""
+    found, _ = serve(engine)
+    return {name: given for name, given in found.items() if int(name) % 3 != 2}
+
+
+def test_graphs_that_are_being_certified_are_waited_for(checkpoint: Path) -> None:
+    """Compiled code comes into service before the engine sleeps if its graphs are being certified,
+    and behind it if it is still being compiled; and stays in service."""
+    before = None
+    for certified_first in (True, False):
+        compiler = FakeCompiler(process=Process([Progress(), Progress(), MADE]))
+        settings = {**LIMITS, "enable_sleep_mode": True, "num_kv_blocks": 80}
+        engine = compiling(str(checkpoint), compiler, serve_slower=True, **settings)
+        while certified_first and not engine.sleeper.is_busy:
+            engine.compilation.advance(busy=False)
+        while engine.sleeper.is_busy:
+            engine.compilation.advance(busy=False)
+        assert engine.compilation.generation == certified_first
+        for level in (1, 2):
+            engine.sleeper.sleep(level)
+            engine.sleeper.wake_up(tuple(SleepTag))
+        found = seeded(engine)
+        while engine.compilation.is_under_way:
+            engine.compilation.advance(busy=False)
+        assert engine.compilation.generation == 1
+        engine.sleeper.sleep(2)
+        engine.sleeper.wake_up(tuple(SleepTag))
+        assert seeded(engine) == found == (before or found)
+        before = found
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("variant", ["qwen3", "llama-biases"])
+def test_compiled_code_computes_with_the_weights_that_came_back(
+    variant: str, tmp_path: Path
+) -> None:
+    llm = start(
+        make_checkpoint(tmp_path, variant, **WIDE),
+        model_impl="transformers",
+        compilation_mode=3,
+        compile_wait=True,
+    )
+    assert llm.engine.compilation.generation == 1
+    before = tokens(llm)
+    for level in (1, 2):
+        llm.sleep(level)
+        llm.wake_up()
+        assert tokens(llm) == before

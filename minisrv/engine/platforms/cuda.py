@@ -58,8 +58,14 @@ class CUDAPlatform(Platform):
         torch.cuda.empty_cache()
 
     def make_arena(self) -> CUDAArena:
-        """See `Platform`."""
-        return CUDAArena(self.device)
+        """See `Platform`. Raises ConfigError for a GPU without virtual memory."""
+        try:
+            return CUDAArena(self.device)
+        except (OSError, RuntimeError, AttributeError) as error:
+            raise ConfigError(
+                f"enable_sleep_mode needs the virtual memory of CUDA's driver ({error}); leave it "
+                "out."
+            ) from error
 
     def held_bytes(self) -> int:
         """See `Platform`."""
