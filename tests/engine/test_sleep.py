@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import zmq
 
 from minisrv import LLM, SamplingParams
 from minisrv.arena import CPUArena
 from minisrv.engine.core import EngineCore
-from minisrv.engine.messages import SleepTag
+from minisrv.engine.heartbeat import Heartbeat
+from minisrv.engine.messages import (
+    CommandDone,
+    EngineMessage,
+    Hello,
+    Ready,
+    Sleep,
+    SleepMode,
+    SleepTag,
+    WakeUp,
+    decode_engine_message,
+    encode,
+)
+from minisrv.engine.process import _EngineServer
 from minisrv.errors import (
     ConfigError,
     EngineAsleepError,
@@ -280,3 +295,63 @@ def test_compiled_code_computes_with_the_weights_that_came_back(
         llm.sleep(level)
         llm.wake_up()
         assert tokens(llm) == before
+
+
+def connected(server: _EngineServer, address: str) -> zmq.Socket[bytes]:
+    """Return the socket of a new worker, always of the same name, which the engine knows."""
+    worker = server.context.socket(zmq.DEALER)
+    worker.set(zmq.ROUTING_ID, b"api-0")
+    worker.connect(address)
+    worker.send(encode(Hello()))
+    assert isinstance(hear(server, worker), Ready)
+    return worker
+
+
+def hear(server: _EngineServer, worker: zmq.Socket[bytes]) -> EngineMessage:
+    """Let the engine work until it has sent the worker something, and return that."""
+    while not worker.poll(0):
+        server._turn()
+    return decode_engine_message(worker.recv())
+
+
+def test_a_process_carries_out_commands(checkpoint: Path, tmp_path: Path) -> None:
+    """It shows that it lives however long a command takes, and does not answer a new worker what a
+    dead one of its name has asked for."""
+    address, heartbeat = f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat")
+    server = _EngineServer(address, heartbeat)
+    server.core = start(checkpoint).engine
+    server.state = Ready(server.core.info)
+    beats: list[float] = []
+    reload = server.core.sleeper._reload
+
+    def slow() -> Any:
+        began = heartbeat._time[0]
+        while heartbeat._time[0] == began:
+            time.sleep(0.01)
+        beats.append(heartbeat._time[0])
+        return reload()
+
+    server.core.sleeper._reload = slow
+    workers = [connected(server, address)]
+    try:
+        workers[0].send(encode(Sleep(2, SleepMode.ABORT)))
+        told = hear(server, workers[0])
+        assert isinstance(told, Ready)
+        assert told.info.sleep.level == 2
+        assert hear(server, workers[0]) == CommandDone()
+        workers[0].send(encode(WakeUp([*SleepTag])))
+        while not server.commands:
+            server._receive()
+        workers[0].close(linger=0)
+        workers.append(connected(server, address))
+        told = hear(server, workers[1])
+        assert isinstance(told, Ready)
+        assert not told.info.sleep.is_asleep
+        assert beats
+        workers[1].send(encode(Sleep(1, SleepMode.WAIT)))
+        assert isinstance(hear(server, workers[1]), Ready)
+        assert hear(server, workers[1]) == CommandDone()
+    finally:
+        for worker in workers:
+            worker.close(linger=0)
+        server.close()
