@@ -46,7 +46,7 @@ class WorkerConfig:
     root: str
     served_model_names: tuple[str, ...]
     settings: ServerConfig
-    enable_sleep_mode: bool
+    enable_sleep_mode: bool = False
     engine_is_ready: bool = False
 
     @property
