@@ -324,10 +324,10 @@ class StepTrial:
 
     def unexpected_writes(self) -> list[str]:
         """See `compare.Trial`."""
-        expected = self.initial_cache[self.protected_positions].nan_to_num()
+        expected = _bits(self.initial_cache[self.protected_positions])
         changed: dict[str, Tensor] = {}  # found on the device, with one wait at the end
         for layer, cache in enumerate(self.runner.kv_caches):
-            found = cache.flatten(0, 1).index_select(0, self.protected_entries).nan_to_num()
+            found = _bits(cache.flatten(0, 1).index_select(0, self.protected_entries))
             changed[f"cache entries of layer {layer} outside of the step"] = (
                 found != expected
             ).any()
@@ -378,6 +378,11 @@ class StepTrial:
         self.reset(InitialState.CLEAN)
         self._fill_request_tensors(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bits of numbers, by which those that are not numbers can be compared too."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def _true(flags: dict[str, Tensor]) -> list[str]:
