@@ -239,7 +239,9 @@ def _borrowed_space(
     turn: Turn,
     make_batch: BatchMaker = short_batch,
 ) -> Iterator[TrialSpace]:
-    """Borrow blocks for a trial of a graph for the block; wait until there are any."""
+    """Borrow blocks for a trial of a graph for the block; wait until there are any. Requests come
+    first: one that needs all blocks could be admitted between two trials only."""
+    turn.make_way()
     while (space := borrow_space(runner, pool, key, make_batch)) is None:
         turn.wait()
     try:

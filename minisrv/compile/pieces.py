@@ -47,11 +47,14 @@ class PieceCompiler:
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
-        cannot is compiled again; the log says why. Raises CrashError if an engine has ended while
-        it tried a package of it, which is not compiled again."""
+        cannot is discarded; the log says why. Raises CrashError if an engine has ended while it
+        tried a package of it, which is not compiled again."""
         directory = self._job.kept_program()
-        program = None if directory is None else Program.load(directory, self._model)
-        if directory is None or program is None:
+        if directory is None:
+            return None
+        program = Program.load(directory, self._model)
+        if program is None:
+            self.discard(directory)
             return None
         self._found = directory, program
         return directory

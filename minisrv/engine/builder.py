@@ -240,6 +240,7 @@ def build_engine(
             release=platform.release,
             timed=costs.timed_keys,
             use_times=costs.use_times,
+            has_room=generations > 1 or memory.graph_bytes is None,
             serve_slower=serve_slower,
         )
         compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))

@@ -30,6 +30,7 @@ import msgspec
 
 from minisrv.certification.generation import (
     LEAST_SPEEDUP,
+    Always,
     build_generation,
     end_keys,
     measure_speedup,
@@ -56,7 +57,8 @@ logger = logging.getLogger(__name__)
 
 TURN = 0.005
 """Number of seconds after which a turn of the work makes way for the steps of requests, at the next
-point where it can: between two layers of the model, or behind a graph, which nothing interrupts."""
+point where it can: between two layers of the model, between two operations of a tape, or behind a
+graph of a GPU, which nothing interrupts."""
 
 LEAST_GAP = 0.02
 """Minimum number of seconds between two turns while requests run."""
@@ -199,6 +201,7 @@ class Compilation:
     release: returns memory that nobody uses any more to the device.
     timed: the steps whose durations are measured for a generation before it serves.
     use_times: is called with these durations when it serves.
+    has_room: whether there is memory for another generation beside the one in service.
     serve_slower: whether compiled code serves even if it is not faster, to be measured.
     clock: returns the time in seconds.
     """
@@ -213,9 +216,11 @@ class Compilation:
         release: Callable[[], None] = lambda: None,
         timed: Collection[GraphKey] = (),
         use_times: Callable[[Mapping[GraphKey, StepTime]], None] = lambda times: None,
+        has_room: bool = True,
         serve_slower: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._has_room = has_room
         self._serve_slower = serve_slower
         self._compiler = compiler
         self._runner = runner
@@ -389,10 +394,16 @@ class Compilation:
                 f"{_too_slow(speedup)} An earlier start has measured that, so nothing is compiled; "
                 "with --compile-wait it is measured again.",
             )
+        if found is None and not self._has_room:
+            raise _RefusedError(
+                Refusal.LOAD,
+                "what the cache has cannot be loaded, and there is no memory to certify another "
+                "program beside the model's own code. The next start compiles it.",
+            )
         if found is None:
             return
         new = yield from self._load(compiler, found)
-        runner, pool, turn = self._runner, self._pool, self._turn
+        runner, pool, turn = self._runner, self._pool, Always()
         with self._discarded_if_refused(compiler, found):
             keys, total = end_keys(runner.ladders), len(runner.ladders.keys())
             build_generation(runner, pool, new, keys, turn, lambda done: on_progress(done, total))

@@ -656,9 +656,45 @@ def test_a_certification_waits_for_blocks(checkpoint):
     turn = AlwaysOver(between)
     build_generation(runner, pool, new, [], turn)
     assert turn.waits == 2
-    assert free[:2] == [0, 0]
-    assert set(free[2:]) == {0}, "the block is lent"
+    assert free[:3] == [0, 0, 0]
+    assert free[3] == 0, "the block is lent"
+    assert free.count(1) == len(runner.ladders.keys()) - 1, "between two trials it is not"
     assert pool.num_free == 1
+
+
+def test_a_request_that_needs_all_blocks_waits_for_one_trial_at_most(checkpoint):
+    """It waited for the end of the whole certification, while each trial borrowed the blocks that
+    the trial before it had given back."""
+    engine = start(checkpoint, FakeCompiler())
+    pool = engine.scheduler.block_pool
+    while not pool.num_used:
+        engine.compilation.advance(busy=False)
+    everything = [7] * (pool.capacity - 8)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    engine.add(EngineRequest(request_id="all", prompt_token_ids=everything, params=params))
+    tokens = 0
+    while engine.has_work:
+        tokens += sum(len(output.token_ids) for output in engine.step())
+        engine.compilation.advance(busy=True)
+    assert tokens == 8
+    assert engine.compilation.is_under_way
+    while engine.compilation.has_work:
+        engine.compilation.advance(busy=False)
+    assert engine.compilation.generation == 1
+
+
+def test_without_memory_for_it_no_other_program_is_compiled(checkpoint):
+    """A start that has found a whole program plans no memory for two generations. If the program
+    then could not be loaded, another one was compiled and certified all the same."""
+    engine = start(checkpoint, None)
+    runner, pool = engine.runner, engine.scheduler.block_pool
+    compiler = FakeCompiler(model=runner.model)
+    way = Compilation(compiler, runner, pool, CPUTapeBackend, has_room=False)
+    way.capture_graphs(lambda done, total: None)
+    assert way.report.refusals == {"load": 1}
+    assert not way.is_under_way
+    assert compiler.started == 0
+    assert len(runner.graphs) == len(runner.ladders.keys())
 
 
 def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
