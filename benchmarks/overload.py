@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.memory import processes
 from loadgen.client import find_model, send
 from loadgen.http import Client
-from loadgen.prompts import endpoint, request_body
+from loadgen.prompts import Conversation, endpoint
 from loadgen.records import PromptKind, RequestRecord, RunConfig
+from loadgen.samples import Distribution, itl_samples_ms
 from loadgen.servers import Server
-from loadgen.stats import Distribution, itl_samples_ms
 from minisrv.tools.environment import environment
 
 SETTLE_S = 3.0
@@ -202,8 +202,8 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
         async def ask() -> RequestRecord:
             nonlocal number
             number += 1
-            body = request_body(config, 0, False, number)
-            return await send(client, endpoint(config), body, number, config)
+            request = Conversation(config, 0, False, number).request()
+            return await send(client, endpoint(config), request, config)
 
         def at_capacity(one: Ask) -> Any:
             return closed_loop(2 * options.max_num_seqs, options.capacity_seconds, one)

@@ -35,7 +35,7 @@ from rich.table import Table
 from loadgen.client import find_model, send
 from loadgen.errors import LoadgenError
 from loadgen.http import Client
-from loadgen.prompts import endpoint, request_body
+from loadgen.prompts import Conversation, endpoint
 from loadgen.records import PromptKind, RequestRecord, RunConfig, clock
 from loadgen.servers import Server
 from minisrv.tools.environment import environment
@@ -100,8 +100,8 @@ async def load(config: RunConfig, phases: Phases, seconds: float) -> list[Reques
         with Client(None) as client:
             while not stopping.is_set():
                 number = next(numbers)
-                body = request_body(config, 0, False, number)
-                records.append(await send(client, endpoint(config), body, number, config))
+                request = Conversation(config, 0, False, number).request()
+                records.append(await send(client, endpoint(config), request, config))
         return records
 
     lanes = [asyncio.create_task(lane(place)) for place in range(config.concurrencies[0])]

@@ -18,11 +18,13 @@ tokens.
 import asyncio
 import re
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 
 from loadgen.errors import ServerError
 from loadgen.http import Client, ConnectError, Head, HTTPError
+from loadgen.prompts import Request
 from loadgen.records import Answer, Failure, FailureKind, RequestRecord, RunConfig, clock
 from loadgen.sse import SSEError, SSEParser
 
@@ -74,6 +76,10 @@ class _Chunk(msgspec.Struct, gc=False):
     usage: _Usage | None = None
     error: object = None
 
+    @property
+    def ends_a_choice(self) -> bool:
+        return any(choice.finish_reason is not None for choice in self.choices or ())
+
 
 class _Model(msgspec.Struct):
     id: str
@@ -83,6 +89,7 @@ class _ModelList(msgspec.Struct):
     data: list[_Model]
 
 
+_CHOICE_FIELDS = {"index", "text", "delta", "logprobs", "finish_reason", "stop_reason", "token_ids"}
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
@@ -95,6 +102,8 @@ class CompletionStream:
         self.cached_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.done_s: float | None = None
+        self.extra: dict[str, Any] = {}
+        """The fields of the choice that ended the answer which are no part of OpenAI's API."""
         self._times_s: list[float] = []
         self._empty_times_s: list[float] = []
         """Arrival times of chunks without text and token ids, which only usage shows to be tokens
@@ -114,7 +123,10 @@ class CompletionStream:
                 if event == b"[DONE]":
                     self.done_s = now_s
                 else:
-                    self._take(_decode_chunk(event), now_s)
+                    chunk = _decode_chunk(event)
+                    self._take(chunk, now_s)
+                    if chunk.ends_a_choice:
+                        self.extra |= _extra_fields(event)
         except (SSEError, msgspec.DecodeError, UnicodeDecodeError) as error:
             self._failure = Failure(FailureKind.BROKEN_STREAM, f"unreadable event: {error}")
         return self._failure is None
@@ -201,14 +213,17 @@ class CompletionStream:
 
 
 async def send(
-    client: Client, url: str, body: bytes, index: int, config: RunConfig
+    client: Client,
+    url: str,
+    request: Request,
+    config: RunConfig,
+    scheduled_s: float | None = None,
 ) -> RequestRecord:
     """Send one streaming request and return its record; a failure of the request is recorded and
     never raised.
 
     url: the URL of the endpoint.
-    body: the JSON body.
-    index: the index of the request in its phase, for the record.
+    scheduled_s: the time at which the request was due, in an open loop.
     """
     stream = CompletionStream()
     plain = bytearray()
@@ -221,9 +236,9 @@ async def send(
     start_s = clock()
     try:
         async with asyncio.timeout(config.timeout_s):
-            head = await client.exchange("POST", url, body, receive)
+            head = await client.exchange("POST", url, request.body, receive)
         if head.status == 200:
-            failure = stream.verdict(config.output_tokens, config.ignore_eos)
+            failure = stream.verdict(request.output_tokens, config.ignore_eos)
         else:
             failure = _http_failure(head, plain)
     except TimeoutError:
@@ -234,7 +249,10 @@ async def send(
         failure = Failure(FailureKind.BROKEN_STREAM, _clip(str(error)))
     end_s = clock() if stream.done_s is None or failure is not None else stream.done_s
     return RequestRecord(
-        index=index,
+        index=request.index,
+        turn=request.turn,
+        extra=stream.extra,
+        scheduled_s=scheduled_s,
         start_s=start_s,
         end_s=end_s,
         chunk_times_s=tuple(stream.chunk_times_s),
@@ -243,7 +261,7 @@ async def send(
         cached_tokens=stream.cached_tokens,
         completion_tokens=stream.completion_tokens,
         failure=failure,
-        answer=stream.answer if config.keep_answers else None,
+        answer=stream.answer if config.keep_answers or config.turns != 1 else None,
     )
 
 
@@ -298,6 +316,13 @@ async def simulated_launch_us(base_url: str, api_key: str | None) -> float:
             await client.exchange("GET", url, b"", lambda status, data, now_s: _keep(plain, data))
     found = _SIMULATED.search(plain)
     return float(found[1]) if found else 0.0
+
+
+def _extra_fields(event: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for choice in msgspec.json.decode(event)["choices"]:
+        fields |= choice
+    return {name: value for name, value in fields.items() if name not in _CHOICE_FIELDS}
 
 
 def _keep(plain: bytearray, data: bytes) -> bool:

@@ -22,14 +22,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from loadgen import ab
+from loadgen.bootstrap import Ratio
 from loadgen.errors import ConfigError
-from loadgen.records import ClientLoad, Leg, LevelResult, RunConfig, usable_cores
-from loadgen.stats import FORMULAS, Distribution, LevelSummary, most
+from loadgen.records import ClientLoad, Leg, RunConfig, usable_cores
+from loadgen.rows import RawRow, RawRows
+from loadgen.samples import Distribution
+from loadgen.server_metrics import Beside
+from loadgen.stats import FORMULAS, LevelSummary, most
 
-SCHEMA = 1
-MAX_RAW_ROWS = 1500
-"""Maximum number of rows of requests in the JSON file, over all levels."""
-
+SCHEMA = 2
 _WIDE = 140  # console width in columns from which three percentiles stand side by side
 _FEW = 8  # how many are shown of bars, or of answers that differ
 
@@ -60,47 +61,6 @@ class Environment(msgspec.Struct, frozen=True):
             cpus=usable_cores(),
             packages=packages,
         )
-
-
-class RawRow(msgspec.Struct, frozen=True, array_like=True):
-    """One request, written as an array in the JSON file, which has the names of the fields as
-    `raw_fields`."""
-
-    index: int
-    start_ms: float
-    """Milliseconds from the first send of its level."""
-    ttft_ms: float | None
-    e2e_ms: float
-    tokens: int
-    chunks: int
-    failure: str | None
-
-
-class RawRows(msgspec.Struct, frozen=True):
-    """The rows of every `every`-th request of a level, in the order of their start. Not all
-    requests have rows, so that the file stays small."""
-
-    every: int
-    rows: list[RawRow]
-
-    @classmethod
-    def of(cls, level: LevelResult, limit: int) -> Self:
-        """Return at most `limit` rows of `level`."""
-        every = max(1, -(-len(level.records) // limit))
-        first_s = level.records[0].start_s if level.records else 0.0
-        rows = [
-            RawRow(
-                index=record.index,
-                start_ms=round((record.start_s - first_s) * 1e3, 3),
-                ttft_ms=None if record.ttft_s is None else round(record.ttft_s * 1e3, 3),
-                e2e_ms=round(record.e2e_s * 1e3, 3),
-                tokens=record.tokens,
-                chunks=len(record.chunk_times_s),
-                failure=None if record.failure is None else record.failure.key,
-            )
-            for record in level.records[::every]
-        ]
-        return cls(every, rows)
 
 
 class LevelReport(msgspec.Struct, frozen=True):
@@ -136,12 +96,13 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     complete: bool
-    """Whether the comparison was completed; if not, `levels` has the pairs until its end."""
+    """Whether the comparison was completed; if not, `levels` has the repeats until its end."""
     label: str
     simulated: str
     """The text of `stats.simulated`, which must be shown with every figure of this file."""
-    a: ab.Side
-    b: ab.Side
+    verdict: str
+    """One sentence that says which server won by how much; empty if there is nothing to compare."""
+    sides: list[ab.Side]
     environment: Environment
     formulas: dict[str, str] = msgspec.field(default_factory=lambda: FORMULAS | ab.FORMULAS)
     levels: list[ab.Level]
@@ -149,7 +110,8 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def title(self) -> str:
         """A line to show above figures of this report."""
-        what = f"{self.a.label} and {self.b.label}, {self.a.config.model}"
+        labels = [side.label for side in self.sides]
+        what = f"{', '.join(labels[:-1])} and {labels[-1]}, {self.sides[0].config.model}"
         return _title(self.label, self.simulated, what)
 
 
@@ -167,74 +129,129 @@ def write_json(report: Report | ComparisonReport, path: Path) -> None:
 
 def print_report(report: Report) -> None:
     """Print the table to stdout, then the failures, the warnings and the formulas."""
-    levels = [level.summary for level in report.levels]
     console = _stdout()
     between = " / " if console.width >= _WIDE else "\n"
-    _print(console, ["", f"{report.title}: {_requests(report.config)}"])
-    latencies = ("TTFT", "ITL", "TPOT", "E2E")
-    names = ("conc", "ok", "fail", "req/s", "tok/s", *latencies, "tok/chunk", "cached")
-    table = _table(names, _title(report.simulated, "latencies in ms: p50, p90, p99"))
-    for level in levels:
-        found = (level.ttft_ms, level.itl_ms, level.tpot_ms, level.e2e_ms)
-        table.add_row(
-            str(level.concurrency),
+    _print(console, ["", f"{report.title}: {requests_text(report.config)}"])
+    table = _table(RUN_COLUMNS, _title(report.simulated, "latencies in ms: p50, p90, p99"))
+    for row in run_rows(report, between):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    lines = [*run_remarks(report), "", "formulas (mean, min, max and in flight are in the JSON):"]
+    _print(console, [*lines, *_formulas(FORMULAS)])
+
+
+RUN_COLUMNS = (
+    *("load", "ok", "fail", "req/s", "tok/s"),
+    *("TTFT", "ITL", "TPOT", "E2E", "tok/chunk", "cached"),
+)
+"""The heads of the columns of `run_rows`."""
+
+
+def run_rows(report: Report, between: str) -> list[list[str]]:
+    """Return the rows of the table of a run: one for each level.
+
+    between: the text between the percentiles of a latency.
+    """
+    return [
+        [
+            level.load.short,
             str(level.ok),
-            f"[red]{level.failed}[/red]" if level.failed else "0",
+            str(level.failed),
             _number(level.requests_per_s),
             _number(level.output_tokens_per_s),
-            *(_cell(distribution, between) for distribution in found),
+            *(
+                _cell(distribution, between)
+                for distribution in (level.ttft_ms, level.itl_ms, level.tpot_ms, level.e2e_ms)
+            ),
             "-" if level.tokens_per_chunk is None else f"{level.tokens_per_chunk:.2f}",
             _cached(level),
-        )
-    console.print(table)
-    lines = [
-        f"concurrency {level.concurrency}: {remark}"
-        for level in levels
-        for remark in (_steadiness(level), *_remarks(level))
+        ]
+        for level in (found.summary for found in report.levels)
     ]
-    lines += ["", "formulas (mean, min, max and in flight are in the JSON):", *_formulas(FORMULAS)]
-    _print(console, lines)
+
+
+def run_remarks(report: Report) -> list[str]:
+    """Return the lines below the table of a run."""
+    return [
+        f"{level.load}: {remark}"
+        for level in (found.summary for found in report.levels)
+        for remark in (_steadiness(level), *_server(level), *_remarks(level))
+    ]
 
 
 def print_comparison(report: ComparisonReport) -> None:
-    """Print the results of two servers to stdout: the table, answers that differ, failures, and the
-    formulas."""
+    """Print the results of several servers to stdout: the table, answers that differ, failures, the
+    formulas, and which server won."""
     console = _stdout()
-    a, b = report.a, report.b
-    lines = ["", report.title]
-    lines += [
-        f"{side.label}: {shlex.join(side.command)} (ready in {side.ready_s:.1f} s)"
-        for side in (a, b)
-    ]
-    _print(console, [*lines, _requests(a.config)])
-    names = ("conc", "metric", a.label, b.label, f"{b.label} / {a.label}", "same answers")
-    caption = "median (min..max); the formulas say of what"
-    table = _table(names, _title(report.simulated, caption))
-    for level in report.levels:
-        head, tail = str(level.concurrency), f"{level.same_answers} of {level.answers}"
-        for name in ab.METRICS:
-            found = level.metrics.get(name)
-            spreads = (found.a, found.b, found.ratio) if found else (None,) * 3
-            table.add_row(head, name, *(_spread(spread) for spread in spreads), tail)
-            head = tail = ""
+    _print(console, ["", report.title, *map(describe, report.sides)])
+    _print(console, [requests_text(report.sides[0].config)])
+    table = _table(
+        comparison_columns(report),
+        _title(report.simulated, "median (min..max); ratios with their 95% interval"),
+    )
+    for row in comparison_rows(report):
+        table.add_row(*map(escape, row))
     console.print(table)
-    lines = [
-        f"concurrency {level.concurrency}: {remark}"
+    lines = [*comparison_remarks(report), "", "formulas:", *_formulas(report.formulas)]
+    _print(console, [*lines, "", report.verdict] if report.verdict else lines)
+
+
+def describe(side: ab.Side) -> str:
+    """Return a line that says what a server of a comparison is."""
+    if side.command is None:
+        return f"{side.label}: {side.config.base_url}"
+    return f"{side.label}: {shlex.join(side.command)} (ready in {side.ready_s:.1f} s)"
+
+
+def comparison_columns(report: ComparisonReport) -> list[str]:
+    """Return the heads of the columns of `comparison_rows`."""
+    first, *others = [side.label for side in report.sides]
+    ratios = [f"{other} / {first}" for other in others]
+    return ["load", "metric", first, *others, *ratios, "same answers"]
+
+
+def comparison_rows(report: ComparisonReport) -> list[list[str]]:
+    """Return the rows of the table of a comparison: one for each metric at each level."""
+    rows = []
+    count = len(report.sides)
+    for level in report.levels:
+        same = [level.agreement(side) for side in range(1, count)]
+        head, tail = level.load.short, ", ".join(f"{x} of {y}" for x, y in same)
+        for name in ab.METRICS:
+            cells = ["-"] * (2 * count - 1)
+            if (found := level.metrics.get(name)) is not None:
+                cells = [*map(_spread, found.spreads), *map(_ratio, found.ratios)]
+            rows.append([head, name, *cells, tail])
+            head = tail = ""
+    return rows
+
+
+def comparison_remarks(report: ComparisonReport) -> list[str]:
+    """Return the lines below the table of a comparison."""
+    return [
+        f"{level.load}: {remark}"
         for level in report.levels
-        for remark in _pair_remarks(level, a.label, b.label)
+        for remark in _level_remarks(level, [side.label for side in report.sides])
     ]
-    _print(console, [*lines, "", "formulas:", *_formulas(report.formulas)])
 
 
-def _pair_remarks(level: ab.Level, a: str, b: str) -> list[str]:
+def _level_remarks(level: ab.Level, labels: Sequence[str]) -> list[str]:
     lines = []
-    differences = [found for pair in level.pairs for found in pair.differences]
-    if differences:
-        starts = [f"{found.unit} {found.position}" for found in differences[:_FEW]]
-        starts += ["..."] * (len(differences) > _FEW)
-        number = level.answers - level.same_answers
-        lines.append(f"{number} of {level.answers} answers differ, from {', '.join(starts)} on")
-    sides = ((a, [p.a for p in level.pairs]), (b, [p.b for p in level.pairs]))
+    for side, label in enumerate(labels[1:], 1):
+        agreements = [repeat.agreements[side - 1] for repeat in level.repeats]
+        differences = [found for agreement in agreements for found in agreement.differences]
+        if differences:
+            starts = [f"{found.unit} {found.position}" for found in differences[:_FEW]]
+            starts += ["..."] * (len(differences) > _FEW)
+            same, number = level.agreement(side)
+            whose = f"{label}: " if len(labels) > 2 else ""
+            lines.append(
+                f"{whose}{number - same} of {number} answers differ, from {', '.join(starts)} on"
+            )
+    sides = [
+        (label, [repeat.runs[side] for repeat in level.repeats])
+        for side, label in enumerate(labels)
+    ]
     for label, runs in sides:
         lines.append(f"{label}, worst run: {_client([run.clients for run in runs])}")
     for label, runs in sides:
@@ -263,12 +280,20 @@ def _table(columns: Sequence[str], caption: str) -> Table:
     return table
 
 
-def _requests(config: RunConfig) -> str:
+def requests_text(config: RunConfig) -> str:
+    """Return a line that says which requests are sent."""
     limit = "exactly" if config.ignore_eos else "at most"
-    return (
-        f"{config.input_tokens} {config.prompt_kind} in, {limit} {config.output_tokens} tokens "
-        f"out, seed {config.seed}"
+    lengths = (
+        f"{config.input_tokens} {config.prompt_kind} in, {limit} {config.output_tokens} tokens out"
     )
+    if config.trace is not None:
+        lengths = f"{config.trace.requests} requests of {config.trace.path}"
+    parts = [lengths]
+    if config.prefix_tokens:
+        parts.append(f"behind {config.num_prefixes} shared prefixes of {config.prefix_tokens}")
+    if config.turns != 1:
+        parts.append(f"chats of {config.turns} turns")
+    return ", ".join([*parts, f"seed {config.seed}"])
 
 
 def _formulas(formulas: dict[str, str]) -> list[str]:
@@ -277,7 +302,21 @@ def _formulas(formulas: dict[str, str]) -> list[str]:
 
 def _steadiness(level: LevelSummary) -> str:
     jitter = "-" if level.itl_jitter is None else _number(level.itl_jitter)
-    return f"ITL jitter {jitter}; {_client([level.clients])}"
+    late = ""
+    if (delay := level.send_delay_ms) is not None:
+        late = f"; send delay p50 {_number(delay.p50)}, p99 {_number(delay.p99)} ms"
+    return f"ITL jitter {jitter}{late}; {_client([level.clients])}"
+
+
+def _server(level: LevelSummary) -> list[str]:
+    """Return a line with the figures of the client, each with the server's own, if it has any."""
+
+    def both(found: Beside) -> str:
+        numbers = ("-" if x is None else _number(x) for x in (found.client, found.server))
+        return f"{found.name} {' and '.join(numbers)}"
+
+    found = ", ".join(map(both, level.server))
+    return [f"client and server count: {found}"] if found else []
 
 
 def _client(runs: Sequence[Sequence[ClientLoad]]) -> str:
@@ -291,6 +330,12 @@ def _client(runs: Sequence[Sequence[ClientLoad]]) -> str:
 
 def _remarks(level: LevelSummary) -> list[str]:
     lines = []
+    if (goodput := level.goodput) is not None:
+        missed = ", ".join(f"{count} missed {name}" for name, count in goodput.missed.items())
+        lines.append(
+            f"goodput {_number(goodput.requests_per_s)} req/s: {goodput.attained} of "
+            f"{goodput.requests} requests met every limit ({goodput.attainment:.1%}); {missed}"
+        )
     if level.stopped_by != "requests":
         lines.append(f"ended by {level.stopped_by}")
     for title, counts in (("failed", level.failures), ("warm-up failed", level.warmup_failures)):
@@ -314,10 +359,12 @@ def _cell(distribution: Distribution | None, between: str) -> str:
     return between.join(_number(x) for x in (distribution.p50, distribution.p90, distribution.p99))
 
 
-def _spread(spread: ab.Spread | None) -> str:
-    if spread is None:
-        return "-"
+def _spread(spread: ab.Spread) -> str:
     return f"{_number(spread.median)} ({_number(spread.min)}..{_number(spread.max)})"
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{_number(ratio.mean)} ({_number(ratio.low)}..{_number(ratio.high)})"
 
 
 def _number(value: float) -> str:
@@ -356,7 +403,7 @@ class ProgressBar:
         for old in self._progress.task_ids[:-_FEW]:
             self._progress.remove_task(old)
         label = f"{leg.config.label}: " if leg.config.label else ""
-        title = f"{label}concurrency {leg.concurrency}" + (" (warm-up)" if warmup else "")
+        title = f"{label}{leg.load}" + (" (warm-up)" if warmup else "")
         self._task = self._progress.add_task(title, total=1.0, count="")
 
     def update(self, done: int, failed: int, share: float) -> None:

@@ -1,12 +1,12 @@
-"""Closed-loop load from several client processes.
+"""Runs the levels of a load from several client processes.
 
-Knows: how requests are kept in flight: C lanes are spread over P processes, and each lane sends its
-next request when its last one has ended. Knows nothing of the content of a request (prompts), of
-how it is judged (client), or of what is computed from it (stats).
+Knows: the client processes, how the load of a level is spread over them, and the signals that end a
+run. Knows nothing of how a client process sends requests (worker), or of what is computed from
+their records (stats).
 
-    parent                                   each worker process (spawned; one event loop)
-      Phase       -- pipe, msgpack -->         lanes: take an index, send, record
-      _Shared     <- next index, done, failed, stop ->
+    parent                                   each client process (spawned; one event loop)
+      Phase       -- pipe, msgpack -->         take an index, send, record
+      Shared      <- next index, done, failed, stop ->
       PhaseResult <-- pipe, msgpack --         records, CPU share, event loop lag
 
 The parent sends no requests itself, so that its progress bar disturbs no measurement. A phase ends
@@ -15,45 +15,38 @@ results of a phase for the sum of both times, and some seconds more.
 """
 
 import asyncio
-import ctypes
 import multiprocessing
 import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import msgspec
 
-from loadgen.client import send
+from loadgen import server_metrics, worker
 from loadgen.errors import ConfigError, ServerError, WorkerError
-from loadgen.http import Client
-from loadgen.prompts import endpoint, request_body
 from loadgen.records import (
-    ClientLoad,
+    MAX_DURATION_S,
+    OPEN_WARMUP,
     Failure,
     Leg,
     LevelResult,
-    RequestRecord,
     RunConfig,
     StoppedBy,
     clock,
 )
-from loadgen.stats import Distribution
+from loadgen.worker import Phase, PhaseResult, Shared
 
-_TICK_S = 0.02
 _POLL_S = 0.1
-_FAILURE_PAUSE_S = 0.05  # a lane pauses after a failure, to not flood a server that refuses
+_LEAD_S = 0.1  # from the message to the workers until the first request of an open loop can be due
 _START_GRACE_S = 60.0
 _STOP_GRACE_S = 15.0
-_SPARE_FILES = 256
 
 
 class Observer(Protocol):
@@ -76,75 +69,6 @@ class Observer(Protocol):
         """
 
 
-class Phase(msgspec.Struct, frozen=True):
-    """One worker's part of a warm-up or of a measurement."""
-
-    leg: Leg
-    warmup: bool
-    lanes: int
-    requests: int
-    """Maximum number of requests of all workers together, which share one counter."""
-    time_limit_s: float
-
-
-class PhaseResult(msgspec.Struct, frozen=True):
-    """The result of one worker's part of a phase. It has no records of requests that an interrupt
-    has cut off."""
-
-    records: list[RequestRecord]
-    load: ClientLoad
-
-
-class _Shared:
-    """Counters that all processes of a run share, in shared memory."""
-
-    _NEXT, _DONE, _FAILED, _STOP = range(4)
-
-    def __init__(self, context: SpawnContext) -> None:
-        self._cells = context.Array(ctypes.c_longlong, 4)
-        self._raw: Any = self._cells.get_obj()  # the same cells, accessed without the lock
-
-    def reset(self) -> None:
-        """Reset the counters for a new phase, but not the sign to stop."""
-        for cell in (self._NEXT, self._DONE, self._FAILED):
-            self._raw[cell] = 0
-
-    def take(self, limit: int) -> int | None:
-        """Reserve and return the index of the next request, or None if `limit` requests have been
-        reserved."""
-        with self._cells:
-            index = int(self._raw[self._NEXT])
-            self._raw[self._NEXT] += index < limit
-        return index if index < limit else None
-
-    def count(self, failed: bool) -> None:
-        """Count a request that has ended."""
-        with self._cells:
-            self._raw[self._DONE] += 1
-            self._raw[self._FAILED] += failed
-
-    def stop(self) -> None:
-        """Ask all workers to abort their requests."""
-        self._raw[self._STOP] = 1
-
-    # NOTE: reads take no lock, so that a worker that is killed while it holds the lock cannot block
-    # the parent.
-
-    @property
-    def stopped(self) -> bool:
-        return bool(self._raw[self._STOP])
-
-    @property
-    def taken(self) -> int:
-        return int(self._raw[self._NEXT])
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Numbers of requests of the phase that have ended and that have failed: (ended,
-        failed)."""
-        return int(self._raw[self._DONE]), int(self._raw[self._FAILED])
-
-
 def run_legs(
     legs: Sequence[Leg], api_key: str | None, observer: Observer
 ) -> Generator[LevelResult, None, None]:
@@ -164,7 +88,7 @@ def run_legs(
             if pool.interrupted:
                 raise KeyboardInterrupt
             warmup_failures: list[Failure] = []
-            if count := leg.config.warmup_at(leg.concurrency):
+            if count := leg.config.warmup_at(leg.load):
                 results = pool.run(leg, True, count)
                 if pool.interrupted:
                     raise KeyboardInterrupt
@@ -172,18 +96,23 @@ def run_legs(
                 warmup_failures = [failure for failure in outcomes if failure is not None]
                 if leg.level == 0:
                     _check_not_refused(outcomes)
-            requests = leg.config.requests_at(leg.concurrency)
+            requests = leg.config.requests_at(leg.load)
+            before = asyncio.run(server_metrics.read(leg.config.base_url, api_key))
             results = pool.run(leg, False, requests)
+            after = asyncio.run(server_metrics.read(leg.config.base_url, api_key))
             stopped_by = StoppedBy.REQUESTS if pool.taken >= requests else StoppedBy.DURATION
             yield LevelResult(
-                concurrency=leg.concurrency,
+                load=leg.load,
                 stopped_by=StoppedBy.INTERRUPT if pool.interrupted else stopped_by,
                 records=sorted(
                     (record for result in results for record in result.records),
-                    key=lambda record: record.start_s,
+                    key=lambda record: record.due_s,
                 ),
                 warmup_failures=warmup_failures,
                 clients=[result.load for result in results],
+                shares_prefixes=leg.config.shares_prefixes,
+                objectives=leg.config.objectives,
+                server_counters=after.growth_since(before),
             )
         if pool.interrupted:
             raise KeyboardInterrupt
@@ -241,7 +170,7 @@ class _Pool:
         self._observer = observer
         self._context = multiprocessing.get_context("spawn")
         with _safe_path():  # this starts a helper process of multiprocessing
-            self._shared = _Shared(self._context)
+            self._shared = Shared(self._context)
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._api_key = api_key
@@ -252,10 +181,10 @@ class _Pool:
         # only the parent may act on it.
         self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for _ in range(max(map(self._config.processes_at, self._config.concurrencies))):
+            for _ in range(max(map(self._config.processes_at, self._config.loads))):
                 ours, theirs = self._context.Pipe()
                 arguments = (self._config, self._api_key, theirs, self._shared)
-                process = self._context.Process(target=_worker, args=arguments, daemon=True)
+                process = self._context.Process(target=worker.main, args=arguments, daemon=True)
                 with _safe_path():
                     process.start()
                 theirs.close()
@@ -296,19 +225,25 @@ class _Pool:
         return self._shared.taken
 
     def run(self, leg: Leg, warmup: bool, requests: int) -> list[PhaseResult]:
-        """Run one phase on as many workers as `processes_at` gives for its concurrency, and return
-        their results.
+        """Run one phase on as many workers as `processes_at` gives for its load, and return their
+        results. A warm-up is a closed loop.
 
-        requests: maximum number of requests of all workers together.
+        requests: maximum number of conversations of all workers together.
         """
         self._shared.reset()
         self._observer.begin(leg, warmup)
         limit_s = self._config.time_limit_s
-        busy = self._connections[: self._config.processes_at(leg.concurrency)]
-        lanes, rest = divmod(leg.concurrency, len(busy))
+        busy = self._connections[: self._config.processes_at(leg.load)]
+        in_flight = self._config.in_flight_at(leg.load)
+        start_s = None
+        if leg.load.is_open and warmup:
+            in_flight = max(OPEN_WARMUP, len(busy))
+        elif leg.load.is_open:
+            start_s = clock() + _LEAD_S
+        lanes, rest = divmod(in_flight, len(busy))
         for position, connection in enumerate(busy):
             share = lanes + (position < rest)
-            phase = Phase(leg, warmup, share, requests, limit_s)
+            phase = Phase(leg, warmup, share, requests, limit_s, start_s)
             with suppress(OSError):  # a dead worker is reported by _collect
                 connection.send_bytes(msgspec.msgpack.encode(phase))
         started_s = clock()
@@ -318,7 +253,9 @@ class _Pool:
             used = max(done / requests, min(1.0, (clock() - started_s) / limit_s))
             self._observer.update(done, failed, used)
 
-        patience_s = limit_s + self._config.timeout_s + _STOP_GRACE_S
+        # An open loop sends late what it cannot send in time, and so may need longer.
+        sending_s = limit_s if start_s is None else MAX_DURATION_S
+        patience_s = sending_s + self._config.timeout_s + _STOP_GRACE_S
         return [
             msgspec.msgpack.decode(message, type=PhaseResult)
             for message in self._collect(busy, patience_s, show)
@@ -366,100 +303,12 @@ class _Pool:
         )
 
 
-def _open_files(config: RunConfig) -> int:
-    """Return the number of files that a client process must be able to open; each connection is
-    one."""
-    return max(map(config.lanes_at, config.concurrencies)) + _SPARE_FILES
-
-
 def _check_open_files(config: RunConfig) -> None:
     """Raise ConfigError if a client process could not open all its connections."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most != resource.RLIM_INFINITY and (needed := _open_files(config)) > most:
+    if most != resource.RLIM_INFINITY and (needed := worker.open_files(config)) > most:
         raise ConfigError(
-            f"--concurrency {max(config.concurrencies)} needs {needed} open files in a client "
-            f"process, and {most} are allowed (ulimit -Hn): raise that or --processes, or lower "
-            "--concurrency"
+            f"{max(map(config.in_flight_at, config.loads))} requests in flight need {needed} open "
+            f"files in a client process, and {most} are allowed (ulimit -Hn): raise that or "
+            "--processes, or lower --concurrency or --max-concurrency"
         )
-
-
-def _worker(config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared) -> None:
-    """The main function of a client process: run phases until the parent closes the pipe."""
-    _allow_open_files(_open_files(config))
-    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    with suppress(ImportError):
-        import uvloop
-
-        new_loop = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve_phases(config, api_key, parent, shared))
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files to `count` if it is lower. The hard limit has been
-    checked."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-
-
-async def _serve_phases(
-    config: RunConfig, api_key: str | None, parent: Connection, shared: _Shared
-) -> None:
-    loop = asyncio.get_running_loop()
-    with Client(api_key) as client:
-        parent.send_bytes(b"ready")
-        while True:
-            try:
-                # This waits in a thread, so that the event loop notices when the server closes idle
-                # connections between phases.
-                message = await loop.run_in_executor(None, parent.recv_bytes)
-            except (EOFError, OSError):
-                return
-            phase = msgspec.msgpack.decode(message, type=Phase)
-            result = await _run_phase(phase, client, shared)
-            parent.send_bytes(msgspec.msgpack.encode(result))
-
-
-async def _run_phase(phase: Phase, client: Client, shared: _Shared) -> PhaseResult:
-    """Keep `phase.lanes` requests in flight until a bound of the phase is reached, and measure how
-    busy this process is."""
-    config = phase.leg.config
-    url = endpoint(config)
-    records: list[RequestRecord] = []
-    started_s, cpu_s = clock(), time.process_time()
-
-    async def lane() -> None:
-        while clock() - started_s < phase.time_limit_s:
-            index = shared.take(phase.requests)
-            if index is None:
-                return
-            body = request_body(config, phase.leg.level, phase.warmup, index)
-            record = await send(client, url, body, index, config)
-            records.append(record)
-            shared.count(record.failure is not None)
-            if record.failure is not None:
-                await asyncio.sleep(_FAILURE_PAUSE_S)
-
-    lanes = asyncio.gather(*(lane() for _ in range(phase.lanes)))
-    lags_s: list[float] = []
-    while not lanes.done():
-        due_s = clock() + _TICK_S
-        await asyncio.wait([lanes], timeout=_TICK_S)
-        if not lanes.done():
-            lags_s.append(max(0.0, clock() - due_s))
-        parent = multiprocessing.parent_process()
-        if shared.stopped or parent is None or not parent.is_alive():
-            lanes.cancel()
-            break
-    with suppress(asyncio.CancelledError):
-        await lanes
-    wall_s = max(clock() - started_s, 1e-9)
-    lag = Distribution.of((value, 1.0) for value in lags_s)
-    load = ClientLoad(
-        streams=phase.lanes,
-        cpu_share=(time.process_time() - cpu_s) / wall_s,
-        lag_p99_s=lag.p99 if lag else 0.0,
-        lag_max_s=lag.max if lag else 0.0,
-    )
-    return PhaseResult(records, load)

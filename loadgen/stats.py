@@ -1,4 +1,4 @@
-"""Computes metrics from records, by pure functions, and states their formulas in words.
+"""Computes the metrics of a level from its records, and states their formulas in words.
 
 Latencies and token counts are those of successful requests only; failures are counted by kind.
 
@@ -6,21 +6,27 @@ Knows: what each metric means. Knows nothing of HTTP, processes, or how a number
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Self
+from collections.abc import Sequence
 
 import msgspec
 
-from loadgen.records import ClientLoad, LevelResult, RequestRecord
+from loadgen.records import ClientLoad, LevelResult, Load
+from loadgen.samples import BatchITL, Distribution, itl_by_batch, itl_samples_ms, tpot_ms
+from loadgen.server_metrics import Beside, beside
+from loadgen.slo import Goodput
 
 CPU_SHARE_LIMIT = 0.8
 LAG_FLOOR_S = 0.002  # lag that is never warned of: timers of the event loop count in milliseconds
 LAG_ITL_SHARE = 0.5
 LAG_CPU_SHARE = 0.3
+SEND_DELAY_LIMIT_MS = 5.0
 
 FORMULAS = {
-    "TTFT": "first chunk with tokens - send start; chunks that carry only a role do not count",
+    "TTFT": "first chunk with tokens - due; chunks that carry only a role do not count",
+    "due": "send start in a closed loop, the scheduled time in an open loop. The later requests of "
+    "a chat are due when they are sent, as soon as the answer before has ended",
+    "send delay": "send start - scheduled time, in an open loop: the client's own delay, which the "
+    "latencies include",
     "ITL": "gap between neighbouring chunks with tokens / k, the tokens of the later one, and "
     "counted k times. TTFT, and what the first chunk brought, are no part of it; chunks of one "
     "read share its time",
@@ -29,7 +35,7 @@ FORMULAS = {
     "ITL jitter": "p99 / p50 of ITL",
     "TPOT": "(E2E - TTFT) / tokens after the first chunk, for each request that has any: / (n - 1) "
     "where each token has a chunk",
-    "E2E": "[DONE] - send start",
+    "E2E": "[DONE] - due",
     "n": "output tokens, from the server's usage; without usage, token ids or chunks with tokens",
     "chunk with tokens": "one with text or token ids; one without either, too, where usage shows "
     "that each token had a chunk. A server need not send a chunk for a token without text",
@@ -37,10 +43,16 @@ FORMULAS = {
     "where it does not say",
     "seed": "decides the prompts, is drawn for each run, and is given as --seed to send the same "
     "prompts again",
+    "goodput": "requests that succeeded and met every limit of --slo / window; the share of all "
+    "requests that did is the attainment. An itl limit is one on the p99 of a request's ITL",
+    "server": "how much the server's own counters in /metrics grew between the end of the warm-up "
+    "and the end of the level; it counts requests of others and of failures too, and its times "
+    "begin when it has read a request",
     "tok/s": "output tokens of successful requests / window",
     "req/s": "successful requests / window",
-    "window": "first send start to last end at this concurrency, failures and the tail included",
-    "in flight": "sum of all requests' durations / window",
+    "window": "from when the first request of a level was due to its last end, failures and the "
+    "tail included",
+    "in flight": "sum of all requests' times from send start to end / window",
     "pN": "the smallest sample that at least N% of the samples (of the tokens, for ITL) do not "
     "exceed: with fewer than 100 samples p99 is the largest, and with fewer than 10 so is p90",
     "client": "the busiest client process: its CPU time / wall time, and how late a timer of its "
@@ -50,85 +62,18 @@ FORMULAS = {
     "closed loop": "a new request is sent only when one ends, so this measures service at a fixed "
     "concurrency. It says nothing about latency at a fixed arrival rate: a slow server is asked "
     "less often (coordinated omission)",
+    "open loop": "requests are due at times that do not depend on the server: gamma-distributed "
+    "gaps with the mean 1 / --request-rate and the shape --burstiness, or a trace's. One that is "
+    "sent late is not left out, and its latencies count from when it was due",
 }
 
 
-class Distribution(msgspec.Struct, frozen=True):
-    """A summary of samples, in their unit; `count` is the number of samples."""
-
-    count: int
-    mean: float
-    min: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-
-    @classmethod
-    def of(cls, samples: Iterable[tuple[float, float]]) -> Self | None:
-        """Summarise samples, which are (value, weight) pairs with positive weights; None if there
-        are none."""
-        ordered = sorted(samples)
-        if not ordered:
-            return None
-        p50, p90, p99 = percentiles(ordered, (50, 90, 99))
-        return cls(
-            count=len(ordered),
-            mean=sum(value * weight for value, weight in ordered)
-            / sum(weight for _, weight in ordered),
-            min=ordered[0][0],
-            p50=p50,
-            p90=p90,
-            p99=p99,
-            max=ordered[-1][0],
-        )
-
-
-def percentiles(ordered: Sequence[tuple[float, float]], ranks: Sequence[float]) -> list[float]:
-    """Return, for each rank, the smallest value up to which at least that share of the weight lies.
-
-    ordered: (value, weight) pairs in ascending order.
-    ranks: percentages in ascending order.
-    """
-    total = sum(weight for _, weight in ordered)
-    found: list[float] = []
-    reached = 0.0
-    for value, weight in ordered:
-        reached += weight
-        # NOTE: sums of weights have rounding errors; with the tolerance p50 of 10 samples is always
-        # the fifth.
-        while len(found) < len(ranks) and reached >= total * (ranks[len(found)] / 100 - 1e-9):
-            found.append(value)
-    return found
-
-
-def itl_samples_ms(record: RequestRecord) -> list[tuple[float, float]]:
-    """Return (ITL in ms, number of tokens) for each gap between neighbouring chunks with tokens.
-
-    A chunk may have several tokens: a gap stands for all tokens of the chunk that ends it, and each
-    of them took an equal part of the gap. So the weighted mean is (last chunk - first chunk) /
-    (tokens after the first chunk), however tokens are grouped into chunks.
-    """
-    gaps = pairwise(record.chunk_times_s)
-    return [
-        ((late - early) * 1e3 / tokens, tokens)
-        for (early, late), tokens in zip(gaps, record.chunk_tokens[1:], strict=True)
-        if tokens > 0
-    ]
-
-
-def tpot_ms(record: RequestRecord) -> float | None:
-    """Return the milliseconds per output token after the first chunk; None if the first chunk
-    brought all tokens, or there was none."""
-    if record.ttft_s is None or record.later_tokens <= 0:
-        return None
-    return (record.e2e_s - record.ttft_s) * 1e3 / record.later_tokens
-
-
 class LevelSummary(msgspec.Struct, frozen=True):
-    """The metrics of one concurrency. A distribution without samples is None."""
+    """The metrics of one level. A distribution without samples is None."""
 
-    concurrency: int
+    concurrency: int | None
+    request_rate: float | None
+    """The load; both are None for a trace."""
     stopped_by: str
     ok: int
     failed: int
@@ -151,6 +96,8 @@ class LevelSummary(msgspec.Struct, frozen=True):
     without_times: int
     """Number of successful requests none of whose tokens had a chunk, which have neither TTFT nor
     TPOT."""
+    send_delay_ms: Distribution | None
+    """The send delays of all requests of an open loop, failures included; None in a closed loop."""
     ttft_ms: Distribution | None
     itl_ms: Distribution | None
     itl_jitter: float | None
@@ -158,8 +105,21 @@ class LevelSummary(msgspec.Struct, frozen=True):
     in one read."""
     tpot_ms: Distribution | None
     e2e_ms: Distribution | None
+    goodput: Goodput | None
+    """None if there are no objectives."""
+    by_batch: dict[int, BatchITL]
+    """ITL by the number of requests that decoded at the same time."""
+    server: list[Beside]
+    """What the client counted, and what the server's own metrics say; empty if it has none."""
+    server_counters: dict[str, float]
+    """By how much each of the server's counters grew while the level was measured, if it did."""
     clients: list[ClientLoad]
     warnings: list[str]
+
+    @property
+    def load(self) -> Load:
+        """The load of the level."""
+        return Load(self.concurrency, self.request_rate)
 
     @property
     def any_failed(self) -> bool:
@@ -168,12 +128,12 @@ class LevelSummary(msgspec.Struct, frozen=True):
 
 
 def summarize(level: LevelResult) -> LevelSummary:
-    """Compute the metrics of one concurrency from its records."""
+    """Compute the metrics of one level from its records."""
     good = [record for record in level.records if record.failure is None]
     failures = [record.failure for record in level.records if record.failure is not None]
     window_s = 0.0
     if level.records:
-        first = min(record.start_s for record in level.records)
+        first = min(record.due_s for record in level.records)
         window_s = max(record.end_s for record in level.records) - first
     output_tokens = sum(record.tokens for record in good)
     chunks = sum(len(record.chunk_times_s) for record in good)
@@ -190,7 +150,14 @@ def summarize(level: LevelResult) -> LevelSummary:
     def rate(amount: float) -> float:
         return amount / window_s if window_s > 0 else 0.0
 
+    delays = [(r.send_delay_s * 1e3, 1.0) for r in level.records if r.scheduled_s is not None]
+    delay = Distribution.of(delays)
     warnings = client_warnings(level.clients, itl)
+    if delay is not None and delay.p99 > SEND_DELAY_LIMIT_MS:
+        warnings.append(
+            f"client-bound: requests were sent up to {delay.p99:.1f} ms late (p99), which their "
+            "latencies include; raise --max-concurrency if as many were in flight, or --processes"
+        )
     if without_usage:
         warnings.append(
             f"{without_usage} of {len(good)} answers came without usage: their tokens were "
@@ -202,14 +169,17 @@ def summarize(level: LevelResult) -> LevelSummary:
             "tokens none is timed; with --return-token-ids those without text can be, where the "
             "server knows it"
         )
-    if cached_tokens:
+    if cached_tokens and not level.shares_prefixes:
         warnings.append(
             f"{cached_tokens} of {prompt_tokens} prompt tokens were in the server's prefix cache "
             "and not computed: it has seen prompts of this seed before, or what a chat template "
             "puts in front of each; without --seed a run draws prompts of its own"
         )
+    ttft = Distribution.of((value, 1.0) for value in ttfts)
+    e2e = Distribution.of((record.e2e_s * 1e3, 1.0) for record in good)
     return LevelSummary(
-        concurrency=level.concurrency,
+        concurrency=level.load.concurrency,
+        request_rate=level.load.request_rate,
         stopped_by=str(level.stopped_by),
         ok=len(good),
         failed=len(failures),
@@ -221,7 +191,7 @@ def summarize(level: LevelResult) -> LevelSummary:
         window_s=window_s,
         requests_per_s=rate(len(good)),
         output_tokens_per_s=rate(output_tokens),
-        in_flight=rate(sum(record.e2e_s for record in level.records)),
+        in_flight=rate(sum(record.end_s - record.start_s for record in level.records)),
         prompt_tokens=prompt_tokens if prompt_counts else None,
         cached_tokens=cached_tokens,
         output_tokens=output_tokens,
@@ -229,11 +199,28 @@ def summarize(level: LevelResult) -> LevelSummary:
         tokens_per_chunk=output_tokens / chunks if chunks else None,
         without_usage=without_usage,
         without_times=without_times,
-        ttft_ms=Distribution.of((value, 1.0) for value in ttfts),
+        send_delay_ms=delay,
+        ttft_ms=ttft,
         itl_ms=itl,
         itl_jitter=itl.p99 / itl.p50 if itl is not None and itl.p50 > 0 else None,
         tpot_ms=Distribution.of((value, 1.0) for value in tpots),
-        e2e_ms=Distribution.of((record.e2e_s * 1e3, 1.0) for record in good),
+        e2e_ms=e2e,
+        goodput=(
+            Goodput.of(level.records, level.objectives, window_s) if level.objectives else None
+        ),
+        by_batch=itl_by_batch(good),
+        server=beside(
+            level.server_counters,
+            {
+                "requests": float(len(good)),
+                "prompt tokens": float(prompt_tokens),
+                "output tokens": float(output_tokens),
+                "TTFT mean ms": ttft.mean if ttft else None,
+                "ITL mean ms": itl.mean if itl else None,
+                "E2E mean ms": e2e.mean if e2e else None,
+            },
+        ),
+        server_counters=level.server_counters,
         clients=level.clients,
         warnings=warnings,
     )

@@ -1,14 +1,15 @@
 """A scripted OpenAI-compatible server for the load generator's tests; it computes nothing.
 
 `ScriptedServer(script)` answers each POST by the steps `script(number, body)` returns: bytes are
-written, `Status` answers instead of a stream, `Wait` waits for other requests, `DROP` cuts the
-connection. It runs on a thread of its own, so that subprocesses can reach it too.
+written, `Status` answers instead of a stream, `Wait` waits for other requests, `Sleep` for a time,
+`DROP` cuts the connection. It runs on a thread of its own, so that subprocesses can reach it too.
 """
 
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -38,7 +39,12 @@ class Wait:
     reached: threading.Event = field(default_factory=threading.Event)
 
 
-Step = bytes | Status | Wait | str
+@dataclass
+class Sleep:
+    seconds: float
+
+
+Step = bytes | Status | Wait | Sleep | str
 Script = Callable[[int, dict[str, Any]], Sequence[Step]]
 
 
@@ -94,6 +100,13 @@ class ScriptedServer:
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        async with self.served():
+            self._started.set()
+            await self._end.wait()
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """Serve on the running loop within this context."""
         app = web.Application(client_max_size=1 << 26)
         app.router.add_get("/v1/models", self._list)
         app.router.add_get("/health", self._health)
@@ -105,9 +118,10 @@ class ScriptedServer:
         site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1024)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        self._started.set()
-        await self._end.wait()
-        await runner.cleanup()
+        try:
+            yield
+        finally:
+            await runner.cleanup()
 
     async def _list(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": m} for m in self.models]})
@@ -135,6 +149,9 @@ class ScriptedServer:
                 if step.waiting >= step.count:
                     step.event.set()
                 await step.event.wait()
+                continue
+            if isinstance(step, Sleep):
+                await asyncio.sleep(step.seconds)
                 continue
             if not response.prepared:
                 await response.prepare(request)

@@ -15,14 +15,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 
 import loadgen
-from loadgen.ab import FORMULAS, Level, Spread, first_difference, pairs
+from loadgen.ab import FORMULAS, Compared, Level, Spread, first_difference, repeats, verdict
+from loadgen.bootstrap import Ratio
 from loadgen.errors import ConfigError, ServerError
-from loadgen.records import Answer, LevelResult, RequestRecord, StoppedBy
+from loadgen.records import Answer, LevelResult, Load, RequestRecord, StoppedBy
 from loadgen.servers import Server
 from tests.checkpoints import make_checkpoint
+from tests.loadgen.scripted_server import ScriptedServer, Step, answer
 
 MAIN = "import sys; from loadgen.cli import main; sys.exit(main())"
 HEEDS_SIGNALS = (
@@ -34,7 +37,7 @@ ignore them, and a child would inherit that."""
 SUPERVISOR = Path(loadgen.__file__).with_name("supervisor.py")
 SERVE = Path(__file__).with_name("serve.py")
 QUICK = (
-    *("--concurrency", "2", "--rounds", "1", "--requests", "3", "--warmup", "1"),
+    *("--concurrency", "2", "--repeats", "3", "--requests", "3", "--warmup", "1"),
     *("--input-tokens", "4", "--output-tokens", "5", "--timeout", "30", "--seed", "0"),
 )
 
@@ -136,10 +139,12 @@ def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path
     """The runs are in the order A, B, B, A. The test fails if a server sees a prompt twice, if the
     prompts of a pair of runs differ, or if the order is another one."""
     out, plot = tmp_path / "out.json", tmp_path / "out.svg"
+    page, lines = tmp_path / "out.html", tmp_path / "out.jsonl"
     status, stdout, stderr = bench.run(
         *("", ""),
-        *("--concurrency", "1,2", "--rounds", "2", "--labels", "[graphs]", "eager"),
+        *("--concurrency", "1,2", "--repeats", "4", "--labels", "[graphs]", "eager"),
         *("--json", str(out), "--plot", str(plot), "--label", "a title", "--processes", "2"),
+        *("--html", str(page), "--jsonl", str(lines), "--capture-sizes", "1", "2,4"),
     )
     assert status == 0, stderr
     runs = [bench.requests[at : at + 4] for at in range(0, len(bench.requests), 4)]
@@ -165,24 +170,33 @@ def test_abba_with_each_prompt_once_for_each_server(bench: Bench, tmp_path: Path
     assert report["complete"]
     assert report["simulated"] == ""
     assert report["formulas"].items() >= FORMULAS.items()
-    assert report["b"]["command"][-2] == "--port"
-    assert report["a"]["ready_s"] > 0
+    assert report["sides"][1]["command"][-2] == "--port"
+    assert report["sides"][0]["ready_s"] > 0
+    assert report["verdict"] in stdout
+    for word in ("[graphs]", "eager / [graphs]", "a title: ", report["verdict"]):
+        assert word in page.read_text()
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == 2 * 4 * 2 * 3
+    assert {(row["label"], row["load"]) for row in rows} == {
+        (label, load)
+        for label in ("[graphs]", "eager")
+        for load in ("concurrency 1", "concurrency 2")
+    }
     assert [level["concurrency"] for level in report["levels"]] == [1, 2]
     for level in report["levels"]:
-        assert (level["answers"], level["same_answers"]) == (12, 12)
-        assert len(level["pairs"]) == 4
+        agreements = [found for repeat in level["repeats"] for found in repeat["agreements"]]
+        assert [(found["answers"], found["same"]) for found in agreements] == [(3, 3)] * 4
         # These answers come in one read, so there are no gaps that could be measured.
         assert set(level["metrics"]) - {"ITL p50 ms"} == {"TTFT p50 ms", "tok/s"}
         for metric in level["metrics"].values():
-            for spread in metric.values():
+            for spread in metric["spreads"]:
                 assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+            for ratio in metric["ratios"]:
+                assert 0 < ratio["low"] <= ratio["mean"] <= ratio["high"]
         rates = [
-            pair["b"]["output_tokens_per_s"] / pair["a"]["output_tokens_per_s"]
-            for pair in level["pairs"]
+            [run["output_tokens_per_s"] for run in repeat["runs"]] for repeat in level["repeats"]
         ]
-        ratio = level["metrics"]["tok/s"]["ratio"]
-        assert ratio["min"] == pytest.approx(min(rates))
-        assert ratio["max"] == pytest.approx(max(rates))
+        assert level["metrics"]["tok/s"]["values"] == rates
 
 
 @pytest.mark.parametrize(
@@ -199,12 +213,14 @@ def test_answers_that_differ_are_counted(
     out = tmp_path / "out.json"
     status, stdout, stderr = bench.run("", options, *arguments, "--warmup", "0", "--json", str(out))
     odd = sum(body["prompt"][0] % 2 for name, body in bench.requests if name == "b")
-    assert 0 < odd < 6  # This holds for the seed in use.
+    assert 0 < odd < 9  # This holds for the seed in use.
     assert status == 0, stderr
-    assert f"{odd} of 6 answers differ, from {unit}" in stdout
+    assert f"{odd} of 9 answers differ, from {unit}" in stdout
     (level,) = json.loads(out.read_text())["levels"]
-    assert (level["answers"], level["same_answers"]) == (6, 6 - odd)
-    found = [difference for pair in level["pairs"] for difference in pair["differences"]]
+    agreements = [found for repeat in level["repeats"] for found in repeat["agreements"]]
+    assert sum(found["answers"] for found in agreements) == 9
+    assert sum(found["same"] for found in agreements) == 9 - odd
+    found = [difference for agreement in agreements for difference in agreement["differences"]]
     assert [f"{x['unit']} {x['position']}" for x in found] == [unit] * odd
 
 
@@ -220,8 +236,8 @@ def test_a_failed_request_changes_the_status_and_is_not_compared(bench: Bench) -
     """Every run of B has a warning, and the report quotes the run with a failure as the example."""
     status, stdout, _ = bench.run("", "--fail-at 5 --no-usage")
     assert status == 1
-    assert "5 of 5" in stdout
-    assert "B, 2 of 2 runs, for example: failed: 1 x http_500" in stdout
+    assert "8 of 8" in stdout
+    assert "B, 3 of 3 runs, for example: failed: 1 x http_500" in stdout
 
 
 def test_a_refused_field_names_its_option(bench: Bench) -> None:
@@ -248,7 +264,7 @@ def test_a_server_that_dies_later_ends_the_run_and_keeps_what_there_was(
     """The run ends with the server. The test fails by hanging if requests for an hour are sent to a
     server that is gone."""
     out = tmp_path / "out.json"
-    more = ("--concurrency", "1", "--requests", "2", "--duration", "3600", "--rounds", "2")
+    more = ("--concurrency", "1", "--requests", "2", "--duration", "3600", "--repeats", "4")
     # Two runs of A have 6 requests; the 8th is measured, and the requests after it are refused.
     status, stdout, stderr = bench.run("--die-at 7", "", *more, "--json", str(out))
     assert status == 2
@@ -257,7 +273,7 @@ def test_a_server_that_dies_later_ends_the_run_and_keeps_what_there_was(
     assert "4 of 4" in stdout
     report = json.loads(out.read_text())
     assert not report["complete"]
-    assert [len(level["pairs"]) for level in report["levels"]] == [2]
+    assert [len(level["repeats"]) for level in report["levels"]] == [2]
 
 
 def test_a_server_that_is_never_ready(bench: Bench) -> None:
@@ -404,7 +420,8 @@ def test_simulated_launches_are_written_on_everything(bench: Bench, tmp_path: Pa
     [
         (["--plot", "/no/such/place/x.svg"], "not a file"),
         (["--plot", "x.pdf"], "neither .svg nor .png"),
-        (["--rounds", "0"], "--rounds"),
+        (["--repeats", "2"], "--repeats"),
+        (["--labels", "a"], "1 --labels for 2 servers"),
         (["--concurrency", ","], "--concurrency"),
         (["--concurrency", "4"], "--concurrency 4 is out of reach with --requests 3"),
     ],
@@ -455,22 +472,97 @@ def test_first_difference() -> None:
 
 def result(requests: int, stopped_by: StoppedBy = StoppedBy.REQUESTS) -> LevelResult:
     records = [RequestRecord(index, 0.0, 1.0, (), (), None, 3, None) for index in range(requests)]
-    return LevelResult(2, stopped_by, records, [], [])
+    return LevelResult(Load(2), stopped_by, records, [], [])
 
 
-def test_pairs_know_their_sides() -> None:
-    """A's runs have one request here and B's two. The test fails if the second pair, which ran in
-    the order B, A, is taken for A, B."""
-    found = list(pairs(iter([result(1), result(2), result(2), result(1)])))
-    assert [(pair.a.ok, pair.b.ok) for pair in found] == [(1, 2), (1, 2)]
+def test_repeats_know_their_sides() -> None:
+    """A's runs have one request here, B's two and C's three. The test fails if the second repeat,
+    which ran in the order C, B, A, is taken for A, B, C."""
+    runs = [result(count) for count in (1, 2, 3, 3, 2, 1)]
+    found = list(repeats(iter(runs), 3))
+    assert [[run.ok for run in repeat.runs] for repeat in found] == [[1, 2, 3]] * 2
     (level,) = Level.of(found)
-    assert level.metrics["tok/s"].ratio == Spread(2.0, 2.0, 2.0)
+    ratios = level.metrics["tok/s"].ratios
+    assert [ratio.mean for ratio in ratios] == [pytest.approx(2.0), pytest.approx(3.0)]
 
 
-def test_a_run_that_was_interrupted_makes_no_pair() -> None:
+def test_a_run_that_was_interrupted_makes_no_repeat() -> None:
     """An interrupted run is not compared with the run before it."""
     cut = result(1, StoppedBy.INTERRUPT)
-    assert list(pairs(iter([result(2), cut]))) == []
+    assert list(repeats(iter([result(2), cut]), 2)) == []
+
+
+def compared(*rows: list[float]) -> Level:
+    return Level(4, None, {"ITL p50 ms": Compared.of(list(rows))}, [])
+
+
+def test_the_verdict_names_the_winner_and_by_how_much() -> None:
+    """B's ITL is 20% below A's and C's 50% above it in each repeat, at both levels; the machine is
+    slower in each repeat than in the one before, which changes no ratio."""
+    level = compared([10.0, 8.0, 15.0], [20.0, 16.0, 30.0], [40.0, 32.0, 60.0])
+    said = verdict(["a", "b", "c"], [level, level])
+    assert said == (
+        "b won: its ITL p50 ms was 20.0% (95% interval 20.0% to 20.0%) below that of a and 46.7% "
+        "(95% interval 46.7% to 46.7%) below that of c over 3 repeats at loads 4, 4."
+    )
+
+
+def test_a_difference_within_the_spread_is_no_win() -> None:
+    said = verdict(["a", "b"], [compared([10.0, 8.0], [8.0, 10.0], [10.0, 10.1])])
+    assert said.startswith("No server won: the ITL p50 ms of a was 0.3% (95% interval -")
+    assert said.endswith(
+        "below that of b over 3 repeats at concurrency 4, so their difference may be chance."
+    )
+
+
+def test_the_bootstrap_interval_holds_the_true_ratio_about_as_often_as_it_says() -> None:
+    """Of 300 samples of 12 log-normal ratios with the true ratio 1.2, the intervals of nearly 95%
+    hold it: percentile intervals of so few values are a little too narrow."""
+    rng = np.random.default_rng(1)
+    samples = np.exp(rng.normal(np.log(1.2), 0.1, (300, 12)))
+    found = [Ratio.of([sample.tolist()]) for sample in samples]
+    share = sum(ratio.low <= 1.2 <= ratio.high for ratio in found) / len(found)
+    assert 0.87 < share < 0.97
+    assert all(ratio.low < ratio.mean < ratio.high for ratio in found)
+
+
+def test_urls_are_compared_with_servers_that_are_started(bench: Bench, tmp_path: Path) -> None:
+    """Three sides, of which two run already. Their order is reversed in every other repeat."""
+    order: list[str] = []
+
+    def script(name: str) -> Callable[[int, dict[str, Any]], list[Step]]:
+        def answered(number: int, body: dict[str, Any]) -> list[Step]:
+            order.append(name)
+            return answer(5)
+
+        return answered
+
+    out = tmp_path / "out.json"
+    command = shlex.join([sys.executable, str(SERVE), "c", str(tmp_path)])
+    with ScriptedServer(script("a")) as a, ScriptedServer(script("b")) as b:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", MAIN, "ab", a.url, b.url, command, *QUICK),
+                *("--warmup", "0", "--json", str(out), "--labels", "x", "y", "z"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "COLUMNS": "200", "TMPDIR": str(tmp_path)},
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert order == [*"aaabbb", *"bbbaaa", *"aaabbb"]
+    assert [name for name, _ in bench.requests] == ["c"] * 9
+    report = json.loads(out.read_text())
+    assert [side["label"] for side in report["sides"]] == ["x", "y", "z"]
+    assert [side["command"] is None for side in report["sides"]] == [True, True, False]
+    assert "y / x" in done.stdout
+    assert "z / x" in done.stdout
+    assert f"x: {a.url}/v1" in done.stdout
+    # x and y answer with the same text, and z with another.
+    agreements = [repeat["agreements"] for repeat in report["levels"][0]["repeats"]]
+    assert [[found["same"] for found in repeat] for repeat in agreements] == [[3, 0]] * 3
 
 
 def test_spread() -> None:
@@ -503,6 +595,7 @@ def test_minisrv_with_graphs_and_without(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     (level,) = report["levels"]
-    assert (level["answers"], level["same_answers"]) == (6, 6)
+    agreements = [found for repeat in level["repeats"] for found in repeat["agreements"]]
+    assert [(found["answers"], found["same"]) for found in agreements] == [(3, 3)] * 3
     # An answer that comes in one read has no gaps, and so small a model is fast enough for that.
     assert set(level["metrics"]) - {"ITL p50 ms"} == {"TTFT p50 ms", "tok/s"}

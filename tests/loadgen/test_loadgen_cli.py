@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 import loadgen
 from loadgen.cli import normalize_url
 from loadgen.errors import ConfigError
-from loadgen.report import MAX_RAW_ROWS
+from loadgen.rows import MAX_RAW_ROWS
 from tests.loadgen.scripted_server import (
     DONE,
     ScriptedServer,
+    Sleep,
     Status,
     Step,
     Wait,
@@ -31,6 +33,7 @@ from tests.loadgen.scripted_server import (
 )
 from tests.traps import install_command, set_traps
 
+LINKS = ("src", "href", "xlink:href", "srcset", "action", "data")
 COMMAND = [sys.executable, "-c", "import sys; from loadgen.cli import main; sys.exit(main())"]
 
 
@@ -229,6 +232,140 @@ def test_failures_are_counted_named_and_change_the_exit_status(tmp_path: Path) -
     assert summary["output_tokens"] == 4 * 64
 
 
+@pytest.mark.parametrize(
+    ("limits", "share", "status"),
+    [
+        (("ttft:60000", "e2e:60000"), "1", 0),
+        (("ttft:60000,e2e:100",), "1", 1),
+    ],
+)
+def test_the_exit_status_says_whether_enough_requests_met_the_limits(
+    limits: tuple[str, ...], share: str, status: int, tmp_path: Path
+) -> None:
+    """Every second request takes at least 300 ms, so it misses a limit of 100 ms however busy the
+    machine is, and every request meets one of a minute."""
+    out = tmp_path / "out.json"
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        return [Sleep(0.3 * (number % 2)), *honest(number, body)]
+
+    with ScriptedServer(script) as server:
+        done = run(
+            *(server.url, "--concurrency", "1", "--requests", "8", "--warmup", "0"),
+            *("--slo", *limits, "--slo-attainment", share, "--json", str(out)),
+        )
+    goodput = load(out)["levels"][0]["summary"]["goodput"]
+    assert goodput["requests"] == 8
+    assert (goodput["attained"] < 5) == bool(status)
+    assert done.returncode == status, done.stderr
+    assert ("met the limits of --slo at concurrency 1" in done.stderr) == bool(status)
+    assert f"{goodput['attained']} of 8 requests met every limit" in done.stdout
+
+
+def test_an_open_loop_a_line_for_each_request_and_the_pictures(tmp_path: Path) -> None:
+    """An open loop of two processes as a user runs it. The page asks for nothing outside of it."""
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        steps = answer(body["max_tokens"])
+        if number == 7:
+            return [Status(429, {"error": {"message": "the queue is full"}})]
+        end = event({"choices": [{"index": 0, "text": "", "finish_reason": "length", "seen": 5}]})
+        return [*steps[:-3], end, *steps[-2:]]
+
+    out, lines, page = tmp_path / "out.json", tmp_path / "out.jsonl", tmp_path / "out.html"
+    picture = tmp_path / "out.png"
+    with ScriptedServer(script) as server:
+        done = run(
+            *(server.url, "--request-rate", "40,80", "--burstiness", "0.5", "--ramp-up", "0.1"),
+            *("--requests", "12", "--processes", "2", "--output-tokens", "uniform:2:6"),
+            *("--warmup", "2", "--seed", "3", "--extra-body", '{"mark": 1}', "--label", "<b>"),
+            *("--json", str(out), "--jsonl", str(lines), "--html", str(page)),
+            *("--plot", str(picture)),
+        )
+        bodies = server.bodies
+    assert done.returncode == 1, done.stderr
+    assert "1 x http_429" in done.stdout
+    assert "send delay p50" in done.stdout
+    assert {body["mark"] for body in bodies} == {1}
+    assert {body["max_tokens"] for body in bodies} == {2, 3, 4, 5, 6}
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["load"] for row in rows] == ["request rate 40"] * 12 + ["request rate 80"] * 12
+    for level in (rows[:12], rows[12:]):
+        assert [row["index"] for row in level] == list(range(12))
+        due = [row["due_ms"] for row in level]
+        assert due == sorted(due)
+        assert due[0] == 0
+        assert all(row["send_delay_ms"] >= 0 for row in level)
+    failed = [row for row in rows if row["failure"] is not None]
+    assert [(row["failure"], row["message"]) for row in failed] == [
+        ("http_429", "the queue is full")
+    ]
+    for row in rows:
+        if row["failure"] is None:
+            assert len(row["chunk_ms"]) == len(row["chunk_tokens"]) == row["output_tokens"]
+            assert row["extra"] == {"seen": 5}
+    summaries = [level["summary"] for level in load(out)["levels"]]
+    assert [summary["request_rate"] for summary in summaries] == [40, 80]
+    assert [summary["send_delay_ms"]["count"] for summary in summaries] == [12, 12]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    tags = TagsOf(page.read_text())
+    assert {"table", "svg"} <= tags.names
+    assert not tags.names & {"script", "link", "img", "iframe", "b"}
+    assert all(link.startswith("#") for link in tags.links)
+
+
+class TagsOf(HTMLParser):
+    """The names of all tags of a page, and what its attributes refer to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.links |= {value or "" for name, value in attrs if name in LINKS}
+
+
+def test_the_server_s_own_metrics_stand_beside(tmp_path: Path) -> None:
+    """The growth of counters from the end of the warm-up to the end of the level is shown, under
+    the prefix of any server; what does not grow is no counter."""
+    out = tmp_path / "out.json"
+    with ScriptedServer() as server:
+
+        def script(number: int, body: dict[str, Any]) -> list[Step]:
+            done = number + 1
+            server.metrics = (
+                "# TYPE any:request_success_total counter\n"
+                f'any:request_success_total{{reason="length"}} {done}\n'
+                "# TYPE any:generation_tokens_total counter\n"
+                f"any:generation_tokens_total {done * 64}\n"
+                "# TYPE any:time_to_first_token_seconds histogram\n"
+                f'any:time_to_first_token_seconds_bucket{{le="+Inf"}} {done}\n'
+                f"any:time_to_first_token_seconds_sum {done * 0.25}\n"
+                f"any:time_to_first_token_seconds_count {done}\n"
+                "# TYPE any:num_requests_running gauge\n"
+                f"any:num_requests_running {done}\n"
+            )
+            return honest(number, body)
+
+        server.script = script
+        done = run(
+            *(server.url, "--concurrency", "1", "--requests", "4", "--warmup", "2"),
+            *("--json", str(out)),
+        )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "client and server count: requests 4.00 and 4.00, output tokens 256 and 256" in done.stdout
+    )
+    summary = load(out)["levels"][0]["summary"]
+    assert summary["server_counters"]['any:request_success_total{reason="length"}'] == 4
+    assert "any:num_requests_running" not in summary["server_counters"]
+    found = {row["name"]: row["server"] for row in summary["server"]}
+    assert found == {"requests": 4, "output tokens": 256, "TTFT mean ms": pytest.approx(250)}
+
+
 def test_a_failed_warm_up_changes_the_exit_status() -> None:
     def script(number: int, body: dict[str, Any]) -> list[Step]:
         return [Status(503, {"error": {"message": "loading"}})] if number == 0 else answer(64)
@@ -341,6 +478,16 @@ def test_a_client_process_that_dies_is_said_and_what_was_measured_is_kept(tmp_pa
         (["URL", "--token-range", "5:5"], "empty range"),
         (["URL", "--duration", "nan"], "not in (0, 3600]"),
         (["URL", "--timeout", "x"], "no number"),
+        (["URL", "--request-rate", "0"], "not in (0, 100000]"),
+        (["URL", "--burstiness", "2"], "--burstiness and --ramp-up need --request-rate"),
+        (["URL", "--turns", "2"], "--turns needs --prompt-kind chat"),
+        (["URL", "--input-tokens", "uniform:9:3"], "empty range"),
+        (["URL", "--output-tokens", "zipf:2"], "no length"),
+        (["URL", "--slo", "tbt:3"], "none of ttft, itl, tpot, e2e"),
+        (["URL", "--extra-body", "[]"], "no JSON object"),
+        (["URL", "--trace", "/no/such/trace"], "no such file"),
+        (["URL", "--trace", __file__], "line 1: "),
+        (["URL", "--trace", __file__, "--request-rate", "2"], "--trace says what --request-rate"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_status_2(arguments: list[str], words: str) -> None:

@@ -10,9 +10,9 @@ import pytest
 from loadgen.client import CompletionStream, find_model, send, simulated_launch_us
 from loadgen.errors import ServerError
 from loadgen.http import Client
-from loadgen.prompts import endpoint, request_body
+from loadgen.prompts import Conversation, Request, endpoint
 from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
-from loadgen.stats import Distribution, itl_samples_ms, tpot_ms
+from loadgen.samples import Distribution, itl_samples_ms, tpot_ms
 from tests.loadgen.scripted_server import (
     DONE,
     DROP,
@@ -52,10 +52,14 @@ def ask(*steps: Step, config: RunConfig = CONFIG) -> RequestRecord:
 
         async def go() -> RequestRecord:
             with Client(None) as client:
-                body = request_body(config, 0, False, 0)
-                return await send(client, endpoint(config), body, 0, config)
+                request = Conversation(config, 0, False, 0).request()
+                return await send(client, endpoint(config), request, config)
 
         return asyncio.run(go())
+
+
+def body_of(config: RunConfig, level: int, warmup: bool, index: int) -> bytes:
+    return Conversation(config, level, warmup, index).request().body
 
 
 def stream(parts: Sequence[bytes]) -> CompletionStream:
@@ -261,10 +265,10 @@ def test_delayed_first_token_is_after_the_headers() -> None:
 
         async def go() -> list[RequestRecord]:
             with Client(None) as client:
-                body = request_body(config, 0, False, 0)
-                first = asyncio.create_task(send(client, endpoint(config), body, 0, config))
+                first, second = (Conversation(config, 0, False, i).request() for i in (0, 1))
+                task = asyncio.create_task(send(client, endpoint(config), first, config))
                 await asyncio.to_thread(gate.reached.wait, 20)
-                return [await send(client, endpoint(config), body, 1, config), await first]
+                return [await send(client, endpoint(config), second, config), await task]
 
         late, early = asyncio.run(go())
     assert early.start_s < late.start_s < early.chunk_times_s[0]
@@ -329,7 +333,7 @@ def test_refused_connection() -> None:
     async def go() -> Failure | None:
         config = msgspec.structs.replace(CONFIG, base_url="http://127.0.0.1:9/v1")
         with Client(None) as client:
-            return (await send(client, endpoint(config), b"{}", 0, config)).failure
+            return (await send(client, endpoint(config), Request(0, 0, b"{}", 4), config)).failure
 
     failure = asyncio.run(go())
     assert failure is not None
@@ -351,11 +355,11 @@ def test_find_model() -> None:
 def test_bodies_depend_on_seed_and_place_only() -> None:
     """Fails if two requests of a run share a prompt, or if two runs with the same seed do not send
     the same prompts."""
-    bodies = [request_body(CONFIG, *place) for place in ((0, False, 0), (0, False, 1))]
-    bodies += [request_body(CONFIG, *place) for place in ((0, True, 0), (1, False, 0))]
-    bodies.append(request_body(msgspec.structs.replace(CONFIG, seed=1), 0, False, 0))
+    bodies = [body_of(CONFIG, *place) for place in ((0, False, 0), (0, False, 1))]
+    bodies += [body_of(CONFIG, *place) for place in ((0, True, 0), (1, False, 0))]
+    bodies.append(body_of(msgspec.structs.replace(CONFIG, seed=1), 0, False, 0))
     assert len(set(bodies)) == 5
-    assert request_body(CONFIG, 0, False, 0) == bodies[0]
+    assert body_of(CONFIG, 0, False, 0) == bodies[0]
     body = json.loads(bodies[0])
     assert len(body.pop("prompt")) == 8
     assert body == {
@@ -370,13 +374,13 @@ def test_bodies_depend_on_seed_and_place_only() -> None:
 
 def test_prompt_kinds_and_range() -> None:
     config = msgspec.structs.replace(CONFIG, token_range=(7, 9), input_tokens=64, ignore_eos=False)
-    body = json.loads(request_body(config, 0, False, 0))
+    body = json.loads(body_of(config, 0, False, 0))
     assert set(body["prompt"]) == {7, 8}
     assert "ignore_eos" not in body
     text = msgspec.structs.replace(config, prompt_kind=PromptKind.TEXT)
-    assert len(json.loads(request_body(text, 0, False, 0))["prompt"].split()) == 64
+    assert len(json.loads(body_of(text, 0, False, 0))["prompt"].split()) == 64
     assert endpoint(text).endswith("/v1/completions")
     chat = msgspec.structs.replace(config, prompt_kind=PromptKind.CHAT)
-    messages = json.loads(request_body(chat, 0, False, 0))["messages"]
+    messages = json.loads(body_of(chat, 0, False, 0))["messages"]
     assert [message["role"] for message in messages] == ["user"]
     assert endpoint(chat).endswith("/v1/chat/completions")

@@ -11,8 +11,9 @@ import pytest
 from msgspec.structs import replace
 
 from loadgen.errors import ConfigError, WorkerError
-from loadgen.records import STREAMS_PER_PROCESS, ClientLoad, Leg, PromptKind, RunConfig, clock
-from loadgen.report import Environment, LevelReport, RawRows, Report, print_report
+from loadgen.records import STREAMS_PER_PROCESS, ClientLoad, Leg, Load, PromptKind, RunConfig, clock
+from loadgen.report import Environment, LevelReport, Report, print_report
+from loadgen.rows import RawRows
 from loadgen.runner import run_legs
 from loadgen.stats import summarize
 from tests.loadgen.scripted_server import ScriptedServer
@@ -24,11 +25,11 @@ class Watcher:
 
     def __init__(self, at_begin: Callable[[], None]) -> None:
         self.at_begin = at_begin
-        self.phases: list[tuple[int, bool]] = []
+        self.phases: list[tuple[str, bool]] = []
         self.updates: list[tuple[int, int, float]] = []
 
     def begin(self, leg: Leg, warmup: bool) -> None:
-        self.phases.append((leg.concurrency, warmup))
+        self.phases.append((str(leg.load), warmup))
         if not warmup:
             self.at_begin()
 
@@ -64,7 +65,7 @@ def test_the_observer_is_told_and_nothing_stays_behind() -> None:
     assert [record.failure for record in level.records] == [None] * 6
     starts = [record.start_s for record in level.records]
     assert starts == sorted(starts)
-    assert watcher.phases == [(2, True), (2, False)]
+    assert watcher.phases == [("concurrency 2", True), ("concurrency 2", False)]
     assert watcher.updates[-1] == (6, 0, 1.0)
     assert multiprocessing.active_children() == []
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -117,7 +118,7 @@ def test_connections_that_cannot_be_opened_are_said_before_a_process_starts(
     uses."""
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (300, 300))
     asked = replace(config("http://unused"), concurrencies=(1, 100))
-    with pytest.raises(ConfigError, match=r"--concurrency 100 needs 306 .* 300 are allowed"):
+    with pytest.raises(ConfigError, match=r"100 requests in flight need 306 .* 300 are allowed"):
         list(run_legs(Leg.of(asked), None, Watcher(lambda: None)))
 
 
@@ -136,7 +137,7 @@ def test_number_of_processes(
     monkeypatch: pytest.MonkeyPatch, asked: int | None, cores: int, concurrency: int, processes: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert replace(config(""), processes=asked).processes_at(concurrency) == processes
+    assert replace(config(""), processes=asked).processes_at(Load(concurrency)) == processes
 
 
 def test_the_report_says_how_busy_the_client_was_and_warns_if_that_was_much(

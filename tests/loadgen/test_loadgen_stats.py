@@ -7,18 +7,12 @@ from loadgen.records import (
     Failure,
     FailureKind,
     LevelResult,
+    Load,
     RequestRecord,
     StoppedBy,
 )
-from loadgen.stats import (
-    Distribution,
-    client_warnings,
-    itl_samples_ms,
-    percentiles,
-    simulated,
-    summarize,
-    tpot_ms,
-)
+from loadgen.samples import Distribution, itl_samples_ms, percentiles, tpot_ms
+from loadgen.stats import client_warnings, simulated, summarize
 
 
 def record(
@@ -48,7 +42,7 @@ def record(
 
 
 def level(records: list[RequestRecord], clients: list[ClientLoad] | None = None) -> LevelResult:
-    return LevelResult(2, StoppedBy.REQUESTS, records, [], clients or [])
+    return LevelResult(Load(2), StoppedBy.REQUESTS, records, [], clients or [])
 
 
 def test_percentiles_are_nearest_rank() -> None:
@@ -197,7 +191,7 @@ def test_all_failed_and_nothing_measured() -> None:
 
 def test_a_failed_warm_up_counts_as_a_failure() -> None:
     failed = [Failure(FailureKind.TIMEOUT, "late")]
-    result = LevelResult(1, StoppedBy.REQUESTS, [record(0, (1,), 1, 1)], failed, [])
+    result = LevelResult(Load(1), StoppedBy.REQUESTS, [record(0, (1,), 1, 1)], failed, [])
     summary = summarize(result)
     assert summary.failed == 0
     assert summary.warmup_failures == {"timeout": 1}
