@@ -311,9 +311,13 @@ def _steadiness(level: LevelSummary) -> str:
 def _server(level: LevelSummary) -> list[str]:
     """Return a line with the figures of the client, each with the server's own, if it has any."""
 
+    def show(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.0f}" if value.is_integer() else _number(value)
+
     def both(found: Beside) -> str:
-        numbers = ("-" if x is None else _number(x) for x in (found.client, found.server))
-        return f"{found.name} {' and '.join(numbers)}"
+        return f"{found.name} {show(found.client)} and {show(found.server)}"
 
     found = ", ".join(map(both, level.server))
     return [f"client and server count: {found}"] if found else []

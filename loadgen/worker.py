@@ -30,7 +30,7 @@ from loadgen.samples import Distribution
 
 _TICK_S = 0.02
 _FAILURE_PAUSE_S = 0.05  # a lane pauses after a failure, to not flood a server that refuses
-_NEAR_S = 0.002  # timers count in milliseconds; this much of a wait passes without one
+_NEAR_S = 0.001  # timers count in milliseconds, so this much of a wait passes without one
 _SPARE_FILES = 256
 
 
