@@ -27,8 +27,10 @@ def prepare_gpu(config: EngineConfig) -> None:
 def _prepare() -> None:
     try:
         open_gpu()
+        from triton.runtime import driver
         from triton.runtime.cache import triton_key
 
         triton_key()  # a digest of Triton's files, hundreds of megabytes, which it keeps
+        _ = driver.active.utils  # the calls of the driver, in C, compiled at the first start
     except Exception:
         logger.debug("the GPU is not prepared ahead", exc_info=True)
