@@ -40,6 +40,7 @@ def capture_graphs(runner: ModelRunner, pool: BlockPool, on_progress: CapturePro
     # A garbage collection in the middle of a capture would free objects that the capture does not
     # expect to be freed, and scanning every object between two graphs takes longer than capturing
     # one (vLLM#21146).
+    frozen_before = gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     try:
@@ -48,7 +49,8 @@ def capture_graphs(runner: ModelRunner, pool: BlockPool, on_progress: CapturePro
                 on_progress(done, len(keys))
                 add_graph(runner, space, key)
     finally:
-        gc.unfreeze()
+        if not frozen_before:  # all would be unfrozen, also what the process had frozen before
+            gc.unfreeze()
     on_progress(len(keys), len(keys))
 
 
