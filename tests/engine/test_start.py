@@ -42,7 +42,7 @@ OTHERS = {"jax", "pandas", "scipy", "sklearn", "tensorflow", "torchaudio", "torc
 
 
 LATER = {
-    *("torch._dynamo", "torch._inductor", "torch.testing", "sympy", "triton", "matplotlib"),
+    *("torch._dynamo", "torch._inductor", "sympy", "triton", "matplotlib"),
     *("fastapi", "pydantic", "uvicorn", "openai"),
 }
 """Modules that an engine on a CPU does not need before it is ready, and other processes never."""
