@@ -88,7 +88,11 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [int(size) for size in options.batch.split(",")]
     engine = EngineCore(
-        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+        build_engine(
+            engine_config(
+                ["--cudagraph-capture", "whole", options.model, *shlex.split(options.engine_flags)]
+            )
+        )
     )
     results = [measure(engine, size, options.context, options.steps) for size in sizes]
     table = Table("batch", "step us", "host us", box=None)

@@ -92,7 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     engine = EngineCore(
-        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+        build_engine(
+            engine_config(
+                ["--cudagraph-capture", "whole", options.model, *shlex.split(options.engine_flags)]
+            )
+        )
     )
     draw = random.Random(0)
     lengths = {"input_tokens": options.input_tokens, "output_tokens": options.output_tokens}

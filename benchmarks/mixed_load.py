@@ -186,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.plot is not None:
         with needs("pip install matplotlib"):
             import matplotlib  # noqa: F401  (fails here, before anything is measured)
-    config = engine_config([options.model, *shlex.split(options.engine_flags)])
+    config = engine_config(
+        ["--cudagraph-capture", "whole", options.model, *shlex.split(options.engine_flags)]
+    )
     load = Load(options.streams, options.prompts, options.prompt_tokens)
     results = []
     for chunk in map(int, options.chunks.split(",")):

@@ -337,6 +337,7 @@ def main() -> None:
         max_num_seqs=most,
         max_num_batched_tokens=max(sizes),
         cudagraph_capture_sizes=tuple(sorted(set(sizes))),
+        cudagraph_capture="whole",
     )
     where = environment("transformers")
     parts = build_engine(config)

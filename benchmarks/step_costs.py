@@ -148,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--engine-flags", default="", help="as minisrv serve takes them")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
-    config = engine_config([*options.model, *shlex.split(options.engine_flags)])
+    config = engine_config(
+        ["--cudagraph-capture", "whole", *options.model, *shlex.split(options.engine_flags)]
+    )
     config = replace(config, enable_prefix_caching=False)
     engines = {
         name: EngineCore(build_engine(replace(config, itl_target_ms=target_ms)))

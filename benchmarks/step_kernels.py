@@ -166,7 +166,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a GPU, and torch finds none")
     engine = EngineCore(
-        build_engine(engine_config([options.model, *shlex.split(options.engine_flags)]))
+        build_engine(
+            engine_config(
+                ["--cudagraph-capture", "whole", options.model, *shlex.split(options.engine_flags)]
+            )
+        )
     )
     bandwidth = copy_bandwidth(engine.runner.buffers.device)
     console = Console()

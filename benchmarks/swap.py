@@ -22,10 +22,11 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -47,8 +48,22 @@ PATIENCE_S = 900.0
 LARGEST = 12
 """Number of the largest gaps that are written down."""
 
-WITHOUT, ENDED = "without", ("compiled", "refused")
-"""The phase of the server that does not compile, and the states in which another one has ended."""
+WITHOUT = "without"
+"""The phase of the server that does not compile."""
+
+
+class Story(NamedTuple):
+    """What a server goes through under load.
+
+    phase: returns the phase from the body of `/ready`.
+    last: the phases behind which nothing comes.
+    """
+
+    phase: Callable[[dict[str, Any]], str]
+    last: Sequence[str]
+
+
+COMPILES = Story(lambda body: str(body["compilation"]["state"]), (WITHOUT, "compiled", "refused"))
 
 
 class Phases:
@@ -77,8 +92,8 @@ class Phases:
         return [phase for began, phase in self.began if began <= time_s][-1]
 
 
-async def state(base_url: str, client: Client) -> str:
-    """Return the state of the compilation, as `/ready` tells it."""
+async def ready(base_url: str, client: Client) -> dict[str, Any]:
+    """Return the body of `/ready`."""
     body = bytearray()
 
     def keep(status: int, data: bytes, now_s: float) -> bool:
@@ -86,10 +101,13 @@ async def state(base_url: str, client: Client) -> str:
         return True
 
     await client.exchange("GET", f"{base_url.removesuffix('/v1')}/ready", b"", keep)
-    return str(json.loads(body)["compilation"]["state"])
+    found: dict[str, Any] = json.loads(body)
+    return found
 
 
-async def load(config: RunConfig, phases: Phases, seconds: float) -> list[RequestRecord]:
+async def load(
+    config: RunConfig, phases: Phases, story: Story, seconds: float
+) -> list[RequestRecord]:
     """Run the streams, and return the records of their requests. No more requests are sent
     `seconds` after the last phase has begun."""
     numbers, stopping = count(), asyncio.Event()
@@ -107,29 +125,41 @@ async def load(config: RunConfig, phases: Phases, seconds: float) -> list[Reques
     lanes = [asyncio.create_task(lane(place)) for place in range(config.concurrencies[0])]
     deadline = clock() + PATIENCE_S
     with Client(None) as client:
-        while phases.now != WITHOUT and phases.now not in ENDED:
+        while phases.now not in story.last:
             await asyncio.sleep(POLL_S)
-            phases.note(await state(config.base_url, client))
+            phases.note(story.phase(await ready(config.base_url, client)))
             if clock() > deadline:
-                raise SystemExit(f"compiled code does not serve after {PATIENCE_S:.0f} s")
+                raise SystemExit(f"{phases.now} has not ended after {PATIENCE_S:.0f} s")
     await asyncio.sleep(seconds)
     stopping.set()
     return [record for records in await asyncio.gather(*lanes) for record in records]
 
 
-def run(command: str, first: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Start a server with an empty cache, run the load, and return its results."""
+def run(
+    command: str, first: str, options: argparse.Namespace, story: Story = COMPILES
+) -> dict[str, Any]:
+    """Start a server, run the load, and return its results. One that compiles has an empty
+    cache.
+
+    first: the first phase.
+    """
     with TemporaryDirectory(prefix="swap-") as directory:
-        cache, log = Path(directory, "cache"), Path(directory, "log")
-        server = Server(first, f"env XDG_CACHE_HOME={cache} {command}", log)
+        log = Path(directory, "log")
+        if story is COMPILES:
+            command = f"env XDG_CACHE_HOME={directory}/cache {command}"
+        server = Server(first, command, log)
         try:
             with server:
                 ready_s = server.wait_ready(PATIENCE_S)
-                records, phases = asyncio.run(_measure(server.url, first, options))
+                records, phases = asyncio.run(_measure(server.url, first, options, story))
         except LoadgenError as error:
             raise SystemExit(str(error)) from None
         said = log.read_text(errors="replace").splitlines()
-    lines = [line for line in said if re.search("generation 1 |times as fast|made requests", line)]
+    lines = [
+        line
+        for line in said
+        if re.search("generation 1 |times as fast|made requests|graphs serve", line)
+    ]
     return {
         "command": command,
         "ready_s": round(ready_s, 2),
@@ -142,7 +172,7 @@ def run(command: str, first: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 async def _measure(
-    url: str, first: str, options: argparse.Namespace
+    url: str, first: str, options: argparse.Namespace, story: Story
 ) -> tuple[list[RequestRecord], Phases]:
     base_url = f"{url}/v1"
     config = RunConfig(
@@ -165,7 +195,7 @@ async def _measure(
         return_token_ids=True,
     )
     phases = Phases(first)
-    return await load(config, phases, options.seconds), phases
+    return await load(config, phases, story, options.seconds), phases
 
 
 def summary(records: list[RequestRecord], phases: Phases) -> dict[str, Any]:
@@ -209,31 +239,27 @@ def table(results: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> None:
-    """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--server", default="minisrv serve --model-impl transformers")
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=15, help="without, and behind the swap")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+def compare(
+    commands: dict[str, tuple[str, Story]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Run the load on two servers, one after the other, print their ITL and how many answers are
+    the same, write the JSON, and return the results. Raises SystemExit if a request fails.
+
+    commands: the command of each server by its first phase, and what it goes through.
+    """
     where = environment()
-    plain = run(f"{options.server} --compilation-mode 0", WITHOUT, options)
-    swapped = run(f"{options.server} --compilation-mode 3", "compiling", options)
-    results = [plain, swapped]
+    results = [run(command, first, options, story) for first, (command, story) in commands.items()]
     answers = [result.pop("answers") for result in results]
     both = sorted(answers[0].keys() & answers[1].keys())
     same = sum(answers[0][index] == answers[1][index] for index in both)
     # Without a terminal rich assumes a small width, at which rows would be broken.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table(results))
-    for line in swapped["said"]:
+    for line in results[1]["said"]:
         console.print(line, markup=False)
-    failures = [*plain["failures"], *swapped["failures"]]
+    failures = [failure for result in results for failure in result["failures"]]
     console.print(
-        f"{plain['requests'] + swapped['requests']} requests, {len(failures)} failures; of "
+        f"{sum(result['requests'] for result in results)} requests, {len(failures)} failures; of "
         f"{len(both)} answers that both servers gave, {same} are the same"
     )
     if options.json is not None:
@@ -245,7 +271,31 @@ def main() -> None:
             "same_answers": [same, len(both)],
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if failures or swapped["state"] != "compiled":
+    if failures:
+        raise SystemExit(1)
+    return results
+
+
+def add_load(parser: argparse.ArgumentParser, *, streams: int, output_tokens: int) -> None:
+    """Add the arguments of the load, and of the file of the results."""
+    parser.add_argument("--streams", type=int, default=streams)
+    parser.add_argument("--input-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=output_tokens)
+    parser.add_argument("--seconds", type=float, default=15, help="behind the last phase")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--server", default="minisrv serve --model-impl transformers")
+    add_load(parser, streams=16, output_tokens=1000)
+    options = parser.parse_args()
+    commands = {
+        WITHOUT: (f"{options.server} --compilation-mode 0", COMPILES),
+        "compiling": (f"{options.server} --compilation-mode 3", COMPILES),
+    }
+    if compare(commands, options)[1]["state"] != "compiled":
         raise SystemExit(1)
 
 

@@ -151,6 +151,7 @@ def main() -> None:
     config = engine_config(
         [
             str(directory),
+            *("--cudagraph-capture", "whole"),
             *("--dtype", options.dtype, "--max-num-seqs", str(max(sizes))),
             *("--max-num-batched-tokens", str(max(sizes) * options.context)),
             *shlex.split(options.engine_flags),

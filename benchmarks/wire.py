@@ -63,7 +63,6 @@ INFO = EngineInfo(
     dtype="none",
     device="none",
     cudagraph_mode="none",
-    graphs=0,
     startup_seconds={},
 )
 

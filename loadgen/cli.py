@@ -245,12 +245,13 @@ def _ab(arguments: argparse.Namespace) -> int:
 
 def _side(arguments: argparse.Namespace, label: str, url: str, server: Server | None) -> ab.Side:
     """Return one side of the comparison, with the configuration of its runs, once the server is
-    ready if it was started here."""
+    ready and has all its graphs if it was started here."""
     ready_s = None
     if server is not None:
         _say(f"starting {label}; its log is {server.log}")
         ready_s = server.wait_ready(arguments.ready_timeout)
         _say(f"{label} is ready after {ready_s:.1f} s")
+        server.wait_whole(arguments.ready_timeout)
     config = _config(arguments, normalize_url(url), label)
     config = replace(
         config,

@@ -6,6 +6,7 @@ Knows: command lines, and the pages that show a server's state, /ready and /heal
 the requests to it, nor of what it is compared with.
 """
 
+import json
 import os
 import shlex
 import socket
@@ -123,9 +124,9 @@ class Server:
         """
         while True:
             self.check()
-            status = self._status("/ready")
+            status, _ = self._get("/ready")
             if status == 404:
-                status = self._status("/health")
+                status, _ = self._get("/health")
             waited_s = clock() - self._started_s
             if status == 200:
                 return waited_s
@@ -133,21 +134,41 @@ class Server:
                 raise ServerError(f"{self.name} is not ready after {waited_s:.0f} s{self._tail()}")
             time.sleep(_POLL_S)
 
+    def wait_whole(self, patience_s: float) -> None:
+        """Wait until a server that is ready has captured all its graphs, if its /ready says that
+        some are missing, as minisrv's does. Raises ServerError if the server ends before that, or
+        some are missing after `patience_s` seconds."""
+        until_s = clock() + patience_s
+        while (missing := self._missing_graphs()) > 0:
+            self.check()
+            if clock() > until_s:
+                raise ServerError(f"{self.name} still lacks {missing} graphs{self._tail()}")
+            time.sleep(_POLL_S)
+
+    def _missing_graphs(self) -> int:
+        """Return the number of graphs that are still to be captured; 0 if the server does not say
+        so."""
+        _, body = self._get("/ready")
+        try:
+            return int(json.loads(body)["graphs"]["missing"])
+        except (ValueError, TypeError, LookupError):
+            return 0
+
     def check(self) -> None:
         """Raise ServerError if the server has ended."""
         if (status := self._process.poll()) is not None:
             raise ServerError(f"{self.name} ended with status {status}{self._tail()}")
 
-    def _status(self, path: str) -> int:
-        """Return the HTTP status of a GET for `path`; 0 if the server does not answer."""
+    def _get(self, path: str) -> tuple[int, bytes]:
+        """Return the HTTP status and the body of a GET for `path`; 0 if the server does not
+        answer."""
         connection = HTTPConnection(_HOST, self._port, timeout=_PAGE_TIMEOUT_S)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
-            response.read()
-            return response.status
+            return response.status, response.read()
         except (OSError, HTTPException):
-            return 0
+            return 0, b""
         finally:
             connection.close()
 

@@ -22,6 +22,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 MODEL_IMPLS = ("auto", "minisrv", "transformers")
 QUANTIZATIONS = ("int8",)
+GRAPH_CAPTURES = ("covering", "whole")
 
 _T = TypeVar("_T")
 _WEEK = 7 * 24 * 3600
@@ -108,6 +109,9 @@ class EngineConfig:
         it is none on a CPU if compilation_mode is 1 or 2.
     cudagraph_capture_sizes: the batch sizes to capture graphs for. They count requests in a decode
         batch, and tokens in any other. By default those that `minisrv plan` prints.
+    cudagraph_capture: which graphs are captured before the engine is ready: covering, those of a
+        few sizes that hold every batch with more padding, and all others while it serves, those
+        first for which there are batches; or whole, all of them.
     compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
         0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
         or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
@@ -153,6 +157,7 @@ class EngineConfig:
     enforce_eager: bool = False
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: tuple[int, ...] | None = _setting(None, bounds=(1, 1 << 20))
+    cudagraph_capture: str = _setting("covering", choices=GRAPH_CAPTURES)
     compilation_mode: CompilationMode | None = None
     optimization_level: int | None = _setting(None, bounds=(0, 3))
     compile_wait: bool = False

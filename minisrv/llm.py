@@ -85,7 +85,8 @@ bar."""
 class LLM:
     """A model for offline inference.
 
-    When the constructor returns, the weights are loaded, and the graphs are captured and certified.
+    When the constructor returns, the weights are loaded, and every batch has a graph that is
+    captured and certified.
 
     model: directory of a checkpoint, Hugging Face hub id, or None for the default model.
 
@@ -123,6 +124,7 @@ class LLM:
         enforce_eager: bool = False,
         cudagraph_mode: CUDAGraphMode | str | None = None,
         cudagraph_capture_sizes: Sequence[int] | None = None,
+        cudagraph_capture: str = "covering",
         compilation_mode: CompilationMode | str | int | None = None,
         optimization_level: int | None = None,
         compile_wait: bool = False,
@@ -163,6 +165,7 @@ class LLM:
             enforce_eager=enforce_eager,
             cudagraph_mode=cudagraph_mode,
             cudagraph_capture_sizes=sizes,
+            cudagraph_capture=cudagraph_capture,
             compilation_mode=compilation_mode,
             optimization_level=optimization_level,
             compile_wait=compile_wait,
@@ -276,7 +279,7 @@ class LLM:
         """
         level = sleep_level(level)
         while self.engine.sleeper.is_busy:
-            self.engine.compilation.advance(busy=False)
+            self.engine.advance_background()
         self.engine.sleeper.sleep(level)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
@@ -384,7 +387,7 @@ class LLM:
                     if job.processor.must_abort and (last := self.engine.abort(output.request_id)):
                         job.read(last)
                     progress.update(job.completion.finished())
-                self.engine.compilation.advance(busy=self.engine.has_work)
+                self.engine.advance_background()
         finally:
             for request_id in jobs_by_id:
                 self.engine.abort(request_id)

@@ -85,6 +85,23 @@ class SleepLike(Protocol):
     def wake_up_seconds(self) -> float: ...
 
 
+class LadderLike(Protocol):
+    """The graphs that serve, those that were refused, and the number of those to come."""
+
+    @property
+    def graphs(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    @property
+    def refused(self) -> Mapping[str, str]: ...
+    @property
+    def decode(self) -> Sequence[int]: ...
+    @property
+    def mixed(self) -> Sequence[int]: ...
+    @property
+    def epilogues(self) -> Sequence[int]: ...
+
+
 class BudgetCountLike(Protocol):
     """The number of steps whose number of prompt tokens was chosen for one reason since the start,
     and of their prompt tokens."""
@@ -148,6 +165,10 @@ class StatsLike(Protocol):
     def compilation(self) -> CompilationLike: ...
     @property
     def sleep(self) -> SleepLike: ...
+    @property
+    def ladder(self) -> LadderLike: ...
+    @property
+    def longest_turn_seconds(self) -> float: ...
 
 
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
@@ -336,6 +357,7 @@ def _engine_families(
     yield from _budget_families(stats)
     yield from _compilation_families(stats.compilation)
     yield from _sleep_families(stats.sleep)
+    yield from _ladder_families(stats)
     yield GaugeMetricFamily("minisrv:num_requests_running", "Requests running.", stats.running)
     yield GaugeMetricFamily(
         "minisrv:num_requests_waiting", "Requests waiting to run.", stats.waiting
@@ -412,6 +434,35 @@ def _budget_families(stats: StatsLike) -> Iterator[Metric]:
         "measured one.",
         list(zip(bounds, accumulate(errors.counts), strict=True)),
         errors.total,
+    )
+
+
+def _ladder_families(stats: StatsLike) -> Iterator[Metric]:
+    ladder = stats.ladder
+    graphs = GaugeMetricFamily(
+        "minisrv:graphs",
+        "Graphs that serve, are still to be captured, or failed.",
+        labels=["state"],
+    )
+    states = (("serving", ladder.graphs), ("missing", ladder.missing))
+    for state, number in (*states, ("refused", len(ladder.refused))):
+        graphs.add_metric([state], number)
+    yield graphs
+    sizes = GaugeMetricFamily(
+        "minisrv:graph_capture_size",
+        "1 for each size with a graph that serves: decode and epilogue in requests, mixed in "
+        "tokens.",
+        labels=["kind", "size"],
+    )
+    kinds = {"decode": ladder.decode, "mixed": ladder.mixed, "epilogue": ladder.epilogues}
+    for kind, captured in kinds.items():
+        for size in captured:
+            sizes.add_metric([kind, str(size)], 1)
+    yield sizes
+    yield GaugeMetricFamily(
+        "minisrv:longest_turn_seconds",
+        "Longest time for which work between two steps has made requests wait.",
+        stats.longest_turn_seconds,
     )
 
 

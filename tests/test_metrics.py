@@ -12,6 +12,7 @@ from minisrv.engine.messages import (
     CompilationState,
     EngineStats,
     ErrorHistogram,
+    LadderReport,
 )
 from minisrv.metrics import Metrics
 
@@ -92,6 +93,25 @@ def test_the_generation_that_serves_and_what_was_refused_are_shown() -> None:
     expected = {("generation",): 0, ("generation_refusals_total", "slower"): 1}
     assert shown.items() >= expected.items()
     assert ("generation_refusals_total", "load") not in shown
+
+
+def test_the_graphs_that_serve_are_shown() -> None:
+    ladder = LadderReport(
+        5, 9, (1, 8), (16,), (8,), refused={"FULL decode 2 TOKENS": "it differs."}
+    )
+    shown = show(Metrics(), EngineStats(ladder=ladder, longest_turn_seconds=0.012))
+    expected = {
+        ("graphs", "serving"): 5,
+        ("graphs", "missing"): 3,
+        ("graphs", "refused"): 1,
+        ("graph_capture_size", "decode", "1"): 1,
+        ("graph_capture_size", "decode", "8"): 1,
+        ("graph_capture_size", "mixed", "16"): 1,
+        ("graph_capture_size", "epilogue", "8"): 1,
+        ("longest_turn_seconds",): 0.012,
+    }
+    assert shown.items() >= expected.items()
+    assert ("graph_capture_size", "decode", "2") not in shown
 
 
 def test_the_budgets_of_steps_and_the_errors_of_predictions() -> None:

@@ -19,7 +19,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from statistics import geometric_mean
 from typing import Protocol
@@ -31,7 +31,7 @@ from minisrv.certification.batches import BatchMaker, plain_batch, short_batch
 from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.timing import TIMED_REPLAYS, step_time
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
-from minisrv.core.dispatcher import StepTime
+from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
 from minisrv.errors import CertificationError
@@ -91,14 +91,15 @@ def build_generation(
     runner: ModelRunner,
     pool: BlockPool,
     new: Generation,
+    keys: Collection[GraphKey],
     compared: Collection[GraphKey],
     turn: Turn,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Capture every graph of a generation, certify it, and install it in this generation.
+    """Capture graphs of a generation, certify them, and install them in this generation.
 
-    pool: the blocks of the runner's cache, of which free ones that the prefix cache does not find
-        are used meanwhile.
+    pool: the blocks of the runner's cache, of which free ones are used meanwhile.
+    keys: the keys of the graphs, those of epilogues before those of the steps that they complete.
     compared: the keys of steps for which the code of the generation is compared with that of the
         generation in service.
     on_progress: is called with the number of graphs that have been installed, at each.
@@ -107,37 +108,51 @@ def build_generation(
     """
     old = Generation.in_service(runner)
     seen: set[tuple[int, bool]] = set()
-    for key in dict.fromkeys([*runner.ladders.keys(), *compared]):
+    for key in dict.fromkeys([*keys, *compared]):
         shape = (key[1].num_tokens, key[1].uniform_decode)
         with _borrowed_space(runner, pool, key, turn) as space:
             trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
             if key in compared and shape not in seen:
                 seen.add(shape)
                 _compare_code(runner, trial, old, new, turn)
-            if key[0] is not CUDAGraphMode.NONE:
-                with (
-                    _Visit(runner, trial, new, turn) as visit,
-                    # Requests run by graphs of another backend, which leave the memory alone.
-                    new.backend.interrupted(visit.make_way),
-                ):
-                    capture = partial(runner.capture, key)
-                    graph = certify(trial, capture, between=visit.make_way)
-                    runner.install(key, graph)
+            if key in keys:
+                _add_graph(runner, trial, new, turn)
                 on_progress(sum(map(len, new.graphs)))
 
 
-def model_keys(ladders: Ladders) -> list[GraphKey]:
-    """Return the keys of every graph that contains the model, the largest of each kind first, and
-    of the largest and the smallest step without a graph."""
+def build_graph(runner: ModelRunner, pool: BlockPool, key: GraphKey, turn: Turn) -> None:
+    """Capture one graph of the generation in service, certify it, and install it. It serves when
+    the dispatcher chooses it.
+
+    Raises GraphCaptureError, CertificationError.
+    """
+    with _borrowed_space(runner, pool, key, turn) as space:
+        trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
+        _add_graph(runner, trial, Generation.in_service(runner), turn)
+
+
+def _add_graph(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: Turn) -> None:
+    with (
+        _Visit(runner, trial, generation, turn) as visit,
+        nullcontext() if visit.shares_memory else generation.backend.interrupted(visit.make_way),
+    ):
+        graph = certify(trial, partial(runner.capture, trial.key), between=visit.make_way)
+        runner.install(trial.key, graph)
+
+
+def model_keys(ladders: Ladders, keys: Collection[GraphKey]) -> list[GraphKey]:
+    """Return those of the keys whose graphs contain the model, and the keys of the largest and the
+    smallest step without a graph."""
     sizes = (ladders.max_num_batched_tokens, 1)
     eager = [(CUDAGraphMode.NONE, BatchDescriptor(size)) for size in sizes]
-    return [key for key in ladders.keys() if key[1].stage is Stage.MODEL] + eager  # noqa: SIM118
+    return [key for key in keys if key[1].stage is Stage.MODEL] + eager
 
 
 def end_keys(ladders: Ladders) -> list[GraphKey]:
-    """Return the first and the last of each kind of `model_keys`."""
+    """Return the largest and the smallest of each kind of `model_keys` of the ladders. They are in
+    service whenever others are."""
     kinds: dict[tuple[CUDAGraphMode, bool], list[GraphKey]] = {}
-    for key in model_keys(ladders):
+    for key in model_keys(ladders, ladders.keys()):
         kinds.setdefault((key[0], key[1].uniform_decode), []).append(key)
     return list(dict.fromkeys(key for keys in kinds.values() for key in (keys[0], keys[-1])))
 
@@ -207,8 +222,8 @@ def measure_speedup(runner: ModelRunner, pool: BlockPool, new: Generation, turn:
 def time_generation(
     runner: ModelRunner, pool: BlockPool, new: Generation, keys: Collection[GraphKey], turn: Turn
 ) -> dict[GraphKey, StepTime]:
-    """Return what `timing.time_graphs` does, for some steps of a generation that is not in
-    service."""
+    """Return what `timing.time_graphs` does, for some steps of a generation, while requests
+    run."""
     times = {}
     for key in keys:
         with _borrowed_space(runner, pool, key, turn, plain_batch) as space:
@@ -253,11 +268,14 @@ def _borrowed_space(
 class _Visit(StepObserver):
     """The block in which a trial runs by a generation, on the runner that serves.
 
-    A new visit makes way first if the turn is over, and so does a run at each piece. Those who
+    A new visit makes way first if the turn is over, and so does a run at each piece. If the graphs
+    that serve share the memory of the one that is replayed, its intermediates are set aside, or
+    where that cannot be the replay is not interrupted. Those who
     observe the steps of requests are not told of the runs, and no garbage is collected meanwhile,
     which could disturb a capture.
 
     seconds_away: how long the steps of requests have run during the visit.
+    shares_memory: whether the graphs that serve have their intermediates where this one has.
     """
 
     def __init__(
@@ -270,6 +288,7 @@ class _Visit(StepObserver):
         self._turn = turn
         self._observers: list[StepObserver] = []
         self._here = ExitStack()
+        self.shares_memory = generation.backend is runner.model_step.backend
 
     def __enter__(self) -> _Visit:
         if self._turn.is_over:
@@ -285,21 +304,27 @@ class _Visit(StepObserver):
 
     def piece(self) -> None:
         """See `StepObserver`."""
-        self.make_way()
+        if not (self._trial.is_replayed and self.shares_memory):
+            self.make_way()
+        elif (intermediates := self._generation.backend.intermediates()) is not None:
+            self.make_way(intermediates)
 
-    def make_way(self) -> None:
-        """Let steps of requests run if the turn is over."""
+    def make_way(self, *memory: Tensor) -> None:
+        """Let steps of requests run if the turn is over.
+
+        memory: what is to be set aside meanwhile besides the buffers.
+        """
         if not self._turn.is_over:
             return
         began = time.perf_counter()
-        self._trial.suspend()
+        self._trial.suspend(*memory)
         self._observers = list(self._runner.observers)  # a timer of the run is among them
         self._here.close()
         try:
             self._turn.make_way()
         finally:
             self._come()
-        self._trial.resume()
+        self._trial.resume(*memory)
         self.seconds_away += time.perf_counter() - began
 
     def _come(self) -> None:

@@ -9,7 +9,7 @@ while they run.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from minisrv.certification.batches import full_batch, short_batch
@@ -27,14 +27,19 @@ CaptureProgress = Callable[[int, int], None]
 """Function that is called with the number of graphs captured so far and the number of all."""
 
 
-def capture_graphs(runner: ModelRunner, pool: BlockPool, on_progress: CaptureProgress) -> None:
-    """Capture, certify and install every graph of the ladders.
+def capture_graphs(
+    runner: ModelRunner,
+    pool: BlockPool,
+    keys: Collection[GraphKey],
+    on_progress: CaptureProgress,
+) -> None:
+    """Capture, certify and install graphs.
 
     pool: the blocks of the runner's cache, of which the free ones are used meanwhile.
+    keys: the keys of the graphs, those of epilogues before those of the steps that they complete.
 
     Raises GraphCaptureError, CertificationError.
     """
-    keys = runner.ladders.keys()
     if not keys:
         return
     # A garbage collection in the middle of a capture would free objects that the capture does not

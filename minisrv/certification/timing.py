@@ -13,7 +13,7 @@ from minisrv.certification.batches import Batch, long_chunk, long_decodes, plain
 from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, reserved_space
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.cost_model import StepSample
-from minisrv.core.dispatcher import StepTime
+from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
@@ -36,31 +36,31 @@ for each, and take longer."""
 
 
 def time_graphs(runner: ModelRunner, pool: BlockPool) -> dict[GraphKey, StepTime]:
-    """Return the duration of a step by every graph, including its epilogue, and of epilogues alone,
-    on a greedy batch that leaves little padding."""
+    """Return the duration of a step by every graph that is installed, including its epilogue, and
+    of epilogues alone, on a greedy batch that leaves little padding."""
     with reserved_space(runner, pool) as space:
         limits = space.limits(runner)
         return {
-            key: _time(runner, space, key, plain_batch(key[1], limits))
-            for key in runner.ladders.keys()  # noqa: SIM118  (not a mapping)
+            key: _time(runner, space, key, plain_batch(key[1], limits)) for key in runner.graphs
         }
 
 
 def sample_costs(
     runner: ModelRunner,
     pool: BlockPool,
+    keys: Sequence[GraphKey],
     times: Mapping[GraphKey, StepTime],
     long_context: int,
 ) -> list[StepSample]:
-    """Return timed steps to which a cost model can be fitted: the steps of `cost_keys` with short
-    contexts; further decode rows with long contexts, and chunks of two sizes behind a long history.
-    The shortest of several measurements counts, as a disturbance makes a measurement longer.
+    """Return timed steps to which a cost model can be fitted: steps with short contexts; further
+    decode rows with long contexts, and chunks of two sizes behind a long history. The shortest of
+    several measurements counts, as a disturbance makes a measurement longer.
 
+    keys: the keys of the steps with short contexts (`cost_keys`), whose graphs are installed.
     times: the times of all graphs, if they have been measured; they are not timed again with short
         contexts.
     long_context: the number of tokens up to the end of the chunks.
     """
-    keys = cost_keys(runner.ladders)
     decode = [key for key in keys if key[1].uniform_decode]
     large, small = _long_chunk_keys([key for key in keys if not key[1].uniform_decode])
     with reserved_space(runner, pool) as space:

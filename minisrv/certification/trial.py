@@ -29,6 +29,7 @@ from minisrv.certification.compare import InitialState
 from minisrv.certification.digest import digest_
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.kv_cache import NULL_BLOCK, NULL_REQ_INDEX, BlockPool
+from minisrv.core.ladder import epilogue_descriptor
 from minisrv.core.step import (
     NewRequestData,
     ScheduledRow,
@@ -101,15 +102,17 @@ def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]
 def borrow_space(
     runner: ModelRunner, pool: BlockPool, key: GraphKey, make_batch: BatchMaker = short_batch
 ) -> TrialSpace | None:
-    """Take as many free blocks as a batch of a graph needs, but no more than half of the free ones
-    and none of the prefix cache, and return them with the request indices for trials. With few
-    blocks, the batch is shorter; None if there are none to take. `BlockPool.give_back` takes the
-    blocks back."""
+    """Take as many free blocks as a batch of a graph needs, but no more than half of the free ones,
+    and return them with the request indices for trials. They are of the prefix cache only where the
+    others are too few. With few blocks, the batch is shorter; None if there are none to take.
+    `BlockPool.give_back` takes the blocks back."""
     everything = _everything(runner)
     rows = make_batch(key[1], everything)
     size = runner.block_size
     needed = 1 + sum(-(-(row.num_computed_tokens + row.num_tokens) // size) for row in rows)
-    blocks = pool.reserve(min(needed, -(-pool.num_free // 2)))
+    most = min(needed, -(-pool.num_free // 2))
+    blocks = pool.reserve(most)
+    blocks = sorted([*blocks, *pool.evict(most - len(blocks))])
     return TrialSpace.of(runner, blocks) if blocks else None
 
 
@@ -125,6 +128,7 @@ class StepTrial:
 
     Blocks other than those of the batch are watched, so that any write to them is found.
 
+    is_replayed: whether its graph is being replayed.
     full_batch_trial: the trial of a full batch in the same graph, which is replayed first for
         `InitialState.STALE`; without one, that initial state is left out.
     params: the sampling parameters of `SAMPLED_ROWS` rows, in turn; others are greedy.
@@ -157,6 +161,7 @@ class StepTrial:
         watched_blocks = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
         self.watched_blocks = torch.tensor(watched_blocks, device=device)
         self._index_of = {block: index for index, block in enumerate(watched_blocks)}
+        self.is_replayed = False
         self._saved: list[Tensor] = []
         self._unexpected: list[str] = []
         ends = {row.req_index: row.num_computed_tokens + row.num_tokens for row in self.output.rows}
@@ -275,15 +280,30 @@ class StepTrial:
         runner, (mode, descriptor) = self.runner, self.key
         stages = [(CUDAGraphMode.NONE if graph is None else mode, descriptor)]
         if descriptor.stage is Stage.MODEL and descriptor.output is StageOutput.HIDDEN:
-            epilogue = runner.ladders.epilogue_key(len(self.req_indices), needs_logits=False)
-            # The probe captures some graphs without their epilogue.
-            replayed = graph is not None and epilogue in runner.graphs
+            installed, epilogue = self._epilogue()
+            replayed = graph is not None and installed
             stages.append(epilogue if replayed else (CUDAGraphMode.NONE, epilogue[1]))
         attn = runner.prepare(self.output, tuple(stages))
         first, *rest = stages
-        runner.launch(first, self.output, attn, graph)
-        for key in rest:
-            runner.launch(key, self.output)
+        self.is_replayed = graph is not None
+        try:
+            runner.launch(first, self.output, attn, graph)
+            for key in rest:
+                runner.launch(key, self.output)
+        finally:
+            self.is_replayed = False
+
+    def _epilogue(self) -> tuple[bool, GraphKey]:
+        """Return the key of the smallest installed epilogue that holds the rows, or else of the
+        smallest of the ladder, and whether it is installed. A probe captures some graphs without
+        their epilogue, and while a server fills its ladders some are missing."""
+        ladders, rows = self.runner.ladders, len(self.req_indices)
+        graphs = self.runner.epilogue_step.graphs
+        for size in ladders.epilogues:
+            key = epilogue_descriptor(size, StageOutput.TOKENS)
+            if size >= rows and key in graphs:
+                return True, (CUDAGraphMode.FULL, key)
+        return False, ladders.epilogue_key(rows, needs_logits=False)
 
     def time(self, graph: CapturedGraph | None) -> float:
         """Return the duration of a replay on a clean batch, or of an eager run without a graph, in
@@ -351,16 +371,19 @@ class StepTrial:
 
     # ---- between the steps of requests -------------------------------------------------------
 
-    def suspend(self) -> None:
+    def suspend(self, *others: Tensor) -> None:
         """Leave the buffers as in a new server, so that steps of requests may run before `resume`,
-        even in the middle of a run."""
+        even in the middle of a run.
+
+        others: other memory that these steps overwrite.
+        """
         self._unexpected += _true(self._changed_request_tensors())
-        self._saved = [tensor.clone() for tensor in self._buffers]
+        self._saved = [tensor.clone() for tensor in (*self._buffers, *others)]
         self._fill_buffers(poison=False)
 
-    def resume(self) -> None:
-        """Put back what the buffers held at `suspend`."""
-        for tensor, saved in zip(self._buffers, self._saved, strict=True):
+    def resume(self, *others: Tensor) -> None:
+        """Put back what the buffers and the other memory held at `suspend`."""
+        for tensor, saved in zip((*self._buffers, *others), self._saved, strict=True):
             tensor.copy_(saved)
         self._saved = []
         self.runner.buffers.forget_last_step()

@@ -110,6 +110,7 @@ class LocalModel:
                         if delta is not None:
                             reason = delta.finish_reason
                             yield from _pieces(parser, delta.text, final=reason is not None)
+                    self._engine.advance_background()
             finally:
                 self._engine.abort(request.request_id)
         if reason is FinishReason.LENGTH:

@@ -27,6 +27,7 @@ from a prediction (see `budget`).
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,6 +109,15 @@ class CostModel:
             kind: _Bases.fit(by_size, self._rates[kind[1]])
             for kind, by_size in _by_kind_and_size(at_pace).items()
         }
+
+    def add(self, samples: Iterable[StepSample]) -> None:
+        """Learn the bases of sizes at which no step has been timed before, from steps that have
+        been timed since. What is known about other sizes stays, and bounds what is learnt."""
+        for key, work, ms in samples:
+            bases = self._bases.get(_kind(key))
+            if bases is not None and ms > 0:
+                base_ms = _base(ms / self._pace, self._rates[key[1].uniform_decode].ms(work))
+                bases.add(key[1].num_tokens, base_ms)
 
     def predict(self, key: GraphKey, work: AttentionWork) -> float:
         """Return the duration in milliseconds of a step, with its epilogue.
@@ -241,13 +251,22 @@ class _Bases:
         """Return the medians of what the attention leaves of the times of each size."""
         sizes = sorted(by_size)
         bases = [
-            median(
-                max(LEAST_BASE * sample.ms, sample.ms - rates.ms(sample.work))
-                for sample in by_size[size]
-            )
+            median(_base(sample.ms, rates.ms(sample.work)) for sample in by_size[size])
             for size in sizes
         ]
         return cls(sizes, _ascending(bases), [[] for _ in sizes])
+
+    def add(self, size: int, base_ms: float) -> None:
+        """Set the base at one more size, between those of the next sizes. One that is known
+        stays."""
+        index = bisect_left(self.sizes, size)
+        if size in self.sizes[index : index + 1]:
+            return
+        least = max(self.base_ms[:index], default=0.0)
+        most = min(self.base_ms[index:], default=math.inf)
+        self.sizes.insert(index, size)
+        self.base_ms.insert(index, min(max(base_ms, least), most))
+        self.pending.insert(index, [])
 
     def at(self, size: int) -> float:
         """Return the base of steps of `size` padded tokens."""
@@ -280,6 +299,11 @@ class _Bases:
             return [(index, 1.0)]
         share = (size - sizes[index - 1]) / (sizes[index] - sizes[index - 1])
         return [(index - 1, 1 - share), (index, share)]
+
+
+def _base(ms: float, attention_ms: float) -> float:
+    """Return what the attention leaves of the time of a step."""
+    return max(LEAST_BASE * ms, ms - attention_ms)
 
 
 def _full_pairs(work: AttentionWork, width: float) -> float:

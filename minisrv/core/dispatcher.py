@@ -1,19 +1,19 @@
 """Dispatch: from a described batch to the graph that runs it, as a pure function.
 
-Knows: the ladders (the captured sizes), and how long each graph takes if graphs have been timed.
-For every batch it returns the runtime mode, the padded key and the reason, and it can list all its
-answers before a model is loaded. Knows nothing of the captured graphs themselves, so an answer
-cannot depend on what happens to be captured: every key of the ladders is captured, and tests prove
-that no other key is returned.
+Knows: the ladders (the captured sizes), the keys of the graphs that are in service, and how long
+each graph takes if graphs have been timed. For every batch it returns the runtime mode, the padded
+key and the reason, before a model is loaded too. Knows nothing of the
+captured graphs themselves: it is told which keys are in service, and tests prove that no other key
+is returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from minisrv.core.attention_work import NO_WORK, AttentionWork
+from minisrv.core.graph_times import StepTime, cheapest
 from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
 from minisrv.modes import (
     BatchDescriptor,
@@ -23,21 +23,6 @@ from minisrv.modes import (
     Stage,
     StageOutput,
 )
-
-MARGIN = 0.05
-"""Share of its time by which another graph must be cheaper than the one that the static order
-chooses; a smaller difference is noise of the measurement. The other graph's median is compared with
-the chosen graph's minimum, because a disturbance makes a measurement longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """The duration of a step in milliseconds, from several measurements, and the work of its
-    attention."""
-
-    min_ms: float
-    median_ms: float
-    work: AttentionWork = NO_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +34,15 @@ class Dispatch:
     reason: the reason for the mode.
     epilogue: the key of the second stage, the epilogue, which follows a model's stage that ends at
         the hidden states; None if it does not end there.
+    missing: the keys of the smallest graphs that would hold the step's stages, where these are not
+        in service.
     """
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
     reason: Reason
     epilogue: GraphKey | None = None
+    missing: tuple[GraphKey, ...] = ()
 
     @property
     def key(self) -> GraphKey:
@@ -71,22 +59,46 @@ class Dispatcher:
     """Chooses the graph for a batch.
 
     The static order is a graph for pure decode, a graph for any batch, then NONE; of each kind the
-    smallest captured size that holds the batch. Another graph that holds the batch replaces that
-    choice if it was measured to be cheaper.
+    smallest captured size that holds the batch. If its graph is not in service, the next larger one
+    of its kind that is takes its place. Another graph that holds the batch replaces that choice if
+    it was measured to be cheaper.
+
+    ladders: all sizes that may be captured.
+    in_service: the keys of the graphs in service; None for all of the ladders. They hold every
+        batch that the ladders hold.
     """
 
     def __init__(
-        self, ladders: Ladders, times: Mapping[GraphKey, StepTime] = MappingProxyType({})
+        self,
+        ladders: Ladders,
+        times: Mapping[GraphKey, StepTime] = MappingProxyType({}),
+        in_service: Collection[GraphKey] | None = None,
     ) -> None:
         self.ladders = ladders
-        self.use_times(times)
+        self._times = times
+        self.use_graphs(ladders.keys() if in_service is None else in_service)
+
+    def use_graphs(self, in_service: Collection[GraphKey]) -> None:
+        """Choose among the graphs with these keys from the next batch on (see the class)."""
+        self.in_service = frozenset(in_service)
+        self._stand_ins = _stand_ins(self.ladders.keys(), self.in_service)
+        self.use_times(self._times)
+
+    def stand_in(self, key: GraphKey) -> GraphKey:
+        """Return the key itself if its graph is in service, or that of the graph that stands in."""
+        return self._stand_ins.get(key, key)
 
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
-        """Choose by these durations of a step by each graph of the ladders from the next batch on.
-        They are empty if graphs were not timed."""
-        keys = [key for key in self.ladders.keys() if times and key[1].stage is Stage.MODEL]  # noqa: SIM118
+        """Choose by these durations of a step by each graph from the next batch on. They are empty
+        if graphs were not timed; a graph without one takes nobody's place."""
+        self._times = times
+        keys = [
+            key
+            for key in self.ladders.keys()  # noqa: SIM118  (not a mapping)
+            if key in times and key in self.in_service and key[1].stage is Stage.MODEL
+        ]
         self._cheaper = {
-            key: better for key in keys if (better := _cheapest(key, keys, times)) != key
+            key: better for key in keys if (better := cheapest(key, keys, times)) != key
         }
 
     def dispatch(
@@ -109,13 +121,20 @@ class Dispatcher:
         """
         separate_epilogue = needs_logits or has_structured_output_requests
         found = self._static_choice(num_tokens, num_reqs, query_len, separate_epilogue)
+        missing: tuple[GraphKey, ...] = ()
+        if (stand_in := self._stand_ins.get(found.key)) is not None:
+            missing = (found.key,)
+            found = Dispatch(*stand_in, Reason.SIZE_MISSING)
         better = self._cheaper.get(found.key)
         if better is not None:
             found = Dispatch(*better, Reason.CHEAPER)
         if found.descriptor.output is not StageOutput.HIDDEN:
-            return found
+            return replace(found, missing=missing) if missing else found
         epilogue = self.ladders.epilogue_key(num_reqs, needs_logits=needs_logits)
-        return replace(found, epilogue=epilogue)
+        if (stand_in := self._stand_ins.get(epilogue)) is not None:
+            missing = (*missing, epilogue)
+            epilogue = stand_in
+        return replace(found, epilogue=epilogue, missing=missing)
 
     def _static_choice(
         self, num_tokens: int, num_reqs: int, query_len: int | None, separate_epilogue: bool
@@ -143,64 +162,19 @@ class Dispatcher:
             reason = Reason.NO_MIXED_GRAPH
         return Dispatch(CUDAGraphMode.NONE, BatchDescriptor(num_tokens), reason)
 
-    def coverage(self) -> list[CoverageRow]:
-        """Return the dispatch of every batch size up to the limits, with equal neighbours
-        merged."""
-        ladders = self.ladders
-        rows: list[CoverageRow] = []
-        for size in range(1, ladders.max_num_seqs + 1):
-            _extend(
-                rows,
-                "decode",
-                size,
-                self.dispatch(size * ladders.query_len, size, query_len=ladders.query_len),
-            )
-        for size in range(1, ladders.max_num_batched_tokens + 1):
-            _extend(rows, "mixed", size, self.dispatch(size, 1, query_len=None))
-        return rows
 
-
-@dataclass(frozen=True, slots=True)
-class CoverageRow:
-    """Batch sizes from `first` to `last` that run alike.
-
-    kind: "decode", where sizes are numbers of requests, or "mixed", where they are numbers of
-        tokens.
-    padded_size: the size of the graph; None where the batch runs unpadded.
-    """
-
-    kind: str
-    first: int
-    last: int
-    mode: CUDAGraphMode
-    padded_size: int | None
-    reason: Reason
-
-
-def _extend(rows: list[CoverageRow], kind: str, size: int, found: Dispatch) -> None:
-    padded_size = None if found.mode is CUDAGraphMode.NONE else found.descriptor.num_tokens
-    row = CoverageRow(kind, size, size, found.mode, padded_size, found.reason)
-    if rows:
-        last = replace(rows[-1], last=size)
-        if replace(row, first=last.first) == last:  # it runs like the size before it
-            row = last
-            rows.pop()
-    rows.append(row)
-
-
-def _cheapest(key: GraphKey, keys: list[GraphKey], times: Mapping[GraphKey, StepTime]) -> GraphKey:
-    """Return the cheapest graph that holds every batch which `key` holds, if it is cheaper by the
-    margin; otherwise `key` itself.
-
-    Graphs for mixed batches hold any batch. Graphs for decode hold only decode batches, and stand
-    in only for graphs that end with the same output.
-    """
-    size, output = key[1].num_tokens, key[1].output
-    admissible = [
-        (mode, other)
-        for mode, other in keys
-        if other.num_tokens >= size
-        and (not other.uniform_decode or (key[1].uniform_decode and other.output is output))
-    ]
-    best = min(admissible, key=lambda other: times[other].median_ms)
-    return best if times[best].median_ms < (1 - MARGIN) * times[key].min_ms else key
+def _stand_ins(
+    keys: Collection[GraphKey], in_service: Collection[GraphKey]
+) -> dict[GraphKey, GraphKey]:
+    """Return, for each key that is not in service, the key of the next larger graph of its kind
+    that is."""
+    found: dict[GraphKey, GraphKey] = {}
+    next_larger: dict[tuple[Stage, bool, StageOutput], GraphKey] = {}
+    for key in sorted(keys, key=lambda key: key[1].num_tokens, reverse=True):
+        kind = (key[1].stage, key[1].uniform_decode, key[1].output)
+        if key in in_service:
+            next_larger[kind] = key
+        else:
+            assert kind in next_larger, "the largest graph of each kind is in service"
+            found[key] = next_larger[kind]
+    return found

@@ -111,9 +111,14 @@ class BlockPool(FreeList):
             self.touch(block)
         return sorted(found[:count])
 
+    def evict(self, count: int) -> list[int]:
+        """Take up to `count` free blocks, those that were used least recently, out of the prefix
+        cache if they are in it, and return them in ascending order."""
+        return sorted(self.allocate() for _ in range(min(count, self.num_free)))
+
     def give_back(self, blocks: Sequence[int]) -> None:
-        """Free blocks that `reserve` returned. They are handed out before all others, so that
-        nothing leaves the prefix cache any sooner."""
+        """Free blocks that `reserve` or `evict` returned. They are handed out before all others, so
+        that nothing leaves the prefix cache any sooner."""
         for block in reversed(blocks):
             self.free(block)
             self._free.move_to_end(block, last=False)

@@ -8,8 +8,15 @@ dispatcher), of tensors, or of what a graph costs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from minisrv.core.capture_sizes import (
+    covering,
+    default_decode,
+    default_epilogues,
+    default_mixed,
+    reachable,
+)
 from minisrv.device_kind import ResolvedConfig
 from minisrv.errors import CoverageError
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
@@ -44,7 +51,7 @@ class Ladders:
         Such a step is not padded, so any number would do; these are enough to choose from."""
         most = self.max_num_batched_tokens
         if not self.mixed:
-            return _default_mixed(most)
+            return default_mixed(most)
         apart = -(-most // 16)
         sizes = range(self.mixed[-1] + apart, most, apart)
         return (*sizes, most) if self.mixed[-1] < most else ()
@@ -65,6 +72,16 @@ class Ladders:
             for output in (StageOutput.TOKENS, StageOutput.HIDDEN)
         ]
         return epilogues[::-1] + mixed[::-1] + decode[::-1]
+
+    def covering(self) -> Ladders:
+        """Return ladders of few of these sizes, which hold every batch that these hold. The largest
+        sizes are the same, so that a batch is padded further but never left without its graph."""
+        return replace(
+            self,
+            decode=covering(self.decode),
+            mixed=covering(self.mixed),
+            epilogues=covering(self.epilogues),
+        )
 
     def capture_sizes_of(self, descriptor: BatchDescriptor) -> tuple[int, ...]:
         """Return the ladder to which the graph of `descriptor` belongs."""
@@ -146,11 +163,11 @@ def build_ladders(
     mixed: tuple[int, ...] = ()
     epilogues: tuple[int, ...] = ()
     if mode.decode_mode is CUDAGraphMode.FULL:
-        decode = _reachable(sizes or _default_decode(max_num_seqs), max_num_seqs)
-        epilogues = _reachable(sizes or _default_epilogues(max_num_seqs), max_num_seqs)
+        decode = reachable(sizes or default_decode(max_num_seqs), max_num_seqs)
+        epilogues = reachable(sizes or default_epilogues(max_num_seqs), max_num_seqs)
     if mode.mixed_mode is not CUDAGraphMode.NONE:
         top = min(max_num_batched_tokens, max_default_mixed)
-        mixed = _reachable(sizes or _default_mixed(top), max_num_batched_tokens)
+        mixed = reachable(sizes or default_mixed(top), max_num_batched_tokens)
     return Ladders(mode, decode, mixed, epilogues, max_num_seqs, max_num_batched_tokens)
 
 
@@ -169,32 +186,3 @@ def ladders_of(config: ResolvedConfig, max_model_len: int | None = None) -> Ladd
     )
     ladders.check_coverage()
     return ladders
-
-
-def _default_decode(top: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, then steps of 8 up to 64, of 16 up to 256 and of 32 above, up to `top`."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top, 32)]
-    return (*(size for size in sizes if size < top), top)
-
-
-def _default_epilogues(top: int) -> tuple[int, ...]:
-    """Return the powers of two below `top`, then `top`. Larger gaps are good enough here: the step
-    before the epilogue and the weights of lm_head, which are read once for any number of rows, cost
-    much more than a row of padding."""
-    sizes = [1 << bits for bits in range(top.bit_length())]
-    return (*(size for size in sizes if size < top), top)
-
-
-def _default_mixed(top: int) -> tuple[int, ...]:
-    """Return the powers of two up to `top`, from 32 on with the sizes halfway between them, and
-    from 2,048 on with three sizes between them: there each token of padding costs its full time."""
-    sizes = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536]
-    sizes += [quarters << bits for bits in range(9, top.bit_length()) for quarters in range(4, 8)]
-    return (*(size for size in sizes if size < top), top)
-
-
-def _reachable(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Return the sizes ascending and without repeats, up to the first one that holds `most`."""
-    ascending = sorted(set(sizes))
-    below = [size for size in ascending if size < most]
-    return (*below, *ascending[len(below) : len(below) + 1])

@@ -23,12 +23,15 @@ from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.cost_model import CostModel, StepSample
-from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.core.scheduler import Scheduler
 from minisrv.device_kind import ResolvedConfig, choose_compilation
+from minisrv.engine.background import Background
 from minisrv.engine.compilation import Compilation, Compiler, is_too_slow, timed_steps
+from minisrv.engine.filling import LadderFilling
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
@@ -62,7 +65,9 @@ class EngineParts:
     cost_model: predicts the time of steps, and learns from those that are served.
     times: the duration of a step by each graph, if the platform has graphs timed.
     samples: the timed steps to which the cost model was fitted; none if there is no target.
+    background: the work between steps.
     compilation: the way of compiled code into service.
+    filling: the way of graphs into service that are not captured before the engine is ready.
     kernels: what decides which kernels the engine launches.
     sleeper: what puts the engine to sleep.
     """
@@ -77,7 +82,9 @@ class EngineParts:
     memory: MemoryPlan
     times: Mapping[GraphKey, StepTime]
     samples: list[StepSample]
+    background: Background
     compilation: Compilation
+    filling: LadderFilling
     kernels: KernelJob
     sleeper: Sleeper
 
@@ -94,7 +101,7 @@ def build_engine(
     serve_slower: bool = False,
     check_addresses: bool = False,
 ) -> EngineParts:
-    """Load a model, capture its graphs and certify them.
+    """Load a model, capture the graphs with which it is served from the start, and certify them.
 
     progress: is called during loading and capturing.
     checkpoint: the checkpoint that `config` names, if it has been opened already.
@@ -128,6 +135,7 @@ def build_engine(
     context = context_length(config, description)
     context = fit_context(config, description, dtype, context, available)
     ladders = ladders_of(config, context)
+    at_start = ladders if config.cudagraph_capture == "whole" else ladders.covering()
     shape = KVCacheShape.of(config, description, context, dtype)
     most_blocks = num_kv_blocks(config, shape, available)
     sizes = BufferSizes.of(ladders, context, config.block_size)
@@ -230,9 +238,14 @@ def build_engine(
     with _timed(clock, "graphs"):
         compiler = None if make_compiler is None else make_compiler(model)
         costs = StepCosts(
-            Dispatcher(ladders), config.itl_target_ms, chooses_graphs=platform.times_graphs
+            Dispatcher(ladders, in_service=at_start.keys()),
+            at_start,
+            config.itl_target_ms,
+            chooses_graphs=platform.times_graphs,
         )
+        background = Background()
         compilation = Compilation(
+            background,
             compiler,
             runner,
             pool,
@@ -243,7 +256,9 @@ def build_engine(
             has_room=generations > 1 or memory.graph_bytes is None,
             serve_slower=serve_slower,
         )
-        compilation.capture_graphs(lambda done, total: progress("capturing graphs", done, total))
+        compilation.capture_graphs(
+            at_start.keys(), lambda done, total: progress("capturing graphs", done, total)
+        )
         if config.compile_wait:
             compilation.wait(lambda done, total: progress("compiling", done, total))
         if config.simulate_launch_us:
@@ -254,6 +269,8 @@ def build_engine(
             runner.observers.append(SimulatedLaunches(config.simulate_launch_us))
         costs.measure(runner, pool, config.kind.long_context)
         platform.check_plan(config, memory, shape, runner)
+        has_room = partial(platform.has_room, config, memory)
+        filling = LadderFilling(background, runner, pool, costs, has_room)
     config = replace(config, itl_target_ms=costs.itl_target_ms)
     scheduler = Scheduler(
         pool,
@@ -277,12 +294,10 @@ def build_engine(
         dtype=dtype_name(dtype),
         device=str(device),
         cudagraph_mode=ladders.mode.value,
-        graphs=len(runner.graphs),
+        ladder=filling.report,
         startup_seconds=clock.seconds,
         simulated_launch_us=config.simulate_launch_us,
         async_scheduling=config.async_scheduling,
-        decode_capture_sizes=ladders.decode,
-        mixed_capture_sizes=ladders.mixed,
         compilation_mode=compilation_mode.name,
         compilation_reason=why,
         compilation=compilation.report,
@@ -292,7 +307,7 @@ def build_engine(
         arenas,
         runner,
         pool,
-        compilation,
+        background,
         stored,
         lambda: make_model().stored_tensors(),
         release=platform.release,
@@ -309,7 +324,9 @@ def build_engine(
         memory=memory,
         times=costs.times,
         samples=costs.samples,
+        background=background,
         compilation=compilation,
+        filling=filling,
         kernels=kernels,
         sleeper=sleeper,
     )

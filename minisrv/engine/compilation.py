@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 
@@ -40,31 +40,18 @@ from minisrv.certification.generation import (
 )
 from minisrv.certification.startup import CaptureProgress, capture_graphs
 from minisrv.compile.decorator import Compiled
-from minisrv.core.dispatcher import StepTime
+from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
+from minisrv.engine.background import Background, Work
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
 from minisrv.modes import GraphKey
 from minisrv.runner.generation import Generation
 from minisrv.runner.model_runner import ModelRunner
-from minisrv.turns import MakeWay, in_turns
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-TURN = 0.005
-"""Number of seconds after which a turn of the work makes way for the steps of requests, at the next
-point where it can: between two layers of the model, between two operations of a tape, or behind a
-graph of a GPU, which nothing interrupts."""
-
-LEAST_GAP = 0.02
-"""Minimum number of seconds between two turns while requests run."""
-
-REST = 4.0
-"""How many times as long as a turn the steps of requests run behind it, at least."""
 
 WAIT_SECONDS = 0.05
 """Number of seconds between two looks at a compilation that a start-up waits for."""
@@ -144,62 +131,16 @@ class _RefusedError(Exception):
         self.refusal = refusal
 
 
-class _Turn:
-    """The turn of the work; see `certification.generation.Turn`.
-
-    ends: the time at which it is over.
-    waits: whether the last one ended because there was nothing to do.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.ends = math.inf
-        self.waits = True
-        self._clock = clock
-        self._make_way: MakeWay | None = None
-
-    @property
-    def is_over(self) -> bool:
-        return self._clock() >= self.ends
-
-    def make_way(self) -> None:
-        assert self._make_way is not None, "only a function that runs in turns makes way"
-        self._make_way()
-
-    def wait(self) -> None:
-        self.waits = True
-        self.make_way()
-
-    def offer(self) -> None:
-        """Make way if the turn is over."""
-        if self.is_over:
-            self.make_way()
-
-    def take(self, function: Callable[[], T]) -> Generator[None, None, T]:
-        """Run a function that makes way by this object, and yield each time that it does."""
-
-        def run(make_way: MakeWay) -> T:
-            self._make_way = make_way
-            return function()
-
-        try:
-            return (yield from in_turns(run))
-        finally:
-            self._make_way = None
-
-
-_Work = Generator[None, None, None]
-"""Work that yields at the end of each turn."""
-
-
 class Compilation:
-    """The way of compiled code into the service of one engine. All methods must be called from the
-    thread that runs steps.
+    """The way of compiled code into the service of one engine, as a work between its steps. No
+    error of it ends the engine, which can go on as it is.
 
+    background: where the work has its turns.
     compiler: compiles the model; None if compiled code is off.
     pool: the blocks of the runner's cache.
     make_backend: makes the backend of another generation's graphs.
     release: returns memory that nobody uses any more to the device.
-    timed: the steps whose durations are measured for a generation before it serves.
+    timed: returns the steps whose durations are measured for a generation before it serves.
     use_times: is called with these durations when it serves.
     has_room: whether there is memory for another generation beside the one in service.
     serve_slower: whether compiled code serves even if it is not faster, to be measured.
@@ -208,18 +149,21 @@ class Compilation:
 
     def __init__(
         self,
+        background: Background,
         compiler: Compiler | None,
         runner: ModelRunner,
         pool: BlockPool,
         make_backend: Callable[[], GraphBackend],
         *,
         release: Callable[[], None] = lambda: None,
-        timed: Collection[GraphKey] = (),
+        timed: Callable[[], Collection[GraphKey]] = lambda: (),
         use_times: Callable[[Mapping[GraphKey, StepTime]], None] = lambda times: None,
         has_room: bool = True,
         serve_slower: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._background = background
+        self._turn = background.turn
         self._has_room = has_room
         self._serve_slower = serve_slower
         self._compiler = compiler
@@ -232,16 +176,12 @@ class Compilation:
         self._clock = clock
         self._seconds: dict[str, float] = {}
         self._began = clock()
-        self._turn = _Turn(clock)
-        self._next_turn = 0.0
-        self._longest_turn = 0.0
         self._on_progress: CaptureProgress = lambda done, total: None
         self._is_awaited = False
-        self._work: _Work | None = None
+        self._is_under_way = False
         self.report = CompilationReport()
         """The generation that serves, and why. A change replaces it."""
         if compiler is not None:
-            self._work = self._compile(compiler)
             self.report = CompilationReport(CompilationState.COMPILING)
 
     @property
@@ -252,30 +192,24 @@ class Compilation:
     @property
     def is_under_way(self) -> bool:
         """Whether compiled code may yet come into service, or be refused."""
-        return self._work is not None
+        return self._is_under_way
 
-    @property
-    def has_work(self) -> bool:
-        """Whether an idle engine should call `advance` at once, and not only now and then."""
-        return self.is_under_way and not self._turn.waits
-
-    # ---- before the engine is ready ----------------------------------------------------------
-
-    def capture_graphs(self, on_progress: CaptureProgress) -> None:
-        """Capture the graphs of a start-up: those of the program that the cache has, if there is
-        one and it passes, and otherwise those of the model's own code. Raises what
-        `startup.capture_graphs` does."""
-        if self._compiler is not None:
-            compiling, self._work = self._work, self._enter_cached(self._compiler, on_progress)
+    def capture_graphs(self, keys: Collection[GraphKey], on_progress: CaptureProgress) -> None:
+        """Capture graphs at a start-up: those of the program that the cache has, if there is one
+        and it passes, and otherwise those of the model's own code; then a compilation is under way.
+        Raises what `startup.capture_graphs` does."""
+        compiler = self._compiler
+        if compiler is not None:
+            self._begin(self._enter_cached(compiler, keys, on_progress))
             while self.is_under_way:
-                self._take_turn(math.inf)
-            if self.report.state is CompilationState.COMPILING:
-                self._work = compiling
+                self._background.go_on(math.inf)
         if not self.generation:
-            capture_graphs(self._runner, self._pool, on_progress)
+            capture_graphs(self._runner, self._pool, keys, on_progress)
+        if compiler is not None and self.report.state is CompilationState.COMPILING:
+            self._begin(self._compile(compiler))
 
     def wait(self, on_progress: CaptureProgress) -> None:
-        """Compile, and wait until the compiled code serves or has been refused.
+        """Wait at a start-up until the compiled code serves or has been refused.
 
         The graphs that serve are not timed: a start-up times them all behind this.
 
@@ -285,51 +219,25 @@ class Compilation:
         self._is_awaited = True
         try:
             while self.is_under_way:
-                self._take_turn(math.inf)
+                self._background.go_on(math.inf)
                 if self._turn.waits:
                     time.sleep(WAIT_SECONDS)
         except BaseException:  # Ctrl-C: this process would not end before the one that compiles
-            self.close()
+            self._background.close()
             raise
 
-    # ---- while the engine serves -------------------------------------------------------------
+    def _begin(self, work: Work) -> None:
+        self._is_under_way = True
+        self._background.add(self._until_refused(work))
 
-    def advance(self, *, busy: bool) -> bool:
-        """Give the work a turn, if there is any and it is time for it, and return whether the
-        report has changed. To be called between steps. It raises no error, because the engine can
-        go on as it is.
-
-        busy: whether requests run, whose steps must not wait often.
-        """
-        began = self._clock()
-        if self._work is None or (busy and began < self._next_turn):
-            return False
-        before = self.report
-        self._take_turn(began + TURN)
-        ended = self._clock()
-        took = ended - began
-        self._next_turn = ended + max(LEAST_GAP, REST * took)
-        if busy:
-            self._longest_turn = max(self._longest_turn, took)
-        return self.report is not before
-
-    def _take_turn(self, ends: float) -> None:
-        """Go on with the work until it makes way, which it does after the time `ends`."""
-        assert self._work is not None, "there is work"
-        self._turn.ends, self._turn.waits = ends, False
+    def _until_refused(self, work: Work) -> Work:
+        """Do the work, which a refusal ends."""
         try:
-            next(self._work)
-        except StopIteration:
-            self._work = None
+            yield from work
         except _RefusedError as error:
-            self._work = None
             self._refuse(error)
-
-    def close(self) -> None:
-        """End what is under way, the process that compiles included."""
-        if self._work is not None:
-            self._work.close()
-            self._work = None
+        finally:
+            self._is_under_way = False
 
     def _refuse(self, error: _RefusedError) -> None:
         refusals = Counter(self.report.refusals) + Counter([error.refusal.value])
@@ -347,7 +255,7 @@ class Compilation:
 
     # ---- the work ----------------------------------------------------------------------------
 
-    def _compile(self, compiler: Compiler) -> _Work:
+    def _compile(self, compiler: Compiler) -> Work:
         """Compile in another process, and bring what it makes into service."""
         self._began = self._clock()
         with _refused_as(Refusal.COMPILE):
@@ -358,31 +266,34 @@ class Compilation:
                         raise found
                     self._on_progress(found.done, found.total)
                     self._turn.waits = True
-                    yield
+                    yield True
             finally:
                 process.close()
         self._lap("compile")
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):
-            keys = model_keys(runner.ladders)
-            yield from turn.take(partial(build_generation, runner, pool, new, keys, turn))
+            # It takes over every size that is in service; the others follow.
+            graphs = runner.graphs
+            keys = [key for key in runner.ladders.keys() if key in graphs]  # noqa: SIM118
+            compared = model_keys(runner.ladders, keys)
+            yield from turn.take(partial(build_generation, runner, pool, new, keys, compared, turn))
             speedup = yield from turn.take(partial(measure_speedup, runner, pool, new, turn))
             if is_too_slow(speedup):
                 compiler.remember_slowness(found, timed_steps(runner.ladders), speedup)
                 if not self._serve_slower:
                     raise _RefusedError(Refusal.SLOWER, _too_slow(speedup))
-            timed = () if self._is_awaited else self._timed
+            timed = () if self._is_awaited else self._timed()
             times = yield from turn.take(partial(time_generation, runner, pool, new, timed, turn))
         self._lap("certify")
         yield from self._serve(new, times)
         logger.info("steps by compiled code are %.2f times as fast", speedup)
-        if self._longest_turn:
-            logger.info(
-                "a turn of this work made requests wait %.0f ms at most", 1000 * self._longest_turn
-            )
+        if longest := self._background.longest_turn:
+            logger.info("a turn between steps made requests wait %.0f ms at most", 1000 * longest)
 
-    def _enter_cached(self, compiler: Compiler, on_progress: CaptureProgress) -> _Work:
+    def _enter_cached(
+        self, compiler: Compiler, keys: Collection[GraphKey], on_progress: CaptureProgress
+    ) -> Work:
         """Bring the program that the cache has into service, if there is one."""
         with _refused_as(Refusal.LOAD):
             found = compiler.find()
@@ -405,12 +316,14 @@ class Compilation:
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, Always()
         with self._discarded_if_refused(compiler, found):
-            keys, total = end_keys(runner.ladders), len(runner.ladders.keys())
-            build_generation(runner, pool, new, keys, turn, lambda done: on_progress(done, total))
+            compared, total = end_keys(runner.ladders), len(keys)
+            build_generation(
+                runner, pool, new, keys, compared, turn, lambda done: on_progress(done, total)
+            )
         self._lap("certify")
         yield from self._serve(new, {})  # all graphs of a start-up are measured behind this
 
-    def _load(self, compiler: Compiler, directory: Path) -> Generator[None, None, Generation]:
+    def _load(self, compiler: Compiler, directory: Path) -> Generator[bool, None, Generation]:
         """Load a program, and return its generation, which has no graphs yet."""
         self._tell(state=CompilationState.CERTIFYING)
         self._began = self._clock()
@@ -431,7 +344,7 @@ class Compilation:
             compiler.discard(directory)
             raise
 
-    def _serve(self, new: Generation, times: Mapping[GraphKey, StepTime]) -> _Work:
+    def _serve(self, new: Generation, times: Mapping[GraphKey, StepTime]) -> Work:
         """Put a generation into service in place of the other one, and free that one.
 
         times: the durations of its graphs; empty if they were not measured.
@@ -462,8 +375,8 @@ class Compilation:
             while graphs:
                 graphs.popitem()  # a graph of many operations takes a while to be freed
                 if self._turn.is_over:
-                    yield
-        yield
+                    yield False
+        yield False
         self._release()
 
     def _tell(self, **changes: Any) -> None:

@@ -56,7 +56,9 @@ class EngineCore:
         self.cost_model = parts.cost_model
         self.runner = parts.runner
         self.info = parts.info
+        self.background = parts.background
         self.compilation = parts.compilation
+        self.filling = parts.filling
         self.observers = parts.runner.observers
         self.sleeper = parts.sleeper
         self._grammars = parts.grammars
@@ -118,6 +120,15 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step has something to do."""
         return self.scheduler.has_work or bool(self._in_flight)
+
+    # ---- between steps -----------------------------------------------------------------------
+
+    def advance_background(self) -> bool:
+        """Give the work between steps a turn if it is time for one, and return whether `describe`
+        says something else now."""
+        before = self.compilation.report, self.filling.report
+        self.background.advance(busy=self.has_work)
+        return before != (self.compilation.report, self.filling.report)
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -216,6 +227,8 @@ class EngineCore:
             needs_logits=output.needs_logits,
             has_structured_output_requests=output.has_structured_output_requests,
         )
+        if dispatch.missing:
+            self.filling.want(dispatch.missing)
         self._lap(StepPart.DISPATCH)
         self._counters.count(output, dispatch, compiled=self.compilation.generation > 0)
         step = _InFlight(output, dispatch, self._had_work_throughout)
@@ -255,10 +268,12 @@ class EngineCore:
                 self._grammars.remove(output.request_id)
 
     def describe(self) -> EngineInfo:
-        """Return the description of the engine as it is now: it may sleep, or run other code."""
+        """Return the description of the engine as it is now: it may sleep, run other code, or have
+        more graphs than at its start."""
         return msgspec.structs.replace(
             self.info,
             compilation=self.compilation.report,
+            ladder=self.filling.report,
             itl_target_ms=self.scheduler.budget.target_or_zero,
             sleep=self.sleeper.report,
         )
@@ -286,6 +301,8 @@ class EngineCore:
             step_time_errors=self._counters.errors(),
             compilation=self.compilation.report,
             sleep=self.sleeper.report,
+            ladder=self.filling.report,
+            longest_turn_seconds=self.background.longest_turn,
         )
 
 

@@ -158,6 +158,32 @@ def sleep_word(kind: type[_E], word: object, param: str) -> _E:
     raise RequestError(f"{param} must be one of {', '.join(kind)}, not {shown(word)}.", param=param)
 
 
+class LadderReport(msgspec.Struct, frozen=True):
+    """The graphs in service.
+
+    graphs: their number.
+    total: the number of all graphs of the ladders.
+    decode: the numbers of requests for whose decode batches there are FULL graphs, ascending.
+    mixed: the numbers of tokens for whose mixed batches there are graphs, ascending.
+    epilogues: the numbers of requests for whose epilogues there are graphs, ascending.
+    refused: the graphs that may not serve, and why.
+    stopped: why the missing graphs are not captured any more; empty if they are.
+    """
+
+    graphs: int = 0
+    total: int = 0
+    decode: tuple[int, ...] = ()
+    mixed: tuple[int, ...] = ()
+    epilogues: tuple[int, ...] = ()
+    refused: dict[str, str] = {}
+    stopped: str = ""
+
+    @property
+    def missing(self) -> int:
+        """The number of graphs that may yet come into service."""
+        return 0 if self.stopped else self.total - self.graphs - len(self.refused)
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """The settings that a ready engine serves with, after every default has been resolved."""
 
@@ -171,7 +197,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     cudagraph_mode: str
-    graphs: int
     startup_seconds: dict[str, float]
     itl_target_ms: float = 0.0
     """Time that a step in which requests decode should not exceed, in milliseconds; 0 for no such
@@ -181,10 +206,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     are not those of the machine."""
     async_scheduling: bool = False
     """Whether a step is scheduled before the tokens of the previous one are known."""
-    decode_capture_sizes: tuple[int, ...] = ()
-    """The numbers of requests for whose decode batches there are FULL graphs, ascending."""
-    mixed_capture_sizes: tuple[int, ...] = ()
-    """The numbers of tokens for whose mixed batches there are graphs, ascending."""
+    ladder: LadderReport = LadderReport()
+    """The graphs in service. When one more is, the description is sent again."""
     compilation_mode: str = "NONE"
     compilation_reason: str = ""
     """Why the model is compiled in that mode."""
@@ -197,11 +220,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
     def summary(self) -> str:
         """The device, the dtype, the graphs, the compilation, the scheduling, the KV cache and the
         limits of a step in one line, for the log."""
-        ladders = (("requests", self.decode_capture_sizes), ("tokens", self.mixed_capture_sizes))
+        ladder = self.ladder
+        ladders = (("requests", ladder.decode), ("tokens", ladder.mixed))
+        count = f"{ladder.graphs} of {ladder.total}" if ladder.missing else f"{ladder.graphs}"
         target = f"{self.itl_target_ms:.1f} ms" if self.itl_target_ms else "none"
         largest = ", ".join(f"{unit} up to {sizes[-1]}" for unit, sizes in ladders if sizes)
         return (
-            f"{self.dtype} on {self.device}, mode {self.cudagraph_mode}, {self.graphs} graphs"
+            f"{self.dtype} on {self.device}, mode {self.cudagraph_mode}, {count} graphs"
             f"{f' ({largest})' if largest else ''}, "
             f"compilation {self.compilation_mode} ({self.compilation_reason}), "
             f"async scheduling {'on' if self.async_scheduling else 'off'}, "
@@ -211,8 +236,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: every graph is captured and certified, and requests may be sent. It comes
-    again when the description of the engine has changed."""
+    """Engine to worker: every batch has a graph that is captured and certified, and requests may be
+    sent. It comes again when the description of the engine has changed."""
 
     info: EngineInfo
 
@@ -267,6 +292,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     itl_target_ms: the time that a step in which requests decode should not exceed; 0 for no target.
     budgets: the steps for which prompt tokens waited, by the reason for their number.
     step_time_errors: by how much the predicted times of steps differed from the measured ones.
+    longest_turn_seconds: the longest time for which work between two steps has made requests wait.
     """
 
     running: int = 0
@@ -288,6 +314,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     step_time_errors: ErrorHistogram = ErrorHistogram()
     compilation: CompilationReport = CompilationReport()
     sleep: SleepReport = SleepReport()
+    ladder: LadderReport = LadderReport()
+    longest_turn_seconds: float = 0.0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

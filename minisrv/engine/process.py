@@ -239,31 +239,26 @@ class _EngineServer:
                 if stats_log is not None:
                     stats_log.tick()
         finally:
-            self.core.compilation.close()
+            self.core.background.close()
 
     def _turn(self) -> None:
-        """Read what workers have sent, and run a step if there is one to run."""
+        """Read what workers have sent, run a step if there is one to run, and go on with the work
+        between steps. Every worker is told of a change that this makes."""
         self.heartbeat.beat()
         while self.socket.poll(0 if self._has_work() else IDLE_MS):
             self._receive()
             self.heartbeat.beat()
         if self.core.has_work:
             self._deliver(self.core.step())
-        self._compile()
+        if not self.core.sleeper.report.is_asleep and self.core.advance_background():
+            self._tell_change()
         while self.commands and self._is_due(self.commands[0][1]):
             self._carry_out(*self.commands.popleft())
 
     def _has_work(self) -> bool:
         core = self.core
-        compiles = core.compilation.has_work and not core.sleeper.report.is_asleep
-        return core.has_work or compiles or bool(self.commands)
-
-    def _compile(self) -> None:
-        """Go on with the way of compiled code into service, as far as the engine's memory is there,
-        and tell every worker of a change."""
-        core = self.core
-        if not core.sleeper.report.is_asleep and core.compilation.advance(busy=core.has_work):
-            self._tell_change()
+        is_between = core.background.has_work and not core.sleeper.report.is_asleep
+        return core.has_work or is_between or bool(self.commands)
 
     def _tell_change(self) -> None:
         """Tell every worker that the description of the engine has changed."""

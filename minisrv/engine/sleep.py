@@ -24,9 +24,9 @@ from torch import Tensor
 from minisrv.arena import Arena
 from minisrv.certification.witness import Witness
 from minisrv.core.kv_cache import BlockPool
-from minisrv.engine.compilation import Compilation
+from minisrv.engine.background import Background
 from minisrv.engine.memory import mebibytes
-from minisrv.engine.messages import CompilationState, SleepReport, SleepTag
+from minisrv.engine.messages import SleepReport, SleepTag
 from minisrv.errors import (
     CertificationError,
     ConfigError,
@@ -46,7 +46,7 @@ class Sleeper:
     arenas: the memory that is released; empty if the engine never sleeps.
     runner: the runner, whose KV cache lies in its arena.
     pool: the blocks of that cache.
-    compilation: what captures and certifies graphs between steps.
+    background: the work between steps, which may be in the middle of a certification.
     stored: the model's tensors, whose memory belongs to their arena.
     reload: makes the same tensors once more, from the checkpoint.
     release: returns memory that nobody uses to the device.
@@ -58,7 +58,7 @@ class Sleeper:
         arenas: Mapping[SleepTag, Arena],
         runner: ModelRunner,
         pool: BlockPool,
-        compilation: Compilation,
+        background: Background,
         stored: Sequence[Tensor],
         reload: Callable[[], Sequence[Tensor]],
         *,
@@ -74,15 +74,16 @@ class Sleeper:
         self._release = release
         self._held_bytes = held_bytes
         self._arenas = arenas
-        self._compilation = compilation
+        self._background = background
         self._witness: Witness | None = None
         self._refuses = False
         self._are_kept = False
 
     @property
     def is_busy(self) -> bool:
-        """Whether graphs are being certified, which `sleep` has to wait for."""
-        return self._compilation.report.state is CompilationState.CERTIFYING
+        """Whether work between steps is in the middle of something, such as the certification of a
+        graph, which `sleep` has to wait for."""
+        return self._background.is_in_the_middle
 
     def refuse_requests(self) -> None:
         """Have new requests refused, because the engine is to sleep as soon as it can."""

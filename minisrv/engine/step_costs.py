@@ -16,9 +16,11 @@ from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, 
 from minisrv.core.attention_work import NO_WORK, AttentionWork
 from minisrv.core.budget import ITL_TARGET_STEPS, PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
-from minisrv.core.dispatcher import Dispatcher, StepTime
+from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.modes import GraphKey
+from minisrv.core.ladder import Ladders
+from minisrv.modes import GraphKey, Stage
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 class StepCosts:
     """The costs of steps, and those who choose by them: a dispatcher, and a budget with its target.
 
+    dispatcher: knows which graphs are in service.
+    at_start: the ladders whose graphs are in service from the start.
     itl_target_ms: the target; 0 for none, and None for the one that follows from the measured time
         of a decode step (`ITL_TARGET_STEPS`). Without a target, nothing is predicted.
     chooses_graphs: whether the dispatcher chooses by measured times.
@@ -36,9 +40,15 @@ class StepCosts:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, itl_target_ms: float | None, *, chooses_graphs: bool
+        self,
+        dispatcher: Dispatcher,
+        at_start: Ladders,
+        itl_target_ms: float | None,
+        *,
+        chooses_graphs: bool,
     ) -> None:
         self.dispatcher = dispatcher
+        self._at_start = at_start
         self.cost_model = CostModel()
         self.times: Mapping[GraphKey, StepTime] = {}
         self.samples: list[StepSample] = []
@@ -60,13 +70,15 @@ class StepCosts:
         """The target that is kept; 0 for none."""
         return self.budget.target_or_zero
 
-    @property
     def timed_keys(self) -> list[GraphKey]:
-        """The steps whose times `use_times` is to be given."""
-        ladders = self.dispatcher.ladders
-        graphs = ladders.keys() if self._chooses_graphs else []
-        costs = [] if self._target_ms == 0 else cost_keys(ladders)
+        """Return the steps whose times `use_times` is to be given."""
+        graphs = self.dispatcher.in_service if self._chooses_graphs else ()
+        costs = [] if self._target_ms == 0 else cost_keys(self._at_start)
         return list(dict.fromkeys([*graphs, *costs]))
+
+    def asks_for(self, key: GraphKey) -> bool:
+        """Whether `add` is to be given the time of a step by that graph."""
+        return key[1].stage is Stage.MODEL and (self._chooses_graphs or self._target_ms != 0)
 
     def measure(self, runner: ModelRunner, pool: BlockPool, long_context: int) -> None:
         """Time the steps of a runner that serves nobody yet.
@@ -77,15 +89,37 @@ class StepCosts:
             self.times = time_graphs(runner, pool)
             self._choose_graphs(self.times)
         if self._target_ms != 0:
-            self.samples = sample_costs(runner, pool, self.times, long_context)
+            keys = cost_keys(self._at_start)
+            self.samples = sample_costs(runner, pool, keys, self.times, long_context)
             self.cost_model.fit(self.samples)
             self._set_default_target()
+
+    def longest_step_ms(self, key: GraphKey) -> float:
+        """Return the time of the graph that runs the batches of a missing one, which takes no
+        longer; 0 if graphs are not timed."""
+        stand_in = self.times.get(self.dispatcher.stand_in(key))
+        return stand_in.median_ms if stand_in is not None else 0.0
+
+    def add(self, key: GraphKey, time: StepTime | None) -> None:
+        """Let the dispatcher choose one more graph, which is installed, by its time if `asks_for`
+        asks for that. What is predicted for batches that it holds is now the time of this graph."""
+        if time is not None:
+            samples = cost_samples({key: time})
+            self.samples += samples
+            if self._target_ms != 0:
+                self.cost_model.add(samples)
+            if self._chooses_graphs:
+                self.times = {**self.times, key: time}
+                self.dispatcher.use_times(self.times)
+        self.dispatcher.use_graphs({*self.dispatcher.in_service, key})
+        self._keys.clear()
 
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
         """Choose by the durations of the `timed_keys` of other code, which has taken over. If
         anything fails, all choices are as before."""
         with _undone_by_errors(self, self.dispatcher, self.cost_model, self.budget):
             if self._chooses_graphs:
+                self.times = times
                 self._choose_graphs(times)
             if self._target_ms != 0:
                 self.cost_model.rebase(cost_samples(times))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from torch import Tensor
+
 Replay = Callable[[], None]
 
 
@@ -37,3 +39,8 @@ class GraphBackend(Protocol):
     def memory_used(self) -> int:
         """Return the number of bytes in use where graphs allocate their memory. Its growth during a
         capture is what the new graph takes."""
+
+    def intermediates(self) -> Tensor | None:
+        """Return the memory that all graphs share for their intermediates, which must be set aside
+        where a replay is interrupted between two segments and another graph is replayed; None if
+        it cannot be had, and a replay may not be interrupted so."""

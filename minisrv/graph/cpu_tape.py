@@ -195,6 +195,10 @@ class CPUTapeBackend:
         """Return the number of bytes of the arena that some graph uses."""
         return self._extent
 
+    def intermediates(self) -> Tensor:
+        """See `GraphBackend`."""
+        return self.arena[: self._extent]
+
     def _stop(self) -> None:
         recorder, self._recorder = self._recorder, None
         if recorder is not None:

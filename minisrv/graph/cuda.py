@@ -65,6 +65,9 @@ class CUDABackend:
         free, total = torch.cuda.mem_get_info(self.stream.device)
         return total - free
 
+    def intermediates(self) -> None:
+        """See `GraphBackend`. The pool is CUDA's allocator's."""
+
     def abandon(self) -> None:
         """See `GraphBackend`."""
         if self._graph is not None:

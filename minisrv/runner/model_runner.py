@@ -318,3 +318,7 @@ class ModelRunner:
     def install(self, key: GraphKey, graph: CapturedGraph) -> None:
         """Put a captured graph into service."""
         self._wrapper(key).install(key[1], graph)
+
+    def remove(self, key: GraphKey) -> None:
+        """Take a graph out of service, if there is one; no step may run by it any more."""
+        self._wrapper(key).graphs.pop(key[1], None)

@@ -55,6 +55,7 @@ from minisrv.server.response_schemas import (
     ModelList,
     ReadyResponse,
     ServingGeneration,
+    ServingGraphs,
     SleepResponse,
     TokenizeResponse,
     VersionResponse,
@@ -267,7 +268,18 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
             assert client.info is not None, "a ready engine has described itself"
             report = client.info.compilation
             serving = ServingGeneration(report.state, report.generation, report.reason)
-            return JSON(ReadyResponse(state, compilation=serving))
+            ladder = client.info.ladder
+            graphs = ServingGraphs(
+                graphs=ladder.graphs,
+                total=ladder.total,
+                missing=ladder.missing,
+                decode=ladder.decode,
+                mixed=ladder.mixed,
+                epilogues=ladder.epilogues,
+                refused=ladder.refused,
+                stopped=ladder.stopped,
+            )
+            return JSON(ReadyResponse(state, compilation=serving, graphs=graphs))
         headers = (
             {}
             if state is EngineState.DEAD

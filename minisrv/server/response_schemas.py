@@ -390,6 +390,23 @@ class ServingGeneration(Body):
     ]
 
 
+class ServingGraphs(Body):
+    """The graphs that serve. Batches of other sizes run at the next larger one."""
+
+    graphs: Annotated[int, Meta(description="Their number.")]
+    total: Annotated[int, Meta(description="The number of all graphs of the capture sizes.")]
+    missing: Annotated[int, Meta(description="The number that will be captured while serving.")]
+    decode: Annotated[tuple[int, ...], Meta(description="Decode batches, in requests.")]
+    mixed: Annotated[tuple[int, ...], Meta(description="Batches with prefill, in tokens.")]
+    epilogues: Annotated[tuple[int, ...], Meta(description="Epilogues, in requests.")]
+    refused: Annotated[
+        dict[str, str], Meta(description="Graphs that failed their certification, and why.")
+    ]
+    stopped: Annotated[
+        str, Meta(description="Why no more graphs are captured; empty if they are, or all serve.")
+    ]
+
+
 class ReadyResponse(Body):
     """The response to GET /ready."""
 
@@ -401,6 +418,10 @@ class ReadyResponse(Body):
     compilation: Annotated[
         ServingGeneration | UnsetType,
         Meta(description="The generation that serves; only while the engine takes requests."),
+    ] = UNSET
+    graphs: Annotated[
+        ServingGraphs | UnsetType,
+        Meta(description="The graphs that serve; only while the engine takes requests."),
     ] = UNSET
 
 

@@ -57,7 +57,7 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
     progress = StartupProgress()
     try:
         # Steps that nobody will serve need not be timed.
-        untimed = replace(config, itl_target_ms=0.0)
+        untimed = replace(config, itl_target_ms=0.0, cudagraph_capture="whole")
         engine = build_engine(untimed, progress, check_addresses=True)
         start = time.perf_counter()
         graphs = sweep(

@@ -44,7 +44,8 @@ def run_compile(config: EngineConfig) -> int:
     kernels = kernel_cache() if on_gpu else None  # before the engine uses another directory
     progress = StartupProgress()
     try:
-        engine = build_engine(replace(config, compilation_mode=mode, compile_wait=True), progress)
+        whole = replace(config, compilation_mode=mode, compile_wait=True, cudagraph_capture="whole")
+        engine = build_engine(whole, progress)
     finally:
         progress.close()
     report = engine.compilation.report

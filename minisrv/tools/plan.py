@@ -10,6 +10,7 @@ tables are printed. What steps cost is in `costs`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
@@ -19,8 +20,9 @@ from minisrv.checkpoint import context_length, open_checkpoint
 from minisrv.compile.modes import CompilationMode
 from minisrv.config import EngineConfig
 from minisrv.core.budget import ITL_TARGET_STEPS
+from minisrv.core.coverage import coverage
 from minisrv.core.dispatcher import Dispatcher
-from minisrv.core.ladder import ladders_of
+from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.device_kind import KINDS, ResolvedConfig, choose_compilation, expected_kind
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
@@ -44,6 +46,7 @@ _WORDS = {
 REASONS = {
     Reason.PURE_DECODE: "every request decodes, and a FULL graph holds so many",
     Reason.HAS_PREFILL: "some request reads its prompt, and a graph holds so many tokens",
+    Reason.SIZE_MISSING: "the graph for so many is not in service, and the next larger one is",
     Reason.CHEAPER: "of the graphs that hold the batch this one was measured to take less time",
     Reason.NO_FULL_GRAPH: "every request decodes, but the mode has no FULL graphs for that",
     Reason.NO_MIXED_GRAPH: "some request reads its prompt, and the mode has no graphs for that",
@@ -124,7 +127,7 @@ def print_measured_plan(config: EngineConfig) -> None:
 
     progress = StartupProgress()
     try:
-        engine = build_engine(config, progress)
+        engine = build_engine(replace(config, cudagraph_capture="whole"), progress)
         times = engine.times or time_graphs(engine.runner, engine.scheduler.block_pool)
     finally:
         progress.close()
@@ -255,9 +258,11 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     console = Console(highlight=False)
     console.print(f"Mode {config.cudagraph_mode.value}{about_mode}.")
     console.print(f"{len(kinds)} graphs{': ' if counts else ''}{', '.join(counts)}.")
+    if kinds:
+        console.print(_capture(config, ladders), soft_wrap=True)
     console.print(f"A step has at most {ladders.max_num_batched_tokens} tokens; {_target(config)}.")
     table = Table("batch", "size", "mode", "runs as", "padding at most", "reason")
-    rows = dispatcher.coverage()
+    rows = coverage(dispatcher)
     for row in rows:
         size = _size(row.first, row.last, _UNITS[row.kind])
         padding = "0" if row.padded_size is None else str(row.padded_size - row.first)
@@ -271,6 +276,19 @@ def _print_coverage(config: ResolvedConfig, dispatcher: Dispatcher, about_mode: 
     if "epilogue" in kinds:
         words["epilogue"] = _EPILOGUE
     console.print(_legend(words))
+
+
+def _capture(config: ResolvedConfig, ladders: Ladders) -> str:
+    """Return which graphs a server captures before it is ready, in words."""
+    if config.cudagraph_capture == "whole":
+        return "A server is ready when all are captured."
+    few = ladders.covering()
+    sizes = {"decode": few.decode, "mixed": few.mixed, "epilogue": few.epilogues}
+    listed = [f"{kind} {' '.join(map(str, some))}" for kind, some in sizes.items() if some]
+    return (
+        f"A server is ready when {len(few.keys())} of them are captured, which hold every batch:\n"
+        f"{', '.join(listed)}. The others follow while it serves."
+    )
 
 
 def _target(config: ResolvedConfig) -> str:

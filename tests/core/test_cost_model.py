@@ -115,6 +115,25 @@ def test_other_code_has_other_bases_and_the_same_attention():
     assert model.predict(decode(4), NOTHING) == pytest.approx(2 * true_ms(4, NOTHING)), "as before"
 
 
+def test_a_size_that_is_timed_later_joins_the_others():
+    """Its base lies between those of its neighbours, whatever was measured, at the present pace;
+    no other prediction changes, and a size that is known stays as it is."""
+    times = {1: 1.0, 8: 2.0, 64: 9.0}
+    model = CostModel([StepSample(mixed(size), NOTHING, ms) for size, ms in times.items()])
+    for _ in range(WINDOW):
+        model.observe(StepSample(mixed(8), NOTHING, 4.0))  # the machine is slow
+    pace = model.predict(mixed(1), NOTHING) / 1.0
+    before = {size: model.predict(mixed(size), NOTHING) for size in times}
+    new = {2: 1.2 * pace, 4: 9.0 * pace, 16: 0.1 * pace, 8: 7.0 * pace}
+    model.add(StepSample(mixed(size), NOTHING, ms) for size, ms in new.items())
+    assert {size: model.predict(mixed(size), NOTHING) for size in times} == before
+    assert model.predict(mixed(2), NOTHING) == pytest.approx(1.2 * pace)
+    assert model.predict(mixed(4), NOTHING) == before[8], "no more than the next larger size"
+    assert model.predict(mixed(16), NOTHING) == before[8], "no less than the next smaller size"
+    model.add([StepSample(decode(4), NOTHING, 1.0), StepSample(mixed(3), NOTHING, 0.0)])
+    assert model.predict(decode(4), NOTHING) == 0.0, "no such step was timed at the start"
+
+
 def test_a_smaller_size_that_took_longer_shares_its_time_with_the_larger_one():
     """Noise is averaged: neither of the two measurements is taken to be the right one."""
     times = {1: 1.0, 2: 3.0, 4: 2.0, 8: 4.0}

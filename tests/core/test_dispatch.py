@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,14 +14,23 @@ from hypothesis import strategies as st
 
 from minisrv.cli import main
 from minisrv.config import EngineConfig
-from minisrv.core.dispatcher import Dispatcher, StepTime
-from minisrv.core.ladder import Ladders, build_ladders, decode_descriptor, ladders_of
+from minisrv.core.coverage import coverage
+from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.graph_times import StepTime
+from minisrv.core.ladder import (
+    Ladders,
+    build_ladders,
+    decode_descriptor,
+    ladders_of,
+    pad_to_capture_size,
+)
 from minisrv.device_kind import CPU
 from minisrv.errors import CoverageError
 from minisrv.modes import (
     BatchDescriptor,
     BudgetReason,
     CUDAGraphMode,
+    GraphKey,
     Reason,
     Stage,
     StageOutput,
@@ -161,7 +171,7 @@ def test_the_coverage_of_a_timed_ladder_names_what_is_cheaper():
     ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 4)
     times = dict.fromkeys(ladders.keys(), StepTime(1.0, 1.1))
     times[FULL, decode_descriptor(2, StageOutput.TOKENS)] = StepTime(1.2, 1.3)
-    rows = [r for r in Dispatcher(ladders, times).coverage() if r.reason is Reason.CHEAPER]
+    rows = [r for r in coverage(Dispatcher(ladders, times)) if r.reason is Reason.CHEAPER]
     assert [(r.kind, r.first, r.last, r.mode, r.padded_size) for r in rows] == [
         ("decode", 2, 2, PIECEWISE, 4)
     ]
@@ -259,7 +269,7 @@ def test_coverage_table_says_what_dispatch_does(mode, limits, sizes):
     ladders = build_ladders(mode, *limits, sizes)
     dispatcher = Dispatcher(ladders)
     seen = {"decode": 0, "mixed": 0}
-    for row in dispatcher.coverage():
+    for row in coverage(dispatcher):
         assert row.first == seen[row.kind] + 1, "no batch is left out"
         seen[row.kind] = row.last
         for size in (row.first, row.last):
@@ -293,6 +303,70 @@ def test_reasons(mode, decode, tokens, mode_found, reason):
     requests = tokens if decode else 1
     found = dispatcher.dispatch(tokens, requests, query_len=1 if decode else None)
     assert (found.mode, found.reason) == (mode_found, reason)
+
+
+@given(limits=limits, mode=st.sampled_from(list(CUDAGraphMode)), sizes=sizes)
+def test_a_covering_ladder_holds_every_batch(limits, mode, sizes):
+    """Every batch that a graph of the whole ladder holds is held by one of the covering ladder, of
+    the same kind. It is padded to at most four times its size where the ladder is as dense, and the
+    largest and the smallest size are there exactly."""
+    ladders = build_ladders(mode, *limits, sizes)
+    covering = ladders.covering()
+    assert set(covering.keys()) <= set(ladders.keys())
+    assert covering.eager_sizes == ladders.eager_sizes
+    for few, all_ in (
+        (covering.decode, ladders.decode),
+        (covering.mixed, ladders.mixed),
+        (covering.epilogues, ladders.epilogues),
+    ):
+        assert (few[:1], few[-1:]) == (all_[:1], all_[-1:])
+        for size in range(1, all_[-1] + 1 if all_ else 1):
+            padded, least = pad_to_capture_size(few, size), pad_to_capture_size(all_, size)
+            assert padded is not None
+            assert padded == least or padded <= 4 * size
+    whole, first = Dispatcher(ladders), Dispatcher(ladders, in_service=covering.keys())
+    assert not _missing(whole, ladders)
+    missing = _missing(first, ladders)
+    assert missing <= set(ladders.keys()) - set(covering.keys())
+    # It does not matter in which order the others come.
+    ahead = Dispatcher(ladders, in_service={*covering.keys(), *missing})
+    assert not _missing(ahead, ladders)
+
+
+def _missing(dispatcher: Dispatcher, ladders: Ladders) -> set[GraphKey]:
+    """Dispatch every batch, check that each runs by a graph in service wherever the ladders have
+    one for it, and return the keys that are missed."""
+    whole, missing = Dispatcher(ladders), set()
+    for tokens, requests, decode in every_batch(ladders):
+        for logits in (False, True):
+            query_len = 1 if decode else None
+            found = dispatcher.dispatch(tokens, requests, query_len=query_len, needs_logits=logits)
+            best = whole.dispatch(tokens, requests, query_len=query_len, needs_logits=logits)
+            assert found.mode is best.mode
+            stages = list(zip(found.stages, best.stages, strict=True))
+            for (runtime, key), (_, least) in stages:
+                assert runtime is NONE or (runtime, key) in dispatcher.in_service
+                assert key.num_tokens >= least.num_tokens
+                assert replace(key, num_tokens=0, num_reqs=0) == replace(
+                    least, num_tokens=0, num_reqs=0
+                )
+            assert found.missing == tuple(key for was, key in stages if was != key)
+            is_missing = best.key in found.missing
+            assert found.reason is (Reason.SIZE_MISSING if is_missing else best.reason)
+            missing |= set(found.missing)
+    return missing
+
+
+def test_the_covering_ladders_of_the_defaults():
+    """The sizes with which a server with default settings is ready, on a CPU and on a GPU."""
+    for most, tokens, decode, mixed in (
+        (64, 512, (1, 8, 32, 64), (1, 8, 32, 128, 512)),
+        (256, 8192, (1, 8, 32, 128, 256), (1, 8, 32, 128, 512, 2048, 8192)),
+        (1, 512, (1,), (1, 8, 32, 128, 512)),
+    ):
+        covering = build_ladders(FULL, most, tokens, max_default_mixed=8192).covering()
+        assert (covering.decode, covering.mixed) == (decode, mixed)
+        assert covering.epilogues == decode
 
 
 @given(limits=limits, mode=st.sampled_from(list(CUDAGraphMode)), sizes=sizes)

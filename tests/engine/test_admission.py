@@ -116,7 +116,7 @@ def engine_server(tmp_path: Path) -> Iterator[tuple[_EngineServer, Callable[[str
     address = f"ipc://{tmp_path}/engine"
     server = _EngineServer(address, Heartbeat(tmp_path / "heartbeat"))
     server.core = _CoreOfOne()  # type: ignore[assignment]
-    server.state = Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {}))
+    server.state = Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", {}))
     workers = []
 
     def connect(name: str) -> zmq.Socket:

@@ -86,7 +86,7 @@ async def connected(tmp_path: Path) -> AsyncIterator[tuple[Engine, EngineClient]
         client = EngineClient(f"ipc://{tmp_path}/engine", os.getpid(), "api-0")
         await client.start()
         assert await engine.hear() == Hello()
-        await engine.say(Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", 0, {})))
+        await engine.say(Ready(EngineInfo(8, 8, 8, 8, 8, 8, 8, "", "", "", {})))
         await client.settled()
         yield engine, client
         await client.close()

@@ -29,15 +29,16 @@ from minisrv.certification.generation import (
     model_keys,
     timed_keys,
 )
-from minisrv.certification.trial import StepTrial
+from minisrv.certification.trial import StepTrial, borrow_space
 from minisrv.compile.decorator import Compiled, CompiledForward, Forward
 from minisrv.config import EngineConfig
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.budget import ITL_TARGET_STEPS
 from minisrv.core.kv_cache import BlockPool, hash_block
-from minisrv.engine import compilation
+from minisrv.engine import background, compilation
+from minisrv.engine.background import LEAST_GAP, REST, TURN, Background
 from minisrv.engine.builder import build_engine
-from minisrv.engine.compilation import LEAST_GAP, REST, TURN, Compilation
+from minisrv.engine.compilation import Compilation
 from minisrv.engine.core import EngineCore
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
@@ -86,9 +87,9 @@ def slow_forward(monkeypatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_gaps(monkeypatch) -> None:
-    monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
-    monkeypatch.setattr(compilation, "REST", 0.0)
-    monkeypatch.setattr(compilation, "TURN", 0.0)
+    monkeypatch.setattr(background, "LEAST_GAP", 0.0)
+    monkeypatch.setattr(background, "REST", 0.0)
+    monkeypatch.setattr(background, "TURN", 0.0)
 
 
 @dataclass
@@ -160,10 +161,15 @@ class FakeCompiler:
         return CompiledForward(self.program(self.model))
 
 
+def nothing(done: int, total: int) -> None:
+    """Progress that nobody wants to see."""
+
+
 def start(
     checkpoint: str, compiler: FakeCompiler | None, *, serve_slower: bool = False, **settings: Any
 ) -> EngineCore:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 4, "device": "cpu"}
+    limits |= {"cudagraph_capture": "whole"}
     config = EngineConfig(
         model=checkpoint, **{**limits, "num_kv_blocks": 80, "dtype": "float32", **settings}
     )
@@ -194,9 +200,9 @@ def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str
             if output.graph_steps is not None:
                 ran[output.request_id] = output.graph_steps
         for _ in range(10):
-            engine.compilation.advance(busy=True)
-    while engine.compilation.has_work:
-        engine.compilation.advance(busy=False)
+            engine.background.advance(busy=True)
+    while engine.background.has_work:
+        engine.background.advance(busy=False)
     engine.scheduler.check_integrity()
     assert engine.scheduler.block_pool.num_used == 0
     return found, ran
@@ -250,7 +256,7 @@ def test_predictions_and_the_default_target_follow_the_generation_that_serves(
         first = engine.config.itl_target_ms
         assert first == engine.info.itl_target_ms == (asked or pytest.approx(steps_ms))
         while engine.compilation.is_under_way:
-            engine.compilation.advance(busy=False)
+            engine.background.advance(busy=False)
         assert engine.compilation.generation == 1
         after = [engine.cost_model.predict(key, NO_WORK) for key in keys]
         assert [old - new for old, new in zip(before, after, strict=True)] == [
@@ -292,6 +298,39 @@ def test_a_swap_under_running_requests_changes_no_token(checkpoint, ahead, mode)
     assert {False, True} in codes
     steps = engine.stats().compiled_steps
     assert 0 < steps < sum(count.steps for count in engine.stats().steps)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_code_takes_over_the_graphs_that_serve(checkpoint, cached):
+    """A generation that takes over while the ladders fill has the graphs that the one before it
+    had, or those of a start-up, and its ladders fill further."""
+    expected, _ = serve(start(checkpoint, None, max_num_seqs=8, max_num_batched_tokens=32))
+    compiler = FakeCompiler(cached=cached)
+    engine = start(
+        checkpoint,
+        compiler,
+        cudagraph_capture="covering",
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+    )
+    runner = engine.runner
+    whole, covering = (set(some.keys()) for some in (runner.ladders, runner.ladders.covering()))
+    if not cached:
+        compiler.process.says = [Progress()]
+        while len(runner.graphs) < len(covering) + 3:
+            engine.background.advance(busy=False)
+        compiler.process.says = [MADE]
+        while engine.compilation.is_under_way:
+            engine.background.advance(busy=False)
+        assert len(covering) < len(runner.graphs) < len(whole)
+    else:
+        assert set(runner.graphs) == covering
+    assert engine.compilation.generation == 1
+    assert runner.model.compiled is not None
+    found, _ = serve(engine)
+    assert found == expected
+    assert set(runner.graphs) == whole == engine.dispatcher.in_service
+    assert engine.filling.report.missing == 0
 
 
 def test_a_run_of_the_models_own_code_is_interrupted_by_steps_of_other_sizes(checkpoint):
@@ -460,11 +499,11 @@ def test_code_may_round_as_its_dtype_does(checkpoint, dtype, allowed, refused):
 def test_an_engine_that_ends_ends_the_process_that_compiles(checkpoint):
     compiler = FakeCompiler(process=Process([Progress()]))
     engine = start(checkpoint, compiler)
-    engine.compilation.advance(busy=False)
-    assert not engine.compilation.has_work
-    engine.compilation.close()
+    engine.background.advance(busy=False)
+    assert not engine.background.has_work
+    engine.background.close()
     assert compiler.process.closed
-    assert not engine.compilation.advance(busy=False)
+    assert not engine.background.advance(busy=False)
 
 
 # ---- before the engine is ready ------------------------------------------------------------------
@@ -476,7 +515,7 @@ def test_a_program_in_the_cache_serves_from_the_start(checkpoint):
     compiler = FakeCompiler(cached=True)
     engine = start(checkpoint, compiler)
     assert engine.info.compilation.generation == 1
-    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    assert engine.info.ladder.graphs == len(engine.runner.ladders.keys())
     found, ran = serve(engine)
     assert found == expected
     assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
@@ -489,7 +528,7 @@ def test_a_program_in_the_cache_that_is_wrong_leaves_a_whole_server(checkpoint):
     engine = start(checkpoint, compiler)
     assert compiler.discarded
     assert engine.info.compilation.refusals == {"certification": 1}
-    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    assert engine.info.ladder.graphs == len(engine.runner.ladders.keys())
     assert serve(engine)[0] == expected
 
 
@@ -531,7 +570,7 @@ def test_what_was_measured_to_be_slow_is_not_compiled_again(checkpoint, caplog):
     assert "with --compile-wait it is measured again" in engine.info.compilation.reason
     assert engine.info.compilation.refusals == {"slower": 1}
     assert not engine.compilation.is_under_way
-    assert engine.info.graphs == len(engine.runner.ladders.keys())
+    assert engine.info.ladder.graphs == len(engine.runner.ladders.keys())
     assert compiler.started == 1
     assert start(checkpoint, compiler, max_num_seqs=2).compilation.is_under_way
 
@@ -620,6 +659,23 @@ def test_trials_take_nothing_from_the_prefix_cache():
     assert pool.reserve(99) == []
 
 
+def test_trials_take_what_was_used_least_recently_where_all_is_in_the_prefix_cache(checkpoint):
+    """A server whose free blocks all belonged to the prefix cache never got its graphs."""
+    engine = start(checkpoint, None)
+    pool, runner = engine.scheduler.block_pool, engine.runner
+    held = [pool.allocate() for _ in range(pool.num_free)]
+    for block in held:
+        pool.cache_full_block(block, hash_block((None, None), None, [block]))
+        pool.free(block)
+    key = runner.ladders.keys()[-1]
+    space = borrow_space(runner, pool, key)
+    assert list(space.blocks) == held[: len(space.blocks)]
+    found = [len(pool.get_cached_blocks([hash_block((None, None), None, [b])])) for b in held]
+    assert found == [0] * len(space.blocks) + [1] * (len(held) - len(space.blocks))
+    pool.give_back(space.blocks)
+    assert borrow_space(runner, pool, key).blocks == space.blocks, "no more is taken"
+
+
 class AlwaysOver:
     """Turns that are over at once, so that the work makes way wherever it can.
 
@@ -654,7 +710,7 @@ def test_a_certification_waits_for_blocks(checkpoint):
             turn.make_way = lambda: free.append(pool.num_free)
 
     turn = AlwaysOver(between)
-    build_generation(runner, pool, new, [], turn)
+    build_generation(runner, pool, new, runner.ladders.keys(), [], turn)
     assert turn.waits == 2
     assert free[:3] == [0, 0, 0]
     assert free[3] == 0, "the block is lent"
@@ -726,7 +782,7 @@ def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
             tensor.fill_(7)
 
     turn, pool, keys = AlwaysOver(between), engine.scheduler.block_pool, runner.ladders.keys()
-    build_generation(runner, pool, new, model_keys(runner.ladders), turn)
+    build_generation(runner, pool, new, keys, model_keys(runner.ladders, keys), turn)
     pieces = [key for key in keys if key[0] is CUDAGraphMode.PIECEWISE]
     layers = len(runner.kv_caches)
     # Each graph of a whole model is replayed on a clean and on a poisoned batch, one call of a tape
@@ -758,14 +814,14 @@ def test_what_a_run_changes_before_it_makes_way_is_found(checkpoint):
     new = Generation.empty(runner, CPUTapeBackend(), CompiledForward(program))
     turn = AlwaysOver(lambda: None)
     with pytest.raises(CertificationError, match="changed seed of a request index"):
-        build_generation(runner, engine.scheduler.block_pool, new, [], turn)
+        build_generation(runner, engine.scheduler.block_pool, new, runner.ladders.keys(), [], turn)
 
 
 def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
     """Behind a part that took long, the steps of requests run for longer before the next one; an
     idle engine does not wait."""
-    monkeypatch.setattr(compilation, "LEAST_GAP", LEAST_GAP)
-    monkeypatch.setattr(compilation, "REST", REST)
+    monkeypatch.setattr(background, "LEAST_GAP", LEAST_GAP)
+    monkeypatch.setattr(background, "REST", REST)
     engine = start(checkpoint, None)
     now = [0.0]
     compiler = FakeCompiler(model=engine.runner.model)
@@ -778,20 +834,21 @@ def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
 
     monkeypatch.setattr(compiler.process, "poll", poll)
     pool, runner = engine.scheduler.block_pool, engine.runner
-    work = Compilation(compiler, runner, pool, CPUTapeBackend, clock=lambda: now[0])
+    turns = Background(clock=lambda: now[0])
+    Compilation(turns, compiler, runner, pool, CPUTapeBackend).capture_graphs([], nothing)
     for _ in range(100):
-        work.advance(busy=True)
+        turns.advance(busy=True)
         now[0] += 0.01
     assert took == pytest.approx([0.1, 0.6, 1.1], abs=0.02)
     for _ in range(3):
-        work.advance(busy=False)
+        turns.advance(busy=False)
     assert len(took) == 6
 
 
 def test_a_turn_ends_when_its_time_is_over(checkpoint, monkeypatch):
     """The work goes on until the time of a turn is over, whether or not requests run, and then
     makes way at the next point where it can."""
-    monkeypatch.setattr(compilation, "TURN", TURN)
+    monkeypatch.setattr(background, "TURN", TURN)
     engine = start(checkpoint, None)
     now, done = [0.0], []
     runner, pool = engine.runner, engine.scheduler.block_pool
@@ -805,12 +862,14 @@ def test_a_turn_ends_when_its_time_is_over(checkpoint, monkeypatch):
         raise CompilationError("that is enough.")
 
     compiler.load = load  # type: ignore[method-assign]
-    work = Compilation(compiler, runner, pool, CPUTapeBackend, clock=lambda: now[0])
+    turns = Background(clock=lambda: now[0])
+    work = Compilation(turns, compiler, runner, pool, CPUTapeBackend)
+    work.capture_graphs([], nothing)
     for turn, busy in enumerate((True, False, True), 1):
         assert work.is_under_way
-        work.advance(busy=busy)
+        turns.advance(busy=busy)
         assert len(done) == 3 * turn
-    work.advance(busy=True)
+    turns.advance(busy=True)
     assert not work.is_under_way
 
 
@@ -820,9 +879,9 @@ def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
     engine = start(checkpoint, FakeCompiler())
     free, threads = engine.scheduler.block_pool.num_free, active_count()
     while engine.scheduler.block_pool.num_free == free:
-        engine.compilation.advance(busy=True)
+        engine.background.advance(busy=True)
     assert active_count() == threads + 1
-    engine.compilation.close()
+    engine.background.close()
     assert engine.scheduler.block_pool.num_free == free
     assert active_count() == threads
 
@@ -855,19 +914,19 @@ def test_an_error_of_the_swap_itself_is_a_refusal(checkpoint, monkeypatch, faili
     elif failing == "backend":
         made = fail
     use_times = fail if failing == "times" else lambda times: None
-    engine.compilation.close()
+    engine.background.close()
     compiler.cached = cached
     engine.compilation = Compilation(
+        engine.background,
         compiler,
         runner,
         pool,
         made,
-        timed=timed_keys(runner.ladders),
+        timed=lambda: timed_keys(runner.ladders),
         use_times=use_times,
         serve_slower=True,
     )
-    if cached:
-        engine.compilation.capture_graphs(lambda done, total: None)
+    engine.compilation.capture_graphs(runner.ladders.keys() if cached else [], nothing)
     found, ran = serve(engine)
     assert found == expected
     assert not [key for steps in ran.values() for key in steps if key.endswith("/compiled")]

@@ -60,6 +60,9 @@ class Gpu(CUDAPlatform):
     def allowed_bytes(self, config: EngineConfig) -> int:
         return self.allowed
 
+    def total_bytes(self) -> int:
+        return 1 << 30
+
     def used_bytes(self) -> int:
         return self.used + self.kept
 
@@ -199,9 +202,13 @@ def test_each_kind_of_device_has_its_own_size_of_steps(given, kind, tokens, targ
     [
         (
             {},
-            "float32 on cpu, mode full-and-piecewise, 12 graphs (requests up to 2, tokens up to "
-            "8), compilation NONE (this code of minisrv's is fused by hand), async scheduling off, "
-            "context 512, 65 KV blocks of 16",
+            "float32 on cpu, mode full-and-piecewise, 10 of 12 graphs (requests up to 2, tokens up "
+            "to 8), compilation NONE (this code of minisrv's is fused by hand), async scheduling "
+            "off, context 512, 65 KV blocks of 16",
+        ),
+        (
+            {"cudagraph_capture": "whole"},
+            "mode full-and-piecewise, 12 graphs (requests up to 2, tokens up to 8), compilation",
         ),
         (
             {"cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY, "max_num_seqs": 1},
@@ -407,11 +414,25 @@ def test_a_start_on_each_platform(on_gpu, asked, ahead, checkpoint, monkeypatch,
     assert parts.config.async_scheduling is ahead
     assert parts.config.cudagraph_mode is (FULL if on_gpu else CUDAGraphMode.FULL_AND_PIECEWISE)
     assert f"resolved settings: {parts.info.summary}" in caplog.text
-    keys = parts.dispatcher.ladders.keys()
+    keys = parts.dispatcher.ladders.covering().keys()
+    assert set(parts.runner.graphs) == set(keys)
     assert set(parts.times) == (set(keys) if on_gpu else set())
     assert (parts.memory.graph_bytes is not None) == on_gpu
     words = ("are left for the KV cache", "a probe had said")
     assert [text in caplog.text for text in words] == [on_gpu, on_gpu]
+
+
+def test_the_room_for_one_more_graph():
+    """It is what `gpu_memory_utilization` leaves, or if the size of the cache was given all that
+    the GPU has left."""
+    config, sized, given = EngineConfig(), MemoryPlan(1 << 30, graph_bytes=MIB), MemoryPlan(1 << 30)
+    gpu = Gpu(used=880 * MIB, allowed=890 * MIB)
+    left = gpu.total_bytes() - 880 * MIB
+    assert gpu.has_room(config, sized, 10 * MIB)
+    assert not gpu.has_room(config, sized, 10 * MIB + 1)
+    assert gpu.has_room(config, given, left)
+    assert not gpu.has_room(config, given, left + 1)
+    assert CPUPlatform().has_room(config, sized, 1 << 60)
 
 
 def test_a_full_gpu_is_an_error_of_the_settings_that_names_the_phase(checkpoint, monkeypatch):

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from minisrv.engine import stats_log
-from minisrv.engine.compilation import Compilation
+from minisrv.engine.background import Background
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import BudgetCount, EngineStats, StepCount
 from minisrv.engine.process import _EngineServer
 from minisrv.engine.stats_log import SECONDS, StatsLog
-from minisrv.graph.cpu_tape import CPUTapeBackend
 
 BUSY = EngineStats(
     running=3,
@@ -109,13 +108,16 @@ class _Core:
 
     def __init__(self) -> None:
         self.left = 3
-        self.compilation = Compilation(None, None, None, CPUTapeBackend)  # type: ignore[arg-type]
+        self.background = Background()
 
     def step(self) -> list[Any]:
         if not self.left:
             raise _EndError
         self.left -= 1
         return []
+
+    def advance_background(self) -> bool:
+        return False
 
     def stats(self) -> EngineStats:
         return EngineStats(running=1)

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings: object) -> EngineCore:
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 4, "device": "cpu"}
-    limits |= {"itl_target_ms": 1000.0}
+    limits |= {"itl_target_ms": 1000.0, "cudagraph_capture": "whole"}
     config = {**limits, "cudagraph_mode": CUDAGraphMode(mode), "model": checkpoint, **settings}
     return EngineCore(build_engine(EngineConfig(**config)))
 

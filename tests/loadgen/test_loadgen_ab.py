@@ -129,6 +129,37 @@ def test_a_server_whose_log_is_gone(tmp_path: Path) -> None:
             server.wait_ready(60)
 
 
+FILLS = """
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    left = 3
+
+    def do_GET(self):
+        body = json.dumps({"state": "ready", "graphs": {"missing": Handler.left}}).encode()
+        Handler.left -= 1
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""A server that is ready, and says in answer to each question for its state that it lacks one graph
+less, beginning with 3."""
+
+
+def test_a_server_that_captures_graphs_while_it_serves_is_waited_for(tmp_path: Path) -> None:
+    """What is compared is a server with all its graphs; one that says nothing of them has none."""
+    command = f"{shlex.join([sys.executable, '-c', FILLS])} {{port}}"
+    with Server("a", command, tmp_path / "a.log") as server:
+        server.wait_ready(60)
+        assert server._missing_graphs() == 2
+        server.wait_whole(60)
+        assert server._missing_graphs() < 0
+    server.wait_whole(60)
+
+
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     server = Server("a", "true", tmp_path / "nowhere" / "a.log")
     with pytest.raises(ConfigError, match="cannot write the log of a: .*No such file"):

@@ -119,6 +119,7 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         "block_size": BLOCK_SIZE,
         "num_kv_blocks": NUM_BLOCKS,
         "itl_target_ms": 0.0,  # else the tokens of a step would depend on times too
+        "cudagraph_capture": "whole",
     }
     limits |= {"model": model.checkpoint, "device": model.device, "cudagraph_mode": model.mode}
     with Patch.context() as patch:

@@ -48,6 +48,7 @@ def checkpoint(tmp_path_factory) -> str:
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings) -> EngineCore:
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": 4, "device": "cpu"}
     limits |= {"itl_target_ms": 0.0}  # else the tokens of a step would depend on times
+    limits |= {"cudagraph_capture": "whole"}
     return EngineCore(
         build_engine(
             EngineConfig(
@@ -69,7 +70,7 @@ def test_full_is_refused_on_a_cpu_before_anything_is_loaded(checkpoint, monkeypa
 @pytest.mark.parametrize("mode", ["piecewise", "full-decode-only", "full", "full-and-piecewise"])
 def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode, tape_holds_mixed_batches):
     engine = start(checkpoint, mode)
-    assert engine.info.graphs == len(engine.dispatcher.ladders.keys()) > 0
+    assert engine.info.ladder.graphs == len(engine.dispatcher.ladders.keys()) > 0
     runner = engine.runner
     assert not runner.request_tensors.block_table.any()
     assert not runner.request_tensors.last_token.any()
@@ -78,7 +79,7 @@ def test_a_right_model_passes_and_leaves_nothing_behind(checkpoint, mode, tape_h
 
 @pytest.mark.parametrize("blocks", [2, 3, 8])
 def test_a_cache_too_small_for_a_full_batch_certifies_what_it_holds(checkpoint, blocks):
-    assert start(checkpoint, num_kv_blocks=blocks).info.graphs > 0
+    assert start(checkpoint, num_kv_blocks=blocks).info.ladder.graphs > 0
 
 
 def test_user_sizes_above_the_limits_certify(checkpoint):
@@ -106,7 +107,7 @@ def test_a_context_that_ends_within_a_block(checkpoint):
     block too, beyond the rotary table: an IndexError at start-up."""
     sizes = {"cudagraph_capture_sizes": (1, 1024), "block_size": 300}
     engine = start(checkpoint, max_num_seqs=1, max_num_batched_tokens=1024, **sizes)
-    assert engine.info.graphs == 6
+    assert engine.info.ladder.graphs == 6
 
 
 def refused(checkpoint: str, mode: str, what: str) -> None:

@@ -25,7 +25,6 @@ INFO = EngineInfo(
     dtype="float32",
     device="cpu",
     cudagraph_mode="full-and-piecewise",
-    graphs=3,
     startup_seconds={},
     simulated_launch_us=11.5,
 )

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv.engine.client import EngineState
-from minisrv.engine.messages import CompilationReport, CompilationState, Loading
+from minisrv.engine.messages import CompilationReport, CompilationState, LadderReport, Loading
 from minisrv.errors import EngineDeadError
 from minisrv.request import EngineOutput
 from tests.server.fake_engine import INFO, FakeEngine, outputs
@@ -85,6 +85,24 @@ async def test_ready_says_which_generation_serves_and_why(connect: Connect) -> N
         "generation": 0,
         "reason": "slower: by much.",
     }
+
+
+async def test_ready_says_which_graphs_serve(connect: Connect) -> None:
+    engine = FakeEngine(outputs([300]))
+    ladder = LadderReport(5, 9, (1, 8), (1, 16), (8,), {"FULL decode 2 TOKENS": "it differs."})
+    engine.info = replace(INFO, ladder=ladder)
+    assert (await get(engine, connect, "/ready")).json()["graphs"] == {
+        "graphs": 5,
+        "total": 9,
+        "missing": 3,
+        "decode": [1, 8],
+        "mixed": [1, 16],
+        "epilogues": [8],
+        "refused": {"FULL decode 2 TOKENS": "it differs."},
+        "stopped": "",
+    }
+    engine.info = replace(INFO, ladder=replace(ladder, stopped="the memory is full."))
+    assert (await get(engine, connect, "/ready")).json()["graphs"]["missing"] == 0
 
 
 async def test_version(connect: Connect) -> None:

@@ -155,3 +155,7 @@ class Platform(ABC):
     ) -> None:
         """Raise ConfigError if more memory is used than allowed. It is called when graphs have been
         captured."""
+
+    @abstractmethod
+    def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:
+        """Whether one more graph may take that many bytes while the engine serves."""

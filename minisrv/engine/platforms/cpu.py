@@ -146,3 +146,7 @@ class CPUPlatform(Platform):
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
     ) -> None:
         """Do nothing: no limit depends on what graphs have taken."""
+
+    def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:
+        """See `Platform`. Graphs share the arena of the largest one."""
+        return True

@@ -177,8 +177,9 @@ class CUDAPlatform(Platform):
         gc.collect()
         self.release()
         actual = sum(graph.nbytes for graph in runner.graphs.values())
+        counts = len(runner.graphs), len(runner.ladders.keys())
         sizes = map(mebibytes, (actual, plan.graph_bytes))
-        logger.info("graphs take %s; a probe had said %s", *sizes)
+        logger.info("%d of %d graphs take %s; a probe had said %s for all", *counts, *sizes)
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
             if plan.kept is not None:  # so that the next start measures again
@@ -196,10 +197,21 @@ class CUDAPlatform(Platform):
         found = torch.cuda.get_device_properties(self.device)
         return found.name, found.total_memory
 
+    def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:
+        """See `Platform`. There is what `gpu_memory_utilization` leaves, or what the GPU has if the
+        size of the cache was given."""
+        given = plan.graph_bytes is None
+        most = self.total_bytes() if given else self.allowed_bytes(config)
+        return self.used_bytes() + nbytes <= most
+
     def allowed_bytes(self, config: EngineConfig) -> int:
         """Return the number of bytes of the GPU that `gpu_memory_utilization` allows."""
+        return int(self.total_bytes() * config.gpu_memory_utilization)
+
+    def total_bytes(self) -> int:
+        """Return the number of bytes of the GPU."""
         _, total = torch.cuda.mem_get_info(self.device)
-        return int(total * config.gpu_memory_utilization)
+        return total
 
     def used_bytes(self) -> int:
         """Return the number of bytes of the GPU that any process uses."""

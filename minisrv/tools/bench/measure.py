@@ -159,7 +159,13 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
     config = platform_of(config).kind.resolve(config)
     mode = config.compilation_mode or CompilationMode.NONE
     # Steps have the tokens with which they are to be measured, whatever they cost.
-    config = replace(config, compilation_mode=mode, compile_wait=True, itl_target_ms=0.0)
+    config = replace(
+        config,
+        compilation_mode=mode,
+        compile_wait=True,
+        cudagraph_capture="whole",
+        itl_target_ms=0.0,
+    )
     compiled = mode is not CompilationMode.NONE
     if config.cudagraph_mode is NONE and not compiled:
         raise ConfigError(
@@ -509,7 +515,8 @@ def _own_code(engine: EngineCore) -> Generation:
     compiled code."""
     runner = engine.runner
     own = Generation.empty(runner, platform_of(engine.config).make_backend(), None)
-    build_generation(runner, engine.scheduler.block_pool, own, [], Always())
+    keys = runner.ladders.keys()
+    build_generation(runner, engine.scheduler.block_pool, own, keys, [], Always())
     return own
 
 

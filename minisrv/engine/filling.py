@@ -1,0 +1,210 @@
+"""The rest of the ladders, captured while the engine serves.
+
+An engine is ready with a covering ladder, which holds every batch with more padding. The other
+graphs are captured, certified and timed here, one after the other, in turns between the steps of
+requests, and each serves from the next step on. A graph that a batch has asked for comes first. One
+that fails its certification is refused, and its batches run at the next larger size as before.
+
+Knows: which graphs are missing, and in which order they come. Knows nothing of how a graph is
+certified (`certification.generation`), nor of when it is time for a turn (`background`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
+from minisrv.certification.generation import build_graph, time_generation
+from minisrv.certification.startup import DRIVER_BYTES
+from minisrv.core.graph_times import StepTime
+from minisrv.core.kv_cache import BlockPool
+from minisrv.engine.background import Background, Work
+from minisrv.engine.memory import mebibytes
+from minisrv.engine.messages import LadderReport
+from minisrv.engine.step_costs import StepCosts
+from minisrv.errors import MinisrvError
+from minisrv.modes import GraphKey, Stage, StageOutput
+from minisrv.runner.generation import Generation
+from minisrv.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+LONGEST_STEP_MS = 20.0
+"""Number of milliseconds up to which a step of a size may take for the size to be captured while
+requests run that have not asked for it: nothing interrupts a replay on a GPU. Those that have asked
+have had a longer step."""
+
+
+class LadderFilling:
+    """Brings the graphs that are missing in one engine into service. No error of it ends the
+    engine, which can go on as it is.
+
+    pool: the blocks of the runner's cache.
+    costs: is told of each graph, with the time of a step by it.
+    has_room: whether one more graph may take that many bytes.
+    """
+
+    def __init__(
+        self,
+        background: Background,
+        runner: ModelRunner,
+        pool: BlockPool,
+        costs: StepCosts,
+        has_room: Callable[[int], bool],
+    ) -> None:
+        self._background = background
+        self._runner = runner
+        self._pool = pool
+        self._costs = costs
+        self._has_room = has_room
+        self._refused: dict[str, str] = {}
+        self._stopped = ""
+        self._num_at_start = len(runner.graphs)
+        self._began = time.monotonic()
+        in_service = costs.dispatcher.in_service
+        self._missing = OrderedDict(
+            (key, False)  # whether a batch has asked for it
+            for key in runner.ladders.keys()  # noqa: SIM118  (not a mapping)
+            if key not in in_service
+        )
+        self.report = self._describe()
+        """The graphs that serve. A change replaces it."""
+        if self._missing:
+            background.add(self._fill())
+
+    def want(self, keys: Iterable[GraphKey]) -> None:
+        """Let graphs come next that a batch would have run by."""
+        for key in keys:
+            if key in self._missing:
+                self._missing.move_to_end(key, last=False)
+                self._missing[key] = True
+
+    def _fill(self) -> Work:
+        """Add the missing graphs; between two of them another work may have its turn."""
+        turn = self._background.turn
+        while self._missing and not self._stopped:
+            key = self._next()
+            if key is None:
+                turn.waits = True
+                yield True
+                continue
+            del self._missing[key]
+            if not self._has_memory(key):
+                break
+            try:
+                step_time = yield from turn.take(partial(self._add, key))
+            except Exception as error:
+                self._refuse(key, error)
+            else:
+                self._costs.add(key, step_time)
+            self.report = self._describe()
+            yield True
+        self._tell_end()
+
+    def _next(self) -> GraphKey | None:
+        """Return the key of the graph that comes next; None while requests run and all that are
+        left would make them wait too long."""
+        for key, is_wanted in self._missing.items():
+            step_ms = self._costs.longest_step_ms(key)
+            if is_wanted or not self._background.busy or step_ms <= LONGEST_STEP_MS:
+                return key
+        return None
+
+    def _add(self, key: GraphKey) -> StepTime | None:
+        """Capture, certify and install a graph, and return the time of a step by it if it is asked
+        for."""
+        runner, pool, turn = self._runner, self._pool, self._background.turn
+        build_graph(runner, pool, key, turn)
+        if not self._costs.asks_for(key):
+            return None
+        return time_generation(runner, pool, Generation.in_service(runner), [key], turn)[key]
+
+    def _has_memory(self, key: GraphKey) -> bool:
+        """Whether there is memory for a graph; if not, no more are captured. It takes no more than
+        the next larger one of its kind has taken, or a piece of the driver's memory."""
+        alike = [
+            (other.num_tokens, graph.nbytes)
+            for (mode, other), graph in self._runner.graphs.items()
+            if (mode, other.stage, other.query_len, other.output)
+            == (key[0], key[1].stage, key[1].query_len, key[1].output)
+            and other.num_tokens > key[1].num_tokens
+        ]
+        needed = max(DRIVER_BYTES, min(alike)[1])
+        if not self._has_room(needed):
+            self._stop(f"the next one may take {mebibytes(needed)}, which the GPU has not left.")
+        return not self._stopped
+
+    def _refuse(self, key: GraphKey, error: Exception) -> None:
+        """Go on without a graph, or without all that are missing if the memory is full."""
+        what = error.message if isinstance(error, MinisrvError) else f"{error!r}."
+        self._runner.remove(key)
+        if _is_out_of_memory(error):
+            self._stop(what)
+            return
+        self._refused[_name(key)] = what
+        logger.warning(
+            "the graph %s may not serve; its batches run at the next larger size: %s",
+            _name(key),
+            what,
+            exc_info=None if isinstance(error, MinisrvError) else error,
+        )
+
+    def _stop(self, why: str) -> None:
+        self._stopped = why
+        logger.warning("no more graphs are captured: %s Batches run at larger sizes.", why)
+
+    def _describe(self) -> LadderReport:
+        served = self._costs.dispatcher.in_service
+
+        def sizes(stage: Stage, *, decode: bool, output: StageOutput) -> tuple[int, ...]:
+            return tuple(
+                sorted(
+                    key.num_tokens // (key.query_len or 1)
+                    for _, key in served
+                    if (key.stage, key.uniform_decode, key.output) == (stage, decode, output)
+                )
+            )
+
+        return LadderReport(
+            graphs=len(served),
+            total=len(self._runner.ladders.keys()),
+            decode=sizes(Stage.MODEL, decode=True, output=StageOutput.TOKENS),
+            mixed=sizes(Stage.MODEL, decode=False, output=StageOutput.HIDDEN),
+            epilogues=sizes(Stage.EPILOGUE, decode=True, output=StageOutput.TOKENS),
+            refused=dict(self._refused),
+            stopped=self._stopped,
+        )
+
+    def _tell_end(self) -> None:
+        self.report = self._describe()
+        report, longest = self.report, self._background.longest_turn
+        logger.info(
+            "%d of %d graphs serve, %d of them captured while serving in %.1f s%s",
+            report.graphs,
+            report.total,
+            report.graphs - self._num_at_start,
+            time.monotonic() - self._began,
+            f"; a turn made requests wait {1000 * longest:.0f} ms at most" if longest else "",
+        )
+
+
+def _name(key: GraphKey) -> str:
+    mode, descriptor = key
+    if descriptor.stage is Stage.EPILOGUE:
+        kind = "epilogue"
+    else:
+        kind = "decode" if descriptor.uniform_decode else "mixed"
+    return f"{mode.name} {kind} {descriptor.num_tokens} {descriptor.output.name}"
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__
+    return False
