@@ -211,7 +211,9 @@ class CUDAArena(Arena):
         """See `Arena`. The tensors move, one memory after the other, so that hardly more than one
         of them exists twice. Raises torch.OutOfMemoryError."""
         sharing: dict[int, list[Tensor]] = {}
-        for tensor in tensors:
+        # A view refers to the tensor that it is a view of, which would keep the old memory.
+        bases = [tensor._base for tensor in tensors if tensor._base is not None]
+        for tensor in (*tensors, *bases):
             sharing.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
         groups = [group for group in sharing.values() if group[0].untyped_storage().nbytes()]
         sizes = [_aligned(group[0].untyped_storage().nbytes()) for group in groups]

@@ -21,6 +21,7 @@ def used() -> int:
 
 
 def arena() -> CUDAArena:
+    torch.ones(1, device=DEVICE).fill_(2)  # so that CUDA has loaded what it loads at first
     return CUDAArena(DEVICE)
 
 
@@ -62,6 +63,19 @@ def test_weights_of_several_chunks_come_back_with_their_views() -> None:
         made.restore()
         assert [tensor.data_ptr() for tensor in tensors] == addresses
         assert all(map(torch.equal, tensors, copies))
+
+
+def test_a_view_whose_tensor_is_gone_keeps_no_memory() -> None:
+    """Linear methods keep a weight turned, and drop the parameter."""
+    made = arena()
+    weight = torch.nn.Parameter(torch.randn(64, MIB, device=DEVICE), requires_grad=False).t()
+    copy, before = weight.clone(), used()
+    made.adopt([weight])
+    assert abs(used() - before) < 16 * MIB
+    made.release(keep=True)
+    assert before - used() > 240 * MIB
+    made.restore()
+    assert torch.equal(weight, copy)
 
 
 def test_a_graph_is_valid_behind_a_release() -> None:
