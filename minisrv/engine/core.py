@@ -22,7 +22,6 @@ from minisrv.engine.step_counters import StepCounters
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
-from minisrv.runner.logprobs import LogprobReport
 from minisrv.runner.results import DeviceTime, StepResult
 from minisrv.validation import validate_request
 
@@ -125,7 +124,9 @@ class EngineCore:
 
     def advance_background(self) -> bool:
         """Give the work between steps a turn if it is time for one, and return whether `describe`
-        says something else now."""
+        says something else now. While the engine sleeps there is no memory to work with."""
+        if self.sleeper.report.is_asleep:
+            return False
         before = self.compilation.report, self.filling.report
         self.background.advance(busy=self.has_work)
         return before != (self.compilation.report, self.filling.report)
@@ -169,9 +170,9 @@ class EngineCore:
         self._count_time(step, result.device_time())
         errors: dict[str, MinisrvError] = {}
         if step.output.has_structured_output_requests:
-            errors = self._advance_grammars(outputs)
+            errors = self._grammars.accept_tokens(outputs)
         if result.logprobs is not None:
-            _add_logprobs(outputs, step.output, result.logprobs)
+            result.logprobs.add_to(outputs, step.output)
         self._count_outputs(outputs)
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
@@ -201,17 +202,6 @@ class EngineCore:
             else:
                 failed.append(self._end_with_error(request_id, error))
         return failed
-
-    def _advance_grammars(self, outputs: list[EngineOutput]) -> dict[str, MinisrvError]:
-        """Advance the grammars by the sampled tokens, and return the errors of those that failed,
-        by request."""
-        errors = {}
-        for output in outputs:
-            for token_id in output.token_ids:
-                error = self._grammars.accept_token(output.request_id, token_id)
-                if error is not None:
-                    errors[output.request_id] = error
-        return errors
 
     def _end_with_error(self, request_id: str, error: MinisrvError) -> EngineOutput:
         """End a request with an error, whether or not it has ended in this step for another
@@ -304,16 +294,3 @@ class EngineCore:
             ladder=self.filling.report,
             longest_turn_seconds=self.background.longest_turn,
         )
-
-
-def _add_logprobs(
-    outputs: list[EngineOutput], step: SchedulerOutput, logprobs: LogprobReport
-) -> None:
-    """Add the log-probabilities of a step to its outputs."""
-    rows = {row.request_id: index for index, row in enumerate(step.batch_rows)}
-    for output in outputs:
-        index = rows[output.request_id]
-        sampled = logprobs.sampled[index]
-        if output.token_ids and sampled is not None:
-            output.logprobs = [sampled]
-        output.prompt_logprobs = logprobs.prompt[index]

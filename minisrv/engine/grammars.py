@@ -28,7 +28,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import PriorityQueue
@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from minisrv.core.step import ScheduledRow
 from minisrv.errors import EngineError, MinisrvError
-from minisrv.request import SamplingParams, StructuredOutput
+from minisrv.request import EngineOutput, SamplingParams, StructuredOutput
 from minisrv.text.lru_cache import LRUCache
 from minisrv.text.structured import CHEAP_SECONDS, GrammarBackend, Matcher
 from minisrv.text.tokenizer import Tokenizer
@@ -200,9 +200,19 @@ class Grammars:
                 if others.any():
                     bitmask[index] = others
 
-    def accept_token(self, request_id: str, token_id: int) -> MinisrvError | None:
-        """Advance the grammar of a request, if it has one, by a token; return its error if it has
-        failed."""
+    def accept_tokens(self, outputs: Iterable[EngineOutput]) -> dict[str, MinisrvError]:
+        """Advance the grammars of requests that have one by the tokens of outputs, and return the
+        errors of those that have failed, by request."""
+        errors = {}
+        for output in outputs:
+            for token_id in output.token_ids:
+                error = self._accept_token(output.request_id, token_id)
+                if error is not None:
+                    errors[output.request_id] = error
+        return errors
+
+    def _accept_token(self, request_id: str, token_id: int) -> MinisrvError | None:
+        """Advance a grammar, if there is one, by a token; return its error if it has failed."""
         matcher = self._matchers.get(request_id)
         if matcher is None:
             return None

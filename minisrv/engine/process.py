@@ -250,7 +250,7 @@ class _EngineServer:
             self.heartbeat.beat()
         if self.core.has_work:
             self._deliver(self.core.step())
-        if not self.core.sleeper.report.is_asleep and self.core.advance_background():
+        if self.core.advance_background():
             self._tell_change()
         while self.commands and self._is_due(self.commands[0][1]):
             self._carry_out(*self.commands.popleft())

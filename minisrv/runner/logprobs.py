@@ -7,7 +7,7 @@ tokens are due: the scheduler tells this for each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisrv.core.step import ScheduledRow
-from minisrv.request import TokenLogprobs
+from minisrv.core.step import ScheduledRow, SchedulerOutput
+from minisrv.request import EngineOutput, TokenLogprobs
 from minisrv.runner.input_buffers import to_device
 
 LOGITS_AT_ONCE = 1 << 24
@@ -34,6 +34,16 @@ class LogprobReport:
 
     sampled: list[TokenLogprobs | None]
     prompt: list[list[TokenLogprobs]]
+
+    def add_to(self, outputs: Iterable[EngineOutput], step: SchedulerOutput) -> None:
+        """Add the log-probabilities of a step to its outputs."""
+        rows = {row.request_id: index for index, row in enumerate(step.batch_rows)}
+        for output in outputs:
+            index = rows[output.request_id]
+            sampled = self.sampled[index]
+            if output.token_ids and sampled is not None:
+                output.logprobs = [sampled]
+            output.prompt_logprobs = self.prompt[index]
 
 
 def report_logprobs(

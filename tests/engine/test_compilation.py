@@ -724,18 +724,18 @@ def test_a_request_that_needs_all_blocks_waits_for_one_trial_at_most(checkpoint)
     engine = start(checkpoint, FakeCompiler())
     pool = engine.scheduler.block_pool
     while not pool.num_used:
-        engine.compilation.advance(busy=False)
+        engine.background.advance(busy=False)
     everything = [7] * (pool.capacity - 8)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     engine.add(EngineRequest(request_id="all", prompt_token_ids=everything, params=params))
     tokens = 0
     while engine.has_work:
         tokens += sum(len(output.token_ids) for output in engine.step())
-        engine.compilation.advance(busy=True)
+        engine.background.advance(busy=True)
     assert tokens == 8
     assert engine.compilation.is_under_way
-    while engine.compilation.has_work:
-        engine.compilation.advance(busy=False)
+    while engine.background.has_work:
+        engine.background.advance(busy=False)
     assert engine.compilation.generation == 1
 
 
@@ -745,8 +745,8 @@ def test_without_memory_for_it_no_other_program_is_compiled(checkpoint):
     engine = start(checkpoint, None)
     runner, pool = engine.runner, engine.scheduler.block_pool
     compiler = FakeCompiler(model=runner.model)
-    way = Compilation(compiler, runner, pool, CPUTapeBackend, has_room=False)
-    way.capture_graphs(lambda done, total: None)
+    way = Compilation(Background(), compiler, runner, pool, CPUTapeBackend, has_room=False)
+    way.capture_graphs(runner.ladders.keys(), lambda done, total: None)
     assert way.report.refusals == {"load": 1}
     assert not way.is_under_way
     assert compiler.started == 0

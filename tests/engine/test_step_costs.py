@@ -106,11 +106,11 @@ def test_times_that_cannot_be_used_change_nothing(monkeypatch: pytest.MonkeyPatc
     """Whatever fails on the way, graphs, predictions and the target all follow the times of the
     code that serves. The dispatcher once kept those of code that did not."""
     ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 4, 64)
-    costs = StepCosts(Dispatcher(ladders), None, chooses_graphs=True)
+    costs = StepCosts(Dispatcher(ladders), ladders, None, chooses_graphs=True)
 
     def times(full_ms: float, piecewise_ms: float) -> dict[GraphKey, StepTime]:
         by_mode = {CUDAGraphMode.FULL: full_ms, CUDAGraphMode.PIECEWISE: piecewise_ms}
-        found = {key: by_mode.get(key[0], 9.0) + key[1].num_tokens for key in costs.timed_keys}
+        found = {key: by_mode.get(key[0], 9.0) + key[1].num_tokens for key in costs.timed_keys()}
         return {key: StepTime(ms, ms) for key, ms in found.items()}
 
     def state() -> tuple[object, ...]:

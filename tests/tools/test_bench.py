@@ -51,7 +51,14 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def engine(checkpoint) -> EngineCore:
     return EngineCore(
-        build_engine(EngineConfig(model=checkpoint, max_num_seqs=4, max_num_batched_tokens=24))
+        build_engine(
+            EngineConfig(
+                model=checkpoint,
+                max_num_seqs=4,
+                max_num_batched_tokens=24,
+                cudagraph_capture="whole",
+            )
+        )
     )
 
 
@@ -137,6 +144,7 @@ def test_compiled_and_own_code_are_measured_by_name(checkpoint, monkeypatch):
                 device="cpu",
                 dtype="float32",
                 compilation_mode=CompilationMode.MINISRV_COMPILE,
+                cudagraph_capture="whole",
             )
         )
     )
