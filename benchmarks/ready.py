@@ -203,7 +203,7 @@ def main() -> None:
     where = machine()
     starts = measure(servers, options.rounds, cold=options.cold)
     # Without a terminal rich assumes a small width, at which rows would be broken.
-    width = None if sys.stdout.isatty() else 200
+    width = None if sys.stdout.isatty() else 250
     Console(highlight=False, soft_wrap=True, width=width).print(table(starts))
     if options.json is not None:
         report = {
