@@ -21,7 +21,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -34,11 +33,14 @@ from importlib import import_module
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor, _meta_registrations
+from torch._decomp import global_decomposition_table
+from torch._ops import OpOverload
+from torch.library import Library
 
 from minisrv import threads
 from minisrv.cache import read_cached, write_cached
@@ -262,8 +264,10 @@ def run(line: Connection) -> None:
         job: KernelJob
         job, cache = line.recv()
         os.environ[TRITON_CACHE] = str(cache)
-        if job.model.implementation == "minisrv":
-            leave_out_compiler()
+        try:
+            prefer_native_meta()
+        except AttributeError:  # another version of torch may have other names
+            logger.debug("recording imports torch's compiler", exc_info=True)
         line.send(compile_kernels(job, lambda done, total: line.send((done, total))))
     except EOFError:
         return  # nothing is to be compiled
@@ -275,20 +279,51 @@ def _said(error: Exception) -> str:
     return traceback.format_exception_only(error)[-1].strip()
 
 
-def leave_out_compiler() -> None:
-    """Keep torch's compiler from being imported, which takes longer than recording all kernels.
-    Operations on tensors without memory import it at the first call, only to tell it not to compile
-    them."""
-    compiler = ModuleType("torch._dynamo")
-    compiler.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
-    sys.modules[compiler.__name__] = torch._dynamo = compiler
+def prefer_native_meta() -> None:
+    """Let operations on tensors without memory be torch's own in C++, where it has them.
+
+    In front of these torch has others in Python. They give the same, but at the first call they
+    import torch's compiler and sympy, which takes longer than recording all kernels. They stay for
+    operations that have no others. To be called once, in a process that ends soon.
+    """
+    _meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()
+    for table in ("meta", "post_autograd", "pre_autograd"):
+        for op, function in global_decomposition_table[table].items():
+            if isinstance(op, OpOverload) and op.namespace == "aten" and not op.is_view:
+                name = op.name()
+                if not any(_has_kernel(name, key) for key in _META):
+                    _python_meta.impl(op, _SHORT.get(name, function))
+
+
+def _index_select(source: Tensor, dim: int, index: Tensor) -> Tensor:
+    shape = list(source.shape)
+    shape[dim] = index.numel()
+    return source.new_empty(shape)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return one + other + condition  # of the shape and the dtype of the result
+
+
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+_META = ("Meta", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+"""The dispatch keys of what an operation does on tensors without memory."""
+
+_SHORT: dict[str, Callable[..., Tensor]] = {
+    "aten::index_select": _index_select,
+    "aten::where.self": _where,
+}
+"""Operations that engines use and torch has in Python only, without its compiler."""
+
+_python_meta = Library("aten", "IMPL", "Meta")
 
 
 def _import_ahead() -> None:
     """Import what recording kernels needs, and compute what is the same for all of them, before it
     is known which are to be compiled."""
-    for name in ("sympy", "minisrv.certification.rehearsal", "minisrv.kernels.triton_recording"):
-        import_module(name)  # sympy is what torch computes shapes with
+    for name in ("minisrv.certification.rehearsal", "minisrv.kernels.triton_recording"):
+        import_module(name)
     from triton.runtime.cache import triton_key
 
     triton_key()  # a digest of all of Triton's files

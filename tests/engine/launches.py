@@ -47,7 +47,7 @@ from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CUDA
-from minisrv.engine.kernels import KernelJob, leave_out_compiler, record
+from minisrv.engine.kernels import KernelJob, prefer_native_meta, record
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels import (
     attention,
@@ -115,7 +115,9 @@ def made(job: KernelJob) -> dict[str, Any]:
 if __name__ == "__main__":
     what, directory, *how = sys.argv[1:]
     job = job_of(Path(directory), *how)
-    if what == "rehearsed" and job.model.implementation == "minisrv":
-        leave_out_compiler()
+    if what == "rehearsed":
+        prefer_native_meta()
     kernels = made(job) if what == "made" else record(job)[0]
+    if what == "rehearsed" and job.model.implementation == "minisrv":
+        assert not {"sympy", "torch._dynamo"} & sys.modules.keys(), "they take long to import"
     print(json.dumps(sorted(kernels)))
