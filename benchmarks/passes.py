@@ -192,7 +192,7 @@ def capture(parts: EngineParts, generation: Generation, steps: list[Step]) -> No
     ):
         for key, batch in [(epilogue, (row,)), *((step.key, step.batch) for step in steps)]:
             trial = StepTrial(runner, space, key, batch)
-            graph, _ = certify(trial, partial(runner.capture, key))
+            graph = certify(trial, partial(runner.capture, key))
             runner.install(key, graph)
             trial.clear()
 

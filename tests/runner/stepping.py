@@ -134,14 +134,12 @@ def start(model: Model, *, certified: bool = False, **settings: Any) -> EngineCo
         )
 
 
-def capture_behind_a_run(
-    trial: StepTrial, capture: Callable[[], CapturedGraph]
-) -> tuple[CapturedGraph, float]:
+def capture_behind_a_run(trial: StepTrial, capture: Callable[[], CapturedGraph]) -> CapturedGraph:
     """Run the trial step once before the capture: a GPU loads kernels when they run first, which is
     not possible during a capture."""
     trial.reset(InitialState.CLEAN)
     trial.run(None)
-    return capture(), 0.0
+    return capture()
 
 
 def trial_of(
