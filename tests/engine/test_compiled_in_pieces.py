@@ -65,7 +65,7 @@ def test_what_is_compiled_serves_now_and_after_a_restart(
     planned: list[int] = []
 
     def plan_memory(*given: Any) -> MemoryPlan:
-        planned.append(given[-1])
+        planned.append(given[5])
         return PLAN_MEMORY(*given)
 
     monkeypatch.setattr(CPUPlatform, "plan_memory", plan_memory)
@@ -158,7 +158,7 @@ def test_code_that_is_measured_beside_the_models_own_has_memory_for_both(
     memory where the model was compiled as a whole."""
 
     def plan_memory(*given: Any) -> MemoryPlan:
-        assert given[-1] == (1 if mode is CompilationMode.NONE else 2)
+        assert given[5] == (1 if mode is CompilationMode.NONE else 2)
         raise ConfigError("that is enough.")
 
     monkeypatch.setattr(CPUPlatform, "plan_memory", plan_memory)
