@@ -42,7 +42,6 @@ from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.engine.step_costs import StepCosts
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey
 from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 from minisrv.tools.environment import environment
@@ -110,7 +109,9 @@ def closed_loop(served: Served, load: Load, requests: int) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Serve the loads by an engine, and return the report."""
-    config = engine_config([*options.model, *shlex.split(options.engine_flags)])
+    # A graph that is captured meanwhile would disturb what is measured.
+    flags = ["--cudagraph-capture", "whole", *shlex.split(options.engine_flags)]
+    config = engine_config([*options.model, *flags])
     parts = build_engine(replace(config, enable_prefix_caching=False))
     engine, info = Engine(parts), parts.info
     ladders = engine.dispatcher.ladders
@@ -210,17 +211,25 @@ class Simulation:
             max_default_mixed=report["max_default_mixed"],
         )
         self._dispatcher = Dispatcher(ladders)
-        costs = StepCosts(self._dispatcher, report["itl_target_ms"], chooses_graphs=False)
-        costs.cost_model.fit(map(unpacked, report["samples"]))
-        self._learns = costs.cost_model
+        self._learns = CostModel(map(unpacked, report["samples"]))
+        by_model = PrefillBudget(
+            ladders.max_num_batched_tokens,
+            sizes=(*ladders.mixed, *ladders.eager_sizes),
+            predict_ms=self._predict_ms,
+            itl_target_ms=report["itl_target_ms"],
+        )
         self._scheduler = Scheduler(
             BlockPool(report["num_kv_blocks"], report["block_size"]),
-            costs.budget if budget == "model" else PrefillBudget(int(budget)),
+            by_model if budget == "model" else PrefillBudget(int(budget)),
             max_num_seqs=report["max_num_seqs"],
             max_model_len=report["max_model_len"],
             max_waiting=10_000,
             enable_prefix_caching=False,
         )
+
+    def _predict_ms(self, num_tokens: int, work: AttentionWork) -> float:
+        key = self._dispatcher.dispatch(num_tokens, 1, query_len=None).key
+        return self._learns.predict(key, work)
 
     @property
     def has_work(self) -> bool:
