@@ -203,6 +203,7 @@ def verdict(labels: Sequence[str], levels: Sequence[Level]) -> str:
     if not names:
         return ""
     name = names[0]
+    said = name.removesuffix(" ms")
     found = [level.metrics[name] for level in levels]
     to_first = [_over(found, at, 0).mean for at in range(len(labels))]
     pick = min if METRICS[name].less_is_better else max
@@ -215,11 +216,11 @@ def verdict(labels: Sequence[str], levels: Sequence[Level]) -> str:
     over = f"over {repeats} repeats at {levels[0].load if len(levels) == 1 else 'loads ' + where}"
     if ratios[closest].is_one:
         return (
-            f"No server won: the {name} of {labels[best]} was {_change(ratios[closest])} that of "
+            f"No server won: the {said} of {labels[best]} was {_change(ratios[closest])} that of "
             f"{labels[closest]} {over}, so their difference may be chance."
         )
     than = " and ".join(f"{_change(ratios[at])} that of {labels[at]}" for at in others)
-    return f"{labels[best]} won: its {name} was {than} {over}."
+    return f"{labels[best]} won: its {said} was {than} {over}."
 
 
 def _over(found: Sequence[Compared], of: int, to: int) -> Ratio:

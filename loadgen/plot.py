@@ -17,8 +17,9 @@ from loadgen.report import ComparisonReport, Report
 from loadgen.samples import BatchITL, Distribution
 from loadgen.stats import LevelSummary
 
-_LEAST_TOKENS = 20
-"""Number of tokens below which the ITL of a batch is not drawn, as a median of few shows little."""
+_LEAST_SHARE = 0.02
+"""Share of the tokens below which the ITL of a batch is not drawn: few tokens show little, and most
+of them come while the batch changes and prompts are computed beside it."""
 
 
 def draw(report: Report | ComparisonReport, capture_sizes: Sequence[int]) -> Figure:
@@ -125,11 +126,13 @@ def _by_batch(
     largest = 1
     for label, summaries in runs.items():
         found = _merged([summary.by_batch for summary in summaries])
-        batches = [batch for batch, itl in found.items() if itl.tokens >= _LEAST_TOKENS]
+        least = _LEAST_SHARE * sum(itl.tokens for itl in found.values())
+        batches = [batch for batch, itl in found.items() if itl.tokens >= least]
         largest = max([largest, *batches])
         values = [found[batch].p50_ms for batch in batches]
         axes.plot(batches, values, label=label, marker=".", linestyle="-")
-    rungs = [size for size in capture_sizes if size <= 2 * largest]
+    above = min((size for size in capture_sizes if size >= largest), default=largest)
+    rungs = [size for size in capture_sizes if size <= above]
     for number, size in enumerate(rungs):
         name = "captured batch sizes" if number == 0 else None
         axes.axvline(size, color="gray", linewidth=0.8, linestyle=":", label=name, zorder=0)

@@ -533,14 +533,14 @@ def test_the_verdict_names_the_winner_and_by_how_much() -> None:
     level = compared([10.0, 8.0, 15.0], [20.0, 16.0, 30.0], [40.0, 32.0, 60.0])
     said = verdict(["a", "b", "c"], [level, level])
     assert said == (
-        "b won: its ITL p50 ms was 20.0% (95% interval 20.0% to 20.0%) below that of a and 46.7% "
+        "b won: its ITL p50 was 20.0% (95% interval 20.0% to 20.0%) below that of a and 46.7% "
         "(95% interval 46.7% to 46.7%) below that of c over 3 repeats at loads 4, 4."
     )
 
 
 def test_a_difference_within_the_spread_is_no_win() -> None:
     said = verdict(["a", "b"], [compared([10.0, 8.0], [8.0, 10.0], [10.0, 10.1])])
-    assert said.startswith("No server won: the ITL p50 ms of a was 0.3% (95% interval -")
+    assert said.startswith("No server won: the ITL p50 of a was 0.3% (95% interval -")
     assert said.endswith(
         "below that of b over 3 repeats at concurrency 4, so their difference may be chance."
     )
