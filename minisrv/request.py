@@ -313,13 +313,14 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     text: the JSON schema, the regular expression (Rust's syntax, matched from end to end) or the
         grammar (Lark, in llguidance's dialect); empty for the other kinds.
     choices: the texts to choose from, for CHOICE.
+    calls: a grammar, as in `text`, that the completion may follow instead: that of tool calls.
     reasoning_end: the text, e.g. `</think>`, after which the structured output begins; before it
         any text is allowed. If it is empty, the structured output begins with the first token.
     reasoning_start: the text, e.g. `<think>`, with which optional reasoning begins. If it is empty,
         the completion always begins with reasoning.
     param: the field of the HTTP request that asked for the form; errors name it.
     lowered: whether an API worker has already translated the form for llguidance, so that `text` is
-        the translation, which includes the reasoning and the choices.
+        the translation, which includes the reasoning, the choices and the calls.
     compile_seconds: the processor time that compiling the form took in the API worker, in seconds.
 
     Raises RequestError, naming `param`, if a size is out of bounds.
@@ -328,6 +329,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
     kind: StructuredOutputKind
     text: str = ""
     choices: tuple[str, ...] = ()
+    calls: str = ""
     reasoning_end: str = ""
     reasoning_start: str = ""
     param: str = "response_format"
@@ -355,6 +357,12 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
                 f"{MAX_GRAMMAR_LENGTH} are allowed.",
                 param=self.param,
             )
+
+    def as_lowered(self, text: str, compile_seconds: float = 0.0) -> StructuredOutput:
+        """Return the form with its translation for llguidance."""
+        return msgspec.structs.replace(
+            self, text=text, choices=(), calls="", lowered=True, compile_seconds=compile_seconds
+        )
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -159,21 +159,23 @@ def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[Tool
 def answer_form(
     request: ChatCompletionRequest, answer: AnswerFormat, tokenizer: Tokenizer
 ) -> StructuredOutput | None:
-    """Return the form that the answer must have behind its reasoning, or None for any text. Raises
-    RequestError for a form that is too large."""
+    """Return the form that the answer must have behind its reasoning, or None for any text. Where
+    tools may be called, the form of a text allows calls as well. Raises RequestError for a form
+    that is too large."""
     form = request.structured_output
-    if request.required_tools:
+    if request.constrained_tools:
         assert answer.tools is not None
-        length = sum(len(tool.function.parameters or "") for tool in request.required_tools)
+        length = sum(len(tool.function.parameters or "") for tool in request.constrained_tools)
         if length > MAX_GRAMMAR_LENGTH:
             raise RequestError(
-                f"tools: parameters of {length} characters are too long for a call that is "
-                f"required: at most {MAX_GRAMMAR_LENGTH} are allowed.",
+                f"tools: parameters of {length} characters are too long for a call that must "
+                f"follow them: at most {MAX_GRAMMAR_LENGTH} are allowed.",
                 param="tools",
             )
         several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
-        tools = [_for_grammar(tool.function) for tool in request.required_tools]
-        form = tool_call_grammar(tools, answer.tools, tokenizer, parallel=several)
+        tools = [_for_grammar(tool.function) for tool in request.constrained_tools]
+        text_form = None if request.required_tools else form
+        form = tool_call_grammar(tools, answer.tools, tokenizer, parallel=several, form=text_form)
     return form and answer.format.behind_reasoning(form, answer.prompt)
 
 

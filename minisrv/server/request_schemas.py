@@ -490,7 +490,9 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None
     """Whether the model calls tools. none: it is told of no tools. auto (the default if there are
     tools): the model decides. required, or the name of a function: it must call one, or this one,
-    and the arguments follow the schema as the text of a response_format does."""
+    and the arguments follow the schema as the text of a response_format does. Beside a format, auto
+    means calls whose arguments follow their schemas, or text that follows the format, and a
+    required call leaves no text to be formatted."""
     parallel_tool_calls: bool = True
     """Allow several tool calls in one answer. If false, all but the first are dropped."""
     chat_template_kwargs: Annotated[
@@ -522,13 +524,6 @@ class ChatCompletionRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             name = self.tool_choice.function.name
             raise refuse("tool_choice", f"tool_choice names {name}, which is not one of tools.")
-        form = self.response_format
-        if self.offered_tools and (self.structured_outputs or (form and form.type != "text")):
-            raise refuse(
-                "tools",
-                "tools is not supported beside response_format or structured_outputs, which say "
-                'what all of the text must be; leave one of them out, or send tool_choice "none".',
-            )
         return self
 
     @property
@@ -543,6 +538,12 @@ class ChatCompletionRequest(GenerationRequest):
             name = self.tool_choice.function.name
             return [tool for tool in self.tools if tool.function.name == name]
         return self.tools if self.tool_choice == "required" else []
+
+    @property
+    def constrained_tools(self) -> list[Tool]:
+        """The tools whose calls must follow their parameters: required ones, and all that are
+        offered where the text must have a form as well."""
+        return self.required_tools or (self.offered_tools if self.structured_output else [])
 
     @property
     def num_logprobs(self) -> int | None:

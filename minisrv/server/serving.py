@@ -169,9 +169,9 @@ class Serving:
             _validate(request, ids, info)
             return Prepared([ids], form, answer)
 
-        # Required tools always run in a thread: even a small schema may combine objects in a great
-        # many ways.
-        return await offload(prepare, math.inf if request.required_tools else request.num_bytes)
+        # The parameters of tools are always combined in a thread: even a small schema may combine
+        # objects in a great many ways.
+        return await offload(prepare, math.inf if request.constrained_tools else request.num_bytes)
 
     def _encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], AnswerFormat]:
         """Return the token ids of a chat's prompt, and how the answer is parsed."""

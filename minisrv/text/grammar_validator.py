@@ -36,8 +36,6 @@ from contextlib import closing
 from contextvars import Context
 from dataclasses import dataclass, field
 
-import msgspec
-
 from minisrv import threads
 from minisrv.errors import (
     GrammarBudgetError,
@@ -277,13 +275,7 @@ class GrammarValidator:
         elif len(outcome.lowered) > _MAX_LOWERED:
             self._refuse(grammar, f"it comes to more than {_MAX_LOWERED} characters")
         else:
-            passed = msgspec.structs.replace(
-                spec,
-                text=outcome.lowered,
-                choices=(),
-                lowered=True,
-                compile_seconds=outcome.seconds,
-            )
+            passed = spec.as_lowered(outcome.lowered, outcome.seconds)
             self._passed.add(grammar.digest, passed, len(passed.text))
             self._end(grammar, passed)
 

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import llguidance
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -155,7 +154,7 @@ class GrammarBackend:
             text = _llguidance_grammar(spec, self._tokenizer)
         except ValueError as error:
             raise grammar_error(spec, "is not valid", str(error)) from error
-        return msgspec.structs.replace(spec, text=text, choices=(), lowered=True)
+        return spec.as_lowered(text)
 
     def compile(self, spec: StructuredOutput) -> Matcher:
         """Compile a grammar to a matcher at its start; `lower` is called first unless that has been
@@ -246,7 +245,8 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
         case StructuredOutputKind.GRAMMAR:
             main = {"lark_grammar": restate_lark(spec.text)}
     # If one grammar of the list sets this option, it holds for all.
-    rules = ['%llguidance {"no_forcing": true}', "start: @main"]
+    answer = "(@main | @calls)" if spec.calls else "@main"
+    rules = ['%llguidance {"no_forcing": true}', f"start: {answer}"]
     if spec.reasoning_end:
         token_id = tokenizer.token_id(spec.reasoning_end)
         free = (
@@ -259,8 +259,10 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
         if spec.reasoning_start:
             # The answer of a model that does not reason this time begins with what was asked for.
             reasoning = f"({marker(spec.reasoning_start, tokenizer)} {reasoning})?"
-        rules[1:] = [f"start: {reasoning} @main", free]
+        rules[1:] = [f"start: {reasoning} {answer}", free]
     grammars = [{"lark_grammar": "\n".join(rules)}, {"name": "main", **main}]
+    if spec.calls:
+        grammars.append({"name": "calls", "lark_grammar": restate_lark(spec.calls)})
     try:
         return json.dumps({"grammars": grammars})
     except RecursionError:

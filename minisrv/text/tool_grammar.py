@@ -17,6 +17,8 @@ from minisrv.text.structured import json_rule, literal, marker
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tool_parsers import ToolParser
 
+_JSON = (StructuredOutputKind.JSON_OBJECT, StructuredOutputKind.JSON_SCHEMA)
+
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """A function that a model may call.
@@ -35,15 +37,18 @@ def tool_call_grammar(
     tokenizer: Tokenizer,
     *,
     parallel: bool,
+    form: StructuredOutput | None = None,
 ) -> StructuredOutput:
     """Return the structured output that forces a call of one of `tools`: these are all of the
-    request's tools for `tool_choice: "required"`, and otherwise the one that it names.
+    request's tools unless its `tool_choice` names one.
 
     parallel: whether more than one call is allowed.
+    form: the form of a text that is allowed instead of a call; None if a call is required.
 
     Raises RequestError, naming `tools`, if they are too large, or have parameters that are not an
     object's.
     """
+    beside_json = form is not None and form.kind in _JSON
     call = [
         *(marker(text, tokenizer) for text in parser.opening),
         "(" + " | ".join(f"call_{i}" for i in range(len(tools))) + ")",
@@ -52,15 +57,18 @@ def tool_call_grammar(
     more = f" ({literal(parser.separator)} call)*" if parallel else ""
     rules = [f"start: call{more}", f"call: {' '.join(call)}"]
     for i, tool in enumerate(tools):
-        head = f'{{"name": {json.dumps(tool.name)}, "{parser.arguments_name}": '
+        pieces = ["{", '"name"', ":", " ", json.dumps(tool.name), ",", " "]
+        pieces += [f'"{parser.arguments_name}"', ":", " "]
+        # NOTE: of lexemes that begin alike, llguidance follows only the longest that fits, so that
+        # a call that is one lexeme would rule out JSON, whose lexemes these pieces are.
+        head = " ".join(map(literal, pieces if beside_json else ["".join(pieces)]))
         # A rule of its own keeps `$ref` within the tool's schema.
-        rules.append(f"call_{i}: {literal(head)} arguments_{i} {literal('}')}")
+        rules.append(f"call_{i}: {head} arguments_{i} {literal('}')}")
         rules.append(f"arguments_{i}: {_arguments_rule(tool)}")
-    return StructuredOutput(
-        kind=StructuredOutputKind.GRAMMAR,
-        text="\n".join(rules),
-        param="tools",
-    )
+    text = "\n".join(rules)
+    if form is not None:
+        return msgspec.structs.replace(form, calls=text)
+    return StructuredOutput(kind=StructuredOutputKind.GRAMMAR, text=text, param="tools")
 
 
 def _arguments_rule(tool: Tool) -> str:

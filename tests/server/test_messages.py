@@ -350,6 +350,13 @@ async def test_an_answer_in_a_schema(connect: Connect, tokenizer: Tokenizer) -> 
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [END])
     assert follow(backend, tokenizer, form, '{"city": "Rome"}')
     assert not follow(backend, tokenizer, form, "{}")
+    model = Model(connect, tokenizer, CALL)
+    output = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    await model.answer(output_config=output, tools=[WEATHER])
+    form = model.engine.requests[0].structured_output
+    assert form is not None
+    followed = [follow(backend, tokenizer, form, text) for text in (CALL, '{"city": "x"}', "x")]
+    assert followed == [True, True, False]
     wrong = {"format": {"type": "json_schema", "schema": {"type": "strange"}}}
     response = await Model(connect, tokenizer).post(output_config=wrong)
     assert response.status_code == 400

@@ -283,8 +283,6 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "tool_choice",
         ),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
-        ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "tools"),
         ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {str(i): i for i in range(17)}}, "chat_template_kwargs"),
         ({"functions": [{}]}, "functions"),

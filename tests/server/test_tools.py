@@ -328,3 +328,61 @@ async def test_a_form_begins_behind_the_reasoning(
     form = chat.engine.requests[0].structured_output
     assert form is not None
     assert (form.reasoning_start, form.reasoning_end) == ("<think>", "</think>")
+
+
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "followed"),
+    [
+        ("auto", ["call", "calls", "text"]),
+        ("required", ["call", "calls"]),
+        ({"type": "function", "function": {"name": "weather"}}, ["call"]),
+        ("none", ["text"]),
+    ],
+)
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING])
+async def test_tools_beside_a_format(
+    connect: Connect,
+    make_tokenizer: Callable[[str], Tokenizer],
+    template: str,
+    choice: Any,
+    followed: list[str],
+) -> None:
+    """The answer is calls, or text in the format, as far as the tool choice allows either."""
+    tokenizer = make_tokenizer(template)
+    chat = Chat(connect, tokenizer, CALL)
+    response = await chat.post(tool_choice=choice, response_format=FORM)
+    assert response.status_code == 200, response.text
+    form = chat.engine.requests[0].structured_output
+    assert form is not None
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [END])
+    texts = {"call": CALL, "calls": f"{CALL}\n{CALL}", "text": '{"city": "Rome"}', "other": "Hi"}
+    assert [n for n, text in texts.items() if follow(backend, tokenizer, form, text)] == followed
+    if template is THINKING:
+        behind = f"<think>Hm.</think>\n\n{texts[followed[-1]]}"
+        assert follow(backend, tokenizer, form, behind)
+
+
+async def test_a_text_beside_tools(connect: Connect, tokenizer: Tokenizer) -> None:
+    """A text in the format is the content, also if tools could have been called."""
+    text = '{"city": "Rome"}'
+    response = await Chat(connect, tokenizer, text).post(response_format=FORM)
+    choice = response.json()["choices"][0]
+    assert choice["message"]["content"] == text
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_what_is_wrong_with_tools_beside_a_format(
+    connect: Connect, tokenizer: Tokenizer
+) -> None:
+    """Parameters that no grammar can follow are refused."""
+    bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
+    response = await Chat(connect, tokenizer, CALL).post(tools=[bad], response_format=FORM)
+    assert response.json()["error"]["param"] == "tools"
+    bad["function"] = {"name": "f", "parameters": {"properties": {"a": {"type": "strange"}}}}
+    response = await Chat(connect, tokenizer, CALL).post(tools=[bad], response_format=FORM)
+    error = response.json()["error"]
+    assert error["param"] == "response_format"
+    assert "Invalid type: strange" in error["message"]

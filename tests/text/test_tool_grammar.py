@@ -14,7 +14,7 @@ import tokenizers
 
 from minisrv.checkpoint import resolve_checkpoint
 from minisrv.errors import RequestError
-from minisrv.request import MAX_GRAMMAR_LENGTH
+from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput, StructuredOutputKind
 from minisrv.text.chat_deltas import assemble
 from minisrv.text.structured import GrammarBackend
 from minisrv.text.tokenizer import Tokenizer
@@ -29,6 +29,10 @@ TOOLS = [
     Tool(name="get", parameters=random_schema(4)),
     Tool(name="now"),
 ]
+ROME = Tool(
+    name="rome",
+    parameters={"type": "object", "properties": {"city": {"const": "Rome"}}, "required": ["city"]},
+)
 
 
 @pytest.fixture(scope="module", params=["markers are text", "markers are tokens"])
@@ -102,6 +106,52 @@ def test_reasoning_comes_before_the_calls(backend: GrammarBackend, tokenizer: To
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert follow(backend, tokenizer, spec, f"Let me see.\n</think>\n\n{call}")
     assert not follow(backend, tokenizer, spec, call)
+
+
+FORMS = [
+    StructuredOutput(
+        kind=StructuredOutputKind.JSON_SCHEMA,
+        text='{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}',
+    ),
+    StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT),
+    StructuredOutput(kind=StructuredOutputKind.REGEX, text='\\{"n": [0-9]+\\}|<tool_call>!'),
+    StructuredOutput(kind=StructuredOutputKind.CHOICE, choices=('{"n": 3}', "<tool_call>!")),
+    StructuredOutput(kind=StructuredOutputKind.GRAMMAR, text='start: "{\\"n\\": " /[0-9]+/ "}"'),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.kind)
+@pytest.mark.parametrize("reasoning_end", ["", "</think>"])
+@pytest.mark.parametrize("parser", PARSERS)
+def test_calls_or_a_text_in_a_form(
+    backend: GrammarBackend,
+    tokenizer: Tokenizer,
+    parser: type[ToolParser],
+    reasoning_end: str,
+    form: StructuredOutput,
+) -> None:
+    """A form with calls beside it allows either and nothing else, behind the reasoning if there is
+    any."""
+    tools = [*TOOLS[2:], ROME]
+    spec = tool_call_grammar(tools, parser, tokenizer, parallel=True, form=form)
+    spec = msgspec.structs.replace(spec, reasoning_end=reasoning_end)
+    reasoning = f"Let me see.{reasoning_end}" if reasoning_end else ""
+    begin, end = "".join(parser.opening), "".join(parser.closing)
+
+    def call(arguments: str) -> str:
+        return f'{begin}{{"name": "rome", "{parser.arguments_name}": {arguments}}}{end}'
+
+    good = call('{"city": "Rome"}')
+    for text in ('{"n": 3}', good, f"{good}{parser.separator}{good}"):
+        assert follow(backend, tokenizer, spec, reasoning + text), text
+    bad = ["Let me see.", f'{{"n": 3}}{good}', f'{good}{{"n": 3}}', call('{"city": "Oslo"}')]
+    if form.kind is StructuredOutputKind.JSON_OBJECT and not parser.opening:
+        bad.pop()  # such a call is any JSON object as well
+    for text in bad:
+        assert not follow(backend, tokenizer, spec, reasoning + text), text
+    lowered = backend.lower(spec)
+    assert lowered.calls == ""
+    assert follow(backend, tokenizer, lowered, reasoning + good)
 
 
 def test_parameters_cannot_change_how_they_are_read(
