@@ -1,16 +1,17 @@
 """`minisrv launch-cost`: what launches cost on this machine, and where eager steps meet graphs.
 
 A step's kernels take their time however they are launched. Eagerly the host launches each of them;
-a FULL graph has one launch. So how much a graph saves follows from three numbers: the launches of a
-step, what the host needs for one, and the time of the kernels, which a step by a graph shows.
+a FULL graph has one launch. So how much a graph saves follows from two times: what the host needs
+for the launches of a step, which hardly depends on its size, and the time of the kernels, which
+does, and which a step by a graph shows.
 
 - A GPU runs kernels while the host launches the next ones. An eager step takes as long as the
   slower of the two, and meets the graph where the kernels of a step take longer than its launches.
 - On a CPU the host computes the kernels itself, so an eager step takes the sum. It never meets the
   graph, but what launches cost becomes a small share of a step that computes much.
 
-The cost of a launch is taken from the smallest decode batch, and all other eager times are
-predicted from it, beside which they are measured.
+The host's time is taken from the smallest decode batch, and from the shortest prompt for steps with
+prefill. All other eager times are predicted from it, and measured beside that.
 
 Knows: steps of an engine that `tools.bench` has measured. Knows nothing of how they are measured.
 """
@@ -53,7 +54,7 @@ class LaunchPoint(msgspec.Struct, frozen=True):
     graph: the mode of its graph: FULL, or PIECEWISE where the engine has no FULL one.
     graph_ms: milliseconds of a step by this graph.
     eager_ms: milliseconds of an eager step.
-    predicted_ms: the same as it follows from launches, their cost and `graph_ms`.
+    predicted_ms: the same as it follows from the host's time and `graph_ms`.
     """
 
     size: int
@@ -71,6 +72,8 @@ class LaunchReport(msgspec.Struct, frozen=True):
         nothing else to do.
     launch_us: microseconds that a launch costs in a decode step of the smallest measured batch,
         with all that the model's code does between two launches.
+    decode_host_ms, prefill_host_ms: milliseconds that the host needs for the launches of a step
+        beyond those of a graph; on a GPU for all that the host does in a step.
     overlaps: whether the device runs kernels while the host launches others.
     decode, prefill: the points by size, ascending.
     bench: the measurements that all of it follows from.
@@ -78,6 +81,8 @@ class LaunchReport(msgspec.Struct, frozen=True):
 
     bare_launch_us: float
     launch_us: float
+    decode_host_ms: float
+    prefill_host_ms: float
     overlaps: bool
     decode: list[LaunchPoint]
     prefill: list[LaunchPoint]
@@ -111,48 +116,40 @@ def explain(bench: Report) -> LaunchReport:
     """Return the cost of launches in the measured steps, and the eager times that follow."""
     device = torch.device(bench.engine.device)
     overlaps = device.type == "cuda"
-    cost_ms = launch_ms(bench.decode[0], overlaps=overlaps)
+    decode, decode_host_ms = launch_points(bench.decode, overlaps=overlaps)
+    prefill, prefill_host_ms = launch_points(bench.prefill, overlaps=overlaps)
     return LaunchReport(
         bare_launch_us=bare_launch_us(device),
-        launch_us=1000 * cost_ms,
+        launch_us=1000 * decode_host_ms / decode[0].launches,
+        decode_host_ms=decode_host_ms,
+        prefill_host_ms=prefill_host_ms,
         overlaps=overlaps,
-        decode=launch_points(bench.decode, cost_ms, overlaps=overlaps),
-        prefill=launch_points(bench.prefill, cost_ms, overlaps=overlaps),
+        decode=decode,
+        prefill=prefill,
         bench=bench,
     )
 
 
-def launch_ms(size: SizeResult, *, overlaps: bool) -> float:
-    """Return the milliseconds that a launch costs in steps of a size at which launches decide.
-
-    overlaps: see `LaunchReport`.
-    """
-    _, eager, graph = _eager_and_graph(size)
-    if overlaps:
-        return eager.ms / eager.launches
-    return max(0.0, eager.ms - graph.ms) / (eager.launches - graph.launches)
-
-
 def launch_points(
-    sizes: Iterable[SizeResult], cost_ms: float, *, overlaps: bool
-) -> list[LaunchPoint]:
-    """Return the points of the sizes that have a graph.
+    sizes: Iterable[SizeResult], *, overlaps: bool
+) -> tuple[list[LaunchPoint], float]:
+    """Return the points of the sizes that have a graph, and the host's milliseconds of a step, as
+    the smallest of them shows; 0 if there are none.
 
-    cost_ms: the milliseconds that a launch costs.
     overlaps: see `LaunchReport`.
     """
-    points = []
+    points: list[LaunchPoint] = []
+    host_ms = 0.0
     for size in sizes:
         if len(size.modes) > 1:
             name, eager, graph = _eager_and_graph(size)
-            if overlaps:
-                predicted_ms = max(eager.launches * cost_ms, graph.ms)
-            else:
-                predicted_ms = graph.ms + (eager.launches - graph.launches) * cost_ms
+            if not points:
+                host_ms = eager.ms if overlaps else max(0.0, eager.ms - graph.ms)
+            predicted_ms = max(host_ms, graph.ms) if overlaps else host_ms + graph.ms
             points.append(
                 LaunchPoint(size.size, eager.launches, name, graph.ms, eager.ms, predicted_ms)
             )
-    return points
+    return points, host_ms
 
 
 def _eager_and_graph(size: SizeResult) -> tuple[str, ModeResult, ModeResult]:
@@ -251,17 +248,19 @@ def save_plot(report: LaunchReport, path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = zip(
         figure.subplots(1, 2),
-        ((report.decode, "requests that decode"), (report.prefill, "tokens of a prompt")),
+        (
+            (report.decode, report.decode_host_ms, "requests that decode"),
+            (report.prefill, report.prefill_host_ms, "tokens of a prompt"),
+        ),
         strict=True,
     )
-    for axes, (points, unit) in panels:
+    for axes, (points, host_ms, unit) in panels:
         sizes = [point.size for point in points]
         axes.plot(sizes, [point.graph_ms for point in points], "o-", ms=4, label="by its graph")
         axes.plot(sizes, [point.eager_ms for point in points], "o-", ms=4, label="eager")
         predicted = [point.predicted_ms for point in points]
         axes.plot(sizes, predicted, "k--", lw=1, label="eager, predicted")
-        launches_ms = [point.launches * report.launch_us / 1000 for point in points]
-        axes.plot(sizes, launches_ms, ":", color="gray", label="its launches")
+        axes.axhline(host_ms, ls=":", color="gray", label="the host's time")
         axes.set(xlabel=unit, ylabel="ms per step", xscale="log", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()

@@ -9,7 +9,7 @@ import pytest
 
 from minisrv.cli import main
 from minisrv.tools.bench.measure import ModeResult, SizeResult
-from minisrv.tools.launch_cost import launch_ms, launch_points, meeting
+from minisrv.tools.launch_cost import launch_points, meeting
 from tests.checkpoints import make_checkpoint
 
 LAUNCHES = 100
@@ -40,11 +40,12 @@ SIZES = [1, 8, 24, 32, 64, 1000]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_the_cost_of_a_launch_at_one_size_explains_all_others(overlaps: bool) -> None:
-    sizes = [measured(size, overlaps=overlaps) for size in SIZES]
-    cost_ms = launch_ms(sizes[0], overlaps=overlaps)
-    assert cost_ms == pytest.approx(LAUNCH_MS)
-    for point in launch_points(sizes, cost_ms, overlaps=overlaps):
+def test_the_time_of_the_host_at_one_size_explains_all_others(overlaps: bool) -> None:
+    points, host_ms = launch_points(
+        [measured(size, overlaps=overlaps) for size in SIZES], overlaps=overlaps
+    )
+    assert host_ms == pytest.approx((LAUNCHES - (not overlaps)) * LAUNCH_MS)
+    for point in points:
         assert point.predicted_ms == pytest.approx(point.eager_ms)
         assert (point.launches, point.graph) == (LAUNCHES, "FULL")
 
@@ -54,13 +55,13 @@ def test_the_cost_of_a_launch_at_one_size_explains_all_others(overlaps: bool) ->
     [
         (True, SIZES, "between 24 and 32"),  # 2 ms of launches are 1.1 times the kernels of 26
         (True, [1, 24], "above 24"),
-        (True, [32, 64], "at 32 or fewer"),
+        (True, [64, 1000], "at 64 or fewer"),
         (False, SIZES, "between 64 and 1000"),  # launches add 10% to the step of 386 requests
     ],
 )
 def test_where_eager_steps_meet_graphs(overlaps: bool, sizes: list[int], where: str) -> None:
-    points = launch_points(
-        [measured(size, overlaps=overlaps) for size in sizes], LAUNCH_MS, overlaps=overlaps
+    points, _ = launch_points(
+        [measured(size, overlaps=overlaps) for size in sizes], overlaps=overlaps
     )
     for predicted in (False, True):
         assert meeting(points, predicted=predicted) == where
@@ -68,7 +69,7 @@ def test_where_eager_steps_meet_graphs(overlaps: bool, sizes: list[int], where: 
 
 def test_a_size_without_a_graph_is_left_out() -> None:
     size = SizeResult(1, (0, 0), None, {"NONE": step(LAUNCHES, 1.0)}, {})
-    assert launch_points([size], LAUNCH_MS, overlaps=True) == []
+    assert launch_points([size], overlaps=True) == ([], 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_the_command(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixt
     first = report["decode"][0]
     assert first["predicted_ms"] == pytest.approx(first["eager_ms"], abs=1e-4)
     saved_us = 1000 * (first["eager_ms"] - first["graph_ms"])
-    assert report["launch_us"] == pytest.approx(saved_us / (first["launches"] - 1), abs=0.1)
+    assert report["launch_us"] == pytest.approx(saved_us / first["launches"], abs=0.1)
     shown = capsys.readouterr().out
     assert "SIMULATED: every launch takes 200 us longer" in shown
     assert f"{first['launches']} launches of a decode step with 1 request." in shown
