@@ -49,6 +49,7 @@ def test_every_script_has_a_command() -> None:
 
 CLIENTS = {
     "use_agents": ("autogen_agentchat", "langgraph"),
+    "use_anthropic": ("anthropic", "anthropic"),
     "use_langchain": ("langchain_core", "langchain-openai"),
     "use_litellm": ("litellm", "litellm"),
     "vllm_bench": ("aiohttp", "aiohttp regex tqdm"),
