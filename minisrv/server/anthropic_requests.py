@@ -144,7 +144,7 @@ class ToolParam(Strict):
     input_schema: Schema
     """JSON schema of the arguments, which are an object."""
     strict: bool | None = None
-    """Has no effect: see `tool_choice`."""
+    """Has no effect: the arguments of a required call always follow the schema."""
     eager_input_streaming: bool | None = None
     """Has no effect: arguments are always streamed as they are written."""
     cache_control: Any = None

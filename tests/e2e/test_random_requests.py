@@ -81,8 +81,55 @@ FORMS = [
 ]
 
 
+MESSAGES = "/v1/messages"
+OF_MESSAGES: dict[str, list[Any]] = {
+    "messages": [
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a " * 40}]}] * 2,
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": []},
+            {"role": "user", "content": "ho"},
+        ],
+    ],
+    "max_tokens": [1, 3, 8, 20, 10**6],
+    "system": ["Be brief.", [{"type": "text", "text": "Be brief."}]],
+    "temperature": [0, 0.7, 1],
+    "top_p": [0.1, 1],
+    "top_k": [0, 20],
+    "stop_sequences": [[], ["e", "the"]],
+    "stream": [True, True, False],
+    "thinking": [{"type": "adaptive"}, {"type": "disabled"}],
+    "output_config": [{"format": {"type": "json_schema", "schema": {"type": "integer"}}}],
+    "metadata": [{"user_id": "x"}],
+}
+WRONG_MESSAGES: dict[str, list[Any]] = {
+    "messages": [[], "hi", [{"role": "assistant", "content": "It is"}], [{"role": "user"}]],
+    "max_tokens": [0, -1, 2**31, 1e999],
+    "system": [3, [{"type": "image"}]],
+    "stop_sequences": ["e", [""], ["x"] * 17],
+    "thinking": [{"type": "enabled", "budget_tokens": 1024}, {"type": "sometimes"}],
+    "output_config": [{"effort": "low"}, {"format": {"type": "json_schema", "schema": 3}}],
+    "tools": [[{"name": "f"}], [{"name": "f", "input_schema": {}}] * 2],
+    "tool_choice": [{"type": "any"}],
+    "n": [2],
+}
+
+
+def random_message(rng: random.Random) -> dict[str, Any]:
+    """A body for /v1/messages; about every third has something wrong."""
+    names = {"messages", "max_tokens", *rng.sample(list(OF_MESSAGES), rng.randrange(6))}
+    body = {name: rng.choice(OF_MESSAGES[name]) for name in sorted(names)}
+    if rng.random() < 0.35:
+        name = rng.choice(list(WRONG_MESSAGES))
+        body[name] = rng.choice([*WRONG_MESSAGES[name], {"a": 1}, [None], "what"])
+    return body
+
+
 def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A path and a body; about every third body has something wrong."""
+    if rng.random() < 0.25:
+        return MESSAGES, random_message(rng)
     path = rng.choice((COMPLETIONS, COMPLETIONS, CHAT))
     known = VALID | OF_PATH[path]
     names = rng.sample(list(VALID), rng.randrange(6)) + list(OF_PATH[path])[:1]
@@ -98,9 +145,33 @@ def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return path, body
 
 
+def check_message(answer: httpx.Response) -> str:
+    """The kind of answer that a request for a message got; see `check`."""
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.status_code == 200
+        data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        first, *_, last = map(json.loads, data)
+        assert first["type"] == "message_start"
+        if last["type"] == "error":
+            assert last["error"]["type"] != "api_error", last
+            return "error event of messages"
+        assert last["type"] == "message_stop"
+        assert json.loads(data[-2])["delta"]["stop_reason"]
+        return "stream of messages"
+    body = answer.json()
+    if answer.status_code == 200:
+        assert body["stop_reason"]
+        return "message"
+    assert answer.status_code in (400, 404, 429), answer.text
+    assert set(body) == {"type", "error", "request_id"}
+    return f"{answer.status_code} of messages"
+
+
 def check(answer: httpx.Response) -> str:
     """The kind of answer that a request got. Raises AssertionError for an answer that is never
     right."""
+    if answer.url.path == MESSAGES:
+        return check_message(answer)
     kind = answer.headers["content-type"].partition(";")[0]
     if kind == "text/event-stream":
         assert answer.status_code == 200
@@ -212,4 +283,5 @@ def send(server: Server, count: int) -> dict[str, Any]:
 def test_hundreds(server: Server) -> None:
     found = send(server, 300)
     print(found)
-    assert found["outcomes"].keys() >= {"stream", "answer", "400"}
+    kinds = {"stream", "answer", "400", "stream of messages", "message", "400 of messages"}
+    assert found["outcomes"].keys() >= kinds
