@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisrv.arena.cuda import CHUNK_BYTES, CUDAArena
+from minisrv.arena.cuda import CHUNK_BYTES, CUDAArena, Driver
+from tests.gpu_memory import used
 
 pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
 DEVICE = torch.device("cuda", 0)
-
-
-def used() -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def arena() -> CUDAArena:
@@ -98,18 +92,26 @@ def test_a_graph_is_valid_behind_a_release() -> None:
     assert torch.equal(weight_copy, weight)
 
 
-def test_memory_that_is_not_to_be_had() -> None:
+def test_memory_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was mapped before the driver had no more is free again, and a later attempt succeeds."""
     made = arena()
     small, large = (made.empty((64, MIB), dtype=torch.uint8, device=DEVICE) for _ in range(2))
     made.release(keep=False)
     before = used()
-    free, _ = torch.cuda.mem_get_info()
-    others = torch.empty(free - 96 * MIB, dtype=torch.uint8, device="cuda")
-    with pytest.raises(torch.OutOfMemoryError):
-        made.restore()
+    put, left = Driver.map, [64 * MIB]
+
+    def with_little_left(driver: Driver, address: int, nbytes: int) -> None:
+        if nbytes > left[0]:
+            raise torch.OutOfMemoryError("there is no more")
+        left[0] -= nbytes
+        put(driver, address, nbytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Driver, "map", with_little_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.restore()
+    assert not left[0], "the first of the two was mapped"
     assert made.is_released
-    del others
     assert used() - before < 8 * MIB
     made.restore()
     small.fill_(1)

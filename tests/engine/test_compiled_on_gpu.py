@@ -22,7 +22,7 @@ from minisrv.cache import cache_directory
 from minisrv.compile.modes import CompilationMode
 from minisrv.compile.pieces import PieceCompiler
 from minisrv.config import EngineConfig
-from minisrv.engine import compilation
+from minisrv.engine import background, compilation
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import CompilationState
@@ -131,10 +131,11 @@ class CompiledNow(PieceCompiler):
 def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No token is lost or repeated, and the memory of the first graphs is free afterwards."""
     compile_pieces("transformers")
-    monkeypatch.setattr(compilation, "LEAST_GAP", 0.0)
-    monkeypatch.setattr(compilation, "REST", 0.0)
+    monkeypatch.setattr(background, "LEAST_GAP", 0.0)
+    monkeypatch.setattr(background, "REST", 0.0)
     monkeypatch.setattr("minisrv.engine.builder.PieceCompiler", CompiledNow)
     settings = {"compilation_mode": PIECES, "model_impl": "transformers", "async_scheduling": ahead}
+    settings["cudagraph_capture"] = "whole"
     engine = EngineCore(build_engine(EngineConfig(**LIMITS, **settings)))
     pool = engine.runner.model_step.backend.pool  # type: ignore[attr-defined]
     assert pool in graph_pools()
@@ -153,7 +154,7 @@ def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPa
             if output.graph_steps is not None:
                 steps.append(output.graph_steps)
             live -= output.finish_reason is not None
-        engine.compilation.advance(busy=True)
+        engine.background.advance(busy=True)
     report = engine.compilation.report
     assert (report.state, report.generation) == (CompilationState.COMPILED, 1), report.reason
     for name, ids in found.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from minisrv import LLM, SamplingParams
+from tests.gpu_memory import used
 
 pytestmark = pytest.mark.gpu
 
@@ -13,12 +13,6 @@ MIB = 1 << 20
 KV_CACHE = 512 * MIB
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9] * 17]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-
-
-def used() -> int:
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def tokens(llm: LLM) -> list[list[int]]:
