@@ -66,7 +66,7 @@ def certify(
 
     graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
         it may leave any values in the buffers and in the null block.
-    between: is called between the runs, and between a run and the look at what it has left.
+    between: is called between the runs, and between a run and each look at what it has left.
 
     Raises CertificationError for any difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
@@ -75,6 +75,7 @@ def certify(
     trial.run(None)
     between()
     reference = trial.observe()
+    between()
     _check_no_unexpected_writes(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -92,6 +93,7 @@ def certify(
             ) from error
         between()
         _compare(trial.name, reference, trial.observe(), initial_state)
+        between()
         _check_no_unexpected_writes(trial, f"the replay {initial_state.value}")
     return candidate
 

@@ -5,8 +5,8 @@ A generation enters service as a whole, and only if
 - each of its graphs reproduces its own eager run bit for bit, as at every start (`compare`);
 - its steps take less time, by measurement.
 All of this makes way for the steps of requests, which run by the generation in service: between two
-runs, within a run at each attention op, and within the replay of a tape at each operation. A FULL
-graph that is timed is not interrupted. Meanwhile that generation is in service, and the
+runs, within a run at each attention op, and at each operation while a tape is recorded or replayed.
+A FULL graph that is timed is not interrupted. Meanwhile that generation is in service, and the
 buffers are clean; what they held is put back before the run goes on.
 
 Knows: the order of the runs and the bounds. Knows nothing of where a generation's code comes from,

@@ -33,8 +33,8 @@ class GraphBackend(Protocol):
         """Stop recording and forget the capture, which an error has ended."""
 
     def interrupted(self, between: Callable[[], None]) -> AbstractContextManager[None]:
-        """Return a context in which `between` is called between the operations of each replay, if
-        the host launches these one by one. It may replay graphs of other backends."""
+        """Return a context in which `between` is called between the operations of each capture and
+        each replay, if the host runs these one by one. It may replay graphs of other backends."""
 
     def memory_used(self) -> int:
         """Return the number of bytes in use where graphs allocate their memory. Its growth during a

@@ -136,7 +136,7 @@ class _Segment:
 class CPUTapeBackend:
     """A `GraphBackend` for the CPU; the docstring of the module describes it.
 
-    between: is called between the operations of a replay, if it is set.
+    between: is called between the operations of a capture or a replay, if it is set.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class CPUTapeBackend:
         """See `GraphBackend`. The recorder is entered for the whole capture, because a segment may
         end and the next begin within an operation, while torch has set the recorder aside."""
         if self._recorder is None:
-            self._recorder = _Recorder(self._capture)
+            self._recorder = _Recorder(self._capture, self)
             self._recorder.__enter__()  # type: ignore[no-untyped-call]
         self._recorder.begin_segment()
 
@@ -217,9 +217,10 @@ class _Recorder(TorchDispatchMode):
         # from compilation; nothing here is ever compiled.
         return False
 
-    def __init__(self, capture: _Capture) -> None:
+    def __init__(self, capture: _Capture, backend: CPUTapeBackend) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capture = capture
+        self._backend = backend
         self._nodes: list[_Node] | None = None
 
     def begin_segment(self) -> None:
@@ -240,7 +241,14 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs, nodes = kwargs or {}, self._nodes
+        result = self._record(func, args, kwargs or {})
+        if self._backend.between is not None:
+            self._backend.between()
+        return result
+
+    def _record(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, record it if a segment is being recorded, and return its result."""
+        nodes = self._nodes
         if nodes is None:
             return func(*args, **kwargs)
         _refuse(func, args)

@@ -56,7 +56,7 @@ class CUDABackend:
         """Do nothing: intermediates were given their places while they were recorded."""
 
     def interrupted(self, between: Callable[[], None]) -> AbstractContextManager[None]:
-        """See `GraphBackend`. The device runs a replay as a whole."""
+        """See `GraphBackend`. A capture and a replay are one operation each."""
         return nullcontext()
 
     def memory_used(self) -> int:

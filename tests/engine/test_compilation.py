@@ -199,7 +199,7 @@ def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str
             found.setdefault(output.request_id, []).append((output.token_ids, output.logprobs))
             if output.graph_steps is not None:
                 ran[output.request_id] = output.graph_steps
-        for _ in range(10):
+        for _ in range(40):
             engine.background.advance(busy=True)
     while engine.background.has_work:
         engine.background.advance(busy=False)
@@ -785,9 +785,9 @@ def test_where_the_work_makes_way_the_engine_is_as_it_was(checkpoint):
     build_generation(runner, pool, new, keys, model_keys(runner.ladders, keys), turn)
     pieces = [key for key in keys if key[0] is CUDAGraphMode.PIECEWISE]
     layers = len(runner.kv_caches)
-    # Each graph of a whole model is replayed on a clean and on a poisoned batch, one call of a tape
-    # after the other.
-    calls = 2 * sum(
+    # Each graph of a whole model is captured, and replayed on a clean and on a poisoned batch, one
+    # call of a tape after the other.
+    calls = 3 * sum(
         len(tape.calls)
         for graphs in new.graphs[1:]
         for graph in graphs.values()
