@@ -272,7 +272,8 @@ async def find_model(
     is None, the first that it lists.
 
     Raises ServerError if the server cannot be reached or does not serve `wanted`. If the server has
-    no GET /models (404 or 405), `wanted` is returned without a check.
+    no GET /models (404 or 405), or lists no model because it loads them when they are asked for, as
+    transformers serve does, `wanted` is returned without a check.
     """
     url = f"{base_url}/models"
     plain = bytearray()
@@ -296,12 +297,11 @@ async def find_model(
     except HTTPError as error:
         raise ServerError(f"cannot reach {url}: {_clip(str(error))}") from None
     names = [model.id for model in models]
-    if wanted is None and names:
-        return names[0]
-    if wanted is None or wanted not in names:
-        asked = "" if wanted is None else f" {wanted!r}"
-        raise ServerError(f"no such model{asked} at {base_url}; it serves: {', '.join(names)}")
-    return wanted
+    if not names and wanted is None:
+        raise ServerError(f"{url} lists no model: name one by --model")
+    if wanted is not None and names and wanted not in names:
+        raise ServerError(f"no such model {wanted!r} at {base_url}; it serves: {', '.join(names)}")
+    return wanted or names[0]
 
 
 async def simulated_launch_us(base_url: str, api_key: str | None) -> float:

@@ -350,6 +350,11 @@ def test_find_model() -> None:
         with pytest.raises(ServerError, match="404"):
             asyncio.run(find_model(server.url + "/nowhere/v1", None, None, 5.0))
         assert asyncio.run(find_model(server.url + "/nowhere/v1", None, "mine", 5.0)) == "mine"
+    with ScriptedServer(models=[]) as server:
+        base = server.url + "/v1"
+        assert asyncio.run(find_model(base, None, "loaded-when-asked", 5.0)) == "loaded-when-asked"
+        with pytest.raises(ServerError, match="lists no model: name one by --model"):
+            asyncio.run(find_model(base, None, None, 5.0))
 
 
 def test_bodies_depend_on_seed_and_place_only() -> None:
