@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from loadgen.errors import ConfigError
 from loadgen.report import ComparisonReport, Report
@@ -136,6 +137,7 @@ def _by_batch(
     for number, size in enumerate(rungs):
         name = "captured batch sizes" if number == 0 else None
         axes.axvline(size, color="gray", linewidth=0.8, linestyle=":", label=name, zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("requests decoding at the same time")
     axes.set_ylabel("ITL p50 in ms")
     axes.set_ylim(bottom=0)
