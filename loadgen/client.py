@@ -193,13 +193,14 @@ class CompletionStream:
         exact: whether the answer must have exactly `output_tokens` tokens; or else it may not have
             more.
 
+        An answer with a finish reason is whole even without [DONE], which some servers do not send.
         The count is checked only if the server has sent usage. There must be at least one token, by
         a chunk or by usage. An answer whose tokens had no chunks cannot be timed, but is no
         failure.
         """
         if self._failure is not None:
             return self._failure
-        if self.done_s is None:
+        if self.done_s is None and self._finish_reason is None:
             return Failure(FailureKind.BROKEN_STREAM, "the stream ended before [DONE]")
         if self._finish_reason is None:
             return Failure(FailureKind.NO_FINISH_REASON, "[DONE] came without a finish_reason")
@@ -251,6 +252,7 @@ async def send(
     return RequestRecord(
         index=request.index,
         turn=request.turn,
+        without_done=failure is None and stream.done_s is None,
         extra=stream.extra,
         scheduled_s=scheduled_s,
         start_s=start_s,

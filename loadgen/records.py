@@ -276,7 +276,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     """The time before the request was handed to the HTTP client, so that durations include the
     connection's set-up."""
     end_s: float
-    """The time at which `[DONE]` was read, or the failure was known."""
+    """The time at which `[DONE]` was read, or, without that, at which the response had ended or the
+    failure was known."""
     chunk_times_s: tuple[float, ...]
     """Arrival time of each chunk that carried tokens. All chunks of one read have its time."""
     chunk_tokens: tuple[float, ...]
@@ -296,6 +297,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     sent."""
     turn: int = 0
     """The index of the request in its chat."""
+    without_done: bool = False
+    """Whether the answer was whole without `[DONE]`."""
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
     """The fields of the choice that ended the answer which are no part of OpenAI's API."""
 

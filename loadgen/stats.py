@@ -35,7 +35,7 @@ FORMULAS = {
     "ITL jitter": "p99 / p50 of ITL",
     "TPOT": "(E2E - TTFT) / tokens after the first chunk, for each request that has any: / (n - 1) "
     "where each token has a chunk",
-    "E2E": "[DONE] - due",
+    "E2E": "[DONE] - due; the end of the response for a server that sends no [DONE]",
     "n": "output tokens, from the server's usage; without usage, token ids or chunks with tokens",
     "chunk with tokens": "one with text or token ids; one without either, too, where usage shows "
     "that each token had a chunk. A server need not send a chunk for a token without text",
@@ -162,6 +162,11 @@ def summarize(level: LevelResult) -> LevelSummary:
         warnings.append(
             f"{without_usage} of {len(good)} answers came without usage: their tokens were "
             "counted by chunks and may be too few"
+        )
+    if without_done := sum(record.without_done for record in good):
+        warnings.append(
+            f"{without_done} of {len(good)} answers had a finish reason and came without [DONE]: "
+            "they end with the response"
         )
     if without_times:
         warnings.append(

@@ -11,8 +11,18 @@ from loadgen.client import CompletionStream, find_model, send, simulated_launch_
 from loadgen.errors import ServerError
 from loadgen.http import Client
 from loadgen.prompts import Conversation, Request, endpoint
-from loadgen.records import Failure, FailureKind, PromptKind, RequestRecord, RunConfig
+from loadgen.records import (
+    Failure,
+    FailureKind,
+    LevelResult,
+    Load,
+    PromptKind,
+    RequestRecord,
+    RunConfig,
+    StoppedBy,
+)
 from loadgen.samples import Distribution, itl_samples_ms, tpot_ms
+from loadgen.stats import summarize
 from tests.loadgen.scripted_server import (
     DONE,
     DROP,
@@ -81,6 +91,17 @@ def test_good_answer() -> None:
     assert got.prompt_tokens == 4
     assert len(got.chunk_times_s) == 4
     assert got.start_s < got.chunk_times_s[0] <= got.chunk_times_s[-1] <= got.end_s
+
+
+def test_an_answer_without_done_is_whole_if_it_has_a_finish_reason() -> None:
+    """transformers serve sends no [DONE]. The answer ends with the response then, and the report
+    says so."""
+    got = ask(*answer(4)[:-1])
+    assert got.failure is None
+    assert got.without_done
+    assert got.chunk_times_s[-1] <= got.end_s
+    summary = summarize(LevelResult(Load(1), StoppedBy.REQUESTS, [got, ask(*answer(4))], [], []))
+    assert [text for text in summary.warnings if "1 of 2 answers had a finish reason" in text]
 
 
 def test_chunks_with_several_tokens() -> None:
@@ -288,7 +309,7 @@ def test_delayed_first_token_is_after_the_headers() -> None:
         ),
         ([chunk("a"), chunk("b"), DROP], "broken_stream", None, ""),
         ([DROP], "broken_stream", None, ""),
-        ([chunk("a"), chunk("", "length"), usage(4)], "broken_stream", None, "before [DONE]"),
+        ([chunk("a"), chunk("b"), usage(4)], "broken_stream", None, "before [DONE]"),
         ([b"data: {nonsense\n\n", DONE], "broken_stream", None, "unreadable"),
         ([b'{"choices": [{"text": "aaaa"}]}'], "broken_stream", None, "before [DONE]"),
         ([*(chunk("a") for _ in range(4)), usage(4), DONE], "no_finish_reason", None, ""),
