@@ -239,7 +239,8 @@ def test_the_parts_of_the_start_add_up(server: Server) -> None:
     assert "the default model, device auto" in first
     assert "engine: importing torch" in server.log
     assert re.search(
-        r"resolved settings: float32 on cpu, mode \S+, \d+ graphs \(.*\), .* KV blocks", server.log
+        r"resolved settings: float32 on cpu, mode \S+, \d+ of \d+ graphs \(.*\), .* KV blocks",
+        server.log,
     )
     found = re.search(r"ready in ([\d.]+) s \(([^)]*)\)", server.log)
     assert found is not None
