@@ -125,6 +125,10 @@ class Decoder(nn.Module):
             layers.append(layer.attention.bind(kv_cache, self.cos_sin))
         self.own_attention_layers = layers
 
+    def unbind_kv_cache(self) -> None:
+        """See `Model`."""
+        self.own_attention_layers = []
+
     def prepare(self, *, quantization: str | None = None) -> None:
         """Make a model whose weights are filled ready to run: compute tensors that no checkpoint
         holds, and give each projection its linear method.

@@ -68,6 +68,9 @@ class Model(Compilable, Protocol):
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """Give each layer its KV cache, [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
 
+    def unbind_kv_cache(self) -> None:
+        """Forget the KV cache, so that its memory is free once no runner has it."""
+
 
 def tensors_of(model: nn.Module, *methods: LinearMethod) -> list[Tensor]:
     """Return the parameters and the buffers of a model, and what the linear methods of its modules

@@ -216,6 +216,10 @@ class TransformersModel(nn.Module):
         self.qkv = torch.zeros(max_num_tokens, config.qkv_size, dtype=self.dtype, device=device)
         self.attn_out = torch.zeros(max_num_tokens, config.q_size, dtype=self.dtype, device=device)
 
+    def unbind_kv_cache(self) -> None:
+        """See `Model`."""
+        self.own_attention_layers = []
+
     def bind_kv_cache(self, kv_caches: Sequence[Tensor]) -> None:
         """See `Model`."""
         self.own_attention_layers = [

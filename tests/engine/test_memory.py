@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
-from minisrv.engine.memory import KVCacheShape, fit_context, num_kv_blocks
+from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.platforms import CPUPlatform, cpu
 from minisrv.errors import ConfigError
 from minisrv.model_config import ModelConfig
@@ -97,6 +99,33 @@ def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     engine = build_engine(EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, **few))
     assert 16 <= engine.info.max_model_len < 512
     assert engine.info.max_model_len == engine.scheduler.block_pool.capacity
+
+
+def test_a_runner_that_is_closed_leaves_no_cache(monkeypatch, tmp_path):
+    """The model kept the cache of the memory probe until it had another one, so there had to be
+    room for both: Llama-3.1-8B did not start."""
+    caches = []
+
+    def plan_memory(platform, config, shape, make_runner, available, *others):
+        runner = make_runner(9)
+        caches.append(weakref.ref(runner.kv_caches[0]))
+        runner.close()
+        del runner
+        gc.collect()
+        assert caches[0]() is None
+        return MemoryPlan(available)
+
+    monkeypatch.setattr(CPUPlatform, "plan_memory", plan_memory)
+    checkpoint = str(make_checkpoint(tmp_path, "llama"))
+    for model_impl in ("minisrv", "transformers"):
+        caches.clear()
+        limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "num_kv_blocks": 33}
+        build_engine(
+            EngineConfig(
+                checkpoint, device="cpu", enforce_eager=True, model_impl=model_impl, **limits
+            )
+        )
+        assert caches
 
 
 @pytest.mark.parametrize(

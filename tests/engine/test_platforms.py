@@ -87,6 +87,9 @@ class Probe:
         self.graphs = {name: CapturedGraph((), {}, nbytes) for name, nbytes in sizes.items()}
         self.use(num_blocks * MIB)
 
+    def close(self) -> None:
+        """Do nothing: no model has the cache."""
+
     def use(self, nbytes: int) -> None:
         """Take `nbytes` of memory, which torch keeps cached when the runner is gone."""
         self.gpu.used += nbytes
