@@ -292,6 +292,15 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     return found
 
 
+def budget(text: str) -> str:
+    """Check the name of a budget: "model", or a number of tokens. Raises ArgumentTypeError."""
+    if text != "model" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no budget; give model, or a number of tokens"
+        )
+    return text
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -304,7 +313,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     without.add_argument("file", type=Path, help="of `run --json`")
     for command in (on_device, without):
         command.add_argument("--loads", nargs="+", type=loads, required=True, metavar="IN/OUT@N,N")
-        command.add_argument("--budgets", nargs="+", default=["model", "512", "2048", "8192"])
+        command.add_argument(
+            "--budgets", nargs="+", type=budget, default=["model", "512", "2048", "8192"]
+        )
         command.add_argument("--requests-per-stream", type=int, default=6, metavar="N")
         command.add_argument("--json", type=Path, metavar="FILE", help="a file for all results")
     options = parser.parse_args(argv)

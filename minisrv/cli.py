@@ -289,10 +289,10 @@ def _parser() -> CommandParser:
     launch_cost = commands.add_parser(
         "launch-cost",
         help="measure what launches cost, and where eager steps meet graphs",
-        description="Measure as `bench` does what a launch costs on this machine, predict from it "
-        "and from the launches of each step how long eager steps take, and print and plot that "
-        "beside their measured times: why a graph helps small decode batches, and hardly helps "
-        "long prompts. On a CPU, --simulate-launch-us shows a GPU's launches.",
+        description="Measure as `bench` does what the host needs for the launches of a step, "
+        "predict from it and from the time of graphs how long eager steps take, and print and plot "
+        "that beside their measured times: why a graph helps small decode batches, and hardly "
+        "helps long prompts. On a CPU, --simulate-launch-us shows a GPU's launches.",
     )
     add_engine_flags(launch_cost)
     _add_measurement(launch_cost)

@@ -119,11 +119,6 @@ class ModelRunner:
         self.allowed_tokens = allowed_tokens
         self.observers: list[StepObserver] = []
 
-    def close(self) -> None:
-        """Leave the model without a KV cache, so that the memory of this one is free once the
-        runner is gone. The runner runs no more."""
-        self.model.unbind_kv_cache()
-
     @torch.no_grad()
     def execute_model(self, output: SchedulerOutput, dispatch: Dispatch) -> None:
         """Launch the stage of the model. `sample_tokens` must be called for this step before

@@ -101,7 +101,7 @@ def test_a_context_longer_than_the_memory_starts(monkeypatch, tmp_path):
     assert engine.info.max_model_len == engine.scheduler.block_pool.capacity
 
 
-def test_a_runner_that_is_closed_leaves_no_cache(monkeypatch, tmp_path):
+def test_a_model_that_forgets_its_cache_leaves_its_memory(monkeypatch, tmp_path):
     """The model kept the cache of the memory probe until it had another one, so there had to be
     room for both: Llama-3.1-8B did not start."""
     caches = []
@@ -109,7 +109,7 @@ def test_a_runner_that_is_closed_leaves_no_cache(monkeypatch, tmp_path):
     def plan_memory(platform, config, shape, make_runner, available, *others):
         runner = make_runner(9)
         caches.append(weakref.ref(runner.kv_caches[0]))
-        runner.close()
+        runner.model.unbind_kv_cache()
         del runner
         gc.collect()
         assert caches[0]() is None

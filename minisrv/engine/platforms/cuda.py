@@ -162,7 +162,7 @@ class CUDAPlatform(Platform):
         # The memory that torch has kept from the largest steps counts as theirs: such steps will
         # come again.
         steps = self.used_bytes() - used - blocks * shape.bytes_per_block - captured
-        runner.close()
+        runner.model.unbind_kv_cache()
         del runner
         gc.collect()
         self.release()
