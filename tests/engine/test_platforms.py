@@ -370,6 +370,30 @@ def test_the_next_start_of_the_same_engine_makes_no_probe(caplog, job, checkpoin
     assert "the result of the memory probe is not kept" in caplog.text
 
 
+@pytest.mark.parametrize("others", [-300, -1, 0, 300, 2000])
+def test_a_probe_beside_which_another_process_changes_its_memory_is_not_kept(others, caplog, job):
+    """Its result would be wrong for the next start. This start uses it, but not as if steps gave
+    memory back. A little more memory in use may be that of this process."""
+    gpu = Gpu(allowed=5000 * MIB, used=500 * MIB)
+    shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
+    probes = 0
+
+    def make_runner(num_blocks: int) -> Probe:
+        nonlocal probes
+        probes += 1
+        gpu.used += others * MIB if probes == 1 else 0
+        return Probe(gpu, num_blocks)
+
+    first = gpu.plan_memory(EngineConfig(), shape, make_runner, 4321, 1, job)
+    assert first.kv_cache_bytes == (5000 - 500 - 70 - max(0, 30 + others)) * MIB
+    gpu.used = 500 * MIB
+    second = gpu.plan_memory(EngineConfig(), shape, make_runner, 4321, 1, job)
+    kept = others in (0, 300)
+    assert probes == (1 if kept else 2)
+    assert second.kv_cache_bytes == (first.kv_cache_bytes if kept else (5000 - 500 - 100) * MIB)
+    assert ("as if another process had taken or freed some" in caplog.text) == (not kept)
+
+
 def test_a_cache_whose_size_is_given_needs_no_probe(job):
     gpu, shape = Gpu(), KVCacheShape(bytes_per_block=100, blocks_per_context=5)
     asked = EngineConfig(kv_cache_memory=4321)

@@ -41,6 +41,10 @@ COMPILER_BYTES = 3 << 29
 """Number of bytes of the GPU for the two processes that compile: in each CUDA's context, and
 tensors as large as the weights that a kernel of its pieces reads, on which the kernel is tried."""
 
+FIRST_STEPS_BYTES = 3 << 27
+"""Number of bytes of the GPU that the first steps of a process may take for good: workspaces of
+libraries and the code of kernels. The context of another process takes more."""
+
 
 class CUDAPlatform(Platform):
     """See `Platform`."""
@@ -128,8 +132,8 @@ class CUDAPlatform(Platform):
         result = None if path is None else read_result(path)
         known = result is not None
         if result is None:
-            result = self._probe(config, shape, make_runner, blocks, used)
-            if path is not None:
+            result, alone = self._probe(config, shape, make_runner, blocks, used)
+            if path is not None and alone:
                 keep_result(path, result)
         compiler = COMPILER_BYTES if generations > 1 else 0
         steps, graphs = result.step_bytes, result.graph_bytes
@@ -150,8 +154,10 @@ class CUDAPlatform(Platform):
         make_runner: Callable[[int], ModelRunner],
         blocks: int,
         used: int,
-    ) -> ProbeResult:
-        """Measure what the largest steps and the graphs take.
+    ) -> tuple[ProbeResult, bool]:
+        """Measure what the largest steps and the graphs take; and tell whether, as far as can be
+        seen, no other process has taken or freed memory of the GPU meanwhile. If one has, the
+        result is right for the memory as it is now, and for no other start.
 
         blocks: the number of blocks in the probe's cache.
         used: the number of bytes in use before.
@@ -166,7 +172,15 @@ class CUDAPlatform(Platform):
         del runner
         gc.collect()
         self.release()
-        return ProbeResult(steps, graphs)
+        left = self.used_bytes() - used
+        alone = 0 <= left <= FIRST_STEPS_BYTES and steps >= 0
+        if not alone:
+            logger.warning(
+                "the result of the memory probe is not kept: it has changed the memory in use by "
+                "%s, as if another process had taken or freed some",
+                mebibytes(left),
+            )
+        return ProbeResult(max(0, steps), graphs), alone
 
     def check_plan(
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
