@@ -90,11 +90,13 @@ class MemoryPlan:
     kv_cache_bytes: the number of bytes that the KV cache may take.
     graph_bytes: the number of bytes that graphs will take according to a probe; None if nothing
         depends on it.
-    kept: the file from which the probe's result was read; None if it was measured now.
+    step_bytes: the number of bytes that the largest steps will take according to the probe.
+    kept: the file that keeps the probe's result once the plan has held; None if none is to do so.
     """
 
     kv_cache_bytes: int
     graph_bytes: int | None = None
+    step_bytes: int = 0
     kept: Path | None = None
 
 

@@ -2,7 +2,8 @@
 
 A probe captures graphs only to see how much memory they take. The same engine on the same machine
 takes the same memory at each start, so a result is kept under all that it depends on, and the next
-start captures no graph twice. If its graphs then take more than there is, the result is forgotten.
+start captures no graph twice. A result is kept only while no start that relies on it has failed:
+each start takes it out of the cache, and keeps it again once the memory has sufficed.
 
 Knows: what a probe's result depends on, and the cache. Knows nothing of how memory is measured.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -56,9 +58,12 @@ def result_path(job: KernelJob, *others: object) -> Path | None:
         return None
 
 
-def read_result(path: Path) -> ProbeResult | None:
-    """Return the result that is kept in a file, None if there is none."""
+def take_result(path: Path) -> ProbeResult | None:
+    """Return the result that is kept in a file, None if there is none. It is forgotten until
+    `keep_result`: however a start ends that fails by it, the next one measures again."""
     body = read_cached(path)
+    with suppress(OSError):  # where nothing can be removed, results cannot be replaced either
+        path.unlink(missing_ok=True)
     try:
         return None if body is None else msgspec.msgpack.decode(body, type=ProbeResult)
     except msgspec.MsgspecError:

@@ -7,7 +7,7 @@ import gc
 import logging
 import shutil
 import weakref
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +19,13 @@ from minisrv.core.ladder import ladders_of
 from minisrv.device_kind import CPU, CUDA, expected_kind
 from minisrv.engine import builder
 from minisrv.engine.builder import build_engine, resolve_dtype
+from minisrv.engine.compilation import Compilation
 from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan
 from minisrv.engine.platforms import CPUPlatform, CUDAPlatform, Progress, cpu, cuda, platform_of
+from minisrv.engine.probes import ProbeResult
+from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
@@ -322,7 +325,8 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generatio
     assert sizes == [1 + 5 + 4 * 3]
     compilers = 1536 if generations > 1 else 0
     left = 5000 - 500 - 30 - generations * 70 - compilers
-    assert plan == MemoryPlan(kv_cache_bytes=left * MIB, graph_bytes=70 * MIB)
+    sizes_of_plan = plan.kv_cache_bytes, plan.graph_bytes, plan.step_bytes
+    assert sizes_of_plan == (left * MIB, 70 * MIB, 30 * MIB)
     assert gpu.used_bytes() == 500 * MIB
     said = (
         f"steps take 30.0 MiB, graphs 70.0 MiB by a probe; {left}.0 MiB are left for the KV cache"
@@ -331,7 +335,8 @@ def test_a_gpus_cache_gets_what_weights_graphs_and_steps_leave(caplog, generatio
 
 
 def test_the_next_start_of_the_same_engine_makes_no_probe(caplog, job, checkpoint, empty_cache):
-    """It has the same plan. If the plan does not hold, the start after that measures again."""
+    """It has the same plan. After a start whose plan did not hold, or that did not come to the
+    check of its plan, the next one measures again."""
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
     probes = 0
 
@@ -345,28 +350,39 @@ def test_the_next_start_of_the_same_engine_makes_no_probe(caplog, job, checkpoin
 
         return gpu.plan_memory(EngineConfig(**settings), shape, make_runner, 4321, 1, job)
 
-    first, second = plan(job), plan(job)
-    assert probes == 1
-    assert first.kept is None
-    assert second == replace(first, kept=second.kept)
-    assert second.kept is not None
-    plan(replace(job, dtype="float16"))
-    plan(job, max_num_seqs=3)
-    assert probes == 3
-
     config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
     runner = build_engine(config).runner
+
+    def check(plan: MemoryPlan, used: int) -> None:
+        Gpu(used=used * MIB, allowed=890 * MIB).check_plan(config, plan, shape, runner)
+
+    first = plan(job)
     with pytest.raises(ConfigError, match="--kv-cache-memory"):
-        Gpu(used=900 * MIB, allowed=890 * MIB).check_plan(config, second, shape, runner)
-    plan(job)
-    assert probes == 4
-    second.kept.write_bytes(b"cut off")
+        check(first, used=900)
     assert plan(job) == first
+    assert probes == 2
+    check(first, used=890)
+    second = plan(job)
+    assert second == first
+    assert probes == 2
+    plan(replace(job, dtype="float16"))
+    plan(job, max_num_seqs=3)
+    assert probes == 4
+
+    check(second, used=890)
+    with pytest.raises(ConfigError, match="--kv-cache-memory"):
+        check(plan(job), used=900)
+    assert probes == 4
+    plan(job)
     assert probes == 5
+    assert first.kept is not None
+    first.kept.write_bytes(b"cut off")
+    assert plan(job) == first
+    assert probes == 6
 
     shutil.rmtree(empty_cache)
     empty_cache.write_text("no directory")
-    assert plan(job) == first
+    assert plan(job) == replace(first, kept=None)
     assert "the result of the memory probe is not kept" in caplog.text
 
 
@@ -376,22 +392,47 @@ def test_a_probe_beside_which_another_process_changes_its_memory_is_not_kept(oth
     memory back. A little more memory in use may be that of this process."""
     gpu = Gpu(allowed=5000 * MIB, used=500 * MIB)
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=5)
-    probes = 0
 
     def make_runner(num_blocks: int) -> Probe:
-        nonlocal probes
-        probes += 1
-        gpu.used += others * MIB if probes == 1 else 0
+        gpu.used += others * MIB
         return Probe(gpu, num_blocks)
 
-    first = gpu.plan_memory(EngineConfig(), shape, make_runner, 4321, 1, job)
-    assert first.kv_cache_bytes == (5000 - 500 - 70 - max(0, 30 + others)) * MIB
-    gpu.used = 500 * MIB
-    second = gpu.plan_memory(EngineConfig(), shape, make_runner, 4321, 1, job)
+    plan = gpu.plan_memory(EngineConfig(), shape, make_runner, 4321, 1, job)
+    assert plan.kv_cache_bytes == (5000 - 500 - 70 - max(0, 30 + others)) * MIB
     kept = others in (0, 300)
-    assert probes == (1 if kept else 2)
-    assert second.kv_cache_bytes == (first.kv_cache_bytes if kept else (5000 - 500 - 100) * MIB)
+    assert (plan.kept is not None) == kept
     assert ("as if another process had taken or freed some" in caplog.text) == (not kept)
+
+
+@pytest.mark.parametrize("fails", ["capture_graphs", "measure", None])
+def test_a_start_that_runs_out_of_memory_forgets_the_result_of_the_probe(
+    fails, checkpoint, monkeypatch
+):
+    """Whether graphs are being captured or steps timed, the next start measures again."""
+    probes = 0
+
+    def count_probe(*args: object) -> tuple[ProbeResult, bool]:
+        nonlocal probes
+        probes += 1
+        return ProbeResult(step_bytes=MIB, graph_bytes=MIB), True
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB.")
+
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8}
+    config = EngineConfig(model=checkpoint, dtype="float32", device="cpu", **limits)
+    monkeypatch.setattr(builder, "platform_of", lambda config: Gpu())
+    monkeypatch.setattr(Gpu, "_probe", count_probe)
+    build_engine(config)
+    owner = StepCosts if fails == "measure" else Compilation
+    with monkeypatch.context() as patch, suppress(ConfigError):
+        if fails is not None:
+            patch.setattr(owner, fails, full)
+        build_engine(config)
+        assert fails is None
+    assert probes == 1
+    build_engine(config)
+    assert probes == (1 if fails is None else 2)
 
 
 def test_a_cache_whose_size_is_given_needs_no_probe(job):
@@ -408,9 +449,10 @@ def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoin
     config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
     runner = build_engine(config).runner
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=1)
-    plan = MemoryPlan(kv_cache_bytes=1 << 30, graph_bytes=5 * MIB)
+    plan = MemoryPlan(kv_cache_bytes=1 << 30, graph_bytes=5 * MIB, step_bytes=MIB)
     gpu = Gpu(used=900 * MIB, allowed=890 * MIB)
-    with pytest.raises(ConfigError, match="10.0 MiB of the GPU.* --kv-cache-memory 89M at most"):
+    words = "10.0 MiB of the GPU.*1.0 MiB for steps; other processes.*--kv-cache-memory 89M at most"
+    with pytest.raises(ConfigError, match=words):
         gpu.check_plan(config, plan, shape, runner)
     gpu.check_plan(config, MemoryPlan(kv_cache_bytes=1 << 30), shape, runner)
     # Memory that torch keeps cached and nobody uses is released before the check.

@@ -154,7 +154,7 @@ class Platform(ABC):
         self, config: EngineConfig, plan: MemoryPlan, shape: KVCacheShape, runner: ModelRunner
     ) -> None:
         """Raise ConfigError if more memory is used than allowed. It is called when graphs have been
-        captured."""
+        captured and steps have run; a plan that has held until then serves the next start too."""
 
     @abstractmethod
     def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:

@@ -25,7 +25,7 @@ from minisrv.engine.kernel_process import KernelProcess
 from minisrv.engine.kernels import KernelJob, compiled_kernels
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, mebibytes
 from minisrv.engine.platforms.base import Platform, Progress
-from minisrv.engine.probes import ProbeResult, keep_result, read_result, result_path
+from minisrv.engine.probes import ProbeResult, keep_result, result_path, take_result
 from minisrv.errors import ConfigError
 from minisrv.graph.cuda import CUDABackend
 from minisrv.model_config import ModelConfig
@@ -118,8 +118,8 @@ class CUDAPlatform(Platform):
         """See `Platform`. Without `kv_cache_memory` and `num_kv_blocks`, the cache gets what
         `gpu_memory_utilization` allows, minus what is used, minus what the graphs of all
         generations and the largest steps take according to a probe, minus what compiling a second
-        generation takes. The probe's memory is released before this returns. Its result is kept,
-        and the next start of the same engine makes no probe."""
+        generation takes. The probe's memory is released before this returns. If the plan holds,
+        its result is kept, and the next start of the same engine makes no probe."""
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
@@ -129,12 +129,11 @@ class CUDAPlatform(Platform):
         used = self.used_bytes()
         blocks = 1 + shape.blocks_per_context + PROBE_BLOCKS * config.max_num_seqs
         path = result_path(job, shape, blocks, *self.identity())
-        result = None if path is None else read_result(path)
+        result = None if path is None else take_result(path)
         known = result is not None
         if result is None:
             result, alone = self._probe(config, shape, make_runner, blocks, used)
-            if path is not None and alone:
-                keep_result(path, result)
+            path = path if alone else None
         compiler = COMPILER_BYTES if generations > 1 else 0
         steps, graphs = result.step_bytes, result.graph_bytes
         cache = self.allowed_bytes(config) - used - steps - generations * graphs - compiler
@@ -145,7 +144,7 @@ class CUDAPlatform(Platform):
             " of an earlier start" if known else "",
             mebibytes(cache),
         )
-        return MemoryPlan(cache, graphs, path if known else None)
+        return MemoryPlan(cache, graphs, steps, path)
 
     def _probe(
         self,
@@ -197,15 +196,17 @@ class CUDAPlatform(Platform):
         logger.info("%d of %d graphs take %s; a probe had said %s for all", *counts, *sizes)
         over = self.used_bytes() - self.allowed_bytes(config)
         if over > 0:
-            if plan.kept is not None:  # so that the next start measures again
-                plan.kept.unlink(missing_ok=True)
             cache = (runner.num_blocks - 1) * shape.bytes_per_block
             raise ConfigError(
                 f"{mebibytes(over)} of the GPU's memory are used beyond "
-                f"gpu_memory_utilization={config.gpu_memory_utilization}: graphs take "
-                f"{mebibytes(actual)}, and {mebibytes(plan.graph_bytes)} were planned for. Give "
-                f"--kv-cache-memory {(cache - over) >> 20}M at most, or end what else uses the GPU."
+                f"gpu_memory_utilization={config.gpu_memory_utilization}. Planned were "
+                f"{mebibytes(plan.graph_bytes)} for graphs, which take {mebibytes(actual)}, and "
+                f"{mebibytes(plan.step_bytes)} for steps; other processes may have taken the rest. "
+                f"Give --kv-cache-memory {(cache - over) >> 20}M at most, or end what else uses "
+                "the GPU."
             )
+        if plan.kept is not None:
+            keep_result(plan.kept, ProbeResult(plan.step_bytes, plan.graph_bytes))
 
     def identity(self) -> tuple[object, ...]:
         """Return what tells this GPU from those on which the same graphs take other memory."""
