@@ -112,6 +112,16 @@ def open_gpu() -> None:
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
 
 
+def driver_version(library: str = "libcuda.so.1") -> int:
+    """Return the version of CUDA that the driver has, such as 13000 for 13.0. Raises OSError
+    without a driver."""
+    found = ctypes.c_int()
+    code = ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(found))
+    if code != 0:
+        raise OSError(f"the CUDA driver does not tell its version (error {code})")
+    return found.value
+
+
 def no_gpu_error(why: str) -> ConfigError:
     """Return the error for a configuration that asks for a GPU where none can be used.
 

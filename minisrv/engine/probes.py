@@ -25,6 +25,8 @@ from minisrv.engine.kernels import KernelJob
 logger = logging.getLogger(__name__)
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+"""The exact release of the driver, which not every container shows."""
+
 _ALLOCATOR = "PYTORCH_"
 """Prefix of the variables that set how torch allocates memory."""
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import subprocess
 import weakref
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError
 from minisrv.graph.captured import CapturedGraph
 from minisrv.graph.cpu_tape import CPUTapeBackend
+from minisrv.machine import driver_version
 from minisrv.modes import CUDAGraphMode
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_memory import MODEL
@@ -433,6 +437,27 @@ def test_a_start_that_runs_out_of_memory_forgets_the_result_of_the_probe(
     assert probes == 1
     build_engine(config)
     assert probes == (1 if fails is None else 2)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a driver to ask")
+def test_another_driver_is_another_gpu_for_a_probe(tmp_path, monkeypatch):
+    """The driver itself is asked for its version, as a container may lack the file that has it."""
+
+    def identity(name: str, version: int) -> tuple[object, ...]:
+        source, library = tmp_path / f"{name}.c", str(tmp_path / f"{name}.so")
+        source.write_text(
+            f"int cuDriverGetVersion(int *found) {{ *found = {version}; return {version} == 0; }}"
+        )
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(source)], check=True)
+        monkeypatch.setattr(cuda, "driver_version", partial(driver_version, library))
+        return CUDAPlatform(torch.device("cuda", 0)).identity()
+
+    gpu = SimpleNamespace(name="a GPU", total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert identity("old", 12090) == ("a GPU", 1 << 30, 12090)
+    assert identity("new", 13000) == ("a GPU", 1 << 30, 13000)
+    with pytest.raises(OSError, match="does not tell its version"):
+        identity("broken", 0)
 
 
 def test_a_cache_whose_size_is_given_needs_no_probe(job):

@@ -28,6 +28,7 @@ from minisrv.engine.platforms.base import Platform, Progress
 from minisrv.engine.probes import ProbeResult, keep_result, result_path, take_result
 from minisrv.errors import ConfigError
 from minisrv.graph.cuda import CUDABackend
+from minisrv.machine import driver_version
 from minisrv.model_config import ModelConfig
 from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
@@ -209,9 +210,10 @@ class CUDAPlatform(Platform):
             keep_result(plan.kept, ProbeResult(plan.step_bytes, plan.graph_bytes))
 
     def identity(self) -> tuple[object, ...]:
-        """Return what tells this GPU from those on which the same graphs take other memory."""
+        """Return what tells this GPU and its driver from those on which the same graphs take other
+        memory."""
         found = torch.cuda.get_device_properties(self.device)
-        return found.name, found.total_memory
+        return found.name, found.total_memory, driver_version()
 
     def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:
         """See `Platform`. There is what `gpu_memory_utilization` leaves, or what the GPU has if the
