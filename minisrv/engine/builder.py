@@ -55,6 +55,10 @@ from minisrv.runner.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Tell nobody of the progress."""
+
+
 @dataclass(frozen=True)
 class EngineParts:
     """The parts of an engine.
@@ -91,7 +95,7 @@ class EngineParts:
 
 def build_engine(
     config: EngineConfig,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
     *,
     checkpoint: Checkpoint | None = None,
     clock: StartupClock | None = None,
@@ -103,7 +107,7 @@ def build_engine(
 ) -> EngineParts:
     """Load a model, capture the graphs with which it is served from the start, and certify them.
 
-    progress: is called during loading and capturing.
+    progress: is called during loading and capturing, and never again once this has returned.
     checkpoint: the checkpoint that `config` names, if it has been opened already.
     clock: the clock of a start-up that began before this call and continues here.
     early_kernels: the process that compiles kernels, if it has been started already.
@@ -158,7 +162,7 @@ def build_engine(
 
     sleep_tags = SleepTag if config.enable_sleep_mode else ()
 
-    def make_model() -> Model:
+    def make_model(progress: Progress) -> Model:
         """Return the model with its weights, ready to run."""
         model = load_model(
             model_config,
@@ -183,7 +187,7 @@ def build_engine(
     )
     with _timed(clock, "kernels"), platform.compiled_kernels(kernels, progress, early_kernels):
         with _timed(clock, "weights"):
-            model = make_model()
+            model = make_model(progress)
             # Whatever refers to the weights from here on finds them where they stay.
             stored = model.stored_tensors()
             arenas = {tag: platform.make_arena() for tag in sleep_tags}
@@ -309,7 +313,7 @@ def build_engine(
         pool,
         background,
         stored,
-        lambda: make_model().stored_tensors(),
+        lambda: make_model(no_progress).stored_tensors(),
         release=platform.release,
         held_bytes=platform.held_bytes,
     )

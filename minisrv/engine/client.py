@@ -337,9 +337,9 @@ class EngineClient:
                     self._state = EngineState.ASLEEP if asleep else EngineState.READY
                 self._settled.set()
             case CommandDone(failure):
-                done = self._commands.popleft()
-                if done.done():
-                    pass  # a shutdown has ended the wait
+                done = self._commands.popleft() if self._commands else None
+                if done is None or done.done():
+                    pass  # a worker that has died asked, or a shutdown has ended the wait
                 elif failure is None:
                     done.set_result(None)
                 else:

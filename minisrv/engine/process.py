@@ -253,7 +253,7 @@ class _EngineServer:
         if self.core.advance_background():
             self._tell_change()
         while self.commands and self._is_due(self.commands[0][1]):
-            self._carry_out(*self.commands.popleft())
+            self._carry_out_first()
 
     def _has_work(self) -> bool:
         core = self.core
@@ -279,8 +279,10 @@ class _EngineServer:
             self._deliver(ended)
         return not self.core.has_work and not self.core.sleeper.is_busy
 
-    def _carry_out(self, worker: bytes | None, command: Command) -> None:
-        """Sleep or wake up, and answer the worker that asked for it."""
+    def _carry_out_first(self) -> None:
+        """Sleep or wake up, as the first command says, and answer the worker that asked for it,
+        unless another one has replaced it meanwhile."""
+        _, command = self.commands[0]
         failure = None
         with self.heartbeat.beating(IDLE_MS / 1000):
             try:
@@ -293,6 +295,9 @@ class _EngineServer:
                 logger.error("%s", error.message)
                 failure = RequestFailure.of(error)
         self._tell_change()
+        while self.socket.poll(0):  # a worker that has replaced another says so
+            self._receive()
+        worker, _ = self.commands.popleft()
         if worker is not None:
             self._send(worker, CommandDone(failure))
 

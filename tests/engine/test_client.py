@@ -323,6 +323,21 @@ async def test_a_command_that_nobody_will_answer(tmp_path: Path) -> None:
         assert client.state is EngineState.DRAINING
 
 
+async def test_an_answer_to_a_worker_that_has_died(tmp_path: Path) -> None:
+    """The worker with the name of a dead one may be told that a command is done of which it knows
+    nothing; it serves on."""
+    async with connected(tmp_path) as (engine, client):
+        before = client.num_messages
+        await engine.say(CommandDone())
+        await until(lambda: client.num_messages > before)
+        first = asyncio.ensure_future(client.command(SLEEP))
+        assert await engine.hear() == SLEEP
+        assert not first.done()
+        await engine.say(CommandDone())
+        await first
+        assert client.state is EngineState.READY
+
+
 async def test_an_engine_that_dies_asleep(tmp_path: Path) -> None:
     async with connected(tmp_path) as (engine, client):
         assert client.info is not None

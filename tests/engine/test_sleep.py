@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import zmq
 
 from minisrv import LLM, SamplingParams
 from minisrv.arena import CPUArena
+from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import (
+    AskStats,
     CommandDone,
     EngineMessage,
+    EngineStats,
     Hello,
     Ready,
     Sleep,
@@ -303,13 +308,20 @@ def test_compiled_code_computes_with_the_weights_that_came_back(
         assert tokens(llm) == before
 
 
-def connected(server: _EngineServer, address: str) -> zmq.Socket[bytes]:
-    """Return the socket of a new worker, always of the same name, which the engine knows."""
+def joining(server: _EngineServer, address: str) -> zmq.Socket[bytes]:
+    """Return the socket of a new worker, always of the same name, whose first message has
+    arrived."""
     worker = server.context.socket(zmq.DEALER)
     worker.set(zmq.ROUTING_ID, b"api-0")
     worker.connect(address)
     worker.send(encode(Hello()))
     assert server.socket.poll(10_000), "it has arrived"
+    return worker
+
+
+def connected(server: _EngineServer, address: str) -> zmq.Socket[bytes]:
+    """Return the socket of a new worker, always of the same name, which the engine knows."""
+    worker = joining(server, address)
     assert isinstance(hear(server, worker), Ready)
     return worker
 
@@ -321,31 +333,53 @@ def hear(server: _EngineServer, worker: zmq.Socket[bytes]) -> EngineMessage:
     return decode_engine_message(worker.recv())
 
 
+def serving(checkpoint: Path, tmp_path: Path) -> tuple[_EngineServer, str]:
+    """Return an engine's side of a socket with an engine that it has started, and the address."""
+    address = f"ipc://{tmp_path}/engine"
+    server = _EngineServer(address, Heartbeat(tmp_path / "heartbeat"))
+    settings = LIMITS | {"enable_sleep_mode": True, "cudagraph_capture": "whole"}
+    config = EngineConfig(model=str(checkpoint), **settings)
+    server.core = EngineCore(build_engine(config, server._progress))
+    server.state = Ready(server.core.info)
+    return server, address
+
+
+def while_it_reloads(server: _EngineServer, act: Callable[[], object]) -> None:
+    """Have something done, once, in the middle of the next wake-up from level 2."""
+    reload = server.core.sleeper._reload
+
+    def acting() -> Any:
+        server.core.sleeper._reload = reload
+        act()
+        return reload()
+
+    server.core.sleeper._reload = acting
+
+
+def put_to_sleep(server: _EngineServer, worker: zmq.Socket[bytes], level: int) -> None:
+    worker.send(encode(Sleep(level, SleepMode.ABORT)))
+    told = hear(server, worker)
+    assert isinstance(told, Ready)
+    assert told.info.sleep.level == level
+    assert hear(server, worker) == CommandDone()
+
+
 def test_a_process_carries_out_commands(checkpoint: Path, tmp_path: Path) -> None:
     """It shows that it lives however long a command takes, and does not answer a new worker what a
     dead one of its name has asked for."""
-    address, heartbeat = f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat")
-    server = _EngineServer(address, heartbeat)
-    server.core = start(checkpoint, cudagraph_capture="whole").engine
-    server.state = Ready(server.core.info)
+    server, address = serving(checkpoint, tmp_path)
     beats: list[float] = []
-    reload = server.core.sleeper._reload
 
-    def slow() -> Any:
-        began = heartbeat._time[0]
-        while heartbeat._time[0] == began:
+    def wait_for_a_beat() -> None:
+        began = server.heartbeat._time[0]
+        while server.heartbeat._time[0] == began:
             time.sleep(0.01)
-        beats.append(heartbeat._time[0])
-        return reload()
+        beats.append(server.heartbeat._time[0])
 
-    server.core.sleeper._reload = slow
+    while_it_reloads(server, wait_for_a_beat)
     workers = [connected(server, address)]
     try:
-        workers[0].send(encode(Sleep(2, SleepMode.ABORT)))
-        told = hear(server, workers[0])
-        assert isinstance(told, Ready)
-        assert told.info.sleep.level == 2
-        assert hear(server, workers[0]) == CommandDone()
+        put_to_sleep(server, workers[0], 2)
         workers[0].send(encode(WakeUp([*SleepTag])))
         while not server.commands:
             server._receive()
@@ -355,9 +389,60 @@ def test_a_process_carries_out_commands(checkpoint: Path, tmp_path: Path) -> Non
         assert isinstance(told, Ready)
         assert not told.info.sleep.is_asleep
         assert beats
-        workers[1].send(encode(Sleep(1, SleepMode.WAIT)))
-        assert isinstance(hear(server, workers[1]), Ready)
-        assert hear(server, workers[1]) == CommandDone()
+        put_to_sleep(server, workers[1], 1)
+    finally:
+        for worker in workers:
+            worker.close(linger=0)
+        server.close()
+
+
+def test_what_is_sent_during_a_wake_up_is_read_behind_it(checkpoint: Path, tmp_path: Path) -> None:
+    """No worker hears of a start-up again, and answers come in the order of the questions."""
+    server, address = serving(checkpoint, tmp_path)
+    worker = connected(server, address)
+    stats = server.core.stats()
+    assert stats != EngineStats()
+
+    def ask() -> None:
+        worker.send(encode(AskStats()))
+        worker.send(encode(WakeUp([*SleepTag])))
+        assert server.socket.poll(10_000), "they have arrived"
+
+    try:
+        put_to_sleep(server, worker, 2)
+        while_it_reloads(server, ask)
+        worker.send(encode(WakeUp([*SleepTag])))
+        answers = [hear(server, worker) for _ in range(5)]
+        kinds = [Ready, EngineStats, CommandDone, Ready, CommandDone]
+        assert [type(answer) for answer in answers] == kinds
+        assert answers[1] == server.core.stats()
+        assert answers[2] == answers[4] == CommandDone()
+    finally:
+        worker.close(linger=0)
+        server.close()
+
+
+def test_a_worker_replaced_during_a_wake_up(checkpoint: Path, tmp_path: Path) -> None:
+    """The new worker, which has asked for nothing, is not told that anything is done."""
+    server, address = serving(checkpoint, tmp_path)
+    workers = [connected(server, address)]
+
+    def replace_it() -> None:
+        workers[0].close(linger=0)
+        workers.append(joining(server, address))
+
+    try:
+        put_to_sleep(server, workers[0], 2)
+        while_it_reloads(server, replace_it)
+        workers[0].send(encode(WakeUp([*SleepTag])))
+        while len(workers) == 1:
+            server._turn()
+        workers[1].send(encode(AskStats()))
+        told = [hear(server, workers[1])]
+        while not isinstance(told[-1], EngineStats):
+            told.append(hear(server, workers[1]))
+        assert {type(message) for message in told[:-1]} == {Ready}
+        assert not server.core.sleeper.report.is_asleep
     finally:
         for worker in workers:
             worker.close(linger=0)
