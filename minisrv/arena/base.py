@@ -61,6 +61,21 @@ class Arena(ABC):
         self._restore()
         self._is_released = False
 
+    @torch.no_grad()
+    def refill(self, values: list[Tensor]) -> None:
+        """Have memory at the same addresses again, with new values of all adopted tensors.
+
+        values: a tensor for each of the adopted ones, in their order and of the same shape and
+            dtype. The list is emptied on the way, and the memory of what has been copied is used
+            for what follows, so that hardly more than one of them exists twice.
+
+        Raises torch.OutOfMemoryError if others have taken the memory meanwhile; it is still
+        released then.
+        """
+        assert self._is_released, "not released"
+        self._refill(values)
+        self._is_released = False
+
     @abstractmethod
     def forget(self) -> None:
         """Drop the copy that the host keeps, if there is one."""
@@ -72,3 +87,7 @@ class Arena(ABC):
     @abstractmethod
     def _restore(self) -> None:
         """See `restore`."""
+
+    @abstractmethod
+    def _refill(self, values: list[Tensor]) -> None:
+        """See `refill`."""

@@ -48,6 +48,10 @@ class CPUArena(Arena):
     def _restore(self) -> None:
         """Do nothing: a page comes when it is first used, and is zero if it was dropped."""
 
+    def _refill(self, values: list[Tensor]) -> None:
+        for tensor in self._tensors:
+            tensor.copy_(values.pop(0))
+
     def _drop_pages(self) -> None:
         for begin, end in {_memory(tensor) for tensor in self._tensors}:
             # The pages at both ends may hold memory of others.

@@ -194,6 +194,7 @@ class CUDAArena(Arena):
         self._device = device
         self._driver = Driver(device.index or 0)
         self._spans: list[Span] = []
+        self._adopted: list[Tensor] = []
         self._kept: list[Tensor] = []
         """Copies of all chunks on the host, in order, in pinned memory. What is kept once can be
         restored any number of times, because adopted tensors do not change."""
@@ -219,13 +220,10 @@ class CUDAArena(Arena):
         sizes = [_aligned(group[0].untyped_storage().nbytes()) for group in groups]
         span = Span(self._driver, sum(sizes), CHUNK_BYTES)
         self._spans.append(span)
+        self._adopted += tensors
         begin = 0
         for group, size in zip(groups, sizes, strict=True):
-            while span.mapped < begin + size:
-                # What has moved is free now, and is to be had once torch has given it back.
-                torch.cuda.synchronize(self._device)
-                torch.cuda.empty_cache()
-                span.map_next()
+            self._map(span, begin + size)
             old = group[0].untyped_storage()
             moved = span.bytes(begin, old.nbytes())
             moved.copy_(moved.new_empty(0).set_(old))
@@ -233,6 +231,14 @@ class CUDAArena(Arena):
                 place = (tensor.storage_offset(), tensor.size(), tensor.stride())
                 tensor.set_(moved.untyped_storage(), *place)
             begin += size
+
+    def _map(self, span: Span, end: int) -> None:
+        """Map chunks of a span until there is memory for its first `end` bytes."""
+        while span.mapped < end:
+            # What has been copied is free now, and is to be had once torch has given it back.
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            span.map_next()
 
     def forget(self) -> None:
         """See `Arena`."""
@@ -275,6 +281,18 @@ class CUDAArena(Arena):
         except BaseException:
             for span in self._spans:
                 span.unmap()
+            raise
+        torch.cuda.synchronize(self._device)
+
+    def _refill(self, values: list[Tensor]) -> None:
+        (span,) = self._spans  # that of the adopted tensors, which lie in it in their order
+        try:
+            for tensor in self._adopted:
+                memory = tensor.untyped_storage()
+                self._map(span, memory.data_ptr() + memory.nbytes() - span.address)
+                tensor.copy_(values.pop(0))
+        except BaseException:
+            span.unmap()
             raise
         torch.cuda.synchronize(self._device)
 

@@ -167,31 +167,31 @@ class Sleeper:
 
     def _restore(self, tag: SleepTag, arena: Arena) -> None:
         try:
-            arena.restore()
+            if tag is SleepTag.WEIGHTS and not self._are_kept:
+                self._read_weights(arena)
+            else:
+                arena.restore()
+            return
         except torch.OutOfMemoryError as error:
-            self._release()
-            raise SleepError(
+            problem = (
                 f"the memory of {tag.value} is not to be had ({error}); end what else uses it, and "
                 "wake the engine up again."
-            ) from error
-        if tag is SleepTag.WEIGHTS and not self._are_kept:
-            try:
-                self._read_weights()
-            except (MinisrvError, OSError, torch.OutOfMemoryError) as error:
-                arena.release(keep=False)
-                self._release()
-                raise SleepError(f"the weights cannot be read again: {error}") from error
-
-    @torch.no_grad()
-    def _read_weights(self) -> None:
-        """Read the checkpoint again, and put what it gives where the weights were."""
-        read = self._reload()
-        for stored, value in zip(self._stored, read, strict=True):
-            if stored.shape != value.shape or stored.dtype != value.dtype:
-                raise SleepError("the checkpoint holds other weights than before.")
-            stored.copy_(value)
-        del read
+            )
+        except (MinisrvError, OSError) as error:
+            problem = f"the weights cannot be read again: {error}"
+        # From here on no error refers to what has been read until then.
         gc.collect()
+        self._release()
+        raise SleepError(problem)
+
+    def _read_weights(self, arena: Arena) -> None:
+        """Read the checkpoint again, and then put what it gives where the weights were, for which
+        there is no memory until then: a GPU may have no room for both."""
+        read = list(self._reload())
+        if list(map(_form, read)) != list(map(_form, self._stored)):
+            raise SleepError("the checkpoint holds other weights than before.")
+        gc.collect()  # the model that they were read for
+        arena.refill(read)
         self._release()
 
     def _check(self) -> None:
@@ -210,3 +210,7 @@ class Sleeper:
 
     def _tell(self, **changes: object) -> None:
         self.report = msgspec.structs.replace(self.report, released=self._released(), **changes)
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

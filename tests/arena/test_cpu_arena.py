@@ -81,3 +81,17 @@ def test_what_lies_beside_stays() -> None:
     assert (everything[:5000] == 7).all()
     assert (everything[900_000:] == 7).all()
     assert not everything[5000 + mmap.PAGESIZE : 900_000 - mmap.PAGESIZE].any()
+
+
+def test_new_values_take_the_place_of_the_old_ones() -> None:
+    arena = CPUArena()
+    weights = [torch.full((4 * MIB,), number, dtype=torch.uint8) for number in range(3)]
+    addresses = [weight.data_ptr() for weight in weights]
+    arena.adopt(weights)
+    arena.release(keep=False)
+    values = [torch.full_like(weight, 7 + number) for number, weight in enumerate(weights)]
+    arena.refill(values)
+    assert not arena.is_released
+    assert not values
+    assert [weight.data_ptr() for weight in weights] == addresses
+    assert all((weight == 7 + number).all() for number, weight in enumerate(weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisrv.arena.cuda import CHUNK_BYTES, CUDAArena, Driver
+from minisrv.arena.cuda import CHUNK_BYTES, CUDAArena, Driver, Span
 from tests.gpu_memory import used
 
 pytestmark = pytest.mark.gpu
@@ -70,6 +70,35 @@ def test_a_view_whose_tensor_is_gone_keeps_no_memory() -> None:
     assert before - used() > 240 * MIB
     made.restore()
     assert torch.equal(weight, copy)
+
+
+def test_new_values_are_hardly_ever_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that holds a model has no room for another one of its size."""
+    made, nbytes = arena(), 100 * MIB
+    weights = [torch.zeros(nbytes // 4, device=DEVICE) for _ in range(12)]
+    stored = [*weights, weights[3][8:], torch.empty(0, device=DEVICE)]
+    made.adopt(stored)
+    addresses = [tensor.data_ptr() for tensor in stored]
+    made.release(keep=False)
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_reserved()
+    new = [torch.full_like(weight, 1.0 + number) for number, weight in enumerate(weights)]
+    values = [*new, new[3][8:], torch.empty(0, device=DEVICE)]
+    del new
+    held, map_next = [], Span.map_next
+
+    def noting(span: Span) -> torch.Tensor:
+        chunk = map_next(span)
+        held.append(torch.cuda.memory_reserved() - others + span.mapped)
+        return chunk
+
+    monkeypatch.setattr(Span, "map_next", noting)
+    made.refill(values)
+    assert not values
+    # The fourth stays until its view has been copied.
+    assert max(held) <= len(weights) * nbytes + CHUNK_BYTES + 3 * nbytes
+    assert [tensor.data_ptr() for tensor in stored] == addresses
+    assert all((weight == 1.0 + number).all() for number, weight in enumerate(weights))
 
 
 def test_a_graph_is_valid_behind_a_release() -> None:

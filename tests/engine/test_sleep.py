@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,17 +238,58 @@ class Taken(CPUArena):
             self.taken = False
             raise torch.OutOfMemoryError("others have it")
 
+    def _refill(self, values: list[torch.Tensor]) -> None:
+        self._restore()
+        super()._refill(values)
 
+
+@pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("tag", [*SleepTag])
-def test_memory_that_others_have_taken(checkpoint: Path, tag: SleepTag) -> None:
+def test_memory_that_others_have_taken(checkpoint: Path, tag: SleepTag, level: int) -> None:
     llm = start(checkpoint)
     before = tokens(llm)
-    llm.sleep()
+    llm.sleep(level)
     llm.engine.sleeper._arenas[tag].__class__ = Taken
     with pytest.raises(SleepError, match=f"memory of {tag.value} is not to be had"):
         llm.wake_up()
     assert tag in llm.engine.sleeper.report.released
     llm.wake_up()
+    assert tokens(llm) == before
+
+
+class Single(CPUArena):
+    """An arena that is filled only with tensors to which nobody else refers."""
+
+    is_filled = False
+
+    def _refill(self, values: list[torch.Tensor]) -> None:
+        references = [weakref.ref(value) for value in values]
+        assert len(references) > 10
+        super()._refill(values)
+        assert not any(reference() is not None for reference in references)
+        self.is_filled = True
+
+
+@pytest.mark.parametrize("settings", [{}, {"model_impl": "transformers", "compilation_mode": 0}])
+def test_weights_that_are_read_again_are_never_there_twice(
+    checkpoint: Path, settings: dict[str, Any]
+) -> None:
+    """A GPU that holds a model has no room for another one of its size."""
+    llm = start(checkpoint, **settings)
+    before = tokens(llm)
+    arena = llm.engine.sleeper._arenas[SleepTag.WEIGHTS]
+    arena.__class__ = Single
+    reload = llm.engine.sleeper._reload
+
+    def reload_into_free_memory() -> Any:
+        assert arena.is_released
+        return reload()
+
+    llm.engine.sleeper._reload = reload_into_free_memory
+    llm.sleep(2)
+    llm.wake_up()
+    assert isinstance(arena, Single)
+    assert arena.is_filled
     assert tokens(llm) == before
 
 
