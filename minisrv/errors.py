@@ -23,6 +23,7 @@
     `- EngineError            the server is at fault; the client may retry
        |- DeadlineError       the request took longer than it may
        |- GrammarUnavailableError  it could not be found out whether its grammar compiles
+       |- GrammarFullError    requests with the same grammar have used up the room for its states
        |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
        |- EngineAsleepError   asleep, or about to be
@@ -239,6 +240,15 @@ class GrammarUnavailableError(EngineError):
     type = "service_unavailable"
     code = "grammar_not_tried"
     retry_after = 2
+
+
+class GrammarFullError(EngineError):
+    """The requests with one grammar have together used up the states that are kept of it."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "grammar_full"
+    retry_after = 1
 
 
 class BodiesFullError(EngineError):

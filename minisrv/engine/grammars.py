@@ -6,7 +6,8 @@ waits behind one that takes almost a second; the other thread has a lower priori
 processor time that the step loop leaves. A grammar that several requests have, or that came
 recently, is compiled once and copied, which takes microseconds. The matcher is kept until the
 request ends, through preemptions too, as these change no token. A failure of a grammar is a
-`MinisrvError` that ends only its own request.
+`MinisrvError` that ends only its own request. A grammar that has failed on its way is not copied
+any more, because its copies could not go on either.
 
 A request may ask for `min_tokens` as well. Before that many tokens no end is allowed, except where
 the grammar lets nothing else follow: the output is complete there, and a mask that allows no token
@@ -116,7 +117,7 @@ class Grammars:
             not allowed among the first `min_tokens` tokens.
         """
 
-        key = replace(spec, compile_seconds=0.0)  # the time that it took elsewhere does not matter
+        key = _cache_key(spec)
 
         def compile() -> tuple[Matcher, _MinTokens | None]:
             matcher = self._cache.get(key)
@@ -222,7 +223,16 @@ class Grammars:
             minimum.num_left -= 1
             if not minimum.num_left:
                 del self._min_tokens[request_id]
-        return matcher.error
+        error = matcher.error
+        if error is not None and matcher.original is not None:
+            self._cache.remove(_cache_key(matcher.spec), matcher.original)
+        return error
+
+
+def _cache_key(spec: StructuredOutput) -> StructuredOutput:
+    """Return what equal grammars have in common; the time that compiling took in an API worker is
+    not part of it."""
+    return replace(spec, compile_seconds=0.0)
 
 
 class _ShortestFirst:

@@ -37,6 +37,12 @@ class LRUCache(Generic[_Key, _T]):
             self._found.move_to_end(key)
             return self._found[key][0]
 
+    def remove(self, key: _Key, value: _T) -> None:
+        """Forget a value; nothing happens if the key has no value or another one by now."""
+        with self._lock:
+            if key in self._found and self._found[key][0] is value:
+                self._weight -= self._found.pop(key)[1]
+
     def add(self, key: _Key, value: _T, weight: float) -> None:
         """Keep a value, replacing the key's last one. A value that weighs more than the limit is
         not kept, and evicts nothing else."""

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisrv import threads
-from minisrv.errors import RequestError, truncated
+from minisrv.errors import GrammarFullError, MinisrvError, RequestError, truncated
 from minisrv.request import StructuredOutput, StructuredOutputKind
 from minisrv.text.closed_schema import closed
 from minisrv.text.json_schema import parse_schema, restate, restate_lark
@@ -46,7 +46,7 @@ LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=50_000,
     step_max_items=5_000,
     max_items_in_row=1_000,
-    # These bound a matcher's memory: one to two KiB for each state or symbol.
+    # These bound the memory of a matcher and its copies: one to two KiB for each state or symbol.
     max_lexer_states=20_000,
     max_grammar_size=100_000,
     # Otherwise error messages quote the grammar.
@@ -82,17 +82,33 @@ _WHAT = {
     StructuredOutputKind.CHOICE: "choice",
     StructuredOutputKind.GRAMMAR: "grammar",
 }
+_FULL = "too many states"
+"""The part of llguidance's message that says that `max_lexer_states` has been reached."""
 _MAX_REASON = 300
 """Maximum number of characters of llguidance's messages that are passed on: some quote the
 grammar."""
 
 
 class Matcher:
-    """One request's position in its grammar. Methods are for one thread at a time."""
+    """One request's position in its grammar. Methods are for one thread at a time.
 
-    def __init__(self, matcher: llguidance.LLMatcher, spec: StructuredOutput) -> None:
+    A matcher and its copies share the states that the lexer has been in. If one of them reaches
+    `max_lexer_states`, they all fail, and so do later copies: a grammar that has failed on its way
+    must be compiled anew for other requests.
+
+    original: the matcher of which this one is a copy; None if it is no copy.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        spec: StructuredOutput,
+        original: Matcher | None = None,
+    ) -> None:
+        self.spec = spec
+        self.original = original
         self._matcher = matcher
-        self._spec = spec
+        self._num_copies = 0
 
     def fill_bitmask(self, row: npt.NDArray[np.int32]) -> None:
         """Write the mask of tokens that may come next: bit `i % 32` of word `i // 32` is token `i`.
@@ -113,16 +129,28 @@ class Matcher:
         return all(map(self._matcher.consume_token, token_ids))
 
     @property
-    def error(self) -> RequestError | None:
-        """The error for which the matcher cannot go on, or None; an error stays."""
+    def error(self) -> MinisrvError | None:
+        """The error for which the matcher cannot go on, or None; an error stays. It is a
+        RequestError unless other requests may have used up the states that it shares with them."""
         if not self._matcher.is_error():
             return None
-        return grammar_error(self._spec, "cannot be followed further", self._matcher.get_error())
+        reason = self._matcher.get_error()
+        is_shared = self.original is not None and self.original._num_copies > 1
+        if is_shared and _FULL in reason:
+            return GrammarFullError(
+                f"{self.spec.param}: the requests with this {_WHAT[self.spec.kind]} have together "
+                f"used up the {LIMITS.max_lexer_states} states that this server keeps of it; send "
+                "the request again.",
+                param=self.spec.param,
+            )
+        problem = "cannot be followed further within the limits of this server"
+        return grammar_error(self.spec, problem, reason)
 
     def copy(self, spec: StructuredOutput) -> Matcher:
         """Return another matcher at the same position, for a request with the same grammar in
         `spec`."""
-        return Matcher(self._matcher.deep_copy(), spec)
+        self._num_copies += 1
+        return Matcher(self._matcher.deep_copy(), spec, original=self)
 
 
 class GrammarBackend:

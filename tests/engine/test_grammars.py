@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import llguidance
 import pytest
 import torch
 
@@ -240,6 +241,28 @@ def test_a_grammar_that_fails_on_its_way_ends_its_own_request(
     assert error.param == "response_format"
     assert found["two two"][-1].finish_reason is FinishReason.STOP
     assert found["text"][-1].error is None
+
+
+def test_a_long_answer_leaves_its_grammar_usable(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that needs more states than the server keeps of a grammar is refused as too much
+    for this server. A request that shares these states with it may be sent again, and later
+    requests with the same grammar have the states for themselves."""
+    limits = llguidance.LLParserLimits(max_lexer_states=1000, verbose_errors=False)
+    monkeypatch.setattr("minisrv.text.structured.LIMITS", limits)
+    text = {"type": "string", "minLength": 2000}
+    spec = schema_of({"type": "object", "properties": {"a": text}, "required": ["a"]})
+    long, short = request("long", spec), request("short", spec, max_tokens=20)
+    engine = start()
+    alone = run(engine, long)["long"][-1].error
+    assert alone is not None
+    assert (alone.kind, alone.param) == ("RequestError", "response_format")
+    assert "within the limits of this server" in alone.message
+    assert run(engine, short)["short"][-1].finish_reason is FinishReason.LENGTH
+    together = run(engine, long, request("other", spec))
+    errors = {outputs[-1].error and outputs[-1].error.kind for outputs in together.values()}
+    assert errors == {"GrammarFullError"}
+    again = run(engine, request("other", spec, max_tokens=20))
+    assert again["other"][-1].finish_reason is FinishReason.LENGTH
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])

@@ -22,6 +22,7 @@ from minisrv.errors import (
     ContextLengthError,
     EngineDeadError,
     EngineNotReadyError,
+    GrammarFullError,
     GrammarUnavailableError,
     GraphError,
     QueueFullError,
@@ -248,6 +249,7 @@ async def test_unknown_model(connect: Connect, route: str) -> None:
         (EngineNotReadyError("draining"), 503, "not_ready", "2"),
         (BodiesFullError("no room"), 503, "too_many_bodies", "2"),
         (GrammarUnavailableError("unknown"), 503, "grammar_not_tried", "2"),
+        (GrammarFullError("send it again"), 503, "grammar_full", "1"),
     ],
 )
 async def test_a_refusal_of_the_engine_is_never_a_200(

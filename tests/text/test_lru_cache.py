@@ -35,3 +35,16 @@ def test_what_there_is_no_room_for_moves_nothing_out() -> None:
     memory.add("a", 0, 1)
     memory.add("b", 1, 3)
     assert (memory.get("a"), memory.get("b")) == (0, None)
+
+
+def test_what_is_forgotten_makes_room_and_what_has_replaced_it_stays() -> None:
+    memory: LRUCache[str, object] = LRUCache(max_weight=2, min_weight=0)
+    old, new, other = object(), object(), object()
+    memory.add("a", old, 2)
+    memory.remove("a", old)
+    memory.remove("a", old)
+    assert memory.get("a") is None
+    memory.add("a", new, 1)
+    memory.remove("a", old)
+    memory.add("b", other, 1)
+    assert (memory.get("a"), memory.get("b")) == (new, other)
