@@ -227,16 +227,28 @@ def _new_block(part: ChatDelta) -> AnthropicBlock:
 
 
 def _input(arguments: str) -> Raw:
-    """Return the arguments of a call as a JSON object: as the model wrote them if they are one."""
+    """Return the arguments of a call as a JSON object: as the model wrote them if they are one that
+    every client can read. Lone surrogates, which strict parsers refuse, are replaced."""
+    found = None
     try:
-        if isinstance(json.loads(arguments), dict):
+        found = json.loads(arguments, parse_constant=_refuse)
+        if isinstance(found, dict):
+            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
             return Raw(arguments.encode())
     except (ValueError, RecursionError):
         pass
+    if not isinstance(found, dict):
+        found = readable_arguments(arguments)
     try:
-        return Raw(json.dumps(readable_arguments(arguments), allow_nan=False).encode())
-    except ValueError:  # a number that JSON cannot hold, or one of too many digits
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        return Raw(text.encode(errors="replace"))
+    except (ValueError, RecursionError):  # a number that JSON cannot hold, or of too many digits
         return _NOTHING
+
+
+def _refuse(constant: str) -> None:
+    """Raise ValueError for NaN and the infinities, which Python reads although JSON has none."""
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _event(data: MessageStreamEvent) -> bytes:

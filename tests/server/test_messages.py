@@ -236,7 +236,10 @@ async def test_an_empty_answer(connect: Connect, tokenizer: Tokenizer) -> None:
         ('{"city": "Ro', {"city": "Ro"}),
         ('{"n": 123456789012345678901234567890}', {"n": 123456789012345678901234567890}),
         ('{"n": 1e999', {}),
-        ('{"a": "\\ud800"}', {"a": "\ud800"}),
+        ('{"a": "\\ud800b", "\\udc00": [1]}', {"a": "?b", "?": [1]}),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+        ('{"n": NaN}', {}),
+        ('{"n": -Infinity}', {}),
         ("{city: 1}", {}),
         ("{" + '"a": {' * 300, {}),
     ],
@@ -244,13 +247,14 @@ async def test_an_empty_answer(connect: Connect, tokenizer: Tokenizer) -> None:
 async def test_arguments_that_are_sent_as_an_object(
     connect: Connect, tokenizer: Tokenizer, arguments: str, read: dict[str, Any]
 ) -> None:
-    """Arguments come back as what can be read of them, whatever the model wrote."""
+    """Arguments come back as what can be read of them, whatever the model wrote, and the answer is
+    JSON for strict parsers too."""
     text = '<tool_call>\n{"name": "weather", "arguments": ' + arguments
     model = Model(connect, tokenizer, text)
     model.engine.info = msgspec.structs.replace(INFO, max_model_len=5000)
     response = await model.post(tools=[WEATHER])
     assert response.status_code == 200, response.text
-    assert response.json()["content"][0]["input"] == read
+    assert msgspec.json.decode(response.content)["content"][0]["input"] == read
 
 
 # ---- bodies ----------------------------------------------------------------------------------
