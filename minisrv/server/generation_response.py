@@ -19,7 +19,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minisrv.errors import DeadlineError
+from minisrv.errors import DeadlineError, MinisrvError
 from minisrv.server import sse
 from minisrv.server.auth import owner
 from minisrv.server.choices import Generation, coalesce
@@ -144,7 +144,9 @@ class GenerationResponse(Response):
             if not started:
                 raise
             self._serving.metrics.failed(error_status(error))
-            self._log_fields["error"] = getattr(error, "code", None) or "internal_error"
+            self._log_fields["error"] = (
+                error.code or error.type if isinstance(error, MinisrvError) else MinisrvError.type
+            )
             last = builder.error_events(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -14,6 +14,7 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import Loading
+from minisrv.errors import EngineDeadError, GraphError, RequestError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
 from tests.server.conftest import HOUR
 from tests.server.fake_engine import FakeEngine, outputs
@@ -111,6 +112,30 @@ async def test_an_error_in_a_stream(
         await asked
     [(_, fields)] = lines()
     assert (fields["status"], fields["error"]) == (200, "deadline_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (RequestError("it cannot be followed further"), "invalid_request_error"),
+        (EngineDeadError("gone"), "engine_dead"),
+        (GraphError("wrong"), "internal_error"),
+        (ValueError("wrong"), "internal_error"),
+    ],
+)
+async def test_whose_error_ends_a_stream(
+    connect: Connect, lines: Any, error: Exception, logged: str
+) -> None:
+    """An error without a code is logged by its type, so that a client's error is not taken for one
+    of the server."""
+
+    def script(request: EngineRequest) -> list[EngineOutput | Exception]:
+        return [EngineOutput(request_id=request.request_id, token_ids=[65]), error]
+
+    async with connect(FakeEngine(script)) as client:
+        await client.post("/v1/completions", json={"prompt": "x", "stream": True})
+    [(_, fields)] = lines()
+    assert (fields["status"], fields["error"]) == (200, logged)
 
 
 async def test_a_client_that_went_away(connect: Connect, lines: Any) -> None:
