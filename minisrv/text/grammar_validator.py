@@ -45,7 +45,7 @@ from minisrv.errors import (
     shutting_down_error,
 )
 from minisrv.processes import ChildProcess
-from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
+from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput, StructuredOutputKind
 from minisrv.text import grammar_trials
 from minisrv.text.fairness import FairQueue, TokenBucket
 from minisrv.text.grammar_trials import (
@@ -140,10 +140,23 @@ class GrammarValidator:
         owner: whom the request belongs to where clients take turns: the index of its API key, which
             has a budget, or anything else that tells clients apart.
 
-        Raises RequestError for a grammar that cannot be compiled within the limits,
-        GrammarBudgetError if the API key has used up its time, GrammarUnavailableError if the
-        process has failed, EngineNotReadyError after `close`.
+        Raises RequestError for a grammar that cannot be compiled within the limits, naming the
+        tools if it has calls that cannot be compiled by themselves; GrammarBudgetError if the API
+        key has used up its time, GrammarUnavailableError if the process has failed,
+        EngineNotReadyError after `close`.
         """
+        try:
+            return await self._validate(spec, owner)
+        except GrammarBudgetError:
+            raise
+        except RequestError:
+            if 0 < len(spec.calls) <= MAX_GRAMMAR_LENGTH:
+                kind = StructuredOutputKind.GRAMMAR
+                calls = StructuredOutput(kind=kind, text=spec.calls, param="tools")
+                await self._validate(calls, owner)
+            raise
+
+    async def _validate(self, spec: StructuredOutput, owner: int | str) -> StructuredOutput:
         if self._is_closed:
             raise shutting_down_error()
         digest = hashlib.sha256(encode(spec)).digest()

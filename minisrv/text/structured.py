@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -82,6 +83,8 @@ _WHAT = {
     StructuredOutputKind.CHOICE: "choice",
     StructuredOutputKind.GRAMMAR: "grammar",
 }
+_LISTING = re.compile(r"\n\s*\d+ \| .*", re.DOTALL)
+"""The lines of a grammar in Lark that llguidance's messages end with."""
 _FULL = "too many states"
 """The part of llguidance's message that says that `max_lexer_states` has been reached."""
 _MAX_REASON = 300
@@ -302,6 +305,8 @@ def grammar_error(spec: StructuredOutput, problem: str, reason: str) -> RequestE
 
     reason: why the problem arises, e.g. llguidance's message.
     """
+    if spec.kind is not StructuredOutputKind.GRAMMAR or spec.param == "tools":
+        reason = _LISTING.sub("", reason)  # the client has not written these lines
     reason = " ".join(reason.removesuffix("<non-verbose/>").split()).rstrip(".")
     if reason.startswith("NoExtension"):  # llguidance gives only the name of the reason
         reason = "no text satisfies it"

@@ -377,12 +377,17 @@ async def test_a_text_beside_tools(connect: Connect, tokenizer: Tokenizer) -> No
 async def test_what_is_wrong_with_tools_beside_a_format(
     connect: Connect, tokenizer: Tokenizer
 ) -> None:
-    """Parameters that no grammar can follow are refused."""
+    """Parameters that no grammar can follow are refused under the name of the tools, without the
+    grammar that is made of them, and what is wrong with the format under its own name."""
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}
     response = await Chat(connect, tokenizer, CALL).post(tools=[bad], response_format=FORM)
     assert response.json()["error"]["param"] == "tools"
     bad["function"] = {"name": "f", "parameters": {"properties": {"a": {"type": "strange"}}}}
     response = await Chat(connect, tokenizer, CALL).post(tools=[bad], response_format=FORM)
     error = response.json()["error"]
-    assert error["param"] == "response_format"
-    assert "Invalid type: strange" in error["message"]
+    assert error["param"] == "tools"
+    assert error["message"].endswith("Invalid type: strange.")
+    wrong: dict[str, Any] = {"structured_outputs": {"regex": "(a"}}
+    error = (await Chat(connect, tokenizer, CALL).post(**wrong)).json()["error"]
+    assert error["param"] == "structured_outputs"
+    assert error["message"].endswith("unclosed group.")
