@@ -188,6 +188,7 @@ async def test_every_choice_counts(
             ("/v1/completions", {"prompt": "x"}),
             ("/tokenize", {"prompt": "x"}),
             ("/detokenize", {"tokens": [5]}),
+            ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
         ):
             assert (await ask(route, more)).status_code == 429, route
             assert route == "/v1/completions" or (await ask(route, more, "zweiter")).is_success
