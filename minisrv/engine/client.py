@@ -333,8 +333,8 @@ class EngineClient:
             case Ready(info):
                 self._info = info
                 if self._state is EngineState.LOADING or self._state.is_served:  # and not draining
-                    asleep = info.sleep.is_asleep
-                    self._state = EngineState.ASLEEP if asleep else EngineState.READY
+                    refuses = info.sleep.refuses_requests
+                    self._state = EngineState.ASLEEP if refuses else EngineState.READY
                 self._settled.set()
             case CommandDone(failure):
                 done = self._commands.popleft() if self._commands else None

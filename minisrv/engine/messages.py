@@ -119,17 +119,24 @@ class SleepReport(msgspec.Struct, frozen=True):
     released: the parts of its memory that are released.
     sleep_seconds, wake_up_seconds: the number of seconds that the last sleep, and the last waking
         up, took to be complete; 0 if there was none.
+    is_due: whether it refuses requests because it is to sleep as soon as it can.
     """
 
     level: int = 0
     released: tuple[SleepTag, ...] = ()
     sleep_seconds: float = 0.0
     wake_up_seconds: float = 0.0
+    is_due: bool = False
 
     @property
     def is_asleep(self) -> bool:
         """Whether any memory is released, so that no request can run."""
         return bool(self.released)
+
+    @property
+    def refuses_requests(self) -> bool:
+        """Whether new requests are refused."""
+        return self.is_due or self.is_asleep
 
 
 SLEEP_LEVELS = (1, 2)
@@ -214,7 +221,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     compilation: CompilationReport = CompilationReport()
     """The generation that serves. When it changes, the description is sent again."""
     sleep: SleepReport = SleepReport()
-    """Whether the engine sleeps. When it changes, the description is sent again."""
+    """Whether the engine sleeps, or is about to. When it changes, the description is sent again."""
 
     @property
     def summary(self) -> str:

@@ -267,9 +267,10 @@ class _EngineServer:
 
     def _is_due(self, command: Command) -> bool:
         """Whether the first command can be carried out. One to sleep has new requests refused until
-        it can, and ends those that it is not to wait for."""
+        it can, of which every worker is told, and ends those that it is not to wait for."""
         if isinstance(command, WakeUp):
             return True
+        was_due = self.core.sleeper.report.is_due
         self.core.sleeper.refuse_requests()
         if command.mode is SleepMode.ABORT:
             failure = RequestFailure.of(asleep_error())
@@ -277,7 +278,10 @@ class _EngineServer:
             for output in ended:
                 self.core.abort(output.request_id)
             self._deliver(ended)
-        return not self.core.has_work and not self.core.sleeper.is_busy
+        is_due = not self.core.has_work and not self.core.sleeper.is_busy
+        if not is_due and not was_due:
+            self._tell_change()
+        return is_due
 
     def _carry_out_first(self) -> None:
         """Sleep or wake up, as the first command says, and answer the worker that asked for it,

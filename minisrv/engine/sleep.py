@@ -76,7 +76,6 @@ class Sleeper:
         self._arenas = arenas
         self._background = background
         self._witness: Witness | None = None
-        self._refuses = False
         self._are_kept = False
 
     @property
@@ -87,11 +86,11 @@ class Sleeper:
 
     def refuse_requests(self) -> None:
         """Have new requests refused, because the engine is to sleep as soon as it can."""
-        self._refuses = True
+        self._tell(is_due=True)
 
     def check_awake(self) -> None:
         """Raise EngineAsleepError if the engine sleeps, or refuses requests before it does."""
-        if self._refuses or self.report.is_asleep:
+        if self.report.refuses_requests:
             raise asleep_error()
 
     def sleep(self, level: int) -> None:
@@ -103,7 +102,7 @@ class Sleeper:
         Raises SleepError if the host has no memory for a copy of the weights; nothing is released
         then which was not before. Raises ConfigError if the engine never sleeps.
         """
-        self._refuses = False
+        self._tell(is_due=False)
         self._check_enabled()
         began, held = time.monotonic(), self._held_bytes()
         weights, kv_cache = self._arenas[SleepTag.WEIGHTS], self._arenas[SleepTag.KV_CACHE]

@@ -73,13 +73,17 @@ def test_sleep_under_load(start: Start, tiny: Path) -> None:
 
 
 def test_a_sleep_that_waits(start: Start, tiny: Path) -> None:
-    """With mode=wait requests end as if nothing had been asked, and new ones are refused."""
+    """With mode=wait requests end as if nothing had been asked, and new ones are refused, which the
+    server is not ready for."""
     server = start(str(tiny), *SMALL[:4], FLAG).wait_ready()
     body = LONG | {"max_tokens": 3000}
     [request] = server.post_all(COMPLETIONS, [body])
     until(lambda: server.metrics()["num_requests_running"] == 1, "it runs")
     asked = server._threads.submit(post, server, "/sleep?mode=wait")
     until(lambda: server.post(COMPLETIONS, prompt="x", max_tokens=1).status_code == 503, "refused")
+    until(lambda: state(server) == (503, "asleep"), "the worker has heard of it")
+    assert is_sleeping(server) == AWAKE
+    assert not request.done()
     woken = server._threads.submit(post, server, "/wake_up")  # comes after the sleep
     assert request.result().json()["usage"]["completion_tokens"] == 3000
     assert asked.result().status_code == 200

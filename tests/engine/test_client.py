@@ -307,6 +307,14 @@ async def test_the_engine_decides_whether_it_is_awake(tmp_path: Path) -> None:
         assert client.state is EngineState.READY
 
 
+async def test_an_engine_that_is_about_to_sleep(tmp_path: Path) -> None:
+    """It refuses requests, so that the client does not call it ready."""
+    async with connected(tmp_path) as (engine, client):
+        assert client.info is not None
+        await engine.say(Ready(replace(client.info, sleep=SleepReport(is_due=True))))
+        await until(lambda: client.state is EngineState.ASLEEP)
+
+
 async def test_a_command_that_nobody_will_answer(tmp_path: Path) -> None:
     async with connected(tmp_path) as (engine, client):
         waits = asyncio.ensure_future(client.command(SLEEP))
