@@ -32,6 +32,7 @@ from minisrv.engine.messages import (
     Hello,
     Loading,
     Ready,
+    SleepReport,
     StepOutputs,
     Submit,
     WorkerMessage,
@@ -114,7 +115,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._stats_asked: deque[asyncio.Future[None]] = deque()
-        self._commands: deque[asyncio.Future[None]] = deque()
+        self._commands: deque[asyncio.Future[SleepReport]] = deque()
         self._loading = Loading("starting")
         self._exit_report_seconds = exit_report_seconds
         self._death_timer: asyncio.TimerHandle | None = None
@@ -214,8 +215,9 @@ class EngineClient:
             await asyncio.wait((answer,), timeout=STATS_SECONDS)
         return self._stats
 
-    async def command(self, command: Command) -> None:
-        """Have the engine carry out a command, and wait until it has.
+    async def command(self, command: Command) -> SleepReport:
+        """Have the engine carry out a command, wait until it has, and return how the engine slept
+        then; the next command may have changed it by now.
 
         Raises EngineNotReadyError, EngineDeadError, and what keeps the engine from it.
         """
@@ -223,7 +225,7 @@ class EngineClient:
         done = self._loop.create_future()
         self._commands.append(done)  # answers come in the order of the commands
         self._send(command)
-        await asyncio.shield(done)  # the engine answers also if nobody waits
+        return await asyncio.shield(done)  # the engine answers also if nobody waits
 
     def check_serving(self) -> None:
         """Raise EngineNotReadyError while the engine loads or drains, EngineDeadError if it is
@@ -341,7 +343,8 @@ class EngineClient:
                 if done is None or done.done():
                     pass  # a worker that has died asked, or a shutdown has ended the wait
                 elif failure is None:
-                    done.set_result(None)
+                    assert self._info is not None, "a command goes to an engine that is ready"
+                    done.set_result(self._info.sleep)
                 else:
                     done.set_exception(failure.as_exception())
             case Failed(failure):

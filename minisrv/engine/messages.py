@@ -47,7 +47,8 @@ class WakeUp(msgspec.Struct, frozen=True, tag=True):
 
 
 class CommandDone(msgspec.Struct, frozen=True, tag=True):
-    """Engine to worker: the first command that has not been answered has been carried out.
+    """Engine to worker: the first command that has not been answered has been carried out. The
+    `Ready` before it describes what the command has brought about.
 
     failure: why it could not be.
     """

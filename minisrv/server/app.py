@@ -18,7 +18,15 @@ from starlette.responses import PlainTextResponse, Response
 from minisrv.checkpoint import GenerationConfig
 from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
-from minisrv.engine.messages import Sleep, SleepMode, SleepTag, WakeUp, sleep_level, sleep_word
+from minisrv.engine.messages import (
+    Sleep,
+    SleepMode,
+    SleepReport,
+    SleepTag,
+    WakeUp,
+    sleep_level,
+    sleep_word,
+)
 from minisrv.errors import EngineNotReadyError, RequestError, name_hint, shown
 from minisrv.metrics import CONTENT_TYPE, Metrics
 from minisrv.server.anthropic_builder import MessageResponseBuilder
@@ -308,10 +316,9 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
 
 
 def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
-    async def report() -> Response:
-        sleep = (await client.stats()).sleep
-        tags = [tag.value for tag in sleep.released]
-        return JSON(SleepResponse(sleep.is_asleep, sleep.level, tags))
+    def answer(report: SleepReport) -> Response:
+        tags = [tag.value for tag in report.released]
+        return JSON(SleepResponse(report.is_asleep, report.level, tags))
 
     @app.post(_SLEEP, response_class=JSON, responses=route_responses(SleepResponse))
     async def sleep(
@@ -324,8 +331,7 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
         error (abort), or are waited for (wait); new ones are refused."""
         _check_names(request, "level", "mode")
         asked = sleep_word(SleepMode, mode, "mode")
-        await client.command(Sleep(sleep_level(level), asked))
-        return await report()
+        return answer(await client.command(Sleep(sleep_level(level), asked)))
 
     @app.post(_WAKE_UP, response_class=JSON, responses=route_responses(SleepResponse))
     async def wake_up(
@@ -337,13 +343,12 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
         """Restore the memory, or that of the tags; requests are served when all is restored."""
         _check_names(request, "tags")
         asked = [sleep_word(SleepTag, tag, "tags") for tag in tags or SleepTag]
-        await client.command(WakeUp(asked))
-        return await report()
+        return answer(await client.command(WakeUp(asked)))
 
     @app.get("/is_sleeping", response_class=JSON, responses=route_responses(SleepResponse))
     async def is_sleeping() -> Response:
         """Return whether the engine sleeps."""
-        return await report()
+        return answer((await client.stats()).sleep)
 
 
 def _check_names(request: Request, *known: str) -> None:

@@ -86,7 +86,7 @@ def test_a_sleep_that_waits(start: Start, tiny: Path) -> None:
     assert not request.done()
     woken = server._threads.submit(post, server, "/wake_up")  # comes after the sleep
     assert request.result().json()["usage"]["completion_tokens"] == 3000
-    assert asked.result().status_code == 200
+    assert asked.result().json() == ASLEEP
     assert woken.result().json() == AWAKE
     assert "asleep at level 1" in server.log
     text(server)

@@ -292,6 +292,21 @@ async def test_commands_are_answered_in_their_order(tmp_path: Path) -> None:
         await second
 
 
+async def test_each_command_is_answered_by_what_it_has_brought_about(tmp_path: Path) -> None:
+    """However late the answer is read, and whatever the next command has changed."""
+    async with connected(tmp_path) as (engine, client):
+        assert client.info is not None
+        asked = [asyncio.ensure_future(client.command(c)) for c in (SLEEP, WAKE_UP)]
+        assert [await engine.hear(), await engine.hear()] == [SLEEP, WAKE_UP]
+        reports = [SleepReport(level=1, released=tuple(SleepTag)), SleepReport()]
+        messages: list[EngineMessage] = []
+        for report in reports:
+            messages += [Ready(replace(client.info, sleep=report)), CommandDone()]
+        for message in messages:
+            client._handle_message(message)
+        assert await asyncio.gather(*asked) == reports
+
+
 async def test_the_engine_decides_whether_it_is_awake(tmp_path: Path) -> None:
     """A client that has not heard yet that the engine is awake again refuses nothing."""
     async with connected(tmp_path) as (engine, client):

@@ -9,7 +9,14 @@ from typing import Any
 
 from minisrv.engine.admission import Admission
 from minisrv.engine.client import EngineState
-from minisrv.engine.messages import Command, EngineInfo, EngineStats, Loading, StepCount
+from minisrv.engine.messages import (
+    Command,
+    EngineInfo,
+    EngineStats,
+    Loading,
+    SleepReport,
+    StepCount,
+)
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
@@ -72,8 +79,9 @@ class FakeEngine:
         self.asked_to_abort: set[str] = set()
         self.commands: list[Command] = []
 
-    async def command(self, command: Command) -> None:
+    async def command(self, command: Command) -> SleepReport:
         self.commands.append(command)
+        return SleepReport()
 
     async def stats(self) -> EngineStats:
         return STATS

@@ -9,6 +9,7 @@ import pytest
 
 from minisrv.config import ServerConfig
 from minisrv.engine.messages import (
+    Command,
     EngineStats,
     Sleep,
     SleepMode,
@@ -28,14 +29,19 @@ BOTH = [SleepTag.WEIGHTS, SleepTag.KV_CACHE]
 
 
 class Sleeping(FakeEngine):
-    """An engine that sleeps at level 2, or cannot be woken up."""
+    """An engine that sleeps at level 2, whatever it has been asked for since, or cannot be woken
+    up."""
 
     failure: SleepError | None = None
 
-    async def command(self, command: object) -> None:
-        await super().command(command)  # type: ignore[arg-type]
+    async def command(self, command: Command) -> SleepReport:
+        await super().command(command)
         if self.failure is not None:
             raise self.failure
+        if isinstance(command, Sleep):
+            return SleepReport(command.level, tuple(BOTH))
+        left = tuple(tag for tag in BOTH if tag not in command.tags)
+        return SleepReport(2 if left else 0, left)
 
     async def stats(self) -> EngineStats:
         return EngineStats(sleep=SleepReport(2, tuple(BOTH), 0.5, 0.25))
@@ -48,12 +54,19 @@ def engine() -> Sleeping:
 async def test_what_the_engine_is_asked_for(connect: Connect) -> None:
     fake = engine()
     async with connect(fake, enable_sleep_mode=True) as client:
-        for path in (
-            *("/sleep", "/sleep?level=2&mode=wait", "/wake_up", "/wake_up?tags=kv_cache"),
-            "/wake_up?tags=kv_cache&tags=weights",
+        both = ["weights", "kv_cache"]
+        for path, level, released in (
+            ("/sleep", 1, both),
+            ("/sleep?level=2&mode=wait", 2, both),
+            ("/wake_up", 0, []),
+            ("/wake_up?tags=kv_cache", 2, ["weights"]),
+            ("/wake_up?tags=kv_cache&tags=weights", 0, []),
         ):
             answer = await client.post(path)
             assert answer.status_code == 200, answer.text
+            # What the command has brought about, not what another one has by now.
+            report = {"is_sleeping": bool(released), "level": level, "released": released}
+            assert answer.json() == report
         assert fake.commands == [
             Sleep(1, SleepMode.ABORT),
             Sleep(2, SleepMode.WAIT),
@@ -61,8 +74,8 @@ async def test_what_the_engine_is_asked_for(connect: Connect) -> None:
             WakeUp([SleepTag.KV_CACHE]),
             WakeUp(BOTH[::-1]),
         ]
-        report = {"is_sleeping": True, "level": 2, "released": ["weights", "kv_cache"]}
-        assert answer.json() == (await client.get("/is_sleeping")).json() == report
+        report = {"is_sleeping": True, "level": 2, "released": both}
+        assert (await client.get("/is_sleeping")).json() == report
 
 
 @pytest.mark.parametrize(
