@@ -267,12 +267,13 @@ class _EngineServer:
 
     def _is_due(self, command: Command) -> bool:
         """Whether the first command can be carried out. One to sleep has new requests refused until
-        it can, of which every worker is told, and ends those that it is not to wait for."""
+        it can, of which every worker is told. It ends the requests that there are, unless it and
+        every sleep behind it are to wait for them."""
         if isinstance(command, WakeUp):
             return True
         was_due = self.core.sleeper.report.is_due
         self.core.sleeper.refuse_requests()
-        if command.mode is SleepMode.ABORT:
+        if any(isinstance(c, Sleep) and c.mode is SleepMode.ABORT for _, c in self.commands):
             failure = RequestFailure.of(asleep_error())
             ended = [EngineOutput(request_id=each, error=failure) for each in self.owners]
             for output in ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from minisrv.engine.messages import (
     encode,
 )
 from minisrv.engine.process import _EngineServer
+from minisrv.errors import EngineAsleepError
 from minisrv.request import EngineRequest
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_sleep import connected, hear, start
@@ -72,3 +74,28 @@ def test_a_sleep_that_waits_is_told_at_once(served: tuple[_EngineServer, Worker]
     first = next(number for number, message in enumerate(told) if isinstance(message, Ready))
     tokens = [each for each in told[first:] if isinstance(each, StepOutputs)]
     assert tokens[-1].outputs[-1].finish_reason is not None, "the request has gone on"
+
+
+def test_a_sleep_that_aborts_does_not_wait_for_one_that_waits(
+    served: tuple[_EngineServer, Worker],
+) -> None:
+    """It ends the request at once, and both are carried out in their order."""
+    server, worker = served
+    worker.send(encode(Sleep(1, SleepMode.WAIT)))
+    while not server.commands:
+        server._turn()
+    worker.send(encode(Sleep(2, SleepMode.ABORT)))
+    assert server.socket.poll(10_000), "it has arrived"
+    told = until_done(server, worker) + until_done(server, worker)
+    outputs = [
+        each for message in told if isinstance(message, StepOutputs) for each in message.outputs
+    ]
+    failure = outputs[-1].error
+    assert failure is not None
+    assert isinstance(failure.as_exception(), EngineAsleepError)
+    levels = [
+        before.info.sleep.level
+        for before, message in pairwise(told)
+        if isinstance(before, Ready) and message == CommandDone()
+    ]
+    assert levels == [1, 2]
