@@ -330,6 +330,7 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
         the host, level 2 reads them from the checkpoint at the next wake-up. Requests end with an
         error (abort), or are waited for (wait); new ones are refused."""
         _check_names(request, "level", "mode")
+        _check_once(request, "level", "mode")
         asked = sleep_word(SleepMode, mode, "mode")
         return answer(await client.command(Sleep(sleep_level(level), asked)))
 
@@ -357,3 +358,10 @@ def _check_names(request: Request, *known: str) -> None:
         if name not in known:
             hint = name_hint(name, known)
             raise RequestError(f"{shown(name)} is no parameter of this path; {hint}", param=name)
+
+
+def _check_once(request: Request, *names: str) -> None:
+    """Raise RequestError if the query string has one of these parameters twice."""
+    for name in names:
+        if len(request.query_params.getlist(name)) > 1:
+            raise RequestError(f"{name} may be given once.", param=name)

@@ -86,6 +86,8 @@ async def test_what_the_engine_is_asked_for(connect: Connect) -> None:
         ("/sleep?level=0", "level"),
         ("/sleep?mode=keep", "mode"),
         ("/sleep?levle=2", "levle"),
+        ("/sleep?level=1&level=2", "level"),
+        ("/sleep?mode=wait&level=1&mode=wait", "mode"),
         ("/wake_up?tags=weight", "tags"),
         ("/wake_up?tag=weights", "tag"),
     ],
