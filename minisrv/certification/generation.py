@@ -65,6 +65,10 @@ class Turn(Protocol):
     """The time that the work has before the steps of requests go on."""
 
     @property
+    def spare_blocks(self) -> int:
+        """The number of free blocks that the work leaves to the requests."""
+
+    @property
     def is_over(self) -> bool:
         """Whether the work has lasted long enough to make way."""
 
@@ -79,6 +83,7 @@ class Always:
     """A `Turn` without an end, where no requests run."""
 
     is_over = False
+    spare_blocks = 0
 
     def make_way(self) -> None:
         """See `Turn`."""
@@ -257,7 +262,7 @@ def _borrowed_space(
     """Borrow blocks for a trial of a graph for the block; wait until there are any. Requests come
     first: one that needs all blocks could be admitted between two trials only."""
     turn.make_way()
-    while (space := borrow_space(runner, pool, key, make_batch)) is None:
+    while (space := borrow_space(runner, pool, key, make_batch, turn.spare_blocks)) is None:
         turn.wait()
     try:
         yield space

@@ -100,17 +100,24 @@ def reserved_space(runner: ModelRunner, pool: BlockPool) -> Iterator[TrialSpace]
 
 
 def borrow_space(
-    runner: ModelRunner, pool: BlockPool, key: GraphKey, make_batch: BatchMaker = short_batch
+    runner: ModelRunner,
+    pool: BlockPool,
+    key: GraphKey,
+    make_batch: BatchMaker = short_batch,
+    spare: int = 0,
 ) -> TrialSpace | None:
     """Take as many free blocks as a batch of a graph needs, but no more than half of the free ones,
     and return them with the request indices for trials. They are of the prefix cache only where the
     others are too few. With few blocks, the batch is shorter; None if there are none to take.
-    `BlockPool.give_back` takes the blocks back."""
+    `BlockPool.give_back` takes the blocks back.
+
+    spare: the number of blocks that stay free.
+    """
     everything = _everything(runner)
     rows = make_batch(key[1], everything)
     size = runner.block_size
     needed = 1 + sum(-(-(row.num_computed_tokens + row.num_tokens) // size) for row in rows)
-    most = min(needed, -(-pool.num_free // 2))
+    most = max(0, min(needed, -(-pool.num_free // 2), pool.num_free - spare))
     blocks = pool.reserve(most)
     blocks = sorted([*blocks, *pool.evict(most - len(blocks))])
     return TrialSpace.of(runner, blocks) if blocks else None

@@ -40,11 +40,13 @@ class Turn:
 
     ends: the time at which it is over.
     waits: whether the last one ended because there was nothing to do.
+    spare_blocks: see `certification.generation.Turn`.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.ends = math.inf
         self.waits = False
+        self.spare_blocks = 0
         self._clock = clock
         self._make_way: MakeWay | None = None
 
@@ -121,15 +123,17 @@ class Background:
         """Whether a work keeps the turns until it has finished something."""
         return self._unfinished is not None
 
-    def advance(self, *, busy: bool) -> None:
+    def advance(self, *, busy: bool, running: int = 0) -> None:
         """Give a work a turn, if there is one and it is time for it. To be called between steps.
 
         busy: whether requests run, whose steps must not wait often.
+        running: the number of requests that hold blocks, each of which may need one more.
         """
         began = self._clock()
         if not self._works or (busy and began < self._next_turn):
             return
         self.busy = busy
+        self.turn.spare_blocks = running
         self.go_on(began + TURN)
         ended = self._clock()
         took = ended - began

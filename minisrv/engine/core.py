@@ -62,15 +62,12 @@ class EngineCore:
         self.sleeper = parts.sleeper
         self._grammars = parts.grammars
         self._steps_ahead = int(parts.config.async_scheduling)
-        self._interrupted = False
-        self._had_work_throughout = False
+        self._interrupted = self._had_work_throughout = self._runs = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
         self._counters = StepCounters()
-        self._gpu_busy_ms = 0.0
-        self._gpu_idle_ms = 0.0
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
+        self._gpu_busy_ms = self._gpu_idle_ms = 0.0
+        self._prompt_tokens = self._generated_tokens = 0
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -124,11 +121,13 @@ class EngineCore:
 
     def advance_background(self) -> bool:
         """Give the work between steps a turn if it is time for one, and return whether `describe`
-        says something else now. While the engine sleeps there is no memory to work with."""
+        says something else now. While the engine sleeps there is no memory to work with. Where no
+        request can run, as a trial holds the blocks, the trial is not to wait for their steps."""
         if self.sleeper.report.is_asleep:
             return False
         before = self.compilation.report, self.filling.report
-        self.background.advance(busy=self.has_work)
+        busy, running = self._runs and self.has_work, len(self.scheduler.running)
+        self.background.advance(busy=busy, running=running)
         return before != (self.compilation.report, self.filling.report)
 
     # ---- steps -------------------------------------------------------------------------------
@@ -156,7 +155,8 @@ class EngineCore:
             if output is None:
                 break
             self._launch(output)
-        if not self._in_flight:
+        self._runs = bool(self._in_flight)
+        if not self._runs:
             if self._grammars.compiling and not failed:
                 self._grammars.wait(GRAMMAR_SECONDS)
             return failed

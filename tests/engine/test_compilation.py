@@ -683,6 +683,7 @@ class AlwaysOver:
     """
 
     is_over = True
+    spare_blocks = 0
 
     def __init__(self, between: Callable[[], None]) -> None:
         self.make_way = between

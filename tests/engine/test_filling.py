@@ -282,6 +282,48 @@ def test_steps_that_take_long_are_left_to_an_idle_engine(
     assert engine.filling.report.missing == 0
 
 
+def run(engine: EngineCore, request: EngineRequest, *, prompt_first: bool) -> None:
+    """Run a request to its end, with turns of the background behind its steps.
+
+    prompt_first: whether they begin when it has its first token.
+    """
+    engine.add(request)
+    while prompt_first and not engine.step():
+        pass
+    for _ in range(2000):
+        if not engine.has_work:
+            break
+        engine.step()
+        engine.advance_background()
+    assert not engine.has_work
+
+
+def request_of(num_prompt: int, max_tokens: int) -> EngineRequest:
+    prompt = [1 + index % 50 for index in range(num_prompt)]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return EngineRequest(request_id="all", prompt_token_ids=prompt, params=params)
+
+
+def test_a_trial_that_holds_the_blocks_of_all_requests_does_not_rest(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rested for steps that could not run before it had ended, and the engine stood still."""
+    engine = start(checkpoint, num_kv_blocks=31)
+    while not engine.scheduler.block_pool.num_used:
+        engine.advance_background()
+    monkeypatch.setattr(background, "LEAST_GAP", 3600.0)
+    run(engine, request_of(100, 20), prompt_first=False)
+
+
+def test_a_trial_leaves_each_running_request_a_block(checkpoint: str) -> None:
+    """It took the last block, and the request that came to need it lost all that it held."""
+    engine = start(checkpoint, num_kv_blocks=31)
+    run(engine, request_of(114, 6), prompt_first=True)
+    assert engine.scheduler.num_preemptions == 0
+    fill(engine)
+    assert engine.filling.report.missing == 0
+
+
 def test_every_worker_is_told_which_graphs_serve(checkpoint: str, tmp_path: Path) -> None:
     """An idle engine fills its ladders at once, and describes itself anew with each graph."""
     server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
