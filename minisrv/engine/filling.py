@@ -94,14 +94,12 @@ class LadderFilling:
                 yield True
                 continue
             del self._missing[key]
-            if not self._has_memory(key):
-                break
             try:
-                step_time = yield from turn.take(partial(self._add, key))
+                if not self._has_memory(key):
+                    break
+                self._costs.add(key, (yield from turn.take(partial(self._add, key))))
             except Exception as error:
                 self._refuse(key, error)
-            else:
-                self._costs.add(key, step_time)
             self.report = self._describe()
             yield True
         self._tell_end()

@@ -102,17 +102,19 @@ class StepCosts:
 
     def add(self, key: GraphKey, time: StepTime | None) -> None:
         """Let the dispatcher choose one more graph, which is installed, by its time if `asks_for`
-        asks for that. What is predicted for batches that it holds is now the time of this graph."""
-        if time is not None:
-            samples = cost_samples({key: time})
-            self.samples += samples
-            if self._target_ms != 0:
-                self.cost_model.add(samples)
-            if self._chooses_graphs:
-                self.times = {**self.times, key: time}
-                self.dispatcher.use_times(self.times)
-        self.dispatcher.use_graphs({*self.dispatcher.in_service, key})
-        self._keys.clear()
+        asks for that. What is predicted for batches that it holds is now the time of this graph. If
+        anything fails, no batch runs by it."""
+        with _undone_by_errors(self, self.dispatcher):
+            if time is not None:
+                samples = cost_samples({key: time})
+                self.samples = [*self.samples, *samples]
+                if self._target_ms != 0:
+                    self.cost_model.add(samples)
+                if self._chooses_graphs:
+                    self.times = {**self.times, key: time}
+                    self.dispatcher.use_times(self.times)
+            self.dispatcher.use_graphs({*self.dispatcher.in_service, key})
+            self._keys = {}
 
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
         """Choose by the durations of the `timed_keys` of other code, which has taken over. If

@@ -13,6 +13,7 @@ import torch
 import zmq
 
 from minisrv.config import EngineConfig
+from minisrv.core import dispatcher
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.ladder import decode_descriptor
 from minisrv.engine import background
@@ -224,6 +225,40 @@ def test_without_memory_the_filling_stops_and_the_server_goes_on(
     assert (report.missing, report.refused) == (0, {})
     assert report.stopped
     assert caplog.text.count("no more graphs are captured") == 1
+    assert set(engine.runner.graphs) == engine.dispatcher.in_service
+
+
+@pytest.mark.parametrize("where", ["room", "dispatcher"])
+def test_an_error_beside_the_capture_refuses_the_graph_and_the_server_goes_on(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It ended the engine, and all requests with it."""
+    expected, _ = serve(start(checkpoint, cudagraph_mode=CUDAGraphMode.NONE), count=12)
+    engine = start(checkpoint)
+    key = (FULL, decode_descriptor(4, StageOutput.TOKENS))
+    stand_ins, calls = dispatcher._stand_ins, [0]
+
+    def fails_for_one(keys: Any, in_service: Any) -> Any:
+        if key in in_service:
+            raise RuntimeError("it breaks")
+        return stand_ins(keys, in_service)
+
+    def fails_once(*_: Any) -> bool:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("it breaks")
+        return True
+
+    if where == "room":
+        monkeypatch.setattr(engine.filling, "_has_room", fails_once)
+    else:
+        monkeypatch.setattr(dispatcher, "_stand_ins", fails_for_one)
+    found, _ = serve(engine, count=12)
+    fill(engine)
+    assert found == expected
+    report = engine.filling.report
+    assert list(report.refused.values()) == ["RuntimeError('it breaks')."]
+    assert (report.missing, report.graphs) == (0, report.total - 1)
     assert set(engine.runner.graphs) == engine.dispatcher.in_service
 
 
