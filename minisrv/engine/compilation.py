@@ -231,11 +231,15 @@ class Compilation:
         self._background.add(self._until_refused(work))
 
     def _until_refused(self, work: Work) -> Work:
-        """Do the work, which a refusal ends."""
+        """Do the work, which a refusal ends, and so does Ctrl-C in one of its turns."""
         try:
             yield from work
         except _RefusedError as error:
             self._refuse(error)
+        except BaseException:
+            if self.report.state is not CompilationState.COMPILED:
+                self._tell(state=CompilationState.REFUSED, reason="it was interrupted.")
+            raise
         finally:
             self._is_under_way = False
 

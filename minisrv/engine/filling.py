@@ -75,7 +75,7 @@ class LadderFilling:
         self.report = self._describe()
         """The graphs that serve. A change replaces it."""
         if self._missing:
-            background.add(self._fill())
+            background.add(self._until_interrupted())
 
     def want(self, keys: Iterable[GraphKey]) -> None:
         """Let graphs come next that a batch would have run by."""
@@ -83,6 +83,15 @@ class LadderFilling:
             if key in self._missing:
                 self._missing.move_to_end(key, last=False)
                 self._missing[key] = True
+
+    def _until_interrupted(self) -> Work:
+        """Do the work, which Ctrl-C in one of its turns ends."""
+        try:
+            yield from self._fill()
+        except BaseException:
+            self._stopped = "it was interrupted."
+            self.report = self._describe()
+            raise
 
     def _fill(self) -> Work:
         """Add the missing graphs; between two of them another work may have its turn."""

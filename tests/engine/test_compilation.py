@@ -846,6 +846,32 @@ def test_the_work_rests_while_requests_run(checkpoint, monkeypatch):
     assert len(took) == 6
 
 
+def test_an_interrupted_certification_is_a_refusal(checkpoint, monkeypatch):
+    """After Ctrl-C in a turn the code was certified for ever, by its report."""
+    engine = start(checkpoint, FakeCompiler())
+    while not engine.background.is_in_the_middle:
+        engine.background.advance(busy=False)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def finish() -> None:
+        while engine.background.has_work:
+            engine.background.advance(busy=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish()
+    report = engine.describe().compilation
+    assert report.state is CompilationState.REFUSED
+    assert (report.reason, report.generation) == ("it was interrupted.", 0)
+    assert not engine.compilation.is_under_way
+    engine.add(next(requests(1)))
+    while engine.has_work:
+        engine.step()
+
+
 def test_a_turn_ends_when_its_time_is_over(checkpoint, monkeypatch):
     """The work goes on until the time of a turn is over, whether or not requests run, and then
     makes way at the next point where it can."""

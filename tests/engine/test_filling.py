@@ -4,6 +4,8 @@ each for itself: certified, in the order in which batches ask for them, or not a
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,28 @@ def test_an_error_beside_the_capture_refuses_the_graph_and_the_server_goes_on(
     report = engine.filling.report
     assert list(report.refused.values()) == ["RuntimeError('it breaks')."]
     assert (report.missing, report.graphs) == (0, report.total - 1)
+    assert set(engine.runner.graphs) == engine.dispatcher.in_service
+
+
+def test_an_interrupted_filling_says_that_it_has_stopped(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C in a turn nothing was captured any more, and graphs counted as missing."""
+    engine = start(checkpoint)
+    forward = Decoder.forward
+
+    def interrupted(model: Decoder, *given: torch.Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        forward(model, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(engine)
+    fill(engine)
+    report = engine.describe().ladder
+    assert (report.missing, report.stopped) == (0, "it was interrupted.")
+    assert report.graphs < report.total
     assert set(engine.runner.graphs) == engine.dispatcher.in_service
 
 
