@@ -98,12 +98,13 @@ class Background:
     turn: the turn that the works share.
     busy: whether requests run, whose steps wait for the turn that began last.
     longest_turn: the longest time in seconds for which a turn has made requests wait.
+    idle_turn: the duration of the last turn if none ran; 0 if requests ran, or it is counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.turn = Turn(clock)
         self.busy = False
-        self.longest_turn = 0.0
+        self.longest_turn = self.idle_turn = 0.0
         self._clock = clock
         self._works: list[Work] = []
         self._unfinished: Work | None = None
@@ -130,6 +131,7 @@ class Background:
         running: the number of requests that hold blocks, each of which may need one more.
         """
         began = self._clock()
+        self.idle_turn = 0.0
         if not self._works or (busy and began < self._next_turn):
             return
         self.busy = busy
@@ -138,8 +140,14 @@ class Background:
         ended = self._clock()
         took = ended - began
         self._next_turn = ended + max(LEAST_GAP, REST * took)
+        self.idle_turn = took
         if busy:
-            self.longest_turn = max(self.longest_turn, took)
+            self.count_turn()
+
+    def count_turn(self) -> None:
+        """Count the last turn as one that has made requests wait."""
+        self.longest_turn = max(self.longest_turn, self.idle_turn)
+        self.idle_turn = 0.0
 
     def go_on(self, ends: float) -> None:
         """Go on with a work until it makes way, which it does after the time `ends`. If it waits

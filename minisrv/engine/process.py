@@ -245,10 +245,14 @@ class _EngineServer:
         """Read what workers have sent, run a step if there is one to run, and go on with the work
         between steps. Every worker is told of a change that this makes."""
         self.heartbeat.beat()
+        background = self.core.background
+        has_waited = background.idle_turn and (self.core.has_work or self.socket.poll(0))
         while self.socket.poll(0 if self._has_work() else IDLE_MS):
             self._receive()
             self.heartbeat.beat()
         if self.core.has_work:
+            if has_waited:
+                background.count_turn()
             self._deliver(self.core.step())
         if self.core.advance_background():
             self._tell_change()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.filling import LONGEST_STEP_MS
 from minisrv.engine.heartbeat import Heartbeat
-from minisrv.engine.messages import Hello, Ready, decode_engine_message, encode
+from minisrv.engine.messages import Hello, Ready, Submit, decode_engine_message, encode
 from minisrv.engine.platforms import CPUPlatform
 from minisrv.engine.platforms.cuda import CUDAPlatform
 from minisrv.engine.process import _EngineServer
@@ -401,6 +402,49 @@ def test_every_worker_is_told_which_graphs_serve(checkpoint: str, tmp_path: Path
             told.append(message.info.ladder.missing)
         assert told == list(range(told[0], -1, -1))
         assert told[0] > 10
+    finally:
+        worker.close(linger=0)
+        server.close()
+
+
+@pytest.mark.parametrize("comes_in_it", [True, False])
+def test_a_turn_of_an_idle_engine_counts_if_a_request_has_come_in_it(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_in_it: bool
+) -> None:
+    """An idle engine takes the graphs whose steps take longest, and those were the turns that were
+    left out."""
+    server = _EngineServer(f"ipc://{tmp_path}/engine", Heartbeat(tmp_path / "heartbeat"))
+    server.core = start(checkpoint)
+    server.state = Ready(server.core.info)
+    worker = server.context.socket(zmq.DEALER)
+    turns = server.core.background
+    forward = Decoder.forward
+
+    def send() -> None:
+        worker.send(encode(Submit([request_of(4, 2)])))
+
+    def takes_long(model: Decoder, *given: torch.Tensor) -> None:
+        time.sleep(0.2)
+        if comes_in_it:
+            send()
+            assert server.socket.poll(10_000)
+        forward(model, *given)
+
+    try:
+        worker.connect(f"ipc://{tmp_path}/engine")
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "forward", takes_long)
+            worker.send(encode(Hello()))
+            while turns.idle_turn < 0.2:
+                server._turn()
+        took = turns.idle_turn
+        if not comes_in_it:
+            turns.close()
+            server._turn()
+            send()
+        while not server.core.stats().generated_tokens:
+            server._turn()
+        assert server.core.stats().longest_turn_seconds == (took if comes_in_it else 0.0)
     finally:
         worker.close(linger=0)
         server.close()
