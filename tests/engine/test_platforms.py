@@ -47,11 +47,13 @@ class Gpu(CUDAPlatform):
     allowed: the number of bytes that may be used.
     used: the number of bytes that are in use.
     kept: the number of bytes that torch keeps cached and nobody uses.
+    peak: the largest sum of these two since it was last forgotten.
     """
 
     def __init__(self, *, allowed: int = 1 << 30, used: int = 0, kept: int = 0) -> None:
         super().__init__(torch.device("cpu"))
         self.allowed, self.used, self.kept = allowed, used, kept
+        self.peak = used + kept
 
     def make_backend(self) -> CPUTapeBackend:
         return CPUTapeBackend()
@@ -72,6 +74,12 @@ class Gpu(CUDAPlatform):
 
     def used_bytes(self) -> int:
         return self.used + self.kept
+
+    def forget_peak(self) -> None:
+        self.peak = self.used_bytes()
+
+    def bytes_below_peak(self) -> int:
+        return self.peak - self.used_bytes()
 
     def keep(self, nbytes: int) -> None:
         """Move `nbytes` from used to kept, as torch does when memory is freed."""
@@ -527,6 +535,23 @@ def test_the_room_for_one_more_graph():
     assert gpu.has_room(config, given, left)
     assert not gpu.has_room(config, given, left + 1)
     assert CPUPlatform().has_room(config, sized, 1 << 60)
+
+
+def test_the_room_beside_a_cache_of_a_given_size_leaves_out_that_of_a_step(checkpoint):
+    """Graphs took all of the GPU, and the next largest step failed."""
+    runner = build_engine(EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu")).runner
+    config = EngineConfig(model=checkpoint, num_kv_blocks=100)
+    shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=1)
+    gpu = Gpu(used=700 * MIB, kept=200 * MIB)
+    plan = gpu.plan_memory(config, shape, None, 4321, 1, None)
+    gpu.release()
+    gpu.used += 100 * MIB  # the cache
+    gpu.kept += 150 * MIB  # the largest step
+    gpu.peak = gpu.used_bytes()
+    gpu.check_plan(config, plan, shape, runner)
+    left = gpu.total_bytes() - gpu.used_bytes()
+    assert gpu.has_room(config, plan, left - 150 * MIB)
+    assert not gpu.has_room(config, plan, left - 150 * MIB + 1)
 
 
 def test_a_full_gpu_is_an_error_of_the_settings_that_names_the_phase(checkpoint, monkeypatch):

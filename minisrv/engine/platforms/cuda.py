@@ -52,6 +52,9 @@ class CUDAPlatform(Platform):
 
     kind = CUDA
     times_graphs = True
+    step_bytes = 0
+    """Number of bytes that steps take for a while besides what the engine holds. It is measured at
+    a start whose cache has a given size; otherwise it is in the plan."""
 
     def make_backend(self) -> CUDABackend:
         """See `Platform`."""
@@ -121,6 +124,7 @@ class CUDAPlatform(Platform):
         generations and the largest steps take according to a probe, minus what compiling a second
         generation takes. The probe's memory is released before this returns. If the plan holds,
         its result is kept, and the next start of the same engine makes no probe."""
+        self.forget_peak()
         if config.kv_cache_memory is not None:
             return MemoryPlan(before_loading)
         if config.num_kv_blocks is not None:
@@ -187,10 +191,11 @@ class CUDAPlatform(Platform):
     ) -> None:
         """See `Platform`. The planned memory may have turned out larger than
         `gpu_memory_utilization` allows."""
-        if plan.graph_bytes is None:
-            return
         gc.collect()
         self.release()
+        if plan.graph_bytes is None:
+            self.step_bytes = self.bytes_below_peak()
+            return
         actual = sum(graph.nbytes for graph in runner.graphs.values())
         counts = len(runner.graphs), len(runner.ladders.keys())
         sizes = map(mebibytes, (actual, plan.graph_bytes))
@@ -216,10 +221,11 @@ class CUDAPlatform(Platform):
         return found.name, found.total_memory, driver_version()
 
     def has_room(self, config: EngineConfig, plan: MemoryPlan, nbytes: int) -> bool:
-        """See `Platform`. There is what `gpu_memory_utilization` leaves, or what the GPU has if the
-        size of the cache was given."""
+        """See `Platform`. There is what `gpu_memory_utilization` leaves, or if the size of the
+        cache was given what the GPU has, without the room that the largest step needs. This counts
+        twice while torch keeps it, which is on the safe side."""
         given = plan.graph_bytes is None
-        most = self.total_bytes() if given else self.allowed_bytes(config)
+        most = self.total_bytes() - self.step_bytes if given else self.allowed_bytes(config)
         return self.used_bytes() + nbytes <= most
 
     def allowed_bytes(self, config: EngineConfig) -> int:
@@ -230,6 +236,15 @@ class CUDAPlatform(Platform):
         """Return the number of bytes of the GPU."""
         _, total = torch.cuda.mem_get_info(self.device)
         return total
+
+    def forget_peak(self) -> None:
+        """Let `bytes_below_peak` count from now on."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def bytes_below_peak(self) -> int:
+        """Return how many bytes more torch has had from the GPU at a time than it has now."""
+        device = self.device
+        return torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
 
     def used_bytes(self) -> int:
         """Return the number of bytes of the GPU that any process uses."""
