@@ -64,8 +64,9 @@ def test_sleep_under_load(start: Start, tiny: Path) -> None:
         assert post(server, "/wake_up").json() == AWAKE
         assert [text(server, number) for number in range(4)] == before
         assert state(server) == (200, "ready")
+    until(lambda: server.metrics()["kv_cache_usage_perc"] == 0, "no graph is being certified")
     found = server.metrics()
-    assert found["num_requests_running"] == found["kv_cache_usage_perc"] == 0
+    assert found["num_requests_running"] == 0
     assert found["last_sleep_seconds"] > 0
     assert found["last_wake_up_seconds"] > 0
     assert server.log.count("asleep at level") == server.log.count("awake after") == 2
