@@ -12,6 +12,7 @@ certified (`certification.generation`), nor of when it is time for a turn (`back
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -39,6 +40,9 @@ LONGEST_STEP_MS = 20.0
 requests run that have not asked for it: nothing interrupts a replay on a GPU. Those that have asked
 have had a longer step."""
 
+MEMORY_PAUSE = 60.0
+"""Number of seconds for which nothing is captured after there was no memory for it."""
+
 
 class LadderFilling:
     """Brings the graphs that are missing in one engine into service. No error of it ends the
@@ -64,6 +68,7 @@ class LadderFilling:
         self._has_room = has_room
         self._refused: dict[str, str] = {}
         self._stopped = ""
+        self._paused_at = -math.inf
         self._num_at_start = len(runner.graphs)
         self._began = time.monotonic()
         in_service = costs.dispatcher.in_service
@@ -96,17 +101,18 @@ class LadderFilling:
     def _fill(self) -> Work:
         """Add the missing graphs; between two of them another work may have its turn."""
         turn = self._background.turn
-        while self._missing and not self._stopped:
-            key = self._next()
+        while self._missing:
+            is_paused = time.monotonic() < self._paused_at + MEMORY_PAUSE
+            key = None if is_paused else self._next()
             if key is None:
                 turn.waits = True
                 yield True
                 continue
-            del self._missing[key]
             try:
-                if not self._has_memory(key):
-                    break
-                self._costs.add(key, (yield from turn.take(partial(self._add, key))))
+                if self._has_memory(key):
+                    self._costs.add(key, (yield from turn.take(partial(self._add, key))))
+                    del self._missing[key]
+                    self._stopped = ""
             except Exception as error:
                 self._refuse(key, error)
             self.report = self._describe()
@@ -132,8 +138,8 @@ class LadderFilling:
         return time_generation(runner, pool, Generation.in_service(runner), [key], turn)[key]
 
     def _has_memory(self, key: GraphKey) -> bool:
-        """Whether there is memory for a graph; if not, no more are captured. It takes no more than
-        the next larger one of its kind has taken, or a piece of the driver's memory."""
+        """Whether there is memory for a graph; if not, none are captured for a while. It takes no
+        more than the next larger one of its kind has taken, or a piece of the driver's memory."""
         alike = [
             (other.num_tokens, graph.nbytes)
             for (mode, other), graph in self._runner.graphs.items()
@@ -142,17 +148,20 @@ class LadderFilling:
             and other.num_tokens > key[1].num_tokens
         ]
         needed = max(DRIVER_BYTES, min(alike)[1])
-        if not self._has_room(needed):
-            self._stop(f"the next one may take {mebibytes(needed)}, which the GPU has not left.")
-        return not self._stopped
+        has_room = self._has_room(needed)
+        if not has_room:
+            self._pause(f"the next one may take {mebibytes(needed)}, which the GPU has not left.")
+        return has_room
 
     def _refuse(self, key: GraphKey, error: Exception) -> None:
-        """Go on without a graph, or without all that are missing if the memory is full."""
+        """Go on without a graph, or for a while without all that are missing if the memory is
+        full."""
         what = error.message if isinstance(error, MinisrvError) else f"{error!r}."
         self._runner.remove(key)
         if _is_out_of_memory(error):
-            self._stop(what)
+            self._pause(what)
             return
+        del self._missing[key]
         self._refused[_name(key)] = what
         logger.warning(
             "the graph %s may not serve; its batches run at the next larger size: %s",
@@ -161,9 +170,13 @@ class LadderFilling:
             exc_info=None if isinstance(error, MinisrvError) else error,
         )
 
-    def _stop(self, why: str) -> None:
+    def _pause(self, why: str) -> None:
+        if not self._stopped:
+            logger.warning(
+                "no more graphs are captured for now: %s Batches run at larger sizes.", why
+            )
         self._stopped = why
-        logger.warning("no more graphs are captured: %s Batches run at larger sizes.", why)
+        self._paused_at = time.monotonic()
 
     def _describe(self) -> LadderReport:
         served = self._costs.dispatcher.in_service

@@ -175,7 +175,7 @@ class LadderReport(msgspec.Struct, frozen=True):
     mixed: the numbers of tokens for whose mixed batches there are graphs, ascending.
     epilogues: the numbers of requests for whose epilogues there are graphs, ascending.
     refused: the graphs that may not serve, and why.
-    stopped: why the missing graphs are not captured any more; empty if they are.
+    stopped: why the missing graphs are not captured, at least for now; empty if they are.
     """
 
     graphs: int = 0
@@ -188,7 +188,7 @@ class LadderReport(msgspec.Struct, frozen=True):
 
     @property
     def missing(self) -> int:
-        """The number of graphs that may yet come into service."""
+        """The number of graphs that come into service; 0 while they are stopped."""
         return 0 if self.stopped else self.total - self.graphs - len(self.refused)
 
 

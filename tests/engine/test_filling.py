@@ -19,7 +19,7 @@ from minisrv.config import EngineConfig
 from minisrv.core import dispatcher
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.ladder import decode_descriptor
-from minisrv.engine import background
+from minisrv.engine import background, filling
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.filling import LONGEST_STEP_MS
@@ -200,7 +200,7 @@ def test_a_graph_of_the_covering_ladder_that_fails_ends_the_start(
 
 
 @pytest.mark.parametrize("when", ["before", "trial"])
-def test_without_memory_the_filling_stops_and_the_server_goes_on(
+def test_without_memory_the_filling_pauses_and_the_server_goes_on(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
     expected, _ = serve(start(checkpoint))
@@ -229,6 +229,12 @@ def test_without_memory_the_filling_stops_and_the_server_goes_on(
     assert report.stopped
     assert caplog.text.count("no more graphs are captured") == 1
     assert set(engine.runner.graphs) == engine.dispatcher.in_service
+    left[0] = 1000
+    monkeypatch.setattr(filling, "MEMORY_PAUSE", 0.0)
+    engine.background.advance(busy=False)
+    fill(engine)
+    report = engine.stats().ladder
+    assert (report.graphs, report.missing, report.stopped) == (report.total, 0, "")
 
 
 @pytest.mark.parametrize("where", ["room", "dispatcher"])
