@@ -100,10 +100,8 @@ class Probe:
         self.num_blocks = num_blocks
         sizes = {"large": 25 * MIB, "small": 15 * MIB}
         self.graphs = {name: CapturedGraph((), {}, nbytes) for name, nbytes in sizes.items()}
+        self.model = SimpleNamespace(unbind_kv_cache=lambda: None)
         self.use(num_blocks * MIB)
-
-    def close(self) -> None:
-        """Do nothing: no model has the cache."""
 
     def use(self, nbytes: int) -> None:
         """Take `nbytes` of memory, which torch keeps cached when the runner is gone."""
