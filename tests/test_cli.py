@@ -58,7 +58,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["--served"], "did you mean --served-model-name?"),
         (["--max-m", "9"], "did you mean --max-model-len?"),
         (["--measure"], "--measure is a flag of plan, not of this command."),
-        (["--rounds", "9"], "--rounds is a flag of bench, not of this command."),
+        (["--rounds", "9"], "--rounds is a flag of bench, launch-cost, not of this command."),
         (["--frobnicate"], "there is no --frobnicate; see --help."),
         (["model", "another"], "nothing takes 'another'"),
         (["--cudagraph-capture-sizes", "1,x"], "'1,x' is no size; write 1 2 4,8"),

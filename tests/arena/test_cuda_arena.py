@@ -16,6 +16,7 @@ DEVICE = torch.device("cuda", 0)
 
 def arena() -> CUDAArena:
     torch.ones(1, device=DEVICE).fill_(2)  # so that CUDA has loaded what it loads at first
+    torch.cuda.empty_cache()  # so that no two tensors of a test share what torch has cached
     return CUDAArena(DEVICE)
 
 

@@ -73,7 +73,7 @@ def test_both_sides_generate_the_same_tokens(tmp_path, monkeypatch, capsys, flag
         assert result["same_tokens"] == 1.0
         assert [len(times) for times in result["blocks_ms"].values()] == [4, 4]
     assert report["environment"]["versions"]["transformers"]
-    assert report["engine"]["graphs"] == (0 if flags else 18)
+    assert report["engine"]["ladder"]["graphs"] == (0 if flags else 18)
     assert report["simulated_launch_us"] == bool(flags)
     assert ("SIMULATED" in capsys.readouterr().out) == bool(flags)
 

@@ -169,7 +169,11 @@ def test_what_the_probe_says_is_enough_and_little_more(share):
     """The probe's prediction of the graphs' memory is enough and not far too much: the cache takes
     the rest of the memory, and the largest steps still run."""
     config = EngineConfig(
-        device="cuda", gpu_memory_utilization=share, max_num_seqs=512, max_num_batched_tokens=2048
+        device="cuda",
+        gpu_memory_utilization=share,
+        max_num_seqs=512,
+        max_num_batched_tokens=2048,
+        cudagraph_capture="whole",
     )
     engine = build_engine(config)
     actual = sum(graph.nbytes for graph in engine.runner.graphs.values())

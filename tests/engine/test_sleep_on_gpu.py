@@ -39,7 +39,7 @@ def test_tokens_are_the_same_and_memory_was_free(mode: str, steps_ahead: bool) -
     for level in (1, 1, 2):
         awake = used()
         llm.sleep(level)
-        assert awake - used() >= held
+        assert awake - used() >= held - 8 * MIB  # of which a comparison of steps takes some
         llm.wake_up(["weights"])
         assert llm.engine.sleeper.report.is_asleep
         llm.wake_up()
