@@ -24,7 +24,7 @@ from minisrv.certification.generation import build_graph, time_generation
 from minisrv.certification.startup import DRIVER_BYTES
 from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.engine.background import Background, Work
+from minisrv.engine.background import Background, Turn, Work
 from minisrv.engine.memory import mebibytes
 from minisrv.engine.messages import LadderReport
 from minisrv.engine.step_costs import StepCosts
@@ -110,7 +110,9 @@ class LadderFilling:
                 continue
             try:
                 if self._has_memory(key):
-                    self._costs.add(key, (yield from turn.take(partial(self._add, key))))
+                    asks = self._costs.asks_for(key)
+                    add = partial(_add_graph, self._runner, self._pool, key, turn, timed=asks)
+                    self._costs.add(key, (yield from turn.take(add)))
                     del self._missing[key]
                     self._stopped = ""
             except Exception as error:
@@ -127,15 +129,6 @@ class LadderFilling:
             if is_wanted or not self._background.busy or step_ms <= LONGEST_STEP_MS:
                 return key
         return None
-
-    def _add(self, key: GraphKey) -> StepTime | None:
-        """Capture, certify and install a graph, and return the time of a step by it if it is asked
-        for."""
-        runner, pool, turn = self._runner, self._pool, self._background.turn
-        build_graph(runner, pool, key, turn)
-        if not self._costs.asks_for(key):
-            return None
-        return time_generation(runner, pool, Generation.in_service(runner), [key], turn)[key]
 
     def _has_memory(self, key: GraphKey) -> bool:
         """Whether there is memory for a graph; if not, none are captured for a while. It takes no
@@ -211,6 +204,19 @@ class LadderFilling:
             time.monotonic() - self._began,
             f"; a turn made requests wait {1000 * longest:.0f} ms at most" if longest else "",
         )
+
+
+def _add_graph(
+    runner: ModelRunner, pool: BlockPool, key: GraphKey, turn: Turn, *, timed: bool
+) -> StepTime | None:
+    """Capture, certify and install a graph, and return the time of a step by it if it is timed.
+
+    It refers to no `LadderFilling`: its thread would keep the whole engine when nobody else does.
+    """
+    build_graph(runner, pool, key, turn)
+    if not timed:
+        return None
+    return time_generation(runner, pool, Generation.in_service(runner), [key], turn)[key]
 
 
 def _name(key: GraphKey) -> str:

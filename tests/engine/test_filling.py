@@ -3,10 +3,12 @@ each for itself: certified, in the order in which batches ask for them, or not a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,15 +284,35 @@ def test_an_interrupted_filling_says_that_it_has_stopped(
         os.kill(os.getpid(), signal.SIGINT)
         forward(model, *given)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fill(engine)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fill(engine)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     fill(engine)
     report = engine.describe().ladder
     assert (report.missing, report.stopped) == (0, "it was interrupted.")
     assert report.graphs < report.total
     assert set(engine.runner.graphs) == engine.dispatcher.in_service
+
+
+def test_an_engine_that_nobody_has_leaves_no_memory(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread in which a graph was being certified referred to the filling, and so to all of the
+    engine, whose memory was never free again."""
+    monkeypatch.setattr(background, "TURN", 0.0)
+    engine = start(checkpoint)
+    while not engine.background.is_in_the_middle:
+        engine.advance_background()
+    runner = weakref.ref(engine.runner)
+    del engine
+    gc.collect()  # ends the thread, which has
+    gc.collect()  # let go of what it held then
+    assert runner() is None
 
 
 def test_predictions_are_for_the_graph_that_runs(
