@@ -24,7 +24,8 @@ def still_serving(server: Server) -> Iterator[None]:
     raised."""
     yield
     assert server.complete("x", max_tokens=2)["usage"]["completion_tokens"] == 2
-    assert server.metrics()["kv_cache_usage_perc"] == 0
+    # A graph that is being certified holds blocks for a moment.
+    until(lambda: server.metrics()["kv_cache_usage_perc"] == 0, "all blocks are back")
     assert "Traceback" not in server.log
 
 
