@@ -275,9 +275,8 @@ class _Visit(StepObserver):
 
     A new visit makes way first if the turn is over, and so does a run at each piece. If the graphs
     that serve share the memory of the one that is replayed, its intermediates are set aside, or
-    where that cannot be the replay is not interrupted. Those who
-    observe the steps of requests are not told of the runs, and no garbage is collected meanwhile,
-    which could disturb a capture.
+    where that cannot be the replay is not interrupted. Those who observe the steps of requests are
+    not told of the runs, and no garbage is collected meanwhile, which could disturb a capture.
 
     seconds_away: how long the steps of requests have run during the visit.
     shares_memory: whether the graphs that serve have their intermediates where this one has.
