@@ -6,6 +6,7 @@ thread, as several tests run at a time, and Hypothesis to measure no times.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -54,6 +55,14 @@ def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "minisrv.engine.platforms.CPUPlatform.kind", replace(CPU, captures_mixed=True)
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_frozen() -> Iterator[None]:
+    """Where one test leaves objects to which the garbage collector pays no attention any more, the
+    engines of all tests after it stay in memory, as each capture adds to those objects."""
+    yield
+    assert not gc.get_freeze_count()
 
 
 @pytest.fixture(autouse=True, scope="session")
