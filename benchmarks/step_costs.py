@@ -35,7 +35,7 @@ from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.engine.messages import ErrorHistogram
+from minisrv.engine.messages import Histogram
 from minisrv.graph.observer import StepObserver
 from minisrv.modes import GraphKey, Stage
 from minisrv.request import EngineRequest, SamplingParams
@@ -106,7 +106,7 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
-def error_quantile(errors: ErrorHistogram, share: float) -> float:
+def error_quantile(errors: Histogram, share: float) -> float:
     """Return the error below which a share of all errors lies; within a bucket they are taken to be
     spread evenly."""
     bounds = (0.0, *errors.bounds, 2 * errors.bounds[-1])

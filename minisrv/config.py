@@ -22,6 +22,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 MODEL_IMPLS = ("auto", "minisrv", "transformers")
 QUANTIZATIONS = ("int8",)
+METRICS_NAMES = ("minisrv", "vllm", "both")
 GRAPH_CAPTURES = ("covering", "whole")
 
 _T = TypeVar("_T")
@@ -228,6 +229,8 @@ class ServerConfig:
     ssl_keyfile: a PEM file with the private key of the certificate.
     disable_log_stats: do not log throughput and queue length at intervals while there is work.
     disable_uvicorn_access_log: do not log a line for each request.
+    metrics_names: whose names the metrics at /metrics have: minisrv's, those of vLLM, for
+        dashboards, autoscalers and routers that read a vLLM server, or both.
     Raises ConfigError.
     """
 
@@ -248,6 +251,7 @@ class ServerConfig:
     ssl_keyfile: Path | None = None
     disable_log_stats: bool = False
     disable_uvicorn_access_log: bool = False
+    metrics_names: str = _setting("minisrv", choices=METRICS_NAMES)
 
     def __post_init__(self) -> None:
         _check_fields(self)

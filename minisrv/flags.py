@@ -198,8 +198,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_as("allowed_hosts", metavar="NAME")
     flags.add_as("allowed_origins", metavar="ORIGIN")
     flags.add("ssl_certfile", "ssl_keyfile")
-    flags.group("log")
-    flags.add("disable_log_stats", "disable_uvicorn_access_log")
+    flags.group("log and metrics")
+    flags.add("disable_log_stats", "disable_uvicorn_access_log", "metrics_names")
 
 
 # ---- how values are parsed -----------------------------------------------------------------------

@@ -1,20 +1,15 @@
 """The Prometheus metrics: the engine's counters, and the API workers' counts of their requests.
 
-Every API worker counts in its own row of one file that all of them map, so that any of them answers
-a scrape with the sum over all, and a worker that replaces a dead one counts on in its row. To count
-is to add to a number in memory: there is no lock, as each row has one writer, and no message.
-
 Knows: prometheus-client and the names of the series, which are vLLM's where vLLM has the same. For
 a scrape it is given a snapshot of the engine's counters. Knows nothing of where that comes from.
 """
 
 from __future__ import annotations
 
-import mmap
-from bisect import bisect_left
+import enum
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -25,23 +20,21 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from minisrv.processes import map_shared
+from minisrv import __version__
+from minisrv.request_metrics import RequestMetrics
+from minisrv.vllm_metrics import vllm_families
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_FIRST_TOKEN_BUCKETS = (
-    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-    *(0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0),
-)
-_GAP_BUCKETS = (
-    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02),
-    *(0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0),
-)
-_REQUEST_BUCKETS = (
-    *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-    *(2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0),
-)
+
+class MetricsNames(enum.StrEnum):
+    """Whose names the metrics have."""
+
+    MINISRV = "minisrv"
+    VLLM = "vllm"
+    BOTH = "both"
 
 
 class StepCountLike(Protocol):
@@ -114,9 +107,9 @@ class BudgetCountLike(Protocol):
     def tokens(self) -> int: ...
 
 
-class ErrorHistogramLike(Protocol):
-    """The relative errors of predicted step times since the start: the bounds of the buckets, the
-    number of steps in each and in one without bound, and the sum of all errors."""
+class HistogramLike(Protocol):
+    """How a number was distributed over the steps since the start: the bounds of the buckets, the
+    number of steps in each and in one without bound, and the sum of the number over all steps."""
 
     @property
     def bounds(self) -> Sequence[float]: ...
@@ -133,6 +126,8 @@ class StatsLike(Protocol):
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
+    @property
+    def waiting_for_grammar(self) -> int: ...
     @property
     def kv_blocks_used(self) -> int: ...
     @property
@@ -160,7 +155,9 @@ class StatsLike(Protocol):
     @property
     def budgets(self) -> Sequence[BudgetCountLike]: ...
     @property
-    def step_time_errors(self) -> ErrorHistogramLike: ...
+    def step_time_errors(self) -> HistogramLike: ...
+    @property
+    def tokens_of_steps(self) -> HistogramLike: ...
     @property
     def compilation(self) -> CompilationLike: ...
     @property
@@ -171,155 +168,72 @@ class StatsLike(Protocol):
     def longest_turn_seconds(self) -> float: ...
 
 
+class InfoLike(Protocol):
+    """The settings that a ready engine serves with."""
+
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def num_kv_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def max_waiting(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def cudagraph_mode(self) -> str: ...
+    @property
+    def compilation_mode(self) -> str: ...
+    @property
+    def async_scheduling(self) -> bool: ...
+    @property
+    def simulated_launch_us(self) -> float: ...
+
+
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 """vLLM's names of the levels of sleep, from 0 on."""
 
-_REASONS = ("stop", "length")
-_STATUSES = range(400, 600)
 
-
-class _Rows:
-    """A row of numbers for each worker; all numbers start at zero.
-
-    path: a file that all workers map, which the first one makes; None keeps the numbers in this
-        process.
-    length: the numbers in a row.
-    worker: the index of this worker, which writes to the row `own`.
-    workers: the number of workers.
-    """
-
-    def __init__(self, path: Path | None, length: int, worker: int, workers: int) -> None:
-        size = 8 * length * workers
-        numbers = mmap.mmap(-1, size) if path is None else map_shared(path, size)
-        everything = memoryview(numbers).cast("d")
-        self.rows = [everything[n * length : (n + 1) * length] for n in range(workers)]
-        self.own = self.rows[worker]
-
-    def total(self, place: int) -> float:
-        """Return the sum over all workers of the number at index `place`."""
-        return sum(row[place] for row in self.rows)
-
-
-class _Histogram:
-    """A histogram in a row: the counts by bucket, and behind them the sum of what was observed.
-
-    place: the index in the row at which it begins.
-    bounds: the upper bounds of the buckets in seconds; one more bucket has no bound.
-    """
-
-    def __init__(self, rows: _Rows, place: int, bounds: Sequence[float]) -> None:
-        self._rows, self._place, self._bounds = rows, place, bounds
-        self._sum = place + len(bounds) + 1
-
-    @staticmethod
-    def length(bounds: Sequence[float]) -> int:
-        return len(bounds) + 2
-
-    def observe(self, seconds: float) -> None:
-        own = self._rows.own
-        own[self._place + bisect_left(self._bounds, seconds)] += 1
-        own[self._sum] += seconds
-
-    def family(self, name: str, help_text: str) -> HistogramMetricFamily:
-        buckets, count = [], 0.0
-        for offset, bound in enumerate((*map(str, self._bounds), "+Inf")):
-            count += self._rows.total(self._place + offset)
-            buckets.append((bound, count))
-        return HistogramMetricFamily(name, help_text, buckets, self._rows.total(self._sum))
-
-
-class Metrics:
-    """All metrics of a server, as one API worker counts and renders them.
-
-    path: the file in which all workers count; None for a worker that is alone.
-    worker: the index of this worker.
-    workers: the number of workers.
-    """
-
-    def __init__(self, path: Path | None = None, *, worker: int = 0, workers: int = 1) -> None:
-        bounds = (_FIRST_TOKEN_BUCKETS, _GAP_BUCKETS, _REQUEST_BUCKETS)
-        places, length = [], 1 + len(_REASONS) + len(_STATUSES)
-        for each in bounds:
-            places.append(length)
-            length += _Histogram.length(each)
-        self._rows = _Rows(path, length, worker, workers)
-        self._first_token, self._gap, self._request = (
-            _Histogram(self._rows, *pair) for pair in zip(places, bounds, strict=True)
-        )
-        self.first_token = self._first_token.observe
-        """Count the first output of a choice; the argument is the time since the arrival of its
-        request in seconds."""
-        self.gap = self._gap.observe
-        """Count another token of a choice; the argument is the time since the one before in
-        seconds."""
-
-    def arrived(self) -> None:
-        """Count an HTTP request, whatever its path."""
-        self._rows.own[0] += 1
-
-    def finished(self, reason: str, seconds: float) -> None:
-        """Count a choice that ended with the finish reason `reason`, so many seconds after its
-        request arrived."""
-        self._rows.own[1 + _REASONS.index(reason)] += 1
-        self._request.observe(seconds)
-
-    def failed(self, status: int) -> None:
-        """Count a request that ended with an error, by its HTTP status."""
-        self._rows.own[1 + len(_REASONS) + _STATUSES.index(status)] += 1
+class Metrics(RequestMetrics):
+    """All metrics of a server, as one API worker counts and renders them."""
 
     def render(
-        self, stats: StatsLike, state: str, states: Sequence[str], simulated_launch_us: float
+        self,
+        stats: StatsLike,
+        info: InfoLike | None,
+        state: str,
+        states: Sequence[str],
+        *,
+        model_name: str = "",
+        names: MetricsNames = MetricsNames.MINISRV,
     ) -> bytes:
         """Return all metrics in Prometheus' text format (CONTENT_TYPE).
 
         stats: the engine's counters.
+        info: the settings that the engine serves with; None while it loads.
         state: the state of the engine, one of `states`.
         states: the names of all states of an engine.
-        simulated_launch_us: microseconds that the engine adds to every launch.
+        model_name: the name of the model, for the labels.
+        names: whose names the metrics have.
         """
-        engine = _engine_families(stats, state, states, simulated_launch_us)
+        families = [
+            *_engine_families(stats, state, states),
+            *_info_families(info, model_name),
+            *self.families(0 if info is None else info.max_model_len),
+        ]
+        shown = families if names is not MetricsNames.VLLM else []
+        if names is not MetricsNames.MINISRV:
+            shown = [*shown, *vllm_families(families, model_name)]
         registry = CollectorRegistry()
-        registry.register(_Families([*engine, *self._families()]))
+        registry.register(_Families(shown))
         return generate_latest(registry)
-
-    def _families(self) -> Iterator[Metric]:
-        total = self._rows.total
-        requests = CounterMetricFamily(
-            "minisrv:http_requests", "HTTP requests, by the API worker.", labels=["worker"]
-        )
-        for worker, row in enumerate(self._rows.rows):
-            requests.add_metric([str(worker)], row[0])
-        yield requests
-        success = CounterMetricFamily(
-            "minisrv:request_success",
-            "Choices that ended with a finish reason.",
-            labels=["finished_reason"],
-        )
-        for place, reason in enumerate(_REASONS, 1):
-            if number := total(place):
-                success.add_metric([reason], number)
-        yield success
-        failure = CounterMetricFamily(
-            "minisrv:request_failure",
-            "Requests that ended with an error, by HTTP status; 499: the client went away.",
-            labels=["status"],
-        )
-        for place, status in enumerate(_STATUSES, 1 + len(_REASONS)):
-            if number := total(place):
-                failure.add_metric([str(status)], number)
-        yield failure
-        yield self._first_token.family(
-            "minisrv:time_to_first_token_seconds",
-            "From the request's arrival to the first output of a choice.",
-        )
-        yield self._gap.family(
-            "minisrv:inter_token_latency_seconds",
-            "Between two outputs of a choice, divided by the tokens of the second.",
-        )
-        yield self._request.family(
-            "minisrv:e2e_request_latency_seconds",
-            "From the request's arrival to the end of a choice.",
-        )
 
 
 class _Families(Collector):
@@ -332,9 +246,7 @@ class _Families(Collector):
         return self._found
 
 
-def _engine_families(
-    stats: StatsLike, state: str, states: Sequence[str], simulated_launch_us: float
-) -> Iterator[Metric]:
+def _engine_families(stats: StatsLike, state: str, states: Sequence[str]) -> Iterator[Metric]:
     by_step = ["mode", "reason"]
     steps = CounterMetricFamily(
         "minisrv:graph_steps", "Steps, by the mode they ran in and why.", labels=by_step
@@ -351,6 +263,9 @@ def _engine_families(
         tokens.add_metric(labels, step.tokens)
         padded.add_metric(labels, step.padded_tokens)
     yield from (steps, tokens, padded)
+    yield _histogram_family(
+        "minisrv:iteration_tokens_total", "Real tokens of a step.", stats.tokens_of_steps
+    )
     yield CounterMetricFamily(
         "minisrv:compiled_steps", "Steps that ran by compiled code.", stats.compiled_steps
     )
@@ -362,6 +277,14 @@ def _engine_families(
     yield GaugeMetricFamily(
         "minisrv:num_requests_waiting", "Requests waiting to run.", stats.waiting
     )
+    waiting = GaugeMetricFamily(
+        "minisrv:num_requests_waiting_by_reason",
+        "Requests waiting to run: for room (capacity), or for their grammar (deferred).",
+        labels=["reason"],
+    )
+    waiting.add_metric(["capacity"], stats.waiting - stats.waiting_for_grammar)
+    waiting.add_metric(["deferred"], stats.waiting_for_grammar)
+    yield waiting
     yield GaugeMetricFamily(
         "minisrv:kv_cache_usage_perc",
         "Used share of the KV cache's blocks, from 0 to 1.",
@@ -395,11 +318,6 @@ def _engine_families(
         "the host.",
         stats.gpu_idle_ms / 1000,
     )
-    yield GaugeMetricFamily(
-        "minisrv:simulated_launch_us",
-        "Microseconds added to every launch. Other than 0: all times here are simulated.",
-        simulated_launch_us,
-    )
     gauge = GaugeMetricFamily(
         "minisrv:engine_state", "1 for the state the engine is in.", labels=["state"]
     )
@@ -426,15 +344,59 @@ def _budget_families(stats: StatsLike) -> Iterator[Metric]:
         "Time that a step in which requests decode should not exceed; 0 for no target.",
         stats.itl_target_ms / 1000,
     )
-    errors = stats.step_time_errors
-    bounds = (*map(str, errors.bounds), "+Inf")
-    yield HistogramMetricFamily(
+    yield _histogram_family(
         "minisrv:step_time_error_ratio",
         "Difference between the predicted and the measured time of a step, as a share of the "
         "measured one.",
-        list(zip(bounds, accumulate(errors.counts), strict=True)),
-        errors.total,
+        stats.step_time_errors,
     )
+
+
+def _histogram_family(name: str, help_text: str, histogram: HistogramLike) -> HistogramMetricFamily:
+    bounds = map(floatToGoString, (*histogram.bounds, math.inf))
+    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+    return HistogramMetricFamily(name, help_text, buckets, histogram.total)
+
+
+def _info_families(info: InfoLike | None, model_name: str) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "minisrv:simulated_launch_us",
+        "Microseconds added to every launch. Other than 0: all times here are simulated.",
+        0.0 if info is None else info.simulated_launch_us,
+    )
+    model = GaugeMetricFamily("minisrv:model_config_info", "1, labelled with the settings.")
+    cache = GaugeMetricFamily(
+        "minisrv:cache_config_info", "1, labelled with the size of the KV cache."
+    )
+    if info is not None:
+        settings: dict[str, object] = {
+            "model_name": model_name,
+            "version": __version__,
+            "max_model_len": info.max_model_len,
+            "max_num_seqs": info.max_num_seqs,
+            "max_num_batched_tokens": info.max_num_batched_tokens,
+            "max_waiting": info.max_waiting,
+            "dtype": info.dtype,
+            "device": info.device,
+            "cudagraph_mode": info.cudagraph_mode,
+            "compilation_mode": info.compilation_mode,
+            "async_scheduling": info.async_scheduling,
+        }
+        _add_info(model, settings)
+        num_tokens = (info.num_kv_blocks - 1) * info.block_size  # one block is for padding
+        sizes = {
+            "block_size": info.block_size,
+            "num_gpu_blocks": info.num_kv_blocks,
+            "cache_dtype": info.dtype,
+            "kv_cache_size_tokens": num_tokens,
+            "kv_cache_max_concurrency": num_tokens / info.max_model_len,
+        }
+        _add_info(cache, sizes)
+    yield from (model, cache)
+
+
+def _add_info(family: Metric, values: Mapping[str, object]) -> None:
+    family.add_sample(family.name, {name: str(value) for name, value in values.items()}, 1.0)
 
 
 def _ladder_families(stats: StatsLike) -> Iterator[Metric]:

@@ -424,6 +424,9 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     logprobs: the log-probabilities at each sampled token; None if they were not requested.
     prompt_logprobs: the log-probabilities of prompt tokens, beginning with the second; all of them
         have been sent when the first sampled token is sent.
+    queued_at, scheduled_at: when the request came to the engine, and when its first step was
+        launched, by `time.perf_counter`, which all processes of a machine share; sent with its
+        first output.
     graph_steps: the number of steps of the request by "MODE/reason", or "MODE/reason/compiled" for
         steps by compiled code, sent with the last output.
     """
@@ -434,6 +437,8 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] = []
+    queued_at: float = 0.0
+    scheduled_at: float = 0.0
     graph_steps: dict[str, int] | None = None
     error: RequestFailure | None = None
 

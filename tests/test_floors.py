@@ -29,6 +29,8 @@ FLOORS = {
     "arena": 1,
     "kernels": 1,
     "metrics": 1,
+    "request_metrics": 1,
+    "vllm_metrics": 1,
     "checkpoint": 1,
     "machine": 1,
     "logs": 0,

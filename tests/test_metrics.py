@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,21 +12,31 @@ from minisrv.engine.messages import (
     CompilationReport,
     CompilationState,
     EngineStats,
-    ErrorHistogram,
+    Histogram,
     LadderReport,
 )
 from minisrv.metrics import Metrics
+from minisrv.request_metrics import EndedChoice
 
 STATS = EngineStats(generated_tokens=7)
 
 
 def show(metrics: Metrics, stats: EngineStats = STATS) -> dict[tuple[str, ...], float]:
-    text = metrics.render(stats, "ready", ["ready", "dead"], 0.0)
+    text = metrics.render(stats, None, "ready", ["ready", "dead"])
     return {
         (sample.name.removeprefix("minisrv:"), *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
+
+
+def choice(reason: str, **numbers: float) -> EndedChoice:
+    """A choice of one prompt token and one token."""
+    fields = {
+        **dict.fromkeys(("latency", "queue", "prefill", "decode"), 0.0),
+        **{"num_prompt_tokens": 1, "num_cached_tokens": 0, "num_generated_tokens": 1},
+    }
+    return EndedChoice(reason=reason, max_tokens=None, **(fields | numbers))  # type: ignore[arg-type]
 
 
 def test_any_worker_shows_the_sum_and_the_engine_once(tmp_path: Path) -> None:
@@ -35,7 +46,7 @@ def test_any_worker_shows_the_sum_and_the_engine_once(tmp_path: Path) -> None:
             metrics.arrived()
             metrics.first_token(0.003)
             metrics.gap(0.0009)
-            metrics.finished("stop", 0.5)
+            metrics.ended(choice("stop", latency=0.5))
         metrics.failed(429)
     shown = [show(metrics) for metrics in workers]
     assert shown[0] == shown[1] == shown[2]
@@ -52,14 +63,14 @@ def test_any_worker_shows_the_sum_and_the_engine_once(tmp_path: Path) -> None:
         ("generation_tokens_total",): 7,
     }
     assert shown[0].items() >= expected.items()
-    assert ("request_success_total", "length") not in shown[0]
+    assert shown[0]["request_success_total", "length"] == 0, "a rate needs a beginning"
 
 
 def test_a_worker_in_a_dead_ones_place_counts_on(tmp_path: Path) -> None:
     """A worker that takes a dead one's place adds to its counts instead of starting at 0."""
     for _ in range(2):
         metrics = Metrics(tmp_path / "metrics", worker=1, workers=2)
-        metrics.finished("length", 1.0)
+        metrics.ended(choice("length", latency=1.0))
     assert show(Metrics(tmp_path / "metrics", worker=0, workers=2))[
         "request_success_total", "length"
     ] == 2  # fmt: skip
@@ -118,7 +129,7 @@ def test_the_budgets_of_steps_and_the_errors_of_predictions() -> None:
     stats = EngineStats(
         itl_target_ms=25.0,
         budgets=[BudgetCount("itl_target", 3, 700), BudgetCount("all_waiting", 1, 20)],
-        step_time_errors=ErrorHistogram((0.05, 0.1), (6, 3, 1), 0.9),
+        step_time_errors=Histogram((0.05, 0.1), (6, 3, 1), 0.9),
     )
     shown = show(Metrics(), stats)
     expected = {
@@ -134,3 +145,44 @@ def test_the_budgets_of_steps_and_the_errors_of_predictions() -> None:
     assert shown.items() >= expected.items()
     # An engine that is not ready has counted nothing.
     assert show(Metrics(), EngineStats())["step_time_error_ratio_bucket", "+Inf"] == 0
+
+
+def test_what_is_counted_of_a_choice_that_ended() -> None:
+    metrics = Metrics()
+    ended = choice(
+        "stop",
+        latency=3.5,
+        queue=1.0,
+        prefill=0.5,
+        decode=2.0,
+        num_prompt_tokens=48,
+        num_cached_tokens=32,
+        num_generated_tokens=5,
+    )
+    metrics.ended(replace(ended, max_tokens=30))
+    metrics.ended(choice("length"))  # a single token has no time per further token
+    metrics.prompt_ended(2, 5)
+    shown = show(metrics)
+    sums = {
+        "e2e_request_latency_seconds": (2, 3.5),
+        "request_queue_time_seconds": (2, 1.0),
+        "request_prefill_time_seconds": (2, 0.5),
+        "request_decode_time_seconds": (2, 2.0),
+        "request_inference_time_seconds": (2, 2.5),
+        "request_time_per_output_token_seconds": (1, 0.5),
+        "request_prompt_tokens": (2, 49),
+        "request_generation_tokens": (2, 6),
+        "request_prefill_kv_computed_tokens": (2, 17),
+        "request_params_max_tokens": (1, 30),
+        "request_params_n": (1, 2),
+        "request_max_num_generation_tokens": (1, 5),
+    }
+    found = {name: (shown[f"{name}_count",], shown[f"{name}_sum",]) for name in sums}
+    assert found == sums
+
+
+def test_waiting_for_a_grammar_is_told_from_waiting_for_room() -> None:
+    shown = show(Metrics(), EngineStats(waiting=5, waiting_for_grammar=2))
+    assert shown["num_requests_waiting",] == 5
+    assert shown["num_requests_waiting_by_reason", "capacity"] == 3
+    assert shown["num_requests_waiting_by_reason", "deferred"] == 2

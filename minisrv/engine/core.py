@@ -67,7 +67,7 @@ class EngineCore:
         self._seeds = random.Random(parts.config.seed)
         self._counters = StepCounters()
         self._gpu_busy_ms = self._gpu_idle_ms = 0.0
-        self._prompt_tokens = self._generated_tokens = 0
+        self._prompt_tokens = 0
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -251,10 +251,9 @@ class EngineCore:
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
         and forget the request."""
+        self._counters.count_outputs(outputs)
         for output in outputs:
-            self._generated_tokens += len(output.token_ids)
             if output.finish_reason is not None:
-                output.graph_steps = self._counters.close(output.request_id)
                 self._grammars.remove(output.request_id)
 
     def describe(self) -> EngineInfo:
@@ -271,24 +270,20 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         scheduler = self.scheduler
-        return EngineStats(
+        return msgspec.structs.replace(
+            self._counters.stats(),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.waiting_for_grammar),
+            waiting_for_grammar=len(scheduler.waiting_for_grammar),
             kv_blocks_used=scheduler.block_pool.num_used,
             kv_blocks_total=scheduler.block_pool.total - 1,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
-            prefill_tokens=self._counters.prefill_tokens,
-            generated_tokens=self._generated_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
             gpu_busy_ms=self._gpu_busy_ms,
             gpu_idle_ms=self._gpu_idle_ms,
-            steps=self._counters.steps(),
-            compiled_steps=self._counters.compiled_steps,
-            budgets=self._counters.budgets(),
             itl_target_ms=self.scheduler.budget.target_or_zero,
-            step_time_errors=self._counters.errors(),
             compilation=self.compilation.report,
             sleep=self.sleeper.report,
             ladder=self.filling.report,

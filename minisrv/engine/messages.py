@@ -275,12 +275,12 @@ class BudgetCount(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
 
 
-class ErrorHistogram(msgspec.Struct, frozen=True, array_like=True):
-    """The relative errors of predicted step times, since the start.
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """How a number was distributed over the steps since the start.
 
     bounds: the upper bounds of the buckets; one more bucket has no bound.
     counts: the number of steps in each bucket.
-    total: the sum of all errors.
+    total: the sum of the number over all steps.
     """
 
     bounds: tuple[float, ...] = ()
@@ -291,6 +291,7 @@ class ErrorHistogram(msgspec.Struct, frozen=True, array_like=True):
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Engine to worker, when asked: a snapshot of its counters, which count from the start.
 
+    waiting_for_grammar: how many of those that wait do so because a grammar is being compiled.
     prefill_tokens: the number of prompt tokens that steps have computed. Tokens found in the prefix
         cache do not count, and tokens that were computed again count again.
     gpu_busy_ms, gpu_idle_ms: the milliseconds in which a GPU ran steps, and waited for the next one
@@ -299,12 +300,14 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     compiled_steps: the number of steps that ran by compiled code.
     itl_target_ms: the time that a step in which requests decode should not exceed; 0 for no target.
     budgets: the steps for which prompt tokens waited, by the reason for their number.
-    step_time_errors: by how much the predicted times of steps differed from the measured ones.
+    step_time_errors: the relative differences between predicted and measured times of steps.
+    tokens_of_steps: the numbers of real tokens of steps.
     longest_turn_seconds: the longest time for which work between two steps has made requests wait.
     """
 
     running: int = 0
     waiting: int = 0
+    waiting_for_grammar: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     preemptions: int = 0
@@ -319,7 +322,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     compiled_steps: int = 0
     itl_target_ms: float = 0.0
     budgets: list[BudgetCount] = []
-    step_time_errors: ErrorHistogram = ErrorHistogram()
+    step_time_errors: Histogram = Histogram()
+    tokens_of_steps: Histogram = Histogram()
     compilation: CompilationReport = CompilationReport()
     sleep: SleepReport = SleepReport()
     ladder: LadderReport = LadderReport()

@@ -1,5 +1,6 @@
 """The counters of an engine's steps: by mode and reason, by the reason for the number of their
-prompt tokens, and by request; and by how much their times differed from the predicted ones.
+prompt tokens, by the number of all their tokens, and by request; by how much their times differed
+from the predicted ones; and when each request came and had its first step.
 
 Knows: what is counted of a step. Knows nothing of how a step is made or run, nor of who reads the
 counts.
@@ -7,15 +8,36 @@ counts.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput
-from minisrv.engine.messages import BudgetCount, ErrorHistogram, StepCount
+from minisrv.engine.messages import BudgetCount, EngineStats, Histogram, StepCount
 from minisrv.modes import BudgetReason
+from minisrv.request import EngineOutput
 
 ERROR_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Upper bounds of the buckets for relative errors of predicted times."""
+TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the buckets for numbers of tokens of a step, which are vLLM's."""
+
+
+class _Counts:
+    """The counts of a `Histogram`."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+
+    def add(self, number: float) -> None:
+        self._counts[bisect_left(self._bounds, number)] += 1
+        self._total += number
+
+    def histogram(self) -> Histogram:
+        return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
 class StepCounters:
@@ -24,25 +46,24 @@ class StepCounters:
     The modes in which a request's steps ran are counted by "MODE/reason", to which "/compiled" is
     added for steps by compiled code. The steps of one batch are counted once, for all of its rows,
     and written to each request when another batch comes or a request ends.
-
-    prefill_tokens: the number of prompt tokens that steps have computed.
-    compiled_steps: the number of steps that ran by compiled code.
     """
 
     def __init__(self) -> None:
-        self.prefill_tokens = 0
-        self.compiled_steps = 0
+        self._prefill_tokens = self._generated_tokens = self._compiled_steps = 0
         self._steps: dict[tuple[str, str], list[int]] = {}
         self._budgets: dict[BudgetReason, list[int]] = {}
-        self._errors = [0] * (len(ERROR_BOUNDS) + 1)
-        self._total_error = 0.0
+        self._errors, self._tokens = _Counts(ERROR_BOUNDS), _Counts(TOKEN_BOUNDS)
+        self._queued_at: dict[str, float] = {}
+        self._scheduled_at: dict[str, tuple[float, float]] = {}
+        """When requests that have had no output were queued and first scheduled."""
         self._by_request: dict[str, dict[str, int]] = {}
         self._batch_id: int | None = None
         self._rows: list[ScheduledRow] = []
         self._pending: dict[str, int] = {}
 
     def open(self, request_id: str) -> None:
-        """Register a request that has had no step."""
+        """Register a request that comes now."""
+        self._queued_at[request_id] = time.perf_counter()
         self._by_request[request_id] = {}
 
     def count(self, step: SchedulerOutput, dispatch: Dispatch, *, compiled: bool) -> None:
@@ -52,42 +73,62 @@ class StepCounters:
         counts[0] += 1
         counts[1] += step.num_tokens
         counts[2] += dispatch.descriptor.num_tokens - step.num_tokens
+        self._tokens.add(step.num_tokens)
         num_prefill_tokens = step.num_tokens - step.num_decodes
-        self.prefill_tokens += num_prefill_tokens
+        self._prefill_tokens += num_prefill_tokens
         if step.budget_reason is not None:
             budget = self._budgets.setdefault(step.budget_reason, [0, 0])
             budget[0] += 1
             budget[1] += num_prefill_tokens
-        self.compiled_steps += compiled
+        self._compiled_steps += compiled
+        if step.new_reqs:
+            self._count_first_steps(step)
         if step.batch_id != self._batch_id:
             self._write()
             self._batch_id, self._rows = step.batch_id, step.batch_rows
         key = f"{mode}/{reason}{'/compiled' if compiled else ''}"
         self._pending[key] = self._pending.get(key, 0) + 1
 
+    def _count_first_steps(self, step: SchedulerOutput) -> None:
+        now = time.perf_counter()
+        for row in step.batch_rows[step.num_decodes :]:  # no request begins with a decode row
+            queued_at = self._queued_at.pop(row.request_id, None)
+            if queued_at is not None:
+                self._scheduled_at[row.request_id] = queued_at, now
+
+    def count_outputs(self, outputs: Iterable[EngineOutput]) -> None:
+        """Count the tokens of outputs. Add to the first output of a request when it came and when
+        it had its first step, and to its last one the counts of its steps; then forget it."""
+        for output in outputs:
+            self._generated_tokens += len(output.token_ids)
+            if self._scheduled_at and output.request_id in self._scheduled_at:
+                times = self._scheduled_at.pop(output.request_id)
+                output.queued_at, output.scheduled_at = times
+            if output.finish_reason is not None:
+                output.graph_steps = self.close(output.request_id)
+
     def count_error(self, predicted_ms: float, measured_ms: float) -> None:
         """Count by how much the time of a step differed from the predicted one."""
-        error = abs(predicted_ms / measured_ms - 1)
-        self._errors[bisect_left(ERROR_BOUNDS, error)] += 1
-        self._total_error += error
+        self._errors.add(abs(predicted_ms / measured_ms - 1))
 
     def close(self, request_id: str) -> dict[str, int]:
         """Return the counts of a request that has ended, and forget it. They include a step that is
         still in flight, whose token is dropped."""
         self._write()
+        self._queued_at.pop(request_id, None)
         return self._by_request.pop(request_id)
 
-    def steps(self) -> list[StepCount]:
-        """Return the number of steps of each mode and reason."""
-        return [StepCount(*key, *counts) for key, counts in self._steps.items()]
-
-    def budgets(self) -> list[BudgetCount]:
-        """Return the number of steps and of their prompt tokens for each reason."""
-        return [BudgetCount(reason.value, *counts) for reason, counts in self._budgets.items()]
-
-    def errors(self) -> ErrorHistogram:
-        """Return the relative errors of the predicted times of steps."""
-        return ErrorHistogram(ERROR_BOUNDS, tuple(self._errors), self._total_error)
+    def stats(self) -> EngineStats:
+        """Return a snapshot that has all that is counted here, and nothing else."""
+        return EngineStats(
+            prefill_tokens=self._prefill_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
+            compiled_steps=self._compiled_steps,
+            budgets=[BudgetCount(why.value, *counts) for why, counts in self._budgets.items()],
+            step_time_errors=self._errors.histogram(),
+            tokens_of_steps=self._tokens.histogram(),
+        )
 
     def _write(self) -> None:
         for key, steps in self._pending.items():

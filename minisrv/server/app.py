@@ -28,7 +28,7 @@ from minisrv.engine.messages import (
     sleep_word,
 )
 from minisrv.errors import EngineNotReadyError, RequestError, name_hint, shown
-from minisrv.metrics import CONTENT_TYPE, Metrics
+from minisrv.metrics import CONTENT_TYPE, Metrics, MetricsNames
 from minisrv.server.anthropic_builder import MessageResponseBuilder
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
 from minisrv.server.anthropic_responses import MESSAGES, AnthropicMessage, MessageTokensCount
@@ -161,7 +161,9 @@ def create_app(
     _add_generation_routes(app, serving)
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
-    _add_operation_routes(app, client, metrics)
+    _add_operation_routes(
+        app, client, metrics, served_model_names[0], MetricsNames(settings.metrics_names)
+    )
     if enable_sleep_mode:
         _add_sleep_routes(app, client)
     add_pages(app, serving, keyed=bool(settings.api_keys))
@@ -260,7 +262,9 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
         return JSON(card(serving.model_name(model_id)))
 
 
-def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) -> None:
+def _add_operation_routes(
+    app: FastAPI, client: EngineClient, metrics: Metrics, model_name: str, names: MetricsNames
+) -> None:
     @app.get("/health", response_class=JSON, responses=health_responses(HealthResponse))
     async def health() -> Response:
         """Answer 200 as long as the engine process lives, also while it loads or drains; else
@@ -308,9 +312,11 @@ def _add_operation_routes(app: FastAPI, client: EngineClient, metrics: Metrics) 
         """Return the metrics in Prometheus' text format."""
         text = metrics.render(
             await client.stats(),
+            client.info,
             client.state.value,
             [state.value for state in EngineState],
-            client.info.simulated_launch_us if client.info else 0.0,
+            model_name=model_name,
+            names=names,
         )
         return Response(text, media_type=CONTENT_TYPE)
 

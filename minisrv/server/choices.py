@@ -15,6 +15,7 @@ from minisrv.engine.client import EngineClient
 from minisrv.errors import EngineError, shutting_down_error
 from minisrv.metrics import Metrics
 from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from minisrv.request_metrics import EndedChoice
 from minisrv.text.output_processor import CompletionDelta, OutputProcessor
 
 
@@ -29,10 +30,30 @@ def coalesce(deltas: Iterable[CompletionDelta]) -> list[CompletionDelta]:
     return list(by_choice.values())
 
 
+class PromptCount:
+    """Counts the choices of one prompt that have ended.
+
+    n: the number of its choices.
+    """
+
+    def __init__(self, metrics: Metrics, n: int) -> None:
+        self._metrics = metrics
+        self._n = self._running = n
+        self._longest = 0
+
+    def ended(self, num_generated_tokens: int) -> None:
+        """Count a choice that ended, with the number of its tokens."""
+        self._longest = max(self._longest, num_generated_tokens)
+        self._running -= 1
+        if not self._running:
+            self._metrics.prompt_ended(self._n, self._longest)
+
+
 class Choice:
     """One choice of a response.
 
     processor: reads the outputs of `request`.
+    prompt_count: counts the choices of the same prompt.
     arrival: when the request arrived, by `time.perf_counter`.
     """
 
@@ -42,6 +63,7 @@ class Choice:
         request: EngineRequest,
         processor: OutputProcessor,
         metrics: Metrics,
+        prompt_count: PromptCount,
         *,
         arrival: float,
     ) -> None:
@@ -49,8 +71,12 @@ class Choice:
         self._client = client
         self._processor = processor
         self._metrics = metrics
+        self._prompt_count = prompt_count
         self._arrival = arrival
-        self._last_output: float | None = None
+        self._queued_at = self._scheduled_at = 0.0
+        self._first_output: float | None = None
+        self._last_output = 0.0
+        self._num_tokens = self._num_cached_tokens = 0
         self._aborted = False
 
     def read(self, output: EngineOutput, now: float) -> CompletionDelta | None:
@@ -60,6 +86,9 @@ class Choice:
         Raises EngineNotReadyError if the engine dropped the request.
         """
         processor = self._processor
+        if output.scheduled_at:
+            self._queued_at, self._scheduled_at = output.queued_at, output.scheduled_at
+            self._num_cached_tokens = output.num_cached_tokens
         if output.token_ids and not self._aborted:
             self._measure(output, now)
         delta = processor.process(output)
@@ -69,15 +98,37 @@ class Choice:
         if delta is not None and delta.finish_reason is not None:
             if delta.finish_reason is FinishReason.ABORT:
                 raise shutting_down_error()
-            self._metrics.finished(delta.finish_reason.value, now - self._arrival)
+            self._count_end(delta.finish_reason, now)
         return delta
 
     def _measure(self, output: EngineOutput, now: float) -> None:
-        if self._last_output is None:
+        num_tokens = len(output.token_ids)
+        if self._first_output is None:
+            self._first_output = now
             self._metrics.first_token(now - self._arrival)
         else:
-            self._metrics.gap((now - self._last_output) / len(output.token_ids))
+            self._metrics.gap((now - self._last_output) / num_tokens)
         self._last_output = now
+        self._num_tokens += num_tokens
+
+    def _count_end(self, reason: FinishReason, now: float) -> None:
+        first, last = self._first_output, self._last_output
+        if first is None:  # no token was asked for
+            first = last = now
+        self._metrics.ended(
+            EndedChoice(
+                reason=reason.value,
+                latency=now - self._arrival,
+                queue=self._scheduled_at - self._queued_at,
+                prefill=first - self._scheduled_at,
+                decode=last - first,
+                num_prompt_tokens=len(self.request.prompt_token_ids),
+                num_cached_tokens=self._num_cached_tokens,
+                num_generated_tokens=self._num_tokens,
+                max_tokens=self.request.params.max_tokens,
+            )
+        )
+        self._prompt_count.ended(self._num_tokens)
 
 
 class Generation:

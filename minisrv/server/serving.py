@@ -27,7 +27,7 @@ from minisrv.errors import (
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest
 from minisrv.server.auth import KeyLimit
-from minisrv.server.choices import Choice
+from minisrv.server.choices import Choice, PromptCount
 from minisrv.server.offload import offload
 from minisrv.server.preprocessing import (
     AnswerFormat,
@@ -305,6 +305,8 @@ class Serving:
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
+            if choice_of_prompt == 0:
+                prompt_count = PromptCount(self.metrics, request.n)
             prompt = prompts[number]
             room = info.max_model_len - len(prompt)
             limit = _max_tokens(request, room, self.generation.max_tokens)
@@ -330,7 +332,14 @@ class Serving:
                 detokenizer, index=index, include_graph_steps=request.include_graph_steps
             )
             choices.append(
-                Choice(self.client, engine_request, processor, self.metrics, arrival=arrival)
+                Choice(
+                    self.client,
+                    engine_request,
+                    processor,
+                    self.metrics,
+                    prompt_count,
+                    arrival=arrival,
+                )
             )
         return choices
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step_costs
-from minisrv.engine.messages import ErrorHistogram
+from minisrv.engine.messages import Histogram
 from tests.checkpoints import make_checkpoint
 
 
 def test_a_quantile_of_errors_lies_in_its_bucket() -> None:
-    errors = ErrorHistogram((0.01, 0.1, 1.0), (5, 10, 4, 1), 0.0)
+    errors = Histogram((0.01, 0.1, 1.0), (5, 10, 4, 1), 0.0)
     assert step_costs.error_quantile(errors, 0.25) == pytest.approx(0.01)
     assert step_costs.error_quantile(errors, 0.5) == pytest.approx(0.055)
     assert step_costs.error_quantile(errors, 0.95) == pytest.approx(1.0)

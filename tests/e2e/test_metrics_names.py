@@ -1,0 +1,116 @@
+"""A scrape of a server with two API workers, under our names and under vLLM's, after some work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests import vllm_names
+from tests.e2e.server import SMALL, Server
+
+Families = dict[str, Metric]
+
+
+def scraped(server: Server) -> Families:
+    text = server.get("/metrics").text
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+@pytest.fixture(scope="module")
+def families(tiny: Path) -> Iterator[Families]:
+    """The scrape after three requests of four choices together, one of which is refused."""
+    flags = ("--model", str(tiny), "--served-model-name", "tiny", *SMALL)
+    server = Server(*flags, "--api-workers", "2", "--metrics-names", "both")
+    try:
+        server.wait_ready()
+        prompt = [*range(5, 45)]
+        # Only what is sampled can differ between choices, and lengths must not.
+        server.complete(prompt, max_tokens=6, ignore_eos=True)
+        server.complete(prompt, max_tokens=3, n=3, ignore_eos=True)
+        assert server.post("/v1/completions", prompt="a", max_tokens=-1).status_code == 400
+        yield scraped(server)
+    finally:
+        server.stop()
+
+
+def histogram(family: Metric) -> tuple[float, float]:
+    """The count and the sum of a histogram."""
+    values = {sample.name: sample.value for sample in family.samples if "le" not in sample.labels}
+    return values[f"{family.name}_count"], values[f"{family.name}_sum"]
+
+
+def test_names_types_and_labels_are_vllm_s(families: Families) -> None:
+    """The names, types, labels and buckets of vLLM's release are served, except for those that are
+    told to be absent, and nothing else is."""
+    ours = {
+        name.removeprefix("vllm:"): family
+        for name, family in families.items()
+        if name.startswith("vllm:")
+    }
+    cache = ours.pop("cache_config_info")
+    assert (cache.type, cache.samples[0].value) == ("gauge", 1)
+    assert set(cache.samples[0].labels) == vllm_names.CACHE_CONFIG_LABELS
+    assert ours.keys() == vllm_names.METRICS.keys()
+    assert not ours.keys() & vllm_names.ABSENT.keys()
+    for name, (kind, labels) in vllm_names.METRICS.items():
+        family = ours[name]
+        assert family.type == kind, name
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == set(labels), name
+            assert {**sample.labels, "model_name": "tiny", "engine": "0"} == sample.labels
+        if kind == "histogram":
+            bounds = [s.labels["le"] for s in family.samples if s.name.endswith("_bucket")]
+            assert " ".join(bounds) == vllm_names.BUCKETS[name]
+
+
+def test_a_router_reads_the_size_of_the_cache(families: Families) -> None:
+    """The gateway's model-server protocol takes these labels, and three gauges, from a scrape."""
+    labels = families["vllm:cache_config_info"].samples[0].labels
+    assert int(labels["block_size"]) == 16
+    assert int(labels["num_gpu_blocks"]) > 1
+    for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+        (sample,) = families[f"vllm:{name}"].samples
+        assert sample.value == 0
+
+
+def test_both_workers_requests_are_in_one_scrape_under_both_names(families: Families) -> None:
+    expected = {
+        "request_prompt_tokens": (4, 160),
+        "request_generation_tokens": (4, 15),
+        "request_prefill_kv_computed_tokens": (4, 40 + 3 * 8),  # two blocks of 16 are found
+        "request_max_num_generation_tokens": (2, 9),
+        "request_params_max_tokens": (4, 15),
+        "request_params_n": (2, 4),
+    }
+    for prefix in ("minisrv:", "vllm:"):
+        found = {name: histogram(families[prefix + name]) for name in expected}
+        assert found == expected
+        assert histogram(families[f"{prefix}iteration_tokens_total"])[1] == 40 + 3 * 8 + 11
+    success = {
+        sample.labels["finished_reason"]: sample.value
+        for sample in families["vllm:request_success"].samples
+    }
+    assert success == {"stop": 0, "length": 4, "abort": 0, "error": 0}
+
+
+def test_the_phases_of_requests_add_up(families: Families) -> None:
+    """Queue, prefill and decode time together are the time of a request but for what its worker
+    does before the engine has it; none is negative."""
+    phases = [
+        histogram(families[f"minisrv:request_{phase}_time_seconds"])
+        for phase in ("queue", "prefill", "decode")
+    ]
+    assert [count for count, _ in phases] == [4, 4, 4]
+    assert all(seconds > 0 for _, seconds in phases)
+    _, latency = histogram(families["minisrv:e2e_request_latency_seconds"])
+    assert sum(seconds for _, seconds in phases) <= latency
+
+
+def test_the_settings_are_told(families: Families) -> None:
+    (sample,) = families["minisrv:model_config_info"].samples
+    told = sample.labels
+    assert (told["model_name"], told["max_model_len"], told["max_num_seqs"]) == ("tiny", "512", "8")
