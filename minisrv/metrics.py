@@ -53,6 +53,20 @@ class StepCountLike(Protocol):
     def padded_tokens(self) -> int: ...
 
 
+class SizeCountLike(Protocol):
+    """The number of steps that ran by the graphs of one size since the start, and of their padding
+    tokens."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def padded_tokens(self) -> int: ...
+
+
 class CompilationLike(Protocol):
     """Which generation of code and graphs serves, and what has become of compiled code."""
 
@@ -148,6 +162,8 @@ class StatsLike(Protocol):
     def gpu_idle_ms(self) -> float: ...
     @property
     def steps(self) -> Sequence[StepCountLike]: ...
+    @property
+    def sizes(self) -> Sequence[SizeCountLike]: ...
     @property
     def compiled_steps(self) -> int: ...
     @property
@@ -263,6 +279,18 @@ def _engine_families(stats: StatsLike, state: str, states: Sequence[str]) -> Ite
         tokens.add_metric(labels, step.tokens)
         padded.add_metric(labels, step.padded_tokens)
     yield from (steps, tokens, padded)
+    by_size = ["kind", "size"]
+    size_steps = CounterMetricFamily(
+        "minisrv:graph_size_steps", "Steps that ran by a graph, by its size.", labels=by_size
+    )
+    size_padded = CounterMetricFamily(
+        "minisrv:graph_size_padded_tokens", "Padding tokens of those steps.", labels=by_size
+    )
+    for count in stats.sizes:
+        labels = [count.kind, str(count.size)]
+        size_steps.add_metric(labels, count.steps)
+        size_padded.add_metric(labels, count.padded_tokens)
+    yield from (size_steps, size_padded)
     yield _histogram_family(
         "minisrv:iteration_tokens_total", "Real tokens of a step.", stats.tokens_of_steps
     )

@@ -266,6 +266,20 @@ class StepCount(msgspec.Struct, frozen=True, array_like=True):
     padded_tokens: int
 
 
+class SizeCount(msgspec.Struct, frozen=True, array_like=True):
+    """The number of steps that ran by the graphs of one size since the start, and of their padding
+    tokens.
+
+    kind: decode for graphs of decode batches, whose size is in requests; mixed for others, whose
+        size is in tokens.
+    """
+
+    kind: str
+    size: int
+    steps: int
+    padded_tokens: int
+
+
 class BudgetCount(msgspec.Struct, frozen=True, array_like=True):
     """The number of steps whose number of prompt tokens was chosen for one reason, since the start,
     and of their prompt tokens."""
@@ -297,6 +311,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_busy_ms, gpu_idle_ms: the milliseconds in which a GPU ran steps, and waited for the next one
         while there was work; both 0 on a CPU. The wait of a step with grammars for its masks counts
         as busy.
+    sizes: the steps that ran by a graph, by its size.
     compiled_steps: the number of steps that ran by compiled code.
     itl_target_ms: the time that a step in which requests decode should not exceed; 0 for no target.
     budgets: the steps for which prompt tokens waited, by the reason for their number.
@@ -319,6 +334,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     gpu_busy_ms: float = 0.0
     gpu_idle_ms: float = 0.0
     steps: list[StepCount] = []
+    sizes: list[SizeCount] = []
     compiled_steps: int = 0
     itl_target_ms: float = 0.0
     budgets: list[BudgetCount] = []

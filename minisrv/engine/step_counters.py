@@ -1,6 +1,6 @@
-"""The counters of an engine's steps: by mode and reason, by the reason for the number of their
-prompt tokens, by the number of all their tokens, and by request; by how much their times differed
-from the predicted ones; and when each request came and had its first step.
+"""The counters of an engine's steps: by mode and reason, by the size of their graph, by the number
+of their tokens and the reason for that of their prompt tokens, and by request; by how much their
+times differed from the predicted ones; and when each request came and had its first step.
 
 Knows: what is counted of a step. Knows nothing of how a step is made or run, nor of who reads the
 counts.
@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput
-from minisrv.engine.messages import BudgetCount, EngineStats, Histogram, StepCount
-from minisrv.modes import BudgetReason
+from minisrv.engine.messages import BudgetCount, EngineStats, Histogram, SizeCount, StepCount
+from minisrv.modes import BudgetReason, CUDAGraphMode
 from minisrv.request import EngineOutput
 
 ERROR_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -51,6 +51,8 @@ class StepCounters:
     def __init__(self) -> None:
         self._prefill_tokens = self._generated_tokens = self._compiled_steps = 0
         self._steps: dict[tuple[str, str], list[int]] = {}
+        self._sizes: dict[tuple[bool, int], list[int]] = {}
+        """Steps and padding tokens, by whether the batch only decodes and the size of the graph."""
         self._budgets: dict[BudgetReason, list[int]] = {}
         self._errors, self._tokens = _Counts(ERROR_BOUNDS), _Counts(TOKEN_BOUNDS)
         self._queued_at: dict[str, float] = {}
@@ -72,7 +74,14 @@ class StepCounters:
         counts = self._steps.setdefault((mode, reason), [0, 0, 0])
         counts[0] += 1
         counts[1] += step.num_tokens
-        counts[2] += dispatch.descriptor.num_tokens - step.num_tokens
+        descriptor = dispatch.descriptor
+        num_padded = descriptor.num_tokens - step.num_tokens
+        counts[2] += num_padded
+        if dispatch.mode is not CUDAGraphMode.NONE:
+            key_of_size = descriptor.query_len is not None, descriptor.num_tokens
+            of_size = self._sizes.setdefault(key_of_size, [0, 0])
+            of_size[0] += 1
+            of_size[1] += num_padded
         self._tokens.add(step.num_tokens)
         num_prefill_tokens = step.num_tokens - step.num_decodes
         self._prefill_tokens += num_prefill_tokens
@@ -124,6 +133,10 @@ class StepCounters:
             prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
+            sizes=[
+                SizeCount("decode" if decodes else "mixed", size, *counts)
+                for (decodes, size), counts in self._sizes.items()
+            ],
             compiled_steps=self._compiled_steps,
             budgets=[BudgetCount(why.value, *counts) for why, counts in self._budgets.items()],
             step_time_errors=self._errors.histogram(),
