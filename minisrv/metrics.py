@@ -109,6 +109,17 @@ class LadderLike(Protocol):
     def epilogues(self) -> Sequence[int]: ...
 
 
+class BatchCountLike(Protocol):
+    """The number of steps whose batch had one size since the start."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
 class BudgetCountLike(Protocol):
     """The number of steps whose number of prompt tokens was chosen for one reason since the start,
     and of their prompt tokens."""
@@ -170,6 +181,8 @@ class StatsLike(Protocol):
     def itl_target_ms(self) -> float: ...
     @property
     def budgets(self) -> Sequence[BudgetCountLike]: ...
+    @property
+    def batches(self) -> Sequence[BatchCountLike]: ...
     @property
     def step_time_errors(self) -> HistogramLike: ...
     @property
@@ -297,6 +310,14 @@ def _engine_families(stats: StatsLike, state: str, states: Sequence[str]) -> Ite
     yield CounterMetricFamily(
         "minisrv:compiled_steps", "Steps that ran by compiled code.", stats.compiled_steps
     )
+    batches = CounterMetricFamily(
+        "minisrv:batch_size_steps",
+        "Steps by the size of their batch: decode in requests, mixed in tokens.",
+        labels=["kind", "size"],
+    )
+    for batch in stats.batches:
+        batches.add_metric([batch.kind, str(batch.size)], batch.steps)
+    yield batches
     yield from _budget_families(stats)
     yield from _compilation_families(stats.compilation)
     yield from _sleep_families(stats.sleep)

@@ -8,6 +8,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisrv.engine.messages import (
+    BatchCount,
     BudgetCount,
     CompilationReport,
     CompilationState,
@@ -186,3 +187,12 @@ def test_waiting_for_a_grammar_is_told_from_waiting_for_room() -> None:
     assert shown["num_requests_waiting",] == 5
     assert shown["num_requests_waiting_by_reason", "capacity"] == 3
     assert shown["num_requests_waiting_by_reason", "deferred"] == 2
+
+
+def test_the_sizes_of_batches_are_shown() -> None:
+    stats = EngineStats(batches=[BatchCount("decode", 33, 4), BatchCount("mixed", 33, 1)])
+    expected = {
+        ("batch_size_steps_total", "decode", "33"): 4,
+        ("batch_size_steps_total", "mixed", "33"): 1,
+    }
+    assert show(Metrics(), stats).items() >= expected.items()

@@ -22,6 +22,7 @@ from minisrv.compile.pieces import PieceCompiler, known_slowness
 from minisrv.compile.program import Program
 from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
+from minisrv.core.batch_counts import BatchCounter
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.graph_times import StepTime
@@ -74,6 +75,7 @@ class EngineParts:
     filling: the way of graphs into service that are not captured before the engine is ready.
     kernels: what decides which kernels the engine launches.
     sleeper: what puts the engine to sleep.
+    batches: counts the steps by the sizes of their batches.
     """
 
     config: ResolvedConfig
@@ -91,6 +93,7 @@ class EngineParts:
     filling: LadderFilling
     kernels: KernelJob
     sleeper: Sleeper
+    batches: BatchCounter
 
 
 def build_engine(
@@ -333,6 +336,7 @@ def build_engine(
         filling=filling,
         kernels=kernels,
         sleeper=sleeper,
+        batches=BatchCounter(),
     )
 
 

@@ -65,7 +65,7 @@ class EngineCore:
         self._interrupted = self._had_work_throughout = self._runs = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
-        self._counters = StepCounters()
+        self._counters = StepCounters(parts.batches)
         self._gpu_busy_ms = self._gpu_idle_ms = 0.0
         self._prompt_tokens = 0
 
@@ -204,8 +204,7 @@ class EngineCore:
         return failed
 
     def _end_with_error(self, request_id: str, error: MinisrvError) -> EngineOutput:
-        """End a request with an error, whether or not it has ended in this step for another
-        reason."""
+        """End a request with an error, also if this step has ended it for another reason."""
         self.abort(request_id)
         return EngineOutput(request_id=request_id, error=RequestFailure.of(error))
 
@@ -283,7 +282,7 @@ class EngineCore:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             gpu_busy_ms=self._gpu_busy_ms,
             gpu_idle_ms=self._gpu_idle_ms,
-            itl_target_ms=self.scheduler.budget.target_or_zero,
+            itl_target_ms=scheduler.budget.target_or_zero,
             compilation=self.compilation.report,
             sleep=self.sleeper.report,
             ladder=self.filling.report,

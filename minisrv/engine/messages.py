@@ -280,6 +280,19 @@ class SizeCount(msgspec.Struct, frozen=True, array_like=True):
     padded_tokens: int
 
 
+class BatchCount(msgspec.Struct, frozen=True, array_like=True):
+    """The number of steps whose batch had one size, since the start.
+
+    kind: "decode" for steps in which every request decodes, whose size is their number of requests;
+        "mixed" for all others, whose size is their number of tokens.
+    size: the size, rounded up if it is large (`core.batch_counts`).
+    """
+
+    kind: str
+    size: int
+    steps: int
+
+
 class BudgetCount(msgspec.Struct, frozen=True, array_like=True):
     """The number of steps whose number of prompt tokens was chosen for one reason, since the start,
     and of their prompt tokens."""
@@ -315,6 +328,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     compiled_steps: the number of steps that ran by compiled code.
     itl_target_ms: the time that a step in which requests decode should not exceed; 0 for no target.
     budgets: the steps for which prompt tokens waited, by the reason for their number.
+    batches: the steps by the sizes of their batches.
     step_time_errors: the relative differences between predicted and measured times of steps.
     tokens_of_steps: the numbers of real tokens of steps.
     longest_turn_seconds: the longest time for which work between two steps has made requests wait.
@@ -338,6 +352,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     compiled_steps: int = 0
     itl_target_ms: float = 0.0
     budgets: list[BudgetCount] = []
+    batches: list[BatchCount] = []
     step_time_errors: Histogram = Histogram()
     tokens_of_steps: Histogram = Histogram()
     compilation: CompilationReport = CompilationReport()

@@ -12,9 +12,17 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+from minisrv.core.batch_counts import BatchCounter
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput
-from minisrv.engine.messages import BudgetCount, EngineStats, Histogram, SizeCount, StepCount
+from minisrv.engine.messages import (
+    BatchCount,
+    BudgetCount,
+    EngineStats,
+    Histogram,
+    SizeCount,
+    StepCount,
+)
 from minisrv.modes import BudgetReason, CUDAGraphMode
 from minisrv.request import EngineOutput
 
@@ -46,9 +54,12 @@ class StepCounters:
     The modes in which a request's steps ran are counted by "MODE/reason", to which "/compiled" is
     added for steps by compiled code. The steps of one batch are counted once, for all of its rows,
     and written to each request when another batch comes or a request ends.
+
+    batches: counts the steps by the sizes of their batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batches: BatchCounter) -> None:
+        self._batches = batches
         self._prefill_tokens = self._generated_tokens = self._compiled_steps = 0
         self._steps: dict[tuple[str, str], list[int]] = {}
         self._sizes: dict[tuple[bool, int], list[int]] = {}
@@ -83,6 +94,8 @@ class StepCounters:
             of_size[0] += 1
             of_size[1] += num_padded
         self._tokens.add(step.num_tokens)
+        decode = step.query_len is not None
+        self._batches.count(step.num_tokens, step.num_rows, decode=decode)
         num_prefill_tokens = step.num_tokens - step.num_decodes
         self._prefill_tokens += num_prefill_tokens
         if step.budget_reason is not None:
@@ -129,6 +142,8 @@ class StepCounters:
 
     def stats(self) -> EngineStats:
         """Return a snapshot that has all that is counted here, and nothing else."""
+        batches = self._batches.counts()
+        kinds = (("decode", batches.decode), ("mixed", batches.mixed))
         return EngineStats(
             prefill_tokens=self._prefill_tokens,
             generated_tokens=self._generated_tokens,
@@ -136,6 +151,11 @@ class StepCounters:
             sizes=[
                 SizeCount("decode" if decodes else "mixed", size, *counts)
                 for (decodes, size), counts in self._sizes.items()
+            ],
+            batches=[
+                BatchCount(kind, size, int(steps))
+                for kind, sizes in kinds
+                for size, steps in sorted(sizes.items())
             ],
             compiled_steps=self._compiled_steps,
             budgets=[BudgetCount(why.value, *counts) for why, counts in self._budgets.items()],

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from minisrv.core.attention_work import AttentionWork
+from minisrv.core.batch_counts import BatchCounter
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
@@ -92,7 +93,7 @@ class Both:
         self.draw = draw
         self.limit = min(24, self.with_runs.block_pool.capacity)
         self.in_flight: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
-        self.counted = StepCounters()
+        self.counted = StepCounters(BatchCounter())
         self.ran: dict[str, Counter[str]] = {}
         self.continued = 0
 

@@ -23,6 +23,8 @@ def test_steps_and_padding(cpu_server: Server) -> None:
         f"graph_steps_total{FULL}": 3,
         f"step_tokens_total{FULL}": 3,
         f"padded_tokens_total{FULL}": 0,
+        'batch_size_steps_total{kind="mixed",size="5"}': 1,
+        'batch_size_steps_total{kind="decode",size="1"}': 3,
         "prompt_tokens_total": 5,
         "generation_tokens_total": 4,
         'request_success_total{finished_reason="length"}': 1,
