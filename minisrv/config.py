@@ -24,6 +24,7 @@ MODEL_IMPLS = ("auto", "minisrv", "transformers")
 QUANTIZATIONS = ("int8",)
 METRICS_NAMES = ("minisrv", "vllm", "both")
 GRAPH_CAPTURES = ("covering", "whole")
+GRAPH_REFITS = ("off", "propose", "apply")
 
 _T = TypeVar("_T")
 _WEEK = 7 * 24 * 3600
@@ -113,6 +114,10 @@ class EngineConfig:
     cudagraph_capture: which graphs are captured before the engine is ready: covering, those of a
         few sizes that hold every batch with more padding, and all others while it serves, those
         first for which there are batches; or whole, all of them.
+    cudagraph_refit: whether the capture sizes follow the batches that come. propose: the engine
+        counts them, and says in the log and its metrics if as many graphs of other sizes would save
+        time. apply: it captures and certifies these graphs while it serves, and puts them in the
+        place of the others as a whole; on a GPU, memory is kept for both.
     compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
         0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
         or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
@@ -159,6 +164,7 @@ class EngineConfig:
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: tuple[int, ...] | None = _setting(None, bounds=(1, 1 << 20))
     cudagraph_capture: str = _setting("covering", choices=GRAPH_CAPTURES)
+    cudagraph_refit: str = _setting("off", choices=GRAPH_REFITS)
     compilation_mode: CompilationMode | None = None
     optimization_level: int | None = _setting(None, bounds=(0, 3))
     compile_wait: bool = False

@@ -92,6 +92,18 @@ class SleepLike(Protocol):
     def wake_up_seconds(self) -> float: ...
 
 
+class RefitLike(Protocol):
+    """The capture sizes that are proposed, the share of the steps' cost that they would save, and
+    the number of proposals that have come into service."""
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
+    @property
+    def gain(self) -> float: ...
+    @property
+    def refits(self) -> int: ...
+
+
 class LadderLike(Protocol):
     """The graphs that serve, those that were refused, and the number of those to come."""
 
@@ -107,6 +119,8 @@ class LadderLike(Protocol):
     def mixed(self) -> Sequence[int]: ...
     @property
     def epilogues(self) -> Sequence[int]: ...
+    @property
+    def refit(self) -> RefitLike: ...
 
 
 class BatchCountLike(Protocol):
@@ -470,6 +484,24 @@ def _ladder_families(stats: StatsLike) -> Iterator[Metric]:
         for size in captured:
             sizes.add_metric([kind, str(size)], 1)
     yield sizes
+    proposed = GaugeMetricFamily(
+        "minisrv:proposed_capture_size",
+        "1 for each size of other ladders that would fit the batches better.",
+        labels=["size"],
+    )
+    for size in ladder.refit.sizes:
+        proposed.add_metric([str(size)], 1)
+    yield proposed
+    yield GaugeMetricFamily(
+        "minisrv:proposed_capture_gain_ratio",
+        "Share of the cost of steps that the proposed sizes would have saved; 0 if there are none.",
+        ladder.refit.gain,
+    )
+    yield CounterMetricFamily(
+        "minisrv:ladder_refits",
+        "Ladders that have taken the place of others to fit the batches.",
+        ladder.refit.refits,
+    )
     yield GaugeMetricFamily(
         "minisrv:longest_turn_seconds",
         "Longest time for which work between two steps has made requests wait.",

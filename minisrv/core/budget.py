@@ -93,7 +93,7 @@ class PrefillBudget:
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.itl_target_ms = itl_target_ms
-        self._sizes = sizes
+        self.sizes = sizes
         self._predict_ms = predict_ms
 
     @property
@@ -119,7 +119,7 @@ class PrefillBudget:
         assert most > 0, "every request that runs fits a step"
         at_most = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
         somebody_waits = num_decodes or len(chunks) > 1
-        sizes = self._sizes if somebody_waits else ()
+        sizes = self.sizes if somebody_waits else ()
         steps = self._steps(sizes, num_decodes, decode_context, chunks, most)
         first = next(steps)
         limit_ms, over_limit = self.itl_target_ms, BudgetReason.ITL_TARGET

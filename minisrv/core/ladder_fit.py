@@ -101,6 +101,13 @@ def cost_of(uses: Iterable[RungUse]) -> float:
     return sum(use.cost for use in uses)
 
 
+def padded_share(uses: Iterable[RungUse]) -> float:
+    """Return the share of padding in the tokens of all steps that run by a graph."""
+    by_graph = [use for use in uses if use.size is not None]
+    computed = sum(use.tokens + use.padding for use in by_graph)
+    return sum(use.padding for use in by_graph) / computed if computed else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """A list of capture sizes that costs less than any other with the same weight or less.

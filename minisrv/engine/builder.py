@@ -39,6 +39,7 @@ from minisrv.engine.kernels import KernelJob
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo, SleepTag
 from minisrv.engine.platforms import Platform, Progress, platform_of
+from minisrv.engine.refit import LadderRefit
 from minisrv.engine.sleep import Sleeper
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import ConfigError, CrashError
@@ -278,6 +279,22 @@ def build_engine(
         platform.check_plan(config, memory, shape, runner)
         has_room = partial(platform.has_room, config, memory)
         filling = LadderFilling(background, runner, pool, costs, has_room)
+        batches = BatchCounter()
+        if config.cudagraph_refit != "off" and ladders.keys():
+            refit = LadderRefit(
+                background,
+                runner,
+                pool,
+                costs,
+                filling,
+                compilation,
+                batches,
+                platform.make_backend,
+                applies=config.cudagraph_refit == "apply",
+                has_room=has_room,
+                release=platform.release,
+            )
+            background.add(refit.work())
     config = replace(config, itl_target_ms=costs.itl_target_ms)
     scheduler = Scheduler(
         pool,
@@ -336,7 +353,7 @@ def build_engine(
         filling=filling,
         kernels=kernels,
         sleeper=sleeper,
-        batches=BatchCounter(),
+        batches=batches,
     )
 
 

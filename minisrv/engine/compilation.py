@@ -44,6 +44,7 @@ from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
 from minisrv.engine.background import Background, Work
+from minisrv.engine.generations import freed, take_over
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
@@ -353,17 +354,9 @@ class Compilation:
 
         times: the durations of its graphs; empty if they were not measured.
         """
-        old = Generation.in_service(self._runner)
         with _refused_as(Refusal.SWAP):
-            try:
-                new.serve(self._runner)
-                for observer in self._runner.observers:
-                    observer.swapped()
-                if times:
-                    self._use_times(times)  # the last, so that nothing follows times of other code
-            except BaseException:
-                old.serve(self._runner)
-                raise
+            # If this fails, nothing follows times of other code.
+            old = take_over(self._runner, new, lambda: self._use_times(times) if times else None)
         self._tell(
             state=CompilationState.COMPILED,
             generation=self.report.generation + 1,
@@ -375,13 +368,7 @@ class Compilation:
             len(self._runner.graphs),
             ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self._seconds.items()),
         )
-        for graphs in old.graphs:
-            while graphs:
-                graphs.popitem()  # a graph of many operations takes a while to be freed
-                if self._turn.is_over:
-                    yield False
-        yield False
-        self._release()
+        yield from freed(old, self._turn, self._release)
 
     def _tell(self, **changes: Any) -> None:
         seconds = {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}

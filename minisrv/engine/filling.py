@@ -21,12 +21,12 @@ from functools import partial
 import torch
 
 from minisrv.certification.generation import build_graph, time_generation
-from minisrv.certification.startup import DRIVER_BYTES
 from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.engine.background import Background, Turn, Work
+from minisrv.engine.generations import predicted_bytes
 from minisrv.engine.memory import mebibytes
-from minisrv.engine.messages import LadderReport
+from minisrv.engine.messages import LadderReport, RefitReport
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import MinisrvError
 from minisrv.modes import GraphKey, Stage, StageOutput
@@ -67,6 +67,7 @@ class LadderFilling:
         self._costs = costs
         self._has_room = has_room
         self._refused: dict[str, str] = {}
+        self._refit = RefitReport()
         self._stopped = ""
         self._paused_at = -math.inf
         self._num_at_start = len(runner.graphs)
@@ -88,6 +89,21 @@ class LadderFilling:
             if key in self._missing:
                 self._missing.move_to_end(key, last=False)
                 self._missing[key] = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no graph is missing that may yet come."""
+        return not self._missing
+
+    def tell(self, refit: RefitReport) -> None:
+        """Say of other ladders what `engine.refit` says."""
+        self._refit = refit
+        self.report = self._describe()
+
+    def replaced(self, refit: RefitReport) -> None:
+        """Say that other ladders serve now, all of whose graphs are there."""
+        self._refused = {}
+        self.tell(refit)
 
     def _until_interrupted(self) -> Work:
         """Do the work, which Ctrl-C in one of its turns ends."""
@@ -131,16 +147,9 @@ class LadderFilling:
         return None
 
     def _has_memory(self, key: GraphKey) -> bool:
-        """Whether there is memory for a graph; if not, none are captured for a while. It takes no
-        more than the next larger one of its kind has taken, or a piece of the driver's memory."""
-        alike = [
-            (other.num_tokens, graph.nbytes)
-            for (mode, other), graph in self._runner.graphs.items()
-            if (mode, other.stage, other.query_len, other.output)
-            == (key[0], key[1].stage, key[1].query_len, key[1].output)
-            and other.num_tokens > key[1].num_tokens
-        ]
-        needed = max(DRIVER_BYTES, min(alike)[1])
+        """Whether there is memory for a graph; if not, none are captured for a
+        while."""
+        needed = predicted_bytes([key], self._runner.graphs)
         has_room = self._has_room(needed)
         if not has_room:
             self._pause(f"the next one may take {mebibytes(needed)}, which the GPU has not left.")
@@ -191,6 +200,7 @@ class LadderFilling:
             epilogues=sizes(Stage.EPILOGUE, decode=True, output=StageOutput.TOKENS),
             refused=dict(self._refused),
             stopped=self._stopped,
+            refit=self._refit,
         )
 
     def _tell_end(self) -> None:

@@ -166,6 +166,24 @@ def sleep_word(kind: type[_E], word: object, param: str) -> _E:
     raise RequestError(f"{param} must be one of {', '.join(kind)}, not {shown(word)}.", param=param)
 
 
+class RefitReport(msgspec.Struct, frozen=True):
+    """Whether other capture sizes would fit the batches that come.
+
+    sizes: the capture sizes that were proposed last; empty if those in service are good enough.
+    gain: the share of the time of steps, or where nothing is predicted of the computed tokens, that
+        they would have saved in the steps that were counted.
+    refits: the number of times that proposed sizes have come into service.
+    refused: why the last that were to come into service did not; empty if they did.
+    seconds: the number of seconds that the last refit took, from its proposal on.
+    """
+
+    sizes: tuple[int, ...] = ()
+    gain: float = 0.0
+    refits: int = 0
+    refused: str = ""
+    seconds: float = 0.0
+
+
 class LadderReport(msgspec.Struct, frozen=True):
     """The graphs in service.
 
@@ -176,6 +194,7 @@ class LadderReport(msgspec.Struct, frozen=True):
     epilogues: the numbers of requests for whose epilogues there are graphs, ascending.
     refused: the graphs that may not serve, and why.
     stopped: why the missing graphs are not captured, at least for now; empty if they are.
+    refit: whether other sizes would fit the batches that come.
     """
 
     graphs: int = 0
@@ -185,6 +204,7 @@ class LadderReport(msgspec.Struct, frozen=True):
     epilogues: tuple[int, ...] = ()
     refused: dict[str, str] = {}
     stopped: str = ""
+    refit: RefitReport = RefitReport()
 
     @property
     def missing(self) -> int:

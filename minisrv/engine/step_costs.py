@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, time_graphs
@@ -19,8 +19,8 @@ from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.ladder import Ladders
-from minisrv.modes import GraphKey, Stage
+from minisrv.core.ladder import Ladders, decode_descriptor
+from minisrv.modes import CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class StepCosts:
     """The costs of steps, and those who choose by them: a dispatcher, and a budget with its target.
 
     dispatcher: knows which graphs are in service.
-    at_start: the ladders whose graphs are in service from the start.
+    at_start: ladders with few sizes, whose graphs are in service from the start.
     itl_target_ms: the target; 0 for none, and None for the one that follows from the measured time
         of a decode step (`ITL_TARGET_STEPS`). Without a target, nothing is predicted.
     chooses_graphs: whether the dispatcher chooses by measured times.
@@ -72,9 +72,15 @@ class StepCosts:
 
     def timed_keys(self) -> list[GraphKey]:
         """Return the steps whose times `use_times` is to be given."""
-        graphs = self.dispatcher.in_service if self._chooses_graphs else ()
-        costs = [] if self._target_ms == 0 else cost_keys(self._at_start)
-        return list(dict.fromkeys([*graphs, *costs]))
+        return self._timed_keys(self.dispatcher.in_service, self._at_start)
+
+    def timed_keys_of(self, ladders: Ladders) -> list[GraphKey]:
+        """Return the steps whose times `use_ladders` is to be given with these ladders."""
+        return self._timed_keys(ladders.keys(), ladders.covering())
+
+    def _timed_keys(self, graphs: Iterable[GraphKey], few: Ladders) -> list[GraphKey]:
+        costs = [] if self._target_ms == 0 else cost_keys(few)
+        return list(dict.fromkeys([*(graphs if self._chooses_graphs else ()), *costs]))
 
     def asks_for(self, key: GraphKey) -> bool:
         """Whether `add` is to be given the time of a step by that graph."""
@@ -127,6 +133,31 @@ class StepCosts:
                 self.cost_model.rebase(cost_samples(times))
                 self._set_default_target()
                 logger.info("ITL target %.1f ms", self.itl_target_ms)
+
+    def use_ladders(self, ladders: Ladders, times: Mapping[GraphKey, StepTime]) -> None:
+        """Choose among all graphs of other ladders, which have taken over, by the durations of
+        their `timed_keys_of`; none if there are no such keys. If anything fails, all choices are as
+        before."""
+        with _undone_by_errors(self, self.dispatcher, self.cost_model, self.budget):
+            self.dispatcher.ladders = ladders
+            self.dispatcher.use_graphs(ladders.keys())
+            self._at_start = ladders.covering()
+            if self._target_ms != 0:
+                self.budget.sizes = (*ladders.mixed, *ladders.eager_sizes)
+            self._keys = {}
+            if times:
+                self.use_times(times)
+
+    def price(self, decode: bool, size: int) -> float:
+        """Return the time that a step is predicted to take by the graph of a size, captured or not;
+        the number of its tokens where nothing is predicted (`core.ladder_fit.Price`)."""
+        ladders = self.dispatcher.ladders
+        key = (
+            (CUDAGraphMode.FULL, decode_descriptor(size, StageOutput.TOKENS, ladders.query_len))
+            if decode
+            else ladders.mixed_key(size)
+        )
+        return self.cost_model.predict(key, NO_WORK) or float(size)
 
     def _choose_graphs(self, times: Mapping[GraphKey, StepTime]) -> None:
         self.dispatcher.use_times(times)

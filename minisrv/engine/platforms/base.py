@@ -145,7 +145,8 @@ class Platform(ABC):
 
         make_runner: makes a runner with the loaded model and that many blocks.
         before_loading: the result of `cache_before_loading`.
-        generations: the number of generations of graphs that exist at the same time.
+        generations: the number of generations that exist at the same time, if there are several
+            because code is compiled.
         job: what decides which kernels the engine launches.
         """
 

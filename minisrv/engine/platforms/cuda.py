@@ -142,6 +142,8 @@ class CUDAPlatform(Platform):
             path = path if alone else None
         compiler = COMPILER_BYTES if generations > 1 else 0
         steps, graphs = result.step_bytes, result.graph_bytes
+        if config.cudagraph_refit == "apply":
+            generations = 2  # other ladders are captured beside those in service
         cache = self.allowed_bytes(config) - used - steps - generations * graphs - compiler
         logger.info(
             "steps take %s, graphs %s by a probe%s; %s are left for the KV cache",

@@ -1,0 +1,65 @@
+"""How a generation takes the place of another one.
+
+Knows: how much memory its graphs may take, and in which order one comes and the other goes. Knows
+nothing of how a generation is built (`certification.generation`), nor of why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from minisrv.certification.startup import DRIVER_BYTES
+from minisrv.engine.background import Turn, Work
+from minisrv.graph.captured import CapturedGraph
+from minisrv.modes import GraphKey
+from minisrv.runner.generation import Generation
+from minisrv.runner.model_runner import ModelRunner
+
+
+def predicted_bytes(keys: Collection[GraphKey], captured: Mapping[GraphKey, CapturedGraph]) -> int:
+    """Return the number of bytes that graphs may take: each no more than the next larger one of its
+    kind that is captured, or than one of its size, or a piece of the driver's memory."""
+
+    def bytes_of(key: GraphKey) -> int:
+        mode, own = key
+        alike = [
+            (other.num_tokens, graph.nbytes)
+            for (runtime, other), graph in captured.items()
+            if (runtime, other.stage, other.query_len, other.output)
+            == (mode, own.stage, own.query_len, own.output)
+            and other.num_tokens >= own.num_tokens
+        ]
+        return max(DRIVER_BYTES, min(alike)[1])
+
+    return sum(map(bytes_of, keys))
+
+
+def take_over(runner: ModelRunner, new: Generation, follow: Callable[[], None]) -> Generation:
+    """Put a generation into service between two steps, in place of another one, which is returned.
+
+    follow: lets those follow who choose by what serves. If it fails, the other one serves on.
+    """
+    old = Generation.in_service(runner)
+    try:
+        new.serve(runner)
+        for observer in runner.observers:
+            observer.swapped()
+        follow()
+    except BaseException:
+        old.serve(runner)
+        raise
+    return old
+
+
+def freed(old: Generation, turn: Turn, release: Callable[[], None]) -> Work:
+    """Free the graphs of a generation that serves no more.
+
+    release: returns memory that nobody uses any more to the device.
+    """
+    for graphs in old.graphs:
+        while graphs:
+            graphs.popitem()  # a graph of many operations takes a while to be freed
+            if turn.is_over:
+                yield False
+    yield False
+    release()
