@@ -133,6 +133,8 @@ class EngineConfig:
         until then if compilation_mode is 3.
     enable_sleep_mode: let the engine be put to sleep, in which the memory of its weights and its KV
         cache is released: by POST /sleep of a server, or LLM.sleep.
+    step_trace: number of the last steps that are kept, each with its graph, its requests and its
+        times, for `minisrv trace` and GET /debug/steps; 0 keeps none.
     simulate_launch_us: microseconds to add to the time of every launch, which shows on a CPU what
         graphs save where launches are expensive. Results are then labelled as simulated. 0 adds
         nothing.
@@ -169,6 +171,7 @@ class EngineConfig:
     optimization_level: int | None = _setting(None, bounds=(0, 3))
     compile_wait: bool = False
     enable_sleep_mode: bool = False
+    step_trace: int = _setting(4096, bounds=(0, 1 << 20))
     simulate_launch_us: float = _setting(0.0, bounds=(0, 10_000))  # a GPU's launch takes about 10
 
     def __post_init__(self) -> None:

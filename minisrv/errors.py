@@ -16,6 +16,7 @@
     |  |- ContextLengthError
     |  |- ModelNotFoundError
     |  |- AuthenticationError
+    |  |- TraceOffError       the server keeps no steps to be read
     |  |- MisdirectedError    it asks for a host that this server is not
     |  `- QueueFullError      not a fault of the request: try again later
     |     |- KeyLimitError    its API key has too many choices open
@@ -24,6 +25,7 @@
        |- DeadlineError       the request took longer than it may
        |- GrammarUnavailableError  it could not be found out whether its grammar compiles
        |- GrammarFullError    requests with the same grammar have used up the room for its states
+       |- TraceFullError      too many clients read the trace of steps
        |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
        |- EngineAsleepError   asleep, or about to be
@@ -178,6 +180,13 @@ class ModelNotFoundError(RequestError):
     code = "model_not_found"
 
 
+class TraceOffError(RequestError):
+    """The server was started without a trace of its steps."""
+
+    http_status = 404
+    code = "step_trace_off"
+
+
 class AuthenticationError(RequestError):
     """The request has no API key, or none that is accepted."""
 
@@ -249,6 +258,15 @@ class GrammarFullError(EngineError):
     type = "service_unavailable"
     code = "grammar_full"
     retry_after = 1
+
+
+class TraceFullError(EngineError):
+    """As many clients as may read the trace of steps at the same time do so."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "too_many_readers"
+    retry_after = 5
 
 
 class BodiesFullError(EngineError):

@@ -129,6 +129,7 @@ class LLM:
         optimization_level: int | None = None,
         compile_wait: bool = False,
         enable_sleep_mode: bool = False,
+        step_trace: int = 4096,
         simulate_launch_us: float = 0.0,
         **unknown: Never,
     ) -> None:
@@ -170,6 +171,7 @@ class LLM:
             optimization_level=optimization_level,
             compile_wait=compile_wait,
             enable_sleep_mode=enable_sleep_mode,
+            step_trace=step_trace,
             simulate_launch_us=simulate_launch_us,
         )
         checkpoint = open_checkpoint(config)

@@ -1,5 +1,5 @@
-"""Facts about this machine for which torch is not needed: its free memory, and whether there are a
-CUDA driver and what a model is compiled with.
+"""Facts about this machine for which torch is not needed: its processor and free memory, and
+whether there are a CUDA driver and what a model is compiled with.
 
 Knows: Linux. Knows nothing of what the memory is used for.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import shlex
 import shutil
 from pathlib import Path
@@ -37,6 +38,16 @@ def available_memory() -> int:
     except (OSError, ValueError, StopIteration):  # no control group of version 2 sets a limit
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def cpu_name() -> str:
+    """Return the name of the processor, or at least its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def resident_memory() -> int:

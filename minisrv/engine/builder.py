@@ -42,6 +42,7 @@ from minisrv.engine.platforms import Platform, Progress, platform_of
 from minisrv.engine.refit import LadderRefit
 from minisrv.engine.sleep import Sleeper
 from minisrv.engine.step_costs import StepCosts
+from minisrv.engine.step_trace import StepTrace
 from minisrv.errors import ConfigError, CrashError
 from minisrv.kernels.gpu import gpu_of
 from minisrv.machine import missing_to_compile
@@ -77,6 +78,7 @@ class EngineParts:
     kernels: what decides which kernels the engine launches.
     sleeper: what puts the engine to sleep.
     batches: counts the steps by the sizes of their batches.
+    step_trace: keeps the last steps; None if none are kept.
     """
 
     config: ResolvedConfig
@@ -95,6 +97,7 @@ class EngineParts:
     kernels: KernelJob
     sleeper: Sleeper
     batches: BatchCounter
+    step_trace: StepTrace | None
 
 
 def build_engine(
@@ -325,7 +328,18 @@ def build_engine(
         compilation_mode=compilation_mode.name,
         compilation_reason=why,
         compilation=compilation.report,
+        device_name=platform.device_name,
+        ladders={
+            "decode": ladders.decode,
+            "mixed": ladders.mixed,
+            "epilogue": ladders.epilogues,
+        },
+        step_trace=config.step_trace,
     )
+    step_trace = None
+    if config.step_trace:
+        step_trace = StepTrace(config.step_trace, scheduler, len(model.attention_layers), info)
+        runner.observers.append(step_trace)
     logger.info("resolved settings: %s", info.summary)
     sleeper = Sleeper(
         arenas,
@@ -354,6 +368,7 @@ def build_engine(
         kernels=kernels,
         sleeper=sleeper,
         batches=batches,
+        step_trace=step_trace,
     )
 
 

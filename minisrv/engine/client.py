@@ -39,6 +39,7 @@ from minisrv.engine.messages import (
     decode_engine_message,
     encode,
 )
+from minisrv.engine.trace_format import AskSteps, Steps
 from minisrv.errors import (
     EngineDeadError,
     EngineNotReadyError,
@@ -71,7 +72,7 @@ LAST_WORDS_SECONDS = 0.05
 """Number of seconds for reading messages that the engine sent before it ended."""
 
 STATS_SECONDS = 1.0
-"""Number of seconds to wait for the engine's counters; a step may take longer."""
+"""Number of seconds to wait for the engine's counters or steps; a step may take longer."""
 
 
 class _Mailbox:
@@ -115,6 +116,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._stats_asked: deque[asyncio.Future[None]] = deque()
+        self._steps_asked: deque[asyncio.Future[Steps | None]] = deque()
         self._commands: deque[asyncio.Future[SleepReport]] = deque()
         self._loading = Loading("starting")
         self._exit_report_seconds = exit_report_seconds
@@ -214,6 +216,19 @@ class EngineClient:
             self._send(AskStats())
             await asyncio.wait((answer,), timeout=STATS_SECONDS)
         return self._stats
+
+    async def steps(self, ask: AskSteps) -> Steps | None:
+        """Return recorded steps; None if the engine is in the middle of a long step, in which case
+        the question may be asked again, or has died.
+
+        Raises EngineNotReadyError, EngineDeadError.
+        """
+        self.check_serving()
+        answer = self._loop.create_future()
+        self._steps_asked.append(answer)  # answers come in the order of the questions
+        self._send(ask)
+        await asyncio.wait((answer,), timeout=STATS_SECONDS)
+        return answer.result() if answer.done() else None
 
     async def command(self, command: Command) -> SleepReport:
         """Have the engine carry out a command, wait until it has, and return how the engine slept
@@ -329,6 +344,9 @@ class EngineClient:
                 self._stats = message
                 if self._stats_asked:  # otherwise the wait of those who asked has timed out
                     self._stats_asked.popleft().set_result(None)
+            case Steps():
+                if self._steps_asked:  # otherwise a shutdown has ended the wait
+                    self._steps_asked.popleft().set_result(message)
             case Loading():
                 self._loading = message
                 self._on_loading(message.phase, message.done, message.total)
@@ -396,6 +414,8 @@ class EngineClient:
                 done.set_exception(error)
         while self._stats_asked:
             self._stats_asked.popleft().set_result(None)
+        while self._steps_asked:
+            self._steps_asked.popleft().set_result(None)
 
     def _as_exception(self, failure: RequestFailure) -> MinisrvError:
         """Return the exception that the engine sent."""

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from minisrv.core.cost_model import StepSample
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import EngineParts
 from minisrv.engine.messages import EngineInfo, EngineStats
 from minisrv.engine.step_counters import StepCounters
+from minisrv.engine.trace_format import TracedStep
 from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
-from minisrv.runner.results import DeviceTime, StepResult
+from minisrv.runner.results import StepResult
 from minisrv.validation import validate_request
 
 GRAMMAR_SECONDS = 0.01
@@ -34,6 +34,7 @@ before it looks for requests again."""
 class _InFlight:
     """A launched step and the data needed to retire it.
 
+    record: what the trace keeps of it.
     result: None while its epilogue has not been launched.
     had_work_throughout: whether there has been work ever since the step before it, so that the time
         between the two is time in which the device waited for the host.
@@ -42,6 +43,7 @@ class _InFlight:
     output: SchedulerOutput
     dispatch: Dispatch
     had_work_throughout: bool
+    record: TracedStep | None
     result: StepResult | None = None
 
 
@@ -65,9 +67,14 @@ class EngineCore:
         self._interrupted = self._had_work_throughout = self._runs = False
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
-        self._counters = StepCounters(parts.batches)
-        self._gpu_busy_ms = self._gpu_idle_ms = 0.0
-        self._prompt_tokens = 0
+        self.step_trace = parts.step_trace
+        self._counters = StepCounters(
+            parts.batches,
+            parts.cost_model,
+            parts.scheduler.budget,
+            parts.step_trace,
+            has_clock=parts.config.kind.has_clock,
+        )
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -97,8 +104,7 @@ class EngineCore:
         if grammar is not None:
             self._grammars.compile(request.request_id, grammar, request.params)
         self._had_work_throughout &= had_work
-        self._prompt_tokens += len(request.prompt_token_ids)
-        self._counters.open(request.request_id)
+        self._counters.open(request)
 
     @property
     def has_room(self) -> bool:
@@ -167,13 +173,19 @@ class EngineCore:
         self._lap(StepPart.WAIT)
         outputs = self.scheduler.update(step.output.step_id, tokens)
         self._lap(StepPart.UPDATE)
-        self._count_time(step, result.device_time())
         errors: dict[str, MinisrvError] = {}
         if step.output.has_structured_output_requests:
             errors = self._grammars.accept_tokens(outputs)
         if result.logprobs is not None:
             result.logprobs.add_to(outputs, step.output)
         self._count_outputs(outputs)
+        self._counters.retire(
+            step.output,
+            step.dispatch,
+            step.record,
+            result.device_time(),
+            had_work_throughout=step.had_work_throughout,
+        )
         if errors:
             outputs = [output for output in outputs if output.request_id not in errors]
             failed += [self._end_with_error(*failure) for failure in errors.items()]
@@ -219,8 +231,8 @@ class EngineCore:
         if dispatch.missing:
             self.filling.want(dispatch.missing)
         self._lap(StepPart.DISPATCH)
-        self._counters.count(output, dispatch, compiled=self.compilation.generation > 0)
-        step = _InFlight(output, dispatch, self._had_work_throughout)
+        record = self._counters.count(output, dispatch, generation=self.compilation.generation)
+        step = _InFlight(output, dispatch, self._had_work_throughout, record)
         self._had_work_throughout = True
         self._lap(StepPart.REST)
         self.runner.execute_model(output, dispatch)
@@ -231,21 +243,6 @@ class EngineCore:
     def _sample(self, step: _InFlight) -> None:
         """Launch the rest of a step whose model has been launched."""
         step.result = self.runner.sample_tokens(step.output, step.dispatch)
-
-    def _count_time(self, step: _InFlight, time: DeviceTime) -> None:
-        """Count the time of a step, and let the cost model learn from it if there is a target. A
-        step that waits for the host between its stages is no example of any other."""
-        output = step.output
-        if self.config.kind.has_clock:
-            self._gpu_busy_ms += time.busy_ms
-            if step.had_work_throughout and time.idle_ms is not None:
-                self._gpu_idle_ms += time.idle_ms
-        waits_for_host = output.needs_logits or output.has_structured_output_requests
-        if self.scheduler.budget.has_target and not waits_for_host:
-            key, work = step.dispatch.key, output.work
-            if predicted_ms := self.cost_model.predict(key, work):
-                self._counters.count_error(predicted_ms, time.busy_ms)
-            self.cost_model.observe(StepSample(key, work, time.busy_ms))
 
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
@@ -277,11 +274,8 @@ class EngineCore:
             kv_blocks_used=scheduler.block_pool.num_used,
             kv_blocks_total=scheduler.block_pool.total - 1,
             preemptions=scheduler.num_preemptions,
-            prompt_tokens=self._prompt_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
-            gpu_busy_ms=self._gpu_busy_ms,
-            gpu_idle_ms=self._gpu_idle_ms,
             itl_target_ms=scheduler.budget.target_or_zero,
             compilation=self.compilation.report,
             sleep=self.sleeper.report,

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from minisrv.engine.trace_format import AskSteps, Steps
 from minisrv.errors import RequestError, shown
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 
@@ -207,6 +208,11 @@ class LadderReport(msgspec.Struct, frozen=True):
     refit: RefitReport = RefitReport()
 
     @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of the graphs in service, by kind."""
+        return {"decode": self.decode, "mixed": self.mixed, "epilogue": self.epilogues}
+
+    @property
     def missing(self) -> int:
         """The number of graphs that come into service; 0 while they are stopped."""
         return 0 if self.stopped else self.total - self.graphs - len(self.refused)
@@ -226,6 +232,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device: str
     cudagraph_mode: str
     startup_seconds: dict[str, float]
+    device_name: str = ""
+    """The processor or GPU by its maker's name."""
+    ladders: dict[str, tuple[int, ...]] = {}
+    """The sizes of the graphs that serve when the ladders are filled, by kind."""
+    step_trace: int = 0
+    """The maximum number of steps that are kept for those who read the trace; 0 for no trace."""
     itl_target_ms: float = 0.0
     """Time that a step in which requests decode should not exceed, in milliseconds; 0 for no such
     target."""
@@ -388,8 +400,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Sleep | WakeUp
-WorkerMessage = Hello | Submit | AskStats | Command
-EngineMessage = Loading | Ready | Failed | EngineStats | StepOutputs | CommandDone
+WorkerMessage = Hello | Submit | AskStats | AskSteps | Command
+EngineMessage = Loading | Ready | Failed | EngineStats | Steps | StepOutputs | CommandDone
 
 encode = msgspec.msgpack.Encoder().encode
 decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode

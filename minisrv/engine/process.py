@@ -2,8 +2,9 @@
 
 Knows: how the process starts, serves, and ends. It ends with an error, with its parent, or when the
 parent stops it. A worker is any process that says hello on the socket. Each worker gets one message
-a step with what the step added to its requests, and the counters when it asks. A worker that says
-hello again is a new process in place of one that has died, whose requests are dropped.
+a step with what the step added to its requests, and the counters and recorded steps when it asks.
+A worker that says hello again is a new process in place of one that has died, whose requests are
+dropped.
 
 The parent can see that the engine is alive: once it serves, its loop comes round every half second
 or every step; while it loads, which is no loop, a thread beats as often. So a load that waits for
@@ -52,6 +53,7 @@ from minisrv.engine.messages import (
     encode,
 )
 from minisrv.engine.stats_log import StatsLog
+from minisrv.engine.trace_format import AskSteps, Steps
 from minisrv.errors import (
     ConfigError,
     EngineError,
@@ -266,7 +268,10 @@ class _EngineServer:
 
     def _tell_change(self) -> None:
         """Tell every worker that the description of the engine has changed."""
-        self.state = Ready(self.core.describe())
+        info = self.core.describe()
+        if self.core.step_trace is not None:
+            self.core.step_trace.note(info)
+        self.state = Ready(info)
         self._broadcast()
 
     def _is_due(self, command: Command) -> bool:
@@ -324,6 +329,9 @@ class _EngineServer:
             case AskStats():
                 ready = isinstance(self.state, Ready)
                 self._send(worker, self.core.stats() if ready else EngineStats())
+            case AskSteps():
+                trace = self.core.step_trace if isinstance(self.state, Ready) else None
+                self._send(worker, Steps() if trace is None else trace.read(message))
             case Sleep() | WakeUp():
                 self._command(worker, message)
             case Hello():

@@ -1,9 +1,9 @@
 """The counters of an engine's steps: by mode and reason, by the size of their graph, by the number
-of their tokens and the reason for that of their prompt tokens, and by request; by how much their
-times differed from the predicted ones; and when each request came and had its first step.
+of their tokens and the reason for that of their prompt tokens, and by request; their times, and by
+how much these differed from the predicted ones; and when each request came and had its first step.
 
-Knows: what is counted of a step. Knows nothing of how a step is made or run, nor of who reads the
-counts.
+Knows: what is counted of a step, and that the trace and the cost model are told of it too. Knows
+nothing of how a step is made or run, nor of who reads the counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from minisrv.core.batch_counts import BatchCounter
+from minisrv.core.budget import PrefillBudget
+from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import ScheduledRow, SchedulerOutput
 from minisrv.engine.messages import (
@@ -23,8 +25,11 @@ from minisrv.engine.messages import (
     SizeCount,
     StepCount,
 )
+from minisrv.engine.step_trace import StepTrace
+from minisrv.engine.trace_format import TracedStep
 from minisrv.modes import BudgetReason, CUDAGraphMode
-from minisrv.request import EngineOutput
+from minisrv.request import EngineOutput, EngineRequest
+from minisrv.runner.results import DeviceTime
 
 ERROR_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Upper bounds of the buckets for relative errors of predicted times."""
@@ -56,11 +61,27 @@ class StepCounters:
     and written to each request when another batch comes or a request ends.
 
     batches: counts the steps by the sizes of their batches.
+    cost_model, budget: the model that learns from the times of steps if the budget has a target.
+    trace: keeps a record of each step; None for no trace.
+    has_clock: whether the device measures the time of its own work.
     """
 
-    def __init__(self, batches: BatchCounter) -> None:
+    def __init__(
+        self,
+        batches: BatchCounter,
+        cost_model: CostModel,
+        budget: PrefillBudget,
+        trace: StepTrace | None = None,
+        *,
+        has_clock: bool = False,
+    ) -> None:
         self._batches = batches
-        self._prefill_tokens = self._generated_tokens = self._compiled_steps = 0
+        self._cost_model = cost_model
+        self._budget = budget
+        self._has_clock = has_clock
+        self._gpu_busy_ms = self._gpu_idle_ms = 0.0
+        self._prompt_tokens = self._prefill_tokens = self._generated_tokens = 0
+        self._compiled_steps = 0
         self._steps: dict[tuple[str, str], list[int]] = {}
         self._sizes: dict[tuple[bool, int], list[int]] = {}
         """Steps and padding tokens, by whether the batch only decodes and the size of the graph."""
@@ -73,14 +94,23 @@ class StepCounters:
         self._batch_id: int | None = None
         self._rows: list[ScheduledRow] = []
         self._pending: dict[str, int] = {}
+        self._trace = trace
+        self._generated_before = 0
 
-    def open(self, request_id: str) -> None:
+    def open(self, request: EngineRequest) -> None:
         """Register a request that comes now."""
-        self._queued_at[request_id] = time.perf_counter()
-        self._by_request[request_id] = {}
+        self._prompt_tokens += len(request.prompt_token_ids)
+        self._queued_at[request.request_id] = time.perf_counter()
+        self._by_request[request.request_id] = {}
 
-    def count(self, step: SchedulerOutput, dispatch: Dispatch, *, compiled: bool) -> None:
-        """Count a step that is launched; `compiled` says whether compiled code runs it."""
+    def count(
+        self, step: SchedulerOutput, dispatch: Dispatch, *, generation: int
+    ) -> TracedStep | None:
+        """Count a step that is launched, and return its record, if there is a trace.
+
+        generation: the generation that runs it; see `CompilationReport`.
+        """
+        compiled = generation > 0
         mode, reason = dispatch.mode.name, dispatch.reason.value
         counts = self._steps.setdefault((mode, reason), [0, 0, 0])
         counts[0] += 1
@@ -110,6 +140,7 @@ class StepCounters:
             self._batch_id, self._rows = step.batch_id, step.batch_rows
         key = f"{mode}/{reason}{'/compiled' if compiled else ''}"
         self._pending[key] = self._pending.get(key, 0) + 1
+        return None if self._trace is None else self._trace.launch(step, dispatch, generation)
 
     def _count_first_steps(self, step: SchedulerOutput) -> None:
         now = time.perf_counter()
@@ -129,9 +160,36 @@ class StepCounters:
             if output.finish_reason is not None:
                 output.graph_steps = self.close(output.request_id)
 
-    def count_error(self, predicted_ms: float, measured_ms: float) -> None:
-        """Count by how much the time of a step differed from the predicted one."""
-        self._errors.add(abs(predicted_ms / measured_ms - 1))
+    def retire(
+        self,
+        step: SchedulerOutput,
+        dispatch: Dispatch,
+        record: TracedStep | None,
+        taken: DeviceTime,
+        *,
+        had_work_throughout: bool,
+    ) -> None:
+        """Count the time of the oldest step in flight, let the cost model learn from it if there is
+        a target, and complete its record. A step that waits for the host between its stages is no
+        example of any other.
+
+        had_work_throughout: whether there has been work ever since the step before it.
+        """
+        if self._has_clock:
+            self._gpu_busy_ms += taken.busy_ms
+            if had_work_throughout and taken.idle_ms is not None:
+                self._gpu_idle_ms += taken.idle_ms
+        predicted_ms = None
+        waits_for_host = step.needs_logits or step.has_structured_output_requests
+        if self._budget.has_target and not waits_for_host:
+            sample = StepSample(dispatch.key, step.work, taken.busy_ms)
+            if predicted_ms := self._cost_model.predict(sample.key, sample.work):
+                self._errors.add(abs(predicted_ms / taken.busy_ms - 1))
+            self._cost_model.observe(sample)
+        if self._trace is not None and record is not None:
+            sampled = self._generated_tokens - self._generated_before
+            self._generated_before = self._generated_tokens
+            self._trace.retire(record, predicted_ms or None, taken.busy_ms, sampled)
 
     def close(self, request_id: str) -> dict[str, int]:
         """Return the counts of a request that has ended, and forget it. They include a step that is
@@ -145,7 +203,10 @@ class StepCounters:
         batches = self._batches.counts()
         kinds = (("decode", batches.decode), ("mixed", batches.mixed))
         return EngineStats(
+            prompt_tokens=self._prompt_tokens,
             prefill_tokens=self._prefill_tokens,
+            gpu_busy_ms=self._gpu_busy_ms,
+            gpu_idle_ms=self._gpu_idle_ms,
             generated_tokens=self._generated_tokens,
             steps=[StepCount(*key, *counts) for key, counts in self._steps.items()],
             sizes=[

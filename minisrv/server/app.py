@@ -6,6 +6,7 @@ needs nothing else of the engine.
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -43,6 +44,7 @@ from minisrv.server.openapi import (
     anthropic_responses_of,
     health_responses,
     route_responses,
+    trace_responses,
 )
 from minisrv.server.pages import add_pages
 from minisrv.server.request_body import BodyRoute
@@ -69,6 +71,7 @@ from minisrv.server.response_schemas import (
     VersionResponse,
 )
 from minisrv.server.serving import Serving
+from minisrv.server.step_trace import TraceQuery, TraceReaders, TraceResponse
 from minisrv.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_BODY_BYTES = 4 << 20
@@ -78,6 +81,7 @@ _CHAT = "/v1/chat/completions"
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 _COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 _SLEEP, _WAKE_UP = "/sleep", "/wake_up"
+_STEPS = "/debug/steps"
 
 
 def create_app(
@@ -164,6 +168,8 @@ def create_app(
     _add_operation_routes(
         app, client, metrics, served_model_names[0], MetricsNames(settings.metrics_names)
     )
+    readers = TraceReaders(client, served_model_names[0], serving.request_timeout)
+    _add_trace_route(app, readers)
     if enable_sleep_mode:
         _add_sleep_routes(app, client)
     add_pages(app, serving, keyed=bool(settings.api_keys))
@@ -319,6 +325,40 @@ def _add_operation_routes(
             names=names,
         )
         return Response(text, media_type=CONTENT_TYPE)
+
+
+def _add_trace_route(app: FastAPI, readers: TraceReaders) -> None:
+    @app.get(_STEPS, response_class=Response, responses=trace_responses())
+    async def steps(
+        request: Request,
+        since: Annotated[str | None, Query(description="id of the last step that is known")] = None,
+        limit: Annotated[str | None, Query(description="maximum number of steps")] = None,
+        follow: Annotated[str, Query(description="true or false")] = "false",
+    ) -> Response:
+        """Return the last steps of the engine as lines of JSON: behind a header those after
+        `since`, or the last `limit` ones. With `follow` the response goes on as steps come."""
+        _check_names(request, "since", "limit", "follow")
+        _check_once(request, "since", "limit", "follow")
+        if follow not in ("true", "false"):
+            wrong = f"follow must be true or false, not {shown(follow)}."
+            raise RequestError(wrong, param="follow")
+        query = TraceQuery(
+            since=_step_number("since", since),
+            limit=_step_number("limit", limit),
+            follow=follow == "true",
+        )
+        readers.info()
+        return TraceResponse(readers, query)
+
+
+def _step_number(name: str, text: str | None) -> int | None:
+    """Return the number that a parameter of the query string holds, or None if it is not given.
+    Raises RequestError."""
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise RequestError(f"{name} must be an integer from 0, not {shown(text)}.", param=name)
+    return int(text)
 
 
 def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:

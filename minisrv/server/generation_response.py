@@ -23,6 +23,7 @@ from minisrv.errors import DeadlineError, MinisrvError
 from minisrv.server import sse
 from minisrv.server.auth import owner
 from minisrv.server.choices import Generation, coalesce
+from minisrv.server.disconnect import while_connected
 from minisrv.server.errors import JSON, error_status
 from minisrv.server.middleware import CLIENT_CLOSED_REQUEST
 from minisrv.server.offload import offload
@@ -50,21 +51,13 @@ class GenerationResponse(Response):
         """Fields of this request's line in the access log."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._answer(scope, receive, send))
-        gone = asyncio.create_task(_disconnect(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            else:
+            if not await while_connected(self._answer(scope, receive, send), receive):
                 self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
                 self._log_fields["status"] = CLIENT_CLOSED_REQUEST
         finally:
             self._log_fields |= self._builder.log_fields(self._arrival)
             scope["log_fields"] = self._log_fields
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, builder = self._request, self._builder
@@ -155,9 +148,3 @@ class GenerationResponse(Response):
         log-probabilities, so that large ones are made in a thread."""
         builder = self._builder
         return await offload(lambda: b"".join(map(builder.events, deltas)), builder.size_of(deltas))
-
-
-async def _disconnect(receive: Receive) -> None:
-    """Return when the client disconnects; the body must have been read before."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
+from minisrv.engine.trace_format import TracedStep, TraceHeader
 from minisrv.server import anthropic_responses, response_schemas
 from minisrv.server.anthropic_responses import AnthropicErrorResponse, AnthropicMessage
 from minisrv.server.auth import OPEN_PATHS
@@ -88,6 +89,17 @@ def health_responses(body: type[Body]) -> Responses:
     }
 
 
+def trace_responses() -> Responses:
+    """Return the responses of the route of the step trace: lines of JSON, or an error."""
+    lines = [_SCHEMA.format(name=line.__name__) for line in (TraceHeader, TracedStep)]
+    schema = {
+        "description": "A JSON object in each line: first the header, then steps and events.",
+        "anyOf": [*({"$ref": line} for line in lines), {"type": "object"}],
+    }
+    content = {"application/x-ndjson": {"schema": schema}}
+    return {200: {"content": content, "description": "Done"}, **_errors(ErrorResponse)}
+
+
 class DocumentedApp(FastAPI):
     """An application whose document has the schemas of the response bodies.
 
@@ -131,6 +143,8 @@ _BODIES = [
     anthropic_responses.AnthropicMessage,
     anthropic_responses.MessageTokensCount,
     *anthropic_responses.MESSAGE_STREAM_EVENTS,
+    TraceHeader,
+    TracedStep,
 ]
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+from minisrv.machine import cpu_name
+
 PACKAGES = ("minisrv", "torch", "numpy")
 
 
@@ -55,7 +57,7 @@ def environment(*packages: str) -> Environment:
     return Environment(
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         gpu=_gpu_name(),
         capability=torch.backends.cpu.get_cpu_capability(),
         cpus=len(os.sched_getaffinity(0)),
@@ -66,15 +68,6 @@ def environment(*packages: str) -> Environment:
         python=platform.python_version(),
         versions={name: version(name) for name in (*PACKAGES, *packages)},
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _gpu_name() -> str | None:

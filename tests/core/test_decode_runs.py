@@ -13,6 +13,7 @@ import pytest
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.batch_counts import BatchCounter
 from minisrv.core.budget import PrefillBudget
+from minisrv.core.cost_model import CostModel
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
@@ -93,7 +94,7 @@ class Both:
         self.draw = draw
         self.limit = min(24, self.with_runs.block_pool.capacity)
         self.in_flight: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
-        self.counted = StepCounters(BatchCounter())
+        self.counted = StepCounters(BatchCounter(), CostModel(), budget)
         self.ran: dict[str, Counter[str]] = {}
         self.continued = 0
 
@@ -106,14 +107,12 @@ class Both:
             logprobs=draw.choice((None, None, None, 0, 2)),
         )
         priority = draw.choice((0, 0, 0, -1, 1))
+        request = EngineRequest(
+            request_id=name, prompt_token_ids=prompt, params=params, priority=priority
+        )
         for scheduler in (self.with_runs, self.anew):
-            scheduler.add(
-                EngineRequest(
-                    request_id=name, prompt_token_ids=prompt, params=params, priority=priority
-                ),
-                0,
-            )
-        self.counted.open(name)
+            scheduler.add(request, 0)
+        self.counted.open(request)
         self.ran[name] = Counter()
 
     def abort(self, name: str) -> None:
@@ -134,7 +133,7 @@ class Both:
         assert step.work == AttentionWork.of(step.rows)
         reason = self.draw.choice((Reason.PURE_DECODE, Reason.CHEAPER))
         dispatch = Dispatch(CUDAGraphMode.FULL, BatchDescriptor(step.num_tokens), reason)
-        self.counted.count(step, dispatch, compiled=False)
+        self.counted.count(step, dispatch, generation=0)
         key = f"FULL/{reason.value}"
         for row in step.rows:
             if row.request_id in self.ran:

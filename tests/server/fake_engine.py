@@ -17,6 +17,7 @@ from minisrv.engine.messages import (
     SleepReport,
     StepCount,
 )
+from minisrv.engine.trace_format import AskSteps, Steps
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
@@ -34,6 +35,7 @@ INFO = EngineInfo(
     cudagraph_mode="full-and-piecewise",
     startup_seconds={},
     simulated_launch_us=11.5,
+    step_trace=8,
 )
 STATS = EngineStats(
     running=2,
@@ -85,6 +87,9 @@ class FakeEngine:
 
     async def stats(self) -> EngineStats:
         return STATS
+
+    async def steps(self, ask: AskSteps) -> Steps:
+        return Steps()
 
     async def generate(
         self, requests: Sequence[EngineRequest]

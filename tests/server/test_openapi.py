@@ -87,7 +87,10 @@ POSTS = (
     "/tokenize",
     "/detokenize",
 )
-GETS = ("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics")
+GETS = (
+    *("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics"),
+    "/debug/steps",
+)
 
 
 def hold(case: schemathesis.Case) -> None:

@@ -42,6 +42,11 @@ class Platform(ABC):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """The name that its maker gives the device."""
+
     @abstractmethod
     def make_backend(self) -> GraphBackend:
         """Return the backend that records and replays graphs."""

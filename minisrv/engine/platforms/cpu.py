@@ -21,7 +21,7 @@ from minisrv.errors import ConfigError
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.kernels.linear import multiplies_bfloat16
 from minisrv.kernels.native import native
-from minisrv.machine import available_memory, resident_memory
+from minisrv.machine import available_memory, cpu_name, resident_memory
 from minisrv.model_config import ModelConfig
 from minisrv.runner.input_buffers import BufferSizes
 from minisrv.runner.model_runner import ModelRunner
@@ -42,6 +42,11 @@ class CPUPlatform(Platform):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
+
+    @property
+    def device_name(self) -> str:
+        """See `Platform`."""
+        return cpu_name()
 
     def make_backend(self) -> CPUTapeBackend:
         """See `Platform`."""

@@ -57,6 +57,11 @@ class CUDAPlatform(Platform):
     """Number of bytes that steps take for a while besides what the engine holds. It is measured at
     a start whose cache has a given size; otherwise it is in the plan."""
 
+    @property
+    def device_name(self) -> str:
+        """See `Platform`."""
+        return torch.cuda.get_device_name(self.device)
+
     def make_backend(self) -> CUDABackend:
         """See `Platform`."""
         return CUDABackend(self.device)
