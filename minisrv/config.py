@@ -234,6 +234,7 @@ class ServerConfig:
         on a server that listens on a loopback address and needs no API key: a web page could reach
         it by making its own host name resolve to this machine.
     allowed_origins: origins of web pages whose scripts may send requests (CORS); "*" allows any.
+    ui: serve the web page at /, which shows what the engine does; without it, / is plain text.
     ssl_certfile: a PEM file with the certificate for HTTPS.
     ssl_keyfile: a PEM file with the private key of the certificate.
     disable_log_stats: do not log throughput and queue length at intervals while there is work.
@@ -256,6 +257,7 @@ class ServerConfig:
     share_prefix_cache: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    ui: bool = True
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     disable_log_stats: bool = False

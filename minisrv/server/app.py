@@ -33,7 +33,7 @@ from minisrv.metrics import CONTENT_TYPE, Metrics, MetricsNames
 from minisrv.server.anthropic_builder import MessageResponseBuilder
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
 from minisrv.server.anthropic_responses import MESSAGES, AnthropicMessage, MessageTokensCount
-from minisrv.server.auth import ApiKeys, KeyLimit
+from minisrv.server.auth import OPEN_PATHS, ApiKeys, KeyLimit
 from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.generation_response import GenerationResponse
 from minisrv.server.hosts import HostNames
@@ -46,7 +46,7 @@ from minisrv.server.openapi import (
     route_responses,
     trace_responses,
 )
-from minisrv.server.pages import add_pages
+from minisrv.server.pages import UI_PATHS, add_pages
 from minisrv.server.request_body import BodyRoute
 from minisrv.server.request_schemas import (
     ChatCompletionRequest,
@@ -142,7 +142,7 @@ def create_app(
     app.add_middleware(
         OuterMiddleware,
         hosts=hosts or HostNames(),
-        keys=ApiKeys(settings.api_keys),
+        keys=ApiKeys(settings.api_keys, OPEN_PATHS | (UI_PATHS if settings.ui else frozenset())),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset(
             {_COMPLETIONS, _CHAT, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
@@ -172,7 +172,7 @@ def create_app(
     _add_trace_route(app, readers)
     if enable_sleep_mode:
         _add_sleep_routes(app, client)
-    add_pages(app, serving, keyed=bool(settings.api_keys))
+    add_pages(app, serving, keyed=bool(settings.api_keys), ui=settings.ui)
     return app
 
 

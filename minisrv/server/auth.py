@@ -1,6 +1,7 @@
 """API keys: who may send requests, and how much each key may have open at once.
 
-If any keys are configured, every path but `OPEN_PATHS` needs one. The digest of what a client sends
+If any keys are configured, every path needs one, except `OPEN_PATHS` and the files of the web page
+(`minisrv.server.pages`). The digest of what a client sends
 is compared with the digests of all keys every time, so that the time of a check reveals nothing.
 The path that is checked is that of the request line, whatever the headers say.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,27 @@ def _digest(key: str) -> bytes:
 
 
 class ApiKeys:
-    """The API keys that are accepted; if there are none, every request is accepted."""
+    """The API keys that are accepted; if there are none, every request is accepted.
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    open_paths: paths that need no key.
+    """
+
+    def __init__(self, keys: Sequence[str], open_paths: Collection[str] = OPEN_PATHS) -> None:
         self._digests = [_digest(key) for key in keys]
+        self._open_paths = open_paths
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def check(self, path: str, headers: Mapping[str, str]) -> int | None:
-        """Return the index of the API key that a request carries; None if the request needs none.
+        """Return the index of the API key that a request carries; None if it carries no valid one
+        and needs none.
 
         headers: the request's, by names in lower case. `authorization` comes before `x-api-key`,
             which Anthropic's clients send.
         Raises AuthenticationError.
         """
-        if not self._digests or path in OPEN_PATHS:
+        if not self._digests:
             return None
         sent = headers.get("x-api-key")
         authorization = headers.get("authorization", "")
@@ -53,12 +59,19 @@ class ApiKeys:
             sent = authorization[len(_SCHEME) :]
         given = _digest((sent or "").strip())
         found = [i for i, key in enumerate(self._digests) if hmac.compare_digest(given, key)]
-        if not found:
-            raise AuthenticationError(
-                "This server needs an API key, and what was sent is none of its own: send "
-                "'Authorization: Bearer KEY' or 'x-api-key: KEY'."
-            )
-        return found[0]
+        if found:
+            return found[0]
+        if path in self._open_paths:
+            return None
+        raise missing_key()
+
+
+def missing_key() -> AuthenticationError:
+    """Return the error for a request without a key that it needs."""
+    return AuthenticationError(
+        "This server needs an API key, and what was sent is none of its own: send "
+        "'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+    )
 
 
 def owner(scope: Mapping[str, Any]) -> int | str:

@@ -1,17 +1,19 @@
-"""Pages for people: `/` says what is served, and `/docs` shows the OpenAPI document.
+"""Pages for people: `/` is the web page, and `/docs` shows the OpenAPI document.
 
 Neither page loads anything from another host, and their content security policies forbid it. Links
 are relative, so that the pages work behind a proxy that adds a prefix. The pages are no part of the
-API and are left out of the OpenAPI document. If the server asks for API keys, these pages need one
-as every other path does.
+API and are left out of the OpenAPI document. To whoever does not ask for HTML, `/` says in plain
+text what is served and how to call it.
 
-Knows: HTML, and what a newcomer would type. Knows nothing of generations.
+If the server asks for API keys, the web page and its files come without one, as a browser cannot
+send it; the page asks for the key, and sends it with each of its requests. `/docs` needs one, as
+every other path does.
+
+Knows: what a newcomer would type. Knows nothing of generations, nor of what the web page shows.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shlex
 from functools import cache
@@ -23,11 +25,19 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.openapi.docs import get_swagger_ui_html
-from jinja2 import Environment
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from minisrv.server.auth import missing_key
 from minisrv.server.serving import Serving
+from minisrv.server.ui_files import (
+    COMMON_HEADERS,
+    HEADERS,
+    LOCKED_POLICY,
+    PAGE,
+    SETTINGS_URL,
+    ui_files,
+)
 
 _ASSETS = "docs/assets"
 """Relative URL of Swagger UI's files, as the page `/docs` refers to them."""
@@ -40,57 +50,18 @@ _LINKS = [
     ("metrics", "counters for Prometheus"),
 ]
 
-_STYLE = "body{font-family:sans-serif;max-width:50em;margin:2em auto;padding:0 1em;line-height:1.5}\
-pre{background:#eee;color:#111;padding:1em;white-space:pre-wrap;overflow-wrap:anywhere}"
+UI_PATHS = frozenset({"/", f"/{SETTINGS_URL}"} | {f"/ui/{name}" for name in ui_files()})
+"""Paths of the web page. Browsers ask for them without an API key. They reveal whether requests
+need a key and whether the model has a chat template, and nothing else; the text at `/` needs the
+key."""
 
-_TEMPLATES = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-
-_HTML = _TEMPLATES.from_string(f"""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>minisrv</title>
-<link rel="icon" href="data:,">
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>minisrv</h1>
-<p>{{{{ summary }}}}</p>
-{{% for what, line in lines %}}
-<p>{{{{ what }}}}</p>
-<pre>{{{{ line }}}}</pre>
-{{% endfor %}}
-<ul>
-{{% for path, what in links %}}
-<li><a href="{{{{ path }}}}">/{{{{ path }}}}</a>: {{{{ what }}}}</li>
-{{% endfor %}}
-</ul>
-</body>
-</html>
-""")
-
-_LOCKED = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-
-
-def _style_hash() -> str:
-    return base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-
-
-_ROOT_HEADERS = _HEADERS | {
-    "cache-control": "no-store",  # its text describes the state of this moment
-    "content-security-policy": (
-        f"default-src 'none'; style-src 'sha256-{_style_hash()}'; img-src data:; {_LOCKED}"
-    ),
-    "vary": "accept",
-}
-_DOCS_HEADERS = _HEADERS | {
+_VARY = {"vary": "accept"}
+_TEXT_HEADERS = COMMON_HEADERS | _VARY | {"cache-control": "no-store"}
+_DOCS_HEADERS = COMMON_HEADERS | {
     # FastAPI's page starts Swagger UI by an inline script.
     "content-security-policy": (
         "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
-        f"script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; {_LOCKED}"
+        f"script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; {LOCKED_POLICY}"
     ),
 }
 
@@ -103,22 +74,34 @@ def _files() -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in found.iterdir() if entry.is_file()}
 
 
-def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
-    """Add the routes `/` and `/docs`, which must not exist yet.
+def add_pages(app: FastAPI, serving: Serving, *, keyed: bool, ui: bool) -> None:
+    """Add the routes `/` and `/docs`, and those of the page's files, which must not exist yet.
 
     keyed: whether requests need an API key.
+    ui: whether `/` is the web page for browsers; otherwise it is plain text for everybody.
     """
 
     async def root(request: Request) -> Response:
-        summary, lines = _summary(serving), _lines(serving, str(request.base_url), keyed)
-        if "text/html" in request.headers.get("accept", "").lower():
-            html = _HTML.render(summary=summary, lines=lines, links=_LINKS)
-            return HTMLResponse(html, headers=_ROOT_HEADERS)
-        parts = [summary]
-        for what, line in lines:
+        if ui and "text/html" in request.headers.get("accept", "").lower():
+            page = ui_files()[PAGE]
+            return Response(page.content, media_type=page.media_type, headers=HEADERS | _VARY)
+        if keyed and request.scope["key"] is None:
+            raise missing_key()
+        parts = [_summary(serving)]
+        for what, line in _lines(serving, str(request.base_url), keyed):
             parts += [what, indent(line, "    ")]
         parts.append("\n".join(f"/{path:<12}{what}" for path, what in _LINKS))
-        return PlainTextResponse("\n\n".join(parts) + "\n", headers=_ROOT_HEADERS)
+        return PlainTextResponse("\n\n".join(parts) + "\n", headers=_TEXT_HEADERS)
+
+    async def settings(request: Request) -> Response:
+        told = {"keyed": keyed, "chat": serving.tokenizer.has_chat_template, "traces": []}
+        return JSONResponse(told, headers=HEADERS)
+
+    async def ui_file(request: Request) -> Response:
+        file = ui_files().get(request.path_params["name"])
+        if file is None:
+            raise HTTPException(404)
+        return Response(file.content, media_type=file.media_type, headers=HEADERS)
 
     async def docs(request: Request) -> Response:
         page = get_swagger_ui_html(
@@ -137,9 +120,12 @@ def add_pages(app: FastAPI, serving: Serving, *, keyed: bool) -> None:
         name = request.path_params["name"]
         if name not in _files():
             raise HTTPException(404)
-        return Response(_files()[name], media_type=guess_type(name)[0], headers=_HEADERS)
+        return Response(_files()[name], media_type=guess_type(name)[0], headers=COMMON_HEADERS)
 
     app.add_route("/", root, include_in_schema=False)
+    if ui:
+        app.add_route(f"/{SETTINGS_URL}", settings, include_in_schema=False)
+        app.add_route("/ui/{name}", ui_file, include_in_schema=False)
     app.add_route("/docs", docs, include_in_schema=False)
     app.add_route(f"/{_ASSETS}/{{name}}", asset, include_in_schema=False)
 

@@ -100,7 +100,16 @@ async def test_no_route_is_open_but_those_for_supervisors(connect: Connect) -> N
     async with connect(engine(), settings=KEYS) as client:
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
-        for path in ("/", "/nowhere", "/health/", "//health", "/HEALTH"):
+        for path in (
+            "/",
+            "/docs",
+            "/ui/",
+            "/ui/nowhere.js",
+            "/nowhere",
+            "/health/",
+            "//health",
+            "/HEALTH",
+        ):
             assert (await client.get(path)).status_code == 401, path
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import os
 import re
@@ -26,6 +24,7 @@ from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineState
 from minisrv.request import FinishReason
 from minisrv.server.app import create_app
+from minisrv.server.pages import UI_PATHS
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine, outputs
 from tests.server.live_server import serve
@@ -44,38 +43,28 @@ def engine() -> FakeEngine:
 
 
 class Page(HTMLParser):
-    """The parts of a page that the tests look at: what a browser would load at once (`loaded`), its
-    links and its commands."""
+    """What a browser would load at once for a page (`loaded`), whose scripts and styles must all be
+    files."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.loaded: list[str] = []
-        self.links: list[str] = []
-        self.commands: list[str] = []
-        self._tag = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._tag = tag
+        given = dict(attrs)
+        assert tag != "style"
+        assert tag != "script" or given.get("src")
         for name, value in attrs:
             assert not name.startswith("on"), "no scripts in attributes"
-            if tag == "a" and name == "href":
-                self.links.append(value or "")
-            elif name in ("src", "href"):
+            assert name != "style"
+            if name in ("src", "href") and tag != "a":
                 self.loaded.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._tag = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._tag == "pre":
-            self.commands.append(data)
 
 
 def commands_of(response: httpx.Response) -> list[str]:
-    """The shell commands that a page shows, as HTML or as text."""
-    if response.headers["content-type"].startswith("text/html"):
-        return Page(response.text).commands
+    """The shell commands that the text at `/` shows."""
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
     return [part.strip() for part in response.text.split("\n\n") if part.startswith("    ")]
 
 
@@ -96,7 +85,8 @@ async def test_the_documentation_needs_no_other_host(connect: Connect) -> None:
         response = await client.get("/docs", headers=BROWSER)
         assert response.headers["content-type"] == "text/html; charset=utf-8"
         assert not re.search(r"\bhttps?:|[\"'(]//", response.text)
-        loaded = [url for url in Page(response.text).loaded if not url.startswith("data:")]
+        loaded = re.findall(r'(?:href|src)="([^"]+)"', response.text)
+        loaded = [url for url in loaded if not url.startswith("data:")]
         types = {}
         for url in [*loaded, *re.findall(r"url: '(.*)'", response.text)]:
             asset = await client.get(urljoin("/docs", url))
@@ -113,7 +103,7 @@ async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
     """HEAD is answered like GET without a body, other methods get 405, and unknown files get
     404."""
     async with connect(engine()) as client:
-        for path in ("/", "/docs", "/docs/assets/swagger-ui.css"):
+        for path in ("/", "/ui/app.js", "/docs", "/docs/assets/swagger-ui.css"):
             got, head = await client.get(path), await client.head(path)
             assert head.status_code == 200
             for header in ("content-type", "content-length"):
@@ -121,7 +111,13 @@ async def test_a_head_is_answered_and_nothing_else_is(connect: Connect) -> None:
             posted = await client.post(path, json={})
             assert posted.status_code == 405
             assert posted.json()["error"]["code"] == "method_not_allowed"
-        for path in ("/docs/assets/no.js", "/docs/assets/", "/docs/assets/..%2f__init__.py"):
+        for path in (
+            "/ui/no.js",
+            "/ui/..%2fapp.py",
+            "/docs/assets/no.js",
+            "/docs/assets/",
+            "/docs/assets/..%2f__init__.py",
+        ):
             missing = await client.get(path)
             assert missing.status_code == 404
             assert missing.json()["error"]["code"] == "unknown_url"
@@ -156,14 +152,20 @@ async def test_a_file_comes_as_a_whole(connect: Connect) -> None:
             assert (got.status_code, got.content) == (200, whole.content), part
 
 
+@pytest.mark.parametrize("ui", [True, False])
 @pytest.mark.parametrize("accept", [BROWSER, CURL, {}, {"accept": "application/json"}])
-async def test_the_root_says_what_is_served(connect: Connect, accept: dict[str, str]) -> None:
-    async with connect(engine()) as client:
+async def test_the_root_says_what_is_served(
+    connect: Connect, accept: dict[str, str], ui: bool
+) -> None:
+    """Only a browser gets the page, and nobody does with `--no-ui`."""
+    async with connect(engine(), settings=ServerConfig(ui=ui)) as client:
         response = await client.get("/", headers=accept)
         assert response.status_code == 200
-        kind = "text/html" if accept is BROWSER else "text/plain"
-        assert response.headers["content-type"] == f"{kind}; charset=utf-8"
         assert response.headers["vary"] == "accept"
+        if ui and accept is BROWSER:
+            assert response.headers["content-type"] == "text/html; charset=utf-8"
+            return
+        assert response.headers["content-type"] == "text/plain; charset=utf-8"
         for text in ("tiny and org/tiny", "ready now", "200 tokens", "minisrv chat --url"):
             assert text in response.text
         for path in ("/docs", "/v1/models", "/health", "/ready", "/metrics"):
@@ -171,35 +173,60 @@ async def test_the_root_says_what_is_served(connect: Connect, accept: dict[str, 
             assert (await client.get(path)).status_code == 200
 
 
-async def test_the_root_loads_nothing_and_runs_nothing(connect: Connect) -> None:
-    """The page needs nothing but its own inline style, and all of its links work."""
+async def test_the_page_loads_its_own_files_only(connect: Connect) -> None:
+    """All that the page loads is here, by relative URLs, so that it works behind a prefix, and its
+    policy allows nothing else."""
     async with connect(engine()) as client:
         response = await client.get("/", headers=BROWSER)
-        page = Page(response.text)
-        assert page.loaded == ["data:,"]
-        assert "<script" not in response.text
-        for link in page.links:
-            assert not urljoin("/", link).startswith("//")
-            assert (await client.get(urljoin("/", link))).status_code == 200
+        loaded = [url for url in Page(response.text).loaded if url != "data:,"]
+        assert {url.rpartition(".")[2] for url in loaded} == {"css", "js"}
+        for url in loaded:
+            assert not re.match(r"/|\w+:", url), "relative"
+            file = await client.get(urljoin("/", url))
+            assert file.status_code == 200
+            assert file.headers["content-type"].partition(";")[0] in ("text/css", "text/javascript")
+            assert not re.search(r"""url\(|@import|['"`(]https?://(?!www\.w3\.org)""", file.text)
         policy = response.headers["content-security-policy"]
-        style = re.findall(r"<style>(.*?)</style>", response.text, re.DOTALL)[0]
-        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:;")
+        assert policy.startswith("default-src 'none';")
         assert "unsafe" not in policy
+        assert not re.search(r"[*]|:/|\.", policy), "it names no host"
+
+
+async def test_the_page_comes_without_a_key(connect: Connect) -> None:
+    """A browser cannot send a key for a page. What comes without one says nothing of the model, and
+    the text at `/` needs one."""
+    async with connect(engine(), settings=ServerConfig(api_keys=("key",))) as client:
+        for path in sorted(UI_PATHS):
+            response = await client.get(path, headers=BROWSER)
+            assert response.status_code == 200, path
+            assert "tiny" not in response.text
+        settings = await client.get("/ui/settings.json")
+        assert settings.json() == {"keyed": True, "chat": True, "traces": []}
+        assert (await client.get("/", headers=CURL)).status_code == 401
+        assert (await client.get("/", headers=CURL | KEYED)).status_code == 200
+
+
+async def test_without_the_page_its_paths_are_unknown(connect: Connect) -> None:
+    settings = ServerConfig(api_keys=("key",), ui=False)
+    async with connect(engine(), settings=settings) as client:
+        for path in sorted(UI_PATHS):
+            assert (await client.get(path, headers=BROWSER)).status_code == 401
+            status = (await client.get(path, headers=BROWSER | KEYED)).status_code
+            assert status == (200 if path == "/" else 404), path
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize("chats", [False, True])
-@pytest.mark.parametrize("accept", [BROWSER, CURL])
 async def test_its_command_works(
-    connect: Connect, tokenizer: Tokenizer, accept: dict[str, str], chats: bool, keyed: bool
+    connect: Connect, tokenizer: Tokenizer, chats: bool, keyed: bool
 ) -> None:
-    """The curl command of the page is answered with 200 by the server."""
+    """The curl command of the text is answered with 200 by the server."""
     options: dict[str, Any] = {"tokenizer": tokenizer if chats else WITHOUT_TEMPLATE}
     if keyed:
         options["settings"] = ServerConfig(api_keys=("key",))
     async with connect(engine(), **options) as client:
-        response = await client.get("/", headers=accept | (KEYED if keyed else {}))
+        assert (await client.get("/ui/settings.json")).json()["chat"] is chats
+        response = await client.get("/", headers=KEYED if keyed else {})
         commands = commands_of(response)
         assert ("minisrv chat --url http://test/v1" in commands) is chats
         assert ("export MINISRV_API_KEY=KEY" in commands) is keyed
@@ -213,19 +240,12 @@ async def test_its_command_works(
         assert "messages" in json.loads(data) if chats else "prompt" in json.loads(data)
 
 
-@pytest.mark.parametrize("accept", [BROWSER, CURL])
-async def test_names_and_hosts_are_text(connect: Connect, accept: dict[str, str]) -> None:
-    """The host comes from the client and the model's name from the operator: neither becomes
-    markup, and neither ends a command of the shell."""
-    name = "<script>alert('é')</script>"
-    async with connect(engine(), served_model_names=(name,)) as client:
+async def test_a_host_is_text(connect: Connect) -> None:
+    """The host comes from the client, and does not end a command of the shell."""
+    async with connect(engine()) as client:
         host = "a$(echo b)`echo c`;exit;'d.example"
-        response = await client.get("/", headers=accept | {"host": host})
+        response = await client.get("/", headers={"host": host})
         assert response.status_code == 200
-        if accept is BROWSER:
-            assert "<script" not in response.text
-        else:
-            assert name in response.text
         ask, chat = commands_of(response)
         # Starlette may replace a host that is not valid by the server's own address.
         url, *_, data = arguments(ask)

@@ -1,0 +1,250 @@
+// Step traces: their lines, what is wrong with a line, and the steps that are kept.
+// Knows: the format of docs/trace.md. Knows nothing of where lines come from, nor of what is drawn.
+
+export interface Header {
+  version: number;
+  server?: string;
+  model?: string;
+  time?: number;
+  device?: string;
+  device_name?: string;
+  mode?: string;
+  compilation?: { state: string; generation: number; reason: string };
+  ladders?: Partial<Record<Ladder, number[]>>;
+  graphs?: { captured: number; total: number };
+  max_num_seqs?: number;
+  max_num_batched_tokens?: number;
+  max_model_len?: number;
+  kv_blocks?: number;
+  itl_target_ms?: number | null;
+  startup?: { part: string; seconds: number }[];
+}
+
+export type Ladder = "decode" | "mixed" | "epilogue";
+export const LADDERS: readonly Ladder[] = ["decode", "mixed", "epilogue"];
+
+export interface Step {
+  id: number;
+  time: number;
+  mode: string;
+  reason: string;
+  tokens: number;
+  padding: number;
+  rung?: number | null;
+  rung_requests?: number | null;
+  rows?: number;
+  decode_rows?: number;
+  prefill_tokens?: number;
+  context?: number;
+  leaves?: string;
+  /** The padded rows of the second stage; null if there is none. */
+  epilogue?: number | null;
+  generation?: number;
+  launches?: number | null;
+  launches_replaced?: number | null;
+  budget_reason?: string | null;
+  predicted_ms?: number | null;
+  measured_ms?: number | null;
+  wall_ms?: number | null;
+  host_ms?: Record<string, number>;
+  sampled?: number;
+  running?: number;
+  waiting?: number;
+  kv_used?: number;
+  preempted?: number;
+  requests?: [string, number][];
+}
+
+export interface TraceEvent {
+  time: number;
+  event: string;
+  [name: string]: unknown;
+}
+
+export type Line =
+  | { type: "header"; header: Header }
+  | { type: "step"; step: Step }
+  | { type: "event"; event: TraceEvent }
+  | { type: "other" };
+
+/** What is wrong with a line of a trace, in a sentence. */
+export class TraceError extends Error {}
+
+const isObject = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+
+/** Reads one line. Throws TraceError. */
+export function readLine(text: string): Line {
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch {
+    throw new TraceError("this is not JSON. A trace has one JSON object on each line");
+  }
+  if (!isObject(value) || typeof value.type !== "string") {
+    throw new TraceError('this is not an object with a "type", as every line of a trace is');
+  }
+  if (value.type === "header") {
+    if (value.version !== 1) {
+      throw new TraceError(`the format has version ${String(value.version)}, and this page reads version 1`);
+    }
+    return { type: "header", header: value as unknown as Header };
+  }
+  if (value.type === "step") {
+    for (const name of ["id", "time", "tokens", "padding"]) {
+      if (typeof value[name] !== "number") throw new TraceError(`the step has no number "${name}"`);
+    }
+    for (const name of ["mode", "reason"]) {
+      if (typeof value[name] !== "string") throw new TraceError(`the step has no text "${name}"`);
+    }
+    return { type: "step", step: value as unknown as Step };
+  }
+  if (value.type === "event") {
+    if (typeof value.time !== "number" || typeof value.event !== "string") {
+      throw new TraceError('the event has no "time" or no "event"');
+    }
+    return { type: "event", event: value as unknown as TraceEvent };
+  }
+  return { type: "other" };
+}
+
+/** The ladder by which a step was padded, and its rung; null for a step without a graph. */
+export function rungOf(step: Step): { ladder: Ladder; rung: number } | null {
+  if (step.rung === null || step.rung === undefined || step.mode === "NONE") return null;
+  if (step.mode === "FULL" && !step.prefill_tokens) {
+    return { ladder: "decode", rung: step.rung_requests ?? step.rung };
+  }
+  return { ladder: "mixed", rung: step.rung };
+}
+
+export interface RungCount {
+  steps: number;
+  tokens: number;
+  padding: number;
+}
+
+/** The steps of one trace in order, at most `most` of them, and what is counted over all seen. */
+export class TraceStore {
+  header: Header | null = null;
+  steps: Step[] = [];
+  events: TraceEvent[] = [];
+  readonly modes = new Map<string, RungCount>();
+  readonly rungs = new Map<string, RungCount>();
+  /** The number of steps that were dropped from the front of `steps`. */
+  dropped = 0;
+
+  constructor(readonly most = 6000) {}
+
+  add(line: Line): void {
+    if (line.type === "header") this.header = line.header;
+    else if (line.type === "event") this.#addEvent(line.event);
+    else if (line.type === "step") this.#addStep(line.step);
+  }
+
+  clear(): void {
+    this.steps = [];
+    this.events = [];
+    this.modes.clear();
+    this.rungs.clear();
+    this.dropped = 0;
+  }
+
+  get first(): Step | undefined {
+    return this.steps[0];
+  }
+
+  get last(): Step | undefined {
+    return this.steps[this.steps.length - 1];
+  }
+
+  /** The index of the last step for which `key` is at most `value`; -1 if there is none. */
+  lastBefore(value: number, key: (step: Step, index: number) => number): number {
+    let low = 0;
+    let high = this.steps.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (key(this.steps[middle]!, middle) <= value) low = middle + 1;
+      else high = middle;
+    }
+    return low - 1;
+  }
+
+  indexOf(id: number): number {
+    const index = this.lastBefore(id, (step) => step.id);
+    return this.steps[index]?.id === id ? index : -1;
+  }
+
+  #addEvent(event: TraceEvent): void {
+    this.events.push(event);
+    if (this.events.length > 500) this.events.splice(0, 250);
+  }
+
+  #addStep(step: Step): void {
+    this.steps.push(step);
+    if (this.steps.length > 1.25 * this.most) {
+      const old = this.steps.length - this.most;
+      this.steps.splice(0, old);
+      this.dropped += old;
+    }
+    tally(this.modes, step.mode, step);
+    const at = rungOf(step);
+    if (at) tally(this.rungs, `${at.ladder}/${at.rung}`, step);
+    if (step.epilogue) {
+      const sampled = Math.min(step.sampled ?? 0, step.epilogue);
+      tally(this.rungs, `epilogue/${step.epilogue}`, { tokens: sampled, padding: step.epilogue - sampled });
+    }
+  }
+}
+
+function tally(counts: Map<string, RungCount>, key: string, step: { tokens: number; padding: number }): void {
+  let found = counts.get(key);
+  if (!found) counts.set(key, (found = { steps: 0, tokens: 0, padding: 0 }));
+  found.steps += 1;
+  found.tokens += step.tokens;
+  found.padding += step.padding;
+}
+
+/** The lines of a stream of bytes, without those that are empty, each with its number. */
+export async function* linesOf(
+  stream: ReadableStream<Uint8Array>,
+): AsyncGenerator<{ text: string; number: number }> {
+  const reader = stream.getReader();
+  const decoder = new TextDecoder();
+  let rest = "";
+  let number = 0;
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
+      const lines = rest.split("\n");
+      rest = done ? "" : lines.pop()!;
+      for (const text of lines) {
+        number += 1;
+        if (text.trim()) yield { text, number };
+      }
+      if (done) return;
+    }
+  } finally {
+    reader.cancel().catch(() => undefined);
+  }
+}
+
+/** Reads a whole trace. Throws TraceError, whose message names the line. */
+export async function readTrace(stream: ReadableStream<Uint8Array>): Promise<TraceStore> {
+  const store = new TraceStore(Infinity);
+  for await (const { text, number } of linesOf(stream)) {
+    try {
+      const line = readLine(text);
+      if (!store.header && line.type !== "header") {
+        throw new TraceError('a trace begins with its header ("type": "header")');
+      }
+      store.add(line);
+    } catch (error) {
+      if (!(error instanceof TraceError)) throw error;
+      throw new TraceError(`Line ${number}: ${error.message}. Record one with “minisrv trace FILE”.`);
+    }
+  }
+  if (!store.header) throw new TraceError("Line 1: the file is empty. Record one with “minisrv trace FILE”.");
+  if (!store.steps.length) throw new TraceError("The trace has a header and no step: the server had no work while it was recorded.");
+  return store;
+}
