@@ -1,7 +1,5 @@
 """Turns the deltas of an answer into Anthropic's response to `/v1/messages`, streamed or not.
 
-An answer is a list of blocks: text, reasoning and calls, each of which ends before the next begins.
-
 Knows: the shape of the response. Knows nothing of how deltas come about.
 """
 
@@ -36,10 +34,9 @@ from minisrv.server.anthropic_responses import (
     TextDelta,
     ThinkingDelta,
 )
+from minisrv.server.block_builder import BlockResponseBuilder
 from minisrv.server.errors import error_object
-from minisrv.server.preprocessing import Prepared
 from minisrv.server.request_schemas import ChatCompletionRequest
-from minisrv.server.response_builders import ResponseBuilder
 from minisrv.server.tools import readable_arguments
 from minisrv.text.chat_deltas import (
     ChatDelta,
@@ -54,7 +51,7 @@ from minisrv.text.tokenizer import Tokenizer
 _NOTHING = Raw(b"{}")
 
 
-class MessageResponseBuilder(ResponseBuilder):
+class MessageResponseBuilder(BlockResponseBuilder):
     """A `message`: the one answer to a conversation."""
 
     id_prefix = "msg_"
@@ -65,14 +62,7 @@ class MessageResponseBuilder(ResponseBuilder):
         self._max_tokens = request.token_limit
         self._blocks: list[AnthropicBlock] = []
         """The blocks that have begun. Of a stream they hold only what their beginning held."""
-        self._called = False
-        """Whether a tool was called."""
         self._last: CompletionDelta | None = None
-
-    def begin(self, prepared: Prepared) -> None:
-        super().begin(prepared)
-        assert prepared.answer is not None
-        self._parser = prepared.answer.parser()
 
     # ---- whole responses ----------------------------------------------------------------------
 
@@ -148,28 +138,6 @@ class MessageResponseBuilder(ResponseBuilder):
         return [*events, ContentBlockStopEvent(index)]
 
     # ---- both ---------------------------------------------------------------------------------
-
-    def _parts(self, text: str, *, ends: bool) -> list[ChatDelta]:
-        """Return what a piece of the text adds to the answer. `ends`: it is the last piece."""
-        if self._parser is None:
-            return [ContentDelta(text)] if text else []
-        parts = self._parser.feed(text)
-        if ends:
-            parts += self._parser.finish()
-        self._called |= any(isinstance(part, ToolCallStart) for part in parts)
-        return parts
-
-    def _begins_block(self, part: ChatDelta) -> bool:
-        last = self._blocks[-1] if self._blocks else None
-        match part:
-            case ContentDelta():
-                return not isinstance(last, AnthropicTextBlock)
-            case ReasoningDelta():
-                return not isinstance(last, AnthropicThinkingBlock)
-            case ToolCallStart():
-                return True
-            case ToolCallArguments():
-                return False
 
     def _message(
         self, content: list[AnthropicBlock], stop_reason: StopReason | None

@@ -1,8 +1,8 @@
 """The request bodies of `/v1/messages` and `/v1/messages/count_tokens`, which are Anthropic's, and
 the chats that they ask for.
 
-Each body becomes a `ChatCompletionRequest`, and is from then on prepared and answered as any other
-chat. Fields are supported, ignored or refused as in `request_schemas`.
+Each body becomes a `TranslatedChat`. Fields are supported, ignored or refused as in
+`request_schemas`.
 
 Knows: JSON bodies and what a chat consists of. Knows nothing of tokens, engines or HTTP.
 """
@@ -13,34 +13,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from minisrv.errors import RequestError
 from minisrv.request import MAX_TOP_K
-from minisrv.server.errors import validation_error
 from minisrv.server.messages import MAX_MESSAGES, MAX_PARTS, Message, TextPart
-from minisrv.server.request_schemas import (
-    ChatCompletionRequest,
-    ModelName,
-    StopStrings,
-    TokenCount,
-)
+from minisrv.server.request_schemas import ModelName, StopStrings, TokenCount
 from minisrv.server.strict import HistoryObject, RequestBody, Strict, Text, refuse
 from minisrv.server.structured import Schema, StructuredOutputs
 from minisrv.server.tools import (
     MAX_TOOLS,
     CalledFunction,
     Function,
-    FunctionName,
+    LongName,
     NamedTool,
     Tool,
     ToolCall,
 )
+from minisrv.server.translated_chat import (
+    TranslatedChat,
+    answer,
+    named_tool,
+    switch_reasoning,
+    text_part,
+)
 from minisrv.server.unsupported import MESSAGES_OUTPUT, MESSAGES_PROMPT, MESSAGES_TOOL
 from minisrv.text.chat_format import ChatFormat
-
-ToolName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
-
 
 # ---- messages --------------------------------------------------------------------------------
 
@@ -136,7 +134,7 @@ class ToolParam(Strict):
 
     unsupported = MESSAGES_TOOL
 
-    name: ToolName
+    name: LongName
     """Name of the tool."""
     type: Literal["custom"] = "custom"
     description: Text | None = None
@@ -165,7 +163,7 @@ class ToolChoiceParam(Strict):
     """Whether the model calls tools."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: ToolName | None = None
+    name: LongName | None = None
     """Name of the tool that the model must call. Needed with type tool, and allowed only there."""
     disable_parallel_tool_use: bool = False
     """Allow one call in an answer. All others are dropped."""
@@ -182,7 +180,8 @@ class ToolChoiceParam(Strict):
             return "required"
         if self.type != "tool":
             return self.type
-        return NamedTool(type="function", function=FunctionName.model_construct(name=self.name))
+        assert self.name is not None
+        return named_tool(self.name)
 
 
 class ThinkingParam(Strict):
@@ -194,26 +193,12 @@ class ThinkingParam(Strict):
     display: Literal["summarized"] | None = None
     """Has no effect: the reasoning is shown as it is."""
 
-    def variables(self, format: ChatFormat) -> dict[str, bool | int | float | str]:
+    def variables(self, format: ChatFormat) -> dict[str, bool]:
         """Return the variables by which the chat template of a model is told. Raises RequestError
         if the model has not learned what is asked for."""
-        if self.type == "enabled" and not format.reasons:
-            raise RequestError(
-                "thinking is not supported by this model, whose chat template marks no reasoning; "
-                "leave it out.",
-                param="thinking",
-            )
-        if self.type == "adaptive" or not format.reasons:
+        if self.type == "adaptive":
             return {}
-        if format.switches_reasoning:
-            return {"enable_thinking": self.type == "enabled"}
-        if self.type == "disabled":
-            raise RequestError(
-                "thinking cannot be disabled for this model: its chat template has no variable "
-                "enable_thinking; leave it out.",
-                param="thinking",
-            )
-        return {}
+        return switch_reasoning(format, "thinking", on=self.type == "enabled")
 
 
 class OutputFormat(Strict):
@@ -248,14 +233,6 @@ class _OutputSchema(StructuredOutputs):
     """The schema of `output_config`."""
 
     param: ClassVar[str] = "output_config"
-
-
-class MessagesChat(ChatCompletionRequest):
-    """The chat that a body asks for."""
-
-    @property
-    def cuts_token_limit(self) -> bool:
-        return True
 
 
 class CountTokensRequest(RequestBody):
@@ -300,7 +277,7 @@ class CountTokensRequest(RequestBody):
             )
         return self
 
-    def as_chat(self, format: ChatFormat) -> MessagesChat:
+    def as_chat(self, format: ChatFormat) -> TranslatedChat:
         """Return the chat. Raises RequestError if its parts do not agree, or the model cannot do
         what is asked."""
         turns = self.messages
@@ -311,20 +288,16 @@ class CountTokensRequest(RequestBody):
         schema = None
         if output is not None:
             schema = _OutputSchema.model_validate({"json": output.schema_})
-        try:
-            chat = MessagesChat(
-                model=self.model,
-                messages=list(_chat_messages(turns)),
-                tools=[tool.as_function() for tool in self.tools],
-                tool_choice=None if choice is None else choice.as_function(),
-                parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
-                chat_template_kwargs=self.thinking.variables(format) if self.thinking else {},
-                structured_outputs=schema,
-                **self._generation_fields(),
-            )
-        except ValidationError as error:
-            raise validation_error(error, {}) from error
-        return chat.with_num_bytes(self.num_bytes)
+        return TranslatedChat.of(
+            self,
+            messages=list(_chat_messages(turns)),
+            tools=[tool.as_function() for tool in self.tools],
+            tool_choice=None if choice is None else choice.as_function(),
+            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+            chat_template_kwargs=self.thinking.variables(format) if self.thinking else {},
+            structured_outputs=schema,
+            **self._generation_fields(),
+        )
 
     def _generation_fields(self) -> dict[str, Any]:
         """Return the fields of the chat that say how to generate."""
@@ -392,23 +365,16 @@ def _answer(blocks: Sequence[Block]) -> Message:
         if isinstance(block, ToolUseBlock)
     ]
     reasoning = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
-    return Message(
-        role="assistant",
-        content=_text_parts(blocks),
-        tool_calls=calls,
-        reasoning_content="\n".join(reasoning) if reasoning else None,
-    )
+    return answer(_text_parts(blocks), calls, reasoning)
 
 
 def _result(block: Block) -> Message:
     assert isinstance(block, ToolResultBlock)
     parts = _text_parts(block.content)
     if block.is_error:
-        parts = [TextPart(type="text", text="Error"), *parts]
+        parts = [text_part("Error"), *parts]
     return Message(role="tool", tool_call_id=block.tool_use_id, content=parts)
 
 
 def _text_parts(blocks: Iterable[Block]) -> list[TextPart]:
-    return [
-        TextPart(type="text", text=block.text) for block in blocks if isinstance(block, TextBlock)
-    ]
+    return [text_part(block.text) for block in blocks if isinstance(block, TextBlock)]

@@ -127,7 +127,7 @@ def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: Chat
     tools."""
     if any(message.speaks_of_tools for message in messages) and not format.spells_calls:
         raise RequestError(
-            "messages holds tool calls or their results, which this model's chat template does not "
+            "The chat holds tool calls or their results, which this model's chat template does not "
             "know; leave them out.",
             param="messages",
         )

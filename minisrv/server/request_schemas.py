@@ -17,7 +17,7 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -136,6 +136,8 @@ class GenerationRequest(RequestBody):
     """The fields that completions and chat completions share."""
 
     unsupported = EVERYWHERE
+    prompt_param: ClassVar[str] = "prompt"
+    """The field that holds the prompt, for errors to name."""
 
     model: ModelName | None = None
     """Name of the model. If absent or empty, the served model is used."""
@@ -475,6 +477,7 @@ class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     unsupported = EVERYWHERE | CHAT_ONLY
+    prompt_param: ClassVar[str] = "messages"
 
     messages: Messages
     """The chat so far: texts, tool calls and their results, and reasoning."""

@@ -153,7 +153,12 @@ class Serving:
         `validate_request`, `engine_info` and `GrammarValidator.validate` raise.
         """
         if isinstance(request, ChatCompletionRequest):
-            prepared = await self._prepare_chat(request)
+            try:
+                prepared = await self._prepare_chat(request)
+            except RequestError as error:
+                if error.param == ChatCompletionRequest.prompt_param:
+                    error.param = request.prompt_param
+                raise
         else:
             prepared = await self._prepare_completion(request)
         if prepared.form is None:
@@ -360,7 +365,7 @@ def _validate(
         logit_bias=request.logit_bias,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
-        prompt_param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+        prompt_param=request.prompt_param,
     )
 
 

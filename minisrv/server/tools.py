@@ -21,6 +21,8 @@ MAX_CALLS = 4096
 """Maximum number of calls in one message: more than fit into an answer."""
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+LongName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+"""Name of a function in the APIs that allow longer ones than chat completions do."""
 
 
 class Function(Strict):
@@ -94,15 +96,18 @@ def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:
     return arguments if isinstance(arguments, dict) else value
 
 
+Arguments: TypeAlias = Annotated[
+    dict[str, Any] | str,
+    PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any]),
+]
+
+
 class CalledFunction(HistoryObject):
     """The function that was called, and its arguments."""
 
     name: Text
     """Name of the function, as the model wrote it."""
-    arguments: Annotated[
-        dict[str, Any] | str,
-        PlainValidator(_arguments, json_schema_input_type=str | dict[str, Any]),
-    ] = Field(default={})
+    arguments: Arguments = Field(default={})
     """The arguments: a JSON object, or its text. Text that is not a JSON object is passed to the
     model unchanged."""
 

@@ -1,0 +1,88 @@
+"""The chat that a request of another API than chat completions asks for.
+
+Each such body becomes a `ChatCompletionRequest`, and is from then on prepared and answered as any
+other chat.
+
+Knows: what a chat consists of, and how a chat template is told whether to reason. Knows no other
+API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from minisrv.errors import RequestError
+from minisrv.server.errors import validation_error
+from minisrv.server.messages import Message, TextPart
+from minisrv.server.request_schemas import ChatCompletionRequest
+from minisrv.server.strict import RequestBody
+from minisrv.server.tools import FunctionName, NamedTool, ToolCall
+from minisrv.text.chat_format import ChatFormat
+
+
+class TranslatedChat(ChatCompletionRequest):
+    """The chat that a body of another API asks for."""
+
+    @property
+    def cuts_token_limit(self) -> bool:
+        return True
+
+    @classmethod
+    def of(cls, body: RequestBody, **fields: Any) -> Self:
+        """Return the chat with these fields, which `body` asks for. Raises RequestError if they do
+        not agree."""
+        try:
+            chat = cls(model=getattr(body, "model", None), **fields)
+        except ValidationError as error:
+            raise validation_error(error, {}) from error
+        return chat.with_num_bytes(body.num_bytes)
+
+
+def answer(
+    texts: Sequence[TextPart], calls: Sequence[ToolCall], reasoning: Sequence[str]
+) -> Message:
+    """Return the message of an assistant that consists of these parts."""
+    return Message(
+        role="assistant",
+        content=list(texts),
+        tool_calls=list(calls),
+        reasoning_content="\n".join(reasoning) if reasoning else None,
+    )
+
+
+def text_part(text: str) -> TextPart:
+    """Return a text as part of a message."""
+    return TextPart(type="text", text=text)
+
+
+def named_tool(name: str) -> NamedTool:
+    """Return the choice of the tool of this name, which has been validated."""
+    return NamedTool(type="function", function=FunctionName.model_construct(name=name))
+
+
+def switch_reasoning(format: ChatFormat, param: str, *, on: bool) -> dict[str, bool]:
+    """Return the variables by which a model's chat template is told whether to reason. Raises
+    RequestError if the model has not learned what is asked for.
+
+    param: the field that asks for it.
+    """
+    if not format.reasons:
+        if on:
+            raise RequestError(
+                f"{param} asks for reasoning, and this model's chat template marks none; leave it "
+                "out.",
+                param=param,
+            )
+        return {}
+    if format.switches_reasoning:
+        return {"enable_thinking": on}
+    if not on:
+        raise RequestError(
+            f"{param} asks for no reasoning, and this model's chat template has no variable "
+            "enable_thinking by which it could be switched off; leave it out.",
+            param=param,
+        )
+    return {}
