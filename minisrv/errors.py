@@ -15,6 +15,8 @@
     |- RequestError           the client is at fault; ends that request only
     |  |- ContextLengthError
     |  |- ModelNotFoundError
+    |  |- ResponseNotFoundError
+    |  |- PreviousResponseNotFoundError
     |  |- AuthenticationError
     |  |- TraceOffError       the server keeps no steps to be read
     |  |- MisdirectedError    it asks for a host that this server is not
@@ -185,6 +187,19 @@ class TraceOffError(RequestError):
 
     http_status = 404
     code = "step_trace_off"
+
+
+class ResponseNotFoundError(RequestError):
+    """The request asks for a response, or an item of one, that is not stored."""
+
+    http_status = 404
+    code = "response_not_found"
+
+
+class PreviousResponseNotFoundError(RequestError):
+    """The request carries on a response that is not stored."""
+
+    code = "previous_response_not_found"
 
 
 class AuthenticationError(RequestError):

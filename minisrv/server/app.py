@@ -28,7 +28,7 @@ from minisrv.engine.messages import (
     sleep_level,
     sleep_word,
 )
-from minisrv.errors import EngineNotReadyError, RequestError, name_hint, shown
+from minisrv.errors import EngineNotReadyError, RequestError, shown
 from minisrv.metrics import CONTENT_TYPE, Metrics, MetricsNames
 from minisrv.server.anthropic_builder import MessageResponseBuilder
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
@@ -47,6 +47,7 @@ from minisrv.server.openapi import (
     trace_responses,
 )
 from minisrv.server.pages import UI_PATHS, add_pages
+from minisrv.server.query import check_names, check_once
 from minisrv.server.request_body import BodyRoute
 from minisrv.server.request_schemas import (
     ChatCompletionRequest,
@@ -70,6 +71,9 @@ from minisrv.server.response_schemas import (
     TokenizeResponse,
     VersionResponse,
 )
+from minisrv.server.responses_objects import RESPONSES
+from minisrv.server.responses_routes import Conversations, add_responses_routes
+from minisrv.server.responses_store import ResponseStore
 from minisrv.server.serving import Serving
 from minisrv.server.step_trace import TraceQuery, TraceReaders, TraceResponse
 from minisrv.text.tokenizer import Tokenizer
@@ -145,7 +149,7 @@ def create_app(
         keys=ApiKeys(settings.api_keys, OPEN_PATHS | (UI_PATHS if settings.ui else frozenset())),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset(
-            {_COMPLETIONS, _CHAT, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
+            {_COMPLETIONS, _CHAT, RESPONSES, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
         ),
         command_paths=frozenset({_SLEEP, _WAKE_UP} if enable_sleep_mode else ()),
         arrived=metrics.arrived,
@@ -157,12 +161,14 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     install_error_handlers(app)
     _add_generation_routes(app, serving)
+    store = ResponseStore() if settings.api_workers == 1 else None
+    add_responses_routes(app, serving, Conversations(store, max_body_bytes))
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)
     _add_operation_routes(
@@ -337,8 +343,8 @@ def _add_trace_route(app: FastAPI, readers: TraceReaders) -> None:
     ) -> Response:
         """Return the last steps of the engine as lines of JSON: behind a header those after
         `since`, or the last `limit` ones. With `follow` the response goes on as steps come."""
-        _check_names(request, "since", "limit", "follow")
-        _check_once(request, "since", "limit", "follow")
+        check_names(request, "since", "limit", "follow")
+        check_once(request, "since", "limit", "follow")
         if follow not in ("true", "false"):
             wrong = f"follow must be true or false, not {shown(follow)}."
             raise RequestError(wrong, param="follow")
@@ -375,8 +381,8 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
         """Release the memory of weights and KV cache. Level 1 keeps the weights in the memory of
         the host, level 2 reads them from the checkpoint at the next wake-up. Requests end with an
         error (abort), or are waited for (wait); new ones are refused."""
-        _check_names(request, "level", "mode")
-        _check_once(request, "level", "mode")
+        check_names(request, "level", "mode")
+        check_once(request, "level", "mode")
         asked = sleep_word(SleepMode, mode, "mode")
         return answer(await client.command(Sleep(sleep_level(level), asked)))
 
@@ -388,7 +394,7 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
         ] = None,
     ) -> Response:
         """Restore the memory, or that of the tags; requests are served when all is restored."""
-        _check_names(request, "tags")
+        check_names(request, "tags")
         asked = [sleep_word(SleepTag, tag, "tags") for tag in tags or SleepTag]
         return answer(await client.command(WakeUp(asked)))
 
@@ -396,18 +402,3 @@ def _add_sleep_routes(app: FastAPI, client: EngineClient) -> None:
     async def is_sleeping() -> Response:
         """Return whether the engine sleeps."""
         return answer((await client.stats()).sleep)
-
-
-def _check_names(request: Request, *known: str) -> None:
-    """Raise RequestError for a parameter of the query string that is none of those known."""
-    for name in request.query_params:
-        if name not in known:
-            hint = name_hint(name, known)
-            raise RequestError(f"{shown(name)} is no parameter of this path; {hint}", param=name)
-
-
-def _check_once(request: Request, *names: str) -> None:
-    """Raise RequestError if the query string has one of these parameters twice."""
-    for name in names:
-        if len(request.query_params.getlist(name)) > 1:
-            raise RequestError(f"{name} may be given once.", param=name)

@@ -6,16 +6,18 @@ Knows: FastAPI and the format of the document. Knows nothing of what the routes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 
 from minisrv.engine.trace_format import TracedStep, TraceHeader
-from minisrv.server import anthropic_responses, response_schemas
+from minisrv.server import anthropic_responses, response_schemas, responses_objects
 from minisrv.server.anthropic_responses import AnthropicErrorResponse, AnthropicMessage
 from minisrv.server.auth import OPEN_PATHS
 from minisrv.server.response_schemas import Body, ErrorResponse
+from minisrv.server.responses_objects import ResponseObject
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -52,32 +54,43 @@ def _stream(**fields: dict[str, Any]) -> dict[str, Any]:
 
 _CHUNKS = _stream(data={"type": "string", "description": "A chunk as JSON; at the end [DONE]."})
 
-_EVENTS = _stream(
-    event={"type": "string", "description": "The type of the data."},
-    data={
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": {
-            "oneOf": [
-                {"$ref": _SCHEMA.format(name=event.__name__)}
-                for event in anthropic_responses.MESSAGE_STREAM_EVENTS
-            ]
+
+def _events(events: Iterable[type[Body]]) -> dict[str, Any]:
+    """Return the content of a stream of events with names."""
+    schemas = [{"$ref": _SCHEMA.format(name=event.__name__)} for event in events]
+    return _stream(
+        event={"type": "string", "description": "The type of the data."},
+        data={
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"oneOf": schemas},
         },
-    },
-)
+    )
+
+
+_STREAMS = {
+    AnthropicMessage: _events(anthropic_responses.MESSAGE_STREAM_EVENTS),
+    ResponseObject: _events(responses_objects.RESPONSE_STREAM_EVENTS),
+}
+"""What a body is streamed as, if not as chunks."""
 
 
 def route_responses(body: type[Body], *, streams: bool = False) -> Responses:
-    """Return the responses of a route: `body`, perhaps also as a stream of chunks, or an error."""
-    content = _json(body) | (_CHUNKS if streams else {})
+    """Return the responses of a route: `body`, perhaps also as a stream, or an error."""
+    content = _json(body) | (_STREAMS.get(body, _CHUNKS) if streams else {})
     return {200: {"content": content, "description": "Done"}, **_errors(ErrorResponse)}
 
 
 def anthropic_responses_of(body: type[Body]) -> Responses:
     """Return the responses of a route of Anthropic's: `body`, a message also as a stream of events,
     or an error."""
-    content = _json(body) | (_EVENTS if body is AnthropicMessage else {})
+    content = _json(body) | _STREAMS.get(body, {})
     return {200: {"content": content, "description": "Done"}, **_errors(AnthropicErrorResponse)}
+
+
+def errors_only() -> Responses:
+    """Return the responses of a route that answers every request with an error."""
+    return _errors(ErrorResponse)
 
 
 def health_responses(body: type[Body]) -> Responses:
@@ -145,6 +158,10 @@ _BODIES = [
     *anthropic_responses.MESSAGE_STREAM_EVENTS,
     TraceHeader,
     TracedStep,
+    responses_objects.ResponseObject,
+    responses_objects.DeletedResponse,
+    responses_objects.ItemList,
+    *responses_objects.RESPONSE_STREAM_EVENTS,
 ]
 
 

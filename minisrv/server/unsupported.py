@@ -89,6 +89,32 @@ MESSAGES_TOOL: dict[str, tuple[object, ...]] = {
     "input_examples": ([],),
 }
 
+RESPONSES_BODY: dict[str, tuple[object, ...]] = {
+    # OpenAI
+    "access_programs": (),
+    "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "max_tool_calls": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+}
+
+RESPONSES_REASONING: dict[str, tuple[object, ...]] = {
+    "context": ("auto",),
+    "generate_summary": (),
+    "mode": ("standard",),
+}
+
+RESPONSES_TOOL: dict[str, tuple[object, ...]] = {
+    "allowed_callers": (["direct"],),
+    "async": (False,),
+    "defer_loading": (False,),
+    "output_schema": (),
+}
+
 MESSAGE: dict[str, tuple[object, ...]] = {
     # Content that a template would never see, and ways to continue an answer.
     "attachments": ([],),

@@ -72,6 +72,7 @@ class ChatFormat:
         make any, or not in a way that is known here.
     reasons: whether the model reasons before it answers.
     switches_reasoning: whether the template's variable `enable_thinking` says if it does.
+    knows_effort: whether the template's variable `reasoning_effort` says how much.
     knows_tools: whether the template writes tools into the prompt.
     spells_calls: whether the template writes the calls of earlier turns into the prompt.
     why: the reason for this tool parser, or for none.
@@ -80,6 +81,7 @@ class ChatFormat:
     tool_parser: type[ToolParser] | None
     reasons: bool
     switches_reasoning: bool
+    knows_effort: bool
     knows_tools: bool
     spells_calls: bool
     why: str
@@ -93,6 +95,7 @@ class ChatFormat:
             tool_parser,
             reasons,
             switches_reasoning="enable_thinking" in template,
+            knows_effort="reasoning_effort" in template,
             knows_tools="tools" in template.replace("tool_calls", ""),
             spells_calls=calls,
             why=why,

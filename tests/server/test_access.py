@@ -42,6 +42,7 @@ def bearer(key: str) -> dict[str, str]:
 ROUTES = [
     COMPLETION,
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ("POST", "/v1/responses", {"input": "x"}),
     ("POST", "/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}),
     ("POST", "/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
     ("POST", "/tokenize", {"prompt": "x"}),

@@ -82,13 +82,22 @@ def described(tokenizer: Tokenizer) -> Iterator[Any]:
 POSTS = (
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
 )
+STORED = "/v1/responses/{response_id}"
 GETS = (
-    *("/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics"),
+    "/v1/models",
+    "/v1/models/{model_id}",
+    STORED,
+    f"{STORED}/input_items",
+    "/health",
+    "/ready",
+    "/version",
+    "/metrics",
     "/debug/steps",
 )
 
@@ -108,9 +117,12 @@ def test_a_body_that_the_document_allows_or_forbids(
     SETTINGS(given(case=cases)(hold))()
 
 
-@pytest.mark.parametrize("path", GETS)
-def test_a_page(described: Any, path: str) -> None:
-    SETTINGS(given(case=described[path]["GET"].as_strategy())(hold))()
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [*(("GET", path) for path in GETS), ("DELETE", STORED), ("POST", f"{STORED}/cancel")],
+)
+def test_a_request_without_a_body(described: Any, method: str, path: str) -> None:
+    SETTINGS(given(case=described[path][method].as_strategy())(hold))()
 
 
 EVERYTHING = {
@@ -134,6 +146,12 @@ REPORTED = {"return_token_ids": True, "include_graph_steps": True}
         (
             "/v1/chat/completions",
             {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **EVERYTHING},
+        ),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/responses", {"input": "hi", "stream": True}),
+        (
+            "/v1/responses",
+            {"input": MESSAGES, "include": ["message.output_text.logprobs"], "top_logprobs": 2},
         ),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5, "stream": True}),
@@ -190,9 +208,10 @@ async def test_every_chunk_is_one_of_the_structs(
 
 def test_every_response_is_described(tokenizer: Tokenizer) -> None:
     document = make(tokenizer).openapi()
-    assert document["paths"].keys() == {*POSTS, *GETS}
+    assert document["paths"].keys() == {*POSTS, *GETS, f"{STORED}/cancel"}
+    assert document["paths"][STORED].keys() == {"get", "delete"}
     assert "HTTPValidationError" not in document["components"]["schemas"]
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
         responses = document["paths"][path]["post"]["responses"]
         assert responses.keys() == {"200", "4XX", "5XX"}
         assert responses["200"]["content"].keys() == {"application/json", "text/event-stream"}
