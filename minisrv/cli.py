@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from minisrv import __version__, logs
 from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
@@ -67,8 +67,7 @@ def _name_model(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
-    engine, server = _settings(EngineConfig, options), _settings(ServerConfig, options)
+    engine, server = _serve_settings(options)
     logs.take_stderr()
     _announce(engine)
     from minisrv.processes import process_began
@@ -76,6 +75,11 @@ def _serve(options: argparse.Namespace) -> int:
     from minisrv.server.launcher import serve
 
     return serve(engine, server, StartupClock(process_began()))
+
+
+def _serve_settings(options: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    options.api_keys = (*(options.api_keys or ()), *_more_keys(options.api_key_file))
+    return _settings(EngineConfig, options), _settings(ServerConfig, options)
 
 
 def _announce(config: EngineConfig) -> None:
@@ -204,6 +208,24 @@ def engine_config(arguments: Sequence[str]) -> EngineConfig:
     return _settings(EngineConfig, options)
 
 
+def serve_settings(arguments: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """Return the settings that `minisrv serve` would have with these flags, MODEL included, and the
+    API keys of the environment. For programs that serve in another way. Raises ConfigError, also
+    for a flag that does not exist."""
+    parser = _RaisingParser(add_help=False)
+    _add_serve_flags(parser)
+    options = parser.parse_args(arguments)
+    _name_model(options)
+    return _serve_settings(options)
+
+
+class _RaisingParser(CommandParser):
+    """A parser for programs, which raises ConfigError where a command would end."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
 def _settings(kind: type[_T], options: argparse.Namespace) -> _T:
     """Return an instance of the settings class `kind` with the flags that were given; the other
     fields have the defaults of the class."""
@@ -223,14 +245,7 @@ def _parser() -> CommandParser:
         help="serve a model over an OpenAI-compatible endpoint",
         description="Serve a Hugging Face checkpoint. Without a model, the embedded default one.",
     )
-    add_engine_flags(serve)
-    add_server_flags(serve)
-    serve.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"a file with an API key in each line; ${API_KEY_VARIABLE} may hold one too",
-    )
+    _add_serve_flags(serve)
     serve.add_argument(
         "--log-format",
         choices=logs.FORMATS,
@@ -316,6 +331,18 @@ def _parser() -> CommandParser:
     for command in commands.choices.values():
         command.commands = commands.choices
     return parser
+
+
+def _add_serve_flags(parser: CommandParser) -> None:
+    """Add the flags that `_serve_settings` reads."""
+    add_engine_flags(parser)
+    add_server_flags(parser)
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"a file with an API key in each line; ${API_KEY_VARIABLE} may hold one too",
+    )
 
 
 def _add_measurement(command: CommandParser) -> None:

@@ -5,9 +5,7 @@ are read here, then the API workers, which import their modules and open the por
 loads: `/health` answers soon, `/ready` once the engine is ready. After that it only watches.
 A worker that dies is replaced; one that dies before it was ready ends the server. SIGTERM and
 SIGINT stop admission, give open requests `shutdown_timeout` seconds, and end all processes; a
-second SIGINT ends them at once. An engine that shows no sign of life for
-`engine_timeout` seconds (while it loads, for at least `LOADING_SECONDS`) is killed: the workers see
-it die and end its requests, or report that it did not start.
+second SIGINT ends them at once.
 
 Knows: which process starts which, and how all of them end. Knows nothing of requests, and imports
 neither torch nor anything of HTTP.
@@ -26,22 +24,18 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from minisrv.checkpoint import open_checkpoint
 from minisrv.config import EngineConfig, ServerConfig
-from minisrv.core.ladder import ladders_of
-from minisrv.device_kind import expected_kind
 from minisrv.engine.messages import EngineInfo, Loading, Ready
-from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
-from minisrv.machine import check_driver
-from minisrv.processes import (
-    PARENTS_SIGNALS,
-    raise_descriptor_limit,
-    unusable_temporary_directory,
-)
+from minisrv.processes import PARENTS_SIGNALS, raise_descriptor_limit
 from minisrv.progress import StartupClock, StartupProgress
 from minisrv.server.process import WorkerProcess
-from minisrv.server.worker_config import CHECKPOINT, Report, WorkerConfig
+from minisrv.server.watched_engine import (
+    WatchedEngine,
+    check_settings,
+    usable_temporary_directory,
+)
+from minisrv.server.worker_config import Report
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +45,6 @@ WATCH_SECONDS = 0.25
 PAUSED_SECONDS = 2
 """If the last look was more seconds ago than this, this process itself did not run, as when a
 terminal or a container stops it. The engine was then stopped with it and may need a moment too."""
-
-LOADING_SECONDS = 120
-"""Minimum number of seconds that a loading engine may be silent. While it loads, its sign of life
-comes from a thread, which is held up by native code that keeps the GIL: loading libraries,
-initialising a device, compiling. On a CPU the longest silence was 0.6 s; a cold network disk or a
-GPU's driver may take much more."""
 
 STUCK_SECONDS = 5
 """Seconds that workers get to end, beyond the time of their open requests."""
@@ -73,63 +61,43 @@ def serve(engine: EngineConfig, server: ServerConfig, clock: StartupClock) -> in
     # work, as SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise_descriptor_limit()
-    ladders_of(expected_kind(engine).resolve(engine))
-    check_driver(engine)
+    check_settings(engine)
     _check_certificate(server)
     with ExitStack() as stack:
         listeners = listen(server)
         for listener in listeners:
             stack.enter_context(listener)
-        with _temporary_directory():
+        with usable_temporary_directory():
             private_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minisrv-")))
         clock.end("launcher")
-        process = EngineProcess(engine, private_dir, log_stats=not server.disable_log_stats)
-        stack.callback(process.stop)
-        checkpoint = open_checkpoint(engine)
-        root = engine.model or checkpoint.directory.name
-        names = server.served_model_names or (root,)
+        watched = WatchedEngine(engine, server, private_dir)
+        stack.callback(watched.process.stop)
+        watched.load()
         stop = stack.enter_context(_stop_signals())
-        with _temporary_directory():
-            checkpoint.save(private_dir / CHECKPOINT)
-        process.load(private_dir / CHECKPOINT)
-        tree = _ProcessTree(process, server.engine_timeout)
+        tree = _ProcessTree(watched)
         stack.callback(tree.stop_workers)
         for index, listener in enumerate(listeners):
-            config = WorkerConfig(
-                index=index,
-                number=len(listeners),
-                address=process.address,
-                engine_pid=process.pid,
-                private_dir=private_dir,
-                root=root,
-                served_model_names=names,
-                settings=server,
-                enable_sleep_mode=engine.enable_sleep_mode,
-            )
+            config = watched.worker_config(index, len(listeners))
             tree.workers.append(WorkerProcess(config, listener))
         scheme = "http" if server.ssl_certfile is None else "https"
         in_order = tree.watch(stop, f"{scheme}://{_host_and_port(listeners[0])}", clock)
         for listener in listeners:
             listener.close()
         in_order &= tree.drain(stop, server.shutdown_timeout + STUCK_SECONDS)
-        return 0 if in_order and process.exit_status is None else 1
+        return 0 if in_order and watched.process.exit_status is None else 1
 
 
 class _ProcessTree:
     """The engine and the API workers, from their first report to their last exit status."""
 
-    def __init__(self, engine: EngineProcess, engine_timeout: float) -> None:
-        """Take an engine process that has been started; the workers are added later.
-
-        engine_timeout: seconds that the engine may show no sign of life.
-        """
-        self.engine = engine
-        self.engine_timeout = engine_timeout
+    def __init__(self, watched: WatchedEngine) -> None:
+        """Take an engine that has been started; the workers are added later."""
+        self.watched = watched
+        self.engine = watched.process
         self.workers: list[WorkerProcess] = []
         self.progress = StartupProgress()
         self.announced = False
         self.engine_ended = False
-        self.hung = False
 
     def watch(self, stop: socket.socket, url: str, clock: StartupClock) -> bool:
         """Watch until a signal comes (returns True) or the server cannot go on (False)."""
@@ -143,7 +111,7 @@ class _ProcessTree:
                 ready = wait([stop, *lines, *ends], timeout=WATCH_SECONDS)
                 before, last = last, time.monotonic()
                 if last - before < PAUSED_SECONDS:
-                    self._check_engine()
+                    self.watched.check(is_ready=self.announced)
                 if stop in ready:
                     stop.recv(1)
                     return True
@@ -158,37 +126,10 @@ class _ProcessTree:
         finally:
             self.progress.close()
 
-    def _check_engine(self) -> None:
-        """Kill an engine that hangs. It may be stopped, or wait for a device that is gone."""
-        silent = self.engine.silent_seconds
-        limit = self.engine_timeout
-        if not self.announced:
-            limit = max(limit, LOADING_SECONDS)
-        if silent <= limit or self.engine.exit_status is not None:
-            return
-        if self.announced:
-            logger.error(
-                "the engine has finished no step for %.1f s (--engine-timeout %g); it is killed. "
-                "If its steps may take so long, give it more.",
-                silent,
-                limit,
-            )
-        else:
-            logger.error(
-                "the engine has shown no sign of life for %.1f s while it loads; it is killed. It "
-                "was stopped, or hangs; start again, and if the machine is only slow, with an "
-                "--engine-timeout above %g.",
-                silent,
-                limit,
-            )
-        self.hung = True
-        self.engine.stop()
-
     def _report_engine_exit(self) -> None:
-        """Tell the workers how the engine has ended; the kernel tells that only to its parent, this
-        process."""
+        """Tell the workers how the engine has ended."""
         self.engine_ended = True
-        how = "killed as it showed no sign of life" if self.hung else self.engine.describe_exit()
+        how = self.watched.describe_exit()
         for worker in self.workers:
             worker.engine_ended(how)
 
@@ -261,15 +202,6 @@ def _stop_signals() -> Iterator[socket.socket]:
             for signum in PARENTS_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)  # there is nothing left to interrupt
             signal.set_wakeup_fd(-1)
-
-
-@contextmanager
-def _temporary_directory() -> Iterator[None]:
-    """Raise ConfigError where the block cannot make a temporary directory or a file in it."""
-    try:
-        yield
-    except OSError as error:
-        raise unusable_temporary_directory(error) from error
 
 
 def listen(server: ServerConfig) -> list[socket.socket]:

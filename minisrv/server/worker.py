@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from minisrv.checkpoint import Checkpoint
 from minisrv.engine.client import EngineClient, EngineState
@@ -64,43 +65,16 @@ down."""
 
 def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connection) -> None:
     """Serve on `listener` until the launcher closes its end of the pipe."""
-    # A thread that parses or renders a large body makes the event loop wait this long, each time
-    # that the loop wants to go on.
-    sys.setswitchinterval(SWITCH_SECONDS)
-    # The time to parse an integer grows with the square of its length; no request needs more
-    # digits.
-    sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
+    bound_interpreter()
     # This makes an allocation fail that would exhaust the machine's memory: a chat template is a
     # stranger's program, and can ask for as much as it likes.
     bound_resource(resource.RLIMIT_DATA, MEMORY_BYTES)
     client = EngineClient(config.address, config.engine_pid, config.name, EXIT_REPORT_SECONDS)
     settings = config.settings
-    place = {"worker": config.index, "workers": config.number}
     connections = Connections()
-    key_limit = None
+    hosts = HostNames.of(settings, listener.getsockname()[0])
     try:
-        metrics = Metrics(config.private_dir / "metrics", **place)
-        if settings.max_requests_per_key:
-            key_limit = KeyLimit(
-                config.private_dir / "open-requests",
-                keys=len(settings.api_keys),
-                limit=settings.max_requests_per_key,
-                **place,
-            )
-        checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
-        app = create_app(
-            client,
-            Tokenizer.from_description(checkpoint.tokenizer),
-            served_model_names=config.served_model_names,
-            generation=checkpoint.generation,
-            root=config.root,
-            metrics=metrics,
-            settings=settings,
-            enable_sleep_mode=config.enable_sleep_mode,
-            key_limit=key_limit,
-            max_open=connections.max_served,
-            hosts=HostNames.of(settings, listener.getsockname()[0]),
-        )
+        app = worker_app(config, client, hosts, max_open=connections.max_served)
     except MinisrvError as error:
         _send_report(launcher, f"API worker {config.index} did not start: {error.message}")
         return
@@ -128,6 +102,52 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     with asyncio.Runner(loop_factory=http.get_loop_factory()) as runner:
         runner.run(_serve(config, client, server, launcher))
     app.state.close()
+
+
+def bound_interpreter() -> None:
+    """Set what the interpreter bounds for the sake of other requests, in this process."""
+    # A thread that parses or renders a large body makes the event loop wait this long, each time
+    # that the loop wants to go on.
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # The time to parse an integer grows with the square of its length; no request needs more
+    # digits.
+    sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)
+
+
+def worker_app(
+    config: WorkerConfig, client: EngineClient, hosts: HostNames, *, max_open: int = sys.maxsize
+) -> FastAPI:
+    """Return the application of an API worker, which counts in the server's private directory.
+
+    client: the client of the engine, which need not be connected yet.
+    hosts: the host names that the server answers to.
+    max_open: maximum number of open choices, where the engine would take more.
+    Raises EngineError or ConfigError if a file of the private directory cannot be read or made.
+    """
+    settings = config.settings
+    place = {"worker": config.index, "workers": config.number}
+    key_limit = None
+    if settings.max_requests_per_key:
+        key_limit = KeyLimit(
+            config.private_dir / "open-requests",
+            keys=len(settings.api_keys),
+            limit=settings.max_requests_per_key,
+            **place,
+        )
+    checkpoint = Checkpoint.load(config.private_dir / CHECKPOINT)
+    return create_app(
+        client,
+        Tokenizer.from_description(checkpoint.tokenizer),
+        served_model_names=config.served_model_names,
+        generation=checkpoint.generation,
+        root=config.root,
+        metrics=Metrics(config.private_dir / "metrics", **place),
+        settings=settings,
+        enable_sleep_mode=config.enable_sleep_mode,
+        key_limit=key_limit,
+        max_open=max_open,
+        hosts=hosts,
+    )
 
 
 class _Server(HttpServer):

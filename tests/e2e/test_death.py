@@ -72,7 +72,9 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     flags = ("--max-num-seqs", str(RUNNING), "--max-num-batched-tokens", "64", "--port")
     timeout = ("--engine-timeout", str(ENGINE_TIMEOUT))
-    patience = f"from minisrv.server import launcher; launcher.LOADING_SECONDS = {LOADING_SECONDS}"
+    patience = (
+        f"from minisrv.server import watched_engine as w; w.LOADING_SECONDS = {LOADING_SECONDS}"
+    )
     server = start(str(model), *flags, free_port(), *timeout, *death.flags, before=patience)
     found = {"signal": death.signum.name, "moment": death.moment, "flags": list(death.flags)}
     if death.moment == "loading":
