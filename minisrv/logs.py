@@ -199,11 +199,12 @@ def _log_unraisable(found: sys.UnraisableHookArgs) -> None:
 
 class _Record(logging.LogRecord):
     """A record that takes the request's id where it is logged, as the thread that writes it has
-    none."""
+    none. Its name is unlike those that other libraries add to their records, which logging refuses
+    if the record has one already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.request_id = REQUEST_ID.get()
+        self.minisrv_request_id = REQUEST_ID.get()
 
 
 class _Text(logging.Formatter):
@@ -246,7 +247,7 @@ class _Json(logging.Formatter):
 
 
 def _request_id(record: logging.LogRecord) -> str:
-    return record.request_id if isinstance(record, _Record) else ""
+    return record.minisrv_request_id if isinstance(record, _Record) else ""
 
 
 def _values(record: logging.LogRecord, name: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ FLOORS = {
     "__init__": 8,
     "tools": 9,
     "cli": 9,
+    "deploy": 9,
 }
 """The floor of each part: a module or package of the package, or a module with a floor apart from
 that of the package that it is in."""
@@ -173,6 +174,15 @@ def test_floors_0_and_1_name_no_torch(part: str):
     for path in MODULES:
         if part_of(_name(path)) == part:
             assert not [m for m, _ in imports(path) if m.split(".")[0] == "torch"], path
+
+
+def test_only_what_deploys_on_ray_imports_ray():
+    found = {
+        path.relative_to(ROOT / "minisrv").parts[0]
+        for path in MODULES
+        if any(module.split(".")[0] == "ray" for module, _ in imports(path))
+    }
+    assert found == {"deploy"}
 
 
 def test_loadgen_knows_nothing_of_minisrv():

@@ -1,0 +1,116 @@
+"""Replicas of Ray Serve answer as `minisrv serve` does, and one whose engine dies is replaced. With
+`pip install 'minisrv[ray]'` only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("ray is not installed (pip install 'minisrv[ray]')", allow_module_level=True)
+
+import ray
+from ray import serve
+
+from minisrv.deploy.ray import app
+
+REPLICAS = 2
+FLAGS = {"max-num-seqs": 4, "max-num-batched-tokens": 32, "max-model-len": 512}
+STORY = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["direct", "prefix-routing"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an application with two replicas and an API key."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("secret\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        settings = {**FLAGS, "api-key-file": str(keys), "prefix-routing": request.param}
+        serve.run(_two_of_each(app(settings)), name="minisrv")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _two_of_each(application: serve.Application) -> serve.Application:
+    """Set the number of the engines' replicas, as a configuration would."""
+    deployment = application._bound_deployment
+    if deployment.name == "minisrv":
+        return deployment.options(num_replicas=REPLICAS).bind(*deployment.init_args)
+    (engines,) = deployment.init_args
+    return deployment.bind(_two_of_each(engines))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    headers = {"authorization": "Bearer secret"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def test_a_completion_is_that_of_a_server(client: httpx.Client):
+    whole = client.post("/v1/completions", json=STORY).json()
+    assert whole["usage"]["completion_tokens"] == 8
+    text = ""
+    with client.stream("POST", "/v1/completions", json={**STORY, "stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    for line in lines[:-1]:
+        text += "".join(choice["text"] for choice in json.loads(line)["choices"])
+    assert lines[-1] == "[DONE]"
+    assert text == whole["choices"][0]["text"]
+
+
+def test_what_a_server_refuses_is_refused(client: httpx.Client):
+    assert client.post("/v1/completions", json={"prompt": 7}).status_code == 400
+    assert client.post("/v1/completions", json={"prompt": "x" * (5 << 20)}).status_code == 413
+    wrong = {"authorization": "Bearer wrong"}
+    assert client.post("/v1/completions", json=STORY, headers=wrong).status_code == 401
+    assert client.get("/nowhere").status_code == 404
+    assert client.get("/ready", headers=wrong).status_code == 200
+
+
+def test_a_replica_whose_engine_dies_is_replaced(client: httpx.Client):
+    before = _engines()
+    assert len(before) == REPLICAS
+    os.kill(before.pop(), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while len(after := _engines()) < REPLICAS or not before < after:
+        assert time.monotonic() < deadline, "no other engine took its place"
+        time.sleep(0.2)
+    deadline = time.monotonic() + 60
+    while serve.status().applications["minisrv"].status != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    for _ in range(8):
+        assert client.post("/v1/completions", json=STORY).status_code == 200
+
+
+def _engines() -> set[int]:
+    """Return the process ids of the engines whose parents are replicas."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (path / "status").read_text()
+            parent = status.split("PPid:")[1].split()[0]
+            if status.startswith("Name:\tminisrv-engine\n"):
+                command = Path(f"/proc/{parent}/cmdline").read_text()
+                if command.startswith("ray::ServeReplica:minisrv:minisrv"):
+                    found.add(int(path.name))
+        except FileNotFoundError:  # it has ended
+            continue
+    return found
