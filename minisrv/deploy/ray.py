@@ -54,7 +54,7 @@ _PROXY_ADDRESS = "127.0.0.1"
 """The address that the host names are chosen for. A replica does not know where Ray's proxies
 listen, so without API keys it answers only to names of this machine and to `allowed-hosts`."""
 
-LAST_WORDS_SECONDS = 0.5
+LAST_WORDS_SECONDS = 0.1
 """Seconds in which the errors of the requests of a dead engine reach Ray's proxy. Requests that
 come meanwhile end with an error too."""
 

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -87,30 +87,33 @@ def test_what_a_server_refuses_is_refused(client: httpx.Client):
 def test_a_replica_whose_engine_dies_is_replaced(client: httpx.Client):
     before = _engines()
     assert len(before) == REPLICAS
-    os.kill(before.pop(), signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while len(after := _engines()) < REPLICAS or not before < after:
-        assert time.monotonic() < deadline, "no other engine took its place"
-        time.sleep(0.2)
-    deadline = time.monotonic() + 60
-    while serve.status().applications["minisrv"].status != "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    dead, replica = before.popitem()
+    os.kill(dead, signal.SIGKILL)
+    _wait(lambda: not Path(f"/proc/{replica}").exists(), "its replica ends")
     for _ in range(8):
         assert client.post("/v1/completions", json=STORY).status_code == 200
+    _wait(lambda: len(_engines()) == REPLICAS, "another takes its place")
+    assert _engines().items() > before.items()
 
 
-def _engines() -> set[int]:
-    """Return the process ids of the engines whose parents are replicas."""
-    found = set()
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"not within a minute: {what}"
+        time.sleep(0.1)
+
+
+def _engines() -> dict[int, int]:
+    """Return the process ids of the engines, and those of the replicas that they belong to."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             status = (path / "status").read_text()
-            parent = status.split("PPid:")[1].split()[0]
+            parent = int(status.split("PPid:")[1].split()[0])
             if status.startswith("Name:\tminisrv-engine\n"):
                 command = Path(f"/proc/{parent}/cmdline").read_text()
                 if command.startswith("ray::ServeReplica:minisrv:minisrv"):
-                    found.add(int(path.name))
+                    found[int(path.name)] = parent
         except FileNotFoundError:  # it has ended
             continue
     return found
