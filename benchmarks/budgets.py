@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     budgets = {name: PrefillBudget(int(name), itl_target_ms=NO_TARGET_MS) for name in options.fixed}
     budgets["model"] = engine.scheduler.budget
     kept = KeepsSteps(engine.cost_model)
-    engine.cost_model = kept
+    engine.counters.cost_model = kept
     # As in an engine that serves: a collection that went through all objects would take as long as
     # many steps.
     gc.collect()

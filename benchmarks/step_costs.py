@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     times = DecodeTimes()
     engines["target"].observers.append(times)
     kept = KeepsSteps(engines["target"].cost_model)
-    engines["target"].cost_model = kept
+    engines["target"].counters.cost_model = kept
     runs: list[dict[str, Any]] = []
     for concurrency in map(int, options.concurrency.split(",")):
         requests = max(8, min(options.requests, 6 * concurrency))

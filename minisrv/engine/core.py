@@ -68,7 +68,7 @@ class EngineCore:
         self._in_flight: deque[_InFlight] = deque()
         self._seeds = random.Random(parts.config.seed)
         self.step_trace = parts.step_trace
-        self._counters = StepCounters(
+        self.counters = StepCounters(
             parts.batches,
             parts.cost_model,
             parts.scheduler.budget,
@@ -104,7 +104,7 @@ class EngineCore:
         if grammar is not None:
             self._grammars.compile(request.request_id, grammar, request.params)
         self._had_work_throughout &= had_work
-        self._counters.open(request)
+        self.counters.open(request)
 
     @property
     def has_room(self) -> bool:
@@ -179,7 +179,7 @@ class EngineCore:
         if result.logprobs is not None:
             result.logprobs.add_to(outputs, step.output)
         self._count_outputs(outputs)
-        self._counters.retire(
+        self.counters.retire(
             step.output,
             step.dispatch,
             step.record,
@@ -231,7 +231,7 @@ class EngineCore:
         if dispatch.missing:
             self.filling.want(dispatch.missing)
         self._lap(StepPart.DISPATCH)
-        record = self._counters.count(output, dispatch, generation=self.compilation.generation)
+        record = self.counters.count(output, dispatch, generation=self.compilation.generation)
         step = _InFlight(output, dispatch, self._had_work_throughout, record)
         self._had_work_throughout = True
         self._lap(StepPart.REST)
@@ -247,7 +247,7 @@ class EngineCore:
     def _count_outputs(self, outputs: list[EngineOutput]) -> None:
         """Count the tokens of outputs. Add the counts of its steps to the last output of a request,
         and forget the request."""
-        self._counters.count_outputs(outputs)
+        self.counters.count_outputs(outputs)
         for output in outputs:
             if output.finish_reason is not None:
                 self._grammars.remove(output.request_id)
@@ -267,7 +267,7 @@ class EngineCore:
         """Return a snapshot of the counters."""
         scheduler = self.scheduler
         return msgspec.structs.replace(
-            self._counters.stats(),
+            self.counters.stats(),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.waiting_for_grammar),
             waiting_for_grammar=len(scheduler.waiting_for_grammar),

@@ -76,7 +76,7 @@ class StepCounters:
         has_clock: bool = False,
     ) -> None:
         self._batches = batches
-        self._cost_model = cost_model
+        self.cost_model = cost_model
         self._budget = budget
         self._has_clock = has_clock
         self._gpu_busy_ms = self._gpu_idle_ms = 0.0
@@ -183,9 +183,9 @@ class StepCounters:
         waits_for_host = step.needs_logits or step.has_structured_output_requests
         if self._budget.has_target and not waits_for_host:
             sample = StepSample(dispatch.key, step.work, taken.busy_ms)
-            if predicted_ms := self._cost_model.predict(sample.key, sample.work):
+            if predicted_ms := self.cost_model.predict(sample.key, sample.work):
                 self._errors.add(abs(predicted_ms / taken.busy_ms - 1))
-            self._cost_model.observe(sample)
+            self.cost_model.observe(sample)
         if self._trace is not None and record is not None:
             sampled = self._generated_tokens - self._generated_before
             self._generated_before = self._generated_tokens
