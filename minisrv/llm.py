@@ -365,6 +365,7 @@ class LLM:
                     cache_salt=prompt.cache_salt,
                     priority=order,
                     structured_output=form,
+                    include_graph_stats=True,
                 )
                 self.engine.check(request)  # all requests are checked before one is served
                 jobs.append(_Job(request, result, self._tokenizer, continues))
@@ -458,6 +459,7 @@ class _Job:
         completion.finish_reason = delta.finish_reason
         completion.stop_reason = delta.stop_reason
         completion.graph_steps = delta.graph_steps or {}
+        completion.graph_stats = delta.graph_stats
 
 
 def _as_list(prompts: object) -> list[object]:

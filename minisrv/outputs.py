@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from minisrv.request import FinishReason, TokenLogprobs
+from minisrv.request import FinishReason, GraphStats, TokenLogprobs
 
 
 @dataclass
@@ -25,6 +25,7 @@ class CompletionOutput:
         if anything else ended it.
     graph_steps: the number of steps in which the request took part, by "MODE/reason", or
         "MODE/reason/compiled" for steps by compiled code.
+    graph_stats: further numbers about these steps; None until the completion has ended.
     """
 
     index: int = 0
@@ -35,6 +36,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     graph_steps: dict[str, int] = field(default_factory=dict)
+    graph_stats: GraphStats | None = None
 
     def finished(self) -> bool:
         """Whether the completion has ended."""

@@ -374,6 +374,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: requests with a lower number are admitted earlier and preempted later. The scheduler
         makes sure that no other request waits for ever.
     structured_output: the form that the text must have.
+    include_graph_stats: whether its last output carries `graph_stats`.
 
     Raises RequestError for a structured output together with `ignore_eos`, which would never end.
     """
@@ -385,6 +386,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int = 0
     structured_output: StructuredOutput | None = None
+    include_graph_stats: bool = False
 
     def __post_init__(self) -> None:
         params = self.params
@@ -410,12 +412,38 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """The rank of the token among all tokens of the vocabulary, from 1."""
 
 
+class GraphStats(msgspec.Struct, frozen=True):
+    """How a request went through the steps of the engine.
+
+    id: its name in the trace of steps; None if there is no trace.
+    padded_tokens: the padding of all its steps, which it shared with the other requests in them.
+    rungs: the number of its steps by graph, as "MODE/tokens" with padding; those without a graph
+        are left out.
+    queue_ms: the milliseconds from its arrival in the engine to the launch of its first step.
+    prefill_ms: those from there until its first token was known.
+    decode_ms: those from there to its end.
+    preemptions: how often it lost its blocks and was admitted again.
+    cached_tokens: the number of its prompt tokens that were found in the prefix cache.
+    generations: the generations of code that ran its steps; 0 is the model's own.
+    """
+
+    id: str | None
+    padded_tokens: int
+    rungs: dict[str, int]
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    preemptions: int
+    cached_tokens: int
+    generations: list[int]
+
+
 class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     """The output that one step (or an abort, or a refusal) adds to one request.
 
     The scheduler makes it with the sampled token and the finish reason, and the engine adds what
-    only it knows: log-probabilities and `graph_steps`. Exactly one output of a request carries
-    `finish_reason` or `error`, and it is the last one.
+    only it knows: log-probabilities, `graph_steps` and `graph_stats`. Exactly one output of a
+    request carries `finish_reason` or `error`, and it is the last one.
 
     token_ids: the sampled tokens. Empty for an abort, for a request that asked for no token, and
         where the output only reports log-probabilities of the prompt.
@@ -429,6 +457,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
         first output.
     graph_steps: the number of steps of the request by "MODE/reason", or "MODE/reason/compiled" for
         steps by compiled code, sent with the last output.
+    graph_stats: further numbers about its steps, sent with the last output if they were asked for.
     """
 
     request_id: str
@@ -440,6 +469,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     queued_at: float = 0.0
     scheduled_at: float = 0.0
     graph_steps: dict[str, int] | None = None
+    graph_stats: GraphStats | None = None
     error: RequestFailure | None = None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from minisrv.core.batch_counts import BatchCounter
@@ -28,7 +29,7 @@ from minisrv.engine.messages import (
 from minisrv.engine.step_trace import StepTrace
 from minisrv.engine.trace_format import TracedStep
 from minisrv.modes import BudgetReason, CUDAGraphMode
-from minisrv.request import EngineOutput, EngineRequest
+from minisrv.request import EngineOutput, EngineRequest, GraphStats
 from minisrv.runner.results import DeviceTime
 
 ERROR_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -53,12 +54,56 @@ class _Counts:
         return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
+class _Course:
+    """The way of a request that asks about it through the steps, as far as it has come; see
+    `GraphStats`."""
+
+    __slots__ = (
+        *("admissions", "arrived", "cached_tokens", "first_token", "generations", "launched"),
+        *("padded_tokens", "rungs"),
+    )
+
+    def __init__(self) -> None:
+        self.arrived = time.perf_counter()
+        self.launched: float | None = None
+        self.first_token: float | None = None
+        self.admissions = self.cached_tokens = self.padded_tokens = 0
+        self.rungs: Counter[str] = Counter()
+        self.generations: set[int] = set()
+
+    def admit(self, row: ScheduledRow) -> None:
+        """Note that the request gets its first step, or its first one since it was preempted."""
+        if self.launched is None:
+            self.launched, self.cached_tokens = time.perf_counter(), row.num_computed_tokens
+        self.admissions += 1
+
+    def stats(self, opaque_id: str | None) -> GraphStats:
+        """Return the numbers about a request that ends now."""
+        now = time.perf_counter()
+        launched = now if self.launched is None else self.launched
+        first_token = now if self.first_token is None else self.first_token
+        waits = (launched - self.arrived, first_token - launched, now - first_token)
+        queue_ms, prefill_ms, decode_ms = (round(1000 * seconds, 3) for seconds in waits)
+        return GraphStats(
+            id=opaque_id,
+            padded_tokens=self.padded_tokens,
+            rungs=dict(self.rungs),
+            queue_ms=queue_ms,
+            prefill_ms=prefill_ms,
+            decode_ms=decode_ms,
+            preemptions=max(0, self.admissions - 1),
+            cached_tokens=self.cached_tokens,
+            generations=sorted(self.generations),
+        )
+
+
 class StepCounters:
     """Counts steps since the start of the engine, and the steps of each open request.
 
     The modes in which a request's steps ran are counted by "MODE/reason", to which "/compiled" is
     added for steps by compiled code. The steps of one batch are counted once, for all of its rows,
-    and written to each request when another batch comes or a request ends.
+    and written to each request when another batch comes or a request ends. More is counted only of
+    requests that ask for it.
 
     batches: counts the steps by the sizes of their batches.
     cost_model, budget: the model that learns from the times of steps if the budget has a target.
@@ -94,6 +139,10 @@ class StepCounters:
         self._batch_id: int | None = None
         self._rows: list[ScheduledRow] = []
         self._pending: dict[str, int] = {}
+        self._courses: dict[str, _Course] = {}
+        self._pending_rungs: dict[tuple[str, int, int], list[int]] = {}
+        """The number of steps and of padding tokens by mode, rung and generation, while any request
+        asks for them."""
         self._trace = trace
         self._generated_before = 0
 
@@ -102,6 +151,8 @@ class StepCounters:
         self._prompt_tokens += len(request.prompt_token_ids)
         self._queued_at[request.request_id] = time.perf_counter()
         self._by_request[request.request_id] = {}
+        if request.include_graph_stats:
+            self._courses[request.request_id] = _Course()
 
     def count(
         self, step: SchedulerOutput, dispatch: Dispatch, *, generation: int
@@ -138,8 +189,15 @@ class StepCounters:
         if step.batch_id != self._batch_id:
             self._write()
             self._batch_id, self._rows = step.batch_id, step.batch_rows
+            if self._courses and step.new_reqs:
+                self._note_admissions(step)
         key = f"{mode}/{reason}{'/compiled' if compiled else ''}"
         self._pending[key] = self._pending.get(key, 0) + 1
+        if self._courses:
+            rung = dispatch.descriptor.num_tokens
+            counts = self._pending_rungs.setdefault((mode, rung, generation), [0, 0])
+            counts[0] += 1
+            counts[1] += rung - step.num_tokens
         return None if self._trace is None else self._trace.launch(step, dispatch, generation)
 
     def _count_first_steps(self, step: SchedulerOutput) -> None:
@@ -158,7 +216,7 @@ class StepCounters:
                 times = self._scheduled_at.pop(output.request_id)
                 output.queued_at, output.scheduled_at = times
             if output.finish_reason is not None:
-                output.graph_steps = self.close(output.request_id)
+                self.close(output)
 
     def retire(
         self,
@@ -186,17 +244,37 @@ class StepCounters:
             if predicted_ms := self.cost_model.predict(sample.key, sample.work):
                 self._errors.add(abs(predicted_ms / taken.busy_ms - 1))
             self.cost_model.observe(sample)
+        if self._courses:
+            self._note_first_tokens(step)
         if self._trace is not None and record is not None:
             sampled = self._generated_tokens - self._generated_before
             self._generated_before = self._generated_tokens
             self._trace.retire(record, predicted_ms or None, taken.busy_ms, sampled)
 
-    def close(self, request_id: str) -> dict[str, int]:
-        """Return the counts of a request that has ended, and forget it. They include a step that is
-        still in flight, whose token is dropped."""
+    def _note_admissions(self, step: SchedulerOutput) -> None:
+        admitted = {new.req_index for new in step.new_reqs}
+        for row in step.batch_rows[step.num_decodes :]:
+            course = self._courses.get(row.request_id)
+            if course is not None and row.req_index in admitted:
+                course.admit(row)
+
+    def _note_first_tokens(self, step: SchedulerOutput) -> None:
+        for row in step.batch_rows[step.num_decodes :]:
+            course = self._courses.get(row.request_id)
+            if course is not None and row.samples_token and course.first_token is None:
+                course.first_token = time.perf_counter()
+
+    def close(self, output: EngineOutput) -> None:
+        """Add the counts of a request to its last output, and forget it. They include a step that
+        is still in flight, whose token is dropped."""
         self._write()
+        request_id = output.request_id
         self._queued_at.pop(request_id, None)
-        return self._by_request.pop(request_id)
+        output.graph_steps = self._by_request.pop(request_id)
+        course = self._courses.pop(request_id, None)
+        if course is not None:
+            opaque_id = None if self._trace is None else self._trace.opaque_id(request_id)
+            output.graph_stats = course.stats(opaque_id)
 
     def stats(self) -> EngineStats:
         """Return a snapshot that has all that is counted here, and nothing else."""
@@ -231,3 +309,14 @@ class StepCounters:
                 if counts is not None:  # None if it has ended
                     counts[key] = counts.get(key, 0) + steps
         self._pending = {}
+        if not self._pending_rungs:
+            return
+        for row in self._rows:
+            course = self._courses.get(row.request_id)
+            if course is not None:
+                for (mode, rung, generation), (steps, padding) in self._pending_rungs.items():
+                    course.padded_tokens += padding
+                    course.generations.add(generation)
+                    if mode != CUDAGraphMode.NONE.name:
+                        course.rungs[f"{mode}/{rung}"] += steps
+        self._pending_rungs = {}

@@ -287,6 +287,7 @@ class CompletionResponseBuilder(OpenAIResponseBuilder):
             prompt_token_ids=self._if_asked(self._prompt_of(index)),
             prompt_logprobs=self._prompt_report(deltas[0].prompt_logprobs),
             graph_steps=self._graph_steps(last),
+            graph_stats=last.graph_stats or UNSET,
         )
 
     def _new_chunk(
@@ -324,6 +325,7 @@ class CompletionResponseBuilder(OpenAIResponseBuilder):
             choice.prompt_token_ids = self._if_asked(self._prompt_of(delta.index))
         if delta.finish_reason is not None:
             choice.graph_steps = self._graph_steps(delta)
+            choice.graph_stats = delta.graph_stats or UNSET
         return self._chunk(choice)
 
     def _shown(
@@ -389,6 +391,7 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
             finish_reason=finish_reason,
             token_ids=self._token_ids(index),
             graph_steps=self._graph_steps(deltas[-1]),
+            graph_stats=deltas[-1].graph_stats or UNSET,
         )
 
     def _message(self, index: int, text: str) -> ChatMessage:
@@ -456,6 +459,7 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
             choice = ChatCompletionStreamChoice(delta.index, DeltaMessage())
             choice.finish_reason = _finish_reason(delta, self._called[delta.index])
             choice.graph_steps = self._graph_steps(delta)
+            choice.graph_stats = delta.graph_stats or UNSET
             events += self._chunk(choice)
         return events
 

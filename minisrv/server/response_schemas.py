@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import CompilationState
+from minisrv.request import GraphStats
 
 
 class Body(Struct, forbid_unknown_fields=True):
@@ -93,6 +94,11 @@ _GraphSteps = Annotated[
     ),
 ]
 
+_GraphStats = Annotated[
+    GraphStats | UnsetType,
+    Meta(description="Further numbers about these steps. Only with include_graph_steps."),
+]
+
 
 # ---- completions -----------------------------------------------------------------------------
 
@@ -140,6 +146,7 @@ class CompletionChoice(Body):
     prompt_token_ids: _PromptTokenIds
     prompt_logprobs: _PromptLogprobs
     graph_steps: _GraphSteps = UNSET
+    graph_stats: _GraphStats = UNSET
 
 
 class CompletionResponse(Body):
@@ -158,7 +165,7 @@ class CompletionStreamChoice(Body):
     """What a chunk adds to one choice of a completion.
 
     prompt_token_ids: set in the first chunk of the choice.
-    graph_steps: set in the last chunk of the choice, if they were asked for.
+    graph_steps, graph_stats: set in the last chunk of the choice, if they were asked for.
     """
 
     index: int
@@ -168,6 +175,7 @@ class CompletionStreamChoice(Body):
     token_ids: list[int] | None
     prompt_token_ids: list[int] | UnsetType | None = UNSET
     graph_steps: dict[str, int] | UnsetType = UNSET
+    graph_stats: GraphStats | UnsetType = UNSET
 
 
 class CompletionStreamResponse(Body):
@@ -249,6 +257,7 @@ class ChatCompletionChoice(Body):
     finish_reason: str
     token_ids: _TokenIds
     graph_steps: _GraphSteps = UNSET
+    graph_stats: _GraphStats = UNSET
 
 
 class ChatCompletionResponse(Body):
@@ -294,7 +303,7 @@ class DeltaMessage(Body):
 class ChatCompletionStreamChoice(Body):
     """What a chunk adds to one choice of a chat.
 
-    graph_steps: set in the last chunk of the choice, if they were asked for.
+    graph_steps, graph_stats: set in the last chunk of the choice, if they were asked for.
     """
 
     index: int
@@ -303,6 +312,7 @@ class ChatCompletionStreamChoice(Body):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     graph_steps: dict[str, int] | UnsetType = UNSET
+    graph_stats: GraphStats | UnsetType = UNSET
 
 
 class ChatCompletionStreamResponse(Body):

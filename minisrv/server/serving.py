@@ -323,6 +323,7 @@ class Serving:
                 cache_salt=request.cache_salt,
                 priority=request.priority,
                 structured_output=prepared.form,
+                include_graph_stats=request.include_graph_steps,
             )
             detokenizer = Detokenizer(
                 self.tokenizer,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from minisrv.request import EngineOutput, FinishReason, TokenLogprobs
+from minisrv.request import EngineOutput, FinishReason, GraphStats, TokenLogprobs
 from minisrv.text.detokenizer import Detokenizer
 
 
@@ -33,6 +33,7 @@ class CompletionDelta:
     finish_reason: the reason why the completion ended; set in the last delta only.
     graph_steps: the number of steps of the request by "MODE/reason"; set in the last delta, if they
         are included.
+    graph_stats: further numbers about its steps; set together with `graph_steps`.
     prompt_logprobs: the log-probabilities at all prompt tokens but the first; set in the first
         delta, if they were requested.
     text_offsets: the index in the text at which each new token begins, or would begin if no stop
@@ -51,6 +52,7 @@ class CompletionDelta:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     text_offsets: Sequence[int] = ()
     stop_reason: int | str | None = None
+    graph_stats: GraphStats | None = None
 
     def extend(self, later: CompletionDelta) -> None:
         """Append a later delta of the same completion to this one."""
@@ -61,7 +63,7 @@ class CompletionDelta:
             self.text_offsets = [*self.text_offsets, *later.text_offsets]
         self.num_cached_tokens += later.num_cached_tokens
         self.finish_reason = later.finish_reason
-        self.graph_steps = later.graph_steps
+        self.graph_steps, self.graph_stats = later.graph_steps, later.graph_stats
         self.stop_reason = later.stop_reason
 
 
@@ -71,8 +73,9 @@ class OutputProcessor:
     detokenizer: decodes the text of the completion and finds its stop strings.
     index: see `CompletionDelta.index`.
     stop_token_ids: the stop token ids of the request, which `stop_reason` reports.
-    include_graph_steps: whether the last delta carries `graph_steps`. A completion that ends at a
-        stop string then waits for the engine's answer to the abort, which carries them.
+    include_graph_steps: whether the last delta carries `graph_steps` and `graph_stats`. A
+        completion that ends at a stop string then waits for the engine's answer to the abort, which
+        carries them.
 
     finished: whether the completion has had its last delta.
     must_abort: whether a stop string has ended the text of a request that, as far as the outputs
@@ -130,7 +133,7 @@ class OutputProcessor:
             self.must_abort = False
         delta = self._last_delta
         if delta is not None:
-            delta.graph_steps = output.graph_steps
+            delta.graph_steps, delta.graph_stats = output.graph_steps, output.graph_stats
         else:
             delta = self._decode(output)
             if delta.finish_reason is not None and reason is None:
@@ -164,4 +167,5 @@ class OutputProcessor:
             prompt_logprobs,
             detokenizer.pop_text_offsets(len(output.logprobs or ())),
             stop_reason,
+            output.graph_stats,
         )

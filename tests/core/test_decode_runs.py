@@ -20,7 +20,7 @@ from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.step_counters import StepCounters
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
-from minisrv.request import EngineRequest, SamplingParams
+from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 
 EOS = 7
 
@@ -153,7 +153,9 @@ class Both:
         self.compare()
 
     def close(self, name: str) -> None:
-        assert self.counted.close(name) == self.ran.pop(name)
+        last = EngineOutput(name)
+        self.counted.close(last)
+        assert last.graph_steps == self.ran.pop(name)
 
     def compare(self) -> None:
         self.with_runs.check_integrity()
