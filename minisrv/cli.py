@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from minisrv import __version__, logs
-from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
+from minisrv.config import (
+    BenchConfig,
+    ChatConfig,
+    EngineConfig,
+    ServerConfig,
+    TraceConfig,
+    read_text,
+)
 from minisrv.errors import CompilationError, ConfigError, GraphError, MinisrvError
 from minisrv.flags import (
     CommandParser,
@@ -153,6 +160,16 @@ def _launch_cost(options: argparse.Namespace) -> int:
     from minisrv.tools.launch_cost import launch_cost
 
     launch_cost(engine, measurement)
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from minisrv.tools.trace import record
+
+    try:
+        record(_settings(TraceConfig, options), options.file, os.environ.get(API_KEY_VARIABLE))
+    except BrokenPipeError:  # the process that reads the lines has closed its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -327,6 +344,20 @@ def _parser() -> CommandParser:
     flags.add("system_prompt", "temperature", "max_tokens")
     add_engine_flags(chat)
     chat.set_defaults(run=_chat)
+
+    trace = commands.add_parser(
+        "trace",
+        help="record the steps of a running server to a file",
+        description="Record by which graph each step of a server ran and why, which requests took "
+        "part, what was padding and how long it took, as lines of JSON (docs/trace.md). Ctrl-C "
+        "ends the recording with a whole line.",
+    )
+    trace.add_argument("file", type=Path, metavar="FILE", help="the file to write; - is stdout")
+    flags = SettingsFlags(trace, TraceConfig)
+    flags.group("recording")
+    flags.add_as("url", metavar="URL")
+    flags.add("last", "seconds", "steps")
+    trace.set_defaults(run=_trace, model=None, model_flag=None)
 
     for command in commands.choices.values():
         command.commands = commands.choices

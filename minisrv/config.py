@@ -331,6 +331,27 @@ class ChatConfig:
         _check_fields(self)
 
 
+@dataclass(frozen=True)
+class TraceConfig:
+    """The settings of `minisrv trace`.
+
+    url: address of the server, with or without /v1. The key in $MINISRV_API_KEY is sent to it.
+    last: number of the last steps that the server has kept with which the file begins.
+    seconds: seconds to record. By default until Ctrl-C.
+    steps: number of steps after which the recording ends, the last ones included. By default there
+        is no limit.
+    Raises ConfigError.
+    """
+
+    url: str = "http://127.0.0.1:8000"
+    last: int = _setting(0, bounds=(0, 1 << 20))
+    seconds: float | None = _setting(None, bounds=(0, _WEEK))
+    steps: int | None = _setting(None, bounds=(1, 1 << 40))
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
 def read_text(flag: str, path: Path) -> str:
     """Return the text of a file that a flag names, which may be a pipe. Raises ConfigError if it
     cannot be read, or has more than `_MAX_CHARACTERS`, as a file without end has."""

@@ -28,7 +28,7 @@ from tests import architectures
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *("docs/api.md", "docs/architecture.md", "docs/compile.md", "docs/graphs.md"),
-    *("docs/load-testing.md", "docs/monitoring.md", "docs/security.md"),
+    *("docs/load-testing.md", "docs/monitoring.md", "docs/security.md", "docs/trace.md"),
 ]
 
 

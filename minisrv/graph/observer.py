@@ -1,8 +1,8 @@
 """Observers: code that counts launches, takes times or simulates a cost is told how a step goes.
 
 Nothing in the step is replaced for them: the step loop and the runner call whoever is in the
-runner's list of observers, which is empty in service, and an empty list costs nothing worth
-measuring.
+runner's list of observers. In service it holds the trace of steps, or nobody, and costs hardly
+anything.
 
 Knows: the parts of a step, and what an observer is told. Knows nothing of who observes.
 """

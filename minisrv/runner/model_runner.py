@@ -59,7 +59,7 @@ class ModelRunner:
     block_size: the number of tokens in a block.
     max_model_len: the maximum number of tokens of a request.
     empty: allocates the KV cache, with the arguments of `torch.empty`.
-    observers: those who are told how each step goes; empty in service.
+    observers: those who are told how each step goes.
     """
 
     def __init__(

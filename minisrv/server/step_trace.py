@@ -141,9 +141,10 @@ class TraceResponse(Response):
 
 async def _lines(client: EngineClient, query: TraceQuery) -> AsyncIterator[list[Line]]:
     """Yield the lines behind the header. Raises what `EngineClient.steps` raises."""
-    after, events_after, limit, target = query.since, -1, query.limit, None
-    while limit is None or limit > 0:
-        answer = await client.steps(AskSteps(after, events_after, limit or _ALL))
+    after, events_after, target = query.since, -1, None
+    limit = _ALL if query.limit is None else query.limit
+    while True:
+        answer = await client.steps(AskSteps(after, events_after, limit))
         if answer is None:
             continue
         if target is None:
@@ -156,16 +157,13 @@ async def _lines(client: EngineClient, query: TraceQuery) -> AsyncIterator[list[
         if answer.events:
             events_after = answer.events[-1].number
         after = answer.steps[-1].id if answer.steps else answer.end - 1
-        if limit is not None:
-            limit -= len(answer.steps)
+        limit = _ALL if query.follow else limit - len(answer.steps)
         if lines:
             yield lines
-        if query.follow:
-            limit = None
-            if after + 1 >= answer.end:
-                await asyncio.sleep(POLL_SECONDS)
-        elif after + 1 >= target:
+        if not query.follow and (limit == 0 or after + 1 >= target):
             return
+        if after + 1 >= answer.end:
+            await asyncio.sleep(POLL_SECONDS)
 
 
 _ALL = 1 << 31

@@ -18,6 +18,7 @@ from minisrv.engine.messages import (
     StepCount,
 )
 from minisrv.engine.trace_format import AskSteps, Steps
+from minisrv.errors import EngineNotReadyError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
@@ -92,7 +93,12 @@ class FakeEngine:
         return STATS
 
     async def steps(self, ask: AskSteps) -> Steps:
+        self.check_serving()
         return Steps()
+
+    def check_serving(self) -> None:
+        if not self.state.is_served:
+            raise EngineNotReadyError(f"the server is {self.state}; try again later.")
 
     async def generate(
         self, requests: Sequence[EngineRequest]

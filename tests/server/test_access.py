@@ -51,6 +51,7 @@ ROUTES = [
     ("GET", "/v1/models/tiny", None),
     ("GET", "/metrics", None),
     ("GET", "/version", None),
+    ("GET", "/debug/steps", None),
     ("GET", "/openapi.json", None),
     ("GET", "/docs", None),
     ("GET", "/docs/assets/swagger-ui.css", None),
