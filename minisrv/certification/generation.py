@@ -276,7 +276,8 @@ class _Visit(StepObserver):
     A new visit makes way first if the turn is over, and so does a run at each piece. If the graphs
     that serve share the memory of the one that is replayed, its intermediates are set aside, or
     where that cannot be the replay is not interrupted. Those who observe the steps of requests are
-    not told of the runs, and no garbage is collected meanwhile, which could disturb a capture.
+    not told of the runs unless they want to be, and no garbage is collected meanwhile, which could
+    disturb a capture.
 
     seconds_away: how long the steps of requests have run during the visit.
     shares_memory: whether the graphs that serve have their intermediates where this one has.
@@ -297,7 +298,8 @@ class _Visit(StepObserver):
     def __enter__(self) -> _Visit:
         if self._turn.is_over:
             self._turn.make_way()
-        self._observers = [self]
+        others = [each for each in self._runner.observers if each.is_told_of_trials]
+        self._observers = [self, *others]
         self._come()
         return self
 

@@ -52,7 +52,7 @@ from minisrv.nn.loader import load_model
 from minisrv.nn.model import Model
 from minisrv.progress import StartupClock
 from minisrv.runner.input_buffers import BufferSizes
-from minisrv.runner.launches import SimulatedLaunches
+from minisrv.runner.launches import LaunchCensus, SimulatedLaunches
 from minisrv.runner.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -233,6 +233,9 @@ def build_engine(
         empty = arenas[SleepTag.KV_CACHE].empty if arenas else torch.empty
         runner = make_runner(num_blocks, context, empty)
         pool = BlockPool(num_blocks, config.block_size)
+        census = LaunchCensus(model)
+        if config.step_trace and not compilation_mode.whole:
+            runner.observers.append(census)
     if compilation_mode.whole:
         with _timed(clock, "compilation"):
             # torch's compiler takes seconds to import.
@@ -338,8 +341,8 @@ def build_engine(
     )
     step_trace = None
     if config.step_trace:
-        step_trace = StepTrace(config.step_trace, scheduler, len(model.attention_layers), info)
-        runner.observers.append(step_trace)
+        step_trace = StepTrace(config.step_trace, scheduler, model, info, census)
+        runner.observers[:] = [step_trace, *(o for o in runner.observers if o is not census)]
     logger.info("resolved settings: %s", info.summary)
     sleeper = Sleeper(
         arenas,

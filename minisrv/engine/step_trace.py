@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from typing import Any
 
@@ -22,13 +23,18 @@ from minisrv.core.step import SchedulerOutput
 from minisrv.engine.messages import EngineInfo
 from minisrv.engine.trace_format import AskSteps, Steps, TracedBatch, TracedStep, TraceEvent
 from minisrv.graph.observer import StepObserver, StepPart
-from minisrv.modes import CUDAGraphMode, StageOutput
+from minisrv.modes import CUDAGraphMode, GraphKey, StageOutput
+from minisrv.nn.model import Model
+from minisrv.runner.launches import LaunchCensus
 
 MAX_ROWS = 1 << 20
 """Maximum number of rows of all batches that are kept: 8 bytes each, and the ids of requests."""
 
 MAX_EVENTS = 512
 """Maximum number of events that are kept."""
+
+MAX_IN_FLIGHT = 2
+"""Maximum number of steps that have been launched and not retired."""
 
 STEPS_OF_AN_ANSWER = 128
 """Maximum number of steps in one answer, so that steps wait a fraction of a millisecond for it."""
@@ -58,21 +64,28 @@ class _Batch:
 
 class StepTrace(StepObserver):
     """The last steps of one engine, which are told to it in the order of a step: as an observer it
-    hears of the parts of the host's time.
+    hears of the parts of the host's time, and passes on to a census what it hears of trials.
 
     size: the maximum number of steps that are kept.
     scheduler: whose queues are recorded with each step.
-    num_layers: the number of attention layers, at which a PIECEWISE graph breaks.
+    model: the model, whose PIECEWISE graphs break at each of its attention layers.
     info: the description of the engine; a change of it is an event (`note`).
+    census: knows the launches of stages without a graph.
     """
 
-    def __init__(self, size: int, scheduler: Scheduler, num_layers: int, info: EngineInfo) -> None:
+    is_told_of_trials = True
+
+    def __init__(
+        self, size: int, scheduler: Scheduler, model: Model, info: EngineInfo, census: LaunchCensus
+    ) -> None:
         self._size = size
         self._scheduler = scheduler
-        self._piecewise_launches = 2 * num_layers + 1
+        self._piecewise_launches = 2 * len(model.attention_layers) + 1
         self._info = info
+        self._census = census
         self._key = os.urandom(16)
         self._ring: list[TracedStep | None] = [None] * size
+        self._dispatches: list[Dispatch | None] = [None] * (size + MAX_IN_FLIGHT)
         self._first = self._end = 0
         self._batches: dict[int, _Batch] = {}
         self._num_rows = 0
@@ -93,6 +106,10 @@ class StepTrace(StepObserver):
         self._of_part[part][part] += 1000 * (now - self._last_lap)
         self._last_lap = now
 
+    def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
+        """See `StepObserver`. Steps of requests, whose ids are not negative, are not counted."""
+        return None if output.step_id >= 0 else self._census.stage(key, output)
+
     def launch(self, step: SchedulerOutput, dispatch: Dispatch, generation: int) -> TracedStep:
         """Return the record of a step that is about to be launched, which `retire` completes."""
         batch = self._batches.get(step.batch_id)
@@ -110,6 +127,7 @@ class StepTrace(StepObserver):
             self._last_retired, self._was_busy = self._last_lap - so_far / 1000, True
         preemptions = self._scheduler.num_preemptions
         preempted, self._num_preemptions = preemptions - self._num_preemptions, preemptions
+        self._dispatches[step.step_id % len(self._dispatches)] = dispatch
         tokens, rows, rung = step.num_tokens, len(batch.ids), descriptor.num_tokens
         return TracedStep(
             step.step_id,
@@ -128,25 +146,13 @@ class StepTrace(StepObserver):
             None if epilogue is None else epilogue[1].num_tokens,
             None if epilogue is None else epilogue[1].output.name,
             generation,
-            self._launches(dispatch),
+            None,
             None,
             None if step.budget_reason is None else step.budget_reason.value,
             host_ms,
             step.batch_id,
             preempted=preempted,
         )
-
-    def _launches(self, dispatch: Dispatch) -> int | None:
-        """Return the launches of a step from the host; None if operations are launched one by
-        one."""
-        if dispatch.mode is CUDAGraphMode.NONE:
-            return None
-        launches = self._piecewise_launches if dispatch.mode is CUDAGraphMode.PIECEWISE else 1
-        if dispatch.epilogue is None:
-            return launches
-        mode, descriptor = dispatch.epilogue
-        is_graph = mode is CUDAGraphMode.FULL and descriptor.output is StageOutput.TOKENS
-        return launches + 1 if is_graph else None
 
     def retire(
         self, step: TracedStep, predicted_ms: float | None, measured_ms: float, sampled: int
@@ -232,6 +238,8 @@ class StepTrace(StepObserver):
         end = min(self._end, begin + min(ask.limit, STEPS_OF_AN_ANSWER))
         steps = [self._ring[number % self._size] for number in range(begin, end)]
         found = [step for step in steps if step is not None]
+        for step in found:
+            self._count_launches(step)
         events = [
             event
             for event in self._events
@@ -250,3 +258,19 @@ class StepTrace(StepObserver):
         decodes = len(batch.ids) - len(batch.prefills)
         tokens = [*[1] * decodes, *batch.prefills]
         return list(zip(map(self.opaque_id, batch.ids), tokens, strict=True))
+
+    def _count_launches(self, step: TracedStep) -> None:
+        """Fill in the launches of a step from the host, and those that its graphs stand for, as far
+        as they are known. Behind logits operations are launched one by one."""
+        dispatch = self._dispatches[step.id % len(self._dispatches)]
+        assert dispatch is not None, "the dispatch of a step is kept as long as the step"
+        stages = dispatch.stages
+        is_graph = all(mode is not CUDAGraphMode.NONE for mode, _ in stages)
+        if not is_graph or stages[-1][1].output is StageOutput.LOGITS:
+            return
+        step.launches = len(stages)
+        if step.mode == CUDAGraphMode.PIECEWISE.name:
+            step.launches += self._piecewise_launches - 1
+        replaced = [self._census.count(descriptor, step.generation) for _, descriptor in stages]
+        known = [count for count in replaced if count is not None]
+        step.launches_replaced = sum(known) if len(known) == len(stages) else None

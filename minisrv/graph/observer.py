@@ -39,7 +39,13 @@ class StepPart(enum.StrEnum):
 
 
 class StepObserver:
-    """An observer of steps. Each method does nothing unless it is overridden."""
+    """An observer of steps. Each method does nothing unless it is overridden.
+
+    is_told_of_trials: whether it is also told of the stages that run on no request's behalf while
+        requests are served, so that a graph is certified.
+    """
+
+    is_told_of_trials = False
 
     def lap(self, part: StepPart) -> None:
         """Called at the end of each part of a step; the part began at the call before this one."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch._ops import OpOverload
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minisrv.core.step import SchedulerOutput
 from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.observer import StepObserver
-from minisrv.modes import GraphKey
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey
+from minisrv.nn.model import Model
 
 
 class LaunchCounter(StepObserver):
@@ -45,6 +46,42 @@ class LaunchCounter(StepObserver):
         yield
         # Operations that the replay itself has dispatched are not counted.
         self.count = before + num_launches
+
+
+class LaunchCensus(StepObserver):
+    """Knows how many launches a stage takes without a graph, for the shapes that have been
+    certified: it counts the eager run of each with which its graph is compared.
+
+    model: the model, whose compiled code has other numbers than its own.
+    """
+
+    is_told_of_trials = True
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._counts: dict[tuple[bool, BatchDescriptor], int] = {}
+
+    def count(self, descriptor: BatchDescriptor, generation: int) -> int | None:
+        """Return the launches of a stage by the code of a generation; None if they are not
+        known."""
+        return self._counts.get((generation > 0, descriptor))
+
+    def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
+        """See `StepObserver`. No step of a request is counted, which would make it slow."""
+        shape = (self._model.compiled is not None, key[1])
+        is_trial = output.step_id < 0
+        if not is_trial or key[0] is not CUDAGraphMode.NONE or shape in self._counts:
+            return None
+        return self._counted(shape, key, output)
+
+    @contextmanager
+    def _counted(
+        self, shape: tuple[bool, BatchDescriptor], key: GraphKey, output: SchedulerOutput
+    ) -> Iterator[None]:
+        counter = LaunchCounter()
+        with counter.stage(key, output):
+            yield
+        self._counts[shape] = counter.count
 
 
 class _CountedOperations(TorchDispatchMode):

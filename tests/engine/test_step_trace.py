@@ -26,12 +26,15 @@ from tests.checkpoints import make_checkpoint
 from tests.engine.test_compilation import FakeCompiler
 
 ALL = 1 << 31
+LAYERS = 2
+FORWARD, EPILOGUE = 1 + 11 * LAYERS + 1, 5
+"""Numbers of launches; see tests/runner/test_launches.py. A decode step gathers its inputs too."""
 MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=LAYERS))
 
 
 def start(checkpoint: str, mode: str = "full-and-piecewise", **settings: Any) -> EngineCore:
@@ -159,7 +162,7 @@ def test_every_record_says_what_its_step_did(
         counted = zip(steps, witness.launches, strict=True)
         assert all(step.launches in (None, launches) for step, launches in counted)
         assert all(sum(step.host_ms.values()) <= step.wall_ms for step in steps)
-    assert {step.launches is None for step in steps if step.mode == "FULL"} <= {True, False}
+    assert_launches_are_replaced(engine, steps)
     assert len(set(ids.values())) == len(ids) == 4
     assert not set(ids) & set(ids.values())
     assert sum(step.sampled for step in steps) == sum(len(o.token_ids) for o in witness.outputs)
@@ -182,6 +185,21 @@ def test_every_record_says_what_its_step_did(
             assert_stats_agree(last, ids[last.request_id], steps)
     stats = [last.graph_stats for last in witness.outputs if last.graph_stats is not None]
     assert sum(each.preemptions for each in stats) == engine.scheduler.num_preemptions
+
+
+def assert_launches_are_replaced(engine: EngineCore, steps: list[TracedStep]) -> None:
+    """Check that the launches which a graph stands for are those of the same stages without one,
+    where all of them are graphs."""
+    epilogues = engine.dispatcher.ladders.epilogues
+    for step in steps:
+        by_graphs = step.mode == "FULL" or (step.mode == "PIECEWISE" and epilogues)
+        is_counted = bool(by_graphs) and step.epilogue_leaves != "LOGITS"
+        assert is_counted == (step.launches is not None) == (step.launches_replaced is not None)
+        if step.launches is None or step.launches_replaced is None:
+            continue
+        assert step.launches_replaced > step.launches
+        if not step.generation:
+            assert step.launches_replaced == FORWARD + EPILOGUE + (step.mode == "FULL")
 
 
 def _key(step: TracedStep) -> tuple[str, str]:

@@ -1,0 +1,124 @@
+"""What the step trace costs a step: the same steps of one engine with and without it, by turns.
+
+    python benchmarks/step_trace.py --json out.json
+
+A block of steps runs with the trace and one without it, in an order that cancels drift, in this
+process, so that the difference of some microseconds is not lost in that between two servers. The
+cost of a reader is that of one answer to it, with its encoding: a reader that follows asks four
+times a second, and gets the steps that have been retired meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
+from minisrv.engine.core import EngineCore
+from minisrv.engine.messages import encode
+from minisrv.engine.trace_format import AskSteps
+from minisrv.request import EngineRequest, SamplingParams
+from minisrv.server.step_trace import POLL_SECONDS
+from minisrv.tools.environment import environment
+
+STREAMS = 8
+BLOCK = 25
+"""Number of steps in a block."""
+PROMPT = 16
+
+
+def submit(engine: EngineCore, streams: int, tokens: int) -> None:
+    """Queue requests, and compute their prompts."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    for stream in range(streams):
+        prompt = [10 + stream + place for place in range(PROMPT)]
+        name = f"cmpl-{stream:032x}-0"
+        engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
+    engine.step()
+
+
+def block_us(engine: EngineCore) -> float:
+    """Return the median microseconds of a step of a block."""
+    times = []
+    for _ in range(BLOCK):
+        began = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - began)
+    return 1e6 * median(times)
+
+
+def measure(engine: EngineCore, rounds: int) -> tuple[list[float], list[float]]:
+    """Return the median microseconds of a step of each block with the trace, and without it."""
+    observers, counters = list(engine.observers), engine._counters
+    trace = counters._trace
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds):
+        for traced in (True, False, False, True) if number % 2 else (False, True, True, False):
+            engine.observers[:] = observers if traced else []
+            counters._trace = trace if traced else None
+            found[traced].append(block_us(engine))
+    engine.observers[:], counters._trace = observers, trace
+    return found[True], found[False]
+
+
+def answer_us(engine: EngineCore, steps: int) -> float:
+    """Return the median microseconds of an answer with the last steps, encoded."""
+    assert engine.step_trace is not None
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        encode(engine.step_trace.read(AskSteps(None, -1, steps)))
+        times.append(time.perf_counter() - began)
+    return 1e6 * median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a checkpoint; the default model if left out")
+    parser.add_argument("--streams", type=int, default=STREAMS)
+    parser.add_argument("--rounds", type=int, default=15, help="of two blocks each way")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    tokens = 4 * BLOCK * options.rounds + 3
+    config = EngineConfig(
+        model=options.model,
+        max_num_seqs=options.streams,
+        max_model_len=PROMPT + tokens,
+        cudagraph_capture="whole",
+    )
+    engine = EngineCore(build_engine(config))
+    submit(engine, options.streams, tokens)
+    block_us(engine)  # the processor's caches, and the first steps of the run
+    on, off = measure(engine, options.rounds - 1)
+    differences = [a - b for a, b in zip(on, off, strict=True)]
+    step, cost = median(off), median(differences)
+    number = round(1e6 * POLL_SECONDS / step)
+    answer = answer_us(engine, min(number, 128))
+    share = 100 * answer / (1e6 * POLL_SECONDS)
+    print(f"{options.streams} streams, {len(on)} blocks of {BLOCK} steps each way")
+    print(f"a step without the trace: {step:.0f} us (median of the blocks)")
+    print(f"with it: {cost:+.1f} us, {100 * cost / step:+.2f} % (median of paired differences)")
+    print(f"an answer with {number} steps: {answer:.0f} us, {share:.2f} % of the time of a reader")
+    if options.json:
+        result: dict[str, Any] = {
+            "environment": environment(),
+            "streams": options.streams,
+            "block": BLOCK,
+            "on_us": on,
+            "off_us": off,
+            "cost_us": cost,
+            "step_us": step,
+            "answer_steps": number,
+            "answer_us": answer,
+        }
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
+
+
+if __name__ == "__main__":
+    main()
