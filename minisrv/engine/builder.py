@@ -275,6 +275,7 @@ def build_engine(
         )
         if config.compile_wait:
             compilation.wait(lambda done, total: progress("compiling", done, total))
+        runner.observers.clear()  # what is timed from here on is not counted
         if config.simulate_launch_us:
             logger.warning(
                 "SIMULATED: every launch takes %g us longer; no time is the machine's own",
@@ -342,7 +343,7 @@ def build_engine(
     step_trace = None
     if config.step_trace:
         step_trace = StepTrace(config.step_trace, scheduler, model, info, census)
-        runner.observers[:] = [step_trace, *(o for o in runner.observers if o is not census)]
+        runner.observers.append(step_trace)
     logger.info("resolved settings: %s", info.summary)
     sleeper = Sleeper(
         arenas,
