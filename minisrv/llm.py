@@ -32,6 +32,7 @@ from minisrv.modes import CUDAGraphMode
 from minisrv.outputs import CompletionOutput, RequestOutput
 from minisrv.progress import StartupProgress
 from minisrv.request import EngineOutput, EngineRequest, SamplingParams
+from minisrv.text.bad_words import bad_words_token_ids
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.output_processor import OutputProcessor
@@ -233,6 +234,7 @@ class LLM:
         use_tqdm: Bar = True,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -242,6 +244,8 @@ class LLM:
             same as those of /v1/chat/completions.
         sampling_params, use_tqdm: see `generate`.
         add_generation_prompt: whether the prompt ends with the tokens that begin an answer.
+        continue_final_message: whether the answer continues the text of the last message; this
+            needs `add_generation_prompt=False`, as in vLLM.
         tools: the tools that the model may call, as in /v1/chat/completions; calls of them are part
             of the text of an output.
         chat_template_kwargs: variables of the chat template, e.g. `enable_thinking`.
@@ -253,6 +257,11 @@ class LLM:
         from minisrv.server.preprocessing import check_tools, render_chat
         from minisrv.server.tools import Tool
 
+        if continue_final_message and add_generation_prompt:
+            raise RequestError(
+                "continue_final_message needs add_generation_prompt=False.",
+                param="continue_final_message",
+            )
         if messages and isinstance(messages[0], Mapping):
             messages = [cast("Sequence[Message]", messages)]
         offered = [_validated(Tool, tool, "tools", at) for at, tool in enumerate(tools or ())]
@@ -264,11 +273,16 @@ class LLM:
             ]
             check_tools(chat, offered, ChatFormat.of_template(self._tokenizer.chat_template_source))
             text = render_chat(
-                self._tokenizer, chat, add_generation_prompt, offered, chat_template_kwargs
+                self._tokenizer,
+                chat,
+                add_generation_prompt,
+                offered,
+                chat_template_kwargs,
+                continue_final_message=continue_final_message,
             )
             ids = self._tokenizer.encode(text, add_special_tokens=False)
             prompts.append(_Prompt(ids, text))
-        return self._run(prompts, sampling_params, use_tqdm, continues=False)
+        return self._run(prompts, sampling_params, use_tqdm, continues=continue_final_message)
 
     def sleep(self, level: int = 1) -> None:
         """Release the memory of the weights and the KV cache until `wake_up`; see
@@ -357,11 +371,12 @@ class LLM:
             results.append(result)
             wanted = param.structured_outputs
             form = None if wanted is None else wanted.as_spec()
+            words = bad_words_token_ids(param.bad_words, self._tokenizer)
             for choice in range(param.n):
                 request = EngineRequest(
                     request_id=f"{result.request_id}-{choice}",
                     prompt_token_ids=prompt.token_ids,
-                    params=param.for_choice(choice),
+                    params=param.for_choice(choice, words),
                     cache_salt=prompt.cache_salt,
                     priority=order,
                     structured_output=form,

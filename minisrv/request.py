@@ -20,6 +20,12 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_K = 2**31 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
+MAX_ALLOWED_TOKENS = 4096
+"""Maximum number of token ids in `allowed_token_ids`."""
+MAX_BAD_WORDS = 128
+"""Maximum number of texts in `bad_words`, each of which may be two lists of tokens."""
+MAX_BAD_WORD_LENGTH = 64
+"""Maximum number of characters, and of tokens, of each of them."""
 MAX_LOGIT_BIAS = 300
 """Maximum number of token ids in `logit_bias`; OpenAI's limit."""
 MAX_BIAS = 100
@@ -184,6 +190,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         text ends.
     ignore_eos: continue after the model's end-of-sequence tokens (for measurements).
     logit_bias: the number that is added to the logit of a token, by token id.
+    allowed_token_ids: only these tokens are sampled; None, like an empty list, allows all.
+    bad_words: no token is sampled that would complete one of these texts, as the tokenizer splits
+        it, with or without a space in front. This is for `LLM`; a request to the engine has the
+        tokens instead.
+    bad_words_token_ids: sequences of tokens that the completion must not contain.
     presence_penalty, frequency_penalty: the numbers that are subtracted from the logit of each
         token that the completion already has: the first one once, the second one for each
         occurrence.
@@ -212,6 +223,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -272,14 +286,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         _check(len(ids) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"[{len(ids)} ids]", allowed)
         for token_id in ids:
             _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS, allowed)
+        self._check_tokens()
         for param in ("include_stop_str_in_output", "ignore_eos"):
             _check_boolean(param, getattr(self, param))
         form: Any = self.structured_outputs
         ok = isinstance(form, StructuredOutputsParams | None)
         _check(ok, _FORM, form, "a StructuredOutputsParams")
 
-    def for_choice(self, choice: int) -> SamplingParams:
-        """Return the parameters of the request that the engine gets for completion number `choice`.
+    def _check_tokens(self) -> None:
+        """Check the fields that say which tokens are sampled at all."""
+        allowed = f"at most {MAX_ALLOWED_TOKENS} integers from 0"
+        ids = _several("allowed_token_ids", self.allowed_token_ids, allowed)
+        msgspec.structs.force_setattr(self, "allowed_token_ids", ids)
+        _check(len(ids) <= MAX_ALLOWED_TOKENS, "allowed_token_ids", f"[{len(ids)} ids]", allowed)
+        for token_id in ids:
+            _check_integer("allowed_token_ids", token_id, 0, MAX_TOKENS, allowed)
+        allowed = f"at most {MAX_BAD_WORDS} texts of 1 to {MAX_BAD_WORD_LENGTH} characters"
+        words = _several("bad_words", self.bad_words, allowed)
+        msgspec.structs.force_setattr(self, "bad_words", words)
+        _check(len(words) <= MAX_BAD_WORDS, "bad_words", f"[{len(words)} texts]", allowed)
+        for word in words:
+            fits = isinstance(word, str) and 1 <= len(word) <= MAX_BAD_WORD_LENGTH and word.strip()
+            _check(bool(fits), "bad_words", word, allowed)
+
+    def for_choice(
+        self, choice: int, bad_words_token_ids: tuple[tuple[int, ...], ...]
+    ) -> SamplingParams:
+        """Return the parameters of the request that the engine gets for completion number `choice`,
+        with the tokens of the bad words in their place.
 
         Only the request of the first completion reports log-probabilities of the prompt.
         """
@@ -289,6 +323,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
             seed=choice_seed(self.seed, choice),
             prompt_logprobs=None if choice else self.prompt_logprobs,
             structured_outputs=None,
+            bad_words=(),
+            bad_words_token_ids=self.bad_words_token_ids + bad_words_token_ids,
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether sampling depends on more than the logits and the noise, whatever stops it."""
+        return bool(
+            self.has_penalties
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words_token_ids
         )
 
     @property
@@ -376,7 +422,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     structured_output: the form that the text must have.
     include_graph_stats: whether its last output carries `graph_stats`.
 
-    Raises RequestError for a structured output together with `ignore_eos`, which would never end.
+    Raises RequestError for a structured output together with `ignore_eos`, which would never end,
+    or with other limits on tokens, which might leave none.
     """
 
     request_id: str
@@ -392,6 +439,18 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         params = self.params
         assert params.n == 1
         assert params.structured_outputs is None, "it is said beside them"
+        assert not params.bad_words, "their tokens are said instead"
+        limits = (
+            ("allowed_token_ids", bool(params.allowed_token_ids)),
+            ("bad_words", bool(params.bad_words_token_ids)),
+        )
+        for name, is_set in limits:
+            if is_set and self.structured_output is not None:
+                raise RequestError(
+                    f"{name} is not allowed with {self.structured_output.param}: together they "
+                    "may leave no token to sample; leave one of them out.",
+                    param=name,
+                )
         if self.structured_output is not None and params.ignore_eos:
             raise RequestError(
                 f"ignore_eos is not allowed with {self.structured_output.param}: an "

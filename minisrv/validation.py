@@ -10,16 +10,33 @@ single sampling parameters, which `SamplingParams` checks, nor anything of text,
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 from minisrv.errors import ContextLengthError, RequestError
+from minisrv.request import SamplingParams
+
+
+class NamesTokens(Protocol):
+    """The fields of a request that name tokens of the vocabulary."""
+
+    @property
+    def stop_token_ids(self) -> Collection[int]:
+        """See `SamplingParams`."""
+
+    @property
+    def logit_bias(self) -> Collection[int]:
+        """See `SamplingParams`."""
+
+    @property
+    def allowed_token_ids(self) -> Collection[int]:
+        """See `SamplingParams`."""
 
 
 def validate_request(
     prompt_token_ids: Collection[int],
+    named: NamesTokens,
     *,
     max_tokens: int | None,
-    stop_token_ids: Collection[int],
-    logit_bias: Collection[int],
     max_model_len: int,
     vocab_size: int,
     prompt_param: str = "prompt",
@@ -28,7 +45,7 @@ def validate_request(
 
     max_tokens: the maximum number of completion tokens that was asked for; None for as many as the
         context has room for, which must be one at least.
-    logit_bias: the token ids that have a bias.
+    named: the fields that name tokens.
     max_model_len: the maximum number of tokens of a request, prompt and completion together.
     prompt_param: the name of the field that holds the prompt; errors name it.
     """
@@ -38,8 +55,9 @@ def validate_request(
             param=prompt_param,
         )
     check_token_ids(prompt_param, prompt_token_ids, vocab_size)
-    check_token_ids("stop_token_ids", stop_token_ids, vocab_size)
-    check_token_ids("logit_bias", logit_bias, vocab_size)
+    check_token_ids("stop_token_ids", named.stop_token_ids, vocab_size)
+    check_token_ids("logit_bias", named.logit_bias, vocab_size)
+    check_token_ids("allowed_token_ids", named.allowed_token_ids, vocab_size)
     _check_length(prompt_param, len(prompt_token_ids), max_tokens, max_model_len)
 
 
@@ -54,6 +72,22 @@ def check_token_ids(param: str, token_ids: Collection[int], vocab_size: int) -> 
                 f"{vocab_size - 1}.",
                 param=param,
             )
+
+
+def check_tokens_are_left(
+    params: SamplingParams, vocab_size: int, eos_token_ids: Collection[int]
+) -> None:
+    """Raise RequestError if the tokens that may be sampled are so few that `bad_words`, or
+    `min_tokens`, could leave none."""
+    last = {word[-1] for word in params.bad_words_token_ids}
+    ends = {*params.stop_token_ids, *eos_token_ids} if params.min_tokens else set()
+    allowed = set(params.allowed_token_ids)
+    left = len(allowed - last - ends) if allowed else vocab_size - len(last | ends)
+    if left <= 0:
+        field, why = ("bad_words", "bad_words") if last else ("allowed_token_ids", "min_tokens")
+        raise RequestError(
+            f"{why} may leave no token to sample: allow more tokens, or ask for less.", param=field
+        )
 
 
 def _check_length(param: str, num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:

@@ -4,6 +4,7 @@ allowed."""
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ START = "This model's maximum context length is 64 tokens. However, "
 
 def validate(prompt: Collection[int], max_tokens: int | None = 1, **others: Any) -> None:
     limits = {"max_model_len": 64, "vocab_size": 100}
-    ids: dict[str, Any] = {"stop_token_ids": (), "logit_bias": {}}
-    validate_request(prompt, max_tokens=max_tokens, **{**limits, **ids, **others})
+    ids: dict[str, Any] = {"stop_token_ids": (), "logit_bias": {}, "allowed_token_ids": ()}
+    named = SimpleNamespace(**{name: others.pop(name, none) for name, none in ids.items()})
+    validate_request(prompt, named, max_tokens=max_tokens, **limits, **others)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_prompt_and_completion_fit_into_the_context(
 
 
 @pytest.mark.parametrize("bad", [-1, 100, 2**70])
-@pytest.mark.parametrize("field", ["prompt", "stop_token_ids", "logit_bias"])
+@pytest.mark.parametrize("field", ["prompt", "stop_token_ids", "logit_bias", "allowed_token_ids"])
 def test_every_token_id_is_in_the_vocabulary(field: str, bad: int) -> None:
     ids: dict[str, Any] = {
         "prompt": [1],

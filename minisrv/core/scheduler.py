@@ -150,8 +150,7 @@ class Scheduler:
             priority=request.priority,
             use_structured_output=use_structured_output,
             has_logits_processors=bool(
-                params.has_penalties
-                or params.logit_bias
+                params.changes_logits
                 or (params.min_tokens and stop_token_ids and not use_structured_output)
             ),
         )

@@ -23,7 +23,7 @@ from minisrv.errors import EngineDeadError, MinisrvError
 from minisrv.graph.observer import StepPart
 from minisrv.request import EngineOutput, EngineRequest, RequestFailure
 from minisrv.runner.results import StepResult
-from minisrv.validation import validate_request
+from minisrv.validation import check_tokens_are_left, validate_request
 
 GRAMMAR_SECONDS = 0.01
 """Number of seconds for which a step that has nothing to run waits for a grammar to be compiled,
@@ -80,15 +80,15 @@ class EngineCore:
 
     def check(self, request: EngineRequest) -> None:
         """Raise RequestError or ContextLengthError for a request that can never be served."""
-        params = request.params
+        params, info = request.params, self.info
         validate_request(
             request.prompt_token_ids,
+            params,
             max_tokens=params.max_tokens,
-            stop_token_ids=params.stop_token_ids,
-            logit_bias=params.logit_bias,
-            max_model_len=self.info.max_model_len,
-            vocab_size=self.info.vocab_size,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
         )
+        check_tokens_are_left(params, info.vocab_size, self.scheduler.eos_token_ids)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or raise what `check` does, QueueFullError or EngineAsleepError."""

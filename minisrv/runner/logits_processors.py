@@ -1,15 +1,18 @@
-"""The changes to logits between lm_head and the sampler: logit bias, min_tokens and penalties.
+"""The changes to logits between lm_head and the sampler: logit bias, min_tokens, penalties, and
+tokens that a request must not get (`allowed_token_ids`, `bad_words`).
 
 Knows: which requests ask for such changes, and, in a row of device tables for each of them, the
-tokens whose logits are increased or decreased and how often the request has had each token. The
-counts are updated from the sampled tokens on the device, so that a step which is launched before
-the last step's tokens are known finds them. For a request that starts, or resumes after a
-preemption, they are computed from the tokens known then. Knows nothing of graphs: it runs after
-those that end at the logits, in the same way in every mode.
+tokens whose logits are increased or decreased, how often the request has had each token, and its
+last tokens, as far as words that it must not write are long. Both are updated from the sampled
+tokens on the device, so that a step which is launched before the last step's tokens are known finds
+them. For a request that starts, or resumes after a preemption, they are computed from the tokens
+known then. Knows nothing of graphs: it runs after those that end at the logits, in the same way in
+every mode.
 
 The semantics are vLLM's, in its order: additions (logit bias, and -inf for tokens that would end
 the request too early), the repetition penalty (over prompt and output), the frequency and the
-presence penalty (over the output). Log-probabilities are computed from the unchanged logits.
+presence penalty (over the output); -inf for tokens that are not allowed, or would complete a bad
+word in the output. Log-probabilities are computed from the unchanged logits.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from minisrv.runner.logprobs import LOGITS_AT_ONCE
 
 _IN_PROMPT = 1 << 30
 """Bit in a count, besides the number itself: the token is in the prompt."""
+
+_FORBIDDEN = 1 << 29
+"""Bit in a count: the token is never sampled."""
 
 _FOREVER = 2**62
 
@@ -46,14 +52,17 @@ class LogitsProcessors:
     """Changes logits, `vocab_size` in each row. The tables have P rows; P doubles whenever more are
     needed at once.
 
-    counts: [P, vocab] int32, how often each token is in the output, and a bit for whether it is in
-        the prompt. This table is the main cost: 600 KB a row with 152k tokens, 156 MB if 256
-        requests ask at once.
+    counts: [P, vocab] int32, how often each token is in the output, and bits for whether it is in
+        the prompt and whether it is never sampled. This table is the main cost: 600 KB a row with
+        152k tokens, 156 MB if 256 requests ask at once.
     bias_token_ids: [P, E] int64, the tokens whose logits are changed by addition; shorter lists end
         with zeros, as in the next two.
     biases: [P, E] float32, the number that is added to the logit of each.
     bias_end_positions: [P, E] int64, the position from which on it is not added any more.
     penalties: [P, 3] float32: repetition, frequency and presence penalty.
+    bad_words: [P, W, L] int64, the bad words of several tokens, each from its last token to its
+        first. In this table and the next a token is its id plus one, and 0 stands for none.
+    last_tokens: [P, L] int64, the last tokens of the output, the newest first.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -68,6 +77,8 @@ class LogitsProcessors:
         self.biases = torch.zeros(0, 0, dtype=torch.float32, device=device)
         self.bias_end_positions = torch.zeros(0, 0, dtype=torch.int64, device=device)
         self.penalties = torch.zeros(0, 3, dtype=torch.float32, device=device)
+        self.bad_words = torch.zeros(0, 0, 1, dtype=torch.int64, device=device)
+        self.last_tokens = torch.zeros(0, 0, dtype=torch.int64, device=device)
 
     def update_requests(self, output: SchedulerOutput) -> None:
         """Enter the new requests of a step, and forget those whose request indices were freed. This
@@ -84,7 +95,8 @@ class LogitsProcessors:
         stops = data.stop_token_ids if params.min_tokens else ()
         entries = [(i, amount, _FOREVER) for i, amount in params.logit_bias.items()]
         entries += [(i, -np.inf, first_stop) for i in stops]
-        self._make_room(len(entries))
+        words = [word for word in params.bad_words_token_ids if len(word) > 1]
+        self._make_room(len(entries), len(words), max(map(len, words), default=1))
         table_row = self._table_row_of[request.req_index] = self._free.pop()
         # -inf is not an integer, so the biases are sent as their bits.
         packed = np.zeros((3, self.biases.shape[1]), np.int64)
@@ -104,9 +116,24 @@ class LogitsProcessors:
             in_prompt, sampled = known.split([len(prompt), len(output)])
             counts.index_fill_(0, in_prompt, _IN_PROMPT)
             counts.scatter_add_(0, sampled, torch.ones_like(sampled, dtype=torch.int32))
+        single = [word[0] for word in params.bad_words_token_ids if len(word) == 1]
+        if params.allowed_token_ids or single:
+            others = _FORBIDDEN if params.allowed_token_ids else 0
+            forbidden = np.full(len(counts), others, np.int64)
+            forbidden[list(params.allowed_token_ids)] = 0
+            forbidden[single] = _FORBIDDEN
+            counts |= to_device(forbidden, self._device).to(torch.int32)
+        _, number, length = self.bad_words.shape
+        if number:
+            backwards = np.zeros((1 + number, length), np.int64)
+            for line, tokens in zip(backwards, [output[-length:], *words], strict=False):
+                line[: len(tokens)] = np.array(tokens[::-1], np.int64) + 1
+            lines = to_device(backwards, self._device)
+            self.last_tokens[table_row], self.bad_words[table_row] = lines[0], lines[1:]
 
-    def _make_room(self, entries: int) -> None:
-        """Make room for one more row, and for that many entries in all rows."""
+    def _make_room(self, entries: int, words: int, length: int) -> None:
+        """Make room for one more row, and in all rows for that many entries, and bad words of that
+        length."""
         rows, width = self.biases.shape
         more = 0 if self._free else max(rows, 1)
         if more or entries > width:
@@ -114,6 +141,11 @@ class LogitsProcessors:
             self.bias_token_ids = _grown(self.bias_token_ids, rows + more, width)
             self.biases = _grown(self.biases, rows + more, width)
             self.bias_end_positions = _grown(self.bias_end_positions, rows + more, width)
+        _, most, longest = self.bad_words.shape
+        if more or words > most or length > longest:
+            most, longest = max(most, words), max(longest, length)
+            self.bad_words = _grown(self.bad_words, rows + more, most, longest)
+            self.last_tokens = _grown(self.last_tokens, rows + more, longest)
         if more:
             self.counts = _grown(self.counts, rows + more, self.counts.shape[1])
             self.penalties = _grown(self.penalties, rows + more, self.penalties.shape[1])
@@ -154,12 +186,27 @@ class LogitsProcessors:
         repetition, frequency, presence = self.penalties[table_rows].split(1, dim=1)
         repeated = torch.where(values > 0, values / repetition, values * repetition)
         values = torch.where(counts > 0, repeated, values)
-        counts &= _IN_PROMPT - 1
-        changed: Tensor = values - frequency * counts - presence * (counts > 0)
-        return changed
+        forbidden = (counts & _FORBIDDEN) != 0
+        counts &= _FORBIDDEN - 1
+        values = values - frequency * counts - presence * (counts > 0)
+        values = values.masked_fill(forbidden, -torch.inf)
+        return self._without_bad_words(values, table_rows)
+
+    def _without_bad_words(self, values: Tensor, table_rows: Tensor) -> Tensor:
+        """Return the values without the tokens that would complete a bad word of several tokens;
+        arguments as in `_changed`."""
+        _, number, length = self.bad_words.shape
+        if not number:
+            return values
+        words = self.bad_words[table_rows]
+        last, before = words[..., 0], words[..., 1:]
+        is_there = (before == self.last_tokens[table_rows, None, : length - 1]) | (before == 0)
+        completes = is_there.all(-1) & (last > 0)
+        falls = torch.zeros_like(last, dtype=torch.float32).masked_fill(completes, -torch.inf)
+        return values.scatter_add_(1, (last - 1).clamp(min=0), falls)
 
     def count_sampled_tokens(self, step: SchedulerOutput, tokens: Tensor) -> None:
-        """Add the tokens that a step has sampled to the counts.
+        """Add the tokens that a step has sampled to the counts and the last tokens.
 
         tokens: [R] int64, the sampled tokens.
         """
@@ -167,6 +214,10 @@ class LogitsProcessors:
         if changed is not None:
             at = changed.table_rows * self.counts.shape[1] + tokens[changed.row_indices]
             self.counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+            if self.bad_words.shape[1]:
+                last = self.last_tokens[changed.table_rows].roll(1, dims=1)
+                last[:, 0] = tokens[changed.row_indices] + 1
+                self.last_tokens.index_copy_(0, changed.table_rows, last)
 
     def _changed_rows(self, step: SchedulerOutput) -> _Rows | None:
         """Return the rows of the step whose logits are changed, or None. They are looked up once
@@ -187,8 +238,8 @@ class LogitsProcessors:
         return self._rows
 
 
-def _grown(table: Tensor, rows: int, width: int) -> Tensor:
-    """Return a table of that size which begins with this one and is zero elsewhere."""
-    grown = table.new_zeros(rows, width)
-    grown[: table.shape[0], : table.shape[1]] = table
+def _grown(table: Tensor, *shape: int) -> Tensor:
+    """Return a table of that shape which begins with this one and is zero elsewhere."""
+    grown = table.new_zeros(shape)
+    grown[tuple(map(slice, table.shape))] = table
     return grown

@@ -245,8 +245,9 @@ class CountTokensRequest(RequestBody):
     messages: Annotated[
         list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]
-    """The chat so far: texts, reasoning, calls of tools and their results. The last message must
-    not be an assistant's. Consecutive messages of one role are joined."""
+    """The chat so far: texts, reasoning, calls of tools and their results. If the last
+    message is an assistant's, the answer continues its text. Consecutive messages of one role are
+    joined."""
     system: Texts = Field(default=[])
     """The system prompt: a text, or a list of text blocks."""
     tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
@@ -269,11 +270,12 @@ class CountTokensRequest(RequestBody):
 
     @model_validator(mode="after")
     def _last_message_is_to_be_answered(self) -> CountTokensRequest:
-        if self.messages[-1].role == "assistant":
+        calls = [block for block in self.messages[-1].content if isinstance(block, ToolUseBlock)]
+        if self.messages[-1].role == "assistant" and calls:
             raise refuse(
                 "messages",
-                "The last message is an assistant's. To continue it is not supported; end the "
-                "messages with one of the user.",
+                "The last message is an assistant's, and calls a tool. Only a text can be "
+                "continued; add the result of the call, or leave the call out.",
             )
         return self
 
@@ -291,6 +293,7 @@ class CountTokensRequest(RequestBody):
         return TranslatedChat.of(
             self,
             messages=list(_chat_messages(turns)),
+            continue_final_message=turns[-1].role == "assistant",
             tools=[tool.as_function() for tool in self.tools],
             tool_choice=None if choice is None else choice.as_function(),
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,

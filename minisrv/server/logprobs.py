@@ -27,14 +27,17 @@ from minisrv.text.tokenizer import Tokenizer
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], num_top: int
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs], num_top: int, *, by_id: bool
 ) -> ChatCompletionLogprobs:
     """Return `choices[].logprobs` of a chat: a list of tokens, each with its `num_top` most likely
-    alternatives."""
+    alternatives.
+
+    by_id: whether tokens are spelled as ids.
+    """
 
     def spell(token_id: int) -> tuple[str, list[int] | None]:
         text, piece = _text(tokenizer, token_id)
-        return text, None if piece is None else list(piece)
+        return _by_id(token_id) if by_id else text, None if piece is None else list(piece)
 
     def entry(token_id: int, logprob: float) -> ChatCompletionLogprob:
         text, piece = spell(token_id)
@@ -74,8 +77,13 @@ class CompletionLogprobsWriter:
     stop string, together with some that came before it, is held back until that is known.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, by_id: bool) -> None:
+        """Keep the tokenizer.
+
+        by_id: whether tokens are spelled as ids.
+        """
         self._tokenizer = tokenizer
+        self._spells_ids = by_id
         self._num_top = num_top
         self._begin = 0
         """Index at which the completion begins, behind a prompt that is echoed."""
@@ -149,6 +157,8 @@ class CompletionLogprobsWriter:
     def _name(self, token_id: int) -> str:
         """Return the token as text, or as OpenAI spells a token that is not valid text by
         itself."""
+        if self._spells_ids:
+            return _by_id(token_id)
         text, piece = _text(self._tokenizer, token_id)
         if piece is None or text.encode() == piece:
             return text

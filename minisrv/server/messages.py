@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, model_validator
 
 from minisrv.server.strict import HistoryObject, ShortText, Text, refuse
-from minisrv.server.tools import MAX_CALLS, ToolCall
+from minisrv.server.tools import MAX_CALLS, CalledFunction, ToolCall
 from minisrv.server.unsupported import MESSAGE
 
 MAX_MESSAGES = 4096
@@ -47,6 +47,7 @@ def _parts(value: Any) -> Any:
 
 _OF_ROLES = {
     "tool_calls": "assistant",
+    "function_call": "assistant",
     "tool_call_id": "tool",
     "reasoning_content": "assistant",
     "reasoning": "assistant",
@@ -54,13 +55,18 @@ _OF_ROLES = {
 }
 
 
+_SAME_ROLES = {"developer": "system", "function": "tool"}
+"""Roles that mean the same as another one, which templates know."""
+
+
 class Message(HistoryObject):
     """A message of a chat."""
 
     unsupported = MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Author of the message. `developer` means the same as `system`."""
+    role: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_ .-]{1,64}$")]
+    """Author of the message: system, user, assistant, tool, or another role that the chat template
+    renders. `developer` means the same as `system`, and `function` the same as `tool`."""
     content: (
         Annotated[
             list[TextPart],
@@ -77,6 +83,8 @@ class Message(HistoryObject):
         default=[]
     )
     """The tool calls of an assistant."""
+    function_call: CalledFunction | None = None
+    """The one call of an assistant, in the form that came before tool_calls."""
     tool_call_id: Text | None = None
     """Id of the call whose result a tool's message contains."""
     reasoning_content: Text | None = None
@@ -91,22 +99,36 @@ class Message(HistoryObject):
     def _fields_suit_the_role(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise refuse("content", "content is needed, except in an assistant's message.")
-        if self.content == [] and self.role not in ("assistant", "tool"):
+        if self.content == [] and self.role not in ("assistant", "tool", "function"):
             raise refuse("content", "content must hold at least one part.")
         for name, role in _OF_ROLES.items():
             if getattr(self, name) and self.role != role:
                 raise refuse(name, f'{name} is only allowed with the role "{role}".')
+        if self.tool_calls and self.function_call is not None:
+            raise refuse("function_call", "function_call and tool_calls are the same; send one.")
         return self
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of an assistant, in whichever of their two forms they were sent."""
+        if self.function_call is None:
+            return self.tool_calls
+        return [ToolCall(function=self.function_call)]
 
     @property
     def speaks_of_tools(self) -> bool:
         """Whether the message can only be rendered by a template that knows tools."""
-        return bool(self.tool_calls) or self.role == "tool"
+        return bool(self.calls) or self.role in ("tool", "function")
 
     @property
     def holds_broken_calls(self) -> bool:
         """Whether the arguments of any call are not a JSON object."""
-        return any(isinstance(call.function.arguments, str) for call in self.tool_calls)
+        return any(isinstance(call.function.arguments, str) for call in self.calls)
+
+    @property
+    def text(self) -> str:
+        """The content, or the refusal in its place, as one text."""
+        return "\n".join(self._texts)
 
     @property
     def _texts(self) -> list[str]:
@@ -122,15 +144,14 @@ class Message(HistoryObject):
         texts = self._texts
         parts = [{"type": "text", "text": text} for text in texts]
         fields: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
+            "role": _SAME_ROLES.get(self.role, self.role),
             # Either is converted to what the template takes: see `ChatTemplate`.
             "content": parts if len(parts) > 1 else texts[0],
         }
         if self.name is not None:
             fields["name"] = self.name
-        if self.tool_calls:
-            calls = [call.for_template(whole=whole_calls) for call in self.tool_calls]
-            fields["tool_calls"] = calls
+        if self.calls:
+            fields["tool_calls"] = [call.for_template(whole=whole_calls) for call in self.calls]
         if self.tool_call_id is not None:
             fields["tool_call_id"] = self.tool_call_id
         reasoning = self.reasoning_content or self.reasoning

@@ -7,6 +7,7 @@ Knows: chat templates' formats, and the fields of tools. Knows nothing of engine
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +16,25 @@ from minisrv.errors import RequestError
 from minisrv.request import MAX_GRAMMAR_LENGTH, StructuredOutput
 from minisrv.server.messages import Message
 from minisrv.server.request_schemas import ChatCompletionRequest
-from minisrv.server.tools import Function, NamedTool, Tool
+from minisrv.server.tools import Function, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
+from minisrv.text.chat_template import REASONING_SWITCHES
 from minisrv.text.detokenizer import Detokenizer
+from minisrv.text.reasoning import REASONING_END
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tool_grammar import Tool as GrammarTool
 from minisrv.text.tool_grammar import tool_call_grammar
 from minisrv.text.tool_parsers import ToolParser
+
+_CUT = "\u2402 the answer goes on here \u2403"
+"""A mark behind the text of the message that is continued, at which the rendered chat is cut."""
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
     """The settings for parsing the answer to one chat.
 
-    prompt: the text that the chat template has rendered.
+    prompt: the text that the chat template has rendered, or an ending that the parser takes alike.
     tools: the parser class that finds tool calls; None if none are looked for.
     parallel: whether calls after the first are kept.
     """
@@ -37,6 +43,29 @@ class AnswerFormat:
     prompt: str
     tools: type[ToolParser] | None
     parallel: bool
+
+    def reasoning_tokens(
+        self, parser: ChatParser | None, token_ids: Sequence[int], tokenizer: Tokenizer
+    ) -> int:
+        """Return how many of the tokens of an answer are reasoning, the marker at its end included.
+
+        parser: the parser that has been given the text of these tokens.
+        """
+        if parser is None or not parser.has_reasoned:
+            return 0
+        if not parser.reasoning_has_ended:
+            return len(token_ids)
+        end = tokenizer.token_id(REASONING_END)
+        if end in token_ids:
+            return token_ids.index(end) + 1
+        return (
+            bisect_left(
+                range(len(token_ids)),
+                True,
+                key=lambda number: REASONING_END in tokenizer.decode(token_ids[: number + 1]),
+            )
+            + 1
+        )
 
     def parser(self) -> ChatParser | None:
         """Return a new parser for one choice; None if all of the answer is content."""
@@ -67,12 +96,15 @@ class Prepared:
     prompts: the token ids of each prompt; each prompt has the request's `n` choices.
     form: the form that the text of every choice must have; None for any text.
     answer: how the answer is parsed; None for a completion, whose text is not parsed.
-    echoes: the echo of each prompt; None if prompts are not echoed.
+    bad_words_token_ids: the tokens of the words that no choice may contain.
+    echoes: the text that the choices of each prompt begin with: that of the prompt, or in a chat
+        that of the last message; None if there is none.
     """
 
     prompts: list[list[int]]
     form: StructuredOutput | None
     answer: AnswerFormat | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     echoes: list[Echo] | None = None
 
 
@@ -105,21 +137,69 @@ def render_chat(
     add_generation_prompt: bool,
     tools: Sequence[Tool] = (),
     variables: Mapping[str, Any] | None = None,
+    *,
+    continue_final_message: bool = False,
 ) -> str:
-    """Render a chat as the text of a prompt. Raises what `Tokenizer.render_chat` raises."""
+    """Render a chat as the text of a prompt.
+
+    continue_final_message: whether the prompt ends within the last message, behind its text.
+    Raises what `Tokenizer.render_chat` raises, and RequestError if the template does not write the
+    text of the message that is to be continued.
+    """
     template_tools = [tool.for_template() for tool in tools]
 
     def spell(whole_calls: bool) -> str:
         chat = [message.for_template(whole_calls=whole_calls) for message in messages]
+        if continue_final_message:
+            chat[-1]["content"] = messages[-1].text + _CUT
         return tokenizer.render_chat(chat, add_generation_prompt, template_tools, variables)
 
     try:
-        return spell(whole_calls=False)
+        text = spell(whole_calls=False)
     except RequestError:
         # Some templates iterate over the arguments of a call and fail if they are not an object.
         if not any(message.holds_broken_calls for message in messages):
             raise
-        return spell(whole_calls=True)
+        text = spell(whole_calls=True)
+    if not continue_final_message:
+        return text
+    begin, mark, _ = text.rpartition(_CUT)
+    if not mark:
+        raise RequestError(
+            "continue_final_message is not supported by this model: its chat template does not "
+            "write the text of the last message; leave it out.",
+            param="continue_final_message",
+        )
+    return begin
+
+
+def template_variables(
+    request: ChatCompletionRequest, tokenizer: Tokenizer, format: ChatFormat
+) -> dict[str, Any]:
+    """Return the variables that a request gives to the chat template. Raises RequestError for a
+    `reasoning_effort` that the template cannot express."""
+    given, effort = request.chat_template_kwargs, request.reasoning_effort
+    if effort is None:
+        return given
+    known = tokenizer.chat_template_variables
+    by_effort: dict[str, Any] = {}
+    if "reasoning_effort" in known:
+        by_effort = {"reasoning_effort": effort}
+    elif switch := next((name for name in REASONING_SWITCHES if name in known), None):
+        by_effort = {switch: effort != "none"}
+    elif effort != "none" or format.reasons:
+        raise RequestError(
+            "reasoning_effort is not supported by this model: its chat template has no variable "
+            "for it; leave it out.",
+            param="reasoning_effort",
+        )
+    if both := given.keys() & by_effort.keys():
+        raise RequestError(
+            f"reasoning_effort and {', '.join(both)} in chat_template_kwargs say the same; send "
+            "one of them.",
+            param="reasoning_effort",
+        )
+    return {**given, **by_effort}
 
 
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:
@@ -172,7 +252,7 @@ def answer_form(
                 f"follow them: at most {MAX_GRAMMAR_LENGTH} are allowed.",
                 param="tools",
             )
-        several = request.parallel_tool_calls and not isinstance(request.tool_choice, NamedTool)
+        several = not request.requires_one_call
         tools = [_for_grammar(tool.function) for tool in request.constrained_tools]
         text_form = None if request.required_tools else form
         form = tool_call_grammar(tools, answer.tools, tokenizer, parallel=several, form=text_form)

@@ -17,7 +17,8 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +31,9 @@ from pydantic import (
 from minisrv.checkpoint import GenerationConfig
 from minisrv.errors import shown
 from minisrv.request import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
     MAX_BIAS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -44,10 +48,24 @@ from minisrv.request import (
     StructuredOutput,
     choice_seed,
 )
-from minisrv.server.messages import Messages
+from minisrv.server.messages import Message, Messages
 from minisrv.server.strict import MAX_TEXT, RequestBody, ShortText, Strict, Text, at_most, refuse
-from minisrv.server.structured import ResponseFormat, StructuredOutputs
-from minisrv.server.tools import MAX_TOOLS, NamedTool, Tool, ToolChoice
+from minisrv.server.structured import (
+    Choices,
+    GrammarText,
+    ResponseFormat,
+    SchemaOrText,
+    StructuredOutputs,
+)
+from minisrv.server.tools import (
+    MAX_TOOLS,
+    AllowedToolsChoice,
+    Function,
+    FunctionName,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
 from minisrv.server.unsupported import (
     CHAT_ONLY,
     COMPLETION_ONLY,
@@ -95,6 +113,19 @@ class StreamOptions(Strict):
     does."""
     include_obfuscation: bool = False
     """Ignored."""
+
+
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+"""vLLM's older fields for structured outputs, with the field of `structured_outputs` that each
+is."""
+
+
+_FORMS = ("structured_outputs", *_GUIDED)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -165,6 +196,17 @@ class GenerationRequest(RequestBody):
     ] = Field(default={})
     """Maps token ids to numbers that are added to the logits of these tokens, before penalties and
     temperature."""
+    allowed_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ALLOWED_TOKENS)] = Field(
+        default=[]
+    )
+    """Sample only these tokens. An empty list allows all. Not allowed with a structured output."""
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH, pattern=r"\S")]],
+        Field(max_length=MAX_BAD_WORDS),
+    ] = Field(default=[])
+    """Texts that the completion must not contain: no token is sampled that would complete one of
+    them, as the tokenizer splits it, with or without a space in front. Other tokens may spell the
+    same text. Not allowed with a structured output."""
     presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
     """Number to subtract from the logit of each token that the completion already contains."""
     frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
@@ -206,6 +248,21 @@ class GenerationRequest(RequestBody):
     structured_outputs: StructuredOutputs | None = None
     """Format that the text must have, as a JSON schema, regular expression, choice of texts,
     grammar or JSON object (vLLM's extension)."""
+    guided_json: SchemaOrText | None = None
+    """vLLM's older name of json in structured_outputs."""
+    guided_regex: GrammarText | None = None
+    """vLLM's older name of regex in structured_outputs."""
+    guided_choice: Choices | None = None
+    """vLLM's older name of choice in structured_outputs."""
+    guided_grammar: GrammarText | None = None
+    """vLLM's older name of grammar in structured_outputs."""
+    truncate_prompt_tokens: (
+        Literal[-1] | Annotated[int, Field(ge=1, le=MAX_PROMPT_TOKENS)] | None
+    ) = None
+    """Use only this many of the last tokens of each prompt; -1 uses as many as leave room for
+    max_tokens, or for one token."""
+    return_tokens_as_token_ids: bool = False
+    """Spell the tokens of log-probabilities as `token_id:123`."""
     stream: bool = False
     """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
@@ -260,12 +317,13 @@ class GenerationRequest(RequestBody):
 
     @model_validator(mode="after")
     def _one_structured_output(self) -> GenerationRequest:
-        asked = self.response_format is not None and self.response_format.type != "text"
-        if self.structured_outputs is not None and asked:
+        names = [name for name in _FORMS if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            names.append("response_format")
+        if len(names) > 1:
             raise refuse(
-                "structured_outputs",
-                "structured_outputs and response_format both say what the text must be; "
-                "send one of them.",
+                names[0],
+                f"{names[0]} and {names[1]} both say what the text must be; send one of them.",
             )
         return self
 
@@ -273,6 +331,9 @@ class GenerationRequest(RequestBody):
     def structured_output(self) -> StructuredOutput | None:
         """The structured output that the text must follow; None if it may be anything. Raises
         RequestError for one that is too large."""
+        for name, field in _GUIDED.items():
+            if (value := getattr(self, name)) is not None:
+                return StructuredOutputs.model_validate({field: value}).as_spec(name)
         given = self.structured_outputs or self.response_format
         return None if given is None else given.as_spec()
 
@@ -310,13 +371,31 @@ class GenerationRequest(RequestBody):
         response; None reports none."""
         return self.prompt_logprobs
 
+    def kept_prompt_tokens(self, max_model_len: int) -> int:
+        """Return the number of tokens to which a prompt is cut; more than any prompt may have if it
+        is not cut.
+
+        max_model_len: the context length.
+        """
+        asked = self.truncate_prompt_tokens
+        if asked == -1:
+            limit = 1 if self.token_limit is None else self.token_limit
+            return max(1, max_model_len - limit)
+        return MAX_PROMPT_TOKENS if asked is None else asked
+
     def sampling_params(
-        self, defaults: GenerationConfig, max_tokens: int, *, choice: int = 0
+        self,
+        defaults: GenerationConfig,
+        max_tokens: int,
+        *,
+        choice: int = 0,
+        bad_words_token_ids: tuple[tuple[int, ...], ...] = (),
     ) -> SamplingParams:
         """Return the engine's sampling parameters: each is the request's, else the checkpoint's,
         else OpenAI's default.
 
         choice: which of the `n` choices of its prompt this is; see `choice_seed`.
+        bad_words_token_ids: the tokens of `bad_words`.
 
         Stop strings are not part of them: they are found in the text, not by the engine.
         """
@@ -340,6 +419,8 @@ class GenerationRequest(RequestBody):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logit_bias=self.logit_bias,
+            allowed_token_ids=tuple(self.allowed_token_ids),
+            bad_words_token_ids=bad_words_token_ids,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
@@ -434,7 +515,51 @@ class CompletionRequest(GenerationRequest):
         return max((count for count in asked if count is not None), default=None)
 
 
-class TokenizeRequest(RequestBody):
+class ChatRendering(RequestBody):
+    """The fields that say how the messages of a chat become a prompt."""
+
+    add_generation_prompt: bool = True
+    """Append the tokens that begin an answer to the messages. Without them, and without
+    continue_final_message, the model itself begins the next message."""
+    continue_final_message: bool = False
+    """End the prompt within the last message, which must be an assistant's, so that the answer
+    continues its text. Not allowed with `"add_generation_prompt": true`."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
+    """Functions that the model may call."""
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
+        Field(max_length=16),
+        at_most(16),
+    ] = Field(default={})
+    """Variables for the chat template, e.g. enable_thinking. A variable that the template does not
+    read is refused, except one that turns reasoning off for a model that does not reason."""
+
+    @model_validator(mode="after")
+    def _a_prompt_ends_in_one_way(self) -> Self:
+        asked = "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt
+        if self.continue_final_message and asked:
+            raise refuse(
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt cannot both be true.",
+            )
+        return self
+
+    @property
+    def begins_answer(self) -> bool:
+        """Whether the prompt ends with the tokens that begin an answer."""
+        return self.add_generation_prompt and not self.continue_final_message
+
+    def check_final(self, messages: Sequence[Message]) -> None:
+        """Raise a validation error if the last of the messages cannot be continued."""
+        last = messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or last.calls):
+            raise refuse(
+                "continue_final_message",
+                "continue_final_message needs a last message of an assistant, without tool calls.",
+            )
+
+
+class TokenizeRequest(ChatRendering):
     """The body of POST /tokenize: a prompt, or the messages of a chat."""
 
     unsupported = TOKENIZE
@@ -448,8 +573,6 @@ class TokenizeRequest(RequestBody):
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens, such as BOS. By default it does for a prompt,
     but not for messages, because the chat template already contains them."""
-    add_generation_prompt: bool = True
-    """Append the tokens that begin an answer to the messages."""
     return_token_strs: bool = False
     """Report each token also as a string, as the vocabulary spells it."""
 
@@ -457,10 +580,12 @@ class TokenizeRequest(RequestBody):
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise refuse("prompt", "Send either prompt or messages.")
-        if self.messages is None and "add_generation_prompt" in self.model_fields_set:
-            raise refuse(
-                "add_generation_prompt", "add_generation_prompt is only allowed with messages."
-            )
+        if self.messages is not None:
+            self.check_final(self.messages)
+            return self
+        for name in ChatRendering.model_fields:
+            if name in self.model_fields_set:
+                raise refuse(name, f"{name} is only allowed with messages.")
         return self
 
 
@@ -473,7 +598,7 @@ class DetokenizeRequest(RequestBody):
     """The token ids to convert to text."""
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(ChatRendering, GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
     unsupported = EVERYWHERE | CHAT_ONLY
@@ -488,22 +613,31 @@ class ChatCompletionRequest(GenerationRequest):
     """Report the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report this many most likely alternatives to each token. Needs logprobs."""
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
-    """Functions that the model may call."""
     tool_choice: ToolChoice | None = None
     """Whether the model calls tools. none: it is told of no tools. auto (the default if there are
     tools): the model decides. required, or the name of a function: it must call one, or this one,
-    and the arguments follow the schema as the text of a response_format does. Beside a format, auto
+    and the arguments follow the schema as the text of a response_format does. allowed_tools: auto
+    or required among some of the tools; the model is told of these only. Beside a format, auto
     means calls whose arguments follow their schemas, or text that follows the format, and a
     required call leaves no text to be formatted."""
     parallel_tool_calls: bool = True
     """Allow several tool calls in one answer. If false, all but the first are dropped."""
-    chat_template_kwargs: Annotated[
-        dict[Annotated[str, Field(max_length=64)], bool | int | float | ShortText],
-        Field(max_length=16),
-        at_most(16),
-    ] = Field(default={})
-    """Variables for the chat template, e.g. enable_thinking."""
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
+        default=[]
+    )
+    """OpenAI's older form of tools. The answer has at most one call, as its function_call."""
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    """OpenAI's older form of tool_choice, for functions: none, auto, or the name of a function that
+    must be called."""
+    echo: bool = False
+    """Begin the answer with the text of the last message, if it is an assistant's."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Becomes the chat template's variable reasoning_effort. If the template has only a variable
+    that turns reasoning on and off, none turns it off, and all others turn it on and have no other
+    effect. If it has neither, the field is refused; none is accepted by a model that does not
+    reason."""
+    include_reasoning: bool = True
+    """Report the reasoning. If false, it is left out of the answer, but counts as before."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
@@ -518,29 +652,89 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
-    def _tools_agree(self) -> ChatCompletionRequest:
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise refuse("tools", "tools holds two functions of one name.")
-        if not names and self.tool_choice not in (None, "none"):
-            raise refuse("tool_choice", "tool_choice is only allowed with tools.")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            name = self.tool_choice.function.name
-            raise refuse("tool_choice", f"tool_choice names {name}, which is not one of tools.")
+    def _last_message_can_be_continued(self) -> ChatCompletionRequest:
+        self.check_final(self.messages)
         return self
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatCompletionRequest:
+        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            chosen = getattr(self, choice)
+            if not getattr(self, tools) and chosen not in (None, "none"):
+                raise refuse(choice, f"{choice} is only allowed with {tools}.")
+        if self.tools and self.functions:
+            raise refuse("functions", "functions and tools are the same; send one of them.")
+        field, choice = (
+            ("functions", "function_call") if self.functions else ("tools", "tool_choice")
+        )
+        names = [tool.function.name for tool in self.declared_tools]
+        if len(set(names)) < len(names):
+            raise refuse(field, f"{field} holds two functions of one name.")
+        for name in self._chosen_names or ():
+            if name not in names:
+                raise refuse(choice, f"{choice} names {name}, which is not one of {field}.")
+        return self
+
+    @property
+    def declared_tools(self) -> list[Tool]:
+        """The tools of the request, in whichever of the two forms they were sent."""
+        if not self.functions:
+            return self.tools
+        return [Tool(type="function", function=function) for function in self.functions]
+
+    @property
+    def _choice(self) -> ToolChoice | None:
+        """The `tool_choice`, in whichever of the two forms it was sent."""
+        if isinstance(self.function_call, FunctionName):
+            return NamedTool(type="function", function=self.function_call)
+        return self.tool_choice if self.function_call is None else self.function_call
+
+    @property
+    def _chosen_names(self) -> set[str] | None:
+        """The names of the tools that the choice allows; None if it names none."""
+        match self._choice:
+            case NamedTool(function=function):
+                return {function.name}
+            case AllowedToolsChoice(allowed_tools=allowed):
+                return {tool.function.name for tool in allowed.tools}
+        return None
 
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the prompt describes to the model, and that it may call."""
-        return [] if self.tool_choice == "none" else self.tools
+        if self._choice == "none":
+            return []
+        if not isinstance(self._choice, AllowedToolsChoice):
+            return self.declared_tools
+        return self._named_tools
 
     @property
     def required_tools(self) -> list[Tool]:
         """The tools of which at least one must be called; empty if no call is required."""
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            return [tool for tool in self.tools if tool.function.name == name]
-        return self.tools if self.tool_choice == "required" else []
+        match self._choice:
+            case "required" | NamedTool():
+                return self._named_tools
+            case AllowedToolsChoice(allowed_tools=allowed) if allowed.mode == "required":
+                return self._named_tools
+        return []
+
+    @property
+    def _named_tools(self) -> list[Tool]:
+        """The tools that the choice names; all if it names none."""
+        names = self._chosen_names
+        return [
+            tool for tool in self.declared_tools if names is None or tool.function.name in names
+        ]
+
+    @property
+    def allows_several_calls(self) -> bool:
+        """Whether the answer may have more than one call."""
+        return self.parallel_tool_calls and not self.functions
+
+    @property
+    def requires_one_call(self) -> bool:
+        """Whether the answer must be a single call."""
+        return isinstance(self._choice, NamedTool) or not self.allows_several_calls
 
     @property
     def constrained_tools(self) -> list[Tool]:

@@ -22,7 +22,11 @@ from minisrv.server import sse
 from minisrv.server.errors import error_object
 from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
 from minisrv.server.preprocessing import Prepared
-from minisrv.server.request_schemas import CompletionRequest, GenerationRequest
+from minisrv.server.request_schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from minisrv.server.response_schemas import (
     Body,
     ChatCompletionChoice,
@@ -37,6 +41,7 @@ from minisrv.server.response_schemas import (
     CompletionResponse,
     CompletionStreamChoice,
     CompletionStreamResponse,
+    CompletionTokenUsageInfo,
     DeltaFunctionCall,
     DeltaMessage,
     DeltaToolCall,
@@ -148,6 +153,7 @@ class OpenAIResponseBuilder(ResponseBuilder):
         super().__init__(request, model, tokenizer)
         self._created = int(time.time())
         self._return_token_ids = request.return_token_ids
+        self._spells_token_ids = request.return_tokens_as_token_ids
         self._report_steps = request.include_graph_steps
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
@@ -230,21 +236,30 @@ class OpenAIResponseBuilder(ResponseBuilder):
             sum(map(len, self._prompts)),
             sum(self._completion_tokens),
             sum(self._cached_tokens[:: self._choices_per_prompt]),
+            self._reasoning_tokens(range(len(self._deltas))),
         )
 
     def _usage_of(self, index: int) -> UsageInfo:
         """Return the usage of one choice so far, as vLLM reports it in each chunk."""
-        prompt = len(self._prompt_of(index))
-        return _usage(prompt, self._completion_tokens[index], self._cached_tokens[index])
+        prompt, completion = len(self._prompt_of(index)), self._completion_tokens[index]
+        reasoning = self._reasoning_tokens([index])
+        return _usage(prompt, completion, self._cached_tokens[index], reasoning)
+
+    def _reasoning_tokens(self, indices: Iterable[int]) -> int | None:
+        """Return how many tokens of some choices are reasoning; None where it is not told apart."""
+        return None
 
 
-def _usage(prompt: int, completion: int, cached: int) -> UsageInfo:
-    return UsageInfo(
+def _usage(prompt: int, completion: int, cached: int, reasoning: int | None) -> UsageInfo:
+    usage = UsageInfo(
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
         prompt_tokens_details=PromptTokenUsageInfo(cached_tokens=cached),
     )
+    if reasoning is not None:
+        usage.completion_tokens_details = CompletionTokenUsageInfo(reasoning_tokens=reasoning)
+    return usage
 
 
 class CompletionResponseBuilder(OpenAIResponseBuilder):
@@ -260,7 +275,10 @@ class CompletionResponseBuilder(OpenAIResponseBuilder):
         super().begin(prepared)
         self._echoes = prepared.echoes
         self._writers = [
-            CompletionLogprobsWriter(self._tokenizer, self._num_logprobs) for _ in self._deltas
+            CompletionLogprobsWriter(
+                self._tokenizer, self._num_logprobs, by_id=self._spells_token_ids
+            )
+            for _ in self._deltas
         ]
 
     def response(self) -> CompletionResponse:
@@ -357,21 +375,46 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
 
     id_prefix = "chatcmpl-"
 
+    def __init__(self, request: ChatCompletionRequest, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(request, model, tokenizer)
+        self._include_reasoning = request.include_reasoning
+        self._calls_functions = bool(request.functions)
+        """Whether a call is reported in the form that came before tool_calls."""
+
     def begin(self, prepared: Prepared) -> None:
         super().begin(prepared)
         assert prepared.answer is not None
+        self._answer = prepared.answer
+        self._echo = prepared.echoes[0].text if prepared.echoes else ""
         self._parsers = [prepared.answer.parser() for _ in self._deltas]
+        self._token_lists: list[list[int]] = [[] for _ in self._deltas]
+        """The tokens of each choice while its reasoning has not ended."""
         self._called = [False] * len(self._deltas)
         """Whether each choice has called a tool."""
         self._text_is_all &= not any(self._parsers)
 
+    def _count(self, delta: CompletionDelta) -> None:
+        super()._count(delta)
+        parser = self._parsers[delta.index]
+        if parser is not None and not parser.reasoning_has_ended:
+            self._token_lists[delta.index] += delta.token_ids
+
+    def _reasoning_tokens(self, indices: Iterable[int]) -> int:
+        return sum(
+            self._answer.reasoning_tokens(
+                self._parsers[index], self._token_lists[index], self._tokenizer
+            )
+            for index in indices
+        )
+
     def response(self) -> ChatCompletionResponse:
+        choices = [self._choice(index) for index in range(len(self._deltas))]
         return ChatCompletionResponse(
             id=self.id,
             object="chat.completion",
             created=self._created,
             model=self._model,
-            choices=[self._choice(index) for index in range(len(self._deltas))],
+            choices=choices,
             usage=self._usage(),
             prompt_token_ids=self._if_asked(self._prompts[0]),
             prompt_logprobs=self._prompt_report(self._deltas[0][0].prompt_logprobs),
@@ -382,7 +425,9 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
         message = self._message(index, "".join([delta.text for delta in deltas]))
         reported = any(delta.logprobs is not None for delta in deltas)
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
-        finish_reason = _finish_reason(deltas[-1], bool(message.tool_calls))
+        finish_reason = self._finish_reason(
+            deltas[-1], bool(message.tool_calls or message.function_call)
+        )
         assert finish_reason is not None
         return ChatCompletionChoice(
             index=index,
@@ -396,30 +441,30 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
 
     def _message(self, index: int, text: str) -> ChatMessage:
         """Return the message of a whole choice, whose text the parser splits if there is one."""
-        content: str | None = text
+        content: str | None = self._echo + text
         reasoning = None
-        tool_calls: list[ChatCompletionToolCall] | UnsetType = UNSET
+        calls: list[ChatCompletionToolCall] = []
         parser = self._parsers[index]
         if parser is not None:
             answer = assemble([*parser.feed(text), *parser.finish()])
-            content = answer.content or (None if answer.tool_calls else "")
-            reasoning = answer.reasoning or None
-            if answer.tool_calls:
-                tool_calls = [
-                    ChatCompletionToolCall(
-                        id=call.id,
-                        type="function",
-                        function=FunctionCall(name=call.name, arguments=call.arguments),
-                    )
-                    for call in answer.tool_calls
-                ]
+            content = self._echo + answer.content or (None if answer.tool_calls else "")
+            reasoning = (answer.reasoning or None) if self._include_reasoning else None
+            calls = [
+                ChatCompletionToolCall(
+                    id=call.id,
+                    type="function",
+                    function=FunctionCall(name=call.name, arguments=call.arguments),
+                )
+                for call in answer.tool_calls
+            ]
         return ChatMessage(
             role="assistant",
             content=content,
             refusal=None,
             reasoning=reasoning,
             reasoning_content=reasoning,
-            tool_calls=tool_calls,
+            tool_calls=calls if calls and not self._calls_functions else UNSET,
+            function_call=calls[0].function if calls and self._calls_functions else UNSET,
         )
 
     def _new_chunk(
@@ -446,7 +491,8 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
             found = _read(parser, delta)
             self._called[delta.index] |= any(isinstance(part, ToolCallStart) for part in found)
             # Even if the parser holds the text back, its tokens may have to be reported.
-            parts = [_delta(part) for part in found] or [DeltaMessage()] * (
+            parts = [self._delta(part) for part in found if self._reports(part)]
+            parts = parts or [DeltaMessage()] * (
                 tells and bool(delta.logprobs or self._return_token_ids)
             )
         for number, part in enumerate(parts):
@@ -457,7 +503,7 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
             events += self._chunk(choice)
         if delta.finish_reason is not None:
             choice = ChatCompletionStreamChoice(delta.index, DeltaMessage())
-            choice.finish_reason = _finish_reason(delta, self._called[delta.index])
+            choice.finish_reason = self._finish_reason(delta, self._called[delta.index])
             choice.graph_steps = self._graph_steps(delta)
             choice.graph_stats = delta.graph_stats or UNSET
             events += self._chunk(choice)
@@ -469,39 +515,48 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
         message = DeltaMessage(role="assistant", content="")
         usage: UsageInfo | UnsetType | None = None if self._include_usage else UNSET
         if self._continuous_usage:
-            usage = _usage(len(self._prompts[0]), 0, delta.num_cached_tokens)
+            usage = _usage(len(self._prompts[0]), 0, delta.num_cached_tokens, 0)
         chunk = self._new_chunk([ChatCompletionStreamChoice(delta.index, message)], usage)
         chunk.prompt_token_ids = self._if_asked(self._prompts[0])
-        return sse.event(chunk)
+        if not self._echo:
+            return sse.event(chunk)
+        echo = ChatCompletionStreamChoice(delta.index, DeltaMessage(content=self._echo))
+        return sse.event(chunk) + sse.event(self._new_chunk([echo], usage))
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> ChatCompletionLogprobs:
-        return chat_logprobs(self._tokenizer, logprobs, self._num_logprobs)
+        return chat_logprobs(
+            self._tokenizer, logprobs, self._num_logprobs, by_id=self._spells_token_ids
+        )
+
+    def _finish_reason(self, last: CompletionDelta, called: bool) -> str | None:
+        """Return the finish reason: `tool_calls`, or `function_call` in its older form, if an
+        answer ended by itself and made calls, as OpenAI has it."""
+        if not called or last.finish_reason != "stop":
+            return last.finish_reason
+        return "function_call" if self._calls_functions else "tool_calls"
+
+    def _reports(self, part: ChatDelta) -> bool:
+        return self._include_reasoning or not isinstance(part, ReasoningDelta)
+
+    def _delta(self, part: ChatDelta) -> DeltaMessage:
+        """Return the `delta` field of a chunk. The reasoning stands under the name of DeepSeek's
+        API and vLLM's newer one, as clients look for either."""
+        match part:
+            case ContentDelta(text):
+                return DeltaMessage(content=text)
+            case ReasoningDelta(text):
+                return DeltaMessage(reasoning=text, reasoning_content=text)
+            case ToolCallStart(index, id, name):
+                function = DeltaFunctionCall(name=name, arguments="")
+                call = DeltaToolCall(index=index, id=id, type="function", function=function)
+            case ToolCallArguments(index, text):
+                call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=text))
+        if self._calls_functions:
+            return DeltaMessage(function_call=call.function)
+        return DeltaMessage(tool_calls=[call])
 
 
 def _read(parser: ChatParser, delta: CompletionDelta) -> list[ChatDelta]:
     """Return what a delta adds to an answer."""
     found = parser.feed(delta.text)
     return found if delta.finish_reason is None else [*found, *parser.finish()]
-
-
-def _finish_reason(last: CompletionDelta, called: bool) -> str | None:
-    """Return the finish reason: `tool_calls` if an answer ended by itself and called tools, as
-    OpenAI has it."""
-    return "tool_calls" if called and last.finish_reason == "stop" else last.finish_reason
-
-
-def _delta(part: ChatDelta) -> DeltaMessage:
-    """Return the `delta` field of a chunk. The reasoning stands under the name of DeepSeek's API
-    and vLLM's newer one, as clients look for either."""
-    match part:
-        case ContentDelta(text):
-            return DeltaMessage(content=text)
-        case ReasoningDelta(text):
-            return DeltaMessage(reasoning=text, reasoning_content=text)
-        case ToolCallStart(index, id, name):
-            function = DeltaFunctionCall(name=name, arguments="")
-            call = DeltaToolCall(index=index, id=id, type="function", function=function)
-            return DeltaMessage(tool_calls=[call])
-        case ToolCallArguments(index, text):
-            call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=text))
-            return DeltaMessage(tool_calls=[call])

@@ -54,6 +54,14 @@ class PromptTokenUsageInfo(Body):
     ]
 
 
+class CompletionTokenUsageInfo(Body):
+    """Details of the completion tokens."""
+
+    reasoning_tokens: Annotated[
+        int, Meta(description="Number of tokens that are reasoning, its markers included.")
+    ]
+
+
 class UsageInfo(Body):
     """The token counts of all choices together."""
 
@@ -61,6 +69,9 @@ class UsageInfo(Body):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokenUsageInfo
+    completion_tokens_details: Annotated[
+        CompletionTokenUsageInfo | UnsetType, Meta(description="Only in a chat.")
+    ] = UNSET
 
 
 class PromptLogprob(Body):
@@ -246,6 +257,9 @@ class ChatMessage(Body):
         ),
     ]
     tool_calls: list[ChatCompletionToolCall] | UnsetType = UNSET
+    function_call: Annotated[
+        FunctionCall | UnsetType, Meta(description="The call, if the request has `functions`.")
+    ] = UNSET
 
 
 class ChatCompletionChoice(Body):
@@ -298,6 +312,7 @@ class DeltaMessage(Body):
     reasoning: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[DeltaToolCall] | UnsetType = UNSET
+    function_call: DeltaFunctionCall | UnsetType = UNSET
 
 
 class ChatCompletionStreamChoice(Body):

@@ -299,7 +299,8 @@ class ResponsesBuilder(BlockResponseBuilder):
     def _take_logprobs(self) -> list[ChatCompletionLogprobsContent]:
         """Return the log-probabilities that wait for their text, as far as they are asked for."""
         taken, self._logprobs = self._logprobs, []
-        return chat_logprobs(self._tokenizer, taken, self._num_logprobs).content
+        number = self._num_logprobs
+        return chat_logprobs(self._tokenizer, taken, number, by_id=False).content
 
     def _ended(self) -> ResponseObject:
         """Return the whole response, and have it kept."""

@@ -34,9 +34,11 @@ from minisrv.server.preprocessing import (
     Echo,
     Prepared,
     answer_form,
+    check_tools,
     decode_prompt,
     encode_prompt,
     render_chat,
+    template_variables,
     tool_parser,
 )
 from minisrv.server.request_schemas import (
@@ -48,6 +50,7 @@ from minisrv.server.request_schemas import (
     TokenizeRequest,
 )
 from minisrv.server.response_schemas import DetokenizeResponse, TokenizeResponse
+from minisrv.text.bad_words import bad_words_token_ids
 from minisrv.text.chat_format import ChatFormat
 from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
@@ -170,9 +173,18 @@ class Serving:
 
         def prepare() -> Prepared:
             ids, answer = self._encode_chat(request)
+            ids = ids[-request.kept_prompt_tokens(info.max_model_len) :]
             form = answer_form(request, answer, self.tokenizer)
             _validate(request, ids, info)
-            return Prepared([ids], form, answer)
+            last = request.messages[-1]
+            echoed = request.echo and last.role == "assistant"
+            return Prepared(
+                [ids],
+                form,
+                answer,
+                bad_words_token_ids(request.bad_words, self.tokenizer),
+                [Echo(last.text, [])] if echoed else None,
+            )
 
         # The parameters of tools are always combined in a thread: even a small schema may combine
         # objects in a great many ways.
@@ -180,33 +192,39 @@ class Serving:
 
     def _encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], AnswerFormat]:
         """Return the token ids of a chat's prompt, and how the answer is parsed."""
+        format, continues = self.chat_format, request.continue_final_message
         text = render_chat(
             self.tokenizer,
             request.messages,
-            True,
+            request.begins_answer,
             request.offered_tools,
-            request.chat_template_kwargs,
+            template_variables(request, self.tokenizer, format),
+            continue_final_message=continues,
         )
-        parser = tool_parser(request, self.chat_format)
-        answer = AnswerFormat(self.chat_format, text, parser, request.parallel_tool_calls)
+        ending = format.ending(request.messages[-1].text) if continues else text
+        parser = tool_parser(request, format)
+        answer = AnswerFormat(format, ending, parser, request.allows_several_calls)
         return self.tokenizer.encode(text, add_special_tokens=False), answer
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
         info = self.engine_info()
         repeats, track_offsets = request.echo, request.logprobs is not None
+        kept = request.kept_prompt_tokens(info.max_model_len)
 
         def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
             """Return the token ids of a prompt, and its echo if it is echoed."""
+            echo = None
             if isinstance(prompt, list):
-                _validate(request, prompt, info)  # before its ids are looked up
-                if not repeats:
-                    return prompt, None
-                return prompt, decode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
-            if repeats:
+                ids = prompt
+            elif repeats:
                 ids, echo = encode_prompt(self.tokenizer, prompt, track_offsets=track_offsets)
             else:
-                ids, echo = self.tokenizer.encode(prompt), None
-            _validate(request, ids, info)
+                ids = self.tokenizer.encode(prompt)
+            if len(ids) > kept:
+                ids, echo = ids[-kept:], None
+            _validate(request, ids, info)  # before its ids are looked up
+            if repeats and echo is None:
+                echo = decode_prompt(self.tokenizer, ids, track_offsets=track_offsets)
             return ids, echo
 
         def prepare() -> Prepared:
@@ -214,6 +232,7 @@ class Serving:
             return Prepared(
                 [ids for ids, _ in made],
                 request.structured_output,
+                bad_words_token_ids=bad_words_token_ids(request.bad_words, self.tokenizer),
                 echoes=[echo for _, echo in made if echo is not None] if repeats else None,
             )
 
@@ -227,7 +246,15 @@ class Serving:
         def tokenize() -> TokenizeResponse:
             text, special = request.prompt, True
             if request.messages is not None:
-                text = render_chat(self.tokenizer, request.messages, request.add_generation_prompt)
+                check_tools(request.messages, request.tools, self.chat_format)
+                text = render_chat(
+                    self.tokenizer,
+                    request.messages,
+                    request.begins_answer,
+                    request.tools,
+                    request.chat_template_kwargs,
+                    continue_final_message=request.continue_final_message,
+                )
                 special = False
             assert text is not None
             if request.add_special_tokens is not None:
@@ -301,12 +328,13 @@ class Serving:
         """
         info = self.engine_info()
         chat = isinstance(request, ChatCompletionRequest)
+        begins = isinstance(request, ChatCompletionRequest) and not request.continue_final_message
         prompts, answer = prepared.prompts, prepared.answer
         keep = frozenset() if answer is None else answer.kept_tokens(self.tokenizer)
         # A grammar describes exactly the text that the tokens spell, including a space at its
         # start.
         form = prepared.form
-        own_text = chat and (form is None or bool(form.reasoning_end))
+        own_text = begins and (form is None or bool(form.reasoning_end))
         choices = []
         for index in range(len(prompts) * request.n):
             number, choice_of_prompt = divmod(index, request.n)
@@ -318,7 +346,12 @@ class Serving:
             engine_request = EngineRequest(
                 request_id=_choice_id(request_id, index),
                 prompt_token_ids=prompt,
-                params=request.sampling_params(self.generation, limit, choice=choice_of_prompt),
+                params=request.sampling_params(
+                    self.generation,
+                    limit,
+                    choice=choice_of_prompt,
+                    bad_words_token_ids=prepared.bad_words_token_ids,
+                ),
                 api_key_index=None if self.share_prefix_cache else key,
                 cache_salt=request.cache_salt,
                 priority=request.priority,
@@ -361,9 +394,8 @@ def _validate(
 ) -> None:
     validate_request(
         prompt_token_ids,
+        request,
         max_tokens=None if request.cuts_token_limit else request.token_limit,
-        stop_token_ids=request.stop_token_ids,
-        logit_bias=request.logit_bias,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
         prompt_param=request.prompt_param,

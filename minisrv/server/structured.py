@@ -20,6 +20,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from minisrv.request import MAX_CHOICES, MAX_GRAMMAR_LENGTH, StructuredOutput, StructuredOutputKind
 from minisrv.server.strict import Strict, Text, refuse
+from minisrv.server.unsupported import STRUCTURED_OUTPUTS
 
 
 def _schema(value: Any) -> str:
@@ -40,6 +41,7 @@ Schema: TypeAlias = Annotated[str, PlainValidator(_schema, json_schema_input_typ
 SchemaOrText: TypeAlias = Annotated[
     str, PlainValidator(_schema_or_text, json_schema_input_type=str | dict[str, Any])
 ]
+Choices: TypeAlias = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
 GrammarText: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_LENGTH)]
 
 
@@ -86,6 +88,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """Format that the text must have. Exactly one of the fields must be set."""
 
+    unsupported = STRUCTURED_OUTPUTS
     param: ClassVar[str] = "structured_outputs"
     """The field of the request that errors name."""
 
@@ -93,10 +96,11 @@ class StructuredOutputs(Strict):
     """The text is JSON that follows this JSON schema, which is sent as an object or as its text."""
     regex: GrammarText | None = None
     """The whole text matches this regular expression, in Rust's syntax."""
-    choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    choice: Choices | None = None
     """The text is one of these texts."""
     grammar: GrammarText | None = None
-    """The text follows this grammar, in llguidance's dialect of Lark."""
+    """The text follows this grammar: in llguidance's dialect of Lark, or as GBNF or EBNF, whose
+    rules are written `root ::= ...`."""
     json_object: Literal[True] | None = None
     """The text is any JSON object."""
 
@@ -107,13 +111,16 @@ class StructuredOutputs(Strict):
             raise ValueError("must hold exactly one of json, regex, choice, grammar, json_object")
         return self
 
-    def as_spec(self) -> StructuredOutput:
+    def as_spec(self, param: str = "") -> StructuredOutput:
         """Return the specification for the engine. Raises RequestError if a text or all choices
-        together are too large."""
-        kinds = StructuredOutputKind
+        together are too large.
+
+        param: the field of the request, if it is another one than usually.
+        """
+        kinds, param = StructuredOutputKind, param or self.param
         if self.choice is not None:
             choices = tuple(self.choice)
-            return StructuredOutput(kind=kinds.CHOICE, choices=choices, param=self.param)
+            return StructuredOutput(kind=kinds.CHOICE, choices=choices, param=param)
         texts = {
             kinds.JSON_SCHEMA: self.json_,
             kinds.REGEX: self.regex,
@@ -121,4 +128,4 @@ class StructuredOutputs(Strict):
             kinds.JSON_OBJECT: self.json_object and "",
         }
         [(kind, text)] = [(kind, text) for kind, text in texts.items() if text is not None]
-        return StructuredOutput(kind=kind, text=text, param=self.param)
+        return StructuredOutput(kind=kind, text=text, param=param)

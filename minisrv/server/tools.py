@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, PlainValidator, ValidationInfo
+from pydantic import Discriminator, Field, PlainValidator, Tag, ValidationInfo
 from pydantic_core import from_json
 
 from minisrv.server.strict import HistoryObject, Strict, Text
@@ -73,7 +73,30 @@ class NamedTool(Strict):
     function: FunctionName
 
 
-ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
+class AllowedTools(Strict):
+    """Those of the tools that the model may call, and whether it must call one."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(Strict):
+    """A choice among some of the tools; the model is told of these only."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "allowed" if kind == "allowed_tools" else "named"
+
+
+ChoiceObject: TypeAlias = Annotated[
+    Annotated[NamedTool, Tag("named")] | Annotated[AllowedToolsChoice, Tag("allowed")],
+    Discriminator(_kind_of_choice),
+]
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | ChoiceObject
 
 
 def _arguments(value: Any, info: ValidationInfo) -> dict[str, Any] | str:

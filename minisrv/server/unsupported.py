@@ -13,25 +13,17 @@ import json
 
 EVERYWHERE: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "detokenize": (True,),
     "early_stopping": (False,),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "request_id": (),
-    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
 }
@@ -45,29 +37,28 @@ COMPLETION_ONLY: dict[str, tuple[object, ...]] = {
 CHAT_ONLY: dict[str, tuple[object, ...]] = {
     # OpenAI
     "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
     "modalities": (["text"],),
-    "reasoning_effort": ("none",),
     "web_search_options": (),
     # vLLM
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
-    "echo": (False,),
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
 
 TOKENIZE: dict[str, tuple[object, ...]] = {
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
+}
+
+STRUCTURED_OUTPUTS: dict[str, tuple[object, ...]] = {
+    # vLLM
+    "disable_additional_properties": (True,),  # as it is here unless the schema says otherwise
+    "disable_any_whitespace": (False,),
+    "disable_fallback": (True,),
+    "structural_tag": (),
+    "whitespace_pattern": (),
 }
 
 MESSAGES_PROMPT: dict[str, tuple[object, ...]] = {
@@ -116,10 +107,9 @@ RESPONSES_TOOL: dict[str, tuple[object, ...]] = {
 }
 
 MESSAGE: dict[str, tuple[object, ...]] = {
-    # Content that a template would never see, and ways to continue an answer.
+    # Content that a template would never see, and other names of continue_final_message.
     "attachments": ([],),
     "audio": (),
-    "function_call": (),
     "images": ([],),
     "partial": (False,),
     "prefix": (False,),

@@ -38,6 +38,16 @@ class ChatParser:
         self._tools = tools
         self._parallel = parallel
 
+    @property
+    def has_reasoned(self) -> bool:
+        """Whether the answer has begun with reasoning, which may be empty."""
+        return self._reasoning is not None and self._reasoning.has_begun
+
+    @property
+    def reasoning_has_ended(self) -> bool:
+        """Whether the reasoning has ended; its end may be held back."""
+        return self._reasoning is not None and self._reasoning.has_ended
+
     def feed(self, text: str) -> list[ChatDelta]:
         """Add text; return what has become certain."""
         if self._reasoning is None:
@@ -118,6 +128,12 @@ class ChatFormat:
     def _reasons_behind(self, prompt: str) -> bool:
         """Whether the answer may begin with reasoning: a prompt may have ended it already."""
         return self.reasons and not prompt.rstrip(BLANK).endswith(REASONING_END)
+
+    def ending(self, continued: str) -> str:
+        """Return an ending of a prompt behind which an answer is parsed as it is behind the text of
+        an answer that is continued: inside its reasoning, or behind it."""
+        is_inside = continued.rfind(REASONING_START) > continued.rfind(REASONING_END)
+        return REASONING_START if is_inside else REASONING_END
 
     def parser(
         self, prompt: str, *, tools: type[ToolParser] | None = None, parallel: bool = True

@@ -29,11 +29,13 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.filters
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minisrv.errors import ModelError, RequestError, truncated
+from minisrv.errors import ModelError, RequestError, shown, truncated
+from minisrv.text.reasoning import REASONING_END
 
 RENDER_SECONDS = 2.0
 """Seconds of processor time that one rendering may take. Messages of four megabytes take a
@@ -51,10 +53,16 @@ _MAX_REASON = 400
 
 _ROLES = ("user", "system", "assistant", "tool")
 
+_MAX_ROLES = 64
+"""Maximum number of roles whose forms of content are remembered."""
+
 _TICK = "_tick"
 """Name of the internal filter that checks the time limit."""
 
 _PROBE, _MARK = "a text to find again", "a mark"
+
+REASONING_SWITCHES = ("enable_thinking", "thinking")
+"""Names of a template's variable that says whether the model reasons."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the field that holds a message's reasoning, the usual one first."""
@@ -68,6 +76,7 @@ class ChatTemplate:
     special_tokens: variables of the templates, e.g. `bos_token`.
     source: the text of all templates in use, which also shows how the model spells tool calls and
         reasoning.
+    variables: the variables that the templates read and a request may set.
     Raises ModelError if a source is not valid Jinja.
     """
 
@@ -84,6 +93,9 @@ class ChatTemplate:
             raise ModelError(f"the chat template is not valid: {reason}.") from error
         self.source = "\n".join(used.values())
         self._special_tokens = dict(special_tokens)
+        own = self._variables([], False, ()).keys() | environment.globals.keys()
+        read = (jinja2.meta.find_undeclared_variables(environment.parse(s)) for s in used.values())
+        self.variables = frozenset[str]().union(*read) - own
         self._forms: dict[tuple[str, str], set[type]] = {}
 
     def try_out(self) -> None:
@@ -113,8 +125,8 @@ class ChatTemplate:
             templates expect.
         tools: the tools that the model may call, as OpenAI's API spells them.
         variables: further variables of the template.
-        Raises RequestError if the template refuses the messages or fails on them, or if a variable
-        would replace one of the template's own.
+        Raises RequestError if the template refuses the messages or fails on them, if a variable
+        would replace one of the template's own, or if no template reads it.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         own = self._variables(
@@ -130,6 +142,7 @@ class ChatTemplate:
                 f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be set by a request.",
                 param="chat_template_kwargs",
             )
+        self._check_read(variables or {})
         try:
             text = self._run(name, {**(variables or {}), **own})
             text.encode()  # JSON may hold a lone surrogate, which cannot be encoded
@@ -141,6 +154,20 @@ class ChatTemplate:
                 f"the model's chat template does not accept these messages: {_reason(error)}",
                 param="messages",
             ) from error
+
+    def _check_read(self, variables: Mapping[str, Any]) -> None:
+        """Raise RequestError for a variable that no template reads, unless it turns off a reasoning
+        that the model does not do anyway."""
+        for name, value in variables.items():
+            asks_nothing = name in REASONING_SWITCHES and value is False
+            if name in self.variables or (asks_nothing and REASONING_END not in self.source):
+                continue
+            known = ", ".join(sorted(self.variables)) or "none"
+            raise RequestError(
+                f"chat_template_kwargs: this model's chat template does not read {shown(name)}; it "
+                f"reads: {known}.",
+                param="chat_template_kwargs",
+            )
 
     def _run(self, name: str, variables: Mapping[str, Any]) -> str:
         """Render a template. Raises RequestError if it takes too long or produces too much, and
@@ -185,9 +212,17 @@ class ChatTemplate:
         if reasoning := [fields[key] for key in _REASONING if key in fields]:
             fields = {"thinking": reasoning[0], **fields, "reasoning_content": reasoning[0]}
         content, role = fields.get("content"), str(message.get("role"))
-        if (name, role) not in self._forms:
-            self._forms[name, role] = self._find_forms(name, role)
-        forms = self._forms[name, role]
+        forms = self._forms.get((name, role))
+        if forms is None:
+            forms = self._find_forms(name, role)
+            if len(self._forms) < _MAX_ROLES:  # clients name the roles
+                self._forms[name, role] = forms
+        if not forms and role not in _ROLES:
+            raise RequestError(
+                f"messages: the role {shown(role)} is not one that this model's chat template "
+                f"renders; use one of {', '.join(_ROLES)}.",
+                param="messages",
+            )
         if isinstance(content, str) and forms == {list}:
             fields["content"] = [{"type": "text", "text": content}]
         elif isinstance(content, list) and list not in forms:

@@ -27,6 +27,10 @@ class ReasoningParser:
     def __init__(self, *, starts_inside: bool) -> None:
         self._held = ""
         self._end = StopMatcher([REASONING_END])
+        self.has_begun = starts_inside
+        """Whether there is reasoning, which may be empty."""
+        self.has_ended = False
+        """Whether the marker at the end of the reasoning has come."""
         self._state: Callable[[str], list[ChatDelta]] = (
             self._before_reasoning if starts_inside else self._at_start
         )
@@ -48,6 +52,7 @@ class ReasoningParser:
         begin = self._held.lstrip(BLANK)
         if begin.startswith(REASONING_START):
             self._held = ""
+            self.has_begun = True
             self._state = self._before_reasoning
             return self.feed(begin[len(REASONING_START) :])
         if REASONING_START.startswith(begin):
@@ -71,6 +76,7 @@ class ReasoningParser:
         self._held = text[len(reasoning) :]
         if self._end.stopped:
             self._held = ""
+            self.has_ended = True
             self._state = self._before_content
             deltas += self.feed(self._end.rest)
         return deltas

@@ -31,6 +31,7 @@ from typing import Any
 import llguidance
 import numpy as np
 import numpy.typing as npt
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from minisrv import threads
 from minisrv.errors import GrammarFullError, MinisrvError, RequestError, truncated
@@ -274,7 +275,7 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
             choices = " | ".join(map(literal, spec.choices))
             main = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case StructuredOutputKind.GRAMMAR:
-            main = {"lark_grammar": restate_lark(spec.text)}
+            main = {"lark_grammar": restate_lark(_as_lark(spec.text))}
     # If one grammar of the list sets this option, it holds for all.
     answer = "(@main | @calls)" if spec.calls else "@main"
     rules = ['%llguidance {"no_forcing": true}', f"start: {answer}"]
@@ -298,6 +299,17 @@ def _llguidance_grammar(spec: StructuredOutput, tokenizer: Tokenizer) -> str:
         return json.dumps({"grammars": grammars})
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _as_lark(grammar: str) -> str:
+    """Return a grammar in Lark, translated if it is one in GBNF or EBNF. Raises ValueError if it
+    cannot be translated."""
+    if "::=" not in grammar or is_lark_syntax(grammar):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # the translation raises nothing more precise
+        raise ValueError(f"as GBNF it cannot be read: {error}") from error
 
 
 def grammar_error(spec: StructuredOutput, problem: str, reason: str) -> RequestError:

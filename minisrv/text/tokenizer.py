@@ -69,6 +69,11 @@ class Tokenizer:
         """The text of the chat template, empty if there is none."""
         return "" if self._chat_template is None else self._chat_template.source
 
+    @property
+    def chat_template_variables(self) -> frozenset[str]:
+        """The variables of the chat template that a request may set; empty if there is none."""
+        return frozenset() if self._chat_template is None else self._chat_template.variables
+
     def to_json(self) -> str:
         """Return the content of a `tokenizer.json` that makes the same tokenizer."""
         return self._backend.to_str()

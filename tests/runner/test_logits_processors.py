@@ -1,14 +1,17 @@
-"""Logit bias, min_tokens and penalties give the tokens of a plain reference, in every mode, with
-and without a step launched ahead, through preemptions, beside requests that ask for none of
-them."""
+"""Logit bias, min_tokens, penalties, allowed tokens and bad words give the tokens of a plain
+reference, in every mode, with and without a step launched ahead, through preemptions, beside
+requests that ask for none of them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from minisrv.config import EngineConfig
@@ -18,7 +21,12 @@ from minisrv.engine.core import EngineCore
 from minisrv.errors import RequestError
 from minisrv.kernels.sampling import scores
 from minisrv.modes import CUDAGraphMode
-from minisrv.request import EngineRequest, SamplingParams
+from minisrv.request import (
+    EngineRequest,
+    SamplingParams,
+    StructuredOutput,
+    StructuredOutputKind,
+)
 from minisrv.runner import logits_processors
 from minisrv.runner.logits_processors import LogitsProcessors
 from tests.checkpoints import EOS, VOCAB_SIZE, make_checkpoint, make_model
@@ -38,12 +46,20 @@ ASKED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.8, "logprobs": 2},
     {"repetition_penalty": 0.5, "presence_penalty": 1.0, "temperature": 1.3, "top_k": 30},
     {"temperature": 0.8, "seed": 4, "logprobs": 0},
+    {"allowed_token_ids": (3, 5, 8, 13, EOS), "temperature": 1.0, "seed": 5, "min_tokens": 24},
+    {
+        "allowed_token_ids": (3, 5, 8, 13),
+        "bad_words_token_ids": ((3,), (5, 8), (8, 5, 5), (5, 5, 5, 5)),
+        "temperature": 1.5,
+        "seed": 6,
+        "frequency_penalty": -0.5,
+    },
+    {"bad_words_token_ids": ((4, 7), (7, 4)), "logit_bias": {4: 60.0, 7: 60.0}, "logprobs": 1},
 ]
 
 
 def processed(logits: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams):
-    """Return one row of logits [vocab], changed by bias, min_tokens and penalties token by
-    token."""
+    """Return one row of logits [vocab], changed token by token."""
     values = logits.tolist()
     for token, amount in params.logit_bias.items():
         values[token] += amount
@@ -55,6 +71,12 @@ def processed(logits: torch.Tensor, prompt: list[int], output: list[int], params
         values[token] = values[token] / by if values[token] > 0 else values[token] * by
     for token, times in Counter(output).items():
         values[token] -= params.frequency_penalty * times + params.presence_penalty
+    for token in range(len(values)):
+        if params.allowed_token_ids and token not in params.allowed_token_ids:
+            values[token] = -torch.inf
+        words = params.bad_words_token_ids
+        if any(tuple([*output, token][-len(word) :]) == word for word in words):
+            values[token] = -torch.inf
     return torch.tensor(values)
 
 
@@ -131,6 +153,8 @@ def test_every_mode_and_lag_gives_the_reference_s_tokens(
     assert tokens["1"] == [7] * 28
     assert EOS in tokens["3"] or 9 in tokens["3"]
     assert len(tokens["3"]) == 21, "the first that may end it does"
+    assert set(tokens["11"]) == {5, 8, 13}
+    assert {(4, 7), (7, 4)}.isdisjoint(pairwise(tokens["12"]))
     if mode.startswith("full"):
         assert all(steps.get("FULL/pure_decode", 0) > 5 for steps in ran.values())
     assert len(engine.runner.processors.counts) <= 8, "a row for each that asked at once"
@@ -169,9 +193,45 @@ def test_tables_grow_and_rows_are_used_again():
     assert processors.apply(unfinished, logits, torch.tensor([9])) is logits
 
 
+@given(
+    history=st.lists(st.integers(0, 3), max_size=12),
+    words=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), max_size=6),
+    allowed=st.sets(st.integers(0, 3)),
+    resumed=st.integers(0, 12),
+)
+def test_forbidden_tokens_are_those_of_a_plain_search(history, words, allowed, resumed):
+    """With four tokens, a request that starts, or resumes behind some of its tokens, has after each
+    further token the tokens forbidden that a search through its output finds, beside a request
+    whose words are longer or shorter."""
+    size = 4
+    processors = LogitsProcessors(size, torch.device("cpu"))
+    params = SamplingParams(
+        allowed_token_ids=tuple(allowed), bad_words_token_ids=tuple(words), repetition_penalty=1.2
+    )
+    other = SamplingParams(bad_words_token_ids=((1, 1, 1, 1, 1, 1),))
+    start = min(resumed, len(history))
+    rows = [row(1), row(2)]
+    new = [
+        NewRequestData(1, params, 0, LogitsProcessorData([2], history[:start], frozenset())),
+        NewRequestData(2, other, 0, LogitsProcessorData([2], [1, 1, 1], frozenset())),
+    ]
+    logits, positions = torch.randn(2, size), torch.tensor([1, 4], dtype=torch.int32)
+    for number, known in enumerate(range(start, len(history) + 1)):
+        step = SchedulerOutput(number, 0, rows, [] if number else new, [], 2, 2)
+        processors.update_requests(step)
+        found = processors.apply(step, logits, positions + number)
+        expected = processed(logits[0], [2], history[:known], params)
+        torch.testing.assert_close(found[0], expected)
+        assert torch.isneginf(found[1]).tolist() == [False, number >= 2, False, False]
+        sampled = history[known] if known < len(history) else 0
+        processors.count_sampled_tokens(step, torch.tensor([sampled, 1]))
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [
+        ("allowed_token_ids", [[-1], ["1"], [True], 5, range(2), [0] * 4097]),
+        ("bad_words", ["x", [""], ["  "], [1], ["x" * 65], ["x"] * 129]),
         ("min_tokens", [-1, 17, 1.0, True]),
         ("presence_penalty", [-2.1, 2.1, "1", float("nan")]),
         ("frequency_penalty", [-2.1, 2.1, None]),
@@ -186,13 +246,34 @@ def test_bounds(field, values):
         assert str(raised.value.param).split(".")[0] == field
 
 
-def test_a_bias_for_a_token_that_is_not_there(checkpoint):
+FORM = StructuredOutput(kind=StructuredOutputKind.JSON_OBJECT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "form"),
+    [
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias", None),
+        ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids", None),
+        ({"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids", None),
+        ({"allowed_token_ids": [3, 4], "bad_words_token_ids": ((3,), (5, 4))}, "bad_words", None),
+        ({"bad_words_token_ids": tuple((i,) for i in range(VOCAB_SIZE))}, "bad_words", None),
+        ({"allowed_token_ids": [3]}, "allowed_token_ids", FORM),
+        ({"bad_words_token_ids": ((3,),)}, "bad_words", FORM),
+    ],
+)
+def test_requests_that_no_token_may_suit(checkpoint, asked, param, form):
     engine = EngineCore(
         build_engine(
             EngineConfig(model=checkpoint, device="cpu", enforce_eager=True, max_num_seqs=2)
         )
     )
-    params = SamplingParams(logit_bias={VOCAB_SIZE: 1.0})
-    with pytest.raises(RequestError, match=f"holds the token id {VOCAB_SIZE}") as raised:
-        engine.check(EngineRequest(request_id="a", prompt_token_ids=[1], params=params))
-    assert raised.value.param == "logit_bias"
+    with pytest.raises(RequestError) as raised:
+        engine.check(
+            EngineRequest(
+                request_id="a",
+                prompt_token_ids=[1],
+                params=SamplingParams(**asked),
+                structured_output=form,
+            )
+        )
+    assert raised.value.param == param

@@ -82,9 +82,6 @@ class FakeEngine:
         self.asked_to_abort: set[str] = set()
         self.commands: list[Command] = []
 
-    def check_serving(self) -> None:
-        """It always serves."""
-
     async def command(self, command: Command) -> SleepReport:
         self.commands.append(command)
         return SleepReport()

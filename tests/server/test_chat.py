@@ -67,6 +67,7 @@ async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
             "completion_tokens": len(ids),
             "total_tokens": len(prompt) + len(ids),
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 

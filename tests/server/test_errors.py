@@ -102,9 +102,10 @@ F = {"type": "function", "function": {"name": "f"}}
     [
         (
             {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
-            "tool_choice.type",
-            "Input should be 'function' (got 'allowed_tools')",
+            "tool_choice.allowed_tools.tools",
+            "Missing required",
         ),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "Input should be 'function'"),
         ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required', or an object"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function", "Missing required"),
         ({"tool_choice": {**F, "x": 1}}, "tool_choice.x", "Unrecognized request argument"),

@@ -43,6 +43,7 @@ WEATHER = {"name": "weather", "description": "The weather.", "input_schema": SCH
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 HI = {"role": "user", "content": "Hi"}
 END = 2  # <|im_end|>
+USE = {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Rome"}}
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +273,11 @@ async def test_the_system_prompt(connect: Connect, tokenizer: Tokenizer) -> None
 
 
 async def test_calls_and_results_of_earlier_turns(connect: Connect, thinking: Tokenizer) -> None:
-    use = {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Rome"}}
     answer = [
         {"type": "thinking", "thinking": "Which city?", "signature": ""},
         {"type": "text", "text": "Let me see."},
-        use,
-        use | {"id": "c2"},
+        USE,
+        USE | {"id": "c2"},
     ]
     results = [
         {"type": "tool_result", "tool_use_id": "c1", "content": "rain"},
@@ -367,6 +367,15 @@ async def test_an_answer_in_a_schema(connect: Connect, tokenizer: Tokenizer) -> 
     assert response.json()["error"]["message"].startswith("output_config: ")
 
 
+async def test_the_last_answer_is_continued(connect: Connect, tokenizer: Tokenizer) -> None:
+    model = Model(connect, tokenizer, text="noon.")
+    begun = [HI, {"role": "assistant", "content": [{"type": "text", "text": "It is "}]}]
+    answer = await model.answer(messages=begun)
+    assert [block["text"] for block in answer["content"]] == ["noon."]
+    prompt = tokenizer.decode(model.engine.requests[-1].prompt_token_ids)
+    assert prompt.endswith("It is ")
+
+
 @pytest.mark.parametrize(
     ("template", "thinks", "seen"),
     [
@@ -430,7 +439,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://a.example/x.
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"output_config": {"effort": "low"}}, "effort"),
         ({"messages": []}, "'messages'"),
-        ({"messages": [HI, {"role": "assistant", "content": "It is"}]}, "last message"),
+        ({"messages": [HI, {"role": "assistant", "content": [USE]}]}, "last message"),
         ({"messages": [{"role": "user", "content": []}]}, "content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "'messages[0].content[0]'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "'messages[0].role'"),

@@ -152,7 +152,6 @@ def test_echo_and_prompt_logprobs() -> None:
     assert completion(echo=True, logprobs=3, prompt_logprobs=2).num_scored_logprobs == 3
     assert chat(prompt_logprobs=2).num_scored_logprobs == 2
     assert refused(completion, echo=1) == "echo"
-    assert refused(chat, echo=True) == "echo"
     for make in (completion, chat):
         assert refused(make, prompt_logprobs=2, stream=True) == "prompt_logprobs"
 
@@ -216,7 +215,8 @@ BROKEN = {"name": "f", "arguments": 1}
         ({"role": "user", "content": []}, "messages.0.content"),
         ({"role": "user", "content": 1}, "messages.0.content"),
         ({"content": "x"}, "messages.0.role"),
-        ({"role": "robot", "content": "x"}, "messages.0.role"),
+        ({"role": "", "content": "x"}, "messages.0.role"),
+        ({"role": "a\nb", "content": "x"}, "messages.0.role"),
         ({"role": "tool", "tool_call_id": "c"}, "messages.0.content"),
         (USER | {"name": 1}, "messages.0.name"),
         (USER | {"images": ["x"]}, "messages.0.images"),
@@ -224,7 +224,11 @@ BROKEN = {"name": "f", "arguments": 1}
         ({"role": "assistant", "content": "x", "prefix": True}, "messages.0.prefix"),
         ({"role": "assistant", "content": "x", "partial": True}, "messages.0.partial"),
         ({"role": "assistant", "audio": {"id": "a"}}, "messages.0.audio"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "messages.0.function_call"),
+        (USER | {"function_call": {"name": "f"}}, "messages.0.function_call"),
+        (
+            {"role": "assistant", "tool_calls": [CALL], "function_call": {"name": "f"}},
+            "messages.0.function_call",
+        ),
         (USER | {"refusal": "no"}, "messages.0.refusal"),
         (USER | {"content": [{"type": "text"}]}, "messages.0.content.0.text"),
         (USER | {"content": [{"type": "text", "refusal": "a"}]}, "messages.0.content.0.text"),
@@ -394,7 +398,7 @@ def test_unsupported_fields_are_accepted_where_they_ask_for_nothing(
     ("field", "value"),
     [
         ("best_of", 2),
-        ("guided_json", {}),
+        ("guided_whitespace_pattern", " "),
         ("what_is_this", 1),
     ],
 )
@@ -445,10 +449,12 @@ def test_every_supported_field_does_something() -> None:
         "priority",
         "response_format",
         "structured_outputs",
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("bad_words", "truncate_prompt_tokens", "return_tokens_as_token_ids"),
     }
     # The server itself handles those; the following ones are passed to the engine.
     sampling = {"temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"}
-    sampling |= {"min_tokens", "logit_bias"}
+    sampling |= {"min_tokens", "logit_bias", "allowed_token_ids"}
     sampling |= {"presence_penalty", "frequency_penalty", "repetition_penalty"}
     assert set(GenerationRequest.model_fields) == ignored | handled | sampling
     assert sampling <= set(SamplingParams.__struct_fields__)
