@@ -41,6 +41,15 @@ choices together."""
 MAX_CHOICES = 1024
 
 
+class Pooling(enum.StrEnum):
+    """How the hidden states of a prompt's tokens become its embedding."""
+
+    LAST = "last"
+    """The hidden state of the last token is taken."""
+    MEAN = "mean"
+    """The hidden states of all tokens are averaged."""
+
+
 class FinishReason(enum.StrEnum):
     """The reason why a request ended. The API reports STOP and LENGTH under OpenAI's names."""
 
@@ -204,6 +213,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         report).
     prompt_logprobs: report the same for every prompt token except the first. The whole prompt is
         computed in this case, even if some of it is in the prefix cache.
+    pooling: report the hidden states of the prompt, summed over the tokens that the pooling takes.
+        With the mean, the whole prompt is computed.
     structured_outputs: the form that the text must have, for `LLM`. A request to the engine carries
         the form beside its parameters.
 
@@ -231,6 +242,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
     repetition_penalty: float = 1.0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -289,6 +301,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=_Names
         self._check_tokens()
         for param in ("include_stop_str_in_output", "ignore_eos"):
             _check_boolean(param, getattr(self, param))
+        allowed = f"one of {', '.join(Pooling)}, and without prompt_logprobs"
+        ok = isinstance(self.pooling, Pooling | None)
+        ok = ok and (self.pooling is None or self.prompt_logprobs is None)
+        _check(ok, "pooling", self.pooling, allowed)
         form: Any = self.structured_outputs
         ok = isinstance(form, StructuredOutputsParams | None)
         _check(ok, _FORM, form, "a StructuredOutputsParams")
@@ -511,6 +527,8 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     logprobs: the log-probabilities at each sampled token; None if they were not requested.
     prompt_logprobs: the log-probabilities of prompt tokens, beginning with the second; all of them
         have been sent when the first sampled token is sent.
+    hidden_sum: the sum of the hidden states that this step has computed for an embedding, as
+        float32; the sum over all outputs of the request is that over its pooled tokens.
     queued_at, scheduled_at: when the request came to the engine, and when its first step was
         launched, by `time.perf_counter`, which all processes of a machine share; sent with its
         first output.
@@ -525,6 +543,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True, gc=False):
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] = []
+    hidden_sum: bytes = b""
     queued_at: float = 0.0
     scheduled_at: float = 0.0
     graph_steps: dict[str, int] | None = None

@@ -36,8 +36,8 @@ class RequestState:
         because the request entered them or found them there.
     num_cached_tokens: the number of prompt tokens found in the prefix cache when the request was
         first admitted; None before that.
-    num_scored_tokens: the number of prompt tokens after the first whose log-probabilities are
-        reported by scheduled steps.
+    num_scored_tokens: the number of prompt tokens whose results are reported by scheduled steps, or
+        need not be.
     is_finished: whether it has its finish reason; tokens that steps in flight sample for it are
         dropped.
 
@@ -84,25 +84,27 @@ class RequestState:
     def max_cache_hit_length(self) -> int:
         """Number of tokens, counted from the first, that need not be computed if they are cached.
         The last token is always computed, because its result is the next token; where
-        log-probabilities of the prompt are still due, so is every token from which one of them
-        follows."""
-        unscored = self.params.prompt_logprobs is not None and (
-            self.num_scored_tokens < len(self.prompt_token_ids) - 1
-        )
+        results of the prompt are still due, so is every token from which one of them follows."""
+        unscored = self.num_scored_tokens < self._num_to_score
         return self.num_scored_tokens if unscored else self.num_tokens - 1
 
+    @property
+    def _num_to_score(self) -> int:
+        """Number of prompt tokens, counted from the first, whose results are reported."""
+        if self.params.pooling is not None:
+            return len(self.prompt_token_ids)
+        return 0 if self.params.prompt_logprobs is None else len(self.prompt_token_ids) - 1
+
     def next_prompt_logprobs(self, start: int, stop: int) -> PromptLogprobsRequest | None:
-        """Return the prompt tokens whose log-probabilities a row of tokens `start` to `stop` has to
-        report, or None, and count them as scored."""
-        num_logprobs = self.params.prompt_logprobs
-        if num_logprobs is None:
-            return None
-        first, last = max(start, self.num_scored_tokens), min(stop, len(self.prompt_token_ids) - 1)
+        """Return the prompt tokens whose results a row of tokens `start` to `stop` has to report,
+        or None, and count them as scored."""
+        first, last = max(start, self.num_scored_tokens), min(stop, self._num_to_score)
         if first >= last:
             return None
         self.num_scored_tokens = last
-        token_ids = self.prompt_token_ids[first + 1 : last + 1]
-        return PromptLogprobsRequest(first - start, token_ids, num_logprobs)
+        behind = self.params.pooling is None  # log-probabilities are those of the tokens behind
+        token_ids = self.prompt_token_ids[first + behind : last + behind]
+        return PromptLogprobsRequest(first - start, token_ids, self.params.prompt_logprobs)
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Return the ids of the known tokens `start` to `stop`; positions count the prompt, then

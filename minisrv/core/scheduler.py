@@ -51,7 +51,7 @@ from minisrv.core.request_state import RequestState
 from minisrv.core.step import SchedulerOutput
 from minisrv.core.step_builder import StepBuilder, new_request_data
 from minisrv.errors import QueueFullError
-from minisrv.request import EngineOutput, EngineRequest, FinishReason
+from minisrv.request import EngineOutput, EngineRequest, FinishReason, Pooling
 
 MAX_OVERTAKES = 8
 """Number of times that more important requests go before others until the oldest waiting request
@@ -149,6 +149,7 @@ class Scheduler:
             cache_salt=(request.api_key_index, request.cache_salt),
             priority=request.priority,
             use_structured_output=use_structured_output,
+            num_scored_tokens=num_prompt - 1 if params.pooling is Pooling.LAST else 0,
             has_logits_processors=bool(
                 params.changes_logits
                 or (params.min_tokens and stop_token_ids and not use_structured_output)

@@ -16,17 +16,17 @@ from minisrv.request import SamplingParams
 
 
 class PromptLogprobsRequest(msgspec.Struct, frozen=True):
-    """The prompt tokens whose log-probabilities a row has to report.
+    """The prompt tokens whose log-probabilities, or hidden states, a row has to report.
 
-    offset: the index, within the row, of the token that stands before the first of them.
+    offset: the index, within the row, of the token before the first of them, or of the first.
     token_ids: their ids, which are consecutive in the prompt. The last may be the first token of
         the next chunk.
-    num_logprobs: the number of alternatives to report for each.
+    num_logprobs: the number of alternatives to report for each; None for the sum of hidden states.
     """
 
     offset: int
     token_ids: list[int]
-    num_logprobs: int
+    num_logprobs: int | None
 
 
 class ScheduledRow(msgspec.Struct, frozen=True):

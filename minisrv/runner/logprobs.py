@@ -1,8 +1,9 @@
-"""Log-probabilities of sampled tokens, and of prompt tokens, for the requests that ask for them.
+"""Log-probabilities of sampled tokens and of prompt tokens, and sums of the hidden states of prompt
+tokens, for the requests that ask for them.
 
-They are those of the unmodified distribution, before bias, penalties, temperature and filters, as
-the OpenAI API and vLLM report them. Knows: logits and hidden states. Knows nothing of which prompt
-tokens are due: the scheduler tells this for each row.
+Log-probabilities are those of the unmodified distribution, before bias, penalties, temperature and
+filters, as the OpenAI API and vLLM report them. Knows: logits and hidden states. Knows nothing of
+which prompt tokens are due: the scheduler tells this for each row.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class LogprobReport:
 
     sampled: the report on the sampled token; None for a row that asks for none.
     prompt: the reports on the consecutive prompt tokens that the row has to score.
+    hidden_sums: the sums of the hidden states that the row has to report, as float32.
     """
 
     sampled: list[TokenLogprobs | None]
     prompt: list[list[TokenLogprobs]]
+    hidden_sums: list[bytes]
 
     def add_to(self, outputs: Iterable[EngineOutput], step: SchedulerOutput) -> None:
         """Add the log-probabilities of a step to its outputs."""
@@ -44,6 +47,54 @@ class LogprobReport:
             if output.token_ids and sampled is not None:
                 output.logprobs = [sampled]
             output.prompt_logprobs = self.prompt[index]
+            output.hidden_sum = self.hidden_sums[index]
+
+
+def report_results(
+    rows: Sequence[ScheduledRow],
+    logits: Tensor,
+    token_ids: Tensor,
+    hidden: Tensor,
+    compute_logits: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> LogprobReport | None:
+    """Return what the rows ask for besides their tokens, for which the host waits; None if they ask
+    for nothing.
+
+    logits: [R, V], the unchanged logits of the rows.
+    token_ids: [R], the sampled tokens.
+    hidden, compute_logits: see `score_prompts`.
+    """
+    sampled = [row.num_logprobs for row in rows]
+    wanted = [row.prompt_logprobs for row in rows]
+    if all(count is None for count in sampled) and not any(wanted):
+        return None
+    prompt: list[list[TokenLogprobs]] = [[] for _ in rows]
+    sums = [b""] * len(rows)
+    if any(of is not None and of.num_logprobs is not None for of in wanted):
+        prompt = score_prompts(rows, hidden, compute_logits, vocab_size)
+    if any(of is not None and of.num_logprobs is None for of in wanted):
+        sums = sum_hidden_states(rows, hidden)
+    return LogprobReport(report_logprobs(logits, token_ids, sampled), prompt, sums)
+
+
+def sum_hidden_states(rows: Sequence[ScheduledRow], hidden: Tensor) -> list[bytes]:
+    """Return for each row the sum of the hidden states that it has to report, as float32; empty for
+    a row that has to report none.
+
+    hidden: [T, hidden], the hidden states of the tokens of all rows.
+    """
+    ends = accumulate(row.num_tokens for row in rows)
+    sums: list[bytes] = []
+    for row, end in zip(rows, ends, strict=True):
+        wanted = row.prompt_logprobs
+        if wanted is None or wanted.num_logprobs is not None:
+            sums.append(b"")
+            continue
+        first = end - row.num_tokens + wanted.offset
+        states = hidden[first : first + len(wanted.token_ids)]
+        sums.append(states.float().sum(dim=0).cpu().numpy().tobytes())
+    return sums
 
 
 def report_logprobs(
@@ -80,12 +131,18 @@ def score_prompts(
     targets: list[int] = []
     counts: list[int] = []
     ends = list(accumulate(row.num_tokens for row in rows))
-    for row, end in zip(rows, ends, strict=True):
-        if (wanted := row.prompt_logprobs) is not None:
+    scored_by = [
+        row.prompt_logprobs
+        if row.prompt_logprobs is not None and row.prompt_logprobs.num_logprobs is not None
+        else None
+        for row in rows
+    ]
+    for row, wanted, end in zip(rows, scored_by, ends, strict=True):
+        if wanted is not None:
             first, number = end - row.num_tokens + wanted.offset, len(wanted.token_ids)
             places += range(first, first + number)
             targets += wanted.token_ids
-            counts += [wanted.num_logprobs] * number
+            counts += [wanted.num_logprobs or 0] * number
     found: list[TokenLogprobs] = []
     at, token_ids = to_device(np.array([places, targets], np.int64), hidden.device)
     at_once = max(1, LOGITS_AT_ONCE // vocab_size)
@@ -94,10 +151,7 @@ def score_prompts(
         logits = compute_logits(hidden.index_select(0, at[piece]))
         found += _report(logits, token_ids[piece], counts[piece])
     scored = iter(found)
-    return [
-        [next(scored) for _ in row.prompt_logprobs.token_ids] if row.prompt_logprobs else []
-        for row in rows
-    ]
+    return [[next(scored) for _ in wanted.token_ids] if wanted else [] for wanted in scored_by]
 
 
 def _report(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:

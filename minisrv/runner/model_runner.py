@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.ladder import Ladders
-from minisrv.core.step import ScheduledRow, SchedulerOutput, unscheduled_id
+from minisrv.core.step import SchedulerOutput, unscheduled_id
 from minisrv.errors import ConfigError
 from minisrv.graph.backend import GraphBackend
 from minisrv.graph.captured import CapturedGraph
@@ -42,10 +42,9 @@ from minisrv.kernels import AttentionMetadata, apply_bitmask_op, sample_op, take
 from minisrv.model_config import ModelConfig
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.nn.model import Model
-from minisrv.request import TokenLogprobs
 from minisrv.runner.input_buffers import BufferSizes, InputBuffers, RequestTensors
 from minisrv.runner.logits_processors import LogitsProcessors
-from minisrv.runner.logprobs import LogprobReport, report_logprobs, score_prompts
+from minisrv.runner.logprobs import LogprobReport, report_results
 from minisrv.runner.results import ResultRing, StepResult
 from minisrv.runner.token_masks import AllowedTokens, TokenMasks
 
@@ -204,22 +203,8 @@ class ModelRunner:
         self._sample(chosen)
         self.processors.count_sampled_tokens(output, tokens)
         buffers.scatter(rows)
-        return self._report(output.batch_rows, logits, tokens)
-
-    def _report(
-        self, rows: list[ScheduledRow], logits: Tensor, tokens: Tensor
-    ) -> LogprobReport | None:
-        """Return the log-probabilities that the rows ask for, for which the host waits; None if
-        they ask for none."""
-        sampled = [row.num_logprobs for row in rows]
-        scores = any(row.prompt_logprobs is not None for row in rows)
-        if not scores and not any(count is not None for count in sampled):
-            return None
-        prompt: list[list[TokenLogprobs]] = [[] for _ in rows]
-        if scores:
-            hidden, compute = self.buffers.hidden, self.model.compute_logits
-            prompt = score_prompts(rows, hidden, compute, self.vocab_size)
-        return LogprobReport(report_logprobs(logits, tokens, sampled), prompt)
+        hidden, compute = buffers.hidden, self.model.compute_logits
+        return report_results(output.batch_rows, logits, tokens, hidden, compute, self.vocab_size)
 
     @property
     def wrappers(self) -> tuple[CUDAGraphWrapper, ...]:
