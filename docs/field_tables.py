@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
-from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
+from minisrv.server.request_schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 from minisrv.server.strict import RequestBody
 
 PAGE = Path(__file__).with_name("api.md")
 SECTIONS: dict[str, dict[str, type[RequestBody]]] = {
     "fields": {"completions": CompletionRequest, "chat": ChatCompletionRequest},
+    "fields of embeddings": {"embeddings": EmbeddingRequest},
     "fields of messages": {"messages": MessagesRequest, "count_tokens": CountTokensRequest},
 }
 """The endpoints whose fields share their tables, by the marker around the tables."""
 
 
 def tables(endpoints: dict[str, type[RequestBody]]) -> str:
-    """Return both tables of two endpoints: of the supported fields, and of those that are known but
-    refused."""
+    """Return both tables of some endpoints: of the supported fields, and of those that are known
+    but refused."""
     documents = {name: kind.model_json_schema() for name, kind in endpoints.items()}
     supported: dict[str, dict[str, str]] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -38,25 +43,25 @@ def tables(endpoints: dict[str, type[RequestBody]]) -> str:
                 shown = ", ".join(f"`{json.dumps(value)}`" for value in neutral)
                 refused.setdefault(name, {})[endpoint] = shown
             else:
-                told = values(field, document["$defs"])
+                told = values(field, document.get("$defs", {}))
                 supported.setdefault(name, {})[endpoint] = told
                 said = " ".join(field["description"].split()).replace("|", "\\|")
                 about.setdefault(name, {})[endpoint] = said
     lines = ["| field | values | what it does |", "|---|---|---|"]
     for name, by_endpoint in supported.items():
-        only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))} only)"
+        only = "" if len(by_endpoint) == len(endpoints) else f" ({next(iter(by_endpoint))} only)"
         lines.append(f"| `{name}`{only} | {_both(by_endpoint)} | {_both(about[name])} |")
     lines += ["", "These fields are known but not supported. They accept null and the values here,"]
     lines += ["which ask for nothing; others are refused with an error that names the field:", ""]
     lines += ["| field | values that are accepted |", "|---|---|"]
     for name, by_endpoint in sorted(refused.items()):
-        only = "" if len(by_endpoint) == 2 else f" ({next(iter(by_endpoint))})"
+        only = "" if len(by_endpoint) == len(endpoints) else f" ({next(iter(by_endpoint))})"
         lines.append(f"| `{name}`{only} | {_both(by_endpoint) or 'none'} |")
     return "\n".join(lines)
 
 
 def _both(by_endpoint: dict[str, str]) -> str:
-    """Return the text of both endpoints: once if it is the same, otherwise each with its name."""
+    """Return the text of all endpoints: once if it is the same, otherwise each with its name."""
     if len(set(by_endpoint.values())) == 1:
         return next(iter(by_endpoint.values()))
     return "; ".join(f"{name}: {told.rstrip('.') or 'none'}" for name, told in by_endpoint.items())

@@ -99,8 +99,10 @@ _REASONS: dict[str, str] = {
         ("--limit-mm-per-prompt --media-io-kwargs --allowed-local-media-path", _TEXT_ONLY),
         ("--allowed-media-domains --skip-mm-profiling --language-model-only", _TEXT_ONLY),
         ("--interleave-mm-strings --enable-mm-embeds --enable-prompt-embeds", _TEXT_ONLY),
-        ("--task --runner --convert --pooler-config --override-pooler-config", "models that "
-         "generate text are served, and nothing else; leave it out."),
+        ("--task --runner --convert", "models that generate text are served, and /v1/embeddings "
+         "is always there; leave it out."),
+        ("--pooler-config --override-pooler-config", "the pooling of /v1/embeddings is set by "
+         "--pooling."),
         ("--speculative-config --speculative-model --num-speculative-tokens", _SPECULATIVE),
         ("--ngram-prompt-lookup-max --ngram-prompt-lookup-min", _SPECULATIVE),
         ("--quantization-param-path --rope-scaling --rope-theta --hf-overrides",

@@ -59,6 +59,7 @@ def test_the_bounds_of_a_request_are_those_of_the_server() -> None:
         "a client that takes nothing": f"{listening.STALLED_SECONDS} s",
         "connections of each": f"{connections.MAX_WAITING:,}, or",
         "choices for each prompt": f"{request_schemas.MAX_CHOICES}",
+        "inputs of a request": f"{request_schemas.MAX_INPUTS:,}",
         "choices that run": f"{engine.max_num_seqs}",
         "choices that wait": f"{engine.max_waiting:,}",
         "a schema": f"{request.MAX_GRAMMAR_LENGTH:,} characters",

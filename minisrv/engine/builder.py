@@ -316,6 +316,7 @@ def build_engine(
         # If the cache is smaller than the context, it is the limit for requests.
         max_model_len=min(context, scheduler.block_pool.capacity),
         vocab_size=model_config.vocab_size,
+        hidden_size=model_config.hidden_size,
         num_kv_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,

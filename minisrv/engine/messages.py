@@ -241,6 +241,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     itl_target_ms: float = 0.0
     """Time that a step in which requests decode should not exceed, in milliseconds; 0 for no such
     target."""
+    hidden_size: int = 0
+    """Number of dimensions of an embedding."""
     simulated_launch_us: float = 0.0
     """Simulated time of each launch in microseconds. If it is not 0, times measured on this engine
     are not those of the machine."""

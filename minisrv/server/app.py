@@ -30,10 +30,12 @@ from minisrv.engine.messages import (
 )
 from minisrv.errors import EngineNotReadyError, RequestError, shown
 from minisrv.metrics import CONTENT_TYPE, Metrics, MetricsNames
+from minisrv.request import Pooling
 from minisrv.server.anthropic_builder import MessageResponseBuilder
 from minisrv.server.anthropic_requests import CountTokensRequest, MessagesRequest
 from minisrv.server.anthropic_responses import MESSAGES, AnthropicMessage, MessageTokensCount
 from minisrv.server.auth import OPEN_PATHS, ApiKeys, KeyLimit
+from minisrv.server.embeddings import EmbeddingsResponse
 from minisrv.server.errors import JSON, install_error_handlers
 from minisrv.server.generation_response import GenerationResponse
 from minisrv.server.hosts import HostNames
@@ -53,6 +55,7 @@ from minisrv.server.request_schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
 )
 from minisrv.server.response_builders import ChatResponseBuilder, CompletionResponseBuilder
@@ -60,6 +63,7 @@ from minisrv.server.response_schemas import (
     ChatCompletionResponse,
     CompletionResponse,
     DetokenizeResponse,
+    EmbeddingResponse,
     HealthResponse,
     LoadingProgress,
     ModelCard,
@@ -82,6 +86,7 @@ DEFAULT_MAX_BODY_BYTES = 4 << 20
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
+_EMBEDDINGS = "/v1/embeddings"
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 _COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 _SLEEP, _WAKE_UP = "/sleep", "/wake_up"
@@ -149,7 +154,8 @@ def create_app(
         keys=ApiKeys(settings.api_keys, OPEN_PATHS | (UI_PATHS if settings.ui else frozenset())),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset(
-            {_COMPLETIONS, _CHAT, RESPONSES, MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
+            {_COMPLETIONS, _CHAT, _EMBEDDINGS, RESPONSES, MESSAGES, _COUNT_TOKENS}
+            | {_TOKENIZE, _DETOKENIZE}
         ),
         command_paths=frozenset({_SLEEP, _WAKE_UP} if enable_sleep_mode else ()),
         arrived=metrics.arrived,
@@ -166,7 +172,7 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     install_error_handlers(app)
-    _add_generation_routes(app, serving)
+    _add_generation_routes(app, serving, Pooling(settings.pooling))
     store = ResponseStore() if settings.api_workers == 1 else None
     add_responses_routes(app, serving, Conversations(store, max_body_bytes))
     _add_tokenizer_routes(app, serving)
@@ -182,7 +188,7 @@ def create_app(
     return app
 
 
-def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
+def _add_generation_routes(app: FastAPI, serving: Serving, pooling: Pooling) -> None:
     router = APIRouter(route_class=BodyRoute)
 
     @router.post(
@@ -205,6 +211,11 @@ def _add_generation_routes(app: FastAPI, serving: Serving) -> None:
         return GenerationResponse(
             serving, body, ChatResponseBuilder(body, model, serving.tokenizer)
         )
+
+    @router.post(_EMBEDDINGS, response_class=JSON, responses=route_responses(EmbeddingResponse))
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """Return an embedding of each input: the model's hidden states, pooled and normalised."""
+        return EmbeddingsResponse(serving, body, serving.model_name(body.model), pooling)
 
     @router.post(MESSAGES, response_class=JSON, responses=anthropic_responses_of(AnthropicMessage))
     async def messages(body: MessagesRequest) -> Response:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -33,19 +34,12 @@ from minisrv.server.serving import Serving
 from minisrv.text.output_processor import CompletionDelta
 
 
-class GenerationResponse(Response):
-    """Answers `request` with a body made by `builder`."""
+class AbortableResponse(Response, ABC):
+    """A response that is worked on as long as the client is connected, and within its time."""
 
-    def __init__(
-        self,
-        serving: Serving,
-        request: CompletionRequest | ChatCompletionRequest,
-        builder: ResponseBuilder,
-    ) -> None:
+    def __init__(self, serving: Serving) -> None:
         super().__init__()
         self._serving = serving
-        self._request = request
-        self._builder = builder
         self._arrival = time.perf_counter()
         self._log_fields: dict[str, Any] = {}
         """Fields of this request's line in the access log."""
@@ -56,8 +50,47 @@ class GenerationResponse(Response):
                 self._serving.metrics.failed(CLIENT_CLOSED_REQUEST)
                 self._log_fields["status"] = CLIENT_CLOSED_REQUEST
         finally:
-            self._log_fields |= self._builder.log_fields(self._arrival)
+            self._log_fields |= self._described()
             scope["log_fields"] = self._log_fields
+
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Do the work and send the response."""
+
+    @abstractmethod
+    def _described(self) -> dict[str, Any]:
+        """Return what the access log says of the response."""
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raise DeadlineError when the request's time is over."""
+        seconds = self._serving.request_timeout
+        left = None if seconds is None else seconds - (time.perf_counter() - self._arrival)
+        try:
+            async with asyncio.timeout(left):
+                yield
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"The request has not ended within {seconds:g} s, which is what this server gives; "
+                "ask for less, or try again when it is less busy."
+            ) from error
+
+
+class GenerationResponse(AbortableResponse):
+    """Answers `request` with a body made by `builder`."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        request: CompletionRequest | ChatCompletionRequest,
+        builder: ResponseBuilder,
+    ) -> None:
+        super().__init__(serving)
+        self._request = request
+        self._builder = builder
+
+    def _described(self) -> dict[str, Any]:
+        return self._builder.log_fields(self._arrival)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, builder = self._request, self._builder
@@ -82,20 +115,6 @@ class GenerationResponse(Response):
             generation.check_ended()
         whole = await offload(lambda: JSON(builder.response()), builder.size)
         await whole(scope, receive, send)
-
-    @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        """Raise DeadlineError when the request's time is over."""
-        seconds = self._serving.request_timeout
-        left = None if seconds is None else seconds - (time.perf_counter() - self._arrival)
-        try:
-            async with asyncio.timeout(left):
-                yield
-        except TimeoutError as error:
-            raise DeadlineError(
-                f"The request has not ended within {seconds:g} s, which is what this server gives; "
-                "ask for less, or try again when it is less busy."
-            ) from error
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         builder, client = self._builder, self._serving.client

@@ -146,6 +146,7 @@ _BODIES = [
     response_schemas.ErrorResponse,
     response_schemas.CompletionResponse,
     response_schemas.ChatCompletionResponse,
+    response_schemas.EmbeddingResponse,
     response_schemas.TokenizeResponse,
     response_schemas.DetokenizeResponse,
     response_schemas.ModelList,

@@ -69,11 +69,14 @@ from minisrv.server.tools import (
 from minisrv.server.unsupported import (
     CHAT_ONLY,
     COMPLETION_ONLY,
+    EMBEDDINGS,
     EVERYWHERE,
     TOKENIZE,
 )
 
 MAX_PROMPTS = 64
+MAX_INPUTS = 2048
+"""Maximum number of inputs of one request for embeddings; OpenAI's limit."""
 MAX_CHOICES = 128
 """Maximum number of choices of one response: prompts times `n`."""
 MAX_STOP_STRINGS = 16
@@ -93,6 +96,12 @@ AnyPrompt: TypeAlias = (
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     | PromptIds
     | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+AnyInput: TypeAlias = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+    | PromptIds
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_INPUTS)]
 )
 StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings: TypeAlias = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
@@ -429,17 +438,17 @@ class GenerationRequest(RequestBody):
         )
 
 
-def _prompts(value: Any) -> Prompts:
+def _prompts(value: Any, most: int = MAX_PROMPTS) -> Prompts:
     """Convert each of the four forms of `prompt` to a list of texts or a list of lists of token
-    ids."""
+    ids, at most so many."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list) and value:
         types = set(map(type, value))
         if types == {int}:
             value, types = [value], {list}
-        if len(value) > MAX_PROMPTS:
-            raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
+        if len(value) > most:
+            raise ValueError(f"must hold at most {most} prompts, not {len(value)}")
         if types == {str}:
             return [_text(text) for text in value]
         if types == {list}:
@@ -513,6 +522,34 @@ class CompletionRequest(GenerationRequest):
     def num_scored_logprobs(self) -> int | None:
         asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((count for count in asked if count is not None), default=None)
+
+
+def _inputs(value: Any) -> Prompts:
+    return _prompts(value, MAX_INPUTS)
+
+
+class EmbeddingRequest(RequestBody):
+    """The body of POST /v1/embeddings."""
+
+    unsupported = EMBEDDINGS
+
+    model: ModelName | None = None
+    """Name of the model. If absent or empty, the served model is used."""
+    input: Annotated[Prompts, PlainValidator(_inputs, json_schema_input_type=AnyInput)]
+    """The input: a text, a list of token ids, or a list of several of either."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """Send each vector as a list of numbers, or as base64 of float32 numbers, the lowest byte
+    first."""
+    dimensions: TokenCount | None = None
+    """Number of dimensions, which must be that of the model."""
+    truncate_prompt_tokens: (
+        Literal[-1] | Annotated[int, Field(ge=1, le=MAX_PROMPT_TOKENS)] | None
+    ) = None
+    """Use only this many of the last tokens of each input; -1 uses as many as fit the context."""
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    """As in a generation."""
+    user: ShortText | None = None
+    """Ignored."""
 
 
 class ChatRendering(RequestBody):

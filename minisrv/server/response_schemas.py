@@ -363,6 +363,35 @@ class TokenizeResponse(Body):
     ]
 
 
+class Embedding(Body):
+    """The embedding of one input."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: Annotated[
+        str | list[float],
+        Meta(description="A vector of length 1: numbers, or base64 of float32 numbers."),
+    ]
+
+
+class EmbeddingUsageInfo(Body):
+    """The token counts of all inputs together."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(Body):
+    """The response to POST /v1/embeddings."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsageInfo
+
+
 class DetokenizeResponse(Body):
     """The response to POST /detokenize."""
 

@@ -25,7 +25,7 @@ from minisrv.errors import (
     RequestError,
 )
 from minisrv.metrics import Metrics
-from minisrv.request import EngineRequest
+from minisrv.request import EngineRequest, SamplingParams
 from minisrv.server.auth import KeyLimit
 from minisrv.server.choices import Choice, PromptCount
 from minisrv.server.offload import offload
@@ -43,9 +43,11 @@ from minisrv.server.preprocessing import (
 )
 from minisrv.server.request_schemas import (
     DEFAULT_COMPLETION_TOKENS,
+    MAX_PROMPT_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     GenerationRequest,
     TokenizeRequest,
 )
@@ -125,10 +127,18 @@ class Serving:
         """Hold a place for every choice while the request is open, from before its prompt is
         tokenised, both in the engine and among those of its API key. Raises what `KeyLimit.places`,
         `Admission.places` and `engine_info` raise."""
-        info = self.engine_info()
         prompts = 1 if isinstance(request, ChatCompletionRequest) else len(request.prompt)
-        ids = [_choice_id(request_id, index) for index in range(prompts * request.n)]
-        param = "n" if request.n > 1 else "prompt"
+        ids = [self.choice_id(request_id, index) for index in range(prompts * request.n)]
+        with self.held(ids, "n" if request.n > 1 else "prompt", key):
+            yield
+
+    @contextmanager
+    def held(self, ids: list[str], param: str, key: int | None) -> Iterator[None]:
+        """Hold a place for each of these requests of the engine; see `places`.
+
+        param: the field that asks for so many.
+        """
+        info = self.engine_info()
         limit = min(info.max_num_seqs + info.max_waiting, self.max_open)
         with (
             self._places_of_key(key, len(ids), param),
@@ -238,6 +248,28 @@ class Serving:
 
         return await offload(prepare, request.num_bytes)
 
+    async def encode_inputs(self, request: EmbeddingRequest) -> list[list[int]]:
+        """Return the token ids of the inputs. Raises RequestError, and what `engine_info` and
+        `validate_request` raise."""
+        info = self.engine_info()
+        kept = request.truncate_prompt_tokens or MAX_PROMPT_TOKENS
+        kept = info.max_model_len if kept == -1 else kept
+
+        def encode(given: str | list[int]) -> list[int]:
+            ids = given if isinstance(given, list) else self.tokenizer.encode(given)
+            ids = ids[-kept:]
+            validate_request(
+                ids,
+                SamplingParams(),
+                max_tokens=0,
+                max_model_len=info.max_model_len,
+                vocab_size=info.vocab_size,
+                prompt_param="input",
+            )
+            return ids
+
+        return await offload(lambda: [encode(each) for each in request.input], request.num_bytes)
+
     async def tokenize(self, request: TokenizeRequest, key: int | None) -> TokenizeResponse:
         """Return the body of the response. The request counts among those that its API key has
         open. Raises RequestError, and what `engine_info` raises."""
@@ -290,6 +322,11 @@ class Serving:
 
         with self._places_of_key(key):
             return await offload(detokenize, request.num_bytes)
+
+    @staticmethod
+    def choice_id(request_id: str, index: int) -> str:
+        """Return the id of a request of the engine, of which a response may have several."""
+        return f"{request_id}-{index}"
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -344,7 +381,7 @@ class Serving:
             room = info.max_model_len - len(prompt)
             limit = _max_tokens(request, room, self.generation.max_tokens)
             engine_request = EngineRequest(
-                request_id=_choice_id(request_id, index),
+                request_id=self.choice_id(request_id, index),
                 prompt_token_ids=prompt,
                 params=request.sampling_params(
                     self.generation,
@@ -381,10 +418,6 @@ class Serving:
                 )
             )
         return choices
-
-
-def _choice_id(request_id: str, index: int) -> str:
-    return f"{request_id}-{index}"
 
 
 def _validate(

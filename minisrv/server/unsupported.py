@@ -47,6 +47,15 @@ CHAT_ONLY: dict[str, tuple[object, ...]] = {
     "mm_processor_kwargs": ({},),
 }
 
+EMBEDDINGS: dict[str, tuple[object, ...]] = {
+    # vLLM
+    "add_special_tokens": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "normalize": (True,),
+    "request_id": (),
+}
+
 TOKENIZE: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "mm_processor_kwargs": ({},),

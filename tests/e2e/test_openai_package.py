@@ -399,3 +399,17 @@ def test_the_whole_context_can_be_used(client: openai.OpenAI) -> None:
     )
     assert rest.usage is not None
     assert rest.usage.total_tokens == 512, "without a limit a chat may fill the context"
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    """Vectors have the length 1, do not depend on the encoding or on what stands beside them, and
+    tell texts apart."""
+    texts = [PROMPT, "Say something about the sea.", PROMPT]
+    whole = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+    first, other, again = (item.embedding for item in whole.data)
+    assert sum(x * x for x in first) == pytest.approx(1, rel=1e-5)
+    assert first == pytest.approx(again, abs=1e-4)
+    assert sum(x * y for x, y in zip(first, other, strict=True)) < 0.999
+    encoded = client.embeddings.create(model=MODEL, input=PROMPT)
+    assert encoded.data[0].embedding == pytest.approx(first, abs=1e-4)
+    assert 0 < encoded.usage.prompt_tokens < whole.usage.prompt_tokens

@@ -85,6 +85,7 @@ POSTS = (
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/embeddings",
     "/tokenize",
     "/detokenize",
 )
