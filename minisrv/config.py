@@ -229,6 +229,8 @@ class ServerConfig:
         limit.
     share_prefix_cache: let all API keys share one prefix cache. Each key can then learn, from the
         time of a response and from cached_tokens, whether another key's prompt began like its own.
+    enable_force_include_usage: end every stream with a chunk that contains the usage, as if its
+        request had asked for it.
     pooling: how /v1/embeddings makes a vector of a prompt: last takes the hidden state of its last
         token, mean averages those of all tokens.
     allowed_hosts: host names by which clients may call the server, besides localhost and loopback
@@ -257,6 +259,7 @@ class ServerConfig:
     max_requests_per_key: int = _setting(0, bounds=(0, 1 << 20))
     max_grammar_seconds_per_key: int = _setting(30, bounds=(0, 1 << 20))
     share_prefix_cache: bool = False
+    enable_force_include_usage: bool = False
     pooling: str = _setting("last", choices=("last", "mean"))
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()

@@ -193,7 +193,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("host", "port")
     flags.add_as("served_model_names", "--served-model-name", type=names, metavar="NAME")
     flags.add("api_workers", "shutdown_timeout", "engine_timeout", "request_timeout")
-    flags.add("pooling", "ui")
+    flags.add("enable_force_include_usage", "pooling", "ui")
     flags.group("access")
     flags.add_as("api_keys", "--api-key", metavar="KEY")
     flags.add("max_requests_per_key", "max_grammar_seconds_per_key", "share_prefix_cache")

@@ -58,7 +58,11 @@ from minisrv.server.request_schemas import (
     EmbeddingRequest,
     TokenizeRequest,
 )
-from minisrv.server.response_builders import ChatResponseBuilder, CompletionResponseBuilder
+from minisrv.server.response_builders import (
+    ChatResponseBuilder,
+    CompletionResponseBuilder,
+    ResponseBuilder,
+)
 from minisrv.server.response_schemas import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -66,6 +70,7 @@ from minisrv.server.response_schemas import (
     EmbeddingResponse,
     HealthResponse,
     LoadingProgress,
+    LoadResponse,
     ModelCard,
     ModelList,
     ReadyResponse,
@@ -73,6 +78,7 @@ from minisrv.server.response_schemas import (
     ServingGraphs,
     SleepResponse,
     TokenizeResponse,
+    TokenizerInfo,
     VersionResponse,
 )
 from minisrv.server.responses_objects import RESPONSES
@@ -86,7 +92,7 @@ DEFAULT_MAX_BODY_BYTES = 4 << 20
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
-_EMBEDDINGS = "/v1/embeddings"
+_EMBEDDINGS, _INVOCATIONS = "/v1/embeddings", "/invocations"
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 _COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 _SLEEP, _WAKE_UP = "/sleep", "/wake_up"
@@ -154,8 +160,8 @@ def create_app(
         keys=ApiKeys(settings.api_keys, OPEN_PATHS | (UI_PATHS if settings.ui else frozenset())),
         max_body_bytes=max_body_bytes,
         json_paths=frozenset(
-            {_COMPLETIONS, _CHAT, _EMBEDDINGS, RESPONSES, MESSAGES, _COUNT_TOKENS}
-            | {_TOKENIZE, _DETOKENIZE}
+            {_COMPLETIONS, _CHAT, _EMBEDDINGS, _INVOCATIONS, RESPONSES}
+            | {MESSAGES, _COUNT_TOKENS, _TOKENIZE, _DETOKENIZE}
         ),
         command_paths=frozenset({_SLEEP, _WAKE_UP} if enable_sleep_mode else ()),
         arrived=metrics.arrived,
@@ -172,7 +178,7 @@ def create_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     install_error_handlers(app)
-    _add_generation_routes(app, serving, Pooling(settings.pooling))
+    _add_generation_routes(app, serving, settings)
     store = ResponseStore() if settings.api_workers == 1 else None
     add_responses_routes(app, serving, Conversations(store, max_body_bytes))
     _add_tokenizer_routes(app, serving)
@@ -188,8 +194,21 @@ def create_app(
     return app
 
 
-def _add_generation_routes(app: FastAPI, serving: Serving, pooling: Pooling) -> None:
+def _add_generation_routes(app: FastAPI, serving: Serving, settings: ServerConfig) -> None:
     router = APIRouter(route_class=BodyRoute)
+    pooling, adds_usage = Pooling(settings.pooling), settings.enable_force_include_usage
+
+    def respond(body: CompletionRequest | ChatCompletionRequest | EmbeddingRequest) -> Response:
+        model, tokenizer = serving.model_name(body.model), serving.tokenizer
+        if isinstance(body, EmbeddingRequest):
+            return EmbeddingsResponse(serving, body, model, pooling)
+        body = body.with_usage() if adds_usage else body
+        builder: ResponseBuilder
+        if isinstance(body, ChatCompletionRequest):
+            builder = ChatResponseBuilder(body, model, tokenizer)
+        else:
+            builder = CompletionResponseBuilder(body, model, tokenizer)
+        return GenerationResponse(serving, body, builder)
 
     @router.post(
         _COMPLETIONS,
@@ -198,24 +217,32 @@ def _add_generation_routes(app: FastAPI, serving: Serving, pooling: Pooling) -> 
     )
     async def completions(body: CompletionRequest) -> Response:
         """Complete one or more prompts."""
-        model = serving.model_name(body.model)
-        builder = CompletionResponseBuilder(body, model, serving.tokenizer)
-        return GenerationResponse(serving, body, builder)
+        return respond(body)
 
     @router.post(
         _CHAT, response_class=JSON, responses=route_responses(ChatCompletionResponse, streams=True)
     )
     async def chat_completions(body: ChatCompletionRequest) -> Response:
         """Answer a chat."""
-        model = serving.model_name(body.model)
-        return GenerationResponse(
-            serving, body, ChatResponseBuilder(body, model, serving.tokenizer)
-        )
+        return respond(body)
 
     @router.post(_EMBEDDINGS, response_class=JSON, responses=route_responses(EmbeddingResponse))
     async def embeddings(body: EmbeddingRequest) -> Response:
         """Return an embedding of each input: the model's hidden states, pooled and normalised."""
-        return EmbeddingsResponse(serving, body, serving.model_name(body.model), pooling)
+        return respond(body)
+
+    @router.post(
+        _INVOCATIONS,
+        response_class=JSON,
+        responses=route_responses(
+            CompletionResponse, ChatCompletionResponse, EmbeddingResponse, streams=True
+        ),
+    )
+    async def invocations(
+        body: CompletionRequest | EmbeddingRequest | ChatCompletionRequest,
+    ) -> Response:
+        """Answer as the path for the body's `prompt`, `messages` or `input` does; for SageMaker."""
+        return respond(body)
 
     @router.post(MESSAGES, response_class=JSON, responses=anthropic_responses_of(AnthropicMessage))
     async def messages(body: MessagesRequest) -> Response:
@@ -245,6 +272,20 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
         serving.model_name(body.model)
         prompt = await serving.detokenize(body, request.scope["key"])
         return await offload(lambda: JSON(prompt), body.num_bytes)
+
+    @app.get("/tokenizer_info", response_class=JSON, responses=route_responses(TokenizerInfo))
+    async def tokenizer_info() -> Response:
+        """Return what clients may need to know of the tokenizer and the chat template."""
+        tokenizer = serving.tokenizer
+        return JSON(
+            TokenizerInfo(
+                vocab_size=tokenizer.vocab_size,
+                special_token_ids=sorted(tokenizer.special_ids),
+                eos_token_ids=list(serving.generation.eos_token_ids),
+                chat_template=tokenizer.chat_template_source or None,
+                chat_template_variables=sorted(tokenizer.chat_template_variables),
+            )
+        )
 
     @router.post(
         _COUNT_TOKENS, response_class=JSON, responses=anthropic_responses_of(MessageTokensCount)
@@ -294,6 +335,18 @@ def _add_operation_routes(
         503."""
         state = client.state
         return JSON(HealthResponse(state), status_code=503 if state is EngineState.DEAD else 200)
+
+    @app.get("/ping", response_class=JSON, responses=health_responses(HealthResponse))
+    @app.post("/ping", response_class=JSON, responses=health_responses(HealthResponse))
+    async def ping() -> Response:
+        """Answer as /health does; for SageMaker."""
+        return await health()
+
+    @app.get("/load", response_class=JSON, responses=route_responses(LoadResponse))
+    async def load() -> Response:
+        """Return the number of requests that run or wait in the engine."""
+        stats = await client.stats()
+        return JSON(LoadResponse(stats.running + stats.waiting))
 
     @app.get("/ready", response_class=JSON, responses=health_responses(ReadyResponse))
     async def ready() -> Response:

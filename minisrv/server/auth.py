@@ -20,7 +20,7 @@ from typing import Any
 from minisrv.errors import AuthenticationError, KeyLimitError, RequestError
 from minisrv.processes import map_shared
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Paths that need no API key: health checks ask for them, and they reveal nothing else."""
 
 _SCHEME = "bearer "

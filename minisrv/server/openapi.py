@@ -24,9 +24,11 @@ Responses = dict[int | str, dict[str, Any]]
 _SCHEMA = "#/components/schemas/{name}"
 
 
-def _json(body: type[Body]) -> dict[str, Any]:
-    """Return the content of a response whose JSON is `body`."""
-    return {"application/json": {"schema": {"$ref": _SCHEMA.format(name=body.__name__)}}}
+def _json(*bodies: type[Body]) -> dict[str, Any]:
+    """Return the content of a response whose JSON is one of `bodies`."""
+    schemas = [{"$ref": _SCHEMA.format(name=body.__name__)} for body in bodies]
+    one: dict[str, Any] = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {"application/json": {"schema": one}}
 
 
 def _errors(body: type[Body]) -> Responses:
@@ -75,9 +77,11 @@ _STREAMS = {
 """What a body is streamed as, if not as chunks."""
 
 
-def route_responses(body: type[Body], *, streams: bool = False) -> Responses:
-    """Return the responses of a route: `body`, perhaps also as a stream, or an error."""
-    content = _json(body) | (_STREAMS.get(body, _CHUNKS) if streams else {})
+def route_responses(*bodies: type[Body], streams: bool = False) -> Responses:
+    """Return the responses of a route: one of `bodies`, perhaps also as a stream, or an error."""
+    content = _json(*bodies)
+    if streams:
+        content |= _STREAMS.get(bodies[0], _CHUNKS)
     return {200: {"content": content, "description": "Done"}, **_errors(ErrorResponse)}
 
 
@@ -147,6 +151,8 @@ _BODIES = [
     response_schemas.CompletionResponse,
     response_schemas.ChatCompletionResponse,
     response_schemas.EmbeddingResponse,
+    response_schemas.LoadResponse,
+    response_schemas.TokenizerInfo,
     response_schemas.TokenizeResponse,
     response_schemas.DetokenizeResponse,
     response_schemas.ModelList,

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from fastapi.routing import APIRoute
@@ -46,9 +46,9 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="request-body")
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint takes `body`, a `RequestBody`, and optionally `request`, and returns a
-    response. The body is parsed by this module; FastAPI describes it in the OpenAPI document, but
-    would parse and validate it on the event loop."""
+    """A route whose endpoint takes `body`, a `RequestBody` or a union of several, and optionally
+    `request`, and returns a response. The body is parsed by this module; FastAPI describes it in
+    the OpenAPI document, but would parse and validate it on the event loop."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and then give the memory that a large body took back to the system."""
@@ -62,7 +62,8 @@ class BodyRoute(APIRoute):
         """Return the function that answers a request."""
         endpoint = self.endpoint
         parameters = inspect.signature(endpoint, eval_str=True).parameters
-        model, wants_request = parameters["body"].annotation, "request" in parameters
+        body_type, wants_request = parameters["body"].annotation, "request" in parameters
+        models = get_args(body_type) or (body_type,)
 
         async def handle(request: Request) -> Response:
             try:
@@ -70,7 +71,7 @@ class BodyRoute(APIRoute):
                 request.scope[_NUM_BYTES] = len(data)
             except ClientDisconnect:
                 return http_error_response(CLIENT_CLOSED_REQUEST, "The client has gone away.")
-            body = await _read(model, data)
+            body = await _read(models, data)
             arguments = (body, request) if wants_request else (body,)
             response: Response = await endpoint(*arguments)
             return response
@@ -78,19 +79,20 @@ class BodyRoute(APIRoute):
         return handle
 
 
-async def _read(model: type[_Body], data: bytes) -> _Body:
-    """Return the body that `data` holds. Raises RequestError."""
+async def _read(models: Sequence[type[_Body]], data: bytes) -> _Body:
+    """Return the body that `data` holds, which is one of `models`. Raises RequestError."""
     if len(data) <= LARGE:
-        found = read_body(model, data)
+        found = read_body(models, data)
     else:
-        found = await asyncio.get_running_loop().run_in_executor(_THREAD, read_body, model, data)
+        found = await asyncio.get_running_loop().run_in_executor(_THREAD, read_body, models, data)
     if isinstance(found, RequestError):
         raise found
     return found
 
 
-def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
-    """Return the body that `data` holds, or the error if it is invalid.
+def read_body(models: Sequence[type[_Body]], data: bytes) -> _Body | RequestError:
+    """Return the body that `data` holds, or the error if it is invalid. Of several `models` it is
+    the first whose required fields it has, or else the last.
 
     The error is returned and not raised, as a raised one would keep alive the values of all frames
     that it passes through.
@@ -100,7 +102,10 @@ def read_body(model: type[_Body], data: bytes) -> _Body | RequestError:
         # Lone surrogates pass here and are refused later, with the name of their field.
         text = str(data, "utf-8-sig", "surrogatepass")
         budget.spend(data)
-        body = model.model_validate(value := json.loads(text), context=budget)
+        value = json.loads(text)
+        fields = value.keys() if isinstance(value, dict) else set()
+        model = next((each for each in models if each.required_fields() <= fields), models[-1])
+        body = model.model_validate(value, context=budget)
     except UnicodeDecodeError:
         return RequestError("The request body cannot be parsed: it must be JSON in UTF-8.")
     except json.JSONDecodeError as error:

@@ -346,6 +346,14 @@ class GenerationRequest(RequestBody):
         given = self.structured_outputs or self.response_format
         return None if given is None else given.as_spec()
 
+    def with_usage(self) -> Self:
+        """Return the request with `include_usage` if it is streamed, and otherwise as it is."""
+        if not self.stream or self.include_usage:
+            return self
+        options = self.stream_options or StreamOptions()
+        asked = {"stream_options": options.model_copy(update={"include_usage": True})}
+        return self.model_copy(update=asked).with_num_bytes(self.num_bytes)
+
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""

@@ -363,6 +363,20 @@ class TokenizeResponse(Body):
     ]
 
 
+class TokenizerInfo(Body):
+    """The response to GET /tokenizer_info."""
+
+    vocab_size: int
+    special_token_ids: list[int]
+    eos_token_ids: Annotated[list[int], Meta(description="The tokens that end an answer.")]
+    chat_template: Annotated[
+        str | None, Meta(description="The chat template in Jinja; null if there is none.")
+    ]
+    chat_template_variables: Annotated[
+        list[str], Meta(description="The variables that chat_template_kwargs may set.")
+    ]
+
+
 class Embedding(Body):
     """The embedding of one input."""
 
@@ -424,6 +438,14 @@ class HealthResponse(Body):
     """The response to GET /health."""
 
     state: EngineState
+
+
+class LoadResponse(Body):
+    """The response to GET /load."""
+
+    server_load: Annotated[
+        int, Meta(description="Number of requests that run or wait in the engine.")
+    ]
 
 
 class LoadingProgress(Body):

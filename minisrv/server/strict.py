@@ -124,6 +124,11 @@ class RequestBody(Strict):
 
     _num_bytes: int = PrivateAttr(default=0)
 
+    @classmethod
+    def required_fields(cls) -> set[str]:
+        """Return the names of the fields that every body of this kind has."""
+        return {name for name, field in cls.model_fields.items() if field.is_required()}
+
     @property
     def num_bytes(self) -> int:
         """Size of the body in bytes, as it was sent; 0 if it did not come from a client."""

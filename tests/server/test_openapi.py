@@ -86,6 +86,7 @@ POSTS = (
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/embeddings",
+    "/invocations",
     "/tokenize",
     "/detokenize",
 )
@@ -100,12 +101,15 @@ GETS = (
     "/version",
     "/metrics",
     "/debug/steps",
+    *("/ping", "/load", "/tokenizer_info"),
 )
 
 
 def hold(case: schemathesis.Case) -> None:
-    """Check the answer to one generated case."""
-    case.call_and_validate(checks=CHECKS)
+    """Check the answer to one generated case. A body may be so large that it is not read at all."""
+    response = case.call()
+    checks = CHECKS[:-1] if response.status_code == 413 else CHECKS
+    case.validate_response(response, checks=checks)
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
@@ -211,6 +215,7 @@ def test_every_response_is_described(tokenizer: Tokenizer) -> None:
     document = make(tokenizer).openapi()
     assert document["paths"].keys() == {*POSTS, *GETS, f"{STORED}/cancel"}
     assert document["paths"][STORED].keys() == {"get", "delete"}
+    assert document["paths"]["/ping"].keys() == {"get", "post"}
     assert "HTTPValidationError" not in document["components"]["schemas"]
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
         responses = document["paths"][path]["post"]["responses"]

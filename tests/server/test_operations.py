@@ -11,11 +11,13 @@ import pytest
 from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
+from minisrv.config import ServerConfig
 from minisrv.engine.client import EngineState
 from minisrv.engine.messages import CompilationReport, CompilationState, LadderReport, Loading
 from minisrv.errors import EngineDeadError
 from minisrv.request import EngineOutput
-from tests.server.fake_engine import INFO, FakeEngine, outputs
+from minisrv.text.tokenizer import Tokenizer
+from tests.server.fake_engine import INFO, FakeEngine, outputs, sse
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +44,56 @@ async def test_models(connect: Connect) -> None:
     assert missing.json()["error"]["code"] == "model_not_found"
 
 
+async def test_load_and_tokenizer(connect: Connect, tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(outputs([300]))
+    assert (await get(engine, connect, "/load")).json() == {"server_load": 3}
+    info = (await get(engine, connect, "/tokenizer_info")).json()
+    assert info["vocab_size"] == tokenizer.vocab_size
+    assert info["special_token_ids"] == sorted(tokenizer.special_ids)
+    assert info["eos_token_ids"] == [2]
+    assert info["chat_template"] == tokenizer.chat_template_source
+    assert info["chat_template_variables"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ({"prompt": "x"}, "text_completion"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "chat.completion"),
+        ({"input": "x"}, "list"),
+        ({}, "messages"),
+        ({"prompt": "x", "messages": []}, "messages"),
+        ({"prompt": 5}, "prompt"),
+        ([], None),
+    ],
+)
+async def test_invocations(connect: Connect, body: Any, kind: str | None) -> None:
+    """The required field says what is asked for; without any, a chat is. Refusals name a field."""
+    async with connect(FakeEngine(outputs([300]))) as client:
+        response = await client.post("/invocations", json=body)
+    if response.status_code == 200:
+        assert response.json()["object"] == kind
+    else:
+        assert response.json()["error"]["param"] == kind
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
+async def test_usage_in_every_stream(connect: Connect, path: str, options: Any) -> None:
+    """With the flag, every stream ends with its usage; other answers have it anyway."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    if path == "/v1/completions":
+        body = {"prompt": "x", "stream": True}
+    for forced in (False, True):
+        settings = ServerConfig(enable_force_include_usage=forced)
+        async with connect(FakeEngine(outputs([300])), settings=settings) as client:
+            streamed = await client.post(path, json=body | {"stream_options": options})
+            whole = await client.post(path, json=body | {"stream": False})
+        told = sse(streamed.text)[-1].get("usage")
+        assert (told is not None) == (forced or bool(options and options["include_usage"]))
+        assert whole.json()["usage"]["completion_tokens"] == 1
+
+
 @pytest.mark.parametrize(
     ("state", "health", "ready"),
     [
@@ -58,6 +110,9 @@ async def test_health_and_readiness(connect: Connect, state: str, health: int, r
     engine.loading = Loading("capturing graphs", 3, 9)
     response = await get(engine, connect, "/health")
     assert (response.status_code, response.json()) == (health, {"state": state})
+    async with connect(engine) as client:
+        for answer in (await client.get("/ping"), await client.post("/ping")):
+            assert (answer.status_code, answer.json()) == (health, {"state": state})
     response = await get(engine, connect, "/ready")
     assert response.status_code == ready
     assert response.json()["state"] == state

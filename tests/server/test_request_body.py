@@ -45,7 +45,7 @@ def call(arguments: str) -> dict[str, Any]:
 
 
 def read(model: type[RequestBody], **fields: Any) -> RequestBody | RequestError:
-    return read_body(model, json.dumps(fields).encode())
+    return read_body((model,), json.dumps(fields).encode())
 
 
 VALUES = st.recursive(
@@ -125,7 +125,7 @@ def test_nothing_is_made_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for item in (b"{}", b"[]", b'"n":1', b"1", b'"a"'):
         start, end = (b"{", b"}") if b":" in item else (b'{"prompt":[', b"]}")
         items = b",".join([item] * ((4 << 20) // (len(item) + 1) - 20))
-        refused = read_body(CompletionRequest, start + items + end)
+        refused = read_body((CompletionRequest,), start + items + end)
         assert isinstance(refused, RequestError)
         assert "that a request may hold" in refused.message
 
@@ -246,19 +246,19 @@ def test_an_error_shows_the_first_members_of_an_object() -> None:
     ],
 )
 def test_what_is_no_json_is_told(data: bytes, words: str) -> None:
-    refused = read_body(CompletionRequest, data)
+    refused = read_body((CompletionRequest,), data)
     assert isinstance(refused, RequestError)
     assert words in refused.message
 
 
 def test_a_surrogate_in_utf_8_is_refused_with_its_field() -> None:
-    refused = read_body(CompletionRequest, b'{"prompt":"\xed\xa0\x80"}')
+    refused = read_body((CompletionRequest,), b'{"prompt":"\xed\xa0\x80"}')
     assert isinstance(refused, RequestError)
     assert refused.param == "prompt"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_body() -> None:
-    body = read_body(CompletionRequest, b'\xef\xbb\xbf{"prompt":"hi"}')
+    body = read_body((CompletionRequest,), b'\xef\xbb\xbf{"prompt":"hi"}')
     assert isinstance(body, CompletionRequest)
 
 
