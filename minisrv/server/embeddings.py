@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from minisrv.errors import RequestError
-from minisrv.request import EngineRequest, Pooling, SamplingParams
+from minisrv.errors import RequestError, shutting_down_error
+from minisrv.request import EngineOutput, EngineRequest, FinishReason, Pooling, SamplingParams
+from minisrv.request_metrics import EndedChoice
 from minisrv.server.errors import JSON
 from minisrv.server.generation_response import AbortableResponse
 from minisrv.server.offload import offload
@@ -82,20 +83,42 @@ class EmbeddingsResponse(AbortableResponse):
     async def _vectors(self, requests: list[EngineRequest], size: int) -> dict[str, _Vector]:
         """Return the sums of the pooled hidden states, by request id."""
         sums = {request.request_id: np.zeros(size, np.float32) for request in requests}
+        lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
+        first: dict[str, EngineOutput] = {}
         left = len(requests)
         batches = self._serving.client.generate(requests)
         async with aclosing(batches):
             async for outputs in batches:
                 for output in outputs:
+                    request_id = output.request_id
+                    first.setdefault(request_id, output)
                     if output.hidden_sum:
-                        sums[output.request_id] += np.frombuffer(output.hidden_sum, np.float32)
+                        sums[request_id] += np.frombuffer(output.hidden_sum, np.float32)
+                    if output.finish_reason is FinishReason.ABORT:
+                        raise shutting_down_error()
                     if output.finish_reason is not None:
                         left -= 1
-                        seconds = time.perf_counter() - self._arrival
-                        self._serving.metrics.finished(output.finish_reason.value, seconds)
+                        self._count_end(first[request_id], lengths[request_id])
                 if not left:
                     break
         return sums
+
+    def _count_end(self, first: EngineOutput, num_prompt_tokens: int) -> None:
+        """Count an input whose hidden states are all there; `first` is its first output."""
+        now = time.perf_counter()
+        self._serving.metrics.ended(
+            EndedChoice(
+                reason=FinishReason.LENGTH.value,
+                latency=now - self._arrival,
+                queue=first.scheduled_at - first.queued_at,
+                prefill=now - first.scheduled_at,
+                decode=0.0,
+                num_prompt_tokens=num_prompt_tokens,
+                num_cached_tokens=first.num_cached_tokens,
+                num_generated_tokens=0,
+                max_tokens=0,
+            )
+        )
 
     def _body(self, requests: list[EngineRequest], sums: dict[str, _Vector]) -> EmbeddingResponse:
         data = []
