@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from minisrv import __version__, logs
+from minisrv.certification.faults import Fault
 from minisrv.config import (
     BenchConfig,
     ChatConfig,
@@ -129,7 +130,7 @@ def _certify(options: argparse.Namespace) -> int:
     try:
         from minisrv.tools.certify import run_certify
 
-        return run_certify(config, options.json)
+        return run_certify(config, options.json, options.break_graph)
     except KeyboardInterrupt:
         raise GraphError("interrupted: not every graph has been certified.") from None
 
@@ -293,6 +294,14 @@ def _parser() -> CommandParser:
     )
     add_engine_flags(certify)
     certify.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
+    certify.add_argument(
+        "--break-graph",
+        type=Fault,
+        choices=tuple(Fault),
+        metavar="|".join(Fault),
+        help="break one graph in memory on purpose before it is certified, to see how the fault "
+        "is found; the exit status is 1 if it is",
+    )
     certify.set_defaults(run=_certify)
 
     compile_ = commands.add_parser(

@@ -118,6 +118,9 @@ class EngineConfig:
         counts them, and says in the log and its metrics if as many graphs of other sizes would save
         time. apply: it captures and certifies these graphs while it serves, and puts them in the
         place of the others as a whole; on a GPU, memory is kept for both.
+    verify_graphs: share of the steps by graphs that are run again eagerly while the server serves,
+        from 0 to 1. A graph that disagrees is taken out of service, and the requests that it may
+        have spoilt end with an error. 0, the default, verifies none; 0.001 costs little.
     compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
         0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
         or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
@@ -167,6 +170,7 @@ class EngineConfig:
     cudagraph_capture_sizes: tuple[int, ...] | None = _setting(None, bounds=(1, 1 << 20))
     cudagraph_capture: str = _setting("covering", choices=GRAPH_CAPTURES)
     cudagraph_refit: str = _setting("off", choices=GRAPH_REFITS)
+    verify_graphs: float = _setting(0.0, bounds=(0, 1))
     compilation_mode: CompilationMode | None = None
     optimization_level: int | None = _setting(None, bounds=(0, 3))
     compile_wait: bool = False

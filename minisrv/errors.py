@@ -28,6 +28,7 @@
        |- GrammarUnavailableError  it could not be found out whether its grammar compiles
        |- GrammarFullError    requests with the same grammar have used up the room for its states
        |- TraceFullError      too many clients read the trace of steps
+       |- GraphQuarantinedError  a graph that it may have run by was found to be wrong
        |- BodiesFullError     too many large bodies arrive at the moment
        |- EngineNotReadyError loading or draining
        |- EngineAsleepError   asleep, or about to be
@@ -282,6 +283,14 @@ class TraceFullError(EngineError):
     type = "service_unavailable"
     code = "too_many_readers"
     retry_after = 5
+
+
+class GraphQuarantinedError(EngineError):
+    """A graph by which the request may have run, or which may have written to what it reads, has
+    been found to be wrong and is out of service."""
+
+    code = "graph_quarantined"
+    retry_after = 1
 
 
 class BodiesFullError(EngineError):

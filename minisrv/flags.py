@@ -179,6 +179,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("enforce_eager")
     flags.add_as("cudagraph_mode", type=CUDAGraphMode.parse, metavar="MODE")
     flags.add("cudagraph_capture_sizes", "cudagraph_capture", "cudagraph_refit")
+    flags.add_as("verify_graphs", type=float, metavar="RATE")
     flags.add("step_trace", "simulate_launch_us")
     flags.group("compilation")
     flags.add_as("compilation_mode", type=CompilationMode.parse, metavar="MODE")

@@ -105,7 +105,8 @@ class RefitLike(Protocol):
 
 
 class LadderLike(Protocol):
-    """The graphs that serve, those that were refused, and the number of those to come."""
+    """The graphs that serve, those that were refused or taken out of service, and the number of
+    those to come."""
 
     @property
     def graphs(self) -> int: ...
@@ -113,6 +114,8 @@ class LadderLike(Protocol):
     def missing(self) -> int: ...
     @property
     def refused(self) -> Mapping[str, str]: ...
+    @property
+    def quarantined(self) -> Mapping[str, str]: ...
     @property
     def decode(self) -> Sequence[int]: ...
     @property
@@ -209,6 +212,8 @@ class StatsLike(Protocol):
     def ladder(self) -> LadderLike: ...
     @property
     def longest_turn_seconds(self) -> float: ...
+    @property
+    def verified_steps(self) -> Mapping[str, int]: ...
 
 
 class InfoLike(Protocol):
@@ -466,11 +471,12 @@ def _ladder_families(stats: StatsLike) -> Iterator[Metric]:
     ladder = stats.ladder
     graphs = GaugeMetricFamily(
         "minisrv:graphs",
-        "Graphs that serve, are still to be captured, or failed.",
+        "Graphs that serve, are still to be captured, failed, or were wrong in service.",
         labels=["state"],
     )
     states = (("serving", ladder.graphs), ("missing", ladder.missing))
-    for state, number in (*states, ("refused", len(ladder.refused))):
+    never = (("refused", len(ladder.refused)), ("quarantined", len(ladder.quarantined)))
+    for state, number in (*states, *never):
         graphs.add_metric([state], number)
     yield graphs
     sizes = GaugeMetricFamily(
@@ -502,6 +508,14 @@ def _ladder_families(stats: StatsLike) -> Iterator[Metric]:
         "Ladders that have taken the place of others to fit the batches.",
         ladder.refit.refits,
     )
+    verified = CounterMetricFamily(
+        "minisrv:verified_steps",
+        "Steps by graphs that were run again eagerly, by what came of it.",
+        labels=["outcome"],
+    )
+    for outcome, number in stats.verified_steps.items():
+        verified.add_metric([outcome], number)
+    yield verified
     yield GaugeMetricFamily(
         "minisrv:longest_turn_seconds",
         "Longest time for which work between two steps has made requests wait.",

@@ -119,8 +119,8 @@ class Reason(enum.StrEnum):
     """FULL or PIECEWISE: the graph is not the smallest one that holds the batch, but one that was
     measured to take less time."""
     SIZE_MISSING = "size_missing"
-    """FULL or PIECEWISE: the graph of the smallest captured size that holds the batch is not in
-    service, because it has not been captured yet or was refused. The next larger size runs it."""
+    """The graph of the smallest captured size that holds the batch is not in service: it has not
+    been captured yet, was refused, or is quarantined. Another graph runs it, or none (NONE)."""
     NO_FULL_GRAPH = "no_full_graph"
     """PIECEWISE for a pure decode batch: the configured mode captures no FULL graphs."""
     NO_MIXED_GRAPH = "no_mixed_graph"

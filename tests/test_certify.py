@@ -183,6 +183,30 @@ def test_what_does_not_start_is_not_swept(run, monkeypatch):
     assert "minisrv: error: FULL 3 HIDDEN: the replay on a clean batch failed" in printed
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("stale-tail", "the replay behind a full batch changed last_token of a request index"),
+        ("live-padding", "the replay on a clean batch changed last_token of a request index"),
+        ("address-drift", "hidden states of the replay differs from the eager run's"),
+    ],
+)
+def test_a_graph_that_is_broken_on_purpose_is_found(run, fault, words):
+    """One graph is broken behind its start-up; the sweep names it, and no other."""
+    status, printed, report = run("--break-graph", fault)
+    assert status == 1
+    assert f"BROKEN ON PURPOSE ({fault}): FULL 3 TOKENS" in printed
+    assert failed(report) == ["FULL 3 TOKENS"]
+    assert words in printed
+    assert (report["broken"], report["passed"]) == (fault, False)
+
+
+def test_a_mixed_graph_is_broken_where_decode_has_none(run):
+    for fault in ("stale-tail", "live-padding", "address-drift"):
+        _, _, report = run("--cudagraph-mode", "piecewise", "--break-graph", fault)
+        assert failed(report) == ["PIECEWISE 16 HIDDEN"], fault
+
+
 def test_interrupted_is_not_certified(run, monkeypatch):
     """An interrupted sweep exits with status 1, says so and writes no report."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class InitialState(enum.Enum):
     STALE = "behind a full batch"
     """The values that the same graph leaves behind when it has been replayed on as much as it
     holds."""
+
+
+class Difference(NamedTuple):
+    """A value that differs: its name, where and by how much in words, and the largest difference of
+    a number, 0 for what is no number."""
+
+    name: str
+    words: str
+    largest: float
 
 
 class Trial(Protocol):
@@ -106,13 +115,9 @@ def _check_no_unexpected_writes(trial: Trial, run: str) -> None:
         )
 
 
-def _compare(
-    trial: str,
-    reference: dict[str, Tensor],
-    found: dict[str, Tensor],
-    initial_state: InitialState,
-) -> None:
-    """Raise CertificationError for the first value that differs."""
+def compare_values(reference: dict[str, Tensor], found: dict[str, Tensor]) -> Difference | None:
+    """Return the first difference between the values of an eager run and of a replay; None if they
+    are equal bit for bit."""
     assert reference.keys() == found.keys(), "a trial observes the same things every time"
     for name, expected in reference.items():
         if torch.equal(expected, found[name]):
@@ -123,8 +128,22 @@ def _compare(
             difference = (expected.double() - found[name].double()).abs()
             largest = float(difference.nan_to_num(float("inf")).max())
             words += f", by at most {largest:.3g}"
+        return Difference(name, words, largest)
+    return None
+
+
+def _compare(
+    trial: str,
+    reference: dict[str, Tensor],
+    found: dict[str, Tensor],
+    initial_state: InitialState,
+) -> None:
+    """Raise CertificationError for the first value that differs."""
+    difference = compare_values(reference, found)
+    if difference is not None:
         raise CertificationError(
-            f"{trial}: {name} of the replay differs from the eager run's {initial_state.value}: "
-            f"{words}. The graph may not serve; run with --enforce-eager and report this.",
-            difference=largest,
+            f"{trial}: {difference.name} of the replay differs from the eager run's "
+            f"{initial_state.value}: {difference.words}. The graph may not serve; run with "
+            "--enforce-eager and report this.",
+            difference=difference.largest,
         )

@@ -30,7 +30,13 @@ from torch import Tensor
 from minisrv.certification.batches import BatchMaker, plain_batch, short_batch
 from minisrv.certification.compare import InitialState, certify
 from minisrv.certification.timing import TIMED_REPLAYS, step_time
-from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace, borrow_space
+from minisrv.certification.trial import (
+    GREEDY,
+    BufferedTrial,
+    StepTrial,
+    TrialSpace,
+    borrow_space,
+)
 from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
@@ -138,7 +144,7 @@ def build_graph(runner: ModelRunner, pool: BlockPool, key: GraphKey, turn: Turn)
 
 def _add_graph(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: Turn) -> None:
     with (
-        _Visit(runner, trial, generation, turn) as visit,
+        Visit(runner, trial, generation, turn) as visit,
         nullcontext() if visit.shares_memory else generation.backend.interrupted(visit.make_way),
     ):
         graph = certify(trial, partial(runner.capture, trial.key), between=visit.make_way)
@@ -174,9 +180,9 @@ def _compare_code(
 ) -> None:
     """Compare the eager run of the new generation with the one of the old. Raises
     CertificationError."""
-    with _Visit(runner, trial, old, turn):
+    with Visit(runner, trial, old, turn):
         expected = _log_probabilities(trial)
-    with _Visit(runner, trial, new, turn):
+    with Visit(runner, trial, new, turn):
         found = _log_probabilities(trial)
     dtype = runner.buffers.hidden.dtype
     if dtype is torch.float32:
@@ -244,7 +250,7 @@ def _time(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: T
     in which steps of requests have run is timed again once: on a GPU the host's time of these is
     not quite that by which they have delayed the trial."""
     for _ in range(2):
-        with _Visit(runner, trial, generation, turn) as visit:
+        with Visit(runner, trial, generation, turn) as visit:
             ms = trial.time(runner.graphs.get(trial.key)) - 1000 * visit.seconds_away
         if not visit.seconds_away:
             break
@@ -270,7 +276,7 @@ def _borrowed_space(
         pool.give_back(space.blocks)
 
 
-class _Visit(StepObserver):
+class Visit(StepObserver):
     """The block in which a trial runs by a generation, on the runner that serves.
 
     A new visit makes way first if the turn is over, and so does a run at each piece. If the graphs
@@ -284,7 +290,7 @@ class _Visit(StepObserver):
     """
 
     def __init__(
-        self, runner: ModelRunner, trial: StepTrial, generation: Generation, turn: Turn
+        self, runner: ModelRunner, trial: BufferedTrial, generation: Generation, turn: Turn
     ) -> None:
         self.seconds_away = 0.0
         self._runner = runner
@@ -295,7 +301,7 @@ class _Visit(StepObserver):
         self._here = ExitStack()
         self.shares_memory = generation.backend is runner.model_step.backend
 
-    def __enter__(self) -> _Visit:
+    def __enter__(self) -> Visit:
         if self._turn.is_over:
             self._turn.make_way()
         others = [each for each in self._runner.observers if each.is_told_of_trials]

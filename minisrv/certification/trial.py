@@ -127,7 +127,95 @@ def _everything(runner: ModelRunner) -> BatchLimits:
     return TrialSpace.of(runner, range(1, runner.num_blocks)).limits(runner)
 
 
-class StepTrial:
+class BufferedTrial:
+    """A step on the runner's own buffers and on request indices that no request has. It can make
+    way for steps of requests in the middle of a run.
+
+    space: the request indices, and blocks that no request has.
+    req_indices: [R] int64, those of the step's rows.
+    key: the mode and the padded shape of the stage that the trial is about.
+    is_replayed: whether its graph is being replayed.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, space: TrialSpace, key: GraphKey, req_indices: Tensor
+    ) -> None:
+        self.runner = runner
+        self.space = space
+        self.key = key
+        self.req_indices = req_indices
+        self.is_replayed = False
+        self._saved: list[Tensor] = []
+        self._unexpected: list[str] = []
+
+    def suspend(self, *others: Tensor) -> None:
+        """Leave the buffers as in a new server, so that steps of requests may run before `resume`,
+        even in the middle of a run.
+
+        others: other memory that these steps overwrite.
+        """
+        self._unexpected += true_of(self._changed_request_tensors())
+        self._saved = [tensor.clone() for tensor in (*self._buffers, *others)]
+        self._fill_buffers(poison=False)
+
+    def resume(self, *others: Tensor) -> None:
+        """Put back what the buffers and the other memory held at `suspend`."""
+        for tensor, saved in zip((*self._buffers, *others), self._saved, strict=True):
+            tensor.copy_(saved)
+        self._saved = []
+        self.runner.buffers.forget_last_step()
+        self._keep_request_tensors()
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        """All static buffers."""
+        model, found = self.runner.model, vars(self.runner.buffers).values()
+        return [model.qkv, model.attn_out, *(t for t in found if isinstance(t, Tensor))]
+
+    def clear(self) -> None:
+        """Leave the rows of the request indices and the buffers as in a new server."""
+        self._fill_buffers(poison=False)
+        self._fill_request_tensors(poison=False)
+
+    def _keep_request_tensors(self) -> None:
+        tensors = vars(self.runner.request_tensors)
+        self.tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def _changed_request_tensors(self) -> dict[str, Tensor]:
+        """Return where the tensors of the requests have changed since they were kept, except for
+        what the step writes for its own request indices."""
+        changed = {}
+        for name, tensor in vars(self.runner.request_tensors).items():
+            before = self.tensors_before[name]
+            if name in ("last_token", "next_position"):
+                before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
+            changed[f"{name} of a request index"] = before != tensor
+        return changed
+
+    def _fill_buffers(self, *, poison: bool) -> None:
+        buffers, model = self.runner.buffers, self.runner.model
+        for buffer in (model.qkv, model.attn_out, buffers.hidden, buffers.logits):
+            buffer.fill_(NAN if poison else 0.0)
+        buffers.bitmask.fill_(ALL)
+        buffers.logits_indices.fill_(buffers.sizes.max_num_tokens - 1 if poison else 0)
+        # Where there is padding the last request index belongs to nobody, so a stale row writes to
+        # a watched block.
+        buffers.req_indices.fill_(self.space.req_indices[-1] if poison else NULL_REQ_INDEX)
+        for name in ("input_ids", "positions", "slot_mapping", "block_table"):
+            getattr(buffers, name).fill_(1 if poison else 0)
+        buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
+        buffers.query_start_loc.fill_(buffers.sizes.max_num_tokens if poison else 0)
+        buffers.sampled_token_ids.fill_(0)
+
+    def _fill_request_tensors(self, *, poison: bool) -> None:
+        tensors, own = self.runner.request_tensors, self.space.req_indices
+        rows = slice(own.start, own.stop)
+        tensors.block_table[rows] = self.space.blocks[-1] if poison else NULL_BLOCK
+        tensors.last_token[rows] = 0
+        tensors.next_position[rows] = 0
+
+
+class StepTrial(BufferedTrial):
     """One stage of a step, at its padded shape, on request indices and blocks that no request has.
 
     For an epilogue, hidden states and masks are made by hand. An epilogue that follows the stage of
@@ -135,7 +223,6 @@ class StepTrial:
 
     Blocks other than those of the batch are watched, so that any write to them is found.
 
-    is_replayed: whether its graph is being replayed.
     full_batch_trial: the trial of a full batch in the same graph, which is replayed first for
         `InitialState.STALE`; without one, that initial state is left out.
     params: the sampling parameters of `SAMPLED_ROWS` rows, in turn; others are greedy.
@@ -156,9 +243,6 @@ class StepTrial:
         self.initial_states: Sequence[InitialState] = [
             state for state in InitialState if full_batch_trial or state is not InitialState.STALE
         ]
-        self.runner = runner
-        self.space = space
-        self.key = key
         self.full_batch_trial = full_batch_trial
         # All random choices depend on the batch only, so a trial can be repeated.
         draw = random.Random(repr(batch))
@@ -168,12 +252,10 @@ class StepTrial:
         watched_blocks = sorted({NULL_BLOCK, *blocks[: used + 1], blocks[-1]})
         self.watched_blocks = torch.tensor(watched_blocks, device=device)
         self._index_of = {block: index for index, block in enumerate(watched_blocks)}
-        self.is_replayed = False
-        self._saved: list[Tensor] = []
-        self._unexpected: list[str] = []
         ends = {row.req_index: row.num_computed_tokens + row.num_tokens for row in self.output.rows}
         starts = {row.req_index: row.num_computed_tokens for row in self.output.rows}
-        self.req_indices = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
+        req_indices = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
+        super().__init__(runner, space, key, req_indices)
         self.next_position = torch.tensor([*starts.values()], dtype=torch.int64, device=device)
         self.live_positions = self._positions(dict.fromkeys(ends, 0), ends)
         written = self._positions(starts, ends)
@@ -234,8 +316,8 @@ class StepTrial:
         """See `compare.Trial`."""
         poison, tensors = initial_state is InitialState.POISONED, self.runner.request_tensors
         if initial_state is not InitialState.STALE:
-            self._fill_buffers(poison)
-            self._fill_request_tensors(poison)
+            self._fill_buffers(poison=poison)
+            self._fill_request_tensors(poison=poison)
         else:
             assert self.full_batch_trial is not None, "there is no full batch to replay first"
             self.full_batch_trial.reset(InitialState.CLEAN)
@@ -258,28 +340,6 @@ class StepTrial:
         self.initial_cache = initial
         self._unexpected = []
         self._keep_request_tensors()
-
-    def _fill_buffers(self, poison: bool) -> None:
-        buffers, model = self.runner.buffers, self.runner.model
-        for buffer in (model.qkv, model.attn_out, buffers.hidden, buffers.logits):
-            buffer.fill_(NAN if poison else 0.0)
-        buffers.bitmask.fill_(ALL)
-        buffers.logits_indices.fill_(buffers.sizes.max_num_tokens - 1 if poison else 0)
-        # Where there is padding the last request index belongs to nobody, so a stale row writes to
-        # a watched block.
-        buffers.req_indices.fill_(self.space.req_indices[-1] if poison else NULL_REQ_INDEX)
-        for name in ("input_ids", "positions", "slot_mapping", "block_table"):
-            getattr(buffers, name).fill_(1 if poison else 0)
-        buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
-        buffers.query_start_loc.fill_(buffers.sizes.max_num_tokens if poison else 0)
-        buffers.sampled_token_ids.fill_(0)
-
-    def _fill_request_tensors(self, poison: bool) -> None:
-        tensors, own = self.runner.request_tensors, self.space.req_indices
-        rows = slice(own.start, own.stop)
-        tensors.block_table[rows] = self.watched_blocks[-1] if poison else NULL_BLOCK
-        tensors.last_token[rows] = 0
-        tensors.next_position[rows] = 0
 
     @torch.no_grad()
     def run(self, graph: CapturedGraph | None) -> None:
@@ -359,52 +419,10 @@ class StepTrial:
                 found != expected
             ).any()
         changed |= self._changed_request_tensors()
-        return [*self._unexpected, *_true(changed)]
-
-    def _keep_request_tensors(self) -> None:
-        tensors = vars(self.runner.request_tensors)
-        self.tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
-
-    def _changed_request_tensors(self) -> dict[str, Tensor]:
-        """Return where the tensors of the requests have changed since they were kept, except for
-        what the step writes for its own request indices."""
-        changed = {}
-        for name, tensor in vars(self.runner.request_tensors).items():
-            before = self.tensors_before[name]
-            if name in ("last_token", "next_position"):
-                before, tensor = (t.index_fill(0, self.req_indices, 0) for t in (before, tensor))
-            changed[f"{name} of a request index"] = before != tensor
-        return changed
-
-    # ---- between the steps of requests -------------------------------------------------------
-
-    def suspend(self, *others: Tensor) -> None:
-        """Leave the buffers as in a new server, so that steps of requests may run before `resume`,
-        even in the middle of a run.
-
-        others: other memory that these steps overwrite.
-        """
-        self._unexpected += _true(self._changed_request_tensors())
-        self._saved = [tensor.clone() for tensor in (*self._buffers, *others)]
-        self._fill_buffers(poison=False)
-
-    def resume(self, *others: Tensor) -> None:
-        """Put back what the buffers and the other memory held at `suspend`."""
-        for tensor, saved in zip((*self._buffers, *others), self._saved, strict=True):
-            tensor.copy_(saved)
-        self._saved = []
-        self.runner.buffers.forget_last_step()
-        self._keep_request_tensors()
-
-    @property
-    def _buffers(self) -> list[Tensor]:
-        """All static buffers."""
-        model, found = self.runner.model, vars(self.runner.buffers).values()
-        return [model.qkv, model.attn_out, *(t for t in found if isinstance(t, Tensor))]
+        return [*self._unexpected, *true_of(changed)]
 
     def clear(self) -> None:
-        """Leave the rows of the request indices and the buffers as in a new server, with no poison
-        in the cache."""
+        """See `BufferedTrial`. No poison stays in the cache either."""
         self.reset(InitialState.CLEAN)
         self._fill_request_tensors(poison=False)
         self.runner.buffers.bitmask.fill_(ALL)
@@ -415,7 +433,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
-def _true(flags: dict[str, Tensor]) -> list[str]:
+def true_of(flags: dict[str, Tensor]) -> list[str]:
     """Return the names of the tensors of which any element is true."""
     found = torch.stack([flag.any() for flag in flags.values()]).tolist()
     return [name for name, flag in zip(flags, found, strict=True) if flag]

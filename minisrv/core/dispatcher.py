@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from minisrv.core.graph_times import StepTime, cheapest
 from minisrv.core.ladder import Ladders, decode_descriptor, pad_to_capture_size
+from minisrv.core.stand_ins import stand_ins, unpadded
 from minisrv.modes import (
     BatchDescriptor,
     CUDAGraphMode,
@@ -81,7 +82,7 @@ class Dispatcher:
     def use_graphs(self, in_service: Collection[GraphKey]) -> None:
         """Choose among the graphs with these keys from the next batch on (see the class)."""
         self.in_service = frozenset(in_service)
-        self._stand_ins = _stand_ins(self.ladders.keys(), self.in_service)
+        self._stand_ins = stand_ins(self.ladders.keys(), self.in_service)
         self.use_times(self._times)
 
     def stand_in(self, key: GraphKey) -> GraphKey:
@@ -124,7 +125,7 @@ class Dispatcher:
         missing: tuple[GraphKey, ...] = ()
         if (stand_in := self._stand_ins.get(found.key)) is not None:
             missing = (found.key,)
-            found = Dispatch(*stand_in, Reason.SIZE_MISSING)
+            found = Dispatch(*unpadded(stand_in, num_tokens), Reason.SIZE_MISSING)
         better = self._cheaper.get(found.key)
         if better is not None:
             found = Dispatch(*better, Reason.CHEAPER)
@@ -133,7 +134,7 @@ class Dispatcher:
         epilogue = self.ladders.epilogue_key(num_reqs, needs_logits=needs_logits)
         if (stand_in := self._stand_ins.get(epilogue)) is not None:
             missing = (*missing, epilogue)
-            epilogue = stand_in
+            epilogue = unpadded(stand_in, num_reqs)
         return replace(found, epilogue=epilogue, missing=missing)
 
     def _static_choice(
@@ -161,20 +162,3 @@ class Dispatcher:
         else:
             reason = Reason.NO_MIXED_GRAPH
         return Dispatch(CUDAGraphMode.NONE, BatchDescriptor(num_tokens), reason)
-
-
-def _stand_ins(
-    keys: Collection[GraphKey], in_service: Collection[GraphKey]
-) -> dict[GraphKey, GraphKey]:
-    """Return, for each key that is not in service, the key of the next larger graph of its kind
-    that is."""
-    found: dict[GraphKey, GraphKey] = {}
-    next_larger: dict[tuple[Stage, bool, StageOutput], GraphKey] = {}
-    for key in sorted(keys, key=lambda key: key[1].num_tokens, reverse=True):
-        kind = (key[1].stage, key[1].uniform_decode, key[1].output)
-        if key in in_service:
-            next_larger[kind] = key
-        else:
-            assert kind in next_larger, "the largest graph of each kind is in service"
-            found[key] = next_larger[kind]
-    return found

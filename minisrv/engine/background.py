@@ -110,9 +110,12 @@ class Background:
         self._unfinished: Work | None = None
         self._next_turn = 0.0
 
-    def add(self, work: Work) -> None:
-        """Add a work. It has a turn where those that were added before it wait."""
-        self._works.append(work)
+    def add(self, work: Work, *, first: bool = False) -> None:
+        """Add a work. It has a turn where those that were added before it wait.
+
+        first: whether it goes before these.
+        """
+        self._works.insert(0 if first else len(self._works), work)
 
     @property
     def has_work(self) -> bool:

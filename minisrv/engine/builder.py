@@ -43,6 +43,7 @@ from minisrv.engine.refit import LadderRefit
 from minisrv.engine.sleep import Sleeper
 from minisrv.engine.step_costs import StepCosts
 from minisrv.engine.step_trace import StepTrace
+from minisrv.engine.verification import Verification
 from minisrv.errors import ConfigError, CrashError
 from minisrv.kernels.gpu import gpu_of
 from minisrv.machine import missing_to_compile
@@ -75,6 +76,7 @@ class EngineParts:
     background: the work between steps.
     compilation: the way of compiled code into service.
     filling: the way of graphs into service that are not captured before the engine is ready.
+    verification: what runs steps of requests again, to find graphs that are wrong.
     kernels: what decides which kernels the engine launches.
     sleeper: what puts the engine to sleep.
     batches: counts the steps by the sizes of their batches.
@@ -94,6 +96,7 @@ class EngineParts:
     background: Background
     compilation: Compilation
     filling: LadderFilling
+    verification: Verification
     kernels: KernelJob
     sleeper: Sleeper
     batches: BatchCounter
@@ -312,6 +315,9 @@ def build_engine(
         eos_token_ids=checkpoint.generation.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    verification = Verification(
+        config.verify_graphs, background, runner, scheduler, filling.quarantine
+    )
     info = EngineInfo(
         # If the cache is smaller than the context, it is the limit for requests.
         max_model_len=min(context, scheduler.block_pool.capacity),
@@ -370,6 +376,7 @@ def build_engine(
         background=background,
         compilation=compilation,
         filling=filling,
+        verification=verification,
         kernels=kernels,
         sleeper=sleeper,
         batches=batches,

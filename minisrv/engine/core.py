@@ -60,6 +60,7 @@ class EngineCore:
         self.background = parts.background
         self.compilation = parts.compilation
         self.filling = parts.filling
+        self.verification = parts.verification
         self.observers = parts.runner.observers
         self.sleeper = parts.sleeper
         self._grammars = parts.grammars
@@ -154,14 +155,15 @@ class EngineCore:
 
     def _step(self) -> list[EngineOutput]:
         self._lap(StepPart.REST)
-        failed = self._queue_compiled() if self._grammars.compiling else []
+        failed = [self._end_with_error(*spoilt) for spoilt in self.verification.take_failures()]
+        failed += self._queue_compiled() if self._grammars.compiling else []
         while len(self._in_flight) <= self._steps_ahead and not self._masks_pending:
             output = self.scheduler.schedule()
             self._lap(StepPart.SCHEDULE)
             if output is None:
                 break
             self._launch(output)
-        self._runs = bool(self._in_flight)
+        self._runs = bool(self._in_flight) and not self.verification.is_pending
         if not self._runs:
             if self._grammars.compiling and not failed:
                 self._grammars.wait(GRAMMAR_SECONDS)
@@ -281,4 +283,5 @@ class EngineCore:
             sleep=self.sleeper.report,
             ladder=self.filling.report,
             longest_turn_seconds=self.background.longest_turn,
+            verified_steps=self.verification.counts,
         )

@@ -29,6 +29,7 @@ from minisrv.engine.memory import mebibytes
 from minisrv.engine.messages import LadderReport, RefitReport
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import MinisrvError
+from minisrv.graph.captured import CapturedGraph
 from minisrv.modes import GraphKey, Stage, StageOutput
 from minisrv.runner.generation import Generation
 from minisrv.runner.model_runner import ModelRunner
@@ -68,6 +69,8 @@ class LadderFilling:
         self._has_room = has_room
         self._refused: dict[str, str] = {}
         self._refit = RefitReport()
+        self._quarantined: dict[str, str] = {}
+        self._withdrawn: list[CapturedGraph] = []
         self._stopped = ""
         self._paused_at = -math.inf
         self._num_at_start = len(runner.graphs)
@@ -104,6 +107,24 @@ class LadderFilling:
         """Say that other ladders serve now, all of whose graphs are there."""
         self._refused = {}
         self.tell(refit)
+
+    def quarantine(self, key: GraphKey, why: str) -> None:
+        """Take a graph out of service that has served, for as long as the engine runs.
+
+        why: what it did wrong, as a sentence.
+        """
+        # A step may still be running by it, and on a GPU graphs share a library's workspace.
+        self._withdrawn.append(self._runner.graphs[key])
+        self._costs.remove(key)
+        self._runner.remove(key)
+        self._quarantined[_name(key)] = why
+        self.report = self._describe()
+        logger.error(
+            "the graph %s is out of service, because it was wrong: %s Its batches run by the next "
+            "graph that holds them; please report this.",
+            _name(key),
+            why,
+        )
 
     def _until_interrupted(self) -> Work:
         """Do the work, which Ctrl-C in one of its turns ends."""
@@ -199,6 +220,7 @@ class LadderFilling:
             mixed=sizes(Stage.MODEL, decode=False, output=StageOutput.HIDDEN),
             epilogues=sizes(Stage.EPILOGUE, decode=True, output=StageOutput.TOKENS),
             refused=dict(self._refused),
+            quarantined=dict(self._quarantined),
             stopped=self._stopped,
             refit=self._refit,
         )

@@ -18,7 +18,8 @@ from minisrv.runner.model_runner import ModelRunner
 
 def predicted_bytes(keys: Collection[GraphKey], captured: Mapping[GraphKey, CapturedGraph]) -> int:
     """Return the number of bytes that graphs may take: each no more than the next larger one of its
-    kind that is captured, or than one of its size, or a piece of the driver's memory."""
+    kind that is captured, or than one of its size, or a piece of the driver's memory. A larger one
+    may have been taken out of service."""
 
     def bytes_of(key: GraphKey) -> int:
         mode, own = key
@@ -29,7 +30,7 @@ def predicted_bytes(keys: Collection[GraphKey], captured: Mapping[GraphKey, Capt
             == (mode, own.stage, own.query_len, own.output)
             and other.num_tokens >= own.num_tokens
         ]
-        return max(DRIVER_BYTES, min(alike)[1])
+        return max(DRIVER_BYTES, min(alike)[1] if alike else 0)
 
     return sum(map(bytes_of, keys))
 

@@ -194,6 +194,8 @@ class LadderReport(msgspec.Struct, frozen=True):
     mixed: the numbers of tokens for whose mixed batches there are graphs, ascending.
     epilogues: the numbers of requests for whose epilogues there are graphs, ascending.
     refused: the graphs that may not serve, and why.
+    quarantined: the graphs that were taken out of service because a step by them differed from its
+        eager run, and how.
     stopped: why the missing graphs are not captured, at least for now; empty if they are.
     refit: whether other sizes would fit the batches that come.
     """
@@ -204,6 +206,7 @@ class LadderReport(msgspec.Struct, frozen=True):
     mixed: tuple[int, ...] = ()
     epilogues: tuple[int, ...] = ()
     refused: dict[str, str] = {}
+    quarantined: dict[str, str] = {}
     stopped: str = ""
     refit: RefitReport = RefitReport()
 
@@ -215,7 +218,8 @@ class LadderReport(msgspec.Struct, frozen=True):
     @property
     def missing(self) -> int:
         """The number of graphs that come into service; 0 while they are stopped."""
-        return 0 if self.stopped else self.total - self.graphs - len(self.refused)
+        never = len(self.refused) + len(self.quarantined)
+        return 0 if self.stopped else self.total - self.graphs - never
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -366,6 +370,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     step_time_errors: the relative differences between predicted and measured times of steps.
     tokens_of_steps: the numbers of real tokens of steps.
     longest_turn_seconds: the longest time for which work between two steps has made requests wait.
+    verified_steps: the number of steps that were recorded to be run again eagerly, by what became
+        of that (`verification`).
     """
 
     running: int = 0
@@ -393,6 +399,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     sleep: SleepReport = SleepReport()
     ladder: LadderReport = LadderReport()
     longest_turn_seconds: float = 0.0
+    verified_steps: dict[str, int] = {}
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -122,6 +122,11 @@ class StepCosts:
             self.dispatcher.use_graphs({*self.dispatcher.in_service, key})
             self._keys = {}
 
+    def remove(self, key: GraphKey) -> None:
+        """Let the dispatcher choose a graph no more."""
+        self.dispatcher.use_graphs(self.dispatcher.in_service - {key})
+        self._keys = {}
+
     def use_times(self, times: Mapping[GraphKey, StepTime]) -> None:
         """Choose by the durations of the `timed_keys` of other code, which has taken over. If
         anything fails, all choices are as before."""

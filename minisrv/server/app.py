@@ -365,6 +365,7 @@ def _add_operation_routes(
                 mixed=ladder.mixed,
                 epilogues=ladder.epilogues,
                 refused=ladder.refused,
+                quarantined=ladder.quarantined,
                 stopped=ladder.stopped,
             )
             return JSON(ReadyResponse(state, compilation=serving, graphs=graphs))

@@ -478,6 +478,13 @@ class ServingGraphs(Body):
     refused: Annotated[
         dict[str, str], Meta(description="Graphs that failed their certification, and why.")
     ]
+    quarantined: Annotated[
+        dict[str, str],
+        Meta(
+            description="Graphs that were taken out of service because a step by them differed "
+            "from its eager run, and how it did."
+        ),
+    ]
     stopped: Annotated[
         str, Meta(description="Why no more graphs are captured; empty if they are, or all serve.")
     ]

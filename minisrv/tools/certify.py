@@ -17,33 +17,44 @@ from rich.console import Console
 from rich.table import Table
 
 from minisrv import __version__
+from minisrv.certification.faults import Fault, break_graph
 from minisrv.certification.sweep import GraphReport, sweep
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import ladders_of
 from minisrv.engine.builder import build_engine
 from minisrv.engine.platforms import platform_of
 from minisrv.errors import ConfigError
+from minisrv.modes import Stage, StageOutput
 from minisrv.progress import StartupProgress
+from minisrv.runner.model_runner import ModelRunner
 
 
 @dataclass(frozen=True)
 class Report:
-    """The content of the JSON file. A difference that is not a number (NaN) is null there."""
+    """The content of the JSON file. A difference that is not a number (NaN) is null there.
+
+    broken: the fault of a graph that was broken on purpose; None if none was.
+    """
 
     minisrv: str
     torch: str
     platform: str
     config: EngineConfig
+    broken: Fault | None
     seconds: float
     passed: bool
     graphs: list[GraphReport]
 
 
-def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
+def run_certify(
+    config: EngineConfig, json_path: Path | None = None, fault: Fault | None = None
+) -> int:
     """Start the engine, certify all its graphs, and print the report. Returns the exit status: 1 if
     a graph failed, or else 0.
 
     json_path: a file to which the report is written too, or None.
+    fault: how one graph is broken on purpose before that: the largest of pure decode, or else of
+        mixed batches. None for no fault.
     Raises the errors of start-up (ConfigError, ModelError, GraphError), and ConfigError if there
     are no graphs or the file cannot be written.
     """
@@ -59,6 +70,7 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
         # Steps that nobody will serve need not be timed.
         untimed = replace(config, itl_target_ms=0.0, cudagraph_capture="whole")
         engine = build_engine(untimed, progress, check_addresses=True)
+        broken = None if fault is None else _break(engine.runner, fault)
         start = time.perf_counter()
         graphs = sweep(
             engine.runner,
@@ -69,13 +81,14 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
     finally:
         progress.close()
     passed = not any(graph.failures for graph in graphs)
-    _print(graphs, seconds, passed)
+    _print(graphs, seconds, passed, broken)
     if json_path is not None:
         report = Report(
             minisrv=__version__,
             torch=str(torch.__version__),
             platform=platform.platform(),
             config=config,
+            broken=fault,
             seconds=round(seconds, 1),
             passed=passed,
             graphs=graphs,
@@ -87,8 +100,18 @@ def run_certify(config: EngineConfig, json_path: Path | None = None) -> int:
     return 0 if passed else 1
 
 
-def _print(graphs: list[GraphReport], seconds: float, passed: bool) -> None:
+def _break(runner: ModelRunner, fault: Fault) -> str:
+    """Break one graph that has passed its certification at start-up, and return what was done."""
+    keys = [key for key in runner.ladders.keys() if key[1].stage is Stage.MODEL]  # noqa: SIM118
+    mode, key = next((key for key in keys if key[1].output is StageOutput.TOKENS), keys[0])
+    break_graph(runner, (mode, key), fault)
+    return f"BROKEN ON PURPOSE ({fault.value}): {mode.name} {key.num_tokens} {key.output.name}"
+
+
+def _print(graphs: list[GraphReport], seconds: float, passed: bool, broken: str | None) -> None:
     console = Console()
+    if broken is not None:
+        console.print(broken, style="bold", markup=False, highlight=False)
     table = Table("graph", "trials", "largest difference", "verdict")
     for graph in graphs:
         verdict = f"{len(graph.failures)} FAILED" if graph.failures else "passed"

@@ -247,7 +247,7 @@ def test_an_error_beside_the_capture_refuses_the_graph_and_the_server_goes_on(
     expected, _ = serve(start(checkpoint, cudagraph_mode=CUDAGraphMode.NONE), count=12)
     engine = start(checkpoint)
     key = (FULL, decode_descriptor(4, StageOutput.TOKENS))
-    stand_ins, calls = dispatcher._stand_ins, [0]
+    stand_ins, calls = dispatcher.stand_ins, [0]
 
     def fails_for_one(keys: Any, in_service: Any) -> Any:
         if key in in_service:
@@ -263,7 +263,7 @@ def test_an_error_beside_the_capture_refuses_the_graph_and_the_server_goes_on(
     if where == "room":
         monkeypatch.setattr(engine.filling, "_has_room", fails_once)
     else:
-        monkeypatch.setattr(dispatcher, "_stand_ins", fails_for_one)
+        monkeypatch.setattr(dispatcher, "stand_ins", fails_for_one)
     found, _ = serve(engine, count=12)
     fill(engine)
     assert found == expected

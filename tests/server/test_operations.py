@@ -154,8 +154,12 @@ async def test_ready_says_which_graphs_serve(connect: Connect) -> None:
         "mixed": [1, 16],
         "epilogues": [8],
         "refused": {"FULL decode 2 TOKENS": "it differs."},
+        "quarantined": {},
         "stopped": "",
     }
+    engine.info = replace(INFO, ladder=replace(ladder, quarantined={"FULL decode 1 TOKENS": "no."}))
+    graphs = (await get(engine, connect, "/ready")).json()["graphs"]
+    assert (graphs["missing"], graphs["quarantined"]) == (2, {"FULL decode 1 TOKENS": "no."})
     engine.info = replace(INFO, ladder=replace(ladder, stopped="the memory is full."))
     assert (await get(engine, connect, "/ready")).json()["graphs"]["missing"] == 0
 

@@ -165,6 +165,7 @@ def run_bench(config: EngineConfig, settings: BenchConfig, progress: Progress) -
         compile_wait=True,
         cudagraph_capture="whole",
         itl_target_ms=0.0,
+        verify_graphs=0.0,
     )
     compiled = mode is not CompilationMode.NONE
     if config.cudagraph_mode is NONE and not compiled:

@@ -1,0 +1,296 @@
+"""Steps are verified while an engine serves: a graph that is broken in service is found by the
+first step that it spoils, and a right one never is."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv.certification import shadow
+from minisrv.certification.faults import Fault, break_graph
+from minisrv.core.ladder import decode_descriptor, epilogue_descriptor
+from minisrv.engine import background
+from minisrv.engine.core import EngineCore
+from minisrv.modes import CUDAGraphMode, GraphKey, StageOutput
+from minisrv.request import EngineRequest, SamplingParams, StructuredOutput, StructuredOutputKind
+from minisrv.runner.model_runner import ModelRunner
+from tests.checkpoints import make_checkpoint
+from tests.runner.stepping import BOTH, Model, start
+
+FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+DECODE_8 = (FULL, decode_descriptor(8, StageOutput.TOKENS))
+EPILOGUES = [(FULL, epilogue_descriptor(size, StageOutput.TOKENS)) for size in (1, 2, 4, 8)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+def request(name: str, prompt: list[int], max_tokens: int, **params: Any) -> EngineRequest:
+    params = {"temperature": 0.0, "ignore_eos": True, **params}
+    asked = SamplingParams(max_tokens=max_tokens, **params)
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=asked)
+
+
+def decodes() -> list[EngineRequest]:
+    """Six requests that decode in a graph for eight. The first, which has request index 1, ends
+    before the others, so that a stale tail and padding of index 1 are not its own."""
+    first = request("0", [10, 11], 4)
+    return [first, *(request(str(n), [10 + n, 11 + n], 9, seed=n) for n in range(1, 6))]
+
+
+def prefills() -> list[EngineRequest]:
+    """A request whose prompt fills a graph for eight tokens, and one whose prompt runs beside its
+    first decode and leaves padding there."""
+    return [request("long", [*range(20, 28)], 7), request("late", [30, 31, 32, 33, 34], 5)]
+
+
+def run(
+    engine: EngineCore, requests: list[EngineRequest], *, apart: bool = False
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Run requests to their ends, and return the tokens and the errors by request.
+
+    apart: whether each comes when the one before has its first token.
+    """
+    tokens: dict[str, list[int]] = {each.request_id: [] for each in requests}
+    errors: dict[str, str] = {}
+    waiting = requests[::-1]
+    while waiting or engine.has_work:
+        while waiting and (not apart or all_begun(tokens, waiting)):
+            engine.add(waiting.pop())
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            if output.error is not None:
+                errors[output.request_id] = output.error.kind
+        engine.advance_background()
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.block_pool.num_used == 0
+    return tokens, errors
+
+
+def all_begun(tokens: dict[str, list[int]], waiting: list[EngineRequest]) -> bool:
+    names = {each.request_id for each in waiting}
+    return all(found for name, found in tokens.items() if name not in names)
+
+
+def wrong_constant(runner: ModelRunner, key: GraphKey) -> None:
+    """Capture a graph again with another epsilon in its last norm: an argument of a kernel that
+    the graph keeps."""
+    norm = runner.model.norm
+    right, norm.eps = norm.eps, 0.01
+    try:
+        runner.install(key, runner.capture(key))
+    finally:
+        norm.eps = right
+
+
+def breaks_by(fault: Fault) -> Callable[[ModelRunner, GraphKey], None]:
+    return lambda runner, key: break_graph(runner, key, fault)
+
+
+BREAKERS = {fault.value: breaks_by(fault) for fault in Fault} | {"constant": wrong_constant}
+
+
+def check_that_it_is_found(
+    engine: EngineCore,
+    serve: Callable[[], tuple[dict[str, list[int]], dict[str, str]]],
+    key: GraphKey,
+    breaker: Callable[[ModelRunner, GraphKey], None],
+) -> None:
+    """Break a graph of an engine, and check that no token that it spoils is sent, that everybody
+    who ran is told, and that the requests that come later get the right tokens."""
+    expected, none = serve()
+    assert not none
+    quarantined = engine.describe().ladder.quarantined.keys()
+    breaker(engine.runner, key)
+    found, errors = serve()
+    assert set(errors.values()) == {"GraphQuarantinedError"}
+    assert all(expected[name][: len(tokens)] == tokens for name, tokens in found.items())
+    assert {name for name in found if found[name] != expected[name]} == errors.keys()
+    assert engine.describe().ladder.quarantined.keys() > quarantined
+    assert key not in engine.runner.graphs
+    assert key not in engine.dispatcher.in_service
+    # Other sizes round differently, so only whether they are served is compared, not the tokens.
+    again, errors = serve()
+    assert not errors
+    assert again.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("mode", BOTH)
+@pytest.mark.parametrize("breaker", BREAKERS.values(), ids=BREAKERS)
+def test_a_graph_that_is_broken_in_service_is_found(
+    checkpoint: str, device: str, mode: CUDAGraphMode, ahead: bool, breaker: Any
+) -> None:
+    """Both a graph for decode and one for mixed batches, one after the other."""
+    model = Model(checkpoint, device, mode)
+    engine = start(model, verify_graphs=1.0, async_scheduling=ahead)
+    check_that_it_is_found(engine, lambda: run(engine, decodes()), DECODE_8, breaker)
+    mixed = engine.runner.ladders.mixed_key(8)
+    check_that_it_is_found(engine, lambda: run(engine, prefills(), apart=True), mixed, breaker)
+    assert engine.verification.counts["disagreed"] == 2
+    assert engine.verification.counts.keys() == {"agreed", "disagreed"}
+    assert engine.stats().verified_steps == engine.verification.counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_epilogue_that_is_broken_in_service_is_found(
+    checkpoint: str, device: str, ahead: bool
+) -> None:
+    """It is blamed alone, where the model before it gave the same."""
+    engine = start(Model(checkpoint, device), verify_graphs=1.0, async_scheduling=ahead)
+    expected, _ = run(engine, decodes())
+    break_graph(engine.runner, EPILOGUES[-1], Fault.ADDRESS_DRIFT)
+    tokens, errors = run(engine, decodes())
+    assert errors.keys() == tokens.keys()
+    assert not any(tokens.values())
+    (name, why), *others = engine.describe().ladder.quarantined.items()
+    assert (name, others) == ("FULL epilogue 8 TOKENS", [])
+    assert "tokens differ from the eager run's" in why
+    # The first step of all has no epilogue in a graph now, and its tokens are the same.
+    assert run(engine, decodes()) == (expected, {})
+
+
+def test_requests_that_have_had_no_step_go_on(checkpoint: str) -> None:
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
+    break_graph(engine.runner, DECODE_8, Fault.ADDRESS_DRIFT)
+    more = [request(f"more{n}", [40 + n, 41], 3) for n in range(6)]
+    tokens, errors = run(engine, [*(request(str(n), [10 + n, 11], 3) for n in range(8)), *more])
+    assert errors.keys() == {str(n) for n in range(8)}
+    assert {name: len(found) for name, found in tokens.items() if name not in errors} == (
+        dict.fromkeys((each.request_id for each in more), 3)
+    )
+
+
+def test_what_a_wrong_graph_has_cached_is_forgotten(checkpoint: str) -> None:
+    """The wrong step fills a block, which a later prompt would have found in the prefix cache."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
+    run(engine, [request("first", [*range(10, 22)], 2)])
+    assert engine.scheduler.block_pool._hash_of
+    break_graph(engine.runner, DECODE_8, Fault.ADDRESS_DRIFT)
+    run(engine, decodes())
+    assert not engine.scheduler.block_pool._hash_of
+
+
+def test_without_free_blocks_a_step_is_not_verified(checkpoint: str) -> None:
+    """The requests have all blocks, and none is taken from them."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0, num_kv_blocks=9, max_num_seqs=2)
+    _, errors = run(engine, [request("0", [*range(10, 24)], 2), request("1", [*range(24, 38)], 2)])
+    assert not errors
+    assert engine.verification.counts["skipped"] > 0
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_verification_that_fails_ends_nothing(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("there is no more")
+
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
+    expected, _ = run(engine, decodes())
+    monkeypatch.setattr(shadow.ShadowTrial, "run", fails)
+    assert run(engine, decodes()) == (expected, {})
+    assert engine.verification.counts["failed"] > 5
+    assert caplog.text.count("could not be verified") == 1
+
+
+def test_a_share_of_the_steps_is_verified(checkpoint: str) -> None:
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=0.1)
+    for turn in range(12):
+        run(engine, [request(str(turn), [turn, 2], 40)])
+    assert 20 < engine.verification.counts["agreed"] < 90
+
+
+# ---- right graphs --------------------------------------------------------------------------------
+
+
+def traffic(seed: int) -> Iterator[EngineRequest]:
+    """Requests of all kinds: prompts with common beginnings, of one token and longer than a step,
+    sampled and greedy, with log-probabilities, penalties and grammars."""
+    draw = random.Random(seed)
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}})
+    for index in range(1_000_000):
+        kind = draw.randrange(6)
+        params: dict[str, Any] = {"ignore_eos": True, "max_tokens": draw.randint(1, 24)}
+        if kind in (1, 2):
+            params |= {"temperature": 1.1, "seed": index, "top_k": 50}
+        else:
+            params |= {"temperature": 0.0}
+        if kind == 2:
+            params |= {"repetition_penalty": 1.2, "presence_penalty": 0.4}
+        if kind == 3:
+            params |= {"logprobs": 2}
+        grammar = None
+        if kind == 4:
+            grammar = StructuredOutput(kind=StructuredOutputKind.JSON_SCHEMA, text=schema)
+            params["ignore_eos"] = False
+        common = [5, 6, 7, 8, 9, 10, 11, 12][: draw.choice((0, 0, 4, 8))]
+        own = [draw.randrange(3, 300) for _ in range(draw.choice((1, 2, 5, 12, 25)))]
+        yield EngineRequest(
+            request_id=str(index),
+            prompt_token_ids=[*common, *own],
+            params=SamplingParams(**params),
+            structured_output=grammar,
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("mode", "ahead", "turn"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, False, 1.0),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, True, 0.0),  # makes way wherever it can
+        (CUDAGraphMode.FULL, True, 1.0),
+        (CUDAGraphMode.FULL, False, 0.0),
+        (CUDAGraphMode.PIECEWISE, True, 1.0),
+        (CUDAGraphMode.FULL_DECODE_ONLY, True, 1.0),
+    ],
+)
+def test_right_steps_agree(
+    checkpoint: str,
+    device: str,
+    mode: CUDAGraphMode,
+    ahead: bool,
+    turn: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2,000 steps in all, with preemptions, prefix hits, grammars and aborts."""
+    monkeypatch.setattr(background, "TURN", turn)
+    engine = start(
+        Model(checkpoint, device, mode), verify_graphs=1.0, async_scheduling=ahead, num_kv_blocks=40
+    )
+    requests, draw, counts = traffic(int(ahead)), random.Random(1), engine.verification.counts
+    open_requests: list[str] = []
+    while sum(counts.values()) < 340:
+        while len(open_requests) < 12 and engine.has_room:
+            new = next(requests)
+            engine.add(new)
+            open_requests.append(new.request_id)
+        for output in engine.step():
+            assert output.error is None
+            if output.finish_reason is not None:
+                open_requests.remove(output.request_id)
+        if draw.random() < 0.01:
+            engine.abort(open_requests.pop(draw.randrange(len(open_requests))))
+        engine.advance_background()
+    assert counts.get("agreed", 0) > 250, counts
+    assert counts.keys() <= {"agreed", "skipped"}
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.prefix_cache_hits > 0
+    for name in open_requests:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+        engine.advance_background()
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.block_pool.num_used == 0
