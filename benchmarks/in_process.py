@@ -65,6 +65,7 @@ def run(
         ended = sum(output.finish_reason is not None for output in engine.step())
         for request in islice(waiting, ended):
             engine.add(request)
+        engine.advance_background()
     seconds = time.perf_counter() - began
     after = engine.stats()
     tokens = after.generated_tokens - before.generated_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -355,6 +356,39 @@ def _missing(dispatcher: Dispatcher, ladders: Ladders) -> set[GraphKey]:
             assert found.reason is (Reason.SIZE_MISSING if is_missing else best.reason)
             missing |= set(found.missing)
     return missing
+
+
+@pytest.mark.parametrize("mode", [m for m in CUDAGraphMode if m is not NONE])
+def test_batches_run_whichever_graphs_are_taken_out_of_service(mode: CUDAGraphMode) -> None:
+    """Whatever is left in service, a batch runs by a graph that holds it, or eagerly and then
+    without padding; a graph of its kind goes before one for mixed batches."""
+    ladders = build_ladders(mode, 12, 24)
+    keys, draw = ladders.keys(), random.Random(mode.value)
+    for _ in range(60):
+        left = set(draw.sample(keys, draw.randint(0, len(keys))))
+        dispatcher = Dispatcher(ladders, in_service=left)
+        for count in range(1, 13):
+            for query_len, logits in ((1, False), (1, True), (None, False)):
+                tokens = count if query_len else 2 * count
+                found = dispatcher.dispatch(tokens, count, query_len=query_len, needs_logits=logits)
+                for runtime, key in found.stages:
+                    size = count if key.stage is Stage.EPILOGUE else tokens
+                    if runtime is NONE:
+                        assert key.num_tokens == size
+                    else:
+                        assert (runtime, key) in left
+                        assert key.num_tokens >= size
+                assert (found.reason is Reason.SIZE_MISSING) <= bool(found.missing)
+                own = [k for m, k in left if k.stage is Stage.MODEL and k.uniform_decode]
+                output = StageOutput.HIDDEN if logits else StageOutput.TOKENS
+                if query_len and any(k.num_tokens >= count and k.output is output for k in own):
+                    assert found.descriptor.uniform_decode
+                if found.mode is NONE and ladders.mixed and tokens <= ladders.mixed[-1]:
+                    assert not any(
+                        k.num_tokens >= tokens
+                        for _, k in left
+                        if k.stage is Stage.MODEL and not k.uniform_decode
+                    )
 
 
 def test_the_covering_ladders_of_the_defaults():
