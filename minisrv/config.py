@@ -208,6 +208,15 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class KVEventsConfig:
+    """Where the events of the prefix cache are published; see `ServerConfig`."""
+
+    endpoint: str
+    replay_endpoint: str | None
+    topic: str
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The settings of the HTTP server.
 
@@ -249,6 +258,13 @@ class ServerConfig:
     disable_uvicorn_access_log: do not log a line for each request.
     metrics_names: whose names the metrics at /metrics have: minisrv's, those of vLLM, for
         dashboards, autoscalers and routers that read a vLLM server, or both.
+    kv_events_endpoint: publish what enters and leaves the prefix cache, with its token ids, over
+        zmq in vLLM's format: tcp://*:5557 waits at that port for subscribers, tcp://host:5557
+        connects to one. Whoever can reach the port can read the prompts. By default nothing is
+        published.
+    kv_events_replay_endpoint: a zmq endpoint such as tcp://*:5558 at which subscribers can ask for
+        events that they have missed.
+    kv_events_topic: the topic under which these events are published.
     Raises ConfigError.
     """
 
@@ -273,6 +289,9 @@ class ServerConfig:
     disable_log_stats: bool = False
     disable_uvicorn_access_log: bool = False
     metrics_names: str = _setting("minisrv", choices=METRICS_NAMES)
+    kv_events_endpoint: str | None = None
+    kv_events_replay_endpoint: str | None = None
+    kv_events_topic: str = ""
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -286,11 +305,27 @@ class ServerConfig:
                     f"allowed_hosts={name!r} is not allowed; write a name such as "
                     "models.example.org, without scheme and port, an IP address, or * for any."
                 )
+        if self.kv_events_endpoint is None and (
+            self.kv_events_replay_endpoint is not None or self.kv_events_topic
+        ):
+            raise ConfigError(
+                "kv_events_replay_endpoint and kv_events_topic are only allowed with "
+                "kv_events_endpoint."
+            )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile are only allowed together.")
         if not self.host:
             # An empty host would mean all addresses, and comes from a variable that is not set.
             raise ConfigError("host is empty; write 0.0.0.0 to listen on all addresses.")
+
+    @property
+    def kv_events(self) -> KVEventsConfig | None:
+        """Where the events of the prefix cache are published; None if they are not."""
+        if self.kv_events_endpoint is None:
+            return None
+        return KVEventsConfig(
+            self.kv_events_endpoint, self.kv_events_replay_endpoint, self.kv_events_topic
+        )
 
 
 @dataclass(frozen=True)

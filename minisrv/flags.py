@@ -203,6 +203,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     flags.add("ssl_certfile", "ssl_keyfile")
     flags.group("log and metrics")
     flags.add("disable_log_stats", "disable_uvicorn_access_log", "metrics_names")
+    flags.group("events of the prefix cache")
+    flags.add("kv_events_endpoint", "kv_events_replay_endpoint", "kv_events_topic")
 
 
 # ---- how values are parsed -----------------------------------------------------------------------

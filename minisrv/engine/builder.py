@@ -27,6 +27,7 @@ from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher
 from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
+from minisrv.core.kv_events import RecordingBlockPool, RecordingScheduler
 from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.core.scheduler import Scheduler
 from minisrv.device_kind import ResolvedConfig, choose_compilation
@@ -114,6 +115,7 @@ def build_engine(
     make_compiler: Callable[[Model], Compiler] | None = None,
     serve_slower: bool = False,
     check_addresses: bool = False,
+    record_kv_events: bool = False,
 ) -> EngineParts:
     """Load a model, capture the graphs with which it is served from the start, and certify them.
 
@@ -127,6 +129,8 @@ def build_engine(
     serve_slower: see `Compilation`. There is memory for two generations then, so that compiled code
         can be measured beside the model's own.
     check_addresses: see `CUDAGraphWrapper`; for tests.
+    record_kv_events: whether the block pool is a `RecordingBlockPool`, whose events are then to be
+        taken regularly.
 
     Raises the start-up branches of `minisrv.errors` (ConfigError, ModelError, CompilationError,
     GraphError).
@@ -235,7 +239,8 @@ def build_engine(
         num_blocks = num_kv_blocks(config, shape, memory.kv_cache_bytes)
         empty = arenas[SleepTag.KV_CACHE].empty if arenas else torch.empty
         runner = make_runner(num_blocks, context, empty)
-        pool = BlockPool(num_blocks, config.block_size)
+        make_pool = RecordingBlockPool if record_kv_events else BlockPool
+        pool = make_pool(num_blocks, config.block_size)
         census = LaunchCensus(model)
         if config.step_trace and not compilation_mode.whole:
             runner.observers.append(census)
@@ -306,7 +311,8 @@ def build_engine(
             )
             background.add(refit.work())
     config = replace(config, itl_target_ms=costs.itl_target_ms)
-    scheduler = Scheduler(
+    make_scheduler = RecordingScheduler if record_kv_events else Scheduler
+    scheduler = make_scheduler(
         pool,
         costs.budget,
         max_num_seqs=config.max_num_seqs,

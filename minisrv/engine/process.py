@@ -30,10 +30,12 @@ import zmq
 
 from minisrv import threads
 from minisrv.checkpoint import Checkpoint
-from minisrv.config import EngineConfig
+from minisrv.config import EngineConfig, KVEventsConfig
+from minisrv.core.kv_events import RecordingBlockPool
 from minisrv.engine.ahead import prepare_gpu
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.kernel_process import start_early
+from minisrv.engine.kv_events import KVEventPublisher
 from minisrv.engine.messages import (
     AskStats,
     Command,
@@ -81,14 +83,28 @@ tell it to: workers import their modules meanwhile."""
 class EngineProcess(ChildProcess):
     """The parent's handle of an engine process."""
 
-    def __init__(self, config: EngineConfig, private_dir: Path, *, log_stats: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        private_dir: Path,
+        *,
+        log_stats: bool = False,
+        kv_events: KVEventsConfig | None = None,
+    ) -> None:
         """Start the process at once. It imports its modules, and then waits for `load`.
 
         private_dir: the directory for its socket.
         log_stats: whether it logs throughput and queue while there is work.
+        kv_events: where it publishes the events of its prefix cache; None publishes none.
 
-        Raises ConfigError if the path of the socket is too long.
+        Raises ConfigError if the path of the socket is too long, and for events of a prefix cache
+        that is off.
         """
+        if kv_events is not None and not config.enable_prefix_caching:
+            raise ConfigError(
+                "kv_events_endpoint is not allowed without the prefix cache, whose events it "
+                "publishes; leave out --no-enable-prefix-caching or the endpoint."
+            )
         path = private_dir / "engine"
         if len(bytes(path)) > zmq.IPC_PATH_MAX_LEN:
             raise ConfigError(
@@ -99,7 +115,7 @@ class EngineProcess(ChildProcess):
         beats = private_dir / "heartbeat"
         self._heartbeat = Heartbeat(beats)
         theirs, self._checkpoint = Pipe(duplex=False)
-        arguments = config, theirs, self.address, beats, log_stats, time.monotonic()
+        arguments = config, theirs, self.address, beats, log_stats, kv_events, time.monotonic()
         with theirs:
             super().__init__("engine", _main, *arguments, private_dir=private_dir)
 
@@ -124,11 +140,14 @@ def _main(
     address: str,
     heartbeat: Path,
     log_stats: bool,
+    kv_events: KVEventsConfig | None,
     began: float,
 ) -> None:
     clock = StartupClock(began)
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
+        if kv_events is not None:
+            server.publish_kv_events(kv_events)
         with server.heartbeat.beating(IDLE_MS / 1000):
             server.load(config, lambda: _received(checkpoint), clock)
         server.run(log_stats=log_stats)
@@ -171,6 +190,12 @@ class _EngineServer:
         self.commands: deque[tuple[bytes | None, Command]] = deque()
         """The commands that have not been carried out, with the worker that is to be answered."""
         self.state: EngineMessage = Loading("starting")
+        self._kv_events: KVEventPublisher | None = None
+
+    def publish_kv_events(self, config: KVEventsConfig) -> None:
+        """Publish the events of the prefix cache of the engine that `load` makes. Raises what
+        `KVEventPublisher` raises."""
+        self._kv_events = KVEventPublisher(config)
 
     def load(
         self, config: EngineConfig, read_checkpoint: Callable[[], Checkpoint], clock: StartupClock
@@ -206,6 +231,7 @@ class _EngineServer:
                     checkpoint=checkpoint,
                     clock=clock,
                     early_kernels=early_kernels,
+                    record_kv_events=self._kv_events is not None,
                 )
             )
             # Objects that exist now stay: a garbage collection that went through all of them would
@@ -260,6 +286,10 @@ class _EngineServer:
             self._tell_change()
         while self.commands and self._is_due(self.commands[0][1]):
             self._carry_out_first()
+        if self._kv_events is not None:
+            pool = self.core.scheduler.block_pool
+            assert isinstance(pool, RecordingBlockPool), "it was asked for"
+            self._kv_events.publish(pool.take_events())
 
     def _has_work(self) -> bool:
         core = self.core
@@ -398,6 +428,8 @@ class _EngineServer:
         return bool(self.workers)
 
     def close(self) -> None:
-        """Close the socket once the messages have been sent."""
+        """Close the sockets once the messages have been sent."""
+        if self._kv_events is not None:
+            self._kv_events.close()
         self.socket.close()
         self.context.term()

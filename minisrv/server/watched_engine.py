@@ -56,7 +56,12 @@ class WatchedEngine:
         self._server = server
         self._private_dir = private_dir
         self._hung = False
-        self.process = EngineProcess(config, private_dir, log_stats=not server.disable_log_stats)
+        self.process = EngineProcess(
+            config,
+            private_dir,
+            log_stats=not server.disable_log_stats,
+            kv_events=server.kv_events,
+        )
 
     def load(self) -> None:
         """Read the small files of the checkpoint, and let the process load the model. May be called

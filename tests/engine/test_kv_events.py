@@ -1,0 +1,198 @@
+"""Whoever reads the events of the prefix cache knows what is in it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from minisrv.config import KVEventsConfig, ServerConfig
+from minisrv.core.budget import PrefillBudget
+from minisrv.core.kv_cache import hash_block
+from minisrv.core.kv_events import RecordingBlockPool, RecordingScheduler, event_hash
+from minisrv.core.step import SchedulerOutput
+from minisrv.engine.kv_events import KVEventPublisher
+from minisrv.errors import ConfigError
+from minisrv.request import EngineRequest, SamplingParams
+from tests.engine.kv_events_consumer import Block, Consumer
+
+BLOCK = 4
+LIMIT = 60
+
+
+def endpoints(directory: Path) -> KVEventsConfig:
+    return KVEventsConfig(f"ipc://{directory}/events", f"ipc://{directory}/replay", "kv")
+
+
+class Load:
+    """Random requests with shared beginnings to a scheduler with few blocks, whose events are
+    published after each step."""
+
+    def __init__(self, publisher: KVEventPublisher, seed: int) -> None:
+        self.publisher = publisher
+        self.draw = random.Random(seed)
+        self.pool = RecordingBlockPool(41, BLOCK)
+        self.scheduler = RecordingScheduler(
+            self.pool,
+            PrefillBudget(48),
+            max_num_seqs=6,
+            max_model_len=LIMIT,
+            max_waiting=100,
+            eos_token_ids=[7],
+        )
+        self.in_flight: deque[SchedulerOutput] = deque()
+        self.texts = [[self.draw.randint(1, 5) for _ in range(30)] for _ in range(12)]
+        self.num_requests = self.num_batches = 0
+
+    def add(self) -> None:
+        draw = self.draw
+        prompt = [*draw.choice(self.texts)[: draw.randint(1, 30)], draw.randint(1, 5)]
+        request = EngineRequest(
+            request_id=str(self.num_requests),
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=draw.randint(1, LIMIT - len(prompt))),
+            api_key_index=draw.choice((None, None, 0, 1)),
+            cache_salt=draw.choice((None, None, None, "salt")),
+        )
+        self.scheduler.add(request, 0)
+        self.num_requests += 1
+
+    def turn(self) -> None:
+        """Launch up to two steps and retire the oldest, or do what else an engine does with the
+        cache; then publish."""
+        draw = self.draw
+        while len(self.scheduler.waiting) < 4 and draw.random() < 0.7:
+            self.add()
+        if draw.random() < 0.02:
+            self.scheduler.abort(str(self.num_requests - draw.randint(1, 10)))
+        if draw.random() < 0.02:  # as a certification does
+            self.pool.give_back(self.pool.evict(draw.randint(1, 3)))
+        while len(self.in_flight) < 2 and (step := self.scheduler.schedule()) is not None:
+            self.in_flight.append(step)
+        self.retire()
+        if draw.random() < 0.001:  # as sleep does
+            self.finish()
+            self.pool.clear_prefix_cache()
+        self.publish()
+
+    def retire(self) -> None:
+        if self.in_flight:
+            step = self.in_flight.popleft()
+            weights = (9, 3, 3, 3, 1)
+            tokens = [self.draw.choices((1, 2, 3, 4, 7), weights) for _ in range(step.num_rows)]
+            self.scheduler.update(step.step_id, tokens)
+
+    def finish(self) -> None:
+        while self.scheduler.has_work or self.in_flight:
+            if (step := self.scheduler.schedule()) is not None:
+                self.in_flight.append(step)
+            self.retire()
+
+    def publish(self) -> None:
+        events = self.pool.take_events()
+        self.publisher.publish(events)
+        self.num_batches += bool(events)
+
+    def cached(self) -> set[int]:
+        return {event_hash(block_hash) for block_hash in self.pool._block_of}
+
+
+def full_hash(known: dict[int, Block], name: int, found: dict[int, bytes]) -> bytes:
+    """The hash of a block, made from what its reader knows: the tokens of all blocks up to it, and
+    the keys of the first."""
+    if name not in found:
+        chain = [name]
+        while (parent := known[chain[-1]].parent) is not None:
+            chain.append(parent)
+        keys = [str(key) for key in known[chain[-1]].extra_keys or ()]
+        owner = [int(key.removeprefix("api_key:")) for key in keys if key.startswith("api_key:")]
+        salts = [key for key in keys if not key.startswith("api_key:")]
+        salt = (owner[0] if owner else None, salts[0] if salts else None)
+        before: bytes | None = None
+        for each in reversed(chain):
+            before = found[each] = hash_block(salt, before, known[each].token_ids)
+    return found[name]
+
+
+@pytest.mark.parametrize("number", [1500])
+def test_a_reader_s_picture_is_the_cache(tmp_path: Path, number: int) -> None:
+    """Through preemption, eviction, aborts and clearing, with lost batches that are asked for
+    again, a reader has exactly the blocks that the cache can find, with their tokens."""
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config)
+    assert config.replay_endpoint is not None
+    consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+    load = Load(publisher, seed=number)
+    try:
+        load.add()
+        load.finish()
+        load.publish()
+        consumer.catch_up()  # what was published before it had subscribed
+        turns = 0
+        while load.num_requests < number:
+            before = load.num_batches
+            load.turn()
+            turns += 1
+            if load.num_batches > before and turns > 100 and load.draw.random() < 0.01:
+                consumer.lose()
+            elif load.num_batches > before and turns > 100:
+                consumer.read()
+            elif turns == 100:
+                consumer.catch_up()
+            if turns % 50 == 0 and turns > 100 and consumer.next_number == load.num_batches:
+                assert consumer.blocks.keys() == load.cached()
+        load.finish()
+        load.publish()
+        consumer.catch_up()
+        assert consumer.next_number == load.num_batches
+        assert consumer.blocks.keys() == load.cached()
+        found: dict[int, bytes] = {}
+        for name in consumer.known:
+            assert event_hash(full_hash(consumer.known, name, found)) == name
+        assert consumer.num_replayed > 10
+        assert load.scheduler.num_preemptions > 10
+        assert load.scheduler.prefix_cache_hits > 1000
+        assert len(consumer.known) > 20 * load.pool.total, "hardly anything was evicted"
+        print(
+            f"{load.num_requests} requests, {load.scheduler.num_preemptions} preemptions, "
+            f"{load.num_batches} batches, {consumer.num_replayed} of them replayed, "
+            f"{len(consumer.known)} different blocks"
+        )
+    finally:
+        consumer.close()
+        publisher.close()
+
+
+def test_a_publisher_without_a_reader_keeps_the_last_batches(tmp_path: Path) -> None:
+    """Nothing waits for a reader, and one that comes late gets what is kept."""
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config)
+    load = Load(publisher, seed=1)
+    try:
+        for _ in range(200):
+            load.turn()
+        assert config.replay_endpoint is not None
+        consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+        try:
+            while consumer.next_number < load.num_batches:
+                consumer.catch_up()
+            assert consumer.blocks.keys() == load.cached()
+        finally:
+            consumer.close()
+    finally:
+        publisher.close()
+
+
+def test_an_endpoint_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_events_endpoint='nonsense'.*tcp://"):
+        KVEventPublisher(KVEventsConfig("nonsense", None, ""))
+    with pytest.raises(ConfigError, match="kv_events_replay_endpoint='ipc:///nowhere/at/all'"):
+        KVEventPublisher(KVEventsConfig(f"ipc://{tmp_path}/a", "ipc:///nowhere/at/all", ""))
+
+
+def test_a_topic_without_an_endpoint_is_refused() -> None:
+    assert ServerConfig().kv_events is None
+    with pytest.raises(ConfigError, match="only allowed with"):
+        ServerConfig(kv_events_topic="kv")
