@@ -125,6 +125,9 @@ _REASONS: dict[str, str] = {
         ("--ssl-ca-certs --ssl-cert-reqs --ssl-ciphers --enable-ssl-refresh", _TLS),
         ("--otlp-traces-endpoint --collect-detailed-traces --cudagraph-metrics", _METRICS),
         ("--show-hidden-metrics-for-version --enable-server-load-tracking", _METRICS),
+        ("--kv-events-config", "its fields are flags here: --kv-events-endpoint, "
+         "--kv-events-replay-endpoint and --kv-events-topic."),
+        ("--custom-histogram-buckets", "/metrics has vLLM's buckets and finer ones; leave it out."),
         ("--kv-cache-metrics --profiler-config --enable-mfu-metrics", _METRICS),
         ("--max-logprobs", "requests may ask for 20; leave it out."),
         ("--logprobs-mode", "log-probabilities are of the unmodified distribution; leave it out."),

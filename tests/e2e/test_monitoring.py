@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from prometheus_client import Metric
@@ -14,10 +15,12 @@ from minisrv.engine.messages import CompilationReport, EngineStats
 from minisrv.metrics import Metrics
 from tests import vllm_names
 from tests.e2e.server import SMALL, Server
+from tests.engine.kv_events_consumer import Consumer
 from tests.promql import parse
 from tests.test_dashboards import alerts, dashboard_expressions
 
 Families = dict[str, Metric]
+PROMPT = [*range(5, 45)]
 
 
 def parsed(text: str) -> Families:
@@ -25,18 +28,26 @@ def parsed(text: str) -> Families:
 
 
 @pytest.fixture(scope="module")
-def families(tiny: Path) -> Iterator[Families]:
+def events() -> Iterator[Path]:
+    """A directory for the sockets of KV cache events, with a path that is short enough."""
+    with TemporaryDirectory(prefix="kv-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def families(tiny: Path, events: Path) -> Iterator[Families]:
     """The scrape after three requests of four choices together, one of which is refused."""
-    flags = ("--model", str(tiny), "--served-model-name", "tiny", *SMALL)
     server = Server(
-        *flags, "--api-workers", "2", "--metrics-names", "both", "--itl-target-ms", "200"
+        *("--model", str(tiny), "--served-model-name", "tiny", *SMALL),
+        *("--api-workers", "2", "--metrics-names", "both", "--itl-target-ms", "200"),
+        *("--kv-events-endpoint", f"ipc://{events}/events"),
+        *("--kv-events-replay-endpoint", f"ipc://{events}/replay"),
     )
     try:
         server.wait_ready()
-        prompt = [*range(5, 45)]
         # Only what is sampled can differ between choices, and lengths must not.
-        server.complete(prompt, max_tokens=6, ignore_eos=True)
-        server.complete(prompt, max_tokens=3, n=3, ignore_eos=True)
+        server.complete(PROMPT, max_tokens=6, ignore_eos=True)
+        server.complete(PROMPT, max_tokens=3, n=3, ignore_eos=True)
         assert server.post("/v1/completions", prompt="a", max_tokens=-1).status_code == 400
         yield parsed(server.get("/metrics").text)
     finally:
@@ -150,3 +161,20 @@ def test_the_dashboard_and_the_alerts_read_what_is_there(families: Families) -> 
         for name, chosen in read.selectors:
             assert name in labels, expression
             assert chosen <= labels[name] | ADDED, expression
+
+
+def test_a_router_knows_which_beginning_of_a_prompt_is_cached(
+    families: Families, events: Path
+) -> None:
+    """The events of a server tell of the two full blocks of the prompt, the second after the
+    first, also to a reader that comes when all is over."""
+    consumer = Consumer(f"ipc://{events}/events", f"ipc://{events}/replay")
+    try:
+        consumer.catch_up()
+    finally:
+        consumer.close()
+    found = {tuple(block.token_ids): block for block in consumer.blocks.values()}
+    first, second = found[tuple(PROMPT[:16])], found[tuple(PROMPT[16:32])]
+    assert (first.parent, first.extra_keys) == (None, None)
+    assert second.parent is not None
+    assert consumer.blocks[second.parent] is first
