@@ -245,6 +245,7 @@ class InfoLike(Protocol):
     def simulated_launch_us(self) -> float: ...
 
 
+_SIMULATED = "minisrv:simulated_launch_us"
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 """vLLM's names of the levels of sleep, from 0 on."""
 
@@ -276,7 +277,9 @@ class Metrics(RequestMetrics):
             *_info_families(info, model_name),
             *self.families(0 if info is None else info.max_model_len),
         ]
-        shown = families if names is not MetricsNames.VLLM else []
+        shown = families
+        if names is MetricsNames.VLLM:  # simulated times say so under any names
+            shown = [family for family in families if family.name == _SIMULATED]
         if names is not MetricsNames.MINISRV:
             shown = [*shown, *vllm_families(families, model_name)]
         registry = CollectorRegistry()
@@ -428,7 +431,7 @@ def _histogram_family(name: str, help_text: str, histogram: HistogramLike) -> Hi
 
 def _info_families(info: InfoLike | None, model_name: str) -> Iterator[Metric]:
     yield GaugeMetricFamily(
-        "minisrv:simulated_launch_us",
+        _SIMULATED,
         "Microseconds added to every launch. Other than 0: all times here are simulated.",
         0.0 if info is None else info.simulated_launch_us,
     )

@@ -16,7 +16,7 @@ from minisrv.engine.messages import (
     Histogram,
     LadderReport,
 )
-from minisrv.metrics import Metrics
+from minisrv.metrics import Metrics, MetricsNames
 from minisrv.request_metrics import EndedChoice
 
 STATS = EngineStats(generated_tokens=7)
@@ -196,3 +196,11 @@ def test_the_sizes_of_batches_are_shown() -> None:
         ("batch_size_steps_total", "mixed", "33"): 1,
     }
     assert show(Metrics(), stats).items() >= expected.items()
+
+
+def test_simulated_times_say_so_under_vllm_s_names_too() -> None:
+    text = Metrics().render(STATS, None, "ready", ["ready"], names=MetricsNames.VLLM).decode()
+    names = {family.name for family in text_string_to_metric_families(text)}
+    assert {name for name in names if not name.startswith("vllm:")} == {
+        "minisrv:simulated_launch_us"
+    }

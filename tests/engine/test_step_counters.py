@@ -1,0 +1,111 @@
+"""The engine says when a request came and when it had its first step, once for each request."""
+
+from __future__ import annotations
+
+from minisrv.core.budget import PrefillBudget
+from minisrv.core.dispatcher import Dispatch
+from minisrv.core.kv_cache import BlockPool
+from minisrv.core.scheduler import Scheduler
+from minisrv.core.step import SchedulerOutput
+from minisrv.engine.messages import SizeCount
+from minisrv.engine.step_counters import StepCounters
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
+from minisrv.request import EngineOutput, EngineRequest, SamplingParams
+
+
+class Counted:
+    """A scheduler whose steps and outputs are counted as the engine counts them."""
+
+    def __init__(self, max_num_seqs: int, num_blocks: int = 60) -> None:
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, 4),
+            PrefillBudget(8),
+            max_num_seqs=max_num_seqs,
+            max_model_len=100,
+            max_waiting=10,
+        )
+        self.counters = StepCounters()
+
+    def add(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        prompt = [1] * num_prompt
+        self.scheduler.add(
+            EngineRequest(request_id=name, prompt_token_ids=prompt, params=params), 0
+        )
+        self.counters.open(name)
+
+    def step(self) -> list[EngineOutput]:
+        step = self.scheduler.schedule()
+        assert step is not None
+        self.counters.count(step, dispatch_of(step), compiled=False)
+        outputs = self.scheduler.update(step.step_id, [[2]] * step.num_rows)
+        self.counters.count_outputs(outputs)
+        return outputs
+
+    def run(self) -> dict[str, list[EngineOutput]]:
+        """Run to the end, and return the outputs by request."""
+        found: dict[str, list[EngineOutput]] = {}
+        while self.scheduler.has_work:
+            for output in self.step():
+                found.setdefault(output.request_id, []).append(output)
+        return found
+
+
+def dispatch_of(step: SchedulerOutput) -> Dispatch:
+    """As a ladder with the sizes 4 and 16 would."""
+    size = 4 if step.num_tokens <= 4 else 16
+    descriptor = BatchDescriptor(size, query_len=step.query_len)
+    return Dispatch(CUDAGraphMode.PIECEWISE, descriptor, Reason.HAS_PREFILL)
+
+
+def test_the_first_output_has_the_times_and_no_other() -> None:
+    """The second request waits until the first has ended; its prompt takes several steps, and the
+    time is that of the first of them."""
+    counted = Counted(max_num_seqs=1)
+    counted.add("a", 3, 4)
+    counted.add("b", 30, 3)
+    a, b = counted.run().values()
+    assert all(output.scheduled_at == output.queued_at == 0 for output in (*a[1:], *b[1:]))
+    assert a[0].queued_at < b[0].queued_at < a[0].scheduled_at < b[0].scheduled_at
+    assert [len(a), len(b)] == [4, 3]
+
+
+def test_a_preempted_request_keeps_its_first_times() -> None:
+    counted = Counted(max_num_seqs=2, num_blocks=9)
+    counted.add("a", 8, 20)
+    counted.add("b", 8, 20)
+    found = counted.run()
+    assert counted.scheduler.num_preemptions
+    assert [sum(bool(output.scheduled_at) for output in each) for each in found.values()] == [1, 1]
+
+
+def test_a_request_that_never_ran_leaves_nothing() -> None:
+    counted = Counted(max_num_seqs=1)
+    counted.add("a", 3, 4)
+    counted.step()
+    counted.add("b", 3, 4)
+    output = counted.scheduler.abort("b")
+    assert output is not None
+    counted.counters.count_outputs([output])
+    assert output.scheduled_at == 0
+    assert output.graph_steps == {}
+    counted.run()
+    assert not counted.counters._queued_at
+    assert not counted.counters._scheduled_at
+
+
+def test_steps_are_counted_by_size_and_by_their_tokens() -> None:
+    counted = Counted(max_num_seqs=1)
+    counted.add("a", 11, 3)  # prompt steps of 8 and 3 tokens, then two that decode
+    counted.run()
+    stats = counted.counters.stats()
+    assert sorted(stats.sizes, key=lambda count: (count.kind, count.size)) == [
+        SizeCount("decode", 4, 2, 6),
+        SizeCount("mixed", 4, 1, 1),
+        SizeCount("mixed", 16, 1, 8),
+    ]
+    tokens = stats.tokens_of_steps
+    counts = dict(zip((*tokens.bounds, None), tokens.counts, strict=True))
+    assert {bound: count for bound, count in counts.items() if count} == {1: 2, 8: 2}
+    assert tokens.total == 13
+    assert stats.generated_tokens == 3
