@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 import zmq
@@ -97,8 +98,10 @@ class KVEventPublisher:
 
     def close(self) -> None:
         """Send what has been handed over, and close the sockets."""
-        self._inbox.send(b"")
-        self._thread.join()
+        self._inbox.sndtimeo = round(1000 * CLOSE_SECONDS)
+        with suppress(zmq.Again):  # a thread that has failed takes nothing any more
+            self._inbox.send(b"")
+        self._thread.join(CLOSE_SECONDS)
         self._context.destroy(linger=round(1000 * CLOSE_SECONDS))
 
     def _run(self) -> None:

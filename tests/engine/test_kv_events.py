@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from minisrv.config import KVEventsConfig, ServerConfig
+from minisrv.config import EngineConfig, KVEventsConfig, ServerConfig
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import hash_block
 from minisrv.core.kv_events import RecordingBlockPool, RecordingScheduler, event_hash
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.kv_events import KVEventPublisher
+from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.request import EngineRequest, SamplingParams
 from tests.engine.kv_events_consumer import Block, Consumer
@@ -190,6 +191,12 @@ def test_an_endpoint_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         KVEventPublisher(KVEventsConfig("nonsense", None, ""))
     with pytest.raises(ConfigError, match="kv_events_replay_endpoint='ipc:///nowhere/at/all'"):
         KVEventPublisher(KVEventsConfig(f"ipc://{tmp_path}/a", "ipc:///nowhere/at/all", ""))
+
+
+def test_events_of_a_cache_that_is_off_are_refused(tmp_path: Path) -> None:
+    config = EngineConfig(enable_prefix_caching=False)
+    with pytest.raises(ConfigError, match="without the prefix cache"):
+        EngineProcess(config, tmp_path, kv_events=endpoints(tmp_path))
 
 
 def test_a_topic_without_an_endpoint_is_refused() -> None:
