@@ -26,10 +26,7 @@ from minisrv.text import chat_template, grammar_trials, grammar_validator
 from tests import architectures
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *("docs/api.md", "docs/architecture.md", "docs/compile.md", "docs/graphs.md"),
-    *("docs/load-testing.md", "docs/monitoring.md", "docs/security.md", "docs/trace.md"),
-]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
 
 
 def test_the_tables_of_fields_are_those_of_the_server() -> None:

@@ -60,13 +60,12 @@ class Dispatcher:
     """Chooses the graph for a batch.
 
     The static order is a graph for pure decode, a graph for any batch, then NONE; of each kind the
-    smallest captured size that holds the batch. If its graph is not in service, the next larger one
-    of its kind that is takes its place. Another graph that holds the batch replaces that choice if
-    it was measured to be cheaper.
+    smallest captured size that holds the batch. If its graph is not in service, another one takes
+    its place (`stand_ins`), which is the next larger one of its kind wherever there is one. Another
+    graph that holds the batch replaces that choice if it was measured to be cheaper.
 
     ladders: all sizes that may be captured.
-    in_service: the keys of the graphs in service; None for all of the ladders. They hold every
-        batch that the ladders hold.
+    in_service: the keys of the graphs in service; None for all of the ladders.
     """
 
     def __init__(
