@@ -120,7 +120,7 @@ class EngineConfig:
         place of the others as a whole; on a GPU, memory is kept for both.
     verify_graphs: share of the steps by graphs that are run again eagerly while the server serves,
         from 0 to 1. A graph that disagrees is taken out of service, and the requests that it may
-        have spoilt end with an error. 0, the default, verifies none; 0.001 costs little.
+        have spoilt end with an error. 0, the default, verifies none.
     compilation_mode: how the model is compiled by torch.compile, as a number or in vLLM's terms:
         0 or none; 1 or stock-torch-compile, as a whole, and again for a step unlike all before; 2
         or dynamo-trace-once, as a whole and once; 3, minisrv-compile or vllm-compile, in pieces, by
