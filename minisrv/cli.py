@@ -24,6 +24,7 @@ from minisrv.config import (
     BenchConfig,
     ChatConfig,
     EngineConfig,
+    LadderConfig,
     ServerConfig,
     TraceConfig,
     read_text,
@@ -35,6 +36,7 @@ from minisrv.flags import (
     add_engine_flags,
     add_server_flags,
     flag_name,
+    size,
 )
 
 if TYPE_CHECKING:
@@ -117,10 +119,34 @@ def _plan(options: argparse.Namespace) -> int:
     config = _settings(EngineConfig, options)
     if options.measure:
         _announce(config)
+    from minisrv.tools.batch_answers import Batch
     from minisrv.tools.plan import print_measured_plan, print_plan
 
+    batches = [Batch.parse(text) for text in options.batch or ()]
     show = print_measured_plan if options.measure else print_plan
-    show(config)
+    show(config, batches)
+    return 0
+
+
+def _ladder(options: argparse.Namespace) -> int:
+    ladder = _settings(LadderConfig, options)
+    from minisrv.tools.batch_answers import Batch
+    from minisrv.tools.batch_sources import read_server, read_trace
+    from minisrv.tools.ladder import run_ladder
+
+    batches = [Batch.parse(text) for text in options.batch or ()]
+    source = None
+    if ladder.trace is not None:
+        source = read_trace(ladder.trace)
+    elif ladder.url is not None:
+        source = read_server(ladder.url, os.environ.get(API_KEY_VARIABLE))
+    for name, value in (source.settings if source is not None else {}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    config = _settings(EngineConfig, options)
+    if ladder.measure:
+        _announce(config)
+    run_ladder(config, ladder, source, batches)
     return 0
 
 
@@ -283,7 +309,28 @@ def _parser() -> CommandParser:
         action="store_true",
         help="start the engine as `serve` does, and print the milliseconds and MiB of each graph",
     )
+    _add_batch(plan)
     plan.set_defaults(run=_plan)
+
+    ladder = commands.add_parser(
+        "ladder",
+        help="find the capture sizes that fit the batches of a server best",
+        description="Read which batches a server has had, from a step trace or from its metrics, "
+        "or assume some; print what they cost by the ladders there are and by the best ones for a "
+        "number of graphs, which is found exactly, what more or fewer graphs would change, and the "
+        "flag that sets the sizes.",
+    )
+    add_engine_flags(ladder)
+    flags = SettingsFlags(ladder, LadderConfig)
+    flags.group("ladder")
+    flags.add("trace")
+    flags.add_as("url", metavar="URL")
+    flags.add_as("assume", metavar="BATCHES")
+    flags.add("num_graphs", "num_sizes")
+    flags.add_as("graph_memory", type=size, metavar="BYTES[K|M|G]")
+    flags.add("measure", "json", "plot")
+    _add_batch(ladder)
+    ladder.set_defaults(run=_ladder)
 
     certify = commands.add_parser(
         "certify",
@@ -382,6 +429,18 @@ def _add_serve_flags(parser: CommandParser) -> None:
         type=Path,
         metavar="FILE",
         help=f"a file with an API key in each line; ${API_KEY_VARIABLE} may hold one too",
+    )
+
+
+def _add_batch(command: CommandParser) -> None:
+    """Add the flag that asks about single batches."""
+    command.add_argument(
+        "--batch",
+        action="append",
+        metavar="BATCH",
+        help="say in one line by which graph this batch runs, and nothing else: decode:33 for 33 "
+        "requests, mixed:100+8 for 100 prompt tokens beside 8 requests that decode; :logprobs or "
+        ":grammar behind it for a batch in which a request has these. May be given several times",
     )
 
 

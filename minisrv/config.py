@@ -353,6 +353,48 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class LadderConfig:
+    """The settings of `minisrv ladder`: the batches to which capture sizes are fitted, how many
+    there may be, and which files it writes.
+
+    trace: a step trace with the batches, as `minisrv trace` records it.
+    url: the base URL of a server that has counted the batches, which its /metrics show.
+    assume: the batches to imagine if neither is given: uniform, every size equally often, or
+        streams:N, about N requests that decode and now and then a prompt.
+    num_graphs: maximum number of graphs. By default as many as there are now.
+    num_sizes: maximum number of capture sizes, in place of num_graphs.
+    graph_memory: maximum number of bytes that graphs may take, in place of num_graphs; it needs the
+        memory that measure finds.
+    measure: start the engine as `serve` does, and let costs be the times of its graphs. Without it
+        they are those of a trace, or else the numbers of computed tokens.
+    json: a file to write all results to.
+    plot: a file to write a plot of the results to; needs matplotlib.
+    Raises ConfigError.
+    """
+
+    trace: Path | None = None
+    url: str | None = None
+    assume: str = "uniform"
+    num_graphs: int | None = _setting(None, bounds=(1, 100_000))
+    num_sizes: int | None = _setting(None, bounds=(1, 10_000))
+    graph_memory: int | None = _setting(None, bounds=(1 << 20, 1 << 50))
+    measure: bool = False
+    json: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        sources = [self.trace, self.url, None if self.assume == "uniform" else self.assume]
+        if sum(source is not None for source in sources) > 1:
+            raise ConfigError("trace, url and assume each say which batches there are; give one.")
+        budgets = (self.num_graphs, self.num_sizes, self.graph_memory)
+        if sum(budget is not None for budget in budgets) > 1:
+            raise ConfigError("num_graphs, num_sizes and graph_memory exclude each other.")
+        if self.graph_memory is not None and not self.measure:
+            raise ConfigError("graph_memory needs the memory of graphs; give measure as well.")
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """The settings of `minisrv chat`.
 

@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
         (["--no-port"], "there is no --no-port; did you mean --port?"),
         (["--served"], "did you mean --served-model-name?"),
         (["--max-m", "9"], "did you mean --max-model-len?"),
-        (["--measure"], "--measure is a flag of plan, not of this command."),
+        (["--measure"], "--measure is a flag of plan, ladder, not of this command."),
         (["--rounds", "9"], "--rounds is a flag of bench, launch-cost, not of this command."),
         (["--frobnicate"], "there is no --frobnicate; see --help."),
         (["model", "another"], "nothing takes 'another'"),

@@ -17,22 +17,27 @@ from minisrv.runner.model_runner import ModelRunner
 
 
 def predicted_bytes(keys: Collection[GraphKey], captured: Mapping[GraphKey, CapturedGraph]) -> int:
-    """Return the number of bytes that graphs may take: each no more than the next larger one of its
-    kind that is captured, or than one of its size, or a piece of the driver's memory. A larger one
-    may have been taken out of service."""
+    """Return the number of bytes that graphs may take together (`graph_bytes`)."""
+    nbytes = {key: graph.nbytes for key, graph in captured.items()}
+    return sum(graph_bytes(key, nbytes) for key in keys)
 
-    def bytes_of(key: GraphKey) -> int:
-        mode, own = key
-        alike = [
-            (other.num_tokens, graph.nbytes)
-            for (runtime, other), graph in captured.items()
-            if (runtime, other.stage, other.query_len, other.output)
-            == (mode, own.stage, own.query_len, own.output)
-            and other.num_tokens >= own.num_tokens
-        ]
-        return max(DRIVER_BYTES, min(alike)[1] if alike else 0)
 
-    return sum(map(bytes_of, keys))
+def graph_bytes(key: GraphKey, nbytes: Mapping[GraphKey, int]) -> int:
+    """Return the number of bytes that a graph may take: no more than the next larger one of its
+    kind, or than one of its size, or a piece of the driver's memory. A larger one may have been
+    taken out of service.
+
+    nbytes: the number of bytes of graphs that are captured.
+    """
+    mode, own = key
+    alike = [
+        (other.num_tokens, taken)
+        for (runtime, other), taken in nbytes.items()
+        if (runtime, other.stage, other.query_len, other.output)
+        == (mode, own.stage, own.query_len, own.output)
+        and other.num_tokens >= own.num_tokens
+    ]
+    return max(DRIVER_BYTES, min(alike)[1] if alike else 0)
 
 
 def take_over(runner: ModelRunner, new: Generation, follow: Callable[[], None]) -> Generation:

@@ -9,7 +9,7 @@ tables are printed. What steps cost is in `costs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,12 +22,14 @@ from minisrv.config import EngineConfig
 from minisrv.core.budget import ITL_TARGET_STEPS
 from minisrv.core.coverage import coverage
 from minisrv.core.dispatcher import Dispatcher
+from minisrv.core.graph_times import StepTime
 from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.device_kind import KINDS, ResolvedConfig, choose_compilation, expected_kind
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, Stage, StageOutput
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Reason, Stage, StageOutput
 from minisrv.progress import StartupProgress
+from minisrv.tools.batch_answers import REASONS, Batch, answer
 from minisrv.tools.costs import COST_WORDS, budget_table, budget_words, cost_table, fit_summary
 
 if TYPE_CHECKING:
@@ -42,18 +44,6 @@ _WORDS = {
     "runs as": "the size of the graph, which the batch is padded to",
 }
 """Explanations of the words in the table of batches, in the order in which they are printed."""
-
-REASONS = {
-    Reason.PURE_DECODE: "every request decodes, and a FULL graph holds so many",
-    Reason.HAS_PREFILL: "some request reads its prompt, and a graph holds so many tokens",
-    Reason.SIZE_MISSING: "the graph for so many is not in service, and the next larger one is",
-    Reason.CHEAPER: "of the graphs that hold the batch this one was measured to take less time",
-    Reason.NO_FULL_GRAPH: "every request decodes, but the mode has no FULL graphs for that",
-    Reason.NO_MIXED_GRAPH: "some request reads its prompt, and the mode has no graphs for that",
-    Reason.ABOVE_LADDER: "more tokens than the largest graph holds",
-    Reason.GRAPHS_OFF: "--enforce-eager, or the mode none",
-}
-"""Explanations, for the readers of the plan, of the reasons why a batch runs as it does."""
 
 _EPILOGUE = (
     "what follows the model in a step: the output projection (lm_head) and sampling. It is in the "
@@ -87,14 +77,20 @@ _KERNELS = {
 """Explanations of the words in the descriptions of `minisrv.kernels.tiles.describe`."""
 
 
-def print_plan(config: EngineConfig) -> None:
+def print_plan(config: EngineConfig, batches: Sequence[Batch] = ()) -> None:
     """Print which batches of `config` run by which graphs, and, if it names a model, the model's
     size and context. Raises the errors that `serve` would raise for the settings and for the small
-    files of the checkpoint."""
+    files of the checkpoint.
+
+    batches: those of which alone it is told, if there are any.
+    """
     resolved = expected_kind(config).resolve(config)
     model = open_checkpoint(config, weights=False).model
     context = context_length(config, model)
     dispatcher = Dispatcher(ladders_of(resolved, context))
+    if batches:
+        print_answers(batches, dispatcher)
+        return
     if config.model is not None:
         total = f"{model.num_parameters / 1e6:,.1f} million parameters"
         if model.unused_parameters:
@@ -117,9 +113,22 @@ def print_plan(config: EngineConfig) -> None:
     print_modes(mode, why)
 
 
-def print_measured_plan(config: EngineConfig) -> None:
+def print_answers(
+    batches: Sequence[Batch],
+    dispatcher: Dispatcher,
+    times: Mapping[GraphKey, StepTime] | None = None,
+) -> None:
+    """Print by which graph each of the batches runs. Raises ConfigError for one that cannot be."""
+    lines = [answer(batch, dispatcher, times) for batch in batches]
+    Console(highlight=False).print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def print_measured_plan(config: EngineConfig, batches: Sequence[Batch] = ()) -> None:
     """Start the engine, and print the coverage with which it serves and the time and memory of each
-    graph. Raises the errors of start-up (ConfigError, ModelError, GraphError)."""
+    graph. Raises the errors of start-up (ConfigError, ModelError, GraphError).
+
+    batches: see `print_plan`.
+    """
     from minisrv.certification.timing import time_graphs
     from minisrv.compile.program import Program
     from minisrv.engine.builder import build_engine
@@ -131,6 +140,9 @@ def print_measured_plan(config: EngineConfig) -> None:
         times = engine.times or time_graphs(engine.runner, engine.scheduler.block_pool)
     finally:
         progress.close()
+    if batches:
+        print_answers(batches, engine.dispatcher, times)
+        return
     _print_coverage(engine.config, engine.dispatcher)
     print_modes(CompilationMode[engine.info.compilation_mode], engine.info.compilation_reason)
     if isinstance(compiled := engine.runner.model.compiled, Program):

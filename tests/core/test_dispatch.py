@@ -36,8 +36,9 @@ from minisrv.modes import (
     Stage,
     StageOutput,
 )
+from minisrv.tools.batch_answers import REASONS
 from minisrv.tools.costs import BUDGET_REASONS
-from minisrv.tools.plan import REASONS, print_plan
+from minisrv.tools.plan import print_plan
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 limits = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda p: (p[0], p[0] + p[1]))

@@ -1,0 +1,346 @@
+"""Other ladders enter service between the steps of an engine: as one generation, certified, because
+they fit the batches better, or not at all."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minisrv.certification.trial import StepTrial
+from minisrv.core.attention_work import NO_WORK
+from minisrv.core.batch_counts import BatchCounts
+from minisrv.core.cost_model import CostModel
+from minisrv.core.ladder import build_ladders
+from minisrv.core.ladder_fit import computed_tokens
+from minisrv.engine import background, refit
+from minisrv.engine.core import EngineCore
+from minisrv.engine.messages import RefitReport, SleepTag
+from minisrv.engine.platforms import CPUPlatform
+from minisrv.engine.refit import LEAST_GAIN, propose
+from minisrv.engine.step_costs import StepCosts
+from minisrv.errors import EngineAsleepError
+from minisrv.graph.captured import CapturedGraph
+from minisrv.modes import CUDAGraphMode, Reason
+from minisrv.nn.decoder import Decoder
+from tests.checkpoints import make_checkpoint
+from tests.engine.test_compilation import FakeCompiler
+from tests.engine.test_compilation import start as compiling
+from tests.engine.test_filling import fill, requests, serve, start
+
+FORWARD = Decoder.forward
+COUNT = 14
+"""A number of requests in whose steps more than two decode."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work has turns behind each step, and every look at a few steps may be followed by a
+    proposal."""
+    for name in ("LEAST_GAP", "REST"):
+        monkeypatch.setattr(background, name, 0.0)
+    for name in ("LOOK_SECONDS", "REST_SECONDS"):
+        monkeypatch.setattr(refit, name, 0.0)
+    monkeypatch.setattr(refit, "LEAST_STEPS", 20)
+
+
+def report_of(engine: EngineCore) -> RefitReport:
+    report = engine.describe().ladder.refit
+    assert engine.stats().ladder.refit == report
+    return report
+
+
+def check_whole(engine: EngineCore) -> None:
+    """Everything that knows of ladders knows those in service, and every batch has its graph."""
+    ladders = engine.runner.ladders
+    assert engine.dispatcher.ladders is ladders
+    assert set(engine.runner.graphs) == set(ladders.keys()) == engine.dispatcher.in_service
+    report = engine.describe().ladder
+    assert (report.decode, report.mixed, report.epilogues) == (
+        ladders.decode,
+        ladders.mixed,
+        ladders.epilogues,
+    )
+    assert (report.graphs, report.missing, report.refused) == (len(ladders.keys()), 0, {})
+    for size in range(1, ladders.max_num_seqs + 1):
+        found = engine.dispatcher.dispatch(size, size, query_len=1)
+        assert not found.missing
+        assert found.mode is ladders.mode.decode_mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "ahead"),
+    [("full-and-piecewise", True), ("piecewise", False), ("full-decode-only", False)],
+)
+def test_tokens_stay_the_same_while_other_ladders_take_over(
+    checkpoint: str,
+    mode: str,
+    ahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Requests run before, during and behind it, wherever it makes way, and none of their steps
+    lacks a graph."""
+    monkeypatch.setattr(background, "TURN", 0.0)
+    settings = {"cudagraph_mode": CUDAGraphMode(mode), "async_scheduling": ahead}
+    expected, _ = serve(start(checkpoint, **settings), COUNT)
+    engine = start(checkpoint, cudagraph_refit="apply", **settings)
+    fill(engine)
+    before, most = engine.runner.ladders, engine.info.ladder.total
+    old = [weakref.ref(graph) for graph in engine.runner.graphs.values()]
+    rounds = 0
+    with caplog.at_level(logging.INFO):
+        while not report_of(engine).refits:
+            found, ran = serve(engine, COUNT, turns=40)
+            assert found == expected
+            modes = {key.split("/")[0] for each in ran for key in each}
+            assert ("NONE" in modes) is (mode == "full-decode-only")  # for prompts, as ever
+            assert not any(Reason.SIZE_MISSING in key for each in ran for key in each)
+            rounds += 1
+            assert rounds < 10
+    after = engine.runner.ladders
+    assert after != before
+    assert (after.decode[-1:], after.mixed[-1:]) == (before.decode[-1:], before.mixed[-1:])
+    assert len(after.keys()) <= most
+    check_whole(engine)
+    gc.collect()
+    assert not [each for each in (ref() for ref in old) if each is not None]
+    for words in ("would save", "--cudagraph-capture-sizes", "other ladders serve, with"):
+        assert words in caplog.text
+    assert serve(engine, COUNT, turns=0)[0] == expected
+
+
+def test_a_proposal_changes_nothing(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is in the description and in the log, once in a while, as a line for the command."""
+    engine = start(checkpoint, cudagraph_refit="propose")
+    fill(engine)
+    ladders, graphs = engine.runner.ladders, dict(engine.runner.graphs)
+    monkeypatch.setattr(refit, "REST_SECONDS", 1000.0)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            serve(engine, COUNT)
+            fill(engine)
+    report = report_of(engine)
+    assert report.gain >= LEAST_GAIN
+    assert (report.refits, report.refused) == (0, "")
+    assert caplog.text.count("--cudagraph-capture-sizes ") == 1
+    assert engine.runner.ladders is ladders
+    assert dict(engine.runner.graphs) == graphs
+    again = start(checkpoint, cudagraph_capture_sizes=report.sizes)
+    assert again.info.ladder.total <= len(ladders.keys())
+
+
+def test_without_it_nothing_is_looked_at(checkpoint: str) -> None:
+    engine = start(checkpoint)
+    fill(engine)
+    serve(engine, COUNT)
+    assert not engine.background.has_work
+    assert report_of(engine) == RefitReport()
+
+
+def test_nothing_is_proposed_that_saves_too_little() -> None:
+    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 32, 48)
+
+    def proposal(decode: dict[int, int]) -> Any:
+        return propose(ladders, BatchCounts(decode), computed_tokens, 99, lambda: None)
+
+    assert proposal({}) is None
+    assert proposal({32: 100, 8: 1000}) is None
+    assert proposal({8: 10_000, 9: 100}) is None  # 700 tokens of 81,600
+    found = proposal({8: 10_000, 9: 1000})
+    assert found.gain == pytest.approx(7 / 96)
+    assert found.padding == 0.0
+    assert found.padding_before == pytest.approx(7 / 96)
+    assert propose(ladders, BatchCounts({9: 99}), computed_tokens, 3, lambda: None) is None
+
+
+def test_graphs_that_fail_their_certification_leave_the_ladders_as_they_are(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same proposal is not tried again."""
+    expected, _ = serve(start(checkpoint), COUNT)
+    engine = start(checkpoint, cudagraph_refit="apply")
+    fill(engine)
+    ladders, graphs = engine.runner.ladders, dict(engine.runner.graphs)
+
+    def freezes(model: Decoder, ids: torch.Tensor, positions: Any, out: torch.Tensor) -> None:
+        FORWARD(model, ids, positions, out)
+        if len(ids) not in (*ladders.decode, *ladders.mixed):
+            out.add_(1e-7 * float(positions.numpy().sum()))
+
+    monkeypatch.setattr(Decoder, "forward", freezes)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert serve(engine, COUNT)[0] == expected
+    fill(engine)
+    report = report_of(engine)
+    assert "differs from the eager run's" in report.refused
+    assert report.refits == 0
+    assert len(report.sizes) > 3
+    assert caplog.text.count("the proposed capture sizes may not serve: ") >= 1
+    tried = engine.runner.ladders
+    assert tried is ladders
+    assert dict(engine.runner.graphs) == graphs
+    check_whole(engine)
+
+
+def use_imagined_times(monkeypatch: pytest.MonkeyPatch, ms: Callable[[int], float]) -> None:
+    """Let a step by a graph take that time, by its padded tokens."""
+
+    def time(trial: Any, graph: Any) -> float:
+        return 100.0 if graph is None else ms(trial.key[1].num_tokens)
+
+    monkeypatch.setattr(CPUPlatform, "times_graphs", True)
+    monkeypatch.setattr(StepTrial, "time", time)
+    monkeypatch.setattr(CostModel, "observe", lambda *_: None)  # steps that are served take others
+
+
+@pytest.mark.parametrize("where", ["room", "swap"])
+def test_without_memory_or_with_an_error_the_ladders_stay(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected, _ = serve(start(checkpoint), COUNT)
+    use_imagined_times(monkeypatch, lambda size: 1.0 + size)
+    engine = start(checkpoint, cudagraph_refit="apply", itl_target_ms=1000.0)
+    fill(engine)
+    ladders, graphs = engine.runner.ladders, dict(engine.runner.graphs)
+    sizes = engine.scheduler.budget.sizes
+    if where == "room":
+        monkeypatch.setattr(refit, "predicted_bytes", lambda *_: 1 << 30)
+        monkeypatch.setattr(CPUPlatform, "has_room", lambda *given: given[-1] < 1 << 30)
+    else:
+
+        def fails(*_: Any) -> None:
+            raise RuntimeError("it breaks")
+
+        monkeypatch.setattr(StepCosts, "use_times", fails)
+    assert serve(engine, COUNT)[0] == expected
+    fill(engine)
+    report = report_of(engine)
+    assert report.refused == (
+        "they may take 1024.0 MiB, which the GPU has not left."
+        if where == "room"
+        else "RuntimeError('it breaks')."
+    )
+    assert report.refits == 0
+    assert engine.runner.ladders is ladders
+    assert dict(engine.runner.graphs) == graphs
+    assert engine.scheduler.budget.sizes == sizes
+    check_whole(engine)
+    assert serve(engine, COUNT)[0] == expected
+
+
+def refitted(engine: EngineCore) -> None:
+    for _ in range(10):
+        serve(engine, COUNT)
+        fill(engine)
+        if report_of(engine).refits:
+            return
+    raise AssertionError("the ladders were not refitted")
+
+
+def test_steps_are_predicted_and_chosen_by_the_times_of_the_new_graphs(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And sizes are proposed because of the times, not of the padding: here a step of up to 8
+    requests takes as long as one of 8, and so no smaller size is of use."""
+    use_imagined_times(monkeypatch, lambda size: 1.0 + max(8, size))
+    engine = start(checkpoint, cudagraph_refit="apply", itl_target_ms=1000.0)
+    fill(engine)
+    refitted(engine)
+    ladders = engine.runner.ladders
+    check_whole(engine)
+    # Those up to 4 and the next one are there because no batch is padded more than fourfold.
+    assert len([size for size in ladders.decode if size < 8]) <= 2
+    assert engine.scheduler.budget.sizes == (*ladders.mixed, *ladders.eager_sizes)
+    for size in ladders.decode:
+        key = engine.dispatcher.dispatch(size, size, query_len=1).key
+        assert engine.cost_model.predict(key, NO_WORK) == pytest.approx(1 + max(8, size), rel=0.15)
+
+
+def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before; and behind it, steps still run by the compiled code."""
+
+    def slow(model: Decoder, *args: Any) -> None:
+        for _ in range(3):
+            FORWARD(model, *args)
+
+    monkeypatch.setattr(Decoder, "forward", slow)
+    settings = {"cudagraph_refit": "apply", "cudagraph_capture": "covering"}
+    limits = {"max_num_seqs": 32, "max_num_batched_tokens": 48, "num_kv_blocks": 400}
+    engine = compiling(checkpoint, FakeCompiler(), **settings, **limits)
+    seen = set()
+    for _ in range(30):
+        for request in requests(COUNT):
+            engine.add(request)
+        while engine.has_work:
+            engine.step()
+            for _ in range(3):
+                engine.background.advance(busy=True)
+            whole = engine.filling.is_whole and not engine.compilation.is_under_way
+            seen.add((whole, report_of(engine).sizes != ()))
+        if report_of(engine).refits:
+            break
+    assert report_of(engine).refits == 1
+    assert (False, True) not in seen
+    assert engine.compilation.generation == 1
+    program = engine.runner.model.compiled
+    assert program is not None
+    fill(engine)
+    assert engine.runner.model.compiled is program
+    check_whole(engine)
+
+
+def test_sleep_waits_for_a_refit_and_the_new_graphs_wake_up(checkpoint: str) -> None:
+    settings = {"cudagraph_refit": "apply", "enable_sleep_mode": True}
+    engine = start(checkpoint, **settings)
+    fill(engine)
+    expected, _ = serve(engine, COUNT, turns=0)
+    serve(engine, COUNT, turns=0)
+    while not engine.sleeper.is_busy:
+        engine.advance_background()
+    assert not report_of(engine).refits
+    while engine.sleeper.is_busy:
+        engine.advance_background()
+    assert report_of(engine).refits == 1
+    engine.sleeper.sleep(1)
+    serve_steps = engine.stats().steps
+    assert not engine.advance_background()
+    with pytest.raises(EngineAsleepError):
+        engine.add(next(requests(1)))
+    engine.sleeper.wake_up(SleepTag)
+    assert engine.stats().steps == serve_steps
+    assert serve(engine, COUNT)[0] == expected
+    check_whole(engine)
+
+
+def test_an_engine_that_nobody_has_leaves_no_graphs_of_a_refit(checkpoint: str) -> None:
+    engine = start(checkpoint, cudagraph_refit="apply")
+    fill(engine)
+    serve(engine, COUNT, turns=0)
+    serve(engine, COUNT, turns=0)
+    while not engine.background.is_in_the_middle:
+        engine.advance_background()
+    for _ in range(200):
+        engine.advance_background()
+    assert engine.background.is_in_the_middle
+    runner = weakref.ref(engine.runner)
+    del engine
+    gc.collect()  # ends the thread, which has
+    gc.collect()  # let go of what it held then
+    assert runner() is None
+    assert not [each for each in gc.get_objects() if isinstance(each, CapturedGraph)]
