@@ -22,6 +22,7 @@ from minisrv.engine import background, refit
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import RefitReport, SleepTag
 from minisrv.engine.platforms import CPUPlatform
+from minisrv.engine.platforms.cuda import CUDAPlatform
 from minisrv.engine.refit import LEAST_GAIN, propose
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import EngineAsleepError
@@ -344,3 +345,27 @@ def test_an_engine_that_nobody_has_leaves_no_graphs_of_a_refit(checkpoint: str) 
     gc.collect()  # let go of what it held then
     assert runner() is None
     assert not [each for each in gc.get_objects() if isinstance(each, CapturedGraph)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["full", "full-and-piecewise"])
+def test_other_ladders_take_over_on_a_gpu(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Graphs are captured into a pool of their own while steps are in flight, and the memory of the
+    old ones is free again. Graphs are not timed, and sizes are proposed for their padding."""
+    monkeypatch.setattr(CUDAPlatform, "times_graphs", False)
+    settings = {"device": "cuda", "cudagraph_mode": CUDAGraphMode(mode)}
+    expected, _ = serve(start(checkpoint, **settings), COUNT)
+    engine = start(checkpoint, cudagraph_refit="apply", **settings)
+    fill(engine)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for _ in range(4):
+        assert serve(engine, COUNT)[0] == expected
+        fill(engine)
+    assert report_of(engine).refits
+    check_whole(engine)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)
+    assert serve(engine, COUNT)[0] == expected
