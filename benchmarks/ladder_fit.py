@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = {
-    "chat": "--concurrency 11 --input-tokens lognormal:48:20:120 --output-tokens uniform:40:120",
-    "bursty": "--request-rate 6 --burstiness 0.2 --input-tokens 64 --output-tokens uniform:20:60",
-    "long-prompts": "--concurrency 5 --input-tokens uniform:200:400 --output-tokens 24",
+    "chat": "--concurrency 11 --requests 180 --input-tokens lognormal:48:20:120 "
+    "--output-tokens uniform:40:120",
+    "bursty": "--request-rate 6 --requests 70 --burstiness 0.2 --input-tokens 64 "
+    "--output-tokens uniform:20:60",
+    "long-prompts": "--concurrency 5 --requests 50 --input-tokens uniform:200:400 "
+    "--output-tokens 24",
 }
 """The options of `loadgen run` for each shape: steady chats, requests that come in bursts, and long
 prompts beside a few that decode."""
@@ -38,13 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--server", default="minisrv serve --cudagraph-capture whole")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--json", type=Path, help="write the measurements to a file")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for shape in options.shapes:
-        load = f"{SHAPES[shape]} --duration {options.seconds} --seed 7 --warmup 0"
-        load += " --requests 100000" if "concurrency" in load else ""
+        load = f"{SHAPES[shape]} --seed 7 --warmup 0"
         before, fit = measure(options.server, load, fits=True)
         sizes = " ".join(map(str, fit["fitted"]["sizes"]))
         after, _ = measure(f"{options.server} --cudagraph-capture-sizes {sizes}", load, fits=False)

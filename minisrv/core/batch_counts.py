@@ -62,14 +62,19 @@ class BatchCounts:
 
 
 class BatchCounter:
-    """Counts the steps of one engine by their rounded sizes."""
+    """Counts the steps of one engine by their rounded sizes.
+
+    num_steps: the number of all steps.
+    """
 
     def __init__(self) -> None:
+        self.num_steps = 0
         self._decode: dict[int, int] = {}
         self._mixed: dict[int, int] = {}
 
     def count(self, num_tokens: int, num_reqs: int, *, decode: bool) -> None:
         """Count a step."""
+        self.num_steps += 1
         counts, size = (self._decode, num_reqs) if decode else (self._mixed, num_tokens)
         size = rounded_size(size)
         counts[size] = counts.get(size, 0) + 1

@@ -181,7 +181,7 @@ class LadderRefit:
             self._clock() >= self._looked_at + LOOK_SECONDS
             and not self._compilation.is_under_way
             and self._filling.is_whole
-            and self._counter.counts().plus(self._seen, -1.0).num_steps >= LEAST_STEPS
+            and self._counter.num_steps - self._seen.num_steps >= LEAST_STEPS
         )
 
     def _look(self) -> Work:

@@ -158,7 +158,7 @@ def test_batches_are_counted_by_requests_and_by_tokens() -> None:
     counter.count(100, 4, decode=False)
     counts = counter.counts()
     assert counts == BatchCounts({3: 2, 304: 1}, {100: 1})
-    assert counts.num_steps == 4
+    assert counts.num_steps == counter.num_steps == 4
     counter.count(3, 3, decode=True)
     assert counts.decode[3] == 2, "what was told does not change"
     assert counter.counts().plus(counts, -1.0) == BatchCounts({3: 1}, {})
