@@ -17,6 +17,7 @@ from minisrv.server.request_schemas import (
     CompletionRequest,
     EmbeddingRequest,
 )
+from minisrv.server.responses_requests import ResponsesRequest
 from minisrv.server.strict import RequestBody
 
 PAGE = Path(__file__).with_name("api.md")
@@ -24,6 +25,7 @@ SECTIONS: dict[str, dict[str, type[RequestBody]]] = {
     "fields": {"completions": CompletionRequest, "chat": ChatCompletionRequest},
     "fields of embeddings": {"embeddings": EmbeddingRequest},
     "fields of messages": {"messages": MessagesRequest, "count_tokens": CountTokensRequest},
+    "fields of responses": {"responses": ResponsesRequest},
 }
 """The endpoints whose fields share their tables, by the marker around the tables."""
 

@@ -34,6 +34,7 @@ from minisrv.server.offload import LARGE
 from minisrv.server.strict import RequestBody
 from minisrv.server.value_budget import TooManyValuesError, ValueBudget
 
+_T = TypeVar("_T")
 _Body = TypeVar("_Body", bound=RequestBody)
 
 _NUM_BYTES = "minisrv.num_bytes"
@@ -84,10 +85,16 @@ async def _read(models: Sequence[type[_Body]], data: bytes) -> _Body:
     if len(data) <= LARGE:
         found = read_body(models, data)
     else:
-        found = await asyncio.get_running_loop().run_in_executor(_THREAD, read_body, models, data)
+        found = await in_turn(lambda: read_body(models, data))
     if isinstance(found, RequestError):
         raise found
     return found
+
+
+async def in_turn(work: Callable[[], _T]) -> _T:
+    """Return what `work` returns, which reads something as large as a body may be. It is done in
+    the thread in which bodies are read one after the other."""
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, work)
 
 
 def read_body(models: Sequence[type[_Body]], data: bytes) -> _Body | RequestError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,6 +121,11 @@ class ResponsesBuilder(BlockResponseBuilder):
         self._cut = False
         """Whether the answer was cut off."""
         self._events_sent = 0
+        self._num_bytes = chat.num_bytes
+
+    def size_of(self, deltas: Iterable[CompletionDelta]) -> int:
+        # The tools and the schema of the request are part of the response.
+        return super().size_of(deltas) + self._num_bytes
 
     # ---- whole responses ----------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from msgspec import UNSET, Meta, Raw, UnsetType, field
+from msgspec import UNSET, Meta, UnsetType, field
 
 from minisrv.server.response_schemas import (
     Body,
@@ -20,9 +20,6 @@ RESPONSES = "/v1/responses"
 
 Status = Literal["in_progress", "completed", "incomplete"]
 """The status of an item: it is incomplete if the answer was cut off within it."""
-
-_JSON_OBJECT = Meta(extra_json_schema={"type": "object"})
-
 
 # ---- items -----------------------------------------------------------------------------------
 
@@ -118,7 +115,7 @@ class ResponseFunctionTool(Body, tag_field="type", tag="function"):
 
     name: str
     description: str | None
-    parameters: Annotated[Raw, _JSON_OBJECT] | None
+    parameters: dict[str, Any] | None
     strict: bool | None
 
 
@@ -134,7 +131,7 @@ class ResponseTextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: str | UnsetType = UNSET
     description: str | UnsetType | None = UNSET
-    schema: Annotated[Raw, _JSON_OBJECT] | UnsetType = UNSET
+    schema: dict[str, Any] | UnsetType = UNSET
     strict: bool | UnsetType | None = UNSET
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from msgspec import UNSET, Raw
+from msgspec import UNSET
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
 from minisrv.errors import RequestError, shown
@@ -318,7 +318,7 @@ class FunctionTool(Strict):
 
     def described(self) -> ResponseFunctionTool:
         """Return the tool as a response shows it."""
-        parameters = None if self.parameters is None else Raw(self.parameters.encode())
+        parameters = None if self.parameters is None else json.loads(self.parameters)
         return ResponseFunctionTool(self.name, self.description, parameters, self.strict)
 
 
@@ -367,7 +367,7 @@ class TextFormat(Strict):
             self.type,
             UNSET if self.name is None else self.name,
             self.description,
-            Raw(self.schema_.encode()),
+            json.loads(self.schema_),
             self.strict,
         )
 

@@ -6,7 +6,6 @@ Knows: FastAPI, and how a conversation is put together from what a body and the 
 from __future__ import annotations
 
 import json
-import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from minisrv.errors import (
@@ -29,7 +29,7 @@ from minisrv.server.messages import MAX_MESSAGES
 from minisrv.server.offload import offload
 from minisrv.server.openapi import errors_only, route_responses
 from minisrv.server.query import check_names, check_once
-from minisrv.server.request_body import BodyRoute
+from minisrv.server.request_body import BodyRoute, in_turn
 from minisrv.server.responses_builder import ReasoningForm, ResponsesBuilder
 from minisrv.server.responses_objects import (
     RESPONSES,
@@ -118,7 +118,7 @@ class Conversations:
         found = self._parsed(texts)
         referred = iter(found[before:])
         own = [next(referred) if isinstance(i, ItemReference) else i for i in body.input]
-        return Conversation(found[:before], own, previous)
+        return Conversation(found[:before], own, previous, sum(map(len, texts)))
 
     def _referred(self, item_id: str, key: int | None) -> bytes:
         item = self.needed_store("input").item(key, item_id)
@@ -146,6 +146,10 @@ class Conversations:
             return STORED_ITEMS.validate_python(json.loads(text), context=budget)
         except TooManyValuesError as error:
             raise RequestError(f"The conversation {error}.", param="input") from error
+        except ValidationError as error:  # the JSON inside its strings counts as well
+            [found] = error.errors()
+            reason = found["ctx"]["error"]
+            raise RequestError(f"The conversation {reason}.", param="input") from error
 
     def keep(
         self,
@@ -172,11 +176,13 @@ class Conversation:
     earlier: the items of the responses that are carried on.
     own: the items of the body's input.
     previous: the response that is carried on.
+    stored_bytes: number of bytes of the JSON that comes from the store.
     """
 
     earlier: list[SaidItem]
     own: list[SaidItem]
     previous: StoredResponse | None
+    stored_bytes: int
 
 
 def not_found(response_id: str, *, can_store: bool) -> ResponseNotFoundError:
@@ -204,28 +210,28 @@ def add_responses_routes(app: FastAPI, serving: Serving, conversations: Conversa
         model, key = serving.model_name(body.model), request.scope["key"]
         stores = conversations.stores(body)
 
-        def make() -> tuple[ResponsesChat, Conversation, list[bytes]]:
+        def make() -> tuple[ResponsesChat, ResponsesBuilder]:
             conversation = conversations.of(body, key)
             chat = body.as_chat([*conversation.earlier, *conversation.own], serving.chat_format)
             ids = (uuid.uuid4().hex for _ in conversation.own)
             items = [_encode(item) for item in described(conversation.own, ids)] if stores else []
-            return chat, conversation, items
 
-        # What it takes from the store is not part of the body's size.
+            def keep(response: ResponseObject) -> None:
+                if stores:
+                    conversations.keep(response, items, conversation.previous, key)
+
+            builder = ResponsesBuilder(
+                chat,
+                _frame(body, chat, model, serving, stores=stores),
+                serving.tokenizer,
+                ReasoningForm(as_summary=body.summarizes, encrypted=body.encrypts_reasoning),
+                keep,
+            )
+            return chat.with_num_bytes(body.num_bytes + conversation.stored_bytes), builder
+
+        # What is taken from the store is read like the body that could have held it.
         carries_on = body.previous_response_id is not None or body.refers
-        chat, conversation, items = await offload(make, math.inf if carries_on else body.num_bytes)
-
-        def keep(response: ResponseObject) -> None:
-            if stores:
-                conversations.keep(response, items, conversation.previous, key)
-
-        builder = ResponsesBuilder(
-            chat,
-            _frame(body, chat, model, serving, stores=stores),
-            serving.tokenizer,
-            ReasoningForm(as_summary=body.summarizes, encrypted=body.encrypts_reasoning),
-            keep,
-        )
+        chat, builder = await (in_turn(make) if carries_on else offload(make, body.num_bytes))
         return GenerationResponse(serving, chat, builder)
 
     app.include_router(router)

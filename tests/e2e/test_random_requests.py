@@ -116,20 +116,66 @@ WRONG_MESSAGES: dict[str, list[Any]] = {
 }
 
 
-def random_message(rng: random.Random) -> dict[str, Any]:
-    """A body for /v1/messages; about every third has something wrong."""
-    names = {"messages", "max_tokens", *rng.sample(list(OF_MESSAGES), rng.randrange(6))}
-    body = {name: rng.choice(OF_MESSAGES[name]) for name in sorted(names)}
+RESPONSES = "/v1/responses"
+OF_RESPONSES: dict[str, list[Any]] = {
+    "input": [
+        "hi",
+        [{"role": "user", "content": [{"type": "input_text", "text": "a " * 40}]}] * 2,
+        [
+            {"role": "user", "content": "hi"},
+            {"type": "reasoning", "summary": [], "content": []},
+            {"type": "message", "role": "assistant", "content": []},
+            {"role": "user", "content": "ho"},
+        ],
+    ],
+    "max_output_tokens": [1, 3, 8, 20, 10**6],
+    "instructions": ["Be brief."],
+    "temperature": [0, 0.7, 1],
+    "top_p": [0.1, 1],
+    "include": [[], ["message.output_text.logprobs"]],
+    "store": [True, False],
+    "stream": [True, True, False],
+    "text": [{"format": {"type": "json_schema", "name": "n", "schema": {"type": "integer"}}}],
+    "reasoning": [{"effort": "none"}, {"summary": "auto"}],
+    "metadata": [{"a": "x"}],
+}
+WRONG_RESPONSES: dict[str, list[Any]] = {
+    "input": [[], 3, [{"role": "user"}], [{"type": "item_reference", "id": "msg_1"}]],
+    "max_output_tokens": [0, -1, 2**31, 1e999],
+    "previous_response_id": ["resp_1", ""],
+    "include": [["what"]],
+    "top_logprobs": [3, 21],
+    "text": [{"format": {"type": "json_schema"}}, {"format": {"type": "xml"}}],
+    "reasoning": [{"effort": "high"}, {"effort": "much"}],
+    "tools": [[{"type": "web_search"}], [{"type": "function", "name": "f"}] * 2],
+    "tool_choice": ["required", {"type": "function", "name": "f"}],
+    "background": [True],
+    "n": [2],
+}
+
+
+def random_body(
+    rng: random.Random,
+    needed: set[str],
+    valid: dict[str, list[Any]],
+    wrong: dict[str, list[Any]],
+) -> dict[str, Any]:
+    """A body of valid fields; about every third has something wrong."""
+    names = {*needed, *rng.sample(list(valid), rng.randrange(6))}
+    body = {name: rng.choice(valid[name]) for name in sorted(names)}
     if rng.random() < 0.35:
-        name = rng.choice(list(WRONG_MESSAGES))
-        body[name] = rng.choice([*WRONG_MESSAGES[name], {"a": 1}, [None], "what"])
+        name = rng.choice(list(wrong))
+        body[name] = rng.choice([*wrong[name], {"a": 1}, [None], "what"])
     return body
 
 
 def random_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A path and a body; about every third body has something wrong."""
-    if rng.random() < 0.25:
-        return MESSAGES, random_message(rng)
+    kind = rng.random()
+    if kind < 0.2:
+        return MESSAGES, random_body(rng, {"messages", "max_tokens"}, OF_MESSAGES, WRONG_MESSAGES)
+    if kind < 0.4:
+        return RESPONSES, random_body(rng, {"input"}, OF_RESPONSES, WRONG_RESPONSES)
     path = rng.choice((COMPLETIONS, COMPLETIONS, CHAT))
     known = VALID | OF_PATH[path]
     names = rng.sample(list(VALID), rng.randrange(6)) + list(OF_PATH[path])[:1]
@@ -167,9 +213,36 @@ def check_message(answer: httpx.Response) -> str:
     return f"{answer.status_code} of messages"
 
 
+def check_response(answer: httpx.Response) -> str:
+    """The kind of answer that a request for a response got; see `check`."""
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.status_code == 200
+        data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        found = list(map(json.loads, data))
+        assert [event["sequence_number"] for event in found] == list(range(len(found)))
+        assert [event["type"] for event in found[:2]] == [
+            "response.created",
+            "response.in_progress",
+        ]
+        if found[-1]["type"] == "response.failed":
+            assert found[-2]["error"]["code"] != "internal_error", found[-2]
+            return "error event of responses"
+        assert found[-1]["type"] in ("response.completed", "response.incomplete")
+        return "stream of responses"
+    body = answer.json()
+    if answer.status_code == 200:
+        assert body["status"] in ("completed", "incomplete")
+        return "response"
+    assert answer.status_code in (400, 404, 429), answer.text
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return f"{answer.status_code} of responses"
+
+
 def check(answer: httpx.Response) -> str:
     """The kind of answer that a request got. Raises AssertionError for an answer that is never
     right."""
+    if answer.url.path == RESPONSES:
+        return check_response(answer)
     if answer.url.path == MESSAGES:
         return check_message(answer)
     kind = answer.headers["content-type"].partition(";")[0]
@@ -284,4 +357,5 @@ def test_hundreds(server: Server) -> None:
     found = send(server, 300)
     print(found)
     kinds = {"stream", "answer", "400", "stream of messages", "message", "400 of messages"}
+    kinds |= {"stream of responses", "response", "400 of responses"}
     assert found["outcomes"].keys() >= kinds
