@@ -2,7 +2,8 @@
 meant.
 
 `agents.json` has the bodies that `benchmarks/clients/use_agents.py` recorded from AutoGen's and
-LangChain's agents in two turns with a tool in each.
+LangChain's agents in two turns with a tool in each. `frameworks.json` has what
+`use_openai_agents.py`, `use_vercel_ai.mjs` and `use_frameworks.py` there recorded.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ Connect = Callable[..., httpx.AsyncClient]
 AGENTS: dict[str, list[dict[str, Any]]] = json.loads(
     Path(__file__).with_name("agents.json").read_text()
 )
+FRAMEWORKS: dict[str, list[dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("frameworks.json").read_text()
+)
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}<tool_call>{% endfor %}"
     "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
     "{% for call in m.tool_calls or [] %} {{ call.function.name }} {{ call.function.arguments }}"
     "{% endfor %}]{% endfor %}"
 )
+MODEL = "minisrv-default"
 USER = {"role": "user", "content": "What is the weather in Oslo?"}
 CALL = {"name": "weather", "arguments": '{"city": "Oslo"}'}
 RESULT = {"role": "tool", "tool_call_id": "c", "content": "Sunny."}
@@ -74,6 +79,42 @@ async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number
     assert len(calls) == (number + 1) // 2
     assert prompt.count("]") >= len(body["messages"])
     assert all(f"weather {json.loads(c['function']['arguments'])}" in prompt for c in calls)
+
+
+def texts_of(body: dict[str, Any]) -> list[str]:
+    """All texts that a user has said in a body, and all outputs of tools."""
+    said = body.get("messages") or body["input"]
+    if isinstance(said, str):
+        return [said]
+    found = []
+    for item in said:
+        if item.get("role") in ("user", "tool") or "output" in item:
+            content = item.get("content", item.get("output"))
+            parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            found += parts
+    return found
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+async def test_frameworks(connect: Connect, tokenizer: Tokenizer, framework: str) -> None:
+    """The prompt of each request has all that was said in it, and in what it carries on. Requests
+    are sent in the order in which they were recorded."""
+    engine = FakeEngine(outputs([*tokenizer.encode("Sunny."), 2], FinishReason.STOP, logprobs=2))
+    engine.info = msgspec.structs.replace(INFO, max_model_len=8000)
+    before: tuple[str, list[str]] = ("", [])
+    async with connect(engine, tokenizer=tokenizer, served_model_names=(MODEL,)) as client:
+        for number, request in enumerate(FRAMEWORKS[framework]):
+            body, told = request["body"], texts_of(request["body"])
+            if body.get("previous_response_id"):
+                body, told = body | {"previous_response_id": before[0]}, [*before[1], *told]
+            response = await client.post(request["path"], json=body)
+            assert response.status_code == 200, response.text
+            prompt = tokenizer.decode(engine.requests[number].prompt_token_ids)
+            assert told
+            assert all(text in prompt for text in told)
+            assert all(tool["name"] in prompt for tool in body.get("tools", ()) if "name" in tool)
+            if not body.get("stream"):
+                before = (response.json()["id"], told)
 
 
 @pytest.mark.parametrize(
