@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 INDEX = (FOLDER / "README.md").read_text()
 SHARED = {
     *("layers.py", "memory.py", "questions.py", "hostile_cases.py"),
-    *("steps.py", "needs.py"),
+    *("steps.py", "needs.py", "recording.py"),
 }
 SCRIPTS = [
     path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("clients/*.py")) if path.name not in SHARED
@@ -50,6 +50,8 @@ def test_every_script_has_a_command() -> None:
 CLIENTS = {
     "use_agents": ("autogen_agentchat", "langgraph"),
     "use_anthropic": ("anthropic", "anthropic"),
+    "use_frameworks": ("instructor", "'outlines[openai]'"),
+    "use_openai_agents": ("agents", "openai-agents"),
     "use_langchain": ("langchain_core", "langchain-openai"),
     "use_litellm": ("litellm", "litellm"),
     "vllm_bench": ("aiohttp", "aiohttp regex tqdm"),
