@@ -116,6 +116,11 @@ class Message(HistoryObject):
         return [ToolCall(function=self.function_call)]
 
     @property
+    def is_system(self) -> bool:
+        """Whether the message is a system message, under either of its names."""
+        return _SAME_ROLES.get(self.role, self.role) == "system"
+
+    @property
     def speaks_of_tools(self) -> bool:
         """Whether the message can only be rendered by a template that knows tools."""
         return bool(self.calls) or self.role in ("tool", "function")

@@ -202,6 +202,14 @@ def template_variables(
     return {**given, **by_effort}
 
 
+def turn_starts(messages: Sequence[Message]) -> tuple[int, list[int]]:
+    """Return the number of system messages that a chat begins with, and the indices at which its
+    second and each further turn begins, with a message of a user."""
+    head = next((i for i, m in enumerate(messages) if not m.is_system), len(messages))
+    starts = [i for i, message in enumerate(messages) if message.role == "user" and i > head]
+    return head, starts
+
+
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:
     """Raise RequestError if the chat template would leave out tool calls, their results or
     tools."""

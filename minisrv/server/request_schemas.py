@@ -788,6 +788,12 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
         return self.required_tools or (self.offered_tools if self.structured_output else [])
 
     @property
+    def drops_oldest_turns(self) -> bool:
+        """Whether the oldest turns of a chat that is too long are dropped; if not, it is
+        refused."""
+        return False
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 

@@ -211,6 +211,7 @@ class ResponseObject(Body):
     tools: list[ResponseFunctionTool]
     top_logprobs: int
     top_p: float
+    truncation: Literal["auto", "disabled"]
     user: str | None
     object: Literal["response"] = "response"
     completed_at: int | None = None
@@ -219,7 +220,6 @@ class ResponseObject(Body):
     usage: ResponseUsage | None = None
     background: Literal[False] = False
     service_tier: Literal["default"] = "default"
-    truncation: Literal["disabled"] = "disabled"
 
 
 class DeletedResponse(Body):

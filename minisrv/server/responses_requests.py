@@ -487,6 +487,10 @@ class ResponsesRequest(RequestBody):
     """What else to report: message.output_text.logprobs are the log-probabilities of the tokens of
     texts, and reasoning.encrypted_content is the reasoning once more, which is not encrypted. The
     other values are about tools and images, of which there are none."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: drop as many of the oldest turns as do not fit into the context beside
+    max_output_tokens. A turn begins with a message of a user; system messages in front of the first
+    stay. disabled: refuse a conversation that does not fit."""
     stream: bool = False
     """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
@@ -584,6 +588,7 @@ class ResponsesRequest(RequestBody):
             logprobs=self.reports_logprobs,
             top_logprobs=(self.top_logprobs or 0) if self.reports_logprobs else None,
             stream=self.stream,
+            truncation=self.truncation,
         )
 
     @property
@@ -622,6 +627,12 @@ class ResponsesChat(TranslatedChat):
     """The chat that a body asks for."""
 
     prompt_param: ClassVar[str] = "input"
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """See ResponsesRequest."""
+
+    @property
+    def drops_oldest_turns(self) -> bool:
+        return self.truncation == "auto"
 
 
 def too_many_items(number: int) -> RequestError:

@@ -345,5 +345,6 @@ def _frame(
         tools=[tool.described() for tool in body.tools],
         top_logprobs=body.top_logprobs or 0,
         top_p=params.top_p,
+        truncation=body.truncation,
         user=body.user,
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.server.auth import KeyLimit
 from minisrv.server.choices import Choice, PromptCount
+from minisrv.server.messages import Message
 from minisrv.server.offload import offload
 from minisrv.server.preprocessing import (
     AnswerFormat,
@@ -40,6 +42,7 @@ from minisrv.server.preprocessing import (
     render_chat,
     template_variables,
     tool_parser,
+    turn_starts,
 )
 from minisrv.server.request_schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -203,18 +206,38 @@ class Serving:
     def _encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], AnswerFormat]:
         """Return the token ids of a chat's prompt, and how the answer is parsed."""
         format, continues = self.chat_format, request.continue_final_message
-        text = render_chat(
-            self.tokenizer,
-            request.messages,
-            request.begins_answer,
-            request.offered_tools,
-            template_variables(request, self.tokenizer, format),
-            continue_final_message=continues,
-        )
-        ending = format.ending(request.messages[-1].text) if continues else text
         parser = tool_parser(request, format)
-        answer = AnswerFormat(format, ending, parser, request.allows_several_calls)
-        return self.tokenizer.encode(text, add_special_tokens=False), answer
+        variables = template_variables(request, self.tokenizer, format)
+
+        def encode(messages: Sequence[Message]) -> tuple[list[int], AnswerFormat]:
+            text = render_chat(
+                self.tokenizer,
+                messages,
+                request.begins_answer,
+                request.offered_tools,
+                variables,
+                continue_final_message=continues,
+            )
+            ending = format.ending(messages[-1].text) if continues else text
+            answer = AnswerFormat(format, ending, parser, request.allows_several_calls)
+            return self.tokenizer.encode(text, add_special_tokens=False), answer
+
+        encoded = encode(request.messages)
+        if not request.drops_oldest_turns:
+            return encoded
+        length = self.engine_info().max_model_len
+        # A limit that no prompt leaves room for is cut.
+        limit = request.token_limit or 1
+        room = length - (limit if limit < length else 1)
+        head, starts = turn_starts(request.messages)
+
+        def later(start: int) -> tuple[list[int], AnswerFormat]:
+            return encode([*request.messages[:head], *request.messages[start:]])
+
+        if len(encoded[0]) <= room or not starts:
+            return encoded
+        fitting = bisect_left(starts, True, key=lambda start: len(later(start)[0]) <= room)
+        return later(starts[min(fitting, len(starts) - 1)])
 
     async def _prepare_completion(self, request: CompletionRequest) -> Prepared:
         info = self.engine_info()

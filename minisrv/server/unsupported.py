@@ -99,7 +99,6 @@ RESPONSES_BODY: dict[str, tuple[object, ...]] = {
     "image": (),
     "max_tool_calls": (),
     "prompt": (),
-    "truncation": ("disabled",),
 }
 
 RESPONSES_REASONING: dict[str, tuple[object, ...]] = {

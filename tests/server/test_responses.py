@@ -78,11 +78,16 @@ class Model:
     """A server whose model always answers with `text`."""
 
     def __init__(
-        self, connect: Connect, tokenizer: Tokenizer, text: str = "Hello", **options: Any
+        self,
+        connect: Connect,
+        tokenizer: Tokenizer,
+        text: str = "Hello",
+        max_model_len: int = 1000,
+        **options: Any,
     ) -> None:
         script = outputs([*tokenizer.encode(text), END], FinishReason.STOP)
         self.engine = FakeEngine(script)
-        self.engine.info = msgspec.structs.replace(INFO, max_model_len=1000)
+        self.engine.info = msgspec.structs.replace(INFO, max_model_len=max_model_len)
         self.client = connect(self.engine, tokenizer=tokenizer, **options)
         self._tokenizer = tokenizer
 
@@ -274,6 +279,42 @@ async def test_sampling_settings(connect: Connect, tokenizer: Tokenizer) -> None
     assert response["temperature"] == 0.7, "the checkpoint's"
 
 
+async def test_the_oldest_turns_are_dropped(connect: Connect, tokenizer: Tokenizer) -> None:
+    """With truncation, as many turns are left as fit beside max_output_tokens, with the system
+    message, and never the output of a call without the call."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    turns = [
+        [
+            {"role": "user", "content": f"q{number} " + "x " * 20},
+            call,
+            {"type": "function_call_output", "call_id": "c", "output": f"o{number}"},
+            {"role": "assistant", "content": f"a{number}"},
+        ]
+        for number in range(40)
+    ]
+    said = [{"role": "system", "content": "Be kind."}, *(item for turn in turns for item in turn)]
+    asked: dict[str, Any] = {"input": [*said, USER], "truncation": "auto"}
+    kept = []
+    for limit in ({}, {"max_output_tokens": 400}, {"max_output_tokens": 5000}):
+        model = Model(connect, tokenizer)
+        prompt = await model.prompt_of(**asked, **limit)
+        number = prompt.count("<tool>")
+        kept.append(number)
+        assert prompt.startswith(f"<system>Be kind.<user>q{40 - number} ")
+        assert prompt.endswith("<user>Hi<assistant>")
+        [request] = model.engine.requests
+        room = 600 if limit == {"max_output_tokens": 400} else 999
+        assert len(request.prompt_token_ids) <= room
+        one_more = [said[0], *(item for turn in turns[39 - number :] for item in turn), USER]
+        longer = await Model(connect, tokenizer, max_model_len=5000).prompt_of(input=one_more)
+        assert len(tokenizer.encode(longer)) > room
+    assert kept[0] == kept[2] > kept[1] > 0
+    short = await Model(connect, tokenizer).prompt_of(input=said[:5], truncation="auto")
+    assert short.startswith("<system>Be kind.<user>q0 ")
+    error = await Model(connect, tokenizer).refused(input="x " * 2000, truncation="auto")
+    assert error["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     ("template", "accepted"),
     [
@@ -340,7 +381,7 @@ def _tool(**fields: Any) -> dict[str, Any]:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"background": True}, "background"),
-    ({"truncation": "auto"}, "truncation"),
+    ({"truncation": "some"}, "truncation"),
     ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     ({"max_tool_calls": 3}, "max_tool_calls"),
@@ -449,6 +490,7 @@ FIELDS = {
     "safety_identifier": ("x",),
     "prompt_cache_key": ("x",),
     "previous_response_id": ("x",),
+    "truncation": (),
 }
 """The fields of a body, and the values of ANYTHING that have their type."""
 
@@ -699,15 +741,13 @@ async def test_a_conversation_has_the_limits_of_a_body(
 ) -> None:
     """What comes from the store may be as large as if the client had sent all of it, and counts
     with its values."""
-    model = Model(connect, tokenizer, max_body_bytes=20_000)
-    model.engine.info = msgspec.structs.replace(INFO, max_model_len=1 << 20)
+    model = Model(connect, tokenizer, max_model_len=1 << 20, max_body_bytes=20_000)
     one = await model.answer(input="x" * 15_000)
     two = await model.answer(input="x" * 15_000, previous_response_id=one["id"])
     long = await model.post(previous_response_id=two["id"])
     assert long.json()["error"]["param"] == "input"
     assert "bytes" in long.json()["error"]["message"]
-    many = Model(connect, tokenizer)
-    many.engine.info = msgspec.structs.replace(INFO, max_model_len=1 << 20)
+    many = Model(connect, tokenizer, max_model_len=1 << 20)
     call = {"type": "function_call", "call_id": "c", "name": "f"}
     call |= {"arguments": json.dumps([{}] * 80_000)}
     one = await many.answer(input=[USER, call])
