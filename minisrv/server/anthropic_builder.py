@@ -99,14 +99,15 @@ class MessageResponseBuilder(BlockResponseBuilder):
         if ends:
             self._last = delta
             events += self._end_block()
-        return b"".join(map(_event, events))
+        return b"".join(map(sse.tagged_event, events))
 
     def last_events(self) -> bytes:
         reason = MessageDelta(self._stop_reason(), self._stop_sequence)
-        return _event(MessageDeltaEvent(reason, self._usage)) + _event(MessageStopEvent())
+        ends = (MessageDeltaEvent(reason, self._usage), MessageStopEvent())
+        return b"".join(map(sse.tagged_event, ends))
 
     def error_events(self, error: Exception) -> bytes:
-        return sse.named_event("error", error_object(error, MESSAGES))
+        return sse.tagged_event(error_object(error, MESSAGES))
 
     def _part_events(self, part: ChatDelta) -> list[MessageStreamEvent]:
         events: list[MessageStreamEvent] = []
@@ -217,7 +218,3 @@ def _input(arguments: str) -> Raw:
 def _refuse(constant: str) -> None:
     """Raise ValueError for NaN and the infinities, which Python reads although JSON has none."""
     raise ValueError(f"{constant} is not JSON")
-
-
-def _event(data: MessageStreamEvent) -> bytes:
-    return sse.named_event(str(data.__struct_config__.tag), data)

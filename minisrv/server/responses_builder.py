@@ -56,7 +56,6 @@ from minisrv.server.responses_objects import (
     SummaryText,
     SummaryTextDeltaEvent,
     SummaryTextDoneEvent,
-    type_of,
 )
 from minisrv.server.responses_requests import OWN_REASONING, ResponsesChat
 from minisrv.text.chat_deltas import (
@@ -171,7 +170,7 @@ class ResponsesBuilder(BlockResponseBuilder):
         for event in events:
             event.sequence_number = self._events_sent
             self._events_sent += 1
-            encoded += sse.named_event(type_of(event), event)
+            encoded += sse.tagged_event(event)
         return encoded
 
     # ---- both ---------------------------------------------------------------------------------

@@ -424,8 +424,3 @@ ResponseStreamEvent = (
 """The data of an event, whose name is its `type`."""
 
 RESPONSE_STREAM_EVENTS: tuple[type[Body], ...] = get_args(ResponseStreamEvent)
-
-
-def type_of(body: Any) -> str:
-    """Return the `type` of an event."""
-    return str(body.__struct_config__.tag)

@@ -33,6 +33,11 @@ def named_event(name: str, data: Any) -> bytes:
     return b"event: %b\n%b" % (name.encode(), event(data))
 
 
+def tagged_event(data: msgspec.Struct) -> bytes:
+    """Return one event with `data` as JSON, and the tag of its struct as the name."""
+    return named_event(str(data.__struct_config__.tag), data)
+
+
 class ChunkEncoder:
     """Encodes events that differ in their one choice only.
 
