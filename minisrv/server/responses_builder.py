@@ -189,6 +189,7 @@ class ResponsesBuilder(BlockResponseBuilder):
         self._count_reasoning(delta, parts)
         if ends:
             self._cut = delta.finish_reason is FinishReason.LENGTH
+            self._keep_last_logprobs()
             events += self._complete("incomplete" if self._cut else "completed")
         return events
 
@@ -271,7 +272,6 @@ class ResponsesBuilder(BlockResponseBuilder):
             case MessageItem():
                 part = self._message_text(item)
                 part.text = text
-                part.logprobs += self._take_logprobs()
                 events = [
                     OutputTextDoneEvent(0, item.id, index, 0, text, part.logprobs),
                     ContentPartDoneEvent(0, item.id, index, 0, part),
@@ -292,6 +292,12 @@ class ResponsesBuilder(BlockResponseBuilder):
                         ContentPartDoneEvent(0, item.id, index, 0, item.content[0]),
                     ]
         return [*events, OutputItemDoneEvent(0, index, item)]
+
+    def _keep_last_logprobs(self) -> None:
+        """Add the log-probabilities of the tokens that end the answer to its text, if it ends with
+        one."""
+        if self._items and isinstance(self._items[-1], MessageItem):
+            self._message_text(self._items[-1]).logprobs += self._take_logprobs()
 
     @staticmethod
     def _message_text(item: MessageItem) -> OutputText:

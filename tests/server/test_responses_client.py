@@ -222,10 +222,15 @@ async def test_a_structured_output(
 async def test_logprobs(
     client: openai.AsyncOpenAI, tokenizer: Tokenizer, engine: FakeEngine
 ) -> None:
-    """The tokens of a text are reported, at the latest with its end, and those of reasoning are
-    not."""
-    say(engine, tokenizer, f"<think>\n{REASONING}\n</think>\n\n{TEXT}", logprobs=2)
+    """The tokens of a text are reported, at the latest with its end, and those of reasoning and of
+    calls are not."""
     asked: Any = {"top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    say(engine, tokenizer, ANSWER, logprobs=2)
+    response = await client.responses.create(**ASKED, **asked)
+    before_a_call: Any = response.output[1]
+    told = "".join(entry.token for entry in before_a_call.content[0].logprobs)
+    assert "weather" not in told
+    say(engine, tokenizer, f"<think>\n{REASONING}\n</think>\n\n{TEXT}", logprobs=2)
     response = await client.responses.create(model="tiny", input="x", **asked)
     part: Any = response.output[-1].content[0]  # type: ignore[union-attr]
     text = b"".join(bytes(entry.bytes) for entry in part.logprobs).decode()
