@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request
+from msgspec.structs import replace
 from pydantic import ValidationError
 from starlette.responses import Response
 
@@ -36,6 +37,9 @@ from minisrv.server.responses_objects import (
     DeletedResponse,
     Item,
     ItemList,
+    MessageItem,
+    OutputItem,
+    OutputText,
     ResponseObject,
 )
 from minisrv.server.responses_requests import (
@@ -147,8 +151,7 @@ class Conversations:
         except TooManyValuesError as error:
             raise RequestError(f"The conversation {error}.", param="input") from error
         except ValidationError as error:  # the JSON inside its strings counts as well
-            [found] = error.errors()
-            reason = found["ctx"]["error"]
+            reason = error.errors()[0]["ctx"]["error"]
             raise RequestError(f"The conversation {reason}.", param="input") from error
 
     def keep(
@@ -160,13 +163,22 @@ class Conversations:
     ) -> None:
         """Store a response with the items of its input. There must be a store."""
         assert self._store is not None
-        outputs = {item.id: _encode(item) for item in response.output}
+        outputs = {item.id: _encode(_said(item)) for item in response.output}
         found = StoredResponse(response.id, _encode(response), input_items, outputs, previous)
         self._store.add(key, found)
 
     def stores(self, body: ResponsesRequest) -> bool:
         """Whether the response to a body is stored."""
         return self._store is not None and body.store is not False
+
+
+def _said(item: OutputItem) -> OutputItem:
+    """Return an item of an answer as a client would send it back: without log-probabilities, which
+    may be larger than all else."""
+    if not isinstance(item, MessageItem):
+        return item
+    texts = [part.text for part in item.content if isinstance(part, OutputText)]
+    return replace(item, content=list(map(OutputText, texts)))
 
 
 @dataclass(frozen=True)

@@ -749,12 +749,13 @@ async def test_a_conversation_has_the_limits_of_a_body(
     assert "bytes" in long.json()["error"]["message"]
     many = Model(connect, tokenizer, max_model_len=1 << 20)
     call = {"type": "function_call", "call_id": "c", "name": "f"}
-    call |= {"arguments": json.dumps([{}] * 80_000)}
-    one = await many.answer(input=[USER, call])
-    two = await many.answer(input=[call], previous_response_id=one["id"])
+    call |= {"arguments": json.dumps([{}] * 40_000)}
+    one = await many.answer(input=[USER, call, call])
+    two = await many.answer(input=[call, call, call], previous_response_id=one["id"])
     refused = await many.post(previous_response_id=two["id"])
     assert refused.status_code == 400, refused.text
-    assert "values" in refused.text or "objects" in refused.text
+    assert refused.json()["error"]["param"] == "input"
+    assert "objects" in refused.text
 
 
 def entry(number: int, size: int, previous: StoredResponse | None = None) -> StoredResponse:

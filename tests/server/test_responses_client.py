@@ -249,6 +249,12 @@ async def test_logprobs(
     assert tokens == [entry.token for entry in part.logprobs]
     assert [entry.token for entry in pieces] == tokens[: len(pieces)]
     assert len(tokens) - len(pieces) <= 1, "the token that ends the text comes with its end"
+    kept: Any = (await client.responses.retrieve(response.id)).output[-1]
+    assert kept.content[0].logprobs == part.logprobs
+    again = await client.responses.create(model="tiny", input="x", previous_response_id=response.id)
+    newest: Any = (await client.responses.input_items.list(again.id)).data[1]
+    assert newest.content[0].text == TEXT
+    assert newest.content[0].logprobs == [], "what is carried on is as a client sends it back"
 
 
 async def test_carrying_on(
