@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 INDEX = (FOLDER / "README.md").read_text()
 SHARED = {
     *("layers.py", "memory.py", "questions.py", "hostile_cases.py"),
-    *("steps.py", "needs.py", "recording.py"),
+    *("steps.py", "needs.py", "recording.py", "streams.py"),
 }
 SCRIPTS = [
     path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("clients/*.py")) if path.name not in SHARED
