@@ -78,10 +78,10 @@ class Load:
                 async for line in response.aiter_lines():
                     if response.status_code == 200 and line.startswith("data: "):
                         first = first or self.now()
-                        if line == "data: [DONE]":
-                            how = "ok"
-                        elif '"error"' in line[:20]:
+                        if '"error"' in line[:20]:
                             how = "error event"
+                        elif line == "data: [DONE]" and how != "error event":
+                            how = "ok"
         except httpx.HTTPError:
             how = "cut"
         return Ended(began, first, self.now(), how)

@@ -10,6 +10,7 @@ Knows: threads. Knows nothing of what is computed, nor of when it is time to mak
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
 from contextvars import copy_context
 from threading import Semaphore, Thread
@@ -67,7 +68,10 @@ class _Turns(Generic[T]):
         return self._ended
 
     def close(self) -> None:
-        """End the function if it has not ended."""
+        """End the function if it has not ended. When the process ends there is nothing to do: no
+        other thread gets a turn any more, and to wait for one would be for ever."""
+        if sys.is_finalizing():
+            return
         self._closed = True
         while not self._ended:
             self.take()

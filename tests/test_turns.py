@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from contextvars import ContextVar
 from pathlib import Path
 from threading import active_count
@@ -84,3 +86,13 @@ def test_work_that_is_left_cleans_up_and_ends():
     turns.close()
     assert events == ["cleaned up"]
     assert active_count() == threads
+
+
+def test_a_process_ends_though_a_function_has_not():
+    """As one that has answered a single message while the rest of its graphs are captured."""
+    code = (
+        "from minisrv.turns import in_turns\n"
+        "generator = in_turns(lambda make_way: [make_way() for _ in range(1000)])\n"
+        "next(generator)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
