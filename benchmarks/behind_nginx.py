@@ -156,7 +156,8 @@ async def disconnect(servers: Servers, client: httpx.AsyncClient) -> dict[str, A
     """Return how long a request runs on when its client has gone away."""
     body = {"prompt": "The fox", "max_tokens": 1500, "min_tokens": 1500, "stream": True}
     async with client.stream("POST", f"{servers.url}/v1/completions", json=body) as response:
-        await anext(response.aiter_raw())
+        pieces = response.aiter_raw()  # to drop it would close the connection
+        await anext(pieces)
         before = await asyncio.to_thread(servers.open_requests)
     ended = await until(lambda: servers.open_requests() == 0, "the request ends")
     return {"open_before": before, "ended_after_s": ended}

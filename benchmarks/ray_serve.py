@@ -170,7 +170,7 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
     await asyncio.to_thread(
         application.deploy, {"max-waiting": 511}, autoscaling_config=scaling | delays
     )
-    asleep = await until(lambda: not application.engines(), "the deployment scales to zero")
+    await until(lambda: not application.engines(), "the deployment scales to zero")
     load.began = time.monotonic()
     async with httpx.AsyncClient(timeout=120) as client:
         cold = await load.request(client, "Cold")
@@ -178,7 +178,6 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
     assert cold.first is not None
     assert warm.first is not None
     return {
-        "at_zero_after_s": asleep,
         "ends": [cold.how, warm.how],
         "first_token_s": round(cold.first - cold.began, 3),
         "first_token_warm_s": round(warm.first - warm.began, 3),

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("ray is not installed (pip install 'minisrv[ray]')", allow_module_level=True)
 
 import ray
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 from minisrv.deploy.ray import app
+from tests.deploy.test_replica_flags import uncommented
 
 REPLICAS = 2
 FLAGS = {"max-num-seqs": 4, "max-num-batched-tokens": 32, "max-model-len": 512}
@@ -94,6 +97,17 @@ def test_a_replica_whose_engine_dies_is_replaced(client: httpx.Client):
         assert client.post("/v1/completions", json=STORY).status_code == 200
     _wait(lambda: len(_engines()) == REPLICAS, "another takes its place")
     assert _engines().items() > before.items()
+
+
+def test_ray_accepts_the_configuration_and_its_commented_settings():
+    page = (Path(__file__).parents[2] / "deploy" / "ray-serve.yaml").read_text()
+    ServeDeploySchema.model_validate(yaml.safe_load(page))
+    whole = yaml.safe_load(uncommented(page))
+    engines, reader = whole["applications"][0]["deployments"]
+    del engines["num_replicas"]  # autoscaling_config stands in its place
+    assert {"autoscaling_config", "request_router_config", "max_surge_percent"} < engines.keys()
+    assert reader["name"] == "prompt-reader"
+    ServeDeploySchema.model_validate(whole)
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
