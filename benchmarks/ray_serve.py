@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -184,22 +185,33 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
     }
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run all phases, and return what they found."""
+async def phases(options: argparse.Namespace) -> AsyncIterator[tuple[str, Any]]:
+    """Run the phases, and yield the name of each and what it found."""
     application = Application(options.replicas)
     try:
-        found: dict[str, Any] = {}
-        started = application.deploy({}, num_replicas=options.replicas)
+        yield "deployed_s", application.deploy({}, num_replicas=options.replicas)
         load = Load(application.url, options.streams, options.tokens)
-        found["deployed_s"] = started
-        found["spread"] = await spread(application, load, options.seconds)
+        yield "spread", await spread(application, load, options.seconds)
         for victim in ("engine", "replica"):
-            found[f"{victim} killed"] = await death(application, load, options.seconds, victim)
-        found["update"] = await update(application, load, options.seconds)
-        found["scale to zero"] = await zero(application, load)
-        return found
+            yield f"{victim} killed", await death(application, load, options.seconds, victim)
+        yield "update", await update(application, load, options.seconds)
+        yield "scale to zero", await zero(application, load)
     finally:
         application.close()
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the phases, print what each has found, and return all of it."""
+    found = {}
+    async for name, values in phases(options):
+        print(name, json.dumps(values), flush=True)
+        found[name] = values
+        if options.json is not None:  # also if a later phase does not end
+            settings = {name: value for name, value in vars(options).items() if name != "json"}
+            described = msgspec.to_builtins(environment("ray"))
+            result = {"environment": described, "settings": settings, "flags": FLAGS}
+            options.json.write_text(json.dumps(result | {"phases": found}, indent=1) + "\n")
+    return found
 
 
 def failures(found: dict[str, Any]) -> list[str]:
@@ -233,16 +245,6 @@ def main() -> None:
     except ImportError:
         sys.exit("ray is not installed; this script needs: pip install 'minisrv[ray]' httpx")
     found = asyncio.run(measure(options))
-    for name, values in found.items():
-        print(name, json.dumps(values))
-    if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        result = {
-            "environment": msgspec.to_builtins(environment("ray")),
-            "settings": settings,
-            "flags": FLAGS,
-        }
-        options.json.write_text(json.dumps(result | {"phases": found}, indent=1) + "\n")
     if wrong := failures(found):
         sys.exit("; ".join(wrong))
 
