@@ -447,12 +447,36 @@ def test_a_chat_is_read_as_the_server_reads_it(llm):
     [answer] = llm.chat(begun, greedy(), use_tqdm=False)
     assert answer.prompt.startswith(open_ended.prompt)
     assert len(answer.prompt) > len(open_ended.prompt)
+    inside = {"add_generation_prompt": False, "continue_final_message": True}
+    [continued] = llm.chat(begun, greedy(), **inside)
+    assert continued.prompt.endswith("hi")
+    assert open_ended.prompt.startswith(continued.prompt)
+
+
+def test_bad_words_and_allowed_tokens(llm):
+    """Words that the completion had before do not come any more; allowed tokens are all that
+    come."""
+    [before] = llm.generate("hello", greedy(max_tokens=12))
+    tokenizer = llm.get_tokenizer()
+    words = [text for i in before.outputs[0].token_ids if (text := tokenizer.decode([i])).strip()]
+    [after] = llm.generate("hello", greedy(max_tokens=12, bad_words=words[:1]))
+    assert words
+    assert words[0].strip() in before.outputs[0].text
+    assert words[0].strip() not in after.outputs[0].text
+    [limited] = llm.generate("hello", greedy(max_tokens=12, allowed_token_ids=[5, 6]))
+    assert set(limited.outputs[0].token_ids) <= {5, 6}
 
 
 @pytest.mark.parametrize(
     ("messages", "options", "param"),
     [
-        ([{"role": "nobody", "content": "a"}], {}, "messages[0].role"),
+        ([{"role": "", "content": "a"}], {}, "messages[0].role"),
+        ([HELLO], {"continue_final_message": True}, "continue_final_message"),
+        (
+            [HELLO],
+            {"continue_final_message": True, "add_generation_prompt": False},
+            "continue_final_message",
+        ),
         ([HELLO, {"role": "user"}], {}, "messages[1]"),
         ([HELLO], {"tools": [{"type": "function"}]}, "tools[0].function"),
         ([HELLO], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

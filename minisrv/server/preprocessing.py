@@ -143,15 +143,21 @@ def render_chat(
     """Render a chat as the text of a prompt.
 
     continue_final_message: whether the prompt ends within the last message, behind its text.
-    Raises what `Tokenizer.render_chat` raises, and RequestError if the template does not write the
-    text of the message that is to be continued.
+    Raises what `Tokenizer.render_chat` raises, and RequestError if the message that is to be
+    continued is no text of an assistant, or the template does not write it.
     """
+    last = messages[-1]
+    if continue_final_message and (last.role != "assistant" or last.calls):
+        raise RequestError(
+            "continue_final_message needs a last message of an assistant, without tool calls.",
+            param="continue_final_message",
+        )
     template_tools = [tool.for_template() for tool in tools]
 
     def spell(whole_calls: bool) -> str:
         chat = [message.for_template(whole_calls=whole_calls) for message in messages]
         if continue_final_message:
-            chat[-1]["content"] = messages[-1].text + _CUT
+            chat[-1]["content"] = last.text + _CUT
         return tokenizer.render_chat(chat, add_generation_prompt, template_tools, variables)
 
     try:

@@ -17,7 +17,6 @@ Knows: JSON bodies and sampling parameters. Knows nothing of tokens, engines or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -48,7 +47,7 @@ from minisrv.request import (
     StructuredOutput,
     choice_seed,
 )
-from minisrv.server.messages import Message, Messages
+from minisrv.server.messages import Messages
 from minisrv.server.strict import MAX_TEXT, RequestBody, ShortText, Strict, Text, at_most, refuse
 from minisrv.server.structured import (
     Choices,
@@ -594,15 +593,6 @@ class ChatRendering(RequestBody):
         """Whether the prompt ends with the tokens that begin an answer."""
         return self.add_generation_prompt and not self.continue_final_message
 
-    def check_final(self, messages: Sequence[Message]) -> None:
-        """Raise a validation error if the last of the messages cannot be continued."""
-        last = messages[-1]
-        if self.continue_final_message and (last.role != "assistant" or last.calls):
-            raise refuse(
-                "continue_final_message",
-                "continue_final_message needs a last message of an assistant, without tool calls.",
-            )
-
 
 class TokenizeRequest(ChatRendering):
     """The body of POST /tokenize: a prompt, or the messages of a chat."""
@@ -625,11 +615,8 @@ class TokenizeRequest(ChatRendering):
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise refuse("prompt", "Send either prompt or messages.")
-        if self.messages is not None:
-            self.check_final(self.messages)
-            return self
         for name in ChatRendering.model_fields:
-            if name in self.model_fields_set:
+            if self.messages is None and name in self.model_fields_set:
                 raise refuse(name, f"{name} is only allowed with messages.")
         return self
 
@@ -694,11 +681,6 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
                 "max_tokens",
                 "max_tokens and max_completion_tokens differ; send one of them.",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _last_message_can_be_continued(self) -> ChatCompletionRequest:
-        self.check_final(self.messages)
         return self
 
     @model_validator(mode="after")
