@@ -331,7 +331,10 @@ def test_sleep_waits_for_a_refit_and_the_new_graphs_wake_up(checkpoint: str) -> 
     check_whole(engine)
 
 
-def test_an_engine_that_nobody_has_leaves_no_graphs_of_a_refit(checkpoint: str) -> None:
+def test_an_engine_that_nobody_has_leaves_no_graphs_of_a_refit(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "TURN", 0.0)
     engine = start(checkpoint, cudagraph_refit="apply")
     fill(engine)
     serve(engine, COUNT, turns=0)
