@@ -167,5 +167,5 @@ class OutputProcessor:
             prompt_logprobs,
             detokenizer.pop_text_offsets(len(output.logprobs or ())),
             stop_reason,
-            output.graph_stats,
+            output.graph_stats if self._include_graph_steps else None,
         )

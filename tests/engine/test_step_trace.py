@@ -27,8 +27,9 @@ from tests.engine.test_compilation import FakeCompiler
 
 ALL = 1 << 31
 LAYERS = 2
-FORWARD, EPILOGUE = 1 + 11 * LAYERS + 1, 5
-"""Numbers of launches; see tests/runner/test_launches.py. A decode step gathers its inputs too."""
+FORWARD, EPILOGUE, SAMPLING = 1 + 11 * LAYERS + 1, 5, 3
+"""Numbers of launches; see tests/runner/test_launches.py. Where every row samples, an epilogue is
+lm_head, sampling and the write back."""
 MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
 
 
@@ -199,7 +200,10 @@ def assert_launches_are_replaced(engine: EngineCore, steps: list[TracedStep]) ->
             continue
         assert step.launches_replaced > step.launches
         if not step.generation:
-            assert step.launches_replaced == FORWARD + EPILOGUE + (step.mode == "FULL")
+            # A decode step gathers its inputs. All its rows sample, and none of them by a mask.
+            stages = FORWARD + (step.mode == "FULL")
+            expected = stages + (SAMPLING if step.epilogue is None else EPILOGUE)
+            assert step.launches_replaced == expected
 
 
 def _key(step: TracedStep) -> tuple[str, str]:

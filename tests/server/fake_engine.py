@@ -19,7 +19,13 @@ from minisrv.engine.messages import (
 )
 from minisrv.engine.trace_format import AskSteps, Steps
 from minisrv.errors import EngineNotReadyError
-from minisrv.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from minisrv.request import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    GraphStats,
+    TokenLogprobs,
+)
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput | Exception | asyncio.Event]]
 
@@ -53,6 +59,7 @@ STATS = EngineStats(
         StepCount("PIECEWISE", "has_prefill", 2, 40, 24),
     ],
 )
+GRAPH_STATS = GraphStats("a1b2c3", 7, {"FULL/8": 5}, 0.1, 2.5, 10.0, 0, 16, [0])
 STEPS = {"FULL/pure_decode": 5, "PIECEWISE/has_prefill": 1}
 
 _Queue = asyncio.Queue[tuple[str, EngineOutput | Exception | None]]
@@ -134,6 +141,7 @@ class FakeEngine:
                     request_id=request.request_id,
                     finish_reason=FinishReason.ABORT,
                     graph_steps=STEPS,
+                    graph_stats=GRAPH_STATS,
                 )
                 await queue.put((request.request_id, last))
                 break
@@ -166,6 +174,7 @@ def outputs(
                 logprobs=None if logprobs is None else [token_logprobs(token_id, logprobs)],
                 finish_reason=finish if i == len(ids) - 1 else None,
                 graph_steps=STEPS if i == len(ids) - 1 else None,
+                graph_stats=GRAPH_STATS if i == len(ids) - 1 else None,
                 num_cached_tokens=0 if i else cached,
             )
             for i, token_id in enumerate(ids)

@@ -10,7 +10,7 @@ import pytest
 
 from minisrv.request import FinishReason
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, scored, sse
+from tests.server.fake_engine import GRAPH_STATS, INFO, STEPS, FakeEngine, outputs, scored, sse
 from tests.text import tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -179,6 +179,7 @@ async def test_logprobs_token_ids_and_graph_steps(
     assert len(bodies[0]["prompt_token_ids"]) > 0
     assert all("prompt_token_ids" not in body for body in bodies[1:])
     assert choices[-1]["graph_steps"] == STEPS
+    assert choices[-1]["graph_stats"]["id"] == GRAPH_STATS.id
 
 
 async def test_a_template_that_refuses_is_a_400(connect: Connect) -> None:

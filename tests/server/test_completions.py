@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from minisrv.errors import QueueFullError
-from minisrv.request import EngineOutput, FinishReason
+from minisrv.request import EngineOutput, FinishReason, GraphStats
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.fake_engine import INFO, STEPS, FakeEngine, outputs, scored, sse
+from tests.server.fake_engine import GRAPH_STATS, INFO, STEPS, FakeEngine, outputs, scored, sse
 
 pytestmark = pytest.mark.anyio
 
@@ -289,6 +289,7 @@ async def test_token_ids_and_graph_steps(
     assert [i for choice in choices for i in choice["token_ids"]] == ids
     assert choices[0]["prompt_token_ids"] == tokenizer.encode("hi")
     assert choices[-1]["graph_steps"] == STEPS
+    assert msgspec.convert(choices[-1]["graph_stats"], GraphStats) == GRAPH_STATS
     assert all("prompt_token_ids" not in c and "graph_steps" not in c for c in choices[1:-1])
 
 

@@ -32,7 +32,7 @@ from minisrv.server.response_schemas import (
 )
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.conftest import GENERATION
-from tests.server.fake_engine import STEPS, FakeEngine, outputs, sse, token_logprobs
+from tests.server.fake_engine import GRAPH_STATS, STEPS, FakeEngine, outputs, sse, token_logprobs
 
 CHECKS = [
     not_a_server_error,
@@ -60,6 +60,7 @@ def everything_asked_for(request: EngineRequest) -> Iterable[EngineOutput]:
         prompt_logprobs=scored,
         finish_reason=FinishReason.LENGTH,
         graph_steps=STEPS,
+        graph_stats=GRAPH_STATS,
     )
 
 
