@@ -11,14 +11,16 @@ times a second, and gets the steps that have been retired meanwhile.
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import msgspec
 
-from minisrv.config import EngineConfig
+from minisrv.cli import engine_config
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import encode
@@ -81,13 +83,15 @@ def answer_us(engine: EngineCore, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a checkpoint; the default model if left out")
+    parser.add_argument("--engine-flags", default="", help="flags of `minisrv serve` in one text")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--rounds", type=int, default=15, help="of two blocks each way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     tokens = 4 * BLOCK * options.rounds + 3
-    config = EngineConfig(
-        model=options.model,
+    model = [] if options.model is None else [options.model]
+    config = replace(
+        engine_config([*model, *shlex.split(options.engine_flags)]),
         max_num_seqs=options.streams,
         max_model_len=PROMPT + tokens,
         cudagraph_capture="whole",
