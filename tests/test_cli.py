@@ -18,7 +18,14 @@ import torch
 from minisrv import cli
 from minisrv.cli import engine_config, main
 from minisrv.compile.modes import CompilationMode
-from minisrv.config import BenchConfig, ChatConfig, EngineConfig, ServerConfig, read_text
+from minisrv.config import (
+    BenchConfig,
+    ChatConfig,
+    EngineConfig,
+    ServerConfig,
+    TraceConfig,
+    read_text,
+)
 from minisrv.engine.builder import dtype_name, resolve_dtype
 from minisrv.engine.platforms import CPUPlatform
 from minisrv.errors import ConfigError
@@ -120,6 +127,7 @@ def test_docstrings_may_be_dropped() -> None:
         (ServerConfig, "serve"),
         (BenchConfig, "bench"),
         (ChatConfig, "chat"),
+        (TraceConfig, "trace"),
     ],
 )
 def test_every_setting_is_documented_and_a_flag(kind: type, command: str) -> None:

@@ -55,6 +55,10 @@ class Gpu(CUDAPlatform):
         self.allowed, self.used, self.kept = allowed, used, kept
         self.peak = used + kept
 
+    @property
+    def device_name(self) -> str:
+        return "a GPU"
+
     def make_backend(self) -> CPUTapeBackend:
         return CPUTapeBackend()
 
