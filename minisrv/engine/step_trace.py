@@ -43,7 +43,10 @@ ID_BYTES = 6
 """Number of bytes of an opaque id: two of a million requests have the same by a chance of 1 to
 560."""
 
-_PARTS = tuple(part.value for part in StepPart if part is not StepPart.REST)
+_INDEX = {part: index for index, part in enumerate(StepPart)}
+_SCHEDULE, _DISPATCH, _FILL, _LAUNCH, _RESULT, _WAIT, _UPDATE, _REST = _INDEX.values()
+_WORDS = tuple(part.value for part in StepPart)[:_REST]
+_NO_TIME = (0.0,) * (_REST - _FILL)
 
 
 class _Batch:
@@ -91,8 +94,11 @@ class StepTrace(StepObserver):
         self._num_rows = 0
         self._events: deque[TraceEvent] = deque(maxlen=MAX_EVENTS)
         self._num_events = 0
-        self._shared: dict[str, float] = dict.fromkeys(StepPart, 0.0)
-        self._of_part = dict.fromkeys(StepPart, self._shared)
+        self._shared = [0.0] * len(_INDEX)
+        self._laps_of = [self._shared] * len(_INDEX)
+        """For each part the list of milliseconds to which it is added, at its index: that of the
+        step that was launched last, or the one that all steps share."""
+        self._laps_in_flight: deque[list[float]] = deque()
         self._last_lap = self._last_retired = time.perf_counter()
         self._was_busy = False
         self._num_preemptions = 0
@@ -103,7 +109,8 @@ class StepTrace(StepObserver):
         """See `StepObserver`. The parts from its launch on belong to the step that was launched
         last, whichever step is retired next."""
         now = time.perf_counter()
-        self._of_part[part][part] += 1000 * (now - self._last_lap)
+        index = _INDEX[part]
+        self._laps_of[index][index] += 1000 * (now - self._last_lap)
         self._last_lap = now
 
     def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
@@ -117,19 +124,19 @@ class StepTrace(StepObserver):
             batch = self._batches[step.batch_id] = _Batch(step)
             self._num_rows += len(batch.ids)
         shared, descriptor, epilogue = self._shared, dispatch.descriptor, dispatch.epilogue
-        host_ms = dict.fromkeys(_PARTS, 0.0)
-        for part in (StepPart.SCHEDULE, StepPart.DISPATCH):
-            host_ms[part], shared[part] = shared[part], 0.0
-        for part in (StepPart.FILL, StepPart.LAUNCH, StepPart.RESULT):
-            self._of_part[part] = host_ms
+        laps = [shared[_SCHEDULE], shared[_DISPATCH], *_NO_TIME]
+        shared[_SCHEDULE] = shared[_DISPATCH] = 0.0
+        laps_of = self._laps_of
+        laps_of[_FILL] = laps_of[_LAUNCH] = laps_of[_RESULT] = laps
+        self._laps_in_flight.append(laps)
         if not self._was_busy:
-            so_far = host_ms[StepPart.SCHEDULE] + host_ms[StepPart.DISPATCH]
+            so_far = laps[_SCHEDULE] + laps[_DISPATCH]
             self._last_retired, self._was_busy = self._last_lap - so_far / 1000, True
         preemptions = self._scheduler.num_preemptions
         preempted, self._num_preemptions = preemptions - self._num_preemptions, preemptions
         self._dispatches[step.step_id % len(self._dispatches)] = dispatch
         tokens, rows, rung = step.num_tokens, len(batch.ids), descriptor.num_tokens
-        return TracedStep(
+        record = TracedStep(
             step.step_id,
             time.time(),
             dispatch.mode.name,
@@ -149,10 +156,11 @@ class StepTrace(StepObserver):
             None,
             None,
             None if step.budget_reason is None else step.budget_reason.value,
-            host_ms,
+            {},
             step.batch_id,
-            preempted=preempted,
         )
+        record.preempted = preempted
+        return record
 
     def retire(
         self, step: TracedStep, predicted_ms: float | None, measured_ms: float, sampled: int
@@ -162,8 +170,10 @@ class StepTrace(StepObserver):
         sampled: the number of tokens that it added to requests.
         """
         now, scheduler, shared = time.perf_counter(), self._scheduler, self._shared
-        for part in (StepPart.WAIT, StepPart.UPDATE):
-            step.host_ms[part], shared[part] = shared[part], 0.0
+        laps = self._laps_in_flight.popleft()
+        laps[_WAIT], laps[_UPDATE] = shared[_WAIT], shared[_UPDATE]
+        shared[_WAIT] = shared[_UPDATE] = 0.0
+        step.host_ms = dict(zip(_WORDS, laps, strict=True))
         step.predicted_ms = predicted_ms
         step.measured_ms = measured_ms
         step.wall_ms = 1000 * (now - self._last_retired)
