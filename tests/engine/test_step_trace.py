@@ -109,9 +109,10 @@ class Witness:
             self.launches.append(counter.count)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "compiled"), [*((mode, False) for mode in MODES), ("full-and-piecewise", True)]
+)
 def test_every_record_says_what_its_step_did(
     checkpoint: str, mode: str, ahead: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
