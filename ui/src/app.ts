@@ -306,6 +306,7 @@ class Server {
     if (!follows) return;
     this.#strip.selected = null;
     this.#changed();
+    this.#details();
   }
 
   readonly #details = (): void => {
@@ -313,7 +314,7 @@ class Server {
     const { selected } = this.#strip;
     const step = selected === null ? steps.at(-1) : steps[selected];
     if (!step) return;
-    this.#shown.replaceChildren(details(step, selected === null ? "Newest step" : "Step", this.#own));
+    this.#shown.replaceChildren(details(step, selected === null ? "Newest step" : "Step", this.#own, this.#store.eventsBefore(step)));
     if (this.#table.open) this.#fillTable();
   };
 
@@ -353,8 +354,10 @@ class Server {
     } else if (!now?.graphs && !this.#store.header) {
       box.replaceChildren(h("p", { class: "empty" }, "The ladder is shown when the server is ready."));
     } else {
-      const drawn = [ladders(this.#store, now?.graphs)];
-      if (now?.graphs) drawn.unshift(ladderLine(now.graphs));
+      const graphs = now?.graphs;
+      const serving = graphs ? { decode: graphs.decode, mixed: graphs.mixed, epilogue: graphs.epilogues } : this.#store.inService;
+      const drawn = [ladders(this.#store, serving)];
+      if (graphs) drawn.unshift(ladderLine(graphs));
       box.replaceChildren(...drawn);
     }
   }

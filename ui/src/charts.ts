@@ -4,7 +4,7 @@ import { count, ms, percent } from "./format";
 import type { Point, Series } from "./metrics";
 
 const W = 240;
-const H = 64;
+const H = 76;
 const SHORTEST_SECONDS = 60;
 
 const formats: Record<Series["unit"], (value: number) => string> = {

@@ -1,7 +1,7 @@
 // One step in words and numbers. Knows: steps. Knows nothing of how it was chosen.
 import { h, svg } from "./dom";
 import { budgetInWords, clock, count, ms, percent, plural, reasonInWords } from "./format";
-import type { Step } from "./trace";
+import type { Step, TraceEvent } from "./trace";
 
 const GRAPHS: Record<string, string> = {
   FULL: "replayed one FULL graph",
@@ -23,21 +23,22 @@ export function sentence(step: Step): string {
 
 /** Draws the details of a step.
  *
- * own: the opaque ids of requests that this page has sent. */
-export function details(step: Step, heading: string, own: ReadonlySet<string>): HTMLElement {
+ * own: the opaque ids of requests that this page has sent.
+ * events: those between the step before it and this one. */
+export function details(step: Step, heading: string, own: ReadonlySet<string>, events: readonly TraceEvent[]): HTMLElement {
   const whole = step.tokens + step.padding;
   const facts: [string, string, string?][] = [
     ["Tokens", count(step.tokens)],
     ["Padding", step.padding ? `${count(step.padding)} of ${count(whole)} (${percent(step.padding / whole)})` : "none"],
     ["Measured", ms(step.measured_ms), step.measured_ms === null ? "This step was not timed" : undefined],
-    ["Predicted", ms(step.predicted_ms), "By the cost model"],
+    ["Predicted", ms(step.predicted_ms), "By the cost model, with an ITL target only"],
     ["Since the step before", ms(step.wall_ms)],
     ["Launches", launches(step), "From the host; and what the graph stood for"],
     ["Running / waiting", `${count(step.running ?? 0)} / ${count(step.waiting ?? 0)}`],
     ["KV blocks in use", step.kv_used === undefined ? "–" : count(step.kv_used)],
     ["Context read", step.context === undefined ? "–" : `${count(step.context)} tokens`],
     ["Sampled", count(step.sampled ?? 0)],
-    ["Generation", step.generation ? `${step.generation} (compiled)` : "0 (the model’s own code)"],
+    ["Generation", String(step.generation ?? 0), "0 is the model’s own code, 1 is compiled code"],
   ];
   if (step.preempted) facts.push(["Preempted", count(step.preempted)]);
   return h(
@@ -52,6 +53,7 @@ export function details(step: Step, heading: string, own: ReadonlySet<string>): 
       h("time", {}, clock(step.time)),
     ),
     h("p", { class: "why" }, sentence(step)),
+    events.length ? h("p", { class: "events" }, `Before it: ${events.map(eventInWords).join("; ")}.`) : null,
     h(
       "dl",
       { class: "facts" },
@@ -62,6 +64,14 @@ export function details(step: Step, heading: string, own: ReadonlySet<string>): 
     hostTime(step),
     requests(step, own),
   );
+}
+
+const TOLD = new Set(["type", "time", "event", "after", "in_service"]);
+
+function eventInWords(event: TraceEvent): string {
+  const more = Object.entries(event).filter(([name, value]) => !TOLD.has(name) && value !== "");
+  const told = more.map(([name, value]) => `${name} ${String(value)}`).join(", ");
+  return `◆ ${event.event.replaceAll("_", " ")}${told ? ` (${told})` : ""}`;
 }
 
 function launches(step: Step): string {

@@ -1,6 +1,5 @@
 // The ladders: for each rung how many steps it ran, and how much of them was padding.
 // Knows: counts of steps by rung, and which rungs serve.
-import type { Ready } from "./api";
 import { h, svg } from "./dom";
 import { count, percent } from "./format";
 import { LADDERS, type Ladder, type TraceStore } from "./trace";
@@ -16,8 +15,10 @@ interface Rungs {
   serving: Set<number> | null;
 }
 
-function rungs(store: TraceStore, ladder: Ladder, graphs: Ready["graphs"]): Rungs {
-  const served = graphs && { decode: graphs.decode, mixed: graphs.mixed, epilogue: graphs.epilogues }[ladder];
+export type Serving = Record<Ladder, number[]> | null;
+
+function rungs(store: TraceStore, ladder: Ladder, serving: Serving): Rungs {
+  const served = serving?.[ladder];
   const planned = store.header?.ladders?.[ladder] ?? [];
   const used = [...store.rungs.keys()]
     .filter((key) => key.startsWith(`${ladder}/`))
@@ -28,9 +29,9 @@ function rungs(store: TraceStore, ladder: Ladder, graphs: Ready["graphs"]): Rung
 
 /** Draws the ladders.
  *
- * graphs: which rungs serve now; undefined for a trace, in which all are taken to serve. */
-export function ladders(store: TraceStore, graphs: Ready["graphs"]): HTMLElement {
-  const columns = LADDERS.map((ladder) => column(store, ladder, rungs(store, ladder, graphs)));
+ * serving: which rungs serve; null if that is not known, and then all are taken to. */
+export function ladders(store: TraceStore, serving: Serving): HTMLElement {
+  const columns = LADDERS.map((ladder) => column(store, ladder, rungs(store, ladder, serving)));
   return h("div", { class: "ladders" }, ...columns.filter((c) => c !== null));
 }
 

@@ -46,6 +46,9 @@ interface Chunk {
   usage?: { completion_tokens: number } | null;
 }
 
+const QUESTION = "What is 17 + 25?";
+const BEGINNING = "Once upon a time";
+
 export class Playground {
   readonly #form = byId<HTMLFormElement>("play");
   readonly #prompt = byId<HTMLTextAreaElement>("prompt");
@@ -110,7 +113,8 @@ export class Playground {
     this.#fresh.hidden = !chats;
     this.#prompt.placeholder = chats ? "Ask something (Enter sends)" : "Begin a text that the model continues";
     setText(this.#send, chats ? "Send" : "Complete");
-    if (!this.#prompt.value) this.#prompt.value = chats ? "What is 17 + 25?" : "Once upon a time";
+    const [own, other] = chats ? [QUESTION, BEGINNING] : [BEGINNING, QUESTION];
+    if (!this.#prompt.value || this.#prompt.value === other) this.#prompt.value = own;
   }
 
   async #generate(): Promise<void> {
@@ -231,7 +235,7 @@ export class Playground {
   #done(began: number, first: number, last: number, finish: string): void {
     const slow = [...this.#pieces].slice(1).sort((a, b) => b.gap - a.gap)[0];
     const typical = this.#pieces.slice(1).map((p) => p.gap).sort((a, b) => a - b)[this.#pieces.length >> 1] ?? 0;
-    for (const piece of this.#pieces.slice(1)) {
+    for (const piece of this.#pieces.length < 8 ? [] : this.#pieces.slice(1)) {
       if (piece.gap > 2 * typical && piece.gap > 5) piece.element.classList.add("late");
     }
     const parts = [plural(this.#tokens, "token")];

@@ -11,6 +11,7 @@ export interface Header {
   mode?: string;
   compilation?: { state: string; generation: number; reason: string };
   ladders?: Partial<Record<Ladder, number[]>>;
+  in_service?: Record<Ladder, number[]>;
   graphs?: { captured: number; total: number };
   max_num_seqs?: number;
   max_num_batched_tokens?: number;
@@ -130,15 +131,20 @@ export class TraceStore {
   events: TraceEvent[] = [];
   readonly modes = new Map<string, RungCount>();
   readonly rungs = new Map<string, RungCount>();
+  /** The rungs that serve, as the last line that told them said. */
+  inService: Record<Ladder, number[]> | null = null;
   /** The number of steps that were dropped from the front of `steps`. */
   dropped = 0;
 
   constructor(readonly most = 6000) {}
 
   add(line: Line): void {
-    if (line.type === "header") this.header = line.header;
-    else if (line.type === "event") this.#addEvent(line.event);
-    else if (line.type === "step") this.#addStep(line.step);
+    if (line.type === "header") {
+      this.header = line.header;
+      this.inService = line.header.in_service ?? null;
+    }
+    if (line.type === "event") this.#addEvent(line.event);
+    if (line.type === "step") this.#addStep(line.step);
   }
 
   clear(): void {
@@ -174,8 +180,17 @@ export class TraceStore {
     return this.steps[index]?.id === id ? index : -1;
   }
 
+  /** The events between the step before a step and the step. */
+  eventsBefore(step: Step): TraceEvent[] {
+    const index = this.indexOf(step.id);
+    const before = this.steps[index - 1];
+    if (!before) return [];
+    return this.events.filter(({ time }) => time > before.time && time <= step.time);
+  }
+
   #addEvent(event: TraceEvent): void {
     this.events.push(event);
+    if (event.in_service) this.inService = event.in_service as Record<Ladder, number[]>;
     if (this.events.length > 500) this.events.splice(0, 250);
   }
 

@@ -145,7 +145,7 @@ export class Viewer {
       const index = side.strip.selected!;
       if (index === side.shown) continue;
       side.shown = index;
-      side.panel.replaceChildren(details(side.store.steps[index]!, "Step", NOBODY));
+      side.panel.replaceChildren(details(side.store.steps[index]!, "Step", NOBODY, side.store.eventsBefore(side.store.steps[index]!)));
     }
   };
 
@@ -199,7 +199,7 @@ function more(trace: NamedTrace, named: boolean): HTMLElement {
     "div",
     { class: "side-more" },
     named ? h("h3", {}, name) : null,
-    ladders(store, undefined),
+    ladders(store, store.inService),
     h("details", {}, h("summary", {}, "Start-up by part"), startup(store.header)),
     listed,
   );

@@ -1,0 +1,341 @@
+"""The web page in a real browser, on a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("playwright", reason="no playwright: pip install '.[test]'")
+from playwright.sync_api import Page, Route, expect
+
+from minisrv.tools.view import ViewServer
+from tests.browser.conftest import KEY
+from tests.e2e.server import Server, until
+
+AXE = Path(__file__).parents[2] / "ui" / "node_modules" / "axe-core" / "axe.min.js"
+
+Open = Callable[..., Page]
+
+
+def trace(name: str, *, steps: int, first: int = 0) -> bytes:
+    """A recorded trace. Every tenth step holds a prompt, every fiftieth is above the ladder."""
+    lines: list[dict[str, Any]] = [
+        {
+            **{"type": "header", "version": 1, "server": "minisrv/0.1.0", "model": name},
+            **{"time": 1000.0, "device": "cpu", "mode": "full-and-piecewise"},
+            "ladders": {"decode": [1, 8, 16], "mixed": [32, 64], "epilogue": [16]},
+            "in_service": {"decode": [1, 8], "mixed": [32, 64], "epilogue": [16]},
+            "startup": [{"part": "imports", "seconds": 2.5}],
+        }
+    ]
+    for index in range(steps):
+        prompt = index % 10 == 9
+        above = index % 50 == 49
+        mode, reason = ("PIECEWISE", "has_prefill") if prompt else ("FULL", "pure_decode")
+        if above:
+            mode, reason = "NONE", "above_ladder"
+        tokens = 600 if above else 28 if prompt else 5
+        padding = 0 if above else 4 if prompt else 3
+        lines.append(
+            {
+                **{"type": "step", "id": first + index, "time": 1000 + index / 100},
+                **{"mode": mode, "reason": reason, "tokens": tokens, "padding": padding},
+                **{"rung": tokens + padding, "rung_requests": None if prompt else 8, "rows": 5},
+                **{"decode_rows": 5, "prefill_tokens": tokens - 5, "sampled": 5, "launches": 1},
+                **{"measured_ms": 2.0, "wall_ms": 10.0, "host_ms": {"launch": 2.0, "wait": 0.5}},
+                **{"running": 5, "waiting": 0, "requests": [["abc", 1]] * 5},
+            }
+        )
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def complete(page: Page, *, tokens: int = 24) -> None:
+    """Have the playground complete a text, and wait for its end."""
+    page.get_by_text("Completion", exact=True).click()
+    page.locator("#max-tokens").fill(str(tokens))
+    page.locator("#temperature").fill("0")
+    page.get_by_role("button", name="Complete").click()
+    expect(page.locator("#play-status")).to_contain_text("first after")
+
+
+def wait_for_steps(page: Page) -> None:
+    """Wait until the strip has a few steps."""
+    last = page.locator("#strip .strip")
+    until(lambda: int(last.get_attribute("aria-valuemax") or 0) > 4, "steps")
+
+
+def selected(page: Page) -> int:
+    """The id of the step whose details are shown."""
+    match = re.search(r"#(\d+)", page.locator("#step h3").inner_text())
+    assert match
+    return int(match[1])
+
+
+def recorded(server: Server) -> list[dict[str, Any]]:
+    """The steps that the server has recorded."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    response = httpx.get(f"{server.url}/debug/steps", headers=headers, trust_env=False)
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    return [line for line in lines if line["type"] == "step"]
+
+
+def overflow(page: Page) -> int:
+    """The pixels by which the page is wider than the window."""
+    return int(page.evaluate("document.documentElement.scrollWidth - innerWidth"))
+
+
+def test_a_stream_its_tokens_and_its_steps(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, key=KEY)
+    page.get_by_role("status").get_by_text("Ready").wait_for()
+    complete(page)
+    tokens = page.locator("#output .token")
+    assert tokens.count() > 8
+    tokens.nth(3).hover()
+    note = page.locator("#token-note")
+    assert re.match(r"Token \d+: .* ms after the one before", note.inner_text())
+    tokens.first.focus()
+    assert "after the request was sent" in note.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.index") == "1"
+    # The ladder counts what the server has counted.
+    full = [step for step in recorded(server) if step["mode"] == "FULL"]
+    counted = (
+        "[...document.querySelectorAll('.ladder-decode li')]"
+        ".reduce((sum, rung) => sum + Number(rung.dataset.steps), 0)"
+    )
+    until(lambda: page.evaluate(counted) == len(full), "the ladder is drawn")
+    expect(page.locator("[data-chart=kv] .value")).to_contain_text("%")
+    assert page.locator("#startup li").count() > 3
+
+
+def test_a_chat_is_stopped(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, key=KEY)
+    page.get_by_text("Completion", exact=True).click()
+    page.locator("#max-tokens").fill("400")
+    page.locator("#temperature").fill("0")
+    page.get_by_role("button", name="Complete").click()
+    page.locator("#output .token").nth(2).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#play-status")).to_contain_text("Stopped after")
+    page.get_by_text("Chat", exact=True).click()
+    page.locator("#prompt").fill("What is 17 + 25?")
+    page.locator("#prompt").press("Enter")
+    expect(page.locator("#play-status")).to_contain_text("first after")
+    assert page.locator("#output .asked").inner_text() == "What is 17 + 25?"
+
+
+def test_a_step_is_chosen_by_pointer_and_by_keys(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, key=KEY)
+    complete(page)
+    strip = page.get_by_role("slider", name="Recent steps of the server")
+    wait_for_steps(page)
+    strip.click(position={"x": 60, "y": 100})
+    clicked = selected(page)
+    assert page.get_by_role("button", name="Follow").get_attribute("aria-pressed") == "false"
+    assert "every request of the batch was decoding" in page.locator("#step").inner_text() or (
+        "prompt token" in page.locator("#step").inner_text()
+    )
+    page.keyboard.press("ArrowRight")
+    assert selected(page) == clicked + 1
+    page.keyboard.press("Home")
+    first = selected(page)
+    assert first == recorded(server)[0]["id"]
+    assert (strip.get_attribute("aria-valuetext") or "").startswith(f"Step {first}: ")
+    page.get_by_role("slider", name="Step", exact=True).press("ArrowRight")
+    assert selected(page) == first + 1
+    page.get_by_text("Steps as a table").first.click()
+    page.locator("#step-table").get_by_role("button", name=f"#{first}", exact=True).click()
+    assert selected(page) == first
+    page.get_by_role("button", name="Follow").click()
+    assert page.locator("#step h3").inner_text().startswith("Newest step")
+
+
+def test_the_key_is_asked_for_and_kept_in_the_tab(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    refused: list[str] = []
+    page.on("response", lambda answer: answer.status == 401 and refused.append(answer.url))
+    field = page.get_by_label("This server asks for an API key")
+    field.wait_for()
+    assert not refused, "nothing is asked before there is a key"
+    field.fill("another")
+    field.press("Enter")
+    page.get_by_text("The server did not accept this key.").wait_for()
+    assert refused
+    field.fill(KEY)
+    field.press("Enter")
+    page.locator("#model").get_by_text("minisrv-default").wait_for()
+    assert not field.is_visible()
+    assert page.evaluate("sessionStorage.getItem('minisrv-key')") == KEY
+    assert page.evaluate("localStorage.length") == 0
+    assert page.evaluate("document.cookie") == ""
+    assert KEY not in page.content()
+    page.get_by_role("button", name="Forget the key").click()
+    assert page.evaluate("sessionStorage.length") == 0
+    field.wait_for()
+
+
+def test_light_and_dark(server: Server, open_page: Open) -> None:
+    brightness = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
+    page = open_page(server.url, key=KEY, color_scheme="dark")
+    assert page.evaluate(brightness) < 60
+    page.get_by_role("button", name="Light colours").click()
+    assert page.evaluate(brightness) > 200
+    page.get_by_role("button", name="Dark colours").click()
+    assert page.evaluate(brightness) < 60
+    assert open_page(server.url, key=KEY).evaluate(brightness) > 200
+
+
+def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path) -> None:
+    size = {"width": 360, "height": 740}
+    page = open_page(server.url, key=KEY, viewport=size, has_touch=True)
+    complete(page)
+    wait_for_steps(page)
+    page.locator(".strip").tap(position={"x": 60, "y": 100})
+    page.get_by_text("Steps as a table").first.click()
+    assert overflow(page) <= 0
+    files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
+    for path in files:
+        path.write_bytes(trace("a-model-with-a-long-name", steps=120))
+    page.locator("#files").set_input_files(files)
+    page.locator(".comparison").wait_for()
+    assert overflow(page) <= 0
+
+
+def answering(answer: dict[str, Any] | None) -> Callable[[Route], None]:
+    """A handler that answers 503 with this, or not at all."""
+    if answer is None:
+        return lambda route: route.abort()
+    return lambda route: route.fulfill(status=503, json=answer)
+
+
+def test_states_say_what_to_do(server: Server, open_page: Open) -> None:
+    page = open_page("about:blank", key=KEY)
+    page.clock.install()
+    page.goto(server.url)
+    banner = page.locator("#banner")
+    expect(page.locator("#state")).to_have_text("Ready")
+    loading = {"phase": "capturing graphs", "done": 3, "total": 9}
+    for answer, told in (
+        ({"state": "asleep"}, "POST /wake_up wakes it"),
+        ({"state": "dead"}, "Look at the log of the server"),
+        ({"state": "loading", "loading": loading}, "not ready yet: capturing graphs (3 of 9)"),
+        (None, "The server does not answer"),
+    ):
+        page.context.route("**/ready", answering(answer))
+        page.clock.run_for(2500)
+        expect(banner).to_contain_text(told)
+        page.context.unroute("**/ready")
+    page.clock.run_for(2500)
+    expect(page.locator("#state")).to_have_text("Ready")
+    expect(banner).to_be_hidden()
+
+
+def test_a_server_without_a_trace_says_so(server: Server, open_page: Open) -> None:
+    page = open_page("about:blank", key=KEY)
+    error = {"error": {"message": "No trace: start it without --step-trace 0.", "code": "off"}}
+    page.route("**/debug/steps*", lambda route: route.fulfill(status=404, json=error))
+    page.goto(server.url)
+    page.get_by_text("No trace: start it without --step-trace 0.").wait_for()
+
+
+DROP = """([name, text]) => {
+    const files = new DataTransfer();
+    files.items.add(new File([text], name));
+    const options = { dataTransfer: files, bubbles: true, cancelable: true };
+    document.querySelector('#drop').dispatchEvent(new DragEvent('drop', options));
+}"""
+
+
+def test_dropped_traces_replay(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, key=KEY)
+    page.evaluate(DROP, ["one.ndjson", trace("one", steps=400).decode()])
+    viewer = page.locator(".viewer")
+    viewer.get_by_text("one · cpu · full-and-piecewise · 400 steps").wait_for()
+    assert viewer.locator("li.missing").all_inner_texts() == ["16\nnot captured yet"]
+    viewer.get_by_role("slider", name="Steps of one.ndjson").press("End")
+    expect(viewer.locator(".details h3")).to_contain_text("#399")
+    viewer.get_by_role("slider", name="Steps of one.ndjson").press("Home")
+    viewer.get_by_role("button", name="Play").click()
+    position = viewer.get_by_label("Position in the trace")
+    until(lambda: float(position.input_value()) > 3, "it plays")
+    viewer.get_by_role("button", name="Pause").click()
+    page.evaluate(DROP, ["two.ndjson", trace("two", steps=300, first=7).decode()])
+    viewer.get_by_role("columnheader", name="two.ndjson").wait_for()
+    viewer.get_by_label("Axis").select_option("time")
+    position.evaluate("range => { range.value = 2000; range.dispatchEvent(new Event('input')); }")
+    # The same moment of both: two seconds are 200 steps.
+    expect(viewer.locator(".details h3")).to_have_text([re.compile("#200"), re.compile("#207")])
+    viewer.get_by_role("button", name="Close the trace").click()
+    assert not viewer.count()
+
+
+def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) -> None:
+    page = open_page(viewed.url)
+    page.locator(".viewer").wait_for()
+    whole = trace("x", steps=2).decode()
+    for text, told in (
+        ("", "Line 1: the file is empty"),
+        ("no JSON", "Line 1: this is not JSON"),
+        ('{"type": "step"}\n', "Line 1: the step has no number"),
+        (whole + '{"type": "st', "Line 4: this is not JSON"),
+        ('{"type": "header", "version": 2}\n', "Line 1: the format has version 2"),
+        (trace("x", steps=0).decode(), "a header and no step"),
+    ):
+        page.evaluate(DROP, ["bad.ndjson", text])
+        expect(page.locator("#replay-message")).to_have_text(re.compile(f"^bad.ndjson: .*{told}"))
+    assert page.locator(".viewer").is_visible(), "the traces that were open stay open"
+
+
+@pytest.fixture
+def viewed(tmp_path: Path) -> Iterator[ViewServer]:
+    """`minisrv trace --view` of two traces."""
+    paths = [tmp_path / "left.ndjson", tmp_path / "right.ndjson"]
+    for path in paths:
+        path.write_bytes(trace(path.stem, steps=100))
+    with ViewServer(paths) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_alone_shows_recorded_traces(viewed: ViewServer, open_page: Open) -> None:
+    page = open_page(viewed.url)
+    page.get_by_role("slider", name="Steps of right.ndjson").wait_for()
+    assert not page.locator("#prompt").is_visible()
+    foreign = httpx.get(viewed.url, headers={"host": "a.example:80"}, trust_env=False)
+    assert foreign.status_code == 421
+    assert httpx.get(f"{viewed.url}ui/traces/2", trust_env=False).status_code == 404
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `npm ci` in ui/")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    server: Server, viewed: ViewServer, open_page: Open, scheme: str
+) -> None:
+    """All of it: with an answer, a chosen step, the table, and two traces."""
+    for url in (server.url, viewed.url):
+        page = open_page(url, key=KEY, color_scheme=scheme)
+        if url == server.url:
+            complete(page)
+            wait_for_steps(page)
+            page.locator(".strip").click(position={"x": 60, "y": 100})
+            page.get_by_text("Steps as a table").first.click()
+        else:
+            page.locator(".comparison").wait_for()
+        page.evaluate(AXE.read_text())
+        found = page.evaluate("axe.run()")["violations"]
+        assert [
+            (one["id"], node["target"], node["failureSummary"])
+            for one in found
+            if one["impact"] in ("serious", "critical")
+            for node in one["nodes"]
+        ] == []
