@@ -15,6 +15,7 @@ import { usage } from "./usage";
 import { Viewer, type NamedTrace } from "./viewer";
 
 const POLL_MS = 2000;
+const MODES = ["FULL", "PIECEWISE", "NONE"];
 
 // ---- light and dark ------------------------------------------------------------------------------
 
@@ -276,14 +277,14 @@ class Server {
   #summary(): string {
     let [all, real, padded] = [0, 0, 0];
     const parts = [];
-    for (const [mode, found] of this.#store.modes) {
+    for (const [mode, found] of [...this.#store.modes].sort(([a], [b]) => MODES.indexOf(a) - MODES.indexOf(b))) {
       all += found.steps;
       real += found.tokens;
       padded += found.padding;
       parts.push([mode, found.steps] as const);
     }
     if (!all) return "";
-    const modes = parts.map(([mode, steps]) => `${percent(steps / all)} ${mode}`).join(", ");
+    const modes = parts.map(([mode, steps]) => `${mode} ${percent(steps / all)}`).join(", ");
     return `${plural(all, "step")}: ${modes}; ${percent(padded / (real + padded))} of the tokens padding`;
   }
 

@@ -66,8 +66,8 @@ const WINDOW_SECONDS = 6;
 
 export class History {
   readonly series: Series[] = [
-    { key: "itl", title: "ITL, median", unit: "ms", points: [], more: { title: "95 %", points: [] } },
-    { key: "ttft", title: "TTFT, median", unit: "ms", points: [], more: { title: "95 %", points: [] } },
+    { key: "itl", title: "ITL, median", unit: "ms", points: [], more: { title: "p95", points: [] } },
+    { key: "ttft", title: "TTFT, median", unit: "ms", points: [], more: { title: "p95", points: [] } },
     { key: "tokens", title: "Generated tokens/s", unit: "rate", points: [] },
     { key: "requests", title: "Running", unit: "count", points: [], more: { title: "waiting", points: [] } },
     { key: "kv", title: "KV cache used", unit: "share", points: [] },

@@ -235,14 +235,13 @@ export class Playground {
   #done(began: number, first: number, last: number, finish: string): void {
     const slow = [...this.#pieces].slice(1).sort((a, b) => b.gap - a.gap)[0];
     const typical = this.#pieces.slice(1).map((p) => p.gap).sort((a, b) => a - b)[this.#pieces.length >> 1] ?? 0;
-    for (const piece of this.#pieces.length < 8 ? [] : this.#pieces.slice(1)) {
-      if (piece.gap > 2 * typical && piece.gap > 5) piece.element.classList.add("late");
-    }
+    const late = this.#pieces.length < 8 ? [] : this.#pieces.slice(1).filter(({ gap }) => gap > 3 * typical && gap > 5);
+    for (const { element } of late) element.classList.add("late");
     const parts = [plural(this.#tokens, "token")];
     if (first) parts.push(`first after ${ms(first - began)}`);
     if (this.#tokens > 1) {
       parts.push(`then ${ms((last - first) / (this.#tokens - 1))} each`);
-      if (slow) parts.push(`longest gap ${ms(slow.gap)}`);
+      if (slow) parts.push(`longest gap ${ms(slow.gap)}${late.length ? " (slow tokens are marked)" : ""}`);
     }
     setText(this.#status, `${parts.join(", ")}${finish === "length" ? "; cut at the maximum" : ""}.`);
   }

@@ -31,8 +31,14 @@ export function palette(): Palette {
   };
 }
 
-/** The length of a step on the time axis, in milliseconds. */
-const duration = (step: Step): number => step.wall_ms ?? step.measured_ms ?? 1;
+/** The length of a step on the time axis, in milliseconds, from its launch on. */
+const duration = (step: Step): number => step.measured_ms || step.wall_ms || 1;
+
+/** Milliseconds of the time axis that are as long as a cell of the step axis: about a step. */
+export function typicalLength(stores: readonly TraceStore[]): number {
+  const some = stores.flatMap(({ steps }) => steps.slice(-1000).map(duration)).sort((a, b) => a - b);
+  return Math.max(0.01, some[some.length >> 1] ?? 1);
+}
 
 /** A step in one sentence, for a reader that sees no strip. */
 export function inShort(step: Step): string {
@@ -49,6 +55,8 @@ export class Strip {
   /** The first coordinate that is drawn: a step's index, or milliseconds since the first step. */
   left = 0;
   zoom = 3;
+  /** See typicalLength; strips with one axis have the same. */
+  millisecondsPerCell = 1;
   readonly #canvas = h("canvas", { "aria-hidden": "true" });
   readonly #message = h("p", { class: "strip-message" });
   readonly #hover = h("p", { class: "strip-hover", "aria-hidden": "true" });
@@ -112,7 +120,7 @@ export class Strip {
   /** Pixels of one unit of the axis. */
   get scale(): number {
     const cell = ZOOMS[this.zoom]!;
-    return this.axis === "step" ? cell : cell / this.#typical();
+    return this.axis === "step" ? cell : cell / this.millisecondsPerCell;
   }
 
   /** The length of what is visible, in units of the axis. */
@@ -139,13 +147,6 @@ export class Strip {
     const margin = Math.min(this.span / 4, 4 / this.scale + (this.axis === "step" ? 1 : duration(step)));
     if (at < this.left + margin) this.left = Math.max(0, at - margin);
     else if (at > this.left + this.span - 2 * margin) this.left = at - this.span + 2 * margin;
-  }
-
-  #typical(): number {
-    const { steps } = this.store;
-    if (!steps.length) return 1;
-    const some = steps.slice(-101).map(duration).sort((a, b) => a - b);
-    return Math.max(0.01, some[some.length >> 1]!);
   }
 
   #indexAt(event: PointerEvent): number {

@@ -5,7 +5,7 @@ import { details, stepTable } from "./details";
 import { count, ms, percent, plural, seconds } from "./format";
 import { ladders } from "./ladder";
 import { startup } from "./startup";
-import { Strip, ZOOMS, type Axis } from "./strip";
+import { Strip, typicalLength, ZOOMS, type Axis } from "./strip";
 import type { TraceStore } from "./trace";
 
 export interface NamedTrace {
@@ -35,6 +35,7 @@ export class Viewer {
   #last = 0;
 
   constructor(traces: NamedTrace[], close: (() => void) | null) {
+    const milliseconds = typicalLength(traces.map(({ store }) => store));
     this.#sides = traces.map((trace) => {
       const side: Side = {
         ...trace,
@@ -42,6 +43,7 @@ export class Viewer {
         panel: h("div", { class: "side-details" }),
         shown: -1,
       };
+      side.strip.millisecondsPerCell = milliseconds;
       return side;
     });
     this.#scrub = h("input", { type: "range", min: 0, step: "any", value: 0, class: "scrub", "aria-label": "Position in the trace" });
