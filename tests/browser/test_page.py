@@ -189,6 +189,8 @@ def test_light_and_dark(server: Server, open_page: Open) -> None:
     assert page.evaluate(brightness) > 200
     page.get_by_role("button", name="Dark colours").click()
     assert page.evaluate(brightness) < 60
+    page.reload()
+    assert page.evaluate(brightness) < 60, "the choice is kept"
     assert open_page(server.url, key=KEY).evaluate(brightness) > 200
 
 
@@ -208,6 +210,25 @@ def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path)
     assert overflow(page) <= 0
 
 
+def test_all_urls_are_below_a_prefix(server: Server, open_page: Open) -> None:
+    """A proxy that adds a prefix to the path needs no setting."""
+    page = open_page("about:blank", key=KEY)
+    asked: list[str] = []
+
+    def forward(route: Route) -> None:
+        asked.append(route.request.url)
+        # The proxy of this test passes whole answers on.
+        url = route.request.url.replace("/a/prefix/", "/").replace("follow=true", "limit=1")
+        route.fulfill(response=route.fetch(url=url))
+
+    page.route("**/*", forward)
+    page.goto(f"{server.url}/a/prefix/")
+    expect(page.locator("#model")).to_contain_text("minisrv-default")
+    complete(page)
+    expect(page.locator("#usage")).to_contain_text(f"{server.url}/a/prefix/v1/")
+    assert not [url for url in asked if not url.startswith(f"{server.url}/a/prefix/")]
+
+
 def answering(answer: dict[str, Any] | None) -> Callable[[Route], None]:
     """A handler that answers 503 with this, or not at all."""
     if answer is None:
@@ -225,7 +246,7 @@ def test_states_say_what_to_do(server: Server, open_page: Open) -> None:
     for answer, told in (
         ({"state": "asleep"}, "POST /wake_up wakes it"),
         ({"state": "dead"}, "Look at the log of the server"),
-        ({"state": "loading", "loading": loading}, "not ready yet: capturing graphs (3 of 9)"),
+        ({"state": "loading", "loading": loading}, "when it is. capturing graphs (3 of 9)"),
         (None, "The server does not answer"),
     ):
         page.context.route("**/ready", answering(answer))

@@ -19,12 +19,19 @@ const MODES = ["FULL", "PIECEWISE", "NONE"];
 
 // ---- light and dark ------------------------------------------------------------------------------
 
+const THEME = "minisrv-theme";
 const recolour: (() => void)[] = [];
 
 function theme(): void {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
   const button = byId<HTMLButtonElement>("theme");
+  try {
+    const chosen = localStorage.getItem(THEME);
+    if (chosen === "light" || chosen === "dark") root.dataset.theme = chosen;
+  } catch {
+    // Storage is turned off: the choice lives as long as the page.
+  }
   const isDark = (): boolean => (root.dataset.theme ?? (dark.matches ? "dark" : "light")) === "dark";
   const apply = (): void => {
     const name = isDark() ? "Light colours" : "Dark colours";
@@ -35,6 +42,11 @@ function theme(): void {
   };
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
+    try {
+      localStorage.setItem(THEME, root.dataset.theme);
+    } catch {
+      // As above.
+    }
     apply();
   });
   dark.addEventListener("change", apply);
@@ -88,14 +100,16 @@ class State {
     setText(this.#pill, STATES[state] ?? state);
     if (state === "loading") {
       const done = loading?.total ? ` (${loading.done} of ${loading.total})` : "";
-      this.#tell(`The engine is not ready yet${loading?.phase ? `: ${loading.phase}${done}` : ""}. Requests are taken when it is.`);
+      this.#tell("The engine is not ready yet. Requests are taken when it is.", `${loading?.phase ?? ""}${done}`);
     } else {
       this.#tell(ADVICE[state] ?? "");
     }
   }
 
-  #tell(text: string): void {
-    setText(this.#banner, text);
+  /** progress: changes often, and is not read aloud each time. */
+  #tell(text: string, progress = ""): void {
+    setText(byId("banner-text"), text);
+    setText(byId("banner-progress"), progress);
     this.#banner.hidden = !text;
   }
 }
@@ -191,9 +205,12 @@ class Server {
     for (;;) {
       if (!document.hidden) {
         const before = JSON.stringify(this.#state.now?.graphs);
+        const was = this.#state.now?.state;
         const reached = await this.#state.poll();
+        const allowed = !this.settings.keyed || key() !== "";
+        if (allowed && was && was !== "ready" && this.#state.now?.state === "ready") this.#live.retry();
         if (JSON.stringify(this.#state.now?.graphs) !== before) this.#drawLadder();
-        if (reached && (!this.settings.keyed || key())) await this.#scrape();
+        if (reached && allowed) await this.#scrape();
       }
       const wait = POLL_MS * Math.min(8, 2 ** Math.max(0, this.#state.misses - 1));
       await new Promise((resolve) => setTimeout(resolve, wait));
@@ -478,5 +495,5 @@ async function start(): Promise<void> {
 start().catch(() => {
   const banner = byId("banner");
   banner.hidden = false;
-  setText(banner, "The server does not answer. Start it, then load this page again.");
+  setText(byId("banner-text"), "The server does not answer. Start it, then load this page again.");
 });

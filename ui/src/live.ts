@@ -16,6 +16,7 @@ const LONGEST_WAIT = 15;
 export class Live {
   #run: AbortController | null = null;
   #wanted = false;
+  #follows = false;
 
   constructor(
     readonly store: TraceStore,
@@ -30,6 +31,13 @@ export class Live {
     this.#apply();
   }
 
+  /** Tries again at once, unless the steps are being followed: the server has just become ready. */
+  retry(): void {
+    if (this.#follows) return;
+    this.stop();
+    this.start();
+  }
+
   stop(): void {
     this.#wanted = false;
     this.#apply();
@@ -39,6 +47,7 @@ export class Live {
     const wanted = this.#wanted && !document.hidden;
     if (wanted === (this.#run !== null)) return;
     this.#run?.abort();
+    this.#follows = false;
     this.#run = wanted ? new AbortController() : null;
     if (this.#run) void this.#follow(this.#run.signal);
   }
@@ -51,6 +60,7 @@ export class Live {
       try {
         const path = "debug/steps?follow=true&limit=2000";
         const response = await request(path, { signal, accept: "application/x-ndjson" });
+        this.#follows = true;
         this.tell({ kind: "following" });
         wait = FIRST_WAIT;
         await this.#read(response);
@@ -63,6 +73,7 @@ export class Live {
         why = error instanceof ApiError ? error.message : "The server does not answer.";
       }
       if (signal.aborted) return;
+      this.#follows = false;
       this.tell({ kind: "lost", message: why, seconds: wait });
       await sleep(1000 * wait, signal);
       wait = Math.min(2 * wait, LONGEST_WAIT);

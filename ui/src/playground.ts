@@ -214,7 +214,7 @@ export class Playground {
     const piece = pieces[index]!;
     const since = index ? "after the one before" : "after the request was sent";
     const step = pieces === this.#pieces && this.hooks.stepOf(this.#request, piece.token, this.#tokens);
-    const made = step ? ` Made by step ${step.id} (${step.label}); press Enter or click to see it.` : "";
+    const made = step ? ` By step ${step.id} (${step.label}); Enter or a click shows it.` : "";
     setText(this.#note, `Token ${piece.token || index + 1}: ${ms(piece.gap)} ${since}.${made}`);
   }
 
