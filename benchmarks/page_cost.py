@@ -1,12 +1,13 @@
 """Measures what the open web page costs the streams of a server, and whether the page keeps up.
 
     minisrv serve &
-    python benchmarks/page_cost.py http://127.0.0.1:8000 --json page-cost.json
+    python benchmarks/page_cost.py http://127.0.0.1:8000 $! --json page-cost.json
 
 Eight streams run all the time. By turns the page is open in a headless Chromium, where it follows
 the steps and draws them, and closed. What is compared is the server's own: the time from step to
-step of full decode batches, from the trace of steps, and the ITL of /metrics. The page's long tasks
-(over 50 ms, by the browser's own observer) and its frames tell whether it freezes.
+step of full decode batches, from the trace of steps, the ITL of /metrics, and the processor time of
+all its processes for a token, which says the same on a machine that others use too. The page's long
+tasks (over 50 ms, by the browser's own observer) and its frames tell whether it freezes.
 
 A browser without a GPU takes a core for drawing. Where it runs on the cores of the server, it takes
 them from the server as any other program would. To see what the page's requests alone cost the
@@ -97,11 +98,16 @@ def latency(netloc: str) -> tuple[float, float]:
     return float(found[f"{name}_sum"]), float(found[f"{name}_count"])
 
 
-def window(netloc: str, seconds: float, streams: int) -> dict[str, float]:
-    """Measure for some seconds."""
+def window(netloc: str, seconds: float, streams: int, pid: int) -> dict[str, float]:
+    """Measure for some seconds.
+
+    pid: the process of the server.
+    """
     last = steps(netloc, "limit=1")[-1]["id"]
     total, number = latency(netloc)
+    busy = busy_seconds(pid)
     time.sleep(seconds)
+    busy = busy_seconds(pid) - busy
     after, more = latency(netloc)
     between = [
         step["wall_ms"]
@@ -112,43 +118,44 @@ def window(netloc: str, seconds: float, streams: int) -> dict[str, float]:
         "steps": len(between),
         "step_ms_median": median(between),
         "step_ms_p99": quantiles(between, n=100)[98],
+        "server_cpu_ms_per_token": 1000 * busy / (more - number),
         "itl_ms_mean": 1000 * (after - total) / (more - number),
     }
 
 
-def browser_busy_seconds() -> float:
-    """Return the processor time of the processes of Chromium below this one."""
+def busy_seconds(root: int, name: str = "") -> float:
+    """Return the processor time of a process and of all below it, or of those of them whose names
+    contain `name`."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
-            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            begin, _, rest = (entry / "stat").read_text().rpartition(")")
         except OSError:
             continue  # it has just ended
         fields = rest.split()
         parents[int(entry.name)] = int(fields[1])
-        if "chrom" in name:
+        if name in begin:
             ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
-    return sum(used for pid, used in ticks.items() if _is_below(pid, parents)) / _TICKS
+    return sum(used for pid, used in ticks.items() if _is_below(pid, root, parents)) / _TICKS
 
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def _is_below(pid: int, parents: dict[int, int]) -> bool:
-    while pid not in (0, 1):
-        if pid == os.getpid():
-            return True
+def _is_below(pid: int, root: int, parents: dict[int, int]) -> bool:
+    while pid not in (0, root):
         pid = parents.get(pid, 0)
-    return False
+    return pid == root
 
 
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("url", help="URL of a running server of the default model, without a key")
+    parser.add_argument("pid", type=int, help="process id of that server, on this machine")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each window")
@@ -175,11 +182,13 @@ def main() -> None:
                     if side == "open":
                         page.goto(options.url)
                     page.wait_for_timeout(1000 * SETTLE_SECONDS)
-                    busy, began = browser_busy_seconds(), time.monotonic()
+                    busy, began = busy_seconds(os.getpid(), "chrom"), time.monotonic()
                     before = page.evaluate("[window.longTasks?.length ?? 0, window.frames_ ?? 0]")
-                    sides[side].append(window(netloc, options.seconds, options.streams))
+                    sides[side].append(
+                        window(netloc, options.seconds, options.streams, options.pid)
+                    )
                     if side == "open":
-                        browser_seconds += browser_busy_seconds() - busy
+                        browser_seconds += busy_seconds(os.getpid(), "chrom") - busy
                         drawn_seconds += time.monotonic() - began
                         long_tasks += page.evaluate("window.longTasks")[before[0] :]
                         frames += page.evaluate("window.frames_") - before[1]
@@ -192,7 +201,7 @@ def main() -> None:
             opened[name] / closed[name]
             for opened, closed in zip(sides["open"], sides["closed"], strict=True)
         ]
-        for name in ("step_ms_median", "step_ms_p99", "itl_ms_mean")
+        for name in ("step_ms_median", "step_ms_p99", "itl_ms_mean", "server_cpu_ms_per_token")
     }
     page_itself = {
         "seconds": drawn_seconds,
