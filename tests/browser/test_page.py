@@ -95,6 +95,7 @@ def test_a_stream_its_tokens_and_its_steps(server: Server, open_page: Open) -> N
     page = open_page(server.url, key=KEY)
     page.get_by_role("status").get_by_text("Ready").wait_for()
     complete(page)
+    wait_for_steps(page)
     tokens = page.locator("#output .token")
     assert tokens.count() > 8
     tokens.nth(3).hover()
@@ -104,6 +105,16 @@ def test_a_stream_its_tokens_and_its_steps(server: Server, open_page: Open) -> N
     assert "after the request was sent" in note.inner_text()
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.dataset.index") == "1"
+    # The first token was made by the step that computed the prompt, and the others after it.
+    made = []
+    for index in (0, 1, 2):
+        tokens.nth(index).click()
+        made.append(selected(page))
+        expect(page.locator("#step .chips .own")).to_have_count(1)
+    steps = {step["id"]: step for step in recorded(server)}
+    assert [bool(steps[step]["prefill_tokens"]) for step in made] == [True, False, False]
+    assert made[1] < made[2]
+    assert f"By step {made[2]} " in note.inner_text()
     # The ladder counts what the server has counted.
     full = [step for step in recorded(server) if step["mode"] == "FULL"]
     counted = (

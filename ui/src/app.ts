@@ -7,7 +7,7 @@ import { percent, plural } from "./format";
 import { ladders } from "./ladder";
 import { Live, type LiveState } from "./live";
 import { History, parse } from "./metrics";
-import { Playground, type StepOfToken } from "./playground";
+import { Playground, type StepOfToken, type Traced } from "./playground";
 import { startup } from "./startup";
 import { Strip, ZOOMS } from "./strip";
 import { readTrace, TraceError, TraceStore } from "./trace";
@@ -138,7 +138,7 @@ class Server {
     this.#drawCharts = charts(byId("charts"), this.#history.series);
     this.#live = new Live(this.#store, this.#changed, (state) => this.#tell(state));
     new Playground(settings, {
-      stepOf: (id, token, tokens) => this.#stepOf(id, token, tokens),
+      stepOf: (request, token) => this.#stepOf(request, token),
       showStep: (id) => {
         const index = this.#store.indexOf(id);
         if (index < 0) return;
@@ -146,7 +146,7 @@ class Server {
         byId("steps").scrollIntoView({ block: "start" });
       },
       sent: (id) => this.#own.add(id),
-      needsKey: () => this.#askKey("The server did not accept this key."),
+      needsKey: () => this.#refused(),
     });
     this.#controls();
     this.#keyForm();
@@ -191,6 +191,14 @@ class Server {
     show();
   }
 
+  /** The server did not accept the key: it is not sent again. */
+  #refused(): void {
+    const why = key() ? "The server did not accept this key." : byId("key-why").textContent!;
+    setKey("");
+    byId("forget").hidden = true;
+    this.#askKey(why);
+  }
+
   #askKey(why: string): void {
     const form = byId<HTMLFormElement>("key-form");
     setText(byId("key-why"), why);
@@ -224,7 +232,7 @@ class Server {
       inNextFrame(this.#drawCharts);
       if (!this.#model) await this.#findModel();
     } catch (error) {
-      if (error instanceof ApiError && error.status === 401) this.#askKey("The server did not accept this key.");
+      if (error instanceof ApiError && error.status === 401) this.#refused();
     }
   }
 
@@ -383,7 +391,7 @@ class Server {
   #tell(state: LiveState): void {
     const { steps } = this.#store;
     const empty = !steps.length;
-    if (state.kind === "key") this.#askKey(key() ? "The server did not accept this key." : "");
+    if (state.kind === "key") this.#refused();
     else if (state.kind === "off") this.#strip.message = state.message;
     else if (state.kind === "lost") {
       const again = `${state.message} Trying again in ${plural(state.seconds, "second")}.`;
@@ -394,15 +402,17 @@ class Server {
     }
   }
 
-  /** The step that made a token: each sampled token of a request is one of its last steps. */
-  #stepOf(id: string, token: number, tokens: number): StepOfToken | null {
-    if (!id || !token) return null;
-    let left = tokens - token;
-    for (let index = this.#store.steps.length - 1; index >= 0; index--) {
-      const step = this.#store.steps[index]!;
-      if (!step.requests?.some(([each]) => each === id)) continue;
-      if (left-- > 0) continue;
-      return { id: step.id, label: step.mode + (step.rung ? ` ${step.rung}` : "") };
+  /** The step that made a token: that which computed the end of the prompt made the first one, and
+   * each step after it one more. */
+  #stepOf({ id, prompt }: Traced, token: number): StepOfToken | null {
+    let computed = 0;
+    let made = 0;
+    for (const step of this.#store.steps) {
+      const row = step.requests?.find(([each]) => each === id);
+      if (!row) continue;
+      computed += row[1];
+      if (computed >= prompt) made += 1;
+      if (made === token) return { id: step.id, label: step.mode + (step.rung ? ` ${step.rung}` : "") };
     }
     return null;
   }

@@ -26,9 +26,16 @@ export interface StepOfToken {
   label: string;
 }
 
+/** A request as the trace of steps knows it. */
+export interface Traced {
+  id: string;
+  /** The tokens of its prompt that were computed, and not found in the prefix cache. */
+  prompt: number;
+}
+
 interface Hooks {
   /** The step that made a token of a request, if it is known. */
-  stepOf: (request: string, token: number, tokens: number) => StepOfToken | null;
+  stepOf: (request: Traced, token: number) => StepOfToken | null;
   showStep: (id: number) => void;
   /** A request has been answered; its opaque id. */
   sent: (request: string) => void;
@@ -41,9 +48,9 @@ interface Chunk {
     text?: string;
     delta?: { content?: string | null; reasoning_content?: string | null };
     finish_reason?: string | null;
-    graph_stats?: { id?: string; request?: string } | null;
+    graph_stats?: { id: string | null; cached_tokens: number; preemptions: number };
   }[];
-  usage?: { completion_tokens: number } | null;
+  usage?: { prompt_tokens: number; completion_tokens: number } | null;
 }
 
 const QUESTION = "What is 17 + 25?";
@@ -61,7 +68,7 @@ export class Playground {
   #chats = false;
   #turns: Turn[] = [];
   #pieces: Piece[] = [];
-  #request = "";
+  #request: Traced | null = null;
   #tokens = 0;
   #running: AbortController | null = null;
 
@@ -146,10 +153,12 @@ export class Playground {
         const choice = chunk.choices?.[0];
         if (!choice) continue;
         finish = choice.finish_reason ?? finish;
-        const id = choice.graph_stats?.id;
-        if (id) {
-          this.#request = id;
-          this.hooks.sent(id);
+        const stats = choice.graph_stats;
+        if (stats?.id) {
+          this.hooks.sent(stats.id);
+          // A request that was preempted has computed some of its tokens twice.
+          const prompt = (chunk.usage?.prompt_tokens ?? 0) - stats.cached_tokens;
+          this.#request = stats.preemptions || prompt <= 0 ? null : { id: stats.id, prompt };
         }
         const piece = choice.text ?? choice.delta?.reasoning_content ?? choice.delta?.content;
         if (!piece) continue;
@@ -179,7 +188,7 @@ export class Playground {
     else this.#output.replaceChildren(asked, answer);
     this.#pieces = [];
     this.#tokens = 0;
-    this.#request = "";
+    this.#request = null;
     setText(this.#note, "");
     setText(this.#status, "Waiting for the first token");
     this.#busy(true);
@@ -202,18 +211,23 @@ export class Playground {
     element.addEventListener("pointerenter", tell);
     element.addEventListener("focus", tell);
     element.addEventListener("click", () => {
-      const step = this.hooks.stepOf(this.#request, piece.token, this.#tokens);
-      if (step && pieces === this.#pieces) this.hooks.showStep(step.id);
+      const step = this.#stepOf(pieces, piece);
+      if (step) this.hooks.showStep(step.id);
     });
     const atEnd = this.#output.scrollHeight - this.#output.scrollTop - this.#output.clientHeight < 40;
     answer.append(element);
     if (atEnd) this.#output.scrollTop = this.#output.scrollHeight;
   }
 
+  #stepOf(pieces: readonly Piece[], piece: Piece): StepOfToken | null {
+    if (pieces !== this.#pieces || !this.#request) return null;
+    return this.hooks.stepOf(this.#request, piece.token);
+  }
+
   #tell(pieces: readonly Piece[], index: number): void {
     const piece = pieces[index]!;
     const since = index ? "after the one before" : "after the request was sent";
-    const step = pieces === this.#pieces && this.hooks.stepOf(this.#request, piece.token, this.#tokens);
+    const step = this.#stepOf(pieces, piece);
     const made = step ? ` By step ${step.id} (${step.label}); Enter or a click shows it.` : "";
     setText(this.#note, `Token ${piece.token || index + 1}: ${ms(piece.gap)} ${since}.${made}`);
   }
