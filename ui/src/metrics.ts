@@ -64,6 +64,9 @@ const KEPT_SECONDS = 300;
 /** Seconds whose tokens are told as one, so that few requests do not make a saw of the line. */
 const WINDOW_SECONDS = 6;
 
+/** Seconds between two scrapes below which their difference says little. */
+const SHORTEST_SECONDS = 1;
+
 export class History {
   readonly series: Series[] = [
     { key: "itl", title: "ITL, median", unit: "ms", points: [], more: { title: "p95", points: [] } },
@@ -78,6 +81,7 @@ export class History {
   /** Takes a scrape at a time in seconds. */
   add(time: number, sample: Sample): void {
     const last = this.#scrapes.at(-1);
+    if (last && time - last.time < SHORTEST_SECONDS) return;
     if (last && restarted(last.sample, sample)) this.#scrapes = [];
     while (this.#scrapes.length > 1 && time - this.#scrapes[1]!.time >= WINDOW_SECONDS) this.#scrapes.shift();
     const before = this.#scrapes[0];
