@@ -57,12 +57,25 @@ def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.fixture
+def collections() -> Iterator[None]:
+    """Leave the garbage collector as it was. Where objects stay frozen, those of each graph that is
+    captured are frozen with them, and no engine's memory is ever free again."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_frozen() -> Iterator[None]:
     """Where one test leaves objects to which the garbage collector pays no attention any more, the
     engines of all tests after it stay in memory, as each capture adds to those objects."""
     yield
-    assert not gc.get_freeze_count()
+    num_frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert not num_frozen
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loop = ("--loads", "50/4@1,3", "--requests-per-stream", "2", "--rounds", "1")
     loop = (*loop, "--budgets", "model", "16", "--json", str(found))
     budgets.main(["run", str(made), f"--engine-flags={flags}", *loop])
+    gc.unfreeze()  # its process would end here
     return found
 
 

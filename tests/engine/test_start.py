@@ -6,7 +6,6 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +86,6 @@ def test_an_engine_runs_one_step_on_the_meta_device(
     monkeypatch.setattr(transformers_decoder, "_recorded", counted)
     load_model(config, directory, dtype=torch.float32)
     assert len(steps) == 1
-
-
-@pytest.fixture
-def collections() -> Iterator[None]:
-    """Leave the garbage collector as it was. Where objects stay frozen, those of each graph that is
-    captured are frozen with them, and no engine's memory is ever free again."""
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        gc.enable()
 
 
 @pytest.mark.usefixtures("collections")
