@@ -157,7 +157,7 @@ class EngineCore:
         self._lap(StepPart.REST)
         failed = [self._end_with_error(*spoilt) for spoilt in self.verification.take_failures()]
         failed += self._queue_compiled() if self._grammars.compiling else []
-        while len(self._in_flight) <= self._steps_ahead and not self._masks_pending:
+        while self._may_launch:
             output = self.scheduler.schedule()
             self._lap(StepPart.SCHEDULE)
             if output is None:
@@ -194,6 +194,14 @@ class EngineCore:
         if self._masks_pending:
             self._sample(self._in_flight[0])
         return failed + outputs
+
+    @property
+    def _may_launch(self) -> bool:
+        """Whether another step may be launched now. None is while one is being verified: a trial
+        between its stages would take the buffers from it."""
+        ahead = len(self._in_flight)
+        waits = self._masks_pending or self.verification.is_pending
+        return ahead <= self._steps_ahead and not waits
 
     def _lap(self, part: StepPart) -> None:
         for observer in self.observers:

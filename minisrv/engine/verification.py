@@ -4,8 +4,8 @@ and a graph that disagrees is taken out of service.
 A certification shows that a graph was right on batches made for it, before it served. Here the
 batches are those of requests, and what is compared is what the requests get. A step is recorded as
 it is launched, and the eager run follows in turns of the work between steps. Until the verdict no
-step retires: no token of the recorded step is sent, and no block that it has used is free. If the
-two runs differ,
+step is launched or retires: no token of the recorded step is sent, and no block that it has used is
+free. If the two runs differ,
 - the graph is *quarantined*: no further step runs by it, nor is it captured again, and its batches
   run by the next graph that holds them, or eagerly;
 - every request that has had a step ends with an error, because what it has may be wrong: the graph

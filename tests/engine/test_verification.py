@@ -257,6 +257,29 @@ def traffic(seed: int) -> Iterator[EngineRequest]:
         )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_whose_masks_come_late_is_not_launched_beside_a_verification(
+    checkpoint: str, device: str, ahead: bool
+) -> None:
+    """With a step launched ahead, its epilogue would wait for tokens of the step that is verified,
+    while the trial uses the buffers in which its hidden states are."""
+    schema = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}})
+    grammar = StructuredOutput(kind=StructuredOutputKind.JSON_SCHEMA, text=schema)
+    asked = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
+    restricted = EngineRequest(
+        request_id="restricted",
+        prompt_token_ids=[20, 21],
+        params=asked,
+        structured_output=grammar,
+    )
+    requests = [restricted, request("free", [30, 31], 12)]
+    model = Model(checkpoint, device)
+    engine = start(model, verify_graphs=1.0, async_scheduling=ahead)
+    assert run(engine, requests) == run(right_engine(model), requests)
+    assert engine.verification.counts.keys() == {"agreed"}
+
+
 FEW_BLOCKS = 48
 
 
