@@ -107,10 +107,16 @@ class Verification:
         if not is_replayed or key[1].stage is not Stage.MODEL or output.step_id < 0:
             return False
         self._is_due = self._is_due or self._draw.random() < self._rate
-        if not self._is_due or self._record is not None or self._background.has_work:
+        if not self._is_due or self._record is not None or self._is_background_busy:
             return False
         self._is_due = False
         return True
+
+    @property
+    def _is_background_busy(self) -> bool:
+        """Whether other work between steps has something to do, or is in the middle of something: if
+        that waits for blocks which requests hold, it would wait for ever for steps to retire."""
+        return self._background.has_work or self._background.is_in_the_middle
 
     def _begin(self, output: SchedulerOutput) -> StepRecord:
         """Begin the record of a step."""

@@ -280,6 +280,27 @@ def test_a_step_whose_masks_come_late_is_not_launched_beside_a_verification(
     assert engine.verification.counts.keys() == {"agreed"}
 
 
+def test_no_step_is_verified_while_other_work_waits_for_blocks(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests hold all blocks when the rest of the ladder needs some for its trials: it keeps the
+    turns until steps have retired."""
+    monkeypatch.setattr(background, "LEAST_GAP", 0.0)
+    monkeypatch.setattr(background, "REST", 0.0)
+    settings = {"cudagraph_capture": "covering", "num_kv_blocks": 20}
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0, **settings)
+    had_to_wait, fruitless, number = False, 0, 0
+    while not (had_to_wait and engine.verification.counts):
+        while len(engine.scheduler.waiting) < 4 and engine.has_room:
+            number += 1
+            engine.add(request(str(number), [number % 100] * 3, 40))
+        fruitless = 0 if engine.step() else fruitless + 1
+        assert fruitless < 1000, "no step retires any more"
+        engine.advance_background()
+        had_to_wait |= engine.background.is_in_the_middle and engine.background.turn.waits
+        assert had_to_wait or not engine.filling.is_whole
+
+
 FEW_BLOCKS = 48
 
 
