@@ -64,6 +64,7 @@ class EngineCore:
         self.observers = parts.runner.observers
         self.sleeper = parts.sleeper
         self._grammars = parts.grammars
+        self._told = self.compilation.report, self.filling.report
         self._steps_ahead = int(parts.config.async_scheduling)
         self._interrupted = self._had_work_throughout = self._runs = False
         self._in_flight: deque[_InFlight] = deque()
@@ -128,14 +129,15 @@ class EngineCore:
 
     def advance_background(self) -> bool:
         """Give the work between steps a turn if it is time for one, and return whether `describe`
-        says something else now. While the engine sleeps there is no memory to work with. Where no
-        request can run, as a trial holds the blocks, the trial is not to wait for their steps."""
+        says something else than at the last call. While the engine sleeps there is no memory to
+        work with. Where no request can run, as a trial holds the blocks, the trial is not to wait
+        for their steps."""
         if self.sleeper.report.is_asleep:
             return False
-        before = self.compilation.report, self.filling.report
         busy, running = self._runs and self.has_work, len(self.scheduler.running)
         self.background.advance(busy=busy, running=running)
-        return before != (self.compilation.report, self.filling.report)
+        told, self._told = self._told, (self.compilation.report, self.filling.report)
+        return told != self._told
 
     # ---- steps -------------------------------------------------------------------------------
 
@@ -155,6 +157,8 @@ class EngineCore:
 
     def _step(self) -> list[EngineOutput]:
         self._lap(StepPart.REST)
+        if self.verification.is_pending:  # it ends also for a caller who gives no turns
+            self.background.advance(busy=False, running=len(self.scheduler.running))
         failed = [self._end_with_error(*spoilt) for spoilt in self.verification.take_failures()]
         failed += self._queue_compiled() if self._grammars.compiling else []
         while self._may_launch:

@@ -173,6 +173,25 @@ def test_an_epilogue_that_is_broken_in_service_is_found(
     assert run(engine, decodes()) == (expected, {})
 
 
+def test_a_caller_who_gives_the_work_between_steps_no_turns_gets_its_steps(
+    checkpoint: str,
+) -> None:
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
+    break_graph(engine.runner, DECODE_8, Fault.ADDRESS_DRIFT)
+    for each in decodes():
+        engine.add(each)
+    errors = {
+        output.request_id: output.error
+        for _ in range(1000)
+        if engine.has_work
+        for output in engine.step()
+    }
+    assert not engine.has_work
+    assert all(error is not None for error in errors.values())
+    assert engine.advance_background(), "what has changed is told at the first turn"
+    assert not engine.advance_background()
+
+
 def test_requests_that_have_had_no_step_go_on(checkpoint: str) -> None:
     engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
     break_graph(engine.runner, DECODE_8, Fault.ADDRESS_DRIFT)
