@@ -168,7 +168,7 @@ class Verification:
         if error is None:
             return []
         requests = (*self._scheduler.running, *self._scheduler.waiting)
-        return [(r.request_id, error) for r in requests if r.req_index or r.output_token_ids]
+        return [(r.request_id, error) for r in requests if r.prefill_target]
 
     def _count(self, outcome: str) -> None:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1

@@ -18,7 +18,7 @@ from minisrv.core.ladder import decode_descriptor, epilogue_descriptor
 from minisrv.engine import background
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode, GraphKey, StageOutput
-from minisrv.request import EngineRequest, SamplingParams, StructuredOutput, StructuredOutputKind
+from minisrv.request import EngineOutput, EngineRequest, Pooling, SamplingParams, StructuredOutput, StructuredOutputKind
 from minisrv.runner.model_runner import ModelRunner
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import BOTH, Model, start
@@ -201,6 +201,23 @@ def test_requests_that_have_had_no_step_go_on(checkpoint: str) -> None:
     assert {name: len(found) for name, found in tokens.items() if name not in errors} == (
         dict.fromkeys((each.request_id for each in more), 3)
     )
+
+
+def test_a_request_that_was_preempted_before_its_first_token_has_had_a_step(
+    checkpoint: str,
+) -> None:
+    """A part of its result, such as the hidden states of its prompt, has been sent."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
+    pooled = SamplingParams(max_tokens=0, pooling=Pooling.MEAN)
+    prompt = [*range(10, 50)]  # longer than a step
+    engine.add(EngineRequest(request_id="pooled", prompt_token_ids=prompt, params=pooled))
+    sent: list[EngineOutput] = []
+    while not sent:
+        sent = engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    engine.add(request("new", [1, 2], 1))
+    engine.verification._withdraw([DECODE_8], "it was broken.")
+    assert [name for name, _ in engine.verification.take_failures()] == ["pooled"]
 
 
 def test_what_a_wrong_graph_has_cached_is_forgotten(checkpoint: str) -> None:
