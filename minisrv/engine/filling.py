@@ -69,7 +69,7 @@ class LadderFilling:
         self._has_room = has_room
         self._refused: dict[str, str] = {}
         self._refit = RefitReport()
-        self._quarantined: dict[str, str] = {}
+        self._quarantined: dict[GraphKey, str] = {}
         self._withdrawn: list[CapturedGraph] = []
         self._stopped = ""
         self._paused_at = -math.inf
@@ -104,7 +104,7 @@ class LadderFilling:
         self.report = self._describe()
 
     def replaced(self, refit: RefitReport) -> None:
-        """Say that other ladders serve now, all of whose graphs are there."""
+        """Say that other ladders serve now, all of whose graphs are there that may be."""
         self._refused = {}
         self.tell(refit)
 
@@ -117,7 +117,7 @@ class LadderFilling:
         self._withdrawn.append(self._runner.graphs[key])
         self._costs.remove(key)
         self._runner.remove(key)
-        self._quarantined[_name(key)] = why
+        self._quarantined[key] = why
         self.report = self._describe()
         logger.error(
             "the graph %s is out of service, because it was wrong: %s Its batches run by the next "
@@ -125,6 +125,10 @@ class LadderFilling:
             _name(key),
             why,
         )
+
+    def without_quarantined(self, keys: Iterable[GraphKey]) -> list[GraphKey]:
+        """Return those of the keys whose graphs were not taken out of service."""
+        return [key for key in keys if key not in self._quarantined]
 
     def _until_interrupted(self) -> Work:
         """Do the work, which Ctrl-C in one of its turns ends."""
@@ -220,7 +224,7 @@ class LadderFilling:
             mixed=sizes(Stage.MODEL, decode=False, output=StageOutput.HIDDEN),
             epilogues=sizes(Stage.EPILOGUE, decode=True, output=StageOutput.TOKENS),
             refused=dict(self._refused),
-            quarantined=dict(self._quarantined),
+            quarantined={_name(key): why for key, why in self._quarantined.items()},
             stopped=self._stopped,
             refit=self._refit,
         )

@@ -217,9 +217,10 @@ class LadderReport(msgspec.Struct, frozen=True):
 
     @property
     def missing(self) -> int:
-        """The number of graphs that come into service; 0 while they are stopped."""
+        """The number of graphs that come into service; 0 while they are stopped. Some that were
+        quarantined may be of ladders that serve no more."""
         never = len(self.refused) + len(self.quarantined)
-        return 0 if self.stopped else self.total - self.graphs - never
+        return 0 if self.stopped else max(0, self.total - self.graphs - never)
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -5,7 +5,8 @@ capture sizes that fit them best are computed for as many graphs as there are (`
 If these would save enough, they are proposed, and if the settings say so they come into service:
 all graphs of the new ladders are captured, certified and timed beside those that serve, in turns
 between the steps of requests, and then take their place as one generation between two steps. Every
-batch has its graph throughout. If anything fails on this way, the ladders stay as they are.
+batch has its graph throughout, except for those that were quarantined, which are not captured
+again. If anything fails on this way, the ladders stay as they are.
 
 Knows: when it is time for a look, and what a proposal must save. Knows nothing of how ladders are
 fitted, nor of how a graph is certified (`certification.generation`).
@@ -219,7 +220,7 @@ class LadderRefit:
     def _apply(self, found: Proposal, began: float) -> Work:
         """Put proposed ladders into service. Raises what their capture and certification do."""
         runner, pool, turn, costs = self._runner, self._pool, self._turn, self._costs
-        keys = found.ladders.keys()
+        keys = self._filling.without_quarantined(found.ladders.keys())
         self._failed.add(found.sizes)
         needed = predicted_bytes(keys, runner.graphs)
         if not self._has_room(needed):
@@ -227,9 +228,9 @@ class LadderRefit:
             return
         new = Generation.empty(runner, self._make_backend(), runner.model.compiled, found.ladders)
         yield from turn.take(partial(build_generation, runner, pool, new, keys, (), turn))
-        timed = costs.timed_keys_of(found.ladders)
+        timed = costs.timed_keys_of(found.ladders, keys)
         times = yield from turn.take(partial(time_generation, runner, pool, new, timed, turn))
-        old = take_over(runner, new, partial(costs.use_ladders, found.ladders, times))
+        old = take_over(runner, new, partial(costs.use_ladders, found.ladders, keys, times))
         self._failed.clear()
         self._report = RefitReport(
             refits=self._report.refits + 1, seconds=round(self._clock() - began, 3)

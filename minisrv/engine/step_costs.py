@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from minisrv.certification.timing import cost_keys, cost_samples, sample_costs, time_graphs
@@ -74,12 +74,13 @@ class StepCosts:
         """Return the steps whose times `use_times` is to be given."""
         return self._timed_keys(self.dispatcher.in_service, self._at_start)
 
-    def timed_keys_of(self, ladders: Ladders) -> list[GraphKey]:
-        """Return the steps whose times `use_ladders` is to be given with these ladders."""
-        return self._timed_keys(ladders.keys(), ladders.covering())
+    def timed_keys_of(self, ladders: Ladders, graphs: Collection[GraphKey]) -> list[GraphKey]:
+        """Return the steps whose times `use_ladders` is to be given with these arguments."""
+        return self._timed_keys(graphs, ladders.covering())
 
-    def _timed_keys(self, graphs: Iterable[GraphKey], few: Ladders) -> list[GraphKey]:
+    def _timed_keys(self, graphs: Collection[GraphKey], few: Ladders) -> list[GraphKey]:
         costs = [] if self._target_ms == 0 else cost_keys(few)
+        costs = [key for key in costs if key in graphs or key[0] is CUDAGraphMode.NONE]
         return list(dict.fromkeys([*(graphs if self._chooses_graphs else ()), *costs]))
 
     def asks_for(self, key: GraphKey) -> bool:
@@ -139,13 +140,21 @@ class StepCosts:
                 self._set_default_target()
                 logger.info("ITL target %.1f ms", self.itl_target_ms)
 
-    def use_ladders(self, ladders: Ladders, times: Mapping[GraphKey, StepTime]) -> None:
-        """Choose among all graphs of other ladders, which have taken over, by the durations of
-        their `timed_keys_of`; none if there are no such keys. If anything fails, all choices are as
-        before."""
+    def use_ladders(
+        self,
+        ladders: Ladders,
+        graphs: Collection[GraphKey],
+        times: Mapping[GraphKey, StepTime],
+    ) -> None:
+        """Choose among graphs of other ladders, which have taken over, by the durations of their
+        `timed_keys_of`; none if there are no such keys. If anything fails, all choices are as
+        before.
+
+        graphs: the keys of those that serve.
+        """
         with _undone_by_errors(self, self.dispatcher, self.cost_model, self.budget):
             self.dispatcher.ladders = ladders
-            self.dispatcher.use_graphs(ladders.keys())
+            self.dispatcher.use_graphs(graphs)
             self._at_start = ladders.covering()
             if self._target_ms != 0:
                 self.budget.sizes = (*ladders.mixed, *ladders.eager_sizes)

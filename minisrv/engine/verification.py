@@ -114,8 +114,8 @@ class Verification:
 
     @property
     def _is_background_busy(self) -> bool:
-        """Whether other work between steps has something to do, or is in the middle of something: if
-        that waits for blocks which requests hold, it would wait for ever for steps to retire."""
+        """Whether other work between steps has something to do, or is in the middle of something:
+        if that waits for blocks which requests hold, it would do so for ever."""
         return self._background.has_work or self._background.is_in_the_middle
 
     def _begin(self, output: SchedulerOutput) -> StepRecord:

@@ -16,7 +16,7 @@ from minisrv.certification.trial import StepTrial
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.batch_counts import BatchCounts
 from minisrv.core.cost_model import CostModel
-from minisrv.core.ladder import build_ladders
+from minisrv.core.ladder import build_ladders, decode_descriptor
 from minisrv.core.ladder_fit import computed_tokens
 from minisrv.engine import background, refit
 from minisrv.engine.core import EngineCore
@@ -27,7 +27,7 @@ from minisrv.engine.refit import LEAST_GAIN, propose
 from minisrv.engine.step_costs import StepCosts
 from minisrv.errors import EngineAsleepError
 from minisrv.graph.captured import CapturedGraph
-from minisrv.modes import CUDAGraphMode, Reason
+from minisrv.modes import CUDAGraphMode, Reason, StageOutput
 from minisrv.nn.decoder import Decoder
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_compilation import FakeCompiler
@@ -306,6 +306,28 @@ def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
     fill(engine)
     assert engine.runner.model.compiled is program
     check_whole(engine)
+
+
+def test_a_graph_that_was_quarantined_does_not_come_back(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_imagined_times(monkeypatch, lambda size: 1.0 + size)
+    engine = start(checkpoint, cudagraph_refit="apply", itl_target_ms=1000.0)
+    fill(engine)
+    gone, bad = (
+        (CUDAGraphMode.FULL, decode_descriptor(size, StageOutput.TOKENS)) for size in (8, 16)
+    )
+    for key in (gone, bad):
+        engine.filling.quarantine(key, "it was wrong.")
+    refitted(engine)
+    ladders = engine.runner.ladders
+    assert gone not in ladders.keys()  # noqa: SIM118  (not a mapping)
+    assert bad in ladders.keys()  # noqa: SIM118  (not a mapping)
+    assert engine.dispatcher.in_service == set(engine.runner.graphs) == {*ladders.keys()} - {bad}
+    report = engine.describe().ladder
+    assert report.quarantined.keys() == {"FULL decode 8 TOKENS", "FULL decode 16 TOKENS"}
+    assert (report.graphs, report.missing) == (report.total - 1, 0)
+    assert engine.dispatcher.dispatch(16, 16, query_len=1).missing == (bad,)
 
 
 def test_sleep_waits_for_a_refit_and_the_new_graphs_wake_up(checkpoint: str) -> None:

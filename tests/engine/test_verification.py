@@ -18,7 +18,14 @@ from minisrv.core.ladder import decode_descriptor, epilogue_descriptor
 from minisrv.engine import background
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode, GraphKey, StageOutput
-from minisrv.request import EngineOutput, EngineRequest, Pooling, SamplingParams, StructuredOutput, StructuredOutputKind
+from minisrv.request import (
+    EngineOutput,
+    EngineRequest,
+    Pooling,
+    SamplingParams,
+    StructuredOutput,
+    StructuredOutputKind,
+)
 from minisrv.runner.model_runner import ModelRunner
 from tests.checkpoints import make_checkpoint
 from tests.runner.stepping import BOTH, Model, start
