@@ -45,6 +45,11 @@ class Ladders:
     query_len: int = 1
 
     @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes by kind, in words."""
+        return {"decode": self.decode, "mixed": self.mixed, "epilogue": self.epilogues}
+
+    @property
     def eager_sizes(self) -> tuple[int, ...]:
         """The numbers of tokens, ascending, to which steps with prefill are filled that no graph
         holds: a sixteenth of the largest step apart, or without a mixed ladder the default sizes.

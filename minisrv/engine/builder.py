@@ -346,11 +346,7 @@ def build_engine(
         compilation_reason=why,
         compilation=compilation.report,
         device_name=platform.device_name,
-        ladders={
-            "decode": ladders.decode,
-            "mixed": ladders.mixed,
-            "epilogue": ladders.epilogues,
-        },
+        ladders=ladders.sizes,
         step_trace=config.step_trace,
     )
     step_trace = None

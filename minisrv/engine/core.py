@@ -268,11 +268,12 @@ class EngineCore:
 
     def describe(self) -> EngineInfo:
         """Return the description of the engine as it is now: it may sleep, run other code, or have
-        more graphs than at its start."""
+        more graphs or other ladders than at its start."""
         return msgspec.structs.replace(
             self.info,
             compilation=self.compilation.report,
             ladder=self.filling.report,
+            ladders=self.dispatcher.ladders.sizes,
             itl_target_ms=self.scheduler.budget.target_or_zero,
             sleep=self.sleeper.report,
         )

@@ -206,15 +206,15 @@ class StepTrace(StepObserver):
         """Record as events what has changed in the description of the engine."""
         before, self._info = self._info, info
         ladder, compilation = info.ladder, info.compilation
-        if ladder.graphs != before.ladder.graphs:
-            self._add(
-                "graph_captured",
-                graphs=ladder.graphs,
-                total=ladder.total,
-                in_service=ladder.sizes,
-            )
+        served = {"graphs": ladder.graphs, "total": ladder.total, "in_service": ladder.sizes}
+        if ladder.refit.refits != before.ladder.refit.refits:
+            self._add("refit", ladders=info.ladders, seconds=ladder.refit.seconds, **served)
+        elif ladder.graphs > before.ladder.graphs:
+            self._add("graph_captured", **served)
         for graph in ladder.refused.keys() - before.ladder.refused.keys():
-            self._add("quarantine", graph=graph, reason=ladder.refused[graph])
+            self._add("refused", graph=graph, reason=ladder.refused[graph])
+        for graph in ladder.quarantined.keys() - before.ladder.quarantined.keys():
+            self._add("quarantine", graph=graph, reason=ladder.quarantined[graph], **served)
         if compilation.state != before.compilation.state:
             state = compilation.state.value
             self._add("compilation", state=state, reason=compilation.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from minisrv.core.step import SchedulerOutput
 from minisrv.engine import step_trace
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
+from minisrv.engine.messages import RefitReport
 from minisrv.engine.step_trace import STEPS_OF_AN_ANSWER, StepTrace
 from minisrv.engine.trace_format import AskSteps, Steps, TracedStep
 from minisrv.graph.observer import StepObserver, observing
@@ -350,6 +352,30 @@ def test_events_have_their_place(checkpoint: str) -> None:
     line = events[-1].line()
     assert (line["graphs"], line["total"]) == (report.graphs, report.total)
     assert line["in_service"] == engine.info.ladders
+
+
+def test_graphs_that_leave_and_ladders_that_change_are_events(checkpoint: str) -> None:
+    """A graph that is quarantined, one that is refused, and a refit."""
+    engine = start(checkpoint)
+    trace = trace_of(engine)
+    key = next(iter(engine.runner.graphs))
+    engine.filling.quarantine(key, "it was wrong.")
+    trace.note(engine.describe())
+    before = engine.describe()
+    ladders = replace(engine.runner.ladders, decode=(5, *engine.runner.ladders.decode[-1:]))
+    engine.dispatcher.ladders = ladders
+    engine.filling.replaced(RefitReport(refits=1, seconds=2.0))
+    info = engine.describe()
+    trace.note(info)
+    refused = msgspec.structs.replace(info.ladder, refused={"FULL decode 5 TOKENS": "it differs."})
+    trace.note(msgspec.structs.replace(info, ladder=refused))
+    lines = [event.line() for event in trace.read(AskSteps(-1, -1, ALL)).events]
+    assert [line["event"] for line in lines] == ["quarantine", "refit", "refused"]
+    assert lines[0]["reason"] == "it was wrong."
+    assert lines[0]["graphs"] == before.ladder.graphs == before.ladder.total - 1
+    assert lines[1]["ladders"] == info.ladders == ladders.sizes
+    assert info.ladders != before.ladders
+    assert lines[2]["graph"] == "FULL decode 5 TOKENS"
 
 
 def test_without_a_trace_nobody_observes(checkpoint: str) -> None:
