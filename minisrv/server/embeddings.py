@@ -14,8 +14,10 @@ import time
 import uuid
 from contextlib import aclosing
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minisrv.errors import RequestError, shutting_down_error
@@ -29,6 +31,8 @@ from minisrv.server.response_schemas import Embedding, EmbeddingResponse, Embedd
 from minisrv.server.serving import Serving
 
 _Vector = NDArray[np.float32]
+
+_encode = msgspec.json.Encoder().encode
 
 
 class EmbeddingsResponse(AbortableResponse):
@@ -76,11 +80,12 @@ class EmbeddingsResponse(AbortableResponse):
                     )
                     for request_id, prompt in zip(ids, prompts, strict=True)
                 ]
-                vectors = await self._vectors(requests, info.hidden_size)
-        whole = await offload(lambda: JSON(self._body(requests, vectors)), info.hidden_size * 64)
-        await whole(scope, receive, send)
+                sums = await self._sums(requests, info.hidden_size)
+            vectors = [sums[request_id] for request_id in ids]
+            body = await offload(lambda: self._body(vectors), len(ids) * info.hidden_size)
+        await Response(body, media_type=JSON.media_type)(scope, receive, send)
 
-    async def _vectors(self, requests: list[EngineRequest], size: int) -> dict[str, _Vector]:
+    async def _sums(self, requests: list[EngineRequest], size: int) -> dict[str, _Vector]:
         """Return the sums of the pooled hidden states, by request id."""
         sums = {request.request_id: np.zeros(size, np.float32) for request in requests}
         lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
@@ -120,23 +125,28 @@ class EmbeddingsResponse(AbortableResponse):
             )
         )
 
-    def _body(self, requests: list[EngineRequest], sums: dict[str, _Vector]) -> EmbeddingResponse:
+    def _body(self, sums: list[_Vector]) -> bytes:
+        """Return the body of the response. Each vector becomes text by itself: as lists of numbers,
+        all of them together would take three times the memory of their text."""
         data = []
-        for index, request in enumerate(requests):
-            vector = sums[request.request_id]
+        for index, vector in enumerate(sums):
             # The mean has the direction of the sum, and the length is 1 in the end.
             length = np.linalg.norm(vector.astype(np.float64))
             vector = (vector / (length or 1.0)).astype("<f4")
-            values: str | list[float] = vector.tolist()
-            if self._request.encoding_format == "base64":
-                values = base64.b64encode(vector.tobytes()).decode()
-            data.append(Embedding(object="embedding", index=index, embedding=values))
+            values: str | list[float] = (
+                base64.b64encode(vector.tobytes()).decode()
+                if self._request.encoding_format == "base64"
+                else vector.tolist()
+            )
+            data.append(_encode(Embedding(object="embedding", index=index, embedding=values)))
         usage = EmbeddingUsageInfo(prompt_tokens=self._num_tokens, total_tokens=self._num_tokens)
-        return EmbeddingResponse(
+        frame = EmbeddingResponse(
             id=self._id,
             object="list",
             created=int(time.time()),
             model=self._model,
-            data=data,
+            data=[],
             usage=usage,
         )
+        before, _, after = _encode(frame).partition(b'"data":[]')
+        return b"".join((before, b'"data":[', b",".join(data), b"]", after))

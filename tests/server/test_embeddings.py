@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from minisrv.config import ServerConfig
 from minisrv.errors import QueueFullError
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, Pooling
+from minisrv.server import embeddings
 from minisrv.server.app import create_app
+from minisrv.server.offload import LARGE
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.conftest import GENERATION
 from tests.server.fake_engine import INFO, FakeEngine
@@ -85,6 +88,32 @@ async def test_base64_is_the_same_vector(connect: Connect, engine: FakeEngine) -
             if encoding == "base64":
                 found = np.frombuffer(base64.b64decode(found), "<f4")
             np.testing.assert_allclose(found, expected([5, 7], mean=False), rtol=1e-6)
+
+
+async def test_many_vectors_become_text_beside_the_event_loop(
+    connect: Connect, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long that takes depends on the number of inputs, not only on the size of each vector."""
+    size, threads = 128, set()
+
+    def ones(request: EngineRequest) -> Iterable[EngineOutput]:
+        states, end = np.ones(size, np.float32).tobytes(), FinishReason.LENGTH
+        yield EngineOutput(request_id=request.request_id, hidden_sum=states, finish_reason=end)
+
+    def encode(value: object) -> bytes:
+        threads.add(threading.current_thread())
+        return msgspec.json.encode(value)
+
+    engine.script = ones
+    engine.info = msgspec.structs.replace(INFO, hidden_size=size)
+    monkeypatch.setattr(embeddings, "_encode", encode)
+    async with connect(engine) as client:
+        for number, in_loop in ((1, True), (LARGE // size + 1, False)):
+            response = await client.post(PATH, json={"input": [[5]] * number})
+            vectors = [item["embedding"] for item in response.json()["data"]]
+            np.testing.assert_allclose(vectors, np.full((number, size), size**-0.5), rtol=1e-6)
+            assert (threading.current_thread() in threads) is in_loop
+            threads.clear()
 
 
 async def test_inputs_are_cut(connect: Connect, engine: FakeEngine) -> None:
