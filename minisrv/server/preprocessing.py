@@ -7,7 +7,6 @@ Knows: chat templates' formats, and the fields of tools. Knows nothing of engine
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from minisrv.server.tools import Function, Tool
 from minisrv.text.chat_format import ChatFormat, ChatParser
 from minisrv.text.chat_template import REASONING_SWITCHES
 from minisrv.text.detokenizer import Detokenizer
-from minisrv.text.reasoning import REASONING_END
 from minisrv.text.tokenizer import Tokenizer
 from minisrv.text.tool_grammar import Tool as GrammarTool
 from minisrv.text.tool_grammar import tool_call_grammar
@@ -43,29 +41,6 @@ class AnswerFormat:
     prompt: str
     tools: type[ToolParser] | None
     parallel: bool
-
-    def reasoning_tokens(
-        self, parser: ChatParser | None, token_ids: Sequence[int], tokenizer: Tokenizer
-    ) -> int:
-        """Return how many of the tokens of an answer are reasoning, the marker at its end included.
-
-        parser: the parser that has been given the text of these tokens.
-        """
-        if parser is None or not parser.has_reasoned:
-            return 0
-        if not parser.reasoning_has_ended:
-            return len(token_ids)
-        end = tokenizer.token_id(REASONING_END)
-        if end in token_ids:
-            return token_ids.index(end) + 1
-        return (
-            bisect_left(
-                range(len(token_ids)),
-                True,
-                key=lambda number: REASONING_END in tokenizer.decode(token_ids[: number + 1]),
-            )
-            + 1
-        )
 
     def parser(self) -> ChatParser | None:
         """Return a new parser for one choice; None if all of the answer is content."""

@@ -22,6 +22,7 @@ from minisrv.server import sse
 from minisrv.server.errors import error_object
 from minisrv.server.logprobs import CompletionLogprobsWriter, chat_logprobs, prompt_logprobs
 from minisrv.server.preprocessing import Prepared
+from minisrv.server.reasoning_count import ReasoningCount
 from minisrv.server.request_schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -384,28 +385,21 @@ class ChatResponseBuilder(OpenAIResponseBuilder):
     def begin(self, prepared: Prepared) -> None:
         super().begin(prepared)
         assert prepared.answer is not None
-        self._answer = prepared.answer
         self._echo = prepared.echoes[0].text if prepared.echoes else ""
         self._parsers = [prepared.answer.parser() for _ in self._deltas]
-        self._token_lists: list[list[int]] = [[] for _ in self._deltas]
-        """The tokens of each choice while its reasoning has not ended."""
+        self._reasoning_counts = [
+            ReasoningCount(parser, self._tokenizer) for parser in self._parsers
+        ]
         self._called = [False] * len(self._deltas)
         """Whether each choice has called a tool."""
         self._text_is_all &= not any(self._parsers)
 
     def _count(self, delta: CompletionDelta) -> None:
         super()._count(delta)
-        parser = self._parsers[delta.index]
-        if parser is not None and not parser.reasoning_has_ended:
-            self._token_lists[delta.index] += delta.token_ids
+        self._reasoning_counts[delta.index].add(delta.token_ids)
 
     def _reasoning_tokens(self, indices: Iterable[int]) -> int:
-        return sum(
-            self._answer.reasoning_tokens(
-                self._parsers[index], self._token_lists[index], self._tokenizer
-            )
-            for index in indices
-        )
+        return sum(self._reasoning_counts[index].number for index in indices)
 
     def response(self) -> ChatCompletionResponse:
         choices = [self._choice(index) for index in range(len(self._deltas))]

@@ -19,6 +19,8 @@ from minisrv.server import sse
 from minisrv.server.block_builder import BlockResponseBuilder
 from minisrv.server.errors import error_object, error_status
 from minisrv.server.logprobs import chat_logprobs
+from minisrv.server.preprocessing import Prepared
+from minisrv.server.reasoning_count import ReasoningCount
 from minisrv.server.response_schemas import ChatCompletionLogprobsContent, ErrorResponse
 from minisrv.server.responses_objects import (
     ArgumentsDeltaEvent,
@@ -115,12 +117,18 @@ class ResponsesBuilder(BlockResponseBuilder):
         """The text of the last item, in pieces."""
         self._logprobs: list[TokenLogprobs] = []
         """Log-probabilities of tokens whose text has not come yet."""
-        self._reasoning_tokens = self._tokens_before = 0
-        """Number of tokens of reasoning, and number of those before any item has begun."""
         self._cut = False
         """Whether the answer was cut off."""
         self._events_sent = 0
         self._num_bytes = chat.num_bytes
+
+    def begin(self, prepared: Prepared) -> None:
+        super().begin(prepared)
+        self._reasoning_count = ReasoningCount(self._parser, self._tokenizer)
+
+    def _count(self, delta: CompletionDelta) -> None:
+        super()._count(delta)
+        self._reasoning_count.add(delta.token_ids)
 
     def size_of(self, deltas: Iterable[CompletionDelta]) -> int:
         # The tools and the schema of the request are part of the response.
@@ -186,26 +194,11 @@ class ResponsesBuilder(BlockResponseBuilder):
                 events += self._complete("completed")
                 events += self._begin_item(part)
             events += self._add(part)
-        self._count_reasoning(delta, parts)
         if ends:
             self._cut = delta.finish_reason is FinishReason.LENGTH
             self._keep_last_logprobs()
             events += self._complete("incomplete" if self._cut else "completed")
         return events
-
-    def _count_reasoning(self, delta: CompletionDelta, parts: list[ChatDelta]) -> None:
-        """Count the tokens of a delta if they are reasoning: what it adds to the answer is nothing
-        else. Markers of reasoning count, and add nothing."""
-        number = len(delta.token_ids)
-        if not self._items:
-            self._tokens_before += number
-        elif isinstance(self._items[-1], ReasoningItem) and all(
-            isinstance(part, ReasoningDelta) for part in parts
-        ):
-            self._reasoning_tokens += number + self._tokens_before
-            self._tokens_before = 0
-        else:
-            self._tokens_before = 0
 
     def _begin_item(self, part: ChatDelta) -> list[ResponseStreamEvent]:
         """Begin the item that `part` is the first of, and return the events that tell of it."""
@@ -332,10 +325,11 @@ class ResponsesBuilder(BlockResponseBuilder):
             self._cached_tokens,
             self._completion_tokens,
         )
+        reasoning = OutputTokensDetails(reasoning_tokens=self._reasoning_count.number)
         return ResponseUsage(
             input_tokens=len(prompt),
             input_tokens_details=InputTokensDetails(cached_tokens=cached),
             output_tokens=completion,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=self._reasoning_tokens),
+            output_tokens_details=reasoning,
             total_tokens=len(prompt) + completion,
         )
