@@ -85,15 +85,17 @@ def sum_hidden_states(rows: Sequence[ScheduledRow], hidden: Tensor) -> list[byte
     hidden: [T, hidden], the hidden states of the tokens of all rows.
     """
     ends = accumulate(row.num_tokens for row in rows)
-    sums: list[bytes] = []
-    for row, end in zip(rows, ends, strict=True):
+    found: dict[int, Tensor] = {}
+    for index, (row, end) in enumerate(zip(rows, ends, strict=True)):
         wanted = row.prompt_logprobs
-        if wanted is None or wanted.num_logprobs is not None:
-            sums.append(b"")
-            continue
-        first = end - row.num_tokens + wanted.offset
-        states = hidden[first : first + len(wanted.token_ids)]
-        sums.append(states.float().sum(dim=0).cpu().numpy().tobytes())
+        if wanted is not None and wanted.num_logprobs is None:
+            first = end - row.num_tokens + wanted.offset
+            states = hidden[first : first + len(wanted.token_ids)]
+            found[index] = states.float().sum(dim=0)
+    sums = [b""] * len(rows)
+    # All are copied together, as the host waits for each copy.
+    for index, each in zip(found, torch.stack([*found.values()]).cpu().numpy(), strict=True):
+        sums[index] = each.tobytes()
     return sums
 
 
