@@ -34,11 +34,9 @@ from minisrv.server.translated_chat import (
     TranslatedChat,
     answer,
     named_tool,
-    switch_reasoning,
     text_part,
 )
 from minisrv.server.unsupported import MESSAGES_OUTPUT, MESSAGES_PROMPT, MESSAGES_TOOL
-from minisrv.text.chat_format import ChatFormat
 
 # ---- messages --------------------------------------------------------------------------------
 
@@ -193,12 +191,12 @@ class ThinkingParam(Strict):
     display: Literal["summarized"] | None = None
     """Has no effect: the reasoning is shown as it is."""
 
-    def variables(self, format: ChatFormat) -> dict[str, bool]:
-        """Return the variables by which the chat template of a model is told. Raises RequestError
-        if the model has not learned what is asked for."""
+    @property
+    def effort(self) -> Literal["none", "medium"] | None:
+        """The `reasoning_effort` of the chat; None for the chat template's default."""
         if self.type == "adaptive":
-            return {}
-        return switch_reasoning(format, "thinking", on=self.type == "enabled")
+            return None
+        return "medium" if self.type == "enabled" else "none"
 
 
 class OutputFormat(Strict):
@@ -217,6 +215,12 @@ class OutputConfig(Strict):
     format: OutputFormat | None = None
     """Format that the text must have. Unless the schema allows others, objects have only the
     properties that it declares."""
+
+
+class MessagesChat(TranslatedChat):
+    """The chat that a body asks for."""
+
+    effort_param: ClassVar[str] = "thinking"
 
 
 class Metadata(HistoryObject):
@@ -259,8 +263,9 @@ class CountTokensRequest(RequestBody):
     tools): the model decides. any, or tool with a name: it must call one, or this one, and the
     arguments follow the schema."""
     thinking: ThinkingParam | None = None
-    """Whether the model reasons before it answers. enabled is refused if it never does, and
-    disabled if it always does. If absent or adaptive, the chat template's default applies."""
+    """Whether the model reasons before it answers. enabled and disabled do what medium and none do
+    as the reasoning_effort of a chat. If absent or adaptive, the chat template's default
+    applies."""
     output_config: OutputConfig | None = None
     """Options for the answer: format says which JSON schema it must follow."""
     cache_control: Any = None
@@ -279,9 +284,8 @@ class CountTokensRequest(RequestBody):
             )
         return self
 
-    def as_chat(self, format: ChatFormat) -> TranslatedChat:
-        """Return the chat. Raises RequestError if its parts do not agree, or the model cannot do
-        what is asked."""
+    def as_chat(self) -> MessagesChat:
+        """Return the chat. Raises RequestError if its parts do not agree."""
         turns = self.messages
         if self.system:
             turns = [MessageParam.model_construct(role="system", content=self.system), *turns]
@@ -290,14 +294,14 @@ class CountTokensRequest(RequestBody):
         schema = None
         if output is not None:
             schema = _OutputSchema.model_validate({"json": output.schema_})
-        return TranslatedChat.of(
+        return MessagesChat.of(
             self,
             messages=list(_chat_messages(turns)),
             continue_final_message=turns[-1].role == "assistant",
             tools=[tool.as_function() for tool in self.tools],
             tool_choice=None if choice is None else choice.as_function(),
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
-            chat_template_kwargs=self.thinking.variables(format) if self.thinking else {},
+            reasoning_effort=None if self.thinking is None else self.thinking.effort,
             structured_outputs=schema,
             **self._generation_fields(),
         )

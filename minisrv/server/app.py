@@ -248,7 +248,7 @@ def _add_generation_routes(app: FastAPI, serving: Serving, settings: ServerConfi
     async def messages(body: MessagesRequest) -> Response:
         """Answer a chat, as Anthropic's API does."""
         model = serving.model_name(body.model)
-        chat = await offload(lambda: body.as_chat(serving.chat_format), body.num_bytes)
+        chat = await offload(body.as_chat, body.num_bytes)
         return GenerationResponse(
             serving, chat, MessageResponseBuilder(chat, model, serving.tokenizer)
         )
@@ -293,7 +293,7 @@ def _add_tokenizer_routes(app: FastAPI, serving: Serving) -> None:
     async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
         """Return the number of tokens of the prompt that the same message would have."""
         serving.model_name(body.model)
-        chat = await offload(lambda: body.as_chat(serving.chat_format), body.num_bytes)
+        chat = await offload(body.as_chat, body.num_bytes)
         return JSON(MessageTokensCount(await serving.count_tokens(chat, request.scope["key"])))
 
     app.include_router(router)

@@ -159,26 +159,31 @@ def template_variables(
 ) -> dict[str, Any]:
     """Return the variables that a request gives to the chat template. Raises RequestError for a
     `reasoning_effort` that the template cannot express."""
-    given, effort = request.chat_template_kwargs, request.reasoning_effort
+    given, effort, param = (
+        request.chat_template_kwargs,
+        request.reasoning_effort,
+        request.effort_param,
+    )
     if effort is None:
         return given
     known = tokenizer.chat_template_variables
+    switch = next((name for name in REASONING_SWITCHES if name in known), None)
     by_effort: dict[str, Any] = {}
-    if "reasoning_effort" in known:
+    if "reasoning_effort" in known and (switch is None or effort != "none"):
         by_effort = {"reasoning_effort": effort}
-    elif switch := next((name for name in REASONING_SWITCHES if name in known), None):
+    elif switch is not None:
         by_effort = {switch: effort != "none"}
-    elif effort != "none" or format.reasons:
+    elif effort != ("medium" if format.reasons else "none"):  # which is what such a model does
         raise RequestError(
-            "reasoning_effort is not supported by this model: its chat template has no variable "
-            "for it; leave it out.",
-            param="reasoning_effort",
+            f"{param} is not supported by this model: its chat template has no variable for it; "
+            "leave it out.",
+            param=param,
         )
     if both := given.keys() & by_effort.keys():
         raise RequestError(
-            f"reasoning_effort and {', '.join(both)} in chat_template_kwargs say the same; send "
-            "one of them.",
-            param="reasoning_effort",
+            f"{param} and {', '.join(both)} in chat_template_kwargs say the same; send one of "
+            "them.",
+            param=param,
         )
     return {**given, **by_effort}
 

@@ -635,6 +635,8 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
 
     unsupported = EVERYWHERE | CHAT_ONLY
     prompt_param: ClassVar[str] = "messages"
+    effort_param: ClassVar[str] = "reasoning_effort"
+    """The field that says how much the model reasons, for errors to name."""
 
     messages: Messages
     """The chat so far: texts, tool calls and their results, and reasoning."""
@@ -664,10 +666,10 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
     echo: bool = False
     """Begin the answer with the text of the last message, if it is an assistant's."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    """Becomes the chat template's variable reasoning_effort. If the template has only a variable
-    that turns reasoning on and off, none turns it off, and all others turn it on and have no other
-    effect. If it has neither, the field is refused; none is accepted by a model that does not
-    reason."""
+    """Becomes the chat template's variable reasoning_effort. If the template has a variable that
+    turns reasoning on and off, none turns it off; if it has only that, all others turn it on and
+    have no other effect. If it has neither, the field is refused, except medium, OpenAI's default,
+    for a model that reasons, and none for one that does not."""
     include_reasoning: bool = True
     """Report the reasoning. If false, it is left out of the answer, but counts as before."""
 

@@ -63,11 +63,9 @@ from minisrv.server.translated_chat import (
     TranslatedChat,
     answer,
     named_tool,
-    switch_reasoning,
     text_part,
 )
 from minisrv.server.unsupported import RESPONSES_BODY, RESPONSES_REASONING, RESPONSES_TOOL
-from minisrv.text.chat_format import ChatFormat
 
 OWN_REASONING = "minisrv:"
 """What `encrypted_content` of this server's own reasoning begins with."""
@@ -398,25 +396,6 @@ class ReasoningOptions(Strict):
     """Send the reasoning as the summary of itself, for clients that look only there. It is not
     shortened."""
 
-    def variables(self, format: ChatFormat) -> dict[str, Any]:
-        """Return the variables by which the chat template of a model is told. Raises RequestError
-        if the model has not learned what is asked for."""
-        param = "reasoning.effort"
-        if self.effort is None:
-            return {}
-        if self.effort == "none":
-            return switch_reasoning(format, param, on=False)
-        if format.knows_effort:
-            return {"reasoning_effort": self.effort}
-        variables = switch_reasoning(format, param, on=True)
-        if self.effort != "medium":
-            raise RequestError(
-                f'{param} "{self.effort}" is not supported by this model, whose chat template has '
-                'no variable reasoning_effort; leave it out or send "medium".',
-                param=param,
-            )
-        return variables
-
 
 class StreamOptions(Strict):
     """Options of a stream."""
@@ -469,9 +448,8 @@ class ResponsesRequest(RequestBody):
     text: TextOptions | None = None
     """Options for the text: format says which JSON it must be."""
     reasoning: ReasoningOptions | None = None
-    """Options for the reasoning. effort sets the chat template's variable reasoning_effort. If the
-    template has no such variable, none and medium switch enable_thinking, and what the model does
-    not do is refused. summary sends the reasoning as the summary of itself."""
+    """Options for the reasoning. effort does what reasoning_effort does in a chat. summary sends
+    the reasoning as the summary of itself."""
     max_output_tokens: TokenCount | None = None
     """Maximum number of tokens to generate, reasoning included. If it does not fit into the
     context, the answer may fill the context."""
@@ -565,9 +543,9 @@ class ResponsesRequest(RequestBody):
             return choice.mode
         return None if choice == "auto" and not self.tools else choice
 
-    def as_chat(self, said: Sequence[SaidItem], format: ChatFormat) -> ResponsesChat:
+    def as_chat(self, said: Sequence[SaidItem]) -> ResponsesChat:
         """Return the chat that holds these items, which the input and what comes before it are.
-        Raises RequestError if its parts do not agree, or the model cannot do what is asked."""
+        Raises RequestError if its parts do not agree."""
         messages = list(_chat_messages(said))
         if self.instructions is not None:
             system = [text_part(self.instructions)]
@@ -580,7 +558,7 @@ class ResponsesRequest(RequestBody):
             tools=[tool.as_tool() for tool in self.tools if tool.name in self.allowed_names],
             tool_choice=self._choice,
             parallel_tool_calls=self.parallel_tool_calls,
-            chat_template_kwargs=self.reasoning.variables(format) if self.reasoning else {},
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             structured_outputs=self._form,
             max_tokens=self.max_output_tokens,
             temperature=self.temperature,
@@ -627,6 +605,7 @@ class ResponsesChat(TranslatedChat):
     """The chat that a body asks for."""
 
     prompt_param: ClassVar[str] = "input"
+    effort_param: ClassVar[str] = "reasoning.effort"
     truncation: Literal["auto", "disabled"] = "disabled"
     """See ResponsesRequest."""
 

@@ -224,7 +224,7 @@ def add_responses_routes(app: FastAPI, serving: Serving, conversations: Conversa
 
         def make() -> tuple[ResponsesChat, ResponsesBuilder]:
             conversation = conversations.of(body, key)
-            chat = body.as_chat([*conversation.earlier, *conversation.own], serving.chat_format)
+            chat = body.as_chat([*conversation.earlier, *conversation.own])
             ids = (uuid.uuid4().hex for _ in conversation.own)
             items = [_encode(item) for item in described(conversation.own, ids)] if stores else []
 

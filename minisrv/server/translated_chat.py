@@ -3,8 +3,7 @@
 Each such body becomes a `ChatCompletionRequest`, and is from then on prepared and answered as any
 other chat.
 
-Knows: what a chat consists of, and how a chat template is told whether to reason. Knows no other
-API.
+Knows: what a chat consists of. Knows no other API.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from minisrv.errors import RequestError
 from minisrv.server.errors import validation_error
 from minisrv.server.messages import Message, TextPart
 from minisrv.server.request_schemas import ChatCompletionRequest
 from minisrv.server.strict import RequestBody
 from minisrv.server.tools import FunctionName, NamedTool, ToolCall
-from minisrv.text.chat_format import ChatFormat
 
 
 class TranslatedChat(ChatCompletionRequest):
@@ -61,28 +58,3 @@ def text_part(text: str) -> TextPart:
 def named_tool(name: str) -> NamedTool:
     """Return the choice of the tool of this name, which has been validated."""
     return NamedTool(type="function", function=FunctionName.model_construct(name=name))
-
-
-def switch_reasoning(format: ChatFormat, param: str, *, on: bool) -> dict[str, bool]:
-    """Return the variables by which a model's chat template is told whether to reason. Raises
-    RequestError if the model has not learned what is asked for.
-
-    param: the field that asks for it.
-    """
-    if not format.reasons:
-        if on:
-            raise RequestError(
-                f"{param} asks for reasoning, and this model's chat template marks none; leave it "
-                "out.",
-                param=param,
-            )
-        return {}
-    if format.switches_reasoning:
-        return {"enable_thinking": on}
-    if not on:
-        raise RequestError(
-            f"{param} asks for no reasoning, and this model's chat template has no variable "
-            "enable_thinking by which it could be switched off; leave it out.",
-            param=param,
-        )
-    return {}

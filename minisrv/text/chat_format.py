@@ -81,8 +81,6 @@ class ChatFormat:
     tool_parser: the parser that finds the model's tool calls; None if the model has not learned to
         make any, or not in a way that is known here.
     reasons: whether the model reasons before it answers.
-    switches_reasoning: whether the template's variable `enable_thinking` says if it does.
-    knows_effort: whether the template's variable `reasoning_effort` says how much.
     knows_tools: whether the template writes tools into the prompt.
     spells_calls: whether the template writes the calls of earlier turns into the prompt.
     why: the reason for this tool parser, or for none.
@@ -90,8 +88,6 @@ class ChatFormat:
 
     tool_parser: type[ToolParser] | None
     reasons: bool
-    switches_reasoning: bool
-    knows_effort: bool
     knows_tools: bool
     spells_calls: bool
     why: str
@@ -104,8 +100,6 @@ class ChatFormat:
         return cls(
             tool_parser,
             reasons,
-            switches_reasoning="enable_thinking" in template,
-            knows_effort="reasoning_effort" in template,
             knows_tools="tools" in template.replace("tool_calls", ""),
             spells_calls=calls,
             why=why,

@@ -27,6 +27,7 @@ TEMPLATE = (
 )
 SWITCH = TEMPLATE + "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
 EFFORT = TEMPLATE + "{{ reasoning_effort | default('') }}"
+BOTH = SWITCH + "{{ reasoning_effort | default('') }}"
 THINKING = TEMPLATE + "{# <think></think> #}"
 ASKED = {"role": "user", "content": "Say it"}
 BEGUN = {"role": "assistant", "content": "It is "}
@@ -222,8 +223,12 @@ async def test_allowed_tools_are_all_that_the_model_is_told_of(
         (EFFORT, "none", "none"),
         (EFFORT, "xhigh", "xhigh"),
         (TEMPLATE, "none", ""),
+        (BOTH, "none", "False"),
+        (BOTH, "low", "low"),
         (THINKING, "none", None),
+        (THINKING, "medium", ""),
         (THINKING, "high", None),
+        (TEMPLATE, "medium", None),
     ],
 )
 async def test_reasoning_effort(

@@ -37,6 +37,7 @@ TEMPLATE = (
 THINKING = TEMPLATE + (
     "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}{# <think></think> #}"
 )
+OTHER_THINKING = THINKING.replace("enable_thinking", "thinking")
 ALWAYS_THINKING = TEMPLATE + "{# <think></think> #}"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "The weather.", "input_schema": SCHEMA}
@@ -383,6 +384,9 @@ async def test_the_last_answer_is_continued(connect: Connect, tokenizer: Tokeniz
         (THINKING, {"type": "disabled"}, "False"),
         (THINKING, {"type": "adaptive"}, ""),
         (THINKING, None, ""),
+        (OTHER_THINKING, {"type": "enabled", "budget_tokens": 1024}, "True"),
+        (OTHER_THINKING, {"type": "disabled"}, "False"),
+        (OTHER_THINKING, {"type": "adaptive"}, ""),
         (ALWAYS_THINKING, {"type": "enabled", "budget_tokens": 1024}, ""),
         (ALWAYS_THINKING, {"type": "disabled"}, None),
         (TEMPLATE, {"type": "disabled"}, ""),
