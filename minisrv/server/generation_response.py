@@ -129,10 +129,10 @@ class GenerationResponse(AbortableResponse):
                     # Each token gets an event, but tokens that came while a send waited for the
                     # client share one.
                     reported = coalesce(deltas) if behind else deltas
-                    if started:
+                    if started and not generation.has_ended:
                         events = b"".join(map(builder.events, reported))
                     else:
-                        events = await self._first_events(reported)
+                        events = await self._outer_events(reported)
                     if not started:
                         silent.difference_update([delta.index for delta in deltas])
                         early += events
@@ -151,7 +151,7 @@ class GenerationResponse(AbortableResponse):
                     if generation.has_ended:
                         break
             generation.check_ended()
-            last = builder.last_events()
+            last = await offload(builder.last_events, builder.size_of_end)
         except Exception as error:
             if not started:
                 raise
@@ -159,11 +159,12 @@ class GenerationResponse(AbortableResponse):
             self._log_fields["error"] = (
                 error.code or error.type if isinstance(error, MinisrvError) else MinisrvError.type
             )
-            last = builder.error_events(error)
+            failed = error  # which the name means within this clause only
+            last = await offload(lambda: builder.error_events(failed), builder.size_of_end)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _first_events(self, deltas: list[CompletionDelta]) -> bytes:
-        """Return the events of the first deltas; they may hold the echoed prompt with its
-        log-probabilities, so that large ones are made in a thread."""
+    async def _outer_events(self, deltas: list[CompletionDelta]) -> bytes:
+        """Return the events of the first deltas, or of the last; they may hold the echoed prompt
+        with its log-probabilities, or the whole answer, so that large ones are made in a thread."""
         builder = self._builder
         return await offload(lambda: b"".join(map(builder.events, deltas)), builder.size_of(deltas))

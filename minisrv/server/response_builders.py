@@ -111,16 +111,25 @@ class ResponseBuilder(ABC):
         self._count(delta)
         self._deltas[delta.index].append(delta)
 
-    def size_of(self, deltas: Iterable[CompletionDelta]) -> int:
-        """Return about how many numbers and texts are reported of the prompts with these deltas."""
-        number = sum(len(delta.prompt_logprobs) for delta in deltas)
-        return number * (1 + max(self._num_logprobs, self._prompt_logprobs or 0))
+    def size_of(self, deltas: Sequence[CompletionDelta]) -> int:
+        """Return about how many numbers and texts the events of these deltas hold besides what the
+        deltas add to the answer."""
+        return self._prompt_size(deltas)
 
     @property
     def size(self) -> int:
         """Approximate number of numbers and texts in `response`."""
         told = sum(self._completion_tokens) * (1 + self._num_logprobs)
-        return told + self.size_of(deltas[0] for deltas in self._deltas)
+        return told + self._prompt_size(deltas[0] for deltas in self._deltas if deltas)
+
+    @property
+    def size_of_end(self) -> int:
+        """Approximate number of numbers and texts in the events that end a stream."""
+        return 0
+
+    def _prompt_size(self, deltas: Iterable[CompletionDelta]) -> int:
+        number = sum(len(delta.prompt_logprobs) for delta in deltas)
+        return number * (1 + max(self._num_logprobs, self._prompt_logprobs or 0))
 
     @abstractmethod
     def events(self, delta: CompletionDelta) -> bytes:

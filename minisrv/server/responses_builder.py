@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,9 +130,19 @@ class ResponsesBuilder(BlockResponseBuilder):
         super()._count(delta)
         self._reasoning_count.add(delta.token_ids)
 
-    def size_of(self, deltas: Iterable[CompletionDelta]) -> int:
+    def size_of(self, deltas: Sequence[CompletionDelta]) -> int:
+        # The first and the last events tell of the whole response.
+        is_whole = self._first is None or deltas[-1].finish_reason is not None
+        return super().size_of(deltas) + (self.size if is_whole else 0)
+
+    @property
+    def size(self) -> int:
         # The tools and the schema of the request are part of the response.
-        return super().size_of(deltas) + self._num_bytes
+        return super().size + self._num_bytes
+
+    @property
+    def size_of_end(self) -> int:
+        return self.size
 
     # ---- whole responses ----------------------------------------------------------------------
 

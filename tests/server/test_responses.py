@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from minisrv.config import ServerConfig
 from minisrv.errors import EngineNotReadyError, QueueFullError
 from minisrv.request import FinishReason
+from minisrv.server.offload import LARGE
+from minisrv.server.responses_builder import ResponsesBuilder
 from minisrv.server.responses_objects import ItemList, ResponseObject, ResponseStreamEvent
 from minisrv.server.responses_store import ResponseStore, StoredResponse
 from minisrv.server.unsupported import RESPONSES_BODY
@@ -633,6 +636,28 @@ async def test_a_stream_tells_what_a_whole_answer_holds(
         item["arguments"] for item in done if "arguments" in item
     ]
     assert sorted(pieces) == sorted("".join(held))
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_large_response_becomes_text_beside_the_event_loop(
+    connect: Connect, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """The first and the last events hold the whole response."""
+    loop = threading.current_thread()
+    threads: dict[str, set[threading.Thread]] = {}
+    real = ResponsesBuilder._encode
+
+    def encode(self: ResponsesBuilder, events: list[Any]) -> bytes:
+        for event in events:
+            threads.setdefault(type(event).__name__, set()).add(threading.current_thread())
+        return real(self, events)
+
+    monkeypatch.setattr(ResponsesBuilder, "_encode", encode)
+    tool = WEATHER | {"description": "x" * LARGE * large}
+    model = Model(connect, tokenizer, "Hello, world.")
+    await model.post(tools=[tool], tool_choice="none", stream=True)
+    for name in ("ResponseCreatedEvent", "OutputItemDoneEvent", "ResponseCompletedEvent"):
+        assert (loop in threads[name]) is not large, name
 
 
 @pytest.mark.parametrize("stream", [False, True])
