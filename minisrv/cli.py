@@ -191,10 +191,19 @@ def _launch_cost(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
+    config = _settings(TraceConfig, options)
+    if options.view:
+        if config != TraceConfig():
+            raise ConfigError("--view shows files, and the other flags are for recording one.")
+        from minisrv.tools.view import view
+
+        return view(options.files)
+    if len(options.files) > 1:
+        raise ConfigError("one file is recorded at a time; --view shows two.")
     from minisrv.tools.trace import record
 
     try:
-        record(_settings(TraceConfig, options), options.file, os.environ.get(API_KEY_VARIABLE))
+        record(config, options.files[0], os.environ.get(API_KEY_VARIABLE))
     except BrokenPipeError:  # the process that reads the lines has closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -403,12 +412,19 @@ def _parser() -> CommandParser:
 
     trace = commands.add_parser(
         "trace",
-        help="record the steps of a running server to a file",
+        help="record the steps of a running server to a file, or show such files",
         description="Record by which graph each step of a server ran and why, which requests took "
         "part, what was padding and how long it took, as lines of JSON (docs/trace.md). Ctrl-C "
         "ends the recording with a whole line.",
     )
-    trace.add_argument("file", type=Path, metavar="FILE", help="the file to write; - is stdout")
+    trace.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="the file to write; - is stdout"
+    )
+    trace.add_argument(
+        "--view",
+        action="store_true",
+        help="show FILE in a browser, or two of them side by side, until Ctrl-C",
+    )
     flags = SettingsFlags(trace, TraceConfig)
     flags.group("recording")
     flags.add_as("url", metavar="URL")
