@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from minisrv.checkpoint import GenerationConfig
-from minisrv.config import ServerConfig
+from minisrv.config import METRICS_NAMES, ServerConfig
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.engine.messages import (
     Sleep,
@@ -44,6 +44,7 @@ from minisrv.server.offload import offload
 from minisrv.server.openapi import (
     DocumentedApp,
     anthropic_responses_of,
+    errors_only,
     health_responses,
     route_responses,
     trace_responses,
@@ -384,16 +385,26 @@ def _add_operation_routes(
         """Return the version of minisrv."""
         return JSON(VersionResponse(app.version))
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def scrape() -> Response:
-        """Return the metrics in Prometheus' text format."""
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors_only())
+    async def scrape(
+        wanted: Annotated[
+            str | None,
+            Query(alias="names", description="minisrv, vllm or both, in place of --metrics-names"),
+        ] = None,
+    ) -> Response:
+        """Return the metrics in Prometheus' text format, under the names that the server was
+        started with, or those that `names` asks for."""
+        if wanted is not None and wanted not in METRICS_NAMES:
+            allowed = ", ".join(METRICS_NAMES)
+            wrong = f"names must be one of {allowed}, not {shown(wanted)}."
+            raise RequestError(wrong, param="names")
         text = metrics.render(
             await client.stats(),
             client.info,
             client.state.value,
             [state.value for state in EngineState],
             model_name=model_name,
-            names=names,
+            names=names if wanted is None else MetricsNames(wanted),
         )
         return Response(text, media_type=CONTENT_TYPE)
 

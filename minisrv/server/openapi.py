@@ -93,7 +93,7 @@ def anthropic_responses_of(body: type[Body]) -> Responses:
 
 
 def errors_only() -> Responses:
-    """Return the responses of a route that answers every request with an error."""
+    """Return the errors of a route whose other responses are described elsewhere, or are none."""
     return _errors(ErrorResponse)
 
 

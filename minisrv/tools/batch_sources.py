@@ -125,7 +125,7 @@ def read_server(url: str, api_key: str | None) -> Source:
     ladders are the sizes that serve. Raises ConfigError."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    address = re.sub(r"(/v1)?/*$", "", url) + "/metrics"
+    address = re.sub(r"(/v1)?/*$", "", url) + "/metrics?names=minisrv"
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         request = urllib.request.Request(address, headers=headers)

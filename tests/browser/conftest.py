@@ -44,8 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """A server of the default model on the CPU, which asks for `KEY`."""
-    server = Server(*SMALL, "--device", "cpu", "--api-key", KEY)
+    """A server of the default model on the CPU, which asks for `KEY`. Its metrics have vLLM's
+    names, for whoever does not ask for ours."""
+    server = Server(*SMALL, "--device", "cpu", "--api-key", KEY, "--metrics-names", "vllm")
     try:
         yield server.wait_ready()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -178,6 +179,20 @@ async def scrape(client: httpx.AsyncClient) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
+
+
+async def test_a_scrape_may_ask_for_names(connect: Connect) -> None:
+    async def prefixes(query: str) -> set[str]:
+        text = (await client.get(f"/metrics{query}")).text
+        return set(re.findall("^(minisrv|vllm):num_requests_running", text, re.MULTILINE))
+
+    async with connect(outputs([300]), settings=ServerConfig(metrics_names="vllm")) as client:
+        assert await prefixes("") == {"vllm"}
+        assert await prefixes("?names=minisrv") == {"minisrv"}
+        assert await prefixes("?names=both") == {"minisrv", "vllm"}
+        refused = await client.get("/metrics?names=prometheus")
+    assert refused.status_code == 400
+    assert "names must be one of minisrv, vllm, both" in refused.json()["error"]["message"]
 
 
 async def test_metrics_of_the_engine(connect: Connect) -> None:

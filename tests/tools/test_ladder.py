@@ -114,7 +114,7 @@ def test_assumed_batches_are_told(kind: str, capsys: pytest.CaptureFixture[str])
         (["--graph-memory", "9M"], "needs the memory of graphs"),
         (["--trace", "t", "--url", "u"], "give one"),
         (["--trace", "/none"], "--trace /none cannot be read"),
-        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/metrics cannot be read"),
+        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/metrics?names=minisrv cannot be read"),
         (["--batch", "13"], "no step has more than --max-num-seqs 12"),
     ],
 )
@@ -148,11 +148,13 @@ def served() -> Iterator[str]:
     """The URL of a server whose metrics show batches and a ladder."""
     ladder = LadderReport(8, 8, (1, 8, 12), (1, 8, 32, 64), (1, 8, 12))
     batches = [BatchCount("decode", 9, 100), BatchCount("mixed", 40, 3)]
-    text = Metrics().render(EngineStats(batches=batches, ladder=ladder), "ready", ["ready"], 0.0)
+    stats = EngineStats(batches=batches, ladder=ladder)
+    text = Metrics().render(stats, None, "ready", ["ready"])
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            is_known = self.path == "/metrics" and self.headers["Authorization"] == "Bearer key"
+            asked = (self.path, self.headers["Authorization"])
+            is_known = asked == ("/metrics?names=minisrv", "Bearer key")
             self.send_response(200 if is_known else 401)
             self.end_headers()
             self.wfile.write(text if is_known else b"")

@@ -227,7 +227,7 @@ class Server {
 
   async #scrape(): Promise<void> {
     try {
-      const response = await request("metrics", { accept: "text/plain" });
+      const response = await request("metrics?names=minisrv", { accept: "text/plain" });
       this.#history.add(performance.now() / 1000, parse(await response.text()));
       inNextFrame(this.#drawCharts);
       if (!this.#model) await this.#findModel();
