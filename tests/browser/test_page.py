@@ -319,10 +319,39 @@ def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) 
         (whole + '{"type": "st', "Line 4: this is not JSON"),
         ('{"type": "header", "version": 2}\n', "Line 1: the format has version 2"),
         (trace("x", steps=0).decode(), "a header and no step"),
+        (whole.replace('"abc"', "7"), 'Line 2: the "requests" of the step is not what'),
+        (whole.replace("2.0", '"2"'), 'Line 2: the "measured_ms" of the step is not what'),
+        (whole.replace("1000.01", "1e999"), "Line 3: the step has no"),
+        (whole.replace('"part"', '"x"'), 'Line 1: the "startup" of the header is not what'),
+        (whole.replace("[1, 8]", "8"), 'Line 1: the "in_service" of the header is not what'),
+        ("0" * (1 << 25), "Line 1 has more than 16777216 characters"),
     ):
         page.evaluate(DROP, ["bad.ndjson", text])
         expect(page.locator("#replay-message")).to_have_text(re.compile(f"^bad.ndjson: .*{told}"))
     assert page.locator(".viewer").is_visible(), "the traces that were open stay open"
+
+
+def test_a_hostile_file_is_text_and_stops_nothing(viewed: ViewServer, open_page: Open) -> None:
+    """Markup is shown as it is, a step may take a thousand years, and events hold anything."""
+    page = open_page(viewed.url)
+    page.locator(".viewer").wait_for()
+    markup = "<img src=x onerror=document.title='read'>"
+    lines = [json.loads(line) for line in trace(markup, steps=300).splitlines()]
+    for step in lines[1:]:
+        step.update(mode=markup, reason=markup, budget_reason=markup, measured_ms=3e13)
+        step.update(requests=[[markup, 1]], host_ms={markup: 1.0})
+    event = f'{{"type": "event", "time": 1000.005, "event": "{markup}", "deep": '
+    text = [*map(json.dumps, lines), event + "[" * 100_000 + "]" * 100_000 + "}"]
+    page.evaluate(DROP, ["hostile.ndjson", "\n".join(text)])
+    strip = page.get_by_role("slider", name="Steps of hostile.ndjson")
+    strip.wait_for()
+    page.get_by_label("Axis").select_option("time")
+    strip.press("Home")
+    strip.press("ArrowRight")
+    expect(page.locator(".details .events").last).to_contain_text(markup)
+    expect(page.locator(".details h3").last).to_contain_text("#1")
+    assert not page.locator("img").count()
+    assert page.title() == "minisrv"
 
 
 @pytest.fixture

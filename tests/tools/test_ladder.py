@@ -114,7 +114,10 @@ def test_assumed_batches_are_told(kind: str, capsys: pytest.CaptureFixture[str])
         (["--graph-memory", "9M"], "needs the memory of graphs"),
         (["--trace", "t", "--url", "u"], "give one"),
         (["--trace", "/none"], "--trace /none cannot be read"),
-        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/metrics?names=minisrv cannot be read"),
+        (
+            ["--url", "http://127.0.0.1:9"],
+            "http://127.0.0.1:9/metrics?names=minisrv cannot be read",
+        ),
         (["--batch", "13"], "no step has more than --max-num-seqs 12"),
     ],
 )

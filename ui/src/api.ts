@@ -89,6 +89,7 @@ export interface Ready {
     mixed: number[];
     epilogues: number[];
     refused: Record<string, string>;
+    quarantined: Record<string, string>;
     stopped: string;
   };
 }

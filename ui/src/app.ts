@@ -382,7 +382,7 @@ class Server {
     } else {
       const graphs = now?.graphs;
       const serving = graphs ? { decode: graphs.decode, mixed: graphs.mixed, epilogue: graphs.epilogues } : this.#store.inService;
-      const drawn = [ladders(this.#store, serving)];
+      const drawn = [ladders(this.#store, serving, !graphs || graphs.missing > 0)];
       if (graphs) drawn.unshift(ladderLine(graphs));
       box.replaceChildren(...drawn);
     }
@@ -419,10 +419,13 @@ class Server {
 }
 
 function ladderLine(graphs: NonNullable<Ready["graphs"]>): HTMLElement {
-  const refused = Object.entries(graphs.refused);
+  const told = (found: Record<string, string>, what: string): string[] => {
+    const names = Object.entries(found).map(([name, why]) => `${name}: ${why}`);
+    return names.length ? [`${names.length} ${what} (${names.join("; ")})`] : [];
+  };
   const parts = [`${graphs.graphs} of ${plural(graphs.total, "graph")} captured`];
   if (graphs.missing) parts.push(graphs.stopped ? `no more will come: ${graphs.stopped}` : `${graphs.missing} to come while serving`);
-  if (refused.length) parts.push(`${refused.length} refused (${refused.map(([name, why]) => `${name}: ${why}`).join("; ")})`);
+  parts.push(...told(graphs.refused, "refused"), ...told(graphs.quarantined, "taken out of service"));
   return h("p", { class: "sum" }, `${parts.join(", ")}.`);
 }
 
@@ -434,8 +437,10 @@ class Replay {
   readonly #drop = byId("drop");
   readonly #section = byId("replay");
   #traces: NamedTrace[] = [];
+  #viewer: Viewer | null = null;
 
   constructor(private readonly closes: boolean) {
+    recolour.push(() => this.#viewer?.recolour());
     const input = byId<HTMLInputElement>("files");
     input.addEventListener("change", () => {
       void this.open([...(input.files ?? [])].map((file) => [file.name, () => Promise.resolve(file.stream())]));
@@ -473,15 +478,15 @@ class Replay {
     setText(this.#message, problem);
     if (!found.length) return;
     this.#traces = [...this.#traces, ...found].slice(-2);
-    const viewer = new Viewer(this.#traces, this.closes ? () => this.#close() : null);
-    recolour.push(() => viewer.recolour());
-    this.#box.replaceChildren(viewer.element);
+    this.#viewer = new Viewer(this.#traces, this.closes ? () => this.#close() : null);
+    this.#box.replaceChildren(this.#viewer.element);
     this.#section.classList.add("opened");
     this.#section.scrollIntoView({ block: "start" });
   }
 
   #close(): void {
     this.#traces = [];
+    this.#viewer = null;
     this.#box.replaceChildren();
     this.#section.classList.remove("opened");
   }

@@ -69,7 +69,7 @@ export function details(step: Step, heading: string, own: ReadonlySet<string>, e
 const TOLD = new Set(["type", "time", "event", "after", "in_service"]);
 
 function eventInWords(event: TraceEvent): string {
-  const more = Object.entries(event).filter(([name, value]) => !TOLD.has(name) && value !== "");
+  const more = Object.entries(event).filter(([name, value]) => !TOLD.has(name) && value !== "" && typeof value !== "object");
   const told = more.map(([name, value]) => `${name} ${String(value)}`).join(", ");
   return `◆ ${event.event.replaceAll("_", " ")}${told ? ` (${told})` : ""}`;
 }

@@ -29,13 +29,14 @@ function rungs(store: TraceStore, ladder: Ladder, serving: Serving): Rungs {
 
 /** Draws the ladders.
  *
- * serving: which rungs serve; null if that is not known, and then all are taken to. */
-export function ladders(store: TraceStore, serving: Serving): HTMLElement {
-  const columns = LADDERS.map((ladder) => column(store, ladder, rungs(store, ladder, serving)));
+ * serving: which rungs serve; null if that is not known, and then all are taken to.
+ * fills: whether those that do not serve may still come. */
+export function ladders(store: TraceStore, serving: Serving, fills: boolean): HTMLElement {
+  const columns = LADDERS.map((ladder) => column(store, ladder, rungs(store, ladder, serving), fills));
   return h("div", { class: "ladders" }, ...columns.filter((c) => c !== null));
 }
 
-function column(store: TraceStore, ladder: Ladder, { all, serving }: Rungs): HTMLElement | null {
+function column(store: TraceStore, ladder: Ladder, { all, serving }: Rungs, fills: boolean): HTMLElement | null {
   if (!all.length) return null;
   const [title, unit] = TITLES[ladder];
   const most = Math.max(1, ...all.map((rung) => store.rungs.get(`${ladder}/${rung}`)?.steps ?? 0));
@@ -44,7 +45,7 @@ function column(store: TraceStore, ladder: Ladder, { all, serving }: Rungs): HTM
     const missing = serving !== null && !serving.has(rung);
     const waste = found.padding / Math.max(1, found.tokens + found.padding);
     const words = missing
-      ? "not captured yet"
+      ? fills ? "not captured yet" : "not in service"
       : found.steps
         ? `${count(found.steps)} · ${percent(waste)} waste`
         : "no steps";

@@ -226,7 +226,10 @@ export class Strip {
       const step = steps[index]!;
       const x = LEFT + (this.coordinate(step, index) - this.left) * scale;
       const full = this.axis === "step" ? scale : Math.max(1, duration(step) * scale);
-      this.#cell(context, step, x, Math.max(1, full - (full > 4 ? 1 : 0)), y, base);
+      // Only what is visible is drawn, however long the step took.
+      const from = Math.max(x, LEFT - 8);
+      const to = Math.min(x + full - (full > 4 ? 1 : 0), width + 8);
+      this.#cell(context, step, from, Math.max(1, to - from), y, base);
       if (index === this.selected) this.#mark(context, x, full, base);
     }
     this.#events(context, scale, first, end);

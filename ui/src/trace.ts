@@ -71,8 +71,62 @@ export type Line =
 /** What is wrong with a line of a trace, in a sentence. */
 export class TraceError extends Error {}
 
+/** Characters of a line beyond which it is none of a trace: a file without line ends is not read
+ * into memory as a whole. */
+const LONGEST_LINE = 1 << 24;
+
+type Check = (value: unknown) => boolean;
+
 const isObject = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
+const isNumber: Check = (value) => typeof value === "number" && Number.isFinite(value);
+const isText: Check = (value) => typeof value === "string";
+const isListOf = (each: Check): Check => (value) => Array.isArray(value) && value.every(each);
+const isMapOf = (each: Check): Check => (value) => isObject(value) && Object.values(value).every(each);
+const isRow: Check = (value) => Array.isArray(value) && isText(value[0]) && isNumber(value[1]);
+const isPart: Check = (value) => isObject(value) && isText(value.part) && isNumber(value.seconds);
+
+const each = (check: Check, ...names: string[]): Record<string, Check> =>
+  Object.fromEntries(names.map((name) => [name, check]));
+
+/** The fields that a line must have, by its type. */
+const NEEDED: Record<string, Record<string, Check>> = {
+  header: {},
+  step: { ...each(isNumber, "id", "time", "tokens", "padding"), ...each(isText, "mode", "reason") },
+  event: { ...each(isNumber, "time"), ...each(isText, "event") },
+};
+
+/** What fields are where they are there and not null. */
+const KNOWN: Record<string, Record<string, Check>> = {
+  header: {
+    ...each(isText, "server", "model", "device", "device_name", "mode"),
+    ...each(isMapOf(isListOf(isNumber)), "ladders", "in_service"),
+    startup: isListOf(isPart),
+  },
+  step: {
+    ...each(isNumber, "rung", "rung_requests", "rows", "decode_rows", "prefill_tokens", "context"),
+    ...each(isNumber, "epilogue", "generation", "launches", "launches_replaced", "predicted_ms"),
+    ...each(isNumber, "measured_ms", "wall_ms", "sampled", "running", "waiting", "kv_used"),
+    ...each(isNumber, "preempted"),
+    ...each(isText, "budget_reason"),
+    host_ms: isMapOf(isNumber),
+    requests: isListOf(isRow),
+  },
+  event: each(isMapOf(isListOf(isNumber)), "in_service"),
+};
+
+/** Throws TraceError for a line in which a field is missing, or is not what it has to be. */
+function check(line: Record<string, unknown>, type: string): void {
+  for (const [name, is] of Object.entries(NEEDED[type]!)) {
+    if (!is(line[name])) throw new TraceError(`the ${type} has no ${is === isNumber ? "number" : "text"} "${name}"`);
+  }
+  for (const [name, is] of Object.entries(KNOWN[type]!)) {
+    const value = line[name];
+    if (value !== undefined && value !== null && !is(value)) {
+      throw new TraceError(`the "${name}" of the ${type} is not what docs/trace.md says`);
+    }
+  }
+}
 
 /** Reads one line. Throws TraceError. */
 export function readLine(text: string): Line {
@@ -89,21 +143,15 @@ export function readLine(text: string): Line {
     if (value.version !== 1) {
       throw new TraceError(`the format has version ${String(value.version)}, and this page reads version 1`);
     }
+    check(value, value.type);
     return { type: "header", header: value as unknown as Header };
   }
   if (value.type === "step") {
-    for (const name of ["id", "time", "tokens", "padding"]) {
-      if (typeof value[name] !== "number") throw new TraceError(`the step has no number "${name}"`);
-    }
-    for (const name of ["mode", "reason"]) {
-      if (typeof value[name] !== "string") throw new TraceError(`the step has no text "${name}"`);
-    }
+    check(value, value.type);
     return { type: "step", step: value as unknown as Step };
   }
   if (value.type === "event") {
-    if (typeof value.time !== "number" || typeof value.event !== "string") {
-      throw new TraceError('the event has no "time" or no "event"');
-    }
+    check(value, value.type);
     return { type: "event", event: value as unknown as TraceEvent };
   }
   return { type: "other" };
@@ -191,7 +239,7 @@ export class TraceStore {
   #addEvent(event: TraceEvent): void {
     this.events.push(event);
     if (event.in_service) this.inService = event.in_service as Record<Ladder, number[]>;
-    if (this.events.length > 500) this.events.splice(0, 250);
+    if (this.events.length > this.most / 12) this.events.splice(0, 250);
   }
 
   #addStep(step: Step): void {
@@ -230,12 +278,15 @@ export async function* linesOf(
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      const lines = rest.split("\n");
+      const lines = (done ? decoder.decode() : decoder.decode(value, { stream: true })).split("\n");
+      lines[0] = rest + lines[0];
       rest = done ? "" : lines.pop()!;
       for (const text of lines) {
         number += 1;
         if (text.trim()) yield { text, number };
+      }
+      if (rest.length > LONGEST_LINE) {
+        throw new TraceError(`Line ${number + 1} has more than ${LONGEST_LINE} characters, as none of a trace has.`);
       }
       if (done) return;
     }
