@@ -6,7 +6,6 @@ traffic. Knows nothing of what is fitted to them.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import urllib.error
@@ -15,7 +14,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.batch_counts import BatchCounts
@@ -54,35 +55,74 @@ class Source:
     samples: tuple[StepSample, ...] = ()
 
 
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_Sizes = tuple[_Size, ...]
+
+
+class _Line(msgspec.Struct):
+    """Any line of a trace."""
+
+    type: str
+
+
+class _Ladders(msgspec.Struct):
+    decode: _Sizes
+    mixed: _Sizes
+    epilogue: _Sizes
+
+
+class _Header(msgspec.Struct):
+    """The fields of a header that are used here; see docs/trace.md."""
+
+    version: int
+    mode: CUDAGraphMode
+    ladders: _Ladders
+    max_num_seqs: _Size
+    max_num_batched_tokens: _Size
+    max_model_len: int
+    device: str
+
+
+class _Step(msgspec.Struct):
+    """The fields of a step that are used here."""
+
+    mode: Literal["FULL", "PIECEWISE", "NONE"]
+    rung: _Size
+    rows: _Size
+    tokens: _Size
+    prefill_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    measured_ms: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+
+
 def read_trace(path: Path) -> Source:
     """Return the batches of a recorded step trace. Raises ConfigError."""
-    header: dict[str, Any] | None = None
+    header: _Header | None = None
     decode: Counter[int] = Counter()
     mixed: Counter[int] = Counter()
     samples: dict[GraphKey, deque[StepSample]] = defaultdict(lambda: deque(maxlen=SAMPLES))
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007  (an error names it)
-                entry = json.loads(line) if line.strip() else {}
-                if entry.get("type") == "header" and header is None:
-                    header = entry
-                elif entry.get("type") == "step":
-                    is_decode = not entry["prefill_tokens"]
-                    size = entry["rows"] if is_decode else entry["tokens"]
-                    (decode if is_decode else mixed)[size] += 1
-                    if entry.get("measured_ms"):
-                        key = _key(entry, is_decode)
+                kind = msgspec.json.decode(line, type=_Line).type if line.strip() else ""
+                if kind == "header" and header is None:
+                    header = msgspec.json.decode(line, type=_Header)
+                elif kind == "step":
+                    step = msgspec.json.decode(line, type=_Step)
+                    is_decode = not step.prefill_tokens
+                    (decode if is_decode else mixed)[step.rows if is_decode else step.tokens] += 1
+                    if step.measured_ms:
+                        key = _key(step)
                         # What attention takes of it belongs to the batches as they came.
-                        samples[key].append(StepSample(key, NO_WORK, entry["measured_ms"]))
-    except (OSError, UnicodeDecodeError) as error:
+                        samples[key].append(StepSample(key, NO_WORK, step.measured_ms))
+    except OSError as error:
         raise ConfigError(f"--trace {path} cannot be read: {error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
-            f"--trace {path}: line {number} is no line of a step trace ({error!r}); record one "
-            "with `minisrv trace`."
+            f"--trace {path}: line {number} is no line of a step trace ({error}); record one with "
+            "`minisrv trace`."
         ) from error
-    if header is None or header.get("version") != TRACE_VERSION:
+    if header is None or header.version != TRACE_VERSION:
         raise ConfigError(
             f"--trace {path} has no header of version {TRACE_VERSION}; record the trace with "
             "`minisrv trace` of this version."
@@ -90,34 +130,24 @@ def read_trace(path: Path) -> Source:
     if not decode and not mixed:
         raise ConfigError(f"--trace {path} has no steps; record it while the server is in use.")
     steps = decode.total() + mixed.total()
+    ladders, most, tokens = header.ladders, header.max_num_seqs, header.max_num_batched_tokens
     return Source(
         f"{steps:,} steps recorded in {path}",
         BatchCounts(decode, mixed),
-        {name: header[name] for name in SETTINGS if header.get(name) is not None},
-        _ladders(header),
+        {name: getattr(header, name) for name in SETTINGS},
+        Ladders(header.mode, ladders.decode, ladders.mixed, ladders.epilogue, most, tokens),
         tuple(sample for kept in samples.values() for sample in kept),
     )
 
 
-def _key(entry: Mapping[str, Any], is_decode: bool) -> GraphKey:
+def _key(step: _Step) -> GraphKey:
     """Return the key of a recorded step."""
-    mode = CUDAGraphMode[entry["mode"]]
-    rung = entry["rung"] if mode is not CUDAGraphMode.NONE else entry["tokens"]
-    if is_decode and mode is CUDAGraphMode.FULL:
-        return mode, decode_descriptor(rung, StageOutput.TOKENS)
-    return mode, BatchDescriptor(rung)
-
-
-def _ladders(header: Mapping[str, Any]) -> Ladders:
-    ladders = header["ladders"]
-    return Ladders(
-        CUDAGraphMode.parse(header["mode"]),
-        tuple(ladders["decode"]),
-        tuple(ladders["mixed"]),
-        tuple(ladders["epilogue"]),
-        header["max_num_seqs"],
-        header["max_num_batched_tokens"],
-    )
+    mode = CUDAGraphMode[step.mode]
+    if mode is CUDAGraphMode.NONE:
+        return mode, BatchDescriptor(step.tokens)
+    if mode is CUDAGraphMode.FULL and not step.prefill_tokens:
+        return mode, decode_descriptor(step.rung, StageOutput.TOKENS)
+    return mode, BatchDescriptor(step.rung)
 
 
 def read_server(url: str, api_key: str | None) -> Source:

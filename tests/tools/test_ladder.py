@@ -137,6 +137,12 @@ def test_what_cannot_be_done_is_refused(
         ([HEADER, {"type": "step"}], "line 2 is no line of a step trace"),
         ([step(1, 0, 1, 1.0)], "no header"),
         ([HEADER, step(1, 0, 1, 1.0) | {"mode": "ELSE"}], "line 2 is no line"),
+        ([HEADER, step(1, 0, 1, 1.0) | {"rows": "1"}], "line 2 is no line"),
+        ([HEADER, step(1, 0, 1, 1.0) | {"rung": 0}], "line 2 is no line"),
+        ([HEADER, step(1, 0, 1, 1e300)], "line 2 is no line"),
+        ([HEADER | {"ladders": {"decode": 5}}], "line 1 is no line"),
+        ([HEADER | {"mode": "else"}], "line 1 is no line"),
+        ([{"type": "header"}], "line 1 is no line"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(
@@ -144,6 +150,13 @@ def test_a_file_that_is_no_trace_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(what)):
         read_trace(write(tmp_path / "trace", lines))
+
+
+def test_a_line_of_brackets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text('{"type": "header", "deep": ' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="line 1 is no line of a step trace"):
+        read_trace(path)
 
 
 @pytest.fixture
