@@ -1,6 +1,7 @@
 """`minisrv trace`: records the steps of a server to a file, as docs/trace.md describes them.
 
-Only whole lines are written, however the recording ends.
+Each line is written as a whole when it has come, so that a file has only whole lines however the
+recording ends, and the reader of a pipe sees steps as they come.
 
 Knows: HTTP by the standard library, and which lines are steps. Knows nothing of what a step means.
 """
@@ -28,6 +29,9 @@ from minisrv.errors import AuthenticationError, ConfigError, EngineError
 CONNECT_SECONDS = 30
 """Number of seconds within which a server must accept a connection and begin to answer."""
 
+LONGEST_LINE = 1 << 24
+"""Number of bytes beyond which a line is none of a trace."""
+
 SHOW_SECONDS = 0.5
 """Interval in seconds at which the progress is shown on a terminal."""
 
@@ -54,9 +58,10 @@ def record(config: TraceConfig, file: Path, key: str | None) -> None:
     with ExitStack() as stack:
         connection = _connect(config)
         stack.callback(connection.close)
+        sock = connection.sock  # behind an answer that ends the connection, the latter has none
         response = _ask(connection, config, key)
         out = sys.stdout.buffer if str(file) == "-" else stack.enter_context(_opened(file))
-        _Recording(config, connection.sock, response, out).run(str(file))
+        _Recording(config, sock, response, out).run(str(file))
 
 
 class _Recording:
@@ -82,8 +87,9 @@ class _Recording:
         ended = ""
         with _on_interrupt(self._stop), _after(self._config.seconds, self._stop):
             for text in self._lines():
+                line = self._read(text)
                 self._out.write(text)
-                line = msgspec.json.decode(text, type=_Line)
+                self._out.flush()
                 if line.event == "end":
                     ended = line.reason
                 self._count(line)
@@ -91,17 +97,24 @@ class _Recording:
                     break
             else:
                 ended = ended or "the connection was lost."
-        self._out.flush()
         self._show(f"{self._steps} steps and {self._events} events written to {name}", last=True)
         if self._missed:
             print(f"{self._missed} steps came too fast to be read", file=sys.stderr)
         if ended and not self._stopped:
             raise EngineError(f"the server ended the trace: {ended}")
 
+    def _read(self, text: bytes) -> _Line:
+        try:
+            return msgspec.json.decode(text, type=_Line)
+        except (msgspec.MsgspecError, RecursionError):
+            raise EngineError(
+                f"--url {self._config.url}: what answers there is no trace of steps: {text[:60]!r}."
+            ) from None
+
     def _lines(self) -> Iterator[bytes]:
         while not self._stopped:
             try:
-                text = self._response.readline()
+                text = self._response.readline(LONGEST_LINE)
             except (HTTPException, OSError, ValueError):
                 return
             if not text.endswith(b"\n"):

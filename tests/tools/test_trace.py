@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from minisrv.cli import main
+from tests.e2e.server import until
 
 HEADER = {"type": "header", "version": 1}
 KEY = "secret"
@@ -43,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(self.rest)
         self.wfile.flush()
         if not self.ends:
-            self.silent.wait(60)
+            self.silent.wait()  # until the end of the test
 
     def log_message(self, *_: object) -> None:
         pass
@@ -100,6 +103,29 @@ def test_as_long_as_asked_for(serve, tmp_path):
     file = tmp_path / "out"
     assert main(["trace", str(file), "--url", url, "--seconds", "0.3"]) == 0
     assert recorded(file) == [1, 2]
+
+
+def test_lines_can_be_read_while_they_come(serve, tmp_path):
+    """So whatever ends the process leaves whole lines."""
+    url, _ = serve([HEADER, *steps(1, 2)])
+    file, seen = tmp_path / "out", threading.Event()
+
+    def end_when_seen() -> None:
+        until(lambda: file.exists() and file.read_bytes().count(b"\n") == 3, "lines", 20)
+        seen.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    reader = threading.Thread(target=end_when_seen)
+    reader.start()
+    assert main(["trace", str(file), "--url", url, "--seconds", "25"]) == 0
+    reader.join()
+    assert seen.is_set()
+
+
+def test_what_is_no_trace_is_told(serve, tmp_path, capsys):
+    url, _ = serve([["no", "trace"]])
+    assert main(["trace", str(tmp_path / "out"), "--url", url]) == 1
+    assert "is no trace of steps" in capsys.readouterr().err
 
 
 def test_steps_that_were_missed_are_told(serve, tmp_path, capsys):
