@@ -231,7 +231,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Filling of the ladder",
-            "Graphs that serve, that are still to be captured, and that were refused.",
+            "Graphs that serve, that are still to be captured, that were refused, and that were wrong "
+            "in service.",
             (("sum by (state) (graphs{})", "{{state}}"),),
         ),
         Panel(

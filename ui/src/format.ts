@@ -33,7 +33,7 @@ const REASONS: Record<string, string> = {
   has_prefill: "the batch held prompt tokens, and a captured size for mixed batches holds it",
   cheaper: "this graph was measured to take less time than the smallest that holds the batch",
   size_missing:
-    "the smallest size that holds the batch has no graph yet (or was refused), so the next larger ran it",
+    "the smallest size that holds the batch has no graph in service (not yet, or no more), so another ran it",
   no_full_graph: "the batch only decoded, but the configured mode captures no FULL graphs",
   no_mixed_graph: "the batch held prompt tokens, for which the configured mode captures no graph",
   above_ladder:
