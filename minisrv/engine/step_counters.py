@@ -59,13 +59,10 @@ class _Course:
     `GraphStats`."""
 
     __slots__ = (
-        *("admissions", "arrived", "cached_tokens", "first_token", "generations", "launched"),
-        *("padded_tokens", "rungs"),
+        *("admissions", "cached_tokens", "first_token", "generations", "padded_tokens", "rungs"),
     )
 
     def __init__(self) -> None:
-        self.arrived = time.perf_counter()
-        self.launched: float | None = None
         self.first_token: float | None = None
         self.admissions = self.cached_tokens = self.padded_tokens = 0
         self.rungs: Counter[str] = Counter()
@@ -73,16 +70,16 @@ class _Course:
 
     def admit(self, row: ScheduledRow) -> None:
         """Note that the request gets its first step, or its first one since it was preempted."""
-        if self.launched is None:
-            self.launched, self.cached_tokens = time.perf_counter(), row.num_computed_tokens
+        if not self.admissions:
+            self.cached_tokens = row.num_computed_tokens
         self.admissions += 1
 
-    def stats(self, opaque_id: str | None) -> GraphStats:
+    def stats(self, opaque_id: str | None, queued_at: float, scheduled_at: float) -> GraphStats:
         """Return the numbers about a request that ends now."""
         now = time.perf_counter()
-        launched = now if self.launched is None else self.launched
+        launched = scheduled_at or now
         first_token = now if self.first_token is None else self.first_token
-        waits = (launched - self.arrived, first_token - launched, now - first_token)
+        waits = (launched - queued_at, first_token - launched, now - first_token)
         queue_ms, prefill_ms, decode_ms = (round(1000 * seconds, 3) for seconds in waits)
         return GraphStats(
             id=opaque_id,
@@ -95,6 +92,24 @@ class _Course:
             cached_tokens=self.cached_tokens,
             generations=sorted(self.generations),
         )
+
+
+class _Open:
+    """A request that has not ended.
+
+    queued_at: when it came.
+    scheduled_at: when it had its first step; 0 before that.
+    steps: the number of its steps by mode and reason.
+    course: its way through the steps, if it asks about it.
+    """
+
+    __slots__ = ("course", "queued_at", "scheduled_at", "steps")
+
+    def __init__(self, course: _Course | None) -> None:
+        self.queued_at = time.perf_counter()
+        self.scheduled_at = 0.0
+        self.steps: dict[str, int] = {}
+        self.course = course
 
 
 class StepCounters:
@@ -132,14 +147,13 @@ class StepCounters:
         """Steps and padding tokens, by whether the batch only decodes and the size of the graph."""
         self._budgets: dict[BudgetReason, list[int]] = {}
         self._errors, self._tokens = _Counts(ERROR_BOUNDS), _Counts(TOKEN_BOUNDS)
-        self._queued_at: dict[str, float] = {}
-        self._scheduled_at: dict[str, tuple[float, float]] = {}
-        """When requests that have had no output were queued and first scheduled."""
-        self._by_request: dict[str, dict[str, int]] = {}
+        self._open: dict[str, _Open] = {}
+        self._num_courses = 0
+        self._begun: dict[str, _Open] = {}
+        """The requests that have had a step and no output."""
         self._batch_id: int | None = None
         self._rows: list[ScheduledRow] = []
         self._pending: dict[str, int] = {}
-        self._courses: dict[str, _Course] = {}
         self._pending_rungs: dict[tuple[str, int, int], list[int]] = {}
         """The number of steps and of padding tokens by mode, rung and generation, while any request
         asks for them."""
@@ -149,10 +163,8 @@ class StepCounters:
     def open(self, request: EngineRequest) -> None:
         """Register a request that comes now."""
         self._prompt_tokens += len(request.prompt_token_ids)
-        self._queued_at[request.request_id] = time.perf_counter()
-        self._by_request[request.request_id] = {}
-        if request.include_graph_stats:
-            self._courses[request.request_id] = _Course()
+        self._open[request.request_id] = _Open(_Course() if request.include_graph_stats else None)
+        self._num_courses += request.include_graph_stats
 
     def count(
         self, step: SchedulerOutput, dispatch: Dispatch, *, generation: int
@@ -185,36 +197,40 @@ class StepCounters:
             budget[1] += num_prefill_tokens
         self._compiled_steps += compiled
         if step.new_reqs:
-            self._count_first_steps(step)
+            self._note_admissions(step)
         if step.batch_id != self._batch_id:
             self._write()
             self._batch_id, self._rows = step.batch_id, step.batch_rows
-            if self._courses and step.new_reqs:
-                self._note_admissions(step)
         key = f"{mode}/{reason}{'/compiled' if compiled else ''}"
         self._pending[key] = self._pending.get(key, 0) + 1
-        if self._courses:
+        if self._num_courses:
             rung = dispatch.descriptor.num_tokens
             counts = self._pending_rungs.setdefault((mode, rung, generation), [0, 0])
             counts[0] += 1
             counts[1] += rung - step.num_tokens
         return None if self._trace is None else self._trace.launch(step, dispatch, generation)
 
-    def _count_first_steps(self, step: SchedulerOutput) -> None:
+    def _note_admissions(self, step: SchedulerOutput) -> None:
+        """Note who gets the first step, or the first one since a preemption."""
         now = time.perf_counter()
+        admitted = {new.req_index for new in step.new_reqs}
         for row in step.batch_rows[step.num_decodes :]:  # no request begins with a decode row
-            queued_at = self._queued_at.pop(row.request_id, None)
-            if queued_at is not None:
-                self._scheduled_at[row.request_id] = queued_at, now
+            if row.req_index in admitted:
+                request = self._open[row.request_id]
+                if not request.scheduled_at:
+                    request.scheduled_at = now
+                    self._begun[row.request_id] = request
+                if request.course is not None:
+                    request.course.admit(row)
 
     def count_outputs(self, outputs: Iterable[EngineOutput]) -> None:
         """Count the tokens of outputs. Add to the first output of a request when it came and when
         it had its first step, and to its last one the counts of its steps; then forget it."""
         for output in outputs:
             self._generated_tokens += len(output.token_ids)
-            if self._scheduled_at and output.request_id in self._scheduled_at:
-                times = self._scheduled_at.pop(output.request_id)
-                output.queued_at, output.scheduled_at = times
+            if self._begun and output.request_id in self._begun:
+                begun = self._begun.pop(output.request_id)
+                output.queued_at, output.scheduled_at = begun.queued_at, begun.scheduled_at
             if output.finish_reason is not None:
                 self.close(output)
 
@@ -244,23 +260,17 @@ class StepCounters:
             if predicted_ms := self.cost_model.predict(sample.key, sample.work):
                 self._errors.add(abs(predicted_ms / taken.busy_ms - 1))
             self.cost_model.observe(sample)
-        if self._courses:
+        if self._num_courses:
             self._note_first_tokens(step)
         if self._trace is not None and record is not None:
             sampled = self._generated_tokens - self._generated_before
             self._generated_before = self._generated_tokens
             self._trace.retire(record, predicted_ms or None, taken.busy_ms, sampled)
 
-    def _note_admissions(self, step: SchedulerOutput) -> None:
-        admitted = {new.req_index for new in step.new_reqs}
-        for row in step.batch_rows[step.num_decodes :]:
-            course = self._courses.get(row.request_id)
-            if course is not None and row.req_index in admitted:
-                course.admit(row)
-
     def _note_first_tokens(self, step: SchedulerOutput) -> None:
         for row in step.batch_rows[step.num_decodes :]:
-            course = self._courses.get(row.request_id)
+            request = self._open.get(row.request_id)
+            course = None if request is None else request.course
             if course is not None and row.samples_token and course.first_token is None:
                 course.first_token = time.perf_counter()
 
@@ -268,13 +278,15 @@ class StepCounters:
         """Add the counts of a request to its last output, and forget it. They include a step that
         is still in flight, whose token is dropped."""
         self._write()
-        request_id = output.request_id
-        self._queued_at.pop(request_id, None)
-        output.graph_steps = self._by_request.pop(request_id)
-        course = self._courses.pop(request_id, None)
-        if course is not None:
-            opaque_id = None if self._trace is None else self._trace.opaque_id(request_id)
-            output.graph_stats = course.stats(opaque_id)
+        request = self._open.pop(output.request_id)
+        output.graph_steps = request.steps
+        if request.course is not None:
+            self._num_courses -= 1
+            trace = self._trace
+            opaque_id = None if trace is None else trace.opaque_id(output.request_id)
+            output.graph_stats = request.course.stats(
+                opaque_id, request.queued_at, request.scheduled_at
+            )
 
     def stats(self) -> EngineStats:
         """Return a snapshot that has all that is counted here, and nothing else."""
@@ -303,20 +315,20 @@ class StepCounters:
         )
 
     def _write(self) -> None:
-        for key, steps in self._pending.items():
-            for row in self._rows:
-                counts = self._by_request.get(row.request_id)
-                if counts is not None:  # None if it has ended
-                    counts[key] = counts.get(key, 0) + steps
-        self._pending = {}
-        if not self._pending_rungs:
+        if not self._pending:
             return
         for row in self._rows:
-            course = self._courses.get(row.request_id)
-            if course is not None:
-                for (mode, rung, generation), (steps, padding) in self._pending_rungs.items():
-                    course.padded_tokens += padding
-                    course.generations.add(generation)
-                    if mode != CUDAGraphMode.NONE.name:
-                        course.rungs[f"{mode}/{rung}"] += steps
-        self._pending_rungs = {}
+            request = self._open.get(row.request_id)
+            if request is None:  # it has ended
+                continue
+            for key, steps in self._pending.items():
+                request.steps[key] = request.steps.get(key, 0) + steps
+            course = request.course
+            if course is None:
+                continue
+            for (mode, rung, generation), (steps, padding) in self._pending_rungs.items():
+                course.padded_tokens += padding
+                course.generations.add(generation)
+                if mode != CUDAGraphMode.NONE.name:
+                    course.rungs[f"{mode}/{rung}"] += steps
+        self._pending, self._pending_rungs = {}, {}

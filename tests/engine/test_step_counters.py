@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from minisrv.core.batch_counts import BatchCounter
 from minisrv.core.budget import PrefillBudget
+from minisrv.core.cost_model import CostModel
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
@@ -24,20 +26,21 @@ class Counted:
             max_model_len=100,
             max_waiting=10,
         )
-        self.counters = StepCounters()
+        self.counters = StepCounters(BatchCounter(), CostModel(), self.scheduler.budget)
 
-    def add(self, name: str, num_prompt: int, max_tokens: int) -> None:
+    def add(self, name: str, num_prompt: int, max_tokens: int, *, asks: bool = False) -> None:
         params = SamplingParams(max_tokens=max_tokens)
         prompt = [1] * num_prompt
-        self.scheduler.add(
-            EngineRequest(request_id=name, prompt_token_ids=prompt, params=params), 0
+        request = EngineRequest(
+            request_id=name, prompt_token_ids=prompt, params=params, include_graph_stats=asks
         )
-        self.counters.open(name)
+        self.scheduler.add(request, 0)
+        self.counters.open(request)
 
     def step(self) -> list[EngineOutput]:
         step = self.scheduler.schedule()
         assert step is not None
-        self.counters.count(step, dispatch_of(step), compiled=False)
+        self.counters.count(step, dispatch_of(step), generation=0)
         outputs = self.scheduler.update(step.step_id, [[2]] * step.num_rows)
         self.counters.count_outputs(outputs)
         return outputs
@@ -90,8 +93,20 @@ def test_a_request_that_never_ran_leaves_nothing() -> None:
     assert output.scheduled_at == 0
     assert output.graph_steps == {}
     counted.run()
-    assert not counted.counters._queued_at
-    assert not counted.counters._scheduled_at
+    assert not counted.counters._open
+    assert not counted.counters._begun
+
+
+def test_a_request_that_asks_is_told_of_the_same_times() -> None:
+    counted = Counted(max_num_seqs=1)
+    counted.add("a", 3, 4)
+    counted.add("b", 3, 3, asks=True)
+    a, b = counted.run().values()
+    assert a[-1].graph_stats is None
+    stats = b[-1].graph_stats
+    assert stats is not None
+    assert stats.queue_ms == round(1000 * (b[0].scheduled_at - b[0].queued_at), 3)
+    assert counted.counters._num_courses == 0
 
 
 def test_steps_are_counted_by_size_and_by_their_tokens() -> None:
