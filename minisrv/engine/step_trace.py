@@ -39,6 +39,10 @@ MAX_IN_FLIGHT = 2
 STEPS_OF_AN_ANSWER = 128
 """Maximum number of steps in one answer, so that steps wait a fraction of a millisecond for it."""
 
+ROWS_OF_AN_ANSWER = 512
+"""Maximum number of rows of the batches in one answer, but for those of the first step, so that
+their opaque ids take about a millisecond: where prompts come, each step is a batch of its own."""
+
 ID_BYTES = 6
 """Number of bytes of an opaque id: two of a million requests have the same by a chance of 1 to
 560."""
@@ -246,16 +250,25 @@ class StepTrace(StepObserver):
             after = self._end - 1 - ask.limit
         begin = max(after + 1, self._first)
         end = min(self._end, begin + min(ask.limit, STEPS_OF_AN_ANSWER))
-        steps = [self._ring[number % self._size] for number in range(begin, end)]
-        found = [step for step in steps if step is not None]
-        for step in found:
+        found: list[TracedStep] = []
+        batches: dict[int, _Batch] = {}
+        num_rows = 0
+        for number in range(begin, end):
+            step = self._ring[number % self._size]
+            assert step is not None, "every step between the first and the last is kept"
+            if step.batch not in batches:
+                num_rows += step.rows
+                if found and num_rows > ROWS_OF_AN_ANSWER:
+                    end = number
+                    break
+                batches[step.batch] = self._batches[step.batch]
             self._count_launches(step)
+            found.append(step)
         events = [
             event
             for event in self._events
             if event.number > ask.events_after and begin - 1 <= event.after < max(begin, end)
         ]
-        batches = {step.batch: self._batches[step.batch] for step in found}
         return Steps(
             self._first,
             self._end,

@@ -329,6 +329,38 @@ def test_what_a_reader_asks_for(checkpoint: str) -> None:
     assert ids(None, ALL) == ids(-1, ALL) == ids(0, ALL) == some
 
 
+def test_an_answer_has_a_bounded_number_of_rows(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at least one step. The reader goes on behind it, and misses neither steps nor events."""
+    engine = start(checkpoint)
+    trace = trace_of(engine)
+    for name in "abcdef":
+        add(engine, name, 3, max_tokens=4)
+        engine.step()
+    engine.filling.quarantine(next(iter(engine.runner.graphs)), "it was wrong.")
+    trace.note(engine.describe())
+    while engine.has_work:
+        engine.step()
+    expected = trace.read(AskSteps(-1, -1, ALL))
+    assert len(expected.batches) > 5
+    monkeypatch.setattr(step_trace, "ROWS_OF_AN_ANSWER", 4)
+    steps: list[int] = []
+    events: list[int] = []
+    after, number = -1, -1
+    while after + 1 < expected.end:
+        answer = trace.read(AskSteps(after, number, ALL))
+        assert answer.steps
+        ids = {batch.id for batch in answer.batches}
+        assert ids == {step.batch for step in answer.steps}
+        assert sum(len(b.requests) for b in answer.batches) <= max(4, answer.steps[0].rows)
+        steps += [step.id for step in answer.steps]
+        events += [event.number for event in answer.events]
+        after, number = steps[-1], max([number, *events])
+    assert steps == [step.id for step in expected.steps]
+    assert events == [event.number for event in expected.events] != []
+
+
 def test_events_have_their_place(checkpoint: str) -> None:
     """Graphs that come into service while steps run are events between these, each told once."""
     engine = start(checkpoint, cudagraph_capture="covering")
