@@ -36,7 +36,7 @@ from minisrv.engine.compilation import Compilation, Compiler, is_too_slow, timed
 from minisrv.engine.filling import LadderFilling
 from minisrv.engine.grammars import Grammars
 from minisrv.engine.kernel_process import KernelProcess
-from minisrv.engine.kernels import KernelJob
+from minisrv.engine.kernels import KernelJob, compiled_meanwhile
 from minisrv.engine.memory import KVCacheShape, MemoryPlan, fit_context, num_kv_blocks
 from minisrv.engine.messages import EngineInfo, SleepTag
 from minisrv.engine.platforms import Platform, Progress, platform_of
@@ -305,6 +305,7 @@ def build_engine(
                 compilation,
                 batches,
                 platform.make_backend,
+                lambda ladders: compiled_meanwhile(replace(kernels, ladders=ladders)),
                 applies=config.cudagraph_refit == "apply",
                 has_room=has_room,
                 release=platform.release,

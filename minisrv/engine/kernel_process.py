@@ -105,16 +105,27 @@ class KernelProcess:
     def wait(self, progress: Progress) -> Compiled | str:
         """Wait until the process has finished, and return what it has compiled, or why it has
         failed."""
-        while self._line.poll(max(0.0, self._deadline - time.monotonic())):
-            try:
-                said = self._line.recv()
-            except (EOFError, OSError):
-                return f"the process ended {self._process.describe_exit()}"
-            if not isinstance(said, tuple):
-                found: Compiled | str = said
-                return found
+        while (found := self.poll(progress, self._deadline - time.monotonic())) is None:
+            pass
+        return found
+
+    def poll(self, progress: Progress, seconds: float = 0.0) -> Compiled | str | None:
+        """Return what `wait` returns, or None if the process has not finished.
+
+        seconds: how long to wait for what it says next, at most.
+        """
+        if not self._line.poll(max(0.0, seconds)):
+            is_late = time.monotonic() >= self._deadline
+            return f"it took longer than {self._timeout:g} s" if is_late else None
+        try:
+            said = self._line.recv()
+        except (EOFError, OSError):
+            return f"the process ended {self._process.describe_exit()}"
+        if isinstance(said, tuple):
             progress(*said)
-        return f"it took longer than {self._timeout:g} s"
+            return None
+        found: Compiled | str = said
+        return found
 
     def close(self) -> None:
         """End the process if it runs. May be called twice."""

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -120,6 +120,31 @@ def compiled_kernels(
         found = process.wait(progress)
     finally:
         process.close()
+    _tell(job, found)
+
+
+def compiled_meanwhile(job: KernelJob) -> Generator[None, None, str]:
+    """Compile the kernels of a job while an engine serves: yield as long as other processes do, and
+    return why they could not, or an empty text. A CPU needs none."""
+    if job.gpu is None:
+        return ""
+    try:
+        process = _start(job, None)
+    except Exception as error:  # as on a machine where no process can be started
+        return _said(error)
+    if process is None:
+        return ""
+    try:
+        while (found := process.poll(lambda done, total: None)) is None:
+            yield
+    finally:
+        process.close()
+    _tell(job, found)
+    return found if isinstance(found, str) else " ".join(found.failed)
+
+
+def _tell(job: KernelJob, found: Compiled | str) -> None:
+    """Log what was compiled, or why nothing was, and keep the list of it."""
     if isinstance(found, str):
         _warn(found)
         return

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,6 +120,9 @@ class LadderRefit:
     compilation: brings compiled code into service; nothing is refitted before that either.
     counter: counts the batches.
     make_backend: makes the backend of another generation's graphs.
+    compile_kernels: compiles the kernels of other ladders in other processes, yields as long as
+        they run, and returns why that has failed, or an empty text. One that was compiled when it
+        first ran would make requests wait for seconds.
     applies: whether what is proposed is to come into service.
     has_room: whether graphs may take that many bytes more.
     release: returns memory that nobody uses any more to the device.
@@ -135,6 +139,7 @@ class LadderRefit:
         compilation: Compilation,
         counter: BatchCounter,
         make_backend: Callable[[], GraphBackend],
+        compile_kernels: Callable[[Ladders], Generator[None, None, str]],
         *,
         applies: bool,
         has_room: Callable[[int], bool],
@@ -149,6 +154,7 @@ class LadderRefit:
         self._compilation = compilation
         self._counter = counter
         self._make_backend = make_backend
+        self._compile_kernels = compile_kernels
         self._applies = applies
         self._has_room = has_room
         self._release = release
@@ -220,8 +226,11 @@ class LadderRefit:
     def _apply(self, found: Proposal, began: float) -> Work:
         """Put proposed ladders into service. Raises what their capture and certification do."""
         runner, pool, turn, costs = self._runner, self._pool, self._turn, self._costs
-        keys = self._filling.without_quarantined(found.ladders.keys())
         self._failed.add(found.sizes)
+        if why := (yield from self._compiled_kernels(found.ladders)):
+            self._refuse(f"their kernels could not be compiled: {why}")
+            return
+        keys = self._filling.without_quarantined(found.ladders.keys())
         needed = predicted_bytes(keys, runner.graphs)
         if not self._has_room(needed):
             self._refuse(f"they may take {mebibytes(needed)}, which the GPU has not left.")
@@ -241,6 +250,18 @@ class LadderRefit:
         )
         del new
         yield from freed(old, turn, self._release)
+
+    def _compiled_kernels(self, ladders: Ladders) -> Generator[bool, None, str]:
+        """Wait until the kernels of other ladders are compiled; see `compile_kernels`."""
+        with closing(self._compile_kernels(ladders)) as compiling:
+            while True:
+                try:
+                    next(compiling)
+                except StopIteration as stop:
+                    why: str = stop.value
+                    return why
+                self._turn.waits = True
+                yield True
 
     def _refuse(self, why: str, error: Exception | None = None) -> None:
         """Go on with the ladders in service."""

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from minisrv.device_kind import CUDA
 from minisrv.engine import kernel_process, kernels
 from minisrv.engine.builder import EngineParts, build_engine
 from minisrv.engine.kernel_process import KernelProcess, lists_directory, start_early
-from minisrv.engine.kernels import Compiled, KernelJob, compiled_kernels
+from minisrv.engine.kernels import Compiled, KernelJob, compiled_kernels, compiled_meanwhile
 from minisrv.engine.platforms import CUDAPlatform
 from minisrv.kernels.gpu import GPU
 from minisrv.progress import StartupProgress
@@ -178,6 +180,23 @@ def test_a_start_goes_on_where_nothing_can_be_compiled(
     for record in warned:
         assert "are when they first run" in record.message
         assert "no dtype" in record.message
+
+
+def test_kernels_are_compiled_while_an_engine_serves(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine goes on meanwhile, and is told of a failure. A CPU needs no process."""
+    whys: list[str] = []
+
+    def turns() -> Iterator[None]:
+        whys.append((yield from compiled_meanwhile(job_of(checkpoint, dtype="no dtype"))))
+
+    for _ in turns():
+        time.sleep(0.01)
+    [why] = whys
+    assert "no dtype" in why
+    assert len(warnings(caplog)) == 1
+    assert list(compiled_meanwhile(job_of(checkpoint, gpu=None))) == []
 
 
 def test_the_death_of_the_process_is_told(checkpoint: Path, tmp_path: Path) -> None:

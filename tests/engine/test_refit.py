@@ -18,7 +18,7 @@ from minisrv.core.batch_counts import BatchCounts
 from minisrv.core.cost_model import CostModel
 from minisrv.core.ladder import build_ladders, decode_descriptor
 from minisrv.core.ladder_fit import computed_tokens
-from minisrv.engine import background, refit
+from minisrv.engine import background, builder, refit
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import RefitReport, SleepTag
 from minisrv.engine.platforms import CPUPlatform
@@ -306,6 +306,39 @@ def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
     fill(engine)
     assert engine.runner.model.compiled is program
     check_whole(engine)
+
+
+@pytest.mark.parametrize("why", ["", "the disk is full."])
+def test_kernels_are_compiled_before_other_graphs_are_captured(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """Steps go on meanwhile. If they cannot be compiled, the ladders stay."""
+    compiled: list[Any] = []
+    served: list[int] = []
+
+    def compiling(job: Any) -> Any:
+        compiled.append(job.ladders)
+        for _ in range(5):
+            served.append(engine.counters.stats().generated_tokens)
+            assert not engine.background.is_in_the_middle
+            yield
+        return why
+
+    monkeypatch.setattr(builder, "compiled_meanwhile", compiling)
+    engine = start(checkpoint, cudagraph_refit="apply")
+    fill(engine)
+    ladders = engine.runner.ladders
+    for _ in range(3):
+        serve(engine, COUNT)
+        fill(engine)
+    report = report_of(engine)
+    assert len({*served}) > 3
+    if why:
+        assert report.refused == "their kernels could not be compiled: the disk is full."
+        assert engine.runner.ladders is ladders
+    else:
+        assert report.refits
+        assert engine.runner.ladders is compiled[-1]
 
 
 def test_a_graph_that_was_quarantined_does_not_come_back(
