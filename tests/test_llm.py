@@ -235,6 +235,7 @@ def test_every_option_reaches_the_engine(monkeypatch):
     of_their_own: dict[str, Any] = {"quantization": "int8", "cudagraph_mode": "piecewise"}
     of_their_own |= {"compilation_mode": 1, "optimization_level": 3}
     of_their_own |= {"cudagraph_capture_sizes": [1, 64], "cudagraph_capture": "whole"}
+    of_their_own |= {"cudagraph_refit": "propose"}
     configs = []
 
     def stop(config):
