@@ -206,6 +206,7 @@ class BufferedTrial:
         buffers.seq_lens.fill_(buffers.sizes.block_size if poison else 0)
         buffers.query_start_loc.fill_(buffers.sizes.max_num_tokens if poison else 0)
         buffers.sampled_token_ids.fill_(0)
+        buffers.forget_last_step()
 
     def _fill_request_tensors(self, *, poison: bool) -> None:
         tensors, own = self.runner.request_tensors, self.space.req_indices
