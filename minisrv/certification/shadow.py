@@ -14,8 +14,7 @@ verified, nor of what follows a difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -111,13 +110,14 @@ class StepRecord:
         """The stages of the step, for a log."""
         return ", ".join(f"{mode.name} {key.num_tokens}" for (mode, key), _ in self.stages)
 
-    @contextmanager
-    def stage(self, key: GraphKey) -> Iterator[None]:
-        """Record a stage that is launched in the block."""
-        runner, buffers, rows = self._runner, self._runner.buffers, len(self.rows)
+    def begin_stage(self, key: GraphKey) -> None:
+        """Record what a stage finds that is launched next."""
         if key[1].stage is Stage.EPILOGUE:
-            self.masks = buffers.bitmask[:rows].clone()
-        yield
+            self.masks = self._runner.buffers.bitmask[: len(self.rows)].clone()
+
+    def end_stage(self, key: GraphKey) -> None:
+        """Record what a stage has done that was launched last."""
+        runner, buffers = self._runner, self._runner.buffers
         self.stages.append((key, runner.graphs.get(key)))
         if key[1].stage is Stage.MODEL:
             hidden = buffers.hidden[: self.output.num_tokens].clone()

@@ -22,8 +22,8 @@ from __future__ import annotations
 import logging
 import random
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from minisrv.certification.shadow import StepRecord, take_blocks, verify_step
@@ -85,12 +85,32 @@ class Verification:
     def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
         """See `StepObserver.stage`."""
         record = self._record
-        if record is not None and record.output is output:
-            return record.stage(key)
-        if not self._takes(key, output):
-            return None
-        self._record = record = self._begin(output)
-        return record.stage(key)
+        if record is None or record.output is not output:
+            if not self._takes(key, output):
+                return None
+            try:
+                self._record = record = self._begin(output)
+            except Exception as error:
+                self._fail("of which no record could be begun", error)
+                return None
+        return self._recorded(record, key)
+
+    @contextmanager
+    def _recorded(self, record: StepRecord, key: GraphKey) -> Iterator[None]:
+        """Record a stage that is launched in the block. The step goes on without a record if there
+        is no memory for that."""
+        self._keep(record, record.begin_stage, key)
+        yield
+        self._keep(record, record.end_stage, key)
+
+    def _keep(self, record: StepRecord, part: Callable[[GraphKey], None], key: GraphKey) -> None:
+        if self._record is not record:
+            return  # something of it could not be kept
+        try:
+            part(key)
+        except Exception as error:
+            self._record = None
+            self._fail(record.name, error)
 
     def launched(self) -> None:
         """Have the step verified that is being recorded, if it has been launched whole."""
@@ -144,9 +164,7 @@ class Verification:
             self._count(DISAGREED)
             self._withdraw(found.keys, f"in a step of {len(record.rows)} requests {found.what}.")
         except Exception as error:
-            level = logging.DEBUG if FAILED in self.counts else logging.WARNING
-            logger.log(level, "a step (%s) could not be verified: %r", record.name, error)
-            self._count(FAILED)
+            self._fail(record.name, error)
         finally:
             pool.give_back(blocks)
             self.is_pending = False
@@ -169,6 +187,11 @@ class Verification:
             return []
         requests = (*self._scheduler.running, *self._scheduler.waiting)
         return [(r.request_id, error) for r in requests if r.prefill_target]
+
+    def _fail(self, name: str, error: Exception) -> None:
+        level = logging.DEBUG if FAILED in self.counts else logging.WARNING
+        logger.log(level, "a step (%s) could not be verified: %r", name, error)
+        self._count(FAILED)
 
     def _count(self, outcome: str) -> None:
         self.counts[outcome] = self.counts.get(outcome, 0) + 1

@@ -246,15 +246,30 @@ def test_without_free_blocks_a_step_is_not_verified(checkpoint: str) -> None:
     assert engine.scheduler.num_preemptions == 0
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        (shadow, "entry_digests"),
+        (shadow, "model_results"),
+        (shadow, "final_results"),
+        (shadow.ShadowTrial, "run"),
+    ],
+    ids=lambda where: where[1],
+)
 def test_a_verification_that_fails_ends_nothing(
-    checkpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: tuple[Any, str],
 ) -> None:
+    """Neither where a step is recorded as it is launched, nor where it runs again."""
+
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("there is no more")
 
     engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0)
     expected, _ = run(engine, decodes())
-    monkeypatch.setattr(shadow.ShadowTrial, "run", fails)
+    monkeypatch.setattr(*where, fails)
     assert run(engine, decodes()) == (expected, {})
     assert engine.verification.counts["failed"] > 5
     assert caplog.text.count("could not be verified") == 1
