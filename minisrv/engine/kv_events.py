@@ -33,7 +33,12 @@ MAX_QUEUED = 100_000
 """Maximum number of batches that wait for a subscriber, or for the thread; vLLM's default."""
 NUM_KEPT = 10_000
 """Number of batches that are kept for replay; vLLM's default."""
-END = (-1).to_bytes(8, "big", signed=True)
+NUMBER_BYTES = 8
+"""The length of the number of a batch."""
+MAX_FRAME = 1024
+"""Maximum number of bytes of a frame that asks for a replay, or of zmq's own handshake before it. A
+peer that sends more is disconnected."""
+END = (-1).to_bytes(NUMBER_BYTES, "big", signed=True)
 CLOSE_SECONDS = 1.0
 """Maximum number of seconds for sending the last batches."""
 
@@ -71,6 +76,7 @@ class KVEventPublisher:
         self._publisher.set_hwm(MAX_QUEUED)
         self._replay = self._context.socket(zmq.ROUTER)
         self._replay.set_hwm(2 * (NUM_KEPT + 1))  # a whole replay fits, however slow its reader
+        self._replay.maxmsgsize = MAX_FRAME
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=NUM_KEPT)
         try:
             _open(self._publisher, "kv_events_endpoint", config.endpoint)
@@ -87,7 +93,7 @@ class KVEventPublisher:
         if not events:
             return
         batch = self._encode(KVEventBatch(time.time(), events, 0))
-        number = self._next_number.to_bytes(8, "big")
+        number = self._next_number.to_bytes(NUMBER_BYTES, "big")
         self._next_number += 1
         try:
             self._inbox.send_multipart((number, batch), zmq.NOBLOCK)
@@ -123,13 +129,16 @@ class KVEventPublisher:
 
     def _answer(self, message: list[bytes]) -> None:
         """Replay to a subscriber what it asks for. To one that has gone, zmq sends nothing."""
-        if len(message) != 3:
-            logger.warning("a request for a replay has %d frames, not 3", len(message))
+        sizes = [len(frame) for frame in message[1:]]
+        if sizes != [0, NUMBER_BYTES]:
+            # No warning: whoever reaches the endpoint could fill the log.
+            logger.debug("a request for a replay has frames of %s bytes, not 0 and 8", sizes)
             return
-        subscriber, _, first = message
+        subscriber, _, wanted = message
+        first = int.from_bytes(wanted, "big")
         for number, batch in self._kept:
-            if number >= int.from_bytes(first, "big"):
-                name = number.to_bytes(8, "big")
+            if number >= first:
+                name = number.to_bytes(NUMBER_BYTES, "big")
                 self._replay.send_multipart((subscriber, b"", self._topic, name, batch))
         self._replay.send_multipart((subscriber, b"", b"", END, b""))
 

@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+import zmq
 
 from minisrv.config import EngineConfig, KVEventsConfig, ServerConfig
 from minisrv.core.budget import PrefillBudget
@@ -183,6 +184,36 @@ def test_a_publisher_without_a_reader_keeps_the_last_batches(tmp_path: Path) -> 
         finally:
             consumer.close()
     finally:
+        publisher.close()
+
+
+def test_whoever_asks_for_no_replay_delays_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as one who sends a number of 30 MB, which would be read again for each batch."""
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config)
+    load = Load(publisher, seed=1)
+    assert config.replay_endpoint is not None
+    context = zmq.Context()
+    hostile = context.socket(zmq.DEALER)
+    try:
+        for _ in range(200):
+            load.turn()
+        hostile.connect(config.replay_endpoint)
+        for message in ([b""], [b"", b""], [b"", bytes(9)], [b"", bytes(30 << 20)], [b"\0"] * 9):
+            hostile.send_multipart(message)
+        consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+        try:
+            consumer.catch_up()
+            assert consumer.next_number == load.num_batches
+        finally:
+            consumer.close()
+        assert not hostile.poll(100)
+        assert not caplog.records
+    finally:
+        hostile.close(0)
+        context.term()
         publisher.close()
 
 
