@@ -33,6 +33,8 @@ _MAX_CHARACTERS = 1 << 22
 
 _HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+|(\[)?(?:[0-9A-Fa-f.]*:){2,}[0-9A-Fa-f.]*(?(1)\])")
 """Matches "*", a name or IPv4 address, or an IPv6 address with or without brackets."""
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+"""Matches the beginning of a path up to a slash."""
 
 
 def _setting(
@@ -242,6 +244,8 @@ class ServerConfig:
         limit.
     share_prefix_cache: let all API keys share one prefix cache. Each key can then learn, from the
         time of a response and from cached_tokens, whether another key's prompt began like its own.
+    root_path: the prefix under which a proxy in front of the server serves it, e.g. /models/a,
+        whether the proxy strips it from paths or not.
     enable_force_include_usage: end every stream with a chunk that contains the usage, as if its
         request had asked for it.
     pooling: how /v1/embeddings makes a vector of a prompt: last takes the hidden state of its last
@@ -279,6 +283,7 @@ class ServerConfig:
     max_requests_per_key: int = _setting(0, bounds=(0, 1 << 20))
     max_grammar_seconds_per_key: int = _setting(30, bounds=(0, 1 << 20))
     share_prefix_cache: bool = False
+    root_path: str = ""
     enable_force_include_usage: bool = False
     pooling: str = _setting("last", choices=("last", "mean"))
     allowed_hosts: tuple[str, ...] = ()
@@ -299,6 +304,11 @@ class ServerConfig:
             raise ConfigError("max_requests_per_key counts by API key, and there is none.")
         if not all(key.isprintable() and key.isascii() and key.split() for key in self.api_keys):
             raise ConfigError("an API key is not allowed; it must be printable ASCII, not blank.")
+        if not _PREFIX.fullmatch(self.root_path):
+            raise ConfigError(
+                f"root_path={self.root_path!r} is not allowed; write a path such as /models/a, "
+                "with a slash at its beginning and none at its end."
+            )
         for name in self.allowed_hosts:
             if not _HOST_NAME.fullmatch(name):
                 raise ConfigError(

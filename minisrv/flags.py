@@ -191,7 +191,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the fields of ServerConfig."""
     flags = SettingsFlags(parser, ServerConfig)
     flags.group("HTTP")
-    flags.add("host", "port")
+    flags.add("host", "port", "root_path")
     flags.add_as("served_model_names", "--served-model-name", type=names, metavar="NAME")
     flags.add("api_workers", "shutdown_timeout", "engine_timeout", "request_timeout")
     flags.add("enable_force_include_usage", "pooling", "ui")

@@ -37,7 +37,6 @@ _LOGS = (
     "no line ever holds a prompt or an answer; --disable-uvicorn-access-log turns off the line of "
     "each request, --log-format sets how lines look."
 )
-_PROXY = "paths are served as they are; let the proxy strip its prefix."
 _NO_ADAPTERS = "adapters are not supported; merge one into its weights and serve those."
 _TEXT_ONLY = "models of text alone are served; leave it out."
 _SPECULATIVE = "there is no speculative decoding; leave it out."
@@ -85,10 +84,9 @@ _REASONS: dict[str, str] = {
         ("--disable-log-requests --enable-log-requests --max-log-len", _LOGS),
         ("--uvicorn-log-level --log-config-file --enable-log-outputs", _LOGS),
         ("--disable-access-log-for-endpoints --log-error-stack", _LOGS),
-        ("--root-path", _PROXY),
         ("--uds", "it listens on --host and --port, not on a Unix socket."),
         ("--allow-credentials --allowed-methods --allowed-headers", "--allowed-origins is all "
-         "there is of CORS; any header, GET and POST are allowed with it."),
+         "there is of CORS; any header, GET, POST and DELETE are allowed with it."),
         ("--enable-request-id-headers", "every answer carries x-request-id; leave it out."),
         ("--disable-frontend-multiprocessing", "HTTP has processes of its own: --api-workers."),
         ("--disable-fastapi-docs --enable-offline-docs", "/docs is always there; leave it out."),

@@ -157,6 +157,7 @@ def create_app(
     app.state.close = serving.close
     app.add_middleware(
         OuterMiddleware,
+        root_path=settings.root_path,
         hosts=hosts or HostNames(),
         keys=ApiKeys(settings.api_keys, OPEN_PATHS | (UI_PATHS if settings.ui else frozenset())),
         max_body_bytes=max_body_bytes,

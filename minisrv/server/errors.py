@@ -30,6 +30,7 @@ from minisrv.server.anthropic_responses import (
     AnthropicErrorResponse,
     is_anthropic,
 )
+from minisrv.server.paths import route_path
 from minisrv.server.response_schemas import ErrorInfo, ErrorResponse
 
 logger = logging.getLogger("minisrv.server")
@@ -105,17 +106,15 @@ def install_error_handlers(app: FastAPI) -> None:
     """Make `app` answer each of its errors with an error object."""
 
     async def ours(request: Request, error: Exception) -> Response:
-        return error_response(error, request.url.path)
+        return error_response(error, route_path(request.scope))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = str(error.detail)
+        message, path = str(error.detail), route_path(request.scope)
         if error.status_code in (404, 405):
             what = "Invalid URL" if error.status_code == 404 else "Method not allowed"
             message = f"{what} ({request.method} {request.url.path})"
-        return http_error_response(
-            error.status_code, message, request.url.path, headers=error.headers
-        )
+        return http_error_response(error.status_code, message, path, headers=error.headers)
 
     app.add_exception_handler(MinisrvError, ours)
     app.add_exception_handler(HTTPException, http)

@@ -25,6 +25,7 @@ from minisrv.server.anthropic_responses import is_anthropic
 from minisrv.server.auth import OPEN_PATHS, ApiKeys
 from minisrv.server.errors import JSON, error_response, http_error_response
 from minisrv.server.hosts import HostNames
+from minisrv.server.paths import route_path
 
 access = logging.getLogger("minisrv.access")
 
@@ -50,24 +51,25 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class OuterMiddleware:
     """The outermost middleware.
 
-    A request for another host, or without a key that it needs, is refused. `scope["key"]` is set to
-    the index of the request's API key, or None. Every response carries `x-request-id` (and
-    `request-id`, where its clients look for that): the client's own, if it is short and plain, or a
-    new one. If a client waits for `100 Continue` before it
-    sends its body and gets the final response instead, the connection is closed after that
-    response. A body of more than `max_body_bytes` is answered with 413, whether its length was
-    declared or not; a POST to one of `json_paths`, or from a web page to one of `command_paths`,
-    that is not plain JSON with 415; and a large body
-    that exceeds MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500.
-    Each request is logged as one line when it has ended, with the fields that the response has put
-    into `scope["log_fields"]`, unless `access_log` is off. `arrived` is called for every request,
-    and `failed` with the status of every response from 400 on under `/v1/`.
+    Paths may begin with `root_path`, which everything that goes by a path leaves out. A request for
+    another host, or without a key that it needs, is refused. `scope["key"]` is set to the index of
+    the request's API key, or None. Every response carries `x-request-id` (and `request-id`, where
+    its clients look for that): the client's own, if it is short and plain, or a new one. If a
+    client waits for `100 Continue` before it sends its body and gets the final response instead,
+    the connection is closed after that response. A body of more than `max_body_bytes` is answered
+    with 413, whether its length was declared or not; a POST to one of `json_paths`, or from a web
+    page to one of `command_paths`, that is not plain JSON with 415; and a large body that exceeds
+    MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500. Each request
+    is logged as one line when it has ended, with the fields that the response has put into
+    `scope["log_fields"]`, unless `access_log` is off. `arrived` is called for every request, and
+    `failed` with the status of every response from 400 on under `/v1/`.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
+        root_path: str,
         hosts: HostNames,
         keys: ApiKeys,
         max_body_bytes: int,
@@ -78,6 +80,7 @@ class OuterMiddleware:
         access_log: bool = True,
     ) -> None:
         self._app = app
+        self._root_path = root_path
         self._hosts = hosts
         self._keys = keys
         self._max_body_bytes = max_body_bytes
@@ -93,6 +96,9 @@ class OuterMiddleware:
             await self._app(scope, receive, send)
             return
         self._arrived()
+        if self._root_path:
+            scope["root_path"] = self._root_path
+        path = route_path(scope)
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
@@ -115,11 +121,11 @@ class OuterMiddleware:
                 status = message["status"]
                 answer_headers = MutableHeaders(scope=message)
                 answer_headers["x-request-id"] = request_id
-                if is_anthropic(scope["path"]):
+                if is_anthropic(path):
                     answer_headers["request-id"] = request_id
                 if holds_back:
                     answer_headers["connection"] = "close"
-                if message["status"] >= 400 and scope["path"].startswith("/v1/"):
+                if message["status"] >= 400 and path.startswith("/v1/"):
                     self._failed(message["status"])
             await send(message)
 
@@ -133,7 +139,7 @@ class OuterMiddleware:
             except Exception as error:
                 if status:
                     raise  # the status has been sent: the server closes the connection
-                await error_response(error, scope["path"])(scope, receive, send_with_id)
+                await error_response(error, path)(scope, receive, send_with_id)
         finally:
             if self._access_log:
                 _log(scope, status, time.perf_counter() - began)
@@ -141,7 +147,7 @@ class OuterMiddleware:
     def _refusal(self, scope: Scope, headers: Headers) -> JSON | None:
         """Return the response to a request that its headers alone are reason enough to refuse, or
         None."""
-        path = scope["path"]
+        path = route_path(scope)
         try:
             self._hosts.check(scope["http_version"], headers.getlist("host"))
             scope["key"] = self._keys.check(path, headers)
@@ -215,7 +221,7 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     characters escaped, as it may hold anything."""
     response_fields = scope.get("log_fields", {})
     status = response_fields.pop("status", None) or status or CLIENT_CLOSED_REQUEST
-    if scope["path"] in _POLLED and (status < 400 or status == _NOT_READY):
+    if route_path(scope) in _POLLED and (status < 400 or status == _NOT_READY):
         return
     fields = {"status": status, "ms": round(1e3 * seconds, 1), **response_fields}
     path = truncated(scope["path"].encode("unicode_escape").decode())
