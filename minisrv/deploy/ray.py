@@ -91,7 +91,8 @@ class Replica:
             self._client = EngineClient(
                 config.address, config.engine_pid, config.name, EXIT_REPORT_SECONDS
             )
-            self._app = worker_app(config, self._client, HostNames.of(server, _PROXY_ADDRESS))
+            hosts = HostNames.of(server, _PROXY_ADDRESS)
+            self._app = worker_app(config, self._client, hosts, is_alone=False)
             asyncio.get_running_loop().add_reader(self._engine.process.sentinel, self._engine_ended)
             await self._client.start()
             await self._client.settled()

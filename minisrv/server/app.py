@@ -114,6 +114,7 @@ def create_app(
     max_open: int = sys.maxsize,
     hosts: HostNames | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    is_alone: bool = True,
 ) -> FastAPI:
     """Return the ASGI application of one API worker.
 
@@ -128,6 +129,8 @@ def create_app(
     key_limit: limits what each API key may have open; None sets no limit.
     max_open: maximum number of open choices of all keys together, where the engine would take more.
     hosts: the host names that the server answers to; None for any.
+    is_alone: whether every request of a client comes to this application; only then can it store
+        responses.
 
     Whoever serves the application calls its `state.close()` when there is no more time for
     requests.
@@ -181,7 +184,7 @@ def create_app(
         )
     install_error_handlers(app)
     _add_generation_routes(app, serving, settings)
-    store = ResponseStore() if settings.api_workers == 1 else None
+    store = ResponseStore() if is_alone else None
     add_responses_routes(app, serving, Conversations(store, max_body_bytes))
     _add_tokenizer_routes(app, serving)
     _add_model_routes(app, serving)

@@ -434,7 +434,8 @@ class ResponsesRequest(RequestBody):
     """Id of a stored response whose input and output come before this input."""
     store: bool | None = None
     """Store the response, so that it can be asked for and carried on later. It is stored unless
-    this is false. With several API workers nothing can be stored, and true is refused."""
+    this is false. With several API workers, or replicas of Ray Serve, nothing can be stored, and
+    true is refused."""
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
         default=[]
     )

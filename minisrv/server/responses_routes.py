@@ -77,9 +77,9 @@ class Conversations:
         """Return the store, which the field `param` needs. Raises RequestError."""
         if self._store is None:
             raise RequestError(
-                f"{param} is not supported by this server: it has several API workers, which do "
-                "not know each other's responses. Send the whole conversation as input, or serve "
-                "with --api-workers 1.",
+                f"{param} is not supported by this server: it has several API workers or is a "
+                "replica, and they do not know each other's responses. Send the whole conversation "
+                "as input, or serve with --api-workers 1 and without replicas.",
                 param=param,
             )
         return self._store
@@ -205,7 +205,8 @@ def not_found(response_id: str, *, can_store: bool) -> ResponseNotFoundError:
     why = (
         "it was never stored, or has been deleted or dropped since."
         if can_store
-        else "a server with several API workers stores none; serve with --api-workers 1."
+        else "a server with several API workers or replicas stores none; serve with --api-workers "
+        "1 and without replicas."
     )
     return ResponseNotFoundError(f"Response with id {shown(response_id)} not found: {why}")
 

@@ -74,7 +74,13 @@ def run_worker(config: WorkerConfig, listener: socket.socket, launcher: Connecti
     connections = Connections()
     hosts = HostNames.of(settings, listener.getsockname()[0])
     try:
-        app = worker_app(config, client, hosts, max_open=connections.max_served)
+        app = worker_app(
+            config,
+            client,
+            hosts,
+            max_open=connections.max_served,
+            is_alone=config.number == 1,
+        )
     except MinisrvError as error:
         _send_report(launcher, f"API worker {config.index} did not start: {error.message}")
         return
@@ -115,13 +121,19 @@ def bound_interpreter() -> None:
 
 
 def worker_app(
-    config: WorkerConfig, client: EngineClient, hosts: HostNames, *, max_open: int = sys.maxsize
+    config: WorkerConfig,
+    client: EngineClient,
+    hosts: HostNames,
+    *,
+    max_open: int = sys.maxsize,
+    is_alone: bool,
 ) -> FastAPI:
     """Return the application of an API worker, which counts in the server's private directory.
 
     client: the client of the engine, which need not be connected yet.
     hosts: the host names that the server answers to.
     max_open: maximum number of open choices, where the engine would take more.
+    is_alone: whether every request of a client comes to this application.
     Raises EngineError or ConfigError if a file of the private directory cannot be read or made.
     """
     settings = config.settings
@@ -147,6 +159,7 @@ def worker_app(
         key_limit=key_limit,
         max_open=max_open,
         hosts=hosts,
+        is_alone=is_alone,
     )
 
 

@@ -84,6 +84,8 @@ def test_what_a_server_refuses_is_refused(client: httpx.Client):
     wrong = {"authorization": "Bearer wrong"}
     assert client.post("/v1/completions", json=STORY, headers=wrong).status_code == 401
     assert client.get("/nowhere").status_code == 404
+    stored = client.post("/v1/responses", json={"input": "Once", "store": True})
+    assert "replica" in stored.json()["error"]["message"], "the next request may meet another one"
     assert client.get("/ready", headers=wrong).status_code == 200
 
 

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisrv.config import ServerConfig
 from minisrv.errors import EngineNotReadyError, QueueFullError
 from minisrv.request import FinishReason
 from minisrv.server.offload import LARGE
@@ -742,7 +741,7 @@ async def test_input_items(connect: Connect, tokenizer: Tokenizer) -> None:
 
 async def test_several_workers_store_nothing(connect: Connect, tokenizer: Tokenizer) -> None:
     """What needs a store is refused by name, and all else works."""
-    model = Model(connect, tokenizer, settings=ServerConfig(api_workers=2))
+    model = Model(connect, tokenizer, is_alone=False)
     for fields, named in (
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
