@@ -62,7 +62,7 @@ class OuterMiddleware:
     MAX_UNREAD_BYTES with 503. An unexpected exception is logged and answered with 500. Each request
     is logged as one line when it has ended, with the fields that the response has put into
     `scope["log_fields"]`, unless `access_log` is off. `arrived` is called for every request, and
-    `failed` with the status of every response from 400 on under `/v1/`.
+    `failed` with the status of every response from 400 on under `/v1/` or of `json_paths`.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class OuterMiddleware:
                     answer_headers["request-id"] = request_id
                 if holds_back:
                     answer_headers["connection"] = "close"
-                if message["status"] >= 400 and path.startswith("/v1/"):
+                is_asked = path.startswith("/v1/") or path in self._json_paths
+                if message["status"] >= 400 and is_asked:
                     self._failed(message["status"])
             await send(message)
 

@@ -240,13 +240,16 @@ async def test_metrics_of_requests(connect: Connect) -> None:
     async with connect(script) as client:
         await client.post("/v1/completions", json={"prompt": ["a", "b"]})
         await client.post("/v1/completions", json={"prompt": "a", "n": 0})
-        await client.get("/ready")
+        await client.post("/invocations", json={"prompt": "a", "n": 0})
+        await client.get("/ready?x")
+        await client.get("/nowhere")
         fail = True
         await client.post("/v1/completions", json={"prompt": "a", "stream": True})
         found = await scrape(client)
     assert found["minisrv:request_success_total", "length"] == 2
-    assert found["minisrv:request_failure_total", "400"] == 1
+    assert found["minisrv:request_failure_total", "400"] == 2
     assert found["minisrv:request_failure_total", "503"] == 1
+    assert ("minisrv:request_failure_total", "404") not in found
     assert found["minisrv:time_to_first_token_seconds_count",] == 3
     assert found["minisrv:inter_token_latency_seconds_count",] == 4
     assert found["minisrv:e2e_request_latency_seconds_count",] == 2
