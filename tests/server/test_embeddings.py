@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -15,12 +17,13 @@ import pytest
 
 from minisrv.config import ServerConfig
 from minisrv.errors import QueueFullError
+from minisrv.metrics import Metrics
 from minisrv.request import EngineOutput, EngineRequest, FinishReason, Pooling
 from minisrv.server import embeddings
 from minisrv.server.app import create_app
 from minisrv.server.offload import LARGE
 from minisrv.text.tokenizer import Tokenizer
-from tests.server.conftest import GENERATION
+from tests.server.conftest import GENERATION, HOUR
 from tests.server.fake_engine import INFO, FakeEngine
 from tests.server.live_server import serve
 
@@ -162,6 +165,58 @@ async def test_a_full_engine(connect: Connect, engine: FakeEngine) -> None:
         response = await client.post(PATH, json={"input": "x"})
     assert response.status_code == 429
     assert engine.admission.num_taken == 0
+
+
+async def test_the_end_of_its_time(
+    connect: Connect, engine: FakeEngine, end_time: Callable[[], None]
+) -> None:
+    """A request that takes too long ends with an error, also when some inputs are done."""
+
+    def script(request: EngineRequest) -> Iterable[Any]:
+        if request.prompt_token_ids == [5]:
+            yield from sums(request)
+        yield asyncio.Event()
+
+    engine.script = script
+    async with connect(engine, settings=ServerConfig(request_timeout=HOUR)) as client:
+        asked = asyncio.create_task(client.post(PATH, json={"input": [[5], [6]]}))
+        await engine.started.wait()
+        end_time()
+        response = await asked
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    assert engine.requests[1].request_id in engine.aborted
+    assert engine.admission.num_taken == 0
+
+
+async def test_what_the_engine_drops_is_no_embedding(connect: Connect, engine: FakeEngine) -> None:
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        yield EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT)
+
+    engine.script = script
+    async with connect(engine) as client:
+        response = await client.post(PATH, json={"input": "x"})
+    assert response.status_code == 503
+    assert engine.admission.num_taken == 0
+
+
+async def test_an_input_is_counted_by_the_times_of_its_first_chunk(
+    connect: Connect, engine: FakeEngine
+) -> None:
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        first, *others = sums(request)
+        now = time.perf_counter()
+        yield msgspec.structs.replace(first, queued_at=now - 8, scheduled_at=now - 3)
+        yield from others
+
+    engine.script, metrics = script, Metrics()
+    async with connect(engine, metrics=metrics) as client:
+        await client.post(PATH, json={"input": [[5, 7, 9], [3]]})
+    found = {sample.name: sample.value for each in metrics.families(200) for sample in each.samples}
+    assert found["minisrv:request_queue_time_seconds_sum"] == pytest.approx(10)
+    assert 6 <= found["minisrv:request_prefill_time_seconds_sum"] < HOUR
+    assert found["minisrv:request_prompt_tokens_sum"] == 4
+    assert found["minisrv:request_generation_tokens_count"] == 2
 
 
 @pytest.fixture
