@@ -196,9 +196,16 @@ def turn_starts(messages: Sequence[Message]) -> tuple[int, list[int]]:
     return head, starts
 
 
-def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: ChatFormat) -> None:
-    """Raise RequestError if the chat template would leave out tool calls, their results or
-    tools."""
+def check_tools(
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    format: ChatFormat,
+    params: tuple[str, str] = ("tools", "tool_choice"),
+) -> None:
+    """Raise RequestError if the chat template would leave out tool calls, their results or tools.
+
+    params: the fields that hold the tools and the choice of one.
+    """
     if any(message.speaks_of_tools for message in messages) and not format.spells_calls:
         raise RequestError(
             "The chat holds tool calls or their results, which this model's chat template does not "
@@ -206,26 +213,29 @@ def check_tools(messages: Sequence[Message], tools: Sequence[Tool], format: Chat
             param="messages",
         )
     if tools and not format.knows_tools:
+        field, choice = params
         raise RequestError(
-            "tools is not supported by this model: its chat template does not tell it of any; "
-            'leave tools out, or send tool_choice "none".',
-            param="tools",
+            f"{field} is not supported by this model: its chat template does not tell it of any; "
+            f'leave {field} out, or send {choice} "none".',
+            param=field,
         )
 
 
 def tool_parser(request: ChatCompletionRequest, format: ChatFormat) -> type[ToolParser] | None:
     """Return the parser that finds the answer's tool calls; None if there are no tools. Raises
     RequestError if the model has not learned what is asked for."""
-    check_tools(request.messages, request.offered_tools, format)
+    field, choice = request.tool_params
+    check_tools(request.messages, request.offered_tools, format, (field, choice))
     if not request.offered_tools:
         return None
     if request.required_tools:
         return format.forced_parser
     if format.tool_parser is None:
+        required = '"required", ' if request.tools else ""
         raise RequestError(
-            f'tool_choice "auto" is not supported by this model, as {format.why}; send "required", '
-            'a function\'s name or "none".',
-            param="tool_choice",
+            f'{choice} "auto" is not supported by this model, as {format.why}; send '
+            f'{required}a function\'s name or "none".',
+            param=choice,
         )
     return format.tool_parser
 
@@ -241,10 +251,11 @@ def answer_form(
         assert answer.tools is not None
         length = sum(len(tool.function.parameters or "") for tool in request.constrained_tools)
         if length > MAX_GRAMMAR_LENGTH:
+            field, _ = request.tool_params
             raise RequestError(
-                f"tools: parameters of {length} characters are too long for a call that must "
+                f"{field}: parameters of {length} characters are too long for a call that must "
                 f"follow them: at most {MAX_GRAMMAR_LENGTH} are allowed.",
-                param="tools",
+                param=field,
             )
         several = not request.requires_one_call
         tools = [_for_grammar(tool.function) for tool in request.constrained_tools]

@@ -693,9 +693,7 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
                 raise refuse(choice, f"{choice} is only allowed with {tools}.")
         if self.tools and self.functions:
             raise refuse("functions", "functions and tools are the same; send one of them.")
-        field, choice = (
-            ("functions", "function_call") if self.functions else ("tools", "tool_choice")
-        )
+        field, choice = self.tool_params
         names = [tool.function.name for tool in self.declared_tools]
         if len(set(names)) < len(names):
             raise refuse(field, f"{field} holds two functions of one name.")
@@ -703,6 +701,11 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
             if name not in names:
                 raise refuse(choice, f"{choice} names {name}, which is not one of {field}.")
         return self
+
+    @property
+    def tool_params(self) -> tuple[str, str]:
+        """The fields that hold the tools and the choice of one, for errors to name."""
+        return ("functions", "function_call") if self.functions else ("tools", "tool_choice")
 
     @property
     def declared_tools(self) -> list[Tool]:

@@ -31,6 +31,7 @@ BOTH = SWITCH + "{{ reasoning_effort | default('') }}"
 THINKING = TEMPLATE + "{# <think></think> #}"
 ASKED = {"role": "user", "content": "Say it"}
 BEGUN = {"role": "assistant", "content": "It is "}
+TOOL = {"name": "f"}
 END = 2  # <|im_end|>
 
 
@@ -244,6 +245,32 @@ async def test_reasoning_effort(
         assert response.json()["error"]["param"] == "reasoning_effort"
     else:
         assert chat.prompt == f"<user>Say it</user><assistant>{end}"
+
+
+@pytest.mark.parametrize(
+    ("template", "params"),
+    [
+        (TEMPLATE.replace("tool", ""), [("tools", "tools"), ("functions", "functions")]),
+        (
+            TEMPLATE.replace("<tool_call>", ""),
+            [("tools", "tool_choice"), ("functions", "function_call")],
+        ),
+    ],
+)
+async def test_errors_name_the_fields_that_were_sent(
+    connect: Connect,
+    make_tokenizer: Callable[[str], Tokenizer],
+    template: str,
+    params: list[tuple[str, str]],
+) -> None:
+    chat = Chat(connect, make_tokenizer(template))
+    for field, param in params:
+        tool = TOOL if field == "functions" else {"type": "function", "function": TOOL}
+        error = (await chat.post(**{field: [tool]})).json()["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param} ")
+        other = "tool_choice" if field == "functions" else "function_call"
+        assert other not in error["message"]
 
 
 async def test_variables_agree(
