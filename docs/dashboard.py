@@ -231,8 +231,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Filling of the ladder",
-            "Graphs that serve, that are still to be captured, that were refused, and that were wrong "
-            "in service.",
+            "Graphs that serve, that are still to be captured, that were refused, and that were "
+            "wrong in service.",
             (("sum by (state) (graphs{})", "{{state}}"),),
         ),
         Panel(
