@@ -192,13 +192,21 @@ def test_what_does_not_start_is_not_swept(run, monkeypatch):
     ],
 )
 def test_a_graph_that_is_broken_on_purpose_is_found(run, fault, words):
-    """One graph is broken behind its start-up; the sweep names it, and no other."""
-    status, printed, report = run("--break-graph", fault)
+    """One graph is broken behind its start-up; the sweep names it, and no other. That of 4 pads a
+    batch of 3."""
+    status, printed, report = run("--max-num-seqs", "4", "--break-graph", fault)
     assert status == 1
-    assert f"BROKEN ON PURPOSE ({fault}): FULL 3 TOKENS" in printed
-    assert failed(report) == ["FULL 3 TOKENS"]
+    assert f"BROKEN ON PURPOSE ({fault}): FULL 4 TOKENS" in printed
+    assert failed(report) == ["FULL 4 TOKENS"]
     assert words in printed
     assert (report["broken"], report["passed"]) == (fault, False)
+
+
+def test_nothing_is_broken_where_nothing_is_padded(run):
+    flags = ("--max-num-seqs", "2", "--max-num-batched-tokens", "2")
+    status, printed, _ = run(*flags, "--break-graph", "stale-tail")
+    assert status == 1
+    assert "there is no padding that could be broken" in printed
 
 
 def test_a_mixed_graph_is_broken_where_decode_has_none(run):

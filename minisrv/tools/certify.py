@@ -20,11 +20,11 @@ from minisrv import __version__
 from minisrv.certification.faults import Fault, break_graph
 from minisrv.certification.sweep import GraphReport, sweep
 from minisrv.config import EngineConfig
-from minisrv.core.ladder import ladders_of
+from minisrv.core.ladder import Ladders, ladders_of
 from minisrv.engine.builder import build_engine
 from minisrv.engine.platforms import platform_of
 from minisrv.errors import ConfigError
-from minisrv.modes import Stage, StageOutput
+from minisrv.modes import BatchDescriptor, Stage, StageOutput
 from minisrv.progress import StartupProgress
 from minisrv.runner.model_runner import ModelRunner
 
@@ -101,11 +101,25 @@ def run_certify(
 
 
 def _break(runner: ModelRunner, fault: Fault) -> str:
-    """Break one graph that has passed its certification at start-up, and return what was done."""
-    keys = [key for key in runner.ladders.keys() if key[1].stage is Stage.MODEL]  # noqa: SIM118
-    mode, key = next((key for key in keys if key[1].output is StageOutput.TOKENS), keys[0])
+    """Break one graph that has passed its certification at start-up, and return what was done. It
+    is one that pads some batch, as most faults are in the padding. Raises ConfigError if there is
+    none."""
+    ladders = runner.ladders
+    keys = [key for key in ladders.keys() if key[1].stage is Stage.MODEL]  # noqa: SIM118
+    padded = [key for key in keys if _pads(ladders, key[1])]
+    if not padded:
+        raise ConfigError(
+            "with these capture sizes every batch fills its graph, so there is no padding that "
+            "could be broken; let there be more requests: --max-num-seqs 4."
+        )
+    mode, key = next((key for key in padded if key[1].output is StageOutput.TOKENS), padded[0])
     break_graph(runner, (mode, key), fault)
     return f"BROKEN ON PURPOSE ({fault.value}): {mode.name} {key.num_tokens} {key.output.name}"
+
+
+def _pads(ladders: Ladders, key: BatchDescriptor) -> bool:
+    """Return whether the graph runs a batch that is smaller than it."""
+    return key.num_tokens - 1 not in (0, *ladders.capture_sizes_of(key))
 
 
 def _print(graphs: list[GraphReport], seconds: float, passed: bool, broken: str | None) -> None:
