@@ -83,6 +83,12 @@ class _Header(msgspec.Struct):
     device: str
 
 
+class _Event(msgspec.Struct):
+    """The field of an event that is used here: the ladders that serve from a refit on."""
+
+    ladders: _Ladders | None = None
+
+
 class _Step(msgspec.Struct):
     """The fields of a step that are used here."""
 
@@ -107,6 +113,9 @@ def read_trace(path: Path) -> Source:
                 kind = msgspec.json.decode(line, type=_Line).type if line.strip() else ""
                 if kind == "header" and header is None:
                     header = msgspec.json.decode(line, type=_Header)
+                elif kind == "event" and header is not None:
+                    refitted = msgspec.json.decode(line, type=_Event).ladders
+                    header.ladders = refitted or header.ladders
                 elif kind == "step":
                     step = msgspec.json.decode(line, type=_Step)
                     is_decode = not step.prefill_tokens

@@ -290,7 +290,7 @@ def test_dropped_traces_replay(server: Server, open_page: Open) -> None:
     page.evaluate(DROP, ["one.ndjson", trace("one", steps=400).decode()])
     viewer = page.locator(".viewer")
     viewer.get_by_text("one · cpu · full-and-piecewise · 400 steps").wait_for()
-    assert viewer.locator("li.missing").all_inner_texts() == ["16\nnot captured yet"]
+    assert viewer.locator("li.missing").all_inner_texts() == ["16\nnot in service"]
     viewer.get_by_role("slider", name="Steps of one.ndjson").press("End")
     expect(viewer.locator(".details h3")).to_contain_text("#399")
     viewer.get_by_role("slider", name="Steps of one.ndjson").press("Home")
@@ -306,6 +306,18 @@ def test_dropped_traces_replay(server: Server, open_page: Open) -> None:
     expect(viewer.locator(".details h3")).to_have_text([re.compile("#200"), re.compile("#207")])
     viewer.get_by_role("button", name="Close the trace").click()
     assert not viewer.count()
+
+
+def test_the_ladders_follow_a_refit(viewed: ViewServer, open_page: Open) -> None:
+    ladders = {"decode": [5, 16], "mixed": [32, 64], "epilogue": [16]}
+    event = {"type": "event", "time": 1000.5, "event": "refit", "ladders": ladders}
+    text = trace("x", steps=40).decode() + json.dumps(event | {"in_service": ladders})
+    page = open_page(viewed.url)
+    page.locator(".viewer").wait_for()
+    page.evaluate(DROP, ["refit.ndjson", text])
+    decode = page.locator(".ladder-decode").last
+    expect(decode.locator("li:not(.missing) .size")).to_have_text(["5", "16"])
+    expect(decode.locator("li.missing .size")).to_have_text(["8"])  # it has run steps
 
 
 def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) -> None:

@@ -152,6 +152,15 @@ def test_a_file_that_is_no_trace_is_refused(
         read_trace(write(tmp_path / "trace", lines))
 
 
+def test_the_ladders_are_those_after_the_last_refit(tmp_path: Path) -> None:
+    ladders = {"decode": [3, 12], "mixed": [3, 64], "epilogue": [3, 12]}
+    lines = [step(9, 0, 12, 1.2), {"type": "event", "event": "refit", "ladders": ladders}]
+    lines.append({"type": "event", "event": "sleep"})
+    found = read_trace(write(tmp_path / "trace", [HEADER, *lines])).ladders
+    assert found is not None
+    assert (found.decode, found.mixed, found.epilogues) == ((3, 12), (3, 64), (3, 12))
+
+
 def test_a_line_of_brackets_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     path.write_text('{"type": "header", "deep": ' + "[" * 100_000)

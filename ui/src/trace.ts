@@ -112,7 +112,7 @@ const KNOWN: Record<string, Record<string, Check>> = {
     host_ms: isMapOf(isNumber),
     requests: isListOf(isRow),
   },
-  event: each(isMapOf(isListOf(isNumber)), "in_service"),
+  event: each(isMapOf(isListOf(isNumber)), "ladders", "in_service"),
 };
 
 /** Throws TraceError for a line in which a field is missing, or is not what it has to be. */
@@ -238,6 +238,7 @@ export class TraceStore {
 
   #addEvent(event: TraceEvent): void {
     this.events.push(event);
+    if (event.ladders && this.header) this.header = { ...this.header, ladders: event.ladders as Header["ladders"] };
     if (event.in_service) this.inService = event.in_service as Record<Ladder, number[]>;
     if (this.events.length > this.most / 12) this.events.splice(0, 250);
   }

@@ -201,7 +201,7 @@ function more(trace: NamedTrace, named: boolean): HTMLElement {
     "div",
     { class: "side-more" },
     named ? h("h3", {}, name) : null,
-    ladders(store, store.inService, true),
+    ladders(store, store.inService, false),
     h("details", {}, h("summary", {}, "Start-up by part"), startup(store.header)),
     listed,
   );
