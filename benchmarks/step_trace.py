@@ -57,7 +57,7 @@ def block_us(engine: EngineCore) -> float:
 
 def measure(engine: EngineCore, rounds: int) -> tuple[list[float], list[float]]:
     """Return the median microseconds of a step of each block with the trace, and without it."""
-    observers, counters = list(engine.observers), engine._counters
+    observers, counters = list(engine.observers), engine.counters
     trace = counters._trace
     found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):

@@ -12,6 +12,7 @@ from benchmarks import (
     make_dummy,
     make_llama_15m,
     mixed_load,
+    step_trace,
     transformers_generate,
     wire,
 )
@@ -53,6 +54,16 @@ def test_a_dummy_has_text_for_every_token(tmp_path):
         build_engine(EngineConfig(model=str(dummy), load_format="dummy", enforce_eager=True))
     )
     assert engine.info.vocab_size == size
+
+
+def test_the_step_trace_is_measured_on_and_off(tmp_path, monkeypatch):
+    checkpoint, out = make_checkpoint(tmp_path / "model", "qwen3"), tmp_path / "out.json"
+    arguments = ["--model", str(checkpoint), "--streams", "2", "--rounds", "2", "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["it.py", *arguments, "--engine-flags", "--device cpu"])
+    step_trace.main()
+    report = json.loads(out.read_text())
+    assert (len(report["on_us"]), len(report["off_us"])) == (2, 2)
+    assert report["answer_us"] > 0
 
 
 @pytest.mark.parametrize("flags", ["", "--enforce-eager --simulate-launch-us 1"])
