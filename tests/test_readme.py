@@ -84,6 +84,37 @@ def test_lines_fit(page: str) -> None:
     assert not [line for line in long if not line.startswith(("|", "!["))]
 
 
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The places in a page that links can name: its headings as GitHub spells them, and its ids."""
+    text = prose(page)
+    headings = (
+        re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", h) for h in re.findall("^#+ (.*)$", text, re.M)
+    )
+    spelled = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return spelled | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *PAGES, "benchmarks/README.md", "docs/results/README.md"]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    """A link within the repository names a file or folder that there is, and a place in it."""
+    lost = []
+    for link in re.findall(r"]\(([^)\s]+)\)", prose(ROOT / page)):
+        if link.startswith(("http:", "https:")):
+            continue
+        file, _, place = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        if not target.exists() or (place and place not in anchors(target)):
+            lost.append(link)
+    assert not lost
+
+
 def test_a_promise_names_the_test_that_keeps_it() -> None:
     """Every promise in docs/security.md names a test, and each named test exists."""
     page = (ROOT / "docs/security.md").read_text()
