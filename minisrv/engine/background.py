@@ -154,9 +154,9 @@ class Background:
 
     def go_on(self, ends: float) -> None:
         """Go on with a work until it makes way, which it does after the time `ends`. If it waits
-        for something, the next one has the turn."""
+        for something or ends, the next one has the turn."""
         self.turn.ends = ends
-        for work in [self._unfinished] if self._unfinished else list(self._works):
+        for work in sorted(self._works, key=lambda work: work is not self._unfinished):
             self.turn.waits = False
             self._unfinished = None
             try:
@@ -164,6 +164,7 @@ class Background:
                     self._unfinished = work
             except StopIteration:
                 self._works.remove(work)
+                continue  # or nobody would know whether the others wait
             if self._unfinished or not self.turn.waits:
                 return
 

@@ -282,6 +282,15 @@ def test_a_share_of_the_steps_is_verified(checkpoint: str) -> None:
     assert 20 < engine.verification.counts["agreed"] < 90
 
 
+def test_every_step_is_verified_also_where_other_work_waits_for_its_time(checkpoint: str) -> None:
+    """As the look at the batches does, which comes once a minute."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0, cudagraph_refit="propose")
+    engine.advance_background()
+    run(engine, decodes())
+    replayed = sum(count.steps for count in engine.stats().steps if count.mode != "NONE")
+    assert engine.verification.counts == {"agreed": replayed}
+
+
 # ---- right graphs --------------------------------------------------------------------------------
 
 
