@@ -96,7 +96,8 @@ class Background:
     """The works of one engine. All methods must be called from the thread that runs steps.
 
     turn: the turn that the works share.
-    busy: whether requests run, whose steps wait for the turn that began last.
+    busy: whether requests run, or wait for a verification, whose steps wait for the turn that began
+        last.
     longest_turn: the longest time in seconds for which a turn has made requests wait.
     idle_turn: the duration of the last turn if none ran; 0 if requests ran, or it is counted.
     """
@@ -137,7 +138,7 @@ class Background:
         self.idle_turn = 0.0
         if not self._works or (busy and began < self._next_turn):
             return
-        self.busy = busy
+        self.busy = busy or running > 0
         self.turn.spare_blocks = running
         self.go_on(began + TURN)
         ended = self._clock()

@@ -291,6 +291,25 @@ def test_every_step_is_verified_also_where_other_work_waits_for_its_time(checkpo
     assert engine.verification.counts == {"agreed": replayed}
 
 
+def test_an_engine_whose_requests_wait_for_a_verdict_is_no_idle_one() -> None:
+    """A work that follows in the turn in which the verification ends must not take its time."""
+    works, seen = background.Background(), []
+
+    def ends() -> background.Work:
+        seen.append("ends")
+        return
+        yield
+
+    def follows() -> background.Work:
+        seen.append(f"busy: {works.busy}")
+        yield True
+
+    works.add(follows())
+    works.add(ends(), first=True)
+    works.advance(busy=False, running=2)
+    assert seen == ["ends", "busy: True"]
+
+
 # ---- right graphs --------------------------------------------------------------------------------
 
 
