@@ -205,6 +205,14 @@ def test_light_and_dark(server: Server, open_page: Open) -> None:
     assert open_page(server.url, key=KEY).evaluate(brightness) > 200
 
 
+LONG_FIGURES = """[...document.querySelectorAll('.figures')].filter(figures => {
+    figures.querySelector('.value').textContent = '123 ms';
+    figures.querySelector('.more').textContent = ' waiting 1,234';
+    return figures.scrollWidth > figures.clientWidth;
+}).map(figures => figures.textContent)"""
+"""The figures of charts that reach into their neighbours, with texts that are as long as any."""
+
+
 def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path) -> None:
     size = {"width": 360, "height": 740}
     page = open_page(server.url, key=KEY, viewport=size, has_touch=True)
@@ -213,6 +221,7 @@ def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path)
     page.locator(".strip").tap(position={"x": 60, "y": 100})
     page.get_by_text("Steps as a table").first.click()
     assert overflow(page) <= 0
+    assert page.evaluate(LONG_FIGURES) == []
     files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
     for path in files:
         path.write_bytes(trace("a-model-with-a-long-name", steps=120))
